@@ -1,0 +1,36 @@
+"""Turn the checkpoints of a training job into one better model.
+
+Every strategy is a function: ``ckptavg.sewa("ckpts", k=5, task="task.py")`` writes the file and returns the report,
+with the names and defaults of the command line. Nothing is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckptavg.api import average as average
+    from ckptavg.errors import CkptavgError as CkptavgError
+    from ckptavg.result import Result as Result
+
+_HOME = {"average": "api", "CkptavgError": "errors", "Result": "result", "evaluate": "evaluate", "verify": "verify"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    from importlib import import_module
+
+    if name in _HOME:
+        return getattr(import_module(f"ckptavg.{_HOME[name]}"), name)
+    from ckptavg.strategies import strategies
+
+    if name in strategies():
+        return getattr(import_module("ckptavg.api"), name)
+    raise AttributeError(f"module 'ckptavg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    from ckptavg.strategies import strategies
+
+    return sorted([*_HOME, *strategies()])

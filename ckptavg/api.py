@@ -1,0 +1,62 @@
+"""The commands as functions: one for each strategy, with its settings and the options all share."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ckptavg.discover import Window
+from ckptavg.objective import Strategy
+from ckptavg.pipeline import Options, run
+from ckptavg.result import Result
+from ckptavg.strategies import strategies
+from ckptavg.tasks.find import find
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def average(ckpts: Paths, strategy: Strategy, **options: Any) -> Result:
+    """Learn coefficients with ``strategy``, write the average, and return the report.
+
+    Args:
+        ckpts: a directory of checkpoints, several, or the checkpoints themselves.
+        strategy: such as ``ckptavg.strategies.sewa.SeWA(k=5)``.
+        **options: the attributes of `ckptavg.pipeline.Options` and `ckptavg.discover.Window`.
+    Raises:
+        CkptavgError: as the command line would say it.
+    """
+    paths = [Path(ckpts)] if isinstance(ckpts, str | os.PathLike) else [Path(path) for path in ckpts]
+    names = {field.name for field in fields(Window)}
+    window = Window(**{name: options.pop(name) for name in names & options.keys()})
+    task = options.pop("task", None)
+    found = find(None if task is None else str(task), paths)
+    return run(paths, strategy, Options(**options, window=window, task=found))
+
+
+def _function(name: str, strategy: type[Strategy]) -> Callable[..., Result]:
+    own = {field.name for field in fields(strategy)}  # pyright: ignore[reportArgumentType]  # a dataclass
+
+    def call(ckpts: Paths, **options: Any) -> Result:
+        settings = {key: options.pop(key) for key in own & options.keys()}
+        return average(ckpts, strategy(**settings), **options)
+
+    settings = list(inspect.signature(strategy).parameters.values())
+    shared = [
+        p for kind in (Options, Window) for p in inspect.signature(kind).parameters.values() if p.name != "window"
+    ]
+    ckpts = inspect.Parameter("ckpts", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Paths)
+    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*settings, *shared)]
+    call.__signature__ = inspect.Signature([ckpts, *keywords])  # pyright: ignore[reportFunctionMemberAccess]
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = strategy.__doc__
+    return call
+
+
+def __getattr__(name: str) -> Callable[..., Result]:
+    if name in strategies():
+        return _function(name, strategies()[name])
+    raise AttributeError(f"module 'ckptavg.api' has no attribute {name!r}")

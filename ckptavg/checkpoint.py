@@ -1,0 +1,66 @@
+"""One candidate as everything after discovery sees it: a step, a state dict's names and shapes, and bytes on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ckptavg.readers import Reader, StoredTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An open checkpoint of which only headers have been read.
+
+    Attributes:
+        path: what the user calls it: the file, or the directory that holds the model's files.
+        name: its path below the directory it was found in; how the output's metadata names it.
+        step: the training step, the unit being that of ``step_from``.
+        step_from: where the step was found, such as ``global_step`` or ``name``.
+        run: which of the given directories it comes from, from 0.
+        format: the reader's name.
+        key: the sub-dictionary the model lies under, ``""`` for the whole file.
+        tensors: state-dict name → tensor, by name; a wrapper's prefix such as ``module.`` is gone.
+        reader: reads them.
+        notes: what the user should know about how it was read.
+    """
+
+    path: Path
+    name: str
+    step: int
+    step_from: str
+    run: int = 0
+    format: str
+    key: str
+    tensors: Mapping[str, StoredTensor]
+    reader: Reader = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The state dict's names, sorted."""
+        return tuple(sorted(self.tensors))
+
+    def spec(self, name: str) -> StoredTensor:
+        """Shape and dtype of a tensor."""
+        return self.tensors[name]
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill ``out`` with the elements of tensor ``name`` from number ``start`` on; see `Reader.read_into`."""
+        self.reader.read_into(self.tensors[name], start, out)
+
+    def check_unchanged(self) -> None:
+        """Raise InputError if one of its files changed since it was opened."""
+        for file in self.reader.files:
+            file.check_unchanged()
+
+    @property
+    def numel(self) -> int:
+        """The number of elements of its tensors, tied ones counted once."""
+        return sum(tensor.numel for tensor in set(self.tensors.values()))
+
+    @property
+    def size(self) -> int:
+        """The bytes of its files."""
+        return sum(file.size for file in self.reader.files)

@@ -1,0 +1,47 @@
+"""``ckptavg demo``: a small training of the template's task, for trying the commands on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ckptavg.cli.init import template
+from ckptavg.cli.terminal import Screen, write_text
+from ckptavg.errors import OutputError, OutputExistsError
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(help="The directory to make.")] = Path("ckptavg-demo"),
+) -> None:
+    """Train a tiny network, save its checkpoints, and say what to try on them."""
+    if folder.exists():
+        raise OutputExistsError("exists already", path=folder, hint="name another directory, or delete this one")
+    try:
+        (folder / "ckpts").mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"cannot be made: {error.strerror}", path=folder) from error
+    write_text(folder / "task.py", template())
+    _train(folder / "ckpts")
+    Screen().print(f"Now:  cd {folder} && ckptavg sewa ./ckpts --k 5")
+    print(folder)
+
+
+def _train(folder: Path, checkpoints: int = 20) -> None:
+    """One checkpoint an epoch of SGD with a constant, high learning rate: the setting that averaging is for."""
+    import torch
+
+    from ckptavg.determinism import reproducible
+    from ckptavg.tasks import template as task
+
+    with reproducible(0):
+        model = task.model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+        for epoch in range(1, checkpoints + 1):
+            for batch in task.train_dataloader():
+                optimizer.zero_grad()
+                task.loss(model, batch).mean().backward()
+                optimizer.step()
+            state = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}
+            torch.save(state, folder / f"epoch-{epoch}.pt")

@@ -1,0 +1,28 @@
+"""``ckptavg init``: a commented task file that runs as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ckptavg.cli.terminal import Screen, write_text
+from ckptavg.errors import OutputExistsError
+
+
+def command(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("task.py"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented task file to fill in."""
+    if path.exists() and not force:
+        raise OutputExistsError("exists already", path=path, hint="--force replaces it")
+    write_text(path, template())
+    Screen().print("Fill in model(), loss() and the loaders, then: ckptavg sewa ./ckpts --k 5")
+    print(path)
+
+
+def template() -> str:
+    """The text of the template."""
+    return (Path(__file__).parent.parent / "tasks" / "template.py").read_text(encoding="utf-8")

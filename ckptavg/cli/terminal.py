@@ -1,0 +1,73 @@
+"""Everything that is shown to a person goes to stderr from here; stdout is for data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from ckptavg.errors import OutputError, printable
+from ckptavg.result import Result
+
+
+class Screen:
+    """stderr, as loud as the user wants it."""
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
+        self._quiet = quiet
+        self._verbose = verbose
+        self._console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+    def print(self, what: RenderableType) -> None:
+        """Show something, unless quiet."""
+        if not self._quiet:
+            self._console.print(what)
+
+    def warn(self, result: Result) -> None:
+        """Say what was left out and what is doubtful; with -v also what was left out as a matter of course."""
+        for one in result.left_out:
+            if one.kind != "quiet" or self._verbose:
+                self._say(f"left out {one.path}: {one.reason}")
+        for warning in result.warnings:
+            self._say(warning)
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(printable(text), style="yellow", markup=False)
+
+    @contextmanager
+    def watching(self) -> Generator[Callable[[str, int, int, Mapping[str, float]], None] | None]:
+        """A progress bar for the stages of a run; only on a terminal."""
+        if self._quiet or not self._console.is_terminal:
+            yield None
+            return
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[figures]}"), TimeRemainingColumn(compact=True),
+        )  # fmt: skip
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            stages: dict[str, TaskID] = {}
+
+            def watch(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+                if stage not in stages:
+                    stages[stage] = progress.add_task(stage, total=total, figures="")
+                shown = "  ".join(f"{name} {_figure(name, value)}" for name, value in figures.items())
+                progress.update(stages[stage], completed=done, total=total, figures=shown)
+
+            yield watch
+
+
+def _figure(name: str, value: float) -> str:
+    return f"{value:.0%}" if name == "sure" else f"{value:.4f}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file; raise OutputError where that fails."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", path=path) from error

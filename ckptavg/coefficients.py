@@ -1,0 +1,58 @@
+"""The coefficients that every strategy ends in: [G, N] float64, each row summing to one.
+
+Shape suffixes: G = groups of tensors, N = candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """One row of N coefficients for each group of tensors; w = Σ_i c_i w_i within a group.
+
+    Attributes:
+        values: G rows of N Python floats (float64).
+        groups: G name prefixes; a tensor belongs to the longest prefix its name starts with. ``("",)`` is one group
+            for all.
+    Raises:
+        ValueError: if rows differ in length, a value is not finite, or a row does not sum to 1 within N·2⁻⁴⁰.
+    """
+
+    values: tuple[tuple[float, ...], ...]
+    groups: tuple[str, ...] = ("",)
+
+    def __post_init__(self) -> None:
+        if not self.values or len(self.values) != len(self.groups) or len({len(row) for row in self.values}) != 1:
+            raise ValueError(f"need one row of equal length for each of the groups {self.groups}")
+        for row in self.values:
+            if not all(math.isfinite(c) for c in row) or abs(math.fsum(row) - 1) > len(row) * 2**-40:
+                raise ValueError(f"coefficients must be finite and sum to 1, not {math.fsum(row)}")
+
+    @classmethod
+    def uniform(cls, chosen: Sequence[int], n: int) -> Coefficients:
+        """1/K for each of the K candidates ``chosen``, 0 for the rest of the ``n``."""
+        return cls((tuple(1 / len(chosen) if i in chosen else 0.0 for i in range(n)),))
+
+    @property
+    def n(self) -> int:
+        """The number of candidates N."""
+        return len(self.values[0])
+
+    @property
+    def selected(self) -> tuple[int, ...]:
+        """The candidates with a coefficient other than 0 in some group."""
+        return tuple(i for i in range(self.n) if any(row[i] != 0 for row in self.values))
+
+    def row(self, name: str) -> tuple[float, ...]:
+        """The N coefficients of the tensor ``name``."""
+        matching = [i for i, prefix in enumerate(self.groups) if name.startswith(prefix)]
+        return self.values[max(matching, key=lambda i: len(self.groups[i]))]
+
+    def candidate(self, i: int) -> float | tuple[float, ...]:
+        """The coefficient of candidate ``i``: one number, or one for each group."""
+        column = tuple(row[i] for row in self.values)
+        return column[0] if len(column) == 1 else column

@@ -1,0 +1,67 @@
+"""Which checkpoints are copies of one another: the same file by inode, or the same tensors by content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Final
+
+from ckptavg.checkpoint import Checkpoint
+from ckptavg.readers import ITEM_SIZE
+
+SMALL: Final = 4 << 10  # tensors up to this many bytes are hashed …
+ENOUGH: Final = 64 << 10  # … until this many bytes have been
+CHUNK: Final = 1 << 20
+
+
+def find(checkpoints: Sequence[Checkpoint]) -> dict[int, tuple[int, str]]:
+    """Copy → (original, how), by position; the first of several is the original.
+
+    Content is compared in two stages, so that telling N different checkpoints apart reads some kilobytes of each: a
+    SHA-256 of names, shapes and small tensors, and only where two agree, all of their bytes.
+    """
+    copies: dict[int, tuple[int, str]] = {}
+    by_inode: dict[object, int] = {}
+    by_digest: dict[bytes, list[int]] = {}
+    for i, checkpoint in enumerate(checkpoints):
+        inodes = tuple(file.inode for file in checkpoint.reader.files)
+        original = by_inode.setdefault(inodes, i)
+        if original != i:
+            copies[i] = (original, "is a link to")
+            continue
+        alike = by_digest.setdefault(_digest(checkpoint), [])
+        same = next((j for j in alike if _same_tensors(checkpoints[j], checkpoint)), None)
+        if same is None:
+            alike.append(i)
+        else:
+            copies[i] = (same, "holds the same weights as")
+    return copies
+
+
+def _digest(checkpoint: Checkpoint) -> bytes:
+    digest = hashlib.sha256()
+    hashed = 0
+    for name in checkpoint.names:
+        tensor = checkpoint.spec(name)
+        digest.update(repr((name, tensor.dtype, tensor.shape)).encode("utf-8", "surrogatepass"))
+        if tensor.nbytes <= SMALL and hashed < ENOUGH:
+            content = bytearray(tensor.nbytes)
+            checkpoint.read_into(name, 0, memoryview(content))
+            digest.update(content)
+            hashed += tensor.nbytes
+    return digest.digest()
+
+
+def _same_tensors(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether two checkpoints with equal names, dtypes and shapes hold equal bytes; stops at the first difference."""
+    mine, other = memoryview(bytearray(CHUNK)), memoryview(bytearray(CHUNK))
+    for name in a.names:
+        tensor = a.spec(name)
+        item = ITEM_SIZE[tensor.dtype]
+        for start in range(0, tensor.nbytes, CHUNK):
+            size = min(CHUNK, tensor.nbytes - start)
+            a.read_into(name, start // item, mine[:size])
+            b.read_into(name, start // item, other[:size])
+            if mine[:size] != other[:size]:
+                return False
+    return True

@@ -1,0 +1,91 @@
+"""What can go wrong for a user, one class an exit code; formatted once, in the command line's entry point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+
+class CkptavgError(Exception):
+    """Something the user can act on: ``FILE: TENSOR: what is wrong`` and, where it helps, a hint.
+
+    Args:
+        what: what is wrong, what was found and what was expected, in one line.
+        path: the file it is about.
+        tensor: the tensor it is about.
+        hint: the next command or change that would help.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self, what: str, *, path: Path | str | None = None, tensor: str | None = None, hint: str | None = None
+    ) -> None:
+        where = [printable(str(part)) for part in (path, tensor) if part is not None]
+        super().__init__(": ".join([*where, printable(what)]))
+        self.hint = printable(hint) if hint else None
+
+
+class UsageError(CkptavgError):
+    """The command or call asks for something that cannot be."""
+
+    exit_code = 2
+
+
+class InputError(CkptavgError):
+    """An input file is bad."""
+
+    exit_code = 3
+
+
+class DisagreementError(CkptavgError):
+    """The checkpoints do not agree in names, shapes or dtypes."""
+
+    exit_code = 4
+
+
+class OutputError(CkptavgError):
+    """The output cannot be written."""
+
+    exit_code = 5
+
+
+class OutputExistsError(CkptavgError):
+    """The output exists, or somebody else is writing it."""
+
+    exit_code = 6
+
+
+class TaskError(CkptavgError):
+    """The task's code or its metric failed."""
+
+    exit_code = 7
+
+
+class OutOfMemoryError(CkptavgError):
+    """Device or host memory does not suffice."""
+
+    exit_code = 8
+
+
+class InterruptedRunError(CkptavgError):
+    """A signal ended the run before it was done; nothing was written."""
+
+    exit_code = 75
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, with control characters and undecodable bytes as backslash escapes."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii") for char in text
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is a lack of host or device memory, told without importing torch."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return (
+        isinstance(error, MemoryError)
+        or "OutOfMemoryError" in names
+        or "DefaultCPUAllocator: can't alloc" in str(error)
+    )

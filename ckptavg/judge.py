@@ -1,0 +1,81 @@
+"""The honest verdict: the selection beside the best single candidate and the plain averages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from ckptavg.coefficients import Coefficients
+from ckptavg.objective import Score, Split
+from ckptavg.strategies.last import Last
+from ckptavg.strategies.lawa import LAWA
+from ckptavg.strategies.swa import SWA
+
+if TYPE_CHECKING:
+    from ckptavg.mixture import Mixture
+
+
+class Wishes(Protocol):
+    """What the user asked of the verdict; see `ckptavg.pipeline.Options`."""
+
+    @property
+    def never_worse(self) -> bool: ...  # noqa: D102
+    @property
+    def baselines(self) -> bool: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What to write, and what is known about it; see `ckptavg.result.Result` for the fields."""
+
+    coefficients: Coefficients
+    singles: Sequence[Score] = ()
+    baselines: Mapping[str, Mapping[Split, Score]] = field(default_factory=dict[str, Mapping[Split, Score]])
+    best_step: int | None = None
+    verdict: str = ""
+    worse: bool = False
+
+
+def judge(mixture: Mixture, selection: Coefficients, wishes: Wishes) -> Judgement:
+    """Score the selection, every candidate alone, and (unless unwanted) last, SWA and LAWA with as many candidates.
+
+    Args:
+        mixture: the objective; what it has scored already costs nothing.
+        selection: the strategy's answer.
+        wishes: ``never_worse`` replaces the selection by the best single candidate where that scores higher.
+    """
+    n = mixture.n
+    alone = [Coefficients.uniform([i], n) for i in range(n)]
+    singles: list[Score] = []
+    for i, one in enumerate(alone):
+        singles.append(mixture.score(one))
+        mixture.progress("scoring candidates", i + 1, n)
+    best = max(range(n), key=lambda i: (singles[i].value, i))
+    rivals = {"best": alone[best]}
+    if wishes.baselines:
+        k = len(selection.selected)
+        plain = {"last": Last(), "swa": SWA()} | ({f"lawa-{k}": LAWA(k=k)} if k < n else {})
+        rivals |= {name: strategy.learn(mixture).coefficients for name, strategy in plain.items()}
+    baselines: dict[str, Mapping[Split, Score]] = {
+        name: {split: mixture.score(coefficients, split) for split in mixture.splits}
+        for name, coefficients in rivals.items()
+    }
+    chosen = mixture.score(selection)
+    step = mixture.step(best)
+    worse = chosen.value < singles[best].value
+    figures = f"{_figure(chosen)}, the best single candidate (step {step}) {_figure(singles[best])}"
+    if worse and wishes.never_worse:
+        verdict = f"The selection scores below a single candidate: {figures}. That checkpoint was written instead."
+        return Judgement(alone[best], singles, baselines, step, verdict, worse)
+    if worse:
+        verdict = f"WORSE than a single candidate: the selection scores {figures}. --never-worse would write that one."
+    elif chosen.value == singles[best].value:
+        verdict = f"No better than a single candidate: the selection scores {figures}."
+    else:
+        verdict = f"Better than every single candidate: the selection scores {figures}."
+    return Judgement(selection, singles, baselines, step, verdict, worse)
+
+
+def _figure(score: Score) -> str:
+    return f"loss {score.loss:.4f}" if score.metric is None else f"{score.metric:.4f}"

@@ -1,0 +1,82 @@
+"""What a stranger needs to rebuild the output: written into its metadata, without clock, host or absolute path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Final
+
+from ckptavg.checkpoint import Checkpoint
+from ckptavg.coefficients import Coefficients
+from ckptavg.readers import RegularFile
+
+KEY: Final = "ckptavg"
+SCHEMA: Final = 1
+_CHUNK: Final = 1 << 20
+
+
+def metadata(
+    checkpoints: Sequence[Checkpoint],
+    coefficients: Coefficients,
+    strategy: str,
+    settings: Mapping[str, Any],
+    *,
+    dtype: str | None,
+    not_averaged: Sequence[str],
+    recomputed: Sequence[str],
+) -> dict[str, str]:
+    """The output's safetensors metadata: ``format`` for loaders, and everything else as JSON under ``ckptavg``.
+
+    Sources are the selected candidates with the SHA-256 of each of their files. Entries that all selected candidates
+    carry with the same value, such as safetensors' records of tied names, are kept.
+
+    Args:
+        checkpoints: all candidates.
+        coefficients: theirs.
+        strategy: the command's name.
+        settings: its settings.
+        dtype: the dtype asked for, or None for the candidates' own.
+        not_averaged: the tensors taken from the last selected candidate.
+        recomputed: the tensors recomputed from data (BatchNorm statistics).
+    """
+    selected = [(checkpoints[i], coefficients.candidate(i)) for i in coefficients.selected]
+    record = {
+        "schema": SCHEMA,
+        "version": version("ckptavg"),
+        "strategy": strategy,
+        "settings": dict(settings),
+        "dtype": dtype,
+        "groups": list(coefficients.groups),
+        "not_averaged": list(not_averaged),
+        "recomputed": list(recomputed),
+        "sources": [
+            {
+                "name": checkpoint.name,
+                "step": checkpoint.step,
+                "key": checkpoint.key,
+                "coefficient": coefficient,
+                "sha256": {file.path.name: sha256(file) for file in checkpoint.reader.files},
+            }
+            for checkpoint, coefficient in selected
+        ],
+    }
+    first = selected[0][0].reader.metadata
+    kept = {
+        name: value
+        for name, value in first.items()
+        if name != KEY and all(checkpoint.reader.metadata.get(name) == value for checkpoint, _ in selected)
+    }
+    return {**kept, "format": "pt", KEY: json.dumps(record, sort_keys=True, separators=(",", ":"))}
+
+
+def sha256(file: RegularFile) -> str:
+    """The SHA-256 of an open file, in hexadecimal."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK))
+    for start in range(0, file.size, _CHUNK):
+        part = buffer[: min(_CHUNK, file.size - start)]
+        file.read_into(start, part)
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,146 @@
+"""A ``.safetensors`` file, its header checked strictly: the library accepts duplicate keys and unknown fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from ckptavg.errors import InputError
+from ckptavg.readers import ITEM_SIZE, StoredTensor
+from ckptavg.readers.regular_file import RegularFile
+
+MAX_HEADER: Final = 16 << 20
+MAX_TENSORS: Final = 1_000_000
+MAX_RANK: Final = 64
+MAX_NAME: Final = 4096
+
+
+class SafetensorsReader:
+    """An open safetensors file."""
+
+    format = "safetensors"
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, file: RegularFile) -> None:
+        self._file = file
+        self.path: Path = file.path
+        self.files: Sequence[RegularFile] = (file,)
+        header, self._data = _header(file)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise InputError("__metadata__ must map strings to strings", path=self.path)
+        self.metadata: Mapping[str, str] = metadata
+        if len(header) > MAX_TENSORS:
+            raise InputError(f"{len(header)} tensors, more than {MAX_TENSORS}", path=self.path)
+        self.tree: Mapping[str, StoredTensor] = {name: self._tensor(name, field) for name, field in header.items()}
+        self._check_tiling()
+
+    def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
+        """See `ckptavg.readers.Reader`."""
+        self._file.read_into(self._data + tensor.offset + start * ITEM_SIZE[tensor.dtype], out)
+
+    def close(self) -> None:
+        """See `ckptavg.readers.Reader`."""
+        self._file.close()
+
+    def _tensor(self, name: str, field: Any) -> StoredTensor:
+        def refuse(what: str) -> NoReturn:
+            raise InputError(what, path=self.path, tensor=name[:100] or '""')
+
+        if not name or len(name) > MAX_NAME or any(ord(char) < 32 or ord(char) == 127 for char in name):
+            refuse(f"a tensor's name must have 1 to {MAX_NAME} characters and no control characters")
+        if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
+            refuse("its header entry must have exactly dtype, shape and data_offsets")
+        dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
+        if dtype not in ITEM_SIZE:
+            refuse(f"dtype {dtype!r} is not supported; supported are {', '.join(ITEM_SIZE)}")
+        if not _naturals(shape) or len(shape) > MAX_RANK:
+            refuse(f"shape must be a list of at most {MAX_RANK} integers from 0 to 2^63 - 1")
+        if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            refuse("data_offsets must be two integers, begin <= end")
+        tensor = StoredTensor(dtype, tuple(shape), "", offsets[0])
+        if tensor.nbytes != offsets[1] - offsets[0]:
+            refuse(f"{dtype} {shape} takes {tensor.nbytes} bytes, but data_offsets span {offsets[1] - offsets[0]}")
+        return tensor
+
+    def _check_tiling(self) -> None:
+        """The tensors must fill the data exactly: no gap, no overlap, nothing after."""
+        end = 0
+        for name, tensor in sorted(self.tree.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+            if tensor.offset != end:
+                what = "overlaps another tensor" if tensor.offset < end else f"leaves a gap after byte {end}"
+                raise InputError(what, path=self.path, tensor=name)
+            end += tensor.nbytes
+        present = self._file.size - self._data
+        if present < end:
+            raise InputError(
+                f"file is truncated: {present} bytes of tensors present, the header needs {end} (still being written?)",
+                path=self.path,
+            )
+        if present > end:
+            raise InputError(f"{present - end} bytes follow the last tensor", path=self.path)
+
+
+def _header(file: RegularFile) -> tuple[dict[str, Any], int]:
+    size = int.from_bytes(file.read(0, 8), "little")
+    if size > MAX_HEADER:
+        raise InputError(f"header length {size} is larger than the {MAX_HEADER} bytes allowed", path=file.path)
+    if 8 + size > file.size:
+        raise InputError(
+            f"file is truncated: {file.size} bytes present, the header alone needs {8 + size} (still being written?)",
+            path=file.path,
+        )
+    try:
+        header = strict_json(file.read(8, size).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"header is not valid JSON: {error}", path=file.path) from error
+    if not isinstance(header, dict):
+        raise InputError("header is not a JSON object", path=file.path)
+    return header, 8 + size
+
+
+def strict_json(text: str) -> Any:
+    """Parse JSON, refusing what Python's parser lets pass: duplicate keys, NaN and Infinity.
+
+    Raises:
+        ValueError: if it is not strict JSON.
+        RecursionError: if it is nested too deep.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise ValueError(f"key {twice!r} occurs twice")
+        return result
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not allowed")
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)  # pyright: ignore
+
+
+@dataclass(frozen=True)
+class Safetensors:
+    """The format; see `ckptavg.readers.Format`."""
+
+    name: str = "safetensors"
+
+    def claims(self, head: bytes) -> bool:
+        """Eight bytes of length, then an opening brace (JSON text never holds the NULs of a small length)."""
+        return head[8:9] == b"{" and (head[:1] != b"{" or 0 in head[:8])
+
+    def open(self, file: RegularFile) -> SafetensorsReader:
+        """See `ckptavg.readers.Format`."""
+        return SafetensorsReader(file)
+
+
+READER = Safetensors()

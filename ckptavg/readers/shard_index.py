@@ -1,0 +1,109 @@
+"""A model over several files: ``model.safetensors.index.json`` and ``pytorch_model.bin.index.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from ckptavg.errors import InputError
+from ckptavg.readers import Reader, StoredTensor, open_reader
+from ckptavg.readers.regular_file import RegularFile
+from ckptavg.readers.safetensors import strict_json
+
+MAX_INDEX: Final = 64 << 20
+_SEPARATOR: Final = "\0"  # in no file name, so shard and record stay apart
+
+
+class ShardIndexReader:
+    """An open index and its open shards; index and shard headers must name the same tensors."""
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, file: RegularFile) -> None:
+        self.path: Path = file.path
+        weight_map = _weight_map(file)
+        self._shards: dict[str, Reader] = {}
+        try:
+            for shard in sorted(set(weight_map.values())):
+                self._shards[shard] = self._open(shard)
+            self.tree: Mapping[str, StoredTensor] = {
+                name: self._tensor(name, shard) for name, shard in weight_map.items()
+            }
+            self._check_covered(weight_map)
+        except BaseException:
+            self.close()
+            raise
+        shards = [part for reader in self._shards.values() for part in reader.files]
+        self.files: Sequence[RegularFile] = (file, *shards)
+        first = next(iter(self._shards.values()))
+        self.metadata: Mapping[str, str] = first.metadata
+        self.format: str = f"{first.format}, {len(self._shards)} shards"
+
+    def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
+        """See `ckptavg.readers.Reader`."""
+        shard, record = tensor.record.split(_SEPARATOR, 1)
+        self._shards[shard].read_into(replace(tensor, record=record), start, out)
+
+    def close(self) -> None:
+        """See `ckptavg.readers.Reader`."""
+        for reader in self._shards.values():
+            reader.close()
+        for file in getattr(self, "files", ()):
+            file.close()
+
+    def _open(self, shard: str) -> Reader:
+        path = self.path.parent / shard
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise InputError(f"shard {shard!r} is not a bare file name", path=self.path)
+        if not path.exists():
+            raise InputError(f"shard {shard} is missing", path=self.path, hint="copy the whole directory")
+        if path.name.endswith(".json"):
+            raise InputError(f"shard {shard} is itself an index", path=self.path)
+        return open_reader(path)
+
+    def _tensor(self, name: str, shard: str) -> StoredTensor:
+        tensor = self._shards[shard].tree.get(name)
+        if not isinstance(tensor, StoredTensor):
+            raise InputError(f"the index says it is in {shard}, but it is not", path=self.path, tensor=name)
+        return replace(tensor, record=f"{shard}{_SEPARATOR}{tensor.record}")
+
+    def _check_covered(self, weight_map: Mapping[str, str]) -> None:
+        for shard, reader in self._shards.items():
+            for name, node in reader.tree.items():
+                if isinstance(node, StoredTensor) and weight_map.get(name) != shard:
+                    raise InputError(f"lies in {shard}, but not by the index", path=self.path, tensor=name)
+
+
+def _weight_map(file: RegularFile) -> dict[str, str]:
+    if file.size > MAX_INDEX:
+        raise InputError(f"index has {file.size} bytes, more than {MAX_INDEX}", path=file.path)
+    try:
+        index: Any = strict_json(file.read(0, file.size).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"index is not valid JSON: {error}", path=file.path) from error
+    weight_map: Any = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError("has no weight_map, so it is no index of a sharded model", path=file.path)
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError("weight_map must map tensor names to file names", path=file.path)
+    return weight_map
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The format; see `ckptavg.readers.Format`."""
+
+    name: str = "sharded"
+
+    def claims(self, head: bytes) -> bool:
+        """JSON text: an opening brace after white space, and no NUL."""
+        return head.lstrip()[:1] == b"{" and 0 not in head[:16]
+
+    def open(self, file: RegularFile) -> ShardIndexReader:
+        """See `ckptavg.readers.Format`."""
+        return ShardIndexReader(file)
+
+
+READER = ShardIndex()

@@ -1,0 +1,108 @@
+"""The report for a terminal: the candidates, the scores, the verdict and the cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from ckptavg.errors import printable
+from ckptavg.objective import Cost, Score, Split
+from ckptavg.result import CandidateResult, Output, Result
+
+
+def render(result: Result) -> Group:
+    """Everything there is to say, from the candidates down to the file."""
+    return Group(*_parts(result))
+
+
+def _parts(result: Result) -> Iterator[RenderableType]:
+    yield _candidates(result)
+    if result.scores:
+        yield Text()
+        yield _scores(result)
+        yield Text()
+        yield Text(result.verdict, style="bold red" if result.worse else "bold")
+        yield from (Text(line, style="dim") for line in _fineprint(result))
+    elif result.output:
+        yield Text("Nothing was scored: there is no task (--task).", style="bold")
+    if result.cost:
+        yield Text(_cost(result.cost), style="dim")
+    if result.output:
+        yield from (Text(line, style="dim") for line in _output(result.output))
+
+
+def _candidates(result: Result) -> Table:
+    shown = sorted({name for one in result.candidates for name in one.columns})
+    scored = any(one.score for one in result.candidates)
+    metric = any(one.score and one.score.metric is not None for one in result.candidates)
+    table = Table(title=f"{len(result.candidates)} candidates", title_justify="left", box=None, pad_edge=False)
+    for heading in ("candidate", "step", *shown, *(("metric",) if metric else ()), *(("loss",) if scored else ()), ""):
+        table.add_column(heading, justify="left" if heading in ("candidate", "") else "right", no_wrap=True)
+    for one in result.candidates:
+        chosen = one.coefficient not in (0.0, ()) and result.output is not None
+        table.add_row(
+            escape(printable(one.path.name)),
+            str(one.step),
+            *(f"{one.columns[name]:.3f}" for name in shown),
+            *((f"{one.score.metric:.4f}" if one.score and one.score.metric is not None else "",) if metric else ()),
+            *((f"{one.score.loss:.4f}" if one.score else "",) if scored else ()),
+            _mark(one) if chosen else "",
+            style=None if chosen or result.output is None else "dim",
+        )
+    return table
+
+
+def _mark(one: CandidateResult) -> str:
+    return f"● {one.coefficient:.3f}" if isinstance(one.coefficient, float) else "●"
+
+
+def _scores(result: Result) -> Table:
+    names: dict[Split, str] = {"val": "validation", "test": "test", "train": "training"}
+    rows: dict[str, Mapping[Split, Score]] = {result.strategy: result.scores}
+    for name, scores in result.baselines.items():
+        if name != result.strategy:
+            rows[f"best single (step {result.best_step})" if name == "best" else name] = scores
+    table = Table(box=None, pad_edge=False)
+    table.add_column("scores", no_wrap=True)
+    for split in result.scores:
+        if any(score.metric is not None for score in result.scores.values()):
+            table.add_column(f"{names[split]} metric", justify="right")
+        table.add_column(f"{names[split]} loss", justify="right")
+    for name, scores in rows.items():
+        cells: list[str] = []
+        for split in result.scores:
+            score = scores.get(split)
+            if result.scores[split].metric is not None:
+                cells.append(f"{score.metric:.4f}" if score and score.metric is not None else "")
+            cells.append(f"{score.loss:.4f}" if score else "")
+        table.add_row(name, *cells, style="bold" if name == result.strategy else None)
+    return table
+
+
+def _fineprint(result: Result) -> Iterator[str]:
+    if result.scored_on == "train":
+        yield "Scored on training data: the task has no val_dataloader()."
+    elif "test" not in result.scores:
+        yield "The selection was made on these validation data, which flatters it; a test_dataloader() would tell."
+
+
+def _cost(cost: Cost) -> str:
+    epochs = "" if cost.epochs is None else f" = {cost.epochs:.1f} epochs of the {cost.epochs_of} data"
+    batches = f"{cost.forward_batches} forward and {cost.backward_batches} backward batches"
+    return f"cost: {batches}{epochs}, {cost.seconds:.1f} s"
+
+
+def _output(output: Output) -> Iterator[str]:
+    yield f"wrote {printable(str(output.path))}: {output.bytes:,} bytes, {output.dtype}, sha256 {output.sha256[:16]}…"
+    if output.recomputed:
+        yield f"recomputed from data: {_listing(output.recomputed)}"
+    if output.not_averaged:
+        yield f"not averaged, taken from the last selected: {_listing(output.not_averaged)}"
+
+
+def _listing(names: Sequence[str]) -> str:
+    return printable(", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else ""))

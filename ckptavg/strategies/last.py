@@ -1,0 +1,23 @@
+"""The last candidate, as it is: what there would be without averaging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ckptavg.coefficients import Coefficients
+from ckptavg.objective import Learned, Objective, Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Last:
+    """Take the last candidate alone."""
+
+    needs_task: ClassVar[bool] = False
+
+    def learn(self, objective: Objective) -> Learned:
+        """See `Strategy.learn`."""
+        return Learned(coefficients=Coefficients.uniform([objective.n - 1], objective.n))
+
+
+STRATEGY: type[Strategy] = Last

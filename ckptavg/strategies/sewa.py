@@ -1,0 +1,136 @@
+"""SeWA: which K of the N candidates to average, learned as a probabilistic mask.
+
+Shape suffixes: N = candidates, K = chosen, M = Monte Carlo samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from ckptavg.coefficients import Coefficients
+from ckptavg.errors import UsageError
+from ckptavg.objective import Learned, Objective, Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EDGE = 1e-3  # probabilities closer than this to 0 or 1 are sampled as if they were this far away
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeWA:
+    """Select K checkpoints with a mask learned by Gumbel-Softmax, and average them.
+
+    The mask m ∈ {0,1}^N, Σ m_i = K, that minimises F(m) = E_B ℓ(Σ_i m_i w_i / Σ_i m_i; B) is sought by relaxing it to
+    m_i ~ Bernoulli(s_i), s ∈ C = {0 ≤ s_i ≤ 1, Σ s_i ≤ K}, from s_i = K/N. Each step draws M binary Concrete samples
+    m̃_i = σ((log(s_i/(1−s_i)) + g1 − g0)/τ), g0, g1 ~ Gumbel(0,1), and takes s ← Π_C(s − η·∇_s mean ℓ(w(m̃))). The
+    temperature τ falls linearly. The answer is the K largest s_i, ties to the later, with coefficients 1/K.
+
+    The paper fits the mask on training data (``--on train``); here validation data is the default, because a mask
+    fitted on noisy training labels learns the noise. The authors' public code differs further: one Gumbel instead of
+    two, straight-through always, τ = 1, AdamW on logits, no projection.
+
+    References:
+        Wang et al. 2025, SeWA: Selective Weight Average via Probabilistic Masking, arXiv:2502.10119. The estimator:
+        Maddison, Mnih and Teh 2017, The Concrete Distribution, arXiv:1611.00712, equation 9. Constraint and
+        projection: Zhou et al. 2021, ProbMask, CVPR.
+    """
+
+    needs_task: ClassVar[bool] = True
+
+    k: Annotated[int, "How many checkpoints to average."] = 5
+    steps: Annotated[int, "Optimisation steps of the mask."] = 200
+    lr: Annotated[float, "Learning rate η of the probabilities s."] = 0.1
+    samples: Annotated[int, "Monte Carlo samples M a step."] = 2
+    tau_start: Annotated[float, "Temperature at the first step."] = 1.0
+    tau_end: Annotated[float, "Temperature at the last step."] = 0.3
+    on: Annotated[Literal["val", "train"] | None, "Data the mask is learned on; default val where the task has it."] = (
+        None
+    )
+    straight_through: Annotated[bool, "Round the sampled mask to 0 or 1 in the forward pass."] = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("k", 1), ("steps", 1), ("samples", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        for name in ("lr", "tau_start", "tau_end"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(self, name)}")
+
+    def learn(self, objective: Objective) -> Learned:
+        """See `Strategy.learn`."""
+        import torch
+
+        n = objective.n
+        if self.k > n:
+            raise UsageError(
+                f"--k {self.k} asks for more checkpoints than the {n} candidates there are",
+                hint=f"choose --k {n} or less, or widen the window (--last, --start, --stop, --every)",
+            )
+        s_N = (objective.uniform() * self.k).clamp(max=1)
+        # all noise at once, from the CPU: the same on every device, and no transfer a step
+        uniform = torch.rand(self.steps, self.samples, n, generator=objective.generator, dtype=torch.float64)
+        noise = torch.logit(uniform, eps=1e-12).to(s_N)  # g1 − g0 is logistic
+        losses = torch.empty(self.steps, dtype=s_N.dtype, device=s_N.device)
+        for step in range(self.steps):
+            tau = self.tau_start + (self.tau_end - self.tau_start) * step / max(1, self.steps - 1)
+            s_N = s_N.detach().requires_grad_()
+            loss = torch.stack([objective.loss(self._mixture(s_N, noise_N, tau), self.on) for noise_N in noise[step]])
+            (gradient_N,) = torch.autograd.grad(loss.mean(), s_N)
+            s_N = project_capped_simplex(s_N.detach() - self.lr * gradient_N, self.k)
+            losses[step] = loss.detach().mean()
+            objective.progress(
+                "learning the mask", step + 1, self.steps, loss=losses[step], sure=s_N.topk(self.k).values.mean()
+            )
+        probabilities = s_N.tolist()
+        chosen = sorted(range(n), key=lambda i: (probabilities[i], i))[-self.k :]
+        return Learned(
+            coefficients=Coefficients.uniform(chosen, n), columns={"s": probabilities}, trace={"loss": losses.tolist()}
+        )
+
+    def _mixture(self, s_N: Tensor, noise_N: Tensor, tau: float) -> Tensor:
+        """[N], m̃ / Σ m̃ for one binary Concrete sample m̃, differentiable in s."""
+        import torch
+
+        # clamped in value only: a clamp's own gradient is 0 outside, and s_i could never leave 0 or 1 again
+        inner_N = s_N + (s_N.clamp(EDGE, 1 - EDGE) - s_N).detach()
+        m_N = torch.sigmoid((torch.logit(inner_N) + noise_N) / tau)
+        if self.straight_through:
+            hard_N = (m_N > 0.5).to(m_N)
+            m_N = torch.where(hard_N.sum() > 0, hard_N + m_N - m_N.detach(), m_N)  # never an empty mask
+        return m_N / m_N.sum()
+
+
+def project_capped_simplex(s_N: Tensor, k: float) -> Tensor:
+    """Euclidean projection of ``s_N`` onto C = {0 ≤ s ≤ 1, Σ s ≤ k}.
+
+    It is clamp(s − ν, 0, 1) with ν = 0 where that sums to at most k, and otherwise the ν > 0 at which it sums to k.
+    The sum is piecewise linear in ν with 2N breakpoints s_i and s_i − 1; they are sorted, the sum at each is found,
+    and ν is interpolated exactly between the two that enclose k. O(N²) elementwise and without a host
+    synchronisation.
+
+    Args:
+        s_N: [N], any real values.
+        k: the cap on the sum, > 0.
+    Returns:
+        [N], of the same dtype and device.
+    Raises:
+        ValueError: if k ≤ 0.
+    References:
+        Wang and Lu 2015, arXiv:1503.01002; SeWA (arXiv:2502.10119), the set C.
+    """
+    import torch
+
+    if k <= 0:
+        raise ValueError(f"the cap must be positive, not {k}")
+    nu = torch.cat([s_N, s_N - 1, s_N.new_zeros(1)]).clamp(min=0).sort().values
+    sums = (s_N - nu.unsqueeze(1)).clamp(0, 1).sum(dim=1)  # falls as ν grows, to 0 at the largest breakpoint
+    low = ((sums > k).sum() - 1).clamp(min=0)  # the last breakpoint with a sum above k
+    high = (low + 1).clamp(max=len(nu) - 1)
+    slope = (sums[low] - sums[high]).clamp(min=torch.finfo(s_N.dtype).tiny)
+    root = nu[low] + (sums[low] - k) / slope * (nu[high] - nu[low])
+    return (s_N - torch.where(sums[0] > k, root, torch.zeros_like(root))).clamp(0, 1)
+
+
+STRATEGY: type[Strategy] = SeWA

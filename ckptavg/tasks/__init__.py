@@ -1,0 +1,50 @@
+"""What says how good a model is: the task. One file a kind of task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ckptavg.objective import Split
+
+
+class Task(Protocol):
+    """Model, data, loss and metric of a training job; whatever its code raises comes out as a TaskError."""
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, as the report names it."""
+        ...
+
+    @property
+    def metric(self) -> Callable[[nn.Module, Any], Tensor] | None:
+        """One value an example, or a mean; None where the loss is all there is."""
+        ...
+
+    @property
+    def metric_goal(self) -> str:
+        """``max`` where a larger metric is better, ``min`` where a smaller one is."""
+        ...
+
+    def model(self) -> nn.Module:
+        """A model whose state dict has the checkpoints' names and shapes; its values do not matter."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The mean loss of a batch, or one value for each example [B]."""
+        ...
+
+    def has(self, split: Split) -> bool:
+        """Whether there is data of this split."""
+        ...
+
+    def batches(self, split: Split) -> Iterator[Any]:
+        """One pass over the data of a split."""
+        ...
+
+    def examples(self, split: Split) -> int | None:
+        """How many examples a split has, where that is known without reading it."""
+        ...

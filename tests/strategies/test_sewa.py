@@ -1,0 +1,132 @@
+"""SeWA against brute force, a literal twin of its update rule, and scipy's projection."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quadratic import Quadratic
+from scipy.optimize import minimize
+
+from ckptavg.errors import UsageError
+from ckptavg.strategies.sewa import EDGE, SeWA, project_capped_simplex
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_chosen_subset_is_among_the_best_one_percent_on_a_quadratic(seed: int):
+    objective = Quadratic(n=10, d=6, seed=seed)
+    chosen = SeWA(k=4).learn(objective).coefficients.selected
+    ranked = sorted(itertools.combinations(range(10), 4), key=objective.of_subset)
+    assert ranked.index(chosen) < 0.01 * len(ranked)
+
+
+def test_coefficients_are_one_over_k_for_exactly_k_candidates():
+    coefficients = SeWA(k=3, steps=5).learn(Quadratic(n=7, d=4, seed=0)).coefficients
+    assert sorted(coefficients.values[0]) == [0, 0, 0, 0, 1 / 3, 1 / 3, 1 / 3]
+
+
+def test_ties_go_to_the_later_checkpoint():
+    flat = Quadratic(n=6, d=3, seed=0, scale=0.0)  # the loss is 0 everywhere: every s stays K/N
+    assert SeWA(k=2, steps=3).learn(flat).coefficients.selected == (4, 5)
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_one_step_is_the_literal_update(straight_through: bool):
+    """s ← Π_C(s − η ∇_s mean ℓ(w(m̃))), the gradient by hand from the formula of the binary Concrete sample."""
+    objective = Quadratic(n=5, d=4, seed=3)
+    strategy = SeWA(k=2, steps=1, samples=3, tau_start=0.7, lr=0.2, straight_through=straight_through)
+    learned = strategy.learn(objective)
+    s = torch.full((5,), 0.4, dtype=torch.float64)
+    uniform = torch.rand(1, 3, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)[0]
+    gradient = torch.zeros(5, dtype=torch.float64)
+    for u in uniform:
+        noise = u.log() - (1 - u).log()  # −log(−log u') differences are logistic
+        soft = 1 / (1 + torch.exp(-(torch.log(s / (1 - s)) + noise) / 0.7))
+        m = (soft > 0.5).double() if straight_through and (soft > 0.5).any() else soft
+        c = m / m.sum()
+        by_c = 2 / objective.d * objective.weights_ND @ (c @ objective.weights_ND)
+        by_m = (by_c - (by_c * c).sum()) / m.sum()
+        by_s = soft * (1 - soft) / 0.7 / (s * (1 - s))
+        gradient += by_m * by_s / 3
+    moved = s - 0.2 * gradient
+    low, high = -1.0, 1.0
+    for _ in range(200):  # ν by bisection, as methods.md puts it
+        nu = (low + high) / 2
+        low, high = (nu, high) if (moved - nu).clamp(0, 1).sum() > 2 else (low, nu)
+    expected = (moved - max(0.0, high)).clamp(0, 1)
+    torch.testing.assert_close(torch.tensor(learned.columns["s"], dtype=torch.float64), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_probability_at_the_edge_can_come_back():
+    """A clamp's own gradient would be 0 there, and a candidate once dropped would be lost for good."""
+    s = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    mixture = SeWA(k=1)._mixture(s, torch.zeros(3, dtype=torch.float64), 1.0)  # pyright: ignore[reportPrivateUsage]
+    (gradient,) = torch.autograd.grad(mixture[0], s)
+    assert gradient[0] > 0 and gradient[1] < 0 and EDGE > 0
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.floats(-3, 3, allow_nan=False), min_size=1, max_size=12),
+    st.floats(0.01, 12),
+)
+def test_projection_is_feasible_and_satisfies_the_optimality_conditions(values: list[float], k: float):
+    s = torch.tensor(values, dtype=torch.float64)
+    projected = project_capped_simplex(s, k)
+    slack = 1e-9  # float64 sums of at most 12 terms below 3
+    assert projected.min() >= 0 and projected.max() <= 1 and float(projected.sum()) <= k + slack
+    clamped = s.clamp(0, 1)
+    if float(clamped.sum()) <= k:
+        assert torch.equal(projected, clamped)
+        return
+    assert math.isclose(float(projected.sum()), k, abs_tol=slack)
+    inside = (projected > 1e-9) & (projected < 1 - 1e-9)
+    shift = (s - projected)[inside]  # one multiplier ν for all that are strictly inside
+    assert len(shift) == 0 or float(shift.max() - shift.min()) < slack
+
+
+def test_projection_agrees_with_scipy():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        s = torch.randn(6, generator=generator, dtype=torch.float64) * 2
+        projected = project_capped_simplex(s, 2.0)
+        target = s.tolist()
+        solved = minimize(
+            lambda x, target=target: sum((a - b) ** 2 for a, b in zip(x, target, strict=True)),
+            x0=[1 / 3] * 6,
+            bounds=[(0, 1)] * 6,
+            constraints={"type": "ineq", "fun": lambda x: 2.0 - sum(x)},
+            method="SLSQP",
+            options={"ftol": 1e-14, "maxiter": 500},
+        )
+        torch.testing.assert_close(projected, torch.tensor(solved.x.tolist(), dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_a_cap_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match="cap"):
+        project_capped_simplex(torch.ones(2), 0)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"k": 0}, "--k must be at least 1"),
+        ({"steps": 0}, "--steps"),
+        ({"samples": 0}, "--samples"),
+        ({"lr": 0.0}, "--lr"),
+        ({"tau_end": -1.0}, "--tau-end"),
+        ({"tau_start": float("nan")}, "--tau-start"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings_: dict[str, float], message: str):
+    with pytest.raises(UsageError, match=message):
+        SeWA(**settings_)  # pyright: ignore[reportArgumentType]
+
+
+def test_fewer_candidates_than_k_is_refused():
+    with pytest.raises(UsageError, match="--k 5 asks for more checkpoints than the 3 candidates"):
+        SeWA(k=5).learn(Quadratic(n=3, d=2, seed=0))

@@ -1,0 +1,180 @@
+"""The candidate matrix against plain torch: w(c) is the weighted sum, and the pullback is autograd's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ckptavg.candidates import Candidates
+from ckptavg.discover import discover
+from ckptavg.errors import InputError, TaskError
+
+
+class Tied(nn.Module):
+    """A parameter with two names, a BatchNorm, an integer buffer and a float one that is no statistic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.ones(4))
+        self.register_buffer("count", torch.zeros(2, dtype=torch.int64))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.embed(tokens)) * self.scale)
+
+
+def ignore(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def states(model: nn.Module, n: int) -> list[dict[str, Tensor]]:
+    """n state dicts of the model with random values; tied names stay one tensor."""
+    result: list[dict[str, Tensor]] = []
+    for i in range(n):
+        generator = torch.Generator().manual_seed(i)
+        fresh: dict[int, Tensor] = {}
+        state: dict[str, Tensor] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            value = torch.rand(tensor.shape, generator=generator) + 0.5
+            state[name] = fresh.setdefault(
+                id(tensor), (value * (1 if tensor.is_floating_point() else 9)).to(tensor.dtype)
+            )
+        result.append(state)
+    return result
+
+
+def candidates(model: nn.Module, saved: list[dict[str, Tensor]], folder: Path) -> Candidates:
+    for i, state in enumerate(saved):
+        torch.save(state, folder / f"step-{i}.pt")
+    return Candidates(model, discover([folder]).checkpoints, ignore)
+
+
+def test_materialize_is_the_weighted_sum_of_every_floating_tensor(tmp_path: Path):
+    model = Tied()
+    saved = states(model, 5)
+    matrix = candidates(model, saved, tmp_path)
+    c = torch.tensor([0.5, -0.2, 0.3, 0.1, 0.3])
+    matrix.materialize(c)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            expected = sum(float(c[i]) * saved[i][name].double() for i in range(5))
+            # 5 products of numbers below 1.5, each rounded once in float32, and 4 sums
+            torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=10 * 1.5 * 2**-24)
+
+
+def test_a_tied_parameter_is_in_the_matrix_once(tmp_path: Path):
+    model = Tied()
+    matrix = candidates(model, states(model, 3), tmp_path)
+    unique = sum(p.numel() for p in model.parameters()) + sum(
+        b.numel() for b in model.buffers() if b.is_floating_point()
+    )
+    assert matrix.nbytes == 3 * 4 * unique
+    assert model.head.weight is model.embed.weight
+
+
+def test_pullback_is_autograds_gradient_with_respect_to_the_coefficients(tmp_path: Path):
+    model = Tied()
+    saved = states(model, 4)
+    tokens = torch.arange(7)
+
+    def loss_at(c: Tensor) -> Tensor:
+        parameters = {name: sum(c[i] * saved[i][name] for i in range(4)) for name, _ in model.named_parameters()}
+        parameters["head.weight"] = parameters["embed.weight"]
+        buffers = {"scale": sum(c[i].detach() * saved[i]["scale"] for i in range(4))}
+        model.train()
+        return torch.func.functional_call(model, {**parameters, **buffers}, (tokens,)).square().mean()
+
+    c = torch.tensor([0.4, 0.3, 0.2, 0.1], requires_grad=True)
+    reference = Tied()  # functional_call on its own copy: the model below loses its storage to the flat vector
+    model, real = reference, model
+    (expected,) = torch.autograd.grad(loss_at(c), c)
+    model = real
+    matrix = candidates(model, saved, tmp_path)
+    matrix.materialize(c.detach())
+    matrix.zero_gradient()
+    model.train()
+    model(tokens).square().mean().backward()
+    torch.testing.assert_close(matrix.pullback(), expected, rtol=1e-4, atol=1e-5)
+    matrix.zero_gradient()
+    assert torch.equal(matrix.pullback(), torch.zeros(4))
+
+
+def test_integers_are_those_of_the_candidate_asked_for(tmp_path: Path):
+    model = Tied()
+    saved = states(model, 3)
+    matrix = candidates(model, saved, tmp_path)
+    matrix.take_integers(1)
+    assert torch.equal(model.state_dict()["count"], saved[1]["count"])
+
+
+def test_a_model_of_mixed_precision_has_a_matrix_for_each_dtype(tmp_path: Path):
+    model = nn.Sequential(nn.Linear(3, 3).to(torch.bfloat16), nn.Linear(3, 3))
+    saved = states(model, 2)
+    matrix = candidates(model, saved, tmp_path)
+    matrix.materialize(torch.tensor([1.0, 0.0]))
+    assert all(torch.equal(tensor, saved[0][name]) for name, tensor in model.state_dict().items())
+    assert matrix.nbytes == 2 * (12 * 2 + 12 * 4)
+
+
+def test_one_of_two_tied_names_in_the_file_is_enough(tmp_path: Path):
+    """Hugging Face drops the other name when it saves."""
+    model = Tied()
+    saved = [{name: t for name, t in state.items() if name != "embed.weight"} for state in states(model, 2)]
+    candidates(model, saved, tmp_path).materialize(torch.tensor([0.0, 1.0]))
+    assert torch.equal(model.embed.weight, saved[1]["head.weight"])
+
+
+def test_tied_names_that_differ_in_the_file_are_refused(tmp_path: Path):
+    model = Tied()
+    saved = states(model, 2)
+    saved[1]["head.weight"] = saved[1]["head.weight"] + 1
+    with pytest.raises(InputError, match=r"step-1\.pt: head\.weight: is tied to embed\.weight"):
+        candidates(model, saved, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("scale"), "only it has scale"),
+        (lambda state: state.update(extra=torch.zeros(1)), "it lacks extra"),
+        (lambda state: state.update(scale=torch.zeros(5)), r"scale of shape \[4\], the checkpoints \[5\]"),
+        (lambda state: state.update(scale=torch.zeros(4, dtype=torch.int32)), "scale as torch.float32"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
+):
+    saved = states(Tied(), 2)
+    for state in saved:
+        change(state)
+    with pytest.raises(TaskError, match=message):
+        candidates(Tied(), saved, tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path: Path, value: float):
+    saved = states(Tied(), 3)
+    saved[2]["norm.weight"][1] = value
+    with pytest.raises(InputError, match=r"step-2\.pt: norm\.weight: 1 values are NaN or infinite") as caught:
+        candidates(Tied(), saved, tmp_path)
+    assert caught.value.hint == "leave it out with --exclude 'step-2.pt'"
+
+
+def test_load_sets_the_whole_state_from_bytes(tmp_path: Path):
+    model = Tied()
+    candidates(model, states(model, 2), tmp_path)
+    other = states(model, 5)[4]
+    (tmp_path / "other").mkdir()
+    save_file({name: tensor.clone() for name, tensor in other.items()}, tmp_path / "other" / "step-9.safetensors")
+    (checkpoint,) = discover([tmp_path / "other"]).checkpoints
+    again = Candidates(Tied(), [checkpoint], ignore)
+    again.load(checkpoint.tensors, checkpoint.read_into)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in again.model.state_dict().items())
