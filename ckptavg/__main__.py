@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ckptavg.errors import CkptavgError, InterruptedRunError, UsageError, printable
+from ckptavg.errors import CkptavgError, UsageError, printable
 
 
 def main() -> NoReturn:
@@ -24,8 +24,6 @@ def main() -> NoReturn:
         app(prog_name="ckptavg", default_map=_configured())
     except CkptavgError as error:
         _fail(error, error)
-    except KeyboardInterrupt as error:
-        _fail(InterruptedRunError("interrupted; nothing was written", hint="run the same command again"), error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain again
         sys.exit(141)

@@ -63,9 +63,10 @@ def weighted_average(
     """Every byte of Σ_i c_i w_i, tensor by tensor in the order of the first file.
 
     Each product and each sum is one float64 operation, in the order of the candidates, and the total is rounded once
-    to the output's dtype: within half a unit in the last place of the exact sum, plus N·2⁻⁵³·Σ|c_i w_i|, and the same
-    bits for every ``chunk``. Candidates with coefficient 0 are not read. Where one candidate has coefficient 1, and
-    for tensors that are not floating point, the bytes are those of the last selected candidate.
+    to the output's dtype: within half a unit in the last place of the exact sum, plus N·2⁻⁵³·Σ|c_i w_i| (and N·2⁻¹⁰⁷⁵
+    where float64 itself underflows), and the same bits for every ``chunk``. Candidates with coefficient 0 are not
+    read. A tensor of which one candidate has coefficient 1 is copied bit for bit, and so, from the last selected
+    candidate, is one that is not floating point.
 
     Memory: 30 bytes an element of ``chunk``, whatever the number and size of the candidates.
 

@@ -7,12 +7,11 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ckptavg.cli.strategy import Device, Json, Key, Paths, Quiet, Seed, TaskFile, Verbose
-from ckptavg.cli.terminal import Screen
+from ckptavg.cli.terminal import Screen, console
 from ckptavg.errors import UsageError, printable
 
 
@@ -64,4 +63,4 @@ def command(
             )
         ]
         table.add_row(Text(printable(str(path))), *cells)
-    Console(highlight=False).print(table)
+    console().print(table)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json as json_module
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.cli.strategy import Every, Exclude, Include, Json, Key, LastN, Paths, Quiet, Start, Stop, Verbose
+from ckptavg.cli.terminal import console
 from ckptavg.discover import Found, Window, discover
 from ckptavg.errors import InputError, printable
 
@@ -72,7 +72,7 @@ def _to_dict(found: Found) -> dict[str, Any]:
 
 
 def _show(found: Found, *, quiet: bool) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    screen = console()
     table = Table(box=None, pad_edge=False)
     keyed = any(one.key for one in found.checkpoints)
     table.add_column("candidate", no_wrap=True)
@@ -92,19 +92,19 @@ def _show(found: Found, *, quiet: bool) -> None:
             _size(one.size),
         )
         table.add_row(*(Text(printable(str(cell))) for cell in cells))
-    console.print(table)
+    screen.print(table)
     if quiet:
         return
     if found.checkpoints:
-        console.print(Text(f"steps from {found.checkpoints[0].step_from}", style="dim"))
+        screen.print(Text(f"steps from {found.checkpoints[0].step_from}", style="dim"))
     styles = {"bad": "red", "warning": "yellow"}
     for one in found.left_out:
         where = "" if one.kind == "bad" else f"{one.path.name}: "  # an error names its file itself
-        console.print(
+        screen.print(
             Text(printable(f"left out {where}{one.reason}"), style=styles.get(one.kind, "dim")), soft_wrap=True
         )
     for note in dict.fromkeys((*found.warnings, *(note for one in found.checkpoints for note in one.notes))):
-        console.print(Text(printable(note), style="yellow"), soft_wrap=True)
+        screen.print(Text(printable(note), style="yellow"), soft_wrap=True)
 
 
 def _size(count: int) -> str:

@@ -10,8 +10,17 @@ from pathlib import Path
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ckptavg.errors import OutputError, printable
+from ckptavg.errors import InterruptedRunError, OutputError, printable
 from ckptavg.result import Result
+
+WIDE = 200  # columns where there is no terminal: a log should not cut names
+Watch = Callable[[str, int, int, Mapping[str, float]], None]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Rich's console for one of the two streams."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else WIDE)
 
 
 class Screen:
@@ -20,7 +29,7 @@ class Screen:
     def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
         self._quiet = quiet
         self._verbose = verbose
-        self._console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+        self._console = console(stderr=True)
 
     def print(self, what: RenderableType) -> None:
         """Show something, unless quiet."""
@@ -40,8 +49,16 @@ class Screen:
             self._console.print(printable(text), style="yellow", markup=False)
 
     @contextmanager
-    def watching(self) -> Generator[Callable[[str, int, int, Mapping[str, float]], None] | None]:
-        """A progress bar for the stages of a run; only on a terminal."""
+    def watching(self) -> Generator[Watch | None]:
+        """A progress bar for the stages of a run, on a terminal only; Ctrl-C within is an InterruptedRunError."""
+        try:
+            with self._bars() as watch:
+                yield watch
+        except KeyboardInterrupt as error:
+            raise InterruptedRunError("interrupted; nothing was written", hint="run the same command again") from error
+
+    @contextmanager
+    def _bars(self) -> Generator[Watch | None]:
         if self._quiet or not self._console.is_terminal:
             yield None
             return

@@ -161,6 +161,8 @@ def unknown(head: bytes) -> str:
     """What to say of a file that starts with ``head`` and that no format claims."""
     if not head:
         return "file is empty (0 bytes)"
+    if len(head) < 9:
+        return f"file is truncated: {len(head)} bytes present, too few for any format (still being written?)"
     for magic, what in (
         (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
         (b"<", "is a web page or XML, not a checkpoint; was the download refused?"),

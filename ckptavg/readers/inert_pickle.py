@@ -9,26 +9,28 @@ Protocols 2 to 5 are read, as ``torch.save`` and ``pickle.dump`` write them; the
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeAlias, runtime_checkable
+from typing import Final, NoReturn, Protocol, TypeAlias, runtime_checkable
 
 from ckptavg.readers import Refused
 
 MAX_INTEGER: Final = 255  # bytes
-MAX_NAME: Final = 1000  # characters of a global's module or name
-BUDGET: Final = 640 << 20  # what a pickle may cost, in bytes as estimated below
+MAX_NAME: Final = 1000  # bytes of a global's module or name
+BUDGET: Final = 640 << 20  # what a pickle may cost, text and bytes (which it must hold itself) not counted
 
-# Upper estimates of the memory CPython needs. Each opcode is charged, which bounds the time as well: 20 million of them.
-_OPCODE: Final = 32
-_TUPLE: Final = 64
-_LIST: Final = 96
-_DICT: Final = 240
-_ITEM: Final = 96
-_STRING: Final = 72
-_OBJECT: Final = 160
+# What an opcode costs: an upper estimate of the memory CPython needs for what it makes, and enough for any opcode that
+# time is bounded as well, to 14 million of them.
+_STEP: Final = 48
+_NUMBER: Final = 80
+_TUPLE: Final = 96
+_STRING: Final = 104
+_LIST: Final = 128
+_OBJECT: Final = 192
+_DICT: Final = 272
+_GLOBAL: Final = 384
 
-# int keys of more than 60 bits share hashes by the million, tuples may be too deep to hash, the rest are no keys at all
+# integers of more bits share hashes by the million, which would make a dict take for ever
 _LARGEST_KEY: Final = 2**60
 
 Maker: TypeAlias = Callable[[tuple[object, ...]], object]
@@ -83,74 +85,60 @@ def load(data: bytes, makers: Mapping[str, Maker], persistent: Callable[[object]
     machine = _Machine(data, makers, persistent)
     try:
         return machine.run()
-    except IndexError as error:  # from the stack's pop: every read of the data is checked
+    except IndexError as error:  # from the stack and the marks: every read of the data is checked
         raise PickleError(f"is damaged: byte {machine.position} takes more from the stack than is on it") from error
     except UnicodeDecodeError as error:
         raise PickleError(f"is damaged: the text before byte {machine.position} is not UTF-8") from error
 
 
 class _Machine:
+    """The stack of what follows the last mark, the stacks below the marks, and the memo."""
+
     def __init__(self, data: bytes, makers: Mapping[str, Maker], persistent: Callable[[object], object]) -> None:
         self.data = data
+        self.end = len(data) - 1  # where STOP must be
         self.position = 0
         self.stack: list[object] = []
-        self.marks: list[list[object]] = []
+        self.below: list[list[object]] = []
         self.memo: list[object] = []
-        self.budget = BUDGET
         self.makers = makers
         self.persistent = persistent
 
     def run(self) -> object:
-        if self.data[:1] != b"\x80" or self.data[1:2] not in (b"\2", b"\3", b"\4", b"\5"):
+        data, end, rows, budget = self.data, self.end, _ROWS, BUDGET
+        if data[:1] != b"\x80" or data[1:2] not in (b"\2", b"\3", b"\4", b"\5"):
             raise PickleError("is damaged: it does not start like a pickle of protocol 2 to 5")
-        data, end, opcodes = self.data, len(self.data), _OPCODES
-        while True:
-            at = self.position
-            if at >= end:
-                raise PickleError("is damaged: it is cut off")
-            self.position = at + 1
-            code = data[at]
-            opcode = opcodes.get(code)
-            if opcode is None:
-                break
-            opcode(self)
-            self.budget -= _OPCODE
-            if self.budget < 0:
+        while (at := self.position) < end:
+            width, cost, opcode = rows[data[at]]
+            self.position = following = at + 1 + width
+            if following > end:
+                _cut_off()
+            budget -= cost
+            if budget < 0:
                 raise PickleError("takes more memory than any checkpoint's should")
-        if code != ord("."):
-            raise PickleError(f"is damaged: byte {at} is {code:#04x}, no opcode of protocol 2 to 5")
+            if not width:
+                opcode(self, 0)
+            elif width == 1:
+                opcode(self, data[at + 1])
+            else:
+                opcode(self, int.from_bytes(data[at + 1 : following], "little"))
+        if data[end:] != b".":
+            _cut_off()
         value = self.stack.pop()
-        if self.stack or self.marks or self.position < end:
-            raise PickleError(f"is damaged: it ends at byte {at}, but is not complete there")
+        if self.stack or self.below:
+            raise PickleError("is damaged: it ends before it is complete")
         return value
 
     def take(self, size: int) -> bytes:
         """The next ``size`` bytes."""
         start = self.position
         self.position = start + size
-        if self.position > len(self.data):
-            raise PickleError("is damaged: it is cut off")
+        if self.position > self.end:
+            _cut_off()
         return self.data[start : self.position]
 
-    def number(self, size: int) -> int:
-        """The next ``size`` bytes as an unsigned number."""
-        return int.from_bytes(self.take(size), "little")
-
-    def spend(self, cost: int) -> None:
-        """Charge ``cost`` before it is spent."""
-        self.budget -= cost
-        if self.budget < 0:
-            raise PickleError("takes more memory than any checkpoint's should")
-
-    def text(self, size: int) -> None:
-        self.spend(_STRING + 4 * size)
-        self.stack.append(self.take(size).decode("utf-8", "surrogatepass"))
-
-    def raw(self, size: int) -> None:
-        self.spend(_STRING + size)
-        self.stack.append(self.take(size))
-
     def line(self) -> str:
+        """The text up to the next line feed."""
         end = self.data.find(b"\n", self.position, self.position + MAX_NAME + 1)
         if end < 0:
             raise PickleError(f"is damaged: the name at byte {self.position} does not end")
@@ -158,32 +146,39 @@ class _Machine:
         self.position += 1
         return line.decode("utf-8")
 
-    def remember(self, index: int) -> None:
-        value = self.stack[-1]
-        if index == len(self.memo):
-            self.memo.append(value)
-        elif index < len(self.memo):
-            self.memo[index] = value
-        else:
-            raise PickleError(f"is damaged: memo {index} follows {len(self.memo) - 1}")
-
-    def recall(self, index: int) -> None:
-        if index >= len(self.memo):
-            raise PickleError(f"is damaged: memo {index} is missing")
-        self.stack.append(self.memo[index])
-
     def mark(self) -> None:
-        self.marks.append(self.stack)
+        """Start a new stack."""
+        self.below.append(self.stack)
         self.stack = []
-        self.spend(_LIST)
 
     def since_mark(self) -> list[object]:
         """Everything since the last mark, which goes."""
         items = self.stack
-        self.stack = self.marks.pop()
+        self.stack = self.below.pop()
         return items
 
+    def gather(self, kind: Callable[[list[object]], object]) -> None:
+        """Replace everything since the last mark by one list or tuple of it."""
+        items = self.since_mark()
+        self.stack.append(kind(items))
+
+    def put(self, index: int) -> None:
+        """Remember what is on top of the stack."""
+        if index == len(self.memo):
+            self.memo.append(self.stack[-1])
+        elif index < len(self.memo):
+            self.memo[index] = self.stack[-1]
+        else:
+            raise PickleError(f"is damaged: memo {index} follows {len(self.memo) - 1}")
+
+    def get(self, index: int) -> None:
+        """Push what was remembered."""
+        if index >= len(self.memo):
+            raise PickleError(f"is damaged: memo {index} is missing")
+        self.stack.append(self.memo[index])
+
     def extend(self, items: list[object]) -> None:
+        """Append to the list on top of the stack."""
         target = self.stack[-1]
         if type(target) is list:
             target.extend(items)
@@ -191,48 +186,36 @@ class _Machine:
             raise PickleError(f"is damaged: it appends to a {type(target).__name__}")
 
     def store(self, items: list[object]) -> None:
+        """Set keys and values, in turns, of the dict on top of the stack."""
         target = self.stack[-1]
         if len(items) % 2:
-            raise PickleError("is damaged: a key without a value")
-        self.spend(_ITEM * len(items) // 2)
-        if isinstance(target, Inert | Refused):
-            return
-        if type(target) is not dict:
+            raise PickleError("is damaged: it has a key without a value")
+        if type(target) is dict:
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                target[key if type(key) is str else _key(key)] = value
+        elif not isinstance(target, Inert | Refused):
             raise PickleError(f"is damaged: it sets an item of a {type(target).__name__}")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_key(key)] = value
+
+    def name(self, module: object, name: object) -> None:
+        """Push a global."""
+        if type(module) is not str or type(name) is not str or max(len(module), len(name)) > MAX_NAME:
+            raise PickleError("is damaged: a global's name is not a name")
+        self.stack.append(Global(f"{module}.{name}"))
 
     def make(self, function: object, arguments: object, *, called: bool) -> None:
         """Push what stands for ``function(*arguments)``."""
         if type(arguments) is not tuple or not isinstance(function, Global | Inert):
             raise PickleError("is damaged: it calls what cannot be called")
-        self.spend(_OBJECT)
         maker = self.makers.get(function.name) if isinstance(function, Global) else None
         self.stack.append(maker(arguments) if maker else _stand_in(function.name, called))
 
-    def pop_tuple(self, size: int) -> None:
-        if len(self.stack) < size:
-            raise IndexError
-        items = tuple(self.stack[-size:])
-        del self.stack[-size:]
-        self.spend(_TUPLE)
-        self.stack.append(items)
 
-    def name(self, module: object, name: object) -> None:
-        if type(module) is not str or type(name) is not str or len(module) + len(name) > 2 * MAX_NAME:
-            raise PickleError("is damaged: a global's name is not a name")
-        self.spend(_OBJECT + 4 * (len(module) + len(name)))
-        self.stack.append(Global(f"{module}.{name}"))
-
-    def push(self, value: object, cost: int) -> None:
-        self.spend(cost)
-        self.stack.append(value)
+def _cut_off() -> NoReturn:
+    raise PickleError("is damaged: it is cut off")
 
 
 def _key(key: object) -> object:
-    if type(key) is int and abs(key) < _LARGEST_KEY:
-        return key
-    if key is None or type(key) in (str, float, bool, bytes):
+    if key is None or type(key) in (str, float, bool, bytes) or (type(key) is int and abs(key) < _LARGEST_KEY):
         return key
     return Inert(type(key).__name__, called=False)
 
@@ -245,67 +228,87 @@ def _stand_in(name: str, called: bool) -> Inert | Refused:
     return Inert(name, called)
 
 
-def _proto(m: _Machine) -> None:
-    if m.number(1) > 5:
+def _unknown(m: _Machine, _: int) -> NoReturn:
+    at = m.position - 1
+    raise PickleError(f"is damaged: byte {at} is {m.data[at]:#04x}, which belongs nowhere in protocols 2 to 5")
+
+
+def _proto(_: _Machine, version: int) -> None:
+    if version > 5:
         raise PickleError("is damaged: it is of a protocol above 5")
 
 
-def _frame(m: _Machine) -> None:
-    if m.number(8) > len(m.data) - m.position:
-        raise PickleError("is damaged: it is cut off")
+def _frame(m: _Machine, size: int) -> None:
+    if size > m.end + 1 - m.position:
+        _cut_off()
 
 
-def _integer(m: _Machine, size: int) -> None:
+def _long(m: _Machine, size: int) -> None:
     if size > MAX_INTEGER:
         raise PickleError(f"has an integer of {size} bytes, more than {MAX_INTEGER}")
-    m.spend(size)
     m.stack.append(int.from_bytes(m.take(size), "little", signed=True))
 
 
-def _set_item(m: _Machine) -> None:
-    value, key = m.stack.pop(), m.stack.pop()
-    m.store([key, value])
+def _text(m: _Machine, size: int) -> None:
+    m.stack.append(m.take(size).decode("utf-8", "surrogatepass"))
 
 
-def _append(m: _Machine) -> None:
+def _tuple(m: _Machine, size: int) -> None:
+    if len(m.stack) < size:
+        raise IndexError
+    items = tuple(m.stack[-size:])
+    del m.stack[-size:]
+    m.stack.append(items)
+
+
+def _append(m: _Machine, _: int) -> None:
     item = m.stack.pop()
     m.extend([item])
 
 
-def _dict(m: _Machine) -> None:
+def _set_item(m: _Machine, _: int) -> None:
+    value, key = m.stack.pop(), m.stack.pop()
+    m.store([key, value])
+
+
+def _dict(m: _Machine, _: int) -> None:
     items = m.since_mark()
-    m.push({}, _DICT)
+    m.stack.append({})
     m.store(items)
 
 
-def _reduce(m: _Machine) -> None:
+def _stack_global(m: _Machine, _: int) -> None:
+    name, module = m.stack.pop(), m.stack.pop()
+    m.name(module, name)
+
+
+def _reduce(m: _Machine, _: int) -> None:
     arguments, function = m.stack.pop(), m.stack.pop()
     m.make(function, arguments, called=True)
 
 
-def _new_object(m: _Machine) -> None:
+def _new_object(m: _Machine, _: int) -> None:
     arguments, cls = m.stack.pop(), m.stack.pop()
     m.make(cls, arguments, called=False)
 
 
-def _new_object_with_keywords(m: _Machine) -> None:
+def _new_object_with_keywords(m: _Machine, _: int) -> None:
     m.stack.pop()
-    arguments, cls = m.stack.pop(), m.stack.pop()
-    m.make(cls, arguments, called=False)
+    _new_object(m, 0)
 
 
-def _object(m: _Machine) -> None:
+def _object(m: _Machine, _: int) -> None:
     cls, *arguments = m.since_mark() or [None]
     m.make(cls, tuple(arguments), called=False)
 
 
-def _instance(m: _Machine) -> None:
+def _instance(m: _Machine, _: int) -> None:
     arguments = tuple(m.since_mark())
     m.name(m.line(), m.line())
     m.make(m.stack.pop(), arguments, called=False)
 
 
-def _build(m: _Machine) -> None:
+def _build(m: _Machine, _: int) -> None:
     state, target = m.stack.pop(), m.stack[-1]
     if isinstance(target, Stateful):
         target.set_state(state)
@@ -313,74 +316,64 @@ def _build(m: _Machine) -> None:
         raise PickleError(f"is damaged: it sets the state of a {type(target).__name__}")
 
 
-def _extension(m: _Machine, size: int) -> None:
-    m.push(Global(f"extension {m.number(size)}"), _OBJECT)
+_Row: TypeAlias = tuple[int, int, Callable[[_Machine, int], object]]
 
-
-def _stack_global(m: _Machine) -> None:
-    name, module = m.stack.pop(), m.stack.pop()
-    m.name(module, name)
-
-
-_OPCODES: Final[Mapping[int, Callable[[_Machine], object]]] = {
-    # structure
-    0x80: _proto,
-    0x95: _frame,
-    ord("("): _Machine.mark,
-    ord("0"): lambda m: m.stack.pop(),
-    ord("1"): _Machine.since_mark,
-    ord("2"): lambda m: m.stack.append(m.stack[-1]),
-    # the memo
-    ord("q"): lambda m: m.remember(m.number(1)),
-    ord("r"): lambda m: m.remember(m.number(4)),
-    0x94: lambda m: m.remember(len(m.memo)),
-    ord("h"): lambda m: m.recall(m.number(1)),
-    ord("j"): lambda m: m.recall(m.number(4)),
-    # constants, numbers, text and bytes
-    ord("N"): lambda m: m.stack.append(None),
-    0x88: lambda m: m.stack.append(True),
-    0x89: lambda m: m.stack.append(False),
-    ord("K"): lambda m: m.stack.append(m.number(1)),
-    ord("M"): lambda m: m.stack.append(m.number(2)),
-    ord("J"): lambda m: _integer(m, 4),
-    0x8A: lambda m: _integer(m, m.number(1)),
-    0x8B: lambda m: _integer(m, m.number(4)),
-    ord("G"): lambda m: m.stack.append(struct.unpack(">d", m.take(8))[0]),
-    ord("X"): lambda m: m.text(m.number(4)),
-    0x8C: lambda m: m.text(m.number(1)),
-    0x8D: lambda m: m.text(m.number(8)),
-    ord("B"): lambda m: m.raw(m.number(4)),
-    ord("C"): lambda m: m.raw(m.number(1)),
-    0x8E: lambda m: m.raw(m.number(8)),
-    0x96: lambda m: m.raw(m.number(8)),
-    # containers
-    ord(")"): lambda m: m.stack.append(()),
-    0x85: lambda m: m.pop_tuple(1),
-    0x86: lambda m: m.pop_tuple(2),
-    0x87: lambda m: m.pop_tuple(3),
-    ord("t"): lambda m: m.push(tuple(m.since_mark()), _TUPLE),
-    ord("]"): lambda m: m.push([], _LIST),
-    ord("l"): lambda m: m.push(m.since_mark(), _LIST),
-    ord("a"): _append,
-    ord("e"): lambda m: m.extend(m.since_mark()),
-    ord("}"): lambda m: m.push({}, _DICT),
-    ord("d"): _dict,
-    ord("s"): _set_item,
-    ord("u"): lambda m: m.store(m.since_mark()),
-    0x8F: lambda m: m.push([], _LIST),
-    0x90: lambda m: m.extend(m.since_mark()),
-    0x91: lambda m: m.push(m.since_mark(), _LIST),
-    # names and objects
-    ord("c"): lambda m: m.name(m.line(), m.line()),
-    0x93: _stack_global,
-    0x82: lambda m: _extension(m, 1),
-    0x83: lambda m: _extension(m, 2),
-    0x84: lambda m: _extension(m, 4),
-    ord("R"): _reduce,
-    0x81: _new_object,
-    0x92: _new_object_with_keywords,
-    ord("o"): _object,
-    ord("i"): _instance,
-    ord("b"): _build,
-    ord("Q"): lambda m: m.push(m.persistent(m.stack.pop()), _OBJECT),
-}  # fmt: skip
+# opcode: (bytes of its operand, an unsigned number n; what it costs; what it does).
+_OPCODES: Final[Mapping[int, _Row]] = {
+    0x80: (1, _STEP, _proto),
+    0x95: (8, _STEP, _frame),
+    ord("("): (0, _LIST, lambda m, _: m.mark()),
+    ord("0"): (0, _STEP, lambda m, _: m.stack.pop()),
+    ord("1"): (0, _STEP, lambda m, _: m.since_mark()),
+    ord("2"): (0, _STEP, lambda m, _: m.stack.append(m.stack[-1])),
+    ord("q"): (1, _STEP, _Machine.put),
+    ord("r"): (4, _STEP, _Machine.put),
+    0x94: (0, _STEP, lambda m, _: m.memo.append(m.stack[-1])),
+    ord("h"): (1, _STEP, _Machine.get),
+    ord("j"): (4, _STEP, _Machine.get),
+    ord("N"): (0, _STEP, lambda m, _: m.stack.append(None)),
+    0x88: (0, _STEP, lambda m, _: m.stack.append(True)),
+    0x89: (0, _STEP, lambda m, _: m.stack.append(False)),
+    ord("K"): (1, _STEP, lambda m, n: m.stack.append(n)),
+    ord("M"): (2, _NUMBER, lambda m, n: m.stack.append(n)),
+    ord("J"): (4, _NUMBER, lambda m, n: m.stack.append(n - (1 << 32) if n >> 31 else n)),
+    0x8A: (1, _NUMBER, _long),
+    0x8B: (4, _NUMBER, _long),
+    ord("G"): (8, _NUMBER, lambda m, n: m.stack.append(struct.unpack(">d", n.to_bytes(8, "little"))[0])),
+    ord("X"): (4, _STRING, _text),
+    0x8C: (1, _STRING, _text),
+    0x8D: (8, _STRING, _text),
+    ord("B"): (4, _STRING, lambda m, n: m.stack.append(m.take(n))),
+    ord("C"): (1, _STRING, lambda m, n: m.stack.append(m.take(n))),
+    0x8E: (8, _STRING, lambda m, n: m.stack.append(m.take(n))),
+    0x96: (8, _STRING, lambda m, n: m.stack.append(m.take(n))),
+    ord(")"): (0, _STEP, lambda m, _: m.stack.append(())),
+    0x85: (0, _TUPLE, lambda m, _: _tuple(m, 1)),
+    0x86: (0, _TUPLE, lambda m, _: _tuple(m, 2)),
+    0x87: (0, _TUPLE, lambda m, _: _tuple(m, 3)),
+    ord("t"): (0, _TUPLE, lambda m, _: m.gather(tuple)),
+    ord("]"): (0, _LIST, lambda m, _: m.stack.append([])),
+    ord("l"): (0, _LIST, lambda m, _: m.gather(list)),
+    ord("a"): (0, _STEP, _append),
+    ord("e"): (0, _STEP, lambda m, _: m.extend(m.since_mark())),
+    ord("}"): (0, _DICT, lambda m, _: m.stack.append({})),
+    ord("d"): (0, _DICT, _dict),
+    ord("s"): (0, _STEP, _set_item),
+    ord("u"): (0, _STEP, lambda m, _: m.store(m.since_mark())),
+    0x8F: (0, _LIST, lambda m, _: m.stack.append([])),  # sets are lists: nothing is hashed
+    0x90: (0, _STEP, lambda m, _: m.extend(m.since_mark())),
+    0x91: (0, _LIST, lambda m, _: m.gather(list)),
+    ord("c"): (0, _GLOBAL, lambda m, _: m.name(m.line(), m.line())),
+    0x93: (0, _GLOBAL, _stack_global),
+    0x82: (1, _GLOBAL, lambda m, n: m.stack.append(Global(f"extension {n}"))),
+    0x83: (2, _GLOBAL, lambda m, n: m.stack.append(Global(f"extension {n}"))),
+    0x84: (4, _GLOBAL, lambda m, n: m.stack.append(Global(f"extension {n}"))),
+    ord("R"): (0, _OBJECT, _reduce),
+    0x81: (0, _OBJECT, _new_object),
+    0x92: (0, _OBJECT, _new_object_with_keywords),
+    ord("o"): (0, _OBJECT, _object),
+    ord("i"): (0, _GLOBAL + _OBJECT, _instance),
+    ord("b"): (0, _STEP, _build),
+    ord("Q"): (0, _OBJECT, lambda m, _: m.stack.append(m.persistent(m.stack.pop()))),
+}
+_ROWS: Final[Sequence[_Row]] = [_OPCODES.get(code, (0, _STEP, _unknown)) for code in range(256)]

@@ -5,11 +5,10 @@ Nothing here refuses a file. A tensor that cannot be read becomes `Refused` and 
 
 from __future__ import annotations
 
-import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeGuard
 
 from ckptavg.readers import ITEM_SIZE, Refused, StoredTensor
 from ckptavg.readers.inert_pickle import Global, Inert, Maker, PickleError
@@ -141,9 +140,10 @@ def _view(source: Storage, dtype: str, offset: object, shape: object, stride: ob
     """The tensor whose elements lie ``offset`` and multiples of ``stride`` elements into ``source``."""
     if source.refusal:
         return Refused(source.refusal)
-    if not _naturals(shape) or not _naturals(stride) or not _naturals((offset,)) or len(shape) != len(stride):  # pyright: ignore
+    at = (offset,)
+    if not (_naturals(shape) and _naturals(stride) and _naturals(at)) or len(shape) != len(stride):
         return Refused(f"shape and stride must be up to {MAX_RANK} integers from 0 to 2^63 - 1")
-    return _checked_view(source, dtype, offset, shape, stride)  # pyright: ignore
+    return _checked_view(source, dtype, at[0], shape, stride)
 
 
 def _checked_view(
@@ -152,7 +152,7 @@ def _checked_view(
     if 0 in shape:
         return StoredTensor(dtype, shape, source.record, 0)
     size = ITEM_SIZE[dtype]
-    reach, dense = 1, True
+    reach = 1
     for n, step in sorted(((n, step) for n, step in zip(shape, stride, strict=True) if n > 1), key=lambda one: one[1]):
         if step < reach:
             return Refused(f"shape {list(shape)} with stride {list(stride)} uses some elements more than once")
@@ -162,7 +162,7 @@ def _checked_view(
             f"shape {list(shape)} with stride {list(stride)} from element {offset} needs {(offset + reach) * size} "
             f"bytes, but record {source.record} has {source.size}"
         )
-    expected = 1
+    dense, expected = True, 1
     for n, step in zip(reversed(shape), reversed(stride), strict=True):
         dense = dense and (n == 1 or step == expected)
         expected *= n
@@ -170,7 +170,7 @@ def _checked_view(
     return StoredTensor(dtype, shape, source.record, offset * size, strided)
 
 
-def _naturals(value: object) -> bool:
+def _naturals(value: object) -> TypeGuard[tuple[int, ...]]:
     if type(value) is not tuple or len(value) > MAX_RANK:
         return False
     return all(type(item) is int and 0 <= item < 2**63 for item in value)
@@ -227,7 +227,7 @@ def _encode(arguments: tuple[object, ...]) -> object:
     return Inert("bytes", called=False)
 
 
-_TENSORS: Final[Mapping[str, Maker]] = {
+_TENSORS: Final[Mapping[str, Callable[[tuple[object, ...]], StoredTensor | Refused]]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor_v2,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,

@@ -1,4 +1,4 @@
-"""What ``torch.save`` writes since torch 1.6 (.pt, .pth, .ckpt, .bin), read without torch and without running any of it.
+"""What ``torch.save`` writes since torch 1.6 (.pt, .pth, .ckpt, .bin), read without running any of it.
 
 A zip archive of records: ``data.pkl`` describes the objects, ``data/0``, ``data/1``, ... are the storages.
 """
@@ -51,7 +51,7 @@ class TorchZipReader:
     def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
         """See `ckptavg.readers.Reader`."""
         size = ITEM_SIZE[tensor.dtype]
-        assert 0 <= start and start * size + len(out) <= tensor.nbytes
+        assert start >= 0 and start * size + len(out) <= tensor.nbytes
         if not len(out):
             return
         if tensor.stride is None:

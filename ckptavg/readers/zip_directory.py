@@ -176,15 +176,15 @@ def _entry(file: RegularFile, data: bytes, position: int) -> tuple[Entry, int]:
 
 def _zip64(file: RegularFile, extra: bytes, fields: tuple[int, int, int]) -> tuple[int, int, int]:
     """``fields`` with those of 0xFFFFFFFF replaced, in order, by the 8-byte numbers of the zip64 extra field."""
-    while len(extra) >= 4:
+    kind, body = 0, b""
+    while len(extra) >= 4 and kind != 1:
         kind, length = struct.unpack_from("<2H", extra)
         body, extra = extra[4 : 4 + length], extra[4 + length :]
-        numbers = iter(body[i : i + 8] for i in range(0, len(body) - 7, 8))
-        if kind == 1 and len(body) // 8 >= fields.count(0xFFFFFFFF):
-            large = (int.from_bytes(next(numbers), "little") if f == 0xFFFFFFFF else f for f in fields)
-            size, stored, offset = large
-            return size, stored, offset
-    _damaged(file, "lacks a size of more than 4 GiB")
+    numbers = [int.from_bytes(body[i : i + 8], "little") for i in range(0, len(body) - 7, 8)] if kind == 1 else []
+    if len(numbers) < fields.count(0xFFFFFFFF):
+        _damaged(file, "lacks a size of more than 4 GiB")
+    first, second, third = (numbers.pop(0) if field == 0xFFFFFFFF else field for field in fields)
+    return first, second, third
 
 
 def _start(file: RegularFile, entry: Entry, end: int) -> int:

@@ -61,7 +61,6 @@ def _mark(one: CandidateResult) -> str:
 
 
 def _scores(result: Result) -> Table:
-    names: dict[Split, str] = {"val": "validation", "test": "test", "train": "training"}
     rows: dict[str, Mapping[Split, Score]] = {result.strategy: result.scores}
     for name, scores in result.baselines.items():
         if name != result.strategy:
@@ -70,8 +69,8 @@ def _scores(result: Result) -> Table:
     table.add_column("scores", no_wrap=True)
     for split in result.scores:
         if any(score.metric is not None for score in result.scores.values()):
-            table.add_column(f"{names[split]} metric", justify="right")
-        table.add_column(f"{names[split]} loss", justify="right")
+            table.add_column(f"{split} metric", justify="right")
+        table.add_column(f"{split} loss", justify="right")
     for name, scores in rows.items():
         cells: list[str] = []
         for split in result.scores:

@@ -15,6 +15,7 @@ from ckptavg.objective import Learned, Objective, Strategy
 if TYPE_CHECKING:
     from torch import Tensor
 
+BLOCK = 256  # steps whose noise is drawn at once
 EDGE = 1e-3  # probabilities closer than this to 0 or 1 are sampled as if they were this far away
 
 
@@ -69,14 +70,15 @@ class SeWA:
                 hint=f"choose --k {n} or less, or widen the window (--last, --start, --stop, --every)",
             )
         s_N = (objective.uniform() * self.k).clamp(max=1)
-        # all noise at once, from the CPU: the same on every device, and no transfer a step
-        uniform = torch.rand(self.steps, self.samples, n, generator=objective.generator, dtype=torch.float64)
-        noise = torch.logit(uniform, eps=1e-12).to(s_N)  # g1 − g0 is logistic
         losses = torch.empty(self.steps, dtype=s_N.dtype, device=s_N.device)
+        noise = losses  # replaced at the first step
         for step in range(self.steps):
+            if step % BLOCK == 0:  # drawn on the CPU, the same for every device, and moved there now and then
+                uniform = torch.rand(BLOCK, self.samples, n, generator=objective.generator, dtype=torch.float64)
+                noise = torch.logit(uniform, eps=1e-12).to(s_N)  # g1 − g0 is logistic
             tau = self.tau_start + (self.tau_end - self.tau_start) * step / max(1, self.steps - 1)
             s_N = s_N.detach().requires_grad_()
-            loss = torch.stack([objective.loss(self._mixture(s_N, noise_N, tau), self.on) for noise_N in noise[step]])
+            loss = torch.stack([objective.loss(self._mixture(s_N, noise_N, tau), self.on) for noise_N in noise[step % BLOCK]])
             (gradient_N,) = torch.autograd.grad(loss.mean(), s_N)
             s_N = project_capped_simplex(s_N.detach() - self.lr * gradient_N, self.k)
             losses[step] = loss.detach().mean()

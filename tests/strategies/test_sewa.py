@@ -13,7 +13,7 @@ from quadratic import Quadratic
 from scipy.optimize import minimize
 
 from ckptavg.errors import UsageError
-from ckptavg.strategies.sewa import EDGE, SeWA, project_capped_simplex
+from ckptavg.strategies.sewa import BLOCK, EDGE, SeWA, project_capped_simplex
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -41,7 +41,7 @@ def test_one_step_is_the_literal_update(straight_through: bool):
     strategy = SeWA(k=2, steps=1, samples=3, tau_start=0.7, lr=0.2, straight_through=straight_through)
     learned = strategy.learn(objective)
     s = torch.full((5,), 0.4, dtype=torch.float64)
-    uniform = torch.rand(1, 3, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)[0]
+    uniform = torch.rand(BLOCK, 3, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)[0]
     gradient = torch.zeros(5, dtype=torch.float64)
     for u in uniform:
         noise = u.log() - (1 - u).log()  # −log(−log u') differences are logistic

@@ -1,0 +1,460 @@
+from __future__ import annotations
+
+import copyreg
+import pickle
+import pickletools
+import struct
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch_archives import archive, read
+
+from ckptavg.errors import InputError
+from ckptavg.readers import Refused, inert_pickle, object_tree
+from ckptavg.readers.inert_pickle import Global, Inert, PickleError, load
+from ckptavg.readers.torch_objects import MAKERS, storage
+
+SIZES = {"data/0": 16, "data/1": 24}
+EXTENSION = 0xC4
+
+
+def interpret(data: bytes) -> object:
+    return load(data, MAKERS, lambda key: storage(key, SIZES))
+
+
+def text(value: str) -> bytes:
+    raw = value.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(raw)) + raw
+
+
+# ---- what ordinary pickles mean
+
+
+def plain(value: Any) -> Any:
+    """The value as the interpreter spells it: sets and tuples of it compare as lists."""
+    if isinstance(value, dict):
+        return {key: plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(child) for child in value]
+    return sorted(value) if isinstance(value, set | frozenset) else value
+
+
+SCALARS = (
+    st.none() | st.booleans() | st.floats(allow_nan=False) | st.text() | st.binary(max_size=300)
+    | st.integers(min_value=-(2**300), max_value=2**300)
+)  # fmt: skip
+KEYS = st.text() | st.integers(-(2**59), 2**59) | st.booleans() | st.none() | st.floats(allow_nan=False)
+TREES = st.recursive(
+    SCALARS, lambda child: st.lists(child) | st.lists(child).map(tuple) | st.dictionaries(KEYS, child), max_leaves=30
+)
+
+
+@given(TREES, st.integers(3, 5))
+@settings(max_examples=400, derandomize=True, deadline=None, database=None)
+def test_plain_data_is_what_the_pickle_module_wrote(value: object, protocol: int) -> None:
+    assert plain(interpret(pickle.dumps(value, protocol))) == plain(value)
+
+
+@given(st.recursive(st.text() | st.integers(-(2**300), 2**300) | st.floats(allow_nan=False), st.lists, max_leaves=20))
+@settings(max_examples=200, derandomize=True, deadline=None, database=None)
+def test_protocol_2_is_what_the_pickle_module_wrote(value: object) -> None:
+    assert interpret(pickle.dumps(value, 2)) == value
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_sets_are_lists(kind: type, protocol: int) -> None:
+    value = interpret(pickle.dumps({"s": kind([3, 1, 2]), "e": kind()}, protocol))
+    assert isinstance(value, dict)
+    assert sorted(value["s"]) == [1, 2, 3]
+    assert value["e"] == []
+
+
+def test_every_opcode_of_protocols_2_to_5_is_known_and_no_other() -> None:
+    text_only = set("FGIJKLMNPSTUV".encode()) - set(b"GJKMN")
+    known = {ord(op.code) for op in pickletools.opcodes} - text_only - set(b"gp.") - {0x97, 0x98}
+    assert set(inert_pickle._OPCODES) == known  # pyright: ignore[reportPrivateUsage]
+
+
+def test_the_same_object_twice_stays_one_object() -> None:
+    shared = [1]
+    value = interpret(pickle.dumps([shared, shared], 4))
+    assert isinstance(value, list)
+    assert value[0] is value[1]
+
+
+# ---- payloads: unpickled by the pickle module, every one of these makes the marker file
+
+
+def call(function: str, *arguments: str) -> bytes:
+    module, _, name = function.rpartition(".")
+    return f"c{module}\n{name}\n(".encode() + b"".join(map(text, arguments)) + b"tR"
+
+
+def payloads(marker: Path) -> dict[str, bytes]:
+    command, code = f"touch {marker}", f"open({str(marker)!r}, 'w').close()"
+    arguments = b"(" + text(command) + b"t"
+    system, partial = b"cos\nsystem\n", b"cfunctools\npartial\n"
+    archive_arguments = text(str(marker)) + text("w")
+    run = call("os.system", command)
+    return {
+        "global": run,
+        "posix": call("posix.system", command),
+        "eval": call("builtins.eval", f"__import__('os').system({command!r})"),
+        "exec": call("builtins.exec", code),
+        "python 2's name": call("__builtin__.exec", code),
+        "timeit": call("timeit.timeit", code),
+        "shutil": call("shutil.copy", "/etc/hostname", str(marker)),
+        "stack global": text("os") + text("system") + b"\x93" + arguments + b"R",
+        "dotted name": text("shutil") + text("os.system") + b"\x93" + arguments + b"R",
+        "getattr": b"cbuiltins\ngetattr\n(" + call("builtins.__import__", "os") + text("system") + b"tR" + arguments + b"R",
+        "class": b"czipfile\nZipFile\n(" + archive_arguments + b"tR",
+        "inst": b"(" + text(command) + b"ios\nsystem\n",
+        "inst of a class": b"(" + archive_arguments + b"izipfile\nZipFile\n",
+        "obj": b"(" + system + text(command) + b"o",
+        "newobj": partial + b"(" + system + text(command) + b"t\x81)R",
+        "newobj_ex": partial + b"(" + system + text(command) + b"t}\x92)R",
+        "build": partial + b"(cos\ngetcwd\nt\x81(" + system + arguments + b"}NtbN\x85" + b"0)R",
+        "extension 1": b"\x82" + bytes([EXTENSION]) + arguments + b"R",
+        "extension 2": b"\x83" + bytes([EXTENSION, 0]) + arguments + b"R",
+        "extension 4": b"\x84" + bytes([EXTENSION, 0, 0, 0]) + arguments + b"R",
+        "map": b"cbuiltins\nlist\n(cbuiltins\nmap\n(" + system + b"(" + text(command) + b"ltRtR",
+        "in a dict": b"}" + text("w") + run + b"s",
+        "as a key": b"}" + run + b"Ns",
+        "in a list": b"]" + run + b"a",
+        "in a tuple": run + b"\x85",
+        "in a set": b"\x8f(" + run + b"\x90",
+        "as the state of a dict": b"ccollections\nOrderedDict\n)R}" + text("x") + run + b"sb",
+        "dropped": run + b"0N",
+        "dropped with a mark": b"(" + run + b"1N",
+        "put and got": system + b"q\x000N0h\x00" + arguments + b"R",
+        "memoized": text("os") + text("system") + b"\x93\x94" + arguments + b"\x94R",
+        "in a frame": b"\x95" + struct.pack("<Q", len(run) + 1) + run,
+        "persistent id": run + b"Q",
+        "storage of a tensor": b"ctorch._utils\n_rebuild_tensor_v2\n(" + run + b"K\0K\1\x85K\1\x85\x89NtR",
+        "from type": b"ctorch._tensor\n_rebuild_from_type_v2\n(" + system + b"ctorch\nTensor\n" + arguments + b"}tR",
+        "default factory": b"ccollections\ndefaultdict\n" + system + b"\x85R0" + run,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def extension() -> Iterator[None]:
+    copyreg.add_extension("os", "system", EXTENSION)
+    yield
+    copyreg.remove_extension("os", "system", EXTENSION)
+
+
+NAMES = sorted(payloads(Path("x")))
+
+
+class Loading(pickle._Unpickler):  # pyright: ignore
+    def persistent_load(self, pid: object) -> object:
+        return pid
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_payload_would_run_in_the_pickle_module(name: str, tmp_path: Path, extension: None) -> None:
+    import contextlib
+    import io
+
+    marker = tmp_path / "marker"
+    with contextlib.suppress(AttributeError, TypeError, pickle.UnpicklingError):  # what follows the deed may fail
+        Loading(io.BytesIO(b"\x80\x04" + payloads(marker)[name] + b".")).load()
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("where", ["top", "dict"])
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_payload_runs(name: str, protocol: int, where: str, tmp_path: Path, extension: None) -> None:
+    marker = tmp_path / "marker"
+    payload = payloads(marker)[name]
+    if where == "dict":
+        payload = b"}" + text("model") + payload + b"s"
+    path = archive(tmp_path / "evil.pt", bytes([0x80, protocol]) + payload + b".")
+    try:
+        read(path)
+    except InputError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- what stands in for objects
+
+
+def test_an_unknown_object_is_only_its_name() -> None:
+    value = interpret(b"\x80\x04" + call("argparse.Namespace") + b"}" + text("lr") + b"K\1sb.")
+    assert isinstance(value, Inert)
+    assert (value.name, value.called) == ("argparse.Namespace", True)
+
+
+def test_a_global_is_only_its_name() -> None:
+    value = interpret(b"\x80\x02cos\nsystem\n.")
+    assert isinstance(value, Global)
+    assert value.name == "os.system"
+
+
+def test_items_and_state_of_an_unknown_object_are_forgotten() -> None:
+    made = call("box.Box")
+    value = interpret(b"\x80\x02" + made + b"(" + text("a") + b"K\1u(K\1eK\1a" + text("a") + b"K\1s}b.")
+    assert isinstance(value, Inert)
+
+
+@pytest.mark.parametrize("name", ["_rebuild_sparse_tensor", "_rebuild_qtensor", "DTensor", "FloatTensor"])
+def test_what_may_be_a_tensor_is_refused_and_not_forgotten(name: str) -> None:
+    value = interpret(b"\x80\x02" + call(f"torch._utils.{name}") + b".")
+    assert isinstance(value, Refused)
+    assert name in value.reason
+
+
+def test_a_call_allocates_nothing_it_names() -> None:
+    tracemalloc.start()
+    interpret(b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\1\x85R.")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+# ---- damage
+
+
+DAMAGED = {
+    "empty": b"",
+    "no protocol": b"}.",
+    "protocol 0": b"\x80\x00}.",
+    "protocol 1": b"\x80\x01}.",
+    "protocol 6": b"\x80\x06}.",
+    "protocol 6 later": b"\x80\x02\x80\x06}.",
+    "only a protocol": b"\x80\x02",
+    "nothing to return": b"\x80\x02.",
+    "no stop": b"\x80\x02}",
+    "two values": b"\x80\x02}}.",
+    "an open mark": b"\x80\x02(}.",
+    "bytes after stop": b"\x80\x02}.}.",
+    "unknown opcode": b"\x80\x02\xff.",
+    "text opcode": b"\x80\x02I1\n.",
+    "text persistent id": b"\x80\x02Pabc\n.",
+    "out-of-band buffer": b"\x80\x05\x97.",
+    "pop from nothing": b"\x80\x020.",
+    "duplicate of nothing": b"\x80\x022.",
+    "tuple of too few": b"\x80\x02N\x86.",
+    "no mark": b"\x80\x02Nt.",
+    "items without a mark": b"\x80\x02}u.",
+    "set item of nothing": b"\x80\x02NNs.",
+    "set item of a list": b"\x80\x02]NNs.",
+    "set item of a tuple": b"\x80\x02)NNs.",
+    "set item of a number": b"\x80\x02K\x01NNs.",
+    "append to a dict": b"\x80\x02}Na.",
+    "append to a tuple": b"\x80\x02)Na.",
+    "append to text": b"\x80\x02X\1\0\0\0aNa.",
+    "key without a value": b"\x80\x02}(Nu.",
+    "dict of an odd number": b"\x80\x02(Nd.",
+    "memo that is missing": b"\x80\x02h\x05.",
+    "far memo that is missing": b"\x80\x02j\xff\xff\xff\xff.",
+    "memo with a gap": b"\x80\x02Nq\x07.",
+    "far memo with a gap": b"\x80\x02Nr\xff\xff\xff\xff.",
+    "memo of nothing": b"\x80\x02q\x00N.",
+    "cut operand": b"\x80\x02J\1.",
+    "cut text": b"\x80\x02X\5\0\0\0ab.",
+    "text of 4 GiB": b"\x80\x02X\xff\xff\xff\xffab.",
+    "text of 2^63": b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7fab.",
+    "bytes of 2^64 - 1": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\xffab.",
+    "bytearray of 2^64 - 1": b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\xffab.",
+    "frame too long": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\xffN.",
+    "integer of 2 GiB": b"\x80\x02\x8b\xff\xff\xff\x7f\1.",
+    "integer of negative size": b"\x80\x02\x8b\xff\xff\xff\xff\1.",
+    "text that is not UTF-8": b"\x80\x02X\2\0\0\0\xff\xfe.",
+    "global that is not UTF-8": b"\x80\x02c\xff\xfe\nx\n.",
+    "global without an end": b"\x80\x02cos\nsystem.",
+    "global of a long name": b"\x80\x02c" + b"a" * 2000 + b"\nx\n.",
+    "stack global of numbers": b"\x80\x04K\1K\2\x93.",
+    "stack global of long names": b"\x80\x04" + text("a" * 2000) + text("b") + b"\x93.",
+    "call of a number": b"\x80\x02K\1)R.",
+    "call of a dict": b"\x80\x02})R.",
+    "call without a tuple": b"\x80\x02cos\nsystem\n]R.",
+    "object without a class": b"\x80\x02(o.",
+    "new object of text": b"\x80\x02X\1\0\0\0a)\x81.",
+    "state of a list": b"\x80\x02]}b.",
+    "state of a number": b"\x80\x02K\1}b.",
+    "persistent id that is text": b"\x80\x02X\1\0\0\0aQ.",
+    "persistent id of the wrong kind": b"\x80\x02(NNNNNtQ.",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_is_one_kind_of_error(name: str) -> None:
+    with pytest.raises(PickleError, match="^(is damaged: |has an integer of)"):
+        interpret(DAMAGED[name])
+
+
+@pytest.mark.parametrize("setter", [b"}b", b"(NNNNtb"])
+def test_a_tensor_takes_no_state(setter: bytes) -> None:
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n((" + text("storage") + b"ctorch\nFloatStorage\n" + text("0")
+    tensor += text("cpu") + b"K\4tQK\0K\4\x85K\1\x85\x89}tR"
+    interpret(b"\x80\x02" + tensor + b".")
+    with pytest.raises(PickleError, match="sets the state of a StoredTensor"):
+        interpret(b"\x80\x02" + tensor + setter + b".")
+
+
+def test_every_truncation_of_a_pickle_is_refused() -> None:
+    data = pickle.dumps({"a": [1, 2.5, "x", None, {"b": (1, 2, 3, 4)}], "c": b"12", "d": 2**70}, 4)
+    for size in range(len(data)):
+        with pytest.raises(PickleError):
+            interpret(data[:size])
+
+
+# ---- bounds
+
+
+def tree(data: bytes) -> object:
+    return object_tree.object_tree(interpret(data))[0]
+
+
+def test_a_tuple_131_thousand_deep_as_a_key_is_never_hashed() -> None:
+    # hash() of it overflows the C stack (cpython#154318)
+    assert list(tree(b"\x80\x02})" + b"\x85" * 131_000 + b"K\1s.")) == ["<tuple>"]  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("kind", [b"]", b"}", b"(t"])
+def test_a_key_that_cannot_be_one_keeps_a_tensors_place(kind: bytes) -> None:
+    value = tree(b"\x80\x02}" + kind + call("torch._utils._rebuild_qtensor") + b"s.")
+    assert isinstance(value, dict)
+    assert [type(child) for child in value.values()] == [Refused]
+
+
+def test_integers_that_share_one_hash_do_not_make_a_dict_slow() -> None:
+    keys = b"".join(b"\x8a\x0b" + (i * (2**61 - 1)).to_bytes(11, "little") + b"N" for i in range(1, 100_000))
+    value = interpret(b"\x80\x02}(" + keys + b"u.")  # quadratic, it would take minutes
+    assert isinstance(value, dict)
+    assert len(value) == 99_999
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"]" * 1_000_000 + b"a" * 999_999, b")" + b"\x85" * 1_000_000, b"}" + b"X\1\0\0\0a}" * 300_000 + b"s" * 300_000],
+    ids=["lists", "tuples", "dicts"],
+)
+def test_containers_a_million_deep_are_refused(data: bytes) -> None:
+    with pytest.raises(PickleError, match="more than 64 deep"):
+        tree(b"\x80\x02}" + text("a") + data + b"s.")
+
+
+def test_containers_64_deep_are_read_and_65_deep_are_not() -> None:
+    deep: object = []
+    for _ in range(62):
+        deep = [deep]
+    tree(pickle.dumps({"a": deep}))  # 63 lists in a dict
+    with pytest.raises(PickleError, match="more than 64 deep"):
+        tree(pickle.dumps({"a": [deep]}))
+
+
+def test_a_shared_container_counts_at_its_deepest() -> None:
+    shared: object = []
+    for _ in range(40):
+        shared = [shared]
+    deeper = shared
+    for _ in range(40):
+        deeper = [deeper]
+    tree(pickle.dumps({"a": shared, "b": [shared]}))
+    with pytest.raises(PickleError, match="more than 64 deep"):
+        tree(pickle.dumps({"a": shared, "b": deeper}))
+
+
+@pytest.mark.parametrize("data", [b"]q\0h\0a", b"}q\0" + text("a") + b"h\0s", b"]q\0h\0\x85a"])
+def test_a_container_that_holds_itself_is_refused(data: bytes) -> None:
+    with pytest.raises(PickleError, match="holds itself"):
+        tree(b"\x80\x02}" + text("a") + data + b"s.")
+
+
+def test_2_to_the_60_laughs_are_refused() -> None:
+    laughs = b"]" + b"".join(b"q" + bytes([i]) + b"0](h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60))
+    with pytest.raises(PickleError, match="over and over"):
+        tree(b"\x80\x02}" + text("a") + laughs + b"s.")
+
+
+def test_a_container_shared_a_few_times_is_read() -> None:
+    shared = {"lr": 0.1}
+    assert tree(pickle.dumps({"a": shared, "b": [shared, shared]})) == {"a": shared, "b": [shared, shared]}
+
+
+GREEDY = {
+    "dicts": b"}", "lists": b"]", "tuples": b"N\x85", "numbers": b"M\xff\xff", "marks": b"(", "copies": b"2",
+    "calls": b"h\0)R", "names": b"ca\nb\n", "memo": b"\x94", "nothing": b"N0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_whatever_is_repeated_runs_out_of_budget(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inert_pickle, "BUDGET", 1 << 22)
+    data = b"\x80\x02cos\nsystem\nq\0" + GREEDY[name] * (1 << 17) + b"."
+    tracemalloc.start()
+    with pytest.raises(PickleError, match="takes more memory"):
+        interpret(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 22  # the estimates are upper bounds
+
+
+def test_more_containers_than_a_checkpoint_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_tree, "MAX_CONTAINERS", 1000)
+    tree(pickle.dumps({"a": [[i] for i in range(998)]}))
+    with pytest.raises(PickleError, match="more than 1000 containers"):
+        tree(pickle.dumps({"a": [[i] for i in range(999)]}))
+
+
+# ---- random programs
+
+
+def fragments() -> st.SearchStrategy[bytes]:
+    """Opcodes that keep the machine going, tensors' parts among them, and now and then any byte at all."""
+    values = [
+        b"N",
+        b"\x88",
+        b"K\1",
+        b"M\1\2",
+        b"J\xff\xff\xff\xff",
+        b"\x8a\2\1\2",
+        b"G@\x08\0\0\0\0\0\0",
+        b")",
+        b"]",
+        b"}",
+    ]
+    values += [text(name) for name in ("a", "storage", "cpu", "0", "1", "", "\ud800")] + [b"\x8f", b"C\2ab", b"("]
+    names = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter")
+    names += ("collections.OrderedDict", "torch.FloatStorage", "torch.storage.UntypedStorage", "torch.float32")
+    names += ("torch._tensor._rebuild_from_type_v2", "torch.Tensor", "numpy.dtype", "numpy.core.multiarray.scalar")
+    names += ("_codecs.encode", "os.system", "builtins.set", "argparse.Namespace", "torch.Size")
+    values += [
+        b"c" + name.rpartition(".")[0].encode() + b"\n" + name.rpartition(".")[2].encode() + b"\n" for name in names
+    ]
+    storage_of_four = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\4tQ"
+    values += [storage_of_four, b"K\0K\2\x85K\1\x85", b"(" + storage_of_four + b"K\0K\2\x85K\1\x85\x89}t"]
+    actions = [bytes([code]) for code in b"()012tlesaud" + b"RobQ" + b"\x81\x85\x86\x87\x90\x91\x92\x93\x94"]
+    actions += [b"q\0", b"h\0", b"h\1", b"r\1\0\0\0"]
+    return st.sampled_from(values) | st.sampled_from(actions) | st.sampled_from(values) | st.binary(max_size=3)
+
+
+@given(st.lists(fragments(), max_size=40).map(b"".join), st.sampled_from([2, 4]))
+@settings(max_examples=4000, derandomize=True, deadline=None, database=None)
+def test_a_random_program_is_a_mapping_or_a_pickle_error(program: bytes, protocol: int) -> None:
+    try:
+        value = tree(bytes([0x80, protocol]) + b"}" + text("a") + program + b"s.")
+    except PickleError:
+        return
+    assert isinstance(value, dict)
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=2000, derandomize=True, deadline=None, database=None)
+def test_random_bytes_are_a_mapping_or_a_pickle_error(data: bytes) -> None:
+    try:
+        value = tree(b"\x80\x02" + data + b".")
+    except PickleError:
+        return
+    assert isinstance(value, dict)

@@ -1,0 +1,43 @@
+"""Checkpoints for tests, written by the safetensors library and opened as any others are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ckptavg.average import output_specs, weighted_average
+from ckptavg.checkpoint import Checkpoint
+from ckptavg.coefficients import Coefficients
+from ckptavg.discover import discover
+from ckptavg.dtypes import TORCH
+
+
+def stored(folder: Path, states: Iterable[Mapping[str, Tensor]]) -> tuple[Checkpoint, ...]:
+    """Write each state as ``step-<i>.safetensors`` and open them all; equal ones too, which discovery would drop."""
+    folder.mkdir(exist_ok=True)
+    opened: list[Checkpoint] = []
+    for i, state in enumerate(states):
+        path = folder / f"step-{i}.safetensors"
+        save_file(dict(state), path)
+        opened += discover([path]).checkpoints
+    return tuple(opened)
+
+
+def averaged(
+    checkpoints: tuple[Checkpoint, ...], row: Iterable[float], dtype: str | None = None, chunk: int = 1 << 18
+) -> dict[str, Tensor]:
+    """The average as tensors."""
+    specs = output_specs(checkpoints[0], dtype)
+    buffers = {name: bytearray(spec.nbytes) for name, spec in specs.items()}
+    for name, offset, data in weighted_average(checkpoints, Coefficients((tuple(row),)), specs, chunk=chunk):
+        buffers[name][offset : offset + len(data)] = data
+    return {
+        name: torch.frombuffer(buffers[name], dtype=TORCH[spec.dtype]).view(spec.shape)
+        if spec.nbytes
+        else torch.empty(spec.shape, dtype=TORCH[spec.dtype])
+        for name, spec in specs.items()
+    }

@@ -1,0 +1,284 @@
+"""Bad input gets one line naming the file, the tensor and the way out, its exit code, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TASK, Run
+from safetensors.torch import save_file
+
+SWA = ("swa", "ckpts", "-o", "out.safetensors")
+SEWA = ("sewa", "ckpts", "-o", "out.safetensors", "--steps", "2", "--task", "mine.py")
+TINY = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+def model(): return nn.Linear(3, 2)
+def loss(model, batch): return model(batch[0]).square().mean(dim=1)
+def val_dataloader(): return DataLoader(TensorDataset(torch.ones(8, 3)), batch_size=4)
+"""
+
+
+class Payload:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.fixture
+def ckpts(tmp_path: Path) -> Path:
+    folder = tmp_path / "ckpts"
+    folder.mkdir()
+    for step in range(1, 5):
+        torch.manual_seed(step)
+        save_file(torch.nn.Linear(3, 2).state_dict(), folder / f"step-{step}.safetensors")
+    (tmp_path / "mine.py").write_text(TINY)
+    return folder
+
+
+def check(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
+    """One error line with all the parts, an optional hint, no traceback, nothing on stdout."""
+    lines = done.stderr.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert (done.returncode, done.stdout, len(errors)) == (code, "", 1), done.stderr
+    assert "Traceback" not in done.stderr
+    for part in parts:
+        assert part in "\n".join(lines[lines.index(errors[0]) :]), done.stderr
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"__pycache__"}
+
+
+def test_an_empty_directory(run: Run, tmp_path: Path):
+    (tmp_path / "ckpts").mkdir()
+    check(run(*SWA), 3, "ckpts: no checkpoints found: the directory is empty", "hint: `ckptavg inspect ckpts`")
+    assert left(tmp_path) == {"ckpts"}
+
+
+def test_fewer_candidates_than_k(run: Run, ckpts: Path, tmp_path: Path):
+    check(
+        run(*SEWA, "--k", 5), 2, "--k 5 asks for more checkpoints than the 4 candidates", "hint: choose --k 4 or less"
+    )
+    assert left(tmp_path) == {"ckpts", "mine.py"}
+
+
+def test_k_below_one(run: Run, ckpts: Path):
+    check(run(*SEWA, "--k", 0), 2, "--k must be at least 1, not 0")
+
+
+def test_a_truncated_file(run: Run, ckpts: Path, tmp_path: Path):
+    whole = (ckpts / "step-3.safetensors").read_bytes()
+    for length in (4, 20, len(whole) - 1):
+        (ckpts / "step-3.safetensors").write_bytes(whole[:length])
+        check(run(*SWA), 3, "ckpts/step-3.safetensors: file is truncated", "hint: leave it out with --exclude 'step-3")
+    assert left(tmp_path) == {"ckpts", "mine.py"}
+    assert run(*SWA, "--exclude", "step-3*").returncode == 0
+
+
+def test_a_pickle_that_holds_code_is_read_without_running_it(run: Run, ckpts: Path, tmp_path: Path):
+    marker = tmp_path / "ran"
+    state = torch.nn.Linear(3, 2).state_dict()
+    torch.save({"state_dict": state, "callback": Payload(marker), "epoch": 5}, ckpts / "step-5.pt")
+    done = run(*SWA)
+    assert done.returncode == 0 and not marker.exists()
+    torch.save(Payload(marker), ckpts / "step-6.pt")
+    (tmp_path / "out.safetensors").unlink()
+    check(run(*SWA), 3, "ckpts/step-6.pt", "hint: leave it out")
+    torch.save(Payload(marker), ckpts / "step-6.pt", _use_new_zipfile_serialization=False)
+    check(run(*SWA), 3, "ckpts/step-6.pt")
+    assert not marker.exists() and left(tmp_path) == {"ckpts", "mine.py"}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (
+            {"weight": torch.ones(2, 4), "bias": torch.ones(2)},
+            "weight: shape [2, 4], but 4 other candidates have [2, 3]",
+        ),
+        (
+            {"weight": torch.ones(2, 3), "bias": torch.ones(2).half()},
+            "bias: dtype F16, but 4 other candidates have F32",
+        ),
+        ({"weight": torch.ones(2, 3)}, "bias: missing, but 4 other candidates have it"),
+        (
+            {"weight": torch.ones(2, 3), "bias": torch.ones(2), "more": torch.ones(1)},
+            "more: 4 other candidates have no",
+        ),
+    ],
+)
+def test_checkpoints_that_disagree(run: Run, ckpts: Path, tmp_path: Path, state: dict[str, torch.Tensor], message: str):
+    save_file(state, ckpts / "step-5.safetensors")
+    check(
+        run(*SWA), 4, f"ckpts/step-5.safetensors: {message}", "hint: leave it out with --exclude 'step-5.safetensors'"
+    )
+    assert left(tmp_path) == {"ckpts", "mine.py"}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_that_are_not_finite(run: Run, ckpts: Path, tmp_path: Path, value: str):
+    save_file({"weight": torch.full((2, 3), float(value)), "bias": torch.ones(2)}, ckpts / "step-5.safetensors")
+    for command in (SWA, SEWA):
+        check(run(*command), 3, "ckpts/step-5.safetensors: weight: 6 values are NaN or infinite", "--exclude")
+    assert left(tmp_path) == {"ckpts", "mine.py"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("def loss", "def lost"), "mine.py: has no function `loss`"),
+        (("def model", "def models"), "mine.py: has no function `model`"),
+        (("def val_dataloader", "def data"), "mine.py: has no function `val_dataloader`"),
+        (
+            ("return model(batch[0])", "raise KeyError('oops') or model(batch[0])"),
+            "mine.py:6: in loss: KeyError: 'oops'",
+        ),
+        (("return nn.Linear(3, 2)", "return 3"), "model() must return a torch.nn.Module, not int"),
+        (("return nn.Linear(3, 2)", "return nn.Linear(4, 2)"), "weight of shape [2, 4], the checkpoints [2, 3]"),
+        (("return nn.Linear(3, 2)", "return nn.Linear(3, 2, bias=False)"), "it lacks bias"),
+        (("import torch\n", "import torch, nonsense\n"), "mine.py:2: on import: ModuleNotFoundError"),
+        (("import torch\n", "import torch; raise SystemExit('no')\n"), "mine.py:2: on import: SystemExit: no"),
+        (("def model()", "def model("), "mine.py:5: on import: SyntaxError"),
+        ((".mean(dim=1)", ".mean() * float('nan')"), "candidate ckpts/step-1.safetensors has loss nan on the val data"),
+        ((".mean(dim=1)", ".sum() / 0"), "has loss inf on the val data"),
+        ((".mean(dim=1)", ".mean(dim=0)"), "loss must give a scalar or one real number an example [4]"),
+        ((".square().mean(dim=1)", ".argmax(dim=1)"), "loss() must return a floating-point tensor, not a torch.int64"),
+        (("torch.ones(8, 3)), batch_size=4", "torch.ones(0, 3)), batch_size=4"), "val_dataloader() gave no batches"),
+        (("torch.ones(8, 3)", "torch.ones(8, 3), 1"), "in val_dataloader:"),
+        (("def model", "metric_goal = 'up'\ndef model"), "metric_goal must be 'max' or 'min', not 'up'"),
+    ],
+)
+def test_a_task_that_fails(run: Run, ckpts: Path, tmp_path: Path, change: tuple[str, str], message: str):
+    assert change[0] in TINY
+    (tmp_path / "mine.py").write_text(TINY.replace(*change))
+    check(run(*SEWA, "--k", 2), 7, message)
+    assert left(tmp_path) == {"ckpts", "mine.py"}
+
+
+def test_the_tasks_own_traceback_is_shown_with_v(run: Run, ckpts: Path, tmp_path: Path):
+    (tmp_path / "mine.py").write_text(
+        TINY.replace("return model(batch[0])", "raise KeyError('oops') or model(batch[0])")
+    )
+    done = run(*SEWA, "--k", 2, "-v")
+    assert done.returncode == 7 and "Traceback" in done.stderr and "raise KeyError('oops')" in done.stderr
+
+
+def test_no_task(run: Run, ckpts: Path):
+    check(run("sewa", "ckpts"), 2, "sewa learns from data, so it needs a task file", "hint: `ckptavg init`")
+    check(run("sewa", "ckpts", "--task", "gone.py"), 2, "no such task file: gone.py")
+    check(run("sewa", "ckpts", "--task", "gone_module"), 2, "no task file or module is called gone_module")
+
+
+def test_a_task_that_lies_among_the_checkpoints_is_not_run(run: Run, ckpts: Path, tmp_path: Path):
+    (ckpts / "task.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + TINY)
+    check(run("sewa", ".", cwd=ckpts), 2, "./task.py lies among the checkpoints", "hint: if you trust it, name it")
+    check(run("sewa", "step-1.safetensors", "step-2.safetensors", cwd=ckpts), 2, "./task.py lies among")
+    check(run("sewa", "ckpts"), 2, "needs a task file")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_output_that_exists(run: Run, ckpts: Path, tmp_path: Path):
+    (tmp_path / "out.safetensors").write_bytes(b"precious")
+    check(run(*SWA), 6, "out.safetensors: exists already", "hint: replace it with --force")
+    assert (tmp_path / "out.safetensors").read_bytes() == b"precious"
+    assert run(*SWA, "--force").returncode == 0
+
+
+def test_an_output_that_cannot_be_written(run: Run, ckpts: Path):
+    check(run("swa", "ckpts", "-o", "gone/out.safetensors"), 5, "gone: no such directory", "hint: mkdir -p 'gone'")
+
+
+def test_a_device_that_is_not_there(run: Run, ckpts: Path):
+    check(
+        run(*SEWA, "--k", 2, "--device", "cuda:7" if not torch.cuda.is_available() else "cuda:99"), 2, "--device cuda"
+    )
+    check(run(*SEWA, "--k", 2, "--device", "abacus"), 2, "--device abacus")
+
+
+def test_wrong_usage_is_exit_code_two(run: Run, ckpts: Path):
+    for arguments in (("swa",), ("swa", "ckpts", "--nonsense"), ("nonsense",), ("swa", "ckpts", "--dtype", "int8")):
+        assert run(*arguments).returncode == 2
+
+
+def test_a_configuration_file_that_is_wrong(run: Run, ckpts: Path, tmp_path: Path):
+    (tmp_path / "ckptavg.toml").write_text("k = [")
+    check(run(*SEWA), 2, "ckptavg.toml: is not valid TOML")
+    (tmp_path / "ckptavg.toml").write_text("kk = 3")
+    check(run(*SEWA), 2, "the configuration file has unknown options: kk")
+
+
+def test_names_with_markup_and_control_characters_are_printed_as_they_are(run: Run, ckpts: Path):
+    save_file({"weight": torch.ones(2, 3), "bias": torch.ones(2)}, ckpts / "lr[red]\n\x1b[1m-9.safetensors")
+    done = run("inspect", "ckpts")
+    assert done.returncode == 0 and "lr[red]\\n\\x1b[1m-9.safetensors" in done.stdout and "\x1b" not in done.stdout
+    assert "lr[red]\\n\\x1b[1m-9" in run(*SWA).stderr
+
+
+def test_an_interrupted_run_says_so_and_leaves_nothing(run: Run, ckpts: Path, tmp_path: Path):
+    (tmp_path / "mine.py").write_text(
+        TINY.replace("def loss(model, batch):", "def loss(model, batch):\n    print('in loss', flush=True)\n   ")
+    )
+    command = [sys.executable, "-m", "ckptavg", *SEWA, "--k", "2", "--steps", "1000000"]
+    for which in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None and "in loss" in process.stderr.readline()
+        time.sleep(0.2)
+        process.send_signal(which)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 75 and out == ""
+        assert "error: interrupted; nothing was written" in err and "Traceback" not in err
+    assert left(tmp_path) == {"ckpts", "mine.py"}
+
+
+def test_memory_that_runs_out_is_its_own_exit_code(run: Run, ckpts: Path, tmp_path: Path):
+    (tmp_path / "mine.py").write_text(
+        TINY.replace("return model(batch[0])", "return torch.empty(2**45); model(batch[0])")
+    )
+    check(run(*SEWA, "--k", 2), 8, "out of memory", "hint: use fewer candidates")
+
+
+def test_a_closed_stdout_is_no_error(ckpts: Path):
+    command = f"{sys.executable} -m ckptavg inspect {ckpts} --json | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("{", "")
+
+
+def test_the_tasks_file_is_found_as_promised(run: Run, ckpts: Path, tmp_path: Path):
+    """--task, then CKPTAVG_TASK, then the configuration, then ./task.py; a module by its dotted name."""
+    words = {"option": "first", "environment": "second", "configured": "third", "task": "fourth"}
+    for name, word in words.items():
+        (tmp_path / f"{name}.py").write_text(
+            TINY.replace("return model(batch[0])", f"raise ValueError('{word}') or model(batch[0])")
+        )
+    (tmp_path / "ckptavg.toml").write_text('task = "configured.py"\nk = 2\n')
+    base = ("sewa", "ckpts")
+    check(run(*base, "--task", "option.py", CKPTAVG_TASK="environment.py"), 7, "first")
+    check(run(*base, "--task", "option", CKPTAVG_TASK="environment.py"), 7, "first")
+    check(run(*base, CKPTAVG_TASK="environment.py"), 7, "second")
+    check(run(*base), 7, "third")
+    (tmp_path / "ckptavg.toml").unlink()
+    (tmp_path / "pyproject.toml").write_text('[tool.ckptavg]\ntask = "configured.py"\nk = 2\n')
+    check(run(*base), 7, "third")
+    (tmp_path / "pyproject.toml").unlink()
+    check(run(*base, "--k", 2), 7, "fourth")
+
+
+def test_options_come_from_the_configuration_and_the_environment(run: Run, ckpts: Path, tmp_path: Path):
+    (tmp_path / "ckptavg.toml").write_text('task = "mine.py"\nk = 9\nnever-worse = true\n')
+    check(run("sewa", "ckpts"), 2, "--k 9 asks")
+    check(run("sewa", "ckpts", CKPTAVG_K="8"), 2, "--k 8 asks")
+    check(run("sewa", "ckpts", "--k", 7, CKPTAVG_K="8"), 2, "--k 7 asks")
+    assert TASK.exists()

@@ -1,0 +1,270 @@
+"""The writer: the old file or the whole new one, and no litter, whatever fails and whenever."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ckptavg import write
+from ckptavg.dtypes import TORCH
+from ckptavg.errors import OutputError, OutputExistsError
+from ckptavg.readers import StoredTensor
+from ckptavg.write import SafetensorsFile, preflight
+
+SPECS = {
+    "b": StoredTensor("F32", (2, 3), "", 0),
+    "a": StoredTensor("BF16", (5,), "", 0),
+    "n": StoredTensor("I64", (), "", 0),
+}
+
+
+def produce(
+    path: Path, *, force: bool = False, specs: Mapping[str, StoredTensor] = SPECS, fill: int = 1
+) -> SafetensorsFile:
+    with SafetensorsFile(path, specs, {"format": "pt"}, force=force) as out:
+        for name, spec in specs.items():
+            data = bytes([fill]) * spec.nbytes
+            out.write(name, spec.nbytes // 2, data[spec.nbytes // 2 :])
+            out.write(name, 0, data[: spec.nbytes // 2])
+        out.commit()
+    return out
+
+
+def test_the_file_loads_and_its_header_tells_dtype_shape_and_metadata(tmp_path: Path):
+    path = tmp_path / "x.safetensors"
+    out = produce(path)
+    loaded = load_file(path)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in loaded.items()} == {
+        name: (TORCH[spec.dtype], spec.shape) for name, spec in SPECS.items()
+    }
+    assert all(set(t.flatten().view(torch.uint8).tolist()) == {1} for t in loaded.values())
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert out.size == path.stat().st_size and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_digest_is_that_of_the_file(tmp_path: Path):
+    import hashlib
+
+    out = produce(tmp_path / "x.safetensors")
+    assert out.sha256 == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
+
+
+def test_equal_inputs_give_equal_bytes_whatever_the_order_of_names(tmp_path: Path):
+    first, second = tmp_path / "1", tmp_path / "2"
+    assert produce(first).sha256 == produce(second, specs=dict(reversed(SPECS.items()))).sha256
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_every_tensor_is_aligned_to_its_elements(tmp_path: Path):
+    produce(tmp_path / "x")
+    size = int.from_bytes((tmp_path / "x").read_bytes()[:8], "little")
+    assert size % 8 == 0
+
+
+def test_what_was_written_can_be_read_back_and_replaced(tmp_path: Path):
+    with SafetensorsFile(tmp_path / "x", SPECS, {}) as out:
+        for name, spec in SPECS.items():
+            out.write(name, 0, bytes(spec.nbytes))
+        out.write("b", 0, torch.arange(6.0).numpy().tobytes())
+        read = bytearray(8)
+        out.read_into("b", 2, memoryview(read))
+        out.commit()
+    assert torch.frombuffer(read, dtype=torch.float32).tolist() == [2.0, 3.0]
+    assert load_file(tmp_path / "x")["b"].flatten().tolist() == list(range(6))
+
+
+def test_a_file_with_a_hole_is_never_published(tmp_path: Path):
+    with (
+        pytest.raises(AssertionError, match="24 bytes were not written"),
+        SafetensorsFile(tmp_path / "x", SPECS, {}) as out,
+    ):
+        out.write("a", 0, bytes(10))
+        out.write("n", 0, bytes(8))
+        out.commit()
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_commit_nothing_is_left(tmp_path: Path):
+    with SafetensorsFile(tmp_path / "x", SPECS, {}):
+        assert [p.name.startswith(".x.") for p in tmp_path.iterdir()] == [True]
+    assert not list(tmp_path.iterdir())
+
+
+class Failing:
+    """Lets n calls through and then fails; stands in for the functions of ``os`` that touch the output."""
+
+    NAMES = ("open", "posix_fallocate", "pwrite", "fsync", "fstat", "fchmod", "link", "replace", "rename")
+
+    def __init__(self, after: int, error: BaseException) -> None:
+        self.left = after
+        self._error = error
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in self.NAMES:
+            monkeypatch.setattr(write.os, name, self._wrap(getattr(os, name)))
+
+    def _wrap(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                raise self._error
+            return real(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "x"), OSError(errno.EIO, "x"), KeyboardInterrupt()], ids=repr)
+def test_a_failure_at_any_call_leaves_the_old_file_and_no_litter(tmp_path: Path, error: BaseException, force: bool):
+    path = tmp_path / "x"
+    whole = produce(tmp_path / "whole")
+    good = (tmp_path / "whole").read_bytes()
+    (tmp_path / "whole").unlink()
+    for after in range(1, 100):
+        path.unlink(missing_ok=True)
+        if force:
+            path.write_bytes(b"precious")
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            failing = Failing(after, error)
+            failing.install(monkeypatch)
+            try:
+                produce(path, force=force)
+            except (OutputError, KeyboardInterrupt) as caught:
+                assert type(caught) is (OutputError if isinstance(error, OSError) else KeyboardInterrupt)
+            else:
+                assert failing.left > 0, "a failing call was swallowed"
+        left = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        old = {"x": b"precious"} if force else {}
+        if failing.left > 0:
+            assert left == {"x": good} and len(good) == whole.size
+            return
+        assert left in (old, {"x": good}), after  # whole is allowed: the directory's fsync comes after the name
+    raise AssertionError("never got through")
+
+
+def test_an_existing_output_is_refused_at_the_start_and_at_the_end(tmp_path: Path):
+    path = tmp_path / "x"
+    path.write_bytes(b"precious")
+    with pytest.raises(OutputExistsError, match="exists already"):
+        preflight(path, force=False)
+    with pytest.raises(OutputExistsError):
+        produce(path)
+    path.unlink()
+    with pytest.raises(OutputExistsError), SafetensorsFile(path, SPECS, {}) as out:
+        for name, spec in SPECS.items():
+            out.write(name, 0, bytes(spec.nbytes))
+        path.write_bytes(b"precious")  # somebody was faster
+        out.commit()
+    assert path.read_bytes() == b"precious" and list(tmp_path.iterdir()) == [path]  # no litter
+
+
+def test_a_dangling_link_counts_as_existing(tmp_path: Path):
+    (tmp_path / "x").symlink_to("nowhere")
+    with pytest.raises(OutputExistsError):
+        preflight(tmp_path / "x", force=False)
+
+
+def test_force_replaces_and_keeps_the_mode(tmp_path: Path):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    produce(path, force=True)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640 and len(load_file(path)) == 3
+
+
+def test_a_new_file_has_the_mode_the_umask_gives(tmp_path: Path):
+    old = os.umask(0o027)
+    try:
+        produce(tmp_path / "x")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+
+
+def test_a_file_system_without_links_is_served_by_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def link(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(write.os, "link", link)
+    produce(tmp_path / "x")
+    assert len(load_file(tmp_path / "x")) == 3 and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("name", "message"), [("missing/x", "no such directory"), (".", "is a directory")])
+def test_a_destination_that_cannot_be_is_refused_at_the_start(tmp_path: Path, name: str, message: str):
+    with pytest.raises(OutputError, match=message):
+        preflight(tmp_path / name, force=True)
+
+
+def _race(path: Path, barrier: Any, wins: Any) -> None:
+    barrier.wait()
+    try:
+        produce(path, fill=os.getpid() % 250)
+    except OutputExistsError:
+        return
+    with wins.get_lock():
+        wins.value += 1
+
+
+def test_of_racing_writers_exactly_one_wins(tmp_path: Path):
+    context = multiprocessing.get_context("fork")
+    for round_ in range(10):
+        barrier, wins = context.Barrier(6), context.Value("i", 0)
+        racers = [context.Process(target=_race, args=(tmp_path / str(round_), barrier, wins)) for _ in range(6)]
+        for racer in racers:
+            racer.start()
+        for racer in racers:
+            racer.join()
+        assert wins.value == 1
+        assert len(load_file(tmp_path / str(round_))) == 3
+    assert len(list(tmp_path.iterdir())) == 10
+
+
+NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=20).filter(
+    lambda n: n != "__metadata__"
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.dictionaries(
+        NAMES,
+        st.tuples(st.sampled_from(sorted(TORCH)), st.lists(st.integers(0, 4), max_size=4)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=3),
+)
+def test_any_names_shapes_and_dtypes_round_trip_through_the_library(
+    tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, tuple[str, list[int]]], metadata: dict[str, str]
+):
+    path = tmp_path_factory.mktemp("round") / "x"
+    specs = {name: StoredTensor(dtype, tuple(shape), "", 0) for name, (dtype, shape) in tensors.items()}
+    try:
+        metadata_text = {k: v.encode().decode() for k, v in metadata.items()}
+    except UnicodeEncodeError:
+        metadata_text = {}
+    with SafetensorsFile(path, specs, metadata_text) as out:
+        for name, spec in specs.items():
+            out.write(name, 0, bytes(i % 2 for i in range(spec.nbytes)))
+        out.commit()
+    loaded = load_file(path)
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in loaded.items()} == {
+        n: (TORCH[s.dtype], s.shape) for n, s in specs.items()
+    }
+    for name, spec in specs.items():
+        if spec.nbytes:
+            assert loaded[name].flatten().view(torch.uint8).tolist() == [i % 2 for i in range(spec.nbytes)]
