@@ -106,8 +106,8 @@ def test_the_average_beats_the_last_and_the_best_single_checkpoint(selected: ckp
 
 def test_the_cost_counts_every_batch(selected: ckptavg.Result):
     assert selected.cost is not None
-    # 12 candidates, the selection, SWA and LAWA, each scored on 4 validation and 4 test batches (candidates on test only
-    # for best and last), BatchNorm from 15 training batches before each, and the file itself; learning: 200 steps of 2
+    # On 4 validation batches: 12 candidates, the selection, SWA and LAWA. On 4 test batches: best, last, SWA and LAWA.
+    # Before each, BatchNorm from 15 training batches. The file itself on both. Learning: 200 steps of 2 samples.
     scored = 12 + 1 + 2
     assert selected.cost.backward_batches == 400
     on_test = 2 + 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -28,13 +29,16 @@ for _name in ("init", "demo"):
     app.command(_name, rich_help_panel="Start")(_module.command)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print("ckptavg", version("ckptavg"))
+        raise typer.Exit
+
+
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Turn the checkpoints of a training job into one better model."""
-    if version:
-        from importlib.metadata import version as installed
-
-        print("ckptavg", installed("ckptavg"))
-        raise typer.Exit

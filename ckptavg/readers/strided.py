@@ -20,15 +20,13 @@ def gather(tensor: StoredTensor, start: int, out: memoryview, read_into: Callabl
     """Fill ``out`` with the elements of ``tensor`` from number ``start`` on, counted in C order.
 
     Args:
-        tensor: with strides, no two elements overlapping.
+        tensor: of rank ≥ 1, with strides, no two elements overlapping.
         start: the first element.
-        out: contiguous bytes, a multiple of the element size, within the tensor.
+        out: contiguous bytes, a multiple of the element size, within the tensor; not empty.
         read_into: fills a buffer with the record's bytes from an offset on.
     """
     import torch
 
-    if not len(out):
-        return
     size = ITEM_SIZE[tensor.dtype]
     stride = tensor.stride or ()
     # elements as integers (pairs of them for 16 bytes): no value is ever looked at
@@ -55,10 +53,7 @@ def gather(tensor: StoredTensor, start: int, out: memoryview, read_into: Callabl
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The elements ``start`` to ``stop`` of an array in C order as (first index, shape) of boxes, in order."""
-    if not shape:
-        yield (), ()
-        return
+    """The elements ``start`` < ``stop`` of an array of rank ≥ 1 as boxes in C order: (first index, shape)."""
     row = math.prod(shape[1:])
     first, skipped = divmod(start, row)
     last, rest = divmod(stop, row)

@@ -5,6 +5,7 @@ Shape suffixes: N = candidates, K = chosen, M = Monte Carlo samples.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -71,14 +72,11 @@ class SeWA:
             )
         s_N = (objective.uniform() * self.k).clamp(max=1)
         losses = torch.empty(self.steps, dtype=s_N.dtype, device=s_N.device)
-        noise = losses  # replaced at the first step
-        for step in range(self.steps):
-            if step % BLOCK == 0:  # drawn on the CPU, the same for every device, and moved there now and then
-                uniform = torch.rand(BLOCK, self.samples, n, generator=objective.generator, dtype=torch.float64)
-                noise = torch.logit(uniform, eps=1e-12).to(s_N)  # g1 − g0 is logistic
+        for step, noise_MN in zip(range(self.steps), self._noise(objective, s_N), strict=False):
             tau = self.tau_start + (self.tau_end - self.tau_start) * step / max(1, self.steps - 1)
             s_N = s_N.detach().requires_grad_()
-            loss = torch.stack([objective.loss(self._mixture(s_N, noise_N, tau), self.on) for noise_N in noise[step % BLOCK]])
+            mixtures = [self._mixture(s_N, noise_N, tau) for noise_N in noise_MN]
+            loss = torch.stack([objective.loss(c_N, self.on) for c_N in mixtures])
             (gradient_N,) = torch.autograd.grad(loss.mean(), s_N)
             s_N = project_capped_simplex(s_N.detach() - self.lr * gradient_N, self.k)
             losses[step] = loss.detach().mean()
@@ -90,6 +88,14 @@ class SeWA:
         return Learned(
             coefficients=Coefficients.uniform(chosen, n), columns={"s": probabilities}, trace={"loss": losses.tolist()}
         )
+
+    def _noise(self, objective: Objective, s_N: Tensor) -> Iterator[Tensor]:
+        """[M, N] of g1 − g0 for step after step; drawn on the CPU, the same for every device, and moved in blocks."""
+        import torch
+
+        while True:
+            uniform = torch.rand(BLOCK, self.samples, objective.n, generator=objective.generator, dtype=torch.float64)
+            yield from torch.logit(uniform, eps=1e-12).to(s_N)  # the difference of two Gumbels is logistic
 
     def _mixture(self, s_N: Tensor, noise_N: Tensor, tau: float) -> Tensor:
         """[N], m̃ / Σ m̃ for one binary Concrete sample m̃, differentiable in s."""

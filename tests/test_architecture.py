@@ -1,0 +1,124 @@
+"""The structure that the design draws, read from the source by its syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ckptavg
+from ckptavg.strategies import strategies
+
+PACKAGE = Path(ckptavg.__file__).parent
+# a module may import from its own line and those below; from top to bottom as in the design
+LAYERS = (
+    ("__main__",),
+    ("cli",),
+    ("api",),
+    ("report", "evaluate", "verify"),
+    ("pipeline",),
+    ("result",),
+    ("judge", "companions"),
+    ("strategies", "mixture"),
+    ("candidates", "average", "write", "provenance", "batchnorm", "determinism", "tasks"),
+    ("discover", "settings"),
+    ("copies", "layout", "steps"),
+    ("checkpoint", "objective", "dtypes"),
+    ("coefficients",),
+    ("readers",),
+    ("errors",),
+)
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+
+def sources() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """The modules a file imports, wherever in it; what only the type checker sees does not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    unseen = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in unseen:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "ckptavg":
+            found |= {f"ckptavg.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down_only(path: Path):
+    for module in imported(path):
+        parts = module.split(".")
+        if parts[0] == "ckptavg" and len(parts) > 1 and parts[1] != room(path):
+            assert RANK[parts[1]] > RANK[room(path)], f"{room(path)} imports {module}"
+
+
+@pytest.mark.parametrize("name", sorted(strategies()))
+def test_a_strategy_sees_mathematics_only(name: str):
+    allowed = {"ckptavg.objective", "ckptavg.coefficients", "ckptavg.errors", "torch"}
+    ours = {
+        m for m in imported(PACKAGE / "strategies" / f"{name}.py") if m.split(".")[0] not in sys.stdlib_module_names
+    }
+    assert ours <= allowed
+
+
+def test_reports_are_made_without_torch():
+    for path in (PACKAGE / "report").glob("*.py"):
+        assert not any(module.split(".")[0] == "torch" for module in imported(path))
+
+
+def test_click_is_never_imported():
+    assert not any("click" in imported(path) for path in sources())
+
+
+def loaded_by(*arguments: str, cwd: Path | None = None) -> set[str]:
+    """The modules that a command loads, as the interpreter reports them."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "ckptavg", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("sewa", "--help"), ("--version",)])
+def test_help_loads_neither_torch_nor_numpy(arguments: tuple[str, ...]):
+    assert not {"torch", "numpy", "transformers", "safetensors"} & loaded_by(*arguments)
+
+
+def test_inspecting_safetensors_does_not_load_torch(tmp_path: Path):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(1)}, tmp_path / "step-1.safetensors")
+    assert "torch" not in loaded_by("inspect", str(tmp_path))
+
+
+def test_importing_the_package_loads_no_torch():
+    done = subprocess.run(
+        [sys.executable, "-c", "import ckptavg, sys; dir(ckptavg); print('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "False\n"
