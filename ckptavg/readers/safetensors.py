@@ -55,7 +55,7 @@ class SafetensorsReader:
         if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
             refuse("its header entry must have exactly dtype, shape and data_offsets")
         dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
-        if dtype not in ITEM_SIZE:
+        if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
             refuse(f"dtype {dtype!r} is not supported; supported are {', '.join(ITEM_SIZE)}")
         if not _naturals(shape) or len(shape) > MAX_RANK:
             refuse(f"shape must be a list of at most {MAX_RANK} integers from 0 to 2^63 - 1")

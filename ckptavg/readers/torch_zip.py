@@ -18,7 +18,7 @@ from ckptavg.readers.object_tree import object_tree
 from ckptavg.readers.regular_file import RegularFile
 from ckptavg.readers.strided import gather
 from ckptavg.readers.torch_objects import MAKERS, storage
-from ckptavg.readers.zip_directory import Entry, central_directory, locate
+from ckptavg.readers.zip_directory import Entry, Record, central_directory, locate
 
 MAX_PICKLE: Final = 64 << 20
 MAX_VERSION: Final = 10  # of the archive; torch 2.13 writes 3
@@ -33,10 +33,7 @@ class TorchZipReader:
         self.path: Path = file.path
         self.files: Sequence[RegularFile] = (file,)
         self.metadata: Mapping[str, str] = {}
-        entries, end = central_directory(file)
-        prefix = _prefix(file, entries)
-        located = locate(file, entries, end)
-        records = {name.removeprefix(prefix): record for name, record in located.items()}
+        records = _records(file)
         checked = any(record.crc for record in records.values())
         self._sizes = {name: record.size for name, record in records.items()}
         self._records = CheckedRecords(file, records, checked=checked)
@@ -89,6 +86,13 @@ class TorchZipReader:
         if self._sizes[name] > 16:
             raise InputError(f"record {name} has {self._sizes[name]} bytes, far too many", path=self.path)
         return self._records.read(name)
+
+
+def _records(file: RegularFile) -> dict[str, Record]:
+    """The archive's records by name, without the directory that holds everything in it."""
+    entries, end = central_directory(file)
+    prefix = _prefix(file, entries)
+    return {name.removeprefix(prefix): record for name, record in locate(file, entries, end).items()}
 
 
 def _prefix(file: RegularFile, entries: Sequence[Entry]) -> str:

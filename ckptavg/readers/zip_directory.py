@@ -16,7 +16,7 @@ from ckptavg.errors import InputError
 from ckptavg.readers.regular_file import RegularFile
 
 MAX_ENTRIES: Final = 1_000_000
-MAX_DIRECTORY: Final = 192 << 20
+MAX_DIRECTORY: Final = 128 << 20
 
 _END: Final = struct.Struct("<4s4H2LH")
 _END64: Final = struct.Struct("<4sQ2H2L4Q")

@@ -1,0 +1,239 @@
+"""The real objective against plain torch: loss, gradient, score, what is remembered and what is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stored import stored
+from torch import Tensor, nn
+
+from ckptavg.checkpoint import Checkpoint
+from ckptavg.coefficients import Coefficients
+from ckptavg.errors import TaskError
+from ckptavg.mixture import Mixture, batch_size, to_device
+from ckptavg.objective import Split
+
+CPU = torch.device("cpu")
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 2)).double()
+
+
+def data(seed: int, sizes: tuple[int, ...]) -> list[dict[str, Tensor]]:
+    draws = torch.Generator().manual_seed(seed)
+    return [
+        {"x": torch.randn(n, 3, generator=draws, dtype=torch.float64) * 2, "y": torch.randint(2, (n,), generator=draws)}
+        for n in sizes
+    ]
+
+
+@dataclass
+class Toy:
+    """A task as a plain object: the protocol is all that is asked for."""
+
+    splits: Mapping[str, list[dict[str, Tensor]]] = field(
+        default_factory=lambda: {"val": data(1, (5, 4)), "train": data(2, (6, 6, 6))}
+    )
+    source: str = "toy"
+    metric: Callable[[nn.Module, Any], Tensor] | None = None
+    metric_goal: str = "max"
+    reduction: str = "none"
+
+    def model(self) -> nn.Module:
+        return network()
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction=self.reduction)
+
+    def has(self, split: Split) -> bool:
+        return split in self.splits
+
+    def batches(self, split: Split) -> Iterator[Any]:
+        return iter(self.splits[split])
+
+    def examples(self, split: Split) -> int | None:
+        return sum(len(batch["y"]) for batch in self.splits[split]) if self.has(split) else None
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> tuple[Checkpoint, ...]:
+    states: list[dict[str, Tensor]] = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = network()
+        model(torch.randn(20, 3, dtype=torch.float64) * (seed + 1))  # running statistics of its own
+        states.append(model.state_dict())
+    return stored(tmp_path, states)
+
+
+def by_hand(checkpoints: tuple[Checkpoint, ...], c: Tensor) -> dict[str, Tensor]:
+    """Σ_i c_i w_i of every floating-point entry, differentiable in c."""
+    result: dict[str, Tensor] = {}
+    for name in checkpoints[0].names:
+        spec = checkpoints[0].spec(name)
+        if spec.dtype == "F64":
+            rows: list[Tensor] = []
+            for checkpoint in checkpoints:
+                out = bytearray(spec.nbytes)
+                checkpoint.read_into(name, 0, memoryview(out))
+                rows.append(torch.frombuffer(out, dtype=torch.float64).view(spec.shape))
+            result[name] = torch.einsum("n,n...->...", c, torch.stack(rows))
+    return result
+
+
+def reference_model() -> nn.Module:
+    model = network().eval()
+    model[1].train()  # BatchNorm by the batch's own statistics, dropout off
+    return model
+
+
+def test_loss_and_gradient_are_those_of_the_mixture_with_batch_statistics(checkpoints: tuple[Checkpoint, ...]):
+    mixture = Mixture(Toy(), checkpoints, device=CPU)
+    task = Toy()
+    for batch in task.splits["val"]:
+        c = torch.tensor([0.1, 0.5, 0.3, 0.1], dtype=torch.float64, requires_grad=True)
+        loss = mixture.loss(c)
+        (gradient,) = torch.autograd.grad(2 * loss, c)
+        state = {name: t.detach().clone() if "running" in name else t for name, t in by_hand(checkpoints, c).items()}
+        logits = torch.func.functional_call(reference_model(), state, (batch["x"],))
+        expected = nn.functional.cross_entropy(logits, batch["y"])
+        (expected_gradient,) = torch.autograd.grad(2 * expected, c)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_the_score_is_that_of_the_mixture_with_recomputed_statistics(checkpoints: tuple[Checkpoint, ...]):
+    mixture = Mixture(Toy(), checkpoints, device=CPU)
+    row = (0.25, 0.25, 0.25, 0.25)
+    model = network()
+    model.load_state_dict({**model.state_dict(), **by_hand(checkpoints, torch.tensor(row, dtype=torch.float64))})
+    torch.optim.swa_utils.update_bn([batch["x"] for batch in Toy().splits["train"]], model.eval())
+    # update_bn runs with dropout on; it lies behind BatchNorm here and does not reach it
+    model.eval()
+    with torch.no_grad():
+        parts = [nn.functional.cross_entropy(model(b["x"]), b["y"], reduction="sum") for b in Toy().splits["val"]]
+    score = mixture.score(Coefficients((row,)))
+    assert score.examples == 9 and score.metric is None and score.value == -score.loss
+    assert score.loss == pytest.approx(float(sum(parts)) / 9, rel=1e-12)
+
+
+def test_a_score_does_not_depend_on_what_was_done_before(checkpoints: tuple[Checkpoint, ...]):
+    alone = Coefficients.uniform([1], 4)
+    fresh = Mixture(Toy(), checkpoints, device=CPU).score(alone)
+    busy = Mixture(Toy(), checkpoints, device=CPU)
+    busy.score(Coefficients.uniform([0, 3], 4))
+    busy.loss(busy.uniform())
+    assert busy.score(alone) == fresh
+
+
+def test_a_score_is_remembered_and_costs_nothing_again(checkpoints: tuple[Checkpoint, ...]):
+    mixture = Mixture(Toy(), checkpoints, device=CPU)
+    first = mixture.score(Coefficients.uniform([0], 4))
+    spent = mixture.cost().forward_batches
+    assert spent == 2 + 3  # validation batches, and training batches for BatchNorm
+    assert mixture.score(Coefficients.uniform([0], 4)) is first and mixture.cost().forward_batches == spent
+
+
+def test_cost_in_epochs_counts_a_backward_as_two_forwards(checkpoints: tuple[Checkpoint, ...]):
+    mixture = Mixture(Toy(), checkpoints, device=CPU)
+    for _ in range(3):
+        mixture.loss(mixture.uniform(), "train")  # one epoch: 3 batches of 6
+    cost = mixture.cost()
+    assert (cost.forward_batches, cost.backward_batches, cost.epochs, cost.epochs_of) == (3, 3, 1.0, "train")
+
+
+def test_batches_come_round_again(checkpoints: tuple[Checkpoint, ...]):
+    mixture = Mixture(Toy(), checkpoints, device=CPU)
+    losses = [float(mixture.loss(mixture.uniform())) for _ in range(4)]
+    assert losses[:2] == losses[2:] and losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(("goal", "sign"), [("max", 1), ("min", -1)])
+def test_the_metric_decides_where_there_is_one(checkpoints: tuple[Checkpoint, ...], goal: str, sign: int):
+    def hits(model: nn.Module, batch: Any) -> Tensor:
+        return (model(batch["x"]).argmax(dim=1) == batch["y"]).double()
+
+    score = Mixture(Toy(metric=hits, metric_goal=goal), checkpoints, device=CPU).score(Coefficients.uniform([0], 4))
+    assert score.metric is not None and score.value == sign * score.metric
+
+
+def test_a_mean_loss_is_weighted_by_the_size_of_its_batch(checkpoints: tuple[Checkpoint, ...]):
+    coefficients = Coefficients.uniform([2], 4)
+    each = Mixture(Toy(), checkpoints, device=CPU).score(coefficients)
+    mean = Mixture(Toy(reduction="mean"), checkpoints, device=CPU).score(coefficients)
+    assert mean.loss == pytest.approx(each.loss, rel=1e-12)
+
+
+def test_without_validation_data_training_data_are_scored_on(checkpoints: tuple[Checkpoint, ...]):
+    mixture = Mixture(Toy(splits={"train": data(2, (6, 6))}), checkpoints, device=CPU)
+    assert mixture.scored_on == "train" and mixture.score(Coefficients.uniform([0], 4)).examples == 12
+
+
+def test_without_training_data_batchnorm_is_recomputed_on_validation_data(checkpoints: tuple[Checkpoint, ...]):
+    mixture = Mixture(Toy(splits={"val": data(1, (5, 4))}), checkpoints, device=CPU)
+    mixture.score(Coefficients.uniform([0], 4))
+    assert mixture.batchnorm_from == "val" and mixture.cost().forward_batches == 4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_names_the_mixture(checkpoints: tuple[Checkpoint, ...], bad: float):
+    def spoilt(model: nn.Module, batch: Any) -> Tensor:
+        return torch.full((len(batch["y"]),), bad)
+
+    mixture = Mixture(Toy(metric=spoilt), checkpoints, device=CPU)
+    with pytest.raises(
+        TaskError, match=r"candidate .*step-2\.safetensors has loss .* and metric (nan|inf) on the val data"
+    ):
+        mixture.score(Coefficients.uniform([2], 4))
+    with pytest.raises(TaskError, match="the mixture of steps 0, 2 has loss"):
+        mixture.score(Coefficients.uniform([0, 2], 4))
+
+
+def test_progress_is_told_now_and_then_and_at_the_end(checkpoints: tuple[Checkpoint, ...]):
+    heard: list[tuple[str, int, int, Mapping[str, float]]] = []
+    mixture = Mixture(Toy(), checkpoints, device=CPU, watch=lambda *said: heard.append(said))
+    for step in range(1, 1001):
+        mixture.progress("learning", step, 1000, loss=torch.tensor(0.5))
+    assert heard[-1] == ("learning", 1000, 1000, {"loss": 0.5}) and len(heard) < 100
+
+
+def test_candidates_are_not_loaded_before_they_are_needed(checkpoints: tuple[Checkpoint, ...]):
+    class Unused(Toy):
+        def model(self) -> nn.Module:
+            raise AssertionError("was made")
+
+    mixture = Mixture(Unused(), checkpoints, device=CPU)
+    assert mixture.n == 4 and mixture.uniform().tolist() == [0.25] * 4
+
+
+def test_batches_may_be_any_nesting():
+    from collections import namedtuple
+
+    Pair = namedtuple("Pair", "a b")
+    batch = {"x": [torch.ones(3, 2), "text"], "y": (Pair(torch.zeros(3), None), 4)}
+    moved = to_device(batch, torch.device("meta"))
+    assert moved["x"][0].device.type == "meta" and moved["x"][1] == "text" and moved["y"][1] == 4
+    assert type(moved["y"][0]) is Pair and moved["y"][0].a.device.type == "meta"
+    assert batch_size(batch) == 3 and batch_size(("text", [torch.ones(5)])) == 5 and batch_size("text") == 1
+    assert batch_size(torch.tensor(1.0)) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_gives_the_losses_and_gradients_of_the_cpu(checkpoints: tuple[Checkpoint, ...]):
+    results: list[tuple[float, list[float]]] = []
+    for device in ("cpu", "cuda"):
+        mixture = Mixture(Toy(), checkpoints, device=torch.device(device))
+        c = mixture.uniform().requires_grad_()
+        loss = mixture.loss(c)
+        loss.backward()
+        assert c.grad is not None and c.grad.device.type == device
+        results.append((float(loss), c.grad.tolist()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-9)
