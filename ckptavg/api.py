@@ -9,12 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ckptavg.discover import Window
 from ckptavg.objective import Strategy
 from ckptavg.pipeline import Options, run
 from ckptavg.result import Result
 from ckptavg.strategies import strategies
 from ckptavg.tasks.find import find
+from ckptavg.window import Window
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -25,7 +25,7 @@ def average(ckpts: Paths, strategy: Strategy, **options: Any) -> Result:
     Args:
         ckpts: a directory of checkpoints, several, or the checkpoints themselves.
         strategy: such as ``ckptavg.strategies.sewa.SeWA(k=5)``.
-        **options: the attributes of `ckptavg.pipeline.Options` and `ckptavg.discover.Window`.
+        **options: the attributes of `ckptavg.pipeline.Options` and `ckptavg.window.Window`.
     Raises:
         CkptavgError: as the command line would say it.
     """

@@ -15,7 +15,7 @@ from ckptavg.average import not_averaged, output_specs, weighted_average
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.determinism import reproducible
-from ckptavg.discover import Found, Window, discover
+from ckptavg.discover import Found, discover
 from ckptavg.dtypes import FLOATING, TORCH
 from ckptavg.errors import CkptavgError, OutOfMemoryError, UsageError, is_out_of_memory
 from ckptavg.judge import Judgement, judge
@@ -25,6 +25,7 @@ from ckptavg.objective import Learned, Objective, Score, Split, Strategy
 from ckptavg.result import CandidateResult, Output, Result
 from ckptavg.strategies import strategies
 from ckptavg.tasks.python_file import PythonTask
+from ckptavg.window import Window
 from ckptavg.write import SafetensorsFile, preflight
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckptavg.discover import LeftOut
 from ckptavg.objective import Cost, Score, Split
+from ckptavg.places import LeftOut
 
 
 @dataclass(frozen=True, kw_only=True)

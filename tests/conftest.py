@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import task as demo_task
+import torch
 import train as demo_training
 
 from ckptavg.__main__ import main
 
+torch.set_num_threads(1)  # the networks are tiny: a second thread only waits, and for long on a busy machine
 TASK = Path(demo_task.__file__)
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -11,8 +11,9 @@ from rich.text import Text
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.cli.strategy import Every, Exclude, Include, Json, Key, LastN, Paths, Quiet, Start, Stop, Verbose
 from ckptavg.cli.terminal import console
-from ckptavg.discover import Found, Window, discover
+from ckptavg.discover import Found, discover
 from ckptavg.errors import InputError, printable
+from ckptavg.window import Window
 
 
 def command(

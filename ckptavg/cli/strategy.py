@@ -122,9 +122,9 @@ def _run(strategy: Strategy, arguments: dict[str, Any]) -> None:
     json, file = arguments.pop("json"), arguments.pop("report")
     paths = arguments.pop("ckpts")
     with redirect_stdout(sys.stderr), shown.watching() as watch:  # a task that prints must not spoil stdout
-        from ckptavg.discover import Window
         from ckptavg.pipeline import Options, run
         from ckptavg.tasks.find import find
+        from ckptavg.window import Window
 
         window = Window(
             **{name: arguments.pop(name) for name in ("include", "exclude", "start", "stop", "every", "last")}

@@ -3,9 +3,8 @@
 from itertools import cycle, islice
 from pathlib import Path
 
-import torch
-
 import task
+import torch
 
 STEPS, EVERY = 360, 15
 LR, WEIGHT_DECAY = 0.2, 2e-3

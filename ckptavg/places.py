@@ -1,0 +1,156 @@
+"""What in a directory is a checkpoint, by names and first bytes, and what everything else is."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Final
+
+from ckptavg.errors import InputError
+from ckptavg.readers import RegularFile, claim
+from ckptavg.steps import natural
+
+WEIGHT_NAMES: Final = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+WEIGHT_SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".index.json")
+SIDE_FILES: Final = {
+    "optimizer*": "an optimizer's state",
+    "optim.*": "an optimizer's state",
+    "scheduler*": "a scheduler's state",
+    "scaler*": "a gradient scaler's state",
+    "rng_state*": "random number generators",
+    "random_states_*": "random number generators",
+    "training_args.bin": "the trainer's arguments",
+    "*.tmp": "temporary",
+    "*.part": "temporary",
+    "*.incomplete": "temporary",
+}
+# the Trainer writes trainer_state.json last, so a directory with these and without it was interrupted
+TRAINER_FILES: Final = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth")
+_SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A file or directory that is no candidate, and why; ``kind`` is quiet, warning or bad."""
+
+    path: Path
+    reason: str
+    kind: str = "quiet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a checkpoint lies.
+
+    Attributes:
+        path: what the user calls it: the file, or the directory that holds the model's files.
+        weights: the file to open.
+        name: the last part of its path.
+        order: which of the given paths it comes from.
+        explicit: whether it was itself given, not found in a directory.
+    """
+
+    path: Path
+    weights: Path
+    name: str
+    order: int
+    explicit: bool = False
+
+
+def places_under(path: Path, order: int, left_out: list[LeftOut]) -> Iterator[Place]:
+    """Where checkpoints lie under one of the given paths.
+
+    Args:
+        path: a directory of checkpoints, or a checkpoint.
+        order: its number among the paths given.
+        left_out: gets what is none, with the reason.
+    """
+    if not path.is_dir():
+        yield Place(path=path, weights=path, name=path.name, order=order, explicit=True)
+        return
+    places = list(_listed(path, order, left_out))
+    if len(places) == 1 and places[0].path.parent == path and places[0].path.name in WEIGHT_NAMES:
+        # the directory is itself one checkpoint, such as ./run/checkpoint-500
+        name = path.resolve().name
+        yield Place(path=path, weights=places[0].weights, name=name, order=order, explicit=True)
+    else:
+        yield from places
+
+
+def _listed(folder: Path, order: int, left_out: list[LeftOut]) -> Iterator[Place]:
+    try:
+        entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: natural(e.name))
+    except OSError as error:
+        raise InputError(os.strerror(error.errno or 0).lower(), path=folder) from error
+    # a Trainer's directory is incomplete without trainer_state.json
+    trainer = any(e.name.startswith("checkpoint-") and (Path(e) / "trainer_state.json").exists() for e in entries)
+    for entry in entries:
+        path = folder / entry.name
+        try:
+            weights = _weights_in(path, trainer) if path.is_dir() else _weights_file(path)
+        except NotACheckpoint as other:
+            left_out.append(LeftOut(path=path, reason=str(other), kind=other.kind))
+        else:
+            yield Place(path=path, weights=weights, name=entry.name, order=order)
+
+
+class NotACheckpoint(Exception):
+    """Says why something is no candidate; ``kind`` as in `LeftOut`."""
+
+    def __init__(self, reason: str, kind: str = "quiet") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+def _weights_file(path: Path) -> Path:
+    for pattern, reason in SIDE_FILES.items():
+        if fnmatchcase(path.name, pattern):
+            raise NotACheckpoint(reason, "warning" if reason == "temporary" else "quiet")
+    if path.name.endswith(WEIGHT_SUFFIXES):
+        if _SHARD.search(path.name) and not path.name.endswith(".json"):
+            index = _SHARD.sub(".", path.name) + ".index.json"
+            known = (path.parent / index).exists()
+            raise NotACheckpoint(
+                f"a shard of {index}" if known else "a shard without its index", "quiet" if known else "warning"
+            )
+        return path
+    # an unusual name: only the first bytes tell; JSON is not asked, for config.json would look like an index
+    with suppress(InputError), RegularFile(path) as file:
+        found = claim(file)
+        if found and found.name != "sharded":
+            return path
+    raise NotACheckpoint("not a checkpoint")
+
+
+def _weights_in(folder: Path, trainer: bool) -> Path:
+    names = {entry.name for entry in os.scandir(folder)}
+    if folder.name.startswith(("tmp-", "tmp_")) or folder.name.endswith((".tmp", ".incomplete")):
+        raise NotACheckpoint("temporary: still being written, or abandoned", "warning")
+    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+        raise NotACheckpoint("a torch.distributed.checkpoint directory, which is not read", "warning")
+    by_trainer = (trainer and re.fullmatch(r"checkpoint-\d+", folder.name)) or names & set(TRAINER_FILES)
+    if by_trainer and "trainer_state.json" not in names:
+        raise NotACheckpoint("incomplete: it has no trainer_state.json, which is written last", "warning")
+    for name in WEIGHT_NAMES:
+        if name in names:
+            return folder / name
+    others: list[Path] = []
+    for name in sorted(names):
+        if name.endswith(WEIGHT_SUFFIXES):
+            with suppress(NotACheckpoint):
+                others.append(_weights_file(folder / name))
+    if len(others) == 1:
+        return others[0]
+    if by_trainer:
+        raise NotACheckpoint("has no model weights", "warning")
+    raise NotACheckpoint(f"a directory with {len(others)} weight files" if others else "a directory without weights")
