@@ -72,7 +72,9 @@ def run(paths: Sequence[Path], strategy: Strategy, options: Options, watch: Watc
         CkptavgError: in one line, with the exit code of its class; nothing is written then.
     """
     path, folder = destination(options.output)
-    preflight(path, options.force)
+    if folder and folder.is_dir():
+        companions.check(folder)
+    preflight(folder if folder and not folder.is_dir() else path, options.force)
     with _out_of_memory_said(), reproducible(options.seed), discover(paths, options.window, options.key) as found:
         check_agreement(found.checkpoints)
         objective = _objective(found, strategy, options, watch)
@@ -81,7 +83,8 @@ def run(paths: Sequence[Path], strategy: Strategy, options: Options, watch: Watc
         learned = strategy.learn(objective)
         mixture = objective if isinstance(objective, Mixture) else None
         judgement = judge(mixture, learned.coefficients, options) if mixture else Judgement(learned.coefficients)
-        output, scores = _write(path, found.checkpoints, judgement.coefficients, strategy, options, mixture)
+        with companions.made(folder):
+            output, scores = _write(path, found.checkpoints, judgement.coefficients, strategy, options, mixture)
         copied = companions.copy(found.checkpoints[judgement.coefficients.selected[-1]], folder) if folder else ()
         return _result(
             found,
@@ -92,7 +95,7 @@ def run(paths: Sequence[Path], strategy: Strategy, options: Options, watch: Watc
             scores=scores,
             output=output,
             mixture=mixture,
-            warnings=[f"copied {', '.join(copied)} beside it"] if copied else [],
+            warnings=_doubts(found.checkpoints[0], judgement.coefficients, mixture, copied),
         )
 
 
@@ -254,6 +257,13 @@ def _plan(checkpoints: Sequence[Checkpoint], path: Path, options: Options) -> li
         f"would read {len(checkpoints)} candidates of {first.size:,} bytes and write {written:,} bytes to {path}",
         f"the candidate matrix of a float32 model would take {matrix:,} bytes on --device {options.device}",
     ]
+
+
+def _doubts(first: Checkpoint, coefficients: Coefficients, mixture: Mixture | None, copied: Sequence[str]) -> list[str]:
+    said = [f"copied {', '.join(copied)} beside it"] if copied else []
+    if mixture is None and len(coefficients.selected) > 1 and any(name.endswith("running_var") for name in first.names):
+        said.append("BatchNorm statistics were averaged, which is wrong for a mixture; with --task they are recomputed")
+    return said
 
 
 def _notes(checkpoints: Sequence[Checkpoint]) -> list[str]:

@@ -1,0 +1,165 @@
+"""What the whole run adds to its parts: output directories, plans, the caller's state, the Python API."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TASK, Run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_discover import trainer, weights
+
+import ckptavg
+from ckptavg.errors import OutputError, OutputExistsError
+from ckptavg.strategies import strategies
+
+
+@pytest.fixture
+def ckpts(tmp_path: Path) -> Path:
+    folder = tmp_path / "ckpts"
+    folder.mkdir()
+    for step in range(1, 5):
+        save_file(
+            weights(step), folder / f"step-{step}.safetensors", metadata={"format": "pt", "alias": "fc", "n": str(step)}
+        )
+    return folder
+
+
+def test_the_plain_averages_need_no_task_and_are_what_they_say(run: Run, ckpts: Path, tmp_path: Path):
+    for command, chosen in (("swa", [1, 2, 3, 4]), ("lawa --k 2", [3, 4]), ("last", [4])):
+        done = run(*command.split(), "ckpts", "--force")
+        assert done.returncode == 0 and "Nothing was scored" in done.stderr
+        for name, tensor in load_file(tmp_path / "averaged.safetensors").items():
+            expected = torch.stack([weights(step)[name] for step in chosen]).double().mean(dim=0).float()
+            torch.testing.assert_close(tensor, expected, rtol=2**-23, atol=0)
+
+
+def test_swa_says_that_batchnorm_statistics_were_averaged(run: Run, digits: Path):
+    done = run("swa", digits)
+    assert done.returncode == 0 and "BatchNorm" in done.stderr and "--task" in done.stderr
+
+
+def test_the_metadata_rebuilds_the_file_and_tells_nothing_else(ckpts: Path, tmp_path: Path):
+    ckptavg.lawa(ckpts, k=2, output=tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt" and metadata["alias"] == "fc" and "n" not in metadata  # kept where all agree
+    record = json.loads(metadata["ckptavg"])
+    assert [(s["name"], s["step"], s["coefficient"]) for s in record["sources"]] == [
+        ("step-3.safetensors", 3, 0.5), ("step-4.safetensors", 4, 0.5),
+    ]  # fmt: skip
+    assert all(len(digest) == 64 for source in record["sources"] for digest in source["sha256"].values())
+    assert str(tmp_path) not in metadata["ckptavg"] and record["settings"] == {"k": 2}
+
+
+@pytest.mark.parametrize("name", ["out/", "there"])
+def test_an_output_directory_gets_the_model_and_its_companions(run: Run, tmp_path: Path, name: str):
+    for step in (10, 20):
+        folder = trainer(tmp_path / "run" / f"checkpoint-{step}", step)
+        (folder / "tokenizer.json").write_text(str(step))
+        (folder / "generation_config.json").write_text("{}")
+    (tmp_path / "there").mkdir()
+    done = run("swa", "run", "-o", name)
+    assert (done.returncode, done.stdout) == (0, f"{name.rstrip('/')}/model.safetensors\n")
+    folder = tmp_path / name
+    assert {p.name for p in folder.iterdir()} == {
+        "model.safetensors", "config.json", "tokenizer.json", "generation_config.json",
+    }  # fmt: skip
+    assert (folder / "tokenizer.json").read_text() == "20"
+
+
+def test_an_output_directory_that_cannot_be_finished_is_not_left_behind(ckpts: Path, tmp_path: Path):
+    state = weights(9)
+    state["fc.bias"][0] = float("nan")
+    save_file(state, ckpts / "step-9.safetensors")
+    with pytest.raises(ckptavg.CkptavgError, match="NaN"):
+        ckptavg.swa(ckpts, output=f"{tmp_path}/out/")
+    assert {p.name for p in tmp_path.iterdir()} == {"ckpts"}
+    with pytest.raises(OutputError, match="no such directory"):
+        ckptavg.swa(ckpts, output=f"{tmp_path}/far/out/")
+
+
+def test_a_directory_with_a_sharded_model_is_refused(ckpts: Path, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"model\.safetensors\.index\.json: belongs to a sharded model"):
+        ckptavg.swa(ckpts, output=tmp_path / "out")
+
+
+def test_a_sharded_pytorch_model_is_averaged(run: Run, tmp_path: Path):
+    for step in (1, 2):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        for i, (name, tensor) in enumerate(weights(step).items(), 1):
+            torch.save({name: tensor}, folder / f"pytorch_model-0000{i}-of-00002.bin")
+        shards = {name: f"pytorch_model-0000{i}-of-00002.bin" for i, name in enumerate(weights(step), 1)}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert run("swa", "run").returncode == 0
+    written = load_file(tmp_path / "averaged.safetensors")
+    for name, tensor in written.items():
+        torch.testing.assert_close(tensor, (weights(1)[name] + weights(2)[name]) / 2, rtol=2**-23, atol=0)
+    done = run("verify", "averaged.safetensors", "--sources", "run")
+    assert done.returncode == 0 and "2 tensors agree" in done.stderr
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(run: Run, digits: Path, tmp_path: Path):
+    done = run("sewa", digits, "--dry-run", "--task", TASK)
+    assert (done.returncode, done.stdout) == (0, "") and not list(tmp_path.iterdir())
+    assert "would read 24 candidates" in done.stderr and "the candidate matrix" in done.stderr
+
+
+def test_the_callers_random_numbers_and_settings_are_left_alone(digits: Path, tmp_path: Path):
+    torch.manual_seed(5)
+    random.seed(5)
+    before = torch.get_rng_state(), random.getstate(), torch.get_num_threads(), torch.backends.cudnn.benchmark
+    ckptavg.sewa(digits, k=2, last=3, steps=2, task=TASK, output=tmp_path / "x", baselines=False)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), torch.get_num_threads(), torch.backends.cudnn.benchmark) == before[1:]
+
+
+def test_the_seed_decides(digits: Path, tmp_path: Path):
+    def probabilities(seed: int) -> list[float]:
+        result = ckptavg.sewa(digits, k=2, last=4, steps=5, task=TASK, output=tmp_path / "x", force=True, seed=seed)
+        return [one.columns["s"] for one in result.candidates]
+
+    assert probabilities(0) == probabilities(0) != probabilities(1)
+
+
+def test_the_mask_can_be_learned_on_training_data(digits: Path, tmp_path: Path):
+    result = ckptavg.sewa(digits, k=2, last=4, steps=5, on="train", task=TASK, output=tmp_path / "x")
+    assert result.settings["on"] == "train" and result.scored_on == "val"
+
+
+@pytest.mark.parametrize("name", sorted(strategies()))
+def test_every_strategy_is_a_function_with_its_settings_and_the_shared_options(name: str):
+    function = getattr(ckptavg, name)
+    parameters = inspect.signature(function).parameters
+    assert {"ckpts", "output", "task", "device", "seed", "force", "last", "exclude"} <= set(parameters)
+    assert set(inspect.signature(strategies()[name]).parameters) <= set(parameters) and name in dir(ckptavg)
+    assert "window" not in parameters and function.__doc__
+
+
+def test_the_api_raises_what_the_command_line_says(ckpts: Path, tmp_path: Path):
+    ckptavg.swa(ckpts, output=tmp_path / "x")
+    with pytest.raises(OutputExistsError, match="exists already") as caught:
+        ckptavg.swa(str(ckpts), output=tmp_path / "x")
+    assert caught.value.exit_code == 6
+    with pytest.raises(AttributeError):
+        _ = ckptavg.nonsense
+    with pytest.raises(TypeError, match="nonsense"):
+        ckptavg.swa(ckpts, nonsense=1)
+
+
+def test_float16_output_of_a_bfloat16_run_is_asked_for_by_dtype(tmp_path: Path):
+    for step in (1, 2):
+        save_file({n: t.bfloat16() for n, t in weights(step).items()}, tmp_path / f"step-{step}.safetensors")
+    ckptavg.swa(tmp_path, output=tmp_path / "same")
+    ckptavg.swa(tmp_path, output=tmp_path / "half", dtype="float16")
+    assert {t.dtype for t in load_file(tmp_path / "same").values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(tmp_path / "half").values()} == {torch.float16}
