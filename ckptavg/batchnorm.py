@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]  # as torch's update_bn does
+from torch.nn.modules.batchnorm import _BatchNorm as Layer  # pyright: ignore[reportPrivateUsage]  # as in update_bn
 
 
-def layers(model: nn.Module) -> dict[str, _BatchNorm]:
+def layers(model: nn.Module) -> dict[str, Layer]:
     """The BatchNorm layers of ``model`` that keep running statistics, by module name."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
+        if isinstance(module, Layer) and module.running_mean is not None
     }
 
 
@@ -27,29 +27,28 @@ def statistics(model: nn.Module) -> frozenset[str]:
 
 
 @contextmanager
-def batch_statistics(model: nn.Module) -> Generator[None]:
-    """``model`` in eval mode (dropout off), but BatchNorm normalising with each batch's own statistics."""
-    model.eval()
-    for layer in layers(model).values():
+def batch_statistics(found: Collection[Layer]) -> Generator[None]:
+    """BatchNorm normalising with each batch's own statistics, in a model that is otherwise in eval mode."""
+    for layer in found:
         layer.train()
     try:
         yield
     finally:
-        model.eval()
+        for layer in found:
+            layer.eval()
 
 
-def recompute(model: nn.Module, forward: Callable[[], None]) -> None:
+def recompute(found: Collection[Layer], forward: Callable[[], None]) -> None:
     """Replace the running statistics by their cumulative average over one pass, as torch's ``update_bn`` does.
 
     The average gives every batch equal weight (momentum None). Dropout stays off, unlike there.
 
     Args:
-        model: with or without BatchNorm; without, nothing is run.
+        found: the layers, of a model in eval mode; where there are none, nothing is run.
         forward: runs the model over every batch.
     References:
         Izmailov et al. 2018 (SWA, arXiv:1803.05407), section 3.2; torch.optim.swa_utils.update_bn.
     """
-    found = layers(model).values()
     if not found:
         return
     momenta = [layer.momentum for layer in found]
@@ -57,7 +56,7 @@ def recompute(model: nn.Module, forward: Callable[[], None]) -> None:
         layer.reset_running_stats()
         layer.momentum = None
     try:
-        with torch.no_grad(), batch_statistics(model):
+        with torch.no_grad(), batch_statistics(found):
             forward()
     finally:
         for layer, momentum in zip(found, momenta, strict=True):

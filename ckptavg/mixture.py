@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final
 
@@ -76,6 +76,10 @@ class Mixture:
         """The model, on the device."""
         return self.candidates.model
 
+    @cached_property
+    def _norms(self) -> Collection[batchnorm.Layer]:
+        return list(batchnorm.layers(self.model).values())
+
     @property
     def n(self) -> int:
         """The number of candidates."""
@@ -126,7 +130,7 @@ class Mixture:
             for batch in self._batches(self.batchnorm_from):
                 self._task.loss(self.model, batch)
 
-        batchnorm.recompute(self.model, forward)
+        batchnorm.recompute(self._norms, forward)
 
     def evaluate(self, split: Split, what: str) -> Score:
         """The score of the model's present state on one split; ``what`` names it in an error."""
@@ -203,7 +207,7 @@ class Mixture:
         """The loss at c on a batch, and ∂ℓ/∂c [N]."""
         self.candidates.materialize(c_N)
         self.candidates.zero_gradient()
-        with torch.enable_grad(), batchnorm.batch_statistics(self.model):
+        with torch.enable_grad(), batchnorm.batch_statistics(self._norms):
             loss = self._task.loss(self.model, batch).mean()
             loss.backward()
         self._count("backward", batch_size(batch))

@@ -23,7 +23,7 @@ def loader() -> DataLoader[tuple[torch.Tensor, ...]]:
 
 
 def test_recompute_gives_the_bits_of_update_bn():
-    ours, reference = network(), network()
+    ours, reference = network().eval(), network()
     reference.load_state_dict(ours.state_dict())
     update_bn(loader(), reference)
 
@@ -31,17 +31,18 @@ def test_recompute_gives_the_bits_of_update_bn():
         for (images,) in loader():
             ours(images)
 
-    ours(torch.randn(4, 1, 8, 8))  # leave some other statistics behind
-    batchnorm.recompute(ours, forward)
+    ours.train()(torch.randn(4, 1, 8, 8))  # leave some other statistics behind
+    ours.eval()
+    batchnorm.recompute(batchnorm.layers(ours).values(), forward)
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in reference.state_dict().items())
     assert [layer.momentum for layer in batchnorm.layers(ours).values()] == [0.3, 0.1]
     assert not any(module.training for module in ours.modules())
 
 
 def test_dropout_stays_off_while_batchnorm_uses_batch_statistics():
-    model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(2))
+    model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(2)).eval()
     batch = torch.randn(8, 2) * 5
-    with batchnorm.batch_statistics(model):
+    with batchnorm.batch_statistics(batchnorm.layers(model).values()):
         assert not model[0].training
         torch.testing.assert_close(model(batch).mean(dim=0), torch.zeros(2), rtol=0, atol=1e-6)
 
@@ -50,8 +51,8 @@ def test_a_model_without_batchnorm_is_not_run():
     def forward() -> None:
         raise AssertionError("was run")
 
-    batchnorm.recompute(nn.Linear(2, 2), forward)
-    batchnorm.recompute(nn.BatchNorm1d(2, track_running_stats=False), forward)
+    for model in (nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)):
+        batchnorm.recompute(batchnorm.layers(model).values(), forward)
 
 
 def test_statistics_are_the_state_dict_names_of_running_means_and_variances():

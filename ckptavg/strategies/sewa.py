@@ -135,9 +135,10 @@ def project_capped_simplex(s_N: Tensor, k: float) -> Tensor:
     nu = torch.cat([s_N, s_N - 1, s_N.new_zeros(1)]).clamp(min=0).sort().values
     sums = (s_N - nu.unsqueeze(1)).clamp(0, 1).sum(dim=1)  # falls as ν grows, to 0 at the largest breakpoint
     low = ((sums > k).sum() - 1).clamp(min=0)  # the last breakpoint with a sum above k
-    high = (low + 1).clamp(max=len(nu) - 1)
-    slope = (sums[low] - sums[high]).clamp(min=torch.finfo(s_N.dtype).tiny)
-    root = nu[low] + (sums[low] - k) / slope * (nu[high] - nu[low])
+    high = (low + 1).clamp(max=len(nu) - 1)  # `take` below, because nu[low] would wait for the device
+    nu_low, nu_high, sum_low, sum_high = nu.take(low), nu.take(high), sums.take(low), sums.take(high)
+    slope = (sum_low - sum_high).clamp(min=torch.finfo(s_N.dtype).tiny)
+    root = nu_low + (sum_low - k) / slope * (nu_high - nu_low)
     return (s_N - torch.where(sums[0] > k, root, torch.zeros_like(root))).clamp(0, 1)
 
 
