@@ -42,7 +42,7 @@ def discover(
         paths: directories of checkpoints (several: several runs), or checkpoints themselves.
         window: which of them are wanted.
         key: the sub-dictionary of each that is the model.
-        keep_going: list a bad file as left out instead of raising, as `ckptavg inspect` does.
+        keep_going: list a bad file of a directory as left out instead of raising, as `ckptavg inspect` does.
     Raises:
         InputError: if there are none, one is bad, or one has no training step.
     """
@@ -58,7 +58,7 @@ def discover(
                 try:
                     one = _open(place, key, left_out)
                 except CkptavgError as error:
-                    if not keep_going:
+                    if place.explicit or not keep_going:
                         raise _with_hint(error, place) from error
                     left_out.append(LeftOut(path=place.path, reason=str(error), kind="bad"))
                 else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from ckptavg.determinism import reproducible
@@ -28,16 +29,17 @@ def evaluate(
         seed: of the loaders.
         watch: is told the progress.
     """
-    with reproducible(seed), discover(files, key=key) as found:
-        check_agreement(found.checkpoints)
-        loaded = PythonTask(task)
+    with reproducible(seed), ExitStack() as stack:
+        # one after the other, because files that are only scored need no step to be put in order by
+        found = [one for file in files for one in stack.enter_context(discover([file], key=key)).checkpoints]
+        check_agreement(found)
         # one row is enough of a matrix: every file is loaded into the model as it is
-        mixture = Mixture(loaded, found.checkpoints[:1], device=pick_device(device), seed=seed, watch=watch)
+        mixture = Mixture(PythonTask(task), found[:1], device=pick_device(device), seed=seed, watch=watch)
         scored: list[tuple[Path, dict[Split, Score]]] = []
-        for i, checkpoint in enumerate(found.checkpoints):
+        for i, checkpoint in enumerate(found):
             mixture.load(checkpoint.tensors, checkpoint.read_into)
             scored.append(
                 (checkpoint.path, {split: mixture.evaluate(split, str(checkpoint.path)) for split in mixture.splits})
             )
-            mixture.progress("scoring", i + 1, len(found.checkpoints))
+            mixture.progress("scoring", i + 1, len(found))
         return scored

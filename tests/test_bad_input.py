@@ -176,6 +176,20 @@ def test_the_tasks_own_traceback_is_shown_with_v(run: Run, ckpts: Path, tmp_path
     assert done.returncode == 7 and "Traceback" in done.stderr and "raise KeyError('oops')" in done.stderr
 
 
+def test_a_batch_of_one_under_batchnorm(run: Run, ckpts: Path, tmp_path: Path):
+    for step in range(1, 5):
+        save_file(
+            torch.nn.BatchNorm1d(3).state_dict() | {"weight": torch.ones(3) * step}, ckpts / f"step-{step}.safetensors"
+        )
+    (tmp_path / "mine.py").write_text(TINY.replace("nn.Linear(3, 2)", "nn.BatchNorm1d(3)").replace("size=4", "size=7"))
+    check(
+        run(*SEWA, "--k", 2),
+        7,
+        "mine.py:6: in loss: ValueError: Expected more than 1 value",
+        "hint: BatchNorm needs two",
+    )
+
+
 def test_no_task(run: Run, ckpts: Path):
     check(run("sewa", "ckpts"), 2, "sewa learns from data, so it needs a task file", "hint: `ckptavg init`")
     check(run("sewa", "ckpts", "--task", "gone.py"), 2, "no such task file: gone.py")

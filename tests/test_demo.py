@@ -178,6 +178,8 @@ def test_eval_of_the_output_gives_the_reports_score(digits: Path, run: Run):
     report = json.loads(run("sewa", digits, "--k", 2, "--last", 4, "--task", TASK, "--steps", 5, "--json").stdout)
     (scored,) = json.loads(run("eval", "averaged.safetensors", "--task", TASK, "--json").stdout)
     assert scored["val"] == report["scores"]["val"] and scored["test"] == report["scores"]["test"]
+    done = run("eval", "averaged.safetensors", digits / "step-360.pt", "--task", TASK)  # one has no step
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
 
 
 def test_never_worse_writes_the_best_single_checkpoint(digits: Path, run: Run, tmp_path: Path):

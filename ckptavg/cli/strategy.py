@@ -21,7 +21,7 @@ def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
 
 Paths = Annotated[
     list[Path],
-    typer.Argument(metavar="CKPTS...", help="A directory of checkpoints, several, or the checkpoints themselves."),
+    typer.Argument(metavar="CKPTS", help="A directory of checkpoints, several, or the checkpoints themselves."),
 ]
 Include = Annotated[str | None, _option("Candidates", "Only checkpoints whose name matches this glob.")]
 Exclude = Annotated[str | None, _option("Candidates", "No checkpoints whose name matches this glob.")]

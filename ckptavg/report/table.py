@@ -63,7 +63,7 @@ def _mark(one: CandidateResult) -> str:
 def _scores(result: Result) -> Table:
     rows: dict[str, Mapping[Split, Score]] = {result.strategy: result.scores}
     for name, scores in result.baselines.items():
-        if name != result.strategy:
+        if name.partition("-")[0] != result.strategy:  # not lawa-5 beside lawa
             rows[f"best single (step {result.best_step})" if name == "best" else name] = scores
     table = Table(box=None, pad_edge=False)
     table.add_column("scores", no_wrap=True)

@@ -163,4 +163,7 @@ def _failed(source: str, function: str | None, error: BaseException) -> TaskErro
         lines.append(error.lineno)
     where = f"{source}:{lines[-1]}" if lines else source
     lead = f"in {function}: " if function else "on import: "
-    return TaskError(f"{lead}{type(error).__name__}: {error}", path=where, hint="-v shows the traceback")
+    hint = "-v shows the traceback"
+    if "more than 1 value per channel" in str(error):  # BatchNorm learns from batches here, also in the last one
+        hint = "BatchNorm needs two examples or more in every batch: set drop_last=True in the loader"
+    return TaskError(f"{lead}{type(error).__name__}: {error}", path=where, hint=hint)
