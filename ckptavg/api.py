@@ -33,7 +33,7 @@ def average(ckpts: Paths, strategy: Strategy, **options: Any) -> Result:
     names = {field.name for field in fields(Window)}
     window = Window(**{name: options.pop(name) for name in names & options.keys()})
     task = options.pop("task", None)
-    found = find(None if task is None else str(task), paths)
+    found = find(None if task is None else str(task), paths, required=strategy.needs_task)
     return run(paths, strategy, Options(**options, window=window, task=found))
 
 

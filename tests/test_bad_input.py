@@ -201,6 +201,8 @@ def test_a_task_that_lies_among_the_checkpoints_is_not_run(run: Run, ckpts: Path
     check(run("sewa", ".", cwd=ckpts), 2, "./task.py lies among the checkpoints", "hint: if you trust it, name it")
     check(run("sewa", "step-1.safetensors", "step-2.safetensors", cwd=ckpts), 2, "./task.py lies among")
     check(run("sewa", "ckpts"), 2, "needs a task file")
+    done = run("swa", ".", "-o", tmp_path / "out.safetensors", cwd=ckpts)  # can do without
+    assert done.returncode == 0 and "Nothing was scored" in done.stderr
     assert not (tmp_path / "ran").exists()
 
 

@@ -129,7 +129,7 @@ def _run(strategy: Strategy, arguments: dict[str, Any]) -> None:
         window = Window(
             **{name: arguments.pop(name) for name in ("include", "exclude", "start", "stop", "every", "last")}
         )
-        task = find(arguments.pop("task"), paths)
+        task = find(arguments.pop("task"), paths, required=strategy.needs_task)
         result = run(paths, strategy, Options(**arguments, window=window, task=task), watch)
     shown.warn(result)
     shown.print(table.render(result))

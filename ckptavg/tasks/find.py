@@ -10,19 +10,25 @@ from ckptavg import settings
 from ckptavg.errors import UsageError
 
 
-def find(option: str | None, inputs: Sequence[Path]) -> str | None:
+def find(option: str | None, inputs: Sequence[Path], *, required: bool = True) -> str | None:
     """The option, then ``CKPTAVG_TASK``, then ``task`` in the configuration file, then ``./task.py``, else None.
 
     Only from the working directory or by name: a ``task.py`` that lies among the checkpoints is not run.
 
+    Args:
+        option: what was named.
+        inputs: where the checkpoints lie.
+        required: whether there is nothing to do without a task.
     Raises:
-        UsageError: if ``./task.py`` would be used but the working directory is itself an input.
+        UsageError: if a task is required and there is only a ``./task.py`` that lies among the checkpoints.
     """
     named = option or os.environ.get("CKPTAVG_TASK") or settings.read(Path.cwd()).get("task")
     if named or not Path("task.py").is_file():
         return named
     here = Path.cwd().resolve()
     if any(path.resolve() == here or (path.is_file() and path.resolve().parent == here) for path in inputs):
+        if not required:
+            return None
         raise UsageError(
             "./task.py lies among the checkpoints, so it is not run unasked",
             hint="if you trust it, name it: --task ./task.py",
