@@ -59,7 +59,6 @@ class Mixture:
         self.generator = torch.Generator().manual_seed(seed)
         self.scored_on: Split = "val" if task.has("val") else "train"
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
-        self.metric_goal = task.metric_goal
         self.batchnorm_from: Split = "train" if task.has("train") else self.scored_on
         self._scores: dict[tuple[Coefficients, Split], Score] = {}
         self._streams: dict[Split, Iterator[Any]] = {}

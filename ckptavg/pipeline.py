@@ -31,6 +31,7 @@ from ckptavg.write import SafetensorsFile, preflight
 if TYPE_CHECKING:
     from torch import Tensor
 
+MEGABYTE: Final = 10**6
 FILE_NAME: Final = "model.safetensors"  # in an output directory, what every loader looks for
 
 
@@ -84,7 +85,7 @@ def run(paths: Sequence[Path], strategy: Strategy, options: Options, watch: Watc
         mixture = objective if isinstance(objective, Mixture) else None
         judgement = judge(mixture, learned.coefficients, options) if mixture else Judgement(learned.coefficients)
         with companions.made(folder):
-            output, scores = _write(path, found.checkpoints, judgement.coefficients, strategy, options, mixture)
+            output, scores = _write(path, found.checkpoints, judgement.coefficients, strategy, options, mixture, watch)
         copied = companions.copy(found.checkpoints[judgement.coefficients.selected[-1]], folder) if folder else ()
         return _result(
             found,
@@ -162,6 +163,7 @@ def _write(
     strategy: Strategy,
     options: Options,
     mixture: Mixture | None,
+    watch: Watch | None,
 ) -> tuple[Output, dict[Split, Score]]:
     """Stream the average into a file beside its destination, finish and score it there, then give it its name."""
     first = checkpoints[0]
@@ -174,8 +176,12 @@ def _write(
     )  # fmt: skip
     scores: dict[Split, Score] = {}
     with SafetensorsFile(path, specs, metadata, force=options.force) as out:
+        done, total = 0, sum(spec.nbytes for spec in specs.values())
         for name, offset, data in weighted_average(checkpoints, coefficients, specs):
             out.write(name, offset, data)
+            done += len(data)
+            if watch:
+                watch("averaging, MB", done // MEGABYTE, -(-total // MEGABYTE), {})
         if mixture:
             mixture.load(specs, out.read_into)
             mixture.recompute_batchnorm()
@@ -242,7 +248,6 @@ def _result(
         baselines=judgement.baselines,
         best_step=judgement.best_step,
         scored_on=mixture.scored_on,
-        metric_goal=mixture.metric_goal,
         verdict=judgement.verdict,
         worse=judgement.worse,
         cost=mixture.cost(),

@@ -54,7 +54,6 @@ class Result:
     baselines: Mapping[str, Mapping[Split, Score]] = field(default_factory=dict[str, Mapping[Split, Score]])
     best_step: int | None = None
     scored_on: Split = "val"
-    metric_goal: str = "max"
     verdict: str = ""
     worse: bool = False
     cost: Cost | None = None

@@ -30,6 +30,7 @@ class Entry:
     data: bytes = b""
     central: Mapping[str, int] = field(default_factory=dict)
     local: Mapping[str, int | bytes] = field(default_factory=dict)
+    extra: bytes = b""
 
 
 def zip_bytes(entries: Iterable[Entry], *, before: bytes = b"", after: bytes = b"", **end: int) -> bytes:
@@ -38,12 +39,14 @@ def zip_bytes(entries: Iterable[Entry], *, before: bytes = b"", after: bytes = b
     for entry in entries:
         name = entry.name.encode("utf-8", "surrogatepass")
         fields = {"flags": 0, "method": 0, "crc": zlib.crc32(entry.data), "stored": len(entry.data)}
-        fields |= {"size": len(entry.data), "offset": len(body)} | entry.central
+        fields |= {"size": len(entry.data), "offset": len(body), "name_length": len(name), "disk": 0}
+        fields |= {"signature": 0x02014B50} | entry.central
         shown = {**fields, "name": name, "signature": b"PK\3\4"} | entry.local
         directory += struct.pack(
-            "<4s6H3L5H2L", b"PK\1\2", 0, 0, fields["flags"], fields["method"], 0, 0, fields["crc"], fields["stored"],
-            fields["size"], len(name), 0, 0, 0, 0, 0, fields["offset"],
-        ) + name  # fmt: skip
+            "<L6H3L5H2L", fields["signature"], 0, 0, fields["flags"], fields["method"], 0, 0, fields["crc"],
+            fields["stored"], fields["size"], fields["name_length"], len(entry.extra), 0, fields["disk"], 0, 0,
+            fields["offset"],
+        ) + name + entry.extra  # fmt: skip
         body += struct.pack(
             "<4s5H3L2H", shown["signature"], 0, shown["flags"], shown["method"], 0, 0, shown["crc"], shown["stored"],
             shown["size"], len(shown["name"]), 0,

@@ -321,6 +321,24 @@ def test_every_truncation_of_a_pickle_is_refused() -> None:
             interpret(data[:size])
 
 
+def test_a_memo_that_is_missing_is_said() -> None:
+    interpret(b"\x80\x02Nq\x00h\x00\x86.")
+    with pytest.raises(PickleError, match="memo 1 is missing"):
+        interpret(b"\x80\x02Nq\x00h\x01\x86.")
+
+
+def test_integers_of_255_bytes_are_read_and_of_256_are_not() -> None:
+    assert interpret(b"\x80\x02\x8b\xff\0\0\0" + b"\x7f" * 255 + b".") == int.from_bytes(b"\x7f" * 255, "little")
+    with pytest.raises(PickleError, match="an integer of 256 bytes"):
+        interpret(b"\x80\x02\x8b\0\1\0\0" + b"\x7f" * 256 + b".")
+
+
+def test_a_frame_ends_with_the_pickle_at_the_latest() -> None:
+    assert interpret(b"\x80\x04\x95" + struct.pack("<Q", 2) + b"N.") is None
+    with pytest.raises(PickleError, match="is cut off"):
+        interpret(b"\x80\x04\x95" + struct.pack("<Q", 3) + b"N.")
+
+
 # ---- what is called like a tensor's maker, but is none
 
 
