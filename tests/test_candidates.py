@@ -124,6 +124,24 @@ def test_a_model_of_mixed_precision_has_a_matrix_for_each_dtype(tmp_path: Path):
     assert matrix.nbytes == 2 * (12 * 2 + 12 * 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bit_candidates_are_summed_in_float32_with_float32_coefficients(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ckptavg.candidates._COLUMNS", 5)  # pieces smaller than the matrix
+    model = nn.Linear(6, 4).to(dtype)
+    saved = states(model, 5)
+    matrix = candidates(model, saved, tmp_path)
+    matrix.materialize(torch.full((5,), 0.2, dtype=torch.float64))
+    for name, tensor in model.state_dict().items():
+        exact = torch.stack([state[name].double() for state in saved]).mean(dim=0)
+        # half a unit in the last place, plus what five float32 sums of numbers below 2 can add
+        torch.testing.assert_close(tensor.double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=10 * 2**-24)
+    model.weight.grad.fill_(1)  # pyright: ignore[reportOptionalMemberAccess]
+    expected = torch.stack([state["weight"].double().sum() for state in saved])
+    torch.testing.assert_close(matrix.pullback().double(), expected, rtol=24 * 2**-24, atol=0)
+
+
 def test_one_of_two_tied_names_in_the_file_is_enough(tmp_path: Path):
     """Hugging Face drops the other name when it saves."""
     model = Tied()

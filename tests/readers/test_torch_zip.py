@@ -661,7 +661,7 @@ def test_every_truncation_is_refused(path: Path) -> None:
 
 
 def test_no_flip_of_one_bit_is_read_as_other_values(path: Path) -> None:
-    """torch.load takes about 1 in 10 of them for good."""
+    """torch.load reads 541 of these 17,456 files as other values or names."""
     data = small(path).read_bytes()
     good = read(path)
     accepted = 0
