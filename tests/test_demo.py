@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -210,3 +215,35 @@ def test_never_worse_writes_the_best_single_checkpoint(digits: Path, run: Run, t
     assert all(torch.equal(written[name], original[name]) for name in written if "running" not in name)
     assert report["scores"]["val"]["metric"] == single["score"]["metric"]
     assert "was written instead" in report["verdict"]
+
+
+def test_a_terminal_shows_the_loss_the_time_left_and_how_sure_the_mask_is(digits: Path, tmp_path: Path):
+    main_end, terminal = pty.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "ckptavg",
+        "sewa",
+        digits,
+        "--k",
+        "2",
+        "--last",
+        "4",
+        "--task",
+        TASK,
+        "--steps",
+        "150",
+    ]
+    environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=terminal, env=environment)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while part := os.read(main_end, 4096):
+            shown += part
+    os.close(main_end)
+    assert process.stdout is not None and process.stdout.read() == b"averaged.safetensors\n" and process.wait() == 0
+    process.stdout.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert re.search(r"learning the mask .*/150 +loss 0\.\d{4} +sure \d+% +\d+:\d\d", text)
+    assert "scoring candidates" in text and "●" in text
