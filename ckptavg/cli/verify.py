@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ckptavg.cli.strategy import Json, Verbose
+from ckptavg.cli.strategy import Json, Quiet, Verbose
 from ckptavg.cli.terminal import Screen
 from ckptavg.errors import InputError
 
@@ -17,6 +17,7 @@ def command(
     file: Annotated[Path, typer.Argument(help="An output of ckptavg.")],
     sources: Annotated[Path, typer.Option(help="The directory its sources lie under.")] = Path(),
     json: Json = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Recompute the average from the sources its metadata names, and compare bytes."""
@@ -31,6 +32,8 @@ def command(
             f"{len(found.differ)} tensors are not the average of the sources", path=file, tensor=found.differ[0]
         )
     recomputed = f"; {len(found.unchecked)} were recomputed from data and cannot be checked" if found.unchecked else ""
-    Screen().print(f"{len(found.agree)} tensors agree byte for byte with the average of the sources{recomputed}")
+    Screen(quiet=quiet).print(
+        f"{len(found.agree)} tensors agree byte for byte with the average of the sources{recomputed}"
+    )
     if not json:
         print(file)
