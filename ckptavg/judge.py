@@ -76,7 +76,7 @@ def judge(mixture: Mixture, selection: Coefficients, wishes: Wishes) -> Judgemen
         verdict = f"Better than every single candidate: the selection scores {figures}."
     above = [name for name, scores in baselines.items() if scores[mixture.scored_on].value > chosen.value]
     if plain := [name for name in above if name not in ("best", "last")]:
-        verdict += f" {' and '.join(plain)} scored higher than the selection, without any search."
+        verdict += f" Plain {' and '.join(plain)} scored higher than the selection, without any search."
     return Judgement(selection, singles, baselines, step, verdict, worse)
 
 

@@ -1,4 +1,4 @@
-"""The demo's task: scikit-learn's handwritten digits, with one training label in five wrong."""
+"""The demo's task: scikit-learn's handwritten digits, with one training label in five replaced by a random one."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -52,6 +52,6 @@ def _digits(split: str) -> TensorDataset:
     chosen = torch.randperm(len(labels), generator=random)[SPLITS[split]]
     labels = torch.tensor(labels)[chosen]
     if split == "train":
-        wrong = torch.rand(len(labels), generator=random) < NOISE
-        labels = torch.where(wrong, torch.randint(10, labels.shape, generator=random), labels)
+        replaced = torch.rand(len(labels), generator=random) < NOISE
+        labels = torch.where(replaced, torch.randint(10, labels.shape, generator=random), labels)
     return TensorDataset(torch.tensor(images, dtype=torch.float32)[chosen].view(-1, 1, 8, 8) / 16, labels)
