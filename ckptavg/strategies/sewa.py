@@ -43,7 +43,7 @@ class SeWA:
 
     k: Annotated[int, "How many checkpoints to average."] = 5
     steps: Annotated[int, "Optimisation steps of the mask."] = 200
-    lr: Annotated[float, "Learning rate η of the probabilities s."] = 0.1
+    lr: Annotated[float, "Learning rate η of the probabilities s."] = 0.3
     samples: Annotated[int, "Monte Carlo samples M a step."] = 2
     tau_start: Annotated[float, "Temperature at the first step."] = 1.0
     tau_end: Annotated[float, "Temperature at the last step."] = 0.3
