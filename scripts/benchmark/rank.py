@@ -13,15 +13,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
 
-import task  # noqa: E402  # the demo's
-import train  # noqa: E402
+import task  # the demo's
+import train
 
-from ckptavg.coefficients import Coefficients  # noqa: E402
-from ckptavg.discover import discover  # noqa: E402
-from ckptavg.mixture import Mixture  # noqa: E402
-from ckptavg.strategies.sewa import SeWA  # noqa: E402
-from ckptavg.tasks.python_file import PythonTask  # noqa: E402
-from ckptavg.window import Window  # noqa: E402
+from ckptavg.coefficients import Coefficients
+from ckptavg.discover import discover
+from ckptavg.mixture import Mixture
+from ckptavg.strategies.sewa import SeWA
+from ckptavg.tasks.python_file import PythonTask
+from ckptavg.window import Window
 
 
 def main() -> None:
