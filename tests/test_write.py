@@ -219,6 +219,7 @@ def _race(path: Path, barrier: Any, wins: Any) -> None:
         wins.value += 1
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # the children touch no thread's locks
 def test_of_racing_writers_exactly_one_wins(tmp_path: Path):
     context = multiprocessing.get_context("fork")
     for round_ in range(10):
