@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptavg.api import average as average
+    from ckptavg.api import compare as compare
     from ckptavg.errors import CkptavgError as CkptavgError
+    from ckptavg.result import Comparison as Comparison
     from ckptavg.result import Result as Result
 
-_HOME = {"average": "api", "CkptavgError": "errors", "Result": "result", "evaluate": "evaluate", "verify": "verify"}
+_HOME = {
+    "average": "api", "compare": "api", "evaluate": "evaluation", "verify": "verification",
+    "CkptavgError": "errors", "Result": "result", "Comparison": "result",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

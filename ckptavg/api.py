@@ -9,9 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ckptavg.comparison import compare as compared
 from ckptavg.objective import Strategy
-from ckptavg.pipeline import Options, run
-from ckptavg.result import Result
+from ckptavg.options import Options
+from ckptavg.pipeline import run
+from ckptavg.result import Comparison, Result
 from ckptavg.strategies import strategies
 from ckptavg.tasks.find import find
 from ckptavg.window import Window
@@ -25,16 +27,36 @@ def average(ckpts: Paths, strategy: Strategy, **options: Any) -> Result:
     Args:
         ckpts: a directory of checkpoints, several, or the checkpoints themselves.
         strategy: such as ``ckptavg.strategies.sewa.SeWA(k=5)``.
-        **options: the attributes of `ckptavg.pipeline.Options` and `ckptavg.window.Window`.
+        **options: the attributes of `ckptavg.options.Options` and `ckptavg.window.Window`.
     Raises:
         CkptavgError: as the command line would say it.
     """
-    paths = [Path(ckpts)] if isinstance(ckpts, str | os.PathLike) else [Path(path) for path in ckpts]
+    return run(_paths(ckpts), strategy, _options(ckpts, options, required=strategy.needs_task))
+
+
+def compare(ckpts: Paths, strategies: Sequence[str] = (), **options: Any) -> Comparison:
+    """Run several strategies, write the average of the one that validates best, and return the report on all.
+
+    Args:
+        ckpts: a directory of checkpoints, several, or the checkpoints themselves.
+        strategies: such as ``("swa", "sewa:k=8", "twa:on=train")``; empty for all that the task allows.
+        **options: as `average` has them.
+    Raises:
+        CkptavgError: as the command line would say it.
+    """
+    return compared(_paths(ckpts), strategies, _options(ckpts, options, required=True))
+
+
+def _paths(ckpts: Paths) -> list[Path]:
+    return [Path(ckpts)] if isinstance(ckpts, str | os.PathLike) else [Path(path) for path in ckpts]
+
+
+def _options(ckpts: Paths, options: dict[str, Any], *, required: bool) -> Options:
     names = {field.name for field in fields(Window)}
     window = Window(**{name: options.pop(name) for name in names & options.keys()})
     task = options.pop("task", None)
-    found = find(None if task is None else str(task), paths, required=strategy.needs_task)
-    return run(paths, strategy, Options(**options, window=window, task=found))
+    found = find(None if task is None else str(task), _paths(ckpts), required=required)
+    return Options(**options, window=window, task=found)
 
 
 def _function(name: str, strategy: type[Strategy]) -> Callable[..., Result]:

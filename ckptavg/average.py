@@ -93,13 +93,15 @@ def _parts(
     sums = _Sums(chunk)
     for name in sorted(first.names, key=lambda name: (first.spec(name).record, first.spec(name).offset, name)):
         spec, target = first.spec(name), specs[name]
-        terms = [(c, checkpoints[i]) for i, c in enumerate(coefficients.row(name)) if c != 0]
-        copied = spec.dtype not in FLOATING or (target.dtype == spec.dtype and [c for c, _ in terms] == [1.0])
+        if spec.dtype in FLOATING:
+            terms = [(c, checkpoints[i]) for i, c in enumerate(coefficients.row(name)) if c != 0]
+        else:
+            terms = [(1.0, checkpoints[coefficients.selected[-1]])]
+        copied = target.dtype == spec.dtype and [c for c, _ in terms] == [1.0]
         for start in range(0, spec.numel, chunk):
             count = min(chunk, spec.numel - start)
             if copied:
-                source = checkpoints[coefficients.selected[-1]] if spec.dtype not in FLOATING else terms[0][1]
-                data = sums.copy(source, name, start, count)
+                data = sums.copy(terms[0][1], name, start, count)
             else:
                 data = sums.add(terms, name, start, count, TORCH[target.dtype])
             yield Part(name, start * ITEM_SIZE[target.dtype], data)

@@ -8,6 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+Groups: TypeAlias = tuple[tuple[str, ...], ...]
+EVERYTHING: Final[Groups] = (("",),)
+
+
+def group_of(name: str, groups: Groups) -> int:
+    """The group that the tensor ``name`` belongs to: the one with the longest prefix that its name starts with.
+
+    Raises:
+        ValueError: if no group has such a prefix.
+    """
+    matching = [(len(prefix), g) for g, group in enumerate(groups) for prefix in group if name.startswith(prefix)]
+    if not matching:
+        raise ValueError(f"no group of coefficients covers the tensor {name}")
+    return max(matching)[1]
 
 
 @dataclass(frozen=True)
@@ -16,14 +32,14 @@ class Coefficients:
 
     Attributes:
         values: G rows of N Python floats (float64).
-        groups: G name prefixes; a tensor belongs to the longest prefix its name starts with. ``("",)`` is one group
-            for all.
+        groups: G tuples of name prefixes; a tensor belongs to the group of the longest prefix its name starts with.
+            `EVERYTHING` is one group for all.
     Raises:
         ValueError: if rows differ in length, a value is not finite, or a row does not sum to 1 within N·2⁻⁴⁰.
     """
 
     values: tuple[tuple[float, ...], ...]
-    groups: tuple[str, ...] = ("",)
+    groups: Groups = EVERYTHING
 
     def __post_init__(self) -> None:
         if not self.values or len(self.values) != len(self.groups) or len({len(row) for row in self.values}) != 1:
@@ -49,8 +65,7 @@ class Coefficients:
 
     def row(self, name: str) -> tuple[float, ...]:
         """The N coefficients of the tensor ``name``."""
-        matching = [i for i, prefix in enumerate(self.groups) if name.startswith(prefix)]
-        return self.values[max(matching, key=lambda i: len(self.groups[i]))]
+        return self.values[group_of(name, self.groups)]
 
     def candidate(self, i: int) -> float | tuple[float, ...]:
         """The coefficient of candidate ``i``: one number, or one for each group."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Wishes(Protocol):
-    """What the user asked of the verdict; see `ckptavg.pipeline.Options`."""
+    """What the user asked of the verdict; see `ckptavg.options.Options`."""
 
     @property
     def never_worse(self) -> bool: ...  # noqa: D102
@@ -38,18 +38,22 @@ class Judgement:
 
 
 def judge(mixture: Mixture, selection: Coefficients, wishes: Wishes) -> Judgement:
-    """Score the selection, every candidate alone, and (unless unwanted) last, SWA and LAWA with as many candidates.
+    """Score the selection, every candidate alone, and last, SWA and LAWA with as many candidates, unless unwanted.
+
+    Scores are of exact averages, whatever the precision of the search.
 
     Args:
         mixture: the objective; what it has scored already costs nothing.
         selection: the strategy's answer.
         wishes: ``never_worse`` replaces the selection by the best single candidate where that scores higher.
     """
+    if not (wishes.baselines or wishes.never_worse):
+        return Judgement(selection, verdict="Not compared with anything (--no-baselines).")
     n = mixture.n
     alone = [Coefficients.uniform([i], n) for i in range(n)]
     singles: list[Score] = []
     for i, one in enumerate(alone):
-        singles.append(mixture.score(one))
+        singles.append(mixture.exact_score(one, mixture.scored_on))
         mixture.progress("scoring candidates", i + 1, n)
     best = max(range(n), key=lambda i: (singles[i].value, i))
     rivals = {"best": alone[best]}
@@ -58,10 +62,10 @@ def judge(mixture: Mixture, selection: Coefficients, wishes: Wishes) -> Judgemen
         plain = {"last": Last(), "swa": SWA()} | ({f"lawa-{k}": LAWA(k=k)} if k < n else {})
         rivals |= {name: strategy.learn(mixture).coefficients for name, strategy in plain.items()}
     baselines: dict[str, Mapping[Split, Score]] = {
-        name: {split: mixture.score(coefficients, split) for split in mixture.splits}
+        name: {split: mixture.exact_score(coefficients, split) for split in mixture.splits}
         for name, coefficients in rivals.items()
     }
-    chosen = mixture.score(selection)
+    chosen = mixture.exact_score(selection, mixture.scored_on)
     step = mixture.step(best)
     worse = chosen.value < singles[best].value
     figures = f"{_figure(chosen)}, the best single candidate (step {step}) {_figure(singles[best])}"

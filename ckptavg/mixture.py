@@ -1,27 +1,32 @@
 """The real objective: candidates × task. It remembers scores and counts what the search costs.
 
-Shape suffixes: N = candidates, B = examples.
+Shape suffixes: N = candidates, G = groups of tensors.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ckptavg import batchnorm
-from ckptavg.candidates import Candidates, ReadInto
+from ckptavg import batches, batchnorm
+from ckptavg.average import output_specs, weighted_average
+from ckptavg.candidates import Candidates, ReadInto, budget
 from ckptavg.checkpoint import Checkpoint
-from ckptavg.coefficients import Coefficients
-from ckptavg.errors import TaskError
+from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
+from ckptavg.errors import TaskError, UsageError
+from ckptavg.meter import SECONDS, Meter
 from ckptavg.objective import Cost, Score, Split
+from ckptavg.options import BITS
 from ckptavg.readers import StoredTensor
+from ckptavg.tally import Tally
 from ckptavg.tasks import Task
+from ckptavg.tasks.held_out import HeldOut
 
 _LOOK_EVERY: Final = 0.1  # seconds between looks at figures that lie on the device
 Watch = Callable[[str, int, int, Mapping[str, float]], None]
@@ -35,6 +40,8 @@ class Mixture:
         checkpoints: the N candidates, in training order.
         device: where the model and the candidates live.
         seed: of everything random; loaders are started with seeds derived from it, so shuffling repeats.
+        bits: of an element of the candidate matrix; ``auto`` is the most that fits the device.
+        group_size: elements that share a scale and a zero point where ``bits`` < 32.
         watch: is told the progress, a few times a second.
     """
 
@@ -45,30 +52,50 @@ class Mixture:
         *,
         device: torch.device,
         seed: int = 0,
+        bits: int | Literal["auto"] = 32,
+        group_size: int = 128,
         watch: Watch | None = None,
     ) -> None:
         self._task = task
         self._seed = seed
         self._checkpoints = checkpoints
-        self._watch = watch
-        self._looked = 0.0
-        self._started = time.perf_counter()
-        self._batches_done: Counter[str] = Counter()
-        self._examples_done: Counter[str] = Counter()
         self._device = device
-        self.generator = torch.Generator().manual_seed(seed)
+        self._asked_bits: int | Literal["auto"] = bits
+        self.group_size = group_size
+        self.watch = watch
+        self._looked = 0.0
         self.scored_on: Split = "val" if task.has("val") else "train"
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
         self.batchnorm_from: Split = "train" if task.has("train") else self.scored_on
-        self._scores: dict[tuple[Coefficients, Split], Score] = {}
+        self._halves = HeldOut(task, self.scored_on, rest="fit", to="held", fraction=0.5, seed=seed)
+        self._scores: dict[tuple[Coefficients, Split, bool], Score] = {}
+        self._epoch: dict[Split, int] = {}  # examples of the last pass
+        self._examples: dict[Split, int] = {}  # of a scored pass, which leaves none out
+        self._lengths: dict[Split, int] = {}
+        self.meter = Meter()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin as a new search would, with the seed's random numbers, the first batch and nothing spent.
+
+        What is loaded stays, and scores are still remembered; `cost` charges for them as if they were measured anew.
+        """
+        self.generator = torch.Generator().manual_seed(self._seed)
         self._streams: dict[Split, Iterator[Any]] = {}
-        self._examples: dict[Split, int] = {}
+        self._batch: Any = None
+        self.meter.restart()
 
     @cached_property
     def candidates(self) -> Candidates:
         """The candidate matrix and the model; loaded when first needed, after a strategy has checked its settings."""
         torch.manual_seed(self._seed)
-        return Candidates(self._task.model().to(self._device).eval(), self._checkpoints, self.progress)
+        model = self._task.model().to(self._device).eval()
+        return Candidates(model, self._checkpoints, self.progress, bits=self._bits(model), group_size=self.group_size)
+
+    def _bits(self, model: nn.Module) -> int:
+        if self._asked_bits != "auto":
+            return self._asked_bits
+        return budget.largest(model.state_dict().values(), self.n, self.group_size, self._device, BITS)
 
     @property
     def model(self) -> nn.Module:
@@ -93,30 +120,55 @@ class Mixture:
         dtype = torch.float32 if self._device.type == "mps" else torch.float64  # mps has no float64
         return torch.full((self.n,), 1 / self.n, dtype=dtype, device=self._device)
 
-    def loss(self, c_N: Tensor, on: Split | None = None) -> Tensor:
+    def batches(self, on: Split) -> int:
+        """See `Objective.batches`; read once and counted where the loader does not know."""
+        if on not in self._lengths:
+            known = self._data(on).length(on)
+            self._lengths[on] = sum(1 for _ in self._learnable(on)) if known is None else known
+        return self._lengths[on]
+
+    def blocks(self, size: int | None) -> Groups:
+        """See `Objective.blocks`."""
+        return self.candidates.blocks(size)
+
+    def distances(self, groups: Groups) -> Tensor:
+        """See `Objective.distances`."""
+        return self.candidates.distances(groups).to(self.uniform().dtype)
+
+    def loss(self, c_N: Tensor, on: Split | None = None, *, groups: Groups = EVERYTHING, again: bool = False) -> Tensor:
         """See `Objective.loss`; forward and backward run at once, so no graph outlives the call."""
         split = on or self.scored_on
         if split not in self._streams:
             self._streams[split] = self._endless(split)
-        return _MixtureLoss.apply(c_N, self, next(self._streams[split]))  # pyright: ignore
+        if not again:
+            self._batch = next(self._streams[split])
+        return _MixtureLoss.apply(c_N, self, self._batch, groups)  # pyright: ignore
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """See `Objective.score`."""
-        key = (coefficients, on or self.scored_on)
-        if key not in self._scores:
-            c_N = self.uniform().new_tensor(coefficients.values[0])
-            self.candidates.materialize(c_N)
-            self.candidates.take_integers(coefficients.selected[-1])
-            self.recompute_batchnorm()
-            self._scores[key] = self.evaluate(key[1], what=self._describe(coefficients))
-        return self._scores[key]
+        return self._full(coefficients, on or self.scored_on, exact=self.candidates.exact)
+
+    def exact_score(self, coefficients: Coefficients, on: Split) -> Score:
+        """The score of the exact average of the files, where the candidate matrix is not exact."""
+        return self._full(coefficients, on, exact=True)
+
+    def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
+        """See `Objective.score_above`."""
+        if self._task.metric is None or self._task.metric_bounds is None:
+            raise UsageError(
+                "a score can only be stopped early where the metric is bounded",
+                path=self._task.source,
+                hint="say how in the task file, for an accuracy: metric_bounds = (0.0, 1.0)",
+            )
+        score = self._remembered(coefficients, self.scored_on, exact=self.candidates.exact, bar=bar)
+        return score if score and (score.value > bar if strict else score.value >= bar) else None
 
     def progress(self, stage: str, done: int, total: int, **figures: Tensor | float) -> None:
         """See `Objective.progress`."""
         now = time.perf_counter()
-        if self._watch and (done == total or now - self._looked > _LOOK_EVERY):
+        if self.watch and (done == total or now - self._looked > _LOOK_EVERY):
             self._looked = now
-            self._watch(stage, done, total, {name: float(value) for name, value in figures.items()})
+            self.watch(stage, done, total, {name: float(value) for name, value in figures.items()})
 
     def load(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> None:
         """Put the weights of a file into the model."""
@@ -126,91 +178,117 @@ class Mixture:
         """Recompute BatchNorm's statistics at the model's present weights, on training data where there is some."""
 
         def forward() -> None:
-            for batch in self._batches(self.batchnorm_from):
+            for batch in self._passed(self.batchnorm_from, self._learnable(self.batchnorm_from)):
                 self._task.loss(self.model, batch)
 
+        torch.manual_seed(self._seed)
         batchnorm.recompute(self._norms, forward)
 
     def evaluate(self, split: Split, what: str) -> Score:
         """The score of the model's present state on one split; ``what`` names it in an error."""
-        totals = torch.zeros(2, dtype=self.uniform().dtype, device=self._device)
-        examples = 0
-        metric = self._task.metric
-        with torch.no_grad():
-            for batch in self._batches(split):
-                count = batch_size(batch)
-                totals[0] += _sum(self._task.loss(self.model, batch), count, "loss")
-                if metric is not None:
-                    totals[1] += _sum(metric(self.model, batch), count, "metric")
-                examples += count
-        if examples == 0:
-            raise TaskError(f"{split}_dataloader() gave no batches")
-        loss, mean = (totals / examples).tolist()
-        sign = -1.0 if self._task.metric_goal == "min" else 1.0
-        score = Score(
-            value=-loss if metric is None else sign * mean,
-            loss=loss,
-            metric=None if metric is None else mean,
-            examples=examples,
-        )
-        if not all(abs(number) < float("inf") for number in (score.value, score.loss)):  # NaN fails too
-            raise TaskError(
-                f"{what} has loss {loss}" + ("" if metric is None else f" and metric {mean}") + f" on the {split} data",
-                hint="leave a broken candidate out with --exclude; `ckptavg inspect` lists them",
-            )
+        score = self._evaluate(split, what)
+        assert score is not None  # only a bar makes it stop
         return score
 
     def cost(self) -> Cost:
-        """What has been spent since the start."""
+        """What has been spent since the start, or the last `restart`."""
+        size = self._epoch.get(self.batchnorm_from) or self._task.examples(self.batchnorm_from)
+        work = self.meter["forward_examples"] + 2 * self.meter["backward_examples"]
         return Cost(
-            forward_batches=self._batches_done["forward"],
-            backward_batches=self._batches_done["backward"],
-            seconds=time.perf_counter() - self._started,
-            epochs=self._epochs(),
+            forward_batches=round(self.meter["forward_batches"]),
+            backward_batches=round(self.meter["backward_batches"]),
+            seconds=self.meter[SECONDS],
+            epochs=work / (3 * size) if size else None,
             epochs_of=self.batchnorm_from,
         )
 
-    def _epochs(self) -> float | None:
-        """The work in passes over the training data, a backward counted as two forwards."""
-        size = self._examples.get(self.batchnorm_from) or self._task.examples(self.batchnorm_from)
-        work = self._examples_done["forward"] + 2 * self._examples_done["backward"]
-        return work / (3 * size) if size else None
-
-    def _batches(self, split: Split, pass_number: int = 0) -> Iterator[Any]:
-        """One pass over a split, batches on the device, random numbers as in any pass of the same number."""
-        torch.manual_seed(self._seed + pass_number)
-        seen = 0
-        for batch in self._task.batches(split):
-            moved = to_device(batch, self._device)
-            size = batch_size(moved)
-            self._count("forward", size)
-            seen += size
-            yield moved
-        self._examples[split] = seen
-
-    def _endless(self, split: Split) -> Iterator[Any]:
-        pass_number = 0
-        while True:
-            batch = None
-            for batch in self._batches(split, pass_number):
-                yield batch
-            if batch is None:
-                raise TaskError(f"{split}_dataloader() gave no batches")
-            pass_number += 1
-
-    def _count(self, direction: str, examples: int) -> None:
-        self._batches_done[direction] += 1
-        self._examples_done[direction] += examples
-
-    def loss_and_gradient(self, c_N: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """The loss at c on a batch, and ∂ℓ/∂c [N]."""
-        self.candidates.materialize(c_N)
+    def loss_and_gradient(self, c_GN: Tensor, batch: Any, groups: Groups) -> tuple[Tensor, Tensor]:
+        """The loss at c on a batch, and ∂ℓ/∂c in the shape of c."""
+        self.candidates.materialize(c_GN, groups)
         self.candidates.zero_gradient()
+        self.meter.count("forward", batches.size(batch))
         with torch.enable_grad(), batchnorm.batch_statistics(self._norms):
             loss = self._task.loss(self.model, batch).mean()
             loss.backward()
-        self._count("backward", batch_size(batch))
-        return loss.detach().to(c_N.dtype), self.candidates.pullback()
+        self.meter.count("backward", batches.size(batch))
+        return loss.detach().to(c_GN.dtype), self.candidates.pullback(groups).view(c_GN.shape)
+
+    def _full(self, coefficients: Coefficients, split: Split, *, exact: bool) -> Score:
+        score = self._remembered(coefficients, split, exact=exact)
+        assert score is not None  # only a bar makes it stop
+        return score
+
+    def _remembered(
+        self, coefficients: Coefficients, split: Split, *, exact: bool, bar: float | None = None
+    ) -> Score | None:
+        """The score; None (which is not remembered) where it cannot reach the bar."""
+        key = (coefficients, split, exact)
+        if key in self._scores:
+            self.meter.charge(key)
+            return self._scores[key]
+        with self.meter.pricing(key):
+            if exact and not self.candidates.exact:
+                specs = output_specs(self._checkpoints[0])
+                for name, offset, data in weighted_average(self._checkpoints, coefficients, specs):
+                    self.candidates.assign(specs[name], name, offset, data)
+            else:
+                self.candidates.materialize(self.uniform().new_tensor(coefficients.values), coefficients.groups)
+                self.candidates.take_integers(coefficients.selected[-1])
+            self.recompute_batchnorm()
+            score = self._evaluate(split, self._describe(coefficients), bar)
+        if score is not None:
+            self._scores[key] = score
+        return score
+
+    def _evaluate(self, split: Split, what: str, bar: float | None = None) -> Score | None:
+        """The score, or None as soon as it is known to stay below the bar."""
+        tally = Tally(-1.0 if self._task.metric_goal == "min" else 1.0, self._task.metric_bounds)
+        metric = self._task.metric
+        torch.manual_seed(self._seed)
+        total = self._examples.get(split)
+        with torch.no_grad():
+            for batch in self._passed(split, self._data(split).batches(split)):
+                tally.add(
+                    self._task.loss(self.model, batch),
+                    None if metric is None else metric(self.model, batch),
+                    batches.size(batch),
+                )
+                if bar is not None and total is not None and tally.hopeless(bar, total):
+                    return None
+        self._examples[split] = tally.examples
+        if tally.examples == 0:
+            raise self._no_batches(split)
+        return tally.score(what, split)
+
+    def _data(self, split: Split) -> Task:
+        return self._halves if split in ("fit", "held") else self._task
+
+    def _passed(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:
+        """One pass over a split, batches moved to the device, each counted as gone forward."""
+        seen = 0
+        for batch in source:
+            seen += batches.size(batch)
+            self.meter.count("forward", batches.size(batch))
+            yield batches.to_device(batch, self._device)
+        self._epoch[split] = seen
+
+    def _learnable(self, split: Split) -> Iterator[Any]:
+        """One pass over a split; what is left of a divided batch may be one example, which has no statistics."""
+        data = self._data(split)
+        divided = isinstance(data, HeldOut)
+        return (b for b in data.batches(split) if not (divided and self._norms and batches.size(b) == 1))
+
+    def _endless(self, split: Split) -> Iterator[Any]:
+        for pass_number in itertools.count():
+            torch.manual_seed(self._seed + pass_number)
+            batch = None
+            for batch in self._learnable(split):
+                yield batches.to_device(batch, self._device)
+            if batch is None:
+                raise self._no_batches(split)
+
+    def _no_batches(self, split: Split) -> TaskError:
+        return TaskError(f"{split}_dataloader() gave no batches", path=self._task.source)
 
     def _describe(self, coefficients: Coefficients) -> str:
         chosen = [self._checkpoints[i] for i in coefficients.selected]
@@ -223,50 +301,12 @@ class _MixtureLoss(torch.autograd.Function):
     """ℓ(Pᵀc) with the gradient P·∂ℓ/∂w, computed in the forward call because the model's state is shared."""
 
     @staticmethod
-    def forward(ctx: Any, c_N: Tensor, mixture: Mixture, batch: Any) -> Tensor:
-        loss, gradient_N = mixture.loss_and_gradient(c_N, batch)
-        ctx.save_for_backward(gradient_N)
+    def forward(ctx: Any, c_GN: Tensor, mixture: Mixture, batch: Any, groups: Groups) -> Tensor:
+        loss, gradient_GN = mixture.loss_and_gradient(c_GN, batch, groups)
+        ctx.save_for_backward(gradient_GN)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        (gradient_N,) = ctx.saved_tensors
-        return upstream[0] * gradient_N, None, None
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """``batch`` (any nesting of tensors) with every tensor on ``device``; anything else is passed on as it is."""
-    if isinstance(batch, Mapping) and not hasattr(batch, "to"):
-        return type(batch)({key: to_device(value, device) for key, value in batch.items()})  # pyright: ignore
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))  # pyright: ignore
-    if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)  # pyright: ignore
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    move = getattr(batch, "to", None)
-    return batch if move is None else move(device)
-
-
-def batch_size(batch: Any) -> int:
-    """The number of examples of a batch: the first dimension of the first tensor in it, 1 if there is none."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((batch_size(part) for part in parts if _has_tensor(part)), 1)
-
-
-def _has_tensor(part: Any) -> bool:
-    if isinstance(part, Mapping | list | tuple):
-        return any(_has_tensor(inner) for inner in (part.values() if isinstance(part, Mapping) else part))
-    return isinstance(part, Tensor)
-
-
-def _sum(value: Any, count: int, function: str) -> Tensor:
-    """The sum over a batch of what the task gave: a mean over its examples, or one value for each."""
-    if isinstance(value, bool | int | float):
-        value = torch.tensor(float(value))
-    if not isinstance(value, Tensor) or value.is_complex() or value.numel() not in (1, count):
-        got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise TaskError(f"{function} must give a scalar or one real number an example [{count}], not {got}")
-    return value.sum(dtype=torch.float64 if value.device.type != "mps" else torch.float32) * (count / value.numel())
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_GN,) = ctx.saved_tensors
+        return upstream[0] * gradient_GN, None, None, None

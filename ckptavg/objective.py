@@ -1,6 +1,6 @@
 """What a strategy may ask, and what it answers: the seam between mathematics and everything else.
 
-Shape suffixes: N = candidates.
+Shape suffixes: N = candidates, G = groups of tensors, U = units of a score (examples, or batches).
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
+from ckptavg.coefficients import EVERYTHING, Groups
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from ckptavg.coefficients import Coefficients
 
-Split: TypeAlias = Literal["train", "val", "test"]
+Split: TypeAlias = Literal["train", "val", "test", "fit", "held"]
+"""Whose data: the task's own three, and the two halves of what is scored on: one to fit, one held out to watch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +30,45 @@ class Score:
         loss: the mean loss over examples.
         metric: the mean metric over examples, as the task gives it, or None where it has none.
         examples: how many examples were averaged over.
+        each: what these are means of, where that was kept.
     """
 
     value: float
     loss: float
     metric: float | None
     examples: int
+    each: Each | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def noise(self) -> float:
+        """The standard error of ``value``: what another sample of as many examples would change it by."""
+        return 0.0 if self.each is None else _standard_error(self.each.values_U, self.each.examples_U)
+
+    @property
+    def loss_noise(self) -> float:
+        """The standard error of ``loss``."""
+        return 0.0 if self.each is None else _standard_error(self.each.losses_U, self.each.examples_U)
+
+
+def _standard_error(values_U: Tensor, examples_U: Tensor) -> float:
+    """√(Σ w²(x − x̄)²)/Σ w, the weights being the examples a unit stands for; 0 for a single unit."""
+    mean = values_U.dot(examples_U) / examples_U.sum()
+    return float(((values_U - mean) * examples_U).square().sum().sqrt() / examples_U.sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Each:
+    """The parts of a score: one for each example, or for each batch where the task gives only its mean.
+
+    Attributes:
+        values_U: [U] float64 on the CPU, on the scale of `Score.value`: larger is better.
+        losses_U: [U], the losses.
+        examples_U: [U], how many examples each stands for.
+    """
+
+    values_U: Tensor
+    losses_U: Tensor
+    examples_U: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,22 +112,57 @@ class Objective(Protocol):
         """[N], 1/N each, where `loss` wants its coefficients to be; derive tensors from it to stay there."""
         ...
 
-    def loss(self, c_N: Tensor, on: Split | None = None) -> Tensor:
+    @property
+    def scored_on(self) -> Split:
+        """The data of `score`: the validation data where the task has some, else the training data."""
+        ...
+
+    def batches(self, on: Split) -> int:
+        """How many batches one pass over a split has."""
+        ...
+
+    def blocks(self, size: int | None) -> Groups:
+        """The model's tensors in groups, for coefficients of their own.
+
+        Args:
+            size: None puts the tensors of one module together. A number walks over the tensors in the model's order
+                and opens a new block when the present one has more than ``size`` elements; 0 is one block a tensor.
+        """
+        ...
+
+    def distances(self, groups: Groups) -> Tensor:
+        """[G, N], ‖w_i − w̄‖₂ over the parameters of each group, where `uniform` lies; w̄ is the mean of all N."""
+        ...
+
+    def loss(self, c_N: Tensor, on: Split | None = None, *, groups: Groups = EVERYTHING, again: bool = False) -> Tensor:
         """The mean loss at w = Σ_i c_i w_i on the next batch, differentiable in ``c_N``.
 
         ∂ℓ/∂c_i = ⟨w_i, ∂ℓ/∂w⟩. BatchNorm normalises with the batch's own statistics, dropout is off.
 
         Args:
-            c_N: [N] coefficients that sum to one, on the device of `uniform`.
-            on: the data; None is the validation data where the task has some, else the training data.
+            c_N: [N] coefficients that sum to one, on the device of `uniform`; [G, N] where there are several groups.
+            on: the data; None is `scored_on`.
+            groups: what each row of coefficients is for.
+            again: on the batch of the call before instead.
         """
         ...
 
-    def score(self, coefficients: Coefficients) -> Score:
-        """The score on validation data, BatchNorm statistics recomputed; remembered, so asking again is free.
+    def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
+        """The score on ``on`` (None is `scored_on`), BatchNorm recomputed; remembered, so asking again is free.
 
         Raises:
             TaskError: if loss or metric is NaN or infinite.
+        """
+        ...
+
+    def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
+        """The score where its value is ≥ ``bar`` (> if ``strict``), else None.
+
+        What is None is known without the batches that could not have changed it any more: for a metric within known
+        bounds, the sum so far and the best that the remaining examples could add may already stay below the bar.
+
+        Raises:
+            UsageError: if the task does not say how its metric is bounded.
         """
         ...
 
@@ -106,13 +177,15 @@ class Learned:
 
     Attributes:
         coefficients: the answer.
-        columns: name → one number for each candidate, shown in the table of candidates.
+        columns: name → one number or word for each candidate (None where there is none), shown beside it.
         trace: name → one number for each step.
+        notes: what a reader of the report should know, a sentence each.
     """
 
     coefficients: Coefficients
-    columns: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
+    columns: Mapping[str, Sequence[float | str | None]] = field(default_factory=dict[str, Sequence[float | str | None]])
     trace: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
+    notes: Sequence[str] = ()
 
 
 class Strategy(Protocol):

@@ -48,7 +48,7 @@ def metadata(
         "strategy": strategy,
         "settings": dict(settings),
         "dtype": dtype,
-        "groups": list(coefficients.groups),
+        "groups": [list(prefixes) for prefixes in coefficients.groups],
         "not_averaged": list(not_averaged),
         "recomputed": list(recomputed),
         "sources": [

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.objective import Cost, Score, Split
 from ckptavg.places import LeftOut
 
@@ -19,7 +20,7 @@ class CandidateResult:
     step: int
     coefficient: float | tuple[float, ...]
     score: Score | None = None
-    columns: Mapping[str, float] = field(default_factory=dict[str, float])
+    columns: Mapping[str, float | str | None] = field(default_factory=dict[str, float | str | None])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,23 @@ class Output:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MatrixResult:
+    """The candidate matrix that was searched.
+
+    Attributes:
+        bits: of an element; 32 is the candidates as the model holds them.
+        group_size: elements that share a scale and a zero point, None where nothing was rounded.
+        bytes: it took on the device, scales included.
+        error: what rounding lost of the candidates' differences from their mean, relative to these.
+    """
+
+    bits: int
+    group_size: int | None
+    bytes: int
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """A whole run.
 
@@ -43,6 +61,8 @@ class Result:
         baselines: name → split → score; ``best`` is the best single candidate.
         verdict: what the scores say, in plain words.
         worse: whether the selection scores below the best single candidate on validation.
+        groups: the tensors that each of a candidate's coefficients is for, as prefixes of their names.
+        holdout: the fraction of the validation data that was kept for the test score, None where there was no need.
     """
 
     strategy: str
@@ -56,7 +76,71 @@ class Result:
     scored_on: Split = "val"
     verdict: str = ""
     worse: bool = False
+    groups: Groups = EVERYTHING
+    holdout: float | None = None
+    matrix: MatrixResult | None = None
     cost: Cost | None = None
     trace: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     warnings: Sequence[str] = ()
     output: Output | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """How much better one score is than another, in its own units: larger is better, a loss is counted negative.
+
+    Attributes:
+        value: the difference of the means.
+        low: the lower end of its paired-bootstrap 95 % interval.
+        high: the upper end.
+        units: how many examples (or batches, where the task gives means only) were resampled.
+    """
+
+    value: float
+    low: float
+    high: float
+    units: int
+
+    @property
+    def separated(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One strategy of a comparison.
+
+    Attributes:
+        name: as it was asked for, such as ``sewa:k=8``.
+        used: how many candidates have a coefficient other than 0.
+        gains: split → how much better than the last candidate.
+        cost: as if it had run alone.
+    """
+
+    name: str
+    strategy: str
+    settings: Mapping[str, Any]
+    coefficients: Sequence[float | tuple[float, ...]]
+    groups: Groups
+    used: int
+    scores: Mapping[Split, Score]
+    gains: Mapping[Split, Gain]
+    cost: Cost
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Several strategies on the same candidates.
+
+    Attributes:
+        winner: the name of the one with the highest validation score.
+        result: the winner's run.
+        cost: of all together, what they share measured once.
+    """
+
+    contestants: Sequence[Contestant]
+    winner: str
+    result: Result
+    cost: Cost | None = None

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ckptavg.coefficients import Coefficients
+from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.objective import Score, Split
 
 
@@ -24,15 +24,33 @@ class Quadratic:
     def uniform(self) -> Tensor:
         return torch.full((self.n,), 1 / self.n, dtype=torch.float64)
 
-    def loss(self, c_N: Tensor, on: Split | None = None) -> Tensor:
-        return (c_N @ self.weights_ND).square().mean()
+    scored_on: Split = "val"
+
+    def batches(self, on: Split) -> int:
+        return 3
+
+    def blocks(self, size: int | None) -> Groups:
+        """Every element is a tensor of its own."""
+        return tuple((f"{d}.",) for d in range(self.d))
+
+    def distances(self, groups: Groups) -> Tensor:
+        off_ND = self.weights_ND - self.weights_ND.mean(dim=0)
+        return off_ND.norm(dim=1).unsqueeze(0) if len(groups) == 1 else off_ND.abs().T
+
+    def loss(self, c_N: Tensor, on: Split | None = None, *, groups: Groups = EVERYTHING, again: bool = False) -> Tensor:
+        return (c_N @ self.weights_ND if len(groups) == 1 else (c_N * self.weights_ND.T).sum(dim=1)).square().mean()
 
     def of_subset(self, subset: Iterable[int]) -> float:
         return float(self.weights_ND[list(subset)].mean(dim=0).square().mean())
 
-    def score(self, coefficients: Coefficients) -> Score:
-        loss = float(self.loss(torch.tensor(coefficients.values[0], dtype=torch.float64)))
+    def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
+        c_GN = torch.tensor(coefficients.values, dtype=torch.float64)
+        loss = float(self.loss(c_GN if len(c_GN) > 1 else c_GN[0], groups=coefficients.groups))
         return Score(value=-loss, loss=loss, metric=None, examples=1)
+
+    def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
+        score = self.score(coefficients)
+        return score if (score.value > bar if strict else score.value >= bar) else None
 
     def progress(self, stage: str, done: int, total: int, **figures: Tensor | float) -> None:
         assert 0 < done <= total and all(float(value) == float(value) for value in figures.values()), stage

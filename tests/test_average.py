@@ -119,15 +119,20 @@ def test_candidates_with_coefficient_zero_are_not_read(tmp_path: Path):
 
 
 def test_groups_have_coefficients_of_their_own():
-    table = Coefficients(((0.5, 0.5), (1.0, 0.0), (0.0, 1.0)), ("", "layer.", "layer.1."))
-    assert [table.row(name) for name in ("head", "layer.0.w", "layer.1.w")] == [(0.5, 0.5), (1.0, 0.0), (0.0, 1.0)]
+    table = Coefficients(((0.5, 0.5), (1.0, 0.0), (0.0, 1.0)), (("",), ("layer.", "tied"), ("layer.1.",)))
+    assert [table.row(name) for name in ("head", "layer.0.w", "layer.1.w", "tied")] == [
+        (0.5, 0.5),
+        (1.0, 0.0),
+        (0.0, 1.0),
+        (1.0, 0.0),
+    ]
     assert table.candidate(0) == (0.5, 1.0, 0.0) and table.selected == (0, 1)
 
 
 @pytest.mark.parametrize("row", [(), ((0.5, 0.4),), ((float("nan"), 1.0),), ((1.0,), (0.5, 0.5))])
 def test_coefficients_that_do_not_sum_to_one_are_refused(row: tuple[tuple[float, ...], ...]):
     with pytest.raises(ValueError, match=r"sum to 1|need one row"):
-        Coefficients(row, ("",) * max(1, len(row)))
+        Coefficients(row, (("",),) * max(1, len(row)))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -263,7 +263,7 @@ def test_memory_that_runs_out_is_its_own_exit_code(run: Run, ckpts: Path, tmp_pa
     (tmp_path / "mine.py").write_text(
         TINY.replace("return model(batch[0])", "return torch.empty(2**45); model(batch[0])")
     )
-    check(run(*SEWA, "--k", 2), 8, "out of memory", "hint: use fewer candidates")
+    check(run(*SEWA, "--k", 2), 8, "out of memory", "hint: use --bits 4")
 
 
 def test_a_closed_stdout_is_no_error(ckpts: Path):

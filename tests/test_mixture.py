@@ -12,10 +12,12 @@ import torch
 from stored import stored
 from torch import Tensor, nn
 
+from ckptavg.batches import size as batch_size
+from ckptavg.batches import to_device
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import TaskError
-from ckptavg.mixture import Mixture, batch_size, to_device
+from ckptavg.mixture import Mixture
 from ckptavg.objective import Split
 
 CPU = torch.device("cpu")
@@ -43,6 +45,7 @@ class Toy:
     source: str = "toy"
     metric: Callable[[nn.Module, Any], Tensor] | None = None
     metric_goal: str = "max"
+    metric_bounds: tuple[float, float] | None = None
     reduction: str = "none"
 
     def model(self) -> nn.Module:
@@ -59,6 +62,9 @@ class Toy:
 
     def examples(self, split: Split) -> int | None:
         return sum(len(batch["y"]) for batch in self.splits[split]) if self.has(split) else None
+
+    def length(self, split: Split) -> int | None:
+        return len(self.splits[split]) if self.has(split) else None
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ckptavg.cli.strategy import Device, Json, Key, Paths, Quiet, Seed, TaskFile, Verbose
+from ckptavg.cli.options import Device, Json, Key, Paths, Quiet, Seed, TaskFile, Verbose
 from ckptavg.cli.terminal import Screen, console
 from ckptavg.errors import UsageError, printable
 
@@ -27,7 +27,7 @@ def command(
 ) -> None:
     """Score files on the task's validation and test data, with their own BatchNorm statistics."""
     with redirect_stdout(sys.stderr), Screen(quiet=quiet).watching() as watch:
-        from ckptavg.evaluate import evaluate
+        from ckptavg.evaluation import evaluate
         from ckptavg.tasks.find import find
 
         source = find(task, [path for path in files if path.is_dir()])  # an output beside ./task.py is usual

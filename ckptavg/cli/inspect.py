@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ckptavg.checkpoint import Checkpoint
-from ckptavg.cli.strategy import Every, Exclude, Include, Json, Key, LastN, Paths, Quiet, Start, Stop, Verbose
+from ckptavg.cli.options import Every, Exclude, Include, Json, Key, LastN, Paths, Quiet, Start, Stop, Verbose
 from ckptavg.cli.terminal import console
 from ckptavg.discover import Found, discover
 from ckptavg.errors import InputError, printable

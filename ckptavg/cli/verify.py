@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ckptavg.cli.strategy import Json, Quiet, Verbose
+from ckptavg.cli.options import Json, Quiet, Verbose
 from ckptavg.cli.terminal import Screen
 from ckptavg.errors import InputError
 
@@ -21,7 +21,7 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """Recompute the average from the sources its metadata names, and compare bytes."""
-    from ckptavg.verify import verify
+    from ckptavg.verification import verify
 
     found = verify(file, sources)
     if json:

@@ -6,13 +6,13 @@ import json
 from importlib.metadata import version
 from typing import Any
 
-from ckptavg.objective import Score
-from ckptavg.result import Result
+from ckptavg.objective import Cost, Score
+from ckptavg.result import Comparison, Contestant, Result
 
 
 def to_dict(result: Result) -> dict[str, Any]:
     """The report as plain data; its keys are documented in the README."""
-    cost, output = result.cost, result.output
+    matrix, output = result.matrix, result.output
     return {
         "strategy": result.strategy,
         "settings": dict(result.settings),
@@ -36,16 +36,18 @@ def to_dict(result: Result) -> dict[str, Any]:
                 for name, scores in result.baselines.items()
             },
         },
+        "groups": [list(prefixes) for prefixes in result.groups],
+        "holdout": result.holdout,
         "best_step": result.best_step,
         "verdict": result.verdict,
         "worse": result.worse,
-        "cost": cost
+        "cost": _cost(result.cost),
+        "matrix": matrix
         and {
-            "forward_batches": cost.forward_batches,
-            "backward_batches": cost.backward_batches,
-            "seconds": round(cost.seconds, 3),
-            "epochs": cost.epochs,
-            "epochs_of": cost.epochs_of,
+            "bits": matrix.bits,
+            "group_size": matrix.group_size,
+            "bytes": matrix.bytes,
+            "error": matrix.error,
         },
         "trace": {name: list(values) for name, values in result.trace.items()},
         "warnings": list(result.warnings),
@@ -61,9 +63,53 @@ def to_dict(result: Result) -> dict[str, Any]:
     }
 
 
-def to_json(result: Result) -> str:
+def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
+    """The report of a comparison: that of the winner, and under ``strategies`` every contestant."""
+    return {
+        **to_dict(comparison.result),
+        "winner": comparison.winner,
+        "strategies": [_contestant(one) for one in comparison.contestants],
+    }
+
+
+def to_json(report: Result | Comparison) -> str:
     """The report as JSON text."""
-    return json.dumps(to_dict(result), indent=2, ensure_ascii=True)
+    data = comparison_to_dict(report) if isinstance(report, Comparison) else to_dict(report)
+    return json.dumps(data, indent=2, ensure_ascii=True)
+
+
+def _contestant(one: Contestant) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "strategy": one.strategy,
+        "settings": dict(one.settings),
+        "coefficients": list(one.coefficients),
+        "groups": [list(prefixes) for prefixes in one.groups],
+        "used": one.used,
+        "scores": {split: _score(score) for split, score in one.scores.items()},
+        "over_last": {
+            split: {
+                "value": gain.value,
+                "low": gain.low,
+                "high": gain.high,
+                "separated": gain.separated,
+                "units": gain.units,
+            }
+            for split, gain in one.gains.items()
+        },
+        "cost": _cost(one.cost),
+        "notes": list(one.notes),
+    }
+
+
+def _cost(cost: Cost | None) -> dict[str, Any] | None:
+    return cost and {
+        "forward_batches": cost.forward_batches,
+        "backward_batches": cost.backward_batches,
+        "seconds": round(cost.seconds, 3),
+        "epochs": cost.epochs,
+        "epochs_of": cost.epochs_of,
+    }
 
 
 def _score(score: Score | None) -> dict[str, float | int | None] | None:

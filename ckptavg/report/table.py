@@ -11,32 +11,48 @@ from rich.text import Text
 
 from ckptavg.errors import printable
 from ckptavg.objective import Cost, Score, Split
-from ckptavg.result import CandidateResult, Output, Result
+from ckptavg.report.contest import contest
+from ckptavg.result import CandidateResult, Comparison, MatrixResult, Output, Result
+
+_BARS = "▁▂▃▄▅▆▇█"
 
 
-def render(result: Result) -> Group:
+def render(report: Result | Comparison) -> Group:
     """Everything there is to say, from the candidates down to the file."""
-    return Group(*_parts(result))
+    if isinstance(report, Comparison) and report.contestants:
+        return Group(_candidates(report.result), Text(), *contest(report), *_foot(report.result))
+    return Group(*_parts(report.result if isinstance(report, Comparison) else report))
 
 
 def _parts(result: Result) -> Iterator[RenderableType]:
     yield _candidates(result)
+    if len(result.groups) > 1:
+        yield Text()
+        yield _blocks(result)
     if result.scores:
         yield Text()
         yield _scores(result)
         yield Text()
         yield Text(result.verdict, style="bold red" if result.worse else "bold")
-        yield from (Text(line, style="dim") for line in _fineprint(result))
     elif result.output:
         yield Text("Nothing was scored: there is no task (--task).", style="bold")
     if result.cost:
         yield Text(_cost(result.cost), style="dim")
+    yield from _foot(result)
+
+
+def _foot(result: Result) -> Iterator[Text]:
+    """The small print: what the scores rest on, what was searched, what was written."""
+    if result.scores:
+        yield from (Text(line, style="dim") for line in _fineprint(result))
+    if result.matrix and result.matrix.group_size is not None:
+        yield Text(_matrix(result.matrix), style="dim")
     if result.output:
         yield from (Text(line, style="dim") for line in _output(result.output))
 
 
 def _candidates(result: Result) -> Table:
-    shown = sorted({name for one in result.candidates for name in one.columns})
+    shown = list(dict.fromkeys(name for one in result.candidates for name in one.columns))
     scored = any(one.score for one in result.candidates)
     metric = any(one.score and one.score.metric is not None for one in result.candidates)
     table = Table(title=f"{len(result.candidates)} candidates", title_justify="left", box=None, pad_edge=False)
@@ -47,7 +63,7 @@ def _candidates(result: Result) -> Table:
         table.add_row(
             escape(printable(one.path.name)),
             str(one.step),
-            *(f"{one.columns[name]:.3f}" for name in shown),
+            *(_cell(one.columns[name]) for name in shown),
             *((f"{one.score.metric:.4f}" if one.score and one.score.metric is not None else "",) if metric else ()),
             *((f"{one.score.loss:.4f}" if one.score else "",) if scored else ()),
             _mark(one) if chosen else "",
@@ -56,8 +72,31 @@ def _candidates(result: Result) -> Table:
     return table
 
 
+def _cell(value: float | str | None) -> str:
+    return "" if value is None else value if isinstance(value, str) else f"{value:.4f}"
+
+
 def _mark(one: CandidateResult) -> str:
-    return f"● {one.coefficient:.3f}" if isinstance(one.coefficient, float) else "●"
+    if not isinstance(one.coefficient, tuple):
+        return f"● {one.coefficient:.3f}"
+    return f"● {min(one.coefficient):.3f} … {max(one.coefficient):.3f}"
+
+
+def _blocks(result: Result) -> Table:
+    """A row for each block of tensors: its least and greatest coefficient, and all as bars in training order."""
+    rows = list(zip(*(_row(one) for one in result.candidates), strict=True))
+    low, high = min(map(min, rows)), max(map(max, rows))
+    table = Table(title=f"{len(rows)} blocks", title_justify="left", box=None, pad_edge=False)
+    for heading in ("tensors", "least", "greatest", f"coefficients, ▁ is {low:.3f}, █ is {high:.3f}"):
+        table.add_column(heading, justify="right" if heading in ("least", "greatest") else "left", no_wrap=True)
+    for names, row in zip(result.groups, rows, strict=True):
+        bars = (_BARS[round((c - low) / (high - low or 1) * (len(_BARS) - 1))] for c in row)
+        table.add_row(escape(_listing(names)), f"{min(row):.3f}", f"{max(row):.3f}", "".join(bars))
+    return table
+
+
+def _row(one: CandidateResult) -> Sequence[float]:
+    return (one.coefficient,) if not isinstance(one.coefficient, tuple) else one.coefficient
 
 
 def _scores(result: Result) -> Table:
@@ -82,7 +121,16 @@ def _scores(result: Result) -> Table:
     return table
 
 
+def _matrix(matrix: MatrixResult) -> str:
+    return (
+        f"searched at {matrix.bits} bits: the candidate matrix took {matrix.bytes:,} bytes, "
+        f"and rounding lost {matrix.error:.1%} of the candidates' differences; all scores are of exact averages"
+    )
+
+
 def _fineprint(result: Result) -> Iterator[str]:
+    if result.holdout is not None:
+        yield f"test is {result.holdout:.0%} of the validation data: chosen by a seeded hash, kept out of the search."
     if result.scored_on == "train":
         yield "Scored on training data: the task has no val_dataloader()."
     elif "test" not in result.scores:

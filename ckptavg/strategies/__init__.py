@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import fields
 from functools import cache
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ckptavg.errors import UsageError
 from ckptavg.objective import Strategy
 
 
@@ -18,3 +22,44 @@ def strategies() -> dict[str, type[Strategy]]:
     """Command name → strategy, for every strategy file."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     return {name: importlib.import_module(f"{__name__}.{name}").STRATEGY for name in names}
+
+
+def from_spec(spec: str) -> Strategy:
+    """The strategy that ``NAME`` or ``NAME:setting=value:setting=value`` describes, such as ``twa:on=train:lr=0.01``.
+
+    Raises:
+        UsageError: if there is no such strategy or setting, or the value is not of its type.
+    """
+    name, *given = spec.split(":")
+    if name not in strategies():
+        raise UsageError(f"{spec}: there is no strategy {name!r}", hint=f"there are {', '.join(strategies())}")
+    strategy = strategies()[name]
+    hints = get_type_hints(strategy)
+    known = [setting.name for setting in fields(strategy)]  # pyright: ignore[reportArgumentType]  # a dataclass
+    settings: dict[str, Any] = {}
+    for item in given:
+        key, equals, value = item.partition("=")
+        key = key.replace("-", "_")
+        if key not in known:
+            has = f"{name} has {', '.join(known)}" if known else f"{name} has none"
+            raise UsageError(f"{spec}: there is no setting {key!r}", hint=has)
+        try:
+            settings[key] = _parsed(value if equals else "true", hints[key])
+        except ValueError as error:
+            raise UsageError(f"{spec}: {key} cannot be {value!r}") from error
+    return strategy(**settings)
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    """A setting's value from its text; ValueError where it is not of its type."""
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError(text)
+        return text == "true"
+    if kind in (int, float, str):
+        return kind(text)
+    if get_origin(kind) is Literal:
+        if text not in get_args(kind):
+            raise ValueError(text)
+        return text
+    return next(_parsed(text, option) for option in get_args(kind) if option is not NoneType)  # X | None

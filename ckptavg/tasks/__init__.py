@@ -29,6 +29,11 @@ class Task(Protocol):
         """``max`` where a larger metric is better, ``min`` where a smaller one is."""
         ...
 
+    @property
+    def metric_bounds(self) -> tuple[float, float] | None:
+        """The least and greatest value the metric can have for an example; None where that is not known."""
+        ...
+
     def model(self) -> nn.Module:
         """A model whose state dict has the checkpoints' names and shapes; its values do not matter."""
         ...
@@ -47,4 +52,8 @@ class Task(Protocol):
 
     def examples(self, split: Split) -> int | None:
         """How many examples a split has, where that is known without reading it."""
+        ...
+
+    def length(self, split: Split) -> int | None:
+        """How many batches a split has, where that is known without reading it."""
         ...

@@ -42,6 +42,7 @@ class PythonTask:
         self.metric_goal: str = getattr(self._module, "metric_goal", "max")
         if self.metric_goal not in ("max", "min"):
             raise TaskError(f"metric_goal must be 'max' or 'min', not {self.metric_goal!r}", path=source)
+        self.metric_bounds = self._bounds()
         self._loss = self._function("loss")
         self._loaders: dict[Split, Any] = {}
 
@@ -82,6 +83,26 @@ class PythonTask:
         """See `Task.examples`."""
         dataset = getattr(self._loader(split), "dataset", None) if self.has(split) else None
         return len(dataset) if hasattr(dataset, "__len__") else None  # pyright: ignore[reportArgumentType]
+
+    def length(self, split: Split) -> int | None:
+        """See `Task.length`."""
+        loader = self._loader(split)
+        try:
+            return len(loader)
+        except TypeError:  # an iterator, or a loader of an IterableDataset
+            return None
+
+    def _bounds(self) -> tuple[float, float] | None:
+        bounds = getattr(self._module, "metric_bounds", None)
+        if bounds is None:
+            return None
+        try:
+            low, high = map(float, bounds)
+        except (TypeError, ValueError):
+            low = high = float("nan")
+        if not -float("inf") < low < high < float("inf"):
+            raise TaskError(f"metric_bounds must be two numbers such as (0.0, 1.0), not {bounds!r}", path=self.source)
+        return low, high
 
     def _loader(self, split: Split) -> Any:
         name = f"{split}_dataloader"

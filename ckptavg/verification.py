@@ -46,7 +46,9 @@ def verify(file: Path, sources: Path) -> Verification:
             checkpoints += found.checkpoints
         columns = [source["coefficient"] for source in record["sources"]]
         rows = zip(*(column if isinstance(column, list) else [column] for column in columns), strict=True)
-        coefficients = Coefficients(tuple(tuple(float(c) for c in row) for row in rows), tuple(record["groups"]))
+        coefficients = Coefficients(
+            tuple(tuple(float(c) for c in row) for row in rows), tuple(tuple(group) for group in record["groups"])
+        )
         specs = output_specs(checkpoints[0], record["dtype"])
         stored = {name: node for name, node in output.tree.items() if isinstance(node, StoredTensor)}
         if {name: (t.dtype, t.shape) for name, t in stored.items()} != {

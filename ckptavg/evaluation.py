@@ -11,7 +11,7 @@ from ckptavg.discover import discover
 from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture, Watch
 from ckptavg.objective import Score, Split
-from ckptavg.pipeline import pick_device
+from ckptavg.session import pick_device
 from ckptavg.tasks.python_file import PythonTask
 
 
@@ -25,7 +25,7 @@ def evaluate(
         files: checkpoints or earlier outputs; a directory stands for the checkpoints in it.
         task: a Python file or dotted module.
         key: the sub-dictionary of each that is the model.
-        device: see `ckptavg.pipeline.Options`.
+        device: see `ckptavg.options.Options`.
         seed: of the loaders.
         watch: is told the progress.
     """

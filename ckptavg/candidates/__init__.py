@@ -1,0 +1,254 @@
+"""The candidates on the device: N checkpoints as rows, and the model as the flat vector that they mix into.
+
+Shape suffixes: N = candidates, G = groups of tensors, D = elements of one dtype (parameters first, then floating-point
+buffers), Q = the parameters among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ckptavg.candidates.dense import Dense
+from ckptavg.candidates.flat import Flat, ReadInto, check_names, check_tied, flatten, present, read, unique_tensors
+from ckptavg.candidates.packed import Packed
+from ckptavg.checkpoint import Checkpoint
+from ckptavg.coefficients import EVERYTHING, Groups
+from ckptavg.dtypes import TORCH
+from ckptavg.errors import InputError
+from ckptavg.readers import StoredTensor
+
+EXACT: Final = 32  # the candidates as they are, in the model's own dtype
+_MEASURED: Final = 1 << 20  # columns whose distances are taken at a time
+
+
+class Matrix(Protocol):
+    """N rows of D elements in some encoding: w_i = centre + row i, decoded a piece at a time."""
+
+    @property
+    def centre_D(self) -> Tensor | None:
+        """[D], what rows are differences from; None is 0."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """What the rows take on the device, without the centre."""
+        ...
+
+    @property
+    def error(self) -> float:
+        """What the encoding lost: ‖d̂ − d‖/‖d‖ over all rows, d being their differences from the centre."""
+        ...
+
+    def row(self, i: int) -> Tensor:
+        """[D], where to put row ``i`` before `keep`; it may be the same place for all."""
+        ...
+
+    def keep(self, i: int) -> None:
+        """Encode what is in the row."""
+        ...
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
+        """([N, C], columns): all columns from ``start`` to ``stop``, float32 or wider, valid until the next piece."""
+        ...
+
+
+class Candidates:
+    """N checkpoints of one model on its device.
+
+    ``materialize`` is w = Pᵀc and ``pullback`` is P g, one matrix-vector product each (a dtype), whatever the number
+    of parameters: the model's parameters are views into one flat vector, and so are their gradients. A parameter that
+    is tied to another is in it once. Memory: the matrix and two vectors of D elements; where it is not exact, the mean.
+
+    Args:
+        model: the task's model, on its device; its parameters' storage is replaced.
+        checkpoints: N open checkpoints with equal names, shapes and dtypes, and the model's own names and shapes.
+        progress: is told how many rows are loaded.
+        bits: of an element of the matrix; 32 is the model's own dtype, less is `Packed`.
+        group_size: elements that share a scale and a zero point.
+    Raises:
+        TaskError: if names or shapes are not the model's.
+        InputError: if a weight is NaN or infinite, or tied parameters differ in a file.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoints: Sequence[Checkpoint],
+        progress: Callable[[str, int, int], None],
+        *,
+        bits: int = EXACT,
+        group_size: int = 128,
+    ) -> None:
+        self.model = model
+        self.n = len(checkpoints)
+        self.bits = bits
+        self.exact = bits == EXACT
+        self._unique = unique_tensors(model)
+        check_names(self._unique, checkpoints[0].tensors)
+        by_dtype: dict[torch.dtype, list[tuple[tuple[str, ...], Tensor]]] = {}
+        self._integers: list[tuple[tuple[str, ...], Tensor, list[Tensor]]] = []
+        for names, tensor in self._unique:
+            if tensor.is_floating_point():
+                by_dtype.setdefault(tensor.dtype, []).append((names, tensor))
+            else:
+                self._integers.append((names, tensor, []))
+        self._blocks: list[tuple[Flat, Matrix]] = []
+        for dtype, tensors in by_dtype.items():
+            flat = flatten(tensors)
+            size, device = len(flat.weights_D), flat.weights_D.device
+            matrix = (
+                Dense(self.n, size, dtype, device)
+                if self.exact
+                else Packed(self.n, size, dtype, device, bits=bits, group=group_size)
+            )
+            self._blocks.append((flat, matrix))
+        self._state = {name: tensor.detach() for names, tensor in self._unique for name in names}
+        self._load(checkpoints, progress)
+        model.requires_grad_(True)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the candidate matrix takes on the device."""
+        return sum(matrix.nbytes for _, matrix in self._blocks)
+
+    @property
+    def error(self) -> float:
+        """What rounding to few bits lost of the candidates' differences from their mean, relative to these."""
+        return max(matrix.error for _, matrix in self._blocks)
+
+    @torch.no_grad()
+    def materialize(self, c_GN: Tensor, groups: Groups = EVERYTHING) -> None:
+        """Make the model's floating-point state w = Σ_i c_i w_i.
+
+        Args:
+            c_GN: [G, N], each row sums to one; or [N].
+            groups: what each row is for.
+        """
+        c_GN = c_GN.view(len(groups), self.n)
+        for flat, matrix in self._blocks:
+            weights_D, centre_D = flat.weights_D, matrix.centre_D
+            for start, stop, g in flat.segments(groups, len(weights_D)):
+                for piece_NC, part in matrix.pieces(start, stop):
+                    c_N = c_GN[g].to(piece_NC)
+                    if piece_NC.dtype != weights_D.dtype:
+                        w_C = piece_NC.t().mv(c_N)
+                        weights_D[part] = w_C if centre_D is None else centre_D[part] + w_C
+                    elif centre_D is None:
+                        torch.mv(piece_NC.t(), c_N, out=weights_D[part])
+                    else:
+                        torch.addmv(centre_D[part], piece_NC.t(), c_N, out=weights_D[part])
+
+    def zero_gradient(self) -> None:
+        """Forget the gradient that backward passes have added up."""
+        for flat, _ in self._blocks:
+            flat.gradient_Q.zero_()
+
+    @torch.no_grad()
+    def pullback(self, groups: Groups = EVERYTHING) -> Tensor:
+        """[G, N], ∂ℓ/∂c_i = ⟨w_i, ∂ℓ/∂w⟩ by group, from the gradient added up since `zero_gradient`."""
+        total_GN = self._zeros(groups)
+        for flat, matrix in self._blocks:
+            for start, stop, g in flat.segments(groups, len(flat.gradient_Q)):
+                for piece_NC, part in matrix.pieces(start, stop):
+                    gradient_C = flat.gradient_Q[part].to(piece_NC)
+                    total_GN[g] += piece_NC.mv(gradient_C)
+                    if matrix.centre_D is not None:
+                        total_GN[g] += matrix.centre_D[part].to(piece_NC).dot(gradient_C)
+        return total_GN
+
+    @torch.no_grad()
+    def distances(self, groups: Groups = EVERYTHING) -> Tensor:
+        """[G, N], ‖w_i − w̄‖₂ over the parameters of each group, w̄ being the mean of the N rows."""
+        total_GN = self._zeros(groups)
+        for flat, matrix in self._blocks:
+            for start, stop, g in flat.segments(groups, len(flat.gradient_Q)):
+                for begin in range(start, stop, _MEASURED):
+                    for piece_NC, _ in matrix.pieces(begin, min(begin + _MEASURED, stop)):
+                        total_GN[g] += (piece_NC - piece_NC.mean(dim=0)).square().sum(dim=1)
+        return total_GN.sqrt()
+
+    def blocks(self, size: int | None) -> Groups:
+        """See `ckptavg.objective.Objective.blocks`; every floating-point tensor is in one, under all of its names."""
+        found: dict[str, tuple[str, ...]] = {}
+        block, filled = "", math.inf
+        for names, tensor in self._unique:
+            if not tensor.is_floating_point():
+                continue
+            if size is None:
+                block = names[0].rpartition(".")[0]
+            elif filled > size:
+                block, filled = names[0], 0
+            found[block] = (*found.get(block, ()), *names)
+            filled += tensor.numel()
+        return tuple(found.values())
+
+    @torch.no_grad()
+    def take_integers(self, i: int) -> None:
+        """Set the state that is not floating point to that of candidate ``i``."""
+        for _, tensor, values in self._integers:
+            tensor.copy_(values[i])
+
+    @torch.no_grad()
+    def load(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> None:
+        """Set the model's whole state from bytes of elsewhere, such as the file about to be written."""
+        for flat, _ in self._blocks:
+            for slot in flat.slots:
+                name = present(slot.names, specs)
+                read(specs[name], name, read_into, flat.weights_D[slot.start :][: slot.numel])
+        for names, tensor, _ in self._integers:
+            name = present(names, specs)
+            read(specs[name], name, read_into, tensor)
+
+    @torch.no_grad()
+    def assign(self, spec: StoredTensor, name: str, offset: int, data: memoryview) -> None:
+        """Set a run of elements of one tensor, from byte ``offset`` of it on."""
+        values = torch.frombuffer(data, dtype=TORCH[spec.dtype])
+        start = offset // values.itemsize
+        self._state[name].view(-1)[start : start + len(values)] = values
+
+    def _zeros(self, groups: Groups) -> Tensor:
+        widest = max((flat.gradient_Q.dtype for flat, _ in self._blocks), key=lambda dtype: dtype.itemsize)
+        dtype = torch.promote_types(widest, torch.float32)
+        return self._blocks[0][0].gradient_Q.new_zeros(len(groups), self.n, dtype=dtype)
+
+    @torch.no_grad()
+    def _load(self, checkpoints: Sequence[Checkpoint], progress: Callable[[str, int, int], None]) -> None:
+        """Read every row; twice where rows are kept as differences from a mean that must be known first."""
+        n = len(checkpoints)
+        if not self.exact:
+            for i, checkpoint in enumerate(checkpoints):
+                for flat, matrix in self._blocks:
+                    assert matrix.centre_D is not None
+                    matrix.centre_D.add_(_read_row(checkpoint, flat, matrix.row(i)), alpha=1 / n)
+                progress("averaging candidates", i + 1, n)
+        for i, checkpoint in enumerate(checkpoints):
+            for flat, matrix in self._blocks:
+                _read_row(checkpoint, flat, matrix.row(i))
+                matrix.keep(i)
+            for names, tensor, values in self._integers:
+                value = torch.empty_like(tensor)
+                name = present(names, checkpoint.tensors)
+                read(checkpoint.spec(name), name, checkpoint.read_into, value)
+                values.append(value)
+            progress("reading candidates", i + 1, n)
+
+
+def _read_row(checkpoint: Checkpoint, flat: Flat, row_D: Tensor) -> Tensor:
+    for slot in flat.slots:
+        name = present(slot.names, checkpoint.tensors)
+        check_tied(checkpoint, slot.names)
+        read(checkpoint.spec(name), name, checkpoint.read_into, row_D[slot.start :][: slot.numel])
+    if not torch.isfinite(row_D).all():
+        bad = next(s for s in flat.slots if not torch.isfinite(row_D[s.start :][: s.numel]).all())
+        raise InputError(
+            f"{int((~torch.isfinite(row_D[bad.start :][: bad.numel])).sum())} values are NaN or infinite",
+            path=checkpoint.path,
+            tensor=bad.names[0],
+            hint=f"leave it out with --exclude '{checkpoint.path.name}'",
+        )
+    return row_D

@@ -1,0 +1,49 @@
+"""Candidates as they are: one row each, in the model's own dtype.
+
+Shape suffixes: N = candidates, D = elements of one dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+from torch import Tensor
+
+COLUMNS: Final = 1 << 20  # of a 16-bit matrix widened at a time
+
+
+class Dense:
+    """The matrix [N, D] itself; see `ckptavg.candidates.Matrix`."""
+
+    centre_D = None
+    error = 0.0
+
+    def __init__(self, n: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._rows_ND = torch.empty(n, size, dtype=dtype, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """See `Matrix.nbytes`."""
+        return self._rows_ND.nbytes
+
+    def row(self, i: int) -> Tensor:
+        """See `Matrix.row`."""
+        return self._rows_ND[i]
+
+    def keep(self, i: int) -> None:
+        """See `Matrix.keep`; it is there already."""
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
+        """The matrix between two columns: whole, or if its dtype has 16 bits, widened piece by piece.
+
+        A coefficient of 1/5 rounded to bfloat16 is 0.1 % too large, which would scale every weight; and a product of
+        millions of terms needs more than three digits.
+        """
+        if self._rows_ND.dtype.itemsize >= 4:
+            yield self._rows_ND[:, start:stop], slice(start, stop)
+            return
+        for first in range(start, stop, COLUMNS):
+            part = slice(first, min(first + COLUMNS, stop))
+            yield self._rows_ND[:, part].to(torch.float32), part

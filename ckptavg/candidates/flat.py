@@ -1,0 +1,140 @@
+"""The model as one flat vector a dtype: its parameters and their gradients are views into it.
+
+Shape suffixes: D = elements of one dtype (parameters first, then floating-point buffers), Q = parameters among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from ckptavg.checkpoint import Checkpoint
+from ckptavg.coefficients import Groups, group_of
+from ckptavg.dtypes import FLOATING, TORCH
+from ckptavg.errors import InputError, TaskError
+from ckptavg.readers import ITEM_SIZE, StoredTensor
+
+_CHUNK: Final = 8 << 20  # bytes read at a time
+ReadInto = Callable[[str, int, memoryview], None]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one unique tensor of the model lies in its vector; ``names`` are its names, more than one when tied."""
+
+    names: tuple[str, ...]
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Everything of one dtype."""
+
+    weights_D: Tensor
+    gradient_Q: Tensor
+    slots: tuple[Slot, ...]
+
+    def segments(self, groups: Groups, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, group) of the runs of elements before ``stop`` that belong to one group of coefficients."""
+        begin, present = 0, -1
+        for slot in self.slots:
+            if slot.start >= stop:
+                break
+            if (g := group_of(slot.names[0], groups)) != present:
+                if slot.start > begin:
+                    yield begin, slot.start, present
+                begin, present = slot.start, g
+        if begin < stop:
+            yield begin, stop, present
+
+
+def flatten(tensors: list[tuple[tuple[str, ...], Tensor]]) -> Flat:
+    """Move tensors of one dtype (parameters with their gradients) into a flat vector; their values are lost."""
+    tensors = sorted(tensors, key=lambda item: not isinstance(item[1], nn.Parameter))  # parameters first
+    example = tensors[0][1]
+    weights_D = example.new_empty(sum(tensor.numel() for _, tensor in tensors), requires_grad=False)
+    trained = sum(tensor.numel() for _, tensor in tensors if isinstance(tensor, nn.Parameter))
+    gradient_Q = torch.zeros(trained, dtype=example.dtype, device=example.device)
+    slots: list[Slot] = []
+    start = 0
+    for names, tensor in tensors:
+        stop = start + tensor.numel()
+        if isinstance(tensor, nn.Parameter):
+            tensor.grad = gradient_Q[start:stop].view(tensor.shape)
+        tensor.data = weights_D[start:stop].view(tensor.shape)
+        slots.append(Slot(names, start, tensor.numel()))
+        start = stop
+    return Flat(weights_D, gradient_Q, tuple(slots))
+
+
+def unique_tensors(model: nn.Module) -> list[tuple[tuple[str, ...], Tensor]]:
+    """Every tensor of the state dict once, with all of its names."""
+    found: dict[int, tuple[list[str], Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):  # get_extra_state may give anything
+            found.setdefault(id(tensor), ([], tensor))[0].append(name)
+    return [(tuple(names), tensor) for names, tensor in found.values()]
+
+
+def check_names(unique: list[tuple[tuple[str, ...], Tensor]], stored: Mapping[str, StoredTensor]) -> None:
+    """Refuse a model whose names, shapes or kinds of number are not the checkpoints'."""
+    known = {name for names, _ in unique for name in names}
+    extra = sorted(stored.keys() - known)
+    missing = [names[0] for names, _ in unique if not any(name in stored for name in names)]
+    if extra or missing:
+        lists = [
+            f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            for what, names in (("it lacks", extra), ("only it has", missing))
+            if names
+        ]
+        raise TaskError(
+            f"the task's model() does not fit the checkpoints: {'; '.join(lists)}",
+            hint="make model() the module whose state_dict() was saved, or choose the right part with --key",
+        )
+    for names, tensor in unique:
+        name = present(names, stored)
+        if stored[name].shape != tuple(tensor.shape):
+            raise TaskError(
+                f"the task's model() has {name} of shape {list(tensor.shape)}, "
+                f"the checkpoints {list(stored[name].shape)}"
+            )
+        if (stored[name].dtype in FLOATING) != tensor.is_floating_point():
+            raise TaskError(f"the task's model() has {name} as {tensor.dtype}, the checkpoints as {stored[name].dtype}")
+
+
+def present(names: tuple[str, ...], stored: Mapping[str, StoredTensor]) -> str:
+    """The first of a tensor's names that a file has."""
+    return next(name for name in names if name in stored)
+
+
+def check_tied(checkpoint: Checkpoint, names: tuple[str, ...]) -> None:
+    """Names that are one parameter in the model must hold one value in the file."""
+    stored = [name for name in names if name in checkpoint.tensors]
+    if len({checkpoint.spec(name) for name in stored}) < 2:
+        return
+    contents: list[bytearray] = []
+    for name in stored:
+        contents.append(bytearray(checkpoint.spec(name).nbytes))
+        checkpoint.read_into(name, 0, memoryview(contents[-1]))
+    if any(content != contents[0] for content in contents):
+        raise InputError(
+            f"is tied to {stored[0]} in the task's model, but the file holds other values",
+            path=checkpoint.path,
+            tensor=stored[-1],
+        )
+
+
+def read(spec: StoredTensor, name: str, read_into: ReadInto, out: Tensor) -> None:
+    """Stream a tensor into ``out`` (any shape, device and dtype, contiguous) through one small buffer."""
+    item = ITEM_SIZE[spec.dtype]
+    flat = out.view(-1)
+    buffer = bytearray(min(spec.nbytes, _CHUNK))
+    for start in range(0, spec.numel, _CHUNK // item):
+        count = min(_CHUNK // item, spec.numel - start)
+        read_into(name, start, memoryview(buffer)[: count * item])
+        flat[start : start + count] = torch.frombuffer(buffer, dtype=TORCH[spec.dtype], count=count)

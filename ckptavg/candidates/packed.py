@@ -1,0 +1,162 @@
+"""Candidates in a few bits an element: differences from their mean, rounded to a grid of each group's own.
+
+Shape suffixes: N = candidates, D = elements of one dtype (padded to P·F here), P = columns of codes, F = codes a word,
+K = elements of a group, H = groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+from torch import Tensor
+
+# rounds of fitting the grid; from 8 bits on the groups' extremes are as good a grid as any
+_ROUNDS: Final = {1: 8, 2: 8, 4: 4, 8: 0, 16: 0}
+_ENCODED: Final = 1 << 22  # elements of a row fitted at a time
+_DECODED: Final = {"cpu": 1 << 21, "cuda": 1 << 27}  # elements decoded at a time: a processor's cache, a GPU's appetite
+
+
+class Packed:
+    """w_i ≈ w̄ + d̂_i with d̂ = zero + scale·code, `scale` and `zero` for each candidate and group of K elements.
+
+    Codes have 1, 2, 4, 8 or 16 bits and are packed without gaps: at 4 bits and K = 128 the matrix takes
+    0.5 + 8/128 = 0.5625 byte an element and candidate, and w̄ another 4/N. Nothing of size [N, D] is ever decoded; it
+    is done in pieces that stay in the cache.
+
+    Field f of word p holds column f·P + p, so that a run of columns is a run of words shifted by one amount.
+
+    The grid of a group is the least-squares one: codes to the nearest level, then scale and zero by linear regression
+    on the codes, in turns. That is Lloyd's iteration for equally spaced levels; it clips outliers where that pays.
+    (The TWA authors use the extremes of a tensor over all candidates, and a byte a code whatever the bits.)
+
+    References:
+        Lloyd 1982, Least squares quantization in PCM; low-bit projection matrices for TWA: arXiv:2205.13104v3.
+    """
+
+    def __init__(self, n: int, size: int, dtype: torch.dtype, device: torch.device, *, bits: int, group: int) -> None:
+        self._bits = bits
+        self._group = group
+        self._fields = max(1, 8 // bits)
+        self._columns = -(-size // (group * self._fields)) * group
+        words = torch.int16 if bits == 16 else torch.uint8
+        self._words_NP = torch.empty(n, self._columns, dtype=words, device=device)
+        self._scale_NH = torch.empty(n, self._columns * self._fields // group, device=device)
+        self._zero_NH = torch.empty_like(self._scale_NH)
+        self._row_D = torch.empty(size, dtype=dtype, device=device)
+        self.centre_D = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        self._squares = torch.zeros(2, device=device)  # of what rounding lost, and of the differences
+        self._workspace: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """See `Matrix.nbytes`."""
+        return self._words_NP.nbytes + self._scale_NH.nbytes + self._zero_NH.nbytes
+
+    @property
+    def error(self) -> float:
+        """See `Matrix.error`."""
+        lost, whole = self._squares.tolist()
+        return (lost / whole) ** 0.5 if whole else 0.0
+
+    def row(self, i: int) -> Tensor:
+        """See `Matrix.row`: the same row for all."""
+        return self._row_D
+
+    def keep(self, i: int) -> None:
+        """See `Matrix.keep`: encode the difference of the row from the mean."""
+        fields_FP = self._words_NP.new_zeros(self._fields, self._columns)
+        scale_FH, zero_FH = self._scale_NH[i].view(self._fields, -1), self._zero_NH[i].view(self._fields, -1)
+        step = max(1, _ENCODED // self._group) * self._group
+        for f in range(self._fields):
+            for start in range(0, self._columns, step):
+                stop = min(start + step, self._columns)
+                groups = slice(start // self._group, stop // self._group)
+                d_HK = self._difference(f * self._columns + start, f * self._columns + stop).view(-1, self._group)
+                codes_HK, scale_FH[f, groups], zero_FH[f, groups] = fit(d_HK, 2**self._bits, _ROUNDS[self._bits])
+                kept_HK = torch.addcmul(zero_FH[f, groups].unsqueeze(1), codes_HK, scale_FH[f, groups].unsqueeze(1))
+                self._squares += torch.stack([(kept_HK - d_HK).square().sum(), d_HK.square().sum()])
+                fields_FP[f, start:stop] = self._stored(codes_HK.flatten())
+        if self._bits == 16:
+            zero_FH += scale_FH * 2**15  # what `_stored` takes off
+        packed_P = self._words_NP[i]
+        packed_P.copy_(fields_FP[0])
+        for f in range(1, self._fields):
+            packed_P |= fields_FP[f] << (self._bits * f)
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
+        """The differences between two columns, decoded to float32 in one workspace: valid until the next piece."""
+        n = len(self._words_NP)
+        limit = _DECODED["cpu" if self._words_NP.device.type == "cpu" else "cuda"]
+        step = max(1, limit // n // self._group) * self._group
+        if self._workspace is None:
+            width = min(step, self._columns)
+            self._workspace = self._scale_NH.new_empty(n * width), self._words_NP.new_empty(n * width)
+        while start < stop:
+            f, first = divmod(start, self._columns)
+            begin = first - first % self._group
+            last = min(begin + step, self._columns, stop - f * self._columns)
+            end = min(-(-last // self._group) * self._group, self._columns)
+            piece = self._decoded(f, begin, end)[:, first - begin : last - begin]
+            yield piece, slice(start, start + last - first)
+            start += last - first
+
+    def _difference(self, start: int, stop: int) -> Tensor:
+        """Columns of the row less the mean, in float32, with zeros beyond the end."""
+        inside = slice(min(start, len(self._row_D)), min(stop, len(self._row_D)))
+        d = (self._row_D[inside] - self.centre_D[inside]).to(torch.float32)
+        return torch.nn.functional.pad(d, (0, stop - start - len(d)))
+
+    def _stored(self, codes: Tensor) -> Tensor:
+        return (codes - 2**15 if self._bits == 16 else codes).to(self._words_NP.dtype)
+
+    def _decoded(self, f: int, begin: int, end: int) -> Tensor:
+        """[N, end − begin] of field ``f``, whole groups."""
+        assert self._workspace is not None
+        n, width = len(self._words_NP), end - begin
+        values, words = (buffer[: n * width].view(n, width) for buffer in self._workspace)
+        packed = self._words_NP[:, begin:end]
+        if self._fields > 1:
+            packed = torch.bitwise_right_shift(packed, self._bits * f, out=words)
+            if f < self._fields - 1:
+                packed.bitwise_and_(2**self._bits - 1)
+        values.copy_(packed)
+        first = f * self._columns // self._group
+        groups = slice(first + begin // self._group, first + end // self._group)
+        by_group = values.view(n, -1, self._group)
+        by_group.mul_(self._scale_NH[:, groups].unsqueeze(2)).add_(self._zero_NH[:, groups].unsqueeze(2))
+        return values
+
+
+def fit(d_HK: Tensor, levels: int, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes in 0 … levels − 1, scale and zero of each group that make zero + scale·code close to ``d``.
+
+    Starts at the group's extremes. A round is a linear regression of d on the codes, then codes anew; the squared
+    error never grows. A group of equal values is met exactly.
+
+    Args:
+        d_HK: [H, K], H groups of K values.
+        levels: how many codes there are.
+        rounds: how often scale and zero are fitted.
+    Returns:
+        codes [H, K] as floats, scale [H] > 0, zero [H].
+    """
+    tiny = torch.finfo(d_HK.dtype).tiny
+    low, high = d_HK.amin(dim=1), d_HK.amax(dim=1)
+    scale, zero = ((high - low) / (levels - 1)).clamp(min=tiny), low
+
+    def codes() -> Tensor:
+        return ((d_HK - zero.unsqueeze(1)) / scale.unsqueeze(1)).round_().clamp_(0, levels - 1)
+
+    q_HK = codes()
+    mean_H = d_HK.mean(dim=1)
+    for _ in range(rounds):
+        q_H = q_HK.mean(dim=1)
+        off_HK = q_HK - q_H.unsqueeze(1)
+        spread_H = off_HK.square().sum(dim=1)
+        slope_H = (off_HK * d_HK).sum(dim=1) / spread_H
+        scale = torch.where(spread_H > 0, slope_H, scale).clamp(min=tiny)
+        zero = mean_H - scale * q_H
+        q_HK = codes()
+    return q_HK, scale, zero

@@ -1,0 +1,37 @@
+"""``ckptavg compare``: which strategy is worth shipping, on the user's own candidates and task."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from ckptavg.cli.options import carry_out, option, parameter, signed
+
+Strategies = Annotated[
+    str,
+    option(
+        "Strategies",
+        "Which, with settings where wanted: last,swa,sewa:k=8,twa:on=train:lr=0.01. Default: all that the task allows.",
+        metavar="LIST",
+    ),
+]
+
+
+def _run(**arguments: Any) -> None:
+    names = [name.strip() for name in arguments.pop("strategies").split(",") if name.strip()]
+
+    def work(*inputs: Any) -> Any:
+        from ckptavg.comparison import compare
+
+        paths, options, watch = inputs
+        return compare(paths, names, options, watch)
+
+    carry_out(arguments, work, needs_task=True)
+
+
+command = signed(
+    _run,
+    "compare",
+    "Run several strategies on the same candidates, and write the average of the one that validates best.",
+    [parameter("strategies", Strategies, "")],
+    without=("never_worse", "baselines"),
+)

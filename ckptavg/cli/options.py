@@ -1,0 +1,159 @@
+"""The options that commands share, and how they become the arguments of `ckptavg.pipeline.run`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Collection, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_hints
+
+import typer
+
+from ckptavg.result import Comparison, Result
+
+if TYPE_CHECKING:
+    from ckptavg.mixture import Watch
+    from ckptavg.options import Options
+
+Report: TypeAlias = Result | Comparison
+
+
+def option(panel: str, text: str, *names: str, **more: Any) -> Any:
+    """A Typer option under a heading of the help."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+Paths = Annotated[
+    list[Path],
+    typer.Argument(metavar="CKPTS", help="A directory of checkpoints, several, or the checkpoints themselves."),
+]
+Include = Annotated[str | None, option("Candidates", "Only checkpoints whose name matches this glob.")]
+Exclude = Annotated[str | None, option("Candidates", "No checkpoints whose name matches this glob.")]
+Start = Annotated[int | None, option("Candidates", "From this training step on.")]
+Stop = Annotated[int | None, option("Candidates", "Up to this training step.")]
+Every = Annotated[int | None, option("Candidates", "Every N-th, counted back from the last.")]
+LastN = Annotated[int | None, option("Candidates", "The last N.", "--last")]
+Key = Annotated[str | None, option("Candidates", "The part of each file that is the model, such as state_dict_ema.")]
+TaskFile = Annotated[
+    str | None,
+    option("Run", "Python file or module: model, loss, data. Else ./task.py.", metavar="PATH", envvar="CKPTAVG_TASK"),
+]
+Device = Annotated[str, option("Run", "auto, cpu, cuda, cuda:1, mps.")]
+Seed = Annotated[int, option("Run", "Of everything random.")]
+Json = Annotated[bool, option("Report", "Print the report as JSON on stdout.", "--json")]
+Quiet = Annotated[bool, option("Report", "Only errors and the result.", "-q", "--quiet")]
+Verbose = Annotated[bool, option("Report", "More detail; tracebacks.", "-v", "--verbose")]
+
+Bits = Annotated[
+    Literal["32", "16", "8", "4", "2", "1", "auto"],
+    option("Run", "Of the candidates while searching; auto is the most that fits. The average is exact in any case."),
+]
+GroupSize = Annotated[int, option("Run", "Elements that share a scale where there are fewer than 32 bits.")]
+Holdout = Annotated[
+    float | None,
+    option("Run", "Keep this part of the validation data for the final score, where there are no test data."),
+]
+Output = Annotated[
+    str, option("Output", "The file to write; a directory/ gets model.safetensors.", "-o", "--output", metavar="PATH")
+]
+Force = Annotated[bool, option("Output", "Replace an existing output.", "--force")]
+Dtype = Annotated[
+    Literal["float64", "float32", "float16", "bfloat16"] | None,
+    option("Output", "Of the output; default the candidates' own."),
+]
+NeverWorse = Annotated[
+    bool, option("Output", "Write the best single candidate where it scores higher.", "--never-worse")
+]
+DryRun = Annotated[bool, option("Run", "Say what would be done, and do nothing.", "--dry-run")]
+Baselines = Annotated[bool, option("Report", "Score last, SWA and LAWA for comparison.")]
+ReportFile = Annotated[Path | None, option("Report", "Write the report to a file too.", metavar="FILE.json")]
+
+
+def _shared(
+    *,
+    output: Output = "averaged.safetensors",
+    force: Force = False,
+    dtype: Dtype = None,
+    never_worse: NeverWorse = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    start: Start = None,
+    stop: Stop = None,
+    every: Every = None,
+    last: LastN = None,
+    key: Key = None,
+    task: TaskFile = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    bits: Bits = "32",
+    group_size: GroupSize = 128,
+    holdout: Holdout = None,
+    dry_run: DryRun = False,
+    baselines: Baselines = True,
+    json: Json = False,
+    report: ReportFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """The options of every strategy; only its signature is used."""
+
+
+def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    """A keyword-only parameter of a command's signature."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def signed(
+    run: Callable[..., None], name: str, doc: str, own: Sequence[inspect.Parameter], without: Collection[str] = ()
+) -> Callable[..., None]:
+    """``run`` as a command: the checkpoints, its own options, and the shared ones but for some."""
+    hints = get_type_hints(_shared, include_extras=True)
+    shared = [
+        parameter(one.name, hints[one.name], one.default)
+        for one in inspect.signature(_shared).parameters.values()
+        if one.name not in without
+    ]
+    parameters = [parameter("ckpts", Paths), *own, *shared]
+    run.__name__ = name
+    run.__doc__ = doc
+    run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
+
+
+def carry_out(
+    arguments: dict[str, Any],
+    work: Callable[[list[Path], Options, Watch | None], Report],
+    *,
+    needs_task: bool,
+) -> None:
+    """Do the work of a command with its shared arguments, and show and write its report."""
+    from ckptavg.cli import terminal
+    from ckptavg.report import as_json, table
+
+    shown = terminal.Screen(quiet=arguments.pop("quiet"), verbose=arguments.pop("verbose"))
+    json, file = arguments.pop("json"), arguments.pop("report")
+    paths = arguments.pop("ckpts")
+    with redirect_stdout(sys.stderr), shown.watching() as watch:  # a task that prints must not spoil stdout
+        from ckptavg.options import Options
+        from ckptavg.tasks.find import find
+        from ckptavg.window import Window
+
+        window = Window(
+            **{name: arguments.pop(name) for name in ("include", "exclude", "start", "stop", "every", "last")}
+        )
+        task = find(arguments.pop("task"), paths, required=needs_task)
+        bits = arguments.pop("bits")
+        options = Options(**arguments, bits=bits if bits == "auto" else int(bits), window=window, task=task)
+        done = work(paths, options, watch)
+    result = done.result if isinstance(done, Comparison) else done
+    shown.warn(result)
+    shown.print(table.render(done))
+    if file is not None:
+        terminal.write_text(file, as_json.to_json(done) + "\n")
+    if json:
+        print(as_json.to_json(done))
+    elif result.output:
+        print(result.output.path)

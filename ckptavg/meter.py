@@ -1,0 +1,58 @@
+"""What a search costs: batches, examples and seconds, and what remembered scores would have cost."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Generator, Hashable
+from contextlib import contextmanager
+from typing import Final
+
+SECONDS: Final = "seconds"
+
+
+class Meter:
+    """Counts since `restart`, as if nothing had been remembered from before it.
+
+    Strategies that are compared share their scores. Each is charged for all it asks for: what one finds measured
+    already costs it what it cost the first.
+    """
+
+    def __init__(self) -> None:
+        self._spent: Counter[str] = Counter()
+        self._charged: set[Hashable] = set()
+        self._prices: dict[Hashable, dict[str, float]] = {}
+        self._borrowed: dict[str, float] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new account."""
+        self._before = self._now()
+        self._borrowed = {}
+        self._charged = set()
+
+    def count(self, kind: str, examples: int) -> None:
+        """One batch went ``forward`` or ``backward``."""
+        self._spent[f"{kind}_batches"] += 1
+        self._spent[f"{kind}_examples"] += examples
+
+    @contextmanager
+    def pricing(self, key: Hashable) -> Generator[None]:
+        """Remember what is spent within as the price of ``key``."""
+        before = self._now()
+        yield
+        self._prices[key] = {name: value - before.get(name, 0) for name, value in self._now().items()}
+        self._charged.add(key)
+
+    def charge(self, key: Hashable) -> None:
+        """Something remembered was used: add its price, once an account."""
+        if key not in self._charged:
+            self._charged.add(key)
+            for name, value in self._prices[key].items():
+                self._borrowed[name] = self._borrowed.get(name, 0) + value
+
+    def __getitem__(self, name: str) -> float:
+        return self._now().get(name, 0) - self._before.get(name, 0) + self._borrowed.get(name, 0)
+
+    def _now(self) -> dict[str, float]:
+        return {**self._spent, SECONDS: time.perf_counter()}

@@ -1,0 +1,65 @@
+"""What is common to all strategies: where from, where to, with what and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+from ckptavg.errors import UsageError
+from ckptavg.window import Window
+
+BITS: Final = (32, 16, 8, 4, 2, 1)
+_FILE_NAME: Final = "model.safetensors"  # in an output directory, what every loader looks for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The settings that every strategy shares.
+
+    Attributes:
+        output: the file to write; a path that ends in ``/`` or an existing directory gets ``model.safetensors``.
+        task: a Python file or dotted module, or None where nothing is scored.
+        key: the sub-dictionary of each checkpoint that is the model.
+        window: which checkpoints are candidates.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        dtype: of the output's floating-point tensors; None is the candidates' own.
+        seed: of everything random.
+        bits: of an element of the candidate matrix while searching, or ``auto``; the average is exact whatever it is.
+        group_size: elements that share a scale and a zero point where ``bits`` < 32.
+        holdout: the fraction of validation data kept for the final scores, where the task has no test data.
+        force: replace an existing output.
+        never_worse: write the best single candidate where it beats the selection on validation.
+        baselines: score last, SWA and LAWA too.
+        dry_run: say what would be done, and do nothing.
+    """
+
+    output: Path | str = "averaged.safetensors"
+    task: str | None = None
+    key: str | None = None
+    window: Window = field(default_factory=Window)
+    device: str = "auto"
+    dtype: str | None = None
+    seed: int = 0
+    bits: int | Literal["auto"] = 32
+    group_size: int = 128
+    holdout: float | None = None
+    force: bool = False
+    never_worse: bool = False
+    baselines: bool = True
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits != "auto" and self.bits not in BITS:
+            raise UsageError(f"--bits must be one of {', '.join(map(str, BITS))} or auto, not {self.bits}")
+        if self.group_size < 1:
+            raise UsageError(f"--group-size must be at least 1, not {self.group_size}")
+        if self.holdout is not None and not 0 < self.holdout < 1:
+            raise UsageError(f"--holdout must be between 0 and 1, not {self.holdout}")
+
+
+def destination(output: Path | str) -> tuple[Path, Path | None]:
+    """The file to write, and its directory where the directory is what was asked for."""
+    if str(output).endswith("/") or Path(output).is_dir():
+        return Path(output) / _FILE_NAME, Path(output)
+    return Path(output), None

@@ -1,0 +1,94 @@
+"""What every run begins with: the output checked, the candidates opened, the task and the device found."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ckptavg import companions
+from ckptavg.determinism import reproducible
+from ckptavg.discover import Found, discover
+from ckptavg.errors import CkptavgError, OutOfMemoryError, UsageError, is_out_of_memory
+from ckptavg.layout import check_agreement
+from ckptavg.mixture import Mixture, Watch
+from ckptavg.options import Options, destination
+from ckptavg.tasks import Task
+from ckptavg.tasks.held_out import HeldOut
+from ckptavg.tasks.python_file import PythonTask
+from ckptavg.write import preflight
+
+
+@contextmanager
+def opened(paths: Sequence[Path], options: Options) -> Generator[Found]:
+    """The candidates under ``paths``, open, in an environment that repeats itself, for an output that can be written.
+
+    Raises:
+        CkptavgError: in one line, with the exit code of its class; memory that ran out within is one too.
+    """
+    path, folder = destination(options.output)
+    if folder and folder.is_dir():
+        companions.check(folder)
+    preflight(folder if folder and not folder.is_dir() else path, options.force)
+    with _out_of_memory_said(), reproducible(options.seed), discover(paths, options.window, options.key) as found:
+        check_agreement(found.checkpoints)
+        yield found
+
+
+def mixture(found: Found, task: str, options: Options, watch: Watch | None) -> Mixture:
+    """The candidates with a task; nothing is loaded yet."""
+    return Mixture(
+        _task(task, options),
+        found.checkpoints,
+        device=pick_device(options.device),
+        seed=options.seed,
+        bits=options.bits,
+        group_size=options.group_size,
+        watch=watch,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device ``name`` means here.
+
+    Raises:
+        UsageError: if there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device {name}: {str(error).splitlines()[0]}", hint="use --device cpu, or auto for the best there is"
+        ) from error
+    return device
+
+
+def _task(source: str, options: Options) -> Task:
+    task = PythonTask(source)
+    if options.holdout is None:
+        return task
+    if task.has("test"):
+        raise UsageError(
+            "--holdout divides the validation data where there are no test data, but the task has some", path=source
+        )
+    if not task.has("val"):
+        raise UsageError("--holdout divides the validation data, but the task has none", path=source)
+    return HeldOut(task, "val", rest="val", to="test", fraction=options.holdout, seed=options.seed)
+
+
+@contextmanager
+def _out_of_memory_said() -> Generator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, CkptavgError) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'the host has none left'}",
+            hint="use --bits 4 or auto, fewer candidates (--last, --every) or smaller batches in the task",
+        ) from error

@@ -1,0 +1,29 @@
+"""The best single candidate: what choosing one checkpoint by validation score gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ckptavg.coefficients import Coefficients
+from ckptavg.objective import Learned, Objective, Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """Take the candidate with the highest validation score alone, the later one of equals."""
+
+    needs_task: ClassVar[bool] = True
+
+    def learn(self, objective: Objective) -> Learned:
+        """See `Strategy.learn`."""
+        n = objective.n
+        scores: list[float] = []
+        for i in range(n):
+            scores.append(objective.score(Coefficients.uniform([i], n)).value)
+            objective.progress("scoring candidates", i + 1, n)
+        best = max(range(n), key=lambda i: (scores[i], i))
+        return Learned(coefficients=Coefficients.uniform([best], n))
+
+
+STRATEGY: type[Strategy] = Best

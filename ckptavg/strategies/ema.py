@@ -1,0 +1,39 @@
+"""EMA: an exponential moving average over the candidates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from ckptavg.coefficients import Coefficients
+from ckptavg.errors import UsageError
+from ckptavg.objective import Learned, Objective, Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMA:
+    """Average with exponentially falling weight for older candidates.
+
+    What the recursion w̄ ← α·w̄ + (1 − α)·w_i gives from w̄ = w_1: β_1 = α^(N−1), β_i = (1 − α)·α^(N−i) for i > 1,
+    which sums to 1. An approximation, on saved checkpoints, of the average that is kept at every training step.
+
+    References:
+        The recursion of ``torch.optim.swa_utils.get_ema_avg_fn``.
+    """
+
+    needs_task: ClassVar[bool] = False
+
+    decay: Annotated[float, "How much of the average each further candidate keeps, α."] = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise UsageError(f"--decay must be at least 0 and less than 1, not {self.decay}")
+
+    def learn(self, objective: Objective) -> Learned:
+        """See `Strategy.learn`."""
+        n, a = objective.n, self.decay
+        row = (a ** (n - 1), *((1 - a) * a ** (n - i) for i in range(2, n + 1)))
+        return Learned(coefficients=Coefficients((row,)))
+
+
+STRATEGY: type[Strategy] = EMA

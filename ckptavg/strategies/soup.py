@@ -1,0 +1,54 @@
+"""Greedy soup: from the best candidate down, keep each that makes the uniform average better.
+
+Shape suffixes: N = candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ckptavg.coefficients import Coefficients
+from ckptavg.objective import Learned, Objective, Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedySoup:
+    """Add candidates in order of their validation score, each only if the average improves strictly.
+
+    Sorted by score, the later one of equals first, the soup starts as the best candidate; the next enters where
+    the uniform average with it scores above the soup without it. Never below the best single candidate on the data
+    it was made on. N scores of single candidates and N − 1 of soups.
+
+    References:
+        Wortsman et al. 2022, Model Soups: Averaging Weights of Multiple Fine-tuned Models Improves Accuracy without
+        Increasing Inference Time, arXiv:2203.05482, recipe 1. Its authors' code keeps strict improvements only, too.
+    """
+
+    needs_task: ClassVar[bool] = True
+
+    def learn(self, objective: Objective) -> Learned:
+        """See `Strategy.learn`."""
+        n = objective.n
+        alone: list[float] = []
+        for i in range(n):
+            alone.append(objective.score(Coefficients.uniform([i], n)).value)
+            objective.progress("scoring candidates", i + 1, n)
+        best, *others = sorted(range(n), key=lambda i: (alone[i], i), reverse=True)
+        chosen, value = [best], alone[best]
+        tried = {best: value}
+        for done, i in enumerate(others, 1):
+            tried[i] = objective.score(Coefficients.uniform(sorted([*chosen, i]), n)).value
+            if tried[i] > value:
+                chosen, value = [*chosen, i], tried[i]
+            objective.progress("growing the soup", done, len(others), score=value)
+        return Learned(
+            coefficients=Coefficients.uniform(chosen, n),
+            columns={
+                "with it": [tried[i] for i in range(n)],
+                "decision": ["keep" if i in chosen else "reject" for i in range(n)],
+            },
+        )
+
+
+STRATEGY: type[Strategy] = GreedySoup

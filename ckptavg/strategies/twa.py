@@ -1,0 +1,217 @@
+"""TWA: the averaging coefficients themselves are trained.
+
+Shape suffixes: G = groups of tensors (blocks), N = candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
+
+from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
+from ckptavg.errors import UsageError
+from ckptavg.objective import Learned, Objective, Split, Strategy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Constraint: TypeAlias = Literal["affine", "simplex"]
+RATE: Mapping[Split, float] = {"val": 2e-2, "train": 2e-4}
+FAR = (-1.0, 2.0)  # an affine coefficient outside says that a small data set may have been overfitted
+
+
+@dataclass(frozen=True, kw_only=True)
+class TWA:
+    """Train the coefficients by gradient descent in the subspace that the candidates span.
+
+    w(x) = w̄ + Σ_i x_i p_i with the mean w̄ and p_i = (w_i − w̄)/‖w_i − w̄‖ (0 where that is 0/0), from x = 0 on. So
+    β_i = 1/N + x_i/‖w_i − w̄‖ − (1/N)·Σ_j x_j/‖w_j − w̄‖, which sums to 1 and may be negative: the authors' affine form.
+    The simplex form is β = softmax(N·x_i/‖w_i − w̄‖), the chart of the convex combinations that agrees with the affine
+    one to first order at x = 0, so that one learning rate means the same in both. Layer-wise, every block of tensors
+    has an x of its own.
+
+    On validation data (TWA-v, the default where there are some) or training data (TWA-t), with AdamW, a linear
+    warm-up over a fifth of the steps and a cosine to 0. ``--patience`` watches the score on a held-out half of the
+    validation data (on all of it for TWA-t) and gives the coefficients of the best epoch, the mean of all included;
+    without it the last ones are given.
+
+    What differs from the authors' code: unless ``--lr`` is given, x is measured in units of the mean distance
+    ‖w_i − w̄‖ (of each block), so that the learning rate does not depend on the scale of the model: 0.02 on validation
+    data, and a hundredth of it on training data, where a longer way fits the noise of the labels
+    (``scripts/benchmark/rates.py``). Clipping and the SAM step act on the gradient of x instead of that of all D
+    parameters, and the SAM gradient replaces the plain one instead of being added to it at a tenth.
+
+    References:
+        Li et al. 2023, Trainable Weight Averaging, ICLR 2023 and arXiv:2205.13104v3. SAM: Foret et al. 2021,
+        arXiv:2010.01412. The simplex form is the learned soup of Wortsman et al. 2022 (arXiv:2203.05482) in other
+        units.
+    """
+
+    needs_task: ClassVar[bool] = True
+
+    on: Annotated[
+        Literal["val", "train"] | None, "Data the coefficients are trained on; default val where the task has it."
+    ] = None
+    constraint: Annotated[Constraint, "Any coefficients that sum to one, or only convex combinations."] = "affine"
+    layerwise: Annotated[bool, "Coefficients of their own for every module."] = False
+    block_size: Annotated[
+        int | None, "Layer-wise, in blocks of tensors with more elements than this; 0 is one a tensor."
+    ] = None
+    epochs: Annotated[int, "Passes over the data."] = 10
+    lr: Annotated[
+        float | None,
+        "Learning rate of x in the weights' own units, the authors' is 0.001; "
+        "default 0.02 (0.0002 on train) of the candidates' distance from their mean.",
+    ] = None
+    optimizer: Annotated[Literal["adamw", "sgd"], "Of x; sgd has momentum 0.9."] = "adamw"
+    weight_decay: Annotated[float, "Pull towards the mean of all candidates."] = 0.0
+    clip: Annotated[float | None, "Largest norm of the gradient of x."] = None
+    sam_rho: Annotated[float, "Radius of a sharpness-aware (SAM) step in x; 0 is none."] = 0.0
+    patience: Annotated[int | None, "Stop after so many epochs without a better score on held-out data."] = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("patience", 1), ("block_size", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        for name in ("lr", "clip"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise UsageError(f"--{name} must be greater than 0, not {value}")
+        for name in ("weight_decay", "sam_rho"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
+
+    def learn(self, objective: Objective) -> Learned:
+        """See `Strategy.learn`."""
+        import torch
+
+        groups = objective.blocks(self.block_size) if self.layerwise or self.block_size is not None else EVERYTHING
+        fit, watched = self._data(objective)
+        distance_GN = objective.distances(groups)
+        if self.lr is None:
+            mean_G1 = distance_GN.mean(dim=1, keepdim=True)
+            distance_GN = torch.where(mean_G1 > 0, distance_GN / mean_G1, distance_GN)
+        x_GN = torch.zeros_like(distance_GN, requires_grad=True)
+        per_epoch = objective.batches(fit)
+        optimizer, schedule = self._optimizer(x_GN, self.epochs * per_epoch, self.lr or RATE.get(fit, RATE["val"]))
+        losses: list[Tensor] = []
+        best, scores = x_GN.detach().clone(), list[float]()
+        if self.patience is not None:
+            scores.append(objective.score(_answer(best, distance_GN, self.constraint, groups), watched).value)
+        for epoch in range(self.epochs):
+            for _ in range(per_epoch):
+                losses.append(self._gradient(objective, x_GN, distance_GN, fit, groups))
+                optimizer.step()
+                schedule.step()
+                objective.progress(
+                    "training the coefficients", len(losses), self.epochs * per_epoch, epoch=epoch + 1, loss=losses[-1]
+                )
+            if self.patience is None:
+                best = x_GN.detach()
+                continue
+            value = objective.score(_answer(x_GN, distance_GN, self.constraint, groups), watched).value
+            if value > max(scores):
+                best = x_GN.detach().clone()
+            scores.append(value)
+            if len(scores) - 1 - scores.index(max(scores)) >= self.patience:
+                break
+        coefficients = _answer(best, distance_GN, self.constraint, groups)
+        return Learned(
+            coefficients=coefficients,
+            trace={"loss": torch.stack(losses).tolist()} | ({"held_out_score": scores} if scores else {}),
+            notes=_far(coefficients),
+        )
+
+    def _data(self, objective: Objective) -> tuple[Split, Split]:
+        """What to train on, and what to watch: never the same examples where there is anything to be watched."""
+        fit = self.on or objective.scored_on
+        if self.patience is None or fit != objective.scored_on:
+            return fit, objective.scored_on
+        return "fit", "held"
+
+    def _optimizer(
+        self, x_GN: Tensor, steps: int, lr: float
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        """AdamW or SGD on x, with a linear warm-up over a fifth of the steps and a cosine to 0."""
+        import torch
+
+        optimizer = (
+            torch.optim.AdamW([x_GN], lr=lr, weight_decay=self.weight_decay)
+            if self.optimizer == "adamw"
+            else torch.optim.SGD([x_GN], lr=lr, momentum=0.9, weight_decay=self.weight_decay)
+        )
+        warm = steps // 5
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: (
+                (step + 1) / warm if step < warm else (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
+            ),
+        )
+
+    def _gradient(self, objective: Objective, x_GN: Tensor, distance_GN: Tensor, fit: Split, groups: Groups) -> Tensor:
+        """Put the gradient of the next batch's loss, or of its SAM loss, into x; give the loss at x."""
+        import torch
+
+        def backward(*, again: bool) -> Tensor:
+            x_GN.grad = None
+            c_GN = coefficients_of(x_GN, distance_GN, self.constraint)
+            loss = objective.loss(c_GN if len(groups) > 1 else c_GN[0], fit, groups=groups, again=again)
+            loss.backward()
+            return loss.detach()
+
+        loss = backward(again=False)
+        assert x_GN.grad is not None
+        if self.sam_rho:
+            shift_GN = self.sam_rho * x_GN.grad / x_GN.grad.norm().clamp(min=torch.finfo(x_GN.dtype).tiny)
+            with torch.no_grad():
+                x_GN += shift_GN
+            backward(again=True)
+            with torch.no_grad():
+                x_GN -= shift_GN
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_([x_GN], self.clip)
+        return loss
+
+
+def coefficients_of(x_GN: Tensor, distance_GN: Tensor, constraint: Constraint) -> Tensor:
+    """β from x: 1/N + x_i/‖w_i − w̄‖ − (1/N)·Σ_j x_j/‖w_j − w̄‖, or softmax(N·x_i/‖w_i − w̄‖).
+
+    Args:
+        x_GN: [..., N], the coordinates.
+        distance_GN: [..., N], ‖w_i − w̄‖; where it is 0 so is p_i, and x_i has no effect.
+        constraint: which of the two.
+    Returns:
+        [..., N], each row sums to 1 to rounding, differentiable in x.
+    """
+    import torch
+
+    n = x_GN.shape[-1]
+    inverse_GN = torch.where(distance_GN > 0, 1 / distance_GN, torch.zeros_like(distance_GN))
+    y_GN = x_GN * inverse_GN
+    if constraint == "simplex":
+        return torch.softmax(n * y_GN, dim=-1)
+    return 1 / n + y_GN - y_GN.mean(dim=-1, keepdim=True)
+
+
+def _answer(x_GN: Tensor, distance_GN: Tensor, constraint: Constraint, groups: Groups) -> Coefficients:
+    import torch
+
+    # on the CPU, because a device without float64 could not make rows that sum to 1
+    x, distance = x_GN.detach().to("cpu", torch.float64), distance_GN.to("cpu", torch.float64)
+    return Coefficients(tuple(map(tuple, coefficients_of(x, distance, constraint).tolist())), groups)
+
+
+def _far(coefficients: Coefficients) -> list[str]:
+    far = [c for row in coefficients.values for c in row if not FAR[0] <= c <= FAR[1]]
+    if not far:
+        return []
+    extreme = max(far, key=abs)
+    return [
+        f"{len(far)} coefficients lie outside [−1, 2], the farthest is {extreme:.2f}: a sign of overfitting; "
+        "try --constraint simplex, --weight-decay or --patience"
+    ]
+
+
+STRATEGY: type[Strategy] = TWA

@@ -1,0 +1,122 @@
+"""From the losses and metrics of batches to the score of a pass.
+
+Shape suffixes: U = units (examples, or batches where the task gives their mean only).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckptavg.errors import TaskError
+from ckptavg.objective import Each, Score, Split
+
+
+class Tally:
+    """The units of one pass, in the order they came; nothing waits for the device before `score`.
+
+    Args:
+        sign: 1 where a larger metric is better, −1 where a smaller one is.
+        bounds: what the metric lies within, or None; a value outside is a TaskError.
+    """
+
+    def __init__(self, sign: float, bounds: tuple[float, float] | None) -> None:
+        self._sign = sign
+        self._bounds = bounds
+        self._losses: list[Tensor] = []
+        self._metrics: list[Tensor] = []
+        self._counts: list[int] = []
+        self._seen = 0.0  # of what `hopeless` was asked about, after each batch
+
+    @property
+    def examples(self) -> int:
+        """How many were added."""
+        return sum(self._counts)
+
+    def add(self, loss: Any, metric: Any, count: int) -> None:
+        """A batch of ``count`` examples; ``metric`` is None where the task has none.
+
+        Raises:
+            TaskError: if either is neither a number nor one for each example.
+        """
+        self._losses.append(_units(loss, count, "loss"))
+        if metric is not None:
+            self._metrics.append(_units(metric, count, "metric"))
+        self._counts.append(count)
+
+    def hopeless(self, bar: float, total: int) -> bool:
+        """Whether no values within the bounds, for the examples still missing, could bring the score up to ``bar``.
+
+        The score is a float64 mean, and so is this limit. It is kept below the bar by more than their roundings
+        (n·2⁻⁵² of the largest value), so that the finished sum would say the same. Waits for the device.
+
+        Args:
+            bar: a value of `Score`.
+            total: examples of the whole pass.
+        """
+        assert self._bounds is not None
+        metrics_U = _host(self._metrics[-1:])
+        self._check_bounds(metrics_U)
+        self._seen += self._sign * float(metrics_U.mean()) * self._counts[-1]
+        most = (self._seen + max(self._sign * bound for bound in self._bounds) * (total - self.examples)) / total
+        return most < bar - total * 2**-52 * max(map(abs, self._bounds))
+
+    def score(self, what: str, split: Split) -> Score:
+        """The means over all examples.
+
+        Args:
+            what: names what was scored, in an error.
+            split: on which data.
+        Raises:
+            TaskError: if a mean is NaN or infinite, or a metric left its bounds.
+        """
+        losses_U, metrics_U = _host(self._losses), _host(self._metrics) if self._metrics else None
+        sizes = [len(units) for units in (self._metrics or self._losses)]
+        if [len(units) for units in self._losses] != sizes:  # one is a mean over the batch, the other is not
+            losses_U = torch.stack([units.mean() for units in self._losses]).to("cpu")
+            metrics_U = torch.stack([units.mean() for units in self._metrics]).to("cpu")
+            sizes = [1] * len(self._losses)
+        examples_U = torch.tensor(
+            [count / size for count, size in zip(self._counts, sizes, strict=True) for _ in range(size)],
+            dtype=torch.float64,
+        )
+        examples = self.examples
+        loss = float(losses_U.dot(examples_U)) / examples
+        metric = None if metrics_U is None else float(metrics_U.dot(examples_U)) / examples
+        value = -loss if metric is None else self._sign * metric
+        if not (math.isfinite(value) and math.isfinite(loss)):
+            raise TaskError(
+                f"{what} has loss {loss}"
+                + ("" if metric is None else f" and metric {metric}")
+                + f" on the {split} data",
+                hint="leave a broken candidate out with --exclude; `ckptavg inspect` lists them",
+            )
+        if metrics_U is not None and self._bounds is not None:
+            self._check_bounds(metrics_U)
+        values_U = -losses_U if metrics_U is None else self._sign * metrics_U
+        each = Each(values_U=values_U, losses_U=losses_U, examples_U=examples_U)
+        return Score(value=value, loss=loss, metric=metric, examples=examples, each=each)
+
+    def _check_bounds(self, metrics_U: Tensor) -> None:
+        assert self._bounds is not None
+        low, high = self._bounds
+        outside = metrics_U[(metrics_U < low) | (metrics_U > high)]
+        if len(outside):
+            raise TaskError(f"metric gave {float(outside[0])}, outside metric_bounds {self._bounds}")
+
+
+def _host(units: list[Tensor]) -> Tensor:
+    return torch.cat(units).to("cpu", torch.float64)
+
+
+def _units(value: Any, count: int, function: str) -> Tensor:
+    """[count], or [1] where the task gave a mean; in the widest type the device has."""
+    if isinstance(value, bool | int | float):
+        value = torch.tensor(float(value))
+    if not isinstance(value, Tensor) or value.is_complex() or value.numel() not in (1, count):
+        got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise TaskError(f"{function} must give a scalar or one real number an example [{count}], not {got}")
+    return value.detach().flatten().to(torch.float32 if value.device.type == "mps" else torch.float64)

@@ -1,0 +1,108 @@
+"""A task that keeps a part of one split's examples to itself, and gives them as another split."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ckptavg import batches
+from ckptavg.errors import TaskError
+from ckptavg.objective import Split
+from ckptavg.tasks import Task
+
+
+class HeldOut:
+    """The same task, a fraction of the examples of ``split`` moved to the split ``to``.
+
+    Which ones is decided for each by a hash of its content and the seed, so the same example is always on the same
+    side, however a loader shuffles, and two equal ones never lie on different sides.
+
+    Args:
+        task: the task as it is.
+        split: whose examples are divided.
+        rest: the split under which those that stay are given.
+        to: the split under which the held-out ones are given.
+        fraction: of the examples to hold out, between 0 and 1.
+        seed: of the hash.
+    """
+
+    def __init__(self, task: Task, split: Split, *, rest: Split, to: Split, fraction: float, seed: int) -> None:
+        self._task = task
+        self._split: Split = split
+        self._sides: dict[Split, bool] = {rest: False, to: True}
+        self._below = int(fraction * 2**64)
+        self._key = f"{to} {seed}".encode()  # divided twice, the halves must not follow each other
+        self.source = task.source
+        self.metric = task.metric
+        self.metric_goal = task.metric_goal
+        self.metric_bounds = task.metric_bounds
+
+    def model(self) -> nn.Module:
+        """See `Task.model`."""
+        return self._task.model()
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """See `Task.loss`."""
+        return self._task.loss(model, batch)
+
+    def has(self, split: Split) -> bool:
+        """See `Task.has`."""
+        return split in self._sides or self._task.has(split)
+
+    def batches(self, split: Split) -> Iterator[Any]:
+        """See `Task.batches`; what is left of each batch, those without any example left out."""
+        if split not in self._sides:
+            yield from self._task.batches(split)
+            return
+        for batch in self._task.batches(self._split):
+            held_B = self._held(batch)
+            chosen_B = held_B if self._sides[split] else ~held_B
+            if chosen_B.all():
+                yield batch
+            elif chosen_B.any():
+                yield self._select(batch, chosen_B)
+
+    def examples(self, split: Split) -> int | None:
+        """See `Task.examples`; of a part it is known only when it was read."""
+        return None if split in self._sides else self._task.examples(split)
+
+    def length(self, split: Split) -> int | None:
+        """See `Task.length`."""
+        return None if split in self._sides else self._task.length(split)
+
+    def _held(self, batch: Any) -> Tensor:
+        """[B], which examples are held out."""
+        size = batches.size(batch)
+        digests = [hashlib.blake2b(key=self._key, digest_size=8) for _ in range(size)]
+        for leaf in batches.leaves(batch):
+            if isinstance(leaf, Tensor):
+                if leaf.ndim and leaf.shape[0] == size:
+                    data = memoryview(_bytes(leaf))
+                    row = len(data) // size
+                    for i, digest in enumerate(digests):
+                        digest.update(data[i * row : (i + 1) * row])
+            elif isinstance(leaf, list | tuple) and len(leaf) == size:
+                for digest, item in zip(digests, leaf, strict=True):
+                    digest.update(repr(item).encode())
+        return torch.tensor([int.from_bytes(digest.digest(), "little") < self._below for digest in digests])
+
+    def _select(self, batch: Any, chosen_B: Tensor) -> Any:
+        try:
+            return batches.select(batch, chosen_B)
+        except TypeError as error:
+            raise TaskError(
+                f"validation data cannot be divided: {error}",
+                path=self.source,
+                hint="give the task a test_dataloader()",
+            ) from error
+
+
+def _bytes(tensor: Tensor) -> bytearray:
+    data = bytearray(tensor.nbytes)
+    if data:
+        torch.frombuffer(data, dtype=tensor.dtype).copy_(tensor.flatten())
+    return data

@@ -1,0 +1,109 @@
+"""The search's own cost and memory at each number of bits: python scripts/benchmark/lowbit.py
+
+N candidates of D float32 parameters. A step is materialize and pullback, what a search adds to forward and backward.
+The reference is the step of the TWA authors' low-bit matrix written from its formula (arXiv:2205.13104v3): one byte a
+code whatever the bits, one scale and zero point for the matrix, and an [N, D] matrix of floats made from it in either
+direction. Prints milliseconds, the ratio to that, bytes an element and candidate, and what rounding loses.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ckptavg.candidates import Candidates
+from ckptavg.readers import StoredTensor
+
+BITS = (32, 16, 8, 4, 2, 1)
+
+
+class Rows:
+    """A stand-in for a checkpoint on disk: one vector of Gaussian values."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.tensors = {"w": StoredTensor("F32", (size,), "w", 0)}
+        self._values = 0.01 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+        self.path = None
+
+    def spec(self, name: str) -> StoredTensor:
+        return self.tensors[name]
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        torch.frombuffer(out, dtype=torch.float32).copy_(self._values[start : start + len(out) // 4])
+
+
+class Vector(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(size))
+
+
+class Authors:
+    """w = w̄ + s·Qᵀx + z·Σx and ∂ℓ/∂x = s·Q g + z·Σg, with Q widened to floats as a whole."""
+
+    def __init__(self, rows: list[Rows], size: int, device: torch.device) -> None:
+        p_ND = torch.stack([row._values for row in rows]).to(device)
+        self.centre_D = p_ND.mean(dim=0)
+        p_ND -= self.centre_D
+        self.zero, top = p_ND.min(), p_ND.max()
+        self.scale = (top - self.zero) / 15
+        self.codes_ND = ((p_ND - self.zero) / self.scale).round().to(torch.uint8)
+
+    def step(self, x_N: Tensor, g_D: Tensor) -> tuple[Tensor, Tensor]:
+        w_D = self.centre_D + self.codes_ND.float().t() @ (self.scale * x_N) + self.zero * x_N.sum()
+        return w_D, self.codes_ND.float() @ (self.scale * g_D) + self.zero * g_D.sum()
+
+
+def milliseconds(work: Callable[[], object], rounds: int, device: torch.device) -> float:
+    times: list[float] = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--candidates", type=int, default=20)
+    parser.add_argument("--parameters", type=int, default=10_000_000)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    n, size = options.candidates, options.parameters
+    rows = [Rows(size, seed) for seed in range(n)]
+    c_N = torch.full((n,), 1 / n, device=device)
+    authors = Authors(rows, size, device)
+    g_D = torch.randn(size, device=device)
+    reference = milliseconds(lambda: authors.step(c_N, g_D), options.rounds, device)
+    held = authors.codes_ND.numel() / (n * size)
+    del authors
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    print(f"{machine}, {torch.get_num_threads()} threads, {device}; N = {n}, D = {size:,}")
+    print("                 materialize  pullback   step ms  of authors'  bytes/element  with mean  rounding lost")
+    print(f"authors' 4 bits  {'':11}  {'':8}  {reference:8.0f}  {1:10.2f}  {held:13.3f}")
+    for bits in BITS:
+        mixed = Candidates(Vector(size).to(device), rows, lambda *_: None, bits=bits)  # pyright: ignore
+        mixed.model.w.grad.copy_(g_D)  # pyright: ignore
+        there = milliseconds(lambda mixed=mixed: mixed.materialize(c_N), options.rounds, device)
+        back = milliseconds(mixed.pullback, options.rounds, device)
+        element = mixed.nbytes / (n * size)
+        mean = 0 if bits == 32 else 4 / n
+        print(
+            f"{bits:7} bits     {there:11.0f}  {back:8.0f}  {there + back:8.0f}  {(there + back) / reference:10.2f}  "
+            f"{element:13.4f}  {element + mean:9.4f}  {mixed.error:13.4f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
