@@ -56,9 +56,9 @@ class Mixture:
         group_size: int = 128,
         watch: Watch | None = None,
     ) -> None:
-        self._task = task
+        self.task = task
         self._seed = seed
-        self._checkpoints = checkpoints
+        self.checkpoints = checkpoints
         self._device = device
         self._asked_bits: int | Literal["auto"] = bits
         self.group_size = group_size
@@ -89,8 +89,8 @@ class Mixture:
     def candidates(self) -> Candidates:
         """The candidate matrix and the model; loaded when first needed, after a strategy has checked its settings."""
         torch.manual_seed(self._seed)
-        model = self._task.model().to(self._device).eval()
-        return Candidates(model, self._checkpoints, self.progress, bits=self._bits(model), group_size=self.group_size)
+        model = self.task.model().to(self._device).eval()
+        return Candidates(model, self.checkpoints, self.progress, bits=self._bits(model), group_size=self.group_size)
 
     def _bits(self, model: nn.Module) -> int:
         if self._asked_bits != "auto":
@@ -109,11 +109,11 @@ class Mixture:
     @property
     def n(self) -> int:
         """The number of candidates."""
-        return len(self._checkpoints)
+        return len(self.checkpoints)
 
     def step(self, i: int) -> int:
         """The training step of candidate ``i``."""
-        return self._checkpoints[i].step
+        return self.checkpoints[i].step
 
     def uniform(self) -> Tensor:
         """See `Objective.uniform`."""
@@ -154,10 +154,10 @@ class Mixture:
 
     def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
         """See `Objective.score_above`."""
-        if self._task.metric is None or self._task.metric_bounds is None:
+        if self.task.metric is None or self.task.metric_bounds is None:
             raise UsageError(
                 "a score can only be stopped early where the metric is bounded",
-                path=self._task.source,
+                path=self.task.source,
                 hint="say how in the task file, for an accuracy: metric_bounds = (0.0, 1.0)",
             )
         score = self._remembered(coefficients, self.scored_on, exact=self.candidates.exact, bar=bar)
@@ -179,7 +179,7 @@ class Mixture:
 
         def forward() -> None:
             for batch in self._passed(self.batchnorm_from, self._learnable(self.batchnorm_from)):
-                self._task.loss(self.model, batch)
+                self.task.loss(self.model, batch)
 
         torch.manual_seed(self._seed)
         batchnorm.recompute(self._norms, forward)
@@ -192,7 +192,7 @@ class Mixture:
 
     def cost(self) -> Cost:
         """What has been spent since the start, or the last `restart`."""
-        size = self._epoch.get(self.batchnorm_from) or self._task.examples(self.batchnorm_from)
+        size = self._epoch.get(self.batchnorm_from) or self.task.examples(self.batchnorm_from)
         work = self.meter["forward_examples"] + 2 * self.meter["backward_examples"]
         return Cost(
             forward_batches=round(self.meter["forward_batches"]),
@@ -208,7 +208,7 @@ class Mixture:
         self.candidates.zero_gradient()
         self.meter.count("forward", batches.size(batch))
         with torch.enable_grad(), batchnorm.batch_statistics(self._norms):
-            loss = self._task.loss(self.model, batch).mean()
+            loss = self.task.loss(self.model, batch).mean()
             loss.backward()
         self.meter.count("backward", batches.size(batch))
         return loss.detach().to(c_GN.dtype), self.candidates.pullback(groups).view(c_GN.shape)
@@ -228,8 +228,8 @@ class Mixture:
             return self._scores[key]
         with self.meter.pricing(key):
             if exact and not self.candidates.exact:
-                specs = output_specs(self._checkpoints[0])
-                for name, offset, data in weighted_average(self._checkpoints, coefficients, specs):
+                specs = output_specs(self.checkpoints[0])
+                for name, offset, data in weighted_average(self.checkpoints, coefficients, specs):
                     self.candidates.assign(specs[name], name, offset, data)
             else:
                 self.candidates.materialize(self.uniform().new_tensor(coefficients.values), coefficients.groups)
@@ -242,14 +242,14 @@ class Mixture:
 
     def _evaluate(self, split: Split, what: str, bar: float | None = None) -> Score | None:
         """The score, or None as soon as it is known to stay below the bar."""
-        tally = Tally(-1.0 if self._task.metric_goal == "min" else 1.0, self._task.metric_bounds)
-        metric = self._task.metric
+        tally = Tally(-1.0 if self.task.metric_goal == "min" else 1.0, self.task.metric_bounds)
+        metric = self.task.metric
         torch.manual_seed(self._seed)
         total = self._examples.get(split)
         with torch.no_grad():
             for batch in self._passed(split, self._data(split).batches(split)):
                 tally.add(
-                    self._task.loss(self.model, batch),
+                    self.task.loss(self.model, batch),
                     None if metric is None else metric(self.model, batch),
                     batches.size(batch),
                 )
@@ -261,7 +261,7 @@ class Mixture:
         return tally.score(what, split)
 
     def _data(self, split: Split) -> Task:
-        return self._halves if split in ("fit", "held") else self._task
+        return self._halves if split in ("fit", "held") else self.task
 
     def _passed(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:
         """One pass over a split, batches moved to the device, each counted as gone forward."""
@@ -288,10 +288,10 @@ class Mixture:
                 raise self._no_batches(split)
 
     def _no_batches(self, split: Split) -> TaskError:
-        return TaskError(f"{split}_dataloader() gave no batches", path=self._task.source)
+        return TaskError(f"{split}_dataloader() gave no batches", path=self.task.source)
 
     def _describe(self, coefficients: Coefficients) -> str:
-        chosen = [self._checkpoints[i] for i in coefficients.selected]
+        chosen = [self.checkpoints[i] for i in coefficients.selected]
         if len(chosen) == 1:
             return f"candidate {chosen[0].path}"
         return "the mixture of steps " + ", ".join(str(checkpoint.step) for checkpoint in chosen)

@@ -7,14 +7,23 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import task as demo_task
 import torch
 import train as demo_training
+from jobs import mlp, transformer
 
 from ckptavg.__main__ import main
+from ckptavg.discover import discover
+from ckptavg.mixture import Mixture
+from ckptavg.tasks.python_file import PythonTask
+from ckptavg.window import Window
 
 torch.set_num_threads(1)  # the networks are tiny: a second thread only waits, and for long on a busy machine
 TASK = Path(demo_task.__file__)
@@ -27,6 +36,33 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits") / "ckpts"
     demo_training.train(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task file and the checkpoints that its training left."""
+
+    task: Path
+    module: ModuleType
+    folder: Path
+
+    @contextmanager
+    def mixture(self, **options: Any) -> Iterator[Mixture]:
+        """The real objective on these checkpoints."""
+        window = Window(last=options.pop("last", None))
+        with discover([self.folder], window) as found:
+            yield Mixture(PythonTask(str(self.task)), found.checkpoints, device=torch.device("cpu"), **options)
+
+
+@pytest.fixture(scope="session")
+def jobs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    """Three recorded trajectories: a BatchNorm CNN, an MLP and a tiny transformer."""
+    found = {"cnn": Job(TASK, demo_task, digits)}
+    for name, module in (("mlp", mlp), ("transformer", transformer)):
+        folder = tmp_path_factory.mktemp(name)
+        module.train(folder)
+        found[name] = Job(Path(str(module.__file__)), module, folder)
+    return found
 
 
 @pytest.fixture

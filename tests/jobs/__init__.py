@@ -1,0 +1,1 @@
+"""Small real trainings that leave checkpoints, each a task file of its own."""
