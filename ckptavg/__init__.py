@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckptavg.api import average as average
     from ckptavg.api import compare as compare
+    from ckptavg.api import run as run
     from ckptavg.errors import CkptavgError as CkptavgError
     from ckptavg.result import Comparison as Comparison
     from ckptavg.result import Result as Result
 
 _HOME = {
-    "average": "api", "compare": "api", "evaluate": "evaluation", "verify": "verification",
+    "run": "api", "compare": "api", "evaluate": "evaluation", "verify": "verification",
     "CkptavgError": "errors", "Result": "result", "Comparison": "result",
 }  # fmt: skip
 

@@ -9,10 +9,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ckptavg.comparison import compare as compared
+from ckptavg.comparison import compare as run_comparison
 from ckptavg.objective import Strategy
 from ckptavg.options import Options
-from ckptavg.pipeline import run
+from ckptavg.pipeline import run as run_pipeline
 from ckptavg.result import Comparison, Result
 from ckptavg.strategies import strategies
 from ckptavg.tasks.find import find
@@ -21,7 +21,7 @@ from ckptavg.window import Window
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def average(ckpts: Paths, strategy: Strategy, **options: Any) -> Result:
+def run(ckpts: Paths, strategy: Strategy, **options: Any) -> Result:
     """Learn coefficients with ``strategy``, write the average, and return the report.
 
     Args:
@@ -31,7 +31,7 @@ def average(ckpts: Paths, strategy: Strategy, **options: Any) -> Result:
     Raises:
         CkptavgError: as the command line would say it.
     """
-    return run(_paths(ckpts), strategy, _options(ckpts, options, required=strategy.needs_task))
+    return run_pipeline(_paths(ckpts), strategy, _options(ckpts, options, required=strategy.needs_task))
 
 
 def compare(ckpts: Paths, strategies: Sequence[str] = (), **options: Any) -> Comparison:
@@ -40,11 +40,11 @@ def compare(ckpts: Paths, strategies: Sequence[str] = (), **options: Any) -> Com
     Args:
         ckpts: a directory of checkpoints, several, or the checkpoints themselves.
         strategies: such as ``("swa", "sewa:k=8", "twa:on=train")``; empty for all that the task allows.
-        **options: as `average` has them.
+        **options: as `run` has them.
     Raises:
         CkptavgError: as the command line would say it.
     """
-    return compared(_paths(ckpts), strategies, _options(ckpts, options, required=True))
+    return run_comparison(_paths(ckpts), strategies, _options(ckpts, options, required=True))
 
 
 def _paths(ckpts: Paths) -> list[Path]:
@@ -64,7 +64,7 @@ def _function(name: str, strategy: type[Strategy]) -> Callable[..., Result]:
 
     def call(ckpts: Paths, **options: Any) -> Result:
         settings = {key: options.pop(key) for key in own & options.keys()}
-        return average(ckpts, strategy(**settings), **options)
+        return run(ckpts, strategy(**settings), **options)
 
     settings = list(inspect.signature(strategy).parameters.values())
     shared = [

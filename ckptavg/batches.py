@@ -27,7 +27,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def select(batch: Any, chosen_B: Tensor) -> Any:
     """The examples of ``batch`` at which the boolean mask ``chosen_B`` is true.
 
-    Tensors with B rows and lists of B other things are cut; anything else belongs to all examples and stays.
+    Tensors with B rows and lists of B other things are cut; other tensors, lists, numbers and text belong to all
+    examples and stay.
 
     Raises:
         TypeError: if the batch is of a kind that cannot be cut.
@@ -39,7 +40,7 @@ def select(batch: Any, chosen_B: Tensor) -> Any:
             return leaf[chosen_B.to(leaf.device)] if leaf.ndim and leaf.shape[0] == size else leaf
         if isinstance(leaf, list | tuple) and len(leaf) == size:
             return type(leaf)(item for item, keep in zip(leaf, chosen_B.tolist(), strict=True) if keep)  # pyright: ignore
-        if hasattr(leaf, "to"):
+        if not isinstance(leaf, str | bytes | int | float | list | tuple | None):
             raise TypeError(f"a {type(leaf).__name__} cannot be cut into examples")
         return leaf
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from ckptavg.average import output_specs
 from ckptavg.checkpoint import Checkpoint
@@ -20,6 +20,8 @@ from ckptavg.options import Options, destination
 from ckptavg.result import CandidateResult, MatrixResult, Result
 from ckptavg.session import mixture as make_mixture
 from ckptavg.session import opened
+
+_LOST: Final = 0.5  # of the candidates' differences: coefficients found with less than half of them may be any
 
 
 def run(paths: Sequence[Path], strategy: Strategy, options: Options, watch: Watch | None = None) -> Result:
@@ -146,17 +148,18 @@ def _doubts(first: Checkpoint, coefficients: Coefficients, mixture: Mixture | No
 
 
 def _rounding_doubts(mixture: Mixture, coefficients: Coefficients, exact: Score) -> list[str]:
-    """Say so where the search saw another score than that of the exact average, by more than that one's noise."""
+    """Say so where the search saw another score than the exact average's, by more than noise, or too little."""
     if mixture.candidates.exact:
         return []
-    seen = mixture.score(coefficients)
+    seen, lost = mixture.score(coefficients), mixture.candidates.error
     gaps = {"loss": (seen.loss - exact.loss, exact.loss_noise), "score": (seen.value - exact.value, exact.noise)}
     wide = [f"its {name} {gap:+.4f} off (noise {noise:.4f})" for name, (gap, noise) in gaps.items() if abs(gap) > noise]
-    if not wide:
+    if not wide and lost <= _LOST:
         return []
+    what = f"the search did not see the average as it is ({', '.join(wide)})" if wide else "the search saw little"
     return [
-        f"at --bits {mixture.candidates.bits} the search did not see the average as it is: {', '.join(wide)}; "
-        f"{mixture.candidates.error:.0%} of the candidates' differences was lost to rounding. Search with more bits"
+        f"at --bits {mixture.candidates.bits} {what}: {lost:.0%} of the candidates' differences was lost to rounding. "
+        "Search with more bits"
     ]
 
 

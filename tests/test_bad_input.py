@@ -249,7 +249,9 @@ def test_an_interrupted_run_says_so_and_leaves_nothing(run: Run, ckpts: Path, tm
     )
     command = [sys.executable, "-m", "ckptavg", *SEWA, "--k", "2", "--steps", "1000000"]
     for which in (signal.SIGINT, signal.SIGTERM):
+        ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits deaf ears
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        signal.signal(signal.SIGINT, ours)
         assert process.stderr is not None and "in loss" in process.stderr.readline()
         time.sleep(0.2)
         process.send_signal(which)

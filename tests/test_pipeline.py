@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import pkgutil
 import random
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from test_discover import trainer, weights
 import ckptavg
 from ckptavg.errors import OutputError, OutputExistsError
 from ckptavg.strategies import strategies
+from ckptavg.strategies.lawa import LAWA
 
 
 @pytest.fixture
@@ -37,6 +39,17 @@ def test_the_plain_averages_need_no_task_and_are_what_they_say(run: Run, ckpts: 
         for name, tensor in load_file(tmp_path / "averaged.safetensors").items():
             expected = torch.stack([weights(step)[name] for step in chosen]).double().mean(dim=0).float()
             torch.testing.assert_close(tensor, expected, rtol=2**-23, atol=0)
+    assert run("ema", "ckpts", "--decay", 0.5, "--force").returncode == 0
+    for name, tensor in load_file(tmp_path / "averaged.safetensors").items():
+        parts = zip((1 / 8, 1 / 8, 1 / 4, 1 / 2), range(1, 5), strict=True)
+        expected = torch.stack([c * weights(step)[name].double() for c, step in parts]).sum(dim=0).float()
+        torch.testing.assert_close(tensor, expected, rtol=2**-23, atol=2**-24)
+
+
+@pytest.mark.parametrize("name", ["aswa", "best", "sewa", "soup", "twa"])
+def test_a_search_without_a_task_is_wrong_usage(run: Run, ckpts: Path, name: str):
+    done = run(name, "ckpts")
+    assert done.returncode == 2 and "ckptavg init" in done.stderr
 
 
 def test_swa_says_that_batchnorm_statistics_were_averaged(run: Run, digits: Path):
@@ -143,6 +156,18 @@ def test_every_strategy_is_a_function_with_its_settings_and_the_shared_options(n
     assert {"ckpts", "output", "task", "device", "seed", "force", "last", "exclude"} <= set(parameters)
     assert set(inspect.signature(strategies()[name]).parameters) <= set(parameters) and name in dir(ckptavg)
     assert "window" not in parameters and function.__doc__
+
+
+def test_no_submodule_takes_the_place_of_a_public_name():
+    """Importing ``ckptavg.verify`` would replace the function of that name."""
+    public = {name for name in dir(ckptavg) if not name.startswith("_")}
+    assert not public & {module.name for module in pkgutil.iter_modules(ckptavg.__path__)}
+    assert all(callable(getattr(ckptavg, name)) for name in public)
+
+
+def test_a_strategy_of_ones_own_can_be_run(ckpts: Path, tmp_path: Path):
+    result = ckptavg.run(ckpts, LAWA(k=2), output=tmp_path / "x")
+    assert result.strategy == "lawa" and [one.coefficient for one in result.candidates] == [0, 0, 0.5, 0.5]
 
 
 def test_the_api_raises_what_the_command_line_says(ckpts: Path, tmp_path: Path):

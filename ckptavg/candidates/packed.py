@@ -73,10 +73,12 @@ class Packed:
             for start in range(0, self._columns, step):
                 stop = min(start + step, self._columns)
                 groups = slice(start // self._group, stop // self._group)
-                d_HK = self._difference(f * self._columns + start, f * self._columns + stop).view(-1, self._group)
+                first = f * self._columns + start
+                d_HK = self._difference(first, first + stop - start).view(-1, self._group)
                 codes_HK, scale_FH[f, groups], zero_FH[f, groups] = fit(d_HK, 2**self._bits, _ROUNDS[self._bits])
                 kept_HK = torch.addcmul(zero_FH[f, groups].unsqueeze(1), codes_HK, scale_FH[f, groups].unsqueeze(1))
-                self._squares += torch.stack([(kept_HK - d_HK).square().sum(), d_HK.square().sum()])
+                lost = (kept_HK - d_HK).flatten()[: max(0, len(self._row_D) - first)]  # not that of the padding
+                self._squares += torch.stack([lost.square().sum(), d_HK.square().sum()])
                 fields_FP[f, start:stop] = self._stored(codes_HK.flatten())
         if self._bits == 16:
             zero_FH += scale_FH * 2**15  # what `_stored` takes off

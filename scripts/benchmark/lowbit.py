@@ -59,6 +59,12 @@ class Authors:
         return w_D, self.codes_ND.float() @ (self.scale * g_D) + self.zero * g_D.sum()
 
 
+def of_authors(authors: Authors, c_N: Tensor, g_D: Tensor, rounds: int) -> tuple[float, float]:
+    """Milliseconds a step, and bytes an element."""
+    took = milliseconds(lambda: authors.step(c_N, g_D), rounds, g_D.device)
+    return took, authors.codes_ND.nbytes / (len(c_N) * len(g_D))
+
+
 def milliseconds(work: Callable[[], object], rounds: int, device: torch.device) -> float:
     times: list[float] = []
     for _ in range(rounds + 1):
@@ -83,11 +89,8 @@ def main() -> None:
     n, size = options.candidates, options.parameters
     rows = [Rows(size, seed) for seed in range(n)]
     c_N = torch.full((n,), 1 / n, device=device)
-    authors = Authors(rows, size, device)
     g_D = torch.randn(size, device=device)
-    reference = milliseconds(lambda: authors.step(c_N, g_D), options.rounds, device)
-    held = authors.codes_ND.numel() / (n * size)
-    del authors
+    reference, held = of_authors(Authors(rows, size, device), c_N, g_D, options.rounds)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     print(f"{machine}, {torch.get_num_threads()} threads, {device}; N = {n}, D = {size:,}")
     print("                 materialize  pullback   step ms  of authors'  bytes/element  with mean  rounding lost")

@@ -27,7 +27,9 @@ def reference(states: Sequence[State], score: Callable[[State], float], *, hard:
     """The accepted list, from methods.md: real weights, a real rollback, no coefficients."""
     average, n, v, accepted = states[0], 1, score(states[0]), [0]
     for i, w in enumerate(states[1:], 1):
-        ahead = {name: (n * average[name] + w[name]) / (n + 1) if w[name].is_floating_point() else w[name] for name in w}
+        ahead = {
+            name: (n * average[name] + w[name]) / (n + 1) if w[name].is_floating_point() else w[name] for name in w
+        }
         v_ahead = score(ahead)
         alone = score(w) if hard else -float("inf")
         if alone > v_ahead and alone > v:
@@ -73,7 +75,8 @@ def test_the_accepted_list_is_that_of_the_reference(jobs: dict[str, Job], name: 
     assert list(learned.coefficients.selected) == expected
     assert set(learned.coefficients.values[0]) <= {0, 1 / len(expected)}
     decisions = learned.columns["decision"]
-    assert decisions[0] == "start" and ("hard" in decisions) <= hard and "reject" in decisions and "soft" in decisions
+    assert decisions[0] == "start" and ("hard" in decisions) <= hard and "soft" in decisions
+    assert "reject" in decisions or name == "transformer"  # which gets better all the way
 
 
 class Table:

@@ -103,3 +103,10 @@ def test_a_missing_file_or_module_is_wrong_usage(tmp_path: Path):
         PythonTask(str(tmp_path / "gone.py"))
     with pytest.raises(UsageError, match="called no_such_module_here"):
         PythonTask("no_such_module_here")
+
+
+@pytest.mark.parametrize("bounds", ["1.0", "(1.0, 0.0)", "(0, 'one')", "(0.0, float('nan'))", "(0, 1, 2)"])
+def test_bounds_of_a_metric_are_two_numbers_in_order(tmp_path: Path, bounds: str):
+    with pytest.raises(TaskError, match="metric_bounds must be two numbers"):
+        PythonTask(written(tmp_path, BODY + f"metric_bounds = {bounds}\n"))
+    assert PythonTask(written(tmp_path, BODY + "metric_bounds = [0, 1]\n")).metric_bounds == (0.0, 1.0)

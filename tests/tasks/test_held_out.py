@@ -1,0 +1,100 @@
+"""A part of the examples kept apart: always the same ones, whatever the order and the size of batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_mixture import Toy, data
+
+from ckptavg.errors import TaskError
+from ckptavg.tasks.held_out import HeldOut
+
+
+def held(splits: dict[str, list[Any]], *, seed: int = 0, fraction: float = 0.5) -> HeldOut:
+    return HeldOut(Toy(splits=splits), "val", rest="val", to="test", fraction=fraction, seed=seed)
+
+
+def rows(task: HeldOut, split: Any) -> list[tuple[float, ...]]:
+    return sorted(tuple(row) for batch in task.batches(split) for row in batch["x"].tolist())
+
+
+def batched(x: torch.Tensor, y: torch.Tensor, sizes: int) -> list[dict[str, torch.Tensor]]:
+    return [{"x": a, "y": b} for a, b in zip(x.split(sizes), y.split(sizes), strict=True)]
+
+
+def test_the_two_parts_are_all_the_examples_once():
+    whole = data(1, (70, 50, 3))
+    task = held({"val": whole})
+    kept, out = rows(task, "val"), rows(task, "test")
+    assert sorted(kept + out) == sorted(tuple(row) for batch in whole for row in batch["x"].tolist())
+    assert 40 < len(out) < 83 and not set(kept) & set(out)  # 123 fair coins: 4 σ is 22
+    assert all(len(batch["x"]) == len(batch["y"]) > 0 for split in ("val", "test") for batch in task.batches(split))
+
+
+def test_order_and_batch_size_do_not_matter():
+    (batch,) = data(1, (60,))
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    one = held({"val": batched(batch["x"], batch["y"], 60)})
+    other = held({"val": batched(batch["x"][order], batch["y"][order], 7)})
+    assert rows(one, "test") == rows(other, "test")
+
+
+def test_equal_examples_lie_on_one_side_and_the_seed_decides_which():
+    (batch,) = data(1, (60,))
+    doubled = held({"val": [batch, batch]})
+    assert rows(doubled, "test") == sorted(2 * rows(held({"val": [batch]}), "test"))
+    assert rows(held({"val": [batch]}, seed=1), "test") != rows(held({"val": [batch]}), "test")
+
+
+def test_a_part_can_be_divided_again_independently():
+    task = held({"val": data(1, (400,))})
+    again = HeldOut(task, "val", rest="fit", to="held", fraction=0.5, seed=0)
+    assert sorted(rows(again, "fit") + rows(again, "held")) == rows(task, "val")
+    assert 60 < len(rows(again, "held")) < 140
+    assert rows(again, "test") == rows(task, "test")
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.9])
+def test_the_fraction_is_met_about(fraction: float):
+    assert len(rows(held({"val": data(1, (1000,))}, fraction=fraction), "test")) == pytest.approx(
+        1000 * fraction, abs=40
+    )
+
+
+def test_every_kind_of_number_and_nesting_is_divided():
+    batch = {
+        "x": torch.randn(8, 3).bfloat16(),
+        "nested": [torch.arange(8), {"text": list("abcdefgh"), "scalar": torch.tensor(3)}],
+        "mask": torch.ones(8, 2, dtype=torch.bool),
+        "rate": 0.5,
+    }
+    for fraction in (0.3, 0.5, 0.7):
+        task = held({"val": [batch]}, fraction=fraction)
+        for split in ("val", "test"):
+            for part in task.batches(split):
+                n = len(part["x"])
+                assert len(part["nested"][0]) == len(part["nested"][1]["text"]) == len(part["mask"]) == n
+                assert part["rate"] == 0.5 and part["nested"][1]["scalar"] == 3
+                chosen = part["nested"][0].tolist()
+                assert part["nested"][1]["text"] == ["abcdefgh"[i] for i in chosen]
+
+
+def test_a_batch_that_cannot_be_divided_is_an_error():
+    class Opaque:
+        def __init__(self) -> None:
+            self.x = torch.ones(4)
+
+    task = held({"val": [(torch.arange(40.0), Opaque())]})
+    with pytest.raises(TaskError, match=r"toy: validation data cannot be divided: .*Opaque") as caught:
+        list(task.batches("test"))
+    assert caught.value.hint == "give the task a test_dataloader()"
+
+
+def test_everything_else_is_the_task():
+    task = held({"val": data(1, (5, 4)), "train": data(2, (6,))})
+    assert task.has("test") and task.has("train") and not task.has("held")
+    assert task.examples("train") == 6 and task.length("train") == 1
+    assert task.examples("val") is None and task.length("test") is None
+    assert task.source == "toy" and [len(batch["x"]) for batch in task.batches("train")] == [6]

@@ -1,0 +1,169 @@
+"""``ckptavg compare`` on the demo's checkpoints: every row as if it had run alone, and the winner written."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TASK, Job, Run
+from safetensors.torch import load_file
+
+import ckptavg
+from ckptavg.comparison import DEFAULT
+from ckptavg.result import Comparison
+from ckptavg.strategies import from_spec, strategies
+
+
+@pytest.fixture(scope="session")
+def compared(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """All strategies on all 24 checkpoints."""
+    output = tmp_path_factory.mktemp("compared") / "averaged.safetensors"
+    return ckptavg.compare(digits, task=TASK, output=output)
+
+
+def test_every_strategy_takes_part(compared: Comparison):
+    assert [one.name for one in compared.contestants] == [*DEFAULT, "twa:on=train"]
+    assert set(DEFAULT) == set(strategies())
+
+
+def test_the_winner_has_the_best_validation_score_and_is_written(compared: Comparison):
+    best = max(one.scores["val"].value for one in compared.contestants)
+    winner = next(one for one in compared.contestants if one.name == compared.winner)
+    last = next(one for one in compared.contestants if one.name == "last")
+    assert winner.scores["val"].value == best >= last.scores["val"].value
+    assert compared.result.output is not None and compared.result.strategy == winner.strategy
+    assert [one.coefficient for one in compared.result.candidates] == list(winner.coefficients)
+    # the file was scored again, as it lies
+    assert compared.result.scores["val"].value == pytest.approx(best, abs=1e-6)
+    assert compared.result.scores["test"].value == pytest.approx(winner.scores["test"].value, abs=1e-6)
+    assert load_file(compared.result.output.path)
+
+
+@pytest.mark.parametrize("name", ["last", "soup", "aswa", "sewa", "twa:on=train"])
+def test_each_row_is_what_the_strategy_finds_alone(compared: Comparison, digits: Path, tmp_path: Path, name: str):
+    """The same coefficients, scores and batches as its own command without baselines."""
+    row = next(one for one in compared.contestants if one.name == name)
+    settings: dict[str, Any] = {"on": "train"} if ":" in name else {}
+    alone = getattr(ckptavg, row.strategy)(digits, task=TASK, output=tmp_path / "x", baselines=False, **settings)
+    assert [one.coefficient for one in alone.candidates] == list(row.coefficients)
+    assert alone.scores["val"].value == pytest.approx(row.scores["val"].value, abs=1e-6)
+    assert alone.settings == row.settings and alone.cost is not None
+    assert alone.cost.backward_batches == row.cost.backward_batches
+    # alone, the file is scored instead of the selection, and on test data too: 4 + 4 batches, BatchNorm from 15
+    known = name in ("soup", "aswa")  # which have scored their answer on the way
+    assert alone.cost.forward_batches == row.cost.forward_batches + (23 if known else 4)
+
+
+def test_gains_are_over_last_on_the_same_examples(compared: Comparison):
+    last = next(one for one in compared.contestants if one.name == "last")
+    for one in compared.contestants:
+        for split, found in one.gains.items():
+            assert found.value == pytest.approx(one.scores[split].value - last.scores[split].value)
+            assert found.low <= found.value <= found.high and found.units == 400
+    assert not last.gains["test"].separated
+    swa = next(one for one in compared.contestants if one.name == "swa")
+    assert swa.gains["test"].separated  # twelve points on four hundred examples
+
+
+def test_the_table_and_the_json_tell_it(digits: Path, run: Run):
+    names = "swa,lawa:k=3,twa:epochs=1"
+    done = run("compare", digits, "--last", 5, "--task", TASK, "--strategies", names, "--json")
+    assert done.returncode == 0
+    report = json.loads(done.stdout)
+    assert [one["name"] for one in report["strategies"]] == ["last", "swa", "lawa:k=3", "twa:epochs=1"]
+    assert report["winner"] in names and report["output"]["sha256"] and report["holdout"] is None
+    over = report["strategies"][1]["over_last"]["test"]
+    assert over["low"] <= over["value"] <= over["high"] and over["units"] == 400
+    flat = " ".join(done.stderr.split())
+    for expected in ("● ", "over last (test)", "95 % interval over 400 examples", "wins on val data"):
+        assert expected in flat, expected
+    for one in report["strategies"][1:]:
+        marked = re.search(rf"{re.escape(one['name'])} .*\](?P<mark> +≈)?", done.stderr)
+        assert marked is not None and (marked["mark"] is None) == one["over_last"]["test"]["separated"]
+
+
+def test_test_data_decide_nothing(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With test labels all wrong, the coefficients and the winner are the same."""
+    spoilt = (
+        TASK.read_text()
+        + "\n\n_real = test_dataloader\n\n\ndef test_dataloader():\n"
+        + "    return [(x, (y + 1) % 10) for x, y in _real()]\n"
+    )
+    (tmp_path / "spoilt.py").write_text(spoilt)
+    monkeypatch.chdir(tmp_path)
+    runs = [
+        ckptavg.compare(
+            digits, strategies=["soup", "aswa", "sewa:steps=20", "twa:patience=2"], task=str(task), last=6,
+            output=tmp_path / f"{i}", force=True,
+        )
+        for i, task in enumerate((TASK, tmp_path / "spoilt.py"))
+    ]  # fmt: skip
+    first, second = ([(one.name, one.coefficients) for one in each.contestants] for each in runs)
+    assert first == second and runs[0].winner == runs[1].winner
+    assert runs[0].contestants[0].scores["test"] != runs[1].contestants[0].scores["test"]
+
+
+def test_validation_data_are_divided_where_there_are_no_test_data(jobs: dict[str, Job], run: Run, tmp_path: Path):
+    job = jobs["transformer"]
+    base = ("compare", job.folder, "--task", job.task, "--strategies", "swa,aswa", "--json", "--force")
+    whole, half = (json.loads(run(*base, *more).stdout) for more in ((), ("--holdout", 0.5)))
+    assert whole["holdout"] is None and "test" not in whole["strategies"][0]["scores"]
+    scores = half["strategies"][0]["scores"]
+    assert half["holdout"] == 0.5 and scores["val"]["examples"] + scores["test"]["examples"] == 300
+    text = " ".join(run(*base, "--holdout", 0.5).stderr.split())
+    assert "test is 50% of the validation data" in text and "seeded hash" in text
+
+
+def test_a_holdout_beside_test_data_is_refused(digits: Path, run: Run):
+    done = run("compare", digits, "--task", TASK, "--holdout", 0.5)
+    assert done.returncode == 2 and "the task has some" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--strategies", "swa,nonsense"), "no strategy 'nonsense'"),
+        (("--strategies", "swa,lawa:k=99"), "lawa:k=99: k = 99 asks for more checkpoints than the 24"),
+        (("--holdout", "1.5"), "--holdout must be between 0 and 1"),
+        (("--bits", "3"), "--bits"),
+        (("--group-size", "0"), "--group-size must be at least 1"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_runs(digits: Path, run: Run, options: tuple[str, str], message: str):
+    done = run("compare", digits, "--task", TASK, *options)
+    assert done.returncode == 2 and message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+
+
+def test_without_a_task_there_is_nothing_to_compare(digits: Path, run: Run):
+    done = run("compare", digits)
+    assert done.returncode == 2 and "ckptavg init" in done.stderr
+
+
+def test_few_candidates_make_k_smaller_by_default(digits: Path, tmp_path: Path):
+    done = ckptavg.compare(digits, task=TASK, last=3, output=tmp_path / "x", strategies=())
+    assert {"lawa:k=3", "sewa:k=3"} <= {one.name for one in done.contestants}
+    assert from_spec("lawa:k=3")
+
+
+def test_a_dry_run_names_the_strategies(digits: Path, run: Run, tmp_path: Path):
+    done = run("compare", digits, "--task", TASK, "--dry-run")
+    assert (done.returncode, done.stdout) == (0, "") and not list(tmp_path.iterdir())
+    assert "would compare last, best, swa, lawa, ema, soup, aswa, sewa, twa, twa:on=train" in done.stderr
+
+
+def test_progress_says_which_strategy_runs_and_what_is_left(digits: Path, tmp_path: Path):
+    said: list[str] = []
+    from ckptavg.comparison import compare
+    from ckptavg.options import Options
+    from ckptavg.window import Window
+
+    with torch.random.fork_rng():
+        compare(
+            [digits], ["swa", "soup"], Options(task=str(TASK), output=tmp_path / "x", window=Window(last=3)),
+            watch=lambda stage, *_: said.append(stage),
+        )  # fmt: skip
+    assert any("soup: growing the soup" in stage for stage in said)

@@ -1,0 +1,117 @@
+"""Searching among candidates of a few bits: what is written is exact, scores as it lies, and doubts are spoken of."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TASK, Job, Run
+from safetensors.torch import load_file
+
+import ckptavg
+from ckptavg.candidates import budget
+from ckptavg.coefficients import Coefficients
+from ckptavg.options import BITS
+
+SEARCHES: dict[str, dict[str, Any]] = {
+    "sewa": {"steps": 100},
+    "twa": {"epochs": 5},
+    "twa by layer": {"epochs": 5, "layerwise": True},
+}
+
+
+@pytest.fixture(scope="session")
+def searched(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], ckptavg.Result]:
+    """Each search at each number of bits, on the last twelve."""
+    folder = tmp_path_factory.mktemp("searched")
+    return {
+        (name, bits): getattr(ckptavg, name.split()[0])(
+            digits, task=TASK, last=12, bits=bits, baselines=False, output=folder / f"{name}-{bits}", **settings
+        )
+        for name, settings in SEARCHES.items()
+        for bits in BITS
+    }
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("bits", [16, 8, 4, 2, 1])
+def test_the_exact_average_scores_within_the_noise_or_there_is_a_warning(
+    searched: dict[tuple[str, int], ckptavg.Result], name: str, bits: int
+):
+    exact, found = searched[name, 32].scores["val"], searched[name, bits].scores["val"]
+    near = abs(found.value - exact.value) <= exact.noise and abs(found.loss - exact.loss) <= exact.loss_noise
+    warned = any(f"at --bits {bits}" in warning for warning in searched[name, bits].warnings)
+    assert near if bits >= 4 else near or warned
+    assert not (warned and bits >= 8)
+
+
+def test_one_bit_is_too_few_and_the_report_says_so(searched: dict[tuple[str, int], ckptavg.Result]):
+    (warning,) = (w for w in searched["twa", 1].warnings if "--bits" in w)
+    assert re.search(r"6\d% of the candidates' differences was lost to rounding. Search with more bits", warning)
+
+
+def test_a_score_that_the_search_saw_wrong_is_spoken_of(searched: dict[tuple[str, int], ckptavg.Result]):
+    (warning,) = (w for w in searched["sewa", 1].warnings if "--bits" in w)
+    assert re.search(r"did not see the average as it is \(its (loss|score) [+-]0\.\d+ off \(noise 0\.\d+\)", warning)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_file_is_the_exact_average_whatever_the_bits(
+    searched: dict[tuple[str, int], ckptavg.Result], digits: Path, run: Run, name: str
+):
+    result = searched[name, 4]
+    assert result.output is not None
+    done = run("verify", result.output.path, "--sources", digits)
+    assert done.returncode == 0, done.stderr
+    # what the command says of the file is what plain torch says
+    import task as demo_task
+
+    model = demo_task.model()
+    model.load_state_dict(load_file(result.output.path))
+    model.eval()
+    with torch.no_grad():
+        hits = torch.cat([demo_task.metric(model, batch) for batch in demo_task.val_dataloader()])
+    assert result.scores["val"].metric == pytest.approx(float(hits.mean()), abs=1e-6)
+
+
+def test_the_report_gives_the_memory_and_the_rounding(searched: dict[tuple[str, int], ckptavg.Result]):
+    parameters = 10_124
+    for bits in BITS:
+        matrix = searched["sewa", bits].matrix
+        assert matrix is not None and matrix.bits == bits
+        per_element = matrix.bytes / (12 * parameters)
+        assert per_element == pytest.approx(4 if bits == 32 else bits / 8 + 8 / 128, rel=0.12)  # groups are padded
+    errors = [searched["sewa", bits].matrix.error for bits in BITS]  # pyright: ignore
+    assert errors[0] == 0 and errors == sorted(errors)
+
+
+def test_scores_are_those_of_the_exact_average_and_remembered_apart(jobs: dict[str, Job]):
+    both = Coefficients.uniform([1, 4], 5)
+    with jobs["cnn"].mixture(last=5) as exact, jobs["cnn"].mixture(last=5, bits=2) as coarse:
+        assert coarse.exact_score(both, "val").loss == pytest.approx(exact.score(both).loss, rel=1e-5)
+        assert coarse.score(both).loss != pytest.approx(exact.score(both).loss, rel=1e-3)
+        spent = coarse.cost().forward_batches
+        coarse.exact_score(both, "val")
+        coarse.score(both)
+        assert coarse.cost().forward_batches == spent
+
+
+def test_auto_takes_the_most_that_fits(monkeypatch: pytest.MonkeyPatch, digits: Path, tmp_path: Path):
+    tensors = [torch.zeros(1000), torch.zeros(3, dtype=torch.int64)]
+    cpu = torch.device("cpu")
+
+    def most(free: int) -> int:
+        monkeypatch.setattr(budget, "free_memory", lambda device: free)
+        return budget.largest(tensors, 10, 128, cpu, BITS)
+
+    # 2 vectors of the model, and 10 rows; fewer bits need the mean as well
+    assert most(round((8000 + 40_000) / 0.7) + 2) == 32 and most(round((8000 + 40_000) / 0.7) - 9) == 16
+    sizes = [round((8000 + 4000 + 10_000 * (bits / 8 + 8 / 128)) / 0.7) + 2 for bits in BITS[1:]]
+    assert [most(size) for size in sizes] == list(BITS[1:]) and most(0) == 1
+    monkeypatch.undo()
+    assert budget.free_memory(cpu) > 0
+    result = ckptavg.sewa(digits, task=TASK, last=3, k=2, steps=2, bits="auto", baselines=False, output=tmp_path / "x")
+    assert result.matrix is not None and result.matrix.bits == 32

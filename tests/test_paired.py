@@ -1,0 +1,59 @@
+"""The paired bootstrap against scipy's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import bootstrap
+from torch import Tensor
+
+from ckptavg.objective import Each, Score
+from ckptavg.paired import gain
+
+
+def score(values: Tensor, counts: Tensor | None = None) -> Score:
+    counts = torch.ones_like(values) if counts is None else counts
+    value = float((values * counts).sum() / counts.sum())
+    each = Each(values_U=values, losses_U=-values, examples_U=counts)
+    return Score(value=value, loss=-value, metric=value, examples=int(counts.sum()), each=each)
+
+
+def hits(rate: float, n: int, seed: int) -> Tensor:
+    return (torch.rand(n, generator=torch.Generator().manual_seed(seed)) < rate).double()
+
+
+@pytest.mark.parametrize(("n", "shift"), [(40, 0.0), (400, 0.05), (400, 0.2)])
+def test_the_interval_is_that_of_scipy(n: int, shift: float):
+    a, b = hits(0.7 + shift, n, 1), hits(0.7, n, 2)
+    found = gain(score(a), score(b))
+    theirs = bootstrap(
+        ((a - b).numpy(),), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(0)
+    ).confidence_interval
+    spread = theirs.high - theirs.low
+    # 2000 resamples leave about 2 % of the width to chance at either end
+    assert found.low == pytest.approx(theirs.low, abs=0.08 * spread)
+    assert found.high == pytest.approx(theirs.high, abs=0.08 * spread)
+    assert found.value == pytest.approx(float((a - b).mean()), abs=1e-12) and found.units == n
+    assert found.separated == (found.low > 0 or found.high < 0)
+
+
+def test_the_same_examples_are_compared():
+    """Two scores that vary much and differ by a hair on every example are told apart."""
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = gain(score(values + 0.01), score(values))
+    assert found.separated and found.low == pytest.approx(0.01) == found.high
+    assert not gain(score(values), score(values)).separated
+
+
+def test_units_weigh_what_they_stand_for():
+    values, counts = torch.tensor([1.0, 0.0]).double(), torch.tensor([99.0, 1.0]).double()
+    found = gain(score(values, counts), score(torch.zeros(2).double(), counts))
+    assert found.value == 0.99 and (found.low, found.high) == (0.0, 1.0)
+
+
+def test_it_repeats_itself_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    a, b = (score(torch.randn(30, generator=torch.Generator().manual_seed(i)).double()) for i in (1, 2))
+    whole = gain(a, b, seed=3)
+    monkeypatch.setattr("ckptavg.paired._AT_ONCE", 100)
+    assert gain(a, b, seed=3) == whole != gain(a, b, seed=4)
