@@ -65,8 +65,9 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
             return Comparison(contestants=(), winner="", result=shown)
         mixture.candidates  # noqa: B018  # loaded now, so that no strategy is charged for it
         runs: list[_Run] = []
-        for done, (name, strategy) in enumerate(asked.items()):
-            mixture.progress(f"strategy {name}, {len(asked) - done - 1} to go", done, len(asked))
+        for name, strategy in asked.items():
+            if watch is not None:
+                watch("strategies", len(runs), len(asked), {})
             runs.append(_run(name, strategy, mixture, watch))
         winner = max(runs, key=lambda run: (run.score.value, -run.score.loss))
         mixture.restart()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a small network on scikit-learn's digits, saves 24 checkpoints, and averages the best 5 of them.
+# Trains a small network on scikit-learn's digits, saves 24 checkpoints, and averages the best 5 of them; then all strategies.
 # It works in ./demo at the root of the repository.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -7,7 +7,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/scripts/setup.sh"
 mkdir -p "$root/demo"
 cd "$root/demo"
-rm -rf ckpts averaged.safetensors
+rm -rf ckpts averaged.safetensors best.safetensors
 cp "$root/scripts/demo/task.py" "$root/scripts/demo/train.py" .
 export PATH="$root/.venv/bin:$PATH"
 
@@ -15,3 +15,5 @@ echo '$ python train.py' >&2
 python train.py
 echo '$ ckptavg sewa ./ckpts --k 5' >&2
 ckptavg sewa ./ckpts --k 5
+echo '$ ckptavg compare ./ckpts -o best.safetensors' >&2
+ckptavg compare ./ckpts -o best.safetensors

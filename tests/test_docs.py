@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Run
+from quadratic import Quadratic
 
 import ckptavg.errors
 from ckptavg.cli.app import app
 from ckptavg.errors import CkptavgError
-from ckptavg.report.as_json import to_dict
-from ckptavg.result import Result
+from ckptavg.report.as_json import comparison_to_dict, to_dict
+from ckptavg.result import Comparison, Result
 from ckptavg.strategies import strategies
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +42,26 @@ def test_every_key_of_the_report_is_in_the_readme():
         assert f"`{key}`" in section, key
 
 
+def test_every_key_of_a_comparison_is_in_the_readme():
+    section = README[README.index("## Report") :]
+    empty = Comparison(contestants=(), winner="x", result=Result(strategy="x", settings={}, seed=0, candidates=[]))
+    for key in comparison_to_dict(empty):
+        assert f"`{key}`" in section, key
+
+
+def test_the_strategy_that_contributing_shows_works():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^    @dataclass.*?STRATEGY: type\[Strategy\] = \w+$", text, re.MULTILINE | re.DOTALL)
+    names = "from dataclasses import dataclass\nfrom typing import Annotated, ClassVar\n"
+    names += (
+        "from ckptavg.coefficients import Coefficients\nfrom ckptavg.objective import Learned, Objective, Strategy\n"
+    )
+    scope: dict[str, Any] = {}
+    exec(names + textwrap.dedent(code), scope)
+    (row,) = scope["STRATEGY"](power=1).learn(Quadratic(n=4, d=1, seed=0)).coefficients.values
+    assert row == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
 @pytest.mark.parametrize("name", sorted(strategies()))
 def test_every_setting_of_a_strategy_has_help(run: Run, name: str):
     text = " ".join(run(name, "--help", COLUMNS="200").stdout.split())
@@ -48,7 +71,9 @@ def test_every_setting_of_a_strategy_has_help(run: Run, name: str):
 
 
 def test_the_readmes_options_exist(run: Run):
-    shown = " ".join(run(name, "--help", COLUMNS="200").stdout for name in ("sewa", "inspect", "verify"))
+    shown = " ".join(
+        run(name, "--help", COLUMNS="200").stdout for name in (*strategies(), "compare", "inspect", "verify", "eval")
+    )
     for option in set(re.findall(r"`(--[a-z-]+)", README)):
         assert option in shown, option
 
@@ -58,7 +83,7 @@ def test_the_readmes_tour_runs_as_written(run: Run, tmp_path: Path):
     assert run("demo").stdout == "ckptavg-demo\n"
     folder = tmp_path / "ckptavg-demo"
     lines = re.findall(r"^    \$ (?:m=\$\()?(ckptavg [^)\n]*)\)?$", README, re.MULTILINE)
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         done = run(*shlex.split(line)[1:], cwd=folder)
         assert done.returncode == 0, done.stderr

@@ -71,6 +71,8 @@ class Screen:
 
             def watch(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
                 if stage not in stages:
+                    for old in [task for task in progress.tasks if task.finished]:  # one line for what goes on
+                        progress.remove_task(stages.pop(old.description))
                     stages[stage] = progress.add_task(stage, total=total, figures="")
                 shown = "  ".join(f"{name} {_figure(name, value)}" for name, value in figures.items())
                 progress.update(stages[stage], completed=done, total=total, figures=shown)

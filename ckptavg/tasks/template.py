@@ -42,6 +42,7 @@ def metric(model: nn.Module, batch) -> torch.Tensor:
 
 
 metric_goal = "max"  # "min" where a smaller metric is better
+metric_bounds = (0.0, 1.0)  # optional: what it lies within; `aswa --early-reject` needs it
 
 
 def _two_moons(count: int, seed: int, flipped: float = 0.0) -> TensorDataset:

@@ -7,11 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ckptavg.tasks.template import loss, metric, metric_goal, model, test_dataloader, train_dataloader, val_dataloader
-
-metric_bounds = (0.0, 1.0)
-
-__all__ = ["loss", "metric", "metric_goal", "model", "test_dataloader", "train_dataloader", "val_dataloader"]
+from ckptavg.tasks.template import *  # noqa: F403
+from ckptavg.tasks.template import loss, model, train_dataloader
 
 
 def train(folder: Path, checkpoints: int = 14) -> None:
