@@ -9,13 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
-from ckptavg.coefficients import EVERYTHING, Groups
+from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from ckptavg.coefficients import Coefficients
 
 Split: TypeAlias = Literal["train", "val", "test", "fit", "held"]
 """Whose data: the task's own three, and the two halves of what is scored on: one to fit, one held out to watch."""
@@ -203,3 +201,12 @@ class Strategy(Protocol):
             UsageError: if the settings do not fit the candidates.
         """
         ...
+
+
+def scored_alone(objective: Objective) -> list[float]:
+    """The score of each candidate alone, larger is better."""
+    scores: list[float] = []
+    for i in range(objective.n):
+        scores.append(objective.score(Coefficients.uniform([i], objective.n)).value)
+        objective.progress("scoring candidates", i + 1, objective.n)
+    return scores

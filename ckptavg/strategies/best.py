@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import Learned, Objective, Strategy
+from ckptavg.objective import Learned, Objective, Strategy, scored_alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +17,9 @@ class Best:
 
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""
-        n = objective.n
-        scores: list[float] = []
-        for i in range(n):
-            scores.append(objective.score(Coefficients.uniform([i], n)).value)
-            objective.progress("scoring candidates", i + 1, n)
-        best = max(range(n), key=lambda i: (scores[i], i))
-        return Learned(coefficients=Coefficients.uniform([best], n))
+        scores = scored_alone(objective)
+        best = max(range(objective.n), key=lambda i: (scores[i], i))
+        return Learned(coefficients=Coefficients.uniform([best], objective.n))
 
 
 STRATEGY: type[Strategy] = Best

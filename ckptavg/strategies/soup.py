@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import Learned, Objective, Strategy
+from ckptavg.objective import Learned, Objective, Strategy, scored_alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,7 @@ class GreedySoup:
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""
         n = objective.n
-        alone: list[float] = []
-        for i in range(n):
-            alone.append(objective.score(Coefficients.uniform([i], n)).value)
-            objective.progress("scoring candidates", i + 1, n)
+        alone = scored_alone(objective)
         best, *others = sorted(range(n), key=lambda i: (alone[i], i), reverse=True)
         chosen, value = [best], alone[best]
         tried = {best: value}
