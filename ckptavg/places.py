@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from ckptavg.errors import InputError
-from ckptavg.readers import RegularFile, claim
+from ckptavg.readers import RegularFile, claim, claim_folder
 from ckptavg.steps import natural
 
 WEIGHT_NAMES: Final = (
@@ -136,8 +136,8 @@ def _weights_in(folder: Path, trainer: bool) -> Path:
     names = {entry.name for entry in os.scandir(folder)}
     if folder.name.startswith(("tmp-", "tmp_")) or folder.name.endswith((".tmp", ".incomplete")):
         raise NotACheckpoint("temporary: still being written, or abandoned", "warning")
-    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
-        raise NotACheckpoint("a torch.distributed.checkpoint directory, which is not read", "warning")
+    if claim_folder(frozenset(names)):
+        return folder
     by_trainer = (trainer and re.fullmatch(r"checkpoint-\d+", folder.name)) or names & set(TRAINER_FILES)
     if by_trainer and "trainer_state.json" not in names:
         raise NotACheckpoint("incomplete: it has no trainer_state.json, which is written last", "warning")

@@ -44,4 +44,5 @@ rm -f "$stamp"
 if usable; then install_torch; else make_venv; fi
 echo "setup: installing the pinned versions" >&2
 install --constraint constraints.txt --editable '.[dev]'
+install --no-deps "$(grep '^timm==' constraints.txt)" # it asks for a torchvision that has no build for every torch
 echo "$wanted" >"$stamp"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,11 +128,41 @@ class Format(Protocol):
         ...
 
 
+class FolderFormat(Protocol):
+    """What a module of this package registers as ``FOLDER``: a checkpoint of many files that belong together."""
+
+    name: str
+
+    def claims(self, names: frozenset[str]) -> bool:
+        """Whether a directory with these entries is of this format; at most one says yes."""
+        ...
+
+    def open(self, folder: Path) -> Reader:
+        """Read the headers of what is in ``folder``; the reader's ``path`` is the folder.
+
+        Raises:
+            InputError: naming the file, and the tensor where there is one.
+        """
+        ...
+
+
 @cache
 def formats() -> tuple[Format, ...]:
     """Every registered format, in the order of the module names."""
     modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
     return tuple(module.READER for module in modules if hasattr(module, "READER"))
+
+
+@cache
+def folder_formats() -> tuple[FolderFormat, ...]:
+    """Every registered format of directories, in the order of the module names."""
+    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    return tuple(module.FOLDER for module in modules if hasattr(module, "FOLDER"))
+
+
+def claim_folder(names: frozenset[str]) -> FolderFormat | None:
+    """The one format that a directory with these entries is of, or None."""
+    return next((candidate for candidate in folder_formats() if candidate.claims(names)), None)
 
 
 def claim(file: RegularFile) -> Format | None:
@@ -141,11 +172,14 @@ def claim(file: RegularFile) -> Format | None:
 
 
 def open_reader(path: Path) -> Reader:
-    """Open ``path`` with the format its first bytes claim.
+    """Open ``path`` with the format its first bytes claim, or as a directory with the one its entries claim.
 
     Raises:
-        InputError: if it is not a regular file, no format claims it, or its headers are bad.
+        InputError: if it is no regular file and no such directory, no format claims it, or its headers are bad.
     """
+    folder = claim_folder(frozenset(entry.name for entry in os.scandir(path))) if path.is_dir() else None
+    if folder is not None:
+        return folder.open(path)
     file = RegularFile(path)
     try:
         found = claim(file)

@@ -72,8 +72,8 @@ class Stateful(Protocol):
 def load(data: bytes, makers: Mapping[str, Maker], persistent: Callable[[object], object]) -> object:
     """What the pickle ``data`` describes, made of dict, list, tuple, numbers, strings, bytes and stand-ins.
 
-    Sets are lists in the order of the file. A dict's keys are str, int, float, bool, None, bytes, or `Inert` for any
-    other key.
+    Sets are lists in the order of the file. A dict's keys are str, int, float, bool, None, bytes, what is `Stateful`,
+    or `Inert` for any other key.
 
     Args:
         data: the pickle.
@@ -216,6 +216,8 @@ def _cut_off() -> NoReturn:
 
 def _key(key: object) -> object:
     if key is None or type(key) in (str, float, bool, bytes) or (type(key) is int and abs(key) < _LARGEST_KEY):
+        return key
+    if isinstance(key, Stateful):  # what a maker made: equal to itself only, so nothing of the file's is compared
         return key
     return Inert(type(key).__name__, called=False)
 
