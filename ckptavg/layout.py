@@ -10,7 +10,8 @@ from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import DisagreementError, InputError
 from ckptavg.readers import Node, Reader, Refused, StoredTensor
 
-MODEL_KEYS: Final = ("state_dict", "model", "model_state_dict", "module", "state_dict_ema", "model_ema")
+MODEL_KEYS: Final = ("state_dict", "model", "model_state_dict", "module", "state.model", "state_dict_ema", "model_ema")
+RAW_WEIGHTS: Final = "current_model_state"  # Lightning's WeightAveraging: its state_dict holds the average
 PREFIXES: Final = ("module.", "_orig_mod.")
 
 
@@ -26,11 +27,11 @@ def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, St
         InputError: if there is none, or one of its tensors cannot be averaged.
     """
     tree = reader.tree
-    found = [name for name in MODEL_KEYS if holds_tensors(tree.get(name))]
+    found = [name for name in MODEL_KEYS if holds_tensors(_descend(tree, name))]
     if key is not None:
         chosen, node = key, _descend(tree, key)
     elif found:
-        chosen, node = found[0], tree[found[0]]
+        chosen, node = found[0], _descend(tree, found[0])
     else:
         chosen, node = "", tree
     if not isinstance(node, Mapping) or not holds_tensors(node):
@@ -42,6 +43,8 @@ def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, St
             hint=f"choose one of {_listing(inner)} with --key" if inner else None,
         )
     notes = [f"took {chosen}, not {', '.join(found[1:])} (--key chooses)"] if key is None and found[1:] else []
+    if key is None and holds_tensors(tree.get(RAW_WEIGHTS)):
+        notes.append(f"took {chosen}, which is an average already; the raw weights are {RAW_WEIGHTS} (--key chooses)")
     ignored = [name for name, child in node.items() if not isinstance(child, StoredTensor | Refused)]
     if ignored:
         notes.append(f"left out {len(ignored)} entries that are no tensors: {_listing(ignored)}")

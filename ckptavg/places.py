@@ -20,6 +20,8 @@ WEIGHT_NAMES: Final = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
 )
 WEIGHT_SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".index.json")
 SIDE_FILES: Final = {
@@ -34,9 +36,11 @@ SIDE_FILES: Final = {
     "*.part": "temporary",
     "*.incomplete": "temporary",
 }
+SIDE_FOLDERS: Final = {"recipe_state": "a recipe's state"}  # torchtune's
 # the Trainer writes trainer_state.json last, so a directory with these and without it was interrupted
 TRAINER_FILES: Final = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth")
-_SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\.")
+_SHARD: Final = re.compile(r"-\d{5}-of-(?!0+1\.)\d{5}\.")  # of 1 is whole
+_RANK: Final = re.compile(r"(.*rank)(\d+)(\.pt)")  # Composer's, one file a process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,9 @@ def places_under(path: Path, order: int, left_out: list[LeftOut]) -> Iterator[Pl
     if not path.is_dir():
         yield Place(path=path, weights=path, name=path.name, order=order, explicit=True)
         return
+    if claim_folder(_names(path)):
+        yield Place(path=path, weights=path, name=path.resolve().name, order=order, explicit=True)
+        return
     places = list(_listed(path, order, left_out))
     if len(places) == 1 and places[0].path.parent == path and places[0].path.name in WEIGHT_NAMES:
         # the directory is itself one checkpoint, such as ./run/checkpoint-500
@@ -87,21 +94,25 @@ def places_under(path: Path, order: int, left_out: list[LeftOut]) -> Iterator[Pl
         yield from places
 
 
-def _listed(folder: Path, order: int, left_out: list[LeftOut]) -> Iterator[Place]:
+def _names(folder: Path) -> frozenset[str]:
     try:
-        entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: natural(e.name))
+        return frozenset(entry.name for entry in os.scandir(folder))
     except OSError as error:
         raise InputError(os.strerror(error.errno or 0).lower(), path=folder) from error
+
+
+def _listed(folder: Path, order: int, left_out: list[LeftOut]) -> Iterator[Place]:
+    names = sorted((name for name in _names(folder) if not name.startswith(".")), key=natural)
     # a Trainer's directory is incomplete without trainer_state.json
-    trainer = any(e.name.startswith("checkpoint-") and (Path(e) / "trainer_state.json").exists() for e in entries)
-    for entry in entries:
-        path = folder / entry.name
+    trainer = any(name.startswith("checkpoint-") and (folder / name / "trainer_state.json").exists() for name in names)
+    for name in names:
+        path = folder / name
         try:
             weights = _weights_in(path, trainer) if path.is_dir() else _weights_file(path)
         except NotACheckpoint as other:
             left_out.append(LeftOut(path=path, reason=str(other), kind=other.kind))
         else:
-            yield Place(path=path, weights=weights, name=entry.name, order=order)
+            yield Place(path=path, weights=weights, name=name, order=order)
 
 
 class NotACheckpoint(Exception):
@@ -116,6 +127,8 @@ def _weights_file(path: Path) -> Path:
     for pattern, reason in SIDE_FILES.items():
         if fnmatchcase(path.name, pattern):
             raise NotACheckpoint(reason, "warning" if reason == "temporary" else "quiet")
+    if rank := _RANK.fullmatch(path.name):
+        _check_rank(path, *rank.groups())
     if path.name.endswith(WEIGHT_SUFFIXES):
         if _SHARD.search(path.name) and not path.name.endswith(".json"):
             index = _SHARD.sub(".", path.name) + ".index.json"
@@ -132,11 +145,20 @@ def _weights_file(path: Path) -> Path:
     raise NotACheckpoint("not a checkpoint")
 
 
+def _check_rank(path: Path, stem: str, rank: str, suffix: str) -> None:
+    if int(rank):
+        raise NotACheckpoint(f"what process {rank} saved")
+    if (path.parent / f"{stem}1{suffix}").exists():
+        raise NotACheckpoint("one part of a model that several processes saved; gather it into one first", "warning")
+
+
 def _weights_in(folder: Path, trainer: bool) -> Path:
-    names = {entry.name for entry in os.scandir(folder)}
+    names = _names(folder)
+    if folder.name in SIDE_FOLDERS:
+        raise NotACheckpoint(SIDE_FOLDERS[folder.name])
     if folder.name.startswith(("tmp-", "tmp_")) or folder.name.endswith((".tmp", ".incomplete")):
         raise NotACheckpoint("temporary: still being written, or abandoned", "warning")
-    if claim_folder(frozenset(names)):
+    if claim_folder(names):
         return folder
     by_trainer = (trainer and re.fullmatch(r"checkpoint-\d+", folder.name)) or names & set(TRAINER_FILES)
     if by_trainer and "trainer_state.json" not in names:
@@ -144,13 +166,24 @@ def _weights_in(folder: Path, trainer: bool) -> Path:
     for name in WEIGHT_NAMES:
         if name in names:
             return folder / name
-    others: list[Path] = []
-    for name in sorted(names):
-        if name.endswith(WEIGHT_SUFFIXES):
-            with suppress(NotACheckpoint):
-                others.append(_weights_file(folder / name))
+    others = [*_weight_files(folder, names), *_parts(folder, names)]
     if len(others) == 1:
         return others[0]
     if by_trainer:
         raise NotACheckpoint("has no model weights", "warning")
     raise NotACheckpoint(f"a directory with {len(others)} weight files" if others else "a directory without weights")
+
+
+def _weight_files(folder: Path, names: frozenset[str]) -> Iterator[Path]:
+    for name in sorted(names):
+        if name.endswith(WEIGHT_SUFFIXES) and not (folder / name).is_dir():
+            with suppress(NotACheckpoint):
+                yield _weights_file(folder / name)
+
+
+def _parts(folder: Path, names: frozenset[str]) -> Iterator[Path]:
+    """The directories in it that are a model by themselves, such as ``pytorch_model_fsdp_0`` or ``global_step500``."""
+    for name in sorted(names):
+        path = folder / name
+        if not name.startswith("optim") and path.is_dir() and claim_folder(_names(path)):
+            yield path

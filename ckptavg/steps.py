@@ -11,7 +11,7 @@ from ckptavg.errors import InputError
 from ckptavg.readers import Reader, RegularFile
 from ckptavg.readers.safetensors import strict_json
 
-STEP_KEYS: Final = ("global_step", "batch_idx_train", "iter_num", "iteration", "step", "epoch")
+STEP_KEYS: Final = ("global_step", "num_updates", "batch_idx_train", "iter_num", "iteration", "step", "epoch")
 _NAMED_STEP: Final = tuple(
     re.compile(pattern)
     for pattern in (
@@ -28,7 +28,7 @@ def steps_inside(reader: Reader) -> dict[str, int]:
     """The training step as the file itself tells it: key → number, for those of `STEP_KEYS` it has."""
     steps: dict[str, int] = {}
     for key in STEP_KEYS:
-        value = reader.tree.get(key)
+        value = _updates(reader) if key == "num_updates" else reader.tree.get(key)
         if isinstance(value, bool) or value is None:
             value = reader.metadata.get(key)
         if isinstance(value, int) and not isinstance(value, bool):
@@ -36,6 +36,13 @@ def steps_inside(reader: Reader) -> dict[str, int]:
         elif isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:
             steps[key] = int(value)
     return steps
+
+
+def _updates(reader: Reader) -> object:
+    """What fairseq counts: the updates of the last of its optimizers."""
+    history = reader.tree.get("optimizer_history")
+    last = history[-1] if isinstance(history, Sequence) and not isinstance(history, str) and history else None
+    return last.get("num_updates") if isinstance(last, Mapping) else None
 
 
 def step_in_name(name: str) -> int | None:

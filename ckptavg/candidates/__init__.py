@@ -235,6 +235,7 @@ class Candidates:
                 name = present(names, checkpoint.tensors)
                 read(checkpoint.spec(name), name, checkpoint.read_into, value)
                 values.append(value)
+            checkpoint.check_unchanged()
             progress("reading candidates", i + 1, n)
 
 

@@ -1,0 +1,111 @@
+"""What Lightning's Trainer leaves, written by it: averaged, loaded back, compared with float64 by hand."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from by_hand import averaged_by_hand
+from conftest import Run
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ckptavg
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.05)
+
+
+def data() -> DataLoader:
+    draws = torch.Generator().manual_seed(0)
+    return DataLoader(TensorDataset(torch.randn(60, 4, generator=draws), torch.randint(3, (60,), generator=draws)), 10)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning warns of few workers, of no logger, and of much that is its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def trained(folder: Path, *callbacks: lightning.Callback) -> Path:
+    with quiet(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        saver = ModelCheckpoint(folder, every_n_train_steps=3, save_top_k=-1, save_last=True)
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[saver, *callbacks], default_root_dir=folder,
+        )  # fmt: skip
+        trainer.fit(Module(), data())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("lightning") / "ckpts")
+
+
+def test_a_run_is_averaged_and_loads_back(run: Run, run_folder: Path, tmp_path: Path):
+    done = run("swa", run_folder)
+    assert done.returncode == 0, done.stderr
+    assert "last.ckpt: holds the same weights as" in done.stderr or "last.ckpt: is a link to" in done.stderr
+    names = ["epoch=0-step=3.ckpt", "epoch=0-step=6.ckpt", "epoch=1-step=9.ckpt", "epoch=1-step=12.ckpt"]
+    states = [torch.load(run_folder / name, weights_only=False)["state_dict"] for name in names]
+    module = Module()
+    module.load_state_dict(load_file(tmp_path / "averaged.safetensors"), strict=True)
+    by_hand = Module()
+    by_hand.load_state_dict(averaged_by_hand(states))
+    x = torch.randn(20, 4)
+    torch.testing.assert_close(module(x), by_hand(x), rtol=1e-6, atol=1e-6)
+
+
+def test_steps_come_from_inside_whatever_the_names(run_folder: Path, tmp_path: Path):
+    for i, path in enumerate(sorted(run_folder.glob("epoch*.ckpt"))):
+        (tmp_path / f"{chr(ord('z') - i)}.ckpt").write_bytes(path.read_bytes())
+    result = ckptavg.swa(tmp_path, output=tmp_path / "x")
+    assert [one.step for one in result.candidates] == [3, 6, 9, 12]
+
+
+def test_an_average_made_in_training_is_named_and_the_raw_weights_can_be_chosen(run: Run, tmp_path: Path):
+    folder = trained(tmp_path / "ckpts", EMAWeightAveraging(decay=0.5))
+    one = folder / "epoch=1-step=12.ckpt"
+    stored = torch.load(one, weights_only=False)
+    assert "current_model_state" in stored  # what this test is about
+    done = run("swa", folder)
+    assert done.returncode == 0
+    assert "took state_dict, which is an average already; the raw weights are current_model_state" in done.stderr
+    for key in ("state_dict", "current_model_state"):
+        assert run("last", folder, "--key", key, "--force").returncode == 0
+        written = load_file(tmp_path / "averaged.safetensors")
+        assert all(torch.equal(tensor, stored[key][name]) for name, tensor in written.items())
+
+
+def test_a_module_is_a_task(run: Run, run_folder: Path, tmp_path: Path):
+    """The hooks of a task file are Lightning's: a module's own functions make one."""
+    (tmp_path / "task.py").write_text(
+        "from test_lightning import Module, data\nfrom torch import nn\n\nmodel = Module\nval_dataloader = data\n\n"
+        "def loss(model, batch):\n    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction='none')\n"
+    )
+    done = run("aswa", run_folder)
+    assert done.returncode == 0, done.stderr
