@@ -49,11 +49,11 @@ def _configured() -> dict[str, dict[str, Any]]:
 
     values = settings.read(Path.cwd())
     known = {
-        name: set(command.callback.__annotations__)  # pyright: ignore
+        name: set(command.callback.__annotations__) - {"task"}  # pyright: ignore  # which has an order of its own
         for command in app.registered_commands
         for name in [command.name]
     }
-    unknown = values.keys() - set().union(*known.values())
+    unknown = values.keys() - {"task"} - set().union(*known.values())
     if unknown:
         raise UsageError(f"the configuration file has unknown options: {', '.join(map(printable, sorted(unknown)))}")
     return {str(name): {key: values[key] for key in values.keys() & options} for name, options in known.items()}

@@ -15,7 +15,7 @@ from ckptavg.options import Options
 from ckptavg.pipeline import run as run_pipeline
 from ckptavg.result import Comparison, Result
 from ckptavg.strategies import strategies
-from ckptavg.tasks.find import find
+from ckptavg.tasks.find import with_task
 from ckptavg.window import Window
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -54,9 +54,9 @@ def _paths(ckpts: Paths) -> list[Path]:
 def _options(ckpts: Paths, options: dict[str, Any], *, required: bool) -> Options:
     names = {field.name for field in fields(Window)}
     window = Window(**{name: options.pop(name) for name in names & options.keys()})
-    task = options.pop("task", None)
-    found = find(None if task is None else str(task), _paths(ckpts), required=required)
-    return Options(**options, window=window, task=found)
+    if options.get("task") is not None:
+        options["task"] = str(options["task"])
+    return with_task(Options(**options, window=window), _paths(ckpts), required=required)
 
 
 def _function(name: str, strategy: type[Strategy]) -> Callable[..., Result]:

@@ -54,6 +54,17 @@ def size(batch: Any) -> int:
     return next((size(part) for part in _parts(batch) if has_tensor(part)), 1)
 
 
+def sample(batch: Any) -> bytes:
+    """A few bytes of each example, by which one order of the same examples is told from another; of CPU tensors."""
+    count = size(batch)
+    found = b""
+    for leaf in leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == count and leaf.device.type == "cpu":
+            few = leaf.reshape(count, -1)[:, :2]
+            found += repr(few.tolist()).encode()
+    return found
+
+
 def has_tensor(part: Any) -> bool:
     """Whether there is a tensor anywhere in it."""
     return isinstance(part, Tensor) or any(has_tensor(inner) for inner in _parts(part))
@@ -74,7 +85,11 @@ def _mapped(batch: Any, change: Callable[[Any], Any], whole: Callable[[Any], boo
     """The same nesting with ``change`` of every leaf; a container that is ``whole`` is a leaf."""
     if not whole(batch):
         if isinstance(batch, Mapping):
-            return type(batch)({key: _mapped(value, change, whole) for key, value in batch.items()})  # pyright: ignore
+            mapped = {key: _mapped(value, change, whole) for key, value in batch.items()}
+            try:
+                return type(batch)(mapped)  # pyright: ignore
+            except TypeError:  # a defaultdict, and others that are made differently
+                return mapped
         if isinstance(batch, tuple) and hasattr(batch, "_fields"):
             return type(batch)(*(_mapped(value, change, whole) for value in batch))  # pyright: ignore
         if isinstance(batch, list | tuple):

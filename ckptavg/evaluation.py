@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ckptavg.determinism import reproducible
 from ckptavg.discover import discover
+from ckptavg.evaluator import Watch
 from ckptavg.layout import check_agreement
-from ckptavg.mixture import Mixture, Watch
+from ckptavg.mixture import Mixture
 from ckptavg.objective import Score, Split
 from ckptavg.session import pick_device
 from ckptavg.tasks.python_file import PythonTask

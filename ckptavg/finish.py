@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from ckptavg import batchnorm, companions, provenance
+from ckptavg import companions, provenance
 from ckptavg.average import not_averaged, output_specs, weighted_average
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.dtypes import FLOATING, TORCH
-from ckptavg.mixture import Mixture, Watch
+from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.objective import Score, Split, Strategy
 from ckptavg.options import Options, destination
 from ckptavg.result import Output
@@ -47,7 +47,7 @@ def finish(
     coefficients: Coefficients,
     strategy: Strategy,
     options: Options,
-    mixture: Mixture | None,
+    evaluator: Evaluator | None,
     watch: Watch | None,
 ) -> Finished:
     """Write the average of ``checkpoints`` where ``options`` say, whole or not at all.
@@ -57,12 +57,12 @@ def finish(
         coefficients: theirs.
         strategy: what found them, for the metadata.
         options: output, dtype and force.
-        mixture: scores the file; None where there is no task.
+        evaluator: scores the file; None where there is nothing to score it with.
         watch: is told the progress.
     """
     path, folder = destination(options.output)
     with companions.made(folder):
-        output, scores = _write(path, checkpoints, coefficients, strategy, options, mixture, watch)
+        output, scores = _write(path, checkpoints, coefficients, strategy, options, evaluator, watch)
     copied = companions.copy(checkpoints[coefficients.selected[-1]], folder) if folder else ()
     return Finished(output=output, scores=scores, copied=copied)
 
@@ -73,14 +73,14 @@ def _write(
     coefficients: Coefficients,
     strategy: Strategy,
     options: Options,
-    mixture: Mixture | None,
+    evaluator: Evaluator | None,
     watch: Watch | None,
 ) -> tuple[Output, dict[Split, Score]]:
     """Stream the average into a file beside its destination, and commit it when it is finished and scored."""
     first = checkpoints[0]
     specs = output_specs(first, options.dtype)
     kept = not_averaged(first)
-    recomputed = sorted(batchnorm.statistics(mixture.model) & specs.keys()) if mixture else []
+    recomputed = sorted(set(evaluator.statistics) & specs.keys()) if evaluator else []
     metadata = provenance.metadata(
         checkpoints, coefficients, name_of(strategy), asdict(strategy),  # pyright: ignore[reportArgumentType]
         dtype=options.dtype, not_averaged=kept, recomputed=recomputed,
@@ -93,14 +93,11 @@ def _write(
             done += len(data)
             if watch:
                 watch("averaging, MB", done // MEGABYTE, -(-total // MEGABYTE), {})
-        if mixture:
-            mixture.load(specs, out.read_into)
-            mixture.recompute_batchnorm()
-            state = mixture.model.state_dict()
+        if evaluator:
+            state = evaluator.adopt(specs, out.read_into)
             for name in recomputed:
                 out.write(name, 0, _bytes(state[name], TORCH[specs[name].dtype]))
-            for split in mixture.splits:
-                scores[split] = mixture.evaluate(split, what="the average")
+            scores = {split: evaluator.score_adopted(coefficients, split) for split in evaluator.splits}
         for i in coefficients.selected:
             checkpoints[i].check_unchanged()
         out.commit()

@@ -13,7 +13,7 @@ from ckptavg.strategies.lawa import LAWA
 from ckptavg.strategies.swa import SWA
 
 if TYPE_CHECKING:
-    from ckptavg.mixture import Mixture
+    from ckptavg.evaluator import Evaluator
 
 
 class Wishes(Protocol):
@@ -35,54 +35,56 @@ class Judgement:
     best_step: int | None = None
     verdict: str = ""
     worse: bool = False
+    replaced: bool = False
 
 
-def judge(mixture: Mixture, selection: Coefficients, wishes: Wishes) -> Judgement:
+def judge(evaluator: Evaluator, selection: Coefficients, wishes: Wishes) -> Judgement:
     """Score the selection, every candidate alone, and last, SWA and LAWA with as many candidates, unless unwanted.
 
     Scores are of exact averages, whatever the precision of the search.
 
     Args:
-        mixture: the objective; what it has scored already costs nothing.
+        evaluator: scores mixtures; what it has scored already costs nothing.
         selection: the strategy's answer.
         wishes: ``never_worse`` replaces the selection by the best single candidate where that scores higher.
     """
     if not (wishes.baselines or wishes.never_worse):
         return Judgement(selection, verdict="Not compared with anything (--no-baselines).")
-    n = mixture.n
+    n = evaluator.n
     alone = [Coefficients.uniform([i], n) for i in range(n)]
     singles: list[Score] = []
     for i, one in enumerate(alone):
-        singles.append(mixture.exact_score(one, mixture.scored_on))
-        mixture.progress("scoring candidates", i + 1, n)
+        singles.append(evaluator.exact_score(one, evaluator.scored_on))
+        evaluator.progress("scoring candidates", i + 1, n)
     best = max(range(n), key=lambda i: (singles[i].value, i))
     rivals = {"best": alone[best]}
     if wishes.baselines:
         k = len(selection.selected)
         plain = {"last": Last(), "swa": SWA()} | ({f"lawa-{k}": LAWA(k=k)} if k < n else {})
-        rivals |= {name: strategy.learn(mixture).coefficients for name, strategy in plain.items()}
+        rivals |= {name: strategy.learn(evaluator).coefficients for name, strategy in plain.items()}
     baselines: dict[str, Mapping[Split, Score]] = {
-        name: {split: mixture.exact_score(coefficients, split) for split in mixture.splits}
+        name: {split: evaluator.exact_score(coefficients, split) for split in evaluator.splits}
         for name, coefficients in rivals.items()
     }
-    chosen = mixture.exact_score(selection, mixture.scored_on)
-    step = mixture.step(best)
+    chosen = evaluator.exact_score(selection, evaluator.scored_on)
+    step = evaluator.step(best)
     worse = chosen.value < singles[best].value
     figures = f"{_figure(chosen)}, the best single candidate (step {step}) {_figure(singles[best])}"
     if worse and wishes.never_worse:
         verdict = f"The selection scores below a single candidate: {figures}. That checkpoint was written instead."
-        return Judgement(alone[best], singles, baselines, step, verdict, worse)
+        baselines["selection"] = {split: evaluator.exact_score(selection, split) for split in evaluator.splits}
+        return Judgement(alone[best], singles, baselines, step, verdict, worse, replaced=True)
     if worse:
         verdict = f"WORSE than a single candidate: the selection scores {figures}. --never-worse would write that one."
     elif chosen.value == singles[best].value:
         verdict = f"No better than a single candidate: the selection scores {figures}."
     else:
         verdict = f"Better than every single candidate: the selection scores {figures}."
-    above = [name for name, scores in baselines.items() if scores[mixture.scored_on].value > chosen.value]
+    above = [name for name, scores in baselines.items() if scores[evaluator.scored_on].value > chosen.value]
     if plain := [name for name in above if name not in ("best", "last")]:
         verdict += f" Plain {' and '.join(plain)} scored higher than the selection, without any search."
     return Judgement(selection, singles, baselines, step, verdict, worse)
 
 
 def _figure(score: Score) -> str:
-    return f"loss {score.loss:.4f}" if score.metric is None else f"{score.metric:.4f}"
+    return f"loss {-score.value:.4f}" if score.metric is None else f"{score.metric:.4f}"

@@ -36,6 +36,10 @@ class Meter:
         self._spent[f"{kind}_batches"] += 1
         self._spent[f"{kind}_examples"] += examples
 
+    def evaluated(self) -> None:
+        """A mixture was scored."""
+        self._spent["evaluations"] += 1
+
     @contextmanager
     def pricing(self, key: Hashable) -> Generator[None]:
         """Remember what is spent within as the price of ``key``."""
@@ -50,6 +54,15 @@ class Meter:
             self._charged.add(key)
             for name, value in self._prices[key].items():
                 self._borrowed[name] = self._borrowed.get(name, 0) + value
+
+    def charged(self, key: Hashable) -> bool:
+        """Whether this account has paid for ``key``."""
+        return key in self._charged
+
+    def same_price(self, key: Hashable, other: Hashable) -> None:
+        """What ``key`` cost is the price of ``other`` too, where that has none, and it is paid for."""
+        self._prices.setdefault(other, self._prices[key])
+        self._charged.add(other)
 
     def __getitem__(self, name: str) -> float:
         return self._now().get(name, 0) - self._before.get(name, 0) + self._borrowed.get(name, 0)

@@ -5,9 +5,9 @@ Shape suffixes: N = candidates, G = groups of tensors.
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Final, Literal
 
@@ -19,17 +19,18 @@ from ckptavg.average import output_specs, weighted_average
 from ckptavg.candidates import Candidates, ReadInto, budget
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
-from ckptavg.errors import TaskError, UsageError
+from ckptavg.errors import TaskError, is_out_of_memory
+from ckptavg.evaluator import Watch
+from ckptavg.feed import Feed
 from ckptavg.meter import SECONDS, Meter
 from ckptavg.objective import Cost, Score, Split
 from ckptavg.options import BITS
 from ckptavg.readers import StoredTensor
+from ckptavg.result import MatrixResult
 from ckptavg.tally import Tally
 from ckptavg.tasks import Task
-from ckptavg.tasks.held_out import HeldOut
 
 _LOOK_EVERY: Final = 0.1  # seconds between looks at figures that lie on the device
-Watch = Callable[[str, int, int, Mapping[str, float]], None]
 
 
 class Mixture:
@@ -67,12 +68,10 @@ class Mixture:
         self.scored_on: Split = "val" if task.has("val") else "train"
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
         self.batchnorm_from: Split = "train" if task.has("train") else self.scored_on
-        self._halves = HeldOut(task, self.scored_on, rest="fit", to="held", fraction=0.5, seed=seed)
         self._scores: dict[tuple[Coefficients, Split, bool], Score] = {}
-        self._epoch: dict[Split, int] = {}  # examples of the last pass
-        self._examples: dict[Split, int] = {}  # of a scored pass, which leaves none out
-        self._lengths: dict[Split, int] = {}
+        self._whole: dict[Split, int] = {}  # examples of a scored pass, which leaves none out
         self.meter = Meter()
+        self._feed = Feed(task, self.scored_on, device, seed, self.meter)
         self.restart()
 
     def restart(self) -> None:
@@ -81,7 +80,7 @@ class Mixture:
         What is loaded stays, and scores are still remembered; `cost` charges for them as if they were measured anew.
         """
         self.generator = torch.Generator().manual_seed(self._seed)
-        self._streams: dict[Split, Iterator[Any]] = {}
+        self._feed.restart()
         self._batch: Any = None
         self.meter.restart()
 
@@ -95,7 +94,35 @@ class Mixture:
     def _bits(self, model: nn.Module) -> int:
         if self._asked_bits != "auto":
             return self._asked_bits
-        return budget.largest(model.state_dict().values(), self.n, self.group_size, self._device, BITS)
+        floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+        elements, size = sum(tensor.numel() for tensor in floats), sum(tensor.nbytes for tensor in floats)
+        return budget.largest(elements, size, self.n, self.group_size, self._device, BITS)
+
+    differentiable = True
+
+    @property
+    def bounded(self) -> bool:
+        """See `Evaluator.bounded`."""
+        return self.task.metric is not None and self.task.metric_bounds is not None
+
+    def has(self, split: Split) -> bool:
+        """See `Evaluator.has`."""
+        return self.task.has(split)
+
+    @property
+    def matrix(self) -> MatrixResult:
+        """See `Evaluator.matrix`."""
+        found = self.candidates
+        return MatrixResult(
+            bits=found.bits,
+            group_size=None if found.exact else self.group_size,
+            bytes=found.nbytes,
+            error=found.error,
+        )
+
+    def prepare(self) -> None:
+        """See `Evaluator.prepare`."""
+        self.candidates  # noqa: B018  # made when first asked for
 
     @property
     def model(self) -> nn.Module:
@@ -104,7 +131,9 @@ class Mixture:
 
     @cached_property
     def _norms(self) -> Collection[batchnorm.Layer]:
-        return list(batchnorm.layers(self.model).values())
+        found = list(batchnorm.layers(self.model).values())
+        self._feed.needs_two = bool(found)
+        return found
 
     @property
     def n(self) -> int:
@@ -121,11 +150,8 @@ class Mixture:
         return torch.full((self.n,), 1 / self.n, dtype=dtype, device=self._device)
 
     def batches(self, on: Split) -> int:
-        """See `Objective.batches`; read once and counted where the loader does not know."""
-        if on not in self._lengths:
-            known = self._data(on).length(on)
-            self._lengths[on] = sum(1 for _ in self._learnable(on)) if known is None else known
-        return self._lengths[on]
+        """See `Objective.batches`."""
+        return self._feed.length(on)
 
     def blocks(self, size: int | None) -> Groups:
         """See `Objective.blocks`."""
@@ -137,29 +163,21 @@ class Mixture:
 
     def loss(self, c_N: Tensor, on: Split | None = None, *, groups: Groups = EVERYTHING, again: bool = False) -> Tensor:
         """See `Objective.loss`; forward and backward run at once, so no graph outlives the call."""
-        split = on or self.scored_on
-        if split not in self._streams:
-            self._streams[split] = self._endless(split)
         if not again:
-            self._batch = next(self._streams[split])
+            self._batch = self._feed.next(on or self.scored_on)
         return _MixtureLoss.apply(c_N, self, self._batch, groups)  # pyright: ignore
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """See `Objective.score`."""
-        return self._full(coefficients, on or self.scored_on, exact=self.candidates.exact)
+        alone = len(coefficients.selected) == 1  # one file: what it really is costs no more than what is left of it
+        return self._full(coefficients, on or self.scored_on, exact=alone or self.candidates.exact)
 
-    def exact_score(self, coefficients: Coefficients, on: Split) -> Score:
-        """The score of the exact average of the files, where the candidate matrix is not exact."""
-        return self._full(coefficients, on, exact=True)
+    def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
+        """See `Evaluator.exact_score`; scored again only where the candidate matrix is not exact."""
+        return self._full(coefficients, split, exact=True)
 
     def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
         """See `Objective.score_above`."""
-        if self.task.metric is None or self.task.metric_bounds is None:
-            raise UsageError(
-                "a score can only be stopped early where the metric is bounded",
-                path=self.task.source,
-                hint="say how in the task file, for an accuracy: metric_bounds = (0.0, 1.0)",
-            )
         score = self._remembered(coefficients, self.scored_on, exact=self.candidates.exact, bar=bar)
         return score if score and (score.value > bar if strict else score.value >= bar) else None
 
@@ -174,14 +192,29 @@ class Mixture:
         """Put the weights of a file into the model."""
         self.candidates.load(specs, read_into)
 
+    @property
+    def statistics(self) -> Collection[str]:
+        """See `Evaluator.statistics`."""
+        return batchnorm.statistics(self.model)
+
+    def adopt(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> Mapping[str, Tensor]:
+        """See `Evaluator.adopt`."""
+        self.load(specs, read_into)
+        self.recompute_batchnorm()
+        state = self.model.state_dict()
+        return {name: state[name] for name in self.statistics}
+
+    def score_adopted(self, coefficients: Coefficients, split: Split) -> Score:
+        """See `Evaluator.score_adopted`."""
+        return self.evaluate(split, what="the average")
+
     def recompute_batchnorm(self) -> None:
         """Recompute BatchNorm's statistics at the model's present weights, on training data where there is some."""
 
         def forward() -> None:
-            for batch in self._passed(self.batchnorm_from, self._learnable(self.batchnorm_from)):
+            for batch in self._feed.learnable(self.batchnorm_from):
                 self.task.loss(self.model, batch)
 
-        torch.manual_seed(self._seed)
         batchnorm.recompute(self._norms, forward)
 
     def evaluate(self, split: Split, what: str) -> Score:
@@ -192,11 +225,12 @@ class Mixture:
 
     def cost(self) -> Cost:
         """What has been spent since the start, or the last `restart`."""
-        size = self._epoch.get(self.batchnorm_from) or self.task.examples(self.batchnorm_from)
+        size = self._feed.examples.get(self.batchnorm_from) or self.task.examples(self.batchnorm_from)
         work = self.meter["forward_examples"] + 2 * self.meter["backward_examples"]
         return Cost(
             forward_batches=round(self.meter["forward_batches"]),
             backward_batches=round(self.meter["backward_batches"]),
+            evaluations=round(self.meter["evaluations"]),
             seconds=self.meter[SECONDS],
             epochs=work / (3 * size) if size else None,
             epochs_of=self.batchnorm_from,
@@ -207,11 +241,28 @@ class Mixture:
         self.candidates.materialize(c_GN, groups)
         self.candidates.zero_gradient()
         self.meter.count("forward", batches.size(batch))
-        with torch.enable_grad(), batchnorm.batch_statistics(self._norms):
+        with torch.enable_grad(), batchnorm.batch_statistics(self._norms), self._recurrent():
             loss = self.task.loss(self.model, batch).mean()
-            loss.backward()
+            if not loss.requires_grad:
+                raise TaskError("loss() gives no gradient: no_grad, detach or item() in it?", path=self.task.source)
+            self._backward(loss)
         self.meter.count("backward", batches.size(batch))
         return loss.detach().to(c_GN.dtype), self.candidates.pullback(groups).view(c_GN.shape)
+
+    def _backward(self, loss: Tensor) -> None:
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            what = f"loss() cannot be differentiated: {str(error).splitlines()[0]}"
+            raise TaskError(what, path=self.task.source) from error
+
+    def _recurrent(self) -> AbstractContextManager[None]:
+        """cuDNN's recurrent layers go backward in training mode only, where they would drop out."""
+        if not any(isinstance(module, nn.RNNBase) for module in self.model.modules()):
+            return nullcontext()
+        return torch.backends.cudnn.flags(enabled=False, allow_tf32=False)
 
     def _full(self, coefficients: Coefficients, split: Split, *, exact: bool) -> Score:
         score = self._remembered(coefficients, split, exact=exact)
@@ -223,10 +274,11 @@ class Mixture:
     ) -> Score | None:
         """The score; None (which is not remembered) where it cannot reach the bar."""
         key = (coefficients, split, exact)
-        if key in self._scores:
+        if key in self._scores and (bar is None or self.meter.charged(key)):
             self.meter.charge(key)
             return self._scores[key]
-        with self.meter.pricing(key):
+        with self.meter.pricing(key if bar is None else (*key, bar)):
+            self.meter.evaluated()
             if exact and not self.candidates.exact:
                 specs = output_specs(self.checkpoints[0])
                 for name, offset, data in weighted_average(self.checkpoints, coefficients, specs):
@@ -238,16 +290,16 @@ class Mixture:
             score = self._evaluate(split, self._describe(coefficients), bar)
         if score is not None:
             self._scores[key] = score
+            self.meter.same_price(key if bar is None else (*key, bar), key)
         return score
 
     def _evaluate(self, split: Split, what: str, bar: float | None = None) -> Score | None:
         """The score, or None as soon as it is known to stay below the bar."""
         tally = Tally(-1.0 if self.task.metric_goal == "min" else 1.0, self.task.metric_bounds)
         metric = self.task.metric
-        torch.manual_seed(self._seed)
-        total = self._examples.get(split)
+        total = self._whole.get(split)
         with torch.no_grad():
-            for batch in self._passed(split, self._data(split).batches(split)):
+            for batch in self._feed.scored(split):
                 tally.add(
                     self.task.loss(self.model, batch),
                     None if metric is None else metric(self.model, batch),
@@ -255,40 +307,10 @@ class Mixture:
                 )
                 if bar is not None and total is not None and tally.hopeless(bar, total):
                     return None
-        self._examples[split] = tally.examples
+        self._whole[split] = tally.examples
         if tally.examples == 0:
-            raise self._no_batches(split)
-        return tally.score(what, split)
-
-    def _data(self, split: Split) -> Task:
-        return self._halves if split in ("fit", "held") else self.task
-
-    def _passed(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:
-        """One pass over a split, batches moved to the device, each counted as gone forward."""
-        seen = 0
-        for batch in source:
-            seen += batches.size(batch)
-            self.meter.count("forward", batches.size(batch))
-            yield batches.to_device(batch, self._device)
-        self._epoch[split] = seen
-
-    def _learnable(self, split: Split) -> Iterator[Any]:
-        """One pass over a split; what is left of a divided batch may be one example, which has no statistics."""
-        data = self._data(split)
-        divided = isinstance(data, HeldOut)
-        return (b for b in data.batches(split) if not (divided and self._norms and batches.size(b) == 1))
-
-    def _endless(self, split: Split) -> Iterator[Any]:
-        for pass_number in itertools.count():
-            torch.manual_seed(self._seed + pass_number)
-            batch = None
-            for batch in self._learnable(split):
-                yield batches.to_device(batch, self._device)
-            if batch is None:
-                raise self._no_batches(split)
-
-    def _no_batches(self, split: Split) -> TaskError:
-        return TaskError(f"{split}_dataloader() gave no batches", path=self.task.source)
+            raise self._feed.empty(split)
+        return tally.score(what, split, order=self._feed.order[split])
 
     def _describe(self, coefficients: Coefficients) -> str:
         chosen = [self.checkpoints[i] for i in coefficients.selected]

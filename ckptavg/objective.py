@@ -5,11 +5,13 @@ Shape suffixes: N = candidates, G = groups of tensors, U = units of a score (exa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
+from ckptavg.errors import TaskError
 
 if TYPE_CHECKING:
     import torch
@@ -25,31 +27,33 @@ class Score:
 
     Attributes:
         value: what strategies compare; larger is better. The metric (negated where smaller is better), else −loss.
-        loss: the mean loss over examples.
+        loss: the mean loss over examples, None where nothing but a score is known.
         metric: the mean metric over examples, as the task gives it, or None where it has none.
-        examples: how many examples were averaged over.
+        examples: how many examples were averaged over, None where that is not known.
         each: what these are means of, where that was kept.
     """
 
     value: float
-    loss: float
+    loss: float | None
     metric: float | None
-    examples: int
+    examples: int | None
     each: Each | None = field(default=None, compare=False, repr=False)
 
     @property
     def noise(self) -> float:
-        """The standard error of ``value``: what another sample of as many examples would change it by."""
-        return 0.0 if self.each is None else _standard_error(self.each.values_U, self.each.examples_U)
+        """The standard error of ``value``: what another sample of as many examples would change it by; ∞ if unknown."""
+        return math.inf if self.each is None else _standard_error(self.each.values_U, self.each.examples_U)
 
     @property
     def loss_noise(self) -> float:
         """The standard error of ``loss``."""
-        return 0.0 if self.each is None else _standard_error(self.each.losses_U, self.each.examples_U)
+        return math.inf if self.each is None else _standard_error(self.each.losses_U, self.each.examples_U)
 
 
 def _standard_error(values_U: Tensor, examples_U: Tensor) -> float:
-    """√(Σ w²(x − x̄)²)/Σ w, the weights being the examples a unit stands for; 0 for a single unit."""
+    """√(Σ w²(x − x̄)²)/Σ w, the weights being the examples a unit stands for; ∞ for a single unit."""
+    if len(values_U) < 2:
+        return math.inf
     mean = values_U.dot(examples_U) / examples_U.sum()
     return float(((values_U - mean) * examples_U).square().sum().sqrt() / examples_U.sum())
 
@@ -62,11 +66,13 @@ class Each:
         values_U: [U] float64 on the CPU, on the scale of `Score.value`: larger is better.
         losses_U: [U], the losses.
         examples_U: [U], how many examples each stands for.
+        order: tells apart the orders that the examples came in; equal for two scores whose units can be paired.
     """
 
     values_U: Tensor
     losses_U: Tensor
     examples_U: Tensor
+    order: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,7 @@ class Cost:
     Attributes:
         forward_batches: batches that went forward, for learning, scoring and BatchNorm statistics.
         backward_batches: batches that went backward.
+        evaluations: mixtures that were scored.
         seconds: wall-clock time.
         epochs: the same work in epochs of ``epochs_of`` data, a backward counted as two forwards; None if its size
             is not known.
@@ -84,6 +91,7 @@ class Cost:
 
     forward_batches: int
     backward_batches: int
+    evaluations: int
     seconds: float
     epochs: float | None
     epochs_of: Split
@@ -108,6 +116,11 @@ class Objective(Protocol):
 
     def uniform(self) -> Tensor:
         """[N], 1/N each, where `loss` wants its coefficients to be; derive tensors from it to stay there."""
+        ...
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether there is a `loss`; where there is only a score, a strategy must search by it."""
         ...
 
     @property
@@ -158,9 +171,6 @@ class Objective(Protocol):
 
         What is None is known without the batches that could not have changed it any more: for a metric within known
         bounds, the sum so far and the best that the remaining examples could add may already stay below the bar.
-
-        Raises:
-            UsageError: if the task does not say how its metric is bounded.
         """
         ...
 
@@ -201,6 +211,21 @@ class Strategy(Protocol):
             UsageError: if the settings do not fit the candidates.
         """
         ...
+
+
+def check_losses(losses: Sequence[float], first: int = 0) -> None:
+    """Raise TaskError for a loss that is NaN or infinite: what was learned from it is worth nothing.
+
+    Args:
+        losses: of consecutive steps.
+        first: the number of the first of them, from 0.
+    """
+    for step, loss in enumerate(losses, first + 1):
+        if not math.isfinite(loss):
+            raise TaskError(
+                f"loss() gave {loss} at step {step} of the search",
+                hint="look for broken examples in the data it learns from, or choose a smaller --lr",
+            )
 
 
 def scored_alone(objective: Objective) -> list[float]:

@@ -19,7 +19,15 @@ class Options:
 
     Attributes:
         output: the file to write; a path that ends in ``/`` or an existing directory gets ``model.safetensors``.
-        task: a Python file or dotted module, or None where nothing is scored.
+        task: a Python file or dotted module that scores mixtures.
+        val: validation data for a Hugging Face model, instead of a task file; ``train`` and ``test`` likewise.
+        batch_size: of those data; None begins with 32 and halves it when memory runs out.
+        trust_remote_code: let the candidates' config name code to run.
+        score_cmd: a shell command that prints the score of a mixture, instead of a task file.
+        score_key: the entry of a JSON line on its stdout that is the score; None is the last number.
+        score_goal: whether a larger or a smaller one is better.
+        score_timeout: seconds it may take.
+        lm_eval: tasks of lm-evaluation-harness, separated by commas, instead of a task file.
         key: the sub-dictionary of each checkpoint that is the model.
         window: which checkpoints are candidates.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
@@ -36,6 +44,16 @@ class Options:
 
     output: Path | str = "averaged.safetensors"
     task: str | None = None
+    val: Path | str | None = None
+    train: Path | str | None = None
+    test: Path | str | None = None
+    batch_size: int | None = None
+    trust_remote_code: bool = False
+    score_cmd: str | None = None
+    score_key: str | None = None
+    score_goal: Literal["max", "min"] = "max"
+    score_timeout: float | None = None
+    lm_eval: str | None = None
     key: str | None = None
     window: Window = field(default_factory=Window)
     device: str = "auto"
@@ -49,7 +67,22 @@ class Options:
     baselines: bool = True
     dry_run: bool = False
 
+    @property
+    def ways(self) -> list[str]:
+        """The options given that say how a mixture is scored."""
+        ways = {"--task": self.task, "--val": self.val, "--score-cmd": self.score_cmd, "--lm-eval": self.lm_eval}
+        return [name for name, value in ways.items() if value is not None]
+
     def __post_init__(self) -> None:
+        if len(self.ways) > 1:
+            raise UsageError(f"{' and '.join(self.ways)} both say how a mixture is scored: give one of them")
+        for name, value in (("--train", self.train), ("--test", self.test)):
+            if value is not None and self.val is None:
+                raise UsageError(f"{name} goes with --val, the data that a search learns from")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UsageError(f"--batch-size must be at least 1, not {self.batch_size}")
+        if self.score_timeout is not None and not self.score_timeout > 0:
+            raise UsageError(f"--score-timeout must be greater than 0, not {self.score_timeout}")
         if self.bits != "auto" and self.bits not in BITS:
             raise UsageError(f"--bits must be one of {', '.join(map(str, BITS))} or auto, not {self.bits}")
         if self.group_size < 1:

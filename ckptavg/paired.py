@@ -8,20 +8,23 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from ckptavg.objective import Score
 from ckptavg.result import Gain
 
 RESAMPLES: Final = 2000
+FEWEST: Final = 20  # units: an interval from fewer is far too narrow
 _AT_ONCE: Final = 1 << 22  # draws held in memory
 
 
 def gain(score: Score, reference: Score, *, seed: int = 0) -> Gain:
     """How much larger ``score`` is than ``reference``, with the percentile interval of the paired bootstrap.
 
-    The units of both were measured on the same examples in the same order. Each resample draws U units with
+    The units of both were measured on the same examples in the same order (else both are resampled by themselves and
+    nothing is paired). Each resample draws U units with
     replacement and takes the mean of their differences, weighted by the examples a unit stands for; the interval
-    holds the middle 95 % of 2000 of them.
+    holds the middle 95 % of 2000 of them. With fewer than 20 units there is no interval.
 
     Args:
         score: on some data.
@@ -31,15 +34,27 @@ def gain(score: Score, reference: Score, *, seed: int = 0) -> Gain:
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; paired over test examples: Koehn 2004,
         Statistical Significance Tests for Machine Translation Evaluation.
     """
-    assert score.each is not None and reference.each is not None
-    weight_U = score.each.examples_U
-    difference_U = (score.each.values_U - reference.each.values_U) * weight_U
+    if score.each is None or reference.each is None or len(score.each.values_U) < FEWEST:
+        return Gain(value=score.value - reference.value, low=None, high=None, units=0)
     generator = torch.Generator().manual_seed(seed)
-    units = len(weight_U)
-    means: list[torch.Tensor] = []
+    paired = score.each.order == reference.each.order and len(score.each.values_U) == len(reference.each.values_U)
+    if paired:
+        weight_U = score.each.examples_U
+        means_R = _means(score.each.values_U - reference.each.values_U, weight_U, generator)
+    else:
+        means_R = _means(score.each.values_U, score.each.examples_U, generator)
+        means_R -= _means(reference.each.values_U, reference.each.examples_U, generator)
+    low, high = torch.quantile(means_R, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    units = len(score.each.values_U)
+    return Gain(value=score.value - reference.value, low=low, high=high, units=units, paired=paired)
+
+
+def _means(values_U: Tensor, weight_U: Tensor, generator: torch.Generator) -> Tensor:
+    """[R], the weighted means of resamples."""
+    units = len(values_U)
+    means: list[Tensor] = []
     for done in range(0, RESAMPLES, max(1, _AT_ONCE // units)):
         count = min(max(1, _AT_ONCE // units), RESAMPLES - done)
         drawn_RU = torch.randint(units, (count, units), generator=generator)
-        means.append(difference_U[drawn_RU].sum(dim=1) / weight_U[drawn_RU].sum(dim=1))
-    bounds = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return Gain(value=score.value - reference.value, low=float(bounds[0]), high=float(bounds[1]), units=units)
+        means.append((values_U * weight_U)[drawn_RU].sum(dim=1) / weight_U[drawn_RU].sum(dim=1))
+    return torch.cat(means)

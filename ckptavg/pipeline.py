@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from ckptavg.average import output_specs
+from ckptavg.candidates import budget
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.discover import Found
 from ckptavg.errors import UsageError
+from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.finish import Finished, finish, name_of
 from ckptavg.judge import Judgement, judge
-from ckptavg.mixture import Mixture, Watch
-from ckptavg.objective import Learned, Objective, Score, Strategy
-from ckptavg.options import Options, destination
-from ckptavg.result import CandidateResult, MatrixResult, Result
-from ckptavg.session import mixture as make_mixture
-from ckptavg.session import opened
+from ckptavg.objective import Learned, Objective, Score, Split, Strategy
+from ckptavg.options import BITS, Options, destination
+from ckptavg.result import CandidateResult, Result
+from ckptavg.session import evaluator as make_evaluator
+from ckptavg.session import opened, pick_device
+from ckptavg.strategies.best import Best
 
 _LOST: Final = 0.5  # of the candidates' differences: coefficients found with less than half of them may be any
 
@@ -31,13 +33,15 @@ def run(paths: Sequence[Path], strategy: Strategy, options: Options, watch: Watc
         CkptavgError: in one line, with the exit code of its class; nothing is written then.
     """
     with opened(paths, options) as found:
-        objective, mixture = _objective(found, strategy, options, watch)
+        objective, evaluator = _objective(found, strategy, options, watch)
+        check(strategy, len(found.checkpoints), evaluator)
         if options.dry_run:
             return blank(found, strategy, options, plan(found.checkpoints, options))
         learned = strategy.learn(objective)
-        judgement = judge(mixture, learned.coefficients, options) if mixture else Judgement(learned.coefficients)
-        finished = finish(found.checkpoints, judgement.coefficients, strategy, options, mixture, watch)
-        return result(found, strategy, options, learned, judgement, finished, mixture)
+        judgement = judge(evaluator, learned.coefficients, options) if evaluator else Judgement(learned.coefficients)
+        wrote = Best() if judgement.replaced else strategy
+        finished = finish(found.checkpoints, judgement.coefficients, wrote, options, evaluator, watch)
+        return result(found, strategy, options, learned, judgement, finished, evaluator)
 
 
 class _Count:
@@ -52,13 +56,14 @@ class _Count:
 
 def _objective(
     found: Found, strategy: Strategy, options: Options, watch: Watch | None
-) -> tuple[Objective, Mixture | None]:
-    if options.task is not None:
-        mixture = make_mixture(found, options.task, options, watch)
-        return mixture, mixture
+) -> tuple[Objective, Evaluator | None]:
+    if options.ways:
+        evaluator = make_evaluator(found, options, watch)
+        return evaluator, evaluator
     if strategy.needs_task:
         raise UsageError(
-            f"{name_of(strategy)} learns from data, so it needs a task file", hint="`ckptavg init` writes ./task.py"
+            f"{name_of(strategy)} learns from data, so it needs a task file, --val or --score-cmd",
+            hint="`ckptavg init` writes ./task.py",
         )
     return cast("Objective", _Count(len(found.checkpoints))), None
 
@@ -82,11 +87,11 @@ def result(
     learned: Learned,
     judgement: Judgement,
     finished: Finished,
-    mixture: Mixture | None,
+    evaluator: Evaluator | None,
 ) -> Result:
     """Everything there is to report of a finished run."""
     coefficients = judgement.coefficients
-    doubts = [*learned.notes, *_doubts(found.checkpoints[0], coefficients, mixture, finished)]
+    doubts = [*learned.notes, *_doubts(found.checkpoints[0], coefficients, evaluator, finished)]
     known = blank(found, strategy, options, doubts)
     known = replace(
         known,
@@ -103,25 +108,46 @@ def result(
         trace=learned.trace,
         output=finished.output,
     )
-    if mixture is None:
+    if evaluator is None:
         return known
     return replace(
         known,
         scores=finished.scores,
         baselines=judgement.baselines,
         best_step=judgement.best_step,
-        scored_on=mixture.scored_on,
+        scored_on=evaluator.scored_on,
         holdout=options.holdout,
         verdict=judgement.verdict,
+        replaced=judgement.replaced,
         worse=judgement.worse,
-        cost=mixture.cost(),
-        matrix=MatrixResult(
-            bits=mixture.candidates.bits,
-            group_size=None if mixture.candidates.exact else mixture.group_size,
-            bytes=mixture.candidates.nbytes,
-            error=mixture.candidates.error,
-        ),
+        cost=evaluator.cost(),
+        matrix=evaluator.matrix,
     )
+
+
+def check(strategy: Strategy, n: int, evaluator: Evaluator | None, name: str = "") -> None:
+    """Refuse settings that the candidates or the task cannot meet, before anything runs for hours.
+
+    Args:
+        strategy: with its settings.
+        n: the number of candidates.
+        evaluator: what scores mixtures, if anything does.
+        name: of the strategy, at the beginning of an error.
+    """
+    before = f"{name}: " if name else ""
+    if (k := getattr(strategy, "k", 0)) > n:
+        raise UsageError(
+            f"{before}--k {k} asks for more checkpoints than the {n} candidates there are",
+            hint=f"choose --k {n} or less, or widen the window (--last, --start, --stop, --every)",
+        )
+    on: Split | None = getattr(strategy, "on", None)
+    if evaluator is not None and on is not None and evaluator.differentiable and not evaluator.has(on):
+        raise UsageError(f"{before}--on {on} needs {on} data, and the task has none", hint=f"add a {on}_dataloader()")
+    if evaluator is not None and getattr(strategy, "early_reject", False) and not evaluator.bounded:
+        raise UsageError(
+            f"{before}a score can only be stopped early where the metric is bounded",
+            hint="say how in the task file, for an accuracy: metric_bounds = (0.0, 1.0)",
+        )
 
 
 def plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[str]:
@@ -129,36 +155,45 @@ def plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[str]:
     first = checkpoints[0]
     path, _ = destination(options.output)
     written = sum(spec.nbytes for spec in output_specs(first, options.dtype).values())
-    bits = 32 if options.bits == "auto" else options.bits
-    scales = 0 if bits == 32 else 8 / options.group_size
-    matrix = round(len(checkpoints) * first.numel * (bits / 8 + scales))
+    n, elements = len(checkpoints), first.numel
+    bits = options.bits
+    if bits == "auto":
+        bits = budget.largest(elements, 4 * elements, n, options.group_size, pick_device(options.device), BITS)
+    matrix = budget.matrix_bytes(elements, 4 * elements, n, options.group_size, bits)
     return [
         f"would read {len(checkpoints)} candidates of {first.size:,} bytes and write {written:,} bytes to {path}",
         f"a float32 model's candidate matrix would take {matrix:,} bytes at {bits} bits on --device {options.device}",
     ]
 
 
-def _doubts(first: Checkpoint, coefficients: Coefficients, mixture: Mixture | None, finished: Finished) -> list[str]:
+def _doubts(
+    first: Checkpoint, coefficients: Coefficients, evaluator: Evaluator | None, finished: Finished
+) -> list[str]:
     said = [f"copied {', '.join(finished.copied)} beside it"] if finished.copied else []
-    if mixture is not None:
-        return said + _rounding_doubts(mixture, coefficients, finished.scores[mixture.scored_on])
+    if evaluator is not None and evaluator.matrix is not None:
+        return said + _rounding_doubts(evaluator, coefficients, finished.scores[evaluator.scored_on])
     if len(coefficients.selected) > 1 and any(name.endswith("running_var") for name in first.names):
-        said.append("BatchNorm statistics were averaged, which is wrong for a mixture; with --task they are recomputed")
+        said.append(
+            "BatchNorm statistics were averaged, which is wrong for a mixture; with a task file they are recomputed"
+        )
     return said
 
 
-def _rounding_doubts(mixture: Mixture, coefficients: Coefficients, exact: Score) -> list[str]:
+def _rounding_doubts(evaluator: Evaluator, coefficients: Coefficients, exact: Score) -> list[str]:
     """Say so where the search saw another score than the exact average's, by more than noise, or too little."""
-    if mixture.candidates.exact:
+    matrix = evaluator.matrix
+    if matrix is None or matrix.group_size is None:
         return []
-    seen, lost = mixture.score(coefficients), mixture.candidates.error
-    gaps = {"loss": (seen.loss - exact.loss, exact.loss_noise), "score": (seen.value - exact.value, exact.noise)}
+    seen, lost = evaluator.score(coefficients), matrix.error
+    gaps = {"score": (seen.value - exact.value, exact.noise)}
+    if seen.loss is not None and exact.loss is not None:
+        gaps["loss"] = (seen.loss - exact.loss, exact.loss_noise)
     wide = [f"its {name} {gap:+.4f} off (noise {noise:.4f})" for name, (gap, noise) in gaps.items() if abs(gap) > noise]
     if not wide and lost <= _LOST:
         return []
     what = f"the search did not see the average as it is ({', '.join(wide)})" if wide else "the search saw little"
     return [
-        f"at --bits {mixture.candidates.bits} {what}: {lost:.0%} of the candidates' differences was lost to rounding. "
+        f"at --bits {matrix.bits} {what}: {lost:.0%} of the candidates' differences was lost to rounding. "
         "Search with more bits"
     ]
 

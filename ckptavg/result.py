@@ -61,6 +61,7 @@ class Result:
         baselines: name → split → score; ``best`` is the best single candidate.
         verdict: what the scores say, in plain words.
         worse: whether the selection scores below the best single candidate on validation.
+        replaced: whether that candidate was written instead; then the selection is among the baselines.
         groups: the tensors that each of a candidate's coefficients is for, as prefixes of their names.
         holdout: the fraction of the validation data that was kept for the test score, None where there was no need.
     """
@@ -76,6 +77,7 @@ class Result:
     scored_on: Split = "val"
     verdict: str = ""
     worse: bool = False
+    replaced: bool = False
     groups: Groups = EVERYTHING
     holdout: float | None = None
     matrix: MatrixResult | None = None
@@ -91,20 +93,22 @@ class Gain:
 
     Attributes:
         value: the difference of the means.
-        low: the lower end of its paired-bootstrap 95 % interval.
+        low: the lower end of its paired-bootstrap 95 % interval, None where there is nothing to resample.
         high: the upper end.
         units: how many examples (or batches, where the task gives means only) were resampled.
+        paired: whether the examples came in the same order for both, so that differences could be resampled.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     units: int
+    paired: bool = True
 
     @property
     def separated(self) -> bool:
         """Whether the interval leaves out zero."""
-        return self.low > 0 or self.high < 0
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +141,8 @@ class Comparison:
     Attributes:
         winner: the name of the one with the highest validation score.
         result: the winner's run.
-        cost: of all together, what they share measured once.
     """
 
     contestants: Sequence[Contestant]
     winner: str
     result: Result
-    cost: Cost | None = None

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from ckptavg import companions
+from ckptavg.commanded import Commanded
 from ckptavg.determinism import reproducible
 from ckptavg.discover import Found, discover
 from ckptavg.errors import CkptavgError, OutOfMemoryError, UsageError, is_out_of_memory
+from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.layout import check_agreement
-from ckptavg.mixture import Mixture, Watch
+from ckptavg.mixture import Mixture
 from ckptavg.options import Options, destination
 from ckptavg.tasks import Task
 from ckptavg.tasks.held_out import HeldOut
@@ -37,10 +39,23 @@ def opened(paths: Sequence[Path], options: Options) -> Generator[Found]:
         yield found
 
 
-def mixture(found: Found, task: str, options: Options, watch: Watch | None) -> Mixture:
-    """The candidates with a task; nothing is loaded yet."""
+def evaluator(found: Found, options: Options, watch: Watch | None) -> Evaluator:
+    """What scores mixtures of the candidates; nothing is loaded yet."""
+    if options.score_cmd is not None:
+        path, folder = destination(options.output)
+        return Commanded(
+            options.score_cmd,
+            found.checkpoints,
+            key=options.score_key,
+            goal=options.score_goal,
+            timeout=options.score_timeout,
+            dtype=options.dtype,
+            beside=path.parent if folder is None or folder.is_dir() else folder.parent,
+            seed=options.seed,
+            watch=watch,
+        )
     return Mixture(
-        _task(task, options),
+        _task(options),
         found.checkpoints,
         device=pick_device(options.device),
         seed=options.seed,
@@ -68,7 +83,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _task(source: str, options: Options) -> Task:
+def _task(options: Options) -> Task:
+    assert options.task is not None
+    source = options.task
     task = PythonTask(source)
     if options.holdout is None:
         return task

@@ -26,5 +26,10 @@ def read(folder: Path) -> dict[str, Any]:
         for part in table:
             values = values.get(part, {})
         if values:
-            return {str(key).replace("-", "_"): value for key, value in values.items()}
+            return {str(key).replace("-", "_"): _plain(value) for key, value in values.items()}
     return {}
+
+
+def _plain(value: Any) -> Any:
+    """A list as the command line would have it."""
+    return ",".join(map(str, value)) if isinstance(value, list) else value

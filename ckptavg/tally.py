@@ -64,12 +64,13 @@ class Tally:
         most = (self._seen + max(self._sign * bound for bound in self._bounds) * (total - self.examples)) / total
         return most < bar - total * 2**-52 * max(map(abs, self._bounds))
 
-    def score(self, what: str, split: Split) -> Score:
+    def score(self, what: str, split: Split, order: int = 0) -> Score:
         """The means over all examples.
 
         Args:
             what: names what was scored, in an error.
             split: on which data.
+            order: tells apart the orders that examples came in.
         Raises:
             TaskError: if a mean is NaN or infinite, or a metric left its bounds.
         """
@@ -97,7 +98,7 @@ class Tally:
         if metrics_U is not None and self._bounds is not None:
             self._check_bounds(metrics_U)
         values_U = -losses_U if metrics_U is None else self._sign * metrics_U
-        each = Each(values_U=values_U, losses_U=losses_U, examples_U=examples_U)
+        each = Each(values_U=values_U, losses_U=losses_U, examples_U=examples_U, order=order)
         return Score(value=value, loss=loss, metric=metric, examples=examples, each=each)
 
     def _check_bounds(self, metrics_U: Tensor) -> None:

@@ -24,6 +24,7 @@ class Quadratic:
     def uniform(self) -> Tensor:
         return torch.full((self.n,), 1 / self.n, dtype=torch.float64)
 
+    differentiable = True
     scored_on: Split = "val"
 
     def batches(self, on: Split) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -152,8 +153,8 @@ def test_weights_that_are_not_finite(run: Run, ckpts: Path, tmp_path: Path, valu
         (("import torch\n", "import torch, nonsense\n"), "mine.py:2: on import: ModuleNotFoundError"),
         (("import torch\n", "import torch; raise SystemExit('no')\n"), "mine.py:2: on import: SystemExit: no"),
         (("def model()", "def model("), "mine.py:5: on import: SyntaxError"),
-        ((".mean(dim=1)", ".mean() * float('nan')"), "candidate ckpts/step-1.safetensors has loss nan on the val data"),
-        ((".mean(dim=1)", ".sum() / 0"), "has loss inf on the val data"),
+        ((".mean(dim=1)", ".mean() * float('nan')"), "loss() gave nan at step 1 of the search"),
+        ((".mean(dim=1)", ".sum() / 0"), "loss() gave inf at step 1 of the search"),
         ((".mean(dim=1)", ".mean(dim=0)"), "loss must give a scalar or one real number an example [4]"),
         ((".square().mean(dim=1)", ".argmax(dim=1)"), "loss() must return a floating-point tensor, not a torch.int64"),
         (("torch.ones(8, 3)), batch_size=4", "torch.ones(0, 3)), batch_size=4"), "val_dataloader() gave no batches"),
@@ -300,3 +301,40 @@ def test_options_come_from_the_configuration_and_the_environment(run: Run, ckpts
     check(run("sewa", "ckpts", CKPTAVG_K="8"), 2, "--k 8 asks")
     check(run("sewa", "ckpts", "--k", 7, CKPTAVG_K="8"), 2, "--k 7 asks")
     assert TASK.exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "command", "code", "message"),
+    [
+        ("return model", "return float('nan') * model", "sewa --k 2", 7, "loss() gave nan at step 1 of the search"),
+        ("return model", "return float('nan') * model", "twa", 7, "loss() gave nan at step 1 of the search"),
+        ("return model", "return model(batch[0]).detach() if 1 else model", "twa", 7, "loss() gives no gradient"),
+        ("return model", "return model", "twa --lr 1e300", 7, "smaller --lr"),
+        ("return model", "return model", "twa --on train", 2, "--on train needs train data"),
+        ("return model", "return model", "aswa --early-reject", 2, "metric_bounds"),
+        ("return model", "return model", "sewa --k 99 --dry-run", 2, "--k 99 asks"),
+    ],
+)
+def test_what_a_search_cannot_learn_from_is_said(
+    run: Run, ckpts: Path, tmp_path: Path, old: str, new: str, command: str, code: int, message: str
+):
+    assert old in TINY
+    (tmp_path / "mine.py").write_text(TINY.replace(old, new))
+    name, *options = command.split()
+    done = run(name, "ckpts", "--task", "mine.py", *options)
+    assert done.returncode == code and message in done.stderr and "bug" not in done.stderr, done.stderr
+    assert left(tmp_path) == {"ckpts", "mine.py"}
+
+
+def test_the_shared_options_come_from_the_environment_too(run: Run, ckpts: Path, tmp_path: Path):
+    (tmp_path / "mine.py").write_text(TINY)
+    done = run("swa", "ckpts", CKPTAVG_TASK="mine.py", CKPTAVG_BITS="4", CKPTAVG_SEED="3", CKPTAVG_JSON="1")
+    report = json.loads(done.stdout)
+    assert (report["matrix"]["bits"], report["seed"]) == (4, 3)
+
+
+def test_a_list_in_the_configuration_is_a_list_of_strategies(run: Run, ckpts: Path, tmp_path: Path):
+    (tmp_path / "mine.py").write_text(TINY)
+    (tmp_path / "ckptavg.toml").write_text('task = "mine.py"\nstrategies = ["swa", "soup"]\n')
+    done = run("compare", "ckpts", "--json")
+    assert [one["name"] for one in json.loads(done.stdout)["strategies"]] == ["last", "swa", "soup"]

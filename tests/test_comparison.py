@@ -127,7 +127,7 @@ def test_a_holdout_beside_test_data_is_refused(digits: Path, run: Run):
     ("options", "message"),
     [
         (("--strategies", "swa,nonsense"), "no strategy 'nonsense'"),
-        (("--strategies", "swa,lawa:k=99"), "lawa:k=99: k = 99 asks for more checkpoints than the 24"),
+        (("--strategies", "swa,lawa:k=99"), "lawa:k=99: --k 99 asks for more checkpoints than the 24"),
         (("--holdout", "1.5"), "--holdout must be between 0 and 1"),
         (("--bits", "3"), "--bits"),
         (("--group-size", "0"), "--group-size must be at least 1"),

@@ -100,12 +100,11 @@ def test_scores_are_those_of_the_exact_average_and_remembered_apart(jobs: dict[s
 
 
 def test_auto_takes_the_most_that_fits(monkeypatch: pytest.MonkeyPatch, digits: Path, tmp_path: Path):
-    tensors = [torch.zeros(1000), torch.zeros(3, dtype=torch.int64)]
     cpu = torch.device("cpu")
 
     def most(free: int) -> int:
         monkeypatch.setattr(budget, "free_memory", lambda device: free)
-        return budget.largest(tensors, 10, 128, cpu, BITS)
+        return budget.largest(1000, 4000, 10, 128, cpu, BITS)
 
     # 2 vectors of the model, and 10 rows; fewer bits need the mean as well
     assert most(round((8000 + 40_000) / 0.7) + 2) == 32 and most(round((8000 + 40_000) / 0.7) - 9) == 16

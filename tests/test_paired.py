@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -47,9 +49,10 @@ def test_the_same_examples_are_compared():
 
 
 def test_units_weigh_what_they_stand_for():
-    values, counts = torch.tensor([1.0, 0.0]).double(), torch.tensor([99.0, 1.0]).double()
-    found = gain(score(values, counts), score(torch.zeros(2).double(), counts))
-    assert found.value == 0.99 and (found.low, found.high) == (0.0, 1.0)
+    values, counts = torch.eye(20).double()[0], torch.ones(20).double()
+    counts[0] = 981
+    found = gain(score(values, counts), score(torch.zeros(20).double(), counts))
+    assert found.value == 0.981 and found.low == 0.0 and 0.99 < (found.high or 0) <= 1.0
 
 
 def test_it_repeats_itself_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch):
@@ -57,3 +60,17 @@ def test_it_repeats_itself_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch
     whole = gain(a, b, seed=3)
     monkeypatch.setattr("ckptavg.paired._AT_ONCE", 100)
     assert gain(a, b, seed=3) == whole != gain(a, b, seed=4)
+
+
+def test_examples_in_another_order_are_not_paired():
+    values = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one, other = score(values + 0.01), score(values.flip(0))
+    assert other.each is not None
+    found = gain(one, replace(other, each=replace(other.each, order=1)))
+    assert not found.paired and not found.separated and found.low is not None and found.low < -0.1
+    assert gain(one, one).paired
+
+
+def test_few_units_tell_no_interval():
+    found = gain(score(torch.ones(19).double()), score(torch.zeros(19).double()))
+    assert (found.value, found.low, found.high) == (1.0, None, None) and not found.separated

@@ -8,30 +8,32 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from torch import Tensor
 
 _SHARE: Final = 0.7  # of the free memory; the rest is for activations
 
 
-def largest(tensors: Iterable[Tensor], n: int, group_size: int, device: torch.device, bits: Iterable[int]) -> int:
+def largest(elements: int, size: int, n: int, group_size: int, device: torch.device, bits: Iterable[int]) -> int:
     """The largest of ``bits`` at which N candidates, their mean and a gradient take at most 70 % of the free memory.
 
     Args:
-        tensors: the model's.
+        elements: the model's floating-point ones.
+        size: their bytes.
         n: the number of candidates.
         group_size: elements that share a scale and a zero point.
         device: where the matrix would be.
         bits: what to choose from, falling; the last of them if nothing fits.
     """
-    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-    elements, size = sum(tensor.numel() for tensor in floats), sum(tensor.nbytes for tensor in floats)
     room = _SHARE * free_memory(device) - 2 * size
     choice = 0
     for choice in bits:
-        matrix = n * size if choice == 32 else n * elements * (choice / 8 + 8 / group_size) + 4 * elements
-        if matrix <= room:
+        if matrix_bytes(elements, size, n, group_size, choice) <= room:
             break
     return choice
+
+
+def matrix_bytes(elements: int, size: int, n: int, group_size: int, bits: int) -> int:
+    """What N candidates take: scales, zero points and the mean included where they have fewer than 32 bits."""
+    return n * size if bits == 32 else round(n * elements * (bits / 8 + 8 / group_size)) + 4 * elements
 
 
 def free_memory(device: torch.device) -> int:

@@ -5,8 +5,9 @@ Shape suffixes: D = elements of one dtype (parameters first, then floating-point
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import torch
@@ -39,18 +40,25 @@ class Flat:
     gradient_Q: Tensor
     slots: tuple[Slot, ...]
 
-    def segments(self, groups: Groups, stop: int) -> Iterator[tuple[int, int, int]]:
+    def segments(self, groups: Groups, stop: int) -> Sequence[tuple[int, int, int]]:
         """(start, stop, group) of the runs of elements before ``stop`` that belong to one group of coefficients."""
-        begin, present = 0, -1
-        for slot in self.slots:
-            if slot.start >= stop:
-                break
-            if (g := group_of(slot.names[0], groups)) != present:
-                if slot.start > begin:
-                    yield begin, slot.start, present
-                begin, present = slot.start, g
-        if begin < stop:
-            yield begin, stop, present
+        return _segments(self.slots, groups, stop)
+
+
+@lru_cache(maxsize=16)  # asked for twice a step, the same every time
+def _segments(slots: tuple[Slot, ...], groups: Groups, stop: int) -> Sequence[tuple[int, int, int]]:
+    found: list[tuple[int, int, int]] = []
+    begin, present = 0, -1
+    for slot in slots:
+        if slot.start >= stop:
+            break
+        if (g := group_of(slot.names[0], groups)) != present:
+            if slot.start > begin:
+                found.append((begin, slot.start, present))
+            begin, present = slot.start, g
+    if begin < stop:
+        found.append((begin, stop, present))
+    return found
 
 
 def flatten(tensors: list[tuple[tuple[str, ...], Tensor]]) -> Flat:

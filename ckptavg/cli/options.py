@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
 import typer
 
 from ckptavg.result import Comparison, Result
 
 if TYPE_CHECKING:
-    from ckptavg.mixture import Watch
+    from ckptavg.evaluator import Watch
     from ckptavg.options import Options
 
 Report: TypeAlias = Result | Comparison
@@ -38,8 +38,28 @@ LastN = Annotated[int | None, option("Candidates", "The last N.", "--last")]
 Key = Annotated[str | None, option("Candidates", "The part of each file that is the model, such as state_dict_ema.")]
 TaskFile = Annotated[
     str | None,
-    option("Run", "Python file or module: model, loss, data. Else ./task.py.", metavar="PATH", envvar="CKPTAVG_TASK"),
+    option("Task", "Python file or module: model, loss, data. Else CKPTAVG_TASK, ./task.py.", metavar="PATH"),
 ]
+Val = Annotated[
+    str | None,
+    option("Task", "Validation data for a Hugging Face model: JSONL, CSV, Parquet, images.", metavar="PATH"),
+]
+Train = Annotated[str | None, option("Task", "Training data, with --val.", metavar="PATH")]
+Test = Annotated[str | None, option("Task", "Data for an unbiased final score, with --val.", metavar="PATH")]
+BatchSize = Annotated[int | None, option("Task", "Of that data; default 32, halved when memory runs out.")]
+TrustRemoteCode = Annotated[
+    bool, option("Task", "Let the candidates' config.json name code to run.", "--trust-remote-code")
+]
+ScoreCmd = Annotated[
+    str | None,
+    option("Task", "A command that prints the score of {} (a file) or {dir}: 'python eval.py {}'.", metavar="CMD"),
+]
+ScoreKey = Annotated[
+    str | None, option("Task", "The entry of a JSON line on its stdout that is the score; else the last number.")
+]
+ScoreGoal = Annotated[Literal["max", "min"], option("Task", "Whether a larger or a smaller score is better.")]
+ScoreTimeout = Annotated[float | None, option("Task", "Seconds that the command may take.")]
+LmEval = Annotated[str | None, option("Task", "Tasks of lm-evaluation-harness, separated by commas.", metavar="TASKS")]
 Device = Annotated[str, option("Run", "auto, cpu, cuda, cuda:1, mps.")]
 Seed = Annotated[int, option("Run", "Of everything random.")]
 Json = Annotated[bool, option("Report", "Print the report as JSON on stdout.", "--json")]
@@ -85,6 +105,16 @@ def _shared(
     last: LastN = None,
     key: Key = None,
     task: TaskFile = None,
+    val: Val = None,
+    train: Train = None,
+    test: Test = None,
+    batch_size: BatchSize = None,
+    trust_remote_code: TrustRemoteCode = False,
+    score_cmd: ScoreCmd = None,
+    score_key: ScoreKey = None,
+    score_goal: ScoreGoal = "max",
+    score_timeout: ScoreTimeout = None,
+    lm_eval: LmEval = None,
     device: Device = "auto",
     seed: Seed = 0,
     bits: Bits = "32",
@@ -115,12 +145,21 @@ def signed(
         for one in inspect.signature(_shared).parameters.values()
         if one.name not in without
     ]
+    for one in (*own, *shared):
+        _from_environment(one)
     parameters = [parameter("ckpts", Paths), *own, *shared]
     run.__name__ = name
     run.__doc__ = doc
     run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     return run
+
+
+def _from_environment(one: inspect.Parameter) -> None:
+    """Let ``CKPTAVG_NAME`` set the option; the task file has an order of its own."""
+    info = get_args(one.annotation)[1]
+    if info.envvar is None and one.name != "task":
+        info.envvar, info.show_envvar = f"CKPTAVG_{one.name.upper()}", False
 
 
 def carry_out(
@@ -138,16 +177,15 @@ def carry_out(
     paths = arguments.pop("ckpts")
     with redirect_stdout(sys.stderr), shown.watching() as watch:  # a task that prints must not spoil stdout
         from ckptavg.options import Options
-        from ckptavg.tasks.find import find
+        from ckptavg.tasks.find import with_task
         from ckptavg.window import Window
 
         window = Window(
             **{name: arguments.pop(name) for name in ("include", "exclude", "start", "stop", "every", "last")}
         )
-        task = find(arguments.pop("task"), paths, required=needs_task)
         bits = arguments.pop("bits")
-        options = Options(**arguments, bits=bits if bits == "auto" else int(bits), window=window, task=task)
-        done = work(paths, options, watch)
+        options = Options(**arguments, bits=bits if bits == "auto" else int(bits), window=window)
+        done = work(paths, with_task(options, paths, required=needs_task), watch)
     result = done.result if isinstance(done, Comparison) else done
     shown.warn(result)
     shown.print(table.render(done))

@@ -33,4 +33,4 @@ def command(name: str, strategy: type[Strategy]) -> Callable[..., None]:
 def _annotation(name: str, hint: Any, default: Any) -> Any:
     kind, text = get_args(hint)
     names = (f"--{name.replace('_', '-')}",) if default is False else ()  # no --no-… for a flag
-    return Annotated[kind, option("Strategy", text, *names, envvar=f"CKPTAVG_{name.upper()}", show_envvar=False)]
+    return Annotated[kind, option("Strategy", text, *names)]

@@ -41,6 +41,7 @@ def to_dict(result: Result) -> dict[str, Any]:
         "best_step": result.best_step,
         "verdict": result.verdict,
         "worse": result.worse,
+        "replaced": result.replaced,
         "cost": _cost(result.cost),
         "matrix": matrix
         and {
@@ -94,6 +95,7 @@ def _contestant(one: Contestant) -> dict[str, Any]:
                 "high": gain.high,
                 "separated": gain.separated,
                 "units": gain.units,
+                "paired": gain.paired,
             }
             for split, gain in one.gains.items()
         },
@@ -106,6 +108,7 @@ def _cost(cost: Cost | None) -> dict[str, Any] | None:
     return cost and {
         "forward_batches": cost.forward_batches,
         "backward_batches": cost.backward_batches,
+        "evaluations": cost.evaluations,
         "seconds": round(cost.seconds, 3),
         "epochs": cost.epochs,
         "epochs_of": cost.epochs_of,

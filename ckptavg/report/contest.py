@@ -20,12 +20,19 @@ def contest(comparison: Comparison) -> Iterator[RenderableType]:
     yield _table(comparison, splits)
     yield Text()
     yield Text(comparison.result.verdict, style="bold")
+    if comparison.contestants[0].gains[judged].low is None:
+        yield Text(
+            f"over last: on {judged} data; for an interval it takes a loss or metric for each example.", style="dim"
+        )
+        return
     yield Text(
         f"over last: on {judged} data, in brackets the paired-bootstrap 95 % interval over "
         f"{comparison.contestants[0].gains[judged].units:,} {_units(comparison, judged)}; "
         "≈ is a difference it does not separate from zero.",
         style="dim",
     )
+    if not all(one.gains[judged].paired for one in comparison.contestants):
+        yield Text("The loader gives its examples in another order each time: nothing could be paired.", style="yellow")
     yield Text("epochs and seconds: of the search, as if it had run alone.", style="dim")
 
 
@@ -35,7 +42,9 @@ def _table(comparison: Comparison, splits: list[Split]) -> Table:
     metric = next(iter(comparison.contestants[0].scores.values())).metric is not None
     for split in splits:
         table.add_column(f"{split} {'metric' if metric else 'loss'}", justify="right")
-    for heading in (f"over last ({splits[-1]})", "", "used", "passes f+b", "epochs", "seconds"):
+    batches = any(one.cost.forward_batches for one in comparison.contestants)
+    costs = ("passes f+b", "epochs", "seconds") if batches else ("scores", "", "seconds")
+    for heading in (f"over last ({splits[-1]})", "", "used", *costs):
         table.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
     for one in sorted(comparison.contestants, key=lambda one: -one.scores[splits[0]].value):
         won = one.name == comparison.winner
@@ -45,7 +54,7 @@ def _table(comparison: Comparison, splits: list[Split]) -> Table:
             *(_score(one.scores[split]) for split in splits),
             *figures,
             str(one.used),
-            f"{one.cost.forward_batches}+{one.cost.backward_batches}",
+            f"{one.cost.forward_batches}+{one.cost.backward_batches}" if batches else str(one.cost.evaluations),
             "" if one.cost.epochs is None else f"{one.cost.epochs:.1f}",
             f"{one.cost.seconds:.1f}",
             style="bold" if won else None,
@@ -54,11 +63,13 @@ def _table(comparison: Comparison, splits: list[Split]) -> Table:
 
 
 def _gain(gain: Gain) -> tuple[str, str]:
+    if gain.low is None:
+        return f"{gain.value:+.4f}", ""
     return f"{gain.value:+.4f} \\[{gain.low:+.4f}, {gain.high:+.4f}]", "" if gain.separated else "≈"
 
 
 def _score(score: Score) -> str:
-    return f"{score.loss if score.metric is None else score.metric:.4f}"
+    return f"{-score.value if score.metric is None else score.metric:.4f}"
 
 
 def _units(comparison: Comparison, split: Split) -> str:

@@ -53,10 +53,10 @@ def _foot(result: Result) -> Iterator[Text]:
 
 def _candidates(result: Result) -> Table:
     shown = list(dict.fromkeys(name for one in result.candidates for name in one.columns))
-    scored = any(one.score for one in result.candidates)
+    lossy = any(one.score and one.score.loss is not None for one in result.candidates)
     metric = any(one.score and one.score.metric is not None for one in result.candidates)
     table = Table(title=f"{len(result.candidates)} candidates", title_justify="left", box=None, pad_edge=False)
-    for heading in ("candidate", "step", *shown, *(("metric",) if metric else ()), *(("loss",) if scored else ()), ""):
+    for heading in ("candidate", "step", *shown, *(("metric",) if metric else ()), *(("loss",) if lossy else ()), ""):
         table.add_column(heading, justify="left" if heading in ("candidate", "") else "right", no_wrap=True)
     for one in result.candidates:
         chosen = one.coefficient not in (0.0, ()) and result.output is not None
@@ -64,8 +64,8 @@ def _candidates(result: Result) -> Table:
             escape(printable(one.path.name)),
             str(one.step),
             *(_cell(one.columns[name]) for name in shown),
-            *((f"{one.score.metric:.4f}" if one.score and one.score.metric is not None else "",) if metric else ()),
-            *((f"{one.score.loss:.4f}" if one.score else "",) if scored else ()),
+            *((_number(one.score and one.score.metric),) if metric else ()),
+            *((_number(one.score and one.score.loss),) if lossy else ()),
             _mark(one) if chosen else "",
             style=None if chosen or result.output is None else "dim",
         )
@@ -73,7 +73,11 @@ def _candidates(result: Result) -> Table:
 
 
 def _cell(value: float | str | None) -> str:
-    return "" if value is None else value if isinstance(value, str) else f"{value:.4f}"
+    return value if isinstance(value, str) else _number(value)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _mark(one: CandidateResult) -> str:
@@ -100,25 +104,28 @@ def _row(one: CandidateResult) -> Sequence[float]:
 
 
 def _scores(result: Result) -> Table:
-    rows: dict[str, Mapping[Split, Score]] = {result.strategy: result.scores}
+    written = "written: best single" if result.replaced else result.strategy
+    rows: dict[str, Mapping[Split, Score]] = {written: result.scores}
     for name, scores in result.baselines.items():
         if name.partition("-")[0] != result.strategy:  # not lawa-5 beside lawa
             rows[f"best single (step {result.best_step})" if name == "best" else name] = scores
     table = Table(box=None, pad_edge=False)
     table.add_column("scores", no_wrap=True)
     for split in result.scores:
-        if any(score.metric is not None for score in result.scores.values()):
-            table.add_column(f"{split} metric", justify="right")
-        table.add_column(f"{split} loss", justify="right")
+        for kind in _kinds(result.scores[split]):
+            table.add_column(f"{split} {kind}", justify="right")
     for name, scores in rows.items():
         cells: list[str] = []
         for split in result.scores:
             score = scores.get(split)
-            if result.scores[split].metric is not None:
-                cells.append(f"{score.metric:.4f}" if score and score.metric is not None else "")
-            cells.append(f"{score.loss:.4f}" if score else "")
-        table.add_row(name, *cells, style="bold" if name == result.strategy else None)
+            cells += (_number(score and getattr(score, kind)) for kind in _kinds(result.scores[split]))
+        table.add_row(name, *cells, style="bold" if name == written else None)
     return table
+
+
+def _kinds(score: Score) -> list[str]:
+    """The figures that there are of a split."""
+    return [kind for kind in ("metric", "loss") if getattr(score, kind) is not None]
 
 
 def _matrix(matrix: MatrixResult) -> str:
@@ -134,11 +141,13 @@ def _fineprint(result: Result) -> Iterator[str]:
     if result.scored_on == "train":
         yield "Scored on training data: the task has no val_dataloader()."
     elif "test" not in result.scores:
-        yield "The selection was made on these validation data, which flatters it; a test_dataloader() would tell."
+        yield "The selection was made on these data, which flatters it; test data that it never saw would tell."
 
 
 def _cost(cost: Cost) -> str:
     epochs = "" if cost.epochs is None else f" = {cost.epochs:.1f} epochs of the {cost.epochs_of} data"
+    if not cost.forward_batches:
+        return f"cost: {cost.evaluations} mixtures scored, {cost.seconds:.1f} s"
     batches = f"{cost.forward_batches} forward and {cost.backward_batches} backward batches"
     return f"cost: {batches}{epochs}, {cost.seconds:.1f} s"
 

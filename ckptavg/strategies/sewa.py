@@ -5,18 +5,21 @@ Shape suffixes: N = candidates, K = chosen, M = Monte Carlo samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import Learned, Objective, Strategy
+from ckptavg.objective import Learned, Objective, Strategy, check_losses
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BLOCK = 256  # steps whose noise is drawn at once
+DRAWS = 8  # masks that are scored between two steps of s, where there is no gradient
 EDGE = 1e-3  # probabilities closer than this to 0 or 1 are sampled as if they were this far away
 
 
@@ -51,9 +54,10 @@ class SeWA:
         None
     )
     straight_through: Annotated[bool, "Round the sampled mask to 0 or 1 in the forward pass."] = False
+    evaluations: Annotated[int, "Scores to search by where there is no gradient (--score-cmd, --lm-eval)."] = 100
 
     def __post_init__(self) -> None:
-        for name, least in (("k", 1), ("steps", 1), ("samples", 1)):
+        for name, least in (("k", 1), ("steps", 1), ("samples", 1), ("evaluations", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("lr", "tau_start", "tau_end"):
@@ -70,6 +74,8 @@ class SeWA:
                 f"--k {self.k} asks for more checkpoints than the {n} candidates there are",
                 hint=f"choose --k {n} or less, or widen the window (--last, --start, --stop, --every)",
             )
+        if not objective.differentiable:
+            return self._by_scores(objective)
         s_N = (objective.uniform() * self.k).clamp(max=1)
         losses = torch.empty(self.steps, dtype=s_N.dtype, device=s_N.device)
         for step, noise_MN in zip(range(self.steps), self._noise(objective, s_N), strict=False):
@@ -83,11 +89,61 @@ class SeWA:
             objective.progress(
                 "learning the mask", step + 1, self.steps, loss=losses[step], sure=s_N.topk(self.k).values.mean()
             )
-        probabilities = s_N.tolist()
-        chosen = sorted(range(n), key=lambda i: (probabilities[i], i))[-self.k :]
+        trace = losses.tolist()
+        check_losses(trace)
         return Learned(
-            coefficients=Coefficients.uniform(chosen, n), columns={"s": probabilities}, trace={"loss": losses.tolist()}
+            coefficients=Coefficients.uniform(self._likeliest(s_N), n),
+            columns={"s": s_N.tolist()},
+            trace={"loss": trace},
         )
+
+    def _by_scores(self, objective: Objective) -> Learned:
+        """The mask by score-function gradients: as many scores as asked for, of K candidates each.
+
+        Each step draws `DRAWS` masks m of exactly K candidates (the K largest of logit s_i + Gumbel noise) and takes
+        s ← Π_C(s + η·mean_m A(m)·(m − s)), A(m) being the scores less their mean, by their standard deviation:
+        REINFORCE with s(1−s)∇_s log p(m|s) = m − s as its direction, which does not explode at 0 and 1. The answer is
+        the best mask of all that were scored; the likeliest one is scored last. Source: Williams 1992, Machine
+        Learning 8.
+        """
+        import torch
+
+        n, draws = objective.n, objective.generator
+        s_N = torch.full((n,), self.k / n, dtype=torch.float64)
+        found: dict[tuple[int, ...], float] = {}
+        trace: list[float] = []
+        while len(found) < min(self.evaluations, math.comb(n, self.k)) and len(trace) < self.evaluations:
+            rest = self.evaluations - len(found)
+            masks = [self._drawn(s_N, draws) for _ in range(min(DRAWS, rest - 1))] or [self._likeliest(s_N)]
+            scores = torch.tensor([self._scored(objective, mask, found) for mask in masks], dtype=torch.float64)
+            m_MN = torch.zeros(len(masks), n, dtype=torch.float64)
+            for row_N, mask in zip(m_MN, masks, strict=True):
+                row_N[list(mask)] = 1
+            spread = scores.std(unbiased=False).clamp(min=torch.finfo(scores.dtype).tiny)
+            advantage_M = (scores - scores.mean()) / spread
+            s_N = project_capped_simplex(s_N + self.lr * (advantage_M @ (m_MN - s_N)) / len(masks), self.k)
+            trace.append(max(found.values()))
+            objective.progress("searching by scores", len(found), self.evaluations, score=trace[-1])
+        self._scored(objective, self._likeliest(s_N), found)
+        chosen = max(found, key=lambda mask: (found[mask], mask))
+        return Learned(
+            coefficients=Coefficients.uniform(chosen, n), columns={"s": s_N.tolist()}, trace={"best_score": trace}
+        )
+
+    def _drawn(self, s_N: Tensor, generator: torch.Generator) -> tuple[int, ...]:
+        import torch
+
+        noise_N = torch.rand(len(s_N), generator=generator, dtype=s_N.dtype).log().neg().log().neg()
+        return tuple(sorted((torch.logit(s_N, eps=EDGE) + noise_N).topk(self.k).indices.tolist()))
+
+    def _likeliest(self, s_N: Tensor) -> tuple[int, ...]:
+        values = s_N.tolist()
+        return tuple(sorted(sorted(range(len(values)), key=lambda i: (values[i], i))[-self.k :]))
+
+    def _scored(self, objective: Objective, mask: tuple[int, ...], found: dict[tuple[int, ...], float]) -> float:
+        if mask not in found:
+            found[mask] = objective.score(Coefficients.uniform(mask, objective.n)).value
+        return found[mask]
 
     def _noise(self, objective: Objective, s_N: Tensor) -> Iterator[Tensor]:
         """[M, N] of g1 − g0 for step after step; drawn on the CPU, the same for every device, and moved in blocks."""

@@ -6,13 +6,14 @@ Shape suffixes: G = groups of tensors (blocks), N = candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.errors import UsageError
-from ckptavg.objective import Learned, Objective, Split, Strategy
+from ckptavg.objective import Learned, Objective, Split, Strategy, check_losses
 
 if TYPE_CHECKING:
     import torch
@@ -71,9 +72,10 @@ class TWA:
     clip: Annotated[float | None, "Largest norm of the gradient of x."] = None
     sam_rho: Annotated[float, "Radius of a sharpness-aware (SAM) step in x; 0 is none."] = 0.0
     patience: Annotated[int | None, "Stop after so many epochs without a better score on held-out data."] = None
+    evaluations: Annotated[int, "Scores to search by where there is no gradient (--score-cmd, --lm-eval)."] = 100
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("patience", 1), ("block_size", 0)):
+        for name, least in (("epochs", 1), ("patience", 1), ("block_size", 0), ("evaluations", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
         for name in ("lr", "clip"):
@@ -87,6 +89,8 @@ class TWA:
         """See `Strategy.learn`."""
         import torch
 
+        if not objective.differentiable:
+            return self._by_scores(objective)
         groups = objective.blocks(self.block_size) if self.layerwise or self.block_size is not None else EVERYTHING
         fit, watched = self._data(objective)
         distance_GN = objective.distances(groups)
@@ -95,8 +99,11 @@ class TWA:
             distance_GN = torch.where(mean_G1 > 0, distance_GN / mean_G1, distance_GN)
         x_GN = torch.zeros_like(distance_GN, requires_grad=True)
         per_epoch = objective.batches(fit)
-        optimizer, schedule = self._optimizer(x_GN, self.epochs * per_epoch, self.lr or RATE.get(fit, RATE["val"]))
+        optimizer, schedule = self._optimizer(
+            x_GN, self.epochs * per_epoch, self.lr or RATE[self.on or objective.scored_on]
+        )
         losses: list[Tensor] = []
+        trace: list[float] = []
         best, scores = x_GN.detach().clone(), list[float]()
         if self.patience is not None:
             scores.append(objective.score(_answer(best, distance_GN, self.constraint, groups), watched).value)
@@ -108,6 +115,8 @@ class TWA:
                 objective.progress(
                     "training the coefficients", len(losses), self.epochs * per_epoch, epoch=epoch + 1, loss=losses[-1]
                 )
+            trace += torch.stack(losses[len(trace) :]).tolist()
+            check_losses(trace[-per_epoch:], len(trace) - per_epoch)
             if self.patience is None:
                 best = x_GN.detach()
                 continue
@@ -120,9 +129,44 @@ class TWA:
         coefficients = _answer(best, distance_GN, self.constraint, groups)
         return Learned(
             coefficients=coefficients,
-            trace={"loss": torch.stack(losses).tolist()} | ({"held_out_score": scores} if scores else {}),
+            trace={"loss": trace} | ({"held_out_score": scores} if scores else {}),
             notes=_far(coefficients),
         )
+
+    def _by_scores(self, objective: Objective) -> Learned:
+        """The coefficients by CMA-ES on x in units of the distances, from the mean of all: as many scores as asked for.
+
+        The answer is the best of all that were scored. Source: Hansen 2016, The CMA Evolution Strategy, a tutorial,
+        arXiv:1604.00772, by its author's library.
+        """
+        import torch
+
+        if self.layerwise or self.block_size is not None:
+            raise UsageError("coefficients by layer are trained by gradients, and here there are only scores")
+        n = objective.n
+        seed = int(torch.randint(1, 2**31, (1,), generator=objective.generator))
+        best, best_value = Coefficients.uniform(range(n), n), -math.inf
+        trace: list[float] = []
+
+        def cost(x: Sequence[float]) -> float:
+            nonlocal best, best_value
+            x_N = torch.tensor(x, dtype=torch.float64)[None]
+            coefficients = _answer(x_N, torch.ones_like(x_N), self.constraint, EVERYTHING)
+            value = objective.score(coefficients).value
+            if value > best_value:
+                best, best_value = coefficients, value
+            trace.append(best_value)
+            objective.progress("searching by scores", len(trace), self.evaluations, score=best_value)
+            return -value
+
+        cost([0.0] * n)
+        search = _cma(n, seed)
+        while n > 1 and len(trace) < self.evaluations and not search.stop():
+            drawn = search.ask(min(search.popsize, self.evaluations - len(trace)))
+            costs = [cost(x) for x in drawn]
+            if len(costs) == search.popsize:
+                search.tell(drawn, costs)
+        return Learned(coefficients=best, trace={"best_score": trace}, notes=_far(best))
 
     def _data(self, objective: Objective) -> tuple[Split, Split]:
         """What to train on, and what to watch: never the same examples where there is anything to be watched."""
@@ -195,12 +239,29 @@ def coefficients_of(x_GN: Tensor, distance_GN: Tensor, constraint: Constraint) -
     return 1 / n + y_GN - y_GN.mean(dim=-1, keepdim=True)
 
 
+def _cma(n: int, seed: int) -> Any:
+    """CMA-ES over n coordinates of which the mean of all candidates is 0, at first with steps of 1/n."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it looks for matplotlib
+            import cma
+            import numpy as np
+    except ImportError as error:
+        raise UsageError("a search by scores needs the package cma", hint="pip install 'ckptavg[score]'") from error
+    normal = np.random.default_rng(seed).standard_normal  # or it would seed the caller's own
+    options = {"randn": lambda *shape: normal(shape), "seed": math.nan, "verbose": -9, "verb_log": 0}
+    return cma.CMAEvolutionStrategy(n * [0.0], 1 / n, options)
+
+
 def _answer(x_GN: Tensor, distance_GN: Tensor, constraint: Constraint, groups: Groups) -> Coefficients:
     import torch
 
     # on the CPU, because a device without float64 could not make rows that sum to 1
     x, distance = x_GN.detach().to("cpu", torch.float64), distance_GN.to("cpu", torch.float64)
-    return Coefficients(tuple(map(tuple, coefficients_of(x, distance, constraint).tolist())), groups)
+    beta = coefficients_of(x, distance, constraint)
+    if not bool(torch.isfinite(beta).all()) or float((beta.sum(dim=-1) - 1).abs().max()) > beta.shape[-1] * 2**-40:
+        raise UsageError("the coefficients grew beyond all measure", hint="choose a smaller --lr, or --clip")
+    return Coefficients(tuple(map(tuple, beta.tolist())), groups)
 
 
 def _far(coefficients: Coefficients) -> list[str]:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ckptavg import settings
 from ckptavg.errors import UsageError
+from ckptavg.options import Options
+
+
+def with_task(options: Options, inputs: Sequence[Path], *, required: bool) -> Options:
+    """``options`` with the task file that `find` finds, unless they say otherwise how a mixture is scored."""
+    if set(options.ways) - {"--task"}:
+        return options
+    return replace(options, task=find(options.task, inputs, required=required))
 
 
 def find(option: str | None, inputs: Sequence[Path], *, required: bool = True) -> str | None:

@@ -19,7 +19,8 @@ class HeldOut:
     """The same task, a fraction of the examples of ``split`` moved to the split ``to``.
 
     Which ones is decided for each by a hash of its content and the seed, so the same example is always on the same
-    side, however a loader shuffles, and two equal ones never lie on different sides.
+    side, however a loader shuffles, and two equal ones never lie on different sides. Examples that are not the same
+    in every pass (padded to a shuffled batch, randomly transformed) could change sides, which is a TaskError.
 
     Args:
         task: the task as it is.
@@ -36,6 +37,7 @@ class HeldOut:
         self._sides: dict[Split, bool] = {rest: False, to: True}
         self._below = int(fraction * 2**64)
         self._key = f"{to} {seed}".encode()  # divided twice, the halves must not follow each other
+        self._all: int | None = None  # the sum of all examples' hashes
         self.source = task.source
         self.metric = task.metric
         self.metric_goal = task.metric_goal
@@ -58,13 +60,22 @@ class HeldOut:
         if split not in self._sides:
             yield from self._task.batches(split)
             return
+        total = 0
         for batch in self._task.batches(self._split):
-            held_B = self._held(batch)
+            hashes = self._hashes(batch)
+            total += sum(hashes)
+            held_B = torch.tensor([one < self._below for one in hashes], dtype=torch.bool)
             chosen_B = held_B if self._sides[split] else ~held_B
             if chosen_B.all():
                 yield batch
             elif chosen_B.any():
                 yield self._select(batch, chosen_B)
+        if self._all is None:
+            self._all = total
+        elif self._all != total:
+            raise self._indivisible(
+                "its examples differ from pass to pass (padded to a shuffled batch, or transformed)"
+            )
 
     def examples(self, split: Split) -> int | None:
         """See `Task.examples`; of a part it is known only when it was read."""
@@ -74,10 +85,11 @@ class HeldOut:
         """See `Task.length`."""
         return None if split in self._sides else self._task.length(split)
 
-    def _held(self, batch: Any) -> Tensor:
-        """[B], which examples are held out."""
+    def _hashes(self, batch: Any) -> list[int]:
+        """64 bits of each example's content."""
         size = batches.size(batch)
         digests = [hashlib.blake2b(key=self._key, digest_size=8) for _ in range(size)]
+        empty = digests[0].digest() if digests else b""
         for leaf in batches.leaves(batch):
             if isinstance(leaf, Tensor):
                 if leaf.ndim and leaf.shape[0] == size:
@@ -88,17 +100,22 @@ class HeldOut:
             elif isinstance(leaf, list | tuple) and len(leaf) == size:
                 for digest, item in zip(digests, leaf, strict=True):
                     digest.update(repr(item).encode())
-        return torch.tensor([int.from_bytes(digest.digest(), "little") < self._below for digest in digests])
+        if digests and digests[0].digest() == empty:
+            raise self._indivisible(f"a {type(batch).__name__} shows no examples")
+        return [int.from_bytes(digest.digest(), "little") for digest in digests]
 
     def _select(self, batch: Any, chosen_B: Tensor) -> Any:
         try:
             return batches.select(batch, chosen_B)
         except TypeError as error:
-            raise TaskError(
-                f"validation data cannot be divided: {error}",
-                path=self.source,
-                hint="give the task a test_dataloader()",
-            ) from error
+            raise self._indivisible(str(error)) from error
+
+    def _indivisible(self, why: str) -> TaskError:
+        return TaskError(
+            f"{self._split} data cannot be divided: {why}",
+            path=self.source,
+            hint="give the task a test_dataloader() instead of --holdout, and leave out --patience",
+        )
 
 
 def _bytes(tensor: Tensor) -> bytearray:

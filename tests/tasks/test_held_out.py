@@ -87,9 +87,30 @@ def test_a_batch_that_cannot_be_divided_is_an_error():
             self.x = torch.ones(4)
 
     task = held({"val": [(torch.arange(40.0), Opaque())]})
-    with pytest.raises(TaskError, match=r"toy: validation data cannot be divided: .*Opaque") as caught:
+    with pytest.raises(TaskError, match=r"toy: val data cannot be divided: .*Opaque") as caught:
         list(task.batches("test"))
-    assert caught.value.hint == "give the task a test_dataloader()"
+    assert caught.value.hint is not None and "test_dataloader()" in caught.value.hint
+
+
+def test_a_batch_that_shows_no_examples_is_an_error():
+    class Opaque:
+        pass
+
+    with pytest.raises(TaskError, match="val data cannot be divided: a Opaque shows no examples"):
+        list(held({"val": [Opaque()]}).batches("val"))
+
+
+def test_examples_that_change_from_pass_to_pass_are_an_error():
+    """Padding to the longest of a shuffled batch gives an example another hash, and so another side."""
+    (batch,) = data(1, (40,))
+    changed = {"x": torch.cat([batch["x"], torch.zeros(40, 1)], dim=1), "y": batch["y"]}
+    splits = {"val": [batch]}
+    task = held(splits)
+    list(task.batches("val"))
+    list(task.batches("test"))
+    splits["val"] = [changed]
+    with pytest.raises(TaskError, match="differ from pass to pass"):
+        list(task.batches("test"))
 
 
 def test_everything_else_is_the_task():

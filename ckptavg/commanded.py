@@ -1,0 +1,249 @@
+"""Scores by any program: each mixture is written to disk, and a command prints how good it is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from ckptavg import companions
+from ckptavg.average import output_specs, weighted_average
+from ckptavg.checkpoint import Checkpoint
+from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
+from ckptavg.errors import TaskError, UsageError
+from ckptavg.evaluator import Watch
+from ckptavg.meter import SECONDS, Meter
+from ckptavg.objective import Cost, Score, Split
+from ckptavg.readers import StoredTensor
+from ckptavg.write import SafetensorsFile
+
+FILE: Final = "{}"
+DIRECTORY: Final = "{dir}"
+_NUMBER: Final = re.compile(
+    r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.])|(?<!\w)[-+]?(?:nan|inf)(?!\w)"
+)
+_NO_LOSS: Final = "a command gives a score and no gradient: score with a task file or --val for this"
+_SHOWN: Final = 10  # lines of what a command that failed said
+
+
+class Commanded:
+    """An objective whose score is the number that a shell command prints; see `ckptavg.evaluator.Evaluator`.
+
+    The mixture is the exact average, in the dtype of the output, in a directory of its own beside the output. In the
+    command ``{}`` stands for its safetensors file and ``{dir}`` for the directory, which has the candidates' config
+    and tokenizer files too. There is no loss and no gradient.
+
+    Args:
+        command: for ``/bin/sh -c``; without ``{}`` and ``{dir}`` the file is its last argument.
+        checkpoints: the N candidates, open.
+        key: the entry of a JSON line that is the score (dots go deeper); None takes the last number of the output.
+        goal: whether larger or smaller is better.
+        timeout: seconds that a command may take.
+        dtype: of the mixtures, as in `ckptavg.average.output_specs`.
+        beside: where the mixtures are written while they are scored.
+        seed: of the generator that strategies draw from.
+        watch: is told the progress.
+    """
+
+    differentiable = False
+    scored_on: Split = "val"
+    splits: tuple[Split, ...] = ("val",)
+    bounded = False
+    statistics: Collection[str] = ()
+    matrix = None
+
+    def __init__(
+        self, command: str, checkpoints: Sequence[Checkpoint], *, key: str | None = None,
+        goal: Literal["max", "min"] = "max", timeout: float | None = None, dtype: str | None = None,
+        beside: Path, seed: int = 0, watch: Watch | None = None,
+    ) -> None:  # fmt: skip
+        self._command = command if FILE in command or DIRECTORY in command else f"{command} {FILE}"
+        self._checkpoints = checkpoints
+        self._key = key
+        self._sign = 1.0 if goal == "max" else -1.0
+        self._timeout = timeout
+        self._dtype = dtype
+        self._beside = beside
+        self._seed = seed
+        self.watch = watch
+        self._scores: dict[Coefficients, Score] = {}
+        self._meter = Meter()
+        self.restart()
+
+    @property
+    def n(self) -> int:
+        """The number of candidates."""
+        return len(self._checkpoints)
+
+    def has(self, split: Split) -> bool:
+        """See `Evaluator.has`."""
+        return split == "val"
+
+    def restart(self) -> None:
+        """See `Evaluator.restart`."""
+        self.generator = torch.Generator().manual_seed(self._seed)
+        self._meter.restart()
+
+    def prepare(self) -> None:
+        """See `Evaluator.prepare`: there is nothing to load."""
+
+    def step(self, i: int) -> int:
+        """The training step of candidate ``i``."""
+        return self._checkpoints[i].step
+
+    def uniform(self) -> Tensor:
+        """See `Objective.uniform`."""
+        return torch.full((self.n,), 1 / self.n, dtype=torch.float64)
+
+    def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
+        """See `Objective.score`: what the command prints for the average, remembered."""
+        if coefficients in self._scores:
+            self._meter.charge(coefficients)
+            return self._scores[coefficients]
+        with self._meter.pricing(coefficients):
+            self._meter.evaluated()
+            with self._written(coefficients) as path:
+                number = self._run(path)
+        score = Score(value=self._sign * number, loss=None, metric=number, examples=None)
+        self._scores[coefficients] = score
+        return score
+
+    def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
+        """See `Objective.score_above`: a command cannot be stopped early."""
+        score = self.score(coefficients)
+        return score if (score.value > bar if strict else score.value >= bar) else None
+
+    def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
+        """See `Evaluator.exact_score`: every score is."""
+        return self.score(coefficients)
+
+    def adopt(
+        self, specs: Mapping[str, StoredTensor], read_into: Callable[[str, int, memoryview], None]
+    ) -> Mapping[str, Tensor]:
+        """See `Evaluator.adopt`: nothing is recomputed, so the file is the one that was scored."""
+        return {}
+
+    def score_adopted(self, coefficients: Coefficients, split: Split) -> Score:
+        """See `Evaluator.score_adopted`."""
+        return self.score(coefficients)
+
+    def progress(self, stage: str, done: int, total: int, **figures: Tensor | float) -> None:
+        """See `Objective.progress`."""
+        if self.watch:
+            self.watch(stage, done, total, {name: float(value) for name, value in figures.items()})
+
+    def cost(self) -> Cost:
+        """See `Evaluator.cost`."""
+        return Cost(
+            forward_batches=0,
+            backward_batches=0,
+            evaluations=round(self._meter["evaluations"]),
+            seconds=self._meter[SECONDS],
+            epochs=None,
+            epochs_of="val",
+        )
+
+    def batches(self, on: Split) -> int:
+        """There are none."""
+        raise UsageError(_NO_LOSS)
+
+    def blocks(self, size: int | None) -> Groups:
+        """There is no model."""
+        raise UsageError(_NO_LOSS)
+
+    def distances(self, groups: Groups) -> Tensor:
+        """There is no model."""
+        raise UsageError(_NO_LOSS)
+
+    def loss(self, c_N: Tensor, on: Split | None = None, *, groups: Groups = EVERYTHING, again: bool = False) -> Tensor:
+        """There is none."""
+        raise UsageError(_NO_LOSS)
+
+    @contextmanager
+    def _written(self, coefficients: Coefficients) -> Generator[Path]:
+        """The average as a file, in a directory that is gone afterwards."""
+        folder = Path(tempfile.mkdtemp(prefix=".ckptavg-score-", dir=self._beside))
+        try:
+            path = folder / "model.safetensors"
+            specs = output_specs(self._checkpoints[0], self._dtype)
+            with SafetensorsFile(path, specs, {"format": "pt"}) as out:
+                for name, offset, data in weighted_average(self._checkpoints, coefficients, specs):
+                    out.write(name, offset, data)
+                out.commit()
+            if DIRECTORY in self._command:
+                companions.copy(self._checkpoints[coefficients.selected[-1]], folder)
+            yield path
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _run(self, path: Path) -> float:
+        command = self._command.replace(DIRECTORY, shlex.quote(str(path.parent))).replace(FILE, shlex.quote(str(path)))
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=self._timeout)
+        except BaseException as error:  # the whole group: the command may have started others
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise TaskError(
+                    f"--score-cmd took more than {self._timeout:g} s", hint="give it longer with --score-timeout"
+                ) from error
+            raise
+        if process.returncode:
+            raise TaskError(f"--score-cmd failed with exit code {process.returncode}: {_tail(err)}", hint=command)
+        return self._number(out, err, command)
+
+    def _number(self, out: str, err: str, command: str) -> float:
+        found = list(_numbers(out) if self._key is None else _entries(out, self._key))
+        if not found:
+            wanted = "no number" if self._key is None else f"no JSON line with a number at {self._key}"
+            raise TaskError(f"--score-cmd printed {wanted} on stdout: {_tail(out) or _tail(err)}", hint=command)
+        if not math.isfinite(found[-1]):
+            raise TaskError(f"--score-cmd printed {found[-1]}", hint=command)
+        return found[-1]
+
+
+def _numbers(text: str) -> Iterator[float]:
+    return (float(match.group()) for match in _NUMBER.finditer(text))
+
+
+def _entries(text: str, key: str) -> Iterator[float]:
+    """The numbers at ``key`` in those lines of ``text`` that are JSON objects."""
+    for line in text.splitlines():
+        try:
+            value: Any = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        number = _at(value, key)
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            yield float(number)
+
+
+def _at(value: Any, key: str) -> Any:
+    if not isinstance(value, dict) or key in value or "." not in key:
+        return value.get(key) if isinstance(value, dict) else None
+    head, _, rest = key.partition(".")
+    return _at(value.get(head), rest)
+
+
+def _tail(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " | ".join(lines[-_SHOWN:]) or "it said nothing"
