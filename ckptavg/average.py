@@ -137,7 +137,7 @@ class _Sums:
             if i > 0:
                 total.add_(term)
         result = torch.frombuffer(self._output, dtype=dtype, count=count)
-        result.copy_(total if dtype in (torch.float64, torch.float32) else _rounded_to_odd(total))
+        result.copy_(total if dtype in (torch.float64, torch.float32) else rounded_to_odd(total))
         self._check_finite(result, terms, name, start)
         return memoryview(self._output)[: count * dtype.itemsize]
 
@@ -172,7 +172,7 @@ def _tensor(buffer: bytearray, dtype: str, count: int) -> Tensor:
     return torch.frombuffer(buffer, dtype=TORCH[dtype], count=count)
 
 
-def _rounded_to_odd(x: Tensor) -> Tensor:
+def rounded_to_odd(x: Tensor) -> Tensor:
     """float64 → float32 such that rounding on to 16 bits gives what one rounding from float64 would.
 
     torch converts float64 to bfloat16 and float16 through float32, which rounds twice. Truncated towards zero, with

@@ -24,6 +24,7 @@ from ckptavg import companions
 from ckptavg.average import output_specs, weighted_average
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
+from ckptavg.dtypes import spelled
 from ckptavg.errors import TaskError, UsageError
 from ckptavg.evaluator import Watch
 from ckptavg.meter import SECONDS, Meter
@@ -185,7 +186,9 @@ class Commanded:
                     out.write(name, offset, data)
                 out.commit()
             if DIRECTORY in self._command:
-                companions.copy(self._checkpoints[coefficients.selected[-1]], folder)
+                companions.copy(
+                    self._checkpoints[coefficients.selected[-1]], folder, spelled(spec.dtype for spec in specs.values())
+                )
             yield path
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import OutputError
+from ckptavg.readers import ITEM_SIZE, StoredTensor
 
 PATTERNS: Final = (
     "config.json", "generation_config.json", "*_config.json", "preprocessor_config.json", "tokenizer*", "vocab*",
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja", "modules.json",
 )  # fmt: skip
+_ADAPTER: Final = "adapter_config.json"
+_HEADS: Final = ("lm_head", "embed_out", "output_layer", "cls.predictions.decoder")
+_EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in")
+_CHUNK: Final = 1 << 20  # elements compared at a time
 
 
 def check(folder: Path) -> None:
@@ -49,15 +55,54 @@ def made(folder: Path | None) -> Generator[None]:
         raise
 
 
-def copy(checkpoint: Checkpoint, folder: Path) -> list[str]:
+def file_name(checkpoint: Checkpoint) -> str:
+    """What the weights are called in an output directory: as its loader expects."""
+    name = checkpoint.reader.path.name
+    return "adapter_model.safetensors" if name.startswith("adapter_model.") else "model.safetensors"
+
+
+def check_tied(
+    checkpoint: Checkpoint, specs: Mapping[str, StoredTensor], read_into: Callable[[str, int, memoryview], None]
+) -> None:
+    """Refuse a file whose output layer differs from the embedding that its config ties it to.
+
+    transformers would untie the model without a word.
+
+    Args:
+        checkpoint: whose config.json lies beside the file.
+        specs: of the file.
+        read_into: reads it.
+    Raises:
+        OutputError: naming the two.
+    """
+    config = _read_json(_folder(checkpoint) / "config.json")
+    text: Any = config.get("text_config")
+    if not (config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))):
+        return
+    heads = [name for name in specs if name.rpartition(".")[0].endswith(_HEADS) and name.endswith(".weight")]
+    inputs = [name for name in specs if name.removesuffix(".weight").endswith(_EMBEDDINGS)]
+    for head in heads:
+        for table in inputs:
+            if specs[head].shape == specs[table].shape and not _equal(specs[head], head, table, read_into):
+                raise OutputError(f"{head} and {table} differ, but config.json ties them", path=checkpoint.path)
+
+
+def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str, Any] | None = None) -> list[str]:
     """Copy the companions of ``checkpoint`` into ``folder``; files that are already there stay.
 
+    The dtype in config.json, by which transformers loads, becomes that of the file.
+
+    Args:
+        checkpoint: whose.
+        folder: where to.
+        dtype: of the file's floating-point tensors, such as ``bfloat16``; several are separated by commas.
+        adapter: the content of its adapter_config.json, if it is not the candidates' own.
     Returns:
         The names copied.
     Raises:
         OutputError: if one cannot be written.
     """
-    source = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    source = _folder(checkpoint)
     copied: list[str] = []
     for path in sorted(source.iterdir()):
         wanted = path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in PATTERNS)
@@ -65,7 +110,45 @@ def copy(checkpoint: Checkpoint, folder: Path) -> list[str]:
             continue
         try:
             shutil.copyfile(path, folder / path.name)
+            if path.name == "config.json":
+                _agree(folder / path.name, dtype)
+            if path.name == _ADAPTER and adapter is not None:
+                (folder / path.name).write_text(json.dumps(adapter, indent=2, sort_keys=True) + "\n")
         except OSError as error:
             raise OutputError(f"cannot copy {path.name} here: {error.strerror}", path=folder) from error
         copied.append(path.name)
     return copied
+
+
+def _folder(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+
+def _agree(path: Path, dtype: str) -> None:
+    """Let config.json name the dtype of the file."""
+    config = _read_json(path)
+    names = [key for key in ("dtype", "torch_dtype") if key in config]
+    if "," in dtype or not names or all(config[key] == dtype for key in names):
+        return
+    config |= dict.fromkeys(names, dtype)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A small JSON file's object; empty where there is none, or it is no object."""
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _equal(spec: StoredTensor, one: str, other: str, read_into: Callable[[str, int, memoryview], None]) -> bool:
+    item = ITEM_SIZE[spec.dtype]
+    for start in range(0, spec.numel, _CHUNK):
+        buffers = [bytearray(min(_CHUNK, spec.numel - start) * item) for _ in range(2)]
+        for name, buffer in zip((one, other), buffers, strict=True):
+            read_into(name, start, memoryview(buffer))
+        if buffers[0] != buffers[1]:
+            return False
+    return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import torch
@@ -24,3 +24,8 @@ TORCH: Final[Mapping[str, torch.dtype]] = {
 }
 NAMES: Final[Mapping[str, str]] = {str(dtype).removeprefix("torch."): name for name, dtype in TORCH.items()}
 FLOATING: Final = ("F64", "F32", "F16", "BF16")
+
+
+def spelled(dtypes: Iterable[str]) -> str:
+    """The floating-point ones among safetensors' names of dtypes, as config.json spells them: ``bfloat16, float32``."""
+    return ", ".join(sorted({str(TORCH[dtype]).removeprefix("torch.") for dtype in dtypes if dtype in FLOATING}))

@@ -44,9 +44,11 @@ class Feed:
         self.order: dict[Split, int] = {}  # a checksum of the examples of the last whole pass, as they came
         self.needs_two = False  # whether a batch of one example cannot be used, having no statistics
 
-    def restart(self) -> None:
-        """Begin all streams anew."""
+    def restart(self, *, halved: bool = False) -> None:
+        """Begin all streams anew; ``halved`` batches are more than they were."""
         self._streams = {}
+        if halved:
+            self._lengths = {}
 
     def length(self, split: Split) -> int:
         """How many batches a pass has; read once and counted where the loader does not know.

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from ckptavg import companions, provenance
-from ckptavg.average import not_averaged, output_specs, weighted_average
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
-from ckptavg.dtypes import FLOATING, TORCH
+from ckptavg.dtypes import TORCH, spelled
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.objective import Score, Split, Strategy
 from ckptavg.options import Options, destination
+from ckptavg.readers import StoredTensor
+from ckptavg.recipe import Recipe, recipe
 from ckptavg.result import Output
+from ckptavg.shards import ShardedFiles, split_names
 from ckptavg.strategies import strategies
 from ckptavg.write import SafetensorsFile
 
@@ -30,11 +32,12 @@ MEGABYTE: Final = 10**6
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """The file, its own scores, and the names of the files copied beside it."""
+    """The file, its own scores (none where it does not fit the model), and the names of the files copied beside it."""
 
     output: Output
     scores: Mapping[Split, Score]
     copied: Sequence[str]
+    notes: Sequence[str] = ()
 
 
 def name_of(strategy: Strategy) -> str:
@@ -61,14 +64,19 @@ def finish(
         watch: is told the progress.
     """
     path, folder = destination(options.output)
+    source = checkpoints[coefficients.selected[-1]]
+    made = recipe(checkpoints, coefficients, dtype=options.dtype, mode=options.adapter, rank=options.rank)
     with companions.made(folder):
-        output, scores = _write(path, checkpoints, coefficients, strategy, options, evaluator, watch)
-    copied = companions.copy(checkpoints[coefficients.selected[-1]], folder) if folder else ()
-    return Finished(output=output, scores=scores, copied=copied)
+        if folder:
+            path = folder / companions.file_name(source)
+        output, scores = _write(path, made, checkpoints, coefficients, strategy, options, evaluator, watch)
+    copied = companions.copy(source, folder, output.dtype, made.config) if folder else ()
+    return Finished(output=output, scores=scores, copied=copied, notes=made.notes)
 
 
 def _write(
     path: Path,
+    made: Recipe,
     checkpoints: Sequence[Checkpoint],
     coefficients: Coefficients,
     strategy: Strategy,
@@ -77,18 +85,19 @@ def _write(
     watch: Watch | None,
 ) -> tuple[Output, dict[Split, Score]]:
     """Stream the average into a file beside its destination, and commit it when it is finished and scored."""
-    first = checkpoints[0]
-    specs = output_specs(first, options.dtype)
-    kept = not_averaged(first)
+    specs, kept = made.specs, made.not_averaged
+    fits = {name: spec.shape for name, spec in specs.items()} == {n: t.shape for n, t in checkpoints[0].tensors.items()}
+    if not fits:
+        evaluator = None  # an adapter of another rank than the model's
     recomputed = sorted(set(evaluator.statistics) & specs.keys()) if evaluator else []
     metadata = provenance.metadata(
         checkpoints, coefficients, name_of(strategy), asdict(strategy),  # pyright: ignore[reportArgumentType]
-        dtype=options.dtype, not_averaged=kept, recomputed=recomputed,
+        dtype=options.dtype, adapter=options.adapter, rank=options.rank, not_averaged=kept, recomputed=recomputed,
     )  # fmt: skip
     scores: dict[Split, Score] = {}
-    with SafetensorsFile(path, specs, metadata, force=options.force) as out:
+    with _opened(path, specs, metadata, options) as out:
         done, total = 0, sum(spec.nbytes for spec in specs.values())
-        for name, offset, data in weighted_average(checkpoints, coefficients, specs):
+        for name, offset, data in made.parts:
             out.write(name, offset, data)
             done += len(data)
             if watch:
@@ -100,12 +109,26 @@ def _write(
             scores = {split: evaluator.score_adopted(coefficients, split) for split in evaluator.splits}
         for i in coefficients.selected:
             checkpoints[i].check_unchanged()
+        if destination(options.output)[1]:
+            companions.check_tied(checkpoints[coefficients.selected[-1]], specs, out.read_into)
         out.commit()
-    dtypes = sorted({spec.dtype for spec in specs.values() if spec.dtype in FLOATING})
-    names = [str(TORCH[dtype]).removeprefix("torch.") for dtype in dtypes]
     return Output(
-        path=path, sha256=out.sha256, bytes=out.size, dtype=", ".join(names), not_averaged=kept, recomputed=recomputed
+        path=out.path,
+        sha256=out.sha256,
+        bytes=out.size,
+        dtype=spelled(spec.dtype for spec in specs.values()),
+        not_averaged=kept,
+        recomputed=recomputed,
     ), scores
+
+
+def _opened(
+    path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], options: Options
+) -> SafetensorsFile | ShardedFiles:
+    """The output under construction: one file, or several where they would be larger than the user wants."""
+    if options.max_shard_size is not None and len(split_names(specs, options.max_shard_size).filename_to_tensors) > 1:
+        return ShardedFiles(path.parent, specs, metadata, options.max_shard_size, force=options.force)
+    return SafetensorsFile(path, specs, metadata, force=options.force)
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:

@@ -6,10 +6,10 @@ Shape suffixes: N = candidates, G = groups of tensors.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,10 @@ from ckptavg.objective import Cost, Score, Split
 from ckptavg.options import BITS
 from ckptavg.readers import StoredTensor
 from ckptavg.result import MatrixResult
-from ckptavg.tally import Tally
+from ckptavg.scorer import Scorer
 from ckptavg.tasks import Task
 
+_T = TypeVar("_T")
 _LOOK_EVERY: Final = 0.1  # seconds between looks at figures that lie on the device
 
 
@@ -69,9 +70,9 @@ class Mixture:
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
         self.batchnorm_from: Split = "train" if task.has("train") else self.scored_on
         self._scores: dict[tuple[Coefficients, Split, bool], Score] = {}
-        self._whole: dict[Split, int] = {}  # examples of a scored pass, which leaves none out
         self.meter = Meter()
         self._feed = Feed(task, self.scored_on, device, seed, self.meter)
+        self._scorer = Scorer(task, self._feed)
         self.restart()
 
     def restart(self) -> None:
@@ -98,7 +99,10 @@ class Mixture:
         elements, size = sum(tensor.numel() for tensor in floats), sum(tensor.nbytes for tensor in floats)
         return budget.largest(elements, size, self.n, self.group_size, self._device, BITS)
 
-    differentiable = True
+    @property
+    def differentiable(self) -> bool:
+        """See `Objective.differentiable`."""
+        return self.task.whole is None
 
     @property
     def bounded(self) -> bool:
@@ -163,9 +167,16 @@ class Mixture:
 
     def loss(self, c_N: Tensor, on: Split | None = None, *, groups: Groups = EVERYTHING, again: bool = False) -> Tensor:
         """See `Objective.loss`; forward and backward run at once, so no graph outlives the call."""
-        if not again:
-            self._batch = self._feed.next(on or self.scored_on)
-        return _MixtureLoss.apply(c_N, self, self._batch, groups)  # pyright: ignore
+        fresh = not again
+
+        def work() -> Tensor:
+            nonlocal fresh
+            if fresh:
+                self._batch = self._feed.next(on or self.scored_on)
+            fresh = True  # the batch that was too large is gone
+            return _MixtureLoss.apply(c_N, self, self._batch, groups)  # pyright: ignore
+
+        return self._with_memory(work)
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """See `Objective.score`."""
@@ -200,13 +211,13 @@ class Mixture:
     def adopt(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> Mapping[str, Tensor]:
         """See `Evaluator.adopt`."""
         self.load(specs, read_into)
-        self.recompute_batchnorm()
+        self._with_memory(self.recompute_batchnorm)
         state = self.model.state_dict()
         return {name: state[name] for name in self.statistics}
 
     def score_adopted(self, coefficients: Coefficients, split: Split) -> Score:
         """See `Evaluator.score_adopted`."""
-        return self.evaluate(split, what="the average")
+        return self._with_memory(lambda: self.evaluate(split, what="the average"))
 
     def recompute_batchnorm(self) -> None:
         """Recompute BatchNorm's statistics at the model's present weights, on training data where there is some."""
@@ -219,7 +230,7 @@ class Mixture:
 
     def evaluate(self, split: Split, what: str) -> Score:
         """The score of the model's present state on one split; ``what`` names it in an error."""
-        score = self._evaluate(split, what)
+        score = self._scorer.score(self.model, split, what)
         assert score is not None  # only a bar makes it stop
         return score
 
@@ -279,38 +290,37 @@ class Mixture:
             return self._scores[key]
         with self.meter.pricing(key if bar is None else (*key, bar)):
             self.meter.evaluated()
-            if exact and not self.candidates.exact:
-                specs = output_specs(self.checkpoints[0])
-                for name, offset, data in weighted_average(self.checkpoints, coefficients, specs):
-                    self.candidates.assign(specs[name], name, offset, data)
-            else:
-                self.candidates.materialize(self.uniform().new_tensor(coefficients.values), coefficients.groups)
-                self.candidates.take_integers(coefficients.selected[-1])
-            self.recompute_batchnorm()
-            score = self._evaluate(split, self._describe(coefficients), bar)
+            self._mix(coefficients, exact=exact)
+            score = self._with_memory(lambda: self._recomputed(split, self._describe(coefficients), bar))
         if score is not None:
             self._scores[key] = score
             self.meter.same_price(key if bar is None else (*key, bar), key)
         return score
 
-    def _evaluate(self, split: Split, what: str, bar: float | None = None) -> Score | None:
-        """The score, or None as soon as it is known to stay below the bar."""
-        tally = Tally(-1.0 if self.task.metric_goal == "min" else 1.0, self.task.metric_bounds)
-        metric = self.task.metric
-        total = self._whole.get(split)
-        with torch.no_grad():
-            for batch in self._feed.scored(split):
-                tally.add(
-                    self.task.loss(self.model, batch),
-                    None if metric is None else metric(self.model, batch),
-                    batches.size(batch),
-                )
-                if bar is not None and total is not None and tally.hopeless(bar, total):
-                    return None
-        self._whole[split] = tally.examples
-        if tally.examples == 0:
-            raise self._feed.empty(split)
-        return tally.score(what, split, order=self._feed.order[split])
+    def _mix(self, coefficients: Coefficients, *, exact: bool) -> None:
+        """Make the model the mixture: of the files themselves if ``exact``, else of the candidate matrix."""
+        if exact and not self.candidates.exact:
+            specs = output_specs(self.checkpoints[0])
+            for name, offset, data in weighted_average(self.checkpoints, coefficients, specs):
+                self.candidates.assign(specs[name], name, offset, data)
+        else:
+            self.candidates.materialize(self.uniform().new_tensor(coefficients.values), coefficients.groups)
+            self.candidates.take_integers(coefficients.selected[-1])
+
+    def _recomputed(self, split: Split, what: str, bar: float | None) -> Score | None:
+        self.recompute_batchnorm()
+        return self._scorer.score(self.model, split, what, bar)
+
+    def _with_memory(self, work: Callable[[], _T]) -> _T:
+        """Do ``work``, with batches half as large as long as memory runs out and the task can halve them."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not (is_out_of_memory(error) and self.task.halve()):
+                    raise
+            self._feed.restart(halved=True)
+            torch.cuda.empty_cache()
 
     def _describe(self, coefficients: Coefficients) -> str:
         chosen = [self.checkpoints[i] for i in coefficients.selected]

@@ -6,7 +6,7 @@ Shape suffixes: N = candidates, G = groups of tensors, U = units of a score (exa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
@@ -31,6 +31,8 @@ class Score:
         metric: the mean metric over examples, as the task gives it, or None where it has none.
         examples: how many examples were averaged over, None where that is not known.
         each: what these are means of, where that was kept.
+        resampled: where the metric is no mean over examples, `value` for a resample of the batches, by their numbers.
+        batches: how many of them there are.
     """
 
     value: float
@@ -38,11 +40,15 @@ class Score:
     metric: float | None
     examples: int | None
     each: Each | None = field(default=None, compare=False, repr=False)
+    resampled: Callable[[Sequence[int]], float] | None = field(default=None, compare=False, repr=False)
+    batches: int = 0
 
     @property
     def noise(self) -> float:
         """The standard error of ``value``: what another sample of as many examples would change it by; ∞ if unknown."""
-        return math.inf if self.each is None else _standard_error(self.each.values_U, self.each.examples_U)
+        if self.each is None or self.resampled is not None:
+            return math.inf
+        return _standard_error(self.each.values_U, self.each.examples_U)
 
     @property
     def loss_noise(self) -> float:

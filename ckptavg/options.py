@@ -36,6 +36,9 @@ class Options:
         bits: of an element of the candidate matrix while searching, or ``auto``; the average is exact whatever it is.
         group_size: elements that share a scale and a zero point where ``bits`` < 32.
         holdout: the fraction of validation data kept for the final scores, where the task has no test data.
+        max_shard_size: bytes of a file such as ``5GB``, where the output is a directory; None writes one file.
+        adapter: how PEFT adapters are averaged: their ``factors``, which is approximate, or ``exact`` in weight space.
+        rank: of an ``exact`` adapter; None keeps all of it, the sum of the candidates' ranks.
         force: replace an existing output.
         never_worse: write the best single candidate where it beats the selection on validation.
         baselines: score last, SWA and LAWA too.
@@ -62,6 +65,9 @@ class Options:
     bits: int | Literal["auto"] = 32
     group_size: int = 128
     holdout: float | None = None
+    max_shard_size: str | None = None
+    adapter: Literal["factors", "exact"] = "factors"
+    rank: int | None = None
     force: bool = False
     never_worse: bool = False
     baselines: bool = True
@@ -79,6 +85,12 @@ class Options:
         for name, value in (("--train", self.train), ("--test", self.test)):
             if value is not None and self.val is None:
                 raise UsageError(f"{name} goes with --val, the data that a search learns from")
+        if self.rank is not None and self.adapter != "exact":
+            raise UsageError("--rank goes with --adapter exact")
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"--rank must be at least 1, not {self.rank}")
+        if self.max_shard_size is not None and destination(self.output)[1] is None:
+            raise UsageError("--max-shard-size needs a directory for its files", hint="end --output with a /")
         if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"--batch-size must be at least 1, not {self.batch_size}")
         if self.score_timeout is not None and not self.score_timeout > 0:

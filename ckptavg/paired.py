@@ -14,6 +14,7 @@ from ckptavg.objective import Score
 from ckptavg.result import Gain
 
 RESAMPLES: Final = 2000
+CORPUS_RESAMPLES: Final = 400  # of a metric that is computed anew for each
 FEWEST: Final = 20  # units: an interval from fewer is far too narrow
 _AT_ONCE: Final = 1 << 22  # draws held in memory
 
@@ -34,7 +35,9 @@ def gain(score: Score, reference: Score, *, seed: int = 0) -> Gain:
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; paired over test examples: Koehn 2004,
         Statistical Significance Tests for Machine Translation Evaluation.
     """
-    if score.each is None or reference.each is None or len(score.each.values_U) < FEWEST:
+    if score.resampled is not None and reference.resampled is not None and score.batches >= FEWEST:
+        return _corpus_gain(score, reference, seed)
+    if score.resampled is not None or score.each is None or reference.each is None or len(score.each.values_U) < FEWEST:
         return Gain(value=score.value - reference.value, low=None, high=None, units=0)
     generator = torch.Generator().manual_seed(seed)
     paired = score.each.order == reference.each.order and len(score.each.values_U) == len(reference.each.values_U)
@@ -47,6 +50,19 @@ def gain(score: Score, reference: Score, *, seed: int = 0) -> Gain:
     low, high = torch.quantile(means_R, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     units = len(score.each.values_U)
     return Gain(value=score.value - reference.value, low=low, high=high, units=units, paired=paired)
+
+
+def _corpus_gain(score: Score, reference: Score, seed: int) -> Gain:
+    """The same batches drawn for both, and the metric of each draw computed anew."""
+    assert score.resampled is not None and reference.resampled is not None
+    generator = torch.Generator().manual_seed(seed)
+    gains: list[float] = []
+    for _ in range(CORPUS_RESAMPLES):
+        drawn: list[int] = torch.randint(score.batches, (score.batches,), generator=generator).tolist()
+        gains.append(score.resampled(drawn) - reference.resampled(drawn))
+    bounds = torch.quantile(torch.tensor(gains, dtype=torch.float64), torch.tensor([0.025, 0.975], dtype=torch.float64))
+    low, high = bounds.tolist()
+    return Gain(value=score.value - reference.value, low=low, high=high, units=score.batches)
 
 
 def _means(values_U: Tensor, weight_U: Tensor, generator: torch.Generator) -> Tensor:

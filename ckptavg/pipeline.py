@@ -170,6 +170,9 @@ def _doubts(
     first: Checkpoint, coefficients: Coefficients, evaluator: Evaluator | None, finished: Finished
 ) -> list[str]:
     said = [f"copied {', '.join(finished.copied)} beside it"] if finished.copied else []
+    said += finished.notes
+    if evaluator is not None and not finished.scores:
+        return [*said, "its rank is not the candidates', so it was not scored: `ckptavg eval` with its own config does"]
     if evaluator is not None and evaluator.matrix is not None:
         return said + _rounding_doubts(evaluator, coefficients, finished.scores[evaluator.scored_on])
     if len(coefficients.selected) > 1 and any(name.endswith("running_var") for name in first.names):

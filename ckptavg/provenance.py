@@ -24,6 +24,8 @@ def metadata(
     settings: Mapping[str, Any],
     *,
     dtype: str | None,
+    adapter: str = "factors",
+    rank: int | None = None,
     not_averaged: Sequence[str],
     recomputed: Sequence[str],
 ) -> dict[str, str]:
@@ -38,6 +40,8 @@ def metadata(
         strategy: the command's name.
         settings: its settings.
         dtype: the dtype asked for, or None for the candidates' own.
+        adapter: how adapters were averaged.
+        rank: what an exact one was reduced to.
         not_averaged: the tensors taken from the last selected candidate.
         recomputed: the tensors recomputed from data (BatchNorm statistics).
     """
@@ -48,6 +52,8 @@ def metadata(
         "strategy": strategy,
         "settings": dict(settings),
         "dtype": dtype,
+        "adapter": adapter,
+        "rank": rank,
         "groups": [list(prefixes) for prefixes in coefficients.groups],
         "not_averaged": list(not_averaged),
         "recomputed": list(recomputed),

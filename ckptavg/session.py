@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ckptavg import companions
+from ckptavg import companions, loadable, recipe
 from ckptavg.commanded import Commanded
 from ckptavg.determinism import reproducible
 from ckptavg.discover import Found, discover
@@ -36,6 +36,9 @@ def opened(paths: Sequence[Path], options: Options) -> Generator[Found]:
     preflight(folder if folder and not folder.is_dir() else path, options.force)
     with _out_of_memory_said(), reproducible(options.seed), discover(paths, options.window, options.key) as found:
         check_agreement(found.checkpoints)
+        recipe.check(found.checkpoints, options.adapter)
+        if folder:
+            loadable.check(found.checkpoints[-1])
         yield found
 
 
@@ -55,7 +58,7 @@ def evaluator(found: Found, options: Options, watch: Watch | None) -> Evaluator:
             watch=watch,
         )
     return Mixture(
-        _task(options),
+        _task(found, options),
         found.checkpoints,
         device=pick_device(options.device),
         seed=options.seed,
@@ -83,19 +86,49 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _task(options: Options) -> Task:
-    assert options.task is not None
-    source = options.task
-    task = PythonTask(source)
+def _task(found: Found, options: Options) -> Task:
+    last = found.checkpoints[-1].path
+    task = task_of(options, last if last.is_dir() else last.parent)
     if options.holdout is None:
         return task
     if task.has("test"):
         raise UsageError(
-            "--holdout divides the validation data where there are no test data, but the task has some", path=source
+            "--holdout divides the validation data where there are no test data, but the task has some",
+            path=task.source,
         )
     if not task.has("val"):
-        raise UsageError("--holdout divides the validation data, but the task has none", path=source)
+        raise UsageError("--holdout divides the validation data, but the task has none", path=task.source)
     return HeldOut(task, "val", rest="val", to="test", fraction=options.holdout, seed=options.seed)
+
+
+def task_of(options: Options, folder: Path) -> Task:
+    """The task that ``options`` ask for.
+
+    Args:
+        options: with one of task, val and lm_eval.
+        folder: where a Hugging Face model's config and tokenizer lie.
+    """
+    if options.val is not None:
+        from ckptavg.tasks.hugging_face import HuggingFaceTask
+
+        return HuggingFaceTask(
+            folder,
+            val=Path(options.val),
+            train=None if options.train is None else Path(options.train),
+            test=None if options.test is None else Path(options.test),
+            batch_size=options.batch_size,
+            trust_remote_code=options.trust_remote_code,
+        )
+    if options.lm_eval is not None:
+        from ckptavg.tasks.lm_eval import LmEvalTask
+
+        names = [name.strip() for name in options.lm_eval.split(",") if name.strip()]
+        return LmEvalTask(
+            folder, names, batch_size=options.batch_size or 8, seed=options.seed,
+            trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
+    assert options.task is not None
+    return PythonTask(options.task)
 
 
 @contextmanager

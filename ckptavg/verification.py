@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg import provenance
-from ckptavg.average import output_specs, weighted_average
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.discover import discover
 from ckptavg.errors import InputError
 from ckptavg.readers import Reader, RegularFile, StoredTensor, open_reader
 from ckptavg.readers.safetensors import strict_json
+from ckptavg.recipe import recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,9 @@ class Verification:
 def verify(file: Path, sources: Path) -> Verification:
     """Recompute the average that ``file`` says it is from the checkpoints under ``sources``.
 
+    Args:
+        file: an output; of a sharded one the index.
+        sources: where the checkpoints lie that it was made from.
     Raises:
         InputError: if it is no output of ckptavg, or a source is missing or has another SHA-256.
     """
@@ -49,14 +52,18 @@ def verify(file: Path, sources: Path) -> Verification:
         coefficients = Coefficients(
             tuple(tuple(float(c) for c in row) for row in rows), tuple(tuple(group) for group in record["groups"])
         )
-        specs = output_specs(checkpoints[0], record["dtype"])
+        made = recipe(
+            checkpoints, coefficients, dtype=record["dtype"],
+            mode=record.get("adapter", "factors"), rank=record.get("rank"),
+        )  # fmt: skip
+        specs = made.specs
         stored = {name: node for name, node in output.tree.items() if isinstance(node, StoredTensor)}
         if {name: (t.dtype, t.shape) for name, t in stored.items()} != {
             n: (t.dtype, t.shape) for n, t in specs.items()
         }:
             raise InputError("its tensors are not those of its sources", path=file)
         differ: set[str] = set()
-        for name, offset, data in weighted_average(checkpoints, coefficients, specs):
+        for name, offset, data in made.parts:
             if name not in differ and _bytes(output, stored[name], offset, len(data)) != data:
                 differ.add(name)
         unchecked = sorted(record["recomputed"])
@@ -86,11 +93,12 @@ def _locate(source: Mapping[str, Any], folder: Path, output: Path) -> Path:
     name, digests = Path(source["name"]), source["sha256"]
     if not folder.is_dir():
         raise InputError("no such directory", path=folder)
-    same_name = [path for path in sorted(folder.rglob(name.name)) if path.is_file()]
+    same_name = sorted(folder.rglob(name.name))
     if not same_name:
         raise InputError(f"no source {name} under {folder}", path=output, hint="--sources names their directory")
     for path in same_name:
-        if all(_has_digest(path.parent / part, digest) for part, digest in digests.items()):
+        home = path if path.is_dir() else path.parent
+        if all(_has_digest(home / part, digest) for part, digest in digests.items()):
             return path
     raise InputError("is not the file the average was made from: its SHA-256 differs", path=same_name[0])
 

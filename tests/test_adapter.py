@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ckptavg import adapter
+from ckptavg import adapter, adapter_config
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.discover import discover
@@ -130,7 +130,7 @@ def write(result: adapter.Exact, folder: Path) -> Path:
         for part in result.parts:
             out.write(*part)
         out.commit()
-    (folder / adapter.CONFIG_NAME).write_text(json.dumps(result.config))
+    (folder / adapter_config.CONFIG_NAME).write_text(json.dumps(result.config))
     return folder
 
 
@@ -211,11 +211,27 @@ def test_a_is_stacked_bit_for_bit_and_b_is_rounded_once(
             assert torch.equal(tensor, torch.cat([state[name] for _, state in chosen]))
         else:
             b = torch.cat([c * state[name].to(torch.float64) for c, state in chosen], dim=1)
-            # half a unit in the last place; 16 bits are reached by way of float32, a further 2⁻²⁴
-            bound = torch.finfo(dtype).eps / 2 + 2**-24 * (dtype != torch.float32)
             floor = torch.finfo(dtype).smallest_normal
             error = (tensor.to(torch.float64) - b).abs() / b.abs().clamp(min=floor)
-            assert error.max() <= bound * (1 + 2**-20)
+            assert error.max() <= torch.finfo(dtype).eps / 2  # half a unit in the last place of that product
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_b_does_not_become_float32_on_the_way_to_16_bits(
+    dtype: torch.dtype, adapters: Callable[..., tuple[Checkpoint, ...]], tmp_path: Path
+):
+    """Just above the middle of 1 and 1 + eps lies 1 + eps; float32 cannot see the 2⁻⁴⁰, and a tie goes to 1."""
+    checkpoints, eps = adapters(CASES["plain"], n=2, dtype=dtype), torch.finfo(dtype).eps
+    for checkpoint in checkpoints:
+        path = checkpoint.path / "adapter_model.safetensors"
+        state = load_file(path)
+        save_file({name: torch.ones_like(t) if ".lora_B." in name else t for name, t in state.items()}, path)
+    above = 1 + eps / 2 + 2**-40
+    with discover([checkpoint.path for checkpoint in checkpoints]) as found:
+        result = adapter.exact(found.checkpoints, Coefficients(((above, 1 - above),)))
+        state = load_file(write(result, tmp_path / "out") / "adapter_model.safetensors")
+    for name in (name for name in state if ".lora_B." in name):
+        assert state[name][:, :4].eq(1 + eps).all() and state[name][:, 4:].eq(-eps / 2).all()
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5, 7])
@@ -229,7 +245,7 @@ def test_a_rank_keeps_the_largest_singular_values_of_the_whole_average(
     folder = write(result, tmp_path / "out")
     whole = weighted([updates(state, case.scaling) for state in states(checkpoints)], coefficients)
     with discover([folder / "adapter_model.safetensors"]) as found:
-        config = adapter.read_config(found.checkpoints[0])
+        config = adapter_config.read_config(found.checkpoints[0])
     assert config is not None
     state = load_file(folder / "adapter_model.safetensors")
     kept = updates(state, config.scaling)
@@ -340,7 +356,7 @@ def test_the_dtype_of_the_output(adapters: Callable[..., tuple[Checkpoint, ...]]
 
 
 def edit(checkpoint: Checkpoint, **changes: object) -> None:
-    path = checkpoint.path / adapter.CONFIG_NAME
+    path = checkpoint.path / adapter_config.CONFIG_NAME
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
@@ -361,11 +377,11 @@ def test_disagreeing_adapters_are_named_with_the_key(
     checkpoints = adapters(Case({"target_modules": TARGETS}, lambda _: 2.0))
     for checkpoint in checkpoints:
         edit(checkpoint, base_model_name_or_path="b")
-    adapter.check(checkpoints)
+    adapter_config.check(checkpoints)
     edit(checkpoints[2], **{key: value})
     with pytest.raises(DisagreementError) as raised:
-        adapter.check(checkpoints)
-    path = checkpoints[2].path / adapter.CONFIG_NAME
+        adapter_config.check(checkpoints)
+    path = checkpoints[2].path / adapter_config.CONFIG_NAME
     assert str(raised.value) == f"{path}: {key} is {value!r}, but 3 other candidates have {usual!r}"
 
 
@@ -373,7 +389,7 @@ def test_the_order_of_a_saved_set_does_not_matter(adapters: Callable[..., tuple[
     checkpoints = adapters(CASES["plain"], n=2)
     edit(checkpoints[0], target_modules=TARGETS)
     edit(checkpoints[1], target_modules=TARGETS[::-1])
-    assert adapter.check(checkpoints).r == 4
+    assert adapter_config.check(checkpoints).r == 4
 
 
 @pytest.mark.parametrize(
@@ -390,19 +406,19 @@ def test_the_order_of_a_saved_set_does_not_matter(adapters: Callable[..., tuple[
 )
 def test_a_bad_configuration_is_named(text: str, what: str, adapters: Callable[..., tuple[Checkpoint, ...]]):
     (checkpoint,) = adapters(CASES["plain"], n=1)
-    path = checkpoint.path / adapter.CONFIG_NAME
+    path = checkpoint.path / adapter_config.CONFIG_NAME
     path.write_text(text)
     with pytest.raises(InputError) as raised:
-        adapter.read_config(checkpoint)
+        adapter_config.read_config(checkpoint)
     assert str(raised.value).startswith(f"{path}: {what}")
 
 
 def test_no_configuration(adapters: Callable[..., tuple[Checkpoint, ...]]):
     (checkpoint,) = adapters(CASES["plain"], n=1)
-    (checkpoint.path / adapter.CONFIG_NAME).unlink()
-    assert adapter.read_config(checkpoint) is None
+    (checkpoint.path / adapter_config.CONFIG_NAME).unlink()
+    assert adapter_config.read_config(checkpoint) is None
     with pytest.raises(InputError, match=r"has no adapter_config\.json beside it"):
-        adapter.check([checkpoint])
+        adapter_config.check([checkpoint])
 
 
 @pytest.mark.parametrize(

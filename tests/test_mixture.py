@@ -18,7 +18,8 @@ from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import TaskError
 from ckptavg.mixture import Mixture
-from ckptavg.objective import Split
+from ckptavg.objective import Score, Split
+from ckptavg.tasks.torch_metrics import CorpusMetric
 
 CPU = torch.device("cpu")
 
@@ -46,6 +47,8 @@ class Toy:
     metric: Callable[[nn.Module, Any], Tensor] | None = None
     metric_goal: str = "max"
     metric_bounds: tuple[float, float] | None = None
+    corpus: Callable[[], CorpusMetric] | None = None
+    whole: Callable[[nn.Module], Score] | None = None
     reduction: str = "none"
 
     def model(self) -> nn.Module:
@@ -62,6 +65,9 @@ class Toy:
 
     def examples(self, split: Split) -> int | None:
         return sum(len(batch["y"]) for batch in self.splits[split]) if self.has(split) else None
+
+    def halve(self) -> bool:
+        return False
 
     def length(self, split: Split) -> int | None:
         return len(self.splits[split]) if self.has(split) else None

@@ -86,6 +86,14 @@ Dtype = Annotated[
 NeverWorse = Annotated[
     bool, option("Output", "Write the best single candidate where it scores higher.", "--never-worse")
 ]
+MaxShardSize = Annotated[
+    str | None, option("Output", "In a directory: files of at most this size, such as 5GB, and an index.")
+]
+AdapterMode = Annotated[
+    Literal["factors", "exact"],
+    option("Output", "PEFT adapters: average their factors (approximate), or exactly in weight space."),
+]
+Rank = Annotated[int | None, option("Output", "Reduce an exact adapter to this rank.")]
 DryRun = Annotated[bool, option("Run", "Say what would be done, and do nothing.", "--dry-run")]
 Baselines = Annotated[bool, option("Report", "Score last, SWA and LAWA for comparison.")]
 ReportFile = Annotated[Path | None, option("Report", "Write the report to a file too.", metavar="FILE.json")]
@@ -97,6 +105,9 @@ def _shared(
     force: Force = False,
     dtype: Dtype = None,
     never_worse: NeverWorse = False,
+    max_shard_size: MaxShardSize = None,
+    adapter: AdapterMode = "factors",
+    rank: Rank = None,
     include: Include = None,
     exclude: Exclude = None,
     start: Start = None,

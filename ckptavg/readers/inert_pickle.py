@@ -69,7 +69,9 @@ class Stateful(Protocol):
         ...
 
 
-def load(data: bytes, makers: Mapping[str, Maker], persistent: Callable[[object], object]) -> object:
+def load(
+    data: bytes, makers: Mapping[str, Maker], persistent: Callable[[object], object], budget: int = BUDGET
+) -> object:
     """What the pickle ``data`` describes, made of dict, list, tuple, numbers, strings, bytes and stand-ins.
 
     Sets are lists in the order of the file. A dict's keys are str, int, float, bool, None, bytes, what is `Stateful`,
@@ -79,12 +81,13 @@ def load(data: bytes, makers: Mapping[str, Maker], persistent: Callable[[object]
         data: the pickle.
         makers: dotted name of a global → what is made when it is called; may refuse by raising PickleError.
         persistent: what a persistent id stands for; may raise PickleError as well.
+        budget: what it may cost.
     Raises:
         PickleError: if it is damaged or exceeds a limit.
     """
     machine = _Machine(data, makers, persistent)
     try:
-        return machine.run()
+        return machine.run(budget)
     except IndexError as error:  # from the stack and the marks: every read of the data is checked
         raise PickleError(f"is damaged: byte {machine.position} takes more from the stack than is on it") from error
     except UnicodeDecodeError as error:
@@ -104,8 +107,9 @@ class _Machine:
         self.makers = makers
         self.persistent = persistent
 
-    def run(self) -> object:
-        data, end, rows, budget = self.data, self.end, _ROWS, BUDGET
+    def run(self, budget: int) -> object:
+        """What the pickle describes, within ``budget``."""
+        data, end, rows = self.data, self.end, _ROWS
         if data[:1] != b"\x80" or data[1:2] not in (b"\2", b"\3", b"\4", b"\5"):
             raise PickleError("is damaged: it does not start like a pickle of protocol 2 to 5")
         while (at := self.position) < end:

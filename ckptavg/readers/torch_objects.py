@@ -22,7 +22,7 @@ _STORAGES: Final[Mapping[str, str]] = {
     "torch.ComplexFloatStorage": "C64", "torch.ComplexDoubleStorage": "C128",
     "torch.storage.UntypedStorage": "U8", "torch.UntypedStorage": "U8",
 }  # fmt: skip
-_DTYPES: Final[Mapping[str, str]] = {
+DTYPES: Final[Mapping[str, str]] = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
     "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8",
     "torch.uint64": "U64", "torch.uint32": "U32", "torch.uint16": "U16", "torch.uint8": "U8", "torch.bool": "BOOL",
@@ -123,9 +123,9 @@ def _tensor_v3(arguments: tuple[object, ...]) -> StoredTensor | Refused:
     if len(arguments) not in (7, 8) or not isinstance(arguments[0], Storage):
         return Refused("is made from something that is not a storage")
     dtype = arguments[6].name if isinstance(arguments[6], Global) else "no dtype"
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         return Refused(f"dtype {dtype} is not supported")
-    return _refuse_bits(arguments[7:]) or _view(arguments[0], _DTYPES[dtype], *arguments[1:4])
+    return _refuse_bits(arguments[7:]) or _view(arguments[0], DTYPES[dtype], *arguments[1:4])
 
 
 def _refuse_bits(metadata: tuple[object, ...]) -> Refused | None:
@@ -246,6 +246,7 @@ MAKERS: Final[Mapping[str, Maker]] = {
     "__builtin__.set": _new_list,
     "__builtin__.frozenset": _new_list,
     "_codecs.encode": _encode,
+    "deepspeed.runtime.zero.config.ZeroStageEnum": lambda arguments: arguments[0] if arguments else None,  # its number
     "numpy.dtype": _numpy_dtype,
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy._core.multiarray.scalar": _numpy_scalar,

@@ -25,11 +25,16 @@ MAX_VERSION: Final = 10  # of the archive; torch 2.13 writes 3
 
 
 class TorchZipReader:
-    """An open torch file."""
+    """An open torch file.
+
+    Args:
+        file: the file, which the reader then owns.
+        alone: what to call the only entry of the tree if the file is to hold one tensor, not a state dict.
+    """
 
     format = "torch"
 
-    def __init__(self, file: RegularFile) -> None:
+    def __init__(self, file: RegularFile, *, alone: str | None = None) -> None:
         self.path: Path = file.path
         self.files: Sequence[RegularFile] = (file,)
         self.metadata: Mapping[str, str] = {}
@@ -39,7 +44,7 @@ class TorchZipReader:
         self._records = CheckedRecords(file, records, checked=checked)
         self._check_version()
         self.tree: Mapping[str, Node]
-        self.tree, left_out = self._objects()
+        self.tree, left_out = self._objects(alone)
         notes = () if checked else ("was saved without checksums, so damage to its tensors would go unseen",)
         if left_out:
             notes += (f"left out objects of {len(left_out)} classes: {_listing(left_out)}",)
@@ -63,12 +68,13 @@ class TorchZipReader:
         for file in self.files:
             file.close()
 
-    def _objects(self) -> tuple[Mapping[str, Node], tuple[str, ...]]:
+    def _objects(self, alone: str | None) -> tuple[Mapping[str, Node], tuple[str, ...]]:
         if self._sizes["data.pkl"] > MAX_PICKLE:
             raise InputError(f"data.pkl has {self._sizes['data.pkl']} bytes, more than {MAX_PICKLE}", path=self.path)
         data = self._records.read("data.pkl")
         try:
-            return object_tree(load(data, MAKERS, lambda key: storage(key, self._sizes)))
+            value = load(data, MAKERS, lambda key: storage(key, self._sizes))
+            return object_tree(value if alone is None else {alone: value})
         except PickleError as error:
             raise InputError(f"data.pkl {error}", path=self.path) from error
 

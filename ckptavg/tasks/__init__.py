@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ckptavg.objective import Split
+    from ckptavg.objective import Score, Split
+    from ckptavg.tasks.torch_metrics import CorpusMetric
 
 
 class Task(Protocol):
@@ -34,6 +35,16 @@ class Task(Protocol):
         """The least and greatest value the metric can have for an example; None where that is not known."""
         ...
 
+    @property
+    def corpus(self) -> Callable[[], CorpusMetric] | None:
+        """Makes a metric that is no mean over examples, such as an F1 score; None where there is none."""
+        ...
+
+    @property
+    def whole(self) -> Callable[[nn.Module], Score] | None:
+        """Scores a model as a whole, without losses of batches; None where there are losses."""
+        ...
+
     def model(self) -> nn.Module:
         """A model whose state dict has the checkpoints' names and shapes; its values do not matter."""
         ...
@@ -52,6 +63,10 @@ class Task(Protocol):
 
     def examples(self, split: Split) -> int | None:
         """How many examples a split has, where that is known without reading it."""
+        ...
+
+    def halve(self) -> bool:
+        """Make batches half as large because memory ran out; False where they cannot be."""
         ...
 
     def length(self, split: Split) -> int | None:

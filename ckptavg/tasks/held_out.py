@@ -42,6 +42,8 @@ class HeldOut:
         self.metric = task.metric
         self.metric_goal = task.metric_goal
         self.metric_bounds = task.metric_bounds
+        self.corpus = task.corpus
+        self.whole = task.whole
 
     def model(self) -> nn.Module:
         """See `Task.model`."""
@@ -80,6 +82,10 @@ class HeldOut:
     def examples(self, split: Split) -> int | None:
         """See `Task.examples`; of a part it is known only when it was read."""
         return None if split in self._sides else self._task.examples(split)
+
+    def halve(self) -> bool:
+        """See `Task.halve`; batches are divided as they are, so they keep their size."""
+        return False
 
     def length(self, split: Split) -> int | None:
         """See `Task.length`."""

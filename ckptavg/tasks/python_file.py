@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.objective import Split
+from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
 
 
 class PythonTask:
@@ -36,12 +37,16 @@ class PythonTask:
         if not self.has("val") and not self.has("train"):
             self._function("val_dataloader")
         self.metric: Callable[[nn.Module, Any], Tensor] | None = None
-        if getattr(self._module, "metric", None) is not None:
+        self.corpus: Callable[[], CorpusMetric] | None = None
+        self.whole = None
+        metric: Any = getattr(self._module, "metric", None)
+        if is_torchmetric(metric):
+            self.corpus = lambda: CorpusMetric(metric, source=source, predict=self._predict())
+            self.corpus()  # one of a kind that cannot be used is refused now
+        elif metric is not None:
             metric = self._function("metric")
             self.metric = lambda model, batch: self._call("metric", metric, model, batch)
-        self.metric_goal: str = getattr(self._module, "metric_goal", "max")
-        if self.metric_goal not in ("max", "min"):
-            raise TaskError(f"metric_goal must be 'max' or 'min', not {self.metric_goal!r}", path=source)
+        self.metric_goal: str = self._goal(metric)
         self.metric_bounds = self._bounds()
         self._loss = self._function("loss")
         self._loaders: dict[Split, Any] = {}
@@ -84,6 +89,10 @@ class PythonTask:
         dataset = getattr(self._loader(split), "dataset", None) if self.has(split) else None
         return len(dataset) if hasattr(dataset, "__len__") else None  # pyright: ignore[reportArgumentType]
 
+    def halve(self) -> bool:
+        """See `Task.halve`: the sizes of batches are the user's."""
+        return False
+
     def length(self, split: Split) -> int | None:
         """See `Task.length`."""
         loader = self._loader(split)
@@ -91,6 +100,23 @@ class PythonTask:
             return len(loader)
         except TypeError:  # an iterator, or a loader of an IterableDataset
             return None
+
+    def _predict(self) -> Callable[[nn.Module, Any], Any] | None:
+        """The task's function from a batch to what its torchmetrics metric is updated with."""
+        if getattr(self._module, "predict", None) is None:
+            return None
+        predict = self._function("predict")
+        return lambda model, batch: self._call("predict", predict, model, batch)
+
+    def _goal(self, metric: Any) -> str:
+        known = metric_goal(metric) if is_torchmetric(metric) else "max"
+        goal = getattr(self._module, "metric_goal", known)
+        if goal is None:
+            what = f"does not say whether a larger {type(metric).__name__} is better"
+            raise TaskError(what, path=self.source, hint='metric_goal = "max", or "min"')
+        if goal not in ("max", "min"):
+            raise TaskError(f"metric_goal must be 'max' or 'min', not {goal!r}", path=self.source)
+        return goal
 
     def _bounds(self) -> tuple[float, float] | None:
         bounds = getattr(self._module, "metric_bounds", None)

@@ -1,0 +1,116 @@
+"""A rectangular part of a tensor: where its elements are when those of the whole are counted in C order.
+
+Both are in C order, so any range of the whole meets a box in one range of the box's own elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ckptavg.readers.pieces import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The elements of a tensor of ``shape`` from ``offsets`` on, ``sizes`` in each dimension."""
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.sizes)
+
+    @property
+    def first(self) -> int:
+        """The number of its first element in the whole."""
+        return _ravel(self.offsets, self.shape)
+
+    @property
+    def last(self) -> int:
+        """The number of its last element in the whole; the box must not be empty."""
+        return _ravel([at + size - 1 for at, size in zip(self.offsets, self.sizes, strict=True)], self.shape)
+
+    @property
+    def run(self) -> int:
+        """How many of its elements lie together in the whole."""
+        return math.prod(self.sizes[self._inner :])
+
+    @property
+    def _inner(self) -> int:
+        """The last dimension that it has not all of: from there on its elements lie together."""
+        return next((d for d in reversed(range(len(self.shape))) if self.sizes[d] != self.shape[d]), 0)
+
+    def before(self, index: int) -> int:
+        """How many of its elements come before element ``index`` of the whole."""
+        if index >= math.prod(self.shape):
+            return self.numel
+        count, rest = 0, self.numel
+        wanted = zip(_unravel(index, self.shape), self.offsets, self.sizes, strict=True)
+        for at, offset, size in wanted:
+            if at < offset:
+                return count
+            if at >= offset + size:
+                return count + rest
+            rest //= size
+            count += (at - offset) * rest
+        return count
+
+    def runs(self, start: int, stop: int) -> Iterator[Piece]:
+        """Its elements from ``start`` to ``stop`` as runs that are contiguous in the whole too, in order.
+
+        They are made one by one: a box of one column has as many as rows.
+        """
+        inner, length = self._inner, self.run
+        while start < stop:
+            row, skip = divmod(start, length)
+            outer = [at + o for at, o in zip(_unravel(row, self.sizes[:inner]), self.offsets[:inner], strict=True)]
+            at = _ravel([*outer, *self.offsets[inner:]], self.shape)
+            count = min(length - skip, stop - start)
+            yield Piece(at + skip, count, "", start)
+            start += count
+
+
+def untiled(boxes: Sequence[Box], shape: tuple[int, ...]) -> str | None:
+    """What keeps ``boxes`` from tiling a tensor of ``shape`` (each element in just one of them), or None."""
+    for box in boxes:
+        if any(at + size > n for at, size, n in zip(box.offsets, box.sizes, shape, strict=True)):
+            return f"its part {list(box.sizes)} at {list(box.offsets)} reaches out of its shape {list(shape)}"
+    numel, parts = math.prod(shape), sum(box.numel for box in boxes)
+    if numel != parts:
+        return f"its parts have {parts} elements, but its shape {list(shape)} has {numel}"
+    full = [box for box in boxes if box.numel]
+    # inside, of the same volume and disjoint: then nothing is missing
+    d = max(range(len(shape)), key=lambda d: len({box.offsets[d] for box in full}), default=0)
+    met: list[Box] = []
+    for box in sorted(full, key=lambda box: box.offsets[d]) if shape else ():
+        met = [other for other in met if other.offsets[d] + other.sizes[d] > box.offsets[d]]
+        for other in met:
+            if _overlap(box, other):
+                return f"its parts at {list(other.offsets)} and {list(box.offsets)} overlap"
+        met.append(box)
+    return None
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    sides = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    return all(at < other + n and other < at + size for at, size, other, n in sides)
+
+
+def _ravel(position: Sequence[int], shape: Sequence[int]) -> int:
+    index = 0
+    for at, n in zip(position, shape, strict=True):
+        index = index * n + at
+    return index
+
+
+def _unravel(index: int, shape: Sequence[int]) -> list[int]:
+    position: list[int] = []
+    for n in reversed(shape):
+        index, at = divmod(index, n)
+        position.append(at)
+    return position[::-1]

@@ -1,0 +1,62 @@
+"""A small GPT-2 that transformers' own Trainer trains on the lines of a standard library module."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+LINES = [line.strip() for line in Path(textwrap.__file__).read_text().splitlines() if len(line.strip()) > 20]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The Trainer warns of pinned memory without a GPU, and of its own deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def train(folder: Path) -> None:
+    """A GPT-2 of 40 thousand parameters with tied embeddings, saved six times, and two files of lines beside it."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
+    bpe.train_from_iterator(
+        LINES, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<eos>"], show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=48, n_embd=32, n_layer=2, n_head=2, eos_token_id=1)
+    )
+    encoded = [tokenizer(line, truncation=True, max_length=48)["input_ids"] for line in LINES[:120]]
+    with quiet():
+        arguments = transformers.TrainingArguments(
+            str(folder / "run"), num_train_epochs=2, per_device_train_batch_size=10, learning_rate=5e-3, save_steps=4,
+            report_to=[], disable_tqdm=True, use_cpu=True, logging_strategy="no", save_total_limit=None, seed=0,
+        )  # fmt: skip
+        transformers.Trainer(
+            model, arguments, train_dataset=[{"input_ids": ids} for ids in encoded], processing_class=tokenizer,
+            data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        ).train()  # fmt: skip
+    for name, lines in (("val", LINES[120:160]), ("test", LINES[160:200])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+
+
+def logits(model: Any, tokenizer: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(**tokenizer(LINES[0], return_tensors="pt")).logits
+
+
+def steps(folder: Path) -> list[Path]:
+    return sorted((folder / "run").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))

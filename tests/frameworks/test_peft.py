@@ -1,0 +1,138 @@
+"""LoRA adapters as PEFT saves them: averaged factor by factor or exactly, scored, and loaded back by PEFT."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+from gpt2 import LINES, logits, steps
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@pytest.fixture(scope="module")
+def adapters(trainer_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four adapters of one run on the last checkpoint of another, in checkpoint-N directories."""
+    folder = tmp_path_factory.mktemp("peft")
+    base = str(steps(trainer_run)[-1])
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of GPT-2's transposed layers
+        config = LoraConfig(
+            r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], task_type="CAUSAL_LM", fan_in_fan_out=True
+        )
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        for step in range(1, 17):
+            batch = tokenizer(LINES[step * 4 : step * 4 + 4], return_tensors="pt", padding=True)
+            optimizer.zero_grad()
+            model(**batch, labels=batch["input_ids"]).loss.backward()
+            optimizer.step()
+            if step % 4 == 0:
+                model.save_pretrained(folder / f"checkpoint-{step}")
+    return folder
+
+
+def loaded(trainer_run: Path, folder: Path) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(steps(trainer_run)[-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own, of transformers' deprecations
+        return PeftModel.from_pretrained(base, folder)
+
+
+def merged(trainer_run: Path, folder: Path) -> dict[str, Tensor]:
+    """The weights of base and adapter together, in float64."""
+    model = loaded(trainer_run, folder).double().merge_and_unload()
+    return {name: tensor.double() for name, tensor in model.state_dict().items()}
+
+
+def by_hand(trainer_run: Path, adapters: Path) -> Any:
+    states = [merged(trainer_run, adapters / f"checkpoint-{step}") for step in (4, 8, 12, 16)]
+    model = AutoModelForCausalLM.from_pretrained(steps(trainer_run)[-1]).double()
+    model.load_state_dict({name: torch.stack([s[name] for s in states]).mean(dim=0) for name in states[0]})
+    return model
+
+
+def test_factors_are_averaged_and_their_error_is_told(run: Run, trainer_run: Path, adapters: Path, tmp_path: Path):
+    done = run("swa", adapters, "-o", "out/")
+    assert (done.returncode, done.stdout) == (0, "out/adapter_model.safetensors\n"), done.stderr
+    assert "averaging the adapter's factors is" in done.stderr and "--adapter exact is not" in done.stderr
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    parts = [load_file(adapters / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (4, 8, 12, 16)]
+    for name, tensor in written.items():
+        expected = torch.stack([part[name].double() for part in parts]).mean(dim=0).float()
+        torch.testing.assert_close(tensor, expected, rtol=2**-23, atol=2**-149)
+    loaded(trainer_run, tmp_path / "out")
+
+
+def test_exactly_in_weight_space(run: Run, trainer_run: Path, adapters: Path, tmp_path: Path):
+    done = run("swa", adapters, "-o", "out/", "--adapter", "exact")
+    assert done.returncode == 0, done.stderr
+    assert "has rank 16" in done.stderr
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 16
+    tokenizer = AutoTokenizer.from_pretrained(steps(trainer_run)[-1])
+    found, expected = loaded(trainer_run, tmp_path / "out").double(), by_hand(trainer_run, adapters)
+    torch.testing.assert_close(logits(found, tokenizer), logits(expected, tokenizer), rtol=1e-5, atol=1e-5)
+    checked = run("verify", "out/adapter_model.safetensors", "--sources", adapters)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_a_reduced_rank_says_what_it_lost_and_is_scored(run: Run, trainer_run: Path, adapters: Path, tmp_path: Path):
+    val = trainer_run / "val.jsonl"
+    done = run("swa", adapters, "-o", "out/", "--adapter", "exact", "--rank", 4, "--val", val)
+    assert done.returncode == 0, done.stderr
+    assert "reduced to rank 4, which lost" in done.stderr and "val loss" in done.stderr
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+    loaded(trainer_run, tmp_path / "out")
+
+
+def test_a_selection_of_adapters_is_learned(run: Run, trainer_run: Path, adapters: Path, tmp_path: Path):
+    val = trainer_run / "val.jsonl"
+    done = run("sewa", adapters, "--k", 2, "--steps", 10, "--val", val, "-o", "out/", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    model = loaded(trainer_run, tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(steps(trainer_run)[-1])
+    lines = [json.loads(line)["text"] for line in val.read_text().splitlines()]
+    losses: list[float] = []
+    for line in lines:
+        ids = tokenizer(line, return_tensors="pt", truncation=True, max_length=48)["input_ids"]
+        with torch.no_grad():
+            losses.append(float(model(input_ids=ids, labels=ids).loss))
+    assert report["scores"]["val"]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_an_exact_adapter_of_another_rank_is_not_scored(run: Run, trainer_run: Path, adapters: Path):
+    done = run("swa", adapters, "-o", "out/", "--adapter", "exact", "--val", trainer_run / "val.jsonl")
+    assert done.returncode == 0 and "its rank is not the candidates', so it was not scored" in done.stderr, done.stderr
+
+
+def test_an_adapter_of_another_base_is_refused(run: Run, adapters: Path, tmp_path: Path):
+    shutil.copytree(adapters, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint-8" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "other"}))
+    done = run("swa", "run")
+    assert done.returncode == 4 and "base_model_name_or_path is 'other'" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--rank", "4"), "--rank goes with --adapter exact"), (("--adapter", "exact", "--rank", "0"), "at least 1")],
+)
+def test_ranks_that_cannot_be_are_refused(run: Run, adapters: Path, options: tuple[str, ...], message: str):
+    done = run("swa", adapters, *options)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_what_is_no_adapter_cannot_be_one_exactly(run: Run, trainer_run: Path):
+    done = run("swa", trainer_run / "run", "--adapter", "exact")
+    assert done.returncode == 2 and "no adapter_config.json" in done.stderr

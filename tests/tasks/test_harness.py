@@ -1,0 +1,269 @@
+"""lm-evaluation-harness on a resident model: against log-likelihoods in plain torch, offline, leaving no trace."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ckptavg.errors import TaskError, UsageError
+from ckptavg.objective import Score
+from ckptavg.paired import gain
+from ckptavg.tasks.harness import Harness
+
+pytest.importorskip("lm_eval")
+# what the frameworks themselves warn of: SWIG types without a module, and forks of their own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"),
+]
+WORDS = ["the", "cat", "dog", "bird", "sat", "ran", "flew", "home", "far", "slowly", "extraordinarily", "and", "again"]
+DOCS = [
+    {
+        "question": " ".join(draw.choices(WORDS, k=draw.randint(2, 6))),
+        "choices": [" ".join(draw.choices(WORDS, k=count)) for count in (1, 2, 3)],
+        "gold": draw.randrange(3),
+    }
+    for draw in [random.Random(seed) for seed in range(30)]
+]
+CHOICE = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FILE, train: FILE}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: gold
+doc_to_choice: choices
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+PERPLEXITY = """
+task: tiny_text
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FILE}}
+validation_split: validation
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list:
+  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Local tasks, an empty working directory, and no network."""
+    import datasets.config
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    data = tasks / "docs.jsonl"
+    data.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
+    shots = CHOICE.replace("tiny_choice", "tiny_shots") + "fewshot_split: train\nnum_fewshot: 1\n"
+    for name, text in (("choice", CHOICE), ("text", PERPLEXITY), ("shots", shots)):
+        (tasks / f"{name}.yaml").write_text(text.replace("FILE", str(data)))
+    return tasks
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(["<s>", "<unk>", *WORDS])}, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<s>", unk_token="<unk>")
+
+
+def network(seed: int) -> Any:
+    """A tiny GPT-2 with weights so large that it has opinions."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(WORDS) + 2, n_positions=64, n_layer=2, n_embd=32, n_head=2, initializer_range=0.5
+    )
+    config.bos_token_id = config.eos_token_id = 0
+    return GPT2LMHeadModel(config)
+
+
+@torch.no_grad()
+def log_likelihood(model: Any, tokenizer: Any, context: str, continuation: str) -> float:
+    context_ids = tokenizer(context)["input_ids"] if context else [tokenizer.bos_token_id]
+    ids = context_ids + tokenizer(continuation)["input_ids"]
+    logits = model.eval()(torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
+    return sum(float(logits[i - 1, ids[i]]) for i in range(len(context_ids), len(ids)))
+
+
+def by_hand(model: Any, tokenizer: Any) -> tuple[list[float], list[float]]:
+    """acc and acc_norm of each document; the latter divides by the characters of the choice."""
+    acc, acc_norm = list[float](), list[float]()
+    for doc in DOCS:
+        own = [log_likelihood(model, tokenizer, doc["question"], choice) for choice in doc["choices"]]
+        per_char = [value / len(choice) for value, choice in zip(own, doc["choices"], strict=True)]
+        acc.append(float(own.index(max(own)) == doc["gold"]))
+        acc_norm.append(float(per_char.index(max(per_char)) == doc["gold"]))
+    return acc, acc_norm
+
+
+def test_accuracy_is_that_of_log_likelihoods_by_hand(folder: Path, tokenizer: Any):
+    model = network(0)
+    measured = Harness(["tiny_choice"], include_path=folder).score(model, tokenizer)
+    acc, acc_norm = by_hand(model, tokenizer)
+    assert measured.each is not None and measured.each.values_U.tolist() == acc_norm != acc
+    assert measured.figures == {"tiny_choice": {"acc": sum(acc) / 30, "acc_norm": sum(acc_norm) / 30}}
+    assert measured.main == {"tiny_choice": "acc_norm"} and measured.examples == 30
+    assert measured.value == sum(acc_norm) / 30 == float(measured.each.values_U.mean())
+    assert measured.each.examples_U.tolist() == [1.0] * 30
+
+
+def test_new_weights_in_the_same_module_score_as_a_fresh_harness_says(folder: Path, tokenizer: Any):
+    model, other = network(0), network(1)
+    harness = Harness(["tiny_choice", "tiny_shots", "tiny_text"], include_path=folder)
+    first = harness.score(model, tokenizer)
+    tasks, adapter = harness._tasks, harness._lm
+    model.load_state_dict(other.state_dict())
+    second = harness.score(model, tokenizer)
+    assert harness._tasks is tasks and harness._lm is adapter  # nothing was built again
+    assert second != first
+    assert second == Harness(["tiny_choice", "tiny_shots", "tiny_text"], include_path=folder).score(other, tokenizer)
+    model.load_state_dict(network(0).state_dict())
+    assert harness.score(model, tokenizer) == first
+    assert harness.score(other, tokenizer) == second  # another module
+
+
+def test_a_perplexity_counts_negatively_and_is_no_mean_over_examples(folder: Path, tokenizer: Any):
+    model = network(0)
+    measured = Harness(["tiny_text"], include_path=folder).score(model, tokenizer)
+    total = sum(log_likelihood(model, tokenizer, "", doc["question"]) for doc in DOCS)
+    perplexity = math.exp(-total / sum(len(doc["question"].split()) for doc in DOCS))
+    assert measured.value == pytest.approx(-perplexity, rel=1e-5)  # float32 logits, float64 by hand
+    assert measured.each is None and measured.figures["tiny_text"]["word_perplexity"] == -measured.value
+
+
+def test_a_median_is_no_mean_over_examples(folder: Path, tokenizer: Any):
+    lines = [line.replace("aggregation: mean", "aggregation: median") for line in CHOICE.splitlines(keepends=True)]
+    (folder / "median.yaml").write_text(
+        "".join(lines).replace("tiny_choice", "tiny_median").replace("FILE", str(folder / "docs.jsonl"))
+    )
+    model = network(0)
+    measured = Harness(["tiny_median"], include_path=folder).score(model, tokenizer)
+    assert measured.each is None and measured.value == sorted(by_hand(model, tokenizer)[1])[15]
+
+
+def test_tasks_count_alike_however_many_examples_they_have(folder: Path, tokenizer: Any):
+    (folder / "few.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in DOCS[:7]))
+    few = CHOICE.replace("tiny_choice", "tiny_few").replace("FILE", str(folder / "few.jsonl"))
+    (folder / "few.yaml").write_text(few)
+    model = network(0)
+    measured = Harness(["tiny_choice", "tiny_few"], include_path=folder).score(model, tokenizer)
+    _, acc_norm = by_hand(model, tokenizer)
+    assert measured.value == pytest.approx((sum(acc_norm) / 30 + sum(acc_norm[:7]) / 7) / 2, rel=1e-15)
+    assert measured.each is not None and measured.each.values_U.tolist() == acc_norm + acc_norm[:7]
+    weighted = measured.each.values_U.dot(measured.each.examples_U) / measured.each.examples_U.sum()
+    assert float(weighted) == pytest.approx(measured.value, rel=1e-14)
+    assert float(measured.each.examples_U.sum()) == pytest.approx(measured.examples, rel=1e-14)
+    score = Score(value=measured.value, loss=-measured.value, metric=None, examples=37, each=measured.each)
+    assert gain(score, score).value == 0.0
+
+
+def test_a_limit_takes_the_first_examples(folder: Path, tokenizer: Any):
+    model = network(0)
+    measured = Harness(["tiny_choice"], include_path=folder, limit=5, batch_size=2).score(model, tokenizer)
+    assert measured.each is not None and measured.each.values_U.tolist() == by_hand(model, tokenizer)[1][:5]
+    assert measured.examples == 5
+
+
+def test_scoring_leaves_no_trace(folder: Path, tokenizer: Any, capfd: pytest.CaptureFixture[str]):
+    model = network(0).train()
+    model.transformer.h[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    harness = Harness(["tiny_choice", "tiny_shots", "tiny_text"], include_path=folder)
+    harness.score(model, tokenizer)
+    files = sorted(folder.parent.rglob("*"))
+    torch.manual_seed(3), random.seed(3), np.random.seed(3)
+    expected = torch.rand(1), random.random(), np.random.rand()
+    torch.manual_seed(3), random.seed(3), np.random.seed(3)
+    harness.score(model, tokenizer)
+    assert (torch.rand(1), random.random(), np.random.rand()) == expected
+    assert sorted(folder.parent.rglob("*")) == files and not list((folder.parent / "empty").iterdir())
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)} == parameters
+    assert tokenizer.pad_token is None and "tie_weights" not in vars(model)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_that_the_checkpoints_have_apart_are_not_tied(folder: Path, tokenizer: Any):
+    model = network(0)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    before = by_hand(model, tokenizer)[1]
+    measured = Harness(["tiny_choice"], include_path=folder).score(model, tokenizer)
+    assert measured.each is not None and measured.each.values_U.tolist() == before
+    assert model.lm_head.weight is not model.transformer.wte.weight
+
+
+@pytest.mark.parametrize("task", ["tiny_choice", "tiny_text"])
+def test_a_model_that_gives_nan_is_an_error_and_no_accuracy(folder: Path, tokenizer: Any, task: str):
+    model = network(0)
+    torch.nn.init.constant_(model.transformer.wte.weight, math.nan)
+    with pytest.raises(TaskError, match=f"{task}: a log-likelihood or .* is not finite"):
+        Harness([task], include_path=folder).score(model, tokenizer)
+
+
+def test_an_unknown_task_is_one_line_with_those_it_may_have_been(folder: Path):
+    with pytest.raises(UsageError) as error:
+        Harness(["hellaswagg"], include_path=folder).check()
+    assert str(error.value).startswith("lm-evaluation-harness has no task called hellaswagg; there are hellaswag")
+    assert "\n" not in str(error.value)
+
+
+def test_data_that_are_not_there_are_not_fetched(folder: Path, tokenizer: Any):
+    (folder / "hub.yaml").write_text(CHOICE.replace("dataset_path: json", "dataset_path: nobody/nothing"))
+    (folder / "choice.yaml").unlink()
+    with pytest.raises(TaskError, match="tiny_choice cannot be built") as error:
+        Harness(["tiny_choice"], include_path=folder).score(network(0), tokenizer)
+    assert error.value.hint is not None and "lm_eval run --model dummy --tasks tiny_choice" in error.value.hint
+
+
+def test_a_missing_package_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UsageError) as error:
+        Harness(["any"]).check()
+    assert error.value.hint == "pip install 'ckptavg[lm-eval]'"
+
+
+def test_what_cannot_be_asked_is_said_at_once(folder: Path, tokenizer: Any):
+    for arguments in ({"tasks": []}, {"tasks": ["a"], "limit": 0}, {"tasks": ["a"], "include_path": folder / "no"}):
+        with pytest.raises(UsageError):
+            Harness(**arguments)
+    harness = Harness(["tiny_choice"], include_path=folder)
+    with pytest.raises(UsageError, match="this is a Linear"):
+        harness.score(torch.nn.Linear(1, 1), tokenizer)
+    with pytest.raises(UsageError, match="no tokenizer was given"):
+        harness.score(network(0), None)
+
+
+def test_importing_the_module_imports_no_framework():
+    code = "import ckptavg.tasks.harness, sys; print({'torch', 'numpy', 'lm_eval'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
