@@ -5,37 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from ckptavg.determinism import reproducible
 from ckptavg.discover import discover
+from ckptavg.errors import UsageError
 from ckptavg.evaluator import Watch
 from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture
 from ckptavg.objective import Score, Split
-from ckptavg.session import pick_device
-from ckptavg.tasks.python_file import PythonTask
+from ckptavg.options import Options
+from ckptavg.session import pick_device, task_of
 
 
 def evaluate(
-    files: Sequence[Path], task: str, *, key: str | None = None, device: str = "auto", seed: int = 0,
-    watch: Watch | None = None,
-) -> list[tuple[Path, dict[Split, Score]]]:  # fmt: skip
+    files: Sequence[Path], task: str | None = None, *, watch: Watch | None = None, **options: Any
+) -> list[tuple[Path, dict[Split, Score]]]:
     """The scores of each file on validation and test data, with the BatchNorm statistics that it holds.
 
     Args:
         files: checkpoints or earlier outputs; a directory stands for the checkpoints in it.
         task: a Python file or dotted module.
-        key: the sub-dictionary of each that is the model.
-        device: see `ckptavg.options.Options`.
-        seed: of the loaders.
         watch: is told the progress.
+        **options: of `ckptavg.options.Options`: key, device, seed, and instead of ``task`` val and test, or lm_eval.
     """
-    with reproducible(seed), ExitStack() as stack:
+    asked = Options(task=task, **options)
+    if not asked.ways:
+        raise UsageError("scoring needs a task file, --val or --lm-eval", hint="`ckptavg init` writes ./task.py")
+    if asked.score_cmd is not None:
+        raise UsageError("a file as it is needs no ckptavg to be scored by --score-cmd: run the command itself")
+    with reproducible(asked.seed), ExitStack() as stack:
         # one after the other, because files that are only scored need no step to be put in order by
-        found = [one for file in files for one in stack.enter_context(discover([file], key=key)).checkpoints]
+        found = [one for file in files for one in stack.enter_context(discover([file], key=asked.key)).checkpoints]
         check_agreement(found)
         # one row is enough of a matrix: every file is loaded into the model as it is
-        mixture = Mixture(PythonTask(task), found[:1], device=pick_device(device), seed=seed, watch=watch)
+        first = found[0].path
+        made = task_of(asked, first if first.is_dir() else first.parent)
+        mixture = Mixture(made, found[:1], device=pick_device(asked.device), seed=asked.seed, watch=watch)
         scored: list[tuple[Path, dict[Split, Score]]] = []
         for i, checkpoint in enumerate(found):
             mixture.load(checkpoint.tensors, checkpoint.read_into)

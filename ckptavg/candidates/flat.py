@@ -100,10 +100,11 @@ def check_names(unique: list[tuple[tuple[str, ...], Tensor]], stored: Mapping[st
             for what, names in (("it lacks", extra), ("only it has", missing))
             if names
         ]
-        raise TaskError(
-            f"the task's model() does not fit the checkpoints: {'; '.join(lists)}",
-            hint="make model() the module whose state_dict() was saved, or choose the right part with --key",
-        )
+        hint = "make model() the module whose state_dict() was saved, or choose the right part with --key"
+        prefix = next((name.removesuffix(missing[0]) for name in extra if missing and name.endswith(missing[0])), "")
+        if prefix and {f"{prefix}{name}" for name in missing} <= set(extra):
+            hint = f"the checkpoints' names begin with {prefix}, as if model() were an attribute of what was saved"
+        raise TaskError(f"the task's model() does not fit the checkpoints: {'; '.join(lists)}", hint=hint)
     for names, tensor in unique:
         name = present(names, stored)
         if stored[name].shape != tuple(tensor.shape):

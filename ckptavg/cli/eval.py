@@ -10,15 +10,34 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ckptavg.cli.options import Device, Json, Key, Paths, Quiet, Seed, TaskFile, Verbose
+from ckptavg.cli.options import (
+    BatchSize,
+    Device,
+    Json,
+    Key,
+    LmEval,
+    Paths,
+    Quiet,
+    Seed,
+    TaskFile,
+    Test,
+    TrustRemoteCode,
+    Val,
+    Verbose,
+)  # fmt: skip
 from ckptavg.cli.terminal import Screen, console
-from ckptavg.errors import UsageError, printable
+from ckptavg.errors import printable
 
 
 def command(
     files: Paths,
     key: Key = None,
     task: TaskFile = None,
+    val: Val = None,
+    test: Test = None,
+    batch_size: BatchSize = None,
+    trust_remote_code: TrustRemoteCode = False,
+    lm_eval: LmEval = None,
     device: Device = "auto",
     seed: Seed = 0,
     json: Json = False,
@@ -30,10 +49,13 @@ def command(
         from ckptavg.evaluation import evaluate
         from ckptavg.tasks.find import find
 
-        source = find(task, [path for path in files if path.is_dir()])  # an output beside ./task.py is usual
-        if source is None:
-            raise UsageError("scoring needs a task file", hint="`ckptavg init` writes ./task.py")
-        scored = evaluate(files, source, key=key, device=device, seed=seed, watch=watch)
+        given = val is not None or lm_eval is not None
+        # an output beside ./task.py is usual
+        source = task if given else find(task, [path for path in files if path.is_dir()])
+        scored = evaluate(
+            files, source, key=key, device=device, seed=seed, watch=watch, val=val, test=test, batch_size=batch_size,
+            trust_remote_code=trust_remote_code, lm_eval=lm_eval,
+        )  # fmt: skip
     rows: list[dict[str, Any]] = [
         {
             "path": str(path),
@@ -59,7 +81,7 @@ def command(
             for split in splits
             for cell in (
                 "" if scores[split].metric is None else f"{scores[split].metric:.4f}",
-                f"{scores[split].loss:.4f}",
+                "" if scores[split].loss is None else f"{scores[split].loss:.4f}",
             )
         ]
         table.add_row(Text(printable(str(path))), *cells)

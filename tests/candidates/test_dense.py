@@ -196,3 +196,20 @@ def test_load_sets_the_whole_state_from_bytes(tmp_path: Path):
     again = Candidates(Tied(), [checkpoint], ignore)
     again.load(checkpoint.tensors, checkpoint.read_into)
     assert all(torch.equal(tensor, other[name]) for name, tensor in again.model.state_dict().items())
+
+
+def test_a_model_that_lies_deeper_in_the_checkpoints_is_told_so(tmp_path: Path):
+    """As in Lightning, where the names begin with the attribute of the module."""
+    saved = [{f"net.{name}": tensor for name, tensor in state.items()} for state in states(Tied(), 2)]
+    with pytest.raises(TaskError, match="does not fit") as caught:
+        candidates(Tied(), saved, tmp_path)
+    assert caught.value.hint is not None and "names begin with net., as if" in caught.value.hint
+
+
+def test_a_checkpoint_that_changes_while_it_is_read_is_an_error_that_names_it(tmp_path: Path):
+    for i, state in enumerate(states(Tied(), 2)):
+        torch.save(state, tmp_path / f"step-{i}.pt")
+    with discover([tmp_path]) as found:
+        torch.save(states(Tied(), 3)[2], tmp_path / "step-1.pt")
+        with pytest.raises(InputError, match=r"step-1\.pt: changed while it was being read"):
+            Candidates(Tied(), found.checkpoints, ignore)

@@ -12,12 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_archives import TORCH_DTYPE
@@ -25,6 +26,9 @@ from torch_archives import TORCH_DTYPE
 from ckptavg.errors import InputError
 from ckptavg.readers import ITEM_SIZE, Reader, StoredTensor, open_reader
 from ckptavg.readers.zero import FOLDER
+
+if TYPE_CHECKING:
+    from conftest import Run
 
 STEPS = 3
 BF16 = {"bf16": {"enabled": True}}
@@ -444,3 +448,24 @@ def test_only_names_that_deepspeed_gives_are_claimed():
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]))
+
+
+@pytest.mark.parametrize("names", [("1", "2"), ("3", "2-round-robin"), ("1-bf16", "3-bf16")])
+def test_a_run_is_averaged_and_loads_into_the_model(run: Run, written: Path, tmp_path: Path, names: tuple[str, str]):
+    """Two checkpoints of different stages: what was averaged does not depend on how it was cut."""
+    for step, name in enumerate(names, 1):
+        there = tmp_path / "run" / f"global_step{step}"
+        shutil.copytree(folder_of(written, name), there)
+    (tmp_path / "run" / "latest").write_text("global_step2")
+    (tmp_path / "run" / "zero_to_fp32.py").write_text("raise SystemExit('was run')")
+    done = run("swa", "run/global_step1", "run/global_step2")
+    assert done.returncode == 0, done.stderr
+    average = load_file(tmp_path / "averaged.safetensors")
+    parts = [weights(folder_of(written, name)) for name in names]
+    for name, tensor in average.items():
+        expected = parts[-1][name]
+        if expected.is_floating_point():
+            expected = torch.stack([part[name].double() for part in parts]).mean(dim=0).to(expected.dtype)
+        assert torch.equal(tensor, expected), name
+    Network().load_state_dict(average, strict=True)
+    assert run("inspect", "run").returncode == 0
