@@ -28,7 +28,7 @@ LAYERS = (
     ("result",),
     ("strategies", "companions", "adapter", "shards"),
     ("candidates", "average", "write", "provenance", "batchnorm", "scorer"),
-    ("feed", "tally"),
+    ("feed", "tally", "surrogate"),
     ("tasks", "meter", "determinism"),
     ("discover", "settings", "options", "adapter_config"),
     ("copies", "layout", "places", "window"),
