@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptavg.api import compare as compare
+    from ckptavg.api import landscape as landscape
     from ckptavg.api import run as run
     from ckptavg.errors import CkptavgError as CkptavgError
     from ckptavg.result import Comparison as Comparison
+    from ckptavg.result import Landscape as Landscape
     from ckptavg.result import Result as Result
 
 _HOME = {
-    "run": "api", "compare": "api", "evaluate": "evaluation", "verify": "verification",
-    "CkptavgError": "errors", "Result": "result", "Comparison": "result",
+    "run": "api", "compare": "api", "landscape": "api", "evaluate": "evaluation", "verify": "verification",
+    "CkptavgError": "errors", "Result": "result", "Comparison": "result", "Landscape": "result",
 }  # fmt: skip
 
 

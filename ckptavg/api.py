@@ -13,8 +13,10 @@ from ckptavg.comparison import compare as run_comparison
 from ckptavg.objective import Strategy
 from ckptavg.options import Options
 from ckptavg.pipeline import run as run_pipeline
-from ckptavg.result import Comparison, Result
+from ckptavg.report import as_json
+from ckptavg.result import Comparison, Landscape, Result
 from ckptavg.strategies import strategies
+from ckptavg.survey import landscape as find_landscape
 from ckptavg.tasks.find import with_task
 from ckptavg.window import Window
 
@@ -45,6 +47,20 @@ def compare(ckpts: Paths, strategies: Sequence[str] = (), **options: Any) -> Com
         CkptavgError: as the command line would say it.
     """
     return run_comparison(_paths(ckpts), strategies, _options(ckpts, options, required=True))
+
+
+def landscape(ckpts: Paths, **options: Any) -> Landscape:
+    """Describe the loss around the candidates to second order, write it as JSON, and return it.
+
+    Args:
+        ckpts: a directory of checkpoints, several, or the checkpoints themselves.
+        **options: as `run` has them, and samples, mixtures, grid and hessian of `ckptavg.survey.landscape`.
+    Raises:
+        CkptavgError: as the command line would say it.
+    """
+    own = {name: options.pop(name) for name in ("samples", "mixtures", "grid", "hessian") if name in options}
+    shared = _options(ckpts, {"output": "landscape.json", **options}, required=True)
+    return find_landscape(_paths(ckpts), shared, as_text=as_json.to_json, **own)
 
 
 def _paths(ckpts: Paths) -> list[Path]:

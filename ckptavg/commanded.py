@@ -28,8 +28,9 @@ from ckptavg.dtypes import spelled
 from ckptavg.errors import TaskError, UsageError
 from ckptavg.evaluator import Watch
 from ckptavg.meter import SECONDS, Meter
-from ckptavg.objective import Cost, Score, Split
+from ckptavg.objective import Cost, Hessian, Score, Split
 from ckptavg.readers import StoredTensor
+from ckptavg.surrogate import Surrogate
 from ckptavg.write import SafetensorsFile
 
 FILE: Final = "{}"
@@ -109,6 +110,10 @@ class Commanded:
     def uniform(self) -> Tensor:
         """See `Objective.uniform`."""
         return torch.full((self.n,), 1 / self.n, dtype=torch.float64)
+
+    def surrogate(self, on: Split | None = None, hessian: Hessian = "auto") -> Surrogate:
+        """There is no loss."""
+        raise UsageError(_NO_LOSS)
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """See `Objective.score`: what the command prints for the average, remembered."""

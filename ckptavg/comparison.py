@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ckptavg.errors import UsageError
 from ckptavg.evaluator import Evaluator, Watch
@@ -85,13 +85,18 @@ def _asked(names: Sequence[str], evaluator: Evaluator) -> Mapping[str, Strategy]
     if not names:
         trained = evaluator.differentiable and evaluator.has("train") and evaluator.scored_on != "train"
         names = [*DEFAULT, *(_TRAINED if trained else ())]
-        names = [f"{name}:k={n}" if getattr(from_spec(name), "k", 0) > n else name for name in names]
+        names = [f"{name}:k={n}" if _too_many(from_spec(name), n) else name for name in names]
     elif REFERENCE not in names:
         names = [REFERENCE, *names]
     strategies = {name: from_spec(name) for name in names}
     for name, strategy in strategies.items():
         check(strategy, n, evaluator, name)
     return strategies
+
+
+def _too_many(strategy: Strategy, n: int) -> bool:
+    k: Any = getattr(strategy, "k", 0)
+    return k != "auto" and k > n
 
 
 def _run(name: str, strategy: Strategy, evaluator: Evaluator, watch: Watch | None) -> _Run:

@@ -6,28 +6,29 @@ Shape suffixes: N = candidates, G = groups of tensors.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ckptavg import batches, batchnorm
+from ckptavg import batchnorm, curvature
 from ckptavg.average import output_specs, weighted_average
 from ckptavg.candidates import Candidates, ReadInto, budget
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
-from ckptavg.errors import TaskError, is_out_of_memory
+from ckptavg.errors import is_out_of_memory
 from ckptavg.evaluator import Watch
 from ckptavg.feed import Feed
+from ckptavg.gradient import MixtureLoss, loss_and_gradient
 from ckptavg.meter import SECONDS, Meter
-from ckptavg.objective import Cost, Score, Split
+from ckptavg.objective import Cost, Hessian, Score, Split
 from ckptavg.options import BITS
 from ckptavg.readers import StoredTensor
 from ckptavg.result import MatrixResult
 from ckptavg.scorer import Scorer
+from ckptavg.surrogate import Surrogate
 from ckptavg.tasks import Task
 
 _T = TypeVar("_T")
@@ -70,6 +71,7 @@ class Mixture:
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
         self.batchnorm_from: Split = "train" if task.has("train") else self.scored_on
         self._scores: dict[tuple[Coefficients, Split, bool], Score] = {}
+        self._surrogates: dict[tuple[Split, Hessian], Surrogate] = {}
         self.meter = Meter()
         self._feed = Feed(task, self.scored_on, device, seed, self.meter)
         self._scorer = Scorer(task, self._feed)
@@ -174,9 +176,33 @@ class Mixture:
             if fresh:
                 self._batch = self._feed.next(on or self.scored_on)
             fresh = True  # the batch that was too large is gone
-            return _MixtureLoss.apply(c_N, self, self._batch, groups)  # pyright: ignore
+            return MixtureLoss.apply(c_N, self._step(self._batch, groups))  # pyright: ignore
 
         return self._with_memory(work)
+
+    def surrogate(self, on: Split | None = None, hessian: Hessian = "auto") -> Surrogate:
+        """See `Objective.surrogate`; remembered."""
+        key = (on or self.scored_on, hessian)
+        if key in self._surrogates:
+            self.meter.charge(key)
+            return self._surrogates[key]
+        norms, split = self._norms, key[0]
+
+        def passed() -> Iterator[Any]:
+            for done, batch in enumerate(self._feed.learnable(split), 1):
+                yield batch
+                self.progress("measuring the curvature", done, self.batches(split))
+
+        def work() -> Surrogate:
+            with batchnorm.batch_statistics(norms):
+                return curvature.surrogate(
+                    self.candidates, passed, self.task.loss,
+                    hessian=hessian, count=self.meter.count, source=self.task.source,
+                )  # fmt: skip
+
+        with self.meter.pricing(key):
+            self._surrogates[key] = self._with_memory(work)
+        return self._surrogates[key]
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """See `Objective.score`."""
@@ -247,33 +273,8 @@ class Mixture:
             epochs_of=self.batchnorm_from,
         )
 
-    def loss_and_gradient(self, c_GN: Tensor, batch: Any, groups: Groups) -> tuple[Tensor, Tensor]:
-        """The loss at c on a batch, and ∂ℓ/∂c in the shape of c."""
-        self.candidates.materialize(c_GN, groups)
-        self.candidates.zero_gradient()
-        self.meter.count("forward", batches.size(batch))
-        with torch.enable_grad(), batchnorm.batch_statistics(self._norms), self._recurrent():
-            loss = self.task.loss(self.model, batch).mean()
-            if not loss.requires_grad:
-                raise TaskError("loss() gives no gradient: no_grad, detach or item() in it?", path=self.task.source)
-            self._backward(loss)
-        self.meter.count("backward", batches.size(batch))
-        return loss.detach().to(c_GN.dtype), self.candidates.pullback(groups).view(c_GN.shape)
-
-    def _backward(self, loss: Tensor) -> None:
-        try:
-            loss.backward()
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            what = f"loss() cannot be differentiated: {str(error).splitlines()[0]}"
-            raise TaskError(what, path=self.task.source) from error
-
-    def _recurrent(self) -> AbstractContextManager[None]:
-        """cuDNN's recurrent layers go backward in training mode only, where they would drop out."""
-        if not any(isinstance(module, nn.RNNBase) for module in self.model.modules()):
-            return nullcontext()
-        return torch.backends.cudnn.flags(enabled=False, allow_tf32=False)
+    def _step(self, batch: Any, groups: Groups) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        return lambda c_GN: loss_and_gradient(self.task, self.candidates, self._norms, self.meter, c_GN, batch, groups)
 
     def _full(self, coefficients: Coefficients, split: Split, *, exact: bool) -> Score:
         score = self._remembered(coefficients, split, exact=exact)
@@ -327,18 +328,3 @@ class Mixture:
         if len(chosen) == 1:
             return f"candidate {chosen[0].path}"
         return "the mixture of steps " + ", ".join(str(checkpoint.step) for checkpoint in chosen)
-
-
-class _MixtureLoss(torch.autograd.Function):
-    """ℓ(Pᵀc) with the gradient P·∂ℓ/∂w, computed in the forward call because the model's state is shared."""
-
-    @staticmethod
-    def forward(ctx: Any, c_GN: Tensor, mixture: Mixture, batch: Any, groups: Groups) -> Tensor:
-        loss, gradient_GN = mixture.loss_and_gradient(c_GN, batch, groups)
-        ctx.save_for_backward(gradient_GN)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient_GN,) = ctx.saved_tensors
-        return upstream[0] * gradient_GN, None, None, None

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ckptavg.surrogate import Surrogate
+
+Hessian: TypeAlias = Literal["auto", "exact", "gauss-newton"]
 Split: TypeAlias = Literal["train", "val", "test", "fit", "held"]
 """Whose data: the task's own three, and the two halves of what is scored on: one to fit, one held out to watch."""
 
@@ -164,6 +167,14 @@ class Objective(Protocol):
         """
         ...
 
+    def surrogate(self, on: Split | None = None, hessian: Hessian = "auto") -> Surrogate:
+        """The loss around the mean of all, to second order in the coefficients, in one pass over ``on``.
+
+        Raises:
+            TaskError: if the curvature asked for cannot be had of this model.
+        """
+        ...
+
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """The score on ``on`` (None is `scored_on`), BatchNorm recomputed; remembered, so asking again is free.
 
@@ -194,12 +205,16 @@ class Learned:
         columns: name → one number or word for each candidate (None where there is none), shown beside it.
         trace: name → one number for each step.
         notes: what a reader of the report should know, a sentence each.
+        tables: title → rows, each of them column → value.
     """
 
     coefficients: Coefficients
     columns: Mapping[str, Sequence[float | str | None]] = field(default_factory=dict[str, Sequence[float | str | None]])
     trace: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     notes: Sequence[str] = ()
+    tables: Mapping[str, Sequence[Mapping[str, float | str | None]]] = field(
+        default_factory=dict[str, Sequence[Mapping[str, float | str | None]]]
+    )
 
 
 class Strategy(Protocol):

@@ -106,6 +106,7 @@ def result(
         ],
         groups=coefficients.groups,
         trace=learned.trace,
+        tables=learned.tables,
         output=finished.output,
     )
     if evaluator is None:
@@ -135,7 +136,8 @@ def check(strategy: Strategy, n: int, evaluator: Evaluator | None, name: str = "
         name: of the strategy, at the beginning of an error.
     """
     before = f"{name}: " if name else ""
-    if (k := getattr(strategy, "k", 0)) > n:
+    k: Any = getattr(strategy, "k", 0)
+    if k != "auto" and k > n:
         raise UsageError(
             f"{before}--k {k} asks for more checkpoints than the {n} candidates there are",
             hint=f"choose --k {n} or less, or widen the window (--last, --start, --stop, --every)",

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.objective import Cost, Score, Split
 from ckptavg.places import LeftOut
+
+if TYPE_CHECKING:
+    from ckptavg.surrogate import Surrogate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,7 @@ class Result:
         worse: whether the selection scores below the best single candidate on validation.
         replaced: whether that candidate was written instead; then the selection is among the baselines.
         groups: the tensors that each of a candidate's coefficients is for, as prefixes of their names.
+        tables: further tables of the strategy: title → rows, each column → value.
         holdout: the fraction of the validation data that was kept for the test score, None where there was no need.
     """
 
@@ -82,6 +86,9 @@ class Result:
     holdout: float | None = None
     matrix: MatrixResult | None = None
     cost: Cost | None = None
+    tables: Mapping[str, Sequence[Mapping[str, float | str | None]]] = field(
+        default_factory=dict[str, Sequence[Mapping[str, float | str | None]]]
+    )
     trace: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     warnings: Sequence[str] = ()
     output: Output | None = None
@@ -146,3 +153,43 @@ class Comparison:
     contestants: Sequence[Contestant]
     winner: str
     result: Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plane:
+    """Real losses on the plane through three mixtures a, b, c: a + u(b − a) + v(c − a).
+
+    Attributes:
+        names: of the three.
+        u: the values of u, along columns.
+        v: the values of v, along rows.
+        losses: a row for each v.
+    """
+
+    names: tuple[str, str, str]
+    u: Sequence[float]
+    v: Sequence[float]
+    losses: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Landscape:
+    """The loss around the candidates; see `ckptavg.survey.landscape`.
+
+    Attributes:
+        eigenvalues: of the quadratic's H, from the smallest up.
+        predicted: by the quadratic, the losses of random mixtures.
+        measured: what they really are.
+    """
+
+    surrogate: Surrogate
+    eigenvalues: Sequence[float]
+    predicted: Sequence[float]
+    measured: Sequence[float]
+    spearman: float
+    r_squared: float
+    steps: Sequence[int]
+    plane: Plane | None
+    output: Output | None = None
+    left_out: Sequence[LeftOut] = ()
+    warnings: Sequence[str] = ()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
-from ckptavg.objective import Score, Split
+from ckptavg.objective import Hessian, Score, Split
+from ckptavg.surrogate import Surrogate
 
 
 class Quadratic:
@@ -40,6 +41,12 @@ class Quadratic:
 
     def loss(self, c_N: Tensor, on: Split | None = None, *, groups: Groups = EVERYTHING, again: bool = False) -> Tensor:
         return (c_N @ self.weights_ND if len(groups) == 1 else (c_N * self.weights_ND.T).sum(dim=1)).square().mean()
+
+    def surrogate(self, on: Split | None = None, hessian: Hessian = "auto") -> Surrogate:
+        """Exact: the loss is a quadratic."""
+        hessian_NN = 2 / self.d * self.weights_ND @ self.weights_ND.T
+        mean = self.weights_ND.mean(dim=0)
+        return Surrogate(float(mean.square().mean()), 2 / self.d * self.weights_ND @ mean, hessian_NN, "exact")
 
     def of_subset(self, subset: Iterable[int]) -> float:
         return float(self.weights_ND[list(subset)].mean(dim=0).square().mean())

@@ -72,7 +72,8 @@ def test_every_setting_of_a_strategy_has_help(run: Run, name: str):
 
 def test_the_readmes_options_exist(run: Run):
     shown = " ".join(
-        run(name, "--help", COLUMNS="200").stdout for name in (*strategies(), "compare", "inspect", "verify", "eval")
+        run(name, "--help", COLUMNS="200").stdout
+        for name in (*strategies(), "compare", "landscape", "inspect", "verify", "eval")
     )
     for option in set(re.findall(r"`(--[a-z-]+)", README)):
         assert option in shown, option

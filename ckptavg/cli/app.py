@@ -23,7 +23,7 @@ app = typer.Typer(
 for _name, _strategy in strategies().items():
     app.command(_name, rich_help_panel="Average", context_settings=app.info.context_settings)(command(_name, _strategy))  # pyright: ignore
 app.command("compare", rich_help_panel="Average")(compare.command)
-for _name in ("inspect", "eval", "verify"):
+for _name in ("inspect", "eval", "verify", "landscape"):
     _module = importlib.import_module(f"ckptavg.cli.{_name}")
     app.command(_name, rich_help_panel="Look")(_module.command)
 for _name in ("init", "demo"):

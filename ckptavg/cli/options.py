@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
 import typer
 
-from ckptavg.result import Comparison, Result
+from ckptavg.result import Comparison, Landscape, Result
 
 if TYPE_CHECKING:
     from ckptavg.evaluator import Watch
     from ckptavg.options import Options
 
-Report: TypeAlias = Result | Comparison
+Report: TypeAlias = Result | Comparison | Landscape
 
 
 def option(panel: str, text: str, *names: str, **more: Any) -> Any:
@@ -147,12 +147,14 @@ def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty
 
 
 def signed(
-    run: Callable[..., None], name: str, doc: str, own: Sequence[inspect.Parameter], without: Collection[str] = ()
-) -> Callable[..., None]:
+    run: Callable[..., None], name: str, doc: str, own: Sequence[inspect.Parameter], *,
+    without: Collection[str] = (), defaults: Mapping[str, Any] | None = None,
+) -> Callable[..., None]:  # fmt: skip
     """``run`` as a command: the checkpoints, its own options, and the shared ones but for some."""
+    defaults = defaults or {}
     hints = get_type_hints(_shared, include_extras=True)
     shared = [
-        parameter(one.name, hints[one.name], one.default)
+        parameter(one.name, hints[one.name], defaults.get(one.name, one.default))
         for one in inspect.signature(_shared).parameters.values()
         if one.name not in without
     ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Annotated, Any, get_args, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from ckptavg.cli.options import carry_out, option, parameter, signed
 from ckptavg.objective import Strategy
@@ -32,5 +33,13 @@ def command(name: str, strategy: type[Strategy]) -> Callable[..., None]:
 
 def _annotation(name: str, hint: Any, default: Any) -> Any:
     kind, text = get_args(hint)
+    if get_origin(kind) in (Union, UnionType) and "auto" in [
+        word for part in get_args(kind) for word in get_args(part)
+    ]:
+        return Annotated[str, option("Strategy", text, parser=_number_or_auto, metavar="INTEGER|auto")]
     names = (f"--{name.replace('_', '-')}",) if default is False else ()  # no --no-… for a flag
     return Annotated[kind, option("Strategy", text, *names)]
+
+
+def _number_or_auto(text: str) -> int | str:
+    return "auto" if text == "auto" else int(text)

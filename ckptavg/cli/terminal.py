@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ckptavg.errors import InterruptedRunError, OutputError, printable
-from ckptavg.result import Result
+from ckptavg.result import Landscape, Result
 
 WIDE = 200  # columns where there is no terminal: a log should not cut names
 Watch = Callable[[str, int, int, Mapping[str, float]], None]
@@ -36,7 +36,7 @@ class Screen:
         if not self._quiet:
             self._console.print(what)
 
-    def warn(self, result: Result) -> None:
+    def warn(self, result: Result | Landscape) -> None:
         """Say what was left out and what is doubtful; with -v also what was left out as a matter of course."""
         for one in result.left_out:
             if one.kind != "quiet" or self._verbose:

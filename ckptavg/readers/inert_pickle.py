@@ -20,15 +20,15 @@ MAX_NAME: Final = 1000  # bytes of a global's module or name
 BUDGET: Final = 640 << 20  # what a pickle may cost, text and bytes (which it must hold itself) not counted
 
 # What an opcode costs: an upper estimate of the memory CPython needs for what it makes, and enough for any opcode that
-# time is bounded as well, to 14 million of them.
-_STEP: Final = 48
+# time is bounded as well, to 10 million of them.
+_STEP: Final = 64
 _NUMBER: Final = 80
 _TUPLE: Final = 96
 _STRING: Final = 104
 _LIST: Final = 128
-_OBJECT: Final = 192
+_OBJECT: Final = 256
 _DICT: Final = 272
-_GLOBAL: Final = 384
+_GLOBAL: Final = 512
 
 # integers of more bits share hashes by the million, which would make a dict take for ever
 _LARGEST_KEY: Final = 2**60
@@ -70,7 +70,7 @@ class Stateful(Protocol):
 
 
 def load(
-    data: bytes, makers: Mapping[str, Maker], persistent: Callable[[object], object], budget: int = BUDGET
+    data: bytes, makers: Mapping[str, Maker], persistent: Callable[[object], object], budget: int | None = None
 ) -> object:
     """What the pickle ``data`` describes, made of dict, list, tuple, numbers, strings, bytes and stand-ins.
 
@@ -81,13 +81,13 @@ def load(
         data: the pickle.
         makers: dotted name of a global → what is made when it is called; may refuse by raising PickleError.
         persistent: what a persistent id stands for; may raise PickleError as well.
-        budget: what it may cost.
+        budget: what it may cost; None is `BUDGET`.
     Raises:
         PickleError: if it is damaged or exceeds a limit.
     """
     machine = _Machine(data, makers, persistent)
     try:
-        return machine.run(budget)
+        return machine.run(BUDGET if budget is None else budget)
     except IndexError as error:  # from the stack and the marks: every read of the data is checked
         raise PickleError(f"is damaged: byte {machine.position} takes more from the stack than is on it") from error
     except UnicodeDecodeError as error:
@@ -223,7 +223,7 @@ def _key(key: object) -> object:
         return key
     if isinstance(key, Stateful):  # what a maker made: equal to itself only, so nothing of the file's is compared
         return key
-    return Inert(type(key).__name__, called=False)
+    return Inert(key.name if isinstance(key, Inert | Global) else type(key).__name__, called=False)
 
 
 def _stand_in(name: str, called: bool) -> Inert | Refused:

@@ -33,6 +33,8 @@ DTYPES: Final[Mapping[str, str]] = {
 _PLAIN_TENSORS: Final = frozenset(
     {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.Parameter", "torch.nn.parameter.Buffer"}
 )
+_ZERO_STAGE: Final = "deepspeed.runtime.zero.config.ZeroStageEnum"
+_ZERO_STAGES: Final[Mapping[object, int]] = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
 _NUMPY: Final[Mapping[str, str]] = {
     "f8": "d", "f4": "f", "f2": "e", "b1": "?",
     "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I", "u2": "H", "u1": "B",
@@ -227,6 +229,15 @@ def _encode(arguments: tuple[object, ...]) -> object:
     return Inert("bytes", called=False)
 
 
+def _member(arguments: tuple[object, ...]) -> object:
+    """``getattr(class, name)``: how Python 3.11.0 to 3.11.3 pickle a member of an enumeration."""
+    owner, name = arguments if len(arguments) == 2 else (None, None)
+    if not isinstance(owner, Global):
+        return Inert("getattr", called=True)
+    known = owner.name == _ZERO_STAGE and type(name) is str and name in _ZERO_STAGES
+    return _ZERO_STAGES[name] if known else Inert(owner.name, called=True)
+
+
 _TENSORS: Final[Mapping[str, Callable[[tuple[object, ...]], StoredTensor | Refused]]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor_v2,
@@ -246,7 +257,9 @@ MAKERS: Final[Mapping[str, Maker]] = {
     "__builtin__.set": _new_list,
     "__builtin__.frozenset": _new_list,
     "_codecs.encode": _encode,
-    "deepspeed.runtime.zero.config.ZeroStageEnum": lambda arguments: arguments[0] if arguments else None,  # its number
+    "builtins.getattr": _member,
+    "__builtin__.getattr": _member,
+    _ZERO_STAGE: lambda arguments: arguments[0] if arguments else None,  # its number
     "numpy.dtype": _numpy_dtype,
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy._core.multiarray.scalar": _numpy_scalar,

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ckptavg.objective import Cost, Score
-from ckptavg.result import Comparison, Contestant, Result
+from ckptavg.result import Comparison, Contestant, Landscape, Result
 
 
 def to_dict(result: Result) -> dict[str, Any]:
@@ -50,6 +50,7 @@ def to_dict(result: Result) -> dict[str, Any]:
             "bytes": matrix.bytes,
             "error": matrix.error,
         },
+        "tables": {title: [dict(row) for row in rows] for title, rows in result.tables.items()},
         "trace": {name: list(values) for name, values in result.trace.items()},
         "warnings": list(result.warnings),
         "output": output
@@ -73,9 +74,31 @@ def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def to_json(report: Result | Comparison) -> str:
+def landscape_to_dict(found: Landscape) -> dict[str, Any]:
+    """A landscape as plain data."""
+    q, plane = found.surrogate, found.plane
+    return {
+        "steps": list(found.steps),
+        "loss_at_mean": q.value,
+        "gradient": q.gradient_N.tolist(),
+        "hessian": q.hessian_NN.tolist(),
+        "curvature": q.curvature,
+        "eigenvalues": list(found.eigenvalues),
+        "predicted": list(found.predicted),
+        "measured": list(found.measured),
+        "spearman": found.spearman,
+        "r_squared": found.r_squared,
+        "plane": plane and {"mixtures": plane.names, "u": plane.u, "v": plane.v, "losses": plane.losses},
+        "warnings": list(found.warnings),
+    }
+
+
+def to_json(report: Result | Comparison | Landscape) -> str:
     """The report as JSON text."""
-    data = comparison_to_dict(report) if isinstance(report, Comparison) else to_dict(report)
+    if isinstance(report, Landscape):
+        data = landscape_to_dict(report)
+    else:
+        data = comparison_to_dict(report) if isinstance(report, Comparison) else to_dict(report)
     return json.dumps(data, indent=2, ensure_ascii=True)
 
 

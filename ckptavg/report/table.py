@@ -11,14 +11,17 @@ from rich.text import Text
 
 from ckptavg.errors import printable
 from ckptavg.objective import Cost, Score, Split
+from ckptavg.report import surface
 from ckptavg.report.contest import contest
-from ckptavg.result import CandidateResult, Comparison, MatrixResult, Output, Result
+from ckptavg.result import CandidateResult, Comparison, Landscape, MatrixResult, Output, Result
 
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def render(report: Result | Comparison) -> Group:
+def render(report: Result | Comparison | Landscape) -> Group:
     """Everything there is to say, from the candidates down to the file."""
+    if isinstance(report, Landscape):
+        return surface.render(report)
     if isinstance(report, Comparison) and report.contestants:
         return Group(_candidates(report.result), Text(), *contest(report), *_foot(report.result))
     return Group(*_parts(report.result if isinstance(report, Comparison) else report))
@@ -29,6 +32,9 @@ def _parts(result: Result) -> Iterator[RenderableType]:
     if len(result.groups) > 1:
         yield Text()
         yield _blocks(result)
+    for title, rows in result.tables.items():
+        yield Text()
+        yield _rows(title, rows)
     if result.scores:
         yield Text()
         yield _scores(result)
@@ -96,6 +102,18 @@ def _blocks(result: Result) -> Table:
     for names, row in zip(result.groups, rows, strict=True):
         bars = (_BARS[round((c - low) / (high - low or 1) * (len(_BARS) - 1))] for c in row)
         table.add_row(escape(_listing(names)), f"{min(row):.3f}", f"{max(row):.3f}", "".join(bars))
+    return table
+
+
+def _rows(title: str, rows: Sequence[Mapping[str, float | str | None]]) -> Table:
+    """A table of the strategy's own."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = (row.get(name) for name in columns)
+        table.add_row(*(str(cell) if isinstance(cell, int) else _cell(cell) for cell in cells))
     return table
 
 

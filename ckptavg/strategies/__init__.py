@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from types import NoneType
@@ -62,4 +63,8 @@ def _parsed(text: str, kind: Any) -> Any:
         if text not in get_args(kind):
             raise ValueError(text)
         return text
-    return next(_parsed(text, option) for option in get_args(kind) if option is not NoneType)  # X | None
+    for option in get_args(kind):  # X | None, int | Literal["auto"]
+        if option is not NoneType:
+            with suppress(ValueError):
+                return _parsed(text, option)
+    raise ValueError(text)

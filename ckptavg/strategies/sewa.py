@@ -6,17 +6,19 @@ Shape suffixes: N = candidates, K = chosen, M = Monte Carlo samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import Learned, Objective, Strategy, check_losses
+from ckptavg.objective import Hessian, Learned, Objective, Score, Strategy, check_losses
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from ckptavg.surrogate.subsets import Subsets
 
 BLOCK = 256  # steps whose noise is drawn at once
 DRAWS = 8  # masks that are scored between two steps of s, where there is no gradient
@@ -44,7 +46,12 @@ class SeWA:
 
     needs_task: ClassVar[bool] = True
 
-    k: Annotated[int, "How many checkpoints to average."] = 5
+    k: Annotated[int | Literal["auto"], "How many checkpoints to average; auto with --solver quadratic."] = 5
+    solver: Annotated[
+        Literal["gumbel", "quadratic"], "Learn the mask step by step, or search the loss to second order in one pass."
+    ] = "gumbel"
+    hessian: Annotated[Hessian, "Curvature of the quadratic solver."] = "auto"
+    verify: Annotated[int, "How many of the quadratic solver's best subsets are scored for real."] = 8
     steps: Annotated[int, "Optimisation steps of the mask."] = 200
     lr: Annotated[float, "Learning rate η of the probabilities s."] = 0.3
     samples: Annotated[int, "Monte Carlo samples M a step."] = 2
@@ -57,9 +64,11 @@ class SeWA:
     evaluations: Annotated[int, "Scores to search by where there is no gradient (--score-cmd, --lm-eval)."] = 100
 
     def __post_init__(self) -> None:
-        for name, least in (("k", 1), ("steps", 1), ("samples", 1), ("evaluations", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        if self.k == "auto" and self.solver != "quadratic":
+            raise UsageError("--k auto needs --solver quadratic, which answers for every K at once")
+        for name in ("k", "steps", "samples", "evaluations", "verify"):
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
+                raise UsageError(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in ("lr", "tau_start", "tau_end"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UsageError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(self, name)}")
@@ -69,13 +78,16 @@ class SeWA:
         import torch
 
         n = objective.n
-        if self.k > n:
+        if self.k != "auto" and self.k > n:
             raise UsageError(
                 f"--k {self.k} asks for more checkpoints than the {n} candidates there are",
                 hint=f"choose --k {n} or less, or widen the window (--last, --start, --stop, --every)",
             )
+        if self.solver == "quadratic":
+            return self._by_surrogate(objective)
+        assert self.k != "auto"
         if not objective.differentiable:
-            return self._by_scores(objective)
+            return self._by_scores(objective, self.k)
         s_N = (objective.uniform() * self.k).clamp(max=1)
         losses = torch.empty(self.steps, dtype=s_N.dtype, device=s_N.device)
         for step, noise_MN in zip(range(self.steps), self._noise(objective, s_N), strict=False):
@@ -92,12 +104,49 @@ class SeWA:
         trace = losses.tolist()
         check_losses(trace)
         return Learned(
-            coefficients=Coefficients.uniform(self._likeliest(s_N), n),
+            coefficients=Coefficients.uniform(_likeliest(s_N, self.k), n),
             columns={"s": s_N.tolist()},
             trace={"loss": trace},
         )
 
-    def _by_scores(self, objective: Objective) -> Learned:
+    def _by_surrogate(self, objective: Objective) -> Learned:
+        """The best subsets by the loss to second order around the mean of all, the best of them by their real loss.
+
+        See `ckptavg.surrogate`. With ``--k auto`` the best subset of every size is scored, and then the best few of the
+        size that won.
+        """
+        from ckptavg.surrogate.subsets import best_for_every_k
+
+        if not objective.differentiable:
+            raise UsageError(
+                "the quadratic solver needs a loss, and here there are only scores", hint="--solver gumbel"
+            )
+        n = objective.n
+        q = objective.surrogate(self.on, self.hessian)
+        found = best_for_every_k(q, self.verify)
+        scores: dict[tuple[int, ...], Score] = {}
+
+        def loss(mask: tuple[int, ...]) -> float:
+            scores[mask] = objective.score(Coefficients.uniform(mask, n))
+            objective.progress("verifying subsets", len(scores), total, loss=scores[mask].loss or 0.0)
+            return scores[mask].loss or 0.0
+
+        k, total = self.k, self.verify
+        if k == "auto":
+            total += n - 1
+            first = {size: loss(subsets.masks[0]) for size, subsets in found.items()}
+            k = max(first, key=lambda size: (scores[found[size].masks[0]].value, -first[size], size))
+        chosen = min(found[k].masks, key=lambda mask: (loss(mask), [-i for i in reversed(mask)]))
+        notes = [q.note] if q.note else []
+        if found[k].proof == "heuristic":
+            notes.append(f"the best subsets of {k} by the quadratic were found by a heuristic, without a proof")
+        return Learned(
+            coefficients=Coefficients.uniform(chosen, n),
+            notes=notes,
+            tables={"best subset of each size": _sizes(found, scores)},
+        )
+
+    def _by_scores(self, objective: Objective, k: int) -> Learned:
         """The mask by score-function gradients: as many scores as asked for, of K candidates each.
 
         Each step draws `DRAWS` masks m of exactly K candidates (the K largest of logit s_i + Gumbel noise) and takes
@@ -109,36 +158,32 @@ class SeWA:
         import torch
 
         n, draws = objective.n, objective.generator
-        s_N = torch.full((n,), self.k / n, dtype=torch.float64)
+        s_N = torch.full((n,), k / n, dtype=torch.float64)
         found: dict[tuple[int, ...], float] = {}
         trace: list[float] = []
-        while len(found) < min(self.evaluations, math.comb(n, self.k)) and len(trace) < self.evaluations:
+        while len(found) < min(self.evaluations, math.comb(n, k)) and len(trace) < self.evaluations:
             rest = self.evaluations - len(found)
-            masks = [self._drawn(s_N, draws) for _ in range(min(DRAWS, rest - 1))] or [self._likeliest(s_N)]
+            masks = [self._drawn(s_N, k, draws) for _ in range(min(DRAWS, rest - 1))] or [_likeliest(s_N, k)]
             scores = torch.tensor([self._scored(objective, mask, found) for mask in masks], dtype=torch.float64)
             m_MN = torch.zeros(len(masks), n, dtype=torch.float64)
             for row_N, mask in zip(m_MN, masks, strict=True):
                 row_N[list(mask)] = 1
             spread = scores.std(unbiased=False).clamp(min=torch.finfo(scores.dtype).tiny)
             advantage_M = (scores - scores.mean()) / spread
-            s_N = project_capped_simplex(s_N + self.lr * (advantage_M @ (m_MN - s_N)) / len(masks), self.k)
+            s_N = project_capped_simplex(s_N + self.lr * (advantage_M @ (m_MN - s_N)) / len(masks), k)
             trace.append(max(found.values()))
             objective.progress("searching by scores", len(found), self.evaluations, score=trace[-1])
-        self._scored(objective, self._likeliest(s_N), found)
+        self._scored(objective, _likeliest(s_N, k), found)
         chosen = max(found, key=lambda mask: (found[mask], mask))
         return Learned(
             coefficients=Coefficients.uniform(chosen, n), columns={"s": s_N.tolist()}, trace={"best_score": trace}
         )
 
-    def _drawn(self, s_N: Tensor, generator: torch.Generator) -> tuple[int, ...]:
+    def _drawn(self, s_N: Tensor, k: int, generator: torch.Generator) -> tuple[int, ...]:
         import torch
 
         noise_N = torch.rand(len(s_N), generator=generator, dtype=s_N.dtype).log().neg().log().neg()
-        return tuple(sorted((torch.logit(s_N, eps=EDGE) + noise_N).topk(self.k).indices.tolist()))
-
-    def _likeliest(self, s_N: Tensor) -> tuple[int, ...]:
-        values = s_N.tolist()
-        return tuple(sorted(sorted(range(len(values)), key=lambda i: (values[i], i))[-self.k :]))
+        return tuple(sorted((torch.logit(s_N, eps=EDGE) + noise_N).topk(k).indices.tolist()))
 
     def _scored(self, objective: Objective, mask: tuple[int, ...], found: dict[tuple[int, ...], float]) -> float:
         if mask not in found:
@@ -164,6 +209,24 @@ class SeWA:
             hard_N = (m_N > 0.5).to(m_N)
             m_N = torch.where(hard_N.sum() > 0, hard_N + m_N - m_N.detach(), m_N)  # never an empty mask
         return m_N / m_N.sum()
+
+
+def _likeliest(s_N: Tensor, k: int) -> tuple[int, ...]:
+    values = s_N.tolist()
+    return tuple(sorted(sorted(range(len(values)), key=lambda i: (values[i], i))[-k:]))
+
+
+def _sizes(
+    found: Mapping[int, Subsets], scores: Mapping[tuple[int, ...], Score]
+) -> list[dict[str, float | str | None]]:
+    """For each size its best subset: the loss by the quadratic, and the real one where it was measured."""
+    rows: list[dict[str, float | str | None]] = []
+    for size, subsets in found.items():
+        real = scores.get(subsets.masks[0])
+        metric = {} if real is None or real.metric is None else {"metric": real.metric}
+        measured: dict[str, float | str | None] = {"loss": real and real.loss, **metric}
+        rows.append({"K": size, "quadratic": subsets.values[0], **measured})
+    return rows
 
 
 def project_capped_simplex(s_N: Tensor, k: float) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.errors import UsageError
-from ckptavg.objective import Learned, Objective, Split, Strategy, check_losses
+from ckptavg.objective import Hessian, Learned, Objective, Split, Strategy, check_losses
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Constraint: TypeAlias = Literal["affine", "simplex"]
 RATE: Mapping[Split, float] = {"val": 2e-2, "train": 2e-4}
+SEGMENT = 5  # points from the mean to the quadratic's optimum that are scored
 FAR = (-1.0, 2.0)  # an affine coefficient outside says that a small data set may have been overfitted
 
 
@@ -56,6 +57,11 @@ class TWA:
     on: Annotated[
         Literal["val", "train"] | None, "Data the coefficients are trained on; default val where the task has it."
     ] = None
+    solver: Annotated[
+        Literal["gradient", "quadratic"], "Train step by step, or solve the loss to second order in one pass."
+    ] = "gradient"
+    hessian: Annotated[Hessian, "Curvature of the quadratic solver."] = "auto"
+    radius: Annotated[float, "Trust region of the quadratic solver: ‖x‖ in mean distances; affine only."] = 1.0
     constraint: Annotated[Constraint, "Any coefficients that sum to one, or only convex combinations."] = "affine"
     layerwise: Annotated[bool, "Coefficients of their own for every module."] = False
     block_size: Annotated[
@@ -78,7 +84,7 @@ class TWA:
         for name, least in (("epochs", 1), ("patience", 1), ("block_size", 0), ("evaluations", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-        for name in ("lr", "clip"):
+        for name in ("lr", "clip", "radius"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise UsageError(f"--{name} must be greater than 0, not {value}")
         for name in ("weight_decay", "sam_rho"):
@@ -89,6 +95,8 @@ class TWA:
         """See `Strategy.learn`."""
         import torch
 
+        if self.solver == "quadratic":
+            return self._by_surrogate(objective)
         if not objective.differentiable:
             return self._by_scores(objective)
         groups = objective.blocks(self.block_size) if self.layerwise or self.block_size is not None else EVERYTHING
@@ -131,6 +139,49 @@ class TWA:
             coefficients=coefficients,
             trace={"loss": trace} | ({"held_out_score": scores} if scores else {}),
             notes=_far(coefficients),
+        )
+
+    def _by_surrogate(self, objective: Objective) -> Learned:
+        """The optimum of the loss to second order around the mean of all, as far towards it as the real loss falls.
+
+        Affine in the ball ‖x‖ ≤ radius, or over the simplex; see `ckptavg.surrogate`. Five points of the segment from
+        the mean are scored.
+        """
+        import torch
+
+        from ckptavg.surrogate.optimum import affine_optimum, simplex_optimum
+
+        if not objective.differentiable:
+            raise UsageError(
+                "the quadratic solver needs a loss, and here there are only scores", hint="--solver gradient"
+            )
+        if self.layerwise or self.block_size is not None:
+            raise UsageError("the quadratic solver has one coefficient a candidate", hint="--solver gradient")
+        q = objective.surrogate(self.on, self.hessian)
+        distance_N = objective.distances(EVERYTHING)[0].to("cpu", torch.float64)
+        metric_N = distance_N / distance_N.mean().clamp(min=torch.finfo(torch.float64).tiny)
+        best_N = simplex_optimum(q) if self.constraint == "simplex" else affine_optimum(q, self.radius, metric_N)
+        points: list[Coefficients] = []
+        losses: list[float] = []
+        for i in range(SEGMENT):
+            t = i / (SEGMENT - 1)
+            row_N = (1 - t) / objective.n + t * best_N
+            points.append(Coefficients((tuple((row_N / row_N.sum()).tolist()),)))
+            losses.append(objective.score(points[-1]).loss or 0.0)
+            objective.progress("verifying along the segment", i + 1, SEGMENT, loss=losses[-1])
+        chosen = points[losses.index(min(losses))]
+        rows: list[dict[str, float | str | None]] = [
+            {
+                "of the way": i / (SEGMENT - 1),
+                "quadratic": float(q(torch.tensor(one.values[0], dtype=torch.float64))),
+                "loss": loss,
+            }
+            for i, (one, loss) in enumerate(zip(points, losses, strict=True))
+        ]
+        return Learned(
+            coefficients=chosen,
+            notes=[*([q.note] if q.note else []), *_far(chosen)],
+            tables={"from the mean to the optimum of the quadratic": rows},
         )
 
     def _by_scores(self, objective: Objective) -> Learned:

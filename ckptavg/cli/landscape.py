@@ -1,0 +1,51 @@
+"""``ckptavg landscape``: the loss to second order around the candidates, and how far that can be trusted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from ckptavg.cli.options import carry_out, option, parameter, signed
+
+Samples = Annotated[int, option("Landscape", "Random mixtures that are really scored.")]
+Mixtures = Annotated[
+    str,
+    option("Landscape", "Three strategies whose plane is scored too: last,swa,twa:solver=quadratic.", metavar="A,B,C"),
+]
+Grid = Annotated[int, option("Landscape", "Points along each side of the plane.")]
+Curvature = Annotated[
+    Literal["auto", "exact", "gauss-newton"], option("Landscape", "Which second derivatives.", "--hessian")
+]
+
+
+def _run(**arguments: Any) -> None:
+    names = [name.strip() for name in arguments.pop("mixtures").split(",") if name.strip()]
+    more = {name: arguments.pop(name) for name in ("samples", "grid", "hessian")}
+
+    def work(*inputs: Any) -> Any:
+        from ckptavg.report import as_json, surface
+        from ckptavg.survey import landscape
+
+        paths, options, watch = inputs
+        found = landscape(paths, options, watch, mixtures=names, as_text=as_json.to_json, **more)
+        if found.plane is not None:
+            surface.draw(found.plane, Path(options.output).with_suffix(".png"))
+        return found
+
+    arguments["output"] = arguments["output"] or "landscape.json"
+    carry_out(arguments, work, needs_task=True)
+
+
+command = signed(
+    _run,
+    "landscape",
+    "Describe the loss around the candidates to second order, and write it as JSON.",
+    [
+        parameter("samples", Samples, 32),
+        parameter("mixtures", Mixtures, ""),
+        parameter("grid", Grid, 9),
+        parameter("hessian", Curvature, "auto"),
+    ],
+    without=("never_worse", "baselines", "dtype", "max_shard_size", "adapter", "rank", "dry_run", "holdout"),
+    defaults={"output": "landscape.json"},
+)

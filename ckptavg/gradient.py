@@ -1,0 +1,71 @@
+"""The loss of a mixture and its gradient in the coefficients, as one node of torch's graph.
+
+Shape suffixes: N = candidates, G = groups of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ckptavg import batches, batchnorm
+from ckptavg.candidates import Candidates
+from ckptavg.coefficients import Groups
+from ckptavg.errors import TaskError, is_out_of_memory
+from ckptavg.meter import Meter
+from ckptavg.tasks import Task
+
+
+class MixtureLoss(torch.autograd.Function):
+    """ℓ(Pᵀc) with the gradient P·∂ℓ/∂w, computed in the forward call because the model's state is shared."""
+
+    @staticmethod
+    def forward(ctx: Any, c_GN: Tensor, compute: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        """The loss; ``compute`` gives it and its gradient in the shape of c."""
+        loss, gradient_GN = compute(c_GN)
+        ctx.save_for_backward(gradient_GN)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        """The gradient that is known already."""
+        (gradient_GN,) = ctx.saved_tensors
+        return upstream[0] * gradient_GN, None
+
+
+def loss_and_gradient(
+    task: Task, candidates: Candidates, norms: Collection[batchnorm.Layer], meter: Meter, c_GN: Tensor, batch: Any,
+    groups: Groups,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The mean loss at c on a batch, and ∂ℓ/∂c in the shape of c; BatchNorm by the batch's own statistics.
+
+    Raises:
+        TaskError: if the loss has no gradient.
+    """
+    candidates.materialize(c_GN, groups)
+    candidates.zero_gradient()
+    meter.count("forward", batches.size(batch))
+    with torch.enable_grad(), batchnorm.batch_statistics(norms), _recurrent(candidates.model):
+        loss = task.loss(candidates.model, batch).mean()
+        if not loss.requires_grad:
+            raise TaskError("loss() gives no gradient: no_grad, detach or item() in it?", path=task.source)
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            what = f"loss() cannot be differentiated: {str(error).splitlines()[0]}"
+            raise TaskError(what, path=task.source) from error
+    meter.count("backward", batches.size(batch))
+    return loss.detach().to(c_GN.dtype), candidates.pullback(groups).view(c_GN.shape)
+
+
+def _recurrent(model: nn.Module) -> AbstractContextManager[None]:
+    """cuDNN's recurrent layers go backward in training mode only, where they would drop out."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return nullcontext()
+    return torch.backends.cudnn.flags(enabled=False, allow_tf32=False)

@@ -1,0 +1,140 @@
+"""The call of a model that a loss makes, cut in two: what it returned, and what the loss makes of that."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Generator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, autograd, nn
+
+from ckptavg.errors import is_out_of_memory
+
+
+class UnavailableError(Exception):
+    """This curvature cannot be had, and why; ``operation`` where it is for an operation that lacks a derivative."""
+
+    def __init__(self, why: str, *, operation: bool = False) -> None:
+        super().__init__(why)
+        self.operation = operation
+
+
+class Call:
+    """The call of the model that a loss makes: what it returned, and the leaves that the loss saw in their place."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.places: list[int] = []  # of the outputs among all floating-point tensors returned
+        self.outputs: list[Tensor] = []
+        self._leaves: list[Tensor] = []
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Let the loss go on from leaves, of which it gets copies, in case it changes them in place."""
+        self.calls += 1
+        self.args, self.kwargs = args, kwargs
+        kind = next(module.parameters()).device.type
+        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        self.autocast = lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
+        place = -1
+
+        def cut(tensor: Tensor) -> Tensor:
+            nonlocal place
+            place += tensor.is_floating_point()
+            if not (tensor.is_floating_point() and tensor.requires_grad):
+                return tensor
+            self.places.append(place)
+            self.outputs.append(tensor)
+            self._leaves.append(tensor.detach().requires_grad_())
+            return self._leaves[-1].clone()
+
+        return _mapped(output, cut)
+
+    def slopes(self, loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """∂ℓ/∂o of the outputs that the loss depends on; the others are dropped."""
+        if self.calls != 1:
+            raise UnavailableError(f"loss() calls the model {self.calls} times, not once")
+        beside = slopes_of(loss, weights)
+        if any(slope is not None for slope in beside):
+            raise UnavailableError("loss() depends on the weights by more than the tensors that the model returns")
+        with derivatives():
+            slopes = slopes_of(loss, self._leaves, again=True)
+        used = [k for k, slope in enumerate(slopes) if slope is not None]
+        self.places, self.outputs = [self.places[k] for k in used], [self.outputs[k] for k in used]
+        self._leaves = [self._leaves[k] for k in used]
+        found = [slope for slope in slopes if slope is not None]
+        if not any(slope.requires_grad for slope in found):
+            raise UnavailableError("loss() is linear in what the model returns, as when that is the loss itself")
+        return found
+
+    def bent(self, slopes: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
+        """(∂²ℓ/∂o²) u, of each output."""
+        for leaf in self._leaves:
+            leaf.grad = None
+        curved = [k for k, slope in enumerate(slopes) if slope.requires_grad]
+        autograd.backward([slopes[k] for k in curved], [tangents[k] for k in curved], retain_graph=True)
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
+
+
+@contextmanager
+def cut_off(model: nn.Module) -> Generator[Call]:
+    """What calls of the model return within is cut off from it, and recorded."""
+    call = Call()
+    handle = model.register_forward_hook(call.hook, with_kwargs=True)
+    try:
+        yield call
+    finally:
+        handle.remove()
+
+
+def slopes_of(loss: Tensor, of: Sequence[Tensor], *, again: bool = False) -> Sequence[Tensor | None]:
+    """∂ℓ/∂x of each x, None where the loss does not depend on it; to be differentiated ``again``."""
+    return autograd.grad(loss, of, retain_graph=True, create_graph=again, allow_unused=True)
+
+
+@contextmanager
+def derivatives(*kinds: type[Exception]) -> Generator[None]:
+    """An operation that lacks a derivative makes the curvature unavailable; lack of memory is passed on."""
+    try:
+        yield
+    except (*kinds, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnavailableError(str(error).partition("\n")[0] or type(error).__name__, operation=True) from error
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The floating-point tensors in what a model returned, in order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            found.append(tensor)
+        return tensor
+
+    _mapped(output, note)
+    return found
+
+
+def _mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nesting with ``change`` of every tensor; what is in other objects stays."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, MutableMapping):  # transformers' ModelOutput too, which sets the attribute with the item
+        copied: Any = copy.copy(output)
+        for key, value in output.items():
+            copied[key] = _mapped(value, change)
+        return copied
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*(_mapped(value, change) for value in output))  # pyright: ignore
+    if isinstance(output, list | tuple):
+        return type(output)(_mapped(value, change) for value in output)  # pyright: ignore
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        fields = [field.name for field in dataclasses.fields(output) if field.init]
+        return dataclasses.replace(output, **{name: _mapped(getattr(output, name), change) for name in fields})
+    return output

@@ -1,0 +1,191 @@
+"""The best subsets against brute force over all of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptavg.surrogate import Surrogate, subsets
+from ckptavg.surrogate.branch_and_bound import convexifier
+from ckptavg.surrogate.subsets import best_for_every_k, best_subsets
+
+# q of order 1, as sums of at most N² terms of order 1/K²; the two sides add them in different orders
+CLOSE = 1e-12
+
+
+def random_surrogate(n: int, seed: int, *, psd: bool = True, slope: float = 1.0, rank: int | None = None) -> Surrogate:
+    draws = torch.Generator().manual_seed(seed)
+    half = torch.randn(n, rank or 2 * n, generator=draws, dtype=torch.float64)
+    square = torch.randn(n, n, generator=draws, dtype=torch.float64)
+    hessian = half @ half.T / half.shape[1] if psd else (square + square.T) / 2
+    return Surrogate(1.5, slope * torch.randn(n, generator=draws, dtype=torch.float64), hessian, "exact")
+
+
+def at_the_average_of(q: Surrogate, mask: tuple[int, ...]) -> float:
+    beta = torch.zeros(q.n, dtype=torch.float64)
+    beta[list(mask)] = 1 / len(mask)
+    return float(q(beta))
+
+
+def ranked(q: Surrogate, k: int) -> list[tuple[int, ...]]:
+    return sorted(itertools.combinations(range(q.n), k), key=lambda mask: at_the_average_of(q, mask))
+
+
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is enumerated but the one subset of all."""
+    monkeypatch.setattr(subsets, "ENUMERATED", 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 9), st.data(), st.booleans(), st.sampled_from([0.0, 0.05, 1.0]), st.integers(0, 10**6))
+def test_the_first_ones_of_the_enumeration_are_those_of_brute_force(
+    n: int, data: st.DataObject, psd: bool, slope: float, seed: int
+):
+    k, count = data.draw(st.integers(1, n)), data.draw(st.integers(1, 20))
+    q = random_surrogate(n, seed, psd=psd, slope=slope)
+    found, expected = best_subsets(q, k, count), ranked(q, k)[:count]
+    assert found.proof == "enumerated"
+    assert len(set(found.masks)) == len(found.masks) == len(expected)
+    assert found.values == pytest.approx([at_the_average_of(q, mask) for mask in expected], abs=CLOSE)
+    assert found.values == pytest.approx([at_the_average_of(q, mask) for mask in found.masks], abs=CLOSE)
+
+
+@pytest.mark.parametrize("k", [3, 7])
+def test_small_blocks_find_the_same(monkeypatch: pytest.MonkeyPatch, k: int):
+    q = random_surrogate(10, 4)
+    whole = best_subsets(q, k, 12)
+    monkeypatch.setattr(subsets, "CELLS", 40)
+    assert best_subsets(q, k, 12).masks == whole.masks == tuple(ranked(q, k)[:12])
+
+
+@pytest.mark.usefixtures("searched")
+@pytest.mark.parametrize("psd", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_branch_and_bound_finds_what_brute_force_finds(seed: int, psd: bool):
+    for n, k, count in ((10, 4, 5), (9, 7, 3), (8, 1, 8), (3, 2, 2), (2, 1, 2), (7, 3, 40)):
+        q = random_surrogate(n, seed, psd=psd, slope=0.05)
+        found = best_subsets(q, k, count)
+        assert found.proof == "branch and bound"
+        assert found.masks == tuple(ranked(q, k)[:count])
+
+
+@pytest.mark.usefixtures("searched")
+@pytest.mark.parametrize("k", [7, 13])
+def test_branch_and_bound_finds_what_the_enumeration_finds(monkeypatch: pytest.MonkeyPatch, k: int):
+    """Flat enough (no slope) that the tree is deep, and without the swap search, which would find them by itself."""
+    q = random_surrogate(18, 1, slope=0.0)
+    monkeypatch.setattr(subsets, "_swap", lambda *_: None)
+    found = best_subsets(q, k, 8)
+    monkeypatch.undo()
+    assert found.proof == "branch and bound"
+    assert found.masks == best_subsets(q, k, 8).masks
+
+
+def test_ten_of_forty_are_proven_to_be_the_best_and_a_small_limit_gives_up(monkeypatch: pytest.MonkeyPatch):
+    """847 million subsets; that no exchange of one or two candidates is better is checked from outside."""
+    q = random_surrogate(40, 0, slope=0.3)
+    found = best_subsets(q, 10, 1)
+    assert found.proof == "branch and bound"
+    (best,) = found.masks
+    rest = [i for i in range(40) if i not in best]
+    near = [
+        sorted(set(best) - set(out) | set(new))
+        for size in (1, 2)
+        for out in itertools.combinations(best, size)
+        for new in itertools.combinations(rest, size)
+    ]
+    beta_MN = torch.zeros(len(near), 40, dtype=torch.float64).scatter_(1, torch.tensor(near), 0.1)
+    assert found.values[0] <= float(q(beta_MN).min()) + CLOSE
+    monkeypatch.setattr(subsets, "NODES", 3)
+    flat = random_surrogate(40, 0, slope=0.0)
+    given_up = best_subsets(flat, 10, 4)
+    assert given_up.proof == "heuristic" and len(given_up.masks) == 4
+    assert given_up == best_subsets(flat, 10, 4)  # and the same again
+    assert list(given_up.values) == sorted(given_up.values)
+
+
+@pytest.mark.usefixtures("searched")
+def test_the_swap_search_alone_ends_where_no_exchange_is_better(monkeypatch: pytest.MonkeyPatch):
+    q = random_surrogate(16, 5, psd=False, slope=0.1)
+    monkeypatch.setattr(subsets, "NODES", 0)
+    for k in (5, 11):
+        found = best_subsets(q, k, 6)
+        assert found.proof == "heuristic"
+        best = set(found.masks[0])
+        near = [best - {i} | {j} for i in best for j in set(range(16)) - best]
+        assert found.values[0] <= min(at_the_average_of(q, tuple(mask)) for mask in near) + CLOSE
+        assert found.values == pytest.approx([at_the_average_of(q, mask) for mask in found.masks], abs=CLOSE)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_ties_go_to_the_later_candidates(k: int):
+    flat = Surrogate(0.0, torch.zeros(6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64), "exact")
+    latest = sorted(itertools.combinations(range(6), k), reverse=True)
+    assert best_subsets(flat, k, 4).masks == tuple(latest[:4])
+    # three candidates that are each there twice, at i and i + 3: every choice between twins is a tie
+    few = random_surrogate(3, 8)
+    q = Surrogate(1.0, few.gradient_N.repeat(2), few.hessian_NN.repeat(2, 2), "exact")
+    order = sorted(itertools.combinations(range(6), k), key=lambda mask: (round(at_the_average_of(q, mask), 9),))
+    value = at_the_average_of(q, order[0])
+    first = max(mask for mask in order if at_the_average_of(q, mask) < value + 1e-9)
+    assert best_subsets(q, k, 1).masks == (first,)
+
+
+@pytest.mark.usefixtures("searched")
+def test_a_flat_surrogate_is_proven_flat():
+    flat = Surrogate(2.0, torch.zeros(30, dtype=torch.float64), torch.zeros(30, 30, dtype=torch.float64), "exact")
+    found = best_subsets(flat, 10, 1)
+    assert (found.masks, found.values, found.proof) == ((tuple(range(20, 30)),), (2.0,), "branch and bound")
+
+
+@pytest.mark.parametrize("limit", [1, 10**6])
+def test_what_does_not_matter_where_coefficients_sum_to_one_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, limit: int
+):
+    """A constant in g, and c·11ᵀ + v1ᵀ + 1vᵀ in H, which Δᵀ…Δ is 0 of where ΣΔ = 0."""
+    monkeypatch.setattr(subsets, "ENUMERATED", limit)
+    q = random_surrogate(9, 2)
+    v_N = torch.randn(9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    moved = Surrogate(q.value, q.gradient_N + 7, q.hessian_NN + 100 + v_N + v_N[:, None], "exact")
+    for k in (3, 6):
+        one, other = best_subsets(q, k, 5), best_subsets(moved, k, 5)
+        assert one.masks == other.masks
+        assert one.values == pytest.approx(other.values, abs=100 * CLOSE)
+
+
+def test_every_size_is_answered_and_shares_the_nodes(monkeypatch: pytest.MonkeyPatch):
+    q = random_surrogate(9, 6)
+    every = best_for_every_k(q, 3)
+    assert every == {k: best_subsets(q, k, 3) for k in range(1, 10)}
+    monkeypatch.setattr(subsets, "ENUMERATED", 9)
+    searched = best_for_every_k(q, 3)
+    assert {k: found.masks for k, found in searched.items()} == {k: found.masks for k, found in every.items()}
+    assert {found.proof for k, found in searched.items() if 1 < k < 8} == {"branch and bound"}
+
+
+@pytest.mark.parametrize("psd", [True, False])
+def test_the_diagonal_that_is_moved_leaves_a_convex_function_and_beats_the_least_eigenvalue(psd: bool):
+    h_NN = random_surrogate(12, 3, psd=psd).hessian_NN
+    d_N = convexifier(h_NN)
+    basis = torch.linalg.svd(torch.ones(1, 12, dtype=torch.float64)).Vh[1:]
+    plane = basis @ (h_NN - d_N.diag()) @ basis.T
+    assert float(torch.linalg.eigvalsh(plane)[0]) >= -1e-13 * float(h_NN.abs().max()) * 12  # rounding of two products
+    assert float(d_N.sum()) > 12 * float(torch.linalg.eigvalsh(basis @ h_NN @ basis.T)[0])
+
+
+def test_bad_questions_are_refused():
+    q = random_surrogate(4, 0)
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"from 1 to 4 of the 4 candidates, not {k}"):
+            best_subsets(q, k, 1)
+    with pytest.raises(ValueError, match="at least one subset"):
+        best_for_every_k(q, 0)
+    broken = Surrogate(0.0, q.gradient_N, q.hessian_NN * math.nan, "exact")
+    with pytest.raises(ValueError, match="not finite"):
+        best_subsets(broken, 2, 1)

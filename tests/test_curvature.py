@@ -1,0 +1,595 @@
+"""The surrogate of a network against finite differences, a literal JᵀHJ, and the models that have no such derivative.
+
+Shape suffixes: N = candidates, M = elements of what the model returns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import pytest
+import torch
+from conftest import Job
+from stored import stored
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from ckptavg import batchnorm, curvature
+from ckptavg.candidates import Candidates
+from ckptavg.curvature import surrogate
+from ckptavg.errors import TaskError
+from ckptavg.surrogate import Surrogate
+
+N = 4
+Batch = tuple[Tensor, Tensor]
+Loss = Callable[[Any, Any], Tensor]
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+class Attention(nn.Module):
+    """Of six numbers as a sequence of two, by the fused kernel; normalised by LayerNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(3, 12)
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.norm(self.inside(x.view(len(x), 2, 3))).chunk(3, dim=-1)
+        return self.head(nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0].sum(1))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 3)),
+    "BatchNorm": lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)),
+    "attention": Attention,
+    "transformer layer": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 3)),
+        nn.Linear(3, 4),
+        nn.TransformerEncoderLayer(4, 2, 4, activation="gelu", batch_first=True),  # even heads: has a fast path
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    ),
+    "logistic": lambda: nn.Linear(6, 3),
+}
+
+
+def batches(*sizes: int) -> list[Batch]:
+    draws = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(n, 6, generator=draws, dtype=torch.float64), torch.randint(3, (n,), generator=draws))
+        for n in sizes
+    ]
+
+
+def candidates(folder: Path, make: Callable[[], nn.Module], n: int = N, **options: Any) -> Candidates:
+    """Random ones, in float64, of a model in eval mode but for BatchNorm."""
+    models: list[nn.Module] = []
+    for seed in range(n + 1):
+        torch.manual_seed(seed)
+        models.append(make().double())
+    found = Candidates(
+        models.pop().eval(), stored(folder, [m.state_dict() for m in models]), lambda *_: None, **options
+    )
+    for layer in batchnorm.layers(found.model).values():
+        layer.train()
+    return found
+
+
+def in_float32(folder: Path, make: Callable[[], nn.Module]) -> Candidates:
+    torch.manual_seed(0)
+    states = [make().state_dict() for _ in range(N)]
+    return Candidates(make().eval(), stored(folder, states), lambda *_: None)
+
+
+def measured(found: Candidates, data: Sequence[Any], loss: Loss = cross_entropy, **options: Any) -> Surrogate:
+    return surrogate(found, lambda: data, loss, **options)
+
+
+class _Loss(nn.Module):
+    """So that functional_call reaches a model that another function calls."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss(self.model, batch)
+
+
+def literal(
+    found: Candidates, data: Sequence[Any], loss: Loss = cross_entropy, *, whole: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """F as a function of β, differentiable: Σ β_i w_i of the parameters, put into the model; or ``whole`` tensors."""
+    names = [name for name, _ in found.model.named_parameters()]
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
+    for one in torch.eye(found.n, dtype=torch.float64):
+        found.materialize(one)
+        for name in names:
+            rows[name].append(found.model.get_parameter(name).detach().clone())
+    found.materialize(torch.full((found.n,), 1 / found.n, dtype=torch.float64))
+    stacked = {f"model.{name}": torch.stack(values) for name, values in rows.items()}
+    module = _Loss(found.model, loss)
+
+    def mean_loss(beta: Tensor) -> Tensor:
+        mixed = {name: torch.einsum("n,n...->...", beta, values) for name, values in stacked.items()}
+        parts = [functional_call(module, mixed, (batch,)) for batch in data]
+        if whole:
+            return torch.cat(parts)
+        return sum(part.mean() * len(batch[0]) for part, batch in zip(parts, data, strict=True)) / sum(
+            len(batch[0]) for batch in data
+        )
+
+    return mean_loss
+
+
+def differences(f: Callable[[Tensor], Tensor], n: int = N) -> tuple[float, Tensor, Tensor]:
+    """F, and g and H on Σ β = 1: of values and of gradients, to fourth order in the step."""
+    middle = torch.full((n,), 1 / n, dtype=torch.float64)
+    flat = torch.eye(n, dtype=torch.float64) - 1 / n
+    step = 3e-4
+
+    def gradient(beta: Tensor) -> Tensor:
+        beta = beta.clone().requires_grad_()
+        return flat @ torch.autograd.grad(f(beta), beta)[0]
+
+    def slope(g: Callable[[Tensor], Tensor], d: Tensor) -> Tensor:
+        near, far = (g(middle + k * step * d) - g(middle - k * step * d) for k in (1, 2))
+        return (8 * near - far) / (12 * step)
+
+    with torch.no_grad():
+        g_N = torch.stack([slope(f, d) for d in flat])
+    return float(f(middle)), g_N, torch.stack([slope(gradient, d) for d in flat])
+
+
+def literal_gauss_newton(found: Candidates, data: Sequence[Any], outputs: Loss, after: Loss) -> Tensor:
+    """Jᵀ(∂²ℓ/∂o²)J from whole matrices; ``outputs`` of model and batch, ``after`` of these and the batch."""
+    n = found.n
+    flat, middle = torch.eye(n, dtype=torch.float64) - 1 / n, torch.full((n,), 1 / n, dtype=torch.float64)
+    total, examples = torch.zeros(n, n, dtype=torch.float64), 0
+    for batch in data:
+
+        def given(o: Tensor, batch: Any = batch) -> Tensor:
+            return after(o, batch).mean()  # pyright: ignore
+
+        returned = literal(found, [batch], outputs, whole=True)
+        o = returned(middle).detach()
+        jacobian_MN = torch.autograd.functional.jacobian(returned, middle).reshape(o.numel(), n) @ flat
+        bent_MM = torch.autograd.functional.hessian(given, o).reshape(o.numel(), o.numel())
+        total += len(batch[0]) * jacobian_MN.t() @ bent_MM @ jacobian_MN
+        examples += len(batch[0])
+    return total / examples
+
+
+def assert_near(found: Tensor, expected: Tensor, rtol: float) -> None:
+    """Relative to the largest entry."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=rtol * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_exact_surrogate_is_that_of_finite_differences(tmp_path: Path, name: str):
+    found, data = candidates(tmp_path, NETWORKS[name]), batches(5, 3, 7)
+    value, g_N, h_NN = differences(literal(found, data))
+    result = measured(found, data, hessian="exact")
+    assert result.curvature == "exact" and bool(result.note) == (name in ("attention", "transformer layer"))
+    assert result.value == pytest.approx(value, rel=1e-12)
+    assert_near(result.gradient_N, g_N, 1e-8)  # rounding: 1e-16 over the step, and the step to the fourth
+    assert_near(result.hessian_NN, h_NN, 1e-8)
+
+
+def test_gauss_newton_is_exact_where_the_model_is_linear(tmp_path: Path):
+    found, data = candidates(tmp_path, NETWORKS["logistic"]), batches(5, 3)
+    exact, other = (measured(found, data, hessian=h) for h in ("exact", "gauss-newton"))
+    assert_near(other.hessian_NN, exact.hessian_NN, 1e-10)
+    assert_near(other.gradient_N, exact.gradient_N, 1e-10)
+    assert other.value == exact.value and (exact.curvature, other.curvature) == ("exact", "gauss-newton")
+
+
+@pytest.mark.parametrize("kept", [1 << 30, 0])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gauss_newton_is_j_h_j(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kept: int):
+    monkeypatch.setattr(curvature, "_KEPT", kept)
+    found, data = candidates(tmp_path, NETWORKS[name]), batches(5, 3)
+    result = measured(found, data)
+    expected = literal_gauss_newton(
+        found, data, lambda model, batch: model(batch[0]), lambda o, batch: nn.functional.cross_entropy(o, batch[1])
+    )
+    assert result.curvature == "gauss-newton"
+    assert_near(result.hessian_NN, expected, 1e-12)
+    assert float(torch.linalg.eigvalsh(result.hessian_NN).min()) > -1e-14 * float(expected.trace())
+    assert_near(result.gradient_N, differences(literal(found, data))[1], 1e-8)
+
+
+@pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
+def test_unequal_batches_count_by_their_size(tmp_path: Path, hessian: str):
+    found, whole = candidates(tmp_path, NETWORKS["mlp"]), batches(9)
+    ((x, y),) = whole
+    parts = [(x[:2], y[:2]), (x[2:3], y[2:3]), (x[3:], y[3:])]
+    together, apart = (measured(found, data, hessian=hessian) for data in (whole, parts))
+    assert apart.value == pytest.approx(together.value, rel=1e-14)
+    assert_near(apart.gradient_N, together.gradient_N, 1e-13)
+    assert_near(apart.hessian_NN, together.hessian_NN, 1e-13)
+
+
+def test_it_is_the_derivative_along_coefficients_that_sum_to_one(tmp_path: Path):
+    data = [(x.float(), y) for x, y in batches(5)]
+    for hessian in ("exact", "gauss-newton"):
+        found = in_float32(tmp_path / hessian, NETWORKS["mlp"])  # whose mean is rounded, so differences have one too
+        result = measured(found, data, hessian=hessian)
+        assert abs(float(result.gradient_N.sum())) < 1e-15 and float(result.hessian_NN.sum(dim=0).abs().max()) < 1e-15
+        assert torch.equal(result.hessian_NN, result.hessian_NN.t())
+
+
+@pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
+@pytest.mark.parametrize("name", ["cnn", "mlp", "transformer"])
+def test_real_trainings_agree_with_the_gradient_of_the_mixture(jobs: dict[str, Job], name: str, hessian: str):
+    with jobs[name].mixture(last=6) as mixture:
+        expected, value, examples = torch.zeros(6, dtype=torch.float64), 0.0, 0
+        data = list(mixture.task.batches("val"))
+        for batch in data:
+            c = mixture.uniform().requires_grad_()
+            loss = mixture.loss(c)
+            loss.backward()
+            assert c.grad is not None
+            size = len(batch[0])
+            expected, value, examples = expected + size * c.grad, value + size * float(loss.detach()), examples + size
+        expected = expected / examples
+        with batchnorm.batch_statistics(batchnorm.layers(mixture.model).values()):
+            result = measured(mixture.candidates, data, mixture.task.loss, hessian=hessian)
+    assert result.value == pytest.approx(value / examples, rel=1e-5)
+    assert_near(result.gradient_N, expected - expected.mean(), 1e-3)  # float32, and expected is a small difference
+    lowest = float(torch.linalg.eigvalsh(result.hessian_NN).min())
+    assert hessian == "exact" or lowest > -1e-6 * float(result.hessian_NN.trace())
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+@pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
+def test_few_bits_give_the_surrogate_of_the_rounded_candidates(tmp_path: Path, bits: int, hessian: str):
+    coarse = candidates(tmp_path / "stored", NETWORKS["BatchNorm"], bits=bits, group_size=8)
+    rounded: list[dict[str, Tensor]] = []
+    for one in torch.eye(N, dtype=torch.float64):
+        coarse.materialize(one)
+        rounded.append({name: tensor.clone() for name, tensor in coarse.model.state_dict().items()})
+    exact = candidates(tmp_path, NETWORKS["BatchNorm"])
+    same = Candidates(exact.model, stored(tmp_path / "rounded", rounded), lambda *_: None)
+    got, expected = (measured(found, batches(5, 4), hessian=hessian) for found in (coarse, same))
+    assert_near(got.gradient_N, expected.gradient_N, 1e-5)  # rows are decoded in float32
+    assert_near(got.hessian_NN, expected.hessian_NN, 1e-5)
+    assert float((got.hessian_NN - measured(exact, batches(5, 4)).hessian_NN).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
+def test_gpt2_with_tied_embeddings(tmp_path: Path, hessian: str):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=11, n_positions=6, n_embd=4, n_layer=1, n_head=2)
+    states: list[dict[str, Tensor]] = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        state = GPT2LMHeadModel(config).double().state_dict()
+        states.append({name: 5 * tensor for name, tensor in state.items() if name != "lm_head.weight"})
+    found = Candidates(GPT2LMHeadModel(config).double().eval(), stored(tmp_path, states), lambda *_: None)
+    tokens = torch.randint(11, (7, 6), generator=torch.Generator().manual_seed(0))
+
+    def logits(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        return model(input_ids=batch[0]).logits
+
+    def after(logits: Tensor, batch: list[Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[0][:, 1:].flatten())
+
+    def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        return after(logits(model, batch), batch)
+
+    data = [[tokens[:5]], [tokens[5:]]]
+    value, g_N, h_NN = differences(literal(found, data, loss), 3)
+    if hessian == "gauss-newton":
+        h_NN = literal_gauss_newton(found, data, logits, after)
+    result = measured(found, data, loss, hessian=hessian)
+    assert result.curvature == hessian and result.value == pytest.approx(value, rel=1e-10)
+    assert_near(result.gradient_N, g_N, 1e-7)
+    assert_near(result.hessian_NN, h_NN, 1e-7)
+
+
+class Pair(NamedTuple):
+    logits: Tensor
+    extra: Any
+
+
+@dataclass
+class Record:
+    logits: Tensor
+    extra: Any
+
+
+OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tuple": (lambda o: (o.argmax(), [o, None], 2 * o), lambda out: out[1][0]),
+    "named tuple": (lambda o: Pair(o, 3), lambda out: out.logits),
+    "dict": (lambda o: {"hidden": o.detach(), "logits": o, "text": "x"}, lambda out: out["logits"]),
+    "dataclass": (lambda o: Record(o, None), lambda out: out.logits),
+    "in two": (lambda o: o.split(1, dim=1), lambda out: torch.cat(list(out), dim=1)),
+    "changed in place": (lambda o: o, lambda out: out.mul_(2)),
+}
+
+
+class Wrapped(nn.Module):
+    def __init__(self, returns: Callable[[Tensor], Any] = lambda o: o) -> None:
+        super().__init__()
+        self.inner = NETWORKS["mlp"]()
+        self.returns = returns
+
+    def forward(self, x: Tensor) -> Any:
+        return self.returns(self.inner(x))
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_what_a_model_returns_may_be_any_nesting(tmp_path: Path, name: str):
+    wrap, unwrap = OUTPUTS[name]
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(unwrap(model(batch[0])), batch[1])
+
+    def plainly(model: nn.Module, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]) * (2 if "place" in name else 1), batch[1])
+
+    plain = measured(candidates(tmp_path / "a", Wrapped), batches(5, 3), plainly)
+    result = measured(candidates(tmp_path / "b", lambda: Wrapped(wrap)), batches(5, 3), loss)
+    assert result.curvature == "gauss-newton" and not result.note
+    assert_near(result.hessian_NN, plain.hessian_NN, 1e-12)
+
+
+def _called_twice(model: nn.Module, batch: Batch) -> Tensor:
+    return cross_entropy(model, batch) + cross_entropy(model, batch)
+
+
+def _inside(model: nn.Module, batch: Batch) -> Tensor:
+    return nn.functional.cross_entropy(model.get_submodule("inner")(batch[0]), batch[1])
+
+
+def _penalty(model: nn.Module, batch: Batch) -> Tensor:
+    return cross_entropy(model, batch).mean() + sum(w.square().sum() for w in model.parameters())
+
+
+def _linear(model: nn.Module, batch: Batch) -> Tensor:
+    return model(batch[0])[:, 0]
+
+
+def _absolute(model: nn.Module, batch: Batch) -> Tensor:
+    return (model(batch[0])[:, 0] - batch[1]).abs()
+
+
+REFUSED: dict[str, tuple[Loss, str]] = {
+    "twice": (_called_twice, "calls the model 2 times, not once"),
+    "not itself": (_inside, "calls the model 0 times, not once"),
+    "penalty": (_penalty, "depends on the weights by more than"),
+    "linear": (_linear, "is linear in what the model returns"),
+    "absolute": (_absolute, "has no curvature in what the model returns"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_loss_that_cannot_be_cut_in_two_gets_the_exact_hessian(tmp_path: Path, name: str):
+    loss, why = REFUSED[name]
+    found, data = candidates(tmp_path, Wrapped), batches(5, 3)
+    result = measured(found, data, loss)
+    assert result.curvature == "exact" and why in result.note and "no gauss-newton Hessian" in result.note
+    assert_near(result.hessian_NN, differences(literal(found, data, loss))[2], 1e-7)
+    with pytest.raises(TaskError, match=why) as raised:
+        measured(found, data, loss, hessian="gauss-newton", source="task.py")
+    assert str(raised.value).startswith("task.py: ") and raised.value.hint == "--hessian exact may be possible"
+
+
+class NoForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        return upstream[0] * ctx.saved_tensors[0].cos()
+
+
+class NoDoubleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x.sin()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        return upstream[0] * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0] * ctx.saved_tensors[0].cos()
+
+
+class Neither(NoForwardMode):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        return upstream[0] * ctx.saved_tensors[0].cos()
+
+
+def test_without_a_forward_mode_it_is_exact(tmp_path: Path):
+    found, data = candidates(tmp_path, lambda: Wrapped(NoForwardMode.apply)), batches(5, 3)
+    result = measured(found, data)
+    assert result.curvature == "exact" and result.note.startswith("no gauss-newton Hessian: ")
+    assert_near(result.hessian_NN, differences(literal(found, data))[2], 1e-8)
+
+
+def test_without_a_double_backward_it_is_gauss_newton(tmp_path: Path):
+    made = [
+        candidates(tmp_path / str(i), lambda f=f: Wrapped(f)) for i, f in enumerate((NoDoubleBackward.apply, torch.sin))
+    ]
+    result, plain = (measured(found, batches(5, 3)) for found in made)
+    assert result.curvature == "gauss-newton" and not result.note
+    assert_near(result.hessian_NN, plain.hessian_NN, 1e-12)
+    with pytest.raises(TaskError, match=r"no exact Hessian: .*once_differentiable") as raised:
+        measured(made[0], batches(5, 3), hessian="exact")
+    assert raised.value.hint == "--hessian gauss-newton may be possible"
+
+
+def test_with_neither_there_is_one_line_of_error(tmp_path: Path):
+    found = candidates(tmp_path, lambda: Wrapped(Neither.apply))
+    with pytest.raises(TaskError, match=r"no gauss-newton Hessian: .*; no exact Hessian: ") as raised:
+        measured(found, batches(5))
+    assert "\n" not in str(raised.value) and raised.value.hint is None
+
+
+def test_forward_mode_that_contradicts_backward_mode_is_not_believed(tmp_path: Path):
+    def frozen_below(x: Tensor) -> Tensor:
+        with torch.no_grad():  # backward mode stops here, forward mode does not
+            half = x * 0.5
+        return x + half
+
+    found, data = candidates(tmp_path, lambda: Wrapped(frozen_below)), batches(5, 3)
+    result = measured(found, data)
+    assert result.curvature == "exact" and "forward- and backward-mode derivatives of the model disagree" in result.note
+
+
+@pytest.mark.parametrize(("hessian", "op"), [("exact", "backward is not implemented"), ("gauss-newton", "forward AD")])
+def test_fused_attention_is_replaced_and_the_note_says_so(tmp_path: Path, hessian: str, op: str):
+    found = candidates(tmp_path, NETWORKS["attention"])
+    result = measured(found, batches(5), hessian=hessian)
+    assert result.curvature == hessian and "_flash_attention_" in result.note and op in result.note
+    assert result.note.startswith(f"plain kernels for the {hessian} Hessian: ")
+    assert torch.backends.mkldnn.set_flags()[0] and torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_recurrent_network_has_one_too(tmp_path: Path):
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(3, 4, batch_first=True)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x.view(len(x), 2, 3))[0][:, -1])
+
+    found, data = candidates(tmp_path, Recurrent), batches(5, 3)
+    result = measured(found, data, hessian="exact")
+    other = measured(found, data)
+    assert other.curvature == "gauss-newton"
+    assert_near(other.gradient_N, result.gradient_N, 1e-10)
+
+
+def test_mixed_precision_inside_the_loss_is_that_of_the_second_call_too(tmp_path: Path):
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(batch[0].float())
+        assert output.dtype == torch.bfloat16
+        return nn.functional.cross_entropy(output.float(), batch[1])
+
+    seen: list[torch.dtype] = []
+
+    def seeing(x: Tensor) -> Tensor:
+        seen.append(x.dtype)
+        return x
+
+    found = in_float32(tmp_path, lambda: Wrapped(seeing))
+    result = measured(found, batches(8, 8), loss)
+    assert set(seen) == {torch.bfloat16} and len(seen) == 2 * (1 + N)
+    plain = measured(found, [(x.float(), y) for x, y in batches(8, 8)])
+    assert result.curvature == "gauss-newton" and not result.note
+    assert_near(result.hessian_NN, plain.hessian_NN, 0.05)  # bfloat16 has eight bits
+
+
+@pytest.mark.parametrize("kept", [1 << 30, 0])
+@pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
+def test_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hessian: str, kept: int):
+    monkeypatch.setattr(curvature, "_KEPT", kept)
+    spent: Counter[tuple[str, int]] = Counter()
+    measured(
+        candidates(tmp_path, NETWORKS["mlp"]),
+        batches(5, 3),
+        hessian=hessian,
+        count=lambda kind, examples: spent.update([(kind, examples)]),
+    )
+    backward = 1 + 2 * N if hessian == "exact" else 1 if kept else 1 + N
+    forward = 0 if hessian == "exact" else 2 * N
+    assert +spent == +Counter({(k, n): t for k, t in (("forward", forward), ("backward", backward)) for n in (5, 3)})
+
+
+@pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
+def test_the_model_is_left_at_the_mean(tmp_path: Path, hessian: str):
+    found = candidates(tmp_path, NETWORKS["mlp"])
+    found.materialize(torch.full((N,), 1 / N, dtype=torch.float64))
+    before = {name: tensor.clone() for name, tensor in found.model.state_dict().items()}
+    measured(found, batches(5, 3), hessian=hessian)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in found.model.state_dict().items())
+
+
+class Held:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # else an output would hold the node that saves it
+
+
+@pytest.mark.parametrize("kept", [1 << 30, 0])
+@pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
+def test_memory_is_that_of_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hessian: str, kept: int):
+    monkeypatch.setattr(curvature, "_KEPT", kept)
+    living: WeakSet[Held] = WeakSet()
+    peaks: list[int] = []
+
+    def pack(tensor: Tensor) -> Held:
+        held = Held(tensor)
+        living.add(held)
+        peaks[-1] = max(peaks[-1], sum(each.tensor.nbytes for each in living))
+        return held
+
+    def data() -> Iterator[Batch]:
+        for batch in batches(5, 5, 5, 5):
+            assert not living  # no graph outlives its batch
+            peaks.append(0)
+            yield batch
+
+    found = candidates(tmp_path, NETWORKS["mlp"])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        watched = surrogate(found, data, cross_entropy, hessian=hessian)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(watched.hessian_NN, measured(found, batches(5, 5, 5, 5), hessian=hessian).hessian_NN)
+    assert len(peaks) == 4 and peaks[0] > 0 and len(set(peaks)) == 1
+
+
+def test_a_loss_without_gradient_or_without_a_finite_value_is_an_error(tmp_path: Path):
+    found = candidates(tmp_path, NETWORKS["mlp"])
+
+    def detached(model: nn.Module, batch: Batch) -> Tensor:
+        return cross_entropy(model, batch).detach()
+
+    def infinite(model: nn.Module, batch: Batch) -> Tensor:
+        return cross_entropy(model, batch) * math.inf
+
+    with pytest.raises(TaskError, match=r"^task.py: loss\(\) gives no gradient"):
+        measured(found, batches(5), detached, source="task.py")
+    with pytest.raises(TaskError, match=r"loss\(\) is inf at the mean of the candidates"):
+        measured(found, batches(5), infinite)
+
+
+def test_lack_of_memory_is_passed_on(tmp_path: Path):
+    def greedy(x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        return x
+
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        measured(candidates(tmp_path, lambda: Wrapped(greedy)), batches(5))
+
+
+def test_one_candidate_has_nothing_to_vary(tmp_path: Path):
+    result = measured(candidates(tmp_path, NETWORKS["mlp"], n=1), batches(5))
+    assert result.gradient_N.tolist() == [0] and result.hessian_NN.tolist() == [[0]]
