@@ -17,7 +17,8 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore  # a file name may be any bytes
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's warning ends a run as Ctrl-C does
+    for warning in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler's ends a run as Ctrl-C does
+        signal.signal(warning, signal.default_int_handler)
     try:
         from ckptavg.cli.app import app
 

@@ -30,6 +30,7 @@ from ckptavg.evaluator import Watch
 from ckptavg.meter import SECONDS, Meter
 from ckptavg.objective import Cost, Hessian, Score, Split
 from ckptavg.readers import StoredTensor
+from ckptavg.replay import Replay
 from ckptavg.surrogate import Surrogate
 from ckptavg.write import SafetensorsFile
 
@@ -59,6 +60,7 @@ class Commanded:
         beside: where the mixtures are written while they are scored.
         seed: of the generator that strategies draw from.
         watch: is told the progress.
+        replay: knows what an interrupted run of the same command has measured.
     """
 
     differentiable = False
@@ -71,7 +73,7 @@ class Commanded:
     def __init__(
         self, command: str, checkpoints: Sequence[Checkpoint], *, key: str | None = None,
         goal: Literal["max", "min"] = "max", timeout: float | None = None, dtype: str | None = None,
-        beside: Path, seed: int = 0, watch: Watch | None = None,
+        beside: Path, seed: int = 0, watch: Watch | None = None, replay: Replay | None = None,
     ) -> None:  # fmt: skip
         self._command = command if FILE in command or DIRECTORY in command else f"{command} {FILE}"
         self._checkpoints = checkpoints
@@ -82,6 +84,7 @@ class Commanded:
         self._beside = beside
         self._seed = seed
         self.watch = watch
+        self._replay = replay
         self._scores: dict[Coefficients, Score] = {}
         self._meter = Meter()
         self.restart()
@@ -120,12 +123,17 @@ class Commanded:
         if coefficients in self._scores:
             self._meter.charge(coefficients)
             return self._scores[coefficients]
+        if self._replay and (known := self._replay.score(coefficients, "val", exact=True)):
+            self._scores[coefficients] = known
+            return known
         with self._meter.pricing(coefficients):
             self._meter.evaluated()
             with self._written(coefficients) as path:
                 number = self._run(path)
         score = Score(value=self._sign * number, loss=None, metric=number, examples=None)
         self._scores[coefficients] = score
+        if self._replay is not None:
+            self._replay.keep_score(coefficients, "val", score, exact=True)
         return score
 
     def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:

@@ -17,8 +17,7 @@ from ckptavg.options import Options
 from ckptavg.paired import gain
 from ckptavg.pipeline import blank, check, plan, result
 from ckptavg.result import Comparison, Contestant
-from ckptavg.session import evaluator as make_evaluator
-from ckptavg.session import opened
+from ckptavg.session import journaled, opened
 from ckptavg.strategies import from_spec
 
 REFERENCE: Final = "last"
@@ -57,8 +56,9 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
             "compare scores every strategy, so it needs a task file, --val or --score-cmd",
             hint="`ckptavg init` writes ./task.py",
         )
-    with opened(paths, options) as found:
-        evaluator = make_evaluator(found, options, watch)
+    settings = {"name": "compare", "strategies": list(names)}
+    with opened(paths, options) as found, journaled(found, options, settings, watch) as (evaluator, done):
+        assert evaluator is not None  # there is a way to score
         asked = _asked(names, evaluator)
         if options.dry_run:
             would = f"would compare {', '.join(asked)}"
@@ -74,6 +74,7 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
         evaluator.restart()
         contestants = [_contestant(run, runs, evaluator, options.seed) for run in runs]
         finished = finish(found.checkpoints, winner.learned.coefficients, winner.strategy, options, evaluator, watch)
+        done()
         judgement = Judgement(winner.learned.coefficients, verdict=_verdict(winner, contestants, evaluator))
         report = result(found, winner.strategy, options, winner.learned, judgement, finished, evaluator)
         return Comparison(contestants=contestants, winner=winner.name, result=replace(report, cost=winner.cost))

@@ -29,7 +29,7 @@ def find(checkpoints: Sequence[Checkpoint]) -> dict[int, tuple[int, str]]:
         if original != i:
             copies[i] = (original, "is a link to")
             continue
-        alike = by_digest.setdefault(_digest(checkpoint), [])
+        alike = by_digest.setdefault(digest(checkpoint), [])
         same = next((j for j in alike if _same_tensors(checkpoints[j], checkpoint)), None)
         if same is None:
             alike.append(i)
@@ -38,7 +38,8 @@ def find(checkpoints: Sequence[Checkpoint]) -> dict[int, tuple[int, str]]:
     return copies
 
 
-def _digest(checkpoint: Checkpoint) -> bytes:
+def digest(checkpoint: Checkpoint) -> bytes:
+    """SHA-256 of the names, dtypes and shapes of all tensors and of the first bytes of up to `SAMPLES` of them."""
     digest = hashlib.sha256()
     names = checkpoint.names
     for i, name in enumerate(names):

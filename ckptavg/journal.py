@@ -91,7 +91,11 @@ class Journal:
     def done(self) -> None:
         """The output is written: the journal goes, unless it is to be kept."""
         if not self._keep:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.drop()
+
+    def drop(self) -> None:
+        """Throw away what was written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -125,6 +129,9 @@ class Journal:
         os.ftruncate(self._fd, whole)  # a last line that was cut off
         for line in bytes(content[:whole]).splitlines():
             self._read(line)
+            if self._header is None:  # nobody knows whose the rest is
+                os.ftruncate(self._fd, 0)
+                break
         self.replayed = len(self._records)
 
     def _read(self, line: bytes) -> None:

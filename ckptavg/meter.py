@@ -52,7 +52,7 @@ class Meter:
         """Something remembered was used: add its price, once an account."""
         if key not in self._charged:
             self._charged.add(key)
-            for name, value in self._prices[key].items():
+            for name, value in self._prices.get(key, {}).items():  # none for what an earlier run measured
                 self._borrowed[name] = self._borrowed.get(name, 0) + value
 
     def charged(self, key: Hashable) -> bool:

@@ -26,6 +26,7 @@ from ckptavg.meter import SECONDS, Meter
 from ckptavg.objective import Cost, Hessian, Score, Split
 from ckptavg.options import BITS
 from ckptavg.readers import StoredTensor
+from ckptavg.replay import Replay
 from ckptavg.result import MatrixResult
 from ckptavg.scorer import Scorer
 from ckptavg.surrogate import Surrogate
@@ -46,6 +47,7 @@ class Mixture:
         bits: of an element of the candidate matrix; ``auto`` is the most that fits the device.
         group_size: elements that share a scale and a zero point where ``bits`` < 32.
         watch: is told the progress, a few times a second.
+        replay: knows what an interrupted run of the same command has measured.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Mixture:
         bits: int | Literal["auto"] = 32,
         group_size: int = 128,
         watch: Watch | None = None,
+        replay: Replay | None = None,
     ) -> None:
         self.task = task
         self._seed = seed
@@ -66,6 +69,7 @@ class Mixture:
         self._asked_bits: int | Literal["auto"] = bits
         self.group_size = group_size
         self.watch = watch
+        self._replay = replay
         self._looked = 0.0
         self.scored_on: Split = "val" if task.has("val") else "train"
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
@@ -84,6 +88,8 @@ class Mixture:
         """
         self.generator = torch.Generator().manual_seed(self._seed)
         self._feed.restart()
+        if self._replay is not None:
+            self._replay.restart()
         self._batch: Any = None
         self.meter.restart()
 
@@ -274,7 +280,18 @@ class Mixture:
         )
 
     def _step(self, batch: Any, groups: Groups) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        return lambda c_GN: loss_and_gradient(self.task, self.candidates, self._norms, self.meter, c_GN, batch, groups)
+        def measured(c_GN: Tensor) -> tuple[Tensor, Tensor]:
+            return loss_and_gradient(self.task, self.candidates, self._norms, self.meter, c_GN, batch, groups)
+
+        def replayed(c_GN: Tensor) -> tuple[Tensor, Tensor]:
+            assert self._replay is not None
+            key, known = self._replay.loss(c_GN)
+            if known is None:
+                known = measured(c_GN)
+                self._replay.keep_loss(key, c_GN, *known)
+            return known
+
+        return measured if self._replay is None else replayed
 
     def _full(self, coefficients: Coefficients, split: Split, *, exact: bool) -> Score:
         score = self._remembered(coefficients, split, exact=exact)
@@ -289,6 +306,9 @@ class Mixture:
         if key in self._scores and (bar is None or self.meter.charged(key)):
             self.meter.charge(key)
             return self._scores[key]
+        if bar is None and self._replay and (known := self._replay.score(coefficients, split, exact=exact)):
+            self._scores[key] = known
+            return known
         with self.meter.pricing(key if bar is None else (*key, bar)):
             self.meter.evaluated()
             self._mix(coefficients, exact=exact)
@@ -296,6 +316,8 @@ class Mixture:
         if score is not None:
             self._scores[key] = score
             self.meter.same_price(key if bar is None else (*key, bar), key)
+            if self._replay is not None:
+                self._replay.keep_score(coefficients, split, score, exact=exact)
         return score
 
     def _mix(self, coefficients: Coefficients, *, exact: bool) -> None:

@@ -43,6 +43,8 @@ class Options:
         never_worse: write the best single candidate where it beats the selection on validation.
         baselines: score last, SWA and LAWA too.
         dry_run: say what would be done, and do nothing.
+        resume: go on from the journal that an interrupted run of the same command left.
+        keep_journal: leave the journal when the output is written.
     """
 
     output: Path | str = "averaged.safetensors"
@@ -72,6 +74,8 @@ class Options:
     never_worse: bool = False
     baselines: bool = True
     dry_run: bool = False
+    resume: bool = True
+    keep_journal: bool = False
 
     @property
     def ways(self) -> list[str]:

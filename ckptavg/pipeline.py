@@ -19,8 +19,7 @@ from ckptavg.judge import Judgement, judge
 from ckptavg.objective import Learned, Objective, Score, Split, Strategy
 from ckptavg.options import BITS, Options, destination
 from ckptavg.result import CandidateResult, Result
-from ckptavg.session import evaluator as make_evaluator
-from ckptavg.session import opened, pick_device
+from ckptavg.session import journaled, opened, pick_device
 from ckptavg.strategies.best import Best
 
 _LOST: Final = 0.5  # of the candidates' differences: coefficients found with less than half of them may be any
@@ -32,8 +31,9 @@ def run(paths: Sequence[Path], strategy: Strategy, options: Options, watch: Watc
     Raises:
         CkptavgError: in one line, with the exit code of its class; nothing is written then.
     """
-    with opened(paths, options) as found:
-        objective, evaluator = _objective(found, strategy, options, watch)
+    settings = {"name": name_of(strategy), **asdict(strategy)}  # pyright: ignore[reportArgumentType]  # a dataclass
+    with opened(paths, options) as found, journaled(found, options, settings, watch) as (evaluator, done):
+        objective = evaluator or _count(found, strategy)
         check(strategy, len(found.checkpoints), evaluator)
         if options.dry_run:
             return blank(found, strategy, options, plan(found.checkpoints, options))
@@ -41,6 +41,7 @@ def run(paths: Sequence[Path], strategy: Strategy, options: Options, watch: Watc
         judgement = judge(evaluator, learned.coefficients, options) if evaluator else Judgement(learned.coefficients)
         wrote = Best() if judgement.replaced else strategy
         finished = finish(found.checkpoints, judgement.coefficients, wrote, options, evaluator, watch)
+        done()
         return result(found, strategy, options, learned, judgement, finished, evaluator)
 
 
@@ -54,18 +55,13 @@ class _Count:
         raise AssertionError(f"a strategy that needs no task asked for {name}")
 
 
-def _objective(
-    found: Found, strategy: Strategy, options: Options, watch: Watch | None
-) -> tuple[Objective, Evaluator | None]:
-    if options.ways:
-        evaluator = make_evaluator(found, options, watch)
-        return evaluator, evaluator
+def _count(found: Found, strategy: Strategy) -> Objective:
     if strategy.needs_task:
         raise UsageError(
             f"{name_of(strategy)} learns from data, so it needs a task file, --val or --score-cmd",
             hint="`ckptavg init` writes ./task.py",
         )
-    return cast("Objective", _Count(len(found.checkpoints))), None
+    return cast("Objective", _Count(len(found.checkpoints)))
 
 
 def blank(found: Found, strategy: Strategy, options: Options, warnings: Sequence[str] = ()) -> Result:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 
@@ -14,13 +16,22 @@ from ckptavg.determinism import reproducible
 from ckptavg.discover import Found, discover
 from ckptavg.errors import CkptavgError, OutOfMemoryError, UsageError, is_out_of_memory
 from ckptavg.evaluator import Evaluator, Watch
+from ckptavg.journal import Journal
 from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture
 from ckptavg.options import Options, destination
+from ckptavg.replay import Replay, fingerprint
 from ckptavg.tasks import Task
 from ckptavg.tasks.held_out import HeldOut
 from ckptavg.tasks.python_file import PythonTask
 from ckptavg.write import preflight
+
+_WORTH_KEEPING: Final = 60.0  # seconds of work that an error should not lose
+# of the options those that decide what is measured
+_DECISIVE: Final = (
+    "seed", "bits", "group_size", "holdout", "device", "dtype", "key", "batch_size", "score_cmd", "score_key",
+    "score_goal", "lm_eval",
+)  # fmt: skip
 
 
 @contextmanager
@@ -42,7 +53,41 @@ def opened(paths: Sequence[Path], options: Options) -> Generator[Found]:
         yield found
 
 
-def evaluator(found: Found, options: Options, watch: Watch | None) -> Evaluator:
+@contextmanager
+def journaled(
+    found: Found, options: Options, settings: Mapping[str, Any], watch: Watch | None
+) -> Generator[tuple[Evaluator | None, Callable[[], None]]]:
+    """What scores mixtures, going on from the journal of an interrupted run, and what to call when all is written.
+
+    Another run that writes the same output is refused.
+
+    Args:
+        found: the candidates.
+        options: of the run.
+        settings: of the strategy or the comparison.
+        watch: is told the progress.
+    """
+    if options.dry_run:
+        yield evaluator(found, options, watch) if options.ways else None, lambda: None
+        return
+    path, folder = destination(options.output)
+    with Journal(folder or path, resume=options.resume, keep=options.keep_journal) as journal:
+        replay, began = None, time.monotonic()
+        if options.ways:
+            run = {name: getattr(options, name) for name in _DECISIVE} | {"strategy": dict(settings)}
+            journal.begin(fingerprint(found.checkpoints, run, [options.task, options.val, options.train, options.test]))
+            replay = Replay(journal)
+        try:
+            yield evaluator(found, options, watch, replay) if options.ways else None, journal.done
+        except BaseException as error:
+            if replay is not None:
+                replay.flush()
+            if isinstance(error, Exception) and time.monotonic() - began < _WORTH_KEEPING:
+                journal.drop()  # not an interruption: the next run will be another one
+            raise
+
+
+def evaluator(found: Found, options: Options, watch: Watch | None, replay: Replay | None = None) -> Evaluator:
     """What scores mixtures of the candidates; nothing is loaded yet."""
     if options.score_cmd is not None:
         path, folder = destination(options.output)
@@ -56,6 +101,7 @@ def evaluator(found: Found, options: Options, watch: Watch | None) -> Evaluator:
             beside=path.parent if folder is None or folder.is_dir() else folder.parent,
             seed=options.seed,
             watch=watch,
+            replay=replay,
         )
     return Mixture(
         _task(found, options),
@@ -65,6 +111,7 @@ def evaluator(found: Found, options: Options, watch: Watch | None) -> Evaluator:
         bits=options.bits,
         group_size=options.group_size,
         watch=watch,
+        replay=replay,
     )
 
 

@@ -26,7 +26,7 @@ LAYERS = (
     ("mixture", "commanded", "recipe", "loadable"),
     ("gradient", "curvature"),
     ("intercept",),
-    ("evaluator",),
+    ("evaluator", "replay"),
     ("result",),
     ("strategies", "companions", "adapter", "shards"),
     ("candidates", "average", "write", "journal", "provenance", "batchnorm", "scorer"),

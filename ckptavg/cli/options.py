@@ -95,6 +95,8 @@ AdapterMode = Annotated[
 ]
 Rank = Annotated[int | None, option("Output", "Reduce an exact adapter to this rank.")]
 DryRun = Annotated[bool, option("Run", "Say what would be done, and do nothing.", "--dry-run")]
+Resume = Annotated[bool, option("Run", "Go on from what an interrupted run of this command has measured.")]
+KeepJournal = Annotated[bool, option("Run", "Leave OUTPUT.ckptavg/ when the output is written.", "--keep-journal")]
 Baselines = Annotated[bool, option("Report", "Score last, SWA and LAWA for comparison.")]
 ReportFile = Annotated[Path | None, option("Report", "Write the report to a file too.", metavar="FILE.json")]
 
@@ -132,6 +134,8 @@ def _shared(
     group_size: GroupSize = 128,
     holdout: Holdout = None,
     dry_run: DryRun = False,
+    resume: Resume = True,
+    keep_journal: KeepJournal = False,
     baselines: Baselines = True,
     json: Json = False,
     report: ReportFile = None,

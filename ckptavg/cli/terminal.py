@@ -55,7 +55,9 @@ class Screen:
             with self._bars() as watch:
                 yield watch
         except KeyboardInterrupt as error:
-            raise InterruptedRunError("interrupted; nothing was written", hint="run the same command again") from error
+            raise InterruptedRunError(
+                "interrupted; nothing was written", hint="run the same command to resume"
+            ) from error
 
     @contextmanager
     def _bars(self) -> Generator[Watch | None]:

@@ -124,7 +124,7 @@ def prove(relaxation: Relaxation, relaxed_N: Tensor, shortlist: Shortlist, limit
         if not len(state_MN):
             continue
         z_MN = relaxation.descend(state_MN, z_MN, STEPS)
-        state_MN, bound_M = _fix(relaxation, shortlist, state_MN, z_MN)
+        state_MN, bound_M = fix(relaxation, shortlist, state_MN, z_MN)
         open_M = _undecided(shortlist, state_MN, bound_M)
         at_M1 = (z_MN - 0.5).abs().masked_fill(state_MN != 0, math.inf).argmin(dim=1, keepdim=True)
         for side in (-1, 1):
@@ -134,7 +134,7 @@ def prove(relaxation: Relaxation, relaxed_N: Tensor, shortlist: Shortlist, limit
     return nodes
 
 
-def _fix(relaxation: Relaxation, shortlist: Shortlist, state_MN: Tensor, z_MN: Tensor) -> tuple[Tensor, Tensor]:
+def fix(relaxation: Relaxation, shortlist: Shortlist, state_MN: Tensor, z_MN: Tensor) -> tuple[Tensor, Tensor]:
     """Bound the nodes, see the subset at each bound, and fix whom the bound allows on one side only."""
     constant_M, slope_MN = relaxation.tangent(z_MN)
     rest_M1 = relaxation.k - (state_MN > 0).sum(dim=1, keepdim=True)

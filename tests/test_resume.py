@@ -1,0 +1,140 @@
+"""An interrupted run goes on where it was: the same bytes, and nothing measured twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptavg.errors import OutputExistsError
+from ckptavg.journal import Journal
+
+STOPPING = """
+import os, signal, time
+from pathlib import Path
+import task as real
+from task import model, val_dataloader, train_dataloader, test_dataloader, metric
+
+calls = Path(os.environ["CALLS"])
+
+def loss(model, batch):
+    with calls.open("a") as file:
+        file.write(".")
+    if calls.stat().st_size == int(os.environ.get("STOP", "0")):
+        raise KeyboardInterrupt
+    if calls.stat().st_size == int(os.environ.get("KILL", "0")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real.loss(model, batch)
+"""
+
+
+@pytest.fixture
+def stopping(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(STOPPING)
+    return tmp_path / "mine.py"
+
+
+def calls(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["sewa --k 2 --steps 40", "aswa", "twa --epochs 8 --layerwise", "compare --strategies swa,soup,twa:epochs=6"],
+)
+def test_an_interrupted_run_gives_the_same_bytes_and_measures_nothing_twice(
+    run: Run, digits: Path, stopping: Path, tmp_path: Path, command: str
+):
+    name, *options = command.split()
+    base = (name, digits, "--last", 4, "--task", stopping, *options)
+    whole = run(*base, "-o", "whole", CALLS=str(tmp_path / "a"))
+    assert whole.returncode == 0, whole.stderr
+    stops = [40, 100, 170]
+    for stop in stops:
+        done = run(*base, "-o", "parts", CALLS=str(tmp_path / "b"), STOP=str(stop))
+        assert done.returncode == 75 and "run the same command to resume" in done.stderr, done.stderr
+        assert (tmp_path / "parts.ckptavg" / "journal.jsonl").exists() and not (tmp_path / "parts").exists()
+    done = run(*base, "-o", "parts", CALLS=str(tmp_path / "b"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not (tmp_path / "parts.ckptavg").exists()
+    # lost at each stop: the score it fell into (19 batches and those of its BatchNorm), or a second of steps
+    assert calls(tmp_path / "b") < calls(tmp_path / "a") * (1 + len(stops))
+
+
+def test_a_killed_run_goes_on(run: Run, digits: Path, stopping: Path, tmp_path: Path):
+    base = ("aswa", str(digits), "--last", "4", "--task", "mine.py", "-o", "out")
+    demo = str(Path(__file__).parents[1] / "scripts" / "demo")
+    environment = {**os.environ, "CALLS": str(tmp_path / "a"), "KILL": "90", "PYTHONPATH": demo}
+    killed = subprocess.run(
+        [sys.executable, "-m", "ckptavg", *base], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert killed.returncode == -9 and (tmp_path / "out.ckptavg").exists()
+    before = calls(tmp_path / "a")
+    done = run(*base, CALLS=str(tmp_path / "a"))
+    assert done.returncode == 0, done.stderr
+    fresh = run(*base, "--force", "--no-resume", CALLS=str(tmp_path / "c"))
+    assert fresh.returncode == 0 and calls(tmp_path / "a") - before < calls(tmp_path / "c")
+
+
+def test_the_journal_of_another_run_is_refused_with_the_difference(
+    run: Run, digits: Path, stopping: Path, tmp_path: Path
+):
+    base = ("aswa", digits, "--last", 4, "--task", stopping, "-o", "out")
+    assert run(*base, CALLS=str(tmp_path / "a"), STOP="60").returncode == 75
+    done = run(*base, "--seed", 3, CALLS=str(tmp_path / "b"))
+    assert done.returncode == 6 and "another seed" in done.stderr and "--no-resume" in done.stderr
+    done = run(*base, "--seed", 3, "--no-resume", CALLS=str(tmp_path / "b"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_runs_of_one_output_do_not_meet(run: Run, digits: Path, tmp_path: Path):
+    with Journal(tmp_path / "out") as journal:
+        done = run("swa", digits, "-o", "out")
+        assert done.returncode == 6 and f"process {os.getpid()}" in done.stderr
+        assert journal.folder.exists()
+    assert run("swa", digits, "-o", "out").returncode == 0 and not journal.folder.exists()
+
+
+def test_the_journal_can_be_kept(run: Run, digits: Path, stopping: Path, tmp_path: Path):
+    done = run("best", digits, "--last", 3, "--task", stopping, "--keep-journal", CALLS=str(tmp_path / "a"))
+    assert done.returncode == 0
+    lines = (tmp_path / "averaged.safetensors.ckptavg" / "journal.jsonl").read_text().splitlines()
+    assert json.loads(lines[0].partition(" ")[2])["candidates"] and len(lines) >= 4
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_a_journal_that_is_cut_or_flipped_never_tells_what_was_not_written(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+):
+    folder = tmp_path_factory.mktemp("journal")
+    records = {f"key {i}": [i, str(i) * i] for i in range(6)}
+    with Journal(folder / "out") as journal:
+        journal.begin({"run": 1})
+        for key, value in records.items():
+            journal.put(key, value)
+    path = folder / "out.ckptavg" / "journal.jsonl"
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content)))]
+    else:
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    with Journal(folder / "out") as journal:
+        try:
+            journal.begin({"run": 1})
+        except OutputExistsError:
+            return  # its first line was hit, and another record stands there
+        for key, value in records.items():
+            assert journal.get(key) in (None, value)
+        journal.put("more", 1)
+    with Journal(folder / "out") as journal:
+        assert journal.get("more") == 1
