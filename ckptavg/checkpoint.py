@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ckptavg.errors import InputError, printable
 from ckptavg.readers import Reader, StoredTensor
 
 
@@ -47,8 +48,32 @@ class Checkpoint:
         return self.tensors[name]
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
-        """Fill ``out`` with the elements of tensor ``name`` from number ``start`` on; see `Reader.read_into`."""
-        self.reader.read_into(self.tensors[name], start, out)
+        """Fill ``out`` with the elements of tensor ``name`` from number ``start`` on; see `Reader.read_into`.
+
+        Raises:
+            InputError: as the reader does, with the tensor's name and a hint; or if a BOOL is neither 0 nor 1.
+        """
+        try:
+            self.reader.read_into(self.tensors[name], start, out)
+        except InputError as error:
+            raise self._explained(error, name) from error
+        if self.tensors[name].dtype == "BOOL" and (other := bytes(out).lstrip(b"\0\1")):
+            at = start + len(out) - len(other)
+            what = f"element {at} is the byte {other[0]}, neither 0 nor 1 as a BOOL must be"
+            raise InputError(what, path=self.path, tensor=name, hint=self._without)
+
+    @property
+    def _without(self) -> str:
+        return f"leave it out with --exclude '{self.path.name}'"
+
+    def _explained(self, error: InputError, name: str) -> InputError:
+        """``error`` with the tensor's name behind the file's, where neither names it yet, and with a hint."""
+        what, hint = str(error), error.hint or self._without
+        for path in (printable(str(file.path)) for file in self.reader.files):
+            if what.startswith(f"{path}: ") and printable(name) not in what:
+                return InputError(what.removeprefix(f"{path}: "), path=path, tensor=name, hint=hint)
+        error.hint = printable(hint)
+        return error
 
     def check_unchanged(self) -> None:
         """Raise InputError if one of its files changed since it was opened."""

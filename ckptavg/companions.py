@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from ckptavg.checkpoint import Checkpoint
-from ckptavg.errors import OutputError
-from ckptavg.readers import ITEM_SIZE, StoredTensor
+from ckptavg.errors import InputError, OutputError
+from ckptavg.readers import ITEM_SIZE, RegularFile, StoredTensor
+from ckptavg.readers.safetensors import strict_json
 
 PATTERNS: Final = (
     "config.json", "generation_config.json", "*_config.json", "preprocessor_config.json", "tokenizer*", "vocab*",
@@ -22,6 +23,7 @@ _ADAPTER: Final = "adapter_config.json"
 _HEADS: Final = ("lm_head", "embed_out", "output_layer", "cls.predictions.decoder")
 _EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in")
 _CHUNK: Final = 1 << 20  # elements compared at a time
+_MAX_CONFIG: Final = 64 << 20
 
 
 def check(folder: Path) -> None:
@@ -137,8 +139,9 @@ def _agree(path: Path, dtype: str) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     """A small JSON file's object; empty where there is none, or it is no object."""
     try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        with RegularFile(path) as file:
+            value: Any = strict_json(file.read(0, min(file.size, _MAX_CONFIG)).decode("utf-8"))
+    except (InputError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

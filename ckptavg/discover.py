@@ -10,7 +10,7 @@ from typing import Self
 
 from ckptavg import copies, layout
 from ckptavg.checkpoint import Checkpoint
-from ckptavg.errors import CkptavgError, InputError
+from ckptavg.errors import CkptavgError, InputError, printable
 from ckptavg.places import LeftOut, NotACheckpoint, Place, places_under
 from ckptavg.readers import open_reader
 from ckptavg.steps import common_kind, natural, step_in_name, steps_inside, trainer_step
@@ -158,7 +158,7 @@ def _in_order(opened: list[_Opened]) -> tuple[list[Checkpoint], tuple[str, ...]]
 
 def _with_hint(error: CkptavgError, place: Place) -> CkptavgError:
     if error.hint is None and not place.explicit:
-        error.hint = f"leave it out with --exclude '{place.name}'"
+        error.hint = printable(f"leave it out with --exclude '{place.name}'")
     return error
 
 

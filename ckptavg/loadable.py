@@ -57,5 +57,5 @@ def _skeleton(folder: Path) -> Any:
             kind = architecture(str(folder), str(folder), trust=False)
             config = transformers().AutoConfig.from_pretrained(str(folder), local_files_only=True)
             return build(str(folder), kind, config, trust=False)
-    except (CkptavgError, OSError, ValueError, NotImplementedError):
+    except (CkptavgError, OSError, ValueError, NotImplementedError, RecursionError):
         return None

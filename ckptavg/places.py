@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from ckptavg.errors import InputError
-from ckptavg.readers import RegularFile, claim, claim_folder
+from ckptavg.readers import RegularFile, claim, claim_folder, entries
+from ckptavg.readers.regular_file import is_folder
 from ckptavg.steps import natural
 
 WEIGHT_NAMES: Final = (
@@ -79,10 +80,10 @@ def places_under(path: Path, order: int, left_out: list[LeftOut]) -> Iterator[Pl
         order: its number among the paths given.
         left_out: gets what is none, with the reason.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         yield Place(path=path, weights=path, name=path.name, order=order, explicit=True)
         return
-    if claim_folder(_names(path)):
+    if claim_folder(entries(path)):
         yield Place(path=path, weights=path, name=path.resolve().name, order=order, explicit=True)
         return
     places = list(_listed(path, order, left_out))
@@ -94,21 +95,15 @@ def places_under(path: Path, order: int, left_out: list[LeftOut]) -> Iterator[Pl
         yield from places
 
 
-def _names(folder: Path) -> frozenset[str]:
-    try:
-        return frozenset(entry.name for entry in os.scandir(folder))
-    except OSError as error:
-        raise InputError(os.strerror(error.errno or 0).lower(), path=folder) from error
-
-
 def _listed(folder: Path, order: int, left_out: list[LeftOut]) -> Iterator[Place]:
-    names = sorted((name for name in _names(folder) if not name.startswith(".")), key=natural)
+    names = sorted((name for name in entries(folder) if not name.startswith(".")), key=natural)
     # a Trainer's directory is incomplete without trainer_state.json
-    trainer = any(name.startswith("checkpoint-") and (folder / name / "trainer_state.json").exists() for name in names)
+    states = (folder / name / "trainer_state.json" for name in names if name.startswith("checkpoint-"))
+    trainer = any(map(os.path.lexists, states))
     for name in names:
         path = folder / name
         try:
-            weights = _weights_in(path, trainer) if path.is_dir() else _weights_file(path)
+            weights = _weights_in(path, trainer) if is_folder(path) else _weights_file(path)
         except NotACheckpoint as other:
             left_out.append(LeftOut(path=path, reason=str(other), kind=other.kind))
         else:
@@ -153,7 +148,7 @@ def _check_rank(path: Path, stem: str, rank: str, suffix: str) -> None:
 
 
 def _weights_in(folder: Path, trainer: bool) -> Path:
-    names = _names(folder)
+    names = entries(folder)
     if folder.name in SIDE_FOLDERS:
         raise NotACheckpoint(SIDE_FOLDERS[folder.name])
     if folder.name.startswith(("tmp-", "tmp_")) or folder.name.endswith((".tmp", ".incomplete")):
@@ -176,7 +171,7 @@ def _weights_in(folder: Path, trainer: bool) -> Path:
 
 def _weight_files(folder: Path, names: frozenset[str]) -> Iterator[Path]:
     for name in sorted(names):
-        if name.endswith(WEIGHT_SUFFIXES) and not (folder / name).is_dir():
+        if name.endswith(WEIGHT_SUFFIXES) and not is_folder(folder / name):
             with suppress(NotACheckpoint):
                 yield _weights_file(folder / name)
 
@@ -185,5 +180,5 @@ def _parts(folder: Path, names: frozenset[str]) -> Iterator[Path]:
     """The directories in it that are a model by themselves, such as ``pytorch_model_fsdp_0`` or ``global_step500``."""
     for name in sorted(names):
         path = folder / name
-        if not name.startswith("optim") and path.is_dir() and claim_folder(_names(path)):
+        if not name.startswith("optim") and is_folder(path) and claim_folder(entries(path)):
             yield path

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
 from ckptavg.errors import InputError
-from ckptavg.readers.regular_file import RegularFile
+from ckptavg.readers.regular_file import RegularFile, is_folder
 
 # bytes an element, by the names safetensors gives the dtypes; sub-byte and complex types are refused by the readers
 ITEM_SIZE: Final[Mapping[str, int]] = {
@@ -160,6 +160,18 @@ def folder_formats() -> tuple[FolderFormat, ...]:
     return tuple(module.FOLDER for module in modules if hasattr(module, "FOLDER"))
 
 
+def entries(folder: Path) -> frozenset[str]:
+    """The names in ``folder``.
+
+    Raises:
+        InputError: if it cannot be listed.
+    """
+    try:
+        return frozenset(entry.name for entry in os.scandir(folder))
+    except OSError as error:
+        raise InputError(os.strerror(error.errno or 0).lower(), path=folder) from error
+
+
 def claim_folder(names: frozenset[str]) -> FolderFormat | None:
     """The one format that a directory with these entries is of, or None."""
     return next((candidate for candidate in folder_formats() if candidate.claims(names)), None)
@@ -177,7 +189,7 @@ def open_reader(path: Path) -> Reader:
     Raises:
         InputError: if it is no regular file and no such directory, no format claims it, or its headers are bad.
     """
-    folder = claim_folder(frozenset(entry.name for entry in os.scandir(path))) if path.is_dir() else None
+    folder = claim_folder(entries(path)) if is_folder(path) else None
     if folder is not None:
         return folder.open(path)
     file = RegularFile(path)

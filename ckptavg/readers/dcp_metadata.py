@@ -21,7 +21,10 @@ from ckptavg.readers.torch_objects import DTYPES, MAX_RANK
 
 MAX_PARTS: Final = 1 << 16  # of one tensor
 MAX_FILE_NAME: Final = 255
-_BUDGET: Final = 4 << 30  # a chunk costs about 5 kB of it, and a large cluster's save has 100,000s
+# a chunk costs about 7 kB of it, and a large cluster's save has 100,000s; a small file needs, and gets, little
+_BUDGET: Final = 4 << 30
+_BUDGET_A_BYTE: Final = 64  # of the file: 42 to 48 by torch 2.13
+_BUDGET_OF_ANY: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ def parse(data: bytes, path: Path) -> Metadata:
         InputError: naming ``path``, and the tensor where there is one.
     """
     try:
-        found = load(data, _MAKERS, _persistent, _BUDGET)
+        found = load(data, _MAKERS, _persistent, min(_BUDGET, _BUDGET_OF_ANY + _BUDGET_A_BYTE * len(data)))
     except PickleError as error:
         raise InputError(str(error), path=path) from error
     described, listed, paths = (

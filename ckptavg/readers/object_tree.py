@@ -100,7 +100,7 @@ def _named(keys: Iterable[object], nodes: Iterable[Node]) -> dict[str, Node]:
     for key, node in zip(keys, nodes, strict=True):
         name, what = (key, "") if type(key) is str else _spelled(key)
         if type(node) is StoredTensor or type(node) is Refused:
-            if not what and not _is_proper(name):
+            if not what and not is_proper(name):
                 name, what = name[:100], f"a tensor's name must have 1 to {MAX_NAME} characters, all of them printable"
             node = Refused(what) if what else node
         result[name] = Refused("two keys have this name") if name in result else node
@@ -115,11 +115,12 @@ def _spelled(key: object) -> tuple[str, str]:
     ), f"its key is a {type(key).__name__}, not a name, so this is no state dict"
 
 
-def _is_proper(name: str) -> bool:
+def is_proper(name: str) -> bool:
+    """Whether a tensor may have this name: not too long, and neither control characters nor halves of a pair in it."""
     if not 0 < len(name) <= MAX_NAME:
         return False
     return name.isprintable() or not any(
-        ord(char) < 32 or ord(char) == 127 or "\ud800" <= char <= "\udfff" for char in name
+        ord(char) < 32 or 127 <= ord(char) < 160 or "\ud800" <= char <= "\udfff" for char in name
     )
 
 

@@ -88,6 +88,14 @@ class RegularFile:
         self.close()
 
 
+def is_folder(path: Path) -> bool:
+    """Whether ``path`` is a directory; what cannot even be looked at is none, and opening it says why."""
+    try:
+        return path.is_dir()
+    except OSError:  # permission denied, a name that is too long
+        return False
+
+
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
     # not ctime: a second link to the file (a framework making last.ckpt) changes it, the bytes stay
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
@@ -107,7 +115,7 @@ def _kind(mode: int) -> str:
 
 
 def _refuse(path: Path, error: OSError) -> NoReturn:
-    dangling = path.is_symlink() and error.errno == errno.ENOENT
+    dangling = error.errno == errno.ENOENT and path.is_symlink()
     what = {
         errno.ENOENT: "is a link to a file that does not exist" if dangling else "no such file",
         errno.EACCES: "permission denied",

@@ -10,12 +10,12 @@ from typing import Any, Final, NoReturn
 
 from ckptavg.errors import InputError
 from ckptavg.readers import ITEM_SIZE, StoredTensor
+from ckptavg.readers.object_tree import MAX_NAME, is_proper
 from ckptavg.readers.regular_file import RegularFile
 
 MAX_HEADER: Final = 16 << 20
 MAX_TENSORS: Final = 1_000_000
 MAX_RANK: Final = 64
-MAX_NAME: Final = 4096
 
 
 class SafetensorsReader:
@@ -50,13 +50,13 @@ class SafetensorsReader:
         def refuse(what: str) -> NoReturn:
             raise InputError(what, path=self.path, tensor=name[:100] or '""')
 
-        if not name or len(name) > MAX_NAME or any(ord(char) < 32 or ord(char) == 127 for char in name):
+        if not is_proper(name):
             refuse(f"a tensor's name must have 1 to {MAX_NAME} characters and no control characters")
         if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
             refuse("its header entry must have exactly dtype, shape and data_offsets")
         dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
         if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
-            refuse(f"dtype {dtype!r} is not supported; supported are {', '.join(ITEM_SIZE)}")
+            refuse(f"dtype {repr(dtype)[:40]} is not supported; supported are {', '.join(ITEM_SIZE)}")
         if not _naturals(shape) or len(shape) > MAX_RANK:
             refuse(f"shape must be a list of at most {MAX_RANK} integers from 0 to 2^63 - 1")
         if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,9 +57,9 @@ class ShardIndexReader:
     def _open(self, shard: str) -> Reader:
         path = self.path.parent / shard
         if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise InputError(f"shard {shard!r} is not a bare file name", path=self.path)
-        if not path.exists():
-            raise InputError(f"shard {shard} is missing", path=self.path, hint="copy the whole directory")
+            raise InputError(f"shard {shard[:100]!r} is not a bare file name", path=self.path)
+        if not os.path.lexists(path):
+            raise InputError(f"shard {shard[:255]} is missing", path=self.path, hint="copy the whole directory")
         if path.name.endswith(".json"):
             raise InputError(f"shard {shard} is itself an index", path=self.path)
         return open_reader(path)

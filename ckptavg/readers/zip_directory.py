@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 from ckptavg.errors import InputError
 from ckptavg.readers.regular_file import RegularFile
 
-MAX_ENTRIES: Final = 1_000_000
+MAX_ENTRIES: Final = 1 << 18
 MAX_DIRECTORY: Final = 128 << 20
 
 _END: Final = struct.Struct("<4s4H2LH")
