@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -90,12 +91,17 @@ def _write(
     if not fits:
         evaluator = None  # an adapter of another rank than the model's
     recomputed = sorted(set(evaluator.statistics) & specs.keys()) if evaluator else []
-    metadata = provenance.metadata(
-        checkpoints, coefficients, name_of(strategy), asdict(strategy),  # pyright: ignore[reportArgumentType]
+    describe = partial(
+        provenance.metadata, checkpoints, coefficients, name_of(strategy), asdict(strategy),  # pyright: ignore[reportArgumentType]
         dtype=options.dtype, adapter=options.adapter, rank=options.rank, not_averaged=kept, recomputed=recomputed,
     )  # fmt: skip
     scores: dict[Split, Score] = {}
-    with _opened(path, specs, metadata, options) as out:
+    files = [file for i in coefficients.selected for file in checkpoints[i].reader.files]
+    metadata = describe(digest=provenance.unknown)
+    with (
+        _opened(path, specs, metadata, options) as out,
+        provenance.hashing(files, torch.get_num_threads()) as digest,
+    ):
         done, total = 0, sum(spec.nbytes for spec in specs.values())
         for name, offset, data in made.parts:
             out.write(name, offset, data)
@@ -107,6 +113,7 @@ def _write(
             for name in recomputed:
                 out.write(name, 0, _bytes(state[name], TORCH[specs[name].dtype]))
             scores = {split: evaluator.score_adopted(coefficients, split) for split in evaluator.splits}
+        metadata |= describe(digest=digest)
         for i in coefficients.selected:
             checkpoints[i].check_unchanged()
         if destination(options.output)[1]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
+from threading import Event
 from typing import Any, Final
 
 from ckptavg.checkpoint import Checkpoint
@@ -28,6 +31,7 @@ def metadata(
     rank: int | None = None,
     not_averaged: Sequence[str],
     recomputed: Sequence[str],
+    digest: Callable[[RegularFile], str],
 ) -> dict[str, str]:
     """The output's safetensors metadata: ``format`` for loaders, and everything else as JSON under ``ckptavg``.
 
@@ -44,6 +48,7 @@ def metadata(
         rank: what an exact one was reduced to.
         not_averaged: the tensors taken from the last selected candidate.
         recomputed: the tensors recomputed from data (BatchNorm statistics).
+        digest: the SHA-256 of a source's file, in hexadecimal.
     """
     selected = [(checkpoints[i], coefficients.candidate(i)) for i in coefficients.selected]
     record = {
@@ -63,7 +68,7 @@ def metadata(
                 "step": checkpoint.step,
                 "key": checkpoint.key,
                 "coefficient": coefficient,
-                "sha256": {file.path.name: sha256(file) for file in checkpoint.reader.files},
+                "sha256": {file.path.name: digest(file) for file in checkpoint.reader.files},
             }
             for checkpoint, coefficient in selected
         ],
@@ -77,11 +82,34 @@ def metadata(
     return {**kept, "format": "pt", KEY: json.dumps(record, sort_keys=True, separators=(",", ":"))}
 
 
-def sha256(file: RegularFile) -> str:
-    """The SHA-256 of an open file, in hexadecimal."""
+def unknown(_: RegularFile) -> str:
+    """In place of a SHA-256 that is not known yet, as long as one."""
+    return "0" * 64
+
+
+@contextmanager
+def hashing(files: Iterable[RegularFile], threads: int) -> Generator[Callable[[RegularFile], str]]:
+    """Find the SHA-256 of open files in threads of its own, while something else is done; ends with that.
+
+    Yields:
+        The SHA-256 of one of ``files``, which waits until it is known.
+    """
+    stop = Event()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            found = {file: pool.submit(sha256, file, stop) for file in files}
+            yield lambda file: found[file].result()
+        finally:
+            stop.set()
+
+
+def sha256(file: RegularFile, stop: Event | None = None) -> str:
+    """The SHA-256 of an open file, in hexadecimal; of no use if ``stop`` was set meanwhile."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_CHUNK))
     for start in range(0, file.size, _CHUNK):
+        if stop and stop.is_set():
+            break
         part = buffer[: min(_CHUNK, file.size - start)]
         file.read_into(start, part)
         digest.update(part)

@@ -1,7 +1,8 @@
 """A safetensors file that is written whole or not at all.
 
 It is built beside its destination under a temporary name, its full size reserved before the first byte, and given its
-name only when complete and on the disk: a reader sees the old file or the whole new one.
+name only when complete and on the disk: a reader sees the old file or the whole new one. The header is written last, so
+that it can tell what was only found out meanwhile.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NoReturn, Self
 
@@ -33,12 +35,13 @@ class SafetensorsFile:
     def __init__(
         self, path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], *, force: bool = False
     ) -> None:
-        """Reserve the space and write the header.
+        """Reserve the space.
 
         Args:
             path: the destination; its directory must exist.
             specs: name → dtype and shape.
-            metadata: the header's ``__metadata__``.
+            metadata: the header's ``__metadata__``, as it is at `commit`: values may change until then, not their
+                length.
             force: replace an existing file.
         Raises:
             OutputExistsError: if the destination exists and ``force`` is not given.
@@ -49,7 +52,8 @@ class SafetensorsFile:
         self.sha256 = ""
         self._force = force
         self._specs = specs
-        header, self._offsets, self.size = _layout(specs, metadata)
+        self._metadata = metadata
+        _, self._offsets, self.size = _layout(specs, metadata)
         self._missing = sum(spec.nbytes for spec in specs.values())
         self._written: set[tuple[str, int, int]] = set()
         self._temporary = path.parent / f".{path.name}.{os.getpid()}.ckptavg-tmp"
@@ -57,7 +61,6 @@ class SafetensorsFile:
         try:
             self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             _reserve(self._fd, self.size)
-            self._pwrite(memoryview(header), 0)
         except OSError as error:
             self.close()
             _refuse(path, error, self.size)
@@ -91,7 +94,7 @@ class SafetensorsFile:
             done += os.preadv(self._fd, [out[done:]], position + done)
 
     def commit(self) -> None:
-        """Flush the file to the disk and give it its name.
+        """Write the header, flush the file to the disk and give it its name.
 
         Raises:
             OutputExistsError: if the destination has come to exist meanwhile and ``force`` was not given.
@@ -99,9 +102,15 @@ class SafetensorsFile:
         """
         if self._missing:
             raise AssertionError(f"{self._missing} bytes were not written")
+        header, offsets, size = _layout(self._specs, self._metadata)
+        if (offsets, size) != (self._offsets, self.size):
+            raise AssertionError("the metadata has changed its length")
         try:
-            self.sha256 = self._digest()
-            os.fsync(self._fd)
+            self._pwrite(memoryview(header), 0)
+            with ThreadPoolExecutor(1) as pool:
+                flushed = pool.submit(os.fsync, self._fd)  # the disk writes while the processor hashes
+                self.sha256 = self._digest()
+                flushed.result()
             if os.fstat(self._fd).st_size != self.size:
                 raise OutputError("another program changed the file while it was written", path=self.path)
             self._publish()

@@ -13,7 +13,7 @@ from reference import bound, exact_sum, nearest
 from stored import averaged, stored
 from torch import Tensor
 
-from ckptavg.average import not_averaged, output_specs
+from ckptavg.average import not_averaged, output_specs, weighted_average
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError
 
@@ -89,6 +89,31 @@ def test_bits_do_not_depend_on_the_chunk(tmp_path: Path, dtype: torch.dtype):
     for chunk in (1, 7, 100):
         part = averaged(checkpoints, row, chunk=chunk)["w"]
         assert torch.equal(part.view(torch.uint8), whole.view(torch.uint8))
+
+
+@pytest.mark.parametrize("row", [[0.3, 0.1, 0.25, -0.05, 0.4], [0.2] * 5], ids=["weighted", "equal"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_and_order_do_not_depend_on_the_threads(tmp_path: Path, dtype: torch.dtype, row: list[float]):
+    states = [{f"w{i}": awkward(dtype, seed + i) for i in range(9)} for seed in range(5)]
+    checkpoints = stored(tmp_path, states)
+    specs = output_specs(checkpoints[0])
+
+    def parts(threads: int) -> list[tuple[str, int, bytes]]:
+        found = weighted_average(checkpoints, Coefficients((tuple(row),)), specs, chunk=100, threads=threads)
+        return [(name, offset, bytes(data)) for name, offset, data in found]
+
+    assert parts(1) == parts(2) == parts(5)
+
+
+def test_small_tensors_share_a_chunk_and_keep_their_own_bytes(tmp_path: Path):
+    states = [{f"w{i:02}": torch.full((i,), float(i + j)) for i in range(1, 20)} for j in (-1, 1)]
+    result = averaged(stored(tmp_path, states), [0.5, 0.5], chunk=32)
+    assert all(torch.equal(result[f"w{i:02}"], torch.full((i,), float(i))) for i in range(1, 20))
+
+
+def test_equal_coefficients_do_not_overflow_float64(tmp_path: Path):
+    huge = torch.tensor([torch.finfo(torch.float64).max], dtype=torch.float64)
+    assert torch.equal(averaged(stored(tmp_path, [{"w": huge}] * 4), [0.25] * 4)["w"], huge)
 
 
 def test_what_is_not_floating_point_is_taken_from_the_last_selected(tmp_path: Path):

@@ -62,6 +62,19 @@ def test_the_digest_is_that_of_the_file(tmp_path: Path):
     assert out.sha256 == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
 
 
+def test_metadata_may_be_found_out_until_the_end_but_not_its_length(tmp_path: Path):
+    metadata = {"digest": "0" * 4}
+    with SafetensorsFile(tmp_path / "x", {}, metadata) as out:
+        metadata["digest"] = "beef"
+        out.commit()
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        assert file.metadata() == {"digest": "beef"}
+    with pytest.raises(AssertionError, match="length"), SafetensorsFile(tmp_path / "y", {}, metadata) as out:
+        metadata["digest"] = "beef or pork"
+        out.commit()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 def test_equal_inputs_give_equal_bytes_whatever_the_order_of_names(tmp_path: Path):
     first, second = tmp_path / "1", tmp_path / "2"
     assert produce(first).sha256 == produce(second, specs=dict(reversed(SPECS.items()))).sha256

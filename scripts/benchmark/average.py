@@ -1,71 +1,147 @@
-"""The average beside a copy of the same bytes and the naive loop, in one run: python scripts/benchmark/average.py
+"""Averaging beside a copy of the same bytes and beside others: python scripts/benchmark/average.py /tmp/llama
 
-Eight bfloat16 files of 105 MB (or --megabytes), warm page cache. Prints seconds, ratios and each process's peak memory.
+The folder is what make_llama.py wrote. Rounds are interleaved, and the least of each figure is printed, with its ratio
+to `cat` of all inputs and `cp` of one. Seconds of the processor are the steadier figure on a machine that is shared.
 """
 
 import argparse
 import os
 import platform
-import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from safetensors.torch import save_file
-
-OURS = """
-import sys, ckptavg
-ckptavg.swa(sys.argv[1], output=sys.argv[2], force=True)
+# the averaging itself: opening, reading, summing and writing; neither the start of Python nor SHA-256 nor fsync
+ITSELF = """
+import resource, sys, time
+from pathlib import Path
+from ckptavg.average import output_specs, weighted_average
+from ckptavg.coefficients import Coefficients
+from ckptavg.discover import discover
+from ckptavg.write import SafetensorsFile
+def used():
+    mine = resource.getrusage(resource.RUSAGE_SELF)
+    return time.perf_counter(), mine.ru_utime + mine.ru_stime
+start = used()
+found = discover([Path(sys.argv[1])]).checkpoints
+specs = output_specs(found[0])
+with SafetensorsFile(Path(sys.argv[2]), specs, {}, force=True) as out:
+    for part in weighted_average(found, Coefficients.uniform(range(len(found)), len(found)), specs):
+        out.write(*part)
+    print(*(after - before for before, after in zip(start, used())))
 """
-NAIVE = """
+RUNNING = """
+import sys
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+paths, total = sorted(Path(sys.argv[1]).rglob("*.safetensors")), {}
+for path in paths:
+    for name, w in load_file(path).items():
+        total[name] = total[name].add_(w) if name in total else w.float()
+save_file({name: (w / len(paths)).bfloat16() for name, w in total.items()}, sys.argv[2])
+"""
+STACK = """
 import sys, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-states = [load_file(path) for path in Path(sys.argv[1]).iterdir()]
+states = [load_file(path) for path in sorted(Path(sys.argv[1]).rglob("*.safetensors"))]
 save_file({n: torch.stack([s[n] for s in states]).float().mean(0).bfloat16() for n in states[0]}, sys.argv[2])
 """
-PEAK = "\nimport re; print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"
 
 
-def process(code: str, folder: Path) -> tuple[float, float]:
-    """Seconds and peak megabytes of a whole Python process."""
+class Used(NamedTuple):
+    """What one run took: seconds by the clock and of the processor, and megabytes at its peak."""
+
+    seconds: float
+    processor: float
+    peak: float
+
+
+def measure(command: str) -> Used:
+    """Run ``command``; one that prints two numbers has measured its seconds itself."""
     start = time.perf_counter()
-    command = [sys.executable, "-c", code + PEAK, str(folder), str(folder.parent / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return time.perf_counter() - start, int(re.findall(r"\d+", done.stdout)[-1]) / 1000
+    with subprocess.Popen(["/bin/bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
+        assert running.stdout
+        printed = running.stdout.read().split()
+        _, status, usage = os.wait4(running.pid, 0)
+        running.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - start
+    if running.returncode:
+        raise SystemExit(f"failed with {running.returncode}: {command}")
+    peak = usage.ru_maxrss / 1000
+    if len(printed) == 2:
+        return Used(float(printed[0]), float(printed[1]), peak)
+    return Used(seconds, usage.ru_utime + usage.ru_stime, peak)
 
 
-def copy(folder: Path) -> float:
-    """Seconds to read all files and to write one of them, flushed: the least that averaging could take."""
-    start = time.perf_counter()
-    subprocess.run(f"cat {folder}/* >/dev/null; cp {folder}/step-0.safetensors {folder}/../copy; sync {folder}/../copy",
-                   shell=True, check=True)  # fmt: skip
-    return time.perf_counter() - start
+def drop_cache(files: list[Path]) -> None:
+    """Take files out of the page cache, where the file system lets go of them."""
+    for path in files:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def commands(folder: Path, scratch: Path, mergekit: Path | None, timm: Path | None) -> Mapping[str, str]:
+    """What is compared, by the name it is printed under."""
+    files = sorted(folder.rglob("*.safetensors"))
+    inputs, out = " ".join(shlex.quote(str(path)) for path in files), scratch / "out.safetensors"
+
+    def python(code: str) -> str:
+        return shlex.join([sys.executable, "-c", code, str(folder), str(out)])
+
+    ours = shlex.join([sys.executable, "-m", "ckptavg", "swa", str(folder), "-o", str(out), "--force"])
+    found = {
+        "cat all + cp one": f"cat {inputs} > /dev/null; cp {shlex.quote(str(files[0]))} {scratch}/copy",
+        "import torch": shlex.join([sys.executable, "-c", "import torch"]),
+        "ckptavg, averaging alone": python(ITSELF),
+        "ckptavg swa": f"{ours} > /dev/null",
+        "float32 running sum": python(RUNNING),
+        "stack().mean()": python(STACK),
+    }
+    if mergekit:
+        models = "".join(f"  - model: {path.parent}\n    parameters: {{weight: 1.0}}\n" for path in files)
+        (scratch / "linear.yml").write_text(f"merge_method: linear\ndtype: bfloat16\nmodels:\n{models}")
+        found["mergekit linear"] = f"HF_HUB_OFFLINE=1 {mergekit} {scratch}/linear.yml {scratch}/mergekit > /dev/null"
+    if timm:
+        found["timm avg_checkpoints"] = (
+            f"{timm} --input {folder} --filter '**/*.safetensors' --no-sort --safetensors --no-hash "
+            f"--output {scratch}/timm.safetensors > /dev/null; rm -f {scratch}/timm*"
+        )
+    return found
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--megabytes", type=int, default=105)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of its own environment")
+    parser.add_argument("--timm", help="how to call timm's avg_checkpoints.py, such as 'python avg_checkpoints.py'")
     options = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "ckpts"
-        folder.mkdir()
-        for i in range(8):
-            torch.manual_seed(i)
-            tensors = {f"layer.{j}": torch.randn(options.megabytes * 50_000).bfloat16() for j in range(10)}
-            save_file(tensors, folder / f"step-{i}.safetensors")
-        copies = sorted(copy(folder) for _ in range(options.rounds))[options.rounds // 2]
-        for what, code in (("ckptavg swa", OURS), ("stack().mean()", NAIVE)):
-            runs = sorted(process(code, folder) for _ in range(options.rounds))
-            seconds, peak = runs[options.rounds // 2]
-            print(
-                f"{what:16} {seconds:6.2f} s = {seconds / copies:5.1f} × cat+cp ({copies:.2f} s), peak {peak:6.0f} MB"
-            )
+    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": ?")
+    print(f"{model.split(': ')[1]}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()},")
+    print(f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')}, load {os.getloadavg()[0]:.1f}")
+    with tempfile.TemporaryDirectory(dir=options.folder.parent) as name:
+        table = commands(options.folder, Path(name), options.mergekit, options.timm)
+        runs: dict[str, list[Used]] = {what: [] for what in table}
+        for _ in range(options.rounds):
+            for what, command in table.items():
+                runs[what].append(measure(command))
+        for what in ("cat all + cp one", "ckptavg swa"):
+            drop_cache(sorted(options.folder.rglob("*.safetensors")))
+            runs[f"{what}, cold"] = [measure(table[what])]
+    base = min(used.seconds for used in runs["cat all + cp one"])
+    print(f"{'':26} {'seconds':>8} {'x cat+cp':>8} {'CPU s':>8} {'peak MB':>8}")
+    for what, taken in runs.items():
+        seconds, processor, peak = (min(column) for column in zip(*taken, strict=True))
+        print(f"{what:26} {seconds:8.2f} {seconds / base:8.1f} {processor:8.2f} {peak:8.0f}")
 
 
 if __name__ == "__main__":
