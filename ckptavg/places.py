@@ -83,10 +83,11 @@ def places_under(path: Path, order: int, left_out: list[LeftOut]) -> Iterator[Pl
     if not is_folder(path):
         yield Place(path=path, weights=path, name=path.name, order=order, explicit=True)
         return
-    if claim_folder(entries(path)):
+    names = entries(path)
+    if claim_folder(names):
         yield Place(path=path, weights=path, name=path.resolve().name, order=order, explicit=True)
         return
-    places = list(_listed(path, order, left_out))
+    places = list(_listed(path, names, order, left_out))
     if len(places) == 1 and places[0].path.parent == path and places[0].path.name in WEIGHT_NAMES:
         # the directory is itself one checkpoint, such as ./run/checkpoint-500
         name = path.resolve().name
@@ -95,8 +96,8 @@ def places_under(path: Path, order: int, left_out: list[LeftOut]) -> Iterator[Pl
         yield from places
 
 
-def _listed(folder: Path, order: int, left_out: list[LeftOut]) -> Iterator[Place]:
-    names = sorted((name for name in entries(folder) if not name.startswith(".")), key=natural)
+def _listed(folder: Path, inside: frozenset[str], order: int, left_out: list[LeftOut]) -> Iterator[Place]:
+    names = sorted((name for name in inside if not name.startswith(".")), key=natural)
     # a Trainer's directory is incomplete without trainer_state.json
     states = (folder / name / "trainer_state.json" for name in names if name.startswith("checkpoint-"))
     trainer = any(map(os.path.lexists, states))

@@ -361,3 +361,21 @@ def test_a_change_after_opening_is_noticed(tmp_path: Path):
     shutil.move(tmp_path / "other.safetensors", path)
     with pytest.raises(InputError, match="changed while it was being read"):
         checkpoint.check_unchanged()
+
+
+def test_no_directory_is_listed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It may be remote, and huge."""
+    for step in (10, 20):
+        trainer(tmp_path / "run" / f"checkpoint-{step}", step)
+    (tmp_path / "run" / "logs").mkdir()
+    listed: list[str] = []
+    real = os.scandir
+
+    def counted(path: str | os.PathLike[str]) -> Any:
+        listed.append(os.fspath(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    with discover([tmp_path / "run"]) as found:
+        assert len(found.checkpoints) == 2
+    assert sorted(listed) == sorted(set(listed)) and len(listed) == 4
