@@ -141,7 +141,7 @@ def _verdict(winner: _Run, contestants: Sequence[Contestant], evaluator: Evaluat
         return "Nothing scores above the last candidate on validation data, so that one was written."
     found = won.gains[split]
     if found.low is None:
-        return f"{won.name} wins: {found.value:+.4f} over last."
+        return f"{won.name} wins on {evaluator.scored_on} data: {found.value:+.4f} over last on {split} data."
     interval = f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}] over last on {split} data"
     if found.separated and found.value < 0:
         return f"{won.name} wins on {evaluator.scored_on} data, but is WORSE on {split} data: {interval}."

@@ -22,7 +22,8 @@ def contest(comparison: Comparison) -> Iterator[RenderableType]:
     yield Text(comparison.result.verdict, style="bold")
     if comparison.contestants[0].gains[judged].low is None:
         yield Text(
-            f"over last: on {judged} data; for an interval it takes a loss or metric for each example.", style="dim"
+            f"over last: on {judged} data; an interval takes a loss or metric for each of at least 20 examples.",
+            style="dim",
         )
         return
     yield Text(
