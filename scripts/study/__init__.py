@@ -1,0 +1,1 @@
+"""Which averaging strategy is worth running, measured: ``./scripts/study/run.sh``."""

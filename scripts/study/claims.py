@@ -1,0 +1,83 @@
+"""What the papers claim, repeated in small."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from study.interval import Interval
+from study.setting import Setting
+from study.tables import NONE, digits_of, shown, table
+
+
+def claims(found: Sequence[Setting]) -> list[str]:
+    """The sections, one a claim."""
+    return ["## The papers' claims, in small", *_sewa(found), *_aswa(found), *_twa(found)]
+
+
+def _sewa(found: Sequence[Setting]) -> list[str]:
+    ks = sorted({k for one in found for k in one.ks})
+    rows: list[list[str]] = []
+    for one in found:
+        digits = digits_of(one)
+        for kind in ("SeWA", "LAWA"):
+            figures = [one.swept(kind, k) for k in ks]
+            rows.append([f"{one.title}: {kind}", *(f"{fmean(f):.{digits}f}" if f else NONE for f in figures), ""])
+        rows[-2][-1] = shown(_over_ks(one), digits)
+    text = (
+        "Wang et al. (2025) compare K from few to all; their reviewers found SeWA and LAWA alike in the curves. Test "
+        "figure by K, and the mean of SeWA − LAWA over the K between 1 and N, paired by seed. At K = N both are SWA; "
+        "LAWA at K = 1 is the last checkpoint."
+    )
+    return ["### SeWA for every K", text, table(["setting", *map(str, ks), "SeWA − LAWA"], rows), _same(found)]
+
+
+def _same(found: Sequence[Setting]) -> str:
+    """How often each SeWA chose what LAWA takes without looking."""
+    records = [record for one in found for record in one.records]
+    labels = [label for label in dict.fromkeys(label for one in found for label in one.labels) if "SeWA" in label]
+    counts: list[str] = []
+    for label in labels:
+        pairs = [(record.row(label), record.row(f"LAWA-{record.k}")) for record in records]
+        known = [(a.coefficients, b.coefficients) for a, b in pairs if a is not None and b is not None]
+        counts.append(f"{label} in {sum(a == b for a, b in known)} of {len(known)} trainings")
+    return f"The very subset that LAWA takes was chosen by {', '.join(counts)}."
+
+
+def _over_ks(one: Setting) -> Interval | None:
+    inner = one.ks[:-1]  # the last is N, where they are the same
+    pairs = [(one.swept("SeWA", k), one.swept("LAWA", k)) for k in inner]
+    if not pairs:
+        return None
+    seeds = range(len(one.records))
+    return Interval.of([fmean(sewa[seed] - lawa[seed] for sewa, lawa in pairs) for seed in seeds])
+
+
+def _aswa(found: Sequence[Setting]) -> list[str]:
+    rows: list[list[str]] = []
+    for one in found:
+        digits = digits_of(one)
+        row = [one.title]
+        for label in ("ASWA", "ASWA, no hard updates"):
+            pairs = list(zip(one.rows(label), one.rows("SWA"), strict=False))
+            atleast = sum(a.figure >= s.figure for a, s in pairs)
+            row += [shown(one.difference(label, "SWA"), digits), f"{atleast} of {len(pairs)}"]
+        rows.append(row)
+    text = (
+        "Demir et al. (2024): ASWA is never worse than SWA. Its rule promises that for nothing but the order of "
+        "acceptance on validation data; this is the test figure. (Their public code does not restore a rejected "
+        "average; this is the rule as described.)"
+    )
+    head = ["setting", "ASWA − SWA", "ASWA ≥ SWA", "no hard updates − SWA", "≥ SWA"]
+    return ["### ASWA is at least SWA", text, table(head, rows)]
+
+
+def _twa(found: Sequence[Setting]) -> list[str]:
+    labels = list(dict.fromkeys(row.label for one in found for r in one.records for row in r.early))
+    rows = [[one.title, *(shown(one.early(label), digits_of(one)) for label in labels)] for one in found]
+    share = "; ".join(dict.fromkeys(f"{r.n} candidates" for one in found for r in one.records))
+    text = (
+        "Li et al. (2023): TWA on the checkpoints of the first 60 % of a training has the accuracy of the whole one. "
+        f"Test figure of each strategy on the first 60 % ({share}) less that of the whole training's last checkpoint."
+    )
+    return ["### The whole training from its first 60 %", text, table(["setting", *labels], rows)]

@@ -1,0 +1,25 @@
+"""The kinds of training that are studied: one file each, which ends in ``DOMAIN = Domain(...)``."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Final
+
+from study.job import Domain
+
+DOMAINS: Final = ("digits-cnn", "digits-vit", "source-lines", "source-bytes", "cartpole", "logistic")
+"""What `run.py` runs unless told otherwise."""
+
+WITH_DATA: Final = ("cifar", "image-folder", "offline-rl")
+"""What needs ``--data``, and wants a GPU."""
+
+
+def domain(name: str) -> Domain:
+    """The domain called ``name``.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in (*DOMAINS, *WITH_DATA):
+        raise ValueError(f"there is no domain {name!r}; there are {', '.join((*DOMAINS, *WITH_DATA))}")
+    return importlib.import_module(f"study.domains.{name.replace('-', '_')}").DOMAIN

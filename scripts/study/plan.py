@@ -1,0 +1,142 @@
+"""How much is run: the sizes of the whole study, of the quick one, and of any other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+from ckptavg.errors import UsageError
+from ckptavg.strategies import from_spec
+
+Schedule: TypeAlias = Literal["constant", "cosine"]
+SCHEDULES: Final[tuple[Schedule, ...]] = ("constant", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The sizes of a study.
+
+    Attributes:
+        name: of the plan.
+        seeds: trainings of each domain and schedule.
+        checkpoints: saved in each training, evenly.
+        last: how many of them, from the end, are the candidates: N.
+        k: how many SeWA and LAWA choose: K.
+        ks: the numbers that SeWA and LAWA are compared at.
+        every: a factor for the steps between checkpoints.
+        sewa_steps: of a search by Gumbel-Softmax.
+        twa_epochs: of a search by gradient descent.
+        random: subsets drawn, as what no choice at all would give.
+    """
+
+    name: str
+    seeds: int
+    checkpoints: int
+    last: int
+    k: int
+    ks: tuple[int, ...]
+    every: float = 1.0
+    sewa_steps: int = 200
+    twa_epochs: int = 10
+    random: int = 20
+
+    @property
+    def early(self) -> int:
+        """How many checkpoints the first 60 % of the training leave."""
+        return round(0.6 * self.checkpoints)
+
+    def sewa(self, k: int) -> str:
+        """The specification of SeWA that chooses ``k``."""
+        return f"sewa:k={k}:steps={self.sewa_steps}"
+
+    def twa(self, *settings: str) -> str:
+        """The specification of TWA by gradient descent."""
+        return ":".join(("twa", *settings, f"epochs={self.twa_epochs}"))
+
+    @property
+    def strategies(self) -> dict[str, str]:
+        """Label → specification, in the order of the tables."""
+        return {
+            "last": "last",
+            "best": "best",
+            "SWA": "swa",
+            f"LAWA-{self.k}": f"lawa:k={self.k}",
+            "EMA 0.9": "ema:decay=0.9",
+            "EMA 0.5": "ema:decay=0.5",
+            "greedy soup": "soup",
+            "ASWA": "aswa",
+            "ASWA, no hard updates": "aswa:hard_updates=false",
+            "SeWA": self.sewa(self.k),
+            "SeWA on train": f"{self.sewa(self.k)}:on=train",
+            "SeWA quadratic": f"sewa:k={self.k}:solver=quadratic",
+            "TWA-t": self.twa("on=train"),
+            "TWA-v": self.twa("on=val"),
+            "TWA-v simplex": self.twa("on=val", "constraint=simplex"),
+            "TWA-v quadratic": "twa:solver=quadratic",
+            "TWA-v quadratic simplex": "twa:solver=quadratic:constraint=simplex",
+        }
+
+    @property
+    def early_strategies(self) -> dict[str, str]:
+        """Those that are tried on the first 60 % of a training."""
+        labels = ("last", "SWA", "TWA-t", "TWA-v", "TWA-v simplex", "TWA-v quadratic", "TWA-v quadratic simplex")
+        return {label: self.strategies[label] for label in labels}
+
+    @property
+    def sweep(self) -> dict[tuple[str, int], str]:
+        """(SeWA or LAWA, K) → specification; all of N candidates are SWA."""
+        kinds = {"SeWA": self.sewa, "LAWA": "lawa:k={}".format}
+        return {(kind, k): "swa" if k == self.last else spec(k) for kind, spec in kinds.items() for k in self.ks}
+
+
+def available(specs: Sequence[str]) -> list[str]:
+    """Those that this version of ckptavg knows, each once, in their order."""
+    return [spec for spec in dict.fromkeys(specs) if _known(spec)]
+
+
+@cache
+def _code() -> list[str]:
+    """The sources of the trainings, as they were when first asked for: what is running is not what is being edited."""
+    here = Path(__file__).parent
+    return [path.read_text(encoding="utf-8") for path in (here / "training.py", *sorted(here.glob("domains/*.py")))]
+
+
+def _known(spec: str) -> bool:
+    try:
+        from_spec(spec)
+    except UsageError:
+        return False
+    return True
+
+
+def digest(plan: Plan, data: Path | None = None) -> str:
+    """What tells results apart that cannot stand in one table.
+
+    It depends on the sizes (but the number of seeds), the strategies that there are, the code of the trainings, and
+    where data of the user's lie.
+    """
+    settings = asdict(plan) | {"seeds": None}
+    known = available([*plan.strategies.values(), *plan.sweep.values(), *plan.early_strategies.values()])
+    told = json.dumps([settings, known, _code(), data and str(data.resolve())], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
+
+
+FULL: Final = Plan(name="full", seeds=8, checkpoints=20, last=12, k=5, ks=tuple(range(1, 13)))
+QUICK: Final = Plan(
+    name="quick",
+    seeds=3,
+    checkpoints=13,
+    last=8,
+    k=4,
+    ks=(1, 2, 4, 8),
+    every=0.75,
+    sewa_steps=50,
+    twa_epochs=3,
+    random=10,
+)
+PLANS: Final = {plan.name: plan for plan in (FULL, QUICK)}

@@ -1,0 +1,116 @@
+"""All seeds of one domain and schedule, and what the tables ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from scipy.stats import rankdata, spearmanr
+
+from study.domains import domain
+from study.interval import Interval
+from study.job import Domain
+from study.record import Record, Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """The trainings that differ in their seed only.
+
+    Attributes:
+        name: of the domain.
+        schedule: of the learning rate.
+        records: one a seed.
+    """
+
+    name: str
+    schedule: str
+    records: Sequence[Record]
+
+    @property
+    def domain(self) -> Domain:
+        """What they are."""
+        return domain(self.name)
+
+    @property
+    def title(self) -> str:
+        """How a row is headed."""
+        return f"{self.name}, {self.schedule}"
+
+    @property
+    def labels(self) -> list[str]:
+        """Of the rows, in their order."""
+        return list(dict.fromkeys(row.label for record in self.records for row in record.rows))
+
+    def rows(self, label: str) -> list[Row]:
+        """The rows with that label, one a seed where there is one."""
+        return [row for record in self.records if (row := record.row(label))]
+
+    def difference(self, label: str, other: str) -> Interval | None:
+        """How much higher the test figure of one is than another's, paired by seed, in the figure's unit."""
+        pairs = [(record.row(label), record.row(other)) for record in self.records]
+        return self._interval(pairs)
+
+    def early(self, label: str) -> Interval | None:
+        """How much higher the figure of a strategy on the first 60 % is than that of the whole run's last."""
+        return self._interval([(record.row(label, record.early), record.row("last")) for record in self.records])
+
+    def swept(self, kind: str, k: int) -> list[float]:
+        """The figures of SeWA or LAWA at that number, one a seed, in the figure's unit."""
+        return [
+            self.domain.scale * row.figure
+            for record in self.records
+            for row in record.sweep
+            if row.label == kind and row.used == k
+        ]
+
+    @property
+    def ks(self) -> list[int]:
+        """The numbers that were tried."""
+        return sorted({int(row.used) for record in self.records for row in record.sweep})
+
+    def places(self) -> dict[str, float]:
+        """Label → mean place by test figure among what ckptavg ran; 1 is the best, equals share theirs."""
+        labels = [label for label in self.labels if all(row.seconds is not None for row in self.rows(label))]
+        labels = [label for label in labels if len(self.rows(label)) == len(self.records) and label != "best subset"]
+        places = [rankdata([-row.figure for label in labels if (row := record.row(label))]) for record in self.records]
+        return {label: fmean(place[i] for place in places) for i, label in enumerate(labels)}
+
+    def agreement(self) -> list[float]:
+        """Spearman's correlation of −validation loss and the figure over mixtures, for each seed that has any."""
+        found: list[float] = []
+        for record in self.records:
+            losses, figures = zip(*record.points, strict=True)
+            if len(set(losses)) > 1 and len(set(figures)) > 1:
+                found.append(float(spearmanr([-loss for loss in losses], figures).statistic))
+        return found
+
+    def picks(self) -> int:
+        """In how many seeds the row with the lowest validation loss has the highest figure, too."""
+        return sum(
+            min(ran, key=lambda row: row.val_loss).figure == max(row.figure for row in ran)
+            for record in self.records
+            if (ran := [row for row in record.rows if row.seconds is not None and row.label != "best subset"])
+        )
+
+    def _interval(self, pairs: Sequence[tuple[Row | None, Row | None]]) -> Interval | None:
+        known = [self.domain.scale * (a.figure - b.figure) for a, b in pairs if a is not None and b is not None]
+        return Interval.of(known) if known else None
+
+
+def settings(records: Sequence[Record]) -> list[Setting]:
+    """Records by domain and schedule, in the order they first came; seeds in theirs."""
+    kinds = dict.fromkeys((record.domain, record.schedule) for record in records)
+    order = list(dict.fromkeys(name for name, _ in kinds))
+    found = [
+        Setting(
+            name=name,
+            schedule=schedule,
+            records=sorted(
+                (one for one in records if (one.domain, one.schedule) == (name, schedule)), key=lambda one: one.seed
+            ),
+        )
+        for name, schedule in kinds
+    ]
+    return sorted(found, key=lambda one: (order.index(one.name), one.schedule))

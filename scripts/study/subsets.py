@@ -1,0 +1,83 @@
+"""Every average of K candidates, scored: how good is a choice, and how much does choosing matter?
+
+Shape suffixes: N = candidates, K = chosen.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ckptavg.coefficients import EVERYTHING, Coefficients
+from ckptavg.mixture import Mixture
+from study.job import Job
+from study.record import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subsets:
+    """The validation losses of all subsets.
+
+    Attributes:
+        losses: subset → loss.
+        seconds: that took; epochs likewise.
+    """
+
+    losses: dict[tuple[int, ...], float]
+    seconds: float
+    epochs: float | None
+
+    def rank(self, coefficients: Sequence[float], k: int) -> int | None:
+        """1 for the best subset; None for what is no uniform average of K."""
+        chosen = tuple(i for i, c in enumerate(coefficients) if c != 0)
+        if chosen not in self.losses or any(coefficients[i] != 1 / k for i in chosen):
+            return None
+        return 1 + bisect_left(sorted(self.losses.values()), self.losses[chosen])
+
+
+def enumerated(mixture: Mixture, k: int) -> Subsets:
+    """Score all subsets of ``k`` candidates on validation data, BatchNorm statistics recomputed for each."""
+    mixture.restart()
+    losses: dict[tuple[int, ...], float] = {}
+    for subset in itertools.combinations(range(mixture.n), k):
+        loss = mixture.score(Coefficients.uniform(subset, mixture.n)).loss
+        assert loss is not None
+        losses[subset] = loss
+    cost = mixture.cost()
+    return Subsets(losses=losses, seconds=cost.seconds, epochs=cost.epochs)
+
+
+def figure(mixture: Mixture, job: Job, coefficients: Coefficients) -> float:
+    """The domain's test figure of a mixture."""
+    if job.figure is None:
+        return mixture.score(coefficients, "test").value
+    row_GN = mixture.uniform().new_tensor(coefficients.values)
+    mixture.candidates.materialize(row_GN, EVERYTHING)
+    mixture.recompute_batchnorm()
+    return job.figure(mixture.model)
+
+
+def row_of(mixture: Mixture, job: Job, label: str, spec: str, coefficients: Coefficients) -> Row:
+    """What a mixture scores."""
+    val, test = mixture.score(coefficients).loss, mixture.score(coefficients, "test").loss
+    assert val is not None and test is not None
+    return Row(
+        label=label,
+        spec=spec,
+        used=len(coefficients.selected),
+        val_loss=val,
+        test_loss=test,
+        figure=figure(mixture, job, coefficients),
+        coefficients=coefficients.values[0],
+    )
+
+
+def drawn(subsets: Subsets, count: int, seed: int) -> list[tuple[int, ...]]:
+    """Some subsets, all different."""
+    order = torch.randperm(len(subsets.losses), generator=torch.Generator().manual_seed(seed)).tolist()
+    everything = list(subsets.losses)
+    return [everything[i] for i in order[:count]]

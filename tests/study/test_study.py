@@ -1,0 +1,241 @@
+"""The study on a slice so small that it says nothing, but is measured as the whole one is."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+from scipy.stats import ttest_1samp
+from study import report, run
+from study.cell import Cell, measure
+from study.domains import domain
+from study.interval import Interval
+from study.plan import Plan, digest
+from study.record import Failure, Record, append, read
+from study.setting import settings
+from study.subsets import Subsets
+from study.training import train
+
+from ckptavg.errors import CkptavgError
+
+TINY = Plan(
+    name="tiny",
+    seeds=1,
+    checkpoints=5,
+    last=4,
+    k=2,
+    ks=(1, 2, 4),
+    every=0.2,
+    sewa_steps=3,
+    twa_epochs=1,
+    random=3,
+)
+
+
+@pytest.fixture(scope="module")
+def record() -> Record:
+    return measure(Cell(domain="logistic", seed=0, schedule="constant"), TINY)
+
+
+@pytest.fixture
+def results(tmp_path: Path, record: Record) -> Path:
+    """Two seeds of two schedules, the second of each a copy that is better throughout."""
+    path = tmp_path / "results.jsonl"
+    for seed, schedule in itertools.product((0, 1), ("constant", "cosine")):
+        rows = [replace(row, figure=row.figure + 0.01 * seed) for row in record.rows]
+        append(path, replace(record, seed=seed, schedule=schedule, rows=rows))
+    return path
+
+
+def test_a_record_has_every_strategy_that_ckptavg_knows(record: Record):
+    assert {row.label for row in record.rows} == {
+        *(label for label, spec in TINY.strategies.items() if spec not in record.skipped),
+        "random 2",
+        "best subset",
+    }
+    assert not {"last", "swa", "soup", "aswa", TINY.sewa(2), TINY.twa("on=train")} & set(record.skipped)
+
+
+def test_ranks_are_those_of_a_literal_evaluation(record: Record, tmp_path: Path):
+    # logistic regression has no buffers: the average of two state dicts is all there is to it
+    job = domain("logistic").job(0, None)
+    every = 10
+    train(job, tmp_path / "c", steps=50, every=every, schedule="constant", seed=0, device=torch.device("cpu"))
+    states = [torch.load(tmp_path / "c" / f"step-{every * i}.pt")["state_dict"] for i in (2, 3, 4, 5)]
+    model, losses = job.model(), {}
+    for pair in itertools.combinations(range(4), 2):
+        model.load_state_dict({name: (states[pair[0]][name] + states[pair[1]][name]) / 2 for name in states[0]})
+        with torch.no_grad():
+            losses[pair] = float(torch.cat([job.loss(model, batch) for batch in job.val]).double().mean())
+    order = sorted(losses, key=losses.__getitem__)
+    ranked = [row for row in record.rows if row.rank is not None]
+    assert {"LAWA-2", "SeWA", "best subset"} <= {row.label for row in ranked}
+    for row in ranked:
+        chosen = tuple(i for i, c in enumerate(row.coefficients) if c)
+        assert row.rank == 1 + order.index(chosen)
+        assert row.val_loss == pytest.approx(losses[chosen], rel=1e-6)  # float32 forward passes, summed in any order
+
+
+def test_a_rank_is_of_what_was_chosen_and_shared_by_equals():
+    subsets = Subsets(losses={(0, 1): 0.5, (0, 2): 0.1, (1, 2): 0.5}, seconds=0, epochs=0)
+    ranks = [subsets.rank(c, 2) for c in ([0.5, 0, 0.5], [0.5, 0.5, 0], [0, 0.5, 0.5])]
+    assert ranks == [1, 2, 2]
+    assert subsets.rank([0.4, 0, 0.6], 2) is None and subsets.rank([0, 1, 0], 2) is None
+
+
+def test_an_average_of_unequal_weights_has_no_rank(record: Record):
+    for row in record.rows:
+        uniform = sorted(row.coefficients) == [0, 0, 0.5, 0.5]
+        assert (row.rank is not None) == uniform, row.label
+
+
+def test_the_random_row_is_the_mean_over_subsets(record: Record):
+    row = record.row("random 2")
+    assert row is not None
+    losses, figures = zip(*record.points[TINY.last :], strict=True)
+    assert len(losses) == TINY.random
+    assert (row.val_loss, row.figure) == (pytest.approx(fmean(losses)), pytest.approx(fmean(figures)))
+
+
+def test_at_all_candidates_sewa_and_lawa_are_swa(record: Record):
+    swa = record.row("SWA")
+    assert swa is not None
+    assert [row.figure for row in record.sweep if row.used == TINY.last] == [swa.figure, swa.figure]
+
+
+def test_the_early_part_uses_no_checkpoint_of_the_rest(record: Record):
+    # 60 % of 5 checkpoints are 3
+    assert {len(row.coefficients) for row in record.early} == {TINY.early} == {3}
+
+
+def test_records_survive_their_file(results: Path, record: Record):
+    found = [one for one in read(results) if isinstance(one, Record)]
+    assert len(found) == 4
+    assert found[0].row("SWA") == replace(record.row("SWA"), coefficients=[0.25] * 4)
+
+
+def test_the_last_line_of_a_cell_counts_and_comes_last(results: Path, record: Record):
+    append(results, replace(record, cpu_seconds=1.25))
+    found = read(results)
+    assert len(found) == 4 and isinstance(found[-1], Record)
+    assert (found[-1].cell, found[-1].cpu_seconds) == (record.cell, 1.25)
+
+
+def test_half_a_line_is_passed_over_and_the_next_is_whole(results: Path, record: Record):
+    with results.open("a") as file:
+        file.write('{"digest": "ab')
+    append(results, replace(record, seed=7))
+    assert [one.seed for one in read(results)] == [0, 0, 1, 1, 7]
+
+
+def test_finished_cells_are_not_measured_again(results: Path, monkeypatch: pytest.MonkeyPatch):
+    cells = [Cell(domain="logistic", seed=seed, schedule="constant") for seed in (0, 1)]
+    monkeypatch.setattr(run, "ProcessPoolExecutor", _Refusing)
+    before = results.read_bytes()
+    assert run.run(cells, TINY, results, workers=1) == 0
+    assert results.read_bytes() == before
+
+
+def test_other_settings_are_measured_anew(record: Record):
+    assert digest(TINY) == digest(replace(TINY, seeds=9)) == record.digest
+    assert record.digest not in (digest(replace(TINY, k=1)), digest(TINY, Path("data")))
+
+
+class _Refusing:
+    """A pool that takes no work."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __enter__(self) -> _Refusing:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, *_: object) -> None:
+        raise AssertionError("a finished cell was submitted")
+
+
+def test_a_failed_training_is_named_and_tried_again(results: Path, tmp_path: Path, record: Record):
+    failure = Failure(digest=record.digest, domain="logistic", seed=2, schedule="cosine", error="loss is nan")
+    append(results, failure)
+    report.write(results, tmp_path)
+    text = (tmp_path / report.NAME).read_text()
+    assert "| logistic | 2 | cosine | loss is nan |" in text
+    append(results, replace(record, seed=2, schedule="cosine"))  # the next run succeeds
+    report.write(results, tmp_path)
+    assert "failed" not in (tmp_path / report.NAME).read_text()
+
+
+def test_a_task_that_raises_is_a_failure_and_no_crash(monkeypatch: pytest.MonkeyPatch):
+    def diverged(*_: object) -> Record:
+        raise CkptavgError("candidate 3 has loss nan")
+
+    monkeypatch.setattr(run, "measure", diverged)
+    result = run.measured(Cell(domain="logistic", seed=0, schedule="cosine"), TINY)
+    assert isinstance(result, Failure)
+    assert "loss nan" in result.error
+
+
+def test_data_that_cannot_be_read_are_a_failure_and_no_crash(tmp_path: Path):
+    result = run.measured(Cell(domain="cifar", seed=0, schedule="cosine", data=tmp_path), TINY)
+    assert isinstance(result, Failure) and "binary version" in result.error
+
+
+def test_wrong_arguments_end_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert run.main(["--domains", "digits,logistic", "--out", str(tmp_path / "a")]) == 2
+    assert run.main(["--domains", "cifar", "--out", str(tmp_path / "a")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "no domain 'digits'" in lines[0] and "--data" in lines[1]
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_report_has_every_strategy_and_claim_and_no_date(results: Path, tmp_path: Path, record: Record):
+    report.write(results, tmp_path)
+    text = (tmp_path / report.NAME).read_text()
+    for label in (row.label for row in record.rows):
+        assert text.count(f"| {label} |") >= 2, label  # for each schedule
+    for heading in ("SeWA for every K", "ASWA is at least SWA", "first 60 %", "disagree"):
+        assert heading in text, heading
+    assert "torch" in text and "processors" in text and "./scripts/study/run.sh" in text
+    assert "nan" not in text
+    again = text
+    report.write(results, tmp_path)
+    assert (tmp_path / report.NAME).read_text() == again
+
+
+def test_differences_are_paired_by_seed(results: Path):
+    records = [one for one in read(results) if isinstance(one, Record)]
+    for one in settings(records):
+        # the second seed is better by the same for all, so that no difference varies
+        for label in one.labels:
+            found = one.difference(label, "SWA")
+            assert found is not None and found.half == pytest.approx(0, abs=1e-9)
+
+
+def test_the_interval_is_students():
+    draws = random.Random(0)
+    values = [draws.gauss(1, 2) for _ in range(6)]
+    low, high = ttest_1samp(values, 0).confidence_interval(0.95)
+    found = Interval.of(values)
+    assert found.half is not None
+    assert (found.mean - found.half, found.mean + found.half) == (pytest.approx(low), pytest.approx(high))
+    assert Interval.of([3.0]) == Interval(mean=3.0, half=None, count=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "sign"),
+    [([1.0, 1.1, 0.9], 1), ([-1.0, -1.1, -0.9], -1), ([1.0, -1.0, 0.1], 0), ([0.25, 0.25], 0)],
+)
+def test_a_sign_needs_an_interval_without_zero(values: list[float], sign: int):
+    assert Interval.of(values).sign == sign
+    assert ("**" in f"{Interval.of(values):.2f}") == (sign != 0)
+
+
+def test_measuring_again_gives_the_same(record: Record):
+    other = measure(Cell(domain="logistic", seed=0, schedule="constant"), TINY)
+    assert [replace(row, seconds=None) for row in other.rows] == [replace(row, seconds=None) for row in record.rows]
