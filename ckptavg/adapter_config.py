@@ -11,11 +11,9 @@ from typing import Any, Final
 
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import DisagreementError, InputError
-from ckptavg.readers import RegularFile
-from ckptavg.readers.safetensors import strict_json
+from ckptavg.readers.json_file import read_json
 
 CONFIG_NAME: Final = "adapter_config.json"
-_MAX_CONFIG: Final = 64 << 20
 FACTOR_A: Final = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?A(\.weight)?")  # the module is group 1
 _SHARED: Final = (
     "peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "rank_pattern",
@@ -65,17 +63,10 @@ def read_config(checkpoint: Checkpoint) -> Config | None:
     Raises:
         InputError: naming the file, if it is not strict JSON or has a rank, α or pattern that cannot be.
     """
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    path = folder / CONFIG_NAME
+    path = checkpoint.folder / CONFIG_NAME
     if not path.exists():
         return None
-    with RegularFile(path) as file:
-        try:
-            if file.size > _MAX_CONFIG:
-                raise ValueError(f"{file.size} bytes, more than {_MAX_CONFIG}")
-            raw: Any = strict_json(file.read(0, file.size).decode())
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"is not valid JSON: {error}", path=path) from error
+    raw = read_json(path)
     if not isinstance(raw, dict):
         raise InputError("is not a JSON object", path=path)
     return _parsed(path, raw)

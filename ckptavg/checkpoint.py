@@ -43,6 +43,11 @@ class Checkpoint:
         """The state dict's names, sorted."""
         return tuple(sorted(self.tensors))
 
+    @property
+    def folder(self) -> Path:
+        """Where its config and its other companions lie."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     def spec(self, name: str) -> StoredTensor:
         """Shape and dtype of a tensor."""
         return self.tensors[name]

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import InputError, OutputError
-from ckptavg.readers import ITEM_SIZE, RegularFile, StoredTensor
-from ckptavg.readers.safetensors import strict_json
+from ckptavg.readers import ITEM_SIZE, StoredTensor
+from ckptavg.readers.json_file import read_json
 
 PATTERNS: Final = (
     "config.json", "generation_config.json", "*_config.json", "preprocessor_config.json", "tokenizer*", "vocab*",
@@ -23,7 +23,6 @@ _ADAPTER: Final = "adapter_config.json"
 _HEADS: Final = ("lm_head", "embed_out", "output_layer", "cls.predictions.decoder")
 _EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in")
 _CHUNK: Final = 1 << 20  # elements compared at a time
-_MAX_CONFIG: Final = 64 << 20
 
 
 def check(folder: Path) -> None:
@@ -77,7 +76,7 @@ def check_tied(
     Raises:
         OutputError: naming the two.
     """
-    config = _read_json(_folder(checkpoint) / "config.json")
+    config = _read_json(checkpoint.folder / "config.json")
     text: Any = config.get("text_config")
     if not (config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))):
         return
@@ -104,7 +103,7 @@ def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str,
     Raises:
         OutputError: if one cannot be written.
     """
-    source = _folder(checkpoint)
+    source = checkpoint.folder
     copied: list[str] = []
     for path in sorted(source.iterdir()):
         wanted = path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in PATTERNS)
@@ -122,10 +121,6 @@ def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str,
     return copied
 
 
-def _folder(checkpoint: Checkpoint) -> Path:
-    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-
-
 def _agree(path: Path, dtype: str) -> None:
     """Let config.json name the dtype of the file."""
     config = _read_json(path)
@@ -139,9 +134,8 @@ def _agree(path: Path, dtype: str) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     """A small JSON file's object; empty where there is none, or it is no object."""
     try:
-        with RegularFile(path) as file:
-            value: Any = strict_json(file.read(0, min(file.size, _MAX_CONFIG)).decode("utf-8"))
-    except (InputError, ValueError, RecursionError):
+        value = read_json(path)
+    except InputError:
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -31,6 +31,7 @@ from ckptavg.batches import size as batch_size
 from ckptavg.candidates import Candidates
 from ckptavg.candidates.flat import unique_tensors
 from ckptavg.errors import TaskError
+from ckptavg.gradient import without_cudnn_recurrence
 from ckptavg.intercept import Call, UnavailableError, cut_off, derivatives, slopes_of, tensors
 from ckptavg.surrogate import Curvature, Surrogate
 
@@ -263,11 +264,9 @@ def _load_forward_mode() -> None:
 @contextmanager
 def _plain_kernels(model: nn.Module) -> Generator[None]:
     """Attention and recurrent layers by operations that have derivatives of every kind."""
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    cudnn = torch.backends.cudnn.flags(enabled=False, allow_tf32=False) if recurrent else nullcontext()
     flags = torch.backends.mkldnn.set_flags(False)  # its context manager sets other things too, and warns
     try:
-        with sdpa_kernel(SDPBackend.MATH), cudnn:
+        with sdpa_kernel(SDPBackend.MATH), without_cudnn_recurrence(model):
             yield
     finally:
         torch.backends.mkldnn.set_flags(*flags)

@@ -39,8 +39,7 @@ def evaluate(
         found = [one for file in files for one in stack.enter_context(discover([file], key=asked.key)).checkpoints]
         check_agreement(found)
         # one row is enough of a matrix: every file is loaded into the model as it is
-        first = found[0].path
-        made = task_of(asked, first if first.is_dir() else first.parent)
+        made = task_of(asked, found[0].folder)
         mixture = Mixture(made, found[:1], device=pick_device(asked.device), seed=asked.seed, watch=watch)
         scored: list[tuple[Path, dict[Split, Score]]] = []
         for i, checkpoint in enumerate(found):

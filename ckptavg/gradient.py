@@ -49,7 +49,7 @@ def loss_and_gradient(
     candidates.materialize(c_GN, groups)
     candidates.zero_gradient()
     meter.count("forward", batches.size(batch))
-    with torch.enable_grad(), batchnorm.batch_statistics(norms), _recurrent(candidates.model):
+    with torch.enable_grad(), batchnorm.batch_statistics(norms), without_cudnn_recurrence(candidates.model):
         loss = task.loss(candidates.model, batch).mean()
         if not loss.requires_grad:
             raise TaskError("loss() gives no gradient: no_grad, detach or item() in it?", path=task.source)
@@ -64,7 +64,7 @@ def loss_and_gradient(
     return loss.detach().to(c_GN.dtype), candidates.pullback(groups).view(c_GN.shape)
 
 
-def _recurrent(model: nn.Module) -> AbstractContextManager[None]:
+def without_cudnn_recurrence(model: nn.Module) -> AbstractContextManager[None]:
     """cuDNN's recurrent layers go backward in training mode only, where they would drop out."""
     if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
         return nullcontext()

@@ -22,7 +22,7 @@ def check(checkpoint: Checkpoint) -> None:
     Raises:
         OutputError: naming a tensor that would be random, or would be ignored.
     """
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    folder = checkpoint.folder
     if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         return
     if importlib.util.find_spec("transformers") is None:

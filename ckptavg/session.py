@@ -134,8 +134,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def _task(found: Found, options: Options) -> Task:
-    last = found.checkpoints[-1].path
-    task = task_of(options, last if last.is_dir() else last.parent)
+    task = task_of(options, found.checkpoints[-1].folder)
     if options.holdout is None:
         return task
     if task.has("test"):

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, Self
 
-from ckptavg.errors import OutputError, UsageError
+from ckptavg.errors import UsageError
 from ckptavg.readers import StoredTensor
-from ckptavg.write import SafetensorsFile, preflight
+from ckptavg.write import SafetensorsFile, preflight, write_text
 
 INDEX: Final = "model.safetensors.index.json"
 
@@ -73,13 +73,7 @@ class ShardedFiles:
         """Give all files their names, the index last: a model without it is found by no loader."""
         for file in self._files.values():
             file.commit()
-        temporary = self.path.with_name(f".{self.path.name}.ckptavg-tmp")
-        try:
-            temporary.write_text(self._index, encoding="utf-8")
-            temporary.replace(self.path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise OutputError(f"cannot be written: {error.strerror}", path=self.path) from error
+        write_text(self.path, self._index)
         self.sha256 = hashlib.sha256(self._index.encode()).hexdigest()
 
     def __enter__(self) -> Self:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from ckptavg.errors import InputError
-from ckptavg.readers import Reader, RegularFile
-from ckptavg.readers.safetensors import strict_json
+from ckptavg.readers import Reader
+from ckptavg.readers.json_file import read_json
 
 STEP_KEYS: Final = ("global_step", "num_updates", "batch_idx_train", "iter_num", "iteration", "step", "epoch")
 _NAMED_STEP: Final = tuple(
@@ -21,7 +20,6 @@ _NAMED_STEP: Final = tuple(
         r"ep(?:och)?[-_=]?([0-9]+)",
     )
 )
-_MAX_STATE: Final = 64 << 20
 
 
 def steps_inside(reader: Reader) -> dict[str, int]:
@@ -57,13 +55,7 @@ def trainer_step(path: Path) -> dict[str, int]:
     """The ``global_step`` of a Hugging Face ``trainer_state.json``, if there is one."""
     if not path.exists():
         return {}
-    with RegularFile(path) as file:
-        try:
-            if file.size > _MAX_STATE:
-                raise ValueError(f"{file.size} bytes, more than {_MAX_STATE}")
-            state: Any = strict_json(file.read(0, file.size).decode())
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"is not valid JSON: {error}", path=path) from error
+    state = read_json(path)
     step = state.get("global_step") if isinstance(state, dict) else None
     return {"global_step": step} if type(step) is int else {}
 

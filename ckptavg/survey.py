@@ -6,7 +6,6 @@ Shape suffixes: N = candidates, M = mixtures.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.errors import OutputError, UsageError
+from ckptavg.errors import UsageError
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.objective import Hessian
 from ckptavg.options import Options
@@ -24,6 +23,7 @@ from ckptavg.session import evaluator as make_evaluator
 from ckptavg.session import opened
 from ckptavg.strategies import from_spec
 from ckptavg.surrogate import Surrogate
+from ckptavg.write import write_text
 
 
 def landscape(
@@ -146,12 +146,6 @@ def _plane(evaluator: Evaluator, mixtures: Sequence[str], grid: int) -> Plane:
 
 
 def _written(path: Path, text: str) -> Output:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.ckptavg-tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot be written: {error.strerror}", path=path) from error
+    write_text(path, text)
     data = text.encode()
     return Output(path=path, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), dtype="JSON")

@@ -167,6 +167,21 @@ class SafetensorsFile:
         return digest.hexdigest()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all; an existing one is replaced.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.ckptavg-tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot be written: {error.strerror}", path=path) from error
+
+
 def preflight(path: Path, force: bool) -> None:
     """Refuse a destination that cannot be written, before hours of work for it.
 
