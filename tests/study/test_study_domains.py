@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
 from study.domains import DOMAINS, cart, domain
@@ -66,27 +67,26 @@ def test_batches_are_whole_when_shuffled_and_all_when_not():
     assert [len(batch[0]) for batch in shuffled] == [4, 4] and len(Batches(numbers, size=4, shuffle=True)) == 2
 
 
-def test_a_step_of_the_cart_is_that_of_the_textbook():
-    # one episode with plain floats, from the equations as the paper's appendix has them (friction left out)
-    x, v, a, w, push = 0.3, -0.2, 0.05, 0.4, 1.0
-    force, total, length = 10.0, 1.1, 0.5
-    inner = (-force - 0.1 * length * w**2 * math.sin(a)) / total
-    spin = (9.8 * math.sin(a) + math.cos(a) * inner) / (length * (4 / 3 - 0.1 * math.cos(a) ** 2 / total))
-    speed_up = (force + 0.1 * length * (w**2 * math.sin(a) - spin * math.cos(a))) / total
-    expected = [x + 0.02 * v, v + 0.02 * speed_up, a + 0.02 * w, w + 0.02 * spin]
-    found = cart.step(torch.tensor([[x, v, a, w]]), torch.tensor([push]))
-    assert found[0].tolist() == pytest.approx(expected, rel=1e-5)  # float32
+def test_returns_are_those_of_one_environment_alone():
+    env = gymnasium.make("CartPole-v1", max_episode_steps=123)
+    starts = cart.starts(25, torch.Generator().manual_seed(1))
+    alone = []
+    for start in starts:
+        env.reset(seed=0)
+        env.unwrapped.state = start.double().numpy()
+        state, over, total = start, False, 0.0
+        while not over:
+            seen, reward, ended, cut, _ = env.step(int(cart.expert(state[None])))
+            state, over, total = torch.from_numpy(seen), ended or cut, total + float(reward)
+        alone.append(total)
+    assert cart.returns(cart.expert, starts, 123).tolist() == alone and 1 < min(alone) < max(alone) == 123
 
 
-def test_returns_count_the_steps_before_the_fall():
-    upright = torch.zeros(1, 4)
-    right = cart.returns(lambda states: torch.ones(len(states)), upright, 500)
-    state, lasted = upright, 0
-    while not bool(cart.fallen(state := cart.step(state, torch.ones(1)))):
-        lasted += 1
-    assert right.tolist() == [lasted] and 0 < lasted < 20
-    assert cart.returns(cart.expert, upright, 123).tolist() == [123]
-    assert cart.returns(cart.expert, torch.tensor([[3.0, 0, 0, 0]]), 123).tolist() == [0]
+def test_demonstrations_end_with_their_episodes_and_are_noisy():
+    states, pushes = cart.demonstrations(30, 100, 0.5, torch.Generator().manual_seed(0))
+    assert len(states) == len(pushes) < 30 * 100
+    assert (states[:, 0].abs() <= 2.4).all() and (states[:, 2].abs() <= 12 * torch.pi / 180).all()
+    assert float((pushes == cart.expert(states)).float().mean()) == pytest.approx(0.75, abs=0.05)
 
 
 def test_the_expert_outlasts_chance():
