@@ -131,11 +131,13 @@ def _runs(
 def _batches(runs: Iterable[_Run], chunk: int) -> Iterator[list[_Run]]:
     """Runs that fit into one chunk together: small tensors are not worth a thread's while on their own."""
     batch: list[_Run] = []
+    numel = 0
     for run in runs:
-        if sum(other.numel for other in batch) + run.numel > chunk:
+        if numel + run.numel > chunk:
             yield batch
-            batch = []
+            batch, numel = [], 0
         batch.append(run)
+        numel += run.numel
     if batch:
         yield batch
 

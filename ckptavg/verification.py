@@ -107,7 +107,7 @@ def _has_digest(path: Path, digest: str) -> bool:
     if not path.is_file():
         return False
     with RegularFile(path) as file:
-        return provenance.sha256(file) == digest
+        return provenance.Hash(file).hexdigest() == digest
 
 
 def _bytes(reader: Reader, tensor: StoredTensor, offset: int, size: int) -> memoryview:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -13,6 +14,10 @@ from ckptavg.errors import InputError
 
 class RegularFile:
     """A file opened without blocking, checked to be a regular file, and watched for changes.
+
+    Attributes:
+        size: in bytes.
+        listener: is shown every offset and the bytes read there; it keeps none of them.
 
     Args:
         path: the file; links are followed.
@@ -31,6 +36,7 @@ class RegularFile:
             os.close(self._fd)
             raise InputError(_kind(status.st_mode) + ", not a regular file", path=path)
         self.size = status.st_size
+        self.listener: Callable[[int, memoryview], None] | None = None
         self._identity = _identity(status)
 
     @property
@@ -45,11 +51,17 @@ class RegularFile:
         return bytes(buffer)
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill ``out`` (contiguous bytes) with the bytes at ``offset``.
+        """Fill ``out`` (contiguous bytes) with the bytes at ``offset``, and let the listener see them.
 
         Raises:
             InputError: if the file ends before ``out`` is full.
         """
+        self.fill(offset, out)
+        if self.listener is not None:
+            self.listener(offset, out)
+
+    def fill(self, offset: int, out: memoryview) -> None:
+        """`read_into` that nobody listens to."""
         done = 0
         while done < len(out):
             try:
