@@ -118,6 +118,10 @@ class Commanded:
         """There is no loss."""
         raise UsageError(_NO_LOSS)
 
+    def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
+        """There is no loss."""
+        raise UsageError(_NO_LOSS)
+
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """See `Objective.score`: what the command prints for the average, remembered."""
         if coefficients in self._scores:

@@ -43,12 +43,13 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The mean loss at c on a batch, and ∂ℓ/∂c in the shape of c; BatchNorm by the batch's own statistics.
 
+    The backward pass is counted, the forward pass by whoever brings the batch.
+
     Raises:
         TaskError: if the loss has no gradient.
     """
     candidates.materialize(c_GN, groups)
     candidates.zero_gradient()
-    meter.count("forward", batches.size(batch))
     with torch.enable_grad(), batchnorm.batch_statistics(norms), without_cudnn_recurrence(candidates.model):
         loss = task.loss(candidates.model, batch).mean()
         if not loss.requires_grad:

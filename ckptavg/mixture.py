@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ckptavg import batchnorm, curvature
+from ckptavg import batches, batchnorm, curvature
 from ckptavg.average import output_specs, weighted_average
 from ckptavg.candidates import Candidates, ReadInto, budget
 from ckptavg.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ from ckptavg.evaluator import Watch
 from ckptavg.feed import Feed
 from ckptavg.gradient import MixtureLoss, loss_and_gradient
 from ckptavg.meter import SECONDS, Meter
-from ckptavg.objective import Cost, Hessian, Score, Split
+from ckptavg.objective import Cost, Hessian, Score, Split, check_losses
 from ckptavg.options import BITS
 from ckptavg.readers import StoredTensor
 from ckptavg.replay import Replay
@@ -210,6 +210,26 @@ class Mixture:
             self._surrogates[key] = self._with_memory(work)
         return self._surrogates[key]
 
+    def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
+        """See `Objective.gradient`."""
+        split, c_N = on or self.scored_on, self.uniform().new_tensor(coefficients.values[0])
+
+        def work() -> Tensor:
+            total, examples = torch.zeros_like(torch.cat([c_N, c_N[:1]])), 0
+            for batch in self._feed.learnable(split):
+                size = batches.size(batch)
+                loss, gradient_N = loss_and_gradient(
+                    self.task, self.candidates, self._norms, self.meter, c_N, batch, EVERYTHING
+                )
+                total += size * torch.cat([gradient_N, loss.view(1)])
+                examples += size
+            return total / examples
+
+        *gradient, value = self._with_memory(work).tolist()
+        check_losses([value])
+        gradient_N = torch.tensor(gradient, dtype=torch.float64)
+        return value, gradient_N - gradient_N.mean()
+
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """See `Objective.score`."""
         alone = len(coefficients.selected) == 1  # one file: what it really is costs no more than what is left of it
@@ -281,6 +301,7 @@ class Mixture:
 
     def _step(self, batch: Any, groups: Groups) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         def measured(c_GN: Tensor) -> tuple[Tensor, Tensor]:
+            self.meter.count("forward", batches.size(batch))
             return loss_and_gradient(self.task, self.candidates, self._norms, self.meter, c_GN, batch, groups)
 
         def replayed(c_GN: Tensor) -> tuple[Tensor, Tensor]:

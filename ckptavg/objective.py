@@ -175,6 +175,16 @@ class Objective(Protocol):
         """
         ...
 
+    def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
+        """The mean loss over ``on`` and its gradient along Σ c = 1, [N] float64 on the CPU, in one pass.
+
+        Like `loss` and `surrogate`, with BatchNorm by the batches' own statistics.
+
+        Raises:
+            TaskError: if the loss has no gradient, or is NaN or infinite.
+        """
+        ...
+
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """The score on ``on`` (None is `scored_on`), BatchNorm recomputed; remembered, so asking again is free.
 

@@ -48,6 +48,11 @@ class Quadratic:
         mean = self.weights_ND.mean(dim=0)
         return Surrogate(float(mean.square().mean()), 2 / self.d * self.weights_ND @ mean, hessian_NN, "exact")
 
+    def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
+        mean = torch.tensor(coefficients.values[0], dtype=torch.float64) @ self.weights_ND
+        gradient_N = 2 / self.d * self.weights_ND @ mean
+        return float(mean.square().mean()), gradient_N - gradient_N.mean()
+
     def of_subset(self, subset: Iterable[int]) -> float:
         return float(self.weights_ND[list(subset)].mean(dim=0).square().mean())
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Constraint: TypeAlias = Literal["affine", "simplex"]
 RATE: Mapping[Split, float] = {"val": 2e-2, "train": 2e-4}
 SEGMENT = 5  # points from the mean to the quadratic's optimum that are scored
+MOVES = 2  # of the quadratic to the best point so far
 FAR = (-1.0, 2.0)  # an affine coefficient outside says that a small data set may have been overfitted
 
 
@@ -144,8 +145,10 @@ class TWA:
     def _by_surrogate(self, objective: Objective) -> Learned:
         """The optimum of the loss to second order around the mean of all, as far towards it as the real loss falls.
 
-        Affine in the ball ‖x‖ ≤ radius, or over the simplex; see `ckptavg.surrogate`. Five points of the segment from
-        the mean are scored.
+        Affine in the ball ‖x‖ ≤ radius, or over the simplex; see `ckptavg.surrogate`. Points of the segment from the
+        mean are scored. Then the quadratic is moved to the best of them: value and gradient of the real loss there,
+        with the second derivatives that are known, for the price of a forward and a backward pass. The segment from
+        there to its optimum is scored in turn, until nothing is better, `MOVES` times at most.
         """
         import torch
 
@@ -160,24 +163,26 @@ class TWA:
         q = objective.surrogate(self.on, self.hessian)
         distance_N = objective.distances(EVERYTHING)[0].to("cpu", torch.float64)
         metric_N = distance_N / distance_N.mean().clamp(min=torch.finfo(torch.float64).tiny)
-        best_N = simplex_optimum(q) if self.constraint == "simplex" else affine_optimum(q, self.radius, metric_N)
-        points: list[Coefficients] = []
-        losses: list[float] = []
-        for i in range(SEGMENT):
-            t = i / (SEGMENT - 1)
-            row_N = (1 - t) / objective.n + t * best_N
-            points.append(Coefficients((tuple((row_N / row_N.sum()).tolist()),)))
-            losses.append(objective.score(points[-1]).loss or 0.0)
-            objective.progress("verifying along the segment", i + 1, SEGMENT, loss=losses[-1])
-        chosen = points[losses.index(min(losses))]
-        rows: list[dict[str, float | str | None]] = [
-            {
-                "of the way": i / (SEGMENT - 1),
-                "quadratic": float(q(torch.tensor(one.values[0], dtype=torch.float64))),
-                "loss": loss,
-            }
-            for i, (one, loss) in enumerate(zip(points, losses, strict=True))
-        ]
+        rows: list[dict[str, float | str | None]] = []
+        start_N = torch.full_like(distance_N, 1 / objective.n)
+        chosen, lowest = Coefficients.uniform(range(objective.n), objective.n), math.inf
+        for segment in range(1 + MOVES):
+            if segment:
+                q = q.moved(start_N, *objective.gradient(chosen, self.on))
+            best_N = simplex_optimum(q) if self.constraint == "simplex" else affine_optimum(q, self.radius, metric_N)
+            better = False
+            for i in range(min(1, segment), SEGMENT):  # where a later segment starts has been scored
+                t = i / (SEGMENT - 1)
+                row_N = (1 - t) * start_N + t * best_N
+                point = Coefficients((tuple((row_N / row_N.sum()).tolist()),))
+                loss = objective.score(point).loss or 0.0
+                rows.append({"segment": segment + 1, "of the way": t, "quadratic": float(q(row_N)), "loss": loss})
+                objective.progress("verifying along the segment", len(rows), SEGMENT + MOVES * (SEGMENT - 1), loss=loss)
+                if loss < lowest:
+                    chosen, lowest, better = point, loss, i > 0
+            if not better:
+                break
+            start_N = torch.tensor(chosen.values[0], dtype=torch.float64)
         return Learned(
             coefficients=chosen,
             notes=[*([q.note] if q.note else []), *_far(chosen)],
