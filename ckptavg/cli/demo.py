@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from ckptavg.cli.init import template
-from ckptavg.cli.terminal import Screen, write_text
 from ckptavg.errors import OutputError, OutputExistsError
 
 
@@ -16,6 +15,8 @@ def command(
     folder: Annotated[Path, typer.Argument(help="The directory to make.")] = Path("ckptavg-demo"),
 ) -> None:
     """Train a tiny network, save its checkpoints, and say what to try on them."""
+    from ckptavg.cli.terminal import Screen, write_text
+
     if folder.exists():
         raise OutputExistsError("exists already", path=folder, hint="name another directory, or delete this one")
     try:

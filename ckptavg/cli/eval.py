@@ -7,9 +7,6 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from ckptavg.cli.options import (
     BatchSize,
     Device,
@@ -25,7 +22,6 @@ from ckptavg.cli.options import (
     Val,
     Verbose,
 )  # fmt: skip
-from ckptavg.cli.terminal import Screen, console
 from ckptavg.errors import printable
 
 
@@ -45,6 +41,11 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """Score files on the task's validation and test data, with their own BatchNorm statistics."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from ckptavg.cli.terminal import Screen, console
+
     with redirect_stdout(sys.stderr), Screen(quiet=quiet).watching() as watch:
         from ckptavg.evaluation import evaluate
         from ckptavg.tasks.find import find

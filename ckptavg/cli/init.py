@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ckptavg.cli.terminal import Screen, write_text
 from ckptavg.errors import OutputExistsError
 
 
@@ -16,6 +15,8 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented task file to fill in."""
+    from ckptavg.cli.terminal import Screen, write_text
+
     if path.exists() and not force:
         raise OutputExistsError("exists already", path=path, hint="--force replaces it")
     write_text(path, template())

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json as json_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-from rich.text import Text
-
-from ckptavg.checkpoint import Checkpoint
 from ckptavg.cli.options import Every, Exclude, Include, Json, Key, LastN, Paths, Quiet, Start, Stop, Verbose
-from ckptavg.cli.terminal import console
-from ckptavg.discover import Found, discover
 from ckptavg.errors import InputError, printable
-from ckptavg.window import Window
+
+if TYPE_CHECKING:
+    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.discover import Found
 
 
 def command(
@@ -30,6 +27,9 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """List the candidates and the reason for each file left out."""
+    from ckptavg.discover import discover
+    from ckptavg.window import Window
+
     window = Window(include=include, exclude=exclude, start=start, stop=stop, every=every, last=last)
     with discover(ckpts, window, key, keep_going=True) as found:
         if json:
@@ -73,6 +73,11 @@ def _to_dict(found: Found) -> dict[str, Any]:
 
 
 def _show(found: Found, *, quiet: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from ckptavg.cli.terminal import console
+
     screen = console()
     table = Table(box=None, pad_edge=False)
     keyed = any(one.key for one in found.checkpoints)

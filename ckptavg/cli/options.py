@@ -6,18 +6,18 @@ import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_type_hints, no_type_check
 
 import typer
-
-from ckptavg.result import Comparison, Landscape, Result
 
 if TYPE_CHECKING:
     from ckptavg.evaluator import Watch
     from ckptavg.options import Options
+    from ckptavg.result import Comparison, Landscape, Result
 
-Report: TypeAlias = Result | Comparison | Landscape
+Report: TypeAlias = "Result | Comparison | Landscape"
 
 
 def option(panel: str, text: str, *names: str, **more: Any) -> Any:
@@ -156,7 +156,7 @@ def signed(
 ) -> Callable[..., None]:  # fmt: skip
     """``run`` as a command: the checkpoints, its own options, and the shared ones but for some."""
     defaults = defaults or {}
-    hints = get_type_hints(_shared, include_extras=True)
+    hints = _hints()
     shared = [
         parameter(one.name, hints[one.name], defaults.get(one.name, one.default))
         for one in inspect.signature(_shared).parameters.values()
@@ -169,7 +169,12 @@ def signed(
     run.__doc__ = doc
     run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     run.__annotations__ = {one.name: one.annotation for one in parameters}
-    return run
+    return no_type_check(run)  # no annotation is a string: what Typer would look for was a quarter of --help's time
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(_shared, include_extras=True)
 
 
 def _from_environment(one: inspect.Parameter) -> None:
@@ -188,6 +193,7 @@ def carry_out(
     """Do the work of a command with its shared arguments, and show and write its report."""
     from ckptavg.cli import terminal
     from ckptavg.report import as_json, table
+    from ckptavg.result import Comparison
 
     shown = terminal.Screen(quiet=arguments.pop("quiet"), verbose=arguments.pop("verbose"))
     json, file = arguments.pop("json"), arguments.pop("report")

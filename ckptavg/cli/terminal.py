@@ -6,12 +6,16 @@ import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ckptavg.errors import InterruptedRunError, OutputError, printable
-from ckptavg.result import Landscape, Result
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from ckptavg.result import Landscape, Result
 
 WIDE = 200  # columns where there is no terminal: a log should not cut names
 Watch = Callable[[str, int, int, Mapping[str, float]], None]
@@ -64,6 +68,8 @@ class Screen:
         if self._quiet or not self._console.is_terminal:
             yield None
             return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
         columns = (
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
             TextColumn("{task.fields[figures]}"), TimeRemainingColumn(compact=True),
