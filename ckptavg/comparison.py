@@ -57,7 +57,7 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
             hint="`ckptavg init` writes ./task.py",
         )
     settings = {"name": "compare", "strategies": list(names)}
-    with opened(paths, options) as found, journaled(found, options, settings, watch) as (evaluator, done):
+    with opened(paths, options, watch) as found, journaled(found, options, settings, watch) as (evaluator, done):
         assert evaluator is not None  # there is a way to score
         asked = _asked(names, evaluator)
         if options.dry_run:

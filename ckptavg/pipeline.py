@@ -32,7 +32,7 @@ def run(paths: Sequence[Path], strategy: Strategy, options: Options, watch: Watc
         CkptavgError: in one line, with the exit code of its class; nothing is written then.
     """
     settings = {"name": name_of(strategy), **asdict(strategy)}  # pyright: ignore[reportArgumentType]  # a dataclass
-    with opened(paths, options) as found, journaled(found, options, settings, watch) as (evaluator, done):
+    with opened(paths, options, watch) as found, journaled(found, options, settings, watch) as (evaluator, done):
         objective = evaluator or _count(found, strategy)
         check(strategy, len(found.checkpoints), evaluator)
         if options.dry_run:

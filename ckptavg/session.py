@@ -11,9 +11,10 @@ from typing import Any, Final
 import torch
 
 from ckptavg import companions, loadable, recipe
+from ckptavg.admission import admitted
 from ckptavg.commanded import Commanded
 from ckptavg.determinism import reproducible
-from ckptavg.discover import Found, discover
+from ckptavg.discover import Found
 from ckptavg.errors import CkptavgError, OutOfMemoryError, UsageError, is_out_of_memory
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.journal import Journal
@@ -35,9 +36,13 @@ _DECISIVE: Final = (
 
 
 @contextmanager
-def opened(paths: Sequence[Path], options: Options) -> Generator[Found]:
+def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) -> Generator[Found]:
     """The candidates under ``paths``, open, in an environment that repeats itself, for an output that can be written.
 
+    Args:
+        paths: directories of checkpoints, or checkpoints.
+        options: of the run.
+        watch: is told the progress.
     Raises:
         CkptavgError: in one line, with the exit code of its class; memory that ran out within is one too.
     """
@@ -45,12 +50,17 @@ def opened(paths: Sequence[Path], options: Options) -> Generator[Found]:
     if folder and folder.is_dir():
         companions.check(folder)
     preflight(folder if folder and not folder.is_dir() else path, options.force)
-    with _out_of_memory_said(), reproducible(options.seed), discover(paths, options.window, options.key) as found:
+    with _out_of_memory_said(), reproducible(options.seed), admitted(paths, options, watch) as found:
         check_agreement(found.checkpoints)
         recipe.check(found.checkpoints, options.adapter)
         if folder:
             loadable.check(found.checkpoints[-1])
-        yield found
+        try:
+            yield found
+        except UsageError as error:  # such as a --k of more candidates than there are
+            if bad := sum(one.kind == "bad" for one in found.left_out):
+                error.hint = f"{f'{error.hint}; ' if error.hint else ''}{bad} bad ones were left out"
+            raise
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def landscape(
         raise UsageError(
             "a landscape takes --samples of at least 3, --grid of at least 2, and three --mixtures or none"
         )
-    with opened(paths, options) as found:
+    with opened(paths, options, watch) as found:
         evaluator = make_evaluator(found, options, watch)
         if not evaluator.differentiable:
             raise UsageError("a landscape needs a loss, and here there are only scores")

@@ -36,6 +36,15 @@ Stop = Annotated[int | None, option("Candidates", "Up to this training step.")]
 Every = Annotated[int | None, option("Candidates", "Every N-th, counted back from the last.")]
 LastN = Annotated[int | None, option("Candidates", "The last N.", "--last")]
 Key = Annotated[str | None, option("Candidates", "The part of each file that is the model, such as state_dict_ema.")]
+SkipBad = Annotated[
+    bool, option("Candidates", "Leave out bad checkpoints (damaged, NaN), with a warning each.", "--skip-bad")
+]
+AllowNonfinite = Annotated[
+    bool, option("Candidates", "Average NaN and infinite weights too, instead of refusing them.", "--allow-nonfinite")
+]
+WaitStable = Annotated[
+    float | None, option("Candidates", "First wait until no candidate has changed for so many seconds.")
+]
 TaskFile = Annotated[
     str | None,
     option("Task", "Python file or module: model, loss, data. Else CKPTAVG_TASK, ./task.py.", metavar="PATH"),
@@ -117,6 +126,9 @@ def _shared(
     every: Every = None,
     last: LastN = None,
     key: Key = None,
+    skip_bad: SkipBad = False,
+    allow_nonfinite: AllowNonfinite = False,
+    wait_stable: WaitStable = None,
     task: TaskFile = None,
     val: Val = None,
     train: Train = None,
@@ -202,6 +214,8 @@ def carry_out(
         )
         bits = arguments.pop("bits")
         options = Options(**arguments, bits=bits if bits == "auto" else int(bits), window=window)
+        if options.wait_stable is not None:
+            shown.print(f"beginning when no candidate has changed for {options.wait_stable:g} s")
         done = work(paths, with_task(options, paths, required=needs_task), watch)
     result = done.result if isinstance(done, Comparison) else done
     shown.warn(result)

@@ -40,7 +40,7 @@ class Screen:
         """Say what was left out and what is doubtful; with -v also what was left out as a matter of course."""
         for one in result.left_out:
             if one.kind != "quiet" or self._verbose:
-                self._say(f"left out {one.path}: {one.reason}")
+                self._say(f"left out {one.line}")
         for warning in result.warnings:
             self._say(warning)
 

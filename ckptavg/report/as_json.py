@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 from ckptavg.objective import Cost, Score
+from ckptavg.places import LeftOut
 from ckptavg.result import Comparison, Contestant, Landscape, Result
 
 
@@ -28,7 +30,7 @@ def to_dict(result: Result) -> dict[str, Any]:
             }
             for one in result.candidates
         ],
-        "left_out": [{"path": str(one.path), "reason": one.reason} for one in result.left_out],
+        "left_out": _left_out(result.left_out),
         "scores": {
             **{split: _score(score) for split, score in result.scores.items()},
             "baselines": {
@@ -89,6 +91,7 @@ def landscape_to_dict(found: Landscape) -> dict[str, Any]:
         "spearman": found.spearman,
         "r_squared": found.r_squared,
         "plane": plane and {"mixtures": plane.names, "u": plane.u, "v": plane.v, "losses": plane.losses},
+        "left_out": _left_out(found.left_out),
         "warnings": list(found.warnings),
     }
 
@@ -100,6 +103,10 @@ def to_json(report: Result | Comparison | Landscape) -> str:
     else:
         data = comparison_to_dict(report) if isinstance(report, Comparison) else to_dict(report)
     return json.dumps(data, indent=2, ensure_ascii=True)
+
+
+def _left_out(found: Sequence[LeftOut]) -> list[dict[str, str]]:
+    return [{"path": str(one.path), "reason": one.reason, "kind": one.kind} for one in found]
 
 
 def _contestant(one: Contestant) -> dict[str, Any]:
