@@ -23,7 +23,7 @@ from ckptavg.evaluator import Watch
 from ckptavg.feed import Feed
 from ckptavg.gradient import MixtureLoss, loss_and_gradient
 from ckptavg.meter import SECONDS, Meter
-from ckptavg.objective import Cost, Hessian, Score, Split
+from ckptavg.objective import Cost, Hessian, Score, Split, valid
 from ckptavg.options import BITS
 from ckptavg.readers import StoredTensor
 from ckptavg.replay import Replay
@@ -261,10 +261,14 @@ class Mixture:
         batchnorm.recompute(self._norms, forward)
 
     def evaluate(self, split: Split, what: str) -> Score:
-        """The score of the model's present state on one split; ``what`` names it in an error."""
+        """The score of the model's present state on one split; ``what`` names it in an error.
+
+        Raises:
+            TaskError: if it is `Score.invalid`.
+        """
         score = self._scorer.score(self.model, split, what)
         assert score is not None  # only a bar makes it stop
-        return score
+        return valid(score, self.task.source)
 
     def cost(self) -> Cost:
         """What has been spent since the start, or the last `restart`."""

@@ -11,6 +11,7 @@ from ckptavg.errors import UsageError
 from ckptavg.window import Window
 
 BITS: Final = (32, 16, 8, 4, 2, 1)
+_MOST_SEEDS: Final = 2**62  # torch takes 64 bits, and each pass over the data has a seed of its own above this one
 _FILE_NAME: Final = "model.safetensors"  # in an output directory, what every loader looks for
 
 
@@ -21,6 +22,7 @@ class Options:
     Attributes:
         output: the file to write; a path that ends in ``/`` or an existing directory gets ``model.safetensors``.
         task: a Python file or dotted module that scores mixtures.
+        task_timeout: seconds that importing it, or one call of one of its functions, may take.
         val: validation data for a Hugging Face model, instead of a task file; ``train`` and ``test`` likewise.
         batch_size: of those data; None begins with 32 and halves it when memory runs out.
         trust_remote_code: let the candidates' config name code to run.
@@ -53,6 +55,7 @@ class Options:
 
     output: Path | str = "averaged.safetensors"
     task: str | None = None
+    task_timeout: float | None = None
     val: Path | str | None = None
     train: Path | str | None = None
     test: Path | str | None = None
@@ -100,14 +103,20 @@ class Options:
             raise UsageError("--rank goes with --adapter exact")
         if self.max_shard_size is not None and destination(self.output)[1] is None:
             raise UsageError("--max-shard-size needs a directory for its files", hint="end --output with a /")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
         counts = (("--rank", self.rank), ("--batch-size", self.batch_size), ("--group-size", self.group_size))
         for name, value in counts:
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, not {value}")
-        if self.score_timeout is not None and not self.score_timeout > 0:
-            raise UsageError(f"--score-timeout must be greater than 0, not {self.score_timeout}")
+        for name, value in (("--task-timeout", self.task_timeout), ("--score-timeout", self.score_timeout)):
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name} must be greater than 0, not {value}")
         if self.wait_stable is not None and not 0 <= self.wait_stable < math.inf:
             raise UsageError(f"--wait-stable must be 0 or more seconds, not {self.wait_stable}")
+        if abs(self.seed) >= _MOST_SEEDS:
+            raise UsageError(f"--seed must be between -2^62 and 2^62, not {self.seed}")
         if self.bits != "auto" and self.bits not in BITS:
             raise UsageError(f"--bits must be one of {', '.join(map(str, BITS))} or auto, not {self.bits}")
         if self.holdout is not None and not 0 < self.holdout < 1:

@@ -87,7 +87,8 @@ def result(
 ) -> Result:
     """Everything there is to report of a finished run."""
     coefficients = judgement.coefficients
-    doubts = [*learned.notes, *_doubts(found.checkpoints[0], coefficients, evaluator, finished)]
+    invalid = [f"{score.invalid}: never chosen" for score in judgement.singles if score.invalid]
+    doubts = [*invalid, *learned.notes, *_doubts(found.checkpoints[0], coefficients, evaluator, finished)]
     known = blank(found, strategy, options, doubts)
     known = replace(
         known,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import sys
-from contextlib import redirect_stdout
 from typing import Any
 
 from rich.table import Table
@@ -20,12 +18,13 @@ from ckptavg.cli.options import (
     Quiet,
     Seed,
     TaskFile,
+    TaskTimeout,
     Test,
     TrustRemoteCode,
     Val,
     Verbose,
 )  # fmt: skip
-from ckptavg.cli.terminal import Screen, console
+from ckptavg.cli.terminal import Screen, console, stdout_for_data
 from ckptavg.errors import printable
 
 
@@ -33,6 +32,7 @@ def command(
     files: Paths,
     key: Key = None,
     task: TaskFile = None,
+    task_timeout: TaskTimeout = None,
     val: Val = None,
     test: Test = None,
     batch_size: BatchSize = None,
@@ -45,7 +45,7 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """Score files on the task's validation and test data, with their own BatchNorm statistics."""
-    with redirect_stdout(sys.stderr), Screen(quiet=quiet).watching() as watch:
+    with stdout_for_data(), Screen(quiet=quiet).watching() as watch:
         from ckptavg.evaluation import evaluate
         from ckptavg.tasks.find import find
 
@@ -53,7 +53,8 @@ def command(
         # an output beside ./task.py is usual
         source = task if given else find(task, [path for path in files if path.is_dir()])
         scored = evaluate(
-            files, source, key=key, device=device, seed=seed, watch=watch, val=val, test=test, batch_size=batch_size,
+            files, source, key=key, device=device, seed=seed, watch=watch, val=val, test=test,
+            batch_size=batch_size, task_timeout=task_timeout,
             trust_remote_code=trust_remote_code, lm_eval=lm_eval,
         )  # fmt: skip
     rows: list[dict[str, Any]] = [

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
@@ -48,6 +46,9 @@ WaitStable = Annotated[
 TaskFile = Annotated[
     str | None,
     option("Task", "Python file or module: model, loss, data. Else CKPTAVG_TASK, ./task.py.", metavar="PATH"),
+]
+TaskTimeout = Annotated[
+    float | None, option("Task", "Seconds that a call of the task's functions may take, such as one loss.")
 ]
 Val = Annotated[
     str | None,
@@ -130,6 +131,7 @@ def _shared(
     allow_nonfinite: AllowNonfinite = False,
     wait_stable: WaitStable = None,
     task: TaskFile = None,
+    task_timeout: TaskTimeout = None,
     val: Val = None,
     train: Train = None,
     test: Test = None,
@@ -204,7 +206,7 @@ def carry_out(
     shown = terminal.Screen(quiet=arguments.pop("quiet"), verbose=arguments.pop("verbose"))
     json, file = arguments.pop("json"), arguments.pop("report")
     paths = arguments.pop("ckpts")
-    with redirect_stdout(sys.stderr), shown.watching() as watch:  # a task that prints must not spoil stdout
+    with terminal.stdout_for_data(), shown.watching() as watch:
         from ckptavg.options import Options
         from ckptavg.tasks.find import with_task
         from ckptavg.window import Window

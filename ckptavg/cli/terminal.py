@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -21,6 +22,28 @@ def console(*, stderr: bool = False) -> Console:
     """Rich's console for one of the two streams."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else WIDE)
+
+
+@contextmanager
+def stdout_for_data() -> Generator[None]:
+    """Whatever writes to stdout within, a task or a process that it starts, writes to stderr."""
+    try:
+        out, err = sys.stdout.fileno(), sys.stderr.fileno()
+    except (OSError, ValueError):  # replaced by something that is no file
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(out)
+    os.dup2(err, out)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()  # what was written to it by another name, while it still goes to stderr
+        os.dup2(kept, out)
+        os.close(kept)
 
 
 class Screen:

@@ -102,7 +102,7 @@ class SeWA:
                 "learning the mask", step + 1, self.steps, loss=losses[step], sure=s_N.topk(self.k).values.mean()
             )
         trace = losses.tolist()
-        check_losses(trace)
+        check_losses(trace, objective, self.on, samples=self.samples)
         return Learned(
             coefficients=Coefficients.uniform(_likeliest(s_N, self.k), n),
             columns={"s": s_N.tolist()},
@@ -168,6 +168,10 @@ class SeWA:
             m_MN = torch.zeros(len(masks), n, dtype=torch.float64)
             for row_N, mask in zip(m_MN, masks, strict=True):
                 row_N[list(mask)] = 1
+            if (finite := scores[scores.isfinite()]).numel():
+                scores = scores.clamp(min=finite.min())  # −∞ has no distance to anything
+            else:
+                scores = torch.zeros_like(scores)
             spread = scores.std(unbiased=False).clamp(min=torch.finfo(scores.dtype).tiny)
             advantage_M = (scores - scores.mean()) / spread
             s_N = project_capped_simplex(s_N + self.lr * (advantage_M @ (m_MN - s_N)) / len(masks), k)
