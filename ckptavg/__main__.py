@@ -9,11 +9,12 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ckptavg.errors import CkptavgError, UsageError, printable
+from ckptavg.errors import CkptavgError, OutOfMemoryError, UsageError, is_out_of_memory, printable
 
 
 def main() -> NoReturn:
     """Run ``ckptavg`` with the process's arguments and exit with its code."""
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore  # a file name may be any bytes
@@ -29,9 +30,21 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain again
         sys.exit(141)
     except Exception as error:  # the outermost boundary: what gets here is our bug
+        if is_out_of_memory(error):
+            _fail(OutOfMemoryError("out of memory", hint="-v shows where; fewer candidates take less"), error)
         what = f"this is a bug in ckptavg: {type(error).__name__}: {error}"
         _fail(CkptavgError(what, hint="run it again with -v and report what it prints"), error)
     sys.exit(0)
+
+
+def _open_streams() -> None:
+    """Take the place of streams that were closed, or the next file opened would be printed into."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
 def _fail(shown: CkptavgError, cause: BaseException) -> NoReturn:

@@ -24,6 +24,7 @@ from ckptavg.coefficients import Coefficients
 from ckptavg.dtypes import FLOATING, TORCH
 from ckptavg.errors import InputError, UsageError
 from ckptavg.readers import StoredTensor
+from ckptavg.soundness import is_finite, not_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,13 +188,8 @@ def _read(source: Checkpoint, name: str) -> Tensor:
     buffer = bytearray(spec.nbytes)
     source.read_into(name, 0, memoryview(buffer))
     stored = torch.frombuffer(buffer, dtype=TORCH[spec.dtype])
-    if bad := int((~stored.isfinite()).sum()):
-        raise InputError(
-            f"{bad} values are NaN or infinite",
-            path=source.path,
-            tensor=name,
-            hint=f"leave it out with --exclude '{source.path.name}'",
-        )
+    if error := None if is_finite(stored) else not_finite(source, name):
+        raise error
     return stored.to(torch.float64).view(spec.shape).flatten(1)
 
 

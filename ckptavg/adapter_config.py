@@ -93,7 +93,7 @@ def check(checkpoints: Sequence[Checkpoint]) -> Config:
             raise DisagreementError(
                 f"{key} is {values[odd]!r}, but {count} other candidate{'s have' if count > 1 else ' has'} {usual!r}",
                 path=configs[odd].path,
-                hint=f"leave it out with --exclude '{checkpoints[odd].path.name}'",
+                hint=f"leave it out with {checkpoints[odd].excluding}",
             )
     return configs[0]
 

@@ -5,7 +5,6 @@ Shape suffixes: N = candidates.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from ckptavg.coefficients import Coefficients
 from ckptavg.dtypes import FLOATING, NAMES, TORCH
 from ckptavg.errors import InputError
 from ckptavg.readers import ITEM_SIZE, StoredTensor
+from ckptavg.soundness import is_finite, not_finite
 
 CHUNK: Final = 1 << 18  # elements: of 2¹⁶ to 2¹⁹ the least processor time in scripts/benchmark's reference case
 _CUT: Final = (1 << 39) - 1  # the bits of a float64 after the first 14 of its significand
@@ -94,7 +94,7 @@ def weighted_average(
         chunk: elements at once.
         threads: how many chunks are read and summed at a time; as many as torch uses by default.
     Raises:
-        InputError: naming file and tensor, if a result is NaN or infinite.
+        InputError: naming file and tensor, if a result is NaN or infinite and the candidates may not be.
     """
     before = torch.get_num_threads()
     threads = threads or before
@@ -188,18 +188,11 @@ class _Sums:
 
     def _check_finite(self, run: _Run, result: Tensor) -> None:
         """Name the candidate that spoilt ``result``; looked for only when something did."""
-        if all(math.isfinite(extreme) for extreme in torch.aminmax(result)):  # 20 × as fast as isfinite().all()
+        if run.terms[0][1].allow_nonfinite or is_finite(result):
             return
         for _, source in run.terms:
-            stored = self._read(source, run)
-            if bad := int((~stored.isfinite()).sum()):
-                first = run.start + int((~stored.isfinite()).int().argmax())
-                raise InputError(
-                    f"{bad} values are NaN or infinite, the first at element {first}",
-                    path=source.path,
-                    tensor=run.name,
-                    hint=f"leave it out with --exclude '{source.path.name}'",
-                )
+            if error := not_finite(source, run.name):
+                raise error
         raise InputError(
             f"the average overflows {str(result.dtype).removeprefix('torch.')}",
             path=run.terms[-1][1].path,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckptavg.errors import InputError, printable
+from ckptavg.errors import InputError, excluding, printable
 from ckptavg.readers import Reader, StoredTensor
 
 
@@ -25,6 +25,7 @@ class Checkpoint:
         tensors: state-dict name → tensor, by name; a wrapper's prefix such as ``module.`` is gone.
         reader: reads them.
         notes: what the user should know about how it was read.
+        allow_nonfinite: whether its weights may be NaN or infinite; otherwise whoever reads them refuses that.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     reader: Reader = field(repr=False)
     notes: tuple[str, ...] = ()
+    allow_nonfinite: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,15 +67,21 @@ class Checkpoint:
         if self.tensors[name].dtype == "BOOL" and (other := bytes(out).lstrip(b"\0\1")):
             at = start + len(out) - len(other)
             what = f"element {at} is the byte {other[0]}, neither 0 nor 1 as a BOOL must be"
-            raise InputError(what, path=self.path, tensor=name, hint=self._without)
+            raise InputError(what, path=self.path, tensor=name, hint=self.way_out)
 
     @property
-    def _without(self) -> str:
-        return f"leave it out with --exclude '{self.path.name}'"
+    def excluding(self) -> str:
+        """The option that leaves it out."""
+        return excluding(self.name.partition("/")[0])
+
+    @property
+    def way_out(self) -> str:
+        """What can be done about it where it is bad."""
+        return f"leave it out with {self.excluding}, or all bad ones with --skip-bad"
 
     def _explained(self, error: InputError, name: str) -> InputError:
         """``error`` with the tensor's name behind the file's, where neither names it yet, and with a hint."""
-        what, hint = str(error), error.hint or self._without
+        what, hint = str(error), error.hint or self.way_out
         for path in (printable(str(file.path)) for file in self.reader.files):
             if what.startswith(f"{path}: ") and printable(name) not in what:
                 return InputError(what.removeprefix(f"{path}: "), path=path, tensor=name, hint=hint)

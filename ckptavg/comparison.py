@@ -12,7 +12,7 @@ from ckptavg.errors import UsageError
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.finish import finish, name_of
 from ckptavg.judge import Judgement
-from ckptavg.objective import Cost, Learned, Score, Split, Strategy
+from ckptavg.objective import Cost, Learned, Score, Split, Strategy, valid
 from ckptavg.options import Options
 from ckptavg.paired import gain
 from ckptavg.pipeline import blank, check, plan, result
@@ -57,7 +57,7 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
             hint="`ckptavg init` writes ./task.py",
         )
     settings = {"name": "compare", "strategies": list(names)}
-    with opened(paths, options) as found, journaled(found, options, settings, watch) as (evaluator, done):
+    with opened(paths, options, watch) as found, journaled(found, options, settings, watch) as (evaluator, done):
         assert evaluator is not None  # there is a way to score
         asked = _asked(names, evaluator)
         if options.dry_run:
@@ -71,6 +71,7 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
                 watch("strategies", len(runs), len(asked), {})
             runs.append(_run(name, strategy, evaluator, watch))
         winner = max(runs, key=lambda run: (run.score.value, -(run.score.loss or 0.0)))
+        valid(winner.score)
         evaluator.restart()
         contestants = [_contestant(run, runs, evaluator, options.seed) for run in runs]
         finished = finish(found.checkpoints, winner.learned.coefficients, winner.strategy, options, evaluator, watch)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 from ckptavg.checkpoint import Checkpoint
+from ckptavg.errors import InputError
 from ckptavg.readers import ITEM_SIZE
 
 SAMPLES: Final = 64  # tensors, spread over the state dict, whose …
@@ -14,13 +16,15 @@ HEAD: Final = 4 << 10  # … first bytes are hashed
 CHUNK: Final = 1 << 20
 
 
-def find(checkpoints: Sequence[Checkpoint]) -> dict[int, tuple[int, str]]:
-    """Copy → (original, how), by position; the first of several is the original.
+def find(checkpoints: Sequence[Checkpoint]) -> tuple[dict[int, tuple[int, str]], dict[int, InputError]]:
+    """Copy → (original, how), by position; and what was found wrong. The first of several is the original.
 
     Content is compared in two stages, so that telling N different checkpoints apart reads some kilobytes of each: a
-    SHA-256 of names, shapes and samples of the tensors, and only where two agree, all of their bytes.
+    SHA-256 of names, shapes and samples of the tensors, and only where two agree, all of their bytes. What is damaged
+    behind the samples is nobody's copy, and is found wrong when it is read.
     """
     copies: dict[int, tuple[int, str]] = {}
+    bad: dict[int, InputError] = {}
     by_inode: dict[object, int] = {}
     by_digest: dict[bytes, list[int]] = {}
     for i, checkpoint in enumerate(checkpoints):
@@ -29,13 +33,17 @@ def find(checkpoints: Sequence[Checkpoint]) -> dict[int, tuple[int, str]]:
         if original != i:
             copies[i] = (original, "is a link to")
             continue
-        alike = by_digest.setdefault(digest(checkpoint), [])
+        try:
+            alike = by_digest.setdefault(digest(checkpoint), [])
+        except InputError as error:
+            bad[i] = error
+            continue
         same = next((j for j in alike if _same_tensors(checkpoints[j], checkpoint)), None)
         if same is None:
             alike.append(i)
         else:
             copies[i] = (same, "holds the same weights as")
-    return copies
+    return copies, bad
 
 
 def digest(checkpoint: Checkpoint) -> bytes:
@@ -55,6 +63,12 @@ def digest(checkpoint: Checkpoint) -> bytes:
 
 def _same_tensors(a: Checkpoint, b: Checkpoint) -> bool:
     """Whether two checkpoints with equal names, dtypes and shapes hold equal bytes; stops at the first difference."""
+    with suppress(InputError):
+        return _equal(a, b)
+    return False
+
+
+def _equal(a: Checkpoint, b: Checkpoint) -> bool:
     mine, other = memoryview(bytearray(CHUNK)), memoryview(bytearray(CHUNK))
     for name in a.names:
         tensor = a.spec(name)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self, TypeAlias
 
 from ckptavg import copies, layout
 from ckptavg.checkpoint import Checkpoint
-from ckptavg.errors import CkptavgError, InputError, printable
+from ckptavg.errors import CkptavgError, InputError, excluding
 from ckptavg.places import LeftOut, NotACheckpoint, Place, places_under
 from ckptavg.readers import open_reader
 from ckptavg.steps import common_kind, natural, step_in_name, steps_inside, trainer_step
 from ckptavg.window import Window
+
+_Refuse: TypeAlias = Callable[[CkptavgError, Path], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +36,32 @@ class Found:
 
 
 def discover(
-    paths: Sequence[Path], window: Window | None = None, key: str | None = None, *, keep_going: bool = False
-) -> Found:
+    paths: Sequence[Path], window: Window | None = None, key: str | None = None, *,
+    bad: Literal["refuse", "skip", "list"] = "refuse", check: Callable[[Checkpoint], None] | None = None,
+    allow_nonfinite: bool = False,
+) -> Found:  # fmt: skip
     """Find, open (headers only), order and filter the checkpoints that ``paths`` name.
 
     Args:
         paths: directories of checkpoints (several: several runs), or checkpoints themselves.
         window: which of them are wanted.
         key: the sub-dictionary of each that is the model.
-        keep_going: list a bad file of a directory as left out instead of raising, as `ckptavg inspect` does.
+        bad: ``refuse`` raises for a bad checkpoint; ``skip`` leaves it out, as if it were not there; ``list`` too, and
+            finding no other is no error.
+        check: raises InputError for a candidate that is bad; called once for each that the window selects.
+        allow_nonfinite: let weights be NaN or infinite.
     Raises:
         InputError: if there are none, one is bad, or one has no training step.
     """
     window = window or Window()
     left_out: list[LeftOut] = []
     opened: list[_Opened] = []
+
+    def refuse(error: CkptavgError, path: Path) -> None:
+        if bad == "refuse":
+            raise error
+        left_out.append(LeftOut(path=path, reason=str(error), kind="bad"))
+
     try:
         for order, path in enumerate(paths):
             for place in places_under(path, order, left_out):
@@ -56,16 +69,14 @@ def discover(
                     left_out.append(LeftOut(path=place.path, reason="left out by --include or --exclude"))
                     continue
                 try:
-                    one = _open(place, key, left_out)
+                    one = _open(place, key, left_out, allow_nonfinite=allow_nonfinite)
                 except CkptavgError as error:
-                    if place.explicit or not keep_going:
-                        raise _with_hint(error, place) from error
-                    left_out.append(LeftOut(path=place.path, reason=str(error), kind="bad"))
+                    refuse(_with_hint(error, place), place.path)
                 else:
                     opened += [one] if one else []
-        kept = _without_copies(opened, left_out)
+        kept = _without_copies(opened, left_out, refuse)
         ordered, warnings = _in_order(kept)
-        chosen = window.select(ordered)
+        ordered, chosen = _sound(ordered, window, check, refuse)
         wanted = {id(c) for c in chosen}
         outside = [c for c in ordered if id(c) not in wanted]
         left_out += [LeftOut(path=c.path, reason="outside the window of steps") for c in outside]
@@ -75,7 +86,7 @@ def discover(
         raise
     for checkpoint in outside:
         checkpoint.reader.close()
-    if not chosen and not keep_going:
+    if not chosen and bad != "list":
         raise InputError(_nothing(left_out), path=", ".join(map(str, paths)), hint=_nothing_hint(paths))
     return Found(checkpoints=tuple(chosen), left_out=tuple(left_out), warnings=warnings)
 
@@ -87,7 +98,7 @@ class _Opened:
     place: Place
 
 
-def _open(place: Place, key: str | None, left_out: list[LeftOut]) -> _Opened | None:
+def _open(place: Place, key: str | None, left_out: list[LeftOut], *, allow_nonfinite: bool) -> _Opened | None:
     reader = open_reader(place.weights)
     try:
         if not place.explicit and "ckptavg" in reader.metadata:
@@ -119,19 +130,45 @@ def _open(place: Place, key: str | None, left_out: list[LeftOut]) -> _Opened | N
         tensors=tensors,
         reader=reader,
         notes=(*notes, *reader.notes),
+        allow_nonfinite=allow_nonfinite,
     )
     return _Opened(checkpoint=checkpoint, steps=steps | ({} if named is None else {"name": named}), place=place)
 
 
-def _without_copies(opened: list[_Opened], left_out: list[LeftOut]) -> list[_Opened]:
-    """Drop what is another's copy; of several, the one with a step in its name stays."""
+def _without_copies(opened: list[_Opened], left_out: list[LeftOut], refuse: _Refuse) -> list[_Opened]:
+    """Drop what is another's copy; of several, the one with a step in its name stays. The bad are refused."""
     preferred = sorted(opened, key=lambda o: ("name" not in o.steps, o.checkpoint.run, natural(o.checkpoint.name)))
-    found = copies.find([one.checkpoint for one in preferred])
+    found, bad = copies.find([one.checkpoint for one in preferred])
+    for i, error in bad.items():
+        refuse(error, preferred[i].checkpoint.path)
+        preferred[i].checkpoint.reader.close()
     for i, (original, how) in found.items():
         copy, other = preferred[i].checkpoint, preferred[original].checkpoint
         copy.reader.close()
         left_out.append(LeftOut(path=copy.path, reason=f"{how} {other.path}", kind="warning"))
-    return [one for i, one in enumerate(preferred) if i not in found]
+    return [one for i, one in enumerate(preferred) if i not in found and i not in bad]
+
+
+def _sound(
+    ordered: list[Checkpoint], window: Window, check: Callable[[Checkpoint], None] | None, refuse: _Refuse
+) -> tuple[list[Checkpoint], list[Checkpoint]]:
+    """Those that are not bad as far as was looked, and those that the window selects of them, which all were."""
+    checked: set[int] = set()
+    while True:
+        chosen = window.select(ordered)
+        dropped: set[int] = set()
+        for one in (c for c in chosen if check and id(c) not in checked):
+            try:
+                assert check is not None
+                check(one)
+            except CkptavgError as error:
+                refuse(error, one.path)
+                one.reader.close()
+                dropped.add(id(one))
+            checked.add(id(one))
+        if not dropped:
+            return ordered, chosen
+        ordered = [one for one in ordered if id(one) not in dropped]
 
 
 def _in_order(opened: list[_Opened]) -> tuple[list[Checkpoint], tuple[str, ...]]:
@@ -152,20 +189,20 @@ def _in_order(opened: list[_Opened]) -> tuple[list[Checkpoint], tuple[str, ...]]
     raise InputError(
         "tells no training step that the other checkpoints tell too, neither inside nor in its name",
         path=fewest.path,
-        hint=f"leave it out with --exclude '{fewest.path.name}', or name the checkpoints in their order",
+        hint=f"leave it out with {fewest.excluding}, or name the checkpoints in their order",
     )
 
 
 def _with_hint(error: CkptavgError, place: Place) -> CkptavgError:
     if error.hint is None and not place.explicit:
-        error.hint = printable(f"leave it out with --exclude '{place.name}'")
+        error.hint = f"leave it out with {excluding(place.name)}, or all bad ones with --skip-bad"
     return error
 
 
 def _nothing(left_out: Sequence[LeftOut]) -> str:
     if not left_out:
         return "no checkpoints found: the directory is empty"
-    shown = "; ".join(f"{one.path.name}: {one.reason}" for one in left_out[:3])
+    shown = "; ".join(one.line for one in left_out[:3])
     return f"no checkpoints found; {len(left_out)} left out ({shown}{'; …' if len(left_out) > 3 else ''})"
 
 

@@ -81,6 +81,12 @@ def printable(text: str) -> str:
     )
 
 
+def excluding(name: str) -> str:
+    """The option that leaves out the checkpoint called ``name`` and no other, quoted as a shell wants it."""
+    glob = "".join(f"[{char}]" if char in "*?[" else char if char.isprintable() else "?" for char in name)
+    return "--exclude '" + glob.replace("'", "'\\''") + "'"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` is a lack of host or device memory, told without importing torch."""
     names = {kind.__name__ for kind in type(error).__mro__}

@@ -15,7 +15,7 @@ from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture
 from ckptavg.objective import Score, Split
 from ckptavg.options import Options
-from ckptavg.session import pick_device, task_of
+from ckptavg.session import blamed, pick_device, task_of
 
 
 def evaluate(
@@ -27,14 +27,15 @@ def evaluate(
         files: checkpoints or earlier outputs; a directory stands for the checkpoints in it.
         task: a Python file or dotted module.
         watch: is told the progress.
-        **options: of `ckptavg.options.Options`: key, device, seed, and instead of ``task`` val and test, or lm_eval.
+        **options: of `ckptavg.options.Options`: key, device, seed, task_timeout; instead of ``task`` val and test, or
+            lm_eval.
     """
     asked = Options(task=task, **options)
     if not asked.ways:
         raise UsageError("scoring needs a task file, --val or --lm-eval", hint="`ckptavg init` writes ./task.py")
     if asked.score_cmd is not None:
         raise UsageError("a file as it is needs no ckptavg to be scored by --score-cmd: run the command itself")
-    with reproducible(asked.seed), ExitStack() as stack:
+    with blamed(), reproducible(asked.seed), ExitStack() as stack:
         # one after the other, because files that are only scored need no step to be put in order by
         found = [one for file in files for one in stack.enter_context(discover([file], key=asked.key)).checkpoints]
         check_agreement(found)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from ckptavg import companions, provenance
+from ckptavg import companions, manifest, provenance
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.dtypes import TORCH, spelled
@@ -113,7 +113,7 @@ def _write(
             for name in recomputed:
                 out.write(name, 0, _bytes(state[name], TORCH[specs[name].dtype]))
             scores = {split: evaluator.score_adopted(coefficients, split) for split in evaluator.splits}
-        metadata |= describe(digest=digest)
+        metadata |= describe(digest=lambda file: manifest.agreed(file, digest(file)))
         for i in coefficients.selected:
             checkpoints[i].check_unchanged()
         if destination(options.output)[1]:

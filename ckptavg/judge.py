@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import Score, Split
+from ckptavg.objective import Score, Split, valid
 from ckptavg.strategies.last import Last
 from ckptavg.strategies.lawa import LAWA
 from ckptavg.strategies.swa import SWA
@@ -47,6 +47,8 @@ def judge(evaluator: Evaluator, selection: Coefficients, wishes: Wishes) -> Judg
         evaluator: scores mixtures; what it has scored already costs nothing.
         selection: the strategy's answer.
         wishes: ``never_worse`` replaces the selection by the best single candidate where that scores higher.
+    Raises:
+        TaskError: if what is to be written, or every candidate alone, has no valid score.
     """
     if not (wishes.baselines or wishes.never_worse):
         return Judgement(selection, verdict="Not compared with anything (--no-baselines).")
@@ -57,6 +59,7 @@ def judge(evaluator: Evaluator, selection: Coefficients, wishes: Wishes) -> Judg
         singles.append(evaluator.exact_score(one, evaluator.scored_on))
         evaluator.progress("scoring candidates", i + 1, n)
     best = max(range(n), key=lambda i: (singles[i].value, i))
+    valid(singles[best])  # or no candidate has a score
     rivals = {"best": alone[best]}
     if wishes.baselines:
         k = len(selection.selected)
@@ -69,6 +72,8 @@ def judge(evaluator: Evaluator, selection: Coefficients, wishes: Wishes) -> Judg
     chosen = evaluator.exact_score(selection, evaluator.scored_on)
     step = evaluator.step(best)
     worse = chosen.value < singles[best].value
+    if not (worse and wishes.never_worse):
+        valid(chosen)
     figures = f"{_figure(chosen)}, the best single candidate (step {step}) {_figure(singles[best])}"
     if worse and wishes.never_worse:
         verdict = f"The selection scores below a single candidate: {figures}. That checkpoint was written instead."

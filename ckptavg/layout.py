@@ -96,9 +96,7 @@ def check_agreement(checkpoints: Sequence[Checkpoint]) -> None:
         )
     more = f" (and {len(differing) - 1} more differences)" if len(differing) > 1 else ""
     path = checkpoints[odd].path
-    raise DisagreementError(
-        what + more, path=path, tensor=name, hint=f"leave it out with --exclude '{checkpoints[odd].name}'"
-    )
+    raise DisagreementError(what + more, path=path, tensor=name, hint=f"leave it out with {checkpoints[odd].excluding}")
 
 
 def _descend(tree: Mapping[str, Node], key: str) -> Node:

@@ -5,6 +5,7 @@ Shape suffixes: N = candidates, G = groups of tensors.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -18,12 +19,12 @@ from ckptavg.average import output_specs, weighted_average
 from ckptavg.candidates import Candidates, ReadInto, budget
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
-from ckptavg.errors import is_out_of_memory
+from ckptavg.errors import TaskError, is_out_of_memory
 from ckptavg.evaluator import Watch
 from ckptavg.feed import Feed
 from ckptavg.gradient import MixtureLoss, loss_and_gradient
 from ckptavg.meter import SECONDS, Meter
-from ckptavg.objective import Cost, Hessian, Score, Split, check_losses
+from ckptavg.objective import Cost, Hessian, Score, Split, valid
 from ckptavg.options import BITS
 from ckptavg.readers import StoredTensor
 from ckptavg.replay import Replay
@@ -226,7 +227,9 @@ class Mixture:
             return total / examples
 
         *gradient, value = self._with_memory(work).tolist()
-        check_losses([value])
+        if not math.isfinite(value):
+            what = f"loss() is {value} on the {split} data, of {self._describe(coefficients)}"
+            raise TaskError(what, path=self.task.source)
         gradient_N = torch.tensor(gradient, dtype=torch.float64)
         return value, gradient_N - gradient_N.mean()
 
@@ -281,10 +284,14 @@ class Mixture:
         batchnorm.recompute(self._norms, forward)
 
     def evaluate(self, split: Split, what: str) -> Score:
-        """The score of the model's present state on one split; ``what`` names it in an error."""
+        """The score of the model's present state on one split; ``what`` names it in an error.
+
+        Raises:
+            TaskError: if it is `Score.invalid`.
+        """
         score = self._scorer.score(self.model, split, what)
         assert score is not None  # only a bar makes it stop
-        return score
+        return valid(score, self.task.source)
 
     def cost(self) -> Cost:
         """What has been spent since the start, or the last `restart`."""

@@ -36,6 +36,7 @@ class Score:
         each: what these are means of, where that was kept.
         resampled: where the metric is no mean over examples, `value` for a resample of the batches, by their numbers.
         batches: how many of them there are.
+        invalid: why this is no score: what was NaN or infinite, and where. Its ``value`` is −∞, so nothing is worse.
     """
 
     value: float
@@ -45,6 +46,7 @@ class Score:
     each: Each | None = field(default=None, compare=False, repr=False)
     resampled: Callable[[Sequence[int]], float] | None = field(default=None, compare=False, repr=False)
     batches: int = 0
+    invalid: str = ""
 
     @property
     def noise(self) -> float:
@@ -57,6 +59,17 @@ class Score:
     def loss_noise(self) -> float:
         """The standard error of ``loss``."""
         return math.inf if self.each is None else _standard_error(self.each.losses_U, self.each.examples_U)
+
+
+def valid(score: Score, source: str | None = None) -> Score:
+    """``score``, where that is what a whole run rests on.
+
+    Raises:
+        TaskError: if it is `Score.invalid`, naming the task's ``source``.
+    """
+    if score.invalid:
+        raise TaskError(score.invalid, path=source, hint="look for broken examples in the data, and for broken weights")
+    return score
 
 
 def _standard_error(values_U: Tensor, examples_U: Tensor) -> float:
@@ -188,8 +201,7 @@ class Objective(Protocol):
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """The score on ``on`` (None is `scored_on`), BatchNorm recomputed; remembered, so asking again is free.
 
-        Raises:
-            TaskError: if loss or metric is NaN or infinite.
+        Where loss or metric is NaN or infinite it is `Score.invalid` and has the value −∞.
         """
         ...
 
@@ -244,17 +256,25 @@ class Strategy(Protocol):
         ...
 
 
-def check_losses(losses: Sequence[float], first: int = 0) -> None:
+def check_losses(
+    losses: Sequence[float], objective: Objective, on: Split | None, *, first: int = 0, samples: int = 1
+) -> None:
     """Raise TaskError for a loss that is NaN or infinite: what was learned from it is worth nothing.
 
     Args:
         losses: of consecutive steps.
-        first: the number of the first of them, from 0.
+        objective: gave them.
+        on: the data they were of.
+        first: the number of the first step, from 0.
+        samples: batches that a step takes.
     """
-    for step, loss in enumerate(losses, first + 1):
+    for step, loss in enumerate(losses, first):
         if not math.isfinite(loss):
+            split, count = on or objective.scored_on, objective.batches(on or objective.scored_on)
+            numbers = sorted({(step * samples + i) % count + 1 for i in range(samples)})
+            shown = f"batch{'es' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))} of the {split} data"
             raise TaskError(
-                f"loss() gave {loss} at step {step} of the search",
+                f"loss() gave {loss} at step {step + 1} of the search, on {shown}",
                 hint="look for broken examples in the data it learns from, or choose a smaller --lr",
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -10,6 +11,7 @@ from ckptavg.errors import UsageError
 from ckptavg.window import Window
 
 BITS: Final = (32, 16, 8, 4, 2, 1)
+_MOST_SEEDS: Final = 2**62  # torch takes 64 bits, and each pass over the data has a seed of its own above this one
 _FILE_NAME: Final = "model.safetensors"  # in an output directory, what every loader looks for
 
 
@@ -20,6 +22,7 @@ class Options:
     Attributes:
         output: the file to write; a path that ends in ``/`` or an existing directory gets ``model.safetensors``.
         task: a Python file or dotted module that scores mixtures.
+        task_timeout: seconds that importing it, or one call of one of its functions, may take.
         val: validation data for a Hugging Face model, instead of a task file; ``train`` and ``test`` likewise.
         batch_size: of those data; None begins with 32 and halves it when memory runs out.
         trust_remote_code: let the candidates' config name code to run.
@@ -30,6 +33,9 @@ class Options:
         lm_eval: tasks of lm-evaluation-harness, separated by commas, instead of a task file.
         key: the sub-dictionary of each checkpoint that is the model.
         window: which checkpoints are candidates.
+        skip_bad: leave out checkpoints that are damaged or hold NaN, with a warning each, instead of refusing them.
+        allow_nonfinite: average NaN and infinite weights like any other.
+        wait_stable: first wait until no candidate has changed for so many seconds.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dtype: of the output's floating-point tensors; None is the candidates' own.
         seed: of everything random.
@@ -49,6 +55,7 @@ class Options:
 
     output: Path | str = "averaged.safetensors"
     task: str | None = None
+    task_timeout: float | None = None
     val: Path | str | None = None
     train: Path | str | None = None
     test: Path | str | None = None
@@ -61,6 +68,9 @@ class Options:
     lm_eval: str | None = None
     key: str | None = None
     window: Window = field(default_factory=Window)
+    skip_bad: bool = False
+    allow_nonfinite: bool = False
+    wait_stable: float | None = None
     device: str = "auto"
     dtype: str | None = None
     seed: int = 0
@@ -91,18 +101,24 @@ class Options:
                 raise UsageError(f"{name} goes with --val, the data that a search learns from")
         if self.rank is not None and self.adapter != "exact":
             raise UsageError("--rank goes with --adapter exact")
-        if self.rank is not None and self.rank < 1:
-            raise UsageError(f"--rank must be at least 1, not {self.rank}")
         if self.max_shard_size is not None and destination(self.output)[1] is None:
             raise UsageError("--max-shard-size needs a directory for its files", hint="end --output with a /")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UsageError(f"--batch-size must be at least 1, not {self.batch_size}")
-        if self.score_timeout is not None and not self.score_timeout > 0:
-            raise UsageError(f"--score-timeout must be greater than 0, not {self.score_timeout}")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        counts = (("--rank", self.rank), ("--batch-size", self.batch_size), ("--group-size", self.group_size))
+        for name, value in counts:
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
+        for name, value in (("--task-timeout", self.task_timeout), ("--score-timeout", self.score_timeout)):
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name} must be greater than 0, not {value}")
+        if self.wait_stable is not None and not 0 <= self.wait_stable < math.inf:
+            raise UsageError(f"--wait-stable must be 0 or more seconds, not {self.wait_stable}")
+        if abs(self.seed) >= _MOST_SEEDS:
+            raise UsageError(f"--seed must be between -2^62 and 2^62, not {self.seed}")
         if self.bits != "auto" and self.bits not in BITS:
             raise UsageError(f"--bits must be one of {', '.join(map(str, BITS))} or auto, not {self.bits}")
-        if self.group_size < 1:
-            raise UsageError(f"--group-size must be at least 1, not {self.group_size}")
         if self.holdout is not None and not 0 < self.holdout < 1:
             raise UsageError(f"--holdout must be between 0 and 1, not {self.holdout}")
 

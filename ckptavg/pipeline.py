@@ -32,7 +32,7 @@ def run(paths: Sequence[Path], strategy: Strategy, options: Options, watch: Watc
         CkptavgError: in one line, with the exit code of its class; nothing is written then.
     """
     settings = {"name": name_of(strategy), **asdict(strategy)}  # pyright: ignore[reportArgumentType]  # a dataclass
-    with opened(paths, options) as found, journaled(found, options, settings, watch) as (evaluator, done):
+    with opened(paths, options, watch) as found, journaled(found, options, settings, watch) as (evaluator, done):
         objective = evaluator or _count(found, strategy)
         check(strategy, len(found.checkpoints), evaluator)
         if options.dry_run:
@@ -87,7 +87,8 @@ def result(
 ) -> Result:
     """Everything there is to report of a finished run."""
     coefficients = judgement.coefficients
-    doubts = [*learned.notes, *_doubts(found.checkpoints[0], coefficients, evaluator, finished)]
+    invalid = [f"{score.invalid}: never chosen" for score in judgement.singles if score.invalid]
+    doubts = [*invalid, *learned.notes, *_doubts(found.checkpoints[0], coefficients, evaluator, finished)]
     known = blank(found, strategy, options, doubts)
     known = replace(
         known,

@@ -33,11 +33,11 @@ SIDE_FILES: Final = {
     "rng_state*": "random number generators",
     "random_states_*": "random number generators",
     "training_args.bin": "the trainer's arguments",
-    "*.tmp": "temporary",
-    "*.part": "temporary",
-    "*.incomplete": "temporary",
+    "SHA256SUMS": "what the checkpoints' sums must be",
 }
-SIDE_FOLDERS: Final = {"recipe_state": "a recipe's state"}  # torchtune's
+SIDE_FOLDERS: Final = {"recipe_state": "a recipe's state", "lost+found": "the file system's own"}  # torchtune's first
+# of what is being written, or was when the job died
+TEMPORARY: Final = ("tmp-*", "tmp_*", "*.tmp", ".tmp*", "*.part", "*.incomplete", "*.ckptavg-tmp")
 # the Trainer writes trainer_state.json last, so a directory with these and without it was interrupted
 TRAINER_FILES: Final = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth")
 _SHARD: Final = re.compile(r"-\d{5}-of-(?!0+1\.)\d{5}\.")  # of 1 is whole
@@ -51,6 +51,11 @@ class LeftOut:
     path: Path
     reason: str
     kind: str = "quiet"
+
+    @property
+    def line(self) -> str:
+        """The path and the reason; an error names its file itself."""
+        return self.reason if self.kind == "bad" else f"{self.path}: {self.reason}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,18 +102,26 @@ def places_under(path: Path, order: int, left_out: list[LeftOut]) -> Iterator[Pl
 
 
 def _listed(folder: Path, inside: frozenset[str], order: int, left_out: list[LeftOut]) -> Iterator[Place]:
-    names = sorted((name for name in inside if not name.startswith(".")), key=natural)
+    names = sorted((name for name in inside if not name.startswith(".") or _is_temporary(name)), key=natural)
     # a Trainer's directory is incomplete without trainer_state.json
     states = (folder / name / "trainer_state.json" for name in names if name.startswith("checkpoint-"))
     trainer = any(map(os.path.lexists, states))
     for name in names:
         path = folder / name
         try:
+            if _is_temporary(name):
+                raise NotACheckpoint("temporary: still being written, or abandoned", "warning")
             weights = _weights_in(path, trainer) if is_folder(path) else _weights_file(path)
         except NotACheckpoint as other:
             left_out.append(LeftOut(path=path, reason=str(other), kind=other.kind))
-        else:
-            yield Place(path=path, weights=weights, name=name, order=order)
+            continue
+        except InputError:
+            weights = path  # which cannot be looked into: opening it says why, unless it is not wanted
+        yield Place(path=path, weights=weights, name=name, order=order)
+
+
+def _is_temporary(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in TEMPORARY)
 
 
 class NotACheckpoint(Exception):
@@ -122,7 +135,7 @@ class NotACheckpoint(Exception):
 def _weights_file(path: Path) -> Path:
     for pattern, reason in SIDE_FILES.items():
         if fnmatchcase(path.name, pattern):
-            raise NotACheckpoint(reason, "warning" if reason == "temporary" else "quiet")
+            raise NotACheckpoint(reason)
     if rank := _RANK.fullmatch(path.name):
         _check_rank(path, *rank.groups())
     if path.name.endswith(WEIGHT_SUFFIXES):
@@ -149,11 +162,11 @@ def _check_rank(path: Path, stem: str, rank: str, suffix: str) -> None:
 
 
 def _weights_in(folder: Path, trainer: bool) -> Path:
-    names = entries(folder)
     if folder.name in SIDE_FOLDERS:
         raise NotACheckpoint(SIDE_FOLDERS[folder.name])
-    if folder.name.startswith(("tmp-", "tmp_")) or folder.name.endswith((".tmp", ".incomplete")):
-        raise NotACheckpoint("temporary: still being written, or abandoned", "warning")
+    names = entries(folder)
+    if any(name.endswith(".distcp") for name in names) and not any(name.endswith(".metadata") for name in names):
+        raise NotACheckpoint("incomplete: it has no .metadata, which is written last", "warning")
     if claim_folder(names):
         return folder
     by_trainer = (trainer and re.fullmatch(r"checkpoint-\d+", folder.name)) or names & set(TRAINER_FILES)

@@ -84,7 +84,7 @@ def recipe(
 def _factor_doubts(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> list[str]:
     """How far the average of an adapter's factors is from the average of what they do to the weights."""
     config = adapter_config.read_config(checkpoints[0])
-    if config is None or config.peft_type != "LORA" or len(coefficients.selected) < 2:
+    if config is None or config.peft_type != "LORA" or len(coefficients.selected) < 2 or checkpoints[0].allow_nonfinite:
         return []
     error = adapter.factor_error(checkpoints, coefficients)
     return [f"averaging the adapter's factors is {error:.1%} off the average of its weights; --adapter exact is not"]

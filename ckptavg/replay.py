@@ -78,8 +78,9 @@ class Replay:
         )
         loss, metric = (None if found[name] is None else float.fromhex(found[name]) for name in ("loss", "metric"))
         return Score(
-            value=float.fromhex(found["value"]), loss=loss, metric=metric, examples=found["examples"], each=each
-        )
+            value=float.fromhex(found["value"]), loss=loss, metric=metric, examples=found["examples"], each=each,
+            invalid=found["invalid"],
+        )  # fmt: skip
 
     def keep_score(self, coefficients: Coefficients, split: Split, score: Score, *, exact: bool) -> None:
         """Write a score down, unless it depends on more than numbers."""
@@ -93,6 +94,7 @@ class Replay:
                 "loss": None if score.loss is None else score.loss.hex(),
                 "metric": None if score.metric is None else score.metric.hex(),
                 "examples": score.examples,
+                "invalid": score.invalid,
                 "each": score.each
                 and {
                     "values": _text(score.each.values_U),

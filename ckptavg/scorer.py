@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -31,7 +32,7 @@ class Scorer:
             what: names the model in an error.
             bar: a value of `Score`; None for the whole score in any case.
         Raises:
-            TaskError: if there are no data, or loss or metric is NaN or infinite.
+            TaskError: if there are no data, or loss or metric is no number.
         """
         task = self._task
         with torch.no_grad():
@@ -50,9 +51,11 @@ class Scorer:
         if tally.examples == 0:
             raise self._feed.empty(split)
         score = tally.score(what, split, order=self._feed.order[split])
-        if corpus is None:
+        if corpus is None or score.invalid:
             return score
         figure = corpus.compute()
+        if not math.isfinite(figure):
+            return replace(score, value=-math.inf, metric=figure, invalid=f"{what}: the metric is {figure}")
         return replace(
             score,
             value=sign * figure,

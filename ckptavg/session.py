@@ -11,10 +11,11 @@ from typing import Any, Final
 import torch
 
 from ckptavg import companions, loadable, recipe
+from ckptavg.admission import admitted
 from ckptavg.commanded import Commanded
 from ckptavg.determinism import reproducible
-from ckptavg.discover import Found, discover
-from ckptavg.errors import CkptavgError, OutOfMemoryError, UsageError, is_out_of_memory
+from ckptavg.discover import Found
+from ckptavg.errors import CkptavgError, OutOfMemoryError, TaskError, UsageError, is_out_of_memory
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.journal import Journal
 from ckptavg.layout import check_agreement
@@ -35,9 +36,13 @@ _DECISIVE: Final = (
 
 
 @contextmanager
-def opened(paths: Sequence[Path], options: Options) -> Generator[Found]:
+def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) -> Generator[Found]:
     """The candidates under ``paths``, open, in an environment that repeats itself, for an output that can be written.
 
+    Args:
+        paths: directories of checkpoints, or checkpoints.
+        options: of the run.
+        watch: is told the progress.
     Raises:
         CkptavgError: in one line, with the exit code of its class; memory that ran out within is one too.
     """
@@ -45,12 +50,17 @@ def opened(paths: Sequence[Path], options: Options) -> Generator[Found]:
     if folder and folder.is_dir():
         companions.check(folder)
     preflight(folder if folder and not folder.is_dir() else path, options.force)
-    with _out_of_memory_said(), reproducible(options.seed), discover(paths, options.window, options.key) as found:
+    with blamed(), reproducible(options.seed), admitted(paths, options, watch) as found:
         check_agreement(found.checkpoints)
         recipe.check(found.checkpoints, options.adapter)
         if folder:
             loadable.check(found.checkpoints[-1])
-        yield found
+        try:
+            yield found
+        except UsageError as error:  # such as a --k of more candidates than there are
+            if bad := sum(one.kind == "bad" for one in found.left_out):
+                error.hint = f"{f'{error.hint}; ' if error.hint else ''}{bad} bad ones were left out"
+            raise
 
 
 @contextmanager
@@ -174,15 +184,26 @@ def task_of(options: Options, folder: Path) -> Task:
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
     assert options.task is not None
-    return PythonTask(options.task)
+    return PythonTask(options.task, options.task_timeout)
 
 
 @contextmanager
-def _out_of_memory_said() -> Generator[None]:
+def blamed() -> Generator[None]:
+    """Memory that runs out, or a data loader's worker that dies, is no bug of ours.
+
+    Raises:
+        OutOfMemoryError: instead of what torch or Python raise for it.
+        TaskError: for a worker.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, CkptavgError) or not is_out_of_memory(error):
+        if isinstance(error, CkptavgError):
+            raise
+        if str(error).startswith("DataLoader worker (pid"):  # a signal's news, which arrives anywhere
+            what = f"a worker process of a data loader died: {' '.join(str(error).split())}"
+            raise TaskError(what, hint="was it killed for its memory? num_workers=0 shows other errors") from error
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'the host has none left'}",

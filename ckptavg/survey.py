@@ -16,7 +16,7 @@ from torch import Tensor
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
 from ckptavg.evaluator import Evaluator, Watch
-from ckptavg.objective import Hessian
+from ckptavg.objective import Hessian, valid
 from ckptavg.options import Options
 from ckptavg.result import Landscape, Output, Plane
 from ckptavg.session import evaluator as make_evaluator
@@ -53,7 +53,7 @@ def landscape(
         raise UsageError(
             "a landscape takes --samples of at least 3, --grid of at least 2, and three --mixtures or none"
         )
-    with opened(paths, options) as found:
+    with opened(paths, options, watch) as found:
         evaluator = make_evaluator(found, options, watch)
         if not evaluator.differentiable:
             raise UsageError("a landscape needs a loss, and here there are only scores")
@@ -124,8 +124,9 @@ def _random(count: int, n: int, generator: torch.Generator) -> Tensor:
 
 def _loss(evaluator: Evaluator, row_N: Tensor) -> float:
     score = evaluator.exact_score(Coefficients((tuple((row_N / row_N.sum()).tolist()),)), evaluator.scored_on)
-    assert score.loss is not None  # it is differentiable
-    return score.loss
+    loss = valid(score).loss
+    assert loss is not None  # it is differentiable
+    return loss
 
 
 def _plane(evaluator: Evaluator, mixtures: Sequence[str], grid: int) -> Plane:

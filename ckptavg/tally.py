@@ -42,9 +42,10 @@ class Tally:
         Raises:
             TaskError: if either is neither a number nor one for each example.
         """
-        self._losses.append(_units(loss, count, "loss"))
+        number = len(self._counts) + 1
+        self._losses.append(_units(loss, count, "loss", number))
         if metric is not None:
-            self._metrics.append(_units(metric, count, "metric"))
+            self._metrics.append(_units(metric, count, "metric", number))
         self._counts.append(count)
 
     def hopeless(self, bar: float, total: int) -> bool:
@@ -65,14 +66,14 @@ class Tally:
         return most < bar - total * 2**-52 * max(map(abs, self._bounds))
 
     def score(self, what: str, split: Split, order: int = 0) -> Score:
-        """The means over all examples.
+        """The means over all examples; where one is NaN or infinite, a score that is `Score.invalid`.
 
         Args:
             what: names what was scored, in an error.
             split: on which data.
             order: tells apart the orders that examples came in.
         Raises:
-            TaskError: if a mean is NaN or infinite, or a metric left its bounds.
+            TaskError: if a metric left its bounds.
         """
         losses_U, metrics_U = _host(self._losses), _host(self._metrics) if self._metrics else None
         sizes = [len(units) for units in (self._metrics or self._losses)]
@@ -89,12 +90,9 @@ class Tally:
         metric = None if metrics_U is None else float(metrics_U.dot(examples_U)) / examples
         value = -loss if metric is None else self._sign * metric
         if not (math.isfinite(value) and math.isfinite(loss)):
-            raise TaskError(
-                f"{what} has loss {loss}"
-                + ("" if metric is None else f" and metric {metric}")
-                + f" on the {split} data",
-                hint="leave a broken candidate out with --exclude; `ckptavg inspect` lists them",
-            )
+            bad = _first_bad(self._losses, "loss()") or _first_bad(self._metrics, "metric()") or "a mean overflows"
+            where = f"{what}: {bad} of the {split} data"
+            return Score(value=-math.inf, loss=math.inf, metric=metric, examples=examples, invalid=where)
         if metrics_U is not None and self._bounds is not None:
             self._check_bounds(metrics_U)
         values_U = -losses_U if metrics_U is None else self._sign * metrics_U
@@ -113,11 +111,21 @@ def _host(units: list[Tensor]) -> Tensor:
     return torch.cat(units).to("cpu", torch.float64)
 
 
-def _units(value: Any, count: int, function: str) -> Tensor:
+def _first_bad(units: list[Tensor], function: str) -> str:
+    """The first batch with a number that is not finite; "" if there is none."""
+    for number, values_U in enumerate(units, 1):
+        if len(bad_U := values_U[~values_U.isfinite()]):
+            return f"{function} gave {float(bad_U[0])} in batch {number}"
+    return ""
+
+
+def _units(value: Any, count: int, function: str, number: int) -> Tensor:
     """[count], or [1] where the task gave a mean; in the widest type the device has."""
     if isinstance(value, bool | int | float):
         value = torch.tensor(float(value))
     if not isinstance(value, Tensor) or value.is_complex() or value.numel() not in (1, count):
         got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise TaskError(f"{function} must give a scalar or one real number an example [{count}], not {got}")
+        raise TaskError(
+            f"{function}() must give a scalar or one real number an example [{count}], not {got}, for batch {number}"
+        )
     return value.detach().flatten().to(torch.float32 if value.device.type == "mps" else torch.float64)

@@ -45,7 +45,9 @@ def verify(file: Path, sources: Path) -> Verification:
         record = _record(output)
         checkpoints: list[Checkpoint] = []
         for source in record["sources"]:
-            found = stack.enter_context(discover([_locate(source, sources, file)], key=source["key"] or None))
+            found = stack.enter_context(
+                discover([_locate(source, sources, file)], key=source["key"] or None, allow_nonfinite=True)
+            )
             checkpoints += found.checkpoints
         columns = [source["coefficient"] for source in record["sources"]]
         rows = zip(*(column if isinstance(column, list) else [column] for column in columns), strict=True)

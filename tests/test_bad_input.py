@@ -145,7 +145,7 @@ def test_weights_that_are_not_finite(run: Run, ckpts: Path, tmp_path: Path, valu
         (("def val_dataloader", "def data"), "mine.py: has no function `val_dataloader`"),
         (
             ("return model(batch[0])", "raise KeyError('oops') or model(batch[0])"),
-            "mine.py:6: in loss: KeyError: 'oops'",
+            "mine.py:6: in loss, batch 1 of val_dataloader: KeyError: 'oops'",
         ),
         (("return nn.Linear(3, 2)", "return 3"), "model() must return a torch.nn.Module, not int"),
         (("return nn.Linear(3, 2)", "return nn.Linear(4, 2)"), "weight of shape [2, 4], the checkpoints [2, 3]"),
@@ -153,9 +153,12 @@ def test_weights_that_are_not_finite(run: Run, ckpts: Path, tmp_path: Path, valu
         (("import torch\n", "import torch, nonsense\n"), "mine.py:2: on import: ModuleNotFoundError"),
         (("import torch\n", "import torch; raise SystemExit('no')\n"), "mine.py:2: on import: SystemExit: no"),
         (("def model()", "def model("), "mine.py:5: on import: SyntaxError"),
-        ((".mean(dim=1)", ".mean() * float('nan')"), "loss() gave nan at step 1 of the search"),
+        (
+            (".mean(dim=1)", ".mean() * float('nan')"),
+            "loss() gave nan at step 1 of the search, on batches 1, 2 of the val data",
+        ),
         ((".mean(dim=1)", ".sum() / 0"), "loss() gave inf at step 1 of the search"),
-        ((".mean(dim=1)", ".mean(dim=0)"), "loss must give a scalar or one real number an example [4]"),
+        ((".mean(dim=1)", ".mean(dim=0)"), "loss() must give a scalar or one real number an example [4]"),
         ((".square().mean(dim=1)", ".argmax(dim=1)"), "loss() must return a floating-point tensor, not a torch.int64"),
         (("torch.ones(8, 3)), batch_size=4", "torch.ones(0, 3)), batch_size=4"), "val_dataloader() gave no batches"),
         (("torch.ones(8, 3)", "torch.ones(8, 3), 1"), "in val_dataloader:"),
@@ -186,7 +189,7 @@ def test_a_batch_of_one_under_batchnorm(run: Run, ckpts: Path, tmp_path: Path):
     check(
         run(*SEWA, "--k", 2),
         7,
-        "mine.py:6: in loss: ValueError: Expected more than 1 value",
+        "mine.py:6: in loss, batch 2 of val_dataloader: ValueError: Expected more than 1 value",
         "hint: BatchNorm needs two",
     )
 

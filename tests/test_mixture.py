@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,12 +200,13 @@ def test_a_score_that_is_not_finite_names_the_mixture(checkpoints: tuple[Checkpo
         return torch.full((len(batch["y"]),), bad)
 
     mixture = Mixture(Toy(metric=spoilt), checkpoints, device=CPU)
-    with pytest.raises(
-        TaskError, match=r"candidate .*step-2\.safetensors has loss .* and metric (nan|inf) on the val data"
-    ):
-        mixture.score(Coefficients.uniform([2], 4))
-    with pytest.raises(TaskError, match="the mixture of steps 0, 2 has loss"):
-        mixture.score(Coefficients.uniform([0, 2], 4))
+    alone, both = (mixture.score(Coefficients.uniform(chosen, 4)) for chosen in ([2], [0, 2]))
+    said = r"metric\(\) gave (nan|inf) in batch 1 of the val data"
+    assert re.fullmatch(rf"candidate .*step-2\.safetensors: {said}", alone.invalid)
+    assert re.fullmatch(f"the mixture of steps 0, 2: {said}", both.invalid)
+    assert alone.value == both.value == -float("inf")
+    with pytest.raises(TaskError, match=f"^toy: the average: {said}"):
+        mixture.evaluate("val", "the average")
 
 
 def test_progress_is_told_now_and_then_and_at_the_end(checkpoints: tuple[Checkpoint, ...]):

@@ -70,5 +70,5 @@ def test_a_mean_stands_for_all_its_examples():
 
 @pytest.mark.parametrize("value", ["text", torch.ones(3), torch.tensor(1j), None])
 def test_what_is_no_number_is_an_error(value: object):
-    with pytest.raises(TaskError, match=r"loss must give a scalar or one real number an example \[2\]"):
+    with pytest.raises(TaskError, match=r"loss\(\) must give a scalar or one real number an example \[2\]"):
         Tally(1.0, None).add(value, None, 2)

@@ -21,6 +21,7 @@ from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.dtypes import TORCH
 from ckptavg.errors import InputError
 from ckptavg.readers import StoredTensor
+from ckptavg.soundness import not_finite
 
 EXACT: Final = 32  # the candidates as they are, in the model's own dtype
 _MEASURED: Final = 1 << 20  # columns whose distances are taken at a time
@@ -244,12 +245,12 @@ def _read_row(checkpoint: Checkpoint, flat: Flat, row_D: Tensor) -> Tensor:
         name = present(slot.names, checkpoint.tensors)
         check_tied(checkpoint, slot.names)
         read(checkpoint.spec(name), name, checkpoint.read_into, row_D[slot.start :][: slot.numel])
-    if not torch.isfinite(row_D).all():
+    if not checkpoint.allow_nonfinite and not torch.isfinite(row_D).all():
         bad = next(s for s in flat.slots if not torch.isfinite(row_D[s.start :][: s.numel]).all())
-        raise InputError(
-            f"{int((~torch.isfinite(row_D[bad.start :][: bad.numel])).sum())} values are NaN or infinite",
+        name = present(bad.names, checkpoint.tensors)
+        raise not_finite(checkpoint, name) or InputError(
+            f"its values overflow {str(row_D.dtype).removeprefix('torch.')}, which the task's model has it in",
             path=checkpoint.path,
-            tensor=bad.names[0],
-            hint=f"leave it out with --exclude '{checkpoint.path.name}'",
+            tensor=name,
         )
     return row_D

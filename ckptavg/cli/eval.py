@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import sys
-from contextlib import redirect_stdout
 from typing import Any
 
 from ckptavg.cli.options import (
@@ -17,6 +15,7 @@ from ckptavg.cli.options import (
     Quiet,
     Seed,
     TaskFile,
+    TaskTimeout,
     Test,
     TrustRemoteCode,
     Val,
@@ -29,6 +28,7 @@ def command(
     files: Paths,
     key: Key = None,
     task: TaskFile = None,
+    task_timeout: TaskTimeout = None,
     val: Val = None,
     test: Test = None,
     batch_size: BatchSize = None,
@@ -44,9 +44,9 @@ def command(
     from rich.table import Table
     from rich.text import Text
 
-    from ckptavg.cli.terminal import Screen, console
+    from ckptavg.cli.terminal import Screen, console, stdout_for_data
 
-    with redirect_stdout(sys.stderr), Screen(quiet=quiet).watching() as watch:
+    with stdout_for_data(), Screen(quiet=quiet).watching() as watch:
         from ckptavg.evaluation import evaluate
         from ckptavg.tasks.find import find
 
@@ -54,7 +54,8 @@ def command(
         # an output beside ./task.py is usual
         source = task if given else find(task, [path for path in files if path.is_dir()])
         scored = evaluate(
-            files, source, key=key, device=device, seed=seed, watch=watch, val=val, test=test, batch_size=batch_size,
+            files, source, key=key, device=device, seed=seed, watch=watch, val=val, test=test,
+            batch_size=batch_size, task_timeout=task_timeout,
             trust_remote_code=trust_remote_code, lm_eval=lm_eval,
         )  # fmt: skip
     rows: list[dict[str, Any]] = [

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json as json_module
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
-from ckptavg.cli.options import Every, Exclude, Include, Json, Key, LastN, Paths, Quiet, Start, Stop, Verbose
+from ckptavg.cli.options import Every, Exclude, Include, Json, Key, LastN, Paths, Quiet, Start, Stop, Verbose, option
 from ckptavg.errors import InputError, printable
 
 if TYPE_CHECKING:
     from ckptavg.checkpoint import Checkpoint
     from ckptavg.discover import Found
+
+ReadData = Annotated[
+    bool, option("Candidates", "Read files to their ends too: checksums, SHA256SUMS, NaN.", "--read-data")
+]
 
 
 def command(
@@ -22,16 +27,29 @@ def command(
     every: Every = None,
     last: LastN = None,
     key: Key = None,
+    read_data: ReadData = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """List the candidates and the reason for each file left out."""
+    from ckptavg import settling
     from ckptavg.discover import discover
+    from ckptavg.manifest import Manifest
     from ckptavg.window import Window
 
     window = Window(include=include, exclude=exclude, start=start, stop=stop, every=every, last=last)
-    with discover(ckpts, window, key, keep_going=True) as found:
+    manifest = Manifest()
+
+    def whole(checkpoint: Checkpoint) -> None:
+        from ckptavg import soundness  # and torch with it
+
+        manifest.check(checkpoint)
+        soundness.check(checkpoint)
+
+    with discover(ckpts, window, key, bad="list", check=whole if read_data else None) as found:
+        doubts = (*manifest.doubts, *settling.doubts(found.checkpoints))
+        found = replace(found, warnings=(*found.warnings, *doubts))
         if json:
             print(json_module.dumps(_to_dict(found), indent=2))
         else:
@@ -40,7 +58,7 @@ def command(
     if bad:
         raise InputError(
             f"{len(bad)} of {len(found.checkpoints) + len(bad)} checkpoints cannot be read",
-            hint="leave them out with --exclude",
+            hint="leave them out with --exclude, or all of them with --skip-bad",
         )
     if not found.checkpoints:
         raise InputError("no checkpoints found", path=", ".join(map(str, ckpts)))

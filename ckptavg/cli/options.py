@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_type_hints, no_type_check
@@ -36,9 +34,21 @@ Stop = Annotated[int | None, option("Candidates", "Up to this training step.")]
 Every = Annotated[int | None, option("Candidates", "Every N-th, counted back from the last.")]
 LastN = Annotated[int | None, option("Candidates", "The last N.", "--last")]
 Key = Annotated[str | None, option("Candidates", "The part of each file that is the model, such as state_dict_ema.")]
+SkipBad = Annotated[
+    bool, option("Candidates", "Leave out bad checkpoints (damaged, NaN), with a warning each.", "--skip-bad")
+]
+AllowNonfinite = Annotated[
+    bool, option("Candidates", "Average NaN and infinite weights too, instead of refusing them.", "--allow-nonfinite")
+]
+WaitStable = Annotated[
+    float | None, option("Candidates", "First wait until no candidate has changed for so many seconds.")
+]
 TaskFile = Annotated[
     str | None,
     option("Task", "Python file or module: model, loss, data. Else CKPTAVG_TASK, ./task.py.", metavar="PATH"),
+]
+TaskTimeout = Annotated[
+    float | None, option("Task", "Seconds that a call of the task's functions may take, such as one loss.")
 ]
 Val = Annotated[
     str | None,
@@ -117,7 +127,11 @@ def _shared(
     every: Every = None,
     last: LastN = None,
     key: Key = None,
+    skip_bad: SkipBad = False,
+    allow_nonfinite: AllowNonfinite = False,
+    wait_stable: WaitStable = None,
     task: TaskFile = None,
+    task_timeout: TaskTimeout = None,
     val: Val = None,
     train: Train = None,
     test: Test = None,
@@ -198,7 +212,7 @@ def carry_out(
     shown = terminal.Screen(quiet=arguments.pop("quiet"), verbose=arguments.pop("verbose"))
     json, file = arguments.pop("json"), arguments.pop("report")
     paths = arguments.pop("ckpts")
-    with redirect_stdout(sys.stderr), shown.watching() as watch:  # a task that prints must not spoil stdout
+    with terminal.stdout_for_data(), shown.watching() as watch:
         from ckptavg.options import Options
         from ckptavg.tasks.find import with_task
         from ckptavg.window import Window
@@ -208,6 +222,8 @@ def carry_out(
         )
         bits = arguments.pop("bits")
         options = Options(**arguments, bits=bits if bits == "auto" else int(bits), window=window)
+        if options.wait_stable is not None:
+            shown.print(f"beginning when no candidate has changed for {options.wait_stable:g} s")
         done = work(paths, with_task(options, paths, required=needs_task), watch)
     result = done.result if isinstance(done, Comparison) else done
     shown.warn(result)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,28 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else WIDE)
 
 
+@contextmanager
+def stdout_for_data() -> Generator[None]:
+    """Whatever writes to stdout within, a task or a process that it starts, writes to stderr."""
+    try:
+        out, err = sys.stdout.fileno(), sys.stderr.fileno()
+    except (OSError, ValueError):  # replaced by something that is no file
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(out)
+    os.dup2(err, out)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()  # what was written to it by another name, while it still goes to stderr
+        os.dup2(kept, out)
+        os.close(kept)
+
+
 class Screen:
     """stderr, as loud as the user wants it."""
 
@@ -44,7 +67,7 @@ class Screen:
         """Say what was left out and what is doubtful; with -v also what was left out as a matter of course."""
         for one in result.left_out:
             if one.kind != "quiet" or self._verbose:
-                self._say(f"left out {one.path}: {one.reason}")
+                self._say(f"left out {one.line}")
         for warning in result.warnings:
             self._say(warning)
 

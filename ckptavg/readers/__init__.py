@@ -6,11 +6,13 @@ names. It knows nothing of training: which part of its tree is the model is `ckp
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
 import os
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -191,16 +193,30 @@ def open_reader(path: Path) -> Reader:
     """
     folder = claim_folder(entries(path)) if is_folder(path) else None
     if folder is not None:
-        return folder.open(path)
+        with _nothing_collected():
+            return folder.open(path)
     file = RegularFile(path)
     try:
         found = claim(file)
         if found is None:
             raise InputError(unknown(file.read(0, min(HEAD_SIZE, file.size))), path=path)
-        return found.open(file)
+        with _nothing_collected():
+            return found.open(file)
     except BaseException:
         file.close()
         raise
+
+
+@contextmanager
+def _nothing_collected() -> Generator[None]:
+    """No garbage collection meanwhile: headers become containers by the million, and none of them is garbage."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def unknown(head: bytes) -> str:

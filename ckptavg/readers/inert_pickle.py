@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, NoReturn, Protocol, TypeAlias, runtime_checkable
 
 from ckptavg.readers import Refused
@@ -226,6 +227,7 @@ def _key(key: object) -> object:
     return Inert(key.name if isinstance(key, Inert | Global) else type(key).__name__, called=False)
 
 
+@lru_cache(maxsize=64)  # a pickle makes objects of few classes, but of these many
 def _stand_in(name: str, called: bool) -> Inert | Refused:
     # what may be a tensor must not vanish from a state dict as other objects do
     last = name.rpartition(".")[2]

@@ -44,6 +44,11 @@ class RegularFile:
         """(device, inode): equal for two names of one file."""
         return self._identity[0], self._identity[1]
 
+    @property
+    def changed(self) -> float:
+        """When it was last changed before it was opened, in seconds since the epoch."""
+        return self._identity[3] / 1e9
+
     def read(self, offset: int, size: int) -> bytes:
         """The ``size`` bytes at ``offset``; for headers, not for tensors."""
         buffer = bytearray(size)

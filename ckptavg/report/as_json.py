@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from ckptavg.objective import Cost, Score
+from ckptavg.places import LeftOut
 from ckptavg.result import Comparison, Contestant, Landscape, Result
 
 
@@ -28,7 +31,7 @@ def to_dict(result: Result) -> dict[str, Any]:
             }
             for one in result.candidates
         ],
-        "left_out": [{"path": str(one.path), "reason": one.reason} for one in result.left_out],
+        "left_out": _left_out(result.left_out),
         "scores": {
             **{split: _score(score) for split, score in result.scores.items()},
             "baselines": {
@@ -89,6 +92,7 @@ def landscape_to_dict(found: Landscape) -> dict[str, Any]:
         "spearman": found.spearman,
         "r_squared": found.r_squared,
         "plane": plane and {"mixtures": plane.names, "u": plane.u, "v": plane.v, "losses": plane.losses},
+        "left_out": _left_out(found.left_out),
         "warnings": list(found.warnings),
     }
 
@@ -99,7 +103,11 @@ def to_json(report: Result | Comparison | Landscape) -> str:
         data = landscape_to_dict(report)
     else:
         data = comparison_to_dict(report) if isinstance(report, Comparison) else to_dict(report)
-    return json.dumps(data, indent=2, ensure_ascii=True)
+    return json.dumps(_without_nan(data), indent=2, ensure_ascii=True, allow_nan=False)
+
+
+def _left_out(found: Sequence[LeftOut]) -> list[dict[str, str]]:
+    return [{"path": str(one.path), "reason": one.reason, "kind": one.kind} for one in found]
 
 
 def _contestant(one: Contestant) -> dict[str, Any]:
@@ -138,5 +146,17 @@ def _cost(cost: Cost | None) -> dict[str, Any] | None:
     }
 
 
-def _score(score: Score | None) -> dict[str, float | int | None] | None:
-    return score and {"loss": score.loss, "metric": score.metric, "examples": score.examples}
+def _score(score: Score | None) -> Mapping[str, float | int | str | None] | None:
+    if score is None:
+        return None
+    found = {"loss": score.loss, "metric": score.metric, "examples": score.examples}
+    return {**found, "invalid": score.invalid} if score.invalid else found
+
+
+def _without_nan(value: Any) -> Any:
+    """The same data with null for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -115,7 +115,7 @@ class SeWA:
                 "learning the mask", step + 1, self.steps, loss=losses[step], sure=s_N.topk(self.k).values.mean()
             )
         trace = losses.tolist()
-        check_losses(trace)
+        check_losses(trace, objective, self.on, samples=self.samples)
         masks = likeliest(s_N, self.k, self.verify)
         chosen = _Verified(objective, self.verify).best(masks) if self.verify > 1 else masks[0]
         return Learned(coefficients=Coefficients.uniform(chosen, n), columns={"s": s_N.tolist()}, trace={"loss": trace})
@@ -165,7 +165,7 @@ class SeWA:
         """The mask by score-function gradients: as many scores as asked for, of K candidates each.
 
         Each step draws `DRAWS` masks m of exactly K candidates (the K largest of logit s_i + Gumbel noise) and takes
-        s ← Π_C(s + η·mean_m A(m)·(m − s)), A(m) being the scores less their mean, by their standard deviation:
+        s ← Π_C(s + η·Σ_m A(m)·(m − s)), A(m) being the scores less their mean, the sum brought to a mean square of 1:
         REINFORCE with s(1−s)∇_s log p(m|s) = m − s as its direction, which does not explode at 0 and 1. The answer is
         the best mask of all that were scored; the likeliest one is scored last. Source: Williams 1992, Machine
         Learning 8.
@@ -183,9 +183,13 @@ class SeWA:
             m_MN = torch.zeros(len(masks), n, dtype=torch.float64)
             for row_N, mask in zip(m_MN, masks, strict=True):
                 row_N[list(mask)] = 1
-            spread = scores.std(unbiased=False).clamp(min=torch.finfo(scores.dtype).tiny)
-            advantage_M = (scores - scores.mean()) / spread
-            s_N = project_capped_simplex(s_N + self.lr * (advantage_M @ (m_MN - s_N)) / len(masks), k)
+            if (finite := scores[scores.isfinite()]).numel():
+                scores = scores.clamp(min=finite.min())  # −∞ has no distance to anything
+            else:
+                scores = torch.zeros_like(scores)
+            ascent_N = (scores - scores.mean()) @ (m_MN - s_N)
+            root = ascent_N.square().mean().sqrt().clamp(min=torch.finfo(scores.dtype).tiny)
+            s_N = project_capped_simplex(s_N + self.lr * ascent_N / root, k)
             trace.append(max(found.values()))
             objective.progress("searching by scores", len(found), self.evaluations, score=trace[-1])
         self._scored(objective, likeliest(s_N, k, 1)[0], found)

@@ -125,7 +125,7 @@ class TWA:
                     "training the coefficients", len(losses), self.epochs * per_epoch, epoch=epoch + 1, loss=losses[-1]
                 )
             trace += torch.stack(losses[len(trace) :]).tolist()
-            check_losses(trace[-per_epoch:], len(trace) - per_epoch)
+            check_losses(trace[-per_epoch:], objective, fit, first=len(trace) - per_epoch)
             if self.patience is None:
                 best = x_GN.detach()
                 continue

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import sys
-import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.objective import Split
+from ckptavg.tasks.failure import failed
+from ckptavg.tasks.guard import Guard
 from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
+
+_OF_BATCHES: Final = ("loss", "metric", "predict")
 
 
 class PythonTask:
@@ -24,14 +29,18 @@ class PythonTask:
 
     Args:
         source: a path that ends in ``.py`` or has a directory in it, or the dotted name of a module.
+        timeout: seconds that importing it, or a call of one of its functions, may take; None for any time.
     Raises:
         UsageError: if there is no such file or module.
         TaskError: if importing it fails, or a function it must have is missing.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, timeout: float | None = None) -> None:
         self.source = source
-        self._module = _import(source)
+        self._guard = Guard(timeout, [source])
+        self._at = ""  # which batch is in use, for errors
+        with self._blame(None, thorough=True):
+            self._module = _import(source)
         for name in ("model", "loss"):
             self._function(name)
         if not self.has("val") and not self.has("train"):
@@ -45,7 +54,7 @@ class PythonTask:
             self.corpus()  # one of a kind that cannot be used is refused now
         elif metric is not None:
             metric = self._function("metric")
-            self.metric = lambda model, batch: self._call("metric", metric, model, batch)
+            self.metric = partial(self._metric, metric)
         self.metric_goal: str = self._goal(metric)
         self.metric_bounds = self._bounds()
         self._loss = self._function("loss")
@@ -60,11 +69,20 @@ class PythonTask:
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """See `Task.loss`."""
+        training = model.training
         loss = self._call("loss", self._loss, model, batch)
+        if model.training is not training:
+            model.train(training)
         if not isinstance(loss, Tensor) or not loss.is_floating_point():
             got = f"a {loss.dtype} tensor" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise TaskError(f"loss() must return a floating-point tensor, not {got}", path=self.source)
+            raise TaskError(f"loss() must return a floating-point tensor, not {got}{self._where}", path=self.source)
         return loss
+
+    def _metric(self, function: Callable[..., Any], model: nn.Module, batch: Any) -> Any:
+        value = self._call("metric", function, model, batch)
+        if value is None:
+            raise TaskError(f"metric() must return a number or one an example, not None{self._where}", path=self.source)
+        return value
 
     def has(self, split: Split) -> bool:
         """See `Task.has`."""
@@ -73,10 +91,12 @@ class PythonTask:
     def batches(self, split: Split) -> Iterator[Any]:
         """See `Task.batches`; a loader that is an iterator is made anew for each pass."""
         name = f"{split}_dataloader"
+        self._at = ""
         loader = self._loader(split)
-        with self._blame(name):
+        with self._blame(name, thorough=True):
             batches = iter(loader)
-        while True:
+        for number in itertools.count(1):
+            self._at = f"batch {number} of {name}"
             with self._blame(name):
                 try:
                     batch = next(batches)
@@ -150,18 +170,29 @@ class PythonTask:
         return function
 
     def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        with self._blame(name):
+        with self._blame(name, thorough=name not in _OF_BATCHES):
             return function(*args)
 
+    @property
+    def _where(self) -> str:
+        return f", for {self._at}" if self._at else ""
+
     @contextmanager
-    def _blame(self, name: str) -> Generator[None]:
-        """Turn whatever the task's code raises into one line that names the function and the place."""
+    def _blame(self, name: str | None, *, thorough: bool = False) -> Generator[None]:
+        """Turn whatever the task's code raises into one line that names the function (None: its import) and the batch.
+
+        The process is afterwards as it was; see `Guard`.
+        """
         try:
-            yield
-        except (Exception, SystemExit) as error:  # the boundary to code that is not ours
+            with self._guard.inside(thorough=thorough):
+                yield
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:  # the boundary to code that is not ours
             if isinstance(error, CkptavgError) or is_out_of_memory(error):
                 raise
-            raise _failed(self.source, name, error) from error
+            at = self._at if name in _OF_BATCHES or (name and self._at.endswith(name)) else ""
+            raise failed(self.source, name, at, error, self._guard.seconds) from error
 
 
 def _import(source: str) -> ModuleType:
@@ -176,11 +207,7 @@ def _import(source: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name == source.partition(".")[0]:
             raise UsageError(f"no task file or module is called {source}", hint="`ckptavg init` writes one") from error
-        raise _failed(source, None, error) from error
-    except (Exception, SystemExit) as error:  # the boundary to code that is not ours
-        if isinstance(error, CkptavgError):
-            raise
-        raise _failed(source, None, error) from error
+        raise
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -200,17 +227,3 @@ def _import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def _failed(source: str, function: str | None, error: BaseException) -> TaskError:
-    """``task.py:12: in loss: ValueError: …``, the line being the innermost one of the task's own file."""
-    name = Path(source).name
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == name]
-    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).name == name:
-        lines.append(error.lineno)
-    where = f"{source}:{lines[-1]}" if lines else source
-    lead = f"in {function}: " if function else "on import: "
-    hint = "-v shows the traceback"
-    if "more than 1 value per channel" in str(error):  # BatchNorm learns from batches here, also in the last one
-        hint = "BatchNorm needs two examples or more in every batch: set drop_last=True in the loader"
-    return TaskError(f"{lead}{type(error).__name__}: {error}", path=where, hint=hint)

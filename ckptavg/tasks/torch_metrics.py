@@ -97,7 +97,7 @@ class CorpusMetric:
         """The figure of all batches so far, as the metric gives it: negate it where its goal is ``min``.
 
         Raises:
-            TaskError: if there was no batch, or the figure is not one finite number.
+            TaskError: if there was no batch, or the figure is not one number.
         """
         if not self._states:
             raise TaskError("the metric has seen no batches", path=self._source)
@@ -136,7 +136,9 @@ class CorpusMetric:
                     setattr(metric, name, _joined(states, reduce))
                 metric._update_count = len(indices)
             value = self._part.compute()
-        return self._number(value)
+        if not math.isfinite(number := self._number(value)):
+            raise TaskError(f"the metric is {number}", path=self._source)
+        return number
 
     def _arguments(self, model: nn.Module, batch: Any) -> tuple[Any, ...]:
         if self._predict is None:
@@ -164,9 +166,7 @@ class CorpusMetric:
             got = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             hint = "give it an average over classes or outputs, such as average='macro'"
             raise TaskError(f"the metric must compute one number, not {got}", path=self._source, hint=hint)
-        if not math.isfinite(number := float(value)):
-            raise TaskError(f"the metric is {number}", path=self._source)
-        return number
+        return float(value)
 
     @contextmanager
     def _blame(self, where: str) -> Generator[None]:

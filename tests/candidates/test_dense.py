@@ -183,7 +183,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path: Path, value: f
     saved[2]["norm.weight"][1] = value
     with pytest.raises(InputError, match=r"step-2\.pt: norm\.weight: 1 values are NaN or infinite") as caught:
         candidates(Tied(), saved, tmp_path)
-    assert caught.value.hint == "leave it out with --exclude 'step-2.pt'"
+    assert caught.value.hint == "leave it out with --exclude 'step-2.pt', or all bad ones with --skip-bad"
 
 
 def test_load_sets_the_whole_state_from_bytes(tmp_path: Path):

@@ -16,7 +16,7 @@ from typing import Any
 from hostile.case import Case
 
 WORKERS = 2
-CPU = 5.0  # seconds a command may take; of the processor, so that a busy machine fails no test
+CPU = 5.0  # seconds a command may take; of the processor, at the pace that the limit was set for
 MEMORY = 1 << 30
 _TESTS = Path(__file__).parent.parent
 

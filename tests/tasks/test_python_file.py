@@ -88,7 +88,7 @@ def test_an_error_while_loading_data_is_blamed_on_the_loader(tmp_path: Path):
     body = BODY.replace(
         "return [torch.ones(3, 2), torch.ones(1, 2)]", "\n    yield torch.ones(1, 2)\n    raise OSError('gone')"
     )
-    with pytest.raises(TaskError, match=r"in val_dataloader: OSError: gone"):
+    with pytest.raises(TaskError, match=r"in val_dataloader, batch 2: OSError: gone"):
         list(PythonTask(written(tmp_path, body)).batches("val"))
 
 

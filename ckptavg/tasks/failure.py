@@ -1,0 +1,67 @@
+"""What a task's code raised, as one line: the place in its file, the function, the batch, and what it said."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from pathlib import Path
+from typing import Final
+
+from ckptavg.errors import TaskError
+from ckptavg.tasks.guard import TooLongError
+
+MOST: Final = 500  # characters of a message; some libraries print whole configurations
+_DEAD: Final = re.compile(r"DataLoader worker \(pid.*", re.DOTALL)
+
+
+def failed(source: str, function: str | None, at: str, error: BaseException, seconds: float | None = None) -> TaskError:
+    """``task.py:12: in loss, batch 3 of val_dataloader: ValueError: …``, the line being the innermost of its own file.
+
+    Args:
+        source: the task file.
+        function: of it, None while it was imported.
+        at: which batch it had, or was to give.
+        error: what it raised.
+        seconds: the limit, where it was that it took too long.
+    """
+    name = Path(source).name
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == name]
+    what, hint = _said(error), "-v shows the traceback"
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).name == name:
+        lines.append(error.lineno)
+    if inner := _in_a_worker(what):  # its traceback is in the text
+        lines += [int(line) for line in re.findall(rf'File "[^"]*\b{re.escape(name)}", line (\d+)', what)]
+        what = f"{inner} (in a worker process)"
+    if isinstance(error, TooLongError):
+        what, hint = f"took more than {seconds:g} s", "give it longer with --task-timeout"
+    elif isinstance(error, SystemExit) and function is None:
+        hint = "does it parse arguments when it is imported? put that under: if __name__ == '__main__'"
+    elif "more than 1 value per channel" in what:  # BatchNorm learns from batches here, also in the last one
+        hint = "BatchNorm needs two examples or more in every batch: set drop_last=True in the loader"
+    elif dead := _DEAD.search(what):
+        function = at.rpartition(" of ")[2] or function
+        what = f"a worker process died: {dead[0]}"
+        hint = "was it killed for its memory? num_workers=0 shows errors of the data themselves"
+    where = f"{source}:{lines[-1]}" if lines else source
+    lead = f"in {function}{at and ', ' + at.removesuffix(f' of {function}')}: " if function else "on import: "
+    return TaskError(lead + _shortened(what), path=where, hint=hint)
+
+
+def _said(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception:  # it is not ours, and may fail at anything
+        text = "(it cannot say what)"
+    return f"{type(error).__name__}: {text}"
+
+
+def _in_a_worker(what: str) -> str:
+    """The last line of the traceback that a loader's worker process sent, if there is one in the text."""
+    if "Original Traceback" not in what:
+        return ""
+    return next((line for line in reversed(what.splitlines()) if line.strip()), "").strip()
+
+
+def _shortened(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= MOST else f"{words[:MOST]} …"
