@@ -11,6 +11,7 @@ from importlib.metadata import version
 from threading import Event
 from typing import Any, Final
 
+from ckptavg import interrupt
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.readers import RegularFile
@@ -98,19 +99,22 @@ def hashing(files: Iterable[RegularFile], threads: int) -> Generator[Callable[[R
     with ThreadPoolExecutor(threads) as pool:
         try:
             found = {file: pool.submit(sha256, file, stop) for file in files}
-            yield lambda file: found[file].result()
+            yield lambda file: interrupt.result(found[file])
         finally:
             stop.set()
 
 
 def sha256(file: RegularFile, stop: Event | None = None) -> str:
-    """The SHA-256 of an open file, in hexadecimal; of no use if ``stop`` was set meanwhile."""
+    """The SHA-256 of an open file, in hexadecimal, found once; empty if ``stop`` was set meanwhile."""
+    if file.sha256 is not None:
+        return file.sha256
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_CHUNK))
     for start in range(0, file.size, _CHUNK):
         if stop and stop.is_set():
-            break
+            return ""
         part = buffer[: min(_CHUNK, file.size - start)]
         file.read_into(start, part)
         digest.update(part)
-    return digest.hexdigest()
+    file.sha256 = digest.hexdigest()
+    return file.sha256

@@ -10,17 +10,19 @@ from typing import Any, Final
 
 import torch
 
-from ckptavg import companions, loadable, recipe
+from ckptavg import companions, contents, durable, interrupt, loadable, recipe, shards
+from ckptavg.average import output_specs
 from ckptavg.commanded import Commanded
 from ckptavg.determinism import reproducible
 from ckptavg.discover import Found, discover
-from ckptavg.errors import CkptavgError, OutOfMemoryError, UsageError, is_out_of_memory
+from ckptavg.errors import CkptavgError, OutOfMemoryError, OutputError, UsageError, is_out_of_memory
 from ckptavg.evaluator import Evaluator, Watch
+from ckptavg.fingerprint import fingerprint
 from ckptavg.journal import Journal
 from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture
 from ckptavg.options import Options, destination
-from ckptavg.replay import Replay, fingerprint
+from ckptavg.replay import Replay
 from ckptavg.tasks import Task
 from ckptavg.tasks.held_out import HeldOut
 from ckptavg.tasks.python_file import PythonTask
@@ -29,8 +31,8 @@ from ckptavg.write import preflight
 _WORTH_KEEPING: Final = 60.0  # seconds of work that an error should not lose
 # of the options those that decide what is measured
 _DECISIVE: Final = (
-    "seed", "bits", "group_size", "holdout", "device", "dtype", "key", "batch_size", "score_cmd", "score_key",
-    "score_goal", "lm_eval",
+    "seed", "deterministic", "bits", "group_size", "holdout", "dtype", "key", "adapter", "rank", "batch_size",
+    "score_cmd", "score_key", "score_goal", "lm_eval",
 )  # fmt: skip
 
 
@@ -41,16 +43,27 @@ def opened(paths: Sequence[Path], options: Options) -> Generator[Found]:
     Raises:
         CkptavgError: in one line, with the exit code of its class; memory that ran out within is one too.
     """
+    _check_output(options)
+    with (
+        _out_of_memory_said(),
+        reproducible(options.seed, deterministic=options.deterministic),
+        discover(paths, options.window, options.key) as found,
+    ):
+        check_agreement(found.checkpoints)
+        recipe.check(found.checkpoints, options.adapter)
+        if destination(options.output)[1]:
+            loadable.check(found.checkpoints[-1])
+        yield found
+
+
+def _check_output(options: Options) -> None:
+    """Refuse an output that cannot be written, and remove what killed runs of it left."""
     path, folder = destination(options.output)
+    if not options.dry_run:
+        shards.sweep(folder or path.parent, None if folder else path.name)
     if folder and folder.is_dir():
         companions.check(folder)
     preflight(folder if folder and not folder.is_dir() else path, options.force)
-    with _out_of_memory_said(), reproducible(options.seed), discover(paths, options.window, options.key) as found:
-        check_agreement(found.checkpoints)
-        recipe.check(found.checkpoints, options.adapter)
-        if folder:
-            loadable.check(found.checkpoints[-1])
-        yield found
 
 
 @contextmanager
@@ -72,19 +85,38 @@ def journaled(
         return
     path, folder = destination(options.output)
     with Journal(folder or path, resume=options.resume, keep=options.keep_journal) as journal:
-        replay, began = None, time.monotonic()
-        if options.ways:
-            run = {name: getattr(options, name) for name in _DECISIVE} | {"strategy": dict(settings)}
-            journal.begin(fingerprint(found.checkpoints, run, [options.task, options.val, options.train, options.test]))
-            replay = Replay(journal)
+        _check_output(options)  # again: another run may have finished between the first look and the lock
+        if not options.ways:
+            yield None, journal.done
+            return
+        replay, began = Replay(journal), time.monotonic()
         try:
-            yield evaluator(found, options, watch, replay) if options.ways else None, journal.done
+            scores = evaluator(found, options, watch, replay)
+            run = {name: getattr(options, name) for name in _DECISIVE} | {"strategy": dict(settings)}
+            run["device"] = "" if options.score_cmd else _described(pick_device(options.device))
+            data = [options.val, options.train, options.test]
+            journal.begin(fingerprint(found.checkpoints, run, options.task, data))
+            with contents.recorded(journal, found.checkpoints):
+                yield scores, journal.done
         except BaseException as error:
-            if replay is not None:
-                replay.flush()
-            if isinstance(error, Exception) and time.monotonic() - began < _WORTH_KEEPING:
-                journal.drop()  # not an interruption: the next run will be another one
+            replay.flush()
+            brief = time.monotonic() - began < _WORTH_KEEPING and not journal.replayed
+            if isinstance(error, Exception) and brief and not interrupt.pending():
+                journal.drop()  # the next run will be another one
             raise
+
+
+def check_space(found: Found, options: Options) -> None:
+    """Refuse an output for which there is no space now, before hours of work for it.
+
+    Raises:
+        OutputError: with what is needed and what is free.
+    """
+    path, folder = destination(options.output)
+    needed = sum(spec.nbytes for spec in output_specs(found.checkpoints[0], options.dtype).values())
+    free = durable.free(path.parent if folder is None or folder.is_dir() else folder.parent)
+    if options.adapter != "exact" and needed > free:
+        raise OutputError(f"no space left on device: {needed:,} bytes are needed, {free:,} are free", path=path)
 
 
 def evaluator(found: Found, options: Options, watch: Watch | None, replay: Replay | None = None) -> Evaluator:
@@ -175,6 +207,11 @@ def task_of(options: Options, folder: Path) -> Task:
         )  # fmt: skip
     assert options.task is not None
     return PythonTask(options.task)
+
+
+def _described(device: torch.device) -> str:
+    """What computes; other hardware has other roundings."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ckptavg.determinism import LACKING, seed_loader
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.objective import Split
 from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
@@ -74,6 +75,7 @@ class PythonTask:
         """See `Task.batches`; a loader that is an iterator is made anew for each pass."""
         name = f"{split}_dataloader"
         loader = self._loader(split)
+        seed_loader(loader)
         with self._blame(name):
             batches = iter(loader)
         while True:
@@ -213,4 +215,7 @@ def _failed(source: str, function: str | None, error: BaseException) -> TaskErro
     hint = "-v shows the traceback"
     if "more than 1 value per channel" in str(error):  # BatchNorm learns from batches here, also in the last one
         hint = "BatchNorm needs two examples or more in every batch: set drop_last=True in the loader"
-    return TaskError(f"{lead}{type(error).__name__}: {error}", path=where, hint=hint)
+    what, lacks, _ = str(error).partition(LACKING)
+    if lacks:
+        what, hint = f"{what}{LACKING}", "leave out --deterministic, or use another operation"
+    return TaskError(f"{lead}{type(error).__name__}: {what}", path=where, hint=hint)
