@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ckptavg.errors import CkptavgError, OutOfMemoryError, UsageError, is_out_of_memory, printable
+from ckptavg import interrupt
+from ckptavg.errors import (
+    CkptavgError,
+    InterruptedRunError,
+    OutOfMemoryError,
+    UsageError,
+    is_out_of_memory,
+    printable,
+)
 
 
 def main() -> NoReturn:
     """Run ``ckptavg`` with the process's arguments and exit with its code."""
+    interrupt.install()
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore  # a file name may be any bytes
-    for warning in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler's ends a run as Ctrl-C does
-        signal.signal(warning, signal.default_int_handler)
     try:
         from ckptavg.cli.app import app
 
         app(prog_name="ckptavg", default_map=_configured())
     except CkptavgError as error:
         _fail(error, error)
+    except interrupt.Interruption as error:
+        _fail(InterruptedRunError("interrupted"), error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain again
         sys.exit(141)

@@ -20,7 +20,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from ckptavg import companions
+from ckptavg import companions, interrupt
 from ckptavg.average import output_specs, weighted_average
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
@@ -30,7 +30,7 @@ from ckptavg.evaluator import Watch
 from ckptavg.meter import SECONDS, Meter
 from ckptavg.objective import Cost, Hessian, Score, Split
 from ckptavg.readers import StoredTensor
-from ckptavg.replay import Replay
+from ckptavg.replay import Replay, score_key
 from ckptavg.surrogate import Surrogate
 from ckptavg.write import SafetensorsFile
 
@@ -127,7 +127,8 @@ class Commanded:
         if coefficients in self._scores:
             self._meter.charge(coefficients)
             return self._scores[coefficients]
-        if self._replay and (known := self._replay.score(coefficients, "val", exact=True)):
+        key = score_key(coefficients, "val", exact=True)
+        if self._replay and (known := self._replay.score(key)):
             self._scores[coefficients] = known
             return known
         with self._meter.pricing(coefficients):
@@ -137,7 +138,7 @@ class Commanded:
         score = Score(value=self._sign * number, loss=None, metric=number, examples=None)
         self._scores[coefficients] = score
         if self._replay is not None:
-            self._replay.keep_score(coefficients, "val", score, exact=True)
+            self._replay.keep_score(key, score)
         return score
 
     def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
@@ -150,7 +151,10 @@ class Commanded:
         return self.score(coefficients)
 
     def adopt(
-        self, specs: Mapping[str, StoredTensor], read_into: Callable[[str, int, memoryview], None]
+        self,
+        coefficients: Coefficients,
+        specs: Mapping[str, StoredTensor],
+        read_into: Callable[[str, int, memoryview], None],
     ) -> Mapping[str, Tensor]:
         """See `Evaluator.adopt`: nothing is recomputed, so the file is the one that was scored."""
         return {}
@@ -217,7 +221,8 @@ class Commanded:
             text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
         try:
-            out, err = process.communicate(timeout=self._timeout)
+            with interrupt.at_once():
+                out, err = process.communicate(timeout=self._timeout)
         except BaseException as error:  # the whole group: the command may have started others
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -17,7 +17,7 @@ from ckptavg.options import Options
 from ckptavg.paired import gain
 from ckptavg.pipeline import blank, check, plan, result
 from ckptavg.result import Comparison, Contestant
-from ckptavg.session import journaled, opened
+from ckptavg.session import check_space, journaled, opened
 from ckptavg.strategies import from_spec
 
 REFERENCE: Final = "last"
@@ -64,6 +64,7 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
             would = f"would compare {', '.join(asked)}"
             shown = blank(found, asked[REFERENCE], options, [would, *plan(found.checkpoints, options)])
             return Comparison(contestants=(), winner="", result=shown)
+        check_space(found, options)
         evaluator.prepare()
         runs: list[_Run] = []
         for name, strategy in asked.items():

@@ -33,6 +33,7 @@ from ckptavg.candidates.flat import unique_tensors
 from ckptavg.errors import TaskError
 from ckptavg.gradient import without_cudnn_recurrence
 from ckptavg.intercept import Call, UnavailableError, cut_off, derivatives, slopes_of, tensors
+from ckptavg.partial import Partial, resumed
 from ckptavg.surrogate import Curvature, Surrogate
 
 Hessian: TypeAlias = Literal["auto", "exact", "gauss-newton"]
@@ -55,6 +56,8 @@ def surrogate(
     hessian: Hessian = "auto",
     count: Count = lambda kind, examples: None,
     source: str | None = None,
+    order: Callable[[], int] = int,
+    partial: Callable[[str], Partial] = lambda name: Partial(),
 ) -> Surrogate:
     """The mean loss over examples around the mean of the candidates, to second order.
 
@@ -79,6 +82,8 @@ def surrogate(
         hessian: which curvature.
         count: is told each batch that goes ``forward`` or ``backward``.
         source: the task's, for errors.
+        order: a checksum of the examples of the pass so far.
+        partial: knows how far an earlier run has come with a kind of pass.
     Raises:
         TaskError: if the loss has no gradient or is not finite, or the curvature cannot be had.
     """
@@ -87,7 +92,10 @@ def surrogate(
         for plain in (False, True):
             try:
                 with _plain_kernels(candidates.model) if plain else nullcontext(), torch.enable_grad():
-                    value, gradient_N, hessian_NN = _Pass(candidates, loss, curvature, count).over(batches())
+                    over = _Pass(candidates, loss, curvature, count)
+                    done = partial(f"{curvature} {plain}")
+                    work = lambda over=over, done=done: over.over(batches(), done, order)  # noqa: E731
+                    value, gradient_N, hessian_NN = resumed(done, work)
             except UnavailableError as error:
                 reasons[curvature] = f"no {curvature} Hessian: {error}"
                 if not error.operation:
@@ -133,17 +141,19 @@ class _Pass:
         self._mean = [(tensor, tensor.data.clone()) for tensor in mixed]
         self._mean_of = {id(tensor): mean for tensor, mean in self._mean}
 
-    def over(self, batches: Iterable[Any]) -> tuple[float, Tensor, Tensor]:
+    def over(self, batches: Iterable[Any], partial: Partial, order: Callable[[], int]) -> tuple[float, Tensor, Tensor]:
         """F, g [N] and H [N, N], these two in float64 on the CPU."""
-        n, examples = self._candidates.n, 0
-        total = self._one_NN.new_zeros(1 + n + n * n)
-        for batch in batches:
+        n = self._candidates.n
+        sums: dict[str, Any] = {"examples": 0, "total": self._one_NN.new_zeros(1 + n + n * n)}
+        for state in partial.states[-1:]:
+            sums = {"examples": state["examples"], "total": state["total"].to(self._one_NN)}
+        for batch in partial.rest(batches, order, lambda: sums):
             size = batch_size(batch)
             value, gradient_N, hessian_NN = self._measure(batch)
-            total += size * torch.cat([value.view(1), gradient_N, hessian_NN.flatten()])
-            examples += size
-        assert examples, "a pass without batches"
-        total = total.cpu().double() / examples
+            sums["total"] += size * torch.cat([value.view(1), gradient_N, hessian_NN.flatten()])
+            sums["examples"] += size
+        assert sums["examples"], "a pass without batches"
+        total = sums["total"].cpu().double() / sums["examples"]
         value, gradient_N, hessian_NN = float(total[0]), total[1 : n + 1], total[n + 1 :].view(n, n)
         if not total[: n + 1].isfinite().all():
             raise _NoGradientError(f"loss() is {value} at the mean of the candidates, or its gradient is not finite")

@@ -60,13 +60,20 @@ class Evaluator(Objective, Protocol):
         ...
 
     def adopt(
-        self, specs: Mapping[str, StoredTensor], read_into: Callable[[str, int, memoryview], None]
+        self,
+        coefficients: Coefficients,
+        specs: Mapping[str, StoredTensor],
+        read_into: Callable[[str, int, memoryview], None],
     ) -> Mapping[str, Tensor]:
-        """Take the file that is about to be written as it lies; its `statistics`, recomputed, are to be put into it."""
+        """Take the file that is about to be written as it lies, the average of ``coefficients``.
+
+        Returns:
+            Its `statistics`, recomputed, to be put into it.
+        """
         ...
 
     def score_adopted(self, coefficients: Coefficients, split: Split) -> Score:
-        """The score of the file that was adopted, the average of ``coefficients``."""
+        """The score of the file that was adopted with these ``coefficients``."""
         ...
 
     def restart(self) -> None:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 import torch
 
-from ckptavg import batches
-from ckptavg.determinism import seed_all
+from ckptavg import batches, interrupt
+from ckptavg.determinism import reseed
 from ckptavg.errors import TaskError
 from ckptavg.meter import Meter
 from ckptavg.objective import Split
 from ckptavg.tasks import Task
 from ckptavg.tasks.held_out import HeldOut
 
+_END: Final = object()
+
 
 class Feed:
     """What a task's loaders give, on the device.
 
-    The splits ``fit`` and ``held`` are the two halves of what is scored on. A pass begins with global generators
-    seeded, so loaders that shuffle by them repeat themselves.
+    The splits ``fit`` and ``held`` are the two halves of what is scored on. Global generators are seeded before each
+    batch is fetched, so loaders that shuffle by them repeat themselves, and what a loss draws for one batch does not
+    depend on those before it, which an interrupted run may have done already.
 
     Args:
         task: whose loaders.
@@ -39,9 +42,9 @@ class Feed:
         self._meter = meter
         self._halves = HeldOut(task, scored_on, rest="fit", to="held", fraction=0.5, seed=seed)
         self._lengths: dict[Split, int] = {}
-        self._streams: dict[Split, Iterator[Any]] = {}
+        self._streams: dict[Split, Stream] = {}
         self.examples: dict[Split, int] = {}  # of the last whole pass
-        self.order: dict[Split, int] = {}  # a checksum of the examples of the last whole pass, as they came
+        self.order: dict[Split, int] = {}  # a checksum of the examples of the last pass so far, as they came
         self.needs_two = False  # whether a batch of one example cannot be used, having no statistics
 
     def restart(self, *, halved: bool = False) -> None:
@@ -63,11 +66,11 @@ class Feed:
             raise self.empty(split)
         return self._lengths[split]
 
-    def next(self, split: Split) -> Any:
-        """The next batch to learn from, pass after pass."""
+    def stream(self, split: Split) -> Stream:
+        """The batches to learn from, pass after pass."""
         if split not in self._streams:
-            self._streams[split] = self._endless(split)
-        return next(self._streams[split])
+            self._streams[split] = Stream(lambda first: self._endless(split, first), self._device)
+        return self._streams[split]
 
     def scored(self, split: Split) -> Iterator[Any]:
         """One pass over all examples."""
@@ -88,14 +91,14 @@ class Feed:
         return self._halves if split in ("fit", "held") else self._task
 
     def _passed(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:
-        seed_all(self._seed)
-        seen, order = 0, 0
-        for batch in source:
+        seen = self.order[split] = 0
+        for batch in _seeded(source, self._seed):
             size = batches.size(batch)
-            seen, order = seen + size, zlib.crc32(batches.sample(batch), order)
+            seen += size
+            self.order[split] = zlib.crc32(batches.sample(batch), self.order[split])
             self._meter.count("forward", size)
             yield batches.to_device(batch, self._device)
-        self.examples[split], self.order[split] = seen, order
+        self.examples[split] = seen
 
     def _learnable(self, split: Split) -> Iterator[Any]:
         """What is left of a divided batch may be one example."""
@@ -103,11 +106,53 @@ class Feed:
         divided = isinstance(data, HeldOut)
         return (b for b in data.batches(split) if not (divided and self.needs_two and batches.size(b) == 1))
 
-    def _endless(self, split: Split) -> Iterator[Any]:
-        for pass_number in itertools.count():
-            seed_all(self._seed + pass_number)
+    def _endless(self, split: Split, first: int) -> Iterator[Any]:
+        """From batch number ``first`` on; whole passes before it are not read where their length is known."""
+        length = self._data(split).length(split)
+        skipped = first // length if length else 0
+        return itertools.islice(self._passes(split, skipped), first - skipped * (length or 0), None)
+
+    def _passes(self, split: Split, first: int) -> Iterator[Any]:
+        for number in itertools.count(first):
             batch = None
-            for batch in self._learnable(split):
-                yield batches.to_device(batch, self._device)
+            for batch in _seeded(self._learnable(split), self._seed + number):
+                yield batch
             if batch is None:
                 raise self.empty(split)
+
+
+class Stream:
+    """Batches one after the other; only the last of those that were passed is on the device."""
+
+    def __init__(self, start: Callable[[int], Iterator[Any]], device: torch.device) -> None:
+        self._start = start
+        self._device = device
+        self._source: Iterator[Any] | None = None
+        self._at = self._fetched = -1
+        self._batch: Any = None
+
+    def advance(self) -> None:
+        """Go on to the next batch; it is fetched when it is asked for."""
+        self._at += 1
+
+    @property
+    def batch(self) -> Any:
+        """The batch that it has come to."""
+        if self._source is None:
+            self._source, self._fetched = self._start(self._at), self._at - 1
+        while self._fetched < self._at:
+            self._batch = next(self._source)
+            self._fetched += 1
+            if self._fetched == self._at:
+                self._batch = batches.to_device(self._batch, self._device)
+        return self._batch
+
+
+def _seeded(source: Iterator[Any], seed: int) -> Iterator[Any]:
+    for number in itertools.count():
+        interrupt.check()
+        reseed(seed, number)
+        batch = next(source, _END)
+        if batch is _END:
+            return
+        yield batch

@@ -13,6 +13,7 @@ from ckptavg import companions, manifest, provenance
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.dtypes import TORCH, spelled
+from ckptavg.durable import flush_folder
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.objective import Score, Split, Strategy
 from ckptavg.options import Options, destination
@@ -70,9 +71,7 @@ def finish(
     with companions.made(folder):
         if folder:
             path = folder / companions.file_name(source)
-        output, scores = _write(path, made, checkpoints, coefficients, strategy, options, evaluator, watch)
-    copied = companions.copy(source, folder, output.dtype, made.config) if folder else ()
-    return Finished(output=output, scores=scores, copied=copied, notes=made.notes)
+        return _write(path, made, checkpoints, coefficients, strategy, options, evaluator, watch)
 
 
 def _write(
@@ -84,8 +83,11 @@ def _write(
     options: Options,
     evaluator: Evaluator | None,
     watch: Watch | None,
-) -> tuple[Output, dict[Split, Score]]:
-    """Stream the average into a file beside its destination, and commit it when it is finished and scored."""
+) -> Finished:
+    """Stream the average into a file beside its destination, and commit it when it is finished and scored.
+
+    In a directory the model's files get their names last, so what is killed between is not taken for a model.
+    """
     specs, kept = made.specs, made.not_averaged
     fits = {name: spec.shape for name, spec in specs.items()} == {n: t.shape for n, t in checkpoints[0].tensors.items()}
     if not fits:
@@ -109,24 +111,23 @@ def _write(
             if watch:
                 watch("averaging, MB", done // MEGABYTE, -(-total // MEGABYTE), {})
         if evaluator:
-            state = evaluator.adopt(specs, out.read_into)
+            state = evaluator.adopt(coefficients, specs, out.read_into)
             for name in recomputed:
                 out.write(name, 0, _bytes(state[name], TORCH[specs[name].dtype]))
             scores = {split: evaluator.score_adopted(coefficients, split) for split in evaluator.splits}
         metadata |= describe(digest=lambda file: manifest.agreed(file, digest(file)))
         for i in coefficients.selected:
             checkpoints[i].check_unchanged()
-        if destination(options.output)[1]:
-            companions.check_tied(checkpoints[coefficients.selected[-1]], specs, out.read_into)
-        out.commit()
-    return Output(
-        path=out.path,
-        sha256=out.sha256,
-        bytes=out.size,
-        dtype=spelled(spec.dtype for spec in specs.values()),
-        not_averaged=kept,
-        recomputed=recomputed,
-    ), scores
+        source, dtype = checkpoints[coefficients.selected[-1]], spelled(spec.dtype for spec in specs.values())
+        if folder := destination(options.output)[1]:
+            companions.check_tied(source, specs, out.read_into)
+        with companions.copies(source, folder, dtype, made.config) as copied:
+            out.publish()
+        flush_folder(out.path)
+    output = Output(
+        path=out.path, sha256=out.sha256, bytes=out.size, dtype=dtype, not_averaged=kept, recomputed=recomputed
+    )
+    return Finished(output=output, scores=scores, copied=copied, notes=made.notes)
 
 
 def _opened(

@@ -13,7 +13,7 @@ from typing import Final
 
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import InputError
-from ckptavg.provenance import Hash
+from ckptavg.provenance import sha256
 from ckptavg.readers import RegularFile
 
 NAME: Final = "SHA256SUMS"
@@ -50,7 +50,7 @@ class Manifest:
             expected = next((sums[name] for name, sums in lists.items() if name in sums), None)
             if expected is None:
                 self.unlisted += [file.path] if lists else []
-            elif (found := Hash(file).hexdigest()) != expected:
+            elif (found := sha256(file)) != expected:
                 raise InputError(
                     f"its SHA-256 is {found[:16]}…, but by {NAME} {expected[:16]}…: damaged, or changed since",
                     path=file.path,

@@ -21,13 +21,14 @@ from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.errors import TaskError, is_out_of_memory
 from ckptavg.evaluator import Watch
-from ckptavg.feed import Feed
+from ckptavg.feed import Feed, Stream
 from ckptavg.gradient import MixtureLoss, loss_and_gradient
 from ckptavg.meter import SECONDS, Meter
 from ckptavg.objective import Cost, Hessian, Score, Split, valid
 from ckptavg.options import BITS
+from ckptavg.partial import Partial, resumed
 from ckptavg.readers import StoredTensor
-from ckptavg.replay import Replay
+from ckptavg.replay import Replay, score_key
 from ckptavg.result import MatrixResult
 from ckptavg.scorer import Scorer
 from ckptavg.surrogate import Surrogate
@@ -78,6 +79,8 @@ class Mixture:
         self._scores: dict[tuple[Coefficients, Split, bool], Score] = {}
         self._surrogates: dict[tuple[Split, Hessian], Surrogate] = {}
         self.meter = Meter()
+        for _ in range(0 if replay is None else replay.halvings):
+            task.halve()  # as it had to be before; then results are the same
         self._feed = Feed(task, self.scored_on, device, seed, self.meter)
         self._scorer = Scorer(task, self._feed)
         self.restart()
@@ -91,7 +94,6 @@ class Mixture:
         self._feed.restart()
         if self._replay is not None:
             self._replay.restart()
-        self._batch: Any = None
         self.meter.restart()
 
     @cached_property
@@ -180,10 +182,14 @@ class Mixture:
 
         def work() -> Tensor:
             nonlocal fresh
+            if self._replay is not None and self._replay.halved():
+                self._feed.restart(halved=True)
+                fresh = True
+            stream = self._feed.stream(on or self.scored_on)
             if fresh:
-                self._batch = self._feed.next(on or self.scored_on)
+                stream.advance()
             fresh = True  # the batch that was too large is gone
-            return MixtureLoss.apply(c_N, self._step(self._batch, groups))  # pyright: ignore
+            return MixtureLoss.apply(c_N, self._step(stream, groups))  # pyright: ignore
 
         return self._with_memory(work)
 
@@ -193,7 +199,10 @@ class Mixture:
         if key in self._surrogates:
             self.meter.charge(key)
             return self._surrogates[key]
-        norms, split = self._norms, key[0]
+        norms, split, name = self._norms, key[0], f"surrogate {' '.join(key)}"
+        if self._replay is not None and (known := self._replay.surrogate(name)):
+            self._surrogates[key] = known
+            return known
 
         def passed() -> Iterator[Any]:
             for done, batch in enumerate(self._feed.learnable(split), 1):
@@ -205,10 +214,13 @@ class Mixture:
                 return curvature.surrogate(
                     self.candidates, passed, self.task.loss,
                     hessian=hessian, count=self.meter.count, source=self.task.source,
+                    order=lambda: self._feed.order[split], partial=lambda kind: self._partial(f"{name} {kind}"),
                 )  # fmt: skip
 
         with self.meter.pricing(key):
             self._surrogates[key] = self._with_memory(work)
+        if self._replay is not None:
+            self._replay.keep_surrogate(name, self._surrogates[key])
         return self._surrogates[key]
 
     def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
@@ -263,33 +275,51 @@ class Mixture:
         """See `Evaluator.statistics`."""
         return batchnorm.statistics(self.model)
 
-    def adopt(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> Mapping[str, Tensor]:
+    def adopt(
+        self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto
+    ) -> Mapping[str, Tensor]:
         """See `Evaluator.adopt`."""
         self.load(specs, read_into)
-        self._with_memory(self.recompute_batchnorm)
+        self._with_memory(lambda: self.recompute_batchnorm(_written(coefficients, self.batchnorm_from)))
         state = self.model.state_dict()
         return {name: state[name] for name in self.statistics}
 
     def score_adopted(self, coefficients: Coefficients, split: Split) -> Score:
         """See `Evaluator.score_adopted`."""
-        return self._with_memory(lambda: self.evaluate(split, what="the average"))
+        key = _written(coefficients, split)
+        score = None if self._replay is None else self._replay.score(key, self.task)
+        if score is None:
+            score = self._with_memory(lambda: self.evaluate(split, "the average", key))
+            if self._replay is not None:
+                self._replay.keep_score(key, score)
+        return score
 
-    def recompute_batchnorm(self) -> None:
-        """Recompute BatchNorm's statistics at the model's present weights, on training data where there is some."""
+    def recompute_batchnorm(self, key: str) -> None:
+        """Recompute BatchNorm's statistics at the model's present weights, on training data where there is some.
+
+        Args:
+            key: of these weights in the journal.
+        """
+        norms, split, partial = self._norms, self.batchnorm_from, self._partial(f"{key} batchnorm")
 
         def forward() -> None:
-            for batch in self._feed.learnable(self.batchnorm_from):
+            passed, order = self._feed.learnable(split), lambda: self._feed.order[split]
+            for batch in partial.rest(passed, order, lambda: batchnorm.statistics_of(norms), whole=True):
                 self.task.loss(self.model, batch)
 
-        batchnorm.recompute(self._norms, forward)
+        resumed(partial, lambda: batchnorm.recompute(norms, forward, next(reversed(partial.states), None)))
 
-    def evaluate(self, split: Split, what: str) -> Score:
-        """The score of the model's present state on one split; ``what`` names it in an error.
+    def evaluate(self, split: Split, what: str, key: str = "") -> Score:
+        """The score of the model's present state on one split.
 
+        Args:
+            split: which.
+            what: names the model in an error.
+            key: of these weights and the split in the journal.
         Raises:
             TaskError: if it is `Score.invalid`.
         """
-        score = self._scorer.score(self.model, split, what)
+        score = self._measured(split, what, None, key)
         assert score is not None  # only a bar makes it stop
         return valid(score, self.task.source)
 
@@ -306,8 +336,9 @@ class Mixture:
             epochs_of=self.batchnorm_from,
         )
 
-    def _step(self, batch: Any, groups: Groups) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def _step(self, stream: Stream, groups: Groups) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         def measured(c_GN: Tensor) -> tuple[Tensor, Tensor]:
+            batch = stream.batch
             self.meter.count("forward", batches.size(batch))
             return loss_and_gradient(self.task, self.candidates, self._norms, self.meter, c_GN, batch, groups)
 
@@ -334,18 +365,26 @@ class Mixture:
         if key in self._scores and (bar is None or self.meter.charged(key)):
             self.meter.charge(key)
             return self._scores[key]
-        if bar is None and self._replay and (known := self._replay.score(coefficients, split, exact=exact)):
-            self._scores[key] = known
-            return known
+        name = score_key(coefficients, split, exact=exact)
+        if self._replay is not None:
+            # what this run has measured itself is measured again where it is to stop early, for the price of that
+            if known := self._replay.score(name, self.task, earlier=bar is not None):
+                self._scores[key] = known
+                return known
+            if bar is not None and self._replay.rejected(name, bar):
+                return None
         with self.meter.pricing(key if bar is None else (*key, bar)):
             self.meter.evaluated()
             self._mix(coefficients, exact=exact)
-            score = self._with_memory(lambda: self._recomputed(split, self._describe(coefficients), bar))
+            score = self._with_memory(lambda: self._recomputed(split, self._describe(coefficients), bar, name))
         if score is not None:
             self._scores[key] = score
             self.meter.same_price(key if bar is None else (*key, bar), key)
-            if self._replay is not None:
-                self._replay.keep_score(coefficients, split, score, exact=exact)
+        if self._replay is not None:
+            if score is not None:
+                self._replay.keep_score(name, score)
+            elif bar is not None:
+                self._replay.keep_rejected(name, bar)
         return score
 
     def _mix(self, coefficients: Coefficients, *, exact: bool) -> None:
@@ -358,9 +397,16 @@ class Mixture:
             self.candidates.materialize(self.uniform().new_tensor(coefficients.values), coefficients.groups)
             self.candidates.take_integers(coefficients.selected[-1])
 
-    def _recomputed(self, split: Split, what: str, bar: float | None) -> Score | None:
-        self.recompute_batchnorm()
-        return self._scorer.score(self.model, split, what, bar)
+    def _recomputed(self, split: Split, what: str, bar: float | None, key: str) -> Score | None:
+        self.recompute_batchnorm(key)
+        return self._measured(split, what, bar, key)
+
+    def _measured(self, split: Split, what: str, bar: float | None, key: str) -> Score | None:
+        partial = self._partial(key)
+        return resumed(partial, lambda: self._scorer.score(self.model, split, what, partial, bar))
+
+    def _partial(self, key: str) -> Partial:
+        return Partial() if self._replay is None or not key else self._replay.partial(key)
 
     def _with_memory(self, work: Callable[[], _T]) -> _T:
         """Do ``work``, with batches half as large as long as memory runs out and the task can halve them."""
@@ -370,6 +416,8 @@ class Mixture:
             except (RuntimeError, MemoryError) as error:
                 if not (is_out_of_memory(error) and self.task.halve()):
                     raise
+            if self._replay is not None:
+                self._replay.keep_halving()
             self._feed.restart(halved=True)
             torch.cuda.empty_cache()
 
@@ -378,3 +426,8 @@ class Mixture:
         if len(chosen) == 1:
             return f"candidate {chosen[0].path}"
         return "the mixture of steps " + ", ".join(str(checkpoint.step) for checkpoint in chosen)
+
+
+def _written(coefficients: Coefficients, split: Split) -> str:
+    """The key of the file as it lies, which has the output's dtype."""
+    return f"written {score_key(coefficients, split, exact=True)}"

@@ -39,6 +39,7 @@ class Options:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dtype: of the output's floating-point tensors; None is the candidates' own.
         seed: of everything random.
+        deterministic: let torch use algorithms only that repeat to the bit.
         bits: of an element of the candidate matrix while searching, or ``auto``; the average is exact whatever it is.
         group_size: elements that share a scale and a zero point where ``bits`` < 32.
         holdout: the fraction of validation data kept for the final scores, where the task has no test data.
@@ -74,6 +75,7 @@ class Options:
     device: str = "auto"
     dtype: str | None = None
     seed: int = 0
+    deterministic: bool = False
     bits: int | Literal["auto"] = 32
     group_size: int = 128
     holdout: float | None = None

@@ -19,7 +19,7 @@ from ckptavg.judge import Judgement, judge
 from ckptavg.objective import Learned, Objective, Score, Split, Strategy
 from ckptavg.options import BITS, Options, destination
 from ckptavg.result import CandidateResult, Result
-from ckptavg.session import journaled, opened, pick_device
+from ckptavg.session import check_space, journaled, opened, pick_device
 from ckptavg.strategies.best import Best
 
 _LOST: Final = 0.5  # of the candidates' differences: coefficients found with less than half of them may be any
@@ -37,6 +37,7 @@ def run(paths: Sequence[Path], strategy: Strategy, options: Options, watch: Watc
         check(strategy, len(found.checkpoints), evaluator)
         if options.dry_run:
             return blank(found, strategy, options, plan(found.checkpoints, options))
+        check_space(found, options)
         learned = strategy.learn(objective)
         judgement = judge(evaluator, learned.coefficients, options) if evaluator else Judgement(learned.coefficients)
         wrote = Best() if judgement.replaced else strategy

@@ -95,14 +95,15 @@ def hashing(files: Iterable[RegularFile], threads: int) -> Generator[Callable[[R
         The SHA-256 of one of ``files``; the first call reads what is left of all, ``threads`` at a time.
     """
     stop = Event()
-    running = {file: Hash(file, stop) for file in files}
-    found: dict[RegularFile, str] = {}
+    running = {file: Hash(file, stop) for file in files if file.sha256 is None}
 
     def digest(file: RegularFile) -> str:
-        if not found:
+        if file.sha256 is None:
             with ThreadPoolExecutor(threads) as pool:
-                found.update(zip(running, pool.map(Hash.hexdigest, running.values()), strict=True))
-        return found[file]
+                for one, found in zip(running, pool.map(Hash.hexdigest, running.values()), strict=True):
+                    one.sha256 = found
+        assert file.sha256 is not None
+        return file.sha256
 
     for file, its in running.items():
         file.listener = its.saw
@@ -112,6 +113,16 @@ def hashing(files: Iterable[RegularFile], threads: int) -> Generator[Callable[[R
         stop.set()
         for file in running:
             file.listener = None
+
+
+def sha256(file: RegularFile, stop: Event | None = None) -> str:
+    """The SHA-256 of an open file, in hexadecimal, found once; empty if ``stop`` was set meanwhile."""
+    if file.sha256 is None:
+        found = Hash(file, stop).hexdigest()
+        if stop and stop.is_set():
+            return ""
+        file.sha256 = found
+    return file.sha256
 
 
 class Hash:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +12,10 @@ from torch import nn
 from ckptavg import batches
 from ckptavg.feed import Feed
 from ckptavg.objective import Score, Split
+from ckptavg.partial import Partial
 from ckptavg.tally import Tally
 from ckptavg.tasks import Task
+from ckptavg.tasks.torch_metrics import Resampled
 
 
 class Scorer:
@@ -23,13 +26,16 @@ class Scorer:
         self._feed = feed
         self._whole: dict[Split, int] = {}  # examples of a finished pass
 
-    def score(self, model: nn.Module, split: Split, what: str, bar: float | None = None) -> Score | None:
+    def score(
+        self, model: nn.Module, split: Split, what: str, partial: Partial, bar: float | None = None
+    ) -> Score | None:
         """The score, or None as soon as it is known to stay below the bar.
 
         Args:
             model: in its present state.
             split: on which data.
             what: names the model in an error.
+            partial: knows the batches that an earlier run has done.
             bar: a value of `Score`; None for the whole score in any case.
         Raises:
             TaskError: if there are no data, or loss or metric is no number.
@@ -40,7 +46,15 @@ class Scorer:
                 return task.whole(model)
             sign = -1.0 if task.metric_goal == "min" else 1.0
             tally, corpus = Tally(sign, task.metric_bounds), task.corpus and task.corpus()
-            for batch in self._feed.scored(split):
+            for part in partial.states:
+                tally.restore(part["tally"])
+                if corpus is not None:
+                    corpus.restore(part["corpus"])
+
+            def state() -> Any:
+                return {"tally": tally.part(), "corpus": corpus and corpus.part()}
+
+            for batch in partial.rest(self._feed.scored(split), lambda: self._feed.order[split], state):
                 metric = None if task.metric is None else task.metric(model, batch)
                 tally.add(task.loss(model, batch), metric, batches.size(batch))
                 if corpus is not None:
@@ -56,10 +70,5 @@ class Scorer:
         figure = corpus.compute()
         if not math.isfinite(figure):
             return replace(score, value=-math.inf, metric=figure, invalid=f"{what}: the metric is {figure}")
-        return replace(
-            score,
-            value=sign * figure,
-            metric=figure,
-            resampled=lambda drawn: sign * corpus.resampled(drawn),
-            batches=corpus.batches,
-        )
+        resampled = Resampled(corpus, sign)
+        return replace(score, value=sign * figure, metric=figure, resampled=resampled, batches=corpus.batches)

@@ -10,18 +10,20 @@ from typing import Any, Final
 
 import torch
 
-from ckptavg import companions, loadable, recipe
+from ckptavg import companions, contents, durable, interrupt, loadable, recipe, shards
 from ckptavg.admission import admitted
+from ckptavg.average import output_specs
 from ckptavg.commanded import Commanded
 from ckptavg.determinism import reproducible
 from ckptavg.discover import Found
-from ckptavg.errors import CkptavgError, OutOfMemoryError, TaskError, UsageError, is_out_of_memory
+from ckptavg.errors import CkptavgError, OutOfMemoryError, OutputError, TaskError, UsageError, is_out_of_memory
 from ckptavg.evaluator import Evaluator, Watch
+from ckptavg.fingerprint import fingerprint
 from ckptavg.journal import Journal
 from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture
 from ckptavg.options import Options, destination
-from ckptavg.replay import Replay, fingerprint
+from ckptavg.replay import Replay
 from ckptavg.tasks import Task
 from ckptavg.tasks.held_out import HeldOut
 from ckptavg.tasks.python_file import PythonTask
@@ -30,8 +32,8 @@ from ckptavg.write import preflight
 _WORTH_KEEPING: Final = 60.0  # seconds of work that an error should not lose
 # of the options those that decide what is measured
 _DECISIVE: Final = (
-    "seed", "bits", "group_size", "holdout", "device", "dtype", "key", "batch_size", "score_cmd", "score_key",
-    "score_goal", "lm_eval",
+    "seed", "deterministic", "bits", "group_size", "holdout", "dtype", "key", "adapter", "rank", "batch_size",
+    "score_cmd", "score_key", "score_goal", "lm_eval",
 )  # fmt: skip
 
 
@@ -46,14 +48,15 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
     Raises:
         CkptavgError: in one line, with the exit code of its class; memory that ran out within is one too.
     """
-    path, folder = destination(options.output)
-    if folder and folder.is_dir():
-        companions.check(folder)
-    preflight(folder if folder and not folder.is_dir() else path, options.force)
-    with blamed(), reproducible(options.seed), admitted(paths, options, watch) as found:
+    _check_output(options)
+    with (
+        blamed(),
+        reproducible(options.seed, deterministic=options.deterministic),
+        admitted(paths, options, watch) as found,
+    ):
         check_agreement(found.checkpoints)
         recipe.check(found.checkpoints, options.adapter)
-        if folder:
+        if destination(options.output)[1]:
             loadable.check(found.checkpoints[-1])
         try:
             yield found
@@ -61,6 +64,16 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
             if bad := sum(one.kind == "bad" for one in found.left_out):
                 error.hint = f"{f'{error.hint}; ' if error.hint else ''}{bad} bad ones were left out"
             raise
+
+
+def _check_output(options: Options) -> None:
+    """Refuse an output that cannot be written, and remove what killed runs of it left."""
+    path, folder = destination(options.output)
+    if not options.dry_run:
+        shards.sweep(folder or path.parent, None if folder else path.name)
+    if folder and folder.is_dir():
+        companions.check(folder)
+    preflight(folder if folder and not folder.is_dir() else path, options.force)
 
 
 @contextmanager
@@ -82,19 +95,38 @@ def journaled(
         return
     path, folder = destination(options.output)
     with Journal(folder or path, resume=options.resume, keep=options.keep_journal) as journal:
-        replay, began = None, time.monotonic()
-        if options.ways:
-            run = {name: getattr(options, name) for name in _DECISIVE} | {"strategy": dict(settings)}
-            journal.begin(fingerprint(found.checkpoints, run, [options.task, options.val, options.train, options.test]))
-            replay = Replay(journal)
+        _check_output(options)  # again: another run may have finished between the first look and the lock
+        if not options.ways:
+            yield None, journal.done
+            return
+        replay, began = Replay(journal), time.monotonic()
         try:
-            yield evaluator(found, options, watch, replay) if options.ways else None, journal.done
+            scores = evaluator(found, options, watch, replay)
+            run = {name: getattr(options, name) for name in _DECISIVE} | {"strategy": dict(settings)}
+            run["device"] = "" if options.score_cmd else _described(pick_device(options.device))
+            data = [options.val, options.train, options.test]
+            journal.begin(fingerprint(found.checkpoints, run, options.task, data))
+            with contents.recorded(journal, found.checkpoints):
+                yield scores, journal.done
         except BaseException as error:
-            if replay is not None:
-                replay.flush()
-            if isinstance(error, Exception) and time.monotonic() - began < _WORTH_KEEPING:
-                journal.drop()  # not an interruption: the next run will be another one
+            replay.flush()
+            brief = time.monotonic() - began < _WORTH_KEEPING and not journal.replayed
+            if isinstance(error, Exception) and brief and not interrupt.pending():
+                journal.drop()  # the next run will be another one
             raise
+
+
+def check_space(found: Found, options: Options) -> None:
+    """Refuse an output for which there is no space now, before hours of work for it.
+
+    Raises:
+        OutputError: with what is needed and what is free.
+    """
+    path, folder = destination(options.output)
+    needed = sum(spec.nbytes for spec in output_specs(found.checkpoints[0], options.dtype).values())
+    free = durable.free(path.parent if folder is None or folder.is_dir() else folder.parent)
+    if options.adapter != "exact" and needed > free:
+        raise OutputError(f"no space left on device: {needed:,} bytes are needed, {free:,} are free", path=path)
 
 
 def evaluator(found: Found, options: Options, watch: Watch | None, replay: Replay | None = None) -> Evaluator:
@@ -185,6 +217,11 @@ def task_of(options: Options, folder: Path) -> Task:
         )  # fmt: skip
     assert options.task is not None
     return PythonTask(options.task, options.task_timeout)
+
+
+def _described(device: torch.device) -> str:
+    """What computes; other hardware has other roundings."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
+from ckptavg.durable import flush_folder, left_behind, staged
 from ckptavg.errors import UsageError
 from ckptavg.readers import StoredTensor
-from ckptavg.write import SafetensorsFile, preflight, write_text
+from ckptavg.write import SafetensorsFile, preflight
 
 INDEX: Final = "model.safetensors.index.json"
 
@@ -69,18 +70,42 @@ class ShardedFiles:
         """See `SafetensorsFile.read_into`."""
         self._files[self._of[name]].read_into(name, start, out)
 
-    def commit(self) -> None:
-        """Give all files their names, the index last: a model without it is found by no loader."""
-        for file in self._files.values():
-            file.commit()
-        write_text(self.path, self._index)
-        self.sha256 = hashlib.sha256(self._index.encode()).hexdigest()
+    def publish(self) -> None:
+        """Give all files their names, the index last: a model without it is found by no loader.
+
+        Under its temporary name the index is there first, so that `sweep` knows what a killed run has named.
+        """
+        index = self._index.encode()
+        with staged(self.path, index) as publish, ExitStack() as undo:
+            for file in self._files.values():
+                file.publish()
+                undo.callback(file.path.unlink, missing_ok=True)
+            flush_folder(self.path)
+            publish()
+            undo.pop_all()
+        self.sha256 = hashlib.sha256(index).hexdigest()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed runs left: temporary files, and shards whose index they did not come to name.
+
+    Args:
+        folder: where the output goes, or would go.
+        name: of the output, where it is a file.
+    """
+    for path in left_behind(folder, name):
+        if name is None and path.name.startswith(f".{INDEX}.") and not (folder / INDEX).exists():
+            with suppress(OSError, ValueError, AttributeError):  # it may be torn itself, before it named any
+                for shard in set(json.loads(path.read_bytes())["weight_map"].values()):
+                    (folder / Path(shard).name).unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def split_names(specs: Mapping[str, StoredTensor], largest: str) -> Any:

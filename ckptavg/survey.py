@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from ckptavg.coefficients import Coefficients
+from ckptavg.durable import write_text
 from ckptavg.errors import UsageError
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.objective import Hessian, valid
 from ckptavg.options import Options
 from ckptavg.result import Landscape, Output, Plane
-from ckptavg.session import evaluator as make_evaluator
-from ckptavg.session import opened
+from ckptavg.session import journaled, opened
 from ckptavg.strategies import from_spec
 from ckptavg.surrogate import Surrogate
-from ckptavg.write import write_text
 
 
 def landscape(
@@ -53,8 +52,12 @@ def landscape(
         raise UsageError(
             "a landscape takes --samples of at least 3, --grid of at least 2, and three --mixtures or none"
         )
-    with opened(paths, options, watch) as found:
-        evaluator = make_evaluator(found, options, watch)
+    settings = {"name": "landscape", "samples": samples, "mixtures": list(mixtures), "grid": grid, "hessian": hessian}
+    with (
+        opened(paths, options, watch) as found,
+        journaled(found, options, settings, watch) as (evaluator, done),
+    ):
+        assert evaluator is not None  # there is a way to score
         if not evaluator.differentiable:
             raise UsageError("a landscape needs a loss, and here there are only scores")
         q = evaluator.surrogate(None, hessian)
@@ -77,7 +80,9 @@ def landscape(
             left_out=found.left_out,
             warnings=[*found.warnings, *([q.note] if q.note else [])],
         )
-        return replace(known, output=_written(Path(options.output), as_text(known)))
+        known = replace(known, output=_written(Path(options.output), as_text(known)))
+        done()
+        return known
 
 
 def eigenvalues(q: Surrogate) -> list[float]:

@@ -29,6 +29,7 @@ class Tally:
         self._losses: list[Tensor] = []
         self._metrics: list[Tensor] = []
         self._counts: list[int] = []
+        self._told = 0  # batches that `part` has given
         self._seen = 0.0  # of what `hopeless` was asked about, after each batch
 
     @property
@@ -47,6 +48,28 @@ class Tally:
         if metric is not None:
             self._metrics.append(_units(metric, count, "metric", number))
         self._counts.append(count)
+
+    def part(self) -> dict[str, Any]:
+        """What was added since the last part, for `restore`; waits for the device."""
+        new = slice(self._told, None)
+        self._told = len(self._counts)
+        return {
+            "counts": self._counts[new],
+            "sizes": [[len(units) for units in kept[new]] for kept in (self._losses, self._metrics)],
+            "losses": _host(self._losses[new]),
+            "metrics": _host(self._metrics[new]) if self._metrics else None,
+        }
+
+    def restore(self, part: dict[str, Any]) -> None:
+        """Add the batches of a part."""
+        losses, metrics = part["sizes"]
+        self._losses += part["losses"].split(losses)
+        if part["metrics"] is not None:
+            self._metrics += part["metrics"].split(metrics)
+        for units, count in zip(self._metrics[self._told :], part["counts"], strict=False):
+            self._seen += self._sign * float(units.mean()) * count
+        self._counts += part["counts"]
+        self._told = len(self._counts)
 
     def hopeless(self, bar: float, total: int) -> bool:
         """Whether no values within the bounds, for the examples still missing, could bring the score up to ``bar``.
@@ -108,7 +131,8 @@ class Tally:
 
 
 def _host(units: list[Tensor]) -> Tensor:
-    return torch.cat(units).to("cpu", torch.float64)
+    """All of them, on the CPU; those that an earlier run left are there already."""
+    return torch.cat([part.to(units[-1]) for part in units]).to("cpu", torch.float64)
 
 
 def _first_bad(units: list[Tensor], function: str) -> str:

@@ -109,7 +109,7 @@ def _has_digest(path: Path, digest: str) -> bool:
     if not path.is_file():
         return False
     with RegularFile(path) as file:
-        return provenance.Hash(file).hexdigest() == digest
+        return provenance.sha256(file) == digest
 
 
 def _bytes(reader: Reader, tensor: StoredTensor, offset: int, size: int) -> memoryview:

@@ -72,6 +72,9 @@ ScoreTimeout = Annotated[float | None, option("Task", "Seconds that the command 
 LmEval = Annotated[str | None, option("Task", "Tasks of lm-evaluation-harness, separated by commas.", metavar="TASKS")]
 Device = Annotated[str, option("Run", "auto, cpu, cuda, cuda:1, mps.")]
 Seed = Annotated[int, option("Run", "Of everything random.")]
+Deterministic = Annotated[
+    bool, option("Run", "Only operations that repeat to the bit, which on a GPU may be slower.", "--deterministic")
+]
 Json = Annotated[bool, option("Report", "Print the report as JSON on stdout.", "--json")]
 Quiet = Annotated[bool, option("Report", "Only errors and the result.", "-q", "--quiet")]
 Verbose = Annotated[bool, option("Report", "More detail; tracebacks.", "-v", "--verbose")]
@@ -144,6 +147,7 @@ def _shared(
     lm_eval: LmEval = None,
     device: Device = "auto",
     seed: Seed = 0,
+    deterministic: Deterministic = False,
     bits: Bits = "32",
     group_size: GroupSize = 128,
     holdout: Holdout = None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 
+from ckptavg import durable, interrupt
 from ckptavg.errors import InterruptedRunError, OutputError, printable
 
 if TYPE_CHECKING:
@@ -77,11 +78,14 @@ class Screen:
 
     @contextmanager
     def watching(self) -> Generator[Watch | None]:
-        """A progress bar for the stages of a run, on a terminal only; Ctrl-C within is an InterruptedRunError."""
+        """A progress bar for the stages of a run, on a terminal only; a signal within is an InterruptedRunError."""
         try:
-            with self._bars() as watch:
+            with interrupt.waiting(), self._bars() as watch:
                 yield watch
-        except KeyboardInterrupt as error:
+        except (Exception, KeyboardInterrupt, interrupt.Interruption) as error:
+            if isinstance(error, Exception) and not interrupt.pending():
+                raise
+            # also where a worker process got the signal too, and what was noticed first is its death
             raise InterruptedRunError(
                 "interrupted; nothing was written", hint="run the same command to resume"
             ) from error
@@ -116,7 +120,15 @@ def _figure(name: str, value: float) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file; raise OutputError where that fails."""
+    """Write a small file, whole or not at all; a pipe or a device gets it as it is.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    target = path.resolve()
+    if target.is_file() or not target.exists():
+        durable.write_text(target, text)
+        return
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from ckptavg.determinism import seed_loader
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.objective import Split
 from ckptavg.tasks.failure import failed
@@ -93,6 +94,7 @@ class PythonTask:
         name = f"{split}_dataloader"
         self._at = ""
         loader = self._loader(split)
+        seed_loader(loader)
         with self._blame(name, thorough=True):
             batches = iter(loader)
         for number in itertools.count(1):
