@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BLOCK = 256  # steps whose noise is drawn at once
 DRAWS = 8  # masks that are scored between two steps of s, where there is no gradient
-MOVES = 3  # of the quadratic to the best subset so far
+MOVES = 5  # of the quadratic to the best subset so far
 MEMORY = 0.99  # of the running mean of squared gradients, a step
 EDGE = 1e-3  # probabilities closer than this to 0 or 1 are sampled as if they were this far away
 
@@ -121,12 +121,12 @@ class SeWA:
         return Learned(coefficients=Coefficients.uniform(chosen, n), columns={"s": s_N.tolist()}, trace={"loss": trace})
 
     def _by_surrogate(self, objective: Objective) -> Learned:
-        """The best subsets by the loss to second order around the mean of all, the best of them by their real loss.
+        """The best of ``verify`` subsets by real loss, each of them the best by the loss to second order when scored.
 
-        See `ckptavg.surrogate`. With ``--k auto`` the best subset of every size is scored, and then the best few of the
-        size that won. Then the quadratic is moved there: value and gradient of the real loss at the best so far, with
-        the second derivatives that are known, for the price of a forward and a backward pass. Its best subsets are
-        scored in turn, until none is better, `MOVES` times at most.
+        See `ckptavg.surrogate`. With ``--k auto`` the best subset of every size is scored first, and the size that won
+        is kept. Whenever a subset is better than all before it, the quadratic is moved there: value and gradient of the
+        real loss at it, with the second derivatives that are known, for the price of a forward and a backward pass.
+        Around the mean alone, the best subset of a network in a wide valley may be the hundredth of the quadratic.
         """
         import torch
 
@@ -138,20 +138,26 @@ class SeWA:
             )
         n = objective.n
         q = objective.surrogate(self.on, self.hessian)
-        found = best_for_every_k(q, self.verify)
+        found = best_for_every_k(q, 1)
         k, auto = self.k, self.k == "auto"
-        verified = _Verified(objective, self.verify * (1 + MOVES) + auto * (n - 1))
+        verified = _Verified(objective, self.verify + auto * (n - 1))
         if k == "auto":
             first = {size: verified.loss(subsets.masks[0]) for size, subsets in found.items()}
             k = max(first, key=lambda size: (verified.scores[found[size].masks[0]].value, -first[size], size))
-        chosen, before = verified.best(found[k].masks), None
-        for _ in range(MOVES):
-            if chosen == before:
+        tried, near, moves = list[tuple[int, ...]](), found[k].masks, 0
+        chosen = None
+        while len(tried) < self.verify:
+            fresh = [mask for mask in near if mask not in tried]
+            if not fresh:
                 break
-            mixture = Coefficients.uniform(chosen, n)
-            beta_N = torch.tensor(mixture.values[0], dtype=torch.float64)
-            near = best_subsets(q.moved(beta_N, *objective.gradient(mixture, self.on)), k, self.verify)
-            chosen, before = verified.best((chosen, *near.masks)), chosen
+            tried.append(fresh[0])
+            better = verified.best(tried)
+            if better != chosen and moves < MOVES and len(tried) < self.verify:
+                mixture, moves = Coefficients.uniform(better, n), moves + 1
+                q = q.moved(torch.tensor(mixture.values[0], dtype=torch.float64), *objective.gradient(mixture, self.on))
+                near = best_subsets(q, k, self.verify).masks
+            chosen = better
+        assert chosen is not None
         notes = [q.note] if q.note else []
         if found[k].proof == "heuristic":
             notes.append(f"the best subsets of {k} by the quadratic were found by a heuristic, without a proof")
