@@ -20,6 +20,7 @@ from ckptavg.journal import Journal
 from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture
 from ckptavg.options import Options, destination
+from ckptavg.passes import precision
 from ckptavg.replay import Replay, fingerprint
 from ckptavg.tasks import Task
 from ckptavg.tasks.held_out import HeldOut
@@ -29,8 +30,8 @@ from ckptavg.write import preflight
 _WORTH_KEEPING: Final = 60.0  # seconds of work that an error should not lose
 # of the options those that decide what is measured
 _DECISIVE: Final = (
-    "seed", "bits", "group_size", "holdout", "device", "dtype", "key", "batch_size", "score_cmd", "score_key",
-    "score_goal", "lm_eval",
+    "seed", "bits", "group_size", "offload", "compile", "holdout", "device", "dtype", "key", "batch_size", "score_cmd",
+    "score_key", "score_goal", "lm_eval",
 )  # fmt: skip
 
 
@@ -75,6 +76,7 @@ def journaled(
         replay, began = None, time.monotonic()
         if options.ways:
             run = {name: getattr(options, name) for name in _DECISIVE} | {"strategy": dict(settings)}
+            run["precision"] = precision(options.precision, pick_device(options.device))
             journal.begin(fingerprint(found.checkpoints, run, [options.task, options.val, options.train, options.test]))
             replay = Replay(journal)
         try:
@@ -103,13 +105,17 @@ def evaluator(found: Found, options: Options, watch: Watch | None, replay: Repla
             watch=watch,
             replay=replay,
         )
+    device = pick_device(options.device)
     return Mixture(
         _task(found, options),
         found.checkpoints,
-        device=pick_device(options.device),
+        device=device,
         seed=options.seed,
         bits=options.bits,
         group_size=options.group_size,
+        offload=options.offload,
+        precision=precision(options.precision, device),
+        compiled=options.compile,
         watch=watch,
         replay=replay,
     )
@@ -186,5 +192,5 @@ def _out_of_memory_said() -> Generator[None]:
             raise
         raise OutOfMemoryError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'the host has none left'}",
-            hint="use --bits 4 or auto, fewer candidates (--last, --every) or smaller batches in the task",
+            hint="use --bits 4 or auto, --offload, fewer candidates (--last, --every) or smaller batches in the task",
         ) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ckptavg.candidates import budget
 from ckptavg.candidates.dense import Dense
 from ckptavg.candidates.flat import Flat, ReadInto, check_names, check_tied, flatten, present, read, unique_tensors
 from ckptavg.candidates.packed import Packed
+from ckptavg.candidates.plan import EXACT, Offload
 from ckptavg.candidates.running_sum import RunningSum
 from ckptavg.candidates.streamed import FileRows, HostRows, Streamed
 from ckptavg.checkpoint import Checkpoint
@@ -25,8 +26,6 @@ from ckptavg.dtypes import TORCH
 from ckptavg.errors import InputError
 from ckptavg.readers import StoredTensor
 
-Offload: TypeAlias = Literal["none", "cpu", "disk"]
-EXACT: Final = 32  # the candidates as they are, in the model's own dtype
 _MEASURED: Final = 1 << 20  # columns whose distances are taken at a time
 
 
@@ -128,6 +127,11 @@ class Candidates:
         return sum(matrix.nbytes for _, matrix in self._blocks)
 
     @property
+    def streamed(self) -> bool:
+        """Whether the matrix lies somewhere else than on the device."""
+        return bool(self._sums)
+
+    @property
     def error(self) -> float:
         """What rounding to few bits lost of the candidates' differences from their mean, relative to these."""
         return max(matrix.error for _, matrix in self._blocks)
@@ -163,7 +167,7 @@ class Candidates:
         """
         for (flat, _), running in zip(self._blocks, self._sums, strict=False):
             running.mean(chosen, flat.weights_D)
-        return bool(self._sums)
+        return self.streamed
 
     def zero_gradient(self) -> None:
         """Forget the gradient that backward passes have added up."""

@@ -42,10 +42,6 @@ class Flat:
     gradient_Q: Tensor
     slots: tuple[Slot, ...]
 
-    def segments(self, groups: Groups, stop: int) -> Sequence[tuple[int, int, int]]:
-        """(start, stop, group) of the runs of elements before ``stop`` that belong to one group of coefficients."""
-        return _segments(self.slots, groups, stop)
-
     def cut(self, part: slice, groups: Groups, stop: int) -> Iterator[tuple[int, int, int]]:
         """(start, stop, group) of the runs within the elements ``part``; those before ``stop`` are in some run."""
         runs = _segments(self.slots, groups, stop)

@@ -116,7 +116,7 @@ class Streamed:
     def __init__(self, rows: Rows, n: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows = rows
         self._n = n
-        self._columns = columns(n, size, dtype)
+        self._columns = columns(n, size, dtype.itemsize)
         side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._lanes = [_Lane(n * self._columns, dtype, device, side) for _ in range(2)]
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="candidates")
@@ -178,9 +178,9 @@ class Streamed:
         return piece_RC, reading
 
 
-def columns(n: int, size: int, dtype: torch.dtype) -> int:
+def columns(n: int, size: int, itemsize: int) -> int:
     """How many columns of N rows are on their way at a time."""
-    return max(1, min(size, max(LEAST, BUFFER // (n * dtype.itemsize))))
+    return max(1, min(size, max(LEAST, BUFFER // (n * itemsize))))
 
 
 class _Lane:
