@@ -69,6 +69,7 @@ class Commanded:
     bounded = False
     statistics: Collection[str] = ()
     matrix = None
+    notes: Sequence[str] = ()
 
     def __init__(
         self, command: str, checkpoints: Sequence[Checkpoint], *, key: str | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ckptavg.objective import Cost, Objective, Score, Split
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ckptavg.readers import StoredTensor
 
 Watch = Callable[[str, int, int, Mapping[str, float]], None]
-"""Is told a stage, how much of it is done, of how much, and figures."""
+"""Is told a stage, how much of it is done, of how much, and figures; a stage of 0 is a remark, a line of its own."""
 
 
 class Evaluator(Objective, Protocol):
@@ -45,6 +45,11 @@ class Evaluator(Objective, Protocol):
     @property
     def matrix(self) -> MatrixResult | None:
         """The candidate matrix that was searched, None where there is none."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a reader of the report should know of how it was measured, a sentence each."""
         ...
 
     def step(self, i: int) -> int:

@@ -17,6 +17,7 @@ from ckptavg.candidates import Candidates
 from ckptavg.coefficients import Groups
 from ckptavg.errors import TaskError, is_out_of_memory
 from ckptavg.meter import Meter
+from ckptavg.passes import autocast
 from ckptavg.tasks import Task
 
 
@@ -39,11 +40,12 @@ class MixtureLoss(torch.autograd.Function):
 
 def loss_and_gradient(
     task: Task, candidates: Candidates, norms: Collection[batchnorm.Layer], meter: Meter, c_GN: Tensor, batch: Any,
-    groups: Groups,
+    groups: Groups, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The mean loss at c on a batch, and ∂ℓ/∂c in the shape of c; BatchNorm by the batch's own statistics.
 
-    The backward pass is counted, the forward pass by whoever brings the batch.
+    The backward pass is counted, the forward pass by whoever brings the batch. What is not the model's forward pass,
+    mixture and pullback, keeps the precision of the candidates.
 
     Raises:
         TaskError: if the loss has no gradient.
@@ -51,7 +53,8 @@ def loss_and_gradient(
     candidates.materialize(c_GN, groups)
     candidates.zero_gradient()
     with torch.enable_grad(), batchnorm.batch_statistics(norms), without_cudnn_recurrence(candidates.model):
-        loss = task.loss(candidates.model, batch).mean()
+        with autocast(precision, c_GN.device):
+            loss = task.loss(candidates.model, batch).mean()
         if not loss.requires_grad:
             raise TaskError("loss() gives no gradient: no_grad, detach or item() in it?", path=task.source)
         try:

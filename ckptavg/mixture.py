@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Final, Literal, TypeVar
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from ckptavg import batches, batchnorm, curvature
 from ckptavg.average import output_specs, weighted_average
-from ckptavg.candidates import Candidates, ReadInto, budget
+from ckptavg.candidates import Candidates, ReadInto
+from ckptavg.candidates.plan import Offload, Plan
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.errors import TaskError, is_out_of_memory
@@ -25,8 +27,8 @@ from ckptavg.feed import Feed, Stream
 from ckptavg.gradient import MixtureLoss, loss_and_gradient
 from ckptavg.meter import SECONDS, Meter
 from ckptavg.objective import Cost, Hessian, Score, Split, valid
-from ckptavg.options import BITS
 from ckptavg.partial import Partial, resumed
+from ckptavg.passes import OWN, Compiled, autocast
 from ckptavg.readers import StoredTensor
 from ckptavg.replay import Replay, score_key
 from ckptavg.result import MatrixResult
@@ -48,6 +50,9 @@ class Mixture:
         seed: of everything random; loaders are started with seeds derived from it, so shuffling repeats.
         bits: of an element of the candidate matrix; ``auto`` is the most that fits the device.
         group_size: elements that share a scale and a zero point where ``bits`` < 32.
+        offload: where the matrix lies instead of on the device.
+        precision: of the passes of a search, ``float32`` for the model's own; scores of the report have that always.
+        compiled: let torch.compile have the model's forward.
         watch: is told the progress, a few times a second.
         replay: knows what an interrupted run of the same command has measured.
     """
@@ -61,6 +66,9 @@ class Mixture:
         seed: int = 0,
         bits: int | Literal["auto"] = 32,
         group_size: int = 128,
+        offload: Offload = "none",
+        precision: str = OWN,
+        compiled: bool = False,
         watch: Watch | None = None,
         replay: Replay | None = None,
     ) -> None:
@@ -70,6 +78,10 @@ class Mixture:
         self._device = device
         self._asked_bits: int | Literal["auto"] = bits
         self.group_size = group_size
+        self._offload: Offload = offload
+        self._precision = precision
+        self._compile = compiled
+        self._compiled: Compiled | None = None
         self.watch = watch
         self._replay = replay
         self._looked = 0.0
@@ -101,14 +113,19 @@ class Mixture:
         """The candidate matrix and the model; loaded when first needed, after a strategy has checked its settings."""
         torch.manual_seed(self._seed)
         model = self.task.model().to(self._device).eval()
-        return Candidates(model, self.checkpoints, self.progress, bits=self._bits(model), group_size=self.group_size)
-
-    def _bits(self, model: nn.Module) -> int:
-        if self._asked_bits != "auto":
-            return self._asked_bits
-        floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
-        elements, size = sum(tensor.numel() for tensor in floats), sum(tensor.nbytes for tensor in floats)
-        return budget.largest(elements, size, self.n, self.group_size, self._device, BITS)
+        plan = Plan.of(
+            model, self.n, bits=self._asked_bits, group_size=self.group_size, offload=self._offload, device=self._device
+        )
+        remark = plan.check()
+        if self.watch and self.n > 1:
+            self.watch(remark, 0, 0, {})
+        made = Candidates(
+            model, self.checkpoints, self.progress,
+            bits=plan.bits, group_size=self.group_size, offload=self._offload,
+        )  # fmt: skip
+        if self._compile:
+            self._compiled = Compiled(model)
+        return made
 
     @property
     def differentiable(self) -> bool:
@@ -133,7 +150,20 @@ class Mixture:
             group_size=None if found.exact else self.group_size,
             bytes=found.nbytes,
             error=found.error,
+            offload=self._offload if found.streamed else "none",
+            precision=self._precision,
+            compiled=self._compiled is not None and self._compiled.failure is None,
         )
+
+    @property
+    def notes(self) -> list[str]:
+        """See `Evaluator.notes`."""
+        said: list[str] = []
+        if self._offload == "cpu" and self._device.type == "cpu":
+            said.append("--offload cpu changes nothing on a CPU: the candidates are in its memory already")
+        if self._compiled is not None and self._compiled.failure is not None:
+            said.append(f"--compile was given up, and the model ran as it is: {self._compiled.failure}")
+        return said
 
     def prepare(self) -> None:
         """See `Evaluator.prepare`."""
@@ -210,7 +240,7 @@ class Mixture:
                 self.progress("measuring the curvature", done, self.batches(split))
 
         def work() -> Surrogate:
-            with batchnorm.batch_statistics(norms):
+            with batchnorm.batch_statistics(norms), self._plain():
                 return curvature.surrogate(
                     self.candidates, passed, self.task.loss,
                     hessian=hessian, count=self.meter.count, source=self.task.source,
@@ -232,7 +262,7 @@ class Mixture:
             for batch in self._feed.learnable(split):
                 size = batches.size(batch)
                 loss, gradient_N = loss_and_gradient(
-                    self.task, self.candidates, self._norms, self.meter, c_N, batch, EVERYTHING
+                    self.task, self.candidates, self._norms, self.meter, c_N, batch, EVERYTHING, self._precision
                 )
                 total += size * torch.cat([gradient_N, loss.view(1)])
                 examples += size
@@ -247,8 +277,9 @@ class Mixture:
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """See `Objective.score`."""
-        alone = len(coefficients.selected) == 1  # one file: what it really is costs no more than what is left of it
-        return self._full(coefficients, on or self.scored_on, exact=alone or self.candidates.exact)
+        # one file: what it really is costs no more than what is left of it
+        exact = len(coefficients.selected) == 1 or self.candidates.exact
+        return self._full(coefficients, on or self.scored_on, exact=exact and self._precision == OWN)
 
     def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
         """See `Evaluator.exact_score`; scored again only where the candidate matrix is not exact."""
@@ -256,7 +287,8 @@ class Mixture:
 
     def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
         """See `Objective.score_above`."""
-        score = self._remembered(coefficients, self.scored_on, exact=self.candidates.exact, bar=bar)
+        exact = self.candidates.exact and self._precision == OWN
+        score = self._remembered(coefficients, self.scored_on, exact=exact, bar=bar)
         return score if score and (score.value > bar if strict else score.value >= bar) else None
 
     def progress(self, stage: str, done: int, total: int, **figures: Tensor | float) -> None:
@@ -294,20 +326,24 @@ class Mixture:
                 self._replay.keep_score(key, score)
         return score
 
-    def recompute_batchnorm(self, key: str) -> None:
+    def recompute_batchnorm(self, key: str = "") -> None:
         """Recompute BatchNorm's statistics at the model's present weights, on training data where there is some.
 
         Args:
-            key: of these weights in the journal.
+            key: of these weights in the journal; "" where they are in none.
         """
-        norms, split, partial = self._norms, self.batchnorm_from, self._partial(f"{key} batchnorm")
+        norms, split, partial = self._norms, self.batchnorm_from, self._partial(key and f"{key} batchnorm")
 
         def forward() -> None:
             passed, order = self._feed.learnable(split), lambda: self._feed.order[split]
             for batch in partial.rest(passed, order, lambda: batchnorm.statistics_of(norms), whole=True):
                 self.task.loss(self.model, batch)
 
-        resumed(partial, lambda: batchnorm.recompute(norms, forward, next(reversed(partial.states), None)))
+        with self._plain():  # a layer that counts its batches would cut a compiled graph in two
+            resumed(partial, lambda: batchnorm.recompute(norms, forward, next(reversed(partial.states), None)))
+
+    def _plain(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._compiled is None else self._compiled.paused()
 
     def evaluate(self, split: Split, what: str, key: str = "") -> Score:
         """The score of the model's present state on one split.
@@ -340,7 +376,9 @@ class Mixture:
         def measured(c_GN: Tensor) -> tuple[Tensor, Tensor]:
             batch = stream.batch
             self.meter.count("forward", batches.size(batch))
-            return loss_and_gradient(self.task, self.candidates, self._norms, self.meter, c_GN, batch, groups)
+            return loss_and_gradient(
+                self.task, self.candidates, self._norms, self.meter, c_GN, batch, groups, self._precision
+            )
 
         def replayed(c_GN: Tensor) -> tuple[Tensor, Tensor]:
             assert self._replay is not None
@@ -375,8 +413,9 @@ class Mixture:
                 return None
         with self.meter.pricing(key if bar is None else (*key, bar)):
             self.meter.evaluated()
-            self._mix(coefficients, exact=exact)
-            score = self._with_memory(lambda: self._recomputed(split, self._describe(coefficients), bar, name))
+            self._mix(coefficients, exact=exact or len(coefficients.selected) == 1)
+            precision, what = OWN if exact else self._precision, self._describe(coefficients)
+            score = self._with_memory(lambda: self._recomputed(split, what, bar, name, precision))
         if score is not None:
             self._scores[key] = score
             self.meter.same_price(key if bar is None else (*key, bar), key)
@@ -394,12 +433,14 @@ class Mixture:
             for name, offset, data in weighted_average(self.checkpoints, coefficients, specs):
                 self.candidates.assign(specs[name], name, offset, data)
         else:
-            self.candidates.materialize(self.uniform().new_tensor(coefficients.values), coefficients.groups)
+            if not (coefficients.uniform_subset and self.candidates.average(coefficients.selected)):
+                self.candidates.materialize(self.uniform().new_tensor(coefficients.values), coefficients.groups)
             self.candidates.take_integers(coefficients.selected[-1])
 
-    def _recomputed(self, split: Split, what: str, bar: float | None, key: str) -> Score | None:
-        self.recompute_batchnorm(key)
-        return self._measured(split, what, bar, key)
+    def _recomputed(self, split: Split, what: str, bar: float | None, key: str, precision: str) -> Score | None:
+        with autocast(precision, self._device):
+            self.recompute_batchnorm(key)
+            return self._measured(split, what, bar, key)
 
     def _measured(self, split: Split, what: str, bar: float | None, key: str) -> Score | None:
         partial = self._partial(key)

@@ -42,6 +42,9 @@ class Options:
         deterministic: let torch use algorithms only that repeat to the bit.
         bits: of an element of the candidate matrix while searching, or ``auto``; the average is exact whatever it is.
         group_size: elements that share a scale and a zero point where ``bits`` < 32.
+        offload: where the candidate matrix lies instead of on the device: ``cpu``, the host's memory, or ``disk``.
+        precision: of the passes of a search: ``float32`` (the model's own), ``bfloat16`` by autocast, or ``auto``.
+        compile: let torch.compile have the model's forward.
         holdout: the fraction of validation data kept for the final scores, where the task has no test data.
         max_shard_size: bytes of a file such as ``5GB``, where the output is a directory; None writes one file.
         adapter: how PEFT adapters are averaged: their ``factors``, which is approximate, or ``exact`` in weight space.
@@ -78,6 +81,9 @@ class Options:
     deterministic: bool = False
     bits: int | Literal["auto"] = 32
     group_size: int = 128
+    offload: Literal["none", "cpu", "disk"] = "none"
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    compile: bool = False
     holdout: float | None = None
     max_shard_size: str | None = None
     adapter: Literal["factors", "exact"] = "factors"
@@ -121,8 +127,27 @@ class Options:
             raise UsageError(f"--seed must be between -2^62 and 2^62, not {self.seed}")
         if self.bits != "auto" and self.bits not in BITS:
             raise UsageError(f"--bits must be one of {', '.join(map(str, BITS))} or auto, not {self.bits}")
+        self._check_search()
         if self.holdout is not None and not 0 < self.holdout < 1:
             raise UsageError(f"--holdout must be between 0 and 1, not {self.holdout}")
+
+    def _check_search(self) -> None:
+        """How the candidates are kept and the model is run."""
+        for name, allowed in (("offload", ("none", "cpu", "disk")), ("precision", ("auto", "float32", "bfloat16"))):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(self, name)}")
+        if self.offload != "none" and self.bits != 32:
+            raise UsageError(
+                f"--offload keeps the candidates as they are, and --bits {self.bits} in fewer bits: give one"
+            )
+        given = {
+            "--offload": self.offload != "none",
+            "--precision": self.precision != "float32",
+            "--compile": self.compile,
+        }
+        if self.score_cmd is not None and any(given.values()):
+            unused = ", ".join(name for name, asked in given.items() if asked)
+            raise UsageError(f"{unused} is about a model that ckptavg runs, and --score-cmd runs its own")
 
 
 def destination(output: Path | str) -> tuple[Path, Path | None]:

@@ -9,6 +9,7 @@ from typing import Any, Final, cast
 
 from ckptavg.average import output_specs
 from ckptavg.candidates import budget
+from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.discover import Found
@@ -89,7 +90,8 @@ def result(
     """Everything there is to report of a finished run."""
     coefficients = judgement.coefficients
     invalid = [f"{score.invalid}: never chosen" for score in judgement.singles if score.invalid]
-    doubts = [*invalid, *learned.notes, *_doubts(found.checkpoints[0], coefficients, evaluator, finished)]
+    said = evaluator.notes if evaluator else ()
+    doubts = [*invalid, *learned.notes, *said, *_doubts(found.checkpoints[0], coefficients, evaluator, finished)]
     known = blank(found, strategy, options, doubts)
     known = replace(
         known,
@@ -155,14 +157,17 @@ def plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[str]:
     first = checkpoints[0]
     path, _ = destination(options.output)
     written = sum(spec.nbytes for spec in output_specs(first, options.dtype).values())
-    n, elements = len(checkpoints), first.numel
+    n, elements, device = len(checkpoints), first.numel, pick_device(options.device)
     bits = options.bits
     if bits == "auto":
-        bits = budget.largest(elements, 4 * elements, n, options.group_size, pick_device(options.device), BITS)
-    matrix = budget.matrix_bytes(elements, 4 * elements, n, options.group_size, bits)
+        bits = budget.largest(elements, 4 * elements, n, options.group_size, device, BITS)
+    memory = Plan(
+        n=n, elements=elements, size=4 * elements, gradient=4 * elements,
+        bits=bits, group_size=options.group_size, offload=options.offload, device=device,
+    )  # fmt: skip
     return [
-        f"would read {len(checkpoints)} candidates of {first.size:,} bytes and write {written:,} bytes to {path}",
-        f"a float32 model's candidate matrix would take {matrix:,} bytes at {bits} bits on --device {options.device}",
+        f"would read {n} candidates of {first.size:,} bytes and write {written:,} bytes to {path}",
+        f"learning would take for a float32 model: {memory}",
     ]
 
 
@@ -185,7 +190,7 @@ def _doubts(
 def _rounding_doubts(evaluator: Evaluator, coefficients: Coefficients, exact: Score) -> list[str]:
     """Say so where the search saw another score than the exact average's, by more than noise, or too little."""
     matrix = evaluator.matrix
-    if matrix is None or matrix.group_size is None:
+    if matrix is None or (matrix.group_size is None and matrix.precision == "float32"):
         return []
     seen, lost = evaluator.score(coefficients), matrix.error
     gaps = {"score": (seen.value - exact.value, exact.noise)}
@@ -195,6 +200,8 @@ def _rounding_doubts(evaluator: Evaluator, coefficients: Coefficients, exact: Sc
     if not wide and lost <= _LOST:
         return []
     what = f"the search did not see the average as it is ({', '.join(wide)})" if wide else "the search saw little"
+    if matrix.group_size is None:
+        return [f"at --precision {matrix.precision} {what}. Search with --precision float32"]
     return [
         f"at --bits {matrix.bits} {what}: {lost:.0%} of the candidates' differences was lost to rounding. "
         "Search with more bits"

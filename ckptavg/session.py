@@ -23,6 +23,7 @@ from ckptavg.journal import Journal
 from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture
 from ckptavg.options import Options, destination
+from ckptavg.passes import precision
 from ckptavg.replay import Replay
 from ckptavg.tasks import Task
 from ckptavg.tasks.held_out import HeldOut
@@ -32,8 +33,8 @@ from ckptavg.write import preflight
 _WORTH_KEEPING: Final = 60.0  # seconds of work that an error should not lose
 # of the options those that decide what is measured
 _DECISIVE: Final = (
-    "seed", "deterministic", "bits", "group_size", "holdout", "dtype", "key", "adapter", "rank", "batch_size",
-    "score_cmd", "score_key", "score_goal", "lm_eval",
+    "seed", "deterministic", "bits", "group_size", "offload", "compile", "holdout", "dtype", "key", "adapter", "rank",
+    "batch_size", "score_cmd", "score_key", "score_goal", "lm_eval",
 )  # fmt: skip
 
 
@@ -104,6 +105,7 @@ def journaled(
             scores = evaluator(found, options, watch, replay)
             run = {name: getattr(options, name) for name in _DECISIVE} | {"strategy": dict(settings)}
             run["device"] = "" if options.score_cmd else _described(pick_device(options.device))
+            run["precision"] = precision(options.precision, pick_device(options.device))
             data = [options.val, options.train, options.test]
             journal.begin(fingerprint(found.checkpoints, run, options.task, data))
             with contents.recorded(journal, found.checkpoints):
@@ -145,13 +147,17 @@ def evaluator(found: Found, options: Options, watch: Watch | None, replay: Repla
             watch=watch,
             replay=replay,
         )
+    device = pick_device(options.device)
     return Mixture(
         _task(found, options),
         found.checkpoints,
-        device=pick_device(options.device),
+        device=device,
         seed=options.seed,
         bits=options.bits,
         group_size=options.group_size,
+        offload=options.offload,
+        precision=precision(options.precision, device),
+        compiled=options.compile,
         watch=watch,
         replay=replay,
     )
@@ -244,5 +250,5 @@ def blamed() -> Generator[None]:
             raise
         raise OutOfMemoryError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'the host has none left'}",
-            hint="use --bits 4 or auto, fewer candidates (--last, --every) or smaller batches in the task",
+            hint="use --bits 4 or auto, --offload, fewer candidates (--last, --every) or smaller batches in the task",
         ) from error

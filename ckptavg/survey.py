@@ -78,7 +78,7 @@ def landscape(
             steps=[evaluator.step(i) for i in range(evaluator.n)],
             plane=plane,
             left_out=found.left_out,
-            warnings=[*found.warnings, *([q.note] if q.note else [])],
+            warnings=[*found.warnings, *([q.note] if q.note else []), *evaluator.notes],
         )
         known = replace(known, output=_written(Path(options.output), as_text(known)))
         done()

@@ -13,9 +13,13 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from ckptavg.candidates import budget
 from ckptavg.candidates.dense import Dense
 from ckptavg.candidates.flat import Flat, ReadInto, check_names, check_tied, flatten, present, read, unique_tensors
 from ckptavg.candidates.packed import Packed
+from ckptavg.candidates.plan import EXACT, Offload
+from ckptavg.candidates.running_sum import RunningSum
+from ckptavg.candidates.streamed import FileRows, HostRows, Streamed
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.dtypes import TORCH
@@ -23,7 +27,6 @@ from ckptavg.errors import InputError
 from ckptavg.readers import StoredTensor
 from ckptavg.soundness import not_finite
 
-EXACT: Final = 32  # the candidates as they are, in the model's own dtype
 _MEASURED: Final = 1 << 20  # columns whose distances are taken at a time
 
 
@@ -64,6 +67,8 @@ class Candidates:
     ``materialize`` is w = Pᵀc and ``pullback`` is P g, one matrix-vector product each (a dtype), whatever the number
     of parameters: the model's parameters are views into one flat vector, and so are their gradients. A parameter that
     is tied to another is in it once. Memory: the matrix and two vectors of D elements; where it is not exact, the mean.
+    A matrix that is ``offload``-ed is streamed to the device piece by piece, and a mean of some of its rows costs those
+    that the one before did not have.
 
     Args:
         model: the task's model, on its device; its parameters' storage is replaced.
@@ -71,6 +76,7 @@ class Candidates:
         progress: is told how many rows are loaded.
         bits: of an element of the matrix; 32 is the model's own dtype, less is `Packed`.
         group_size: elements that share a scale and a zero point.
+        offload: where an exact matrix lies instead of on the device: in the host's memory, or in its files.
     Raises:
         TaskError: if names or shapes are not the model's.
         InputError: if a weight is NaN or infinite, or tied parameters differ in a file.
@@ -84,6 +90,7 @@ class Candidates:
         *,
         bits: int = EXACT,
         group_size: int = 128,
+        offload: Offload = "none",
     ) -> None:
         self.model = model
         self.n = len(checkpoints)
@@ -99,14 +106,17 @@ class Candidates:
             else:
                 self._integers.append((names, tensor, []))
         self._blocks: list[tuple[Flat, Matrix]] = []
-        for dtype, tensors in by_dtype.items():
+        self._sums: list[RunningSum] = []
+        for tensors in by_dtype.values():
             flat = flatten(tensors)
-            size, device = len(flat.weights_D), flat.weights_D.device
-            matrix = (
-                Dense(self.n, size, dtype, device)
-                if self.exact
-                else Packed(self.n, size, dtype, device, bits=bits, group=group_size)
-            )
+            device = flat.weights_D.device
+            if offload == "disk" or (offload == "cpu" and device.type != "cpu"):
+                matrix = self._streamed(flat, checkpoints if offload == "disk" else None)
+            elif self.exact:
+                matrix = Dense(self.n, len(flat.weights_D), flat.weights_D.dtype, device)
+            else:
+                size, dtype = len(flat.weights_D), flat.weights_D.dtype
+                matrix = Packed(self.n, size, dtype, device, bits=bits, group=group_size)
             self._blocks.append((flat, matrix))
         self._state = {name: tensor.detach() for names, tensor in self._unique for name in names}
         self._load(checkpoints, progress)
@@ -116,6 +126,11 @@ class Candidates:
     def nbytes(self) -> int:
         """The bytes that the candidate matrix takes on the device."""
         return sum(matrix.nbytes for _, matrix in self._blocks)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the matrix lies somewhere else than on the device."""
+        return bool(self._sums)
 
     @property
     def error(self) -> float:
@@ -133,16 +148,27 @@ class Candidates:
         c_GN = c_GN.view(len(groups), self.n)
         for flat, matrix in self._blocks:
             weights_D, centre_D = flat.weights_D, matrix.centre_D
-            for start, stop, g in flat.segments(groups, len(weights_D)):
-                for piece_NC, part in matrix.pieces(start, stop):
-                    c_N = c_GN[g].to(piece_NC)
-                    if piece_NC.dtype != weights_D.dtype:
-                        w_C = piece_NC.t().mv(c_N)
-                        weights_D[part] = w_C if centre_D is None else centre_D[part] + w_C
-                    elif centre_D is None:
-                        torch.mv(piece_NC.t(), c_N, out=weights_D[part])
-                    else:
-                        torch.addmv(centre_D[part], piece_NC.t(), c_N, out=weights_D[part])
+            for run_NC, part, g in _runs(flat, matrix, groups, len(weights_D)):
+                c_N = c_GN[g].to(run_NC)
+                if run_NC.dtype != weights_D.dtype:
+                    w_C = run_NC.t().mv(c_N)
+                    weights_D[part] = w_C if centre_D is None else centre_D[part] + w_C
+                elif centre_D is None:
+                    torch.mv(run_NC.t(), c_N, out=weights_D[part])
+                else:
+                    torch.addmv(centre_D[part], run_NC.t(), c_N, out=weights_D[part])
+
+    @torch.no_grad()
+    def average(self, chosen: Sequence[int]) -> bool:
+        """Make the model's floating-point state the mean of the candidates ``chosen``, where rows are worth counting.
+
+        Returns:
+            False where the matrix is on the device: then `materialize` reads all of it in less time than it takes to
+            keep a sum.
+        """
+        for (flat, _), running in zip(self._blocks, self._sums, strict=False):
+            running.mean(chosen, flat.weights_D)
+        return self.streamed
 
     def zero_gradient(self) -> None:
         """Forget the gradient that backward passes have added up."""
@@ -154,12 +180,11 @@ class Candidates:
         """[G, N], ∂ℓ/∂c_i = ⟨w_i, ∂ℓ/∂w⟩ by group, from the gradient added up since `zero_gradient`."""
         total_GN = self._zeros(groups)
         for flat, matrix in self._blocks:
-            for start, stop, g in flat.segments(groups, len(flat.gradient_Q)):
-                for piece_NC, part in matrix.pieces(start, stop):
-                    gradient_C = flat.gradient_Q[part].to(piece_NC)
-                    total_GN[g] += piece_NC.mv(gradient_C)
-                    if matrix.centre_D is not None:
-                        total_GN[g] += matrix.centre_D[part].to(piece_NC).dot(gradient_C)
+            for run_NC, part, g in _runs(flat, matrix, groups, len(flat.gradient_Q)):
+                gradient_C = flat.gradient_Q[part].to(run_NC)
+                total_GN[g] += run_NC.mv(gradient_C)
+                if matrix.centre_D is not None:
+                    total_GN[g] += matrix.centre_D[part].to(run_NC).dot(gradient_C)
         return total_GN
 
     @torch.no_grad()
@@ -167,10 +192,9 @@ class Candidates:
         """[G, N], ‖w_i − w̄‖₂ over the parameters of each group, w̄ being the mean of the N rows."""
         total_GN = self._zeros(groups)
         for flat, matrix in self._blocks:
-            for start, stop, g in flat.segments(groups, len(flat.gradient_Q)):
-                for begin in range(start, stop, _MEASURED):
-                    for piece_NC, _ in matrix.pieces(begin, min(begin + _MEASURED, stop)):
-                        total_GN[g] += (piece_NC - piece_NC.mean(dim=0)).square().sum(dim=1)
+            for run_NC, _, g in _runs(flat, matrix, groups, len(flat.gradient_Q)):
+                for some_NC in run_NC.split(_MEASURED, dim=1):
+                    total_GN[g] += (some_NC - some_NC.mean(dim=0)).square().sum(dim=1)
         return total_GN.sqrt()
 
     def blocks(self, size: int | None) -> Groups:
@@ -212,6 +236,15 @@ class Candidates:
         start = offset // values.itemsize
         self._state[name].view(-1)[start : start + len(values)] = values
 
+    def _streamed(self, flat: Flat, checkpoints: Sequence[Checkpoint] | None) -> Streamed:
+        """A matrix in the files of ``checkpoints``, or else in the host's memory, and the sum of some of its rows."""
+        size, dtype, device = len(flat.weights_D), flat.weights_D.dtype, flat.weights_D.device
+        rows = FileRows(checkpoints, flat.slots, flat.weights_D) if checkpoints else HostRows(self.n, size, dtype)
+        matrix = Streamed(rows, self.n, size, dtype, device)
+        host = budget.free_memory(torch.device("cpu"))
+        self._sums.append(RunningSum(matrix, flat.slots, self.n, size, keep=16 * size < host))
+        return matrix
+
     def _zeros(self, groups: Groups) -> Tensor:
         widest = max((flat.gradient_Q.dtype for flat, _ in self._blocks), key=lambda dtype: dtype.itemsize)
         dtype = torch.promote_types(widest, torch.float32)
@@ -228,9 +261,11 @@ class Candidates:
                     matrix.centre_D.add_(_read_row(checkpoint, flat, matrix.row(i)), alpha=1 / n)
                 progress("averaging candidates", i + 1, n)
         for i, checkpoint in enumerate(checkpoints):
-            for flat, matrix in self._blocks:
-                _read_row(checkpoint, flat, matrix.row(i))
+            for k, (flat, matrix) in enumerate(self._blocks):
+                row_D = _read_row(checkpoint, flat, matrix.row(i))
                 matrix.keep(i)
+                if self._sums:
+                    self._sums[k].look_at(row_D)
             for names, tensor, values in self._integers:
                 value = torch.empty_like(tensor)
                 name = present(names, checkpoint.tensors)
@@ -238,6 +273,13 @@ class Candidates:
                 values.append(value)
             checkpoint.check_unchanged()
             progress("reading candidates", i + 1, n)
+
+
+def _runs(flat: Flat, matrix: Matrix, groups: Groups, stop: int) -> Iterator[tuple[Tensor, slice, int]]:
+    """([N, C], columns, group): the columns before ``stop`` in runs that have one group of coefficients each."""
+    for piece_NC, part in matrix.pieces(0, stop):
+        for begin, end, g in flat.cut(part, groups, stop):
+            yield piece_NC[:, begin - part.start : end - part.start], slice(begin, end), g
 
 
 def _read_row(checkpoint: Checkpoint, flat: Flat, row_D: Tensor) -> Tensor:

@@ -50,5 +50,13 @@ def free_memory(device: torch.device) -> int:
     group = Path("/sys/fs/cgroup")  # version 2; a process in a container sees its own
     limit, used = group / "memory.max", group / "memory.current"
     if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
-        limits.append(int(most) - int(used.read_text()))
+        limits.append(int(most) - int(used.read_text()) + _cached(group / "memory.stat"))
     return max(0, min(limits))
+
+
+def _cached(statistics: Path) -> int:
+    """The bytes of files that the kernel keeps for a container and would give back: the checkpoints, when read."""
+    if not statistics.exists():
+        return 0
+    fields = dict(line.split() for line in statistics.read_text().splitlines())
+    return sum(int(fields.get(name, 0)) for name in ("active_file", "inactive_file"))

@@ -5,7 +5,9 @@ Shape suffixes: D = elements of one dtype (parameters first, then floating-point
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import ctypes
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -40,9 +42,22 @@ class Flat:
     gradient_Q: Tensor
     slots: tuple[Slot, ...]
 
-    def segments(self, groups: Groups, stop: int) -> Sequence[tuple[int, int, int]]:
-        """(start, stop, group) of the runs of elements before ``stop`` that belong to one group of coefficients."""
-        return _segments(self.slots, groups, stop)
+    def cut(self, part: slice, groups: Groups, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, group) of the runs within the elements ``part``; those before ``stop`` are in some run."""
+        runs = _segments(self.slots, groups, stop)
+        for begin, end, g in runs[bisect_right(runs, part.start, key=lambda run: run[1]) :]:
+            if begin >= part.stop:
+                return
+            yield max(begin, part.start), min(end, part.stop), g
+
+
+def overlapping(slots: Sequence[Slot], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(number of a slot, start, stop) of the runs of elements between two that lie in one slot."""
+    for k in range(bisect_right(slots, start, key=lambda slot: slot.start + slot.numel), len(slots)):
+        if slots[k].start >= stop:
+            return
+        if slots[k].numel:
+            yield k, max(start, slots[k].start), min(stop, slots[k].start + slots[k].numel)
 
 
 @lru_cache(maxsize=16)  # asked for twice a step, the same every time
@@ -138,12 +153,25 @@ def check_tied(checkpoint: Checkpoint, names: tuple[str, ...]) -> None:
         )
 
 
-def read(spec: StoredTensor, name: str, read_into: ReadInto, out: Tensor) -> None:
-    """Stream a tensor into ``out`` (any shape, device and dtype, contiguous) through one small buffer."""
-    item = ITEM_SIZE[spec.dtype]
+def read(spec: StoredTensor, name: str, read_into: ReadInto, out: Tensor, first: int = 0) -> None:
+    """Stream the elements of a tensor from number ``first`` on into ``out`` (any shape, device and dtype, contiguous).
+
+    Through one small buffer; straight into the memory of ``out`` where it has the file's dtype and lies on the host.
+    """
     flat = out.view(-1)
-    buffer = bytearray(min(spec.nbytes, _CHUNK))
-    for start in range(0, spec.numel, _CHUNK // item):
-        count = min(_CHUNK // item, spec.numel - start)
-        read_into(name, start, memoryview(buffer)[: count * item])
-        flat[start : start + count] = torch.frombuffer(buffer, dtype=TORCH[spec.dtype], count=count)
+    count, item, dtype = flat.numel(), ITEM_SIZE[spec.dtype], TORCH[spec.dtype]
+    if not count:
+        return
+    if flat.device.type == "cpu" and flat.dtype == dtype:
+        read_into(name, first, memory_of(flat))
+        return
+    buffer = bytearray(min(count * item, _CHUNK))
+    for start in range(0, count, _CHUNK // item):
+        some = min(_CHUNK // item, count - start)
+        read_into(name, first + start, memoryview(buffer)[: some * item])
+        flat[start : start + some] = torch.frombuffer(buffer, dtype=dtype, count=some)
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the host, to be written to; valid as long as the tensor is."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")

@@ -46,6 +46,16 @@ command = signed(
         parameter("grid", Grid, 9),
         parameter("hessian", Curvature, "auto"),
     ],
-    without=("never_worse", "baselines", "dtype", "max_shard_size", "adapter", "rank", "dry_run", "holdout"),
+    without=(
+        "never_worse",
+        "baselines",
+        "dtype",
+        "max_shard_size",
+        "adapter",
+        "rank",
+        "dry_run",
+        "holdout",
+        "precision",
+    ),
     defaults={"output": "landscape.json"},
 )

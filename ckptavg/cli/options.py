@@ -84,6 +84,20 @@ Bits = Annotated[
     option("Run", "Of the candidates while searching; auto is the most that fits. The average is exact in any case."),
 ]
 GroupSize = Annotated[int, option("Run", "Elements that share a scale where there are fewer than 32 bits.")]
+Offload = Annotated[
+    Literal["none", "cpu", "disk"],
+    option(
+        "Run", "Where the candidates lie while searching, where the device has no room: host memory, or their files."
+    ),
+]
+Precision = Annotated[
+    Literal["float32", "bfloat16", "auto"],
+    option(
+        "Run",
+        "Of the search's passes: bfloat16 by autocast; auto is that on a GPU that has it. Reported scores are float32.",
+    ),
+]
+Compile = Annotated[bool, option("Run", "Let torch.compile have the model: pays in long searches.", "--compile")]
 Holdout = Annotated[
     float | None,
     option("Run", "Keep this part of the validation data for the final score, where there are no test data."),
@@ -150,6 +164,9 @@ def _shared(
     deterministic: Deterministic = False,
     bits: Bits = "32",
     group_size: GroupSize = 128,
+    offload: Offload = "none",
+    precision: Precision = "float32",
+    compile: Compile = False,
     holdout: Holdout = None,
     dry_run: DryRun = False,
     resume: Resume = True,

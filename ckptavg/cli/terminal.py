@@ -76,9 +76,12 @@ class Screen:
         if not self._quiet:
             self._console.print(printable(text), style="yellow", markup=False)
 
+    def _remark(self, text: str) -> None:
+        self._console.print(printable(text), style="dim", markup=False, soft_wrap=True)
+
     @contextmanager
     def watching(self) -> Generator[Watch | None]:
-        """A progress bar for the stages of a run, on a terminal only; a signal within is an InterruptedRunError."""
+        """Remarks, and on a terminal a progress bar for the stages of a run; a signal is an InterruptedRunError."""
         try:
             with interrupt.waiting(), self._bars() as watch:
                 yield watch
@@ -92,8 +95,11 @@ class Screen:
 
     @contextmanager
     def _bars(self) -> Generator[Watch | None]:
-        if self._quiet or not self._console.is_terminal:
+        if self._quiet:
             yield None
+            return
+        if not self._console.is_terminal:
+            yield lambda stage, done, total, figures: None if total else self._remark(stage)
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -105,6 +111,9 @@ class Screen:
             stages: dict[str, TaskID] = {}
 
             def watch(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+                if not total:
+                    self._remark(stage)
+                    return
                 if stage not in stages:
                     for old in [task for task in progress.tasks if task.finished]:  # one line for what goes on
                         progress.remove_task(stages.pop(old.description))
