@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from ckptavg import batches
 from ckptavg.determinism import seed_all
 from ckptavg.errors import TaskError
+from ckptavg.kept import Kept
 from ckptavg.meter import Meter
 from ckptavg.objective import Split
 from ckptavg.tasks import Task
@@ -22,7 +24,7 @@ class Feed:
     """What a task's loaders give, on the device.
 
     The splits ``fit`` and ``held`` are the two halves of what is scored on. A pass begins with global generators
-    seeded, so loaders that shuffle by them repeat themselves.
+    seeded, so loaders that shuffle by them repeat themselves; passes over little data are read once and kept.
 
     Args:
         task: whose loaders.
@@ -40,6 +42,7 @@ class Feed:
         self._halves = HeldOut(task, scored_on, rest="fit", to="held", fraction=0.5, seed=seed)
         self._lengths: dict[Split, int] = {}
         self._streams: dict[Split, Iterator[Any]] = {}
+        self._kept = Kept(device)
         self.examples: dict[Split, int] = {}  # of the last whole pass
         self.order: dict[Split, int] = {}  # a checksum of the examples of the last whole pass, as they came
         self.needs_two = False  # whether a batch of one example cannot be used, having no statistics
@@ -49,6 +52,7 @@ class Feed:
         self._streams = {}
         if halved:
             self._lengths = {}
+            self._kept.forget()
 
     def length(self, split: Split) -> int:
         """How many batches a pass has; read once and counted where the loader does not know.
@@ -71,11 +75,11 @@ class Feed:
 
     def scored(self, split: Split) -> Iterator[Any]:
         """One pass over all examples."""
-        return self._passed(split, self._data(split).batches(split))
+        return self._passed(split, learnable=False)
 
     def learnable(self, split: Split) -> Iterator[Any]:
         """One pass over a split for statistics."""
-        return self._passed(split, self._learnable(split))
+        return self._passed(split, learnable=True)
 
     def empty(self, split: Split) -> TaskError:
         """What to say of a split without batches."""
@@ -87,21 +91,26 @@ class Feed:
     def _data(self, split: Split) -> Task:
         return self._halves if split in ("fit", "held") else self._task
 
-    def _passed(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:
+    def _passed(self, split: Split, *, learnable: bool) -> Iterator[Any]:
         seed_all(self._seed)
         seen, order = 0, 0
-        for batch in source:
-            size = batches.size(batch)
-            seen, order = seen + size, zlib.crc32(batches.sample(batch), order)
+        for number, (batch, size, sample) in enumerate(
+            self._kept.passed(split, partial(self._data(split).batches, split)), 1
+        ):
+            if learnable and self._too_small(split, size):
+                continue
+            seen, order = seen + size, zlib.crc32(sample, order)
             self._meter.count("forward", size)
-            yield batches.to_device(batch, self._device)
+            seed_all(self._seed + number)  # the same for the model, whether the batch was read or kept
+            yield batch
         self.examples[split], self.order[split] = seen, order
 
     def _learnable(self, split: Split) -> Iterator[Any]:
+        return (b for b in self._data(split).batches(split) if not self._too_small(split, batches.size(b)))
+
+    def _too_small(self, split: Split, size: int) -> bool:
         """What is left of a divided batch may be one example."""
-        data = self._data(split)
-        divided = isinstance(data, HeldOut)
-        return (b for b in data.batches(split) if not (divided and self.needs_two and batches.size(b) == 1))
+        return size == 1 and self.needs_two and isinstance(self._data(split), HeldOut)
 
     def _endless(self, split: Split) -> Iterator[Any]:
         for pass_number in itertools.count():

@@ -32,7 +32,7 @@ LAYERS = (
     ("strategies", "companions", "adapter", "shards"),
     ("candidates", "average", "write", "journal", "provenance", "batchnorm", "scorer"),
     ("feed", "tally", "surrogate"),
-    ("tasks", "meter", "determinism", "passes"),
+    ("tasks", "meter", "determinism", "passes", "kept"),
     ("discover", "settings", "options", "adapter_config"),
     ("copies", "layout", "places", "window"),
     ("steps",),

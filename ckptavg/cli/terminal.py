@@ -57,7 +57,7 @@ class Screen:
 
     @contextmanager
     def watching(self) -> Generator[Watch | None]:
-        """Remarks, and on a terminal a progress bar for the stages of a run; Ctrl-C within is an InterruptedRunError."""
+        """Remarks, and on a terminal a progress bar for a run's stages; Ctrl-C within is an InterruptedRunError."""
         try:
             with self._bars() as watch:
                 yield watch
