@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from ckptavg import batches, interrupt
 from ckptavg.determinism import reseed
 from ckptavg.errors import TaskError
+from ckptavg.kept import Kept
 from ckptavg.meter import Meter
 from ckptavg.objective import Split
 from ckptavg.tasks import Task
@@ -24,8 +26,9 @@ class Feed:
     """What a task's loaders give, on the device.
 
     The splits ``fit`` and ``held`` are the two halves of what is scored on. Global generators are seeded before each
-    batch is fetched, so loaders that shuffle by them repeat themselves, and what a loss draws for one batch does not
-    depend on those before it, which an interrupted run may have done already.
+    batch is fetched, so loaders that shuffle by them repeat themselves, and again after it: what a loss draws for one
+    batch depends neither on those before it, which an interrupted run may have done already, nor on whether it was
+    read or, as passes over little data are, kept.
 
     Args:
         task: whose loaders.
@@ -43,6 +46,7 @@ class Feed:
         self._halves = HeldOut(task, scored_on, rest="fit", to="held", fraction=0.5, seed=seed)
         self._lengths: dict[Split, int] = {}
         self._streams: dict[Split, Stream] = {}
+        self._kept = Kept(device)
         self.examples: dict[Split, int] = {}  # of the last whole pass
         self.order: dict[Split, int] = {}  # a checksum of the examples of the last pass so far, as they came
         self.needs_two = False  # whether a batch of one example cannot be used, having no statistics
@@ -52,6 +56,7 @@ class Feed:
         self._streams = {}
         if halved:
             self._lengths = {}
+            self._kept.forget()
 
     def length(self, split: Split) -> int:
         """How many batches a pass has; read once and counted where the loader does not know.
@@ -74,11 +79,11 @@ class Feed:
 
     def scored(self, split: Split) -> Iterator[Any]:
         """One pass over all examples."""
-        return self._passed(split, self._data(split).batches(split))
+        return self._passed(split, learnable=False)
 
     def learnable(self, split: Split) -> Iterator[Any]:
         """One pass over a split for statistics."""
-        return self._passed(split, self._learnable(split))
+        return self._passed(split, learnable=True)
 
     def empty(self, split: Split) -> TaskError:
         """What to say of a split without batches."""
@@ -90,21 +95,25 @@ class Feed:
     def _data(self, split: Split) -> Task:
         return self._halves if split in ("fit", "held") else self._task
 
-    def _passed(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:
+    def _passed(self, split: Split, *, learnable: bool) -> Iterator[Any]:
         seen = self.order[split] = 0
-        for batch in _seeded(source, self._seed):
-            size = batches.size(batch)
+        source = self._kept.passed(split, partial(self._data(split).batches, split))
+        for number, (batch, size, sample) in enumerate(_seeded(source, self._seed), 1):
+            if learnable and self._too_small(split, size):
+                continue
             seen += size
-            self.order[split] = zlib.crc32(batches.sample(batch), self.order[split])
+            self.order[split] = zlib.crc32(sample, self.order[split])
             self._meter.count("forward", size)
-            yield batches.to_device(batch, self._device)
+            reseed(self._seed, number)
+            yield batch
         self.examples[split] = seen
 
     def _learnable(self, split: Split) -> Iterator[Any]:
+        return (b for b in self._data(split).batches(split) if not self._too_small(split, batches.size(b)))
+
+    def _too_small(self, split: Split, size: int) -> bool:
         """What is left of a divided batch may be one example."""
-        data = self._data(split)
-        divided = isinstance(data, HeldOut)
-        return (b for b in data.batches(split) if not (divided and self.needs_two and batches.size(b) == 1))
+        return size == 1 and self.needs_two and isinstance(self._data(split), HeldOut)
 
     def _endless(self, split: Split, first: int) -> Iterator[Any]:
         """From batch number ``first`` on; whole passes before it are not read where their length is known."""

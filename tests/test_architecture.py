@@ -32,7 +32,7 @@ LAYERS = (
     ("strategies", "companions", "adapter", "shards", "manifest"),
     ("candidates", "average", "write", "journal", "provenance", "batchnorm", "scorer"),
     ("feed", "tally", "surrogate"),
-    ("tasks", "meter", "partial", "passes"),
+    ("tasks", "meter", "partial", "passes", "kept"),
     ("discover", "settings", "options", "adapter_config", "settling"),
     ("copies", "layout", "places", "window", "soundness"),
     ("steps",),
