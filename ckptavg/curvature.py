@@ -16,6 +16,7 @@ Shape suffixes: N = candidates, M = elements of one tensor that the model return
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -137,16 +138,22 @@ class _Pass:
         """F, g [N] and H [N, N], these two in float64 on the CPU."""
         n, examples = self._candidates.n, 0
         total = self._one_NN.new_zeros(1 + n + n * n)
+        values: list[Tensor] = []
         for batch in batches:
             size = batch_size(batch)
             value, gradient_N, hessian_NN = self._measure(batch)
+            values.append(value)
             total += size * torch.cat([value.view(1), gradient_N, hessian_NN.flatten()])
             examples += size
         assert examples, "a pass without batches"
         total = total.cpu().double() / examples
         value, gradient_N, hessian_NN = float(total[0]), total[1 : n + 1], total[n + 1 :].view(n, n)
         if not total[: n + 1].isfinite().all():
-            raise _NoGradientError(f"loss() is {value} at the mean of the candidates, or its gradient is not finite")
+            bad = [(i, one) for i, one in enumerate(torch.stack(values).tolist(), 1) if not math.isfinite(one)]
+            what = "the gradient of loss() is not finite"
+            if bad:
+                what = f"loss() gave {bad[0][1]} in batch {bad[0][0]}"
+            raise _NoGradientError(f"{what}, at the mean of the candidates")
         if not hessian_NN.isfinite().all():
             raise UnavailableError("second derivatives are not finite")
         hessian_NN = hessian_NN - hessian_NN.mean(dim=0, keepdim=True)

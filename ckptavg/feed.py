@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ckptavg import batches
 from ckptavg.determinism import seed_all
-from ckptavg.errors import TaskError
+from ckptavg.errors import TaskError, is_out_of_memory
 from ckptavg.meter import Meter
 from ckptavg.objective import Split
 from ckptavg.tasks import Task
+from ckptavg.tasks.failure import failed
 from ckptavg.tasks.held_out import HeldOut
 
 
@@ -90,11 +92,13 @@ class Feed:
     def _passed(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:
         seed_all(self._seed)
         seen, order = 0, 0
-        for batch in source:
-            size = batches.size(batch)
-            seen, order = seen + size, zlib.crc32(batches.sample(batch), order)
+        for number, batch in enumerate(source, 1):
+            with self._blamed(split, number):
+                size = batches.size(batch)
+                seen, order = seen + size, zlib.crc32(batches.sample(batch), order)
+                moved = batches.to_device(batch, self._device)
             self._meter.count("forward", size)
-            yield batches.to_device(batch, self._device)
+            yield moved
         self.examples[split], self.order[split] = seen, order
 
     def _learnable(self, split: Split) -> Iterator[Any]:
@@ -106,8 +110,21 @@ class Feed:
     def _endless(self, split: Split) -> Iterator[Any]:
         for pass_number in itertools.count():
             seed_all(self._seed + pass_number)
-            batch = None
-            for batch in self._learnable(split):
-                yield batches.to_device(batch, self._device)
-            if batch is None:
+            number = 0
+            for number, batch in enumerate(self._learnable(split), 1):
+                with self._blamed(split, number):
+                    moved = batches.to_device(batch, self._device)
+                    batches.size(moved)  # whoever learns from it asks for that
+                yield moved
+            if not number:
                 raise self.empty(split)
+
+    @contextmanager
+    def _blamed(self, split: Split, number: int) -> Generator[None]:
+        """A batch may be an object of any class, whose methods may do anything."""
+        try:
+            yield
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise failed(self._task.source, f"{split}_dataloader", f"batch {number}", error) from error
