@@ -16,6 +16,7 @@ Shape suffixes: N = candidates, M = elements of one tensor that the model return
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -143,20 +144,25 @@ class _Pass:
 
     def over(self, batches: Iterable[Any], partial: Partial, order: Callable[[], int]) -> tuple[float, Tensor, Tensor]:
         """F, g [N] and H [N, N], these two in float64 on the CPU."""
-        n = self._candidates.n
+        n, values = self._candidates.n, list[Tensor]()
         sums: dict[str, Any] = {"examples": 0, "total": self._one_NN.new_zeros(1 + n + n * n)}
         for state in partial.states[-1:]:
             sums = {"examples": state["examples"], "total": state["total"].to(self._one_NN)}
         for batch in partial.rest(batches, order, lambda: sums):
             size = batch_size(batch)
             value, gradient_N, hessian_NN = self._measure(batch)
+            values.append(value)
             sums["total"] += size * torch.cat([value.view(1), gradient_N, hessian_NN.flatten()])
             sums["examples"] += size
         assert sums["examples"], "a pass without batches"
         total = sums["total"].cpu().double() / sums["examples"]
         value, gradient_N, hessian_NN = float(total[0]), total[1 : n + 1], total[n + 1 :].view(n, n)
         if not total[: n + 1].isfinite().all():
-            raise _NoGradientError(f"loss() is {value} at the mean of the candidates, or its gradient is not finite")
+            bad = [(i, one) for i, one in enumerate(torch.stack(values).tolist(), 1) if not math.isfinite(one)]
+            what = "the gradient of loss() is not finite"
+            if bad:
+                what = f"loss() gave {bad[0][1]} in batch {bad[0][0]}"
+            raise _NoGradientError(f"{what}, at the mean of the candidates")
         if not hessian_NN.isfinite().all():
             raise UnavailableError("second derivatives are not finite")
         hessian_NN = hessian_NN - hessian_NN.mean(dim=0, keepdim=True)

@@ -90,8 +90,6 @@ def excluding(name: str) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` is a lack of host or device memory, told without importing torch."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    return (
-        isinstance(error, MemoryError)
-        or "OutOfMemoryError" in names
-        or "DefaultCPUAllocator: can't alloc" in str(error)
-    )
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in names:
+        return True
+    return type(error) is RuntimeError and "DefaultCPUAllocator: can't alloc" in str(error)

@@ -12,11 +12,12 @@ import torch
 
 from ckptavg import batches, interrupt
 from ckptavg.determinism import reseed
-from ckptavg.errors import TaskError
+from ckptavg.errors import CkptavgError, TaskError, is_out_of_memory
 from ckptavg.kept import Kept
 from ckptavg.meter import Meter
 from ckptavg.objective import Split
 from ckptavg.tasks import Task
+from ckptavg.tasks.failure import failed
 from ckptavg.tasks.held_out import HeldOut
 
 _END: Final = object()
@@ -74,7 +75,7 @@ class Feed:
     def stream(self, split: Split) -> Stream:
         """The batches to learn from, pass after pass."""
         if split not in self._streams:
-            self._streams[split] = Stream(lambda first: self._endless(split, first), self._device)
+            self._streams[split] = Stream(lambda first: self._endless(split, first))
         return self._streams[split]
 
     def scored(self, split: Split) -> Iterator[Any]:
@@ -97,8 +98,8 @@ class Feed:
 
     def _passed(self, split: Split, *, learnable: bool) -> Iterator[Any]:
         seen = self.order[split] = 0
-        source = self._kept.passed(split, partial(self._data(split).batches, split))
-        for number, (batch, size, sample) in enumerate(_seeded(source, self._seed), 1):
+        source = _seeded(self._kept.passed(split, partial(self._data(split).batches, split)), self._seed)
+        for number, (batch, size, sample) in enumerate(self._blaming(split, source), 1):
             if learnable and self._too_small(split, size):
                 continue
             seen += size
@@ -124,18 +125,33 @@ class Feed:
     def _passes(self, split: Split, first: int) -> Iterator[Any]:
         for number in itertools.count(first):
             batch = None
-            for batch in _seeded(self._learnable(split), self._seed + number):
+            moved = (batches.to_device(batch, self._device) for batch in self._learnable(split))
+            for batch in self._blaming(split, _seeded(moved, self._seed + number)):
                 yield batch
             if batch is None:
                 raise self.empty(split)
 
+    def _blaming(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; one may be an object of any class, whose methods may do anything."""
+        for number in itertools.count(1):
+            try:
+                batch = next(source, _END)
+            except CkptavgError:
+                raise
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                raise failed(self._task.source, f"{split}_dataloader", f"batch {number}", error) from error
+            if batch is _END:
+                return
+            yield batch
+
 
 class Stream:
-    """Batches one after the other; only the last of those that were passed is on the device."""
+    """Batches one after the other."""
 
-    def __init__(self, start: Callable[[int], Iterator[Any]], device: torch.device) -> None:
+    def __init__(self, start: Callable[[int], Iterator[Any]]) -> None:
         self._start = start
-        self._device = device
         self._source: Iterator[Any] | None = None
         self._at = self._fetched = -1
         self._batch: Any = None
@@ -152,8 +168,6 @@ class Stream:
         while self._fetched < self._at:
             self._batch = next(self._source)
             self._fetched += 1
-            if self._fetched == self._at:
-                self._batch = batches.to_device(self._batch, self._device)
         return self._batch
 
 

@@ -89,7 +89,7 @@ def result(
 ) -> Result:
     """Everything there is to report of a finished run."""
     coefficients = judgement.coefficients
-    invalid = [f"{score.invalid}: never chosen" for score in judgement.singles if score.invalid]
+    invalid = [f"{score.invalid}: it counts as worse than any other" for score in judgement.singles if score.invalid]
     said = evaluator.notes if evaluator else ()
     doubts = [*invalid, *learned.notes, *said, *_doubts(found.checkpoints[0], coefficients, evaluator, finished)]
     known = blank(found, strategy, options, doubts)

@@ -148,7 +148,9 @@ def _units(value: Any, count: int, function: str, number: int) -> Tensor:
     if isinstance(value, bool | int | float):
         value = torch.tensor(float(value))
     if not isinstance(value, Tensor) or value.is_complex() or value.numel() not in (1, count):
-        got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        got = f"a {type(value).__name__}"
+        if isinstance(value, Tensor):
+            got = f"a {'complex ' if value.is_complex() else ''}tensor of shape {list(value.shape)}"
         raise TaskError(
             f"{function}() must give a scalar or one real number an example [{count}], not {got}, for batch {number}"
         )

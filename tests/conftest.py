@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import task as demo_task
 import torch
 import train as demo_training
+import typer.main
 from jobs import mlp, transformer
 
 from ckptavg.__main__ import main
@@ -26,6 +28,7 @@ from ckptavg.mixture import Mixture
 from ckptavg.tasks.python_file import PythonTask
 from ckptavg.window import Window
 
+typer.main.get_command = cache(typer.main.get_command)  # Typer makes every command anew in each call, which takes long
 torch.set_num_threads(1)  # the networks are tiny: a second thread only waits, and for long on a busy machine
 TASK = Path(demo_task.__file__)
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ckptavg.result import Landscape, Result
 
 WIDE = 200  # columns where there is no terminal: a log should not cut names
+_STDOUT, _STDERR = 1, 2
 Watch = Callable[[str, int, int, Mapping[str, float]], None]
 
 
@@ -32,22 +33,18 @@ def console(*, stderr: bool = False) -> Console:
 @contextmanager
 def stdout_for_data() -> Generator[None]:
     """Whatever writes to stdout within, a task or a process that it starts, writes to stderr."""
-    try:
-        out, err = sys.stdout.fileno(), sys.stderr.fileno()
-    except (OSError, ValueError):  # replaced by something that is no file
-        with redirect_stdout(sys.stderr):
-            yield
-        return
     sys.stdout.flush()
-    kept = os.dup(out)
-    os.dup2(err, out)
+    kept = os.dup(_STDOUT)
+    os.dup2(_STDERR, _STDOUT)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()  # what was written to it by another name, while it still goes to stderr
-        os.dup2(kept, out)
+        for stream in (sys.stdout, sys.__stdout__):  # what was written to it by its own name goes to stderr too
+            if stream is not None:
+                with suppress(OSError, ValueError):
+                    stream.flush()
+        os.dup2(kept, _STDOUT)
         os.close(kept)
 
 

@@ -55,7 +55,7 @@ def _said(error: BaseException) -> str:
         text = str(error)
     except Exception:  # it is not ours, and may fail at anything
         text = "(it cannot say what)"
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _in_a_worker(what: str) -> str:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ckptavg.determinism import seed_loader
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
@@ -66,6 +67,14 @@ class PythonTask:
         model = self._call("model", self._function("model"))
         if not isinstance(model, nn.Module):
             raise TaskError(f"model() must return a torch.nn.Module, not {type(model).__name__}", path=self.source)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if is_lazy(tensor) or tensor.is_meta:
+                what = (
+                    "has no shape yet: let it see a batch"
+                    if is_lazy(tensor)
+                    else "is on the meta device: give it memory"
+                )
+                raise TaskError(f"model() must be ready to run, but its {name} {what}", path=self.source)
         return model
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
