@@ -100,7 +100,11 @@ class Mixture:
         """The candidate matrix and the model; loaded when first needed, after a strategy has checked its settings."""
         torch.manual_seed(self._seed)
         model = self.task.model().to(self._device).eval()
-        return Candidates(model, self.checkpoints, self.progress, bits=self._bits(model), group_size=self.group_size)
+        bits, size = self._bits(model), self.group_size
+        found = Candidates(model, self.checkpoints, self.progress, bits=bits, group_size=size)
+        for checkpoint in self.checkpoints:
+            checkpoint.check_unchanged()  # not only at the end of a long search
+        return found
 
     def _bits(self, model: nn.Module) -> int:
         if self._asked_bits != "auto":

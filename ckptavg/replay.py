@@ -33,6 +33,7 @@ class Replay:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
+        self.folder = journal.folder
         self._search = -1
         self._asked = 0
         self._pending: list[tuple[str, Tensor, Tensor]] = []
