@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from faults import job
 from faults.warm import Warm
 
 COUNTS = pytest.StashKey[Counter[str]]()
@@ -18,6 +20,14 @@ ALWAYS = ("kills", "resumes", "lost or partial outputs", "evaluations repeated",
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
     with Warm(tmp_path_factory.mktemp("said")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def ckpts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The candidates of `faults.job`."""
+    folder = tmp_path_factory.mktemp("job") / "ckpts"
+    job.train(folder)
+    return folder
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Final
 
 MODULES: Final = ("durable", "journal", "lock", "write")
-CALLS: Final = frozenset(
-    "open close write pwrite preadv pread posix_fallocate ftruncate fsync fdatasync fstat fchmod link replace rename "
-    "unlink".split()
-)
+CALLS: Final = (
+    "open", "close", "write", "pwrite", "preadv", "pread", "posix_fallocate", "ftruncate", "fsync", "fdatasync",
+    "fstat", "fchmod", "link", "replace", "rename", "unlink",
+)  # fmt: skip
 
 
 @contextmanager

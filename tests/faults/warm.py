@@ -1,8 +1,8 @@
 """``ckptavg`` in processes of its own, without waiting for torch: a server imports it once and forks for each run.
 
 The server has averaged once and never run autograd, so a fork is as good as a fresh process from the entry point on,
-which is `ckptavg.__main__.main` with handlers, arguments, exit codes and all. What comes before it, the interpreter and the
-import of torch, is left to the tests that start real processes.
+which is `ckptavg.__main__.main` with handlers, arguments, exit codes and all. What comes before it, the interpreter and
+the import of torch, is left to the tests that start real processes.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ class Warm:
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def start(
-        self, *arguments: object, cwd: Path, hook: Mapping[str, Any] | None = None, **environment: str
-    ) -> Child:
+    def start(self, *arguments: object, cwd: Path, hook: Mapping[str, Any] | None = None, **environment: str) -> Child:
         """Begin ``ckptavg ARGUMENTS`` in ``cwd``; ``hook`` is for `faults.hook.install`."""
         self._runs += 1
         said = self._scratch / f"run-{self._runs}"
