@@ -92,9 +92,10 @@ def with_news(found: Found, paths: Sequence[Path], output: Path) -> Found:
     """
     known = {c.path for c in found.checkpoints} | {one.path for one in found.left_out} | {output, output.parent}
     news = [
-        f"{c.path} was deleted or renamed while the run went on; it was read to the end all the same"
-        for c in found.checkpoints
-        if not os.path.lexists(c.path)
+        f"{file.path} was deleted or renamed while the run went on; it was read to the end all the same"
+        for checkpoint in found.checkpoints
+        for file in checkpoint.reader.files
+        if not os.path.lexists(file.path)
     ]
     for order, path in enumerate(paths):
         with suppress(InputError):  # the directory itself has gone

@@ -69,7 +69,7 @@ class Feed:
     def stream(self, split: Split) -> Stream:
         """The batches to learn from, pass after pass."""
         if split not in self._streams:
-            self._streams[split] = Stream(lambda first: self._endless(split, first), self._device)
+            self._streams[split] = Stream(lambda first: self._endless(split, first), self._device, self._seed)
         return self._streams[split]
 
     def scored(self, split: Split) -> Iterator[Any]:
@@ -124,9 +124,10 @@ class Feed:
 class Stream:
     """Batches one after the other; only the last of those that were passed is on the device."""
 
-    def __init__(self, start: Callable[[int], Iterator[Any]], device: torch.device) -> None:
+    def __init__(self, start: Callable[[int], Iterator[Any]], device: torch.device, seed: int) -> None:
         self._start = start
         self._device = device
+        self._seed = seed
         self._source: Iterator[Any] | None = None
         self._at = self._fetched = -1
         self._batch: Any = None
@@ -137,7 +138,7 @@ class Stream:
 
     @property
     def batch(self) -> Any:
-        """The batch that it has come to."""
+        """The batch that it has come to; what is drawn after it was asked for is the same each time."""
         if self._source is None:
             self._source, self._fetched = self._start(self._at), self._at - 1
         while self._fetched < self._at:
@@ -145,6 +146,7 @@ class Stream:
             self._fetched += 1
             if self._fetched == self._at:
                 self._batch = batches.to_device(self._batch, self._device)
+        reseed(self._seed, self._at + 1)
         return self._batch
 
 

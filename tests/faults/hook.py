@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import resource
 import signal
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -29,13 +31,23 @@ def installed(hook: Mapping[str, Any]) -> Generator[None]:
 
     Keys: ``fault`` (a call's number from 1 on, and what happens there), ``modules`` (whose calls count), ``calls`` (a
     file that gets how many there were), ``acknowledged`` (a file that gets the key of each record that the journal says
-    is written), ``every`` (seconds between parts of an evaluation that are kept), ``gate`` (a file that is waited for).
+    is written), ``every`` (seconds between parts of an evaluation that are kept), ``gate`` (a file that is waited for),
+    ``threads`` (torch's), ``listing`` (the seed of the order in which directories are listed), ``largest`` (bytes that
+    a file may have).
     """
+    import torch
+
     import ckptavg.partial
     import ckptavg.replay
 
     if "every" in hook:
         ckptavg.partial.EVERY = ckptavg.replay._TOGETHER = hook["every"]  # pyright: ignore
+    if "threads" in hook:
+        torch.set_num_threads(hook["threads"])
+    if "listing" in hook:
+        _shuffle(random.Random(hook["listing"]))
+    if "largest" in hook:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hook["largest"], hook["largest"]))
     if "acknowledged" in hook:
         _note(hook["acknowledged"])
     faulty = FaultyOS(*hook.get("fault", (0, "")))
@@ -84,6 +96,28 @@ class FaultyOS:
             return real(*args, **kwargs)
 
         return call
+
+
+def _shuffle(rng: random.Random) -> None:
+    real: Any = os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        with real(path) as found:
+            return _Listing(sorted(found, key=lambda entry: rng.random()))
+
+    os.scandir = scandir
+    os.listdir = lambda path=".": [entry.name for entry in scandir(path)]
+
+
+class _Listing(list[Any]):
+    """A list that can be used as `os.scandir`'s iterator is."""
+
+    def __enter__(self) -> _Listing:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def _note(path: str) -> None:

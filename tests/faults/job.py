@@ -2,7 +2,8 @@
 
 ``LOG`` names a file that gets a letter for each batch: v for the first of a scoring pass, s for its others, b for
 BatchNorm's, g for a gradient's. ``STOP=N:SIGNAL`` sends this process a signal at the N-th letter it writes; ``WORKERS``
-is the loaders'. ``MUTATION`` is for `faults.mutations`.
+is the loaders', ``DATA`` the seed of what is validated on, and ``PLAIN`` leaves BatchNorm out. ``MUTATION`` is for
+`faults.mutations`, at the moment ``load``, when the candidates are open and not loaded, or ``learn``, when they are.
 """
 
 from __future__ import annotations
@@ -24,14 +25,13 @@ _written = 0
 
 
 def model() -> nn.Module:
-    if "MUTATION" in os.environ:
-        from faults.mutations import mutate
-
-        mutate(os.environ["MUTATION"])
-    return nn.Sequential(nn.Linear(2, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2))
+    _moment("load")
+    norm = nn.Identity() if "PLAIN" in os.environ else nn.BatchNorm1d(16)
+    return nn.Sequential(nn.Linear(2, 16), norm, nn.ReLU(), nn.Linear(16, 2))
 
 
 def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    _moment("learn")
     inputs, labels, numbers = batch
     first = int(numbers.min())
     _tell("g" if torch.is_grad_enabled() else "b" if first >= TRAINING else "v" if first == 0 else "s")
@@ -49,7 +49,7 @@ def train_dataloader() -> DataLoader:
 
 
 def val_dataloader() -> DataLoader:
-    return _loader(250, 1, 0)
+    return _loader(250, int(os.environ.get("DATA", "1")), 0)
 
 
 def test_dataloader() -> DataLoader:
@@ -60,6 +60,14 @@ def _loader(count: int, seed: int, start: int, *, shuffle: bool = False) -> Data
     moons, labels = template._two_moons(count, seed).tensors
     data = TensorDataset(moons, labels, torch.arange(start, start + count))
     return DataLoader(data, batch_size=50, shuffle=shuffle, num_workers=int(os.environ.get("WORKERS", "0")))
+
+
+def _moment(name: str) -> None:
+    asked = os.environ.get("MUTATION", "")
+    if asked.startswith(f"{name}:"):
+        from faults.mutations import mutate
+
+        mutate(asked)
 
 
 def _tell(letter: str) -> None:
