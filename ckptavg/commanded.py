@@ -27,6 +27,7 @@ from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.dtypes import spelled
 from ckptavg.errors import TaskError, UsageError
 from ckptavg.evaluator import Watch
+from ckptavg.journal import SCRATCH
 from ckptavg.meter import SECONDS, Meter
 from ckptavg.objective import Cost, Hessian, Score, Split
 from ckptavg.readers import StoredTensor
@@ -46,7 +47,7 @@ _SHOWN: Final = 10  # lines of what a command that failed said
 class Commanded:
     """An objective whose score is the number that a shell command prints; see `ckptavg.evaluator.Evaluator`.
 
-    The mixture is the exact average, in the dtype of the output, in a directory of its own beside the output. In the
+    The mixture is the exact average, in the dtype of the output, in a directory in ``OUTPUT.ckptavg/``. In the
     command ``{}`` stands for its safetensors file and ``{dir}`` for the directory, which has the candidates' config
     and tokenizer files too. There is no loss and no gradient.
 
@@ -199,7 +200,7 @@ class Commanded:
     @contextmanager
     def _written(self, coefficients: Coefficients) -> Generator[Path]:
         """The average as a file, in a directory that is gone afterwards."""
-        folder = Path(tempfile.mkdtemp(prefix=".ckptavg-score-", dir=self._beside))
+        folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=self._beside))
         try:
             path = folder / "model.safetensors"
             specs = output_specs(self._checkpoints[0], self._dtype)

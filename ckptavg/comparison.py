@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from ckptavg.discover import with_news
 from ckptavg.errors import UsageError
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.finish import finish, name_of
@@ -77,6 +78,7 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
         contestants = [_contestant(run, runs, evaluator, options.seed) for run in runs]
         finished = finish(found.checkpoints, winner.learned.coefficients, winner.strategy, options, evaluator, watch)
         done()
+        found = with_news(found, paths, finished.output.path)
         judgement = Judgement(winner.learned.coefficients, verdict=_verdict(winner, contestants, evaluator))
         report = result(found, winner.strategy, options, winner.learned, judgement, finished, evaluator)
         return Comparison(contestants=contestants, winner=winner.name, result=replace(report, cost=winner.cost))

@@ -41,7 +41,7 @@ class Temporary:
     def remove(self) -> None:
         """Close it and take the temporary name away; what cannot be removed now is swept by the next run."""
         with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
+            os.unlink(self.path)  # noqa: PTH108
         with contextlib.suppress(OSError):
             lock.release(self.fd)
 

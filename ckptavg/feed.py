@@ -75,7 +75,7 @@ class Feed:
     def stream(self, split: Split) -> Stream:
         """The batches to learn from, pass after pass."""
         if split not in self._streams:
-            self._streams[split] = Stream(lambda first: self._endless(split, first))
+            self._streams[split] = Stream(lambda first: self._endless(split, first), self._seed)
         return self._streams[split]
 
     def scored(self, split: Split) -> Iterator[Any]:
@@ -150,8 +150,9 @@ class Feed:
 class Stream:
     """Batches one after the other."""
 
-    def __init__(self, start: Callable[[int], Iterator[Any]]) -> None:
+    def __init__(self, start: Callable[[int], Iterator[Any]], seed: int) -> None:
         self._start = start
+        self._seed = seed
         self._source: Iterator[Any] | None = None
         self._at = self._fetched = -1
         self._batch: Any = None
@@ -162,12 +163,13 @@ class Stream:
 
     @property
     def batch(self) -> Any:
-        """The batch that it has come to."""
+        """The batch that it has come to; what is drawn after it was asked for is the same each time."""
         if self._source is None:
             self._source, self._fetched = self._start(self._at), self._at - 1
         while self._fetched < self._at:
             self._batch = next(self._source)
             self._fetched += 1
+        reseed(self._seed, self._at + 1)
         return self._batch
 
 

@@ -90,6 +90,7 @@ def _write(
     """
     specs, kept = made.specs, made.not_averaged
     fits = {name: spec.shape for name, spec in specs.items()} == {n: t.shape for n, t in checkpoints[0].tensors.items()}
+    scored = evaluator is not None
     if not fits:
         evaluator = None  # an adapter of another rank than the model's
     recomputed = sorted(set(evaluator.statistics) & specs.keys()) if evaluator else []
@@ -116,7 +117,7 @@ def _write(
                 out.write(name, 0, _bytes(state[name], TORCH[specs[name].dtype]))
             scores = {split: evaluator.score_adopted(coefficients, split) for split in evaluator.splits}
         metadata |= describe(digest=lambda file: manifest.agreed(file, digest(file)))
-        for i in coefficients.selected:
+        for i in range(len(checkpoints)) if scored else coefficients.selected:
             checkpoints[i].check_unchanged()
         source, dtype = checkpoints[coefficients.selected[-1]], spelled(spec.dtype for spec in specs.values())
         if folder := destination(options.output)[1]:

@@ -13,6 +13,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final, Self
@@ -23,6 +24,7 @@ from ckptavg.lock import release, take
 
 SCHEMA: Final = 2
 ASIDE: Final = "file "  # how keys begin that tell of the inputs: alone they are nothing to go on from
+SCRATCH: Final = "scratch-"  # how directories begin that a killed run leaves, and the next one removes
 _FILE: Final = "journal.jsonl"
 _LOCK: Final = "lock"
 
@@ -60,6 +62,7 @@ class Journal:
         self._fd = self._lock = -1
         try:
             self._lock = take(self.folder / _LOCK, output)
+            self._sweep()
             self._open(resume)
         except OSError as error:
             self._close()
@@ -113,7 +116,11 @@ class Journal:
         """Throw away what was written, once: another run may have begun since."""
         if not self._dropped:
             self._dropped = True
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._sweep()
+            with suppress(OSError):  # of somebody else's files
+                for path in (self.folder / _FILE, self.folder / _LOCK):
+                    path.unlink(missing_ok=True)
+                self.folder.rmdir()
 
     def __enter__(self) -> Self:
         return self
@@ -143,6 +150,10 @@ class Journal:
         if not whole:  # it is new: its name must last too
             flush_folder(path)
             flush_folder(self.folder)
+
+    def _sweep(self) -> None:
+        for path in self.folder.glob(f"{SCRATCH}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _measured(self) -> int:
         return sum(not key.startswith(ASIDE) for key in self._records)

@@ -68,15 +68,12 @@ def take(path: Path, output: Path) -> int:
                 f"another run is writing it ({owner or 'another process'})", path=output,
                 hint="wait for it, or choose another -o",
             )  # fmt: skip
-        try:
-            if _is_still(path, fd):
-                mine = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime(_SINCE, time.gmtime())}\n"
+        if _is_still(path, fd):
+            mine = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime(_SINCE, time.gmtime())}\n"
+            with suppress(OSError):  # on a full disk the lock is nameless
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, mine.encode(), 0)
-                return fd
-        except BaseException:
-            release(fd)
-            raise
+            return fd
         release(fd)
 
 

@@ -123,6 +123,8 @@ class Mixture:
             model, self.checkpoints, self.progress,
             bits=plan.bits, group_size=self.group_size, offload=self._offload,
         )  # fmt: skip
+        for checkpoint in self.checkpoints:
+            checkpoint.check_unchanged()  # not only at the end of a long search
         if self._compile:
             self._compiled = Compiled(model)
         return made

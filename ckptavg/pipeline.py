@@ -12,7 +12,7 @@ from ckptavg.candidates import budget
 from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
-from ckptavg.discover import Found
+from ckptavg.discover import Found, with_news
 from ckptavg.errors import UsageError
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.finish import Finished, finish, name_of
@@ -44,6 +44,7 @@ def run(paths: Sequence[Path], strategy: Strategy, options: Options, watch: Watc
         wrote = Best() if judgement.replaced else strategy
         finished = finish(found.checkpoints, judgement.coefficients, wrote, options, evaluator, watch)
         done()
+        found = with_news(found, paths, finished.output.path)
         return result(found, strategy, options, learned, judgement, finished, evaluator)
 
 

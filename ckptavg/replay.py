@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.encoded import decode, encode, raw
+from ckptavg.errors import TaskError
 from ckptavg.journal import Journal
 from ckptavg.objective import Each, Score, Split
 from ckptavg.partial import Partial
@@ -33,9 +34,11 @@ class Replay:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
+        self.folder = journal.folder
         self._search = -1
         self._asked = 0
         self._pending: list[tuple[str, Tensor, Tensor]] = []
+        self._orders: dict[str, list[int]] = {}  # of the data of an earlier run's scores
         self._flushed = time.monotonic()
 
     def restart(self) -> None:
@@ -96,6 +99,8 @@ class Replay:
         found = self._journal.get(key, earlier=earlier)
         if found is None:
             return None
+        if found["each"] and self._journal.get(key, earlier=True):
+            self._orders.setdefault(_data_of(key), []).append(found["each"]["order"])
         numbers = {name: None if (text := found[name]) is None else float.fromhex(text) for name in _FIGURES}
         each = found["each"] and Each(**decode(found["each"]))
         score = Score(**numbers, examples=found["examples"], each=each, invalid=found["invalid"])  # pyright: ignore[reportArgumentType]
@@ -108,8 +113,15 @@ class Replay:
         return replace(score, resampled=Resampled(corpus, sign), batches=corpus.batches)
 
     def keep_score(self, key: str, score: Score) -> None:
-        """Write a score down, with all that intervals need."""
+        """Write a score down, with all that intervals need.
+
+        Raises:
+            TaskError: if its data are others than those of the earlier run's scores, with which it will be compared.
+        """
         self.flush()
+        orders = self._orders.get(_data_of(key), [])
+        if score.each is not None and len(orders) > 1 and set(orders) - {score.each.order} and len(set(orders)) == 1:
+            raise TaskError("the data are not those that the interrupted run scored on", hint="--no-resume begins anew")
         corpus = None
         if isinstance(score.resampled, Resampled):
             try:
@@ -137,6 +149,11 @@ class Replay:
     def keep_surrogate(self, key: str, surrogate: Surrogate) -> None:
         """Write the loss to second order down."""
         self._journal.put(key, encode({one.name: getattr(surrogate, one.name) for one in fields(surrogate)}))
+
+
+def _data_of(key: str) -> str:
+    """Scores with the same are of the same data."""
+    return key.rpartition(" ")[0]
 
 
 def _checksum(c_GN: Tensor) -> int:

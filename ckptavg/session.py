@@ -134,7 +134,6 @@ def check_space(found: Found, options: Options) -> None:
 def evaluator(found: Found, options: Options, watch: Watch | None, replay: Replay | None = None) -> Evaluator:
     """What scores mixtures of the candidates; nothing is loaded yet."""
     if options.score_cmd is not None:
-        path, folder = destination(options.output)
         return Commanded(
             options.score_cmd,
             found.checkpoints,
@@ -142,7 +141,7 @@ def evaluator(found: Found, options: Options, watch: Watch | None, replay: Repla
             goal=options.score_goal,
             timeout=options.score_timeout,
             dtype=options.dtype,
-            beside=path.parent if folder is None or folder.is_dir() else folder.parent,
+            beside=Path() if replay is None else replay.folder,  # in a dry run there is none
             seed=options.seed,
             watch=watch,
             replay=replay,
