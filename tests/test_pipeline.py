@@ -126,7 +126,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(run: Run, digits: Path
     assert (done.returncode, done.stdout) == (0, "") and not list(tmp_path.iterdir())
     assert (
         "would read 24 candidates" in done.stderr
-        and "24 candidates 0.97 MB + model 0.04 MB + gradient 0.04 MB" in done.stderr
+        and "24 candidates 0.97 MB + model 40.5 kB + gradient 40.5 kB" in done.stderr
     )
 
 

@@ -97,14 +97,14 @@ class Plan:
         """
         room = self._room()
         if self._fits(room):
-            return f"{self}; {sized(room[self.device])} free"
+            return f"learning takes {self}; {sized(room[self.device])} free"
         there = " and ".join(f"{sized(free)} on {place}" for place, free in room.items())
         mildest = [
             next(((setting, other) for setting, other in kind if other._fits(room)), None) for kind in self._less()
         ]
         fitting = [f"{one[0]} ({sized(one[1].needed)})" for one in mildest if one]
         raise OutOfMemoryError(
-            f"{self}, but there are {there}",
+            f"learning takes {self}, but there are {there}",
             hint=f"this would fit: {', '.join(fitting)}" if fitting else "no --bits, --offload or --last would fit",
         )
 
@@ -129,4 +129,7 @@ class Plan:
 
 def sized(count: int) -> str:
     """A number of bytes for a reader."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size / 10:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count / 1e3:.1f} kB"

@@ -11,6 +11,7 @@ on a machine that is shared; threads that wait for one another sleep, so that wa
 import argparse
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -211,65 +212,80 @@ def write(folder: Path, n: int) -> None:
         save_file(near, folder / f"step-{step}.safetensors")
 
 
+def contenders(mixture: Mixture, tokens: Tensor, now: Clock) -> Mapping[str, Callable[[], list[Used]]]:
+    """Name → what runs a few steps of it."""
+    device = tokens.device
+    model, its, others = (network().to(device) for _ in range(3))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def plain() -> None:
+        sgd.zero_grad()
+        loss_of(model, tokens).backward()
+        sgd.step()
+
+    size = sum(w.numel() for w in model.parameters())
+    draws = torch.Generator(device).manual_seed(0)
+    rows_ND = 0.02 * torch.randn(mixture.n, size, generator=draws, device=device)
+    iclr, journal = Authors(rows_ND, its, tokens), AuthorsJournal(rows_ND, others, tokens)
+    mixture.prepare()
+    return {
+        "plain SGD": lambda: of_steps(plain, now),
+        "twa": lambda: of_strategy(TWA(epochs=STEPS + 2), mixture, now),
+        "sewa --samples 1": lambda: of_strategy(SeWA(k=5, steps=STEPS + 2, samples=1), mixture, now),
+        "authors' TWA (ICLR)": lambda: of_steps(iclr.step, now),
+        "authors' TWA (journal, 4 bits)": lambda: of_steps(journal.step, now),
+    }
+
+
+def show(times: Mapping[str, list[Used]], parts: Mapping[str, Used]) -> None:
+    unit = least(times["plain SGD"])
+    print("                                      ms  of the processor   ratio  of the processor")
+    for what, used in times.items():
+        one = least(used)
+        ratios = f"{one.clock / unit.clock:6.3f}  {one.processor / unit.processor:16.3f}"
+        print(f"{what:30}  {1000 * one.clock:8.1f}  {1000 * one.processor:16.1f}  {ratios}")
+    print("of a twa step:")
+    for what, one in parts.items():
+        print(f"  {what:28}  {1000 * one.clock:8.1f}  {1000 * one.processor:16.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--candidates", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--offload", default="none", choices=("none", "cpu", "disk"))
+    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device, n = torch.device(options.device), options.candidates
+    device = torch.device(options.device)
     now = clock_of(device)
     with tempfile.TemporaryDirectory() as name:
-        write(Path(name), n)
+        write(Path(name), options.candidates)
         with discover([Path(name)]) as found:
             torch.manual_seed(0)
             tokens = torch.randint(VOCABULARY, (32, 128), device=device)
-            mixture = Mixture(Task(tokens), found.checkpoints, device=device)  # pyright: ignore
-            model = network().to(device)
-            sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-            size = sum(w.numel() for w in model.parameters())
-            draws = torch.Generator(device).manual_seed(0)
-            rows_ND = 0.02 * torch.randn(n, size, generator=draws, device=device)
-
-            def plain() -> None:
-                sgd.zero_grad()
-                loss_of(model, tokens).backward()
-                sgd.step()
-
-            mixture.prepare()
-            iclr = Authors(rows_ND, network().to(device), tokens)
-            journal = AuthorsJournal(rows_ND, network().to(device), tokens)
-            works: dict[str, Callable[[], list[Used]]] = {
-                "plain SGD": lambda: of_steps(plain, now),
-                "twa": lambda: of_strategy(TWA(epochs=STEPS + 2), mixture, now),
-                "sewa --samples 1": lambda: of_strategy(SeWA(k=5, steps=STEPS + 2, samples=1), mixture, now),
-                "authors' TWA (ICLR)": lambda: of_steps(iclr.step, now),
-                "authors' TWA (journal, 4 bits)": lambda: of_steps(journal.step, now),
-            }
+            mixture = Mixture(
+                Task(tokens), found.checkpoints, device=device,  # pyright: ignore
+                precision=options.precision, offload=options.offload, compiled=options.compile,
+            )  # fmt: skip
+            works = contenders(mixture, tokens, now)
             times: dict[str, list[Used]] = {what: [] for what in works}
             for _ in range(options.rounds):
                 for what, work in works.items():
                     times[what] += work()
             parts = parts_of_a_step(mixture, now, options.rounds)
-    show(f"N = {n}, D = {size:,}, {tokens.numel():,} tokens; {options.rounds} rounds of {STEPS} steps", times, parts)
-
-
-def show(what_was_run: str, times: Mapping[str, list[Used]], parts: Mapping[str, tuple[float, float]]) -> None:
-    """Print both tables."""
+            size = sum(w.numel() for w in mixture.model.parameters())
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    print(f"{machine}, {torch.get_num_threads()} threads; load {os.getloadavg()[0]:.1f}")
-    print(what_was_run)
-    print("                                      ms  of the processor   ratio  of the processor")
-    unit = least(times["plain SGD"])
-    for what, used in times.items():
-        clock_, processor = least(used)
-        ratios = f"{clock_ / unit.clock:6.3f}  {processor / unit.processor:16.3f}"
-        print(f"{what:30}  {1000 * clock_:8.1f}  {1000 * processor:16.1f}  {ratios}")
-    print("of a twa step:")
-    for name, (seconds, processor) in parts.items():
-        print(f"  {name:28}  {1000 * seconds:8.1f}  {1000 * processor:16.1f}")
+    print(f"{machine}, {torch.get_num_threads()} threads, {device}; load {os.getloadavg()[0]:.1f}")
+    print(
+        f"N = {options.candidates}, D = {size:,}, {tokens.numel():,} tokens; {options.rounds} rounds of {STEPS} steps"
+    )
+    if sys.argv[1:]:
+        print(f"with {chr(32).join(sys.argv[1:])}")
+    show(times, parts)
 
 
 if __name__ == "__main__":

@@ -35,12 +35,10 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_it_is_the_matrix_the_model_and_one_gradient(free: dict[str, int]):
     free |= {"cuda": 44 * GB}
     assert LARGE.check() == (
-        "10 candidates 40.00 GB + model 4.00 GB + gradient 4.00 GB = 48.00 GB on cuda:0; 48.00 GB free"
+        "learning takes 10 candidates 40.00 GB + model 4.00 GB + gradient 4.00 GB = 48.00 GB on cuda:0; 48.00 GB free"
     )
     free |= {"cuda": 44 * GB - 1}
-    with pytest.raises(
-        OutOfMemoryError, match=r"= 48\.00 GB on cuda:0, but there are 48\.00 GB on cuda:0 and 0\.00 MB"
-    ):
+    with pytest.raises(OutOfMemoryError, match=r"= 48\.00 GB on cuda:0, but there are 48\.00 GB on cuda:0 and 0\.0 kB"):
         LARGE.check()
 
 
@@ -106,12 +104,12 @@ def test_a_run_says_it_on_stderr_and_ends_with_8_where_it_does_not_fit(
     command = ("sewa", digits, "--last", 6, "--k", 2, "--steps", 2, "--task", TASK, "--no-baselines")
     done = run(*command)
     assert done.returncode == 0
-    assert "6 candidates 0.24 MB + model 0.04 MB + gradient 0.04 MB = 0.32 MB on cpu; " in done.stderr
+    assert "6 candidates 0.24 MB + model 40.5 kB + gradient 40.1 kB = 0.32 MB on cpu; " in done.stderr
     assert "candidates 0.24 MB" not in run(*command, "-q", "--force").stderr
     monkeypatch.setattr(budget, "free_memory", lambda device: 200_000)
     done = run(*command, "-o", "other")
     assert done.returncode == 8 and done.stdout == ""
-    assert "error: 6 candidates 0.24 MB + model" in done.stderr
+    assert "error: learning takes 6 candidates 0.24 MB + model" in done.stderr
     assert "hint: this would fit: --bits 8 (0.19 MB), --last 3 (0.20 MB)\n" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["averaged.safetensors"]
     assert run(*command, "-o", "other", "--bits", 8).returncode == 0
