@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ckptavg.errors import CkptavgError, UsageError, printable
+from ckptavg.workers import mute, rank
 
 
 def main() -> NoReturn:
@@ -17,6 +18,8 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore  # a file name may be any bytes
+    if rank():
+        mute()
     for warning in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler's ends a run as Ctrl-C does
         signal.signal(warning, signal.default_int_handler)
     try:

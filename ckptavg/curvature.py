@@ -34,6 +34,7 @@ from ckptavg.errors import TaskError
 from ckptavg.gradient import without_cudnn_recurrence
 from ckptavg.intercept import Call, UnavailableError, cut_off, derivatives, slopes_of, tensors
 from ckptavg.surrogate import Curvature, Surrogate
+from ckptavg.workers import ALONE, Workers
 
 Hessian: TypeAlias = Literal["auto", "exact", "gauss-newton"]
 Count: TypeAlias = Callable[[str, int], None]
@@ -55,6 +56,7 @@ def surrogate(
     hessian: Hessian = "auto",
     count: Count = lambda kind, examples: None,
     source: str | None = None,
+    workers: Workers = ALONE,
 ) -> Surrogate:
     """The mean loss over examples around the mean of the candidates, to second order.
 
@@ -79,6 +81,7 @@ def surrogate(
         hessian: which curvature.
         count: is told each batch that goes ``forward`` or ``backward``.
         source: the task's, for errors.
+        workers: who each have batches of their own; their sums are put together at the end of the pass.
     Raises:
         TaskError: if the loss has no gradient or is not finite, or the curvature cannot be had.
     """
@@ -87,7 +90,7 @@ def surrogate(
         for plain in (False, True):
             try:
                 with _plain_kernels(candidates.model) if plain else nullcontext(), torch.enable_grad():
-                    value, gradient_N, hessian_NN = _Pass(candidates, loss, curvature, count).over(batches())
+                    value, gradient_N, hessian_NN = _Pass(candidates, loss, curvature, count).over(batches(), workers)
             except UnavailableError as error:
                 reasons[curvature] = f"no {curvature} Hessian: {error}"
                 if not error.operation:
@@ -133,17 +136,24 @@ class _Pass:
         self._mean = [(tensor, tensor.data.clone()) for tensor in mixed]
         self._mean_of = {id(tensor): mean for tensor, mean in self._mean}
 
-    def over(self, batches: Iterable[Any]) -> tuple[float, Tensor, Tensor]:
-        """F, g [N] and H [N, N], these two in float64 on the CPU."""
-        n, examples = self._candidates.n, 0
-        total = self._one_NN.new_zeros(1 + n + n * n)
-        for batch in batches:
-            size = batch_size(batch)
-            value, gradient_N, hessian_NN = self._measure(batch)
-            total += size * torch.cat([value.view(1), gradient_N, hessian_NN.flatten()])
-            examples += size
-        assert examples, "a pass without batches"
-        total = total.cpu().double() / examples
+    def over(self, batches: Iterable[Any], workers: Workers) -> tuple[float, Tensor, Tensor]:
+        """F, g [N] and H [N, N], these two in float64 on the CPU, over the batches of all workers."""
+        n = self._candidates.n
+        sums = self._one_NN.new_zeros(2 + n + n * n)
+        failure: Exception | None = None
+        try:
+            for batch in batches:
+                value, gradient_N, hessian_NN = self._measure(batch)
+                one = torch.cat([value.new_ones(1), value.view(1), gradient_N, hessian_NN.flatten()])
+                sums += batch_size(batch) * one
+        except (UnavailableError, _NoGradientError) as error:
+            failure = error
+        failure = next((found for found in workers.gather(failure) if found is not None), None)
+        if failure is not None:  # of any worker: all of them look for another way
+            raise failure
+        sums = workers.sum(sums).cpu().double()
+        assert sums[0] > 0, "a pass without batches"
+        total = sums[1:] / sums[0]
         value, gradient_N, hessian_NN = float(total[0]), total[1 : n + 1], total[n + 1 :].view(n, n)
         if not total[: n + 1].isfinite().all():
             raise _NoGradientError(f"loss() is {value} at the mean of the candidates, or its gradient is not finite")

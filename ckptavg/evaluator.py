@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ckptavg.objective import Cost, Objective, Score, Split
@@ -22,6 +22,11 @@ class Evaluator(Objective, Protocol):
     """Candidates and a way to score their mixtures: `ckptavg.mixture.Mixture`, `ckptavg.commanded.Commanded`."""
 
     watch: Watch | None
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know about how it was measured."""
+        ...
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -53,6 +58,10 @@ class Evaluator(Objective, Protocol):
 
     def prepare(self) -> None:
         """Load what a search needs, so that no strategy is charged for it."""
+        ...
+
+    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
+        """See `Objective.expect`; ``exact`` if they will be asked for by `exact_score`."""
         ...
 
     def exact_score(self, coefficients: Coefficients, split: Split) -> Score:

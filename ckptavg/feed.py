@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,27 @@ from ckptavg.meter import Meter
 from ckptavg.objective import Split
 from ckptavg.tasks import Task
 from ckptavg.tasks.held_out import HeldOut
+from ckptavg.workers import ALONE, Workers
+
+
+class Share(NamedTuple):
+    """What one worker takes of a batch of ``size`` examples, and the weight of that; weights sum over workers."""
+
+    batch: Any
+    size: int
+    weight: float
+
+
+class Turn(NamedTuple):
+    """A batch of a pass that workers divide among them; one that is not ``counted`` is another's, for company.
+
+    ``mark`` is a checksum of its examples.
+    """
+
+    batch: Any
+    size: int
+    mark: int
+    counted: bool
 
 
 class Feed:
@@ -30,18 +51,21 @@ class Feed:
         device: where batches go.
         seed: of the passes and of the halves.
         meter: is told each batch that goes forward.
+        workers: who divide batches, or a pass, among them.
     """
 
-    def __init__(self, task: Task, scored_on: Split, device: torch.device, seed: int, meter: Meter) -> None:
+    def __init__(
+        self, task: Task, scored_on: Split, device: torch.device, seed: int, meter: Meter, workers: Workers = ALONE
+    ) -> None:
         self._task = task
         self._device = device
         self._seed = seed
         self._meter = meter
+        self._workers = workers
         self._halves = HeldOut(task, scored_on, rest="fit", to="held", fraction=0.5, seed=seed)
         self._lengths: dict[Split, int] = {}
         self._streams: dict[Split, Iterator[Any]] = {}
         self.examples: dict[Split, int] = {}  # of the last whole pass
-        self.order: dict[Split, int] = {}  # a checksum of the examples of the last whole pass, as they came
         self.needs_two = False  # whether a batch of one example cannot be used, having no statistics
 
     def restart(self, *, halved: bool = False) -> None:
@@ -63,19 +87,37 @@ class Feed:
             raise self.empty(split)
         return self._lengths[split]
 
-    def next(self, split: Split) -> Any:
-        """The next batch to learn from, pass after pass."""
+    def first(self, split: Split) -> Iterator[Any]:
+        """The beginning of the pass that `next` begins with, to look at; not counted and not moved."""
+        seed_all(self._seed)
+        yield from itertools.islice(self._learnable(split), 1)
+
+    def next(self, split: Split, *, divided: bool = False) -> Share:
+        """The next batch to learn from, pass after pass; of a ``divided`` one this worker's part of the examples.
+
+        There is always something to take: who has no part of a small batch gets an example of weight 0.
+        """
         if split not in self._streams:
             self._streams[split] = self._endless(split)
-        return next(self._streams[split])
+        batch = next(self._streams[split])
+        size = batches.size(batch)
+        if not divided:
+            return Share(batches.to_device(batch, self._device), size, 1.0)
+        part, weight = share(batch, self._workers.rank, self._workers.world)
+        return Share(batches.to_device(part, self._device), size, weight)
 
-    def scored(self, split: Split) -> Iterator[Any]:
-        """One pass over all examples."""
-        return self._passed(split, self._data(split).batches(split))
+    def scored(self, split: Split, workers: Workers = ALONE) -> Iterator[Turn]:
+        """One pass over all examples, of which each worker has every ``world``-th batch and as many turns as others."""
+        for turns in self._passed(split, self._data(split).batches(split), workers.world):
+            batch, size = turns[min(workers.rank, len(turns) - 1)]
+            mark = zlib.crc32(batches.sample(batch))
+            yield Turn(batches.to_device(batch, self._device), size, mark, workers.rank < len(turns))
 
-    def learnable(self, split: Split) -> Iterator[Any]:
-        """One pass over a split for statistics."""
-        return self._passed(split, self._learnable(split))
+    def learnable(self, split: Split, workers: Workers = ALONE) -> Iterator[Any]:
+        """One pass over a split for statistics, of which each worker has every ``world``-th batch."""
+        for turns in self._passed(split, self._learnable(split), workers.world):
+            if workers.rank < len(turns):
+                yield batches.to_device(turns[workers.rank][0], self._device)
 
     def empty(self, split: Split) -> TaskError:
         """What to say of a split without batches."""
@@ -87,15 +129,16 @@ class Feed:
     def _data(self, split: Split) -> Task:
         return self._halves if split in ("fit", "held") else self._task
 
-    def _passed(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:
+    def _passed(self, split: Split, source: Iterator[Any], together: int) -> Iterator[list[tuple[Any, int]]]:
+        """The batches of a pass and their sizes, so many together, fewer at the end; all of them are counted."""
         seed_all(self._seed)
-        seen, order = 0, 0
-        for batch in source:
-            size = batches.size(batch)
-            seen, order = seen + size, zlib.crc32(batches.sample(batch), order)
-            self._meter.count("forward", size)
-            yield batches.to_device(batch, self._device)
-        self.examples[split], self.order[split] = seen, order
+        source, seen = iter(source), 0
+        while turns := [(batch, batches.size(batch)) for batch in itertools.islice(source, together)]:
+            for _, size in turns:
+                seen += size
+                self._meter.count("forward", size)
+            yield turns
+        self.examples[split] = seen
 
     def _learnable(self, split: Split) -> Iterator[Any]:
         """What is left of a divided batch may be one example."""
@@ -108,6 +151,19 @@ class Feed:
             seed_all(self._seed + pass_number)
             batch = None
             for batch in self._learnable(split):
-                yield batches.to_device(batch, self._device)
+                yield batch
             if batch is None:
                 raise self.empty(split)
+
+
+def share(batch: Any, rank: int, world: int) -> tuple[Any, float]:
+    """The part of a batch that falls to one of ``world`` workers, and which fraction of its examples that is.
+
+    Raises:
+        TypeError: if the batch is of a kind that cannot be cut.
+    """
+    size = batches.size(batch)
+    start, stop = size * rank // world, size * (rank + 1) // world
+    places = torch.arange(size)
+    part = batches.select(batch, (start <= places) & (places < max(stop, start + 1)))
+    return part, (stop - start) / size

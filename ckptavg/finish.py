@@ -65,14 +65,18 @@ def finish(
         watch: is told the progress.
     """
     path, folder = destination(options.output)
+    workers = options.workers
+    workers.agree("coefficients", coefficients, "does the task depend on the worker that runs it?")
     source = checkpoints[coefficients.selected[-1]]
-    made = recipe(checkpoints, coefficients, dtype=options.dtype, mode=options.adapter, rank=options.rank)
-    with companions.made(folder):
+    made = recipe(
+        checkpoints, coefficients, dtype=options.dtype, mode=options.adapter, rank=options.rank, workers=workers
+    )
+    with companions.made(folder if workers.first else None):
         if folder:
             path = folder / companions.file_name(source)
         output, scores = _write(path, made, checkpoints, coefficients, strategy, options, evaluator, watch)
-    copied = companions.copy(source, folder, output.dtype, made.config) if folder else ()
-    return Finished(output=output, scores=scores, copied=copied, notes=made.notes)
+    copied = workers.lead(lambda: companions.copy(source, folder, output.dtype, made.config)) if folder else ()
+    return Finished(output=output, scores=scores, copied=copied or (), notes=made.notes)
 
 
 def _write(
@@ -96,7 +100,8 @@ def _write(
         dtype=options.dtype, adapter=options.adapter, rank=options.rank, not_averaged=kept, recomputed=recomputed,
     )  # fmt: skip
     scores: dict[Split, Score] = {}
-    files = [file for i in coefficients.selected for file in checkpoints[i].reader.files]
+    workers = options.workers
+    files = [file for i in coefficients.selected for file in checkpoints[i].reader.files][workers.rank :: workers.world]
     metadata = describe(digest=provenance.unknown)
     with (
         _opened(path, specs, metadata, options) as out,
@@ -108,16 +113,23 @@ def _write(
             done += len(data)
             if watch:
                 watch("averaging, MB", done // MEGABYTE, -(-total // MEGABYTE), {})
+        out.settle()
         if evaluator:
             state = evaluator.adopt(specs, out.read_into)
-            for name in recomputed:
+            for name in recomputed if workers.first else ():
                 out.write(name, 0, _bytes(state[name], TORCH[specs[name].dtype]))
             scores = {split: evaluator.score_adopted(coefficients, split) for split in evaluator.splits}
-        metadata |= describe(digest=digest)
+        known = {
+            path: one
+            for part in workers.gather({file.path: digest(file) for file in files})
+            for path, one in part.items()
+        }
+        metadata |= describe(digest=lambda file: known[file.path])
         for i in coefficients.selected:
             checkpoints[i].check_unchanged()
         if destination(options.output)[1]:
-            companions.check_tied(checkpoints[coefficients.selected[-1]], specs, out.read_into)
+            last = checkpoints[coefficients.selected[-1]]
+            workers.lead(lambda: companions.check_tied(last, specs, out.read_into))
         out.commit()
     return Output(
         path=out.path,
@@ -134,8 +146,10 @@ def _opened(
 ) -> SafetensorsFile | ShardedFiles:
     """The output under construction: one file, or several where they would be larger than the user wants."""
     if options.max_shard_size is not None and len(split_names(specs, options.max_shard_size).filename_to_tensors) > 1:
-        return ShardedFiles(path.parent, specs, metadata, options.max_shard_size, force=options.force)
-    return SafetensorsFile(path, specs, metadata, force=options.force)
+        return ShardedFiles(
+            path.parent, specs, metadata, options.max_shard_size, force=options.force, workers=options.workers
+        )
+    return SafetensorsFile(path, specs, metadata, force=options.force, workers=options.workers)
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:

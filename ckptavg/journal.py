@@ -24,6 +24,20 @@ _FILE: Final = "journal.jsonl"
 _LOCK: Final = "lock"
 
 
+class Copy:
+    """What a worker that does not write knows of the first one's journal."""
+
+    def __init__(self, records: Mapping[str, Any]) -> None:
+        self._records = records
+
+    def get(self, key: str) -> Any:
+        """See `Journal.get`."""
+        return self._records.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """The first worker does it."""
+
+
 class Journal:
     """The measurements of one output's run; a context manager that holds the output's lock.
 
@@ -78,6 +92,11 @@ class Journal:
                     f"was left by a run with another {key}: {was}, not {now}", path=self.folder,
                     hint="--no-resume begins anew; or choose another -o",
                 )  # fmt: skip
+
+    @property
+    def records(self) -> Mapping[str, Any]:
+        """Everything that was put."""
+        return self._records
 
     def get(self, key: str) -> Any:
         """What was put under ``key``, or None."""

@@ -8,31 +8,33 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ckptavg import batchnorm, curvature
+from ckptavg import batchnorm, curvature, division
 from ckptavg.average import output_specs, weighted_average
 from ckptavg.candidates import Candidates, ReadInto, budget
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.errors import is_out_of_memory
 from ckptavg.evaluator import Watch
-from ckptavg.feed import Feed
+from ckptavg.feed import Feed, Share
 from ckptavg.gradient import MixtureLoss, loss_and_gradient
 from ckptavg.meter import SECONDS, Meter
 from ckptavg.objective import Cost, Hessian, Score, Split
-from ckptavg.options import BITS
+from ckptavg.options import BITS, Parallel
 from ckptavg.readers import StoredTensor
 from ckptavg.replay import Replay
 from ckptavg.result import MatrixResult
 from ckptavg.scorer import Scorer
 from ckptavg.surrogate import Surrogate
 from ckptavg.tasks import Task
+from ckptavg.workers import ALONE, Workers, interleaved
 
 _T = TypeVar("_T")
+_Key: TypeAlias = tuple[Coefficients, Split, bool]  # whether the exact average was scored
 _LOOK_EVERY: Final = 0.1  # seconds between looks at figures that lie on the device
 
 
@@ -48,6 +50,8 @@ class Mixture:
         group_size: elements that share a scale and a zero point where ``bits`` < 32.
         watch: is told the progress, a few times a second.
         replay: knows what an interrupted run of the same command has measured.
+        workers: who divide the work; each has all candidates, the model and the data.
+        parallel: what they divide in a score: the ``batches``, or the ``candidates`` where several are expected.
     """
 
     def __init__(
@@ -61,6 +65,8 @@ class Mixture:
         group_size: int = 128,
         watch: Watch | None = None,
         replay: Replay | None = None,
+        workers: Workers = ALONE,
+        parallel: Parallel = "auto",
     ) -> None:
         self.task = task
         self._seed = seed
@@ -70,14 +76,18 @@ class Mixture:
         self.group_size = group_size
         self.watch = watch
         self._replay = replay
+        self._workers = workers
+        self._parallel: Parallel = parallel
+        self._divided: dict[Split, bool] = {}
+        self.notes: list[str] = []
         self._looked = 0.0
         self.scored_on: Split = "val" if task.has("val") else "train"
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
         self.batchnorm_from: Split = "train" if task.has("train") else self.scored_on
-        self._scores: dict[tuple[Coefficients, Split, bool], Score] = {}
+        self._scores: dict[_Key, Score] = {}
         self._surrogates: dict[tuple[Split, Hessian], Surrogate] = {}
         self.meter = Meter()
-        self._feed = Feed(task, self.scored_on, device, seed, self.meter)
+        self._feed = Feed(task, self.scored_on, device, seed, self.meter, workers)
         self._scorer = Scorer(task, self._feed)
         self.restart()
 
@@ -90,7 +100,7 @@ class Mixture:
         self._feed.restart()
         if self._replay is not None:
             self._replay.restart()
-        self._batch: Any = None
+        self._batch: Share | None = None
         self.meter.restart()
 
     @cached_property
@@ -180,8 +190,10 @@ class Mixture:
         def work() -> Tensor:
             nonlocal fresh
             if fresh:
-                self._batch = self._feed.next(on or self.scored_on)
+                split = on or self.scored_on
+                self._batch = self._feed.next(split, divided=self._divides(split))
             fresh = True  # the batch that was too large is gone
+            assert self._batch is not None
             return MixtureLoss.apply(c_N, self._step(self._batch, groups))  # pyright: ignore
 
         return self._with_memory(work)
@@ -195,25 +207,55 @@ class Mixture:
         norms, split = self._norms, key[0]
 
         def passed() -> Iterator[Any]:
-            for done, batch in enumerate(self._feed.learnable(split), 1):
+            for done, batch in enumerate(self._feed.learnable(split, self._workers), 1):
                 yield batch
-                self.progress("measuring the curvature", done, self.batches(split))
+                total = self.batches(split)
+                self.progress("measuring the curvature", min(total, done * self._workers.world), total)
 
         def work() -> Surrogate:
+            counts = torch.zeros(2, 2, dtype=torch.int64)
+            kinds = ("forward", "backward")
+
+            def count(kind: str, examples: int) -> None:
+                counts[kinds.index(kind)] += torch.tensor([1, examples])
+
             with batchnorm.batch_statistics(norms):
-                return curvature.surrogate(
+                found = curvature.surrogate(
                     self.candidates, passed, self.task.loss,
-                    hessian=hessian, count=self.meter.count, source=self.task.source,
+                    hessian=hessian, count=count, source=self.task.source, workers=self._workers,
                 )  # fmt: skip
+            for kind, (number, examples) in zip(kinds, self._workers.sum(counts).tolist(), strict=True):
+                self.meter.count(kind, examples, number)
+            return found
 
         with self.meter.pricing(key):
             self._surrogates[key] = self._with_memory(work)
         return self._surrogates[key]
 
+    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
+        """See `Objective.expect` and `Evaluator.expect`."""
+        workers = self._workers
+        if workers.world == 1 or self._parallel == "batches" or self.task.corpus is not None:
+            return
+        split: Split = on or self.scored_on
+        keys: list[_Key] = list(dict.fromkeys((c, split, exact or self._exactly(c)) for c in coefficients))
+        keys = [key for key in keys if key not in self._scores and not self._known(key)]
+        if self._parallel == "auto" and self._scorer.divides and not self._norms:
+            del keys[len(keys) - len(keys) % workers.world :]  # a last few are sooner done all together
+        mine: list[tuple[Score, dict[str, float]]] = []
+        for key in keys[workers.rank :: workers.world]:
+            with self.meter.apart() as spent:
+                score = self._measured(key, None, ALONE)
+            assert score is not None
+            mine.append((score, spent | {SECONDS: spent[SECONDS] / workers.world}))
+            self.progress("scoring mixtures side by side", min(len(keys), len(mine) * workers.world), len(keys))
+        for key, (score, spent) in zip(keys, interleaved(workers.gather(mine)), strict=True):
+            self.meter.price(key, spent)
+            self._keep(key, score)
+
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """See `Objective.score`."""
-        alone = len(coefficients.selected) == 1  # one file: what it really is costs no more than what is left of it
-        return self._full(coefficients, on or self.scored_on, exact=alone or self.candidates.exact)
+        return self._full(coefficients, on or self.scored_on, exact=self._exactly(coefficients))
 
     def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
         """See `Evaluator.exact_score`; scored again only where the candidate matrix is not exact."""
@@ -262,7 +304,7 @@ class Mixture:
 
     def evaluate(self, split: Split, what: str) -> Score:
         """The score of the model's present state on one split; ``what`` names it in an error."""
-        score = self._scorer.score(self.model, split, what)
+        score = self._scorer.score(self.model, split, what, workers=self._shared)
         assert score is not None  # only a bar makes it stop
         return score
 
@@ -279,9 +321,34 @@ class Mixture:
             epochs_of=self.batchnorm_from,
         )
 
-    def _step(self, batch: Any, groups: Groups) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    @property
+    def _shared(self) -> Workers:
+        """Who do one score together."""
+        return ALONE if self._parallel == "candidates" else self._workers
+
+    def _divides(self, split: Split) -> bool:
+        """Whether a batch of this split is divided; looked at once, on the first one."""
+        if self._workers.world == 1:
+            return False
+        if split not in self._divided:
+            why = "BatchNorm needs the whole batch" if self._norms else self._obstacle(split)
+            self._divided[split] = why is None
+            if why is not None:
+                self.notes.append(f"every worker learned from whole batches of the {split} data, because {why}")
+        return self._divided[split]
+
+    def _obstacle(self, split: Split) -> str | None:
+        self.candidates.materialize(self.uniform())
+        batch = next(self._feed.first(split), None)
+        if batch is None:
+            raise self._feed.empty(split)
+        return division.obstacle(lambda part: self.task.loss(self.model, part), batch, self._device, self._workers)
+
+    def _step(self, share: Share, groups: Groups) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         def measured(c_GN: Tensor) -> tuple[Tensor, Tensor]:
-            return loss_and_gradient(self.task, self.candidates, self._norms, self.meter, c_GN, batch, groups)
+            return loss_and_gradient(
+                self.task, self.candidates, self._norms, self.meter, c_GN, share, groups, self._workers
+            )
 
         def replayed(c_GN: Tensor) -> tuple[Tensor, Tensor]:
             assert self._replay is not None
@@ -306,19 +373,43 @@ class Mixture:
         if key in self._scores and (bar is None or self.meter.charged(key)):
             self.meter.charge(key)
             return self._scores[key]
-        if bar is None and self._replay and (known := self._replay.score(coefficients, split, exact=exact)):
-            self._scores[key] = known
-            return known
+        if bar is None and self._known(key):
+            return self._scores[key]
         with self.meter.pricing(key if bar is None else (*key, bar)):
-            self.meter.evaluated()
-            self._mix(coefficients, exact=exact)
-            score = self._with_memory(lambda: self._recomputed(split, self._describe(coefficients), bar))
+            score = self._measured(key, bar, self._shared)
         if score is not None:
-            self._scores[key] = score
             self.meter.same_price(key if bar is None else (*key, bar), key)
-            if self._replay is not None:
-                self._replay.keep_score(coefficients, split, score, exact=exact)
+            self._keep(key, score)
         return score
+
+    def _measured(self, key: _Key, bar: float | None, workers: Workers) -> Score | None:
+        coefficients, split, exact = key
+        self.meter.evaluated()
+        self._mix(coefficients, exact=exact)
+
+        def work() -> Score | None:
+            self.recompute_batchnorm()
+            return self._scorer.score(self.model, split, self._describe(coefficients), bar, workers)
+
+        return self._with_memory(work)
+
+    def _known(self, key: _Key) -> bool:
+        """Whether an interrupted run has measured it; it is remembered then."""
+        coefficients, split, exact = key
+        known = self._replay and self._replay.score(coefficients, split, exact=exact)
+        if known:
+            self._scores[key] = known
+        return bool(known)
+
+    def _keep(self, key: _Key, score: Score) -> None:
+        coefficients, split, exact = key
+        self._scores[key] = score
+        if self._replay is not None:
+            self._replay.keep_score(coefficients, split, score, exact=exact)
+
+    def _exactly(self, coefficients: Coefficients) -> bool:
+        """One file is scored as it is: that costs no more than what is left of it in few bits."""
+        return len(coefficients.selected) == 1 or self.candidates.exact
 
     def _mix(self, coefficients: Coefficients, *, exact: bool) -> None:
         """Make the model the mixture: of the files themselves if ``exact``, else of the candidate matrix."""
@@ -330,17 +421,14 @@ class Mixture:
             self.candidates.materialize(self.uniform().new_tensor(coefficients.values), coefficients.groups)
             self.candidates.take_integers(coefficients.selected[-1])
 
-    def _recomputed(self, split: Split, what: str, bar: float | None) -> Score | None:
-        self.recompute_batchnorm()
-        return self._scorer.score(self.model, split, what, bar)
-
     def _with_memory(self, work: Callable[[], _T]) -> _T:
         """Do ``work``, with batches half as large as long as memory runs out and the task can halve them."""
         while True:
             try:
                 return work()
             except (RuntimeError, MemoryError) as error:
-                if not (is_out_of_memory(error) and self.task.halve()):
+                # one of several workers cannot make its batches smaller than the others'
+                if not (is_out_of_memory(error) and self._workers.world == 1 and self.task.halve()):
                     raise
             self._feed.restart(halved=True)
             torch.cuda.empty_cache()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from ckptavg.errors import UsageError
 from ckptavg.window import Window
+from ckptavg.workers import ALONE, PATIENCE, Workers
+
+Parallel: TypeAlias = Literal["auto", "batches", "candidates"]
 
 BITS: Final = (32, 16, 8, 4, 2, 1)
 _FILE_NAME: Final = "model.safetensors"  # in an output directory, what every loader looks for
@@ -45,6 +48,9 @@ class Options:
         dry_run: say what would be done, and do nothing.
         resume: go on from the journal that an interrupted run of the same command left.
         keep_journal: leave the journal when the output is written.
+        parallel: what several workers divide in a score; ``auto`` is candidates where several are wanted, else batches.
+        worker_timeout: seconds that a worker waits for the others.
+        workers: the processes that do it together; see `ckptavg.workers.joined`.
     """
 
     output: Path | str = "averaged.safetensors"
@@ -76,6 +82,9 @@ class Options:
     dry_run: bool = False
     resume: bool = True
     keep_journal: bool = False
+    parallel: Parallel = "auto"
+    worker_timeout: float = PATIENCE
+    workers: Workers = field(default=ALONE, repr=False)
 
     @property
     def ways(self) -> list[str]:

@@ -168,6 +168,7 @@ def _doubts(
     first: Checkpoint, coefficients: Coefficients, evaluator: Evaluator | None, finished: Finished
 ) -> list[str]:
     said = [f"copied {', '.join(finished.copied)} beside it"] if finished.copied else []
+    said += evaluator.notes if evaluator is not None else []
     said += finished.notes
     if evaluator is not None and not finished.scores:
         return [*said, "its rank is not the candidates', so it was not scored: `ckptavg eval` with its own config does"]

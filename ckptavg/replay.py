@@ -16,7 +16,7 @@ from torch import Tensor
 from ckptavg import copies
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
-from ckptavg.journal import Journal
+from ckptavg.journal import Copy, Journal
 from ckptavg.objective import Each, Score, Split
 
 _TOGETHER: Final = 1.0  # seconds of losses that are written at a time
@@ -29,7 +29,7 @@ class Replay:
     was of the same coefficients to the last bit. Numbers keep all their bits.
     """
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal | Copy) -> None:
         self._journal = journal
         self._search = -1
         self._asked = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,9 +14,9 @@ from ckptavg import companions, loadable, recipe
 from ckptavg.commanded import Commanded
 from ckptavg.determinism import reproducible
 from ckptavg.discover import Found, discover
-from ckptavg.errors import CkptavgError, OutOfMemoryError, UsageError, is_out_of_memory
+from ckptavg.errors import CkptavgError, InterruptedRunError, OutOfMemoryError, UsageError, is_out_of_memory
 from ckptavg.evaluator import Evaluator, Watch
-from ckptavg.journal import Journal
+from ckptavg.journal import Copy, Journal
 from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture
 from ckptavg.options import Options, destination
@@ -50,6 +50,9 @@ def opened(paths: Sequence[Path], options: Options) -> Generator[Found]:
         recipe.check(found.checkpoints, options.adapter)
         if folder:
             loadable.check(found.checkpoints[-1])
+        seen = [(one.name, one.step, one.size) for one in found.checkpoints]
+        options.workers.agree("options", options, "start all of them with one command")
+        options.workers.agree("candidates", seen, "they must lie on a file system that all machines share")
         yield found
 
 
@@ -68,23 +71,41 @@ def journaled(
         watch: is told the progress.
     """
     if options.dry_run:
-        yield evaluator(found, options, watch) if options.ways else None, lambda: None
+        yield evaluator(found, options, watch) if options.ways else None, _nothing
         return
     path, folder = destination(options.output)
-    with Journal(folder or path, resume=options.resume, keep=options.keep_journal) as journal:
+    workers = options.workers
+    with ExitStack() as stack:
+        journal = workers.lead(
+            lambda: stack.enter_context(Journal(folder or path, resume=options.resume, keep=options.keep_journal))
+        )
         replay, began = None, time.monotonic()
-        if options.ways:
+
+        def begin() -> Mapping[str, Any]:
+            assert journal is not None
             run = {name: getattr(options, name) for name in _DECISIVE} | {"strategy": dict(settings)}
             journal.begin(fingerprint(found.checkpoints, run, [options.task, options.val, options.train, options.test]))
-            replay = Replay(journal)
+            return journal.records
+
+        if options.ways:
+            records = workers.told(workers.lead(begin))
+            replay = Replay(journal or Copy(records or {}))
         try:
-            yield evaluator(found, options, watch, replay) if options.ways else None, journal.done
+            yield (
+                evaluator(found, options, watch, replay) if options.ways else None,
+                journal.done if journal else _nothing,
+            )
         except BaseException as error:
             if replay is not None:
                 replay.flush()
-            if isinstance(error, Exception) and time.monotonic() - began < _WORTH_KEEPING:
+            failed = isinstance(error, Exception) and not isinstance(error, InterruptedRunError)
+            if journal and failed and time.monotonic() - began < _WORTH_KEEPING:
                 journal.drop()  # not an interruption: the next run will be another one
             raise
+
+
+def _nothing() -> None:
+    """What the end of a run is to those who keep no journal."""
 
 
 def evaluator(found: Found, options: Options, watch: Watch | None, replay: Replay | None = None) -> Evaluator:
@@ -102,16 +123,22 @@ def evaluator(found: Found, options: Options, watch: Watch | None, replay: Repla
             seed=options.seed,
             watch=watch,
             replay=replay,
+            workers=options.workers,
         )
+    device = pick_device(options.device)
+    if device.type == "mps" and options.workers.world > 1:
+        raise UsageError("several workers have nothing to talk by on mps", hint="--device cpu")
     return Mixture(
         _task(found, options),
         found.checkpoints,
-        device=pick_device(options.device),
+        device=device,
         seed=options.seed,
         bits=options.bits,
         group_size=options.group_size,
         watch=watch,
         replay=replay,
+        workers=options.workers,
+        parallel=options.parallel,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 
 from ckptavg.errors import UsageError
 from ckptavg.readers import StoredTensor
+from ckptavg.workers import ALONE, Workers
 from ckptavg.write import SafetensorsFile, preflight, write_text
 
 INDEX: Final = "model.safetensors.index.json"
@@ -29,7 +30,7 @@ class ShardedFiles:
 
     def __init__(
         self, folder: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], largest: str,
-        *, force: bool = False,
+        *, force: bool = False, workers: Workers = ALONE,
     ) -> None:  # fmt: skip
         """Reserve the space of all shards.
 
@@ -39,13 +40,15 @@ class ShardedFiles:
             metadata: of every shard.
             largest: bytes of a shard, such as ``5GB``.
             force: replace existing files.
+            workers: who write them together; see `SafetensorsFile`.
         Raises:
             UsageError: if ``largest`` is no size, or huggingface_hub is missing.
             OutputExistsError, OutputError: as `SafetensorsFile` does.
         """
         self.path = folder / INDEX
         self.sha256 = ""
-        preflight(self.path, force)
+        self._workers = workers
+        workers.lead(lambda: preflight(self.path, force))
         split = split_names(specs, largest)
         self._index = json.dumps(
             {"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2, sort_keys=True
@@ -54,7 +57,13 @@ class ShardedFiles:
         with ExitStack() as stack:
             self._files = {
                 name: stack.enter_context(
-                    SafetensorsFile(folder / name, {tensor: specs[tensor] for tensor in tensors}, metadata, force=force)
+                    SafetensorsFile(
+                        folder / name,
+                        {tensor: specs[tensor] for tensor in tensors},
+                        metadata,
+                        force=force,
+                        workers=workers,
+                    )
                 )
                 for name, tensors in split.filename_to_tensors.items()
             }
@@ -69,11 +78,16 @@ class ShardedFiles:
         """See `SafetensorsFile.read_into`."""
         self._files[self._of[name]].read_into(name, start, out)
 
+    def settle(self) -> None:
+        """See `SafetensorsFile.settle`."""
+        for file in self._files.values():
+            file.settle()
+
     def commit(self) -> None:
         """Give all files their names, the index last: a model without it is found by no loader."""
         for file in self._files.values():
             file.commit()
-        write_text(self.path, self._index)
+        self._workers.lead(lambda: write_text(self.path, self._index))
         self.sha256 = hashlib.sha256(self._index.encode()).hexdigest()
 
     def __enter__(self) -> Self:

@@ -19,6 +19,7 @@ from typing import Final, NoReturn, Self
 
 from ckptavg.errors import OutputError, OutputExistsError
 from ckptavg.readers import ITEM_SIZE, StoredTensor
+from ckptavg.workers import ALONE, Workers
 
 _CHUNK: Final = 1 << 20
 _NO_LINK: Final = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)  # file systems without hard links
@@ -33,8 +34,9 @@ class SafetensorsFile:
     """
 
     def __init__(
-        self, path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], *, force: bool = False
-    ) -> None:
+        self, path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], *, force: bool = False,
+        workers: Workers = ALONE,
+    ) -> None:  # fmt: skip
         """Reserve the space.
 
         Args:
@@ -43,30 +45,25 @@ class SafetensorsFile:
             metadata: the header's ``__metadata__``, as it is at `commit`: values may change until then, not their
                 length.
             force: replace an existing file.
+            workers: who write it together, each its own ranges; `settle`, `commit` and this are called by all.
         Raises:
             OutputExistsError: if the destination exists and ``force`` is not given.
             OutputError: if it cannot be written, or there is not enough space.
         """
-        preflight(path, force)
         self.path = path
         self.sha256 = ""
+        self._workers = workers
         self._force = force
         self._specs = specs
         self._metadata = metadata
         _, self._offsets, self.size = _layout(specs, metadata)
         self._missing = sum(spec.nbytes for spec in specs.values())
         self._written: set[tuple[str, int, int]] = set()
-        self._temporary = path.parent / f".{path.name}.{os.getpid()}.ckptavg-tmp"
+        self._temporary = workers.told(path.parent / f".{path.name}.{os.getpid()}.ckptavg-tmp")
         self._fd = -1
-        try:
-            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            _reserve(self._fd, self.size)
-        except OSError as error:
-            self.close()
-            _refuse(path, error, self.size)
-        except BaseException:
-            self.close()
-            raise
+        workers.lead(self._create)
+        if not workers.first:
+            self._open()
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
         """Write bytes of a tensor, in any order; a range written before may be written again as a whole.
@@ -82,7 +79,7 @@ class SafetensorsFile:
             self._pwrite(memoryview(data), self._offsets[name] + offset)
         except OSError as error:
             _refuse(self.path, error, self.size)
-        if (part := (name, offset, len(data))) not in self._written:
+        if self._missing and (part := (name, offset, len(data))) not in self._written:
             self._written.add(part)
             self._missing -= len(data)
 
@@ -93,6 +90,23 @@ class SafetensorsFile:
         while done < len(out):
             done += os.preadv(self._fd, [out[done:]], position + done)
 
+    def settle(self) -> None:
+        """Wait until all workers have written what they have to, which each of them can read then.
+
+        On a network file system others see what was flushed, and a file as it was when they opened it.
+        """
+        if self._workers.world == 1:
+            return
+        whole = sum(spec.nbytes for spec in self._specs.values())
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            _refuse(self.path, error, self.size)
+        self._missing = whole - sum(whole - missing for missing in self._workers.gather(self._missing))
+        if not self._workers.first:
+            os.close(self._fd)
+            self._open()
+
     def commit(self) -> None:
         """Write the header, flush the file to the disk and give it its name.
 
@@ -102,6 +116,10 @@ class SafetensorsFile:
         """
         if self._missing:
             raise AssertionError(f"{self._missing} bytes were not written")
+        self._workers.lead(self._commit)
+        self.sha256 = self._workers.told(self.sha256)
+
+    def _commit(self) -> None:
         header, offsets, size = _layout(self._specs, self._metadata)
         if (offsets, size) != (self._offsets, self.size):
             raise AssertionError("the metadata has changed its length")
@@ -129,13 +147,35 @@ class SafetensorsFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._temporary.unlink(missing_ok=True)
+            if self._workers.first:
+                self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _create(self) -> None:
+        preflight(self.path, self._force)
+        try:
+            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            _reserve(self._fd, self.size)
+        except OSError as error:
+            self.close()
+            _refuse(self.path, error, self.size)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        """Open what the first worker has made."""
+        try:
+            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            what = f"cannot be opened by worker {self._workers.rank}: {os.strerror(error.errno or 0).lower()}"
+            hint = "the output must lie on a file system that all machines share"
+            raise OutputError(what, path=self._temporary, hint=hint) from error
 
     def _publish(self) -> None:
         if self._force:

@@ -25,7 +25,7 @@ LAYERS = (
     ("finish", "judge", "paired"),
     ("mixture", "commanded", "recipe", "loadable"),
     ("curvature",),
-    ("gradient",),
+    ("gradient", "division"),
     ("intercept",),
     ("evaluator", "replay"),
     ("result",),
@@ -38,6 +38,7 @@ LAYERS = (
     ("steps",),
     ("checkpoint", "objective", "dtypes", "batches"),
     ("coefficients",),
+    ("workers",),
     ("readers",),
     ("errors",),
 )

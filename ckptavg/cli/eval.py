@@ -24,9 +24,11 @@ from ckptavg.cli.options import (
     TrustRemoteCode,
     Val,
     Verbose,
+    WorkerTimeout,
 )  # fmt: skip
 from ckptavg.cli.terminal import Screen, console
 from ckptavg.errors import printable
+from ckptavg.workers import PATIENCE, joined
 
 
 def command(
@@ -40,12 +42,17 @@ def command(
     lm_eval: LmEval = None,
     device: Device = "auto",
     seed: Seed = 0,
+    worker_timeout: WorkerTimeout = PATIENCE,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Score files on the task's validation and test data, with their own BatchNorm statistics."""
-    with redirect_stdout(sys.stderr), Screen(quiet=quiet).watching() as watch:
+    with (
+        joined(device, worker_timeout) as workers,
+        redirect_stdout(sys.stderr),
+        Screen(quiet=quiet).watching() as watch,
+    ):
         from ckptavg.evaluation import evaluate
         from ckptavg.tasks.find import find
 
@@ -54,8 +61,10 @@ def command(
         source = task if given else find(task, [path for path in files if path.is_dir()])
         scored = evaluate(
             files, source, key=key, device=device, seed=seed, watch=watch, val=val, test=test, batch_size=batch_size,
-            trust_remote_code=trust_remote_code, lm_eval=lm_eval,
+            trust_remote_code=trust_remote_code, lm_eval=lm_eval, worker_timeout=worker_timeout, workers=workers,
         )  # fmt: skip
+    if not workers.first:
+        return
     rows: list[dict[str, Any]] = [
         {
             "path": str(path),

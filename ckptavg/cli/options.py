@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, 
 import typer
 
 from ckptavg.result import Comparison, Landscape, Result
+from ckptavg.workers import PATIENCE, joined
 
 if TYPE_CHECKING:
     from ckptavg.evaluator import Watch
@@ -97,6 +98,11 @@ Rank = Annotated[int | None, option("Output", "Reduce an exact adapter to this r
 DryRun = Annotated[bool, option("Run", "Say what would be done, and do nothing.", "--dry-run")]
 Resume = Annotated[bool, option("Run", "Go on from what an interrupted run of this command has measured.")]
 KeepJournal = Annotated[bool, option("Run", "Leave OUTPUT.ckptavg/ when the output is written.", "--keep-journal")]
+Parallel = Annotated[
+    Literal["auto", "batches", "candidates"],
+    option("Workers", "What processes started by torchrun divide in a score."),
+]
+WorkerTimeout = Annotated[float, option("Workers", "Seconds that one of them waits for the others.")]
 Baselines = Annotated[bool, option("Report", "Score last, SWA and LAWA for comparison.")]
 ReportFile = Annotated[Path | None, option("Report", "Write the report to a file too.", metavar="FILE.json")]
 
@@ -136,6 +142,8 @@ def _shared(
     dry_run: DryRun = False,
     resume: Resume = True,
     keep_journal: KeepJournal = False,
+    parallel: Parallel = "auto",
+    worker_timeout: WorkerTimeout = PATIENCE,
     baselines: Baselines = True,
     json: Json = False,
     report: ReportFile = None,
@@ -192,7 +200,9 @@ def carry_out(
     shown = terminal.Screen(quiet=arguments.pop("quiet"), verbose=arguments.pop("verbose"))
     json, file = arguments.pop("json"), arguments.pop("report")
     paths = arguments.pop("ckpts")
-    with redirect_stdout(sys.stderr), shown.watching() as watch:  # a task that prints must not spoil stdout
+    meeting = joined(arguments["device"], arguments["worker_timeout"])
+    # a task that prints must not spoil stdout
+    with meeting as workers, redirect_stdout(sys.stderr), shown.watching() as watch:
         from ckptavg.options import Options
         from ckptavg.tasks.find import with_task
         from ckptavg.window import Window
@@ -201,8 +211,10 @@ def carry_out(
             **{name: arguments.pop(name) for name in ("include", "exclude", "start", "stop", "every", "last")}
         )
         bits = arguments.pop("bits")
-        options = Options(**arguments, bits=bits if bits == "auto" else int(bits), window=window)
+        options = Options(**arguments, bits=bits if bits == "auto" else int(bits), window=window, workers=workers)
         done = work(paths, with_task(options, paths, required=needs_task), watch)
+    if not workers.first:
+        return
     result = done.result if isinstance(done, Comparison) else done
     shown.warn(result)
     shown.print(table.render(done))

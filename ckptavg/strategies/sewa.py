@@ -134,8 +134,10 @@ class SeWA:
         k, total = self.k, self.verify
         if k == "auto":
             total += n - 1
+            objective.expect([Coefficients.uniform(subsets.masks[0], n) for subsets in found.values()])
             first = {size: loss(subsets.masks[0]) for size, subsets in found.items()}
             k = max(first, key=lambda size: (scores[found[size].masks[0]].value, -first[size], size))
+        objective.expect([Coefficients.uniform(mask, n) for mask in found[k].masks])
         chosen = min(found[k].masks, key=lambda mask: (loss(mask), [-i for i in reversed(mask)]))
         notes = [q.note] if q.note else []
         if found[k].proof == "heuristic":
@@ -164,6 +166,7 @@ class SeWA:
         while len(found) < min(self.evaluations, math.comb(n, k)) and len(trace) < self.evaluations:
             rest = self.evaluations - len(found)
             masks = [self._drawn(s_N, k, draws) for _ in range(min(DRAWS, rest - 1))] or [_likeliest(s_N, k)]
+            objective.expect([Coefficients.uniform(mask, n) for mask in masks])
             scores = torch.tensor([self._scored(objective, mask, found) for mask in masks], dtype=torch.float64)
             m_MN = torch.zeros(len(masks), n, dtype=torch.float64)
             for row_N, mask in zip(m_MN, masks, strict=True):

@@ -167,7 +167,9 @@ class TWA:
             t = i / (SEGMENT - 1)
             row_N = (1 - t) / objective.n + t * best_N
             points.append(Coefficients((tuple((row_N / row_N.sum()).tolist()),)))
-            losses.append(objective.score(points[-1]).loss or 0.0)
+        objective.expect(points)
+        for i, point in enumerate(points):
+            losses.append(objective.score(point).loss or 0.0)
             objective.progress("verifying along the segment", i + 1, SEGMENT, loss=losses[-1])
         chosen = points[losses.index(min(losses))]
         rows: list[dict[str, float | str | None]] = [
@@ -199,10 +201,13 @@ class TWA:
         best, best_value = Coefficients.uniform(range(n), n), -math.inf
         trace: list[float] = []
 
+        def at(x: Sequence[float]) -> Coefficients:
+            x_N = torch.tensor(x, dtype=torch.float64)[None]
+            return _answer(x_N, torch.ones_like(x_N), self.constraint, EVERYTHING)
+
         def cost(x: Sequence[float]) -> float:
             nonlocal best, best_value
-            x_N = torch.tensor(x, dtype=torch.float64)[None]
-            coefficients = _answer(x_N, torch.ones_like(x_N), self.constraint, EVERYTHING)
+            coefficients = at(x)
             value = objective.score(coefficients).value
             if value > best_value:
                 best, best_value = coefficients, value
@@ -214,6 +219,7 @@ class TWA:
         search = _cma(n, seed)
         while n > 1 and len(trace) < self.evaluations and not search.stop():
             drawn = search.ask(min(search.popsize, self.evaluations - len(trace)))
+            objective.expect([at(x) for x in drawn])
             costs = [cost(x) for x in drawn]
             if len(costs) == search.popsize:
                 search.tell(drawn, costs)
