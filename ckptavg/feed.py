@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -108,16 +108,16 @@ class Feed:
 
     def scored(self, split: Split, workers: Workers = ALONE) -> Iterator[Turn]:
         """One pass over all examples, of which each worker has every ``world``-th batch and as many turns as others."""
-        for turns in self._passed(split, self._data(split).batches(split), workers.world):
-            batch, size = turns[min(workers.rank, len(turns) - 1)]
+        for batch, sizes in self._passed(split, workers, lambda: self._data(split).batches(split)):
             mark = zlib.crc32(batches.sample(batch))
-            yield Turn(batches.to_device(batch, self._device), size, mark, workers.rank < len(turns))
+            counted = workers.rank < len(sizes)
+            yield Turn(batches.to_device(batch, self._device), batches.size(batch), mark, counted)
 
     def learnable(self, split: Split, workers: Workers = ALONE) -> Iterator[Any]:
         """One pass over a split for statistics, of which each worker has every ``world``-th batch."""
-        for turns in self._passed(split, self._learnable(split), workers.world):
-            if workers.rank < len(turns):
-                yield batches.to_device(turns[workers.rank][0], self._device)
+        for batch, sizes in self._passed(split, workers, lambda: self._learnable(split)):
+            if workers.rank < len(sizes):
+                yield batches.to_device(batch, self._device)
 
     def empty(self, split: Split) -> TaskError:
         """What to say of a split without batches."""
@@ -129,15 +129,22 @@ class Feed:
     def _data(self, split: Split) -> Task:
         return self._halves if split in ("fit", "held") else self._task
 
-    def _passed(self, split: Split, source: Iterator[Any], together: int) -> Iterator[list[tuple[Any, int]]]:
-        """The batches of a pass and their sizes, so many together, fewer at the end; all of them are counted."""
+    def _passed(
+        self, split: Split, workers: Workers, source: Callable[[], Iterator[Any]]
+    ) -> Iterator[tuple[Any, Sequence[int]]]:
+        """A worker's batch of each turn of a pass, or the last one, and the sizes of all of the turn; all are counted.
+
+        A task with ``turns(split, rank, world)`` reads a worker's own alone; of any other one it reads all.
+        """
         seed_all(self._seed)
-        source, seen = iter(source), 0
-        while turns := [(batch, batches.size(batch)) for batch in itertools.islice(source, together)]:
-            for _, size in turns:
+        own = getattr(self._data(split), "turns", None) if workers.world > 1 else None
+        turns = own and own(split, workers.rank, workers.world)
+        seen = 0
+        for batch, sizes in turns or _turns(source(), workers):
+            for size in sizes:
                 seen += size
                 self._meter.count("forward", size)
-            yield turns
+            yield batch, sizes
         self.examples[split] = seen
 
     def _learnable(self, split: Split) -> Iterator[Any]:
@@ -154,6 +161,12 @@ class Feed:
                 yield batch
             if batch is None:
                 raise self.empty(split)
+
+
+def _turns(source: Iterator[Any], workers: Workers) -> Iterator[tuple[Any, Sequence[int]]]:
+    source = iter(source)
+    while turn := list(itertools.islice(source, workers.world)):
+        yield turn[min(workers.rank, len(turn) - 1)], [batches.size(batch) for batch in turn]
 
 
 def share(batch: Any, rank: int, world: int) -> tuple[Any, float]:

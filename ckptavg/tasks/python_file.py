@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.objective import Split
 from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
+from ckptavg.tasks.turns import of_worker, undivided
 
 
 class PythonTask:
@@ -50,6 +51,7 @@ class PythonTask:
         self.metric_bounds = self._bounds()
         self._loss = self._function("loss")
         self._loaders: dict[Split, Any] = {}
+        self._own: dict[Split, tuple[Any, Any]] = {}  # of `turns`; a worker has the same rank all the time
 
     def model(self) -> nn.Module:
         """See `Task.model`."""
@@ -72,8 +74,18 @@ class PythonTask:
 
     def batches(self, split: Split) -> Iterator[Any]:
         """See `Task.batches`; a loader that is an iterator is made anew for each pass."""
+        return self._read(split, self._loader(split))
+
+    def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]] | None:
+        """See `ckptavg.feed.Feed`: for a DataLoader of a dataset with indices."""
+        found = self._own.get(split) or of_worker(self._loader(split), rank, world)
+        if found is None:
+            return None
+        loader, sizes = self._own[split] = found
+        return ((batch, sizes.popleft()) for batch in self._read(split, loader))
+
+    def _read(self, split: Split, loader: Any) -> Iterator[Any]:
         name = f"{split}_dataloader"
-        loader = self._loader(split)
         with self._blame(name):
             batches = iter(loader)
         while True:
@@ -135,6 +147,7 @@ class PythonTask:
         loader = self._loaders.get(split)
         if loader is None:
             loader = self._call(name, self._function(name))
+            loader = undivided(loader)
             if not isinstance(loader, Iterator):
                 self._loaders[split] = loader
         return loader
