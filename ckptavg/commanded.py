@@ -32,7 +32,7 @@ from ckptavg.objective import Cost, Hessian, Score, Split
 from ckptavg.readers import StoredTensor
 from ckptavg.replay import Replay
 from ckptavg.surrogate import Surrogate
-from ckptavg.workers import ALONE, Workers, interleaved
+from ckptavg.workers import ALONE, Workers
 from ckptavg.write import SafetensorsFile
 
 FILE: Final = "{}"
@@ -142,13 +142,14 @@ class Commanded:
         if self._workers.world == 1:
             return
         keys = [key for key in dict.fromkeys(coefficients) if key not in self._scores and not self._known(key)]
-        mine: list[tuple[float, dict[str, float]]] = []
-        for key in keys[self._workers.rank :: self._workers.world]:
+
+        def measure(key: Coefficients) -> tuple[float, dict[str, float]]:
             with self._meter.apart() as spent:
                 self._meter.evaluated()
                 number = self._measured(key)
-            mine.append((number, spent | {SECONDS: spent[SECONDS] / self._workers.world}))
-        for key, (number, spent) in zip(keys, interleaved(self._workers.gather(mine)), strict=True):
+            return number, spent | {SECONDS: spent[SECONDS] / self._workers.world}
+
+        for key, (number, spent) in self._workers.side_by_side(keys, measure):
             self._meter.price(key, spent)
             self._keep(key, number)
 

@@ -31,7 +31,7 @@ from ckptavg.result import MatrixResult
 from ckptavg.scorer import Scorer
 from ckptavg.surrogate import Surrogate
 from ckptavg.tasks import Task
-from ckptavg.workers import ALONE, Workers, interleaved
+from ckptavg.workers import ALONE, Workers
 
 _T = TypeVar("_T")
 _Key: TypeAlias = tuple[Coefficients, Split, bool]  # whether the exact average was scored
@@ -242,16 +242,17 @@ class Mixture:
         keys = [key for key in keys if key not in self._scores and not self._known(key)]
         if self._parallel == "auto" and self._scorer.divides and not self._norms:
             del keys[len(keys) - len(keys) % workers.world :]  # a last few are sooner done all together
-        mine: list[tuple[Score, dict[str, float]]] = []
-        for key in keys[workers.rank :: workers.world]:
+
+        def measure(key: _Key) -> tuple[Score, dict[str, float]]:
             with self.meter.apart() as spent:
                 score = self._measured(key, None, ALONE)
             assert score is not None
-            mine.append((score, spent | {SECONDS: spent[SECONDS] / workers.world}))
-            self.progress("scoring mixtures side by side", min(len(keys), len(mine) * workers.world), len(keys))
-        for key, (score, spent) in zip(keys, interleaved(workers.gather(mine)), strict=True):
+            return score, spent | {SECONDS: spent[SECONDS] / workers.world}
+
+        for done, (key, (score, spent)) in enumerate(workers.side_by_side(keys, measure), 1):
             self.meter.price(key, spent)
             self._keep(key, score)
+            self.progress("scoring side by side", done, len(keys))
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """See `Objective.score`."""

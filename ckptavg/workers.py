@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _T = TypeVar("_T")
+_U = TypeVar("_U")
 PATIENCE: Final = 1800.0  # seconds, as torch's for gloo
 _GRACE: Final = 2.0  # seconds in which a worker that failed says so, before its silence is what is reported
 _FAILED: Final = "ckptavg/failed"
@@ -101,6 +102,13 @@ class Workers:
         with self._answered():
             distributed.all_gather_object(values, value)
         return values
+
+    def side_by_side(self, keys: Sequence[_T], work: Callable[[_T], _U]) -> Iterator[tuple[_T, _U]]:
+        """Every key with what ``work`` gives for it, in order; as many at a time as there are workers."""
+        for start in range(0, len(keys), self.world):
+            turn = keys[start : start + self.world]
+            found = self.gather(work(turn[self.rank]) if self.rank < len(turn) else None)
+            yield from ((key, one) for key, one in zip(turn, found, strict=False) if one is not None)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of every worker's ``tensor``, which becomes it; equal on all, and not waited for on a GPU."""
