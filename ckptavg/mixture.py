@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ckptavg import batchnorm, curvature, division
 from ckptavg.average import output_specs, weighted_average
-from ckptavg.candidates import Candidates, ReadInto, budget
+from ckptavg.candidates import Candidates, ReadInto, budget, sharded
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
-from ckptavg.errors import is_out_of_memory
+from ckptavg.errors import UsageError, is_out_of_memory
 from ckptavg.evaluator import Watch
 from ckptavg.feed import Feed, Share
 from ckptavg.gradient import MixtureLoss, loss_and_gradient
@@ -52,6 +52,7 @@ class Mixture:
         replay: knows what an interrupted run of the same command has measured.
         workers: who divide the work; each has all candidates, the model and the data.
         parallel: what they divide in a score: the ``batches``, or the ``candidates`` where several are expected.
+        shard: each has a part of every candidate and of the model instead, and they do every batch at once.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Mixture:
         replay: Replay | None = None,
         workers: Workers = ALONE,
         parallel: Parallel = "auto",
+        shard: bool = False,
     ) -> None:
         self.task = task
         self._seed = seed
@@ -78,6 +80,7 @@ class Mixture:
         self._replay = replay
         self._workers = workers
         self._parallel: Parallel = parallel
+        self._shard = shard
         self._divided: dict[Split, bool] = {}
         self.notes: list[str] = []
         self._looked = 0.0
@@ -107,15 +110,26 @@ class Mixture:
     def candidates(self) -> Candidates:
         """The candidate matrix and the model; loaded when first needed, after a strategy has checked its settings."""
         torch.manual_seed(self._seed)
-        model = self.task.model().to(self._device).eval()
-        return Candidates(model, self.checkpoints, self.progress, bits=self._bits(model), group_size=self.group_size)
+        workers = self._workers if self._shard else ALONE
+        if self._shard:
+            model = sharded.build(self.task.model, self._device, workers)
+        else:
+            model = self.task.model().to(self._device).eval()
+        return Candidates(
+            model, self.checkpoints, self.progress,
+            bits=self._bits(model), group_size=self.group_size, workers=workers,
+        )  # fmt: skip
 
     def _bits(self, model: nn.Module) -> int:
         if self._asked_bits != "auto":
             return self._asked_bits
         floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
         elements, size = sum(tensor.numel() for tensor in floats), sum(tensor.nbytes for tensor in floats)
-        return budget.largest(elements, size, self.n, self.group_size, self._device, BITS)
+        parts = self._workers.world if self._shard else 1
+        fits = budget.largest(
+            elements // parts, size // parts, self.n, self.group_size, self._device, BITS, self._workers.local
+        )
+        return min(self._workers.gather(fits))
 
     @property
     def differentiable(self) -> bool:
@@ -200,6 +214,8 @@ class Mixture:
 
     def surrogate(self, on: Split | None = None, hessian: Hessian = "auto") -> Surrogate:
         """See `Objective.surrogate`; remembered."""
+        if self._shard:
+            raise UsageError("a sharded model has no second derivatives here", hint="--solver gumbel or gradient")
         key = (on or self.scored_on, hessian)
         if key in self._surrogates:
             self.meter.charge(key)
@@ -235,7 +251,7 @@ class Mixture:
     def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
         """See `Objective.expect` and `Evaluator.expect`."""
         workers = self._workers
-        if workers.world == 1 or self._parallel == "batches" or self.task.corpus is not None:
+        if workers.world == 1 or self._shard or self._parallel == "batches" or self.task.corpus is not None:
             return
         split: Split = on or self.scored_on
         keys: list[_Key] = list(dict.fromkeys((c, split, exact or self._exactly(c)) for c in coefficients))
@@ -325,7 +341,7 @@ class Mixture:
     @property
     def _shared(self) -> Workers:
         """Who do one score together."""
-        return ALONE if self._parallel == "candidates" else self._workers
+        return ALONE if self._parallel == "candidates" and not self._shard else self._workers
 
     def _divides(self, split: Split) -> bool:
         """Whether a batch of this split is divided; looked at once, on the first one."""
@@ -416,8 +432,8 @@ class Mixture:
         """Make the model the mixture: of the files themselves if ``exact``, else of the candidate matrix."""
         if exact and not self.candidates.exact:
             specs = output_specs(self.checkpoints[0])
-            for name, offset, data in weighted_average(self.checkpoints, coefficients, specs):
-                self.candidates.assign(specs[name], name, offset, data)
+            parts = weighted_average(self.checkpoints, coefficients, specs, only=self.candidates.ranges)
+            self.candidates.assign(specs, parts)
         else:
             self.candidates.materialize(self.uniform().new_tensor(coefficients.values), coefficients.groups)
             self.candidates.take_integers(coefficients.selected[-1])

@@ -49,6 +49,7 @@ class Options:
         resume: go on from the journal that an interrupted run of the same command left.
         keep_journal: leave the journal when the output is written.
         parallel: what several workers divide in a score; ``auto`` is candidates where several are wanted, else batches.
+        shard: divide the model and the candidates among several workers, none of whom could have them whole.
         worker_timeout: seconds that a worker waits for the others.
         workers: the processes that do it together; see `ckptavg.workers.joined`.
     """
@@ -83,6 +84,7 @@ class Options:
     resume: bool = True
     keep_journal: bool = False
     parallel: Parallel = "auto"
+    shard: bool = False
     worker_timeout: float = PATIENCE
     workers: Workers = field(default=ALONE, repr=False)
 
@@ -114,6 +116,15 @@ class Options:
             raise UsageError(f"--group-size must be at least 1, not {self.group_size}")
         if self.holdout is not None and not 0 < self.holdout < 1:
             raise UsageError(f"--holdout must be between 0 and 1, not {self.holdout}")
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        if self.shard and self.workers.world == 1:
+            raise UsageError("--shard needs several workers", hint="torchrun --nproc-per-node 8 -m ckptavg ...")
+        if self.shard and (self.score_cmd is not None or self.lm_eval is not None):
+            raise UsageError("--shard needs a loss: a task file or --val")
+        if not self.worker_timeout > 0:
+            raise UsageError(f"--worker-timeout must be greater than 0, not {self.worker_timeout}")
 
 
 def destination(output: Path | str) -> tuple[Path, Path | None]:

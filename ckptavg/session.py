@@ -139,6 +139,7 @@ def evaluator(found: Found, options: Options, watch: Watch | None, replay: Repla
         replay=replay,
         workers=options.workers,
         parallel=options.parallel,
+        shard=options.shard,
     )
 
 

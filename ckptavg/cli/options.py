@@ -102,6 +102,9 @@ Parallel = Annotated[
     Literal["auto", "batches", "candidates"],
     option("Workers", "What processes started by torchrun divide in a score."),
 ]
+Shard = Annotated[
+    bool, option("Workers", "Divide the model and its candidates among them, for one that fits no device.", "--shard")
+]
 WorkerTimeout = Annotated[float, option("Workers", "Seconds that one of them waits for the others.")]
 Baselines = Annotated[bool, option("Report", "Score last, SWA and LAWA for comparison.")]
 ReportFile = Annotated[Path | None, option("Report", "Write the report to a file too.", metavar="FILE.json")]
@@ -143,6 +146,7 @@ def _shared(
     resume: Resume = True,
     keep_journal: KeepJournal = False,
     parallel: Parallel = "auto",
+    shard: Shard = False,
     worker_timeout: WorkerTimeout = PATIENCE,
     baselines: Baselines = True,
     json: Json = False,

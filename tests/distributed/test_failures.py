@@ -32,9 +32,7 @@ def test_an_error_of_one_worker_is_told_once(torchrun: Torchrun, jobs: dict[str,
 
 
 def test_workers_do_not_wait_for_ever(torchrun: Torchrun, jobs: dict[str, Job], tmp_path: Path):
-    done = torchrun(
-        2, "-m", "ckptavg", *twa(jobs), "--worker-timeout", 2, cwd=tmp_path, check=False, HOW="hang"
-    )
+    done = torchrun(2, "-m", "ckptavg", *twa(jobs), "--worker-timeout", 2, cwd=tmp_path, check=False, HOW="hang")
     assert done.returncode != 0 and done.stdout == ""
     assert len(said(done)) == 2 and "did not answer for 2 s; nothing was written" in said(done)[0], done.stderr
     assert not (tmp_path / "out").exists()
