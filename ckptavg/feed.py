@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -16,6 +16,28 @@ from ckptavg.meter import Meter
 from ckptavg.objective import Split
 from ckptavg.tasks import Task
 from ckptavg.tasks.held_out import HeldOut
+from ckptavg.workers import ALONE, Workers
+
+
+class Share(NamedTuple):
+    """What one worker takes of a batch of ``size`` examples, and the weight of that; weights sum over workers."""
+
+    batch: Any
+    size: int
+    weight: float
+
+
+class Turn(NamedTuple):
+    """A batch of a pass that workers divide among them; one that is not ``counted`` is another's, for company.
+
+    ``mark`` is a checksum of its examples.
+    """
+
+    batch: Any
+    size: int
+    mark: int
+    counted: bool
+
 
 _END: Final = object()
 
@@ -33,13 +55,17 @@ class Feed:
         device: where batches go.
         seed: of the passes and of the halves.
         meter: is told each batch that goes forward.
+        workers: who divide batches, or a pass, among them.
     """
 
-    def __init__(self, task: Task, scored_on: Split, device: torch.device, seed: int, meter: Meter) -> None:
+    def __init__(
+        self, task: Task, scored_on: Split, device: torch.device, seed: int, meter: Meter, workers: Workers = ALONE
+    ) -> None:
         self._task = task
         self._device = device
         self._seed = seed
         self._meter = meter
+        self._workers = workers
         self._halves = HeldOut(task, scored_on, rest="fit", to="held", fraction=0.5, seed=seed)
         self._lengths: dict[Split, int] = {}
         self._streams: dict[Split, Stream] = {}
@@ -66,19 +92,35 @@ class Feed:
             raise self.empty(split)
         return self._lengths[split]
 
-    def stream(self, split: Split) -> Stream:
-        """The batches to learn from, pass after pass."""
+    def stream(self, split: Split, divided: Callable[[], bool] = lambda: False) -> Stream:
+        """The batches to learn from, pass after pass; of ``divided`` ones this worker's part of the examples.
+
+        There is always something to take: who has no part of a small batch gets an example of weight 0.
+        """
         if split not in self._streams:
-            self._streams[split] = Stream(lambda first: self._endless(split, first), self._device)
+
+            def start(first: int) -> Iterator[Any]:
+                divided()  # which may look at data, and draw random numbers
+                return self._endless(split, first)
+
+            self._streams[split] = Stream(start, lambda batch: self._taken(batch, divided=divided()))
         return self._streams[split]
 
-    def scored(self, split: Split) -> Iterator[Any]:
-        """One pass over all examples."""
-        return self._passed(split, self._data(split).batches(split))
+    def first(self, split: Split) -> Iterator[Any]:
+        """The beginning of the pass that a stream begins with, to look at; not counted and not moved."""
+        yield from itertools.islice(_seeded(self._learnable(split), self._seed), 1)
 
-    def learnable(self, split: Split) -> Iterator[Any]:
-        """One pass over a split for statistics."""
-        return self._passed(split, self._learnable(split))
+    def scored(self, split: Split, workers: Workers = ALONE) -> Iterator[Turn]:
+        """One pass over all examples, of which each worker has every ``world``-th batch and as many turns as others."""
+        for batch, sizes, mark in self._passed(split, workers, lambda: self._data(split).batches(split)):
+            counted = workers.rank < len(sizes)
+            yield Turn(batches.to_device(batch, self._device), batches.size(batch), mark, counted)
+
+    def learnable(self, split: Split, workers: Workers = ALONE) -> Iterator[Any]:
+        """One pass over a split for statistics, of which each worker has every ``world``-th batch."""
+        for batch, sizes, _ in self._passed(split, workers, lambda: self._learnable(split)):
+            if workers.rank < len(sizes):
+                yield batches.to_device(batch, self._device)
 
     def empty(self, split: Split) -> TaskError:
         """What to say of a split without batches."""
@@ -90,15 +132,37 @@ class Feed:
     def _data(self, split: Split) -> Task:
         return self._halves if split in ("fit", "held") else self._task
 
-    def _passed(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:
+    def _passed(
+        self, split: Split, workers: Workers, source: Callable[[], Iterator[Any]]
+    ) -> Iterator[tuple[Any, Sequence[int], int]]:
+        """A worker's batch of each turn of a pass, or the last one, the sizes of all of the turn, and its checksum.
+
+        All of them are counted. A task with ``turns(split, rank, world)`` reads a worker's own alone; of any other one
+        it reads all.
+        """
+        reseed(self._seed, 0)
+        own = getattr(self._data(split), "turns", None) if workers.world > 1 else None
+        turns = own and own(split, workers.rank, workers.world)
         seen = self.order[split] = 0
-        for batch in _seeded(source, self._seed):
-            size = batches.size(batch)
-            seen += size
-            self.order[split] = zlib.crc32(batches.sample(batch), self.order[split])
-            self._meter.count("forward", size)
-            yield batches.to_device(batch, self._device)
+        found = _seeded(turns, self._seed, workers.world) if turns else _turns(_seeded(source(), self._seed), workers)
+        for number, (batch, sizes) in enumerate(found):
+            if (
+                workers.world > 1
+            ):  # what a loss draws does not depend on who has the batch, and what was fetched with it
+                reseed(self._seed, number * workers.world + workers.rank)
+            for size in sizes:
+                seen += size
+                self._meter.count("forward", size)
+            mark = zlib.crc32(batches.sample(batch))
+            self.order[split] = zlib.crc32(mark.to_bytes(4), self.order[split])
+            yield batch, sizes, mark
         self.examples[split] = seen
+
+    def _taken(self, batch: Any, *, divided: bool) -> Share:
+        size, weight = batches.size(batch), 1.0
+        if divided:
+            batch, weight = share(batch, self._workers.rank, self._workers.world)
+        return Share(batches.to_device(batch, self._device), size, weight)
 
     def _learnable(self, split: Split) -> Iterator[Any]:
         """What is left of a divided batch may be one example."""
@@ -122,37 +186,59 @@ class Feed:
 
 
 class Stream:
-    """Batches one after the other; only the last of those that were passed is on the device."""
+    """Batches one after the other; only what is taken of the last of those that were passed is on the device."""
 
-    def __init__(self, start: Callable[[int], Iterator[Any]], device: torch.device) -> None:
+    def __init__(self, start: Callable[[int], Iterator[Any]], take: Callable[[Any], Share]) -> None:
         self._start = start
-        self._device = device
+        self._take = take
         self._source: Iterator[Any] | None = None
         self._at = self._fetched = -1
-        self._batch: Any = None
+        self._share: Share | None = None
 
     def advance(self) -> None:
         """Go on to the next batch; it is fetched when it is asked for."""
         self._at += 1
 
     @property
-    def batch(self) -> Any:
-        """The batch that it has come to."""
+    def share(self) -> Share:
+        """What this worker takes of the batch that it has come to."""
         if self._source is None:
             self._source, self._fetched = self._start(self._at), self._at - 1
+        batch = None
         while self._fetched < self._at:
-            self._batch = next(self._source)
+            batch = next(self._source)
             self._fetched += 1
-            if self._fetched == self._at:
-                self._batch = batches.to_device(self._batch, self._device)
-        return self._batch
+        if batch is not None:
+            self._share = None  # its memory is there for the next one
+            self._share = self._take(batch)
+        assert self._share is not None
+        return self._share
 
 
-def _seeded(source: Iterator[Any], seed: int) -> Iterator[Any]:
+def _seeded(source: Iterator[Any], seed: int, world: int = 1) -> Iterator[Any]:
+    """What ``source`` gives, each of it or each turn of several workers by random numbers of its own, equal for all."""
     for number in itertools.count():
         interrupt.check()
-        reseed(seed, number)
+        reseed(seed, number * world)
         batch = next(source, _END)
         if batch is _END:
             return
         yield batch
+
+
+def _turns(source: Iterator[Any], workers: Workers) -> Iterator[tuple[Any, Sequence[int]]]:
+    while turn := list(itertools.islice(source, workers.world)):
+        yield turn[min(workers.rank, len(turn) - 1)], [batches.size(batch) for batch in turn]
+
+
+def share(batch: Any, rank: int, world: int) -> tuple[Any, float]:
+    """The part of a batch that falls to one of ``world`` workers, and which fraction of its examples that is.
+
+    Raises:
+        TypeError: if the batch is of a kind that cannot be cut.
+    """
+    size = batches.size(batch)
+    start, stop = size * rank // world, size * (rank + 1) // world
+    places = torch.arange(size)
+    part = batches.select(batch, (start <= places) & (places < max(stop, start + 1)))
+    return part, (stop - start) / size
