@@ -17,6 +17,7 @@ from ckptavg.errors import (
     is_out_of_memory,
     printable,
 )
+from ckptavg.workers import mute, rank
 
 
 def main() -> NoReturn:
@@ -26,6 +27,9 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore  # a file name may be any bytes
+    if rank():
+        os.dup2(2, 1)  # what a task or its processes print is no data
+        mute()
     try:
         from ckptavg.cli.app import app
 

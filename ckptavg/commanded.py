@@ -33,6 +33,7 @@ from ckptavg.objective import Cost, Hessian, Score, Split
 from ckptavg.readers import StoredTensor
 from ckptavg.replay import Replay, score_key
 from ckptavg.surrogate import Surrogate
+from ckptavg.workers import ALONE, Workers
 from ckptavg.write import SafetensorsFile
 
 FILE: Final = "{}"
@@ -62,6 +63,7 @@ class Commanded:
         seed: of the generator that strategies draw from.
         watch: is told the progress.
         replay: knows what an interrupted run of the same command has measured.
+        workers: who each run the command for other mixtures where several are expected, and else leave it to the first.
     """
 
     differentiable = False
@@ -76,6 +78,7 @@ class Commanded:
         self, command: str, checkpoints: Sequence[Checkpoint], *, key: str | None = None,
         goal: Literal["max", "min"] = "max", timeout: float | None = None, dtype: str | None = None,
         beside: Path, seed: int = 0, watch: Watch | None = None, replay: Replay | None = None,
+        workers: Workers = ALONE,
     ) -> None:  # fmt: skip
         self._command = command if FILE in command or DIRECTORY in command else f"{command} {FILE}"
         self._checkpoints = checkpoints
@@ -87,6 +90,7 @@ class Commanded:
         self._seed = seed
         self.watch = watch
         self._replay = replay
+        self._workers = workers
         self._scores: dict[Coefficients, Score] = {}
         self._meter = Meter()
         self.restart()
@@ -129,19 +133,30 @@ class Commanded:
         if coefficients in self._scores:
             self._meter.charge(coefficients)
             return self._scores[coefficients]
-        key = score_key(coefficients, "val", exact=True)
-        if self._replay and (known := self._replay.score(key)):
-            self._scores[coefficients] = known
-            return known
+        if self._known(coefficients):
+            return self._scores[coefficients]
         with self._meter.pricing(coefficients):
             self._meter.evaluated()
-            with self._written(coefficients) as path:
-                number = self._run(path)
-        score = Score(value=self._sign * number, loss=None, metric=number, examples=None)
-        self._scores[coefficients] = score
-        if self._replay is not None:
-            self._replay.keep_score(key, score)
-        return score
+            number = self._workers.told(self._workers.lead(lambda: self._measured(coefficients)))
+            assert number is not None
+        self._keep(coefficients, number)
+        return self._scores[coefficients]
+
+    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
+        """See `Evaluator.expect`."""
+        if self._workers.world == 1:
+            return
+        keys = [key for key in dict.fromkeys(coefficients) if key not in self._scores and not self._known(key)]
+
+        def measure(key: Coefficients) -> tuple[float, dict[str, float]]:
+            with self._meter.apart() as spent:
+                self._meter.evaluated()
+                number = self._measured(key)
+            return number, spent | {SECONDS: spent[SECONDS] / self._workers.world}
+
+        for key, (number, spent) in self._workers.side_by_side(keys, measure):
+            self._meter.price(key, spent)
+            self._keep(key, number)
 
     def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
         """See `Objective.score_above`: a command cannot be stopped early."""
@@ -197,6 +212,23 @@ class Commanded:
         """There is none."""
         raise UsageError(_NO_LOSS)
 
+    def _measured(self, coefficients: Coefficients) -> float:
+        with self._written(coefficients) as path:
+            return self._run(path)
+
+    def _known(self, coefficients: Coefficients) -> bool:
+        """Whether an interrupted run has measured it; it is remembered then."""
+        known = self._replay and self._replay.score(score_key(coefficients, "val", exact=True))
+        if known:
+            self._scores[coefficients] = known
+        return bool(known)
+
+    def _keep(self, coefficients: Coefficients, number: float) -> None:
+        score = Score(value=self._sign * number, loss=None, metric=number, examples=None)
+        self._scores[coefficients] = score
+        if self._replay is not None:
+            self._replay.keep_score(score_key(coefficients, "val", exact=True), score)
+
     @contextmanager
     def _written(self, coefficients: Coefficients) -> Generator[Path]:
         """The average as a file, in a directory that is gone afterwards."""
@@ -220,7 +252,7 @@ class Commanded:
         command = self._command.replace(DIRECTORY, shlex.quote(str(path.parent))).replace(FILE, shlex.quote(str(path)))
         process = subprocess.Popen(
             ["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, errors="replace", start_new_session=True,
+            text=True, errors="replace", start_new_session=True, env=self._workers.environment(),
         )  # fmt: skip
         try:
             with interrupt.at_once():

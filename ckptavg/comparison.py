@@ -75,6 +75,8 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
         winner = max(runs, key=lambda run: (run.score.value, -(run.score.loss or 0.0)))
         valid(winner.score)
         evaluator.restart()
+        for split in evaluator.splits:
+            evaluator.expect([run.learned.coefficients for run in runs], split, exact=True)
         contestants = [_contestant(run, runs, evaluator, options.seed) for run in runs]
         finished = finish(found.checkpoints, winner.learned.coefficients, winner.strategy, options, evaluator, watch)
         done()

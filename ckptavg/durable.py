@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Self
 
 from ckptavg import lock
 from ckptavg.errors import OutputError
@@ -27,10 +27,19 @@ class Temporary:
     """
 
     def __init__(self, destination: Path) -> None:
+        self._owned = True
         self.path = destination.with_name(f".{destination.name}.{os.getpid()}.ckptavg-tmp")
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with contextlib.suppress(OSError):  # a file system without locks: nobody will sweep it either
             lock.hold(self.fd)
+
+    @classmethod
+    def joined(cls, path: Path) -> Self:
+        """The temporary file of another process that lives, to be written together; it stays that one's."""
+        file = cls.__new__(cls)
+        file.path, file._owned = path, False
+        file.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return file
 
     def write(self, data: memoryview | bytes, position: int) -> None:
         """Write all of ``data`` at ``position``."""
@@ -40,8 +49,9 @@ class Temporary:
 
     def remove(self) -> None:
         """Close it and take the temporary name away; what cannot be removed now is swept by the next run."""
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)  # noqa: PTH108
+        if self._owned:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)  # noqa: PTH108
         with contextlib.suppress(OSError):
             lock.release(self.fd)
 

@@ -60,6 +60,10 @@ class Evaluator(Objective, Protocol):
         """Load what a search needs, so that no strategy is charged for it."""
         ...
 
+    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
+        """See `Objective.expect`; ``exact`` if they will be asked for by `exact_score`."""
+        ...
+
     def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
         """The score of the exact average of the files, whatever the precision of the search; remembered."""
         ...

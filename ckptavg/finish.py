@@ -66,9 +66,13 @@ def finish(
         watch: is told the progress.
     """
     path, folder = destination(options.output)
+    workers = options.workers
+    workers.agree("coefficients", coefficients, "does the task depend on the worker that runs it?")
     source = checkpoints[coefficients.selected[-1]]
-    made = recipe(checkpoints, coefficients, dtype=options.dtype, mode=options.adapter, rank=options.rank)
-    with companions.made(folder):
+    made = recipe(
+        checkpoints, coefficients, dtype=options.dtype, mode=options.adapter, rank=options.rank, workers=workers
+    )
+    with companions.made(folder if workers.first else None):
         if folder:
             path = folder / companions.file_name(source)
         return _write(path, made, checkpoints, coefficients, strategy, options, evaluator, watch)
@@ -99,7 +103,8 @@ def _write(
         dtype=options.dtype, adapter=options.adapter, rank=options.rank, not_averaged=kept, recomputed=recomputed,
     )  # fmt: skip
     scores: dict[Split, Score] = {}
-    files = [file for i in coefficients.selected for file in checkpoints[i].reader.files]
+    workers = options.workers
+    files = [file for i in coefficients.selected for file in checkpoints[i].reader.files][workers.rank :: workers.world]
     metadata = describe(digest=provenance.unknown)
     with (
         _opened(path, specs, metadata, options) as out,
@@ -111,23 +116,33 @@ def _write(
             done += len(data)
             if watch:
                 watch("averaging, MB", done // MEGABYTE, -(-total // MEGABYTE), {})
+        out.settle()
         if evaluator:
             state = evaluator.adopt(coefficients, specs, out.read_into)
-            for name in recomputed:
+            for name in recomputed if workers.first else ():
                 out.write(name, 0, _bytes(state[name], TORCH[specs[name].dtype]))
             scores = {split: evaluator.score_adopted(coefficients, split) for split in evaluator.splits}
-        metadata |= describe(digest=lambda file: manifest.agreed(file, digest(file)))
+        known = {
+            path: one
+            for part in workers.gather({file.path: digest(file) for file in files})
+            for path, one in part.items()
+        }
+        metadata |= describe(digest=lambda file: manifest.agreed(file, known[file.path]))
         for i in range(len(checkpoints)) if scored else coefficients.selected:
             checkpoints[i].check_unchanged()
         source, dtype = checkpoints[coefficients.selected[-1]], spelled(spec.dtype for spec in specs.values())
-        if folder := destination(options.output)[1]:
-            companions.check_tied(source, specs, out.read_into)
-        with companions.copies(source, folder, dtype, made.config) as copied:
-            out.publish()
-        flush_folder(out.path)
-    output = Output(
-        path=out.path, sha256=out.sha256, bytes=out.size, dtype=dtype, not_averaged=kept, recomputed=recomputed
-    )
+        folder = destination(options.output)[1]
+
+        def publish() -> tuple[list[str], str]:
+            if folder:
+                companions.check_tied(source, specs, out.read_into)
+            with companions.copies(source, folder, dtype, made.config) as copied:
+                out.publish()
+            flush_folder(out.path)
+            return copied, out.sha256
+
+        copied, sha256 = workers.told(workers.lead(publish)) or ([], "")
+    output = Output(path=out.path, sha256=sha256, bytes=out.size, dtype=dtype, not_averaged=kept, recomputed=recomputed)
     return Finished(output=output, scores=scores, copied=copied, notes=made.notes)
 
 
@@ -136,8 +151,10 @@ def _opened(
 ) -> SafetensorsFile | ShardedFiles:
     """The output under construction: one file, or several where they would be larger than the user wants."""
     if options.max_shard_size is not None and len(split_names(specs, options.max_shard_size).filename_to_tensors) > 1:
-        return ShardedFiles(path.parent, specs, metadata, options.max_shard_size, force=options.force)
-    return SafetensorsFile(path, specs, metadata, force=options.force)
+        return ShardedFiles(
+            path.parent, specs, metadata, options.max_shard_size, force=options.force, workers=options.workers
+        )
+    return SafetensorsFile(path, specs, metadata, force=options.force, workers=options.workers)
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:

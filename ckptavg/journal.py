@@ -29,6 +29,24 @@ _FILE: Final = "journal.jsonl"
 _LOCK: Final = "lock"
 
 
+class Copy:
+    """What a worker that does not write knows of the first one's journal."""
+
+    def __init__(self, records: Mapping[str, Any], folder: Path) -> None:
+        self._records = records
+        self.folder = folder
+
+    def get(self, key: str, *, earlier: bool = False) -> Any:
+        """See `Journal.get`; all that is here an earlier run has put."""
+        return self._records.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """The first worker does it."""
+
+    def put_all(self, values: Mapping[str, Any]) -> None:
+        """The first worker does it."""
+
+
 class Journal:
     """The measurements of one output's run; a context manager that holds the output's lock.
 
@@ -91,6 +109,11 @@ class Journal:
             f"was left by a run with another {difference}", path=self.folder,
             hint="--no-resume begins anew; or choose another -o",
         )  # fmt: skip
+
+    @property
+    def records(self) -> Mapping[str, Any]:
+        """Everything that was put."""
+        return self._records
 
     def get(self, key: str, *, earlier: bool = False) -> Any:
         """What was put under ``key``, or None; only what an ``earlier`` run put, if that is asked for."""

@@ -198,6 +198,10 @@ class Objective(Protocol):
         """
         ...
 
+    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None) -> None:
+        """Say which scores will be asked for, whatever they are: several workers then measure them side by side."""
+        ...
+
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """The score on ``on`` (None is `scored_on`), BatchNorm recomputed; remembered, so asking again is free.
 
@@ -281,8 +285,10 @@ def check_losses(
 
 def scored_alone(objective: Objective) -> list[float]:
     """The score of each candidate alone, larger is better."""
+    alone = [Coefficients.uniform([i], objective.n) for i in range(objective.n)]
+    objective.expect(alone)
     scores: list[float] = []
-    for i in range(objective.n):
-        scores.append(objective.score(Coefficients.uniform([i], objective.n)).value)
+    for i, one in enumerate(alone):
+        scores.append(objective.score(one).value)
         objective.progress("scoring candidates", i + 1, objective.n)
     return scores

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from ckptavg.errors import UsageError
 from ckptavg.window import Window
+from ckptavg.workers import ALONE, PATIENCE, Workers
+
+Parallel: TypeAlias = Literal["auto", "batches", "candidates"]
 
 BITS: Final = (32, 16, 8, 4, 2, 1)
 _MOST_SEEDS: Final = 2**62  # torch takes 64 bits, and each pass over the data has a seed of its own above this one
@@ -55,6 +58,10 @@ class Options:
         dry_run: say what would be done, and do nothing.
         resume: go on from the journal that an interrupted run of the same command left.
         keep_journal: leave the journal when the output is written.
+        parallel: what several workers divide in a score; ``auto`` is candidates where several are wanted, else batches.
+        shard: divide the model and the candidates among several workers, none of whom could have them whole.
+        worker_timeout: seconds that a worker waits for the others.
+        workers: the processes that do it together; see `ckptavg.workers.joined`.
     """
 
     output: Path | str = "averaged.safetensors"
@@ -94,6 +101,10 @@ class Options:
     dry_run: bool = False
     resume: bool = True
     keep_journal: bool = False
+    parallel: Parallel = "auto"
+    shard: bool = False
+    worker_timeout: float = PATIENCE
+    workers: Workers = field(default=ALONE, repr=False)
 
     @property
     def ways(self) -> list[str]:
@@ -130,6 +141,18 @@ class Options:
         self._check_search()
         if self.holdout is not None and not 0 < self.holdout < 1:
             raise UsageError(f"--holdout must be between 0 and 1, not {self.holdout}")
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        if self.shard and self.workers.world == 1:
+            raise UsageError("--shard needs several workers", hint="torchrun --nproc-per-node 8 -m ckptavg ...")
+        if self.shard and (self.score_cmd is not None or self.lm_eval is not None):
+            raise UsageError("--shard needs a loss: a task file or --val")
+        if self.shard and (self.compile or self.precision != "float32"):
+            unused = "--compile" if self.compile else f"--precision {self.precision}"
+            raise UsageError(f"a sharded model runs as it is: --shard goes without {unused}")
+        if not self.worker_timeout > 0:
+            raise UsageError(f"--worker-timeout must be greater than 0, not {self.worker_timeout}")
 
     def _check_search(self) -> None:
         """How the candidates are kept and the model is run."""

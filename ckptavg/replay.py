@@ -14,7 +14,7 @@ from torch import Tensor
 from ckptavg.coefficients import Coefficients
 from ckptavg.encoded import decode, encode, raw
 from ckptavg.errors import TaskError
-from ckptavg.journal import Journal
+from ckptavg.journal import Copy, Journal
 from ckptavg.objective import Each, Score, Split
 from ckptavg.partial import Partial
 from ckptavg.surrogate import Surrogate
@@ -32,7 +32,7 @@ class Replay:
     was of the same coefficients to the last bit. Numbers keep all their bits.
     """
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal | Copy) -> None:
         self._journal = journal
         self.folder = journal.folder
         self._search = -1

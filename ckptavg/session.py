@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,10 +16,18 @@ from ckptavg.average import output_specs
 from ckptavg.commanded import Commanded
 from ckptavg.determinism import reproducible
 from ckptavg.discover import Found
-from ckptavg.errors import CkptavgError, OutOfMemoryError, OutputError, TaskError, UsageError, is_out_of_memory
+from ckptavg.errors import (
+    CkptavgError,
+    InterruptedRunError,
+    OutOfMemoryError,
+    OutputError,
+    TaskError,
+    UsageError,
+    is_out_of_memory,
+)
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.fingerprint import fingerprint
-from ckptavg.journal import Journal
+from ckptavg.journal import Copy, Journal
 from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture
 from ckptavg.options import Options, destination
@@ -49,7 +57,7 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
     Raises:
         CkptavgError: in one line, with the exit code of its class; memory that ran out within is one too.
     """
-    _check_output(options)
+    options.workers.lead(lambda: _check_output(options))
     with (
         blamed(),
         reproducible(options.seed, deterministic=options.deterministic),
@@ -59,6 +67,9 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
         recipe.check(found.checkpoints, options.adapter)
         if destination(options.output)[1]:
             loadable.check(found.checkpoints[-1])
+        seen = [(one.name, one.step, one.size) for one in found.checkpoints]
+        options.workers.agree("options", options, "start all of them with one command")
+        options.workers.agree("candidates", seen, "they must lie on a file system that all machines share")
         try:
             yield found
         except UsageError as error:  # such as a --k of more candidates than there are
@@ -92,28 +103,43 @@ def journaled(
         watch: is told the progress.
     """
     if options.dry_run:
-        yield evaluator(found, options, watch) if options.ways else None, lambda: None
+        yield evaluator(found, options, watch) if options.ways else None, _nothing
         return
     path, folder = destination(options.output)
-    with Journal(folder or path, resume=options.resume, keep=options.keep_journal) as journal:
-        _check_output(options)  # again: another run may have finished between the first look and the lock
+    workers = options.workers
+    with ExitStack() as stack:
+
+        def begin() -> Journal:
+            journal = stack.enter_context(Journal(folder or path, resume=options.resume, keep=options.keep_journal))
+            _check_output(options)  # again: another run may have finished between the first look and the lock
+            return journal
+
+        journal = workers.lead(begin)
+        done = journal.done if journal else _nothing
         if not options.ways:
-            yield None, journal.done
+            yield None, done
             return
-        replay, began = Replay(journal), time.monotonic()
+        records, place = workers.told((dict(journal.records), journal.folder) if journal else ({}, path))
+        replay, began = Replay(journal or Copy(records, place)), time.monotonic()
         try:
             scores = evaluator(found, options, watch, replay)
-            run = {name: getattr(options, name) for name in _DECISIVE} | {"strategy": dict(settings)}
-            run["device"] = "" if options.score_cmd else _described(pick_device(options.device))
-            run["precision"] = precision(options.precision, pick_device(options.device))
-            data = [options.val, options.train, options.test]
-            journal.begin(fingerprint(found.checkpoints, run, options.task, data))
-            with contents.recorded(journal, found.checkpoints):
-                yield scores, journal.done
+
+            def identify() -> None:
+                assert journal is not None
+                run = {name: getattr(options, name) for name in _DECISIVE} | {"strategy": dict(settings)}
+                run["device"] = "" if options.score_cmd else _described(pick_device(options.device))
+                run["precision"] = precision(options.precision, pick_device(options.device))
+                data = [options.val, options.train, options.test]
+                journal.begin(fingerprint(found.checkpoints, run, options.task, data))
+                stack.enter_context(contents.recorded(journal, found.checkpoints))
+
+            workers.lead(identify)
+            yield scores, done
         except BaseException as error:
             replay.flush()
-            brief = time.monotonic() - began < _WORTH_KEEPING and not journal.replayed
-            if isinstance(error, Exception) and brief and not interrupt.pending():
+            failed = isinstance(error, Exception) and not isinstance(error, InterruptedRunError)
+            brief = time.monotonic() - began < _WORTH_KEEPING
+            if journal and failed and brief and not journal.replayed and not interrupt.pending():
                 journal.drop()  # the next run will be another one
             raise
 
@@ -131,6 +157,10 @@ def check_space(found: Found, options: Options) -> None:
         raise OutputError(f"no space left on device: {needed:,} bytes are needed, {free:,} are free", path=path)
 
 
+def _nothing() -> None:
+    """What the end of a run is to those who keep no journal."""
+
+
 def evaluator(found: Found, options: Options, watch: Watch | None, replay: Replay | None = None) -> Evaluator:
     """What scores mixtures of the candidates; nothing is loaded yet."""
     if options.score_cmd is not None:
@@ -145,8 +175,11 @@ def evaluator(found: Found, options: Options, watch: Watch | None, replay: Repla
             seed=options.seed,
             watch=watch,
             replay=replay,
+            workers=options.workers,
         )
     device = pick_device(options.device)
+    if device.type == "mps" and options.workers.world > 1:
+        raise UsageError("several workers have nothing to talk by on mps", hint="--device cpu")
     return Mixture(
         _task(found, options),
         found.checkpoints,
@@ -159,6 +192,9 @@ def evaluator(found: Found, options: Options, watch: Watch | None, replay: Repla
         compiled=options.compile,
         watch=watch,
         replay=replay,
+        workers=options.workers,
+        parallel=options.parallel,
+        shard=options.shard,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final, Self
 from ckptavg.durable import flush_folder, left_behind, staged
 from ckptavg.errors import UsageError
 from ckptavg.readers import StoredTensor
+from ckptavg.workers import ALONE, Workers
 from ckptavg.write import SafetensorsFile, preflight
 
 INDEX: Final = "model.safetensors.index.json"
@@ -30,7 +31,7 @@ class ShardedFiles:
 
     def __init__(
         self, folder: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], largest: str,
-        *, force: bool = False,
+        *, force: bool = False, workers: Workers = ALONE,
     ) -> None:  # fmt: skip
         """Reserve the space of all shards.
 
@@ -40,13 +41,14 @@ class ShardedFiles:
             metadata: of every shard.
             largest: bytes of a shard, such as ``5GB``.
             force: replace existing files.
+            workers: who write them together; see `SafetensorsFile`.
         Raises:
             UsageError: if ``largest`` is no size, or huggingface_hub is missing.
             OutputExistsError, OutputError: as `SafetensorsFile` does.
         """
         self.path = folder / INDEX
         self.sha256 = ""
-        preflight(self.path, force)
+        workers.lead(lambda: preflight(self.path, force))
         split = split_names(specs, largest)
         self._index = json.dumps(
             {"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2, sort_keys=True
@@ -55,7 +57,13 @@ class ShardedFiles:
         with ExitStack() as stack:
             self._files = {
                 name: stack.enter_context(
-                    SafetensorsFile(folder / name, {tensor: specs[tensor] for tensor in tensors}, metadata, force=force)
+                    SafetensorsFile(
+                        folder / name,
+                        {tensor: specs[tensor] for tensor in tensors},
+                        metadata,
+                        force=force,
+                        workers=workers,
+                    )
                 )
                 for name, tensors in split.filename_to_tensors.items()
             }
@@ -70,10 +78,16 @@ class ShardedFiles:
         """See `SafetensorsFile.read_into`."""
         self._files[self._of[name]].read_into(name, start, out)
 
+    def settle(self) -> None:
+        """See `SafetensorsFile.settle`."""
+        for file in self._files.values():
+            file.settle()
+
     def publish(self) -> None:
         """Give all files their names, the index last: a model without it is found by no loader.
 
-        Under its temporary name the index is there first, so that `sweep` knows what a killed run has named.
+        Under its temporary name the index is there first, so that `sweep` knows what a killed run has named. Of several
+        workers it is the first one's to do.
         """
         index = self._index.encode()
         with staged(self.path, index) as publish, ExitStack() as undo:

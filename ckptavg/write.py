@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Final, Self
 
 from ckptavg import interrupt
-from ckptavg.durable import Temporary, flush_folder, refuse
+from ckptavg.durable import Temporary, flush_folder, refuse, said
 from ckptavg.errors import OutputError, OutputExistsError
 from ckptavg.readers import ITEM_SIZE, StoredTensor
+from ckptavg.workers import ALONE, Workers
 
 _CHUNK: Final = 1 << 20
 _NO_LINK: Final = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)  # file systems without hard links
@@ -35,8 +36,9 @@ class SafetensorsFile:
     """
 
     def __init__(
-        self, path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], *, force: bool = False
-    ) -> None:
+        self, path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], *, force: bool = False,
+        workers: Workers = ALONE,
+    ) -> None:  # fmt: skip
         """Reserve the space.
 
         Args:
@@ -45,13 +47,14 @@ class SafetensorsFile:
             metadata: the header's ``__metadata__``, as it is at `commit`: values may change until then, not their
                 length.
             force: replace an existing file.
+            workers: who write it together, each its own ranges; `settle`, `commit` and this are called by all.
         Raises:
             OutputExistsError: if the destination exists and ``force`` is not given.
             OutputError: if it cannot be written, or there is not enough space.
         """
-        preflight(path, force)
         self.path = path
         self.sha256 = ""
+        self._workers = workers
         self._force = force
         self._specs = specs
         self._metadata = metadata
@@ -59,14 +62,9 @@ class SafetensorsFile:
         self._missing = sum(spec.nbytes for spec in specs.values())
         self._written: set[tuple[str, int, int]] = set()
         self._file: Temporary | None = None
-        try:
-            self._file = Temporary(path)
-            _reserve(self._file.fd, self.size)
-        except BaseException as error:
-            self.close()
-            if isinstance(error, OSError):
-                refuse(path, error, self.size)
-            raise
+        shared = workers.told(workers.lead(self._create))
+        if shared and not workers.first:
+            self._file = self._joined(shared)
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
         """Write bytes of a tensor, in any order; a range written before may be written again as a whole.
@@ -82,7 +80,7 @@ class SafetensorsFile:
             self._open.write(data, self._offsets[name] + offset)
         except OSError as error:
             refuse(self.path, error, self.size)
-        if (part := (name, offset, len(data))) not in self._written:
+        if self._missing and (part := (name, offset, len(data))) not in self._written:
             self._written.add(part)
             self._missing -= len(data)
 
@@ -99,6 +97,24 @@ class SafetensorsFile:
                 raise _meddled(self.path)
             done += count
 
+    def settle(self) -> None:
+        """Wait until all workers have written what they have to, which each of them can read then.
+
+        On a network file system others see what was flushed, and a file as it was when they opened it.
+        """
+        if self._workers.world == 1:
+            return
+        whole = sum(spec.nbytes for spec in self._specs.values())
+        try:
+            os.fsync(self._open.fd)
+        except OSError as error:
+            refuse(self.path, error, self.size)
+        self._missing = whole - sum(whole - missing for missing in self._workers.gather(self._missing))
+        if not self._workers.first:
+            path = self._open.path
+            self.close()
+            self._file = self._joined(path)
+
     def commit(self) -> None:
         """`publish`, and flush the name to the disk too: it survives a power cut.
 
@@ -109,7 +125,7 @@ class SafetensorsFile:
         flush_folder(self.path)
 
     def publish(self) -> None:
-        """Write the header, flush the file to the disk and give it its name.
+        """Write the header, flush the file to the disk and give it its name; of several workers the first one does it.
 
         Raises:
             OutputExistsError: if the destination has come to exist meanwhile and ``force`` was not given.
@@ -151,6 +167,27 @@ class SafetensorsFile:
     def _open(self) -> Temporary:
         assert self._file is not None, "it is closed"
         return self._file
+
+    def _create(self) -> Path:
+        preflight(self.path, self._force)
+        try:
+            self._file = Temporary(self.path)
+            _reserve(self._file.fd, self.size)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                refuse(self.path, error, self.size)
+            raise
+        return self._file.path
+
+    def _joined(self, path: Path) -> Temporary:
+        """What the first worker has made."""
+        try:
+            return Temporary.joined(path)
+        except OSError as error:
+            what = f"cannot be opened by worker {self._workers.rank}: {said(error)}"
+            hint = "the output must lie on a file system that all machines share"
+            raise OutputError(what, path=path, hint=hint) from error
 
     def _publish(self, file: Temporary) -> None:
         if self._force:

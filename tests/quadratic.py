@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +55,9 @@ class Quadratic:
 
     def of_subset(self, subset: Iterable[int]) -> float:
         return float(self.weights_ND[list(subset)].mean(dim=0).square().mean())
+
+    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None) -> None:
+        """One process has nothing to do ahead."""
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         c_GN = torch.tensor(coefficients.values, dtype=torch.float64)

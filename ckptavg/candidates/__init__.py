@@ -7,7 +7,7 @@ buffers), Q = the parameters among them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from ckptavg.candidates.flat import Flat, ReadInto, check_names, check_tied, fla
 from ckptavg.candidates.packed import Packed
 from ckptavg.candidates.plan import EXACT, Offload
 from ckptavg.candidates.running_sum import RunningSum
+from ckptavg.candidates.sharded import flatten_shards
 from ckptavg.candidates.streamed import FileRows, HostRows, Streamed
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Groups
@@ -26,6 +27,7 @@ from ckptavg.dtypes import TORCH
 from ckptavg.errors import InputError
 from ckptavg.readers import StoredTensor
 from ckptavg.soundness import not_finite
+from ckptavg.workers import ALONE, Workers
 
 _MEASURED: Final = 1 << 20  # columns whose distances are taken at a time
 
@@ -44,8 +46,8 @@ class Matrix(Protocol):
         ...
 
     @property
-    def error(self) -> float:
-        """What the encoding lost: ‖d̂ − d‖/‖d‖ over all rows, d being their differences from the centre."""
+    def squares(self) -> Tensor:
+        """[2], what the encoding lost: ‖d̂ − d‖² and ‖d‖² over all rows, d being their differences from the centre."""
         ...
 
     def row(self, i: int) -> Tensor:
@@ -70,6 +72,9 @@ class Candidates:
     A matrix that is ``offload``-ed is streamed to the device piece by piece, and a mean of some of its rows costs those
     that the one before did not have.
 
+    Of a sharded model every worker has the columns of its own shards: ``materialize`` needs nobody else, and what
+    ``pullback`` gives is its part of a sum over workers.
+
     Args:
         model: the task's model, on its device; its parameters' storage is replaced.
         checkpoints: N open checkpoints with equal names, shapes and dtypes, and the model's own names and shapes.
@@ -77,6 +82,7 @@ class Candidates:
         bits: of an element of the matrix; 32 is the model's own dtype, less is `Packed`.
         group_size: elements that share a scale and a zero point.
         offload: where an exact matrix lies instead of on the device: in the host's memory, or in its files.
+        workers: over whom the model is sharded, if it is.
     Raises:
         TaskError: if names or shapes are not the model's.
         InputError: if a weight is NaN or infinite, or tied parameters differ in a file.
@@ -91,8 +97,10 @@ class Candidates:
         bits: int = EXACT,
         group_size: int = 128,
         offload: Offload = "none",
+        workers: Workers = ALONE,
     ) -> None:
         self.model = model
+        self._workers = workers
         self.n = len(checkpoints)
         self.bits = bits
         self.exact = bits == EXACT
@@ -108,7 +116,7 @@ class Candidates:
         self._blocks: list[tuple[Flat, Matrix]] = []
         self._sums: list[RunningSum] = []
         for tensors in by_dtype.values():
-            flat = flatten(tensors)
+            flat = flatten(tensors) if workers.world == 1 else flatten_shards(model, tensors, workers)
             device = flat.weights_D.device
             if offload == "disk" or (offload == "cpu" and device.type != "cpu"):
                 matrix = self._streamed(flat, checkpoints if offload == "disk" else None)
@@ -118,13 +126,13 @@ class Candidates:
                 size, dtype = len(flat.weights_D), flat.weights_D.dtype
                 matrix = Packed(self.n, size, dtype, device, bits=bits, group=group_size)
             self._blocks.append((flat, matrix))
-        self._state = {name: tensor.detach() for names, tensor in self._unique for name in names}
         self._load(checkpoints, progress)
+        self.error = self._lost()
         model.requires_grad_(True)
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the candidate matrix takes on the device."""
+        """The bytes that the candidate matrix takes on each device."""
         return sum(matrix.nbytes for _, matrix in self._blocks)
 
     @property
@@ -133,9 +141,10 @@ class Candidates:
         return bool(self._sums)
 
     @property
-    def error(self) -> float:
-        """What rounding to few bits lost of the candidates' differences from their mean, relative to these."""
-        return max(matrix.error for _, matrix in self._blocks)
+    def ranges(self) -> Mapping[str, range]:
+        """The elements of each tensor that are here."""
+        here = {name: slot.range for flat, _ in self._blocks for slot in flat.slots for name in slot.names}
+        return here | {name: range(tensor.numel()) for names, tensor, _ in self._integers for name in names}
 
     @torch.no_grad()
     def materialize(self, c_GN: Tensor, groups: Groups = EVERYTHING) -> None:
@@ -157,6 +166,7 @@ class Candidates:
                     torch.mv(run_NC.t(), c_N, out=weights_D[part])
                 else:
                     torch.addmv(centre_D[part], run_NC.t(), c_N, out=weights_D[part])
+            flat.push()
 
     @torch.no_grad()
     def average(self, chosen: Sequence[int]) -> bool:
@@ -168,6 +178,7 @@ class Candidates:
         """
         for (flat, _), running in zip(self._blocks, self._sums, strict=False):
             running.mean(chosen, flat.weights_D)
+            flat.push()
         return self.streamed
 
     def zero_gradient(self) -> None:
@@ -177,7 +188,10 @@ class Candidates:
 
     @torch.no_grad()
     def pullback(self, groups: Groups = EVERYTHING) -> Tensor:
-        """[G, N], ∂ℓ/∂c_i = ⟨w_i, ∂ℓ/∂w⟩ by group, from the gradient added up since `zero_gradient`."""
+        """[G, N], ∂ℓ/∂c_i = ⟨w_i, ∂ℓ/∂w⟩ by group, from the gradient added up since `zero_gradient`.
+
+        Of a sharded model a part of it, which is to be summed over workers.
+        """
         total_GN = self._zeros(groups)
         for flat, matrix in self._blocks:
             for run_NC, part, g in _runs(flat, matrix, groups, len(flat.gradient_Q)):
@@ -185,7 +199,7 @@ class Candidates:
                 total_GN[g] += run_NC.mv(gradient_C)
                 if matrix.centre_D is not None:
                     total_GN[g] += matrix.centre_D[part].to(run_NC).dot(gradient_C)
-        return total_GN
+        return total_GN.mul_(self._workers.world)  # FSDP2 takes the mean of the workers' gradients, not their sum
 
     @torch.no_grad()
     def distances(self, groups: Groups = EVERYTHING) -> Tensor:
@@ -195,7 +209,7 @@ class Candidates:
             for run_NC, _, g in _runs(flat, matrix, groups, len(flat.gradient_Q)):
                 for some_NC in run_NC.split(_MEASURED, dim=1):
                     total_GN[g] += (some_NC - some_NC.mean(dim=0)).square().sum(dim=1)
-        return total_GN.sqrt()
+        return self._workers.sum(total_GN).sqrt()
 
     def blocks(self, size: int | None) -> Groups:
         """See `ckptavg.objective.Objective.blocks`; every floating-point tensor is in one, under all of its names."""
@@ -224,17 +238,33 @@ class Candidates:
         for flat, _ in self._blocks:
             for slot in flat.slots:
                 name = present(slot.names, specs)
-                read(specs[name], name, read_into, flat.weights_D[slot.start :][: slot.numel])
+                read(specs[name], name, read_into, flat.weights_D[slot.start :][: slot.numel], slot.first)
+            flat.push()
         for names, tensor, _ in self._integers:
             name = present(names, specs)
             read(specs[name], name, read_into, tensor)
 
     @torch.no_grad()
-    def assign(self, spec: StoredTensor, name: str, offset: int, data: memoryview) -> None:
-        """Set a run of elements of one tensor, from byte ``offset`` of it on."""
-        values = torch.frombuffer(data, dtype=TORCH[spec.dtype])
-        start = offset // values.itemsize
-        self._state[name].view(-1)[start : start + len(values)] = values
+    def assign(self, specs: Mapping[str, StoredTensor], parts: Iterable[tuple[str, int, memoryview]]) -> None:
+        """Set the model's whole state from runs of its tensors' bytes, each from some byte of a tensor on."""
+        places = {name: (flat, slot) for flat, _ in self._blocks for slot in flat.slots for name in slot.names}
+        whole = {name: tensor for names, tensor, _ in self._integers for name in names}
+        for name, offset, data in parts:
+            values = torch.frombuffer(data, dtype=TORCH[specs[name].dtype])
+            start = offset // values.itemsize
+            if name in whole:
+                whole[name].view(-1)[start : start + len(values)] = values
+                continue
+            flat, slot = places[name]
+            start += slot.start - slot.first
+            flat.weights_D[start : start + len(values)] = values
+        for flat, _ in self._blocks:
+            flat.push()
+
+    def _lost(self) -> float:
+        """What rounding to few bits lost of the candidates' differences from their mean, relative to these."""
+        lost, whole = self._workers.sum(torch.stack([matrix.squares.cpu().double() for _, matrix in self._blocks])).T
+        return float((lost / whole).nan_to_num(0.0).max().sqrt())
 
     def _streamed(self, flat: Flat, checkpoints: Sequence[Checkpoint] | None) -> Streamed:
         """A matrix in the files of ``checkpoints``, or else in the host's memory, and the sum of some of its rows."""
@@ -285,8 +315,8 @@ def _runs(flat: Flat, matrix: Matrix, groups: Groups, stop: int) -> Iterator[tup
 def _read_row(checkpoint: Checkpoint, flat: Flat, row_D: Tensor) -> Tensor:
     for slot in flat.slots:
         name = present(slot.names, checkpoint.tensors)
-        check_tied(checkpoint, slot.names)
-        read(checkpoint.spec(name), name, checkpoint.read_into, row_D[slot.start :][: slot.numel])
+        check_tied(checkpoint, slot.names, slot.range)
+        read(checkpoint.spec(name), name, checkpoint.read_into, row_D[slot.start :][: slot.numel], slot.first)
     if not checkpoint.allow_nonfinite and not torch.isfinite(row_D).all():
         bad = next(s for s in flat.slots if not torch.isfinite(row_D[s.start :][: s.numel]).all())
         name = present(bad.names, checkpoint.tensors)

@@ -27,20 +27,48 @@ ReadInto = Callable[[str, int, memoryview], None]
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one unique tensor of the model lies in its vector; ``names`` are its names, more than one when tied."""
+    """Where one unique tensor of the model lies in its vector, or a shard of one.
+
+    Attributes:
+        names: its names, more than one when tied.
+        start: where it begins in the vector.
+        numel: its elements that are there.
+        first: the number of the first of them in the whole tensor.
+    """
 
     names: tuple[str, ...]
     start: int
     numel: int
+    first: int = 0
+
+    @property
+    def range(self) -> range:
+        """The numbers of its elements in the whole tensor."""
+        return range(self.first, self.first + self.numel)
 
 
 @dataclass(frozen=True)
 class Flat:
-    """Everything of one dtype."""
+    """Everything of one dtype.
+
+    Attributes:
+        weights_D: the values.
+        gradient_Q: what backward passes add up.
+        slots: where each tensor lies.
+        shards: the sharded parameters, each with its part of ``weights_D``.
+    """
 
     weights_D: Tensor
     gradient_Q: Tensor
     slots: tuple[Slot, ...]
+    shards: tuple[tuple[nn.Parameter, Tensor], ...] = ()
+
+    def push(self) -> None:
+        """Let the model have the values, where it keeps some elsewhere: FSDP2 pads a shard shorter than the others."""
+        for parameter, values in self.shards:
+            local: Tensor = parameter.detach().to_local()  # pyright: ignore  # a DTensor
+            if local.data_ptr() != values.data_ptr():
+                local.copy_(values)
 
     def cut(self, part: slice, groups: Groups, stop: int) -> Iterator[tuple[int, int, int]]:
         """(start, stop, group) of the runs within the elements ``part``; those before ``stop`` are in some run."""
@@ -136,15 +164,15 @@ def present(names: tuple[str, ...], stored: Mapping[str, StoredTensor]) -> str:
     return next(name for name in names if name in stored)
 
 
-def check_tied(checkpoint: Checkpoint, names: tuple[str, ...]) -> None:
-    """Names that are one parameter in the model must hold one value in the file."""
+def check_tied(checkpoint: Checkpoint, names: tuple[str, ...], elements: range) -> None:
+    """Names that are one parameter in the model must hold one value in the file; ``elements`` are looked at."""
     stored = [name for name in names if name in checkpoint.tensors]
     if len({checkpoint.spec(name) for name in stored}) < 2:
         return
     contents: list[bytearray] = []
     for name in stored:
-        contents.append(bytearray(checkpoint.spec(name).nbytes))
-        checkpoint.read_into(name, 0, memoryview(contents[-1]))
+        contents.append(bytearray(len(elements) * ITEM_SIZE[checkpoint.spec(name).dtype]))
+        checkpoint.read_into(name, elements.start, memoryview(contents[-1]))
     if any(content != contents[0] for content in contents):
         raise InputError(
             f"is tied to {stored[0]} in the task's model, but the file holds other values",

@@ -32,6 +32,8 @@ class Plan:
         group_size: elements that share a scale and a zero point where ``bits`` < 32.
         offload: where the matrix lies instead of on the device.
         device: where the model is.
+        present: bytes of the model that are there already.
+        sharing: how many processes share the host's memory.
     """
 
     n: int
@@ -42,21 +44,25 @@ class Plan:
     group_size: int
     offload: Offload
     device: torch.device
+    present: int = 0
+    sharing: int = 1
 
     @classmethod
     def of(
         cls, model: nn.Module, n: int, *, bits: int | Literal["auto"], group_size: int, offload: Offload,
-        device: torch.device,
+        device: torch.device, parts: int = 1, sharing: int = 1,
     ) -> Plan:  # fmt: skip
-        """The plan for a model that is on its device already; ``auto`` bits are the most that fit."""
+        """The plan for a model on its device, or for one of ``parts`` of it; ``auto`` bits are the most that fit."""
         floats = [tensor for _, tensor in unique_tensors(model) if tensor.is_floating_point()]
         elements, size = sum(tensor.numel() for tensor in floats), sum(tensor.nbytes for tensor in floats)
         gradient = sum(tensor.nbytes for tensor in floats if isinstance(tensor, nn.Parameter))
+        present = sum(tensor.nbytes for tensor in floats if not tensor.is_meta)
+        elements, size, gradient = elements // parts, size // parts, gradient // parts
         if bits == "auto":
-            bits = budget.largest(elements, size, n, group_size, device, (EXACT, *FEWER))
+            bits = budget.largest(elements, size, n, group_size, device, (EXACT, *FEWER), sharing)
         return cls(
             n=n, elements=elements, size=size, gradient=gradient,
-            bits=bits, group_size=group_size, offload=offload, device=device,
+            bits=bits, group_size=group_size, offload=offload, device=device, present=present, sharing=sharing,
         )  # fmt: skip
 
     @property
@@ -110,8 +116,10 @@ class Plan:
 
     def _room(self) -> dict[torch.device, int]:
         """Device → bytes that can be had there, those of the model that is there included."""
-        room = {self.device: budget.free_memory(self.device) + self.size}
-        return room if self.device.type == "cpu" else room | {_HOST: budget.free_memory(_HOST)}
+        host = budget.free_memory(_HOST) // self.sharing
+        if self.device.type == "cpu":
+            return {self.device: host + self.present}
+        return {self.device: budget.free_memory(self.device) + self.present, _HOST: host}
 
     def _fits(self, room: dict[torch.device, int]) -> bool:
         return self.needed <= room[self.device] and self.on_host <= room.get(_HOST, 0)

@@ -94,7 +94,7 @@ class FileRows:
             slot = self._slots[k]
             name = present(slot.names, checkpoint.tensors)
             out = out_C[begin - start : end - start]
-            read(checkpoint.spec(name), name, checkpoint.read_into, out, begin - slot.start)
+            read(checkpoint.spec(name), name, checkpoint.read_into, out, slot.first + begin - slot.start)
 
     def finished(self) -> None:
         """See `Rows.finished`: what was read was no file that is being written."""
@@ -111,7 +111,7 @@ class Streamed:
     """
 
     centre_D = None
-    error = 0.0
+    squares = torch.zeros(2)
 
     def __init__(self, rows: Rows, n: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows = rows

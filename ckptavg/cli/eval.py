@@ -20,8 +20,10 @@ from ckptavg.cli.options import (
     TrustRemoteCode,
     Val,
     Verbose,
+    WorkerTimeout,
 )  # fmt: skip
 from ckptavg.errors import printable
+from ckptavg.workers import PATIENCE, joined
 
 
 def command(
@@ -36,6 +38,7 @@ def command(
     lm_eval: LmEval = None,
     device: Device = "auto",
     seed: Seed = 0,
+    worker_timeout: WorkerTimeout = PATIENCE,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -46,7 +49,8 @@ def command(
 
     from ckptavg.cli.terminal import Screen, console, stdout_for_data
 
-    with stdout_for_data(), Screen(quiet=quiet).watching() as watch:
+    meeting = joined(device, worker_timeout)
+    with meeting as workers, stdout_for_data(), Screen(quiet=quiet).watching() as watch:
         from ckptavg.evaluation import evaluate
         from ckptavg.tasks.find import find
 
@@ -55,9 +59,11 @@ def command(
         source = task if given else find(task, [path for path in files if path.is_dir()])
         scored = evaluate(
             files, source, key=key, device=device, seed=seed, watch=watch, val=val, test=test,
-            batch_size=batch_size, task_timeout=task_timeout,
+            batch_size=batch_size, task_timeout=task_timeout, worker_timeout=worker_timeout, workers=workers,
             trust_remote_code=trust_remote_code, lm_eval=lm_eval,
         )  # fmt: skip
+    if not workers.first:
+        return
     rows: list[dict[str, Any]] = [
         {
             "path": str(path),

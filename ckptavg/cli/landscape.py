@@ -28,7 +28,7 @@ def _run(**arguments: Any) -> None:
 
         paths, options, watch = inputs
         found = landscape(paths, options, watch, mixtures=names, as_text=as_json.to_json, **more)
-        if found.plane is not None:
+        if found.plane is not None and options.workers.first:
             surface.draw(found.plane, Path(options.output).with_suffix(".png"))
         return found
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, 
 
 import typer
 
+from ckptavg.workers import PATIENCE, joined
+
 if TYPE_CHECKING:
     from ckptavg.evaluator import Watch
     from ckptavg.options import Options
@@ -124,6 +126,14 @@ Rank = Annotated[int | None, option("Output", "Reduce an exact adapter to this r
 DryRun = Annotated[bool, option("Run", "Say what would be done, and do nothing.", "--dry-run")]
 Resume = Annotated[bool, option("Run", "Go on from what an interrupted run of this command has measured.")]
 KeepJournal = Annotated[bool, option("Run", "Leave OUTPUT.ckptavg/ when the output is written.", "--keep-journal")]
+Parallel = Annotated[
+    Literal["auto", "batches", "candidates"],
+    option("Workers", "What processes started by torchrun divide in a score."),
+]
+Shard = Annotated[
+    bool, option("Workers", "Divide the model and its candidates among them, for one that fits no device.", "--shard")
+]
+WorkerTimeout = Annotated[float, option("Workers", "Seconds that one of them waits for the others.")]
 Baselines = Annotated[bool, option("Report", "Score last, SWA and LAWA for comparison.")]
 ReportFile = Annotated[Path | None, option("Report", "Write the report to a file too.", metavar="FILE.json")]
 
@@ -171,6 +181,9 @@ def _shared(
     dry_run: DryRun = False,
     resume: Resume = True,
     keep_journal: KeepJournal = False,
+    parallel: Parallel = "auto",
+    shard: Shard = False,
+    worker_timeout: WorkerTimeout = PATIENCE,
     baselines: Baselines = True,
     json: Json = False,
     report: ReportFile = None,
@@ -233,7 +246,8 @@ def carry_out(
     shown = terminal.Screen(quiet=arguments.pop("quiet"), verbose=arguments.pop("verbose"))
     json, file = arguments.pop("json"), arguments.pop("report")
     paths = arguments.pop("ckpts")
-    with terminal.stdout_for_data(), shown.watching() as watch:
+    meeting = joined(arguments["device"], arguments["worker_timeout"])
+    with meeting as workers, terminal.stdout_for_data(), shown.watching() as watch:
         from ckptavg.options import Options
         from ckptavg.tasks.find import with_task
         from ckptavg.window import Window
@@ -242,10 +256,12 @@ def carry_out(
             **{name: arguments.pop(name) for name in ("include", "exclude", "start", "stop", "every", "last")}
         )
         bits = arguments.pop("bits")
-        options = Options(**arguments, bits=bits if bits == "auto" else int(bits), window=window)
+        options = Options(**arguments, bits=bits if bits == "auto" else int(bits), window=window, workers=workers)
         if options.wait_stable is not None:
             shown.print(f"beginning when no candidate has changed for {options.wait_stable:g} s")
         done = work(paths, with_task(options, paths, required=needs_task), watch)
+    if not workers.first:
+        return
     result = done.result if isinstance(done, Comparison) else done
     shown.warn(result)
     shown.print(table.render(done))

@@ -117,6 +117,8 @@ class SeWA:
         trace = losses.tolist()
         check_losses(trace, objective, self.on, samples=self.samples)
         masks = likeliest(s_N, self.k, self.verify)
+        if self.verify > 1:
+            objective.expect([Coefficients.uniform(mask, n) for mask in masks])
         chosen = _Verified(objective, self.verify).best(masks) if self.verify > 1 else masks[0]
         return Learned(coefficients=Coefficients.uniform(chosen, n), columns={"s": s_N.tolist()}, trace={"loss": trace})
 
@@ -142,6 +144,7 @@ class SeWA:
         k, auto = self.k, self.k == "auto"
         verified = _Verified(objective, self.verify + auto * (n - 1))
         if k == "auto":
+            objective.expect([Coefficients.uniform(subsets.masks[0], n) for subsets in found.values()])
             first = {size: verified.loss(subsets.masks[0]) for size, subsets in found.items()}
             k = max(first, key=lambda size: (verified.scores[found[size].masks[0]].value, -first[size], size))
         tried, near, moves = list[tuple[int, ...]](), found[k].masks, 0
@@ -185,6 +188,7 @@ class SeWA:
         while len(found) < min(self.evaluations, math.comb(n, k)) and len(trace) < self.evaluations:
             rest = self.evaluations - len(found)
             masks = [self._drawn(s_N, k, draws) for _ in range(min(DRAWS, rest - 1))] or likeliest(s_N, k, 1)
+            objective.expect([Coefficients.uniform(mask, n) for mask in masks])
             scores = torch.tensor([self._scored(objective, mask, found) for mask in masks], dtype=torch.float64)
             m_MN = torch.zeros(len(masks), n, dtype=torch.float64)
             for row_N, mask in zip(m_MN, masks, strict=True):

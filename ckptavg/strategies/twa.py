@@ -170,16 +170,18 @@ class TWA:
             if segment:
                 q = q.moved(start_N, *objective.gradient(chosen, self.on))
             best_N = simplex_optimum(q) if self.constraint == "simplex" else affine_optimum(q, self.radius, metric_N)
+            # where a later segment starts has been scored
+            ways = [i / (SEGMENT - 1) for i in range(min(1, segment), SEGMENT)]
+            mixed = [(1 - t) * start_N + t * best_N for t in ways]
+            points = [Coefficients((tuple((row_N / row_N.sum()).tolist()),)) for row_N in mixed]
+            objective.expect(points)
             better = False
-            for i in range(min(1, segment), SEGMENT):  # where a later segment starts has been scored
-                t = i / (SEGMENT - 1)
-                row_N = (1 - t) * start_N + t * best_N
-                point = Coefficients((tuple((row_N / row_N.sum()).tolist()),))
+            for t, row_N, point in zip(ways, mixed, points, strict=True):
                 loss = objective.score(point).loss or 0.0
                 rows.append({"segment": segment + 1, "of the way": t, "quadratic": float(q(row_N)), "loss": loss})
                 objective.progress("verifying along the segment", len(rows), SEGMENT + MOVES * (SEGMENT - 1), loss=loss)
                 if loss < lowest:
-                    chosen, lowest, better = point, loss, i > 0
+                    chosen, lowest, better = point, loss, t > 0
             if not better:
                 break
             start_N = torch.tensor(chosen.values[0], dtype=torch.float64)
@@ -204,10 +206,13 @@ class TWA:
         best, best_value = Coefficients.uniform(range(n), n), -math.inf
         trace: list[float] = []
 
+        def at(x: Sequence[float]) -> Coefficients:
+            x_N = torch.tensor(x, dtype=torch.float64)[None]
+            return _answer(x_N, torch.ones_like(x_N), self.constraint, EVERYTHING)
+
         def cost(x: Sequence[float]) -> float:
             nonlocal best, best_value
-            x_N = torch.tensor(x, dtype=torch.float64)[None]
-            coefficients = _answer(x_N, torch.ones_like(x_N), self.constraint, EVERYTHING)
+            coefficients = at(x)
             value = objective.score(coefficients).value
             if value > best_value:
                 best, best_value = coefficients, value
@@ -219,6 +224,7 @@ class TWA:
         search = _cma(n, seed)
         while n > 1 and len(trace) < self.evaluations and not search.stop():
             drawn = search.ask(min(search.popsize, self.evaluations - len(trace)))
+            objective.expect([at(x) for x in drawn])
             costs = [cost(x) for x in drawn]
             if len(costs) == search.popsize:
                 search.tell(drawn, costs)

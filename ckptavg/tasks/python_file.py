@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import itertools
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from ckptavg.objective import Split
 from ckptavg.tasks.failure import failed
 from ckptavg.tasks.guard import Guard
 from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
+from ckptavg.tasks.turns import of_worker, undivided
 
 _OF_BATCHES: Final = ("loss", "metric", "predict")
 
@@ -61,6 +62,7 @@ class PythonTask:
         self.metric_bounds = self._bounds()
         self._loss = self._function("loss")
         self._loaders: dict[Split, Any] = {}
+        self._own: dict[Split, tuple[Any, Any]] = {}  # of `turns`; a worker has the same rank all the time
 
     def model(self) -> nn.Module:
         """See `Task.model`."""
@@ -100,10 +102,23 @@ class PythonTask:
 
     def batches(self, split: Split) -> Iterator[Any]:
         """See `Task.batches`; a loader that is an iterator is made anew for each pass."""
+        return self._read(split)
+
+    def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]] | None:
+        """See `ckptavg.feed.Feed`: for a DataLoader of a dataset with indices."""
+        found = self._own.get(split) or of_worker(self._loader(split), rank, world)
+        if found is None:
+            return None
+        loader, sizes = self._own[split] = found
+        return ((batch, sizes.popleft()) for batch in self._read(split, loader))
+
+    def _read(self, split: Split, own: Any = None) -> Iterator[Any]:
         name = f"{split}_dataloader"
         self._at = ""
-        loader = self._loader(split)
-        seed_loader(loader)
+        whole = self._loader(split) if own is None else self._loaders[split]
+        loader = own or whole
+        for one in {id(one): one for one in (whole, loader)}.values():  # whose sampler draws the batches
+            seed_loader(one)
         with self._blame(name, thorough=True):
             batches = iter(loader)
         for number in itertools.count(1):
@@ -166,6 +181,7 @@ class PythonTask:
         loader = self._loaders.get(split)
         if loader is None:
             loader = self._call(name, self._function(name))
+            loader = undivided(loader)
             if not isinstance(loader, Iterator):
                 self._loaders[split] = loader
         return loader
