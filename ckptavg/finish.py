@@ -12,10 +12,11 @@ import torch
 from ckptavg import companions, provenance
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
+from ckptavg.dcp_output import DcpFolder
 from ckptavg.dtypes import TORCH, spelled
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.objective import Score, Split, Strategy
-from ckptavg.options import Options, destination
+from ckptavg.options import Options
 from ckptavg.readers import StoredTensor
 from ckptavg.recipe import Recipe, recipe
 from ckptavg.result import Output
@@ -64,7 +65,7 @@ def finish(
         evaluator: scores the file; None where there is nothing to score it with.
         watch: is told the progress.
     """
-    path, folder = destination(options.output)
+    path, folder = options.destination
     workers = options.workers
     workers.agree("coefficients", coefficients, "does the task depend on the worker that runs it?")
     source = checkpoints[coefficients.selected[-1]]
@@ -104,7 +105,7 @@ def _write(
     files = [file for i in coefficients.selected for file in checkpoints[i].reader.files][workers.rank :: workers.world]
     metadata = describe(digest=provenance.unknown)
     with (
-        _opened(path, specs, metadata, options) as out,
+        _opened(path, specs, metadata, options, checkpoints[0]) as out,
         provenance.hashing(files, torch.get_num_threads()) as digest,
     ):
         done, total = 0, sum(spec.nbytes for spec in specs.values())
@@ -127,7 +128,7 @@ def _write(
         metadata |= describe(digest=lambda file: known[file.path])
         for i in coefficients.selected:
             checkpoints[i].check_unchanged()
-        if destination(options.output)[1]:
+        if options.destination[1]:
             last = checkpoints[coefficients.selected[-1]]
             workers.lead(lambda: companions.check_tied(last, specs, out.read_into))
         out.commit()
@@ -142,9 +143,13 @@ def _write(
 
 
 def _opened(
-    path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], options: Options
-) -> SafetensorsFile | ShardedFiles:
+    path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], options: Options,
+    like: Checkpoint,
+) -> SafetensorsFile | ShardedFiles | DcpFolder:  # fmt: skip
     """The output under construction: one file, or several where they would be larger than the user wants."""
+    if options.format == "dcp":
+        key = like.key if like.format == "dcp" else ""  # where the candidates were saved from is where it is loaded
+        return DcpFolder(path, specs, metadata, key=key, force=options.force, workers=options.workers)
     if options.max_shard_size is not None and len(split_names(specs, options.max_shard_size).filename_to_tensors) > 1:
         return ShardedFiles(
             path.parent, specs, metadata, options.max_shard_size, force=options.force, workers=options.workers

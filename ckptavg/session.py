@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from ckptavg import companions, loadable, recipe
+from ckptavg import companions, dcp_output, loadable, recipe
 from ckptavg.commanded import Commanded
 from ckptavg.determinism import reproducible
 from ckptavg.discover import Found, discover
@@ -19,7 +19,7 @@ from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.journal import Copy, Journal
 from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture
-from ckptavg.options import Options, destination
+from ckptavg.options import Options
 from ckptavg.replay import Replay, fingerprint
 from ckptavg.tasks import Task
 from ckptavg.tasks.held_out import HeldOut
@@ -41,10 +41,13 @@ def opened(paths: Sequence[Path], options: Options) -> Generator[Found]:
     Raises:
         CkptavgError: in one line, with the exit code of its class; memory that ran out within is one too.
     """
-    path, folder = destination(options.output)
+    path, folder = options.destination
     if folder and folder.is_dir():
         companions.check(folder)
-    preflight(folder if folder and not folder.is_dir() else path, options.force)
+    if options.format == "dcp":
+        dcp_output.preflight(path, options.force)
+    else:
+        preflight(folder if folder and not folder.is_dir() else path, options.force)
     with _out_of_memory_said(), reproducible(options.seed), discover(paths, options.window, options.key) as found:
         check_agreement(found.checkpoints)
         recipe.check(found.checkpoints, options.adapter)
@@ -73,7 +76,7 @@ def journaled(
     if options.dry_run:
         yield evaluator(found, options, watch) if options.ways else None, _nothing
         return
-    path, folder = destination(options.output)
+    path, folder = options.destination
     workers = options.workers
     with ExitStack() as stack:
         journal = workers.lead(
@@ -111,7 +114,7 @@ def _nothing() -> None:
 def evaluator(found: Found, options: Options, watch: Watch | None, replay: Replay | None = None) -> Evaluator:
     """What scores mixtures of the candidates; nothing is loaded yet."""
     if options.score_cmd is not None:
-        path, folder = destination(options.output)
+        path, folder = options.destination
         return Commanded(
             options.score_cmd,
             found.checkpoints,

@@ -29,7 +29,7 @@ LAYERS = (
     ("intercept",),
     ("evaluator", "replay"),
     ("result",),
-    ("strategies", "companions", "adapter", "shards"),
+    ("strategies", "companions", "adapter", "shards", "dcp_output"),
     ("candidates", "average", "write", "journal", "provenance", "batchnorm", "scorer"),
     ("feed", "tally", "surrogate"),
     ("tasks", "meter", "determinism"),

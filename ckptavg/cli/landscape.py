@@ -46,6 +46,17 @@ command = signed(
         parameter("grid", Grid, 9),
         parameter("hessian", Curvature, "auto"),
     ],
-    without=("never_worse", "baselines", "dtype", "max_shard_size", "adapter", "rank", "dry_run", "holdout"),
+    without=(
+        "never_worse",
+        "baselines",
+        "dtype",
+        "max_shard_size",
+        "format",
+        "shard",
+        "adapter",
+        "rank",
+        "dry_run",
+        "holdout",
+    ),
     defaults={"output": "landscape.json"},
 )
