@@ -37,6 +37,15 @@ def test_an_error_of_one_worker_is_told_once(torchrun: Torchrun, twa: Twa, tmp_p
     assert list(tmp_path.iterdir()) == []  # no output, no litter, and no journal of a task that will be another one
 
 
+def test_a_signal_to_one_worker_ends_all_of_them(torchrun: Torchrun, twa: Twa, tmp_path: Path):
+    done = torchrun(2, "-m", "ckptavg", *twa, cwd=tmp_path, check=False, HOW="signal")
+    assert done.returncode != 0 and done.stdout == ""
+    assert said(done) == ["error: interrupted; nothing was written", "hint: run the same command to resume"], (
+        done.stderr
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_workers_do_not_wait_for_ever(torchrun: Torchrun, twa: Twa, tmp_path: Path):
     done = torchrun(2, "-m", "ckptavg", *twa, "--worker-timeout", 2, cwd=tmp_path, check=False, HOW="hang")
     assert done.returncode != 0 and done.stdout == ""
