@@ -12,11 +12,12 @@ import torch
 from ckptavg import companions, manifest, provenance
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
+from ckptavg.dcp_output import DcpFolder
 from ckptavg.dtypes import TORCH, spelled
 from ckptavg.durable import flush_folder
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.objective import Score, Split, Strategy
-from ckptavg.options import Options, destination
+from ckptavg.options import Options
 from ckptavg.readers import StoredTensor
 from ckptavg.recipe import Recipe, recipe
 from ckptavg.result import Output
@@ -65,7 +66,7 @@ def finish(
         evaluator: scores the file; None where there is nothing to score it with.
         watch: is told the progress.
     """
-    path, folder = destination(options.output)
+    path, folder = options.destination
     workers = options.workers
     workers.agree("coefficients", coefficients, "does the task depend on the worker that runs it?")
     source = checkpoints[coefficients.selected[-1]]
@@ -107,7 +108,7 @@ def _write(
     files = [file for i in coefficients.selected for file in checkpoints[i].reader.files][workers.rank :: workers.world]
     metadata = describe(digest=provenance.unknown)
     with (
-        _opened(path, specs, metadata, options) as out,
+        _opened(path, specs, metadata, options, checkpoints[0]) as out,
         provenance.hashing(files, torch.get_num_threads()) as digest,
     ):
         done, total = 0, sum(spec.nbytes for spec in specs.values())
@@ -131,25 +132,31 @@ def _write(
         for i in range(len(checkpoints)) if scored else coefficients.selected:
             checkpoints[i].check_unchanged()
         source, dtype = checkpoints[coefficients.selected[-1]], spelled(spec.dtype for spec in specs.values())
-        folder = destination(options.output)[1]
+        folder = options.destination[1]
+        if isinstance(out, DcpFolder):
+            out.save()
 
-        def publish() -> tuple[list[str], str]:
+        def publish() -> tuple[list[str], str, int]:
             if folder:
                 companions.check_tied(source, specs, out.read_into)
             with companions.copies(source, folder, dtype, made.config) as copied:
                 out.publish()
             flush_folder(out.path)
-            return copied, out.sha256
+            return copied, out.sha256, out.size
 
-        copied, sha256 = workers.told(workers.lead(publish)) or ([], "")
-    output = Output(path=out.path, sha256=sha256, bytes=out.size, dtype=dtype, not_averaged=kept, recomputed=recomputed)
+        copied, sha256, size = workers.told(workers.lead(publish)) or ([], "", 0)
+    output = Output(path=out.path, sha256=sha256, bytes=size, dtype=dtype, not_averaged=kept, recomputed=recomputed)
     return Finished(output=output, scores=scores, copied=copied, notes=made.notes)
 
 
 def _opened(
-    path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], options: Options
-) -> SafetensorsFile | ShardedFiles:
+    path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], options: Options,
+    like: Checkpoint,
+) -> SafetensorsFile | ShardedFiles | DcpFolder:  # fmt: skip
     """The output under construction: one file, or several where they would be larger than the user wants."""
+    if options.format == "dcp":
+        key = like.key if like.format == "dcp" else ""  # where the candidates were saved from is where it is loaded
+        return DcpFolder(path, specs, metadata, key=key, force=options.force, workers=options.workers)
     if options.max_shard_size is not None and len(split_names(specs, options.max_shard_size).filename_to_tensors) > 1:
         return ShardedFiles(
             path.parent, specs, metadata, options.max_shard_size, force=options.force, workers=options.workers

@@ -58,6 +58,7 @@ class Options:
         dry_run: say what would be done, and do nothing.
         resume: go on from the journal that an interrupted run of the same command left.
         keep_journal: leave the journal when the output is written.
+        format: one of safetensors, or a directory of torch.distributed.checkpoint that FSDP goes on training from.
         parallel: what several workers divide in a score; ``auto`` is candidates where several are wanted, else batches.
         shard: divide the model and the candidates among several workers, none of whom could have them whole.
         worker_timeout: seconds that a worker waits for the others.
@@ -101,10 +102,16 @@ class Options:
     dry_run: bool = False
     resume: bool = True
     keep_journal: bool = False
+    format: Literal["safetensors", "dcp"] = "safetensors"
     parallel: Parallel = "auto"
     shard: bool = False
     worker_timeout: float = PATIENCE
     workers: Workers = field(default=ALONE, repr=False)
+
+    @property
+    def destination(self) -> tuple[Path, Path | None]:
+        """See `destination`; a directory of torch.distributed.checkpoint is what is written itself."""
+        return (Path(self.output), None) if self.format == "dcp" else destination(self.output)
 
     @property
     def ways(self) -> list[str]:
@@ -120,7 +127,7 @@ class Options:
                 raise UsageError(f"{name} goes with --val, the data that a search learns from")
         if self.rank is not None and self.adapter != "exact":
             raise UsageError("--rank goes with --adapter exact")
-        if self.max_shard_size is not None and destination(self.output)[1] is None:
+        if self.max_shard_size is not None and self.destination[1] is None:
             raise UsageError("--max-shard-size needs a directory for its files", hint="end --output with a /")
         self._check_numbers()
 

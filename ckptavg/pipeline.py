@@ -18,7 +18,7 @@ from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.finish import Finished, finish, name_of
 from ckptavg.judge import Judgement, judge
 from ckptavg.objective import Learned, Objective, Score, Split, Strategy
-from ckptavg.options import BITS, Options, destination
+from ckptavg.options import BITS, Options
 from ckptavg.result import CandidateResult, Result
 from ckptavg.session import check_space, journaled, opened, pick_device
 from ckptavg.strategies.best import Best
@@ -156,7 +156,7 @@ def check(strategy: Strategy, n: int, evaluator: Evaluator | None, name: str = "
 def plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[str]:
     """What a dry run says it would do."""
     first = checkpoints[0]
-    path, _ = destination(options.output)
+    path, _ = options.destination
     written = sum(spec.nbytes for spec in output_specs(first, options.dtype).values())
     n, elements, device = len(checkpoints), first.numel, pick_device(options.device)
     bits = options.bits

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from ckptavg import companions, contents, durable, interrupt, loadable, recipe, shards
+from ckptavg import companions, contents, dcp_output, durable, interrupt, loadable, recipe, shards
 from ckptavg.admission import admitted
 from ckptavg.average import output_specs
 from ckptavg.commanded import Commanded
@@ -30,7 +30,7 @@ from ckptavg.fingerprint import fingerprint
 from ckptavg.journal import Copy, Journal
 from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture
-from ckptavg.options import Options, destination
+from ckptavg.options import Options
 from ckptavg.passes import precision
 from ckptavg.replay import Replay
 from ckptavg.tasks import Task
@@ -65,7 +65,7 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
     ):
         check_agreement(found.checkpoints)
         recipe.check(found.checkpoints, options.adapter)
-        if destination(options.output)[1]:
+        if options.destination[1]:
             loadable.check(found.checkpoints[-1])
         seen = [(one.name, one.step, one.size) for one in found.checkpoints]
         options.workers.agree("options", options, "start all of them with one command")
@@ -80,12 +80,15 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
 
 def _check_output(options: Options) -> None:
     """Refuse an output that cannot be written, and remove what killed runs of it left."""
-    path, folder = destination(options.output)
+    path, folder = options.destination
     if not options.dry_run:
         shards.sweep(folder or path.parent, None if folder else path.name)
     if folder and folder.is_dir():
         companions.check(folder)
-    preflight(folder if folder and not folder.is_dir() else path, options.force)
+    if options.format == "dcp":
+        dcp_output.preflight(path, options.force)
+    else:
+        preflight(folder if folder and not folder.is_dir() else path, options.force)
 
 
 @contextmanager
@@ -105,7 +108,7 @@ def journaled(
     if options.dry_run:
         yield evaluator(found, options, watch) if options.ways else None, _nothing
         return
-    path, folder = destination(options.output)
+    path, folder = options.destination
     workers = options.workers
     with ExitStack() as stack:
 
@@ -150,8 +153,9 @@ def check_space(found: Found, options: Options) -> None:
     Raises:
         OutputError: with what is needed and what is free.
     """
-    path, folder = destination(options.output)
+    path, folder = options.destination
     needed = sum(spec.nbytes for spec in output_specs(found.checkpoints[0], options.dtype).values())
+    needed *= 2 if options.format == "dcp" else 1  # see `ckptavg.dcp_output.DcpFolder`
     free = durable.free(path.parent if folder is None or folder.is_dir() else folder.parent)
     if options.adapter != "exact" and needed > free:
         raise OutputError(f"no space left on device: {needed:,} bytes are needed, {free:,} are free", path=path)

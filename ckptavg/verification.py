@@ -13,6 +13,7 @@ from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.discover import discover
 from ckptavg.errors import InputError
+from ckptavg.layout import model_tensors
 from ckptavg.readers import Reader, RegularFile, StoredTensor, open_reader
 from ckptavg.readers.safetensors import strict_json
 from ckptavg.recipe import recipe
@@ -59,7 +60,7 @@ def verify(file: Path, sources: Path) -> Verification:
             mode=record.get("adapter", "factors"), rank=record.get("rank"),
         )  # fmt: skip
         specs = made.specs
-        stored = {name: node for name, node in output.tree.items() if isinstance(node, StoredTensor)}
+        _, stored, _ = model_tensors(output, None)
         if {name: (t.dtype, t.shape) for name, t in stored.items()} != {
             n: (t.dtype, t.shape) for n, t in specs.items()
         }:

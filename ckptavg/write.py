@@ -47,7 +47,7 @@ class SafetensorsFile:
             metadata: the header's ``__metadata__``, as it is at `commit`: values may change until then, not their
                 length.
             force: replace an existing file.
-            workers: who write it together, each its own ranges; `settle`, `commit` and this are called by all.
+            workers: who write it together, each its own ranges; `settle`, `seal` and this are called by all.
         Raises:
             OutputExistsError: if the destination exists and ``force`` is not given.
             OutputError: if it cannot be written, or there is not enough space.
@@ -131,14 +131,8 @@ class SafetensorsFile:
             OutputExistsError: if the destination has come to exist meanwhile and ``force`` was not given.
             OutputError: if the disk refuses.
         """
-        if self._missing:
-            raise AssertionError(f"{self._missing} bytes were not written")
-        header, offsets, size = _layout(self._specs, self._metadata)
-        if (offsets, size) != (self._offsets, self.size):
-            raise AssertionError("the metadata has changed its length")
-        file = self._open
+        file = self._finished()
         try:
-            file.write(header, 0)
             with ThreadPoolExecutor(1) as pool:
                 flushed = pool.submit(os.fsync, file.fd)  # the disk writes while the processor hashes
                 self.sha256 = _digest(file.fd)
@@ -150,6 +144,31 @@ class SafetensorsFile:
             raise _exists(self.path) from error
         except OSError as error:
             refuse(self.path, error, self.size)
+
+    def seal(self) -> str:
+        """Finish the file without a name: the SHA-256 that it would have; called by all workers."""
+
+        def digest() -> str:
+            file = self._finished()
+            try:
+                return _digest(file.fd)
+            except OSError as error:
+                refuse(self.path, error, self.size)
+
+        return self._workers.told(self._workers.lead(digest)) or ""
+
+    def _finished(self) -> Temporary:
+        """The file with its header."""
+        if self._missing:
+            raise AssertionError(f"{self._missing} bytes were not written")
+        header, offsets, size = _layout(self._specs, self._metadata)
+        if (offsets, size) != (self._offsets, self.size):
+            raise AssertionError("the metadata has changed its length")
+        try:
+            self._open.write(header, 0)
+        except OSError as error:
+            refuse(self.path, error, self.size)
+        return self._open
 
     def close(self) -> None:
         """Remove the temporary file, if it is still there."""

@@ -29,7 +29,7 @@ LAYERS = (
     ("intercept",),
     ("evaluator", "replay", "contents", "fingerprint"),
     ("result",),
-    ("strategies", "companions", "adapter", "shards", "manifest"),
+    ("strategies", "companions", "adapter", "shards", "dcp_output", "manifest"),
     ("candidates", "average", "write", "journal", "provenance", "batchnorm", "scorer"),
     ("feed", "tally", "surrogate"),
     ("tasks", "meter", "partial", "passes", "kept"),

@@ -51,6 +51,8 @@ command = signed(
         "baselines",
         "dtype",
         "max_shard_size",
+        "format",
+        "shard",
         "adapter",
         "rank",
         "dry_run",

@@ -123,6 +123,10 @@ AdapterMode = Annotated[
     option("Output", "PEFT adapters: average their factors (approximate), or exactly in weight space."),
 ]
 Rank = Annotated[int | None, option("Output", "Reduce an exact adapter to this rank.")]
+Format = Annotated[
+    Literal["safetensors", "dcp"],
+    option("Output", "dcp: a directory of torch.distributed.checkpoint, to go on training from."),
+]
 DryRun = Annotated[bool, option("Run", "Say what would be done, and do nothing.", "--dry-run")]
 Resume = Annotated[bool, option("Run", "Go on from what an interrupted run of this command has measured.")]
 KeepJournal = Annotated[bool, option("Run", "Leave OUTPUT.ckptavg/ when the output is written.", "--keep-journal")]
@@ -145,6 +149,7 @@ def _shared(
     dtype: Dtype = None,
     never_worse: NeverWorse = False,
     max_shard_size: MaxShardSize = None,
+    format: Format = "safetensors",
     adapter: AdapterMode = "factors",
     rank: Rank = None,
     include: Include = None,

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import itertools
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -110,9 +110,9 @@ class PythonTask:
         if found is None:
             return None
         loader, sizes = self._own[split] = found
-        return ((batch, sizes.popleft()) for batch in self._read(split, loader))
+        return ((batch, sizes.popleft()) for batch in self._read(split, loader, itertools.count(rank + 1, world)))
 
-    def _read(self, split: Split, own: Any = None) -> Iterator[Any]:
+    def _read(self, split: Split, own: Any = None, numbers: Iterable[int] | None = None) -> Iterator[Any]:
         name = f"{split}_dataloader"
         self._at = ""
         whole = self._loader(split) if own is None else self._loaders[split]
@@ -121,7 +121,7 @@ class PythonTask:
             seed_loader(one)
         with self._blame(name, thorough=True):
             batches = iter(loader)
-        for number in itertools.count(1):
+        for number in numbers or itertools.count(1):
             self._at = f"batch {number} of {name}"
             with self._blame(name):
                 try:
