@@ -239,7 +239,8 @@ class _Pass:
 
     def _direction(self, j: int) -> list[Tensor]:
         """d_j as tangents of the weights; the model is itself again afterwards."""
-        self._candidates.materialize(self._one_NN[j])
+        if not self._candidates.average([j]):
+            self._candidates.materialize(self._one_NN[j])
         found = [weight.data - self._mean_of[id(weight)] for weight in self._weights]
         for tensor, mean in self._mean:
             tensor.data.copy_(mean)

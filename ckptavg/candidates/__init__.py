@@ -170,11 +170,11 @@ class Candidates:
 
     @torch.no_grad()
     def average(self, chosen: Sequence[int]) -> bool:
-        """Make the model's floating-point state the mean of the candidates ``chosen``, where rows are worth counting.
+        """Make the model's floating-point state the mean of the candidates ``chosen``, reading only rows that changed.
 
         Returns:
-            False where the matrix is on the device: then `materialize` reads all of it in less time than it takes to
-            keep a sum.
+            False where nothing was done because the matrix is on the device: there `materialize` takes less time than
+            keeping a sum would (``scripts/benchmark/evaluation.py``).
         """
         for (flat, _), running in zip(self._blocks, self._sums, strict=False):
             running.mean(chosen, flat.weights_D)

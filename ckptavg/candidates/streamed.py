@@ -188,10 +188,12 @@ class _Lane:
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, side: torch.cuda.Stream | None) -> None:
         self.host = torch.empty(numel, dtype=dtype, pin_memory=side is not None)
-        self._device = None if device.type == "cpu" else torch.empty(numel, dtype=dtype, device=device)
+        self._there = None if device.type == "cpu" else torch.empty(numel, dtype=dtype, device=device)
+        self._device = device
         self._side = side
         self._copied = torch.cuda.Event() if side else None
         self._used = torch.cuda.Event() if side else None
+        self.was_used()  # by whatever had this memory before
 
     @property
     def nbytes(self) -> int:
@@ -199,22 +201,22 @@ class _Lane:
 
     def on_device(self, host: Tensor) -> Tensor:
         """What lies in the host's buffer, where the work is done."""
-        if self._device is None:
+        if self._there is None:
             return host
-        there = self._device[: host.numel()].view(host.shape)
+        there = self._there[: host.numel()].view(host.shape)
         if self._side is None or self._copied is None or self._used is None:
             return there.copy_(host)
+        self._side.wait_event(self._used)
         with torch.cuda.stream(self._side):
-            self._used.wait()  # the copy waits, not the host
             there.copy_(host, non_blocking=True)
-            self._copied.record()
-        self._copied.wait()
+        self._copied.record(self._side)
+        torch.cuda.current_stream(self._device).wait_event(self._copied)
         return there
 
     def was_used(self) -> None:
         """The work on the present piece has been given to the device."""
         if self._used is not None:
-            self._used.record()
+            self._used.record(torch.cuda.current_stream(self._device))
 
     def wait_until_copied(self) -> None:
         """Until the host's buffer may be written to."""

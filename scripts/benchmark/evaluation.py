@@ -61,7 +61,7 @@ def soups(folder: Path, device: torch.device, now: Clock, rounds: int) -> None:
         n, count = len(files), len(files) - len(files) // 2 + 1
         task = Task(tokens)
         mixture = Mixture(task, files, device=device)  # pyright: ignore
-        mixture.prepare()
+        mixture.candidates.materialize(mixture.uniform())
         forward = measured(lambda: mixture.evaluate("val", "it"), now, rounds)
         print(f"N = {n}, soups of {n // 2} to {n}, D = {sum(w.numel() for w in mixture.model.parameters()):,}")
         print("                                     ms  of the processor  of an evaluation of one batch")
