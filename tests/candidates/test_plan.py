@@ -20,7 +20,8 @@ GB = 10**9
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 # a float32 model of 4 GB whose parameters are all of it
 LARGE = Plan(
-    n=10, elements=GB, size=4 * GB, gradient=4 * GB, bits=32, group_size=128, offload="none", device=CUDA
+    n=10, elements=GB, size=4 * GB, gradient=4 * GB, bits=32, group_size=128, offload="none", device=CUDA,
+    present=4 * GB,
 )  # fmt: skip
 
 
