@@ -237,7 +237,8 @@ class Mixture:
             if self._replay is not None and self._replay.halved():
                 self._feed.restart(halved=True)
                 fresh = True
-            stream = self._feed.stream(on or self.scored_on)
+            split = on or self.scored_on
+            stream = self._feed.stream(split, lambda: self._divides(split))
             if fresh:
                 stream.advance()
             fresh = True  # the batch that was too large is gone

@@ -43,6 +43,7 @@ def carry_out(plan: Plan, folder: Path, workers: Workers = ALONE) -> list[dict[s
             for each in (done.contestants if isinstance(done, Comparison) else ())
         ]
         shown = to_dict(done.result if isinstance(done, Comparison) else done)
+        shown["warnings"] = [said for said in shown["warnings"] if "--wait-stable" not in said]  # files just written
         if shown["cost"]:
             del shown["cost"]["seconds"]
         if shown["output"]:
