@@ -251,7 +251,7 @@ def show(times: Mapping[str, list[Used]], parts: Mapping[str, Used]) -> None:
     clock, processor = (
         sum(one[k] for one in parts.values()) / sum(parts[what][k] for what in passes) for k in range(2)
     )
-    print(f"the step by its own forward and backward passes{'':19}{clock:6.3f}  {processor:16.3f}")
+    print(f"the step by its own forward and backward passes{'':13}{clock:6.3f}  {processor:16.3f}")
 
 
 def main() -> None:
