@@ -247,6 +247,11 @@ def show(times: Mapping[str, list[Used]], parts: Mapping[str, Used]) -> None:
     print("of a twa step:")
     for what, one in parts.items():
         print(f"  {what:28}  {1000 * one.clock:8.1f}  {1000 * one.processor:16.1f}")
+    passes = {"forward", "backward"}
+    clock, processor = (
+        sum(one[k] for one in parts.values()) / sum(parts[what][k] for what in passes) for k in range(2)
+    )
+    print(f"the step by its own forward and backward passes{'':13}{clock:6.3f}  {processor:16.3f}")
 
 
 def main() -> None:
