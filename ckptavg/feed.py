@@ -240,11 +240,11 @@ class Stream:
         """What this worker takes of the batch that it has come to; what is drawn after that is the same each time."""
         if self._source is None:
             self._source, self._fetched = self._start(self._at), self._at - 1
-        batch = None
+        batch: Any = _END
         while self._fetched < self._at:
             batch = next(self._source)
             self._fetched += 1
-        if batch is not None:
+        if batch is not _END:
             self._share = None  # its memory is there for the next one
             self._share = self._take(batch, self._at)
         assert self._share is not None

@@ -116,10 +116,10 @@ class PythonTask:
         name = f"{split}_dataloader"
         self._at = ""
         whole = self._loader(split) if own is None else self._loaders[split]
-        loader = own or whole
-        for one in {id(one): one for one in (whole, loader)}.values():  # whose sampler draws the batches
-            seed_loader(one)
+        loader = whole if own is None else own
         with self._blame(name, thorough=True):
+            for one in {id(one): one for one in (whole, loader)}.values():  # whose sampler draws the batches
+                seed_loader(one)
             batches = iter(loader)
         for number in numbers or itertools.count(1):
             self._at = f"batch {number} of {name}"
@@ -142,10 +142,11 @@ class PythonTask:
     def length(self, split: Split) -> int | None:
         """See `Task.length`."""
         loader = self._loader(split)
-        try:
-            return len(loader)
-        except TypeError:  # an iterator, or a loader of an IterableDataset
-            return None
+        with self._blame(f"{split}_dataloader"):
+            try:
+                return len(loader)
+            except TypeError:  # an iterator, or a loader of an IterableDataset
+                return None
 
     def _predict(self) -> Callable[[nn.Module, Any], Any] | None:
         """The task's function from a batch to what its torchmetrics metric is updated with."""

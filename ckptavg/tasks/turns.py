@@ -46,8 +46,10 @@ def of_worker(loader: Any, rank: int, world: int) -> tuple[DataLoader[Any], dequ
 
 def undivided(loader: Any) -> Any:
     """``loader``, over all data where a DistributedSampler would give one worker a part: they are divided here."""
-    sampler = getattr(loader, "sampler", None)
-    if type(loader) is not DataLoader or not isinstance(sampler, DistributedSampler) or loader.batch_size is None:
+    if type(loader) is not DataLoader or loader.batch_size is None:
+        return loader
+    sampler = loader.sampler
+    if not isinstance(sampler, DistributedSampler):
         return loader
     whole: DistributedSampler[Any] = DistributedSampler(
         sampler.dataset, 1, 0, shuffle=sampler.shuffle, seed=sampler.seed, drop_last=sampler.drop_last

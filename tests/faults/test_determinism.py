@@ -108,7 +108,7 @@ def test_an_operation_without_a_deterministic_form_is_named(warm: Warm, ckpts: P
     done = warm.run(*arguments, "--deterministic", cwd=tmp_path)
     assert done.code == 7, done.err
     error, hint = done.err.splitlines()[-2:]
-    assert error == f"error: mine.py:5: in loss: RuntimeError: put_ {LACKING}"
+    assert error == f"error: mine.py:5: in loss, batch 1 of train_dataloader: RuntimeError: put_ {LACKING}"
     assert hint == "hint: leave out --deterministic, or use another operation"
     assert warm.run(*arguments, cwd=tmp_path).code == 0
 
