@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ckptavg import interrupt
 from ckptavg.places import LeftOut, places_under
 from ckptavg.window import Window
 
@@ -36,6 +37,7 @@ def wait(paths: Sequence[Path], window: Window, seconds: float, watch: Watch | N
     newest = max((changed for _, _, changed in seen.values()), default=0) / 1e9
     quiet_since = time.monotonic() - min(seconds, max(0.0, time.time() - newest))
     while (quiet := time.monotonic() - quiet_since) < seconds:
+        interrupt.check()
         if watch:
             watch("waiting for the job to stop saving", int(quiet), math.ceil(seconds), {})
         time.sleep(min(_LOOK_EVERY, seconds - quiet))
