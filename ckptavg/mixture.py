@@ -130,7 +130,11 @@ class Mixture:
         if self._shard:
             model = sharded.build(self.task.model, self._device, workers)
         else:
-            model = self.task.model().to(self._device).eval()
+            model = self.task.model()
+            if empty := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
+                what = f"model() must be ready to run, but its {empty} is on the meta device: give it memory"
+                raise TaskError(what, path=self.task.source)
+            model = model.to(self._device).eval()
         plan = Plan.of(
             model, self.n, bits=self._asked_bits, group_size=self.group_size, offload=self._offload,
             device=self._device, parts=workers.world, sharing=self._workers.local,

@@ -70,13 +70,9 @@ class PythonTask:
         if not isinstance(model, nn.Module):
             raise TaskError(f"model() must return a torch.nn.Module, not {type(model).__name__}", path=self.source)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if is_lazy(tensor) or tensor.is_meta:
-                what = (
-                    "has no shape yet: let it see a batch"
-                    if is_lazy(tensor)
-                    else "is on the meta device: give it memory"
-                )
-                raise TaskError(f"model() must be ready to run, but its {name} {what}", path=self.source)
+            if is_lazy(tensor):
+                what = f"model() must be ready to run, but its {name} has no shape yet: let it see a batch"
+                raise TaskError(what, path=self.source)
         return model
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:

@@ -35,7 +35,7 @@ def torchrun() -> Torchrun:
             text=True,
             timeout=300,
         )
-        assert not check or done.returncode == 0, done.stderr[:3000]
+        assert not check or done.returncode == 0, done.stderr[-6000:]
         return done
 
     return start
