@@ -463,11 +463,10 @@ class Mixture:
 
     def _step(self, stream: Stream, groups: Groups) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         def measured(c_GN: Tensor) -> tuple[Tensor, Tensor]:
+            candidates, norms = self.candidates, self._norms  # loading them draws random numbers
             share = stream.share
             self.meter.count("forward", share.size)
-            found = loss_and_gradient(
-                self.task, self.candidates, self._norms, c_GN, share, groups, self._precision, self._workers
-            )
+            found = loss_and_gradient(self.task, candidates, norms, c_GN, share, groups, self._precision, self._workers)
             self.meter.count("backward", share.size)
             return found
 

@@ -93,19 +93,23 @@ class Campaign:
             (place / "out").write_bytes(OLD)
         command = f"{whole.command}{' --force' if force else ''}"
         hook: dict[str, object] = {"acknowledged": str(acknowledged), "every": 0.02}
-        ended = 0
+        ended, due = 0, whole.evaluations
         while ended < times:
             done = self._ended(command, place, whole, rng, hook, log, name)
             self._judge(whole, place, force, done, acknowledged)
             if done.code not in ENDED:  # it came through before its moment
                 break
             ended += 1
+            if _journal(place).exists() or not (place / "out").exists():
+                continue
+            if (place / "out").read_bytes() == whole.data:  # it was done: with --force, the next is another run
+                due = _evaluations(log) + whole.evaluations
         else:
             done = self._start(command, place, hook, log).wait()
             self._judge(whole, place, force, done, acknowledged, last=True)
         self.counts[name] += ended
         self.counts["resumes"] += ended
-        repeated = _evaluations(log) - whole.evaluations
+        repeated = _evaluations(log) - due
         self.counts["evaluations repeated"] += max(0, repeated)
         if repeated > ended:
             self._fault(whole, f"{repeated} evaluations repeated after {ended} {name}")
@@ -151,7 +155,7 @@ class Campaign:
         """Every record that was acknowledged is in the journal, unless the run was done with it."""
         told = set(acknowledged.read_text().splitlines()) if acknowledged.exists() else set[str]()
         told = {key for key in told if not key.startswith(ASIDE)}  # alone they are nothing to go on from
-        journal = place / "out.ckptavg" / "journal.jsonl"
+        journal = _journal(place)
         found = set(_keys(journal)) if journal.exists() else set[str]()
         self.phases[_phase(found, place)] += 1
         self.counts["acknowledged records"] += len(told)
@@ -174,6 +178,10 @@ class Campaign:
         task = () if name == "swa" else ("--task", self.task)
         arguments = (name, self.ckpts, "-o", "out", *task, *options)
         return self.warm.start(*arguments, cwd=place, hook=hook, LOG=str(log))
+
+
+def _journal(place: Path) -> Path:
+    return place / "out.ckptavg" / "journal.jsonl"
 
 
 def _keys(journal: Path) -> Iterator[str]:

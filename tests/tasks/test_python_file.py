@@ -52,11 +52,11 @@ def test_a_loader_that_can_be_walked_once_is_made_anew_for_each_pass(tmp_path: P
 
 def test_a_loader_is_made_once_otherwise(tmp_path: Path):
     task = PythonTask(
-        written(tmp_path, BODY + "made = []\ndef train_dataloader():\n    made.append(1)\n    return [1]\n")
+        written(tmp_path, f"{BODY}made = []\ndef train_dataloader():\n    made.append(1)\n    return [1]\n", "once.py")
     )
     for _ in range(3):
         list(task.batches("train"))
-    assert sys.modules["mine"].made == [1]
+    assert sys.modules["once"].made == [1]
 
 
 def test_neighbours_of_the_file_are_imported(tmp_path: Path):
