@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
-from ckptavg.errors import CkptavgError, OutOfMemoryError, UsageError, is_out_of_memory, printable
+from ckptavg.errors import CkptavgError, OutOfMemoryError, OutputError, UsageError, is_out_of_memory, printable
+
+_STDOUT_IS_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
 def main() -> NoReturn:
@@ -23,18 +26,40 @@ def main() -> NoReturn:
     try:
         from ckptavg.cli.app import app
 
-        app(prog_name="ckptavg", default_map=_configured())
+        try:
+            app(prog_name="ckptavg", default_map=_configured())
+        finally:
+            sys.stdout.flush()
     except CkptavgError as error:
         _fail(error, error)
+    except SystemExit as left:
+        if isinstance(left.__context__, BrokenPipeError):  # which Typer calls an exit code of 1
+            _give_up_stdout()
+            sys.exit(141)
+        raise
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain again
+        _give_up_stdout()
         sys.exit(141)
+    except OSError as error:
+        if error.filename is not None or error.errno not in _STDOUT_IS_FULL:
+            _fail_with_a_bug(error)
+        _give_up_stdout()
+        _fail(OutputError(f"cannot be written: {os.strerror(error.errno).lower()}", path="stdout"), error)
     except Exception as error:  # the outermost boundary: what gets here is our bug
         if is_out_of_memory(error):
             _fail(OutOfMemoryError("out of memory", hint="-v shows where; fewer candidates take less"), error)
-        what = f"this is a bug in ckptavg: {type(error).__name__}: {error}"
-        _fail(CkptavgError(what, hint="run it again with -v and report what it prints"), error)
+        _fail_with_a_bug(error)
     sys.exit(0)
+
+
+def _fail_with_a_bug(error: Exception) -> NoReturn:
+    what = f"this is a bug in ckptavg: {type(error).__name__}: {error}"
+    _fail(CkptavgError(what, hint="run it again with -v and report what it prints"), error)
+
+
+def _give_up_stdout() -> None:
+    """Let nothing more be written to stdout, or the interpreter would complain when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _open_streams() -> None:
@@ -61,7 +86,7 @@ def _configured() -> dict[str, dict[str, Any]]:
     from ckptavg import settings
     from ckptavg.cli.app import app
 
-    values = settings.read(Path.cwd())
+    values = settings.read(Path())
     known = {
         name: set(command.callback.__annotations__) - {"task"}  # pyright: ignore  # which has an order of its own
         for command in app.registered_commands

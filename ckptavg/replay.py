@@ -18,6 +18,7 @@ from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.journal import Journal
 from ckptavg.objective import Each, Score, Split
+from ckptavg.readers.regular_file import is_file
 
 _TOGETHER: Final = 1.0  # seconds of losses that are written at a time
 
@@ -126,7 +127,10 @@ def fingerprint(
 
 def _of_file(source: Path | str) -> str:
     path = Path(source)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(source)
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if is_file(path) else str(source)
+    except OSError:  # whoever needs it says why it cannot be read
+        return str(source)
 
 
 def _checksum(c_GN: Tensor) -> int:

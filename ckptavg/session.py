@@ -21,6 +21,7 @@ from ckptavg.journal import Journal
 from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture
 from ckptavg.options import Options, destination
+from ckptavg.readers.regular_file import is_folder
 from ckptavg.replay import Replay, fingerprint
 from ckptavg.tasks import Task
 from ckptavg.tasks.held_out import HeldOut
@@ -47,9 +48,9 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
         CkptavgError: in one line, with the exit code of its class; memory that ran out within is one too.
     """
     path, folder = destination(options.output)
-    if folder and folder.is_dir():
+    if folder and is_folder(folder):
         companions.check(folder)
-    preflight(folder if folder and not folder.is_dir() else path, options.force)
+    preflight(folder if folder and not is_folder(folder) else path, options.force)
     with blamed(), reproducible(options.seed), admitted(paths, options, watch) as found:
         check_agreement(found.checkpoints)
         recipe.check(found.checkpoints, options.adapter)
@@ -108,7 +109,7 @@ def evaluator(found: Found, options: Options, watch: Watch | None, replay: Repla
             goal=options.score_goal,
             timeout=options.score_timeout,
             dtype=options.dtype,
-            beside=path.parent if folder is None or folder.is_dir() else folder.parent,
+            beside=path.parent if folder is None or is_folder(folder) else folder.parent,
             seed=options.seed,
             watch=watch,
             replay=replay,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ckptavg.places import LeftOut, places_under
+from ckptavg.readers.regular_file import is_folder
 from ckptavg.window import Window
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _state(paths: Sequence[Path], window: Window) -> dict[Path, tuple[int, int, 
 
 
 def _files(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
+    if not is_folder(path):
         yield path
     for folder, _, names in os.walk(path):
         yield from (Path(folder) / name for name in names)

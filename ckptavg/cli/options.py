@@ -25,7 +25,9 @@ def option(panel: str, text: str, *names: str, **more: Any) -> Any:
 
 Paths = Annotated[
     list[Path],
-    typer.Argument(metavar="CKPTS", help="A directory of checkpoints, several, or the checkpoints themselves."),
+    typer.Argument(
+        metavar="CKPTS", help="A directory of checkpoints, several, or the checkpoints themselves.", readable=False
+    ),
 ]
 Include = Annotated[str | None, option("Candidates", "Only checkpoints whose name matches this glob.")]
 Exclude = Annotated[str | None, option("Candidates", "No checkpoints whose name matches this glob.")]
@@ -108,7 +110,9 @@ DryRun = Annotated[bool, option("Run", "Say what would be done, and do nothing."
 Resume = Annotated[bool, option("Run", "Go on from what an interrupted run of this command has measured.")]
 KeepJournal = Annotated[bool, option("Run", "Leave OUTPUT.ckptavg/ when the output is written.", "--keep-journal")]
 Baselines = Annotated[bool, option("Report", "Score last, SWA and LAWA for comparison.")]
-ReportFile = Annotated[Path | None, option("Report", "Write the report to a file too.", metavar="FILE.json")]
+ReportFile = Annotated[
+    Path | None, option("Report", "Write the report to a file too.", metavar="FILE.json", readable=False)
+]
 
 
 def _shared(

@@ -101,6 +101,14 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def is_file(path: Path) -> bool:
+    """Whether ``path`` is a regular file; what cannot even be looked at is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
     # not ctime: a second link to the file (a framework making last.ckpt) changes it, the bytes stay
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
