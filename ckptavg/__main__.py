@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from ckptavg.errors import CkptavgError, OutOfMemoryError, OutputError, UsageError, is_out_of_memory, printable
+from ckptavg import interrupt
+from ckptavg.errors import (
+    CkptavgError,
+    InterruptedRunError,
+    OutOfMemoryError,
+    OutputError,
+    UsageError,
+    is_out_of_memory,
+    printable,
+)
+from ckptavg.workers import mute, rank
 
 _STDOUT_IS_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
 def main() -> NoReturn:
     """Run ``ckptavg`` with the process's arguments and exit with its code."""
+    interrupt.install()
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore  # a file name may be any bytes
-    for warning in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler's ends a run as Ctrl-C does
-        signal.signal(warning, signal.default_int_handler)
+    if rank():
+        os.dup2(2, 1)  # what a task or its processes print is no data
+        mute()
     try:
         from ckptavg.cli.app import app
 
@@ -32,19 +43,15 @@ def main() -> NoReturn:
             sys.stdout.flush()
     except CkptavgError as error:
         _fail(error, error)
+    except interrupt.Interruption as error:
+        _fail(InterruptedRunError("interrupted"), error)
     except SystemExit as left:
         if isinstance(left.__context__, BrokenPipeError):  # which Typer calls an exit code of 1
-            _give_up_stdout()
-            sys.exit(141)
+            _end_if_stdout_failed(left.__context__)
         raise
-    except BrokenPipeError:
-        _give_up_stdout()
-        sys.exit(141)
     except OSError as error:
-        if error.filename is not None or error.errno not in _STDOUT_IS_FULL:
-            _fail_with_a_bug(error)
-        _give_up_stdout()
-        _fail(OutputError(f"cannot be written: {os.strerror(error.errno).lower()}", path="stdout"), error)
+        _end_if_stdout_failed(error)
+        _fail_with_a_bug(error)
     except Exception as error:  # the outermost boundary: what gets here is our bug
         if is_out_of_memory(error):
             _fail(OutOfMemoryError("out of memory", hint="-v shows where; fewer candidates take less"), error)
@@ -57,9 +64,16 @@ def _fail_with_a_bug(error: Exception) -> NoReturn:
     _fail(CkptavgError(what, hint="run it again with -v and report what it prints"), error)
 
 
-def _give_up_stdout() -> None:
-    """Let nothing more be written to stdout, or the interpreter would complain when it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def _end_if_stdout_failed(error: OSError) -> None:
+    """Exit where it is stdout that could not be written: its reader went away, or its disk is full."""
+    full = error.filename is None and error.errno in _STDOUT_IS_FULL
+    if not full and not isinstance(error, BrokenPipeError):
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it exits
+    if full:
+        what = f"cannot be written: {os.strerror(error.errno or 0).lower()}"
+        _fail(OutputError(what, path="stdout"), error)
+    sys.exit(141)
 
 
 def _open_streams() -> None:

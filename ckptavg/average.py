@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from ckptavg.soundness import is_finite, not_finite
 
 CHUNK: Final = 1 << 18  # elements: of 2¹⁶ to 2¹⁹ the least processor time in scripts/benchmark's reference case
 _CUT: Final = (1 << 39) - 1  # the bits of a float64 after the first 14 of its significand
+
+
+Ranges: TypeAlias = Mapping[str, range]
+"""Name → numbers of elements in C order; of other tensors none."""
 
 
 class Part(NamedTuple):
@@ -73,6 +77,7 @@ def weighted_average(
     coefficients: Coefficients,
     specs: Mapping[str, StoredTensor],
     *,
+    only: Ranges | None = None,
     chunk: int = CHUNK,
     threads: int | None = None,
 ) -> Iterator[Part]:
@@ -91,6 +96,7 @@ def weighted_average(
         checkpoints: N open candidates with equal names, shapes and dtypes.
         coefficients: their coefficients.
         specs: what `output_specs` gave.
+        only: the elements that are wanted; None is all of them.
         chunk: elements at once.
         threads: how many chunks are read and summed at a time; as many as torch uses by default.
     Raises:
@@ -98,7 +104,7 @@ def weighted_average(
     """
     before = torch.get_num_threads()
     threads = threads or before
-    batches = _batches(_runs(checkpoints, coefficients, specs, chunk), chunk)
+    batches = _batches(_runs(checkpoints, coefficients, specs, only, chunk), chunk)
     torch.set_num_threads(1)  # a chunk is too small to share: measured 3 × slower with 2 threads on a busy machine
     try:
         with ThreadPoolExecutor(threads) as pool:
@@ -114,28 +120,53 @@ def weighted_average(
         torch.set_num_threads(before)
 
 
+def part(checkpoint: Checkpoint, rank: int, world: int) -> Ranges:
+    """The elements that are one worker's to average: a ``world``-th of the bytes, in the order they are read in."""
+    names = _in_order(checkpoint)
+    total = sum(checkpoint.spec(name).nbytes for name in names)
+    start, stop = total * rank // world, total * (rank + 1) // world
+    ranges: dict[str, range] = {}
+    for name in names:
+        spec = checkpoint.spec(name)
+        begin, end = (min(max(0, edge // ITEM_SIZE[spec.dtype]), spec.numel) for edge in (start, stop))
+        if begin < end:
+            ranges[name] = range(begin, end)
+        start, stop = start - spec.nbytes, stop - spec.nbytes
+    return ranges
+
+
+def _in_order(checkpoint: Checkpoint) -> list[str]:
+    """The tensors as they lie in the file."""
+    specs = checkpoint.tensors
+    return sorted(specs, key=lambda name: (specs[name].record, specs[name].offset, name))
+
+
 def _runs(
-    checkpoints: Sequence[Checkpoint], coefficients: Coefficients, specs: Mapping[str, StoredTensor], chunk: int
-) -> Iterator[_Run]:
+    checkpoints: Sequence[Checkpoint], coefficients: Coefficients, specs: Mapping[str, StoredTensor],
+    only: Ranges | None, chunk: int,
+) -> Iterator[_Run]:  # fmt: skip
     first = checkpoints[0]
-    for name in sorted(first.names, key=lambda name: (first.spec(name).record, first.spec(name).offset, name)):
+    for name in _in_order(first):
         spec = first.spec(name)
+        wanted = range(spec.numel) if only is None else only.get(name, range(0))
         if spec.dtype in FLOATING:
             terms = [(c, checkpoints[i]) for i, c in enumerate(coefficients.row(name)) if c != 0]
         else:
             terms = [(1.0, checkpoints[coefficients.selected[-1]])]
-        for start in range(0, spec.numel, chunk):
-            yield _Run(name, start, min(chunk, spec.numel - start), terms, specs[name].dtype)
+        for start in range(wanted.start, wanted.stop, chunk):
+            yield _Run(name, start, min(chunk, wanted.stop - start), terms, specs[name].dtype)
 
 
 def _batches(runs: Iterable[_Run], chunk: int) -> Iterator[list[_Run]]:
     """Runs that fit into one chunk together: small tensors are not worth a thread's while on their own."""
     batch: list[_Run] = []
+    numel = 0
     for run in runs:
-        if sum(other.numel for other in batch) + run.numel > chunk:
+        if numel + run.numel > chunk:
             yield batch
-            batch = []
+            batch, numel = [], 0
         batch.append(run)
+        numel += run.numel
     if batch:
         yield batch
 

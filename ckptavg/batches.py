@@ -24,6 +24,15 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return _mapped(batch, move, whole=lambda part: hasattr(part, "to"))
 
 
+def copied(batch: Any, device: torch.device) -> Any:
+    """``batch`` with a copy of every tensor on ``device``, also of those that are there already."""
+    return _mapped(
+        batch,
+        lambda leaf: leaf.to(device, non_blocking=True, copy=True) if isinstance(leaf, Tensor) else leaf,
+        whole=_is_list,
+    )
+
+
 def select(batch: Any, chosen_B: Tensor) -> Any:
     """The examples of ``batch`` at which the boolean mask ``chosen_B`` is true.
 
@@ -44,7 +53,7 @@ def select(batch: Any, chosen_B: Tensor) -> Any:
             raise TypeError(f"a {type(leaf).__name__} cannot be cut into examples")
         return leaf
 
-    return _mapped(batch, cut, whole=lambda part: isinstance(part, list | tuple) and not has_tensor(part))
+    return _mapped(batch, cut, whole=_is_list)
 
 
 def size(batch: Any) -> int:
@@ -70,11 +79,16 @@ def has_tensor(part: Any) -> bool:
     return isinstance(part, Tensor) or any(has_tensor(inner) for inner in _parts(part))
 
 
-def leaves(batch: Any) -> list[Any]:
-    """Everything in a batch that is not a container of tensors, in order."""
+def leaves(batch: Any, *, movable: bool = False) -> list[Any]:
+    """Everything in a batch that is no container of tensors, in order; with ``movable``, what has a ``to`` is whole."""
     found: list[Any] = []
-    _mapped(batch, found.append, whole=lambda part: isinstance(part, list | tuple) and not has_tensor(part))
+    _mapped(batch, found.append, whole=lambda part: _is_list(part) or (movable and hasattr(part, "to")))
     return found
+
+
+def _is_list(part: Any) -> bool:
+    """Whether it is a list of no tensors, such as texts."""
+    return isinstance(part, list | tuple) and not has_tensor(part)
 
 
 def _parts(batch: Any) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as Layer  # pyright: ignore[reportPrivateUsage]  # as in update_bn
 
 
@@ -38,7 +39,12 @@ def batch_statistics(found: Collection[Layer]) -> Generator[None]:
             layer.eval()
 
 
-def recompute(found: Collection[Layer], forward: Callable[[], None]) -> None:
+def statistics_of(found: Collection[Layer]) -> list[dict[str, Tensor]]:
+    """The statistics as they are, and what they are the average of; for `recompute` to go on from."""
+    return [dict(layer.named_buffers(recurse=False)) for layer in found]
+
+
+def recompute(found: Collection[Layer], forward: Callable[[], None], state: Any = None) -> None:
     """Replace the running statistics by their cumulative average over one pass, as torch's ``update_bn`` does.
 
     The average gives every batch equal weight (momentum None). Dropout stays off, unlike there.
@@ -46,6 +52,7 @@ def recompute(found: Collection[Layer], forward: Callable[[], None]) -> None:
     Args:
         found: the layers, of a model in eval mode; where there are none, nothing is run.
         forward: runs the model over every batch.
+        state: what `statistics_of` gave after some of the batches, which ``forward`` then leaves out.
     References:
         Izmailov et al. 2018 (SWA, arXiv:1803.05407), section 3.2; torch.optim.swa_utils.update_bn.
     """
@@ -55,6 +62,9 @@ def recompute(found: Collection[Layer], forward: Callable[[], None]) -> None:
     for layer in found:
         layer.reset_running_stats()
         layer.momentum = None
+    for layer, buffers in zip(found, state or [], strict=False):
+        for name, value in buffers.items():
+            getattr(layer, name).copy_(value)
     try:
         with torch.no_grad(), batch_statistics(found):
             forward()

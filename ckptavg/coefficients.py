@@ -63,6 +63,11 @@ class Coefficients:
         """The candidates with a coefficient other than 0 in some group."""
         return tuple(i for i in range(self.n) if any(row[i] != 0 for row in self.values))
 
+    @property
+    def uniform_subset(self) -> bool:
+        """Whether the mixture is the plain mean of the `selected` candidates."""
+        return len(self.values) == 1 and len({c for c in self.values[0] if c != 0}) == 1
+
     def row(self, name: str) -> tuple[float, ...]:
         """The N coefficients of the tensor ``name``."""
         return self.values[group_of(name, self.groups)]

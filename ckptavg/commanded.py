@@ -20,18 +20,20 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from ckptavg import companions
+from ckptavg import companions, interrupt
 from ckptavg.average import output_specs, weighted_average
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.dtypes import spelled
 from ckptavg.errors import TaskError, UsageError
 from ckptavg.evaluator import Watch
+from ckptavg.journal import SCRATCH
 from ckptavg.meter import SECONDS, Meter
 from ckptavg.objective import Cost, Hessian, Score, Split
 from ckptavg.readers import StoredTensor
-from ckptavg.replay import Replay
+from ckptavg.replay import Replay, score_key
 from ckptavg.surrogate import Surrogate
+from ckptavg.workers import ALONE, Workers
 from ckptavg.write import SafetensorsFile
 
 FILE: Final = "{}"
@@ -46,7 +48,7 @@ _SHOWN: Final = 10  # lines of what a command that failed said
 class Commanded:
     """An objective whose score is the number that a shell command prints; see `ckptavg.evaluator.Evaluator`.
 
-    The mixture is the exact average, in the dtype of the output, in a directory of its own beside the output. In the
+    The mixture is the exact average, in the dtype of the output, in a directory in ``OUTPUT.ckptavg/``. In the
     command ``{}`` stands for its safetensors file and ``{dir}`` for the directory, which has the candidates' config
     and tokenizer files too. There is no loss and no gradient.
 
@@ -61,6 +63,7 @@ class Commanded:
         seed: of the generator that strategies draw from.
         watch: is told the progress.
         replay: knows what an interrupted run of the same command has measured.
+        workers: who each run the command for other mixtures where several are expected, and else leave it to the first.
     """
 
     differentiable = False
@@ -69,11 +72,13 @@ class Commanded:
     bounded = False
     statistics: Collection[str] = ()
     matrix = None
+    notes: Sequence[str] = ()
 
     def __init__(
         self, command: str, checkpoints: Sequence[Checkpoint], *, key: str | None = None,
         goal: Literal["max", "min"] = "max", timeout: float | None = None, dtype: str | None = None,
         beside: Path, seed: int = 0, watch: Watch | None = None, replay: Replay | None = None,
+        workers: Workers = ALONE,
     ) -> None:  # fmt: skip
         self._command = command if FILE in command or DIRECTORY in command else f"{command} {FILE}"
         self._checkpoints = checkpoints
@@ -85,6 +90,7 @@ class Commanded:
         self._seed = seed
         self.watch = watch
         self._replay = replay
+        self._workers = workers
         self._scores: dict[Coefficients, Score] = {}
         self._meter = Meter()
         self.restart()
@@ -118,23 +124,39 @@ class Commanded:
         """There is no loss."""
         raise UsageError(_NO_LOSS)
 
+    def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
+        """There is no loss."""
+        raise UsageError(_NO_LOSS)
+
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """See `Objective.score`: what the command prints for the average, remembered."""
         if coefficients in self._scores:
             self._meter.charge(coefficients)
             return self._scores[coefficients]
-        if self._replay and (known := self._replay.score(coefficients, "val", exact=True)):
-            self._scores[coefficients] = known
-            return known
+        if self._known(coefficients):
+            return self._scores[coefficients]
         with self._meter.pricing(coefficients):
             self._meter.evaluated()
-            with self._written(coefficients) as path:
-                number = self._run(path)
-        score = Score(value=self._sign * number, loss=None, metric=number, examples=None)
-        self._scores[coefficients] = score
-        if self._replay is not None:
-            self._replay.keep_score(coefficients, "val", score, exact=True)
-        return score
+            number = self._workers.told(self._workers.lead(lambda: self._measured(coefficients)))
+            assert number is not None
+        self._keep(coefficients, number)
+        return self._scores[coefficients]
+
+    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
+        """See `Evaluator.expect`."""
+        if self._workers.world == 1:
+            return
+        keys = [key for key in dict.fromkeys(coefficients) if key not in self._scores and not self._known(key)]
+
+        def measure(key: Coefficients) -> tuple[float, dict[str, float]]:
+            with self._meter.apart() as spent:
+                self._meter.evaluated()
+                number = self._measured(key)
+            return number, spent | {SECONDS: spent[SECONDS] / self._workers.world}
+
+        for key, (number, spent) in self._workers.side_by_side(keys, measure):
+            self._meter.price(key, spent)
+            self._keep(key, number)
 
     def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
         """See `Objective.score_above`: a command cannot be stopped early."""
@@ -146,7 +168,10 @@ class Commanded:
         return self.score(coefficients)
 
     def adopt(
-        self, specs: Mapping[str, StoredTensor], read_into: Callable[[str, int, memoryview], None]
+        self,
+        coefficients: Coefficients,
+        specs: Mapping[str, StoredTensor],
+        read_into: Callable[[str, int, memoryview], None],
     ) -> Mapping[str, Tensor]:
         """See `Evaluator.adopt`: nothing is recomputed, so the file is the one that was scored."""
         return {}
@@ -187,10 +212,27 @@ class Commanded:
         """There is none."""
         raise UsageError(_NO_LOSS)
 
+    def _measured(self, coefficients: Coefficients) -> float:
+        with self._written(coefficients) as path:
+            return self._run(path)
+
+    def _known(self, coefficients: Coefficients) -> bool:
+        """Whether an interrupted run has measured it; it is remembered then."""
+        known = self._replay and self._replay.score(score_key(coefficients, "val", exact=True))
+        if known:
+            self._scores[coefficients] = known
+        return bool(known)
+
+    def _keep(self, coefficients: Coefficients, number: float) -> None:
+        score = Score(value=self._sign * number, loss=None, metric=number, examples=None)
+        self._scores[coefficients] = score
+        if self._replay is not None:
+            self._replay.keep_score(score_key(coefficients, "val", exact=True), score)
+
     @contextmanager
     def _written(self, coefficients: Coefficients) -> Generator[Path]:
         """The average as a file, in a directory that is gone afterwards."""
-        folder = Path(tempfile.mkdtemp(prefix=".ckptavg-score-", dir=self._beside))
+        folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=self._beside))
         try:
             path = folder / "model.safetensors"
             specs = output_specs(self._checkpoints[0], self._dtype)
@@ -210,10 +252,11 @@ class Commanded:
         command = self._command.replace(DIRECTORY, shlex.quote(str(path.parent))).replace(FILE, shlex.quote(str(path)))
         process = subprocess.Popen(
             ["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, errors="replace", start_new_session=True,
+            text=True, errors="replace", start_new_session=True, env=self._workers.environment(),
         )  # fmt: skip
         try:
-            out, err = process.communicate(timeout=self._timeout)
+            with interrupt.at_once():
+                out, err = process.communicate(timeout=self._timeout)
         except BaseException as error:  # the whole group: the command may have started others
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

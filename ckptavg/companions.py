@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
 from ckptavg.checkpoint import Checkpoint
+from ckptavg.durable import flush_folder, write_bytes
 from ckptavg.errors import InputError, OutputError
 from ckptavg.readers import ITEM_SIZE, StoredTensor, entries
 from ckptavg.readers.json_file import read_json
@@ -51,9 +51,11 @@ def made(folder: Path | None) -> Generator[None]:
     except OSError as error:
         raise OutputError(f"cannot be made: {error.strerror}", path=folder) from error
     try:
+        flush_folder(folder)
         yield
     except BaseException:
-        folder.rmdir()
+        with suppress(OSError):  # there may be something in it that is not ours
+            folder.rmdir()
         raise
 
 
@@ -90,7 +92,7 @@ def check_tied(
 
 
 def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str, Any] | None = None) -> list[str]:
-    """Copy the companions of ``checkpoint`` into ``folder``; files that are already there stay.
+    """Copy the companions of ``checkpoint`` into ``folder``, each whole; files that are already there stay.
 
     The dtype in config.json, by which transformers loads, becomes that of the file.
 
@@ -111,25 +113,43 @@ def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str,
         if not wanted or (folder / path.name).exists():
             continue
         try:
-            shutil.copyfile(path, folder / path.name)
-            if path.name == "config.json":
-                _agree(folder / path.name, dtype)
-            if path.name == _ADAPTER and adapter is not None:
-                (folder / path.name).write_text(json.dumps(adapter, indent=2, sort_keys=True) + "\n")
+            data = path.read_bytes()
         except OSError as error:
             raise OutputError(f"cannot copy {path.name} here: {error.strerror}", path=folder) from error
+        if path.name == "config.json":
+            data = _agreeing(path, dtype) or data
+        if path.name == _ADAPTER and adapter is not None:
+            data = (json.dumps(adapter, indent=2, sort_keys=True) + "\n").encode()
+        write_bytes(folder / path.name, data)
         copied.append(path.name)
     return copied
 
 
-def _agree(path: Path, dtype: str) -> None:
-    """Let config.json name the dtype of the file."""
+@contextmanager
+def copies(
+    checkpoint: Checkpoint, folder: Path | None, dtype: str, adapter: Mapping[str, Any] | None = None
+) -> Generator[list[str]]:
+    """See `copy`; taken away again if what follows fails. Without a directory nothing is copied."""
+    if folder is None:
+        yield []
+        return
+    copied = copy(checkpoint, folder, dtype, adapter)
+    try:
+        yield copied
+    except BaseException:
+        for name in copied:
+            (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def _agreeing(path: Path, dtype: str) -> bytes | None:
+    """What config.json must be to name the dtype of the file, where it does not."""
     config = _read_json(path)
     names = [key for key in ("dtype", "torch_dtype") if key in config]
     if "," in dtype or not names or all(config[key] == dtype for key in names):
-        return
+        return None
     config |= dict.fromkeys(names, dtype)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from ckptavg.discover import with_news
 from ckptavg.errors import UsageError
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.finish import finish, name_of
@@ -17,7 +18,7 @@ from ckptavg.options import Options
 from ckptavg.paired import gain
 from ckptavg.pipeline import blank, check, plan, result
 from ckptavg.result import Comparison, Contestant
-from ckptavg.session import journaled, opened
+from ckptavg.session import check_space, journaled, opened
 from ckptavg.strategies import from_spec
 
 REFERENCE: Final = "last"
@@ -64,6 +65,7 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
             would = f"would compare {', '.join(asked)}"
             shown = blank(found, asked[REFERENCE], options, [would, *plan(found.checkpoints, options)])
             return Comparison(contestants=(), winner="", result=shown)
+        check_space(found, options)
         evaluator.prepare()
         runs: list[_Run] = []
         for name, strategy in asked.items():
@@ -73,9 +75,12 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
         winner = max(runs, key=lambda run: (run.score.value, -(run.score.loss or 0.0)))
         valid(winner.score)
         evaluator.restart()
+        for split in evaluator.splits:
+            evaluator.expect([run.learned.coefficients for run in runs], split, exact=True)
         contestants = [_contestant(run, runs, evaluator, options.seed) for run in runs]
         finished = finish(found.checkpoints, winner.learned.coefficients, winner.strategy, options, evaluator, watch)
         done()
+        found = with_news(found, paths, finished.output.path)
         judgement = Judgement(winner.learned.coefficients, verdict=_verdict(winner, contestants, evaluator))
         report = result(found, winner.strategy, options, winner.learned, judgement, finished, evaluator)
         return Comparison(contestants=contestants, winner=winner.name, result=replace(report, cost=winner.cost))

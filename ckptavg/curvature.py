@@ -34,7 +34,9 @@ from ckptavg.candidates.flat import unique_tensors
 from ckptavg.errors import TaskError
 from ckptavg.gradient import without_cudnn_recurrence
 from ckptavg.intercept import Call, UnavailableError, cut_off, derivatives, slopes_of, tensors
+from ckptavg.partial import Partial, resumed
 from ckptavg.surrogate import Curvature, Surrogate
+from ckptavg.workers import ALONE, Workers
 
 Hessian: TypeAlias = Literal["auto", "exact", "gauss-newton"]
 Count: TypeAlias = Callable[[str, int], None]
@@ -56,6 +58,9 @@ def surrogate(
     hessian: Hessian = "auto",
     count: Count = lambda kind, examples: None,
     source: str | None = None,
+    order: Callable[[], int] = int,
+    partial: Callable[[str], Partial] = lambda name: Partial(),
+    workers: Workers = ALONE,
 ) -> Surrogate:
     """The mean loss over examples around the mean of the candidates, to second order.
 
@@ -80,6 +85,9 @@ def surrogate(
         hessian: which curvature.
         count: is told each batch that goes ``forward`` or ``backward``.
         source: the task's, for errors.
+        order: a checksum of the examples of the pass so far.
+        partial: knows how far an earlier run has come with a kind of pass.
+        workers: who each have batches of their own; their sums are put together at the end of the pass.
     Raises:
         TaskError: if the loss has no gradient or is not finite, or the curvature cannot be had.
     """
@@ -88,7 +96,10 @@ def surrogate(
         for plain in (False, True):
             try:
                 with _plain_kernels(candidates.model) if plain else nullcontext(), torch.enable_grad():
-                    value, gradient_N, hessian_NN = _Pass(candidates, loss, curvature, count).over(batches())
+                    over = _Pass(candidates, loss, curvature, count)
+                    done = partial(f"{curvature} {plain}")
+                    work = lambda over=over, done=done: over.over(batches(), done, order, workers)  # noqa: E731
+                    value, gradient_N, hessian_NN = resumed(done, work)
             except UnavailableError as error:
                 reasons[curvature] = f"no {curvature} Hessian: {error}"
                 if not error.operation:
@@ -134,22 +145,33 @@ class _Pass:
         self._mean = [(tensor, tensor.data.clone()) for tensor in mixed]
         self._mean_of = {id(tensor): mean for tensor, mean in self._mean}
 
-    def over(self, batches: Iterable[Any]) -> tuple[float, Tensor, Tensor]:
-        """F, g [N] and H [N, N], these two in float64 on the CPU."""
-        n, examples = self._candidates.n, 0
-        total = self._one_NN.new_zeros(1 + n + n * n)
-        values: list[Tensor] = []
-        for batch in batches:
-            size = batch_size(batch)
-            value, gradient_N, hessian_NN = self._measure(batch)
-            values.append(value)
-            total += size * torch.cat([value.view(1), gradient_N, hessian_NN.flatten()])
-            examples += size
-        assert examples, "a pass without batches"
-        total = total.cpu().double() / examples
+    def over(
+        self, batches: Iterable[Any], partial: Partial, order: Callable[[], int], workers: Workers
+    ) -> tuple[float, Tensor, Tensor]:
+        """F, g [N] and H [N, N], these two in float64 on the CPU, over the batches of all workers."""
+        n, values = self._candidates.n, list[Tensor]()
+        sums: dict[str, Any] = {"examples": 0, "total": self._one_NN.new_zeros(1 + n + n * n)}
+        for state in partial.states[-1:]:
+            sums = {"examples": state["examples"], "total": state["total"].to(self._one_NN)}
+        failure: Exception | None = None
+        try:
+            for batch in partial.rest(batches, order, lambda: sums):
+                size = batch_size(batch)
+                value, gradient_N, hessian_NN = self._measure(batch)
+                values.append(value)
+                sums["total"] += size * torch.cat([value.view(1), gradient_N, hessian_NN.flatten()])
+                sums["examples"] += size
+        except (UnavailableError, _NoGradientError) as error:
+            failure = error
+        failure = next((found for found in workers.gather(failure) if found is not None), None)
+        if failure is not None:  # of any worker: all of them look for another way
+            raise failure
+        total = workers.sum(torch.cat([sums["total"], sums["total"].new_tensor([sums["examples"]])])).cpu().double()
+        assert total[-1] > 0, "a pass without batches"
+        total = total[:-1] / total[-1]
         value, gradient_N, hessian_NN = float(total[0]), total[1 : n + 1], total[n + 1 :].view(n, n)
         if not total[: n + 1].isfinite().all():
-            bad = [(i, one) for i, one in enumerate(torch.stack(values).tolist(), 1) if not math.isfinite(one)]
+            bad = [(i, one) for i, one in enumerate(map(float, values), 1) if not math.isfinite(one)]
             what = "the gradient of loss() is not finite"
             if bad:
                 what = f"loss() gave {bad[0][1]} in batch {bad[0][0]}"
@@ -217,7 +239,8 @@ class _Pass:
 
     def _direction(self, j: int) -> list[Tensor]:
         """d_j as tangents of the weights; the model is itself again afterwards."""
-        self._candidates.materialize(self._one_NN[j])
+        if not self._candidates.average([j]):
+            self._candidates.materialize(self._one_NN[j])
         found = [weight.data - self._mean_of[id(weight)] for weight in self._weights]
         for tensor, mean in self._mean:
             tensor.data.copy_(mean)

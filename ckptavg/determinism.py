@@ -2,28 +2,64 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import random
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any, Final
 
 import torch
+
+LACKING: Final = "does not have a deterministic implementation"  # torch's words, behind the operation's name
 
 
 def seed_all(seed: int) -> None:
     """Seed torch's, Python's and, where it is in use, numpy's global generators: what loaders may shuffle with."""
     torch.manual_seed(seed)
+    _seed_others(seed)
+
+
+def _seed_others(seed: int) -> None:
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed % 2**32)
 
 
+def reseed(seed: int, number: int) -> None:
+    """`seed_all` for the micro-batch of this number, in microseconds: what it draws depends on no other micro-batch."""
+    if number:
+        seed = int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:6])
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        for generator in torch.cuda.default_generators:
+            generator.manual_seed(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
+    _seed_others(seed)
+
+
+def seed_loader(loader: Any) -> None:
+    """Let a data loader with a generator of its own begin its pass where the global one begins."""
+    for part in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        if isinstance(generator := getattr(part, "generator", None), torch.Generator):
+            generator.manual_seed(torch.initial_seed())
+
+
 @contextmanager
-def reproducible(seed: int) -> Generator[None]:
+def reproducible(seed: int, *, deterministic: bool = False) -> Generator[None]:
     """Run with every global generator seeded and torch set to repeat itself; all of it is put back afterwards.
 
     TF32 and cuDNN's autotuning are off: they trade equal results for speed.
+
+    Args:
+        seed: of the generators.
+        deterministic: use deterministic algorithms only; an operation that has none is an error that names it.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins, by torch before 2.9
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn
     flags = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
     state = random.getstate()
@@ -32,9 +68,12 @@ def reproducible(seed: int) -> Generator[None]:
         seed_all(seed)
         cudnn.benchmark, cudnn.allow_tf32 = False, False
         torch.set_float32_matmul_precision("highest")
+        if deterministic:
+            torch.use_deterministic_algorithms(True)
         try:
             yield
         finally:
+            torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
             cudnn.benchmark, cudnn.allow_tf32 = flags[:2]
             torch.set_float32_matmul_precision(flags[2])
             random.setstate(state)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -89,6 +91,28 @@ def discover(
     if not chosen and bad != "list":
         raise InputError(_nothing(left_out), path=", ".join(map(str, paths)), hint=_nothing_hint(paths))
     return Found(checkpoints=tuple(chosen), left_out=tuple(left_out), warnings=warnings)
+
+
+def with_news(found: Found, paths: Sequence[Path], output: Path) -> Found:
+    """``found``, and a warning for each checkpoint that came or went since the directories were listed.
+
+    Args:
+        found: what `discover` gave.
+        paths: what it was given.
+        output: is not news.
+    """
+    known = {c.path for c in found.checkpoints} | {one.path for one in found.left_out} | {output, output.parent}
+    news = [
+        f"{file.path} was deleted or renamed while the run went on; it was read to the end all the same"
+        for checkpoint in found.checkpoints
+        for file in checkpoint.reader.files
+        if not os.path.lexists(file.path)
+    ]
+    for order, path in enumerate(paths):
+        with suppress(InputError):  # the directory itself has gone
+            new = (place.path for place in places_under(path, order, []) if place.path not in known)
+            news += [f"{one} appeared while the run went on, and is no candidate of it" for one in new]
+    return replace(found, warnings=(*found.warnings, *news))
 
 
 @dataclass(frozen=True, kw_only=True)

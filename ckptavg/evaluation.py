@@ -41,7 +41,9 @@ def evaluate(
         check_agreement(found)
         # one row is enough of a matrix: every file is loaded into the model as it is
         made = task_of(asked, found[0].folder)
-        mixture = Mixture(made, found[:1], device=pick_device(asked.device), seed=asked.seed, watch=watch)
+        mixture = Mixture(
+            made, found[:1], device=pick_device(asked.device), seed=asked.seed, watch=watch, workers=asked.workers
+        )
         scored: list[tuple[Path, dict[Split, Score]]] = []
         for i, checkpoint in enumerate(found):
             mixture.load(checkpoint.tensors, checkpoint.read_into)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ckptavg.objective import Cost, Objective, Score, Split
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ckptavg.readers import StoredTensor
 
 Watch = Callable[[str, int, int, Mapping[str, float]], None]
-"""Is told a stage, how much of it is done, of how much, and figures."""
+"""Is told a stage, how much of it is done, of how much, and figures; a stage of 0 is a remark, a line of its own."""
 
 
 class Evaluator(Objective, Protocol):
@@ -47,6 +47,11 @@ class Evaluator(Objective, Protocol):
         """The candidate matrix that was searched, None where there is none."""
         ...
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a reader of the report should know of how it was measured, a sentence each."""
+        ...
+
     def step(self, i: int) -> int:
         """The training step of candidate ``i``."""
         ...
@@ -55,18 +60,29 @@ class Evaluator(Objective, Protocol):
         """Load what a search needs, so that no strategy is charged for it."""
         ...
 
+    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
+        """See `Objective.expect`; ``exact`` if they will be asked for by `exact_score`."""
+        ...
+
     def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
         """The score of the exact average of the files, whatever the precision of the search; remembered."""
         ...
 
     def adopt(
-        self, specs: Mapping[str, StoredTensor], read_into: Callable[[str, int, memoryview], None]
+        self,
+        coefficients: Coefficients,
+        specs: Mapping[str, StoredTensor],
+        read_into: Callable[[str, int, memoryview], None],
     ) -> Mapping[str, Tensor]:
-        """Take the file that is about to be written as it lies; its `statistics`, recomputed, are to be put into it."""
+        """Take the file that is about to be written as it lies, the average of ``coefficients``.
+
+        Returns:
+            Its `statistics`, recomputed, to be put into it.
+        """
         ...
 
     def score_adopted(self, coefficients: Coefficients, split: Split) -> Score:
-        """The score of the file that was adopted, the average of ``coefficients``."""
+        """The score of the file that was adopted with these ``coefficients``."""
         ...
 
     def restart(self) -> None:

@@ -4,27 +4,55 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 import torch
 
-from ckptavg import batches
-from ckptavg.determinism import seed_all
-from ckptavg.errors import TaskError, is_out_of_memory
+from ckptavg import batches, interrupt
+from ckptavg.determinism import reseed
+from ckptavg.errors import CkptavgError, TaskError, is_out_of_memory
+from ckptavg.kept import Kept
 from ckptavg.meter import Meter
 from ckptavg.objective import Split
 from ckptavg.tasks import Task
 from ckptavg.tasks.failure import failed
 from ckptavg.tasks.held_out import HeldOut
+from ckptavg.workers import ALONE, Workers
+
+
+class Share(NamedTuple):
+    """What one worker takes of a batch of ``size`` examples, and the weight of that; weights sum over workers."""
+
+    batch: Any
+    size: int
+    weight: float
+
+
+class Turn(NamedTuple):
+    """A batch of a pass that workers divide among them; one that is not ``counted`` is another's, for company.
+
+    ``mark`` is a checksum of its examples.
+    """
+
+    batch: Any
+    size: int
+    mark: int
+    counted: bool
+
+
+_END: Final = object()
 
 
 class Feed:
     """What a task's loaders give, on the device.
 
-    The splits ``fit`` and ``held`` are the two halves of what is scored on. A pass begins with global generators
-    seeded, so loaders that shuffle by them repeat themselves.
+    The splits ``fit`` and ``held`` are the two halves of what is scored on. Global generators are seeded before each
+    batch is fetched, so loaders that shuffle by them repeat themselves, and again after it: what a loss draws for one
+    batch depends neither on those before it, which an interrupted run may have done already, nor on whether it was
+    read or, as passes over little data are, kept.
 
     Args:
         task: whose loaders.
@@ -32,18 +60,23 @@ class Feed:
         device: where batches go.
         seed: of the passes and of the halves.
         meter: is told each batch that goes forward.
+        workers: who divide batches, or a pass, among them.
     """
 
-    def __init__(self, task: Task, scored_on: Split, device: torch.device, seed: int, meter: Meter) -> None:
+    def __init__(
+        self, task: Task, scored_on: Split, device: torch.device, seed: int, meter: Meter, workers: Workers = ALONE
+    ) -> None:
         self._task = task
         self._device = device
         self._seed = seed
         self._meter = meter
+        self._workers = workers
         self._halves = HeldOut(task, scored_on, rest="fit", to="held", fraction=0.5, seed=seed)
         self._lengths: dict[Split, int] = {}
-        self._streams: dict[Split, Iterator[Any]] = {}
+        self._streams: dict[Split, Stream] = {}
+        self._kept = Kept(device)
         self.examples: dict[Split, int] = {}  # of the last whole pass
-        self.order: dict[Split, int] = {}  # a checksum of the examples of the last whole pass, as they came
+        self.order: dict[Split, int] = {}  # a checksum of the examples of the last pass so far, as they came
         self.needs_two = False  # whether a batch of one example cannot be used, having no statistics
 
     def restart(self, *, halved: bool = False) -> None:
@@ -51,6 +84,7 @@ class Feed:
         self._streams = {}
         if halved:
             self._lengths = {}
+            self._kept.forget()
 
     def length(self, split: Split) -> int:
         """How many batches a pass has; read once and counted where the loader does not know.
@@ -65,19 +99,38 @@ class Feed:
             raise self.empty(split)
         return self._lengths[split]
 
-    def next(self, split: Split) -> Any:
-        """The next batch to learn from, pass after pass."""
+    def stream(self, split: Split, divided: Callable[[], bool] = lambda: False) -> Stream:
+        """The batches to learn from, pass after pass; of ``divided`` ones this worker's part of the examples.
+
+        There is always something to take: who has no part of a small batch gets an example of weight 0.
+        """
         if split not in self._streams:
-            self._streams[split] = self._endless(split)
-        return next(self._streams[split])
 
-    def scored(self, split: Split) -> Iterator[Any]:
-        """One pass over all examples."""
-        return self._passed(split, self._data(split).batches(split))
+            def start(first: int) -> Iterator[Any]:
+                divided()  # which may look at data, and draw random numbers
+                return self._endless(split, first)
 
-    def learnable(self, split: Split) -> Iterator[Any]:
-        """One pass over a split for statistics."""
-        return self._passed(split, self._learnable(split))
+            def take(batch: Any, number: int) -> Share:
+                with self._blamed(split, lambda: number % self.length(split) + 1):
+                    return self._taken(batch, divided=divided())
+
+            self._streams[split] = Stream(start, take, self._seed)
+        return self._streams[split]
+
+    def first(self, split: Split) -> Iterator[Any]:
+        """The beginning of the pass that a stream begins with, to look at; not counted and not moved."""
+        yield from itertools.islice(_seeded(self._learnable(split), self._seed), 1)
+
+    def scored(self, split: Split, workers: Workers = ALONE) -> Iterator[Turn]:
+        """One pass over all examples, of which each worker has every ``world``-th batch and as many turns as others."""
+        for batch, sizes, mark in self._passed(split, workers, learnable=False):
+            yield Turn(batch, batches.size(batch), mark, workers.rank < len(sizes))
+
+    def learnable(self, split: Split, workers: Workers = ALONE) -> Iterator[Any]:
+        """One pass over a split for statistics, of which each worker has every ``world``-th batch."""
+        for batch, sizes, _ in self._passed(split, workers, learnable=True):
+            if workers.rank < len(sizes):
+                yield batch
 
     def empty(self, split: Split) -> TaskError:
         """What to say of a split without batches."""
@@ -89,42 +142,140 @@ class Feed:
     def _data(self, split: Split) -> Task:
         return self._halves if split in ("fit", "held") else self._task
 
-    def _passed(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:
-        seed_all(self._seed)
-        seen, order = 0, 0
-        for number, batch in enumerate(source, 1):
-            with self._blamed(split, number):
-                size = batches.size(batch)
-                seen, order = seen + size, zlib.crc32(batches.sample(batch), order)
-                moved = batches.to_device(batch, self._device)
-            self._meter.count("forward", size)
-            yield moved
-        self.examples[split], self.order[split] = seen, order
+    def _passed(self, split: Split, workers: Workers, *, learnable: bool) -> Iterator[tuple[Any, Sequence[int], int]]:
+        """A worker's batch of each turn of a pass, or the last one, the sizes of all of the turn, and its checksum."""
+        reseed(self._seed, 0)
+        seen = self.order[split] = 0
+        found = (self._own if workers.world == 1 else self._divided)(split, workers, learnable)
+        for number, (batch, sizes, mark) in enumerate(self._blaming(split, found)):
+            for size in sizes:
+                seen += size
+                self._meter.count("forward", size)
+            self.order[split] = zlib.crc32(mark.to_bytes(4), self.order[split])
+            # what a loss draws depends neither on who has the batch nor on what was fetched with it, or kept
+            reseed(self._seed, number * workers.world + workers.rank + 1)
+            yield batch, sizes, mark
+        self.examples[split] = seen
+
+    def _taken(self, batch: Any, *, divided: bool) -> Share:
+        size, weight = batches.size(batch), 1.0
+        if divided:
+            batch, weight = share(batch, self._workers.rank, self._workers.world)
+        return Share(batches.to_device(batch, self._device), size, weight)
 
     def _learnable(self, split: Split) -> Iterator[Any]:
-        """What is left of a divided batch may be one example."""
-        data = self._data(split)
-        divided = isinstance(data, HeldOut)
-        return (b for b in data.batches(split) if not (divided and self.needs_two and batches.size(b) == 1))
+        return (b for b in self._data(split).batches(split) if not self._too_small(split, batches.size(b)))
 
-    def _endless(self, split: Split) -> Iterator[Any]:
-        for pass_number in itertools.count():
-            seed_all(self._seed + pass_number)
-            number = 0
-            for number, batch in enumerate(self._learnable(split), 1):
-                with self._blamed(split, number):
-                    moved = batches.to_device(batch, self._device)
-                    batches.size(moved)  # whoever learns from it asks for that
-                yield moved
-            if not number:
+    def _too_small(self, split: Split, size: int) -> bool:
+        """What is left of a divided batch may be one example."""
+        return size == 1 and self.needs_two and isinstance(self._data(split), HeldOut)
+
+    def _endless(self, split: Split, first: int) -> Iterator[Any]:
+        """From batch number ``first`` on; whole passes before it are not read where their length is known."""
+        length = self._data(split).length(split)
+        skipped = first // length if length else 0
+        return itertools.islice(self._passes(split, skipped), first - skipped * (length or 0), None)
+
+    def _passes(self, split: Split, first: int) -> Iterator[Any]:
+        for number in itertools.count(first):
+            batch = None
+            for batch in self._blaming(split, _seeded(self._learnable(split), self._seed + number)):
+                yield batch
+            if batch is None:
                 raise self.empty(split)
 
+    def _own(self, split: Split, workers: Workers, learnable: bool) -> Iterator[tuple[Any, Sequence[int], int]]:
+        kept = self._kept.passed(split, partial(self._data(split).batches, split))
+        for batch, size, sample in _seeded(kept, self._seed):
+            if not (learnable and self._too_small(split, size)):
+                yield batch, [size], zlib.crc32(sample)
+
+    def _divided(self, split: Split, workers: Workers, learnable: bool) -> Iterator[tuple[Any, Sequence[int], int]]:
+        """A task with ``turns(split, rank, world)`` reads a worker's own batches alone; of any other it reads all."""
+        own = getattr(self._data(split), "turns", None)
+        turns = own and own(split, workers.rank, workers.world)
+        source = self._learnable(split) if learnable else self._data(split).batches(split)
+        found = _seeded(turns, self._seed, workers.world) if turns else _turns(_seeded(source, self._seed), workers)
+        for batch, sizes in found:
+            yield batches.to_device(batch, self._device), sizes, zlib.crc32(batches.sample(batch))
+
+    def _blaming(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:
+        """What ``source`` gives; a batch may be an object of any class, whose methods may do anything."""
+        for number in itertools.count(1):
+            with self._blamed(split, lambda number=number: number):
+                batch = next(source, _END)
+            if batch is _END:
+                return
+            yield batch
+
     @contextmanager
-    def _blamed(self, split: Split, number: int) -> Generator[None]:
-        """A batch may be an object of any class, whose methods may do anything."""
+    def _blamed(self, split: Split, number: Callable[[], int]) -> Generator[None]:
         try:
             yield
+        except CkptavgError:
+            raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise failed(self._task.source, f"{split}_dataloader", f"batch {number}", error) from error
+            raise failed(self._task.source, f"{split}_dataloader", f"batch {number()}", error) from error
+
+
+class Stream:
+    """Batches one after the other; only what is taken of the last of those that were passed is on the device."""
+
+    def __init__(self, start: Callable[[int], Iterator[Any]], take: Callable[[Any, int], Share], seed: int) -> None:
+        self._start = start
+        self._take = take
+        self._seed = seed
+        self._source: Iterator[Any] | None = None
+        self._at = self._fetched = -1
+        self._share: Share | None = None
+
+    def advance(self) -> None:
+        """Go on to the next batch; it is fetched when it is asked for."""
+        self._at += 1
+
+    @property
+    def share(self) -> Share:
+        """What this worker takes of the batch that it has come to; what is drawn after that is the same each time."""
+        if self._source is None:
+            self._source, self._fetched = self._start(self._at), self._at - 1
+        batch: Any = _END
+        while self._fetched < self._at:
+            batch = next(self._source)
+            self._fetched += 1
+        if batch is not _END:
+            self._share = None  # its memory is there for the next one
+            self._share = self._take(batch, self._at)
+        assert self._share is not None
+        reseed(self._seed, self._at + 1)
+        return self._share
+
+
+def _seeded(source: Iterator[Any], seed: int, world: int = 1) -> Iterator[Any]:
+    """What ``source`` gives, each of it or each turn of several workers by random numbers of its own, equal for all."""
+    for number in itertools.count():
+        interrupt.check()
+        reseed(seed, number * world)
+        batch = next(source, _END)
+        if batch is _END:
+            return
+        yield batch
+
+
+def _turns(source: Iterator[Any], workers: Workers) -> Iterator[tuple[Any, Sequence[int]]]:
+    while turn := list(itertools.islice(source, workers.world)):
+        yield turn[min(workers.rank, len(turn) - 1)], [batches.size(batch) for batch in turn]
+
+
+def share(batch: Any, rank: int, world: int) -> tuple[Any, float]:
+    """The part of a batch that falls to one of ``world`` workers, and which fraction of its examples that is.
+
+    Raises:
+        TypeError: if the batch is of a kind that cannot be cut.
+    """
+    size = batches.size(batch)
+    start, stop = size * rank // world, size * (rank + 1) // world
+    places = torch.arange(size)
+    part = batches.select(batch, (start <= places) & (places < max(stop, start + 1)))
+    return part, (stop - start) / size

@@ -12,10 +12,12 @@ import torch
 from ckptavg import companions, manifest, provenance
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
+from ckptavg.dcp_output import DcpFolder
 from ckptavg.dtypes import TORCH, spelled
+from ckptavg.durable import flush_folder
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.objective import Score, Split, Strategy
-from ckptavg.options import Options, destination
+from ckptavg.options import Options
 from ckptavg.readers import StoredTensor
 from ckptavg.recipe import Recipe, recipe
 from ckptavg.result import Output
@@ -64,15 +66,17 @@ def finish(
         evaluator: scores the file; None where there is nothing to score it with.
         watch: is told the progress.
     """
-    path, folder = destination(options.output)
+    path, folder = options.destination
+    workers = options.workers
+    workers.agree("coefficients", coefficients, "does the task depend on the worker that runs it?")
     source = checkpoints[coefficients.selected[-1]]
-    made = recipe(checkpoints, coefficients, dtype=options.dtype, mode=options.adapter, rank=options.rank)
-    with companions.made(folder):
+    made = recipe(
+        checkpoints, coefficients, dtype=options.dtype, mode=options.adapter, rank=options.rank, workers=workers
+    )
+    with companions.made(folder if workers.first else None):
         if folder:
             path = folder / companions.file_name(source)
-        output, scores = _write(path, made, checkpoints, coefficients, strategy, options, evaluator, watch)
-    copied = companions.copy(source, folder, output.dtype, made.config) if folder else ()
-    return Finished(output=output, scores=scores, copied=copied, notes=made.notes)
+        return _write(path, made, checkpoints, coefficients, strategy, options, evaluator, watch)
 
 
 def _write(
@@ -84,10 +88,14 @@ def _write(
     options: Options,
     evaluator: Evaluator | None,
     watch: Watch | None,
-) -> tuple[Output, dict[Split, Score]]:
-    """Stream the average into a file beside its destination, and commit it when it is finished and scored."""
+) -> Finished:
+    """Stream the average into a file beside its destination, and commit it when it is finished and scored.
+
+    In a directory the model's files get their names last, so what is killed between is not taken for a model.
+    """
     specs, kept = made.specs, made.not_averaged
     fits = {name: spec.shape for name, spec in specs.items()} == {n: t.shape for n, t in checkpoints[0].tensors.items()}
+    scored = evaluator is not None
     if not fits:
         evaluator = None  # an adapter of another rank than the model's
     recomputed = sorted(set(evaluator.statistics) & specs.keys()) if evaluator else []
@@ -96,10 +104,11 @@ def _write(
         dtype=options.dtype, adapter=options.adapter, rank=options.rank, not_averaged=kept, recomputed=recomputed,
     )  # fmt: skip
     scores: dict[Split, Score] = {}
-    files = [file for i in coefficients.selected for file in checkpoints[i].reader.files]
+    workers = options.workers
+    files = [file for i in coefficients.selected for file in checkpoints[i].reader.files][workers.rank :: workers.world]
     metadata = describe(digest=provenance.unknown)
     with (
-        _opened(path, specs, metadata, options) as out,
+        _opened(path, specs, metadata, options, checkpoints[0]) as out,
         provenance.hashing(files, torch.get_num_threads()) as digest,
     ):
         done, total = 0, sum(spec.nbytes for spec in specs.values())
@@ -108,34 +117,51 @@ def _write(
             done += len(data)
             if watch:
                 watch("averaging, MB", done // MEGABYTE, -(-total // MEGABYTE), {})
+        out.settle()
         if evaluator:
-            state = evaluator.adopt(specs, out.read_into)
-            for name in recomputed:
+            state = evaluator.adopt(coefficients, specs, out.read_into)
+            for name in recomputed if workers.first else ():
                 out.write(name, 0, _bytes(state[name], TORCH[specs[name].dtype]))
             scores = {split: evaluator.score_adopted(coefficients, split) for split in evaluator.splits}
-        metadata |= describe(digest=lambda file: manifest.agreed(file, digest(file)))
-        for i in coefficients.selected:
+        known = {
+            path: one
+            for part in workers.gather({file.path: digest(file) for file in files})
+            for path, one in part.items()
+        }
+        metadata |= describe(digest=lambda file: manifest.agreed(file, known[file.path]))
+        for i in range(len(checkpoints)) if scored else coefficients.selected:
             checkpoints[i].check_unchanged()
-        if destination(options.output)[1]:
-            companions.check_tied(checkpoints[coefficients.selected[-1]], specs, out.read_into)
-        out.commit()
-    return Output(
-        path=out.path,
-        sha256=out.sha256,
-        bytes=out.size,
-        dtype=spelled(spec.dtype for spec in specs.values()),
-        not_averaged=kept,
-        recomputed=recomputed,
-    ), scores
+        source, dtype = checkpoints[coefficients.selected[-1]], spelled(spec.dtype for spec in specs.values())
+        folder = options.destination[1]
+        if isinstance(out, DcpFolder):
+            out.save()
+
+        def publish() -> tuple[list[str], str, int]:
+            if folder:
+                companions.check_tied(source, specs, out.read_into)
+            with companions.copies(source, folder, dtype, made.config) as copied:
+                out.publish()
+            flush_folder(out.path)
+            return copied, out.sha256, out.size
+
+        copied, sha256, size = workers.told(workers.lead(publish)) or ([], "", 0)
+    output = Output(path=out.path, sha256=sha256, bytes=size, dtype=dtype, not_averaged=kept, recomputed=recomputed)
+    return Finished(output=output, scores=scores, copied=copied, notes=made.notes)
 
 
 def _opened(
-    path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], options: Options
-) -> SafetensorsFile | ShardedFiles:
+    path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], options: Options,
+    like: Checkpoint,
+) -> SafetensorsFile | ShardedFiles | DcpFolder:  # fmt: skip
     """The output under construction: one file, or several where they would be larger than the user wants."""
+    if options.format == "dcp":
+        key = like.key if like.format == "dcp" else ""  # where the candidates were saved from is where it is loaded
+        return DcpFolder(path, specs, metadata, key=key, force=options.force, workers=options.workers)
     if options.max_shard_size is not None and len(split_names(specs, options.max_shard_size).filename_to_tensors) > 1:
-        return ShardedFiles(path.parent, specs, metadata, options.max_shard_size, force=options.force)
-    return SafetensorsFile(path, specs, metadata, force=options.force)
+        return ShardedFiles(
+            path.parent, specs, metadata, options.max_shard_size, force=options.force, workers=options.workers
+        )
+    return SafetensorsFile(path, specs, metadata, force=options.force, workers=options.workers)
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ckptavg import batches, batchnorm
+from ckptavg import batchnorm
 from ckptavg.candidates import Candidates
 from ckptavg.coefficients import Groups
 from ckptavg.errors import TaskError, is_out_of_memory
-from ckptavg.meter import Meter
+from ckptavg.feed import Share
+from ckptavg.passes import autocast
 from ckptavg.tasks import Task
+from ckptavg.workers import Workers
 
 
 class MixtureLoss(torch.autograd.Function):
@@ -38,30 +40,37 @@ class MixtureLoss(torch.autograd.Function):
 
 
 def loss_and_gradient(
-    task: Task, candidates: Candidates, norms: Collection[batchnorm.Layer], meter: Meter, c_GN: Tensor, batch: Any,
-    groups: Groups,
+    task: Task, candidates: Candidates, norms: Collection[batchnorm.Layer], c_GN: Tensor, share: Share,
+    groups: Groups, precision: str, workers: Workers,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The mean loss at c on a batch, and ∂ℓ/∂c in the shape of c; BatchNorm by the batch's own statistics.
+
+    What is not the model's forward pass, mixture and pullback, keeps the precision of the candidates.
+
+    With ℓ_r the loss of worker r's share and u_r its weight, ℓ = Σ_r u_r ℓ_r / Σ_r u_r and ∂ℓ/∂c likewise: a sum over
+    workers of 2 + G·N float64 numbers, and nothing of the size of the model.
 
     Raises:
         TaskError: if the loss has no gradient.
     """
     candidates.materialize(c_GN, groups)
     candidates.zero_gradient()
-    meter.count("forward", batches.size(batch))
     with torch.enable_grad(), batchnorm.batch_statistics(norms), without_cudnn_recurrence(candidates.model):
-        loss = task.loss(candidates.model, batch).mean()
+        with autocast(precision, c_GN.device):
+            loss = task.loss(candidates.model, share.batch).mean()
         if not loss.requires_grad:
             raise TaskError("loss() gives no gradient: no_grad, detach or item() in it?", path=task.source)
         try:
-            loss.backward()
+            loss.backward(torch.full_like(loss, share.weight))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             what = f"loss() cannot be differentiated: {str(error).splitlines()[0]}"
             raise TaskError(what, path=task.source) from error
-    meter.count("backward", batches.size(batch))
-    return loss.detach().to(c_GN.dtype), candidates.pullback(groups).view(c_GN.shape)
+    weight = c_GN.new_full((1,), share.weight)
+    loss, gradient_GN = loss.detach().to(c_GN.dtype), candidates.pullback(groups).to(c_GN.dtype)
+    sums = workers.sum(torch.cat([weight, weight * loss, gradient_GN.flatten()]))
+    return sums[1] / sums[0], (sums[2:] / sums[0]).view(c_GN.shape)
 
 
 def without_cudnn_recurrence(model: nn.Module) -> AbstractContextManager[None]:

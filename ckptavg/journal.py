@@ -7,27 +7,53 @@ they are run again from the beginning and are answered from here.
 
 from __future__ import annotations
 
-import fcntl
 import json
+import logging
 import os
 import shutil
-import socket
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final, Self
 
+from ckptavg.durable import flush_folder, said
 from ckptavg.errors import InputError, OutputError, OutputExistsError
+from ckptavg.lock import release, take
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
+ASIDE: Final = "file "  # how keys begin that tell of the inputs: alone they are nothing to go on from
+SCRATCH: Final = "scratch-"  # how directories begin that a killed run leaves, and the next one removes
 _FILE: Final = "journal.jsonl"
 _LOCK: Final = "lock"
+
+
+class Copy:
+    """What a worker that does not write knows of the first one's journal."""
+
+    def __init__(self, records: Mapping[str, Any], folder: Path) -> None:
+        self._records = records
+        self.folder = folder
+
+    def get(self, key: str, *, earlier: bool = False) -> Any:
+        """See `Journal.get`; all that is here an earlier run has put."""
+        return self._records.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """The first worker does it."""
+
+    def put_all(self, values: Mapping[str, Any]) -> None:
+        """The first worker does it."""
 
 
 class Journal:
     """The measurements of one output's run; a context manager that holds the output's lock.
 
+    Where a measurement cannot be written, the run goes on without: it is remembered, and a warning is logged once.
+
     Attributes:
+        folder: where it lies, and whatever else belongs to the run that writes the output.
         replayed: how many records an earlier run left.
         damaged: lines that were dropped because their checksum did not match.
     """
@@ -41,21 +67,24 @@ class Journal:
             keep: leave the journal when the run is done.
         Raises:
             OutputExistsError: if another run is writing this output.
-            OutputError: if the journal cannot be written.
+            OutputError: if the journal cannot be made.
         """
         self.folder = output.with_name(f"{output.name}.ckptavg")
         self.replayed = self.damaged = 0
         self._keep = keep
         self._records: dict[str, Any] = {}
+        self._own: set[str] = set()  # keys that this run has put
         self._header: Mapping[str, Any] | None = None
+        self._writing = Lock()
+        self._lost = self._dropped = False
         self._fd = self._lock = -1
         try:
-            self.folder.mkdir(exist_ok=True)
-            self._take_lock(output)
+            self._lock = take(self.folder / _LOCK, output)
+            self._sweep()
             self._open(resume)
         except OSError as error:
             self._close()
-            raise self._refused(error) from error
+            raise OutputError(f"cannot be written: {said(error)}", path=self.folder) from error
         except BaseException:
             self._close()
             raise
@@ -67,26 +96,39 @@ class Journal:
             OutputExistsError: naming the first difference.
         """
         wanted = json.loads(json.dumps({"schema": SCHEMA, **header}))
-        if self._header is None:
+        if not self._measured():  # whatever run it was, it left nothing to go on from
             self._header = wanted
-            self._append(wanted)
-            return
-        for key in sorted(wanted.keys() | self._header.keys()):
-            if wanted.get(key) != self._header.get(key):
-                was, now = (json.dumps(one.get(key))[:80] for one in (self._header, wanted))
-                raise OutputExistsError(
-                    f"was left by a run with another {key}: {was}, not {now}", path=self.folder,
-                    hint="--no-resume begins anew; or choose another -o",
-                )  # fmt: skip
+            self._records = {}
+            self._append([wanted], first=True)
+        elif difference := _difference(self._header, wanted):
+            raise self.another(difference)
 
-    def get(self, key: str) -> Any:
-        """What was put under ``key``, or None."""
-        return self._records.get(key)
+    def another(self, difference: str) -> OutputExistsError:
+        """What to say of a journal that another run left."""
+        return OutputExistsError(
+            f"was left by a run with another {difference}", path=self.folder,
+            hint="--no-resume begins anew; or choose another -o",
+        )  # fmt: skip
+
+    @property
+    def records(self) -> Mapping[str, Any]:
+        """Everything that was put."""
+        return self._records
+
+    def get(self, key: str, *, earlier: bool = False) -> Any:
+        """What was put under ``key``, or None; only what an ``earlier`` run put, if that is asked for."""
+        return None if earlier and key in self._own else self._records.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        """Write a measurement, on the disk when this returns."""
-        self._records[key] = value
-        self._append({"key": key, "value": value})
+        """Write a measurement, on the disk when this returns; from any thread."""
+        self.put_all({key: value})
+
+    def put_all(self, values: Mapping[str, Any]) -> None:
+        """Write several at once."""
+        with self._writing:
+            self._records.update(values)
+            self._own.update(values)
+            self._append([{"key": key, "value": value} for key, value in values.items()])
 
     def done(self) -> None:
         """The output is written: the journal goes, unless it is to be kept."""
@@ -94,45 +136,50 @@ class Journal:
             self.drop()
 
     def drop(self) -> None:
-        """Throw away what was written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Throw away what was written, once: another run may have begun since."""
+        if not self._dropped:
+            self._dropped = True
+            self._sweep()
+            with suppress(OSError):  # of somebody else's files
+                for path in (self.folder / _FILE, self.folder / _LOCK):
+                    path.unlink(missing_ok=True)
+                self.folder.rmdir()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._measured():
+            self.drop()
         self._close()
-        if not self._records:  # nothing to go on from
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _take_lock(self, output: Path) -> None:
-        self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.pread(self._lock, 200, 0).decode("utf-8", "replace").strip() or "another process"
-            os.close(self._lock)
-            self._lock = -1
-            what = f"another run is writing it ({owner})"
-            raise OutputExistsError(what, path=output, hint="wait for it, or choose another -o") from error
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def _open(self, resume: bool) -> None:
         path = self.folder / _FILE
         if not resume:
             path.unlink(missing_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        content = bytearray(os.fstat(self._fd).st_size)
-        os.preadv(self._fd, [content], 0)
+        content = _whole(self._fd)
         whole = content.rfind(b"\n") + 1
         os.ftruncate(self._fd, whole)  # a last line that was cut off
-        for line in bytes(content[:whole]).splitlines():
+        for line in content[:whole].splitlines():
             self._read(line)
             if self._header is None:  # nobody knows whose the rest is
                 os.ftruncate(self._fd, 0)
                 break
-        self.replayed = len(self._records)
+        self.replayed = self._measured()
+        if self.damaged:
+            what = "%s: %d lines are damaged; what they told is measured again"
+            logging.getLogger("ckptavg").warning(what, path, self.damaged)
+        if not whole:  # it is new: its name must last too
+            flush_folder(path)
+            flush_folder(self.folder)
+
+    def _sweep(self) -> None:
+        for path in self.folder.glob(f"{SCRATCH}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _measured(self) -> int:
+        return sum(not key.startswith(ASIDE) for key in self._records)
 
     def _read(self, line: bytes) -> None:
         sum_, _, text = line.partition(b" ")
@@ -147,21 +194,43 @@ class Journal:
         else:
             self._records[record["key"]] = record["value"]
 
-    def _append(self, record: Mapping[str, Any]) -> None:
-        text = json.dumps(record, separators=(",", ":")).encode()
-        line = memoryview(b"%08x %s\n" % (zlib.crc32(text), text))
+    def _append(self, records: Iterable[Mapping[str, Any]], *, first: bool = False) -> None:
+        texts = [json.dumps(record, separators=(",", ":")).encode() for record in records]
+        lines = memoryview(b"".join(b"%08x %s\n" % (zlib.crc32(text), text) for text in texts))
+        if self._lost or not lines:
+            return
         try:
-            while line:
-                line = line[os.write(self._fd, line) :]
+            if first:
+                os.ftruncate(self._fd, 0)
+            while lines:
+                lines = lines[os.write(self._fd, lines) :]
             os.fdatasync(self._fd)
         except OSError as error:
-            raise self._refused(error) from error
-
-    def _refused(self, error: OSError) -> OutputError:
-        return OutputError(f"cannot be written: {os.strerror(error.errno or 0).lower()}", path=self.folder)
+            self._lost = True  # what follows a torn line would be torn too
+            what = "cannot be written: %s; the run goes on, but what it measures from now on is lost if it ends early"
+            logging.getLogger("ckptavg").warning("%s: " + what, self.folder, said(error))
 
     def _close(self) -> None:
-        for fd in (self._fd, self._lock):
-            if fd >= 0:
-                os.close(fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+        if self._lock >= 0:
+            release(self._lock)
         self._fd = self._lock = -1
+
+
+def _whole(fd: int) -> bytes:
+    content, done = bytearray(os.fstat(fd).st_size), 0
+    while done < len(content) and (count := os.preadv(fd, [memoryview(content)[done:]], done)):
+        done += count
+    return bytes(content[:done])
+
+
+def _difference(was: Any, now: Any) -> str:
+    """Where two values differ first, and how, short enough for a line; empty if they do not."""
+    if was == now:
+        return ""
+    if isinstance(was, dict) and isinstance(now, dict):
+        key = next(key for key in sorted({*was, *now}) if was.get(key) != now.get(key))
+        inner = _difference(was.get(key), now.get(key))
+        return f"{key}{'' if inner.startswith(': ') else ' '}{inner}"
+    return f": {json.dumps(was)[:80]}, not {json.dumps(now)[:80]}"

@@ -54,6 +54,7 @@ def judge(evaluator: Evaluator, selection: Coefficients, wishes: Wishes) -> Judg
         return Judgement(selection, verdict="Not compared with anything (--no-baselines).")
     n = evaluator.n
     alone = [Coefficients.uniform([i], n) for i in range(n)]
+    evaluator.expect(alone, evaluator.scored_on, exact=True)
     singles: list[Score] = []
     for i, one in enumerate(alone):
         singles.append(evaluator.exact_score(one, evaluator.scored_on))
@@ -65,6 +66,8 @@ def judge(evaluator: Evaluator, selection: Coefficients, wishes: Wishes) -> Judg
         k = len(selection.selected)
         plain = {"last": Last(), "swa": SWA()} | ({f"lawa-{k}": LAWA(k=k)} if k < n else {})
         rivals |= {name: strategy.learn(evaluator).coefficients for name, strategy in plain.items()}
+    for split in evaluator.splits:
+        evaluator.expect([*rivals.values(), selection], split, exact=True)
     baselines: dict[str, Mapping[Split, Score]] = {
         name: {split: evaluator.exact_score(coefficients, split) for split in evaluator.splits}
         for name, coefficients in rivals.items()

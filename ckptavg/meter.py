@@ -31,9 +31,9 @@ class Meter:
         self._borrowed = {}
         self._charged = set()
 
-    def count(self, kind: str, examples: int) -> None:
-        """One batch went ``forward`` or ``backward``."""
-        self._spent[f"{kind}_batches"] += 1
+    def count(self, kind: str, examples: int, batches: int = 1) -> None:
+        """So many batches went ``forward`` or ``backward``."""
+        self._spent[f"{kind}_batches"] += batches
         self._spent[f"{kind}_examples"] += examples
 
     def evaluated(self) -> None:
@@ -47,6 +47,19 @@ class Meter:
         yield
         self._prices[key] = {name: value - before.get(name, 0) for name, value in self._now().items()}
         self._charged.add(key)
+
+    @contextmanager
+    def apart(self) -> Generator[dict[str, float]]:
+        """Put what is spent within on nobody's account; it is what the dictionary holds at the end."""
+        before, spent = self._now(), dict[str, float]()
+        yield spent
+        for name, value in self._now().items():
+            spent[name] = value - before.get(name, 0)
+            self._borrowed[name] = self._borrowed.get(name, 0) - spent[name]
+
+    def price(self, key: Hashable, spent: dict[str, float]) -> None:
+        """What ``key`` cost, of whom it was measured for; it is charged to whoever asks for it."""
+        self._prices[key] = spent
 
     def charge(self, key: Hashable) -> None:
         """Something remembered was used: add its price, once an account."""

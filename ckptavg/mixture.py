@@ -5,34 +5,41 @@ Shape suffixes: N = candidates, G = groups of tensors.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ckptavg import batchnorm, curvature
+from ckptavg import batches, batchnorm, curvature, division
 from ckptavg.average import output_specs, weighted_average
-from ckptavg.candidates import Candidates, ReadInto, budget
+from ckptavg.candidates import Candidates, ReadInto, sharded
+from ckptavg.candidates.plan import Offload, Plan
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
-from ckptavg.errors import is_out_of_memory
+from ckptavg.errors import TaskError, UsageError, is_out_of_memory
 from ckptavg.evaluator import Watch
-from ckptavg.feed import Feed
+from ckptavg.feed import Feed, Share, Stream
 from ckptavg.gradient import MixtureLoss, loss_and_gradient
 from ckptavg.meter import SECONDS, Meter
 from ckptavg.objective import Cost, Hessian, Score, Split, valid
-from ckptavg.options import BITS
+from ckptavg.options import Parallel
+from ckptavg.partial import Partial, resumed
+from ckptavg.passes import OWN, Compiled, autocast
 from ckptavg.readers import StoredTensor
-from ckptavg.replay import Replay
+from ckptavg.replay import Replay, score_key
 from ckptavg.result import MatrixResult
 from ckptavg.scorer import Scorer
 from ckptavg.surrogate import Surrogate
 from ckptavg.tasks import Task
+from ckptavg.workers import ALONE, Workers
 
 _T = TypeVar("_T")
+_Key: TypeAlias = tuple[Coefficients, Split, bool]  # whether the exact average was scored
 _LOOK_EVERY: Final = 0.1  # seconds between looks at figures that lie on the device
 
 
@@ -46,8 +53,14 @@ class Mixture:
         seed: of everything random; loaders are started with seeds derived from it, so shuffling repeats.
         bits: of an element of the candidate matrix; ``auto`` is the most that fits the device.
         group_size: elements that share a scale and a zero point where ``bits`` < 32.
+        offload: where the matrix lies instead of on the device.
+        precision: of the passes of a search, ``float32`` for the model's own; scores of the report have that always.
+        compiled: let torch.compile have the model's forward.
         watch: is told the progress, a few times a second.
         replay: knows what an interrupted run of the same command has measured.
+        workers: who divide the work; each has all candidates, the model and the data.
+        parallel: what they divide in a score: the ``batches``, or the ``candidates`` where several are expected.
+        shard: each has a part of every candidate and of the model instead, and they do every batch at once.
     """
 
     def __init__(
@@ -59,8 +72,14 @@ class Mixture:
         seed: int = 0,
         bits: int | Literal["auto"] = 32,
         group_size: int = 128,
+        offload: Offload = "none",
+        precision: str = OWN,
+        compiled: bool = False,
         watch: Watch | None = None,
         replay: Replay | None = None,
+        workers: Workers = ALONE,
+        parallel: Parallel = "auto",
+        shard: bool = False,
     ) -> None:
         self.task = task
         self._seed = seed
@@ -68,16 +87,27 @@ class Mixture:
         self._device = device
         self._asked_bits: int | Literal["auto"] = bits
         self.group_size = group_size
+        self._offload: Offload = offload
+        self._precision = precision
+        self._compile = compiled
+        self._compiled: Compiled | None = None
         self.watch = watch
         self._replay = replay
+        self._workers = workers
+        self._parallel: Parallel = parallel
+        self._shard = shard
+        self._divided: dict[Split, bool] = {}
+        self._remarks: list[str] = []
         self._looked = 0.0
         self.scored_on: Split = "val" if task.has("val") else "train"
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
         self.batchnorm_from: Split = "train" if task.has("train") else self.scored_on
-        self._scores: dict[tuple[Coefficients, Split, bool], Score] = {}
+        self._scores: dict[_Key, Score] = {}
         self._surrogates: dict[tuple[Split, Hessian], Surrogate] = {}
         self.meter = Meter()
-        self._feed = Feed(task, self.scored_on, device, seed, self.meter)
+        for _ in range(0 if replay is None else replay.halvings):
+            task.halve()  # as it had to be before; then results are the same
+        self._feed = Feed(task, self.scored_on, device, seed, self.meter, workers)
         self._scorer = Scorer(task, self._feed)
         self.restart()
 
@@ -90,22 +120,34 @@ class Mixture:
         self._feed.restart()
         if self._replay is not None:
             self._replay.restart()
-        self._batch: Any = None
         self.meter.restart()
 
     @cached_property
     def candidates(self) -> Candidates:
         """The candidate matrix and the model; loaded when first needed, after a strategy has checked its settings."""
         torch.manual_seed(self._seed)
-        model = self.task.model().to(self._device).eval()
-        return Candidates(model, self.checkpoints, self.progress, bits=self._bits(model), group_size=self.group_size)
-
-    def _bits(self, model: nn.Module) -> int:
-        if self._asked_bits != "auto":
-            return self._asked_bits
-        floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
-        elements, size = sum(tensor.numel() for tensor in floats), sum(tensor.nbytes for tensor in floats)
-        return budget.largest(elements, size, self.n, self.group_size, self._device, BITS)
+        workers = self._workers if self._shard else ALONE
+        if self._shard:
+            model = sharded.build(self.task.model, self._device, workers)
+        else:
+            model = self.task.model().to(self._device).eval()
+        plan = Plan.of(
+            model, self.n, bits=self._asked_bits, group_size=self.group_size, offload=self._offload,
+            device=self._device, parts=workers.world, sharing=self._workers.local,
+        )  # fmt: skip
+        remark = plan.check()
+        if self.watch and self.n > 1:
+            self.watch(remark, 0, 0, {})
+        bits = min(self._workers.gather(plan.bits))  # and nobody takes memory before all have looked
+        made = Candidates(
+            model, self.checkpoints, self.progress,
+            bits=bits, group_size=self.group_size, offload=self._offload, workers=workers,
+        )  # fmt: skip
+        for checkpoint in self.checkpoints:
+            checkpoint.check_unchanged()  # not only at the end of a long search
+        if self._compile:
+            self._compiled = Compiled(model)
+        return made
 
     @property
     def differentiable(self) -> bool:
@@ -130,7 +172,20 @@ class Mixture:
             group_size=None if found.exact else self.group_size,
             bytes=found.nbytes,
             error=found.error,
+            offload=self._offload if found.streamed else "none",
+            precision=self._precision,
+            compiled=self._compiled is not None and self._compiled.failure is None,
         )
+
+    @property
+    def notes(self) -> list[str]:
+        """See `Evaluator.notes`."""
+        said = list(self._remarks)
+        if self._offload == "cpu" and self._device.type == "cpu":
+            said.append("--offload cpu changes nothing on a CPU: the candidates are in its memory already")
+        if self._compiled is not None and self._compiled.failure is not None:
+            said.append(f"--compile was given up, and the model ran as it is: {self._compiled.failure}")
+        return said
 
     def prepare(self) -> None:
         """See `Evaluator.prepare`."""
@@ -179,41 +234,109 @@ class Mixture:
 
         def work() -> Tensor:
             nonlocal fresh
+            if self._replay is not None and self._replay.halved():
+                self._feed.restart(halved=True)
+                fresh = True
+            split = on or self.scored_on
+            stream = self._feed.stream(split, lambda: self._divides(split))
             if fresh:
-                self._batch = self._feed.next(on or self.scored_on)
+                stream.advance()
             fresh = True  # the batch that was too large is gone
-            return MixtureLoss.apply(c_N, self._step(self._batch, groups))  # pyright: ignore
+            return MixtureLoss.apply(c_N, self._step(stream, groups))  # pyright: ignore
 
         return self._with_memory(work)
 
     def surrogate(self, on: Split | None = None, hessian: Hessian = "auto") -> Surrogate:
         """See `Objective.surrogate`; remembered."""
+        self._check_whole()
         key = (on or self.scored_on, hessian)
         if key in self._surrogates:
             self.meter.charge(key)
             return self._surrogates[key]
-        norms, split = self._norms, key[0]
+        norms, split, name = self._norms, key[0], f"surrogate {' '.join(key)}"
+        if self._replay is not None and (known := self._replay.surrogate(name)):
+            self._surrogates[key] = known
+            return known
 
         def passed() -> Iterator[Any]:
-            for done, batch in enumerate(self._feed.learnable(split), 1):
+            for done, batch in enumerate(self._feed.learnable(split, self._workers), 1):
                 yield batch
-                self.progress("measuring the curvature", done, self.batches(split))
+                total = self.batches(split)
+                self.progress("measuring the curvature", min(total, done * self._workers.world), total)
 
         def work() -> Surrogate:
-            with batchnorm.batch_statistics(norms):
-                return curvature.surrogate(
+            counts = torch.zeros(2, 2, dtype=torch.int64)
+            kinds = ("forward", "backward")
+
+            def count(kind: str, examples: int) -> None:
+                counts[kinds.index(kind)] += torch.tensor([1, examples])
+
+            with batchnorm.batch_statistics(norms), self._plain():
+                found = curvature.surrogate(
                     self.candidates, passed, self.task.loss,
-                    hessian=hessian, count=self.meter.count, source=self.task.source,
+                    hessian=hessian, count=count, source=self.task.source, workers=self._workers,
+                    order=lambda: self._feed.order[split], partial=lambda kind: self._partial(f"{name} {kind}"),
                 )  # fmt: skip
+            for kind, (number, examples) in zip(kinds, self._workers.sum(counts).tolist(), strict=True):
+                self.meter.count(kind, examples, number)
+            return found
 
         with self.meter.pricing(key):
             self._surrogates[key] = self._with_memory(work)
+        if self._replay is not None:
+            self._replay.keep_surrogate(name, self._surrogates[key])
         return self._surrogates[key]
+
+    def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
+        """See `Objective.gradient`; workers have batches of their own, and a sum of 3 + N numbers at the end."""
+        split, c_N = on or self.scored_on, self.uniform().new_tensor(coefficients.values[0])
+        self._check_whole()
+
+        def work() -> Tensor:
+            total, examples, count = torch.zeros_like(torch.cat([c_N, c_N[:1]])), 0, 0
+            for batch in self._feed.learnable(split, self._workers):
+                share = Share(batch, batches.size(batch), 1.0)
+                loss, gradient_N = loss_and_gradient(
+                    self.task, self.candidates, self._norms, c_N, share, EVERYTHING, self._precision, ALONE
+                )
+                total += share.size * torch.cat([gradient_N, loss.view(1)])
+                examples, count = examples + share.size, count + 1
+            return self._workers.sum(torch.cat([total, total.new_tensor([examples, count])]))
+
+        *totals, examples, count = self._with_memory(work).tolist()
+        self.meter.count("backward", round(examples), round(count))
+        *gradient, value = (total / examples for total in totals)
+        if not math.isfinite(value):
+            what = f"loss() is {value} on the {split} data, of {self._describe(coefficients)}"
+            raise TaskError(what, path=self.task.source)
+        gradient_N = torch.tensor(gradient, dtype=torch.float64)
+        return value, gradient_N - gradient_N.mean()
+
+    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
+        """See `Objective.expect` and `Evaluator.expect`."""
+        workers = self._workers
+        if workers.world == 1 or self._shard or self._parallel == "batches" or self.task.corpus is not None:
+            return
+        split: Split = on or self.scored_on
+        keys: list[_Key] = list(dict.fromkeys((c, split, exact or self._exactly(c)) for c in coefficients))
+        keys = [key for key in keys if key not in self._scores and not self._known(key)]
+        if self._parallel == "auto" and self._scorer.divides and not self._norms:
+            del keys[len(keys) - len(keys) % workers.world :]  # a last few are sooner done all together
+
+        def measure(key: _Key) -> tuple[Score, dict[str, float]]:
+            with self.meter.apart() as spent:
+                score = self._measured(key, None, ALONE)
+            assert score is not None
+            return score, spent | {SECONDS: spent[SECONDS] / workers.world}
+
+        for done, (key, (score, spent)) in enumerate(workers.side_by_side(keys, measure), 1):
+            self.meter.price(key, spent)
+            self._keep(key, score)
+            self.progress("scoring side by side", done, len(keys))
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """See `Objective.score`."""
-        alone = len(coefficients.selected) == 1  # one file: what it really is costs no more than what is left of it
-        return self._full(coefficients, on or self.scored_on, exact=alone or self.candidates.exact)
+        return self._full(coefficients, on or self.scored_on, exact=self._exactly(coefficients))
 
     def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
         """See `Evaluator.exact_score`; scored again only where the candidate matrix is not exact."""
@@ -221,7 +344,8 @@ class Mixture:
 
     def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
         """See `Objective.score_above`."""
-        score = self._remembered(coefficients, self.scored_on, exact=self.candidates.exact, bar=bar)
+        exact = self.candidates.exact and self._precision == OWN
+        score = self._remembered(coefficients, self.scored_on, exact=exact, bar=bar)
         return score if score and (score.value > bar if strict else score.value >= bar) else None
 
     def progress(self, stage: str, done: int, total: int, **figures: Tensor | float) -> None:
@@ -240,33 +364,55 @@ class Mixture:
         """See `Evaluator.statistics`."""
         return batchnorm.statistics(self.model)
 
-    def adopt(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> Mapping[str, Tensor]:
+    def adopt(
+        self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto
+    ) -> Mapping[str, Tensor]:
         """See `Evaluator.adopt`."""
         self.load(specs, read_into)
-        self._with_memory(self.recompute_batchnorm)
+        self._with_memory(lambda: self.recompute_batchnorm(_written(coefficients, self.batchnorm_from)))
         state = self.model.state_dict()
         return {name: state[name] for name in self.statistics}
 
     def score_adopted(self, coefficients: Coefficients, split: Split) -> Score:
         """See `Evaluator.score_adopted`."""
-        return self._with_memory(lambda: self.evaluate(split, what="the average"))
+        key = _written(coefficients, split)
+        score = None if self._replay is None else self._replay.score(key, self.task)
+        if score is None:
+            score = self._with_memory(lambda: self.evaluate(split, "the average", key))
+            if self._replay is not None:
+                self._replay.keep_score(key, score)
+        return score
 
-    def recompute_batchnorm(self) -> None:
-        """Recompute BatchNorm's statistics at the model's present weights, on training data where there is some."""
+    def recompute_batchnorm(self, key: str = "") -> None:
+        """Recompute BatchNorm's statistics at the model's present weights, on training data where there is some.
+
+        Args:
+            key: of these weights in the journal; "" where they are in none.
+        """
+        norms, split, partial = self._norms, self.batchnorm_from, self._partial(key and f"{key} batchnorm")
 
         def forward() -> None:
-            for batch in self._feed.learnable(self.batchnorm_from):
+            passed, order = self._feed.learnable(split), lambda: self._feed.order[split]
+            for batch in partial.rest(passed, order, lambda: batchnorm.statistics_of(norms), whole=True):
                 self.task.loss(self.model, batch)
 
-        batchnorm.recompute(self._norms, forward)
+        with self._plain():  # a layer that counts its batches would cut a compiled graph in two
+            resumed(partial, lambda: batchnorm.recompute(norms, forward, next(reversed(partial.states), None)))
 
-    def evaluate(self, split: Split, what: str) -> Score:
-        """The score of the model's present state on one split; ``what`` names it in an error.
+    def _plain(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._compiled is None else self._compiled.paused()
 
+    def evaluate(self, split: Split, what: str, key: str = "") -> Score:
+        """The score of the model's present state on one split.
+
+        Args:
+            split: which.
+            what: names the model in an error.
+            key: of these weights and the split in the journal.
         Raises:
             TaskError: if it is `Score.invalid`.
         """
-        score = self._scorer.score(self.model, split, what)
+        score = self._pass(split, what, None, key, self._shared)
         assert score is not None  # only a bar makes it stop
         return valid(score, self.task.source)
 
@@ -283,9 +429,43 @@ class Mixture:
             epochs_of=self.batchnorm_from,
         )
 
-    def _step(self, batch: Any, groups: Groups) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    @property
+    def _shared(self) -> Workers:
+        """Who do one score together."""
+        return ALONE if self._parallel == "candidates" and not self._shard else self._workers
+
+    def _check_whole(self) -> None:
+        if self._shard:
+            raise UsageError("a sharded model has no second derivatives here", hint="--solver gumbel or gradient")
+
+    def _divides(self, split: Split) -> bool:
+        """Whether a batch of this split is divided; looked at once, on the first one."""
+        if self._workers.world == 1:
+            return False
+        if split not in self._divided:
+            why = "BatchNorm needs the whole batch" if self._norms else self._obstacle(split)
+            self._divided[split] = why is None
+            if why is not None:
+                self._remarks.append(f"every worker learned from whole batches of the {split} data, because {why}")
+        return self._divided[split]
+
+    def _obstacle(self, split: Split) -> str | None:
+        self.candidates.materialize(self.uniform())
+        batch = next(self._feed.first(split), None)
+        if batch is None:
+            raise self._feed.empty(split)
+        with self._plain():
+            return division.obstacle(lambda part: self.task.loss(self.model, part), batch, self._device, self._workers)
+
+    def _step(self, stream: Stream, groups: Groups) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         def measured(c_GN: Tensor) -> tuple[Tensor, Tensor]:
-            return loss_and_gradient(self.task, self.candidates, self._norms, self.meter, c_GN, batch, groups)
+            share = stream.share
+            self.meter.count("forward", share.size)
+            found = loss_and_gradient(
+                self.task, self.candidates, self._norms, c_GN, share, groups, self._precision, self._workers
+            )
+            self.meter.count("backward", share.size)
+            return found
 
         def replayed(c_GN: Tensor) -> tuple[Tensor, Tensor]:
             assert self._replay is not None
@@ -310,33 +490,72 @@ class Mixture:
         if key in self._scores and (bar is None or self.meter.charged(key)):
             self.meter.charge(key)
             return self._scores[key]
-        if bar is None and self._replay and (known := self._replay.score(coefficients, split, exact=exact)):
-            self._scores[key] = known
-            return known
+        name = score_key(coefficients, split, exact=exact)
+        # what this run has measured itself is measured again where it is to stop early, for the price of that
+        if self._known(key, earlier=bar is not None):
+            return self._scores[key]
+        if bar is not None and self._replay is not None and self._replay.rejected(name, bar):
+            return None
         with self.meter.pricing(key if bar is None else (*key, bar)):
-            self.meter.evaluated()
-            self._mix(coefficients, exact=exact)
-            score = self._with_memory(lambda: self._recomputed(split, self._describe(coefficients), bar))
+            score = self._measured(key, bar, self._shared)
         if score is not None:
-            self._scores[key] = score
             self.meter.same_price(key if bar is None else (*key, bar), key)
-            if self._replay is not None:
-                self._replay.keep_score(coefficients, split, score, exact=exact)
+            self._keep(key, score)
+        elif bar is not None and self._replay is not None:
+            self._replay.keep_rejected(name, bar)
         return score
+
+    def _measured(self, key: _Key, bar: float | None, workers: Workers) -> Score | None:
+        coefficients, split, exact = key
+        self.meter.evaluated()
+        self._mix(coefficients, exact=exact or len(coefficients.selected) == 1)
+        precision, what = OWN if exact else self._precision, self._describe(coefficients)
+        name = score_key(coefficients, split, exact=exact)
+
+        def work() -> Score | None:
+            with autocast(precision, self._device):
+                self.recompute_batchnorm(name)
+                return self._pass(split, what, bar, name, workers)
+
+        return self._with_memory(work)
+
+    def _pass(self, split: Split, what: str, bar: float | None, key: str, workers: Workers) -> Score | None:
+        partial = self._partial(key)
+        return resumed(partial, lambda: self._scorer.score(self.model, split, what, partial, bar, workers))
+
+    def _partial(self, key: str) -> Partial:
+        """How far an interrupted run has come; what several workers do together they begin anew."""
+        return Partial() if self._replay is None or not key or self._workers.world > 1 else self._replay.partial(key)
+
+    def _known(self, key: _Key, *, earlier: bool = False) -> bool:
+        """Whether an interrupted run has measured it; it is remembered then."""
+        coefficients, split, exact = key
+        name = score_key(coefficients, split, exact=exact)
+        known = self._replay and self._replay.score(name, self.task, earlier=earlier)
+        if known:
+            self._scores[key] = known
+        return bool(known)
+
+    def _keep(self, key: _Key, score: Score) -> None:
+        coefficients, split, exact = key
+        self._scores[key] = score
+        if self._replay is not None:
+            self._replay.keep_score(score_key(coefficients, split, exact=exact), score)
+
+    def _exactly(self, coefficients: Coefficients) -> bool:
+        """One file is scored as it is: that costs no more than what is left of it in few bits."""
+        return (len(coefficients.selected) == 1 or self.candidates.exact) and self._precision == OWN
 
     def _mix(self, coefficients: Coefficients, *, exact: bool) -> None:
         """Make the model the mixture: of the files themselves if ``exact``, else of the candidate matrix."""
         if exact and not self.candidates.exact:
             specs = output_specs(self.checkpoints[0])
-            for name, offset, data in weighted_average(self.checkpoints, coefficients, specs):
-                self.candidates.assign(specs[name], name, offset, data)
+            parts = weighted_average(self.checkpoints, coefficients, specs, only=self.candidates.ranges)
+            self.candidates.assign(specs, parts)
         else:
-            self.candidates.materialize(self.uniform().new_tensor(coefficients.values), coefficients.groups)
+            if not (coefficients.uniform_subset and self.candidates.average(coefficients.selected)):
+                self.candidates.materialize(self.uniform().new_tensor(coefficients.values), coefficients.groups)
             self.candidates.take_integers(coefficients.selected[-1])
-
-    def _recomputed(self, split: Split, what: str, bar: float | None) -> Score | None:
-        self.recompute_batchnorm()
-        return self._scorer.score(self.model, split, what, bar)
 
     def _with_memory(self, work: Callable[[], _T]) -> _T:
         """Do ``work``, with batches half as large as long as memory runs out and the task can halve them."""
@@ -344,8 +563,11 @@ class Mixture:
             try:
                 return work()
             except (RuntimeError, MemoryError) as error:
-                if not (is_out_of_memory(error) and self.task.halve()):
+                # one of several workers cannot make its batches smaller than the others'
+                if not (is_out_of_memory(error) and self._workers.world == 1 and self.task.halve()):
                     raise
+            if self._replay is not None:
+                self._replay.keep_halving()
             self._feed.restart(halved=True)
             torch.cuda.empty_cache()
 
@@ -354,3 +576,8 @@ class Mixture:
         if len(chosen) == 1:
             return f"candidate {chosen[0].path}"
         return "the mixture of steps " + ", ".join(str(checkpoint.step) for checkpoint in chosen)
+
+
+def _written(coefficients: Coefficients, split: Split) -> str:
+    """The key of the file as it lies, which has the output's dtype."""
+    return f"written {score_key(coefficients, split, exact=True)}"

@@ -188,6 +188,20 @@ class Objective(Protocol):
         """
         ...
 
+    def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
+        """The mean loss over ``on`` and its gradient along Σ c = 1, [N] float64 on the CPU, in one pass.
+
+        Like `loss` and `surrogate`, with BatchNorm by the batches' own statistics.
+
+        Raises:
+            TaskError: if the loss has no gradient, or is NaN or infinite.
+        """
+        ...
+
+    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None) -> None:
+        """Say which scores will be asked for, whatever they are: several workers then measure them side by side."""
+        ...
+
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """The score on ``on`` (None is `scored_on`), BatchNorm recomputed; remembered, so asking again is free.
 
@@ -271,8 +285,10 @@ def check_losses(
 
 def scored_alone(objective: Objective) -> list[float]:
     """The score of each candidate alone, larger is better."""
+    alone = [Coefficients.uniform([i], objective.n) for i in range(objective.n)]
+    objective.expect(alone)
     scores: list[float] = []
-    for i in range(objective.n):
-        scores.append(objective.score(Coefficients.uniform([i], objective.n)).value)
+    for i, one in enumerate(alone):
+        scores.append(objective.score(one).value)
         objective.progress("scoring candidates", i + 1, objective.n)
     return scores

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from ckptavg.errors import UsageError
 from ckptavg.readers.regular_file import is_folder
 from ckptavg.window import Window
+from ckptavg.workers import ALONE, PATIENCE, Workers
+
+Parallel: TypeAlias = Literal["auto", "batches", "candidates"]
 
 BITS: Final = (32, 16, 8, 4, 2, 1)
 _MOST_SEEDS: Final = 2**62  # torch takes 64 bits, and each pass over the data has a seed of its own above this one
@@ -40,8 +43,12 @@ class Options:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dtype: of the output's floating-point tensors; None is the candidates' own.
         seed: of everything random.
+        deterministic: let torch use algorithms only that repeat to the bit.
         bits: of an element of the candidate matrix while searching, or ``auto``; the average is exact whatever it is.
         group_size: elements that share a scale and a zero point where ``bits`` < 32.
+        offload: where the candidate matrix lies instead of on the device: ``cpu``, the host's memory, or ``disk``.
+        precision: of the passes of a search: ``float32`` (the model's own), ``bfloat16`` by autocast, or ``auto``.
+        compile: let torch.compile have the model's forward.
         holdout: the fraction of validation data kept for the final scores, where the task has no test data.
         max_shard_size: bytes of a file such as ``5GB``, where the output is a directory; None writes one file.
         adapter: how PEFT adapters are averaged: their ``factors``, which is approximate, or ``exact`` in weight space.
@@ -52,6 +59,11 @@ class Options:
         dry_run: say what would be done, and do nothing.
         resume: go on from the journal that an interrupted run of the same command left.
         keep_journal: leave the journal when the output is written.
+        format: one of safetensors, or a directory of torch.distributed.checkpoint that FSDP goes on training from.
+        parallel: what several workers divide in a score; ``auto`` is candidates where several are wanted, else batches.
+        shard: divide the model and the candidates among several workers, none of whom could have them whole.
+        worker_timeout: seconds that a worker waits for the others.
+        workers: the processes that do it together; see `ckptavg.workers.joined`.
     """
 
     output: Path | str = "averaged.safetensors"
@@ -75,8 +87,12 @@ class Options:
     device: str = "auto"
     dtype: str | None = None
     seed: int = 0
+    deterministic: bool = False
     bits: int | Literal["auto"] = 32
     group_size: int = 128
+    offload: Literal["none", "cpu", "disk"] = "none"
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    compile: bool = False
     holdout: float | None = None
     max_shard_size: str | None = None
     adapter: Literal["factors", "exact"] = "factors"
@@ -87,6 +103,16 @@ class Options:
     dry_run: bool = False
     resume: bool = True
     keep_journal: bool = False
+    format: Literal["safetensors", "dcp"] = "safetensors"
+    parallel: Parallel = "auto"
+    shard: bool = False
+    worker_timeout: float = PATIENCE
+    workers: Workers = field(default=ALONE, repr=False)
+
+    @property
+    def destination(self) -> tuple[Path, Path | None]:
+        """See `destination`; a directory of torch.distributed.checkpoint is what is written itself."""
+        return (Path(self.output), None) if self.format == "dcp" else destination(self.output)
 
     @property
     def ways(self) -> list[str]:
@@ -107,7 +133,7 @@ class Options:
                 raise UsageError(f"{name} goes with --val, the data that a search learns from")
         if self.rank is not None and self.adapter != "exact":
             raise UsageError("--rank goes with --adapter exact")
-        if self.max_shard_size is not None and destination(self.output)[1] is None:
+        if self.max_shard_size is not None and self.destination[1] is None:
             raise UsageError("--max-shard-size needs a directory for its files", hint="end --output with a /")
         self._check_numbers()
 
@@ -125,8 +151,39 @@ class Options:
             raise UsageError(f"--seed must be between -2^62 and 2^62, not {self.seed}")
         if self.bits != "auto" and self.bits not in BITS:
             raise UsageError(f"--bits must be one of {', '.join(map(str, BITS))} or auto, not {self.bits}")
+        self._check_search()
         if self.holdout is not None and not 0 < self.holdout < 1:
             raise UsageError(f"--holdout must be between 0 and 1, not {self.holdout}")
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        if self.shard and self.workers.world == 1:
+            raise UsageError("--shard needs several workers", hint="torchrun --nproc-per-node 8 -m ckptavg ...")
+        if self.shard and (self.score_cmd is not None or self.lm_eval is not None):
+            raise UsageError("--shard needs a loss: a task file or --val")
+        if self.shard and (self.compile or self.precision != "float32"):
+            unused = "--compile" if self.compile else f"--precision {self.precision}"
+            raise UsageError(f"a sharded model runs as it is: --shard goes without {unused}")
+        if not self.worker_timeout > 0:
+            raise UsageError(f"--worker-timeout must be greater than 0, not {self.worker_timeout}")
+
+    def _check_search(self) -> None:
+        """How the candidates are kept and the model is run."""
+        for name, allowed in (("offload", ("none", "cpu", "disk")), ("precision", ("auto", "float32", "bfloat16"))):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(self, name)}")
+        if self.offload != "none" and self.bits != 32:
+            raise UsageError(
+                f"--offload keeps the candidates as they are, and --bits {self.bits} in fewer bits: give one"
+            )
+        given = {
+            "--offload": self.offload != "none",
+            "--precision": self.precision != "float32",
+            "--compile": self.compile,
+        }
+        if self.score_cmd is not None and any(given.values()):
+            unused = ", ".join(name for name, asked in given.items() if asked)
+            raise UsageError(f"{unused} is about a model that ckptavg runs, and --score-cmd runs its own")
 
 
 def destination(output: Path | str) -> tuple[Path, Path | None]:

@@ -9,17 +9,18 @@ from typing import Any, Final, cast
 
 from ckptavg.average import output_specs
 from ckptavg.candidates import budget
+from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
-from ckptavg.discover import Found
+from ckptavg.discover import Found, with_news
 from ckptavg.errors import UsageError
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.finish import Finished, finish, name_of
 from ckptavg.judge import Judgement, judge
 from ckptavg.objective import Learned, Objective, Score, Split, Strategy
-from ckptavg.options import BITS, Options, destination
+from ckptavg.options import BITS, Options
 from ckptavg.result import CandidateResult, Result
-from ckptavg.session import journaled, opened, pick_device
+from ckptavg.session import check_space, journaled, opened, pick_device
 from ckptavg.strategies.best import Best
 
 _LOST: Final = 0.5  # of the candidates' differences: coefficients found with less than half of them may be any
@@ -37,11 +38,13 @@ def run(paths: Sequence[Path], strategy: Strategy, options: Options, watch: Watc
         check(strategy, len(found.checkpoints), evaluator)
         if options.dry_run:
             return blank(found, strategy, options, plan(found.checkpoints, options))
+        check_space(found, options)
         learned = strategy.learn(objective)
         judgement = judge(evaluator, learned.coefficients, options) if evaluator else Judgement(learned.coefficients)
         wrote = Best() if judgement.replaced else strategy
         finished = finish(found.checkpoints, judgement.coefficients, wrote, options, evaluator, watch)
         done()
+        found = with_news(found, paths, finished.output.path)
         return result(found, strategy, options, learned, judgement, finished, evaluator)
 
 
@@ -88,7 +91,8 @@ def result(
     """Everything there is to report of a finished run."""
     coefficients = judgement.coefficients
     invalid = [f"{score.invalid}: it counts as worse than any other" for score in judgement.singles if score.invalid]
-    doubts = [*invalid, *learned.notes, *_doubts(found.checkpoints[0], coefficients, evaluator, finished)]
+    said = evaluator.notes if evaluator else ()
+    doubts = [*invalid, *learned.notes, *said, *_doubts(found.checkpoints[0], coefficients, evaluator, finished)]
     known = blank(found, strategy, options, doubts)
     known = replace(
         known,
@@ -152,16 +156,19 @@ def check(strategy: Strategy, n: int, evaluator: Evaluator | None, name: str = "
 def plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[str]:
     """What a dry run says it would do."""
     first = checkpoints[0]
-    path, _ = destination(options.output)
+    path, _ = options.destination
     written = sum(spec.nbytes for spec in output_specs(first, options.dtype).values())
-    n, elements = len(checkpoints), first.numel
+    n, elements, device = len(checkpoints), first.numel, pick_device(options.device)
     bits = options.bits
     if bits == "auto":
-        bits = budget.largest(elements, 4 * elements, n, options.group_size, pick_device(options.device), BITS)
-    matrix = budget.matrix_bytes(elements, 4 * elements, n, options.group_size, bits)
+        bits = budget.largest(elements, 4 * elements, n, options.group_size, device, BITS)
+    memory = Plan(
+        n=n, elements=elements, size=4 * elements, gradient=4 * elements,
+        bits=bits, group_size=options.group_size, offload=options.offload, device=device,
+    )  # fmt: skip
     return [
-        f"would read {len(checkpoints)} candidates of {first.size:,} bytes and write {written:,} bytes to {path}",
-        f"a float32 model's candidate matrix would take {matrix:,} bytes at {bits} bits on --device {options.device}",
+        f"would read {n} candidates of {first.size:,} bytes and write {written:,} bytes to {path}",
+        f"learning would take for a float32 model: {memory}",
     ]
 
 
@@ -184,7 +191,7 @@ def _doubts(
 def _rounding_doubts(evaluator: Evaluator, coefficients: Coefficients, exact: Score) -> list[str]:
     """Say so where the search saw another score than the exact average's, by more than noise, or too little."""
     matrix = evaluator.matrix
-    if matrix is None or matrix.group_size is None:
+    if matrix is None or (matrix.group_size is None and matrix.precision == "float32"):
         return []
     seen, lost = evaluator.score(coefficients), matrix.error
     gaps = {"score": (seen.value - exact.value, exact.noise)}
@@ -194,6 +201,8 @@ def _rounding_doubts(evaluator: Evaluator, coefficients: Coefficients, exact: Sc
     if not wide and lost <= _LOST:
         return []
     what = f"the search did not see the average as it is ({', '.join(wide)})" if wide else "the search saw little"
+    if matrix.group_size is None:
+        return [f"at --precision {matrix.precision} {what}. Search with --precision float32"]
     return [
         f"at --bits {matrix.bits} {what}: {lost:.0%} of the candidates' differences was lost to rounding. "
         "Search with more bits"

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckptavg import adapter, adapter_config
-from ckptavg.average import Part, not_averaged, output_specs, weighted_average
+from ckptavg.average import Part, not_averaged, output_specs, part, weighted_average
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError, UsageError
 from ckptavg.readers import StoredTensor
+from ckptavg.workers import ALONE, Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ def check(checkpoints: Sequence[Checkpoint], mode: Literal["factors", "exact"]) 
 
 def recipe(
     checkpoints: Sequence[Checkpoint], coefficients: Coefficients, *, dtype: str | None = None,
-    mode: Literal["factors", "exact"] = "factors", rank: int | None = None,
+    mode: Literal["factors", "exact"] = "factors", rank: int | None = None, workers: Workers = ALONE,
 ) -> Recipe:  # fmt: skip
     """The average of ``checkpoints``.
 
@@ -62,6 +63,7 @@ def recipe(
         dtype: of the output's floating-point tensors; None is the candidates' own.
         mode: how adapters are averaged; see `ckptavg.adapter`.
         rank: of an exact adapter; None keeps all of it.
+        workers: each of whom gets a part of the bytes to make; an exact adapter is small and the first one's.
     """
     first = checkpoints[0]
     if mode == "exact":
@@ -70,12 +72,16 @@ def recipe(
         if exact.lost:
             notes = [f"the adapter was reduced to rank {rank}, which lost {exact.lost:.1%} of the average"]
         return Recipe(
-            specs=exact.specs, parts=exact.parts, not_averaged=not_averaged(first), config=exact.config, notes=notes
+            specs=exact.specs,
+            parts=exact.parts if workers.first else iter(()),
+            not_averaged=not_averaged(first),
+            config=exact.config,
+            notes=notes,
         )
     specs = output_specs(first, dtype)
     return Recipe(
         specs=specs,
-        parts=weighted_average(checkpoints, coefficients, specs),
+        parts=weighted_average(checkpoints, coefficients, specs, only=part(first, workers.rank, workers.world)),
         not_averaged=not_averaged(first),
         notes=_factor_doubts(checkpoints, coefficients),
     )

@@ -47,12 +47,18 @@ class MatrixResult:
         group_size: elements that share a scale and a zero point, None where nothing was rounded.
         bytes: it took on the device, scales included.
         error: what rounding lost of the candidates' differences from their mean, relative to these.
+        offload: where it lay instead: ``cpu`` or ``disk``; then ``bytes`` are those of the buffers.
+        precision: of the passes of the search, ``float32`` for the model's own.
+        compiled: whether torch.compile had the model's forward.
     """
 
     bits: int
     group_size: int | None
     bytes: int
     error: float
+    offload: str = "none"
+    precision: str = "float32"
+    compiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

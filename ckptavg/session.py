@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from ckptavg import companions, loadable, recipe
+from ckptavg import companions, contents, dcp_output, durable, interrupt, loadable, recipe, shards
 from ckptavg.admission import admitted
+from ckptavg.average import output_specs
 from ckptavg.commanded import Commanded
 from ckptavg.determinism import reproducible
 from ckptavg.discover import Found
-from ckptavg.errors import CkptavgError, OutOfMemoryError, TaskError, UsageError, is_out_of_memory
+from ckptavg.errors import (
+    CkptavgError,
+    InterruptedRunError,
+    OutOfMemoryError,
+    OutputError,
+    TaskError,
+    UsageError,
+    is_out_of_memory,
+)
 from ckptavg.evaluator import Evaluator, Watch
-from ckptavg.journal import Journal
+from ckptavg.fingerprint import fingerprint
+from ckptavg.journal import Copy, Journal
 from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture
-from ckptavg.options import Options, destination
+from ckptavg.options import Options
+from ckptavg.passes import precision
 from ckptavg.readers.regular_file import is_folder
-from ckptavg.replay import Replay, fingerprint
+from ckptavg.replay import Replay
 from ckptavg.tasks import Task
 from ckptavg.tasks.held_out import HeldOut
 from ckptavg.tasks.python_file import PythonTask
@@ -31,8 +42,8 @@ from ckptavg.write import preflight
 _WORTH_KEEPING: Final = 60.0  # seconds of work that an error should not lose
 # of the options those that decide what is measured
 _DECISIVE: Final = (
-    "seed", "bits", "group_size", "holdout", "device", "dtype", "key", "batch_size", "score_cmd", "score_key",
-    "score_goal", "lm_eval",
+    "seed", "deterministic", "bits", "group_size", "offload", "compile", "holdout", "dtype", "key", "adapter", "rank",
+    "batch_size", "score_cmd", "score_key", "score_goal", "lm_eval",
 )  # fmt: skip
 
 
@@ -47,21 +58,38 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
     Raises:
         CkptavgError: in one line, with the exit code of its class; memory that ran out within is one too.
     """
-    path, folder = destination(options.output)
-    if folder and is_folder(folder):
-        companions.check(folder)
-    preflight(folder if folder and not is_folder(folder) else path, options.force)
-    with blamed(), reproducible(options.seed), admitted(paths, options, watch) as found:
+    options.workers.lead(lambda: _check_output(options))
+    with (
+        blamed(),
+        reproducible(options.seed, deterministic=options.deterministic),
+        admitted(paths, options, watch) as found,
+    ):
         check_agreement(found.checkpoints)
         recipe.check(found.checkpoints, options.adapter)
-        if folder:
+        if options.destination[1]:
             loadable.check(found.checkpoints[-1])
+        seen = [(one.name, one.step, one.size) for one in found.checkpoints]
+        options.workers.agree("options", options, "start all of them with one command")
+        options.workers.agree("candidates", seen, "they must lie on a file system that all machines share")
         try:
             yield found
         except UsageError as error:  # such as a --k of more candidates than there are
             if bad := sum(one.kind == "bad" for one in found.left_out):
                 error.hint = f"{f'{error.hint}; ' if error.hint else ''}{bad} bad ones were left out"
             raise
+
+
+def _check_output(options: Options) -> None:
+    """Refuse an output that cannot be written, and remove what killed runs of it left."""
+    path, folder = options.destination
+    if not options.dry_run:
+        shards.sweep(folder or path.parent, None if folder else path.name)
+    if folder and is_folder(folder):
+        companions.check(folder)
+    if options.format == "dcp":
+        dcp_output.preflight(path, options.force)
+    else:
+        preflight(folder if folder and not is_folder(folder) else path, options.force)
 
 
 @contextmanager
@@ -79,29 +107,68 @@ def journaled(
         watch: is told the progress.
     """
     if options.dry_run:
-        yield evaluator(found, options, watch) if options.ways else None, lambda: None
+        yield evaluator(found, options, watch) if options.ways else None, _nothing
         return
-    path, folder = destination(options.output)
-    with Journal(folder or path, resume=options.resume, keep=options.keep_journal) as journal:
-        replay, began = None, time.monotonic()
-        if options.ways:
-            run = {name: getattr(options, name) for name in _DECISIVE} | {"strategy": dict(settings)}
-            journal.begin(fingerprint(found.checkpoints, run, [options.task, options.val, options.train, options.test]))
-            replay = Replay(journal)
+    path, folder = options.destination
+    workers = options.workers
+    with ExitStack() as stack:
+
+        def begin() -> Journal:
+            journal = stack.enter_context(Journal(folder or path, resume=options.resume, keep=options.keep_journal))
+            _check_output(options)  # again: another run may have finished between the first look and the lock
+            return journal
+
+        journal = workers.lead(begin)
+        done = journal.done if journal else _nothing
+        if not options.ways:
+            yield None, done
+            return
+        records, place = workers.told((dict(journal.records), journal.folder) if journal else ({}, path))
+        replay, began = Replay(journal or Copy(records, place)), time.monotonic()
         try:
-            yield evaluator(found, options, watch, replay) if options.ways else None, journal.done
+            scores = evaluator(found, options, watch, replay)
+
+            def identify() -> None:
+                assert journal is not None
+                run = {name: getattr(options, name) for name in _DECISIVE} | {"strategy": dict(settings)}
+                run["device"] = "" if options.score_cmd else _described(pick_device(options.device))
+                run["precision"] = precision(options.precision, pick_device(options.device))
+                data = [options.val, options.train, options.test]
+                journal.begin(fingerprint(found.checkpoints, run, options.task, data))
+                stack.enter_context(contents.recorded(journal, found.checkpoints))
+
+            workers.lead(identify)
+            yield scores, done
         except BaseException as error:
-            if replay is not None:
-                replay.flush()
-            if isinstance(error, Exception) and time.monotonic() - began < _WORTH_KEEPING:
-                journal.drop()  # not an interruption: the next run will be another one
+            replay.flush()
+            failed = isinstance(error, Exception) and not isinstance(error, InterruptedRunError)
+            brief = time.monotonic() - began < _WORTH_KEEPING
+            if journal and failed and brief and not journal.replayed and not interrupt.pending():
+                journal.drop()  # the next run will be another one
             raise
+
+
+def check_space(found: Found, options: Options) -> None:
+    """Refuse an output for which there is no space now, before hours of work for it.
+
+    Raises:
+        OutputError: with what is needed and what is free.
+    """
+    path, folder = options.destination
+    needed = sum(spec.nbytes for spec in output_specs(found.checkpoints[0], options.dtype).values())
+    needed *= 2 if options.format == "dcp" else 1  # see `ckptavg.dcp_output.DcpFolder`
+    free = durable.free(path.parent if folder is None or is_folder(folder) else folder.parent)
+    if options.adapter != "exact" and needed > free:
+        raise OutputError(f"no space left on device: {needed:,} bytes are needed, {free:,} are free", path=path)
+
+
+def _nothing() -> None:
+    """What the end of a run is to those who keep no journal."""
 
 
 def evaluator(found: Found, options: Options, watch: Watch | None, replay: Replay | None = None) -> Evaluator:
     """What scores mixtures of the candidates; nothing is loaded yet."""
     if options.score_cmd is not None:
-        path, folder = destination(options.output)
         return Commanded(
             options.score_cmd,
             found.checkpoints,
@@ -109,20 +176,30 @@ def evaluator(found: Found, options: Options, watch: Watch | None, replay: Repla
             goal=options.score_goal,
             timeout=options.score_timeout,
             dtype=options.dtype,
-            beside=path.parent if folder is None or is_folder(folder) else folder.parent,
+            beside=Path() if replay is None else replay.folder,  # in a dry run there is none
             seed=options.seed,
             watch=watch,
             replay=replay,
+            workers=options.workers,
         )
+    device = pick_device(options.device)
+    if device.type == "mps" and options.workers.world > 1:
+        raise UsageError("several workers have nothing to talk by on mps", hint="--device cpu")
     return Mixture(
         _task(found, options),
         found.checkpoints,
-        device=pick_device(options.device),
+        device=device,
         seed=options.seed,
         bits=options.bits,
         group_size=options.group_size,
+        offload=options.offload,
+        precision=precision(options.precision, device),
+        compiled=options.compile,
         watch=watch,
         replay=replay,
+        workers=options.workers,
+        parallel=options.parallel,
+        shard=options.shard,
     )
 
 
@@ -188,6 +265,11 @@ def task_of(options: Options, folder: Path) -> Task:
     return PythonTask(options.task, options.task_timeout)
 
 
+def _described(device: torch.device) -> str:
+    """What computes; other hardware has other roundings."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 @contextmanager
 def blamed() -> Generator[None]:
     """Memory that runs out, or a data loader's worker that dies, is no bug of ours.
@@ -208,5 +290,5 @@ def blamed() -> Generator[None]:
             raise
         raise OutOfMemoryError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'the host has none left'}",
-            hint="use --bits 4 or auto, fewer candidates (--last, --every) or smaller batches in the task",
+            hint="use --bits 4 or auto, --offload, fewer candidates (--last, --every) or smaller batches in the task",
         ) from error

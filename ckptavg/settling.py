@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ckptavg import interrupt
 from ckptavg.places import LeftOut, places_under
 from ckptavg.readers.regular_file import is_folder
 from ckptavg.window import Window
@@ -37,6 +38,7 @@ def wait(paths: Sequence[Path], window: Window, seconds: float, watch: Watch | N
     newest = max((changed for _, _, changed in seen.values()), default=0) / 1e9
     quiet_since = time.monotonic() - min(seconds, max(0.0, time.time() - newest))
     while (quiet := time.monotonic() - quiet_since) < seconds:
+        interrupt.check()
         if watch:
             watch("waiting for the job to stop saving", int(quiet), math.ceil(seconds), {})
         time.sleep(min(_LOOK_EVERY, seconds - quiet))

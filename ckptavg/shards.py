@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
+from ckptavg.durable import flush_folder, left_behind, staged
 from ckptavg.errors import UsageError
 from ckptavg.readers import StoredTensor
-from ckptavg.write import SafetensorsFile, preflight, write_text
+from ckptavg.workers import ALONE, Workers
+from ckptavg.write import SafetensorsFile, preflight
 
 INDEX: Final = "model.safetensors.index.json"
 
@@ -29,7 +31,7 @@ class ShardedFiles:
 
     def __init__(
         self, folder: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], largest: str,
-        *, force: bool = False,
+        *, force: bool = False, workers: Workers = ALONE,
     ) -> None:  # fmt: skip
         """Reserve the space of all shards.
 
@@ -39,13 +41,14 @@ class ShardedFiles:
             metadata: of every shard.
             largest: bytes of a shard, such as ``5GB``.
             force: replace existing files.
+            workers: who write them together; see `SafetensorsFile`.
         Raises:
             UsageError: if ``largest`` is no size, or huggingface_hub is missing.
             OutputExistsError, OutputError: as `SafetensorsFile` does.
         """
         self.path = folder / INDEX
         self.sha256 = ""
-        preflight(self.path, force)
+        workers.lead(lambda: preflight(self.path, force))
         split = split_names(specs, largest)
         self._index = json.dumps(
             {"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2, sort_keys=True
@@ -54,7 +57,13 @@ class ShardedFiles:
         with ExitStack() as stack:
             self._files = {
                 name: stack.enter_context(
-                    SafetensorsFile(folder / name, {tensor: specs[tensor] for tensor in tensors}, metadata, force=force)
+                    SafetensorsFile(
+                        folder / name,
+                        {tensor: specs[tensor] for tensor in tensors},
+                        metadata,
+                        force=force,
+                        workers=workers,
+                    )
                 )
                 for name, tensors in split.filename_to_tensors.items()
             }
@@ -69,18 +78,48 @@ class ShardedFiles:
         """See `SafetensorsFile.read_into`."""
         self._files[self._of[name]].read_into(name, start, out)
 
-    def commit(self) -> None:
-        """Give all files their names, the index last: a model without it is found by no loader."""
+    def settle(self) -> None:
+        """See `SafetensorsFile.settle`."""
         for file in self._files.values():
-            file.commit()
-        write_text(self.path, self._index)
-        self.sha256 = hashlib.sha256(self._index.encode()).hexdigest()
+            file.settle()
+
+    def publish(self) -> None:
+        """Give all files their names, the index last: a model without it is found by no loader.
+
+        Under its temporary name the index is there first, so that `sweep` knows what a killed run has named. Of several
+        workers it is the first one's to do.
+        """
+        index = self._index.encode()
+        with staged(self.path, index) as publish, ExitStack() as undo:
+            for file in self._files.values():
+                file.publish()
+                undo.callback(file.path.unlink, missing_ok=True)
+            flush_folder(self.path)
+            publish()
+            undo.pop_all()
+        self.sha256 = hashlib.sha256(index).hexdigest()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed runs left: temporary files, and shards whose index they did not come to name.
+
+    Args:
+        folder: where the output goes, or would go.
+        name: of the output, where it is a file.
+    """
+    for path in left_behind(folder, name):
+        if name is None and path.name.startswith(f".{INDEX}.") and not (folder / INDEX).exists():
+            with suppress(OSError, ValueError, AttributeError):  # it may be torn itself, before it named any
+                for shard in set(json.loads(path.read_bytes())["weight_map"].values()):
+                    (folder / Path(shard).name).unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def split_names(specs: Mapping[str, StoredTensor], largest: str) -> Any:

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from ckptavg.coefficients import Coefficients
+from ckptavg.durable import write_text
 from ckptavg.errors import UsageError
 from ckptavg.evaluator import Evaluator, Watch
 from ckptavg.objective import Hessian, valid
 from ckptavg.options import Options
 from ckptavg.result import Landscape, Output, Plane
-from ckptavg.session import evaluator as make_evaluator
-from ckptavg.session import opened
+from ckptavg.session import journaled, opened
 from ckptavg.strategies import from_spec
 from ckptavg.surrogate import Surrogate
-from ckptavg.write import write_text
 
 
 def landscape(
@@ -53,13 +52,18 @@ def landscape(
         raise UsageError(
             "a landscape takes --samples of at least 3, --grid of at least 2, and three --mixtures or none"
         )
-    with opened(paths, options, watch) as found:
-        evaluator = make_evaluator(found, options, watch)
+    settings = {"name": "landscape", "samples": samples, "mixtures": list(mixtures), "grid": grid, "hessian": hessian}
+    with (
+        opened(paths, options, watch) as found,
+        journaled(found, options, settings, watch) as (evaluator, done),
+    ):
+        assert evaluator is not None  # there is a way to score
         if not evaluator.differentiable:
             raise UsageError("a landscape needs a loss, and here there are only scores")
         q = evaluator.surrogate(None, hessian)
         drawn_MN = _random(samples, evaluator.n, evaluator.generator)
         measured: list[float] = []
+        evaluator.expect([_at(row_N) for row_N in drawn_MN], exact=True)
         for row_N in drawn_MN:
             measured.append(_loss(evaluator, row_N))
             evaluator.progress("scoring random mixtures", len(measured), samples)
@@ -75,9 +79,11 @@ def landscape(
             steps=[evaluator.step(i) for i in range(evaluator.n)],
             plane=plane,
             left_out=found.left_out,
-            warnings=[*found.warnings, *([q.note] if q.note else [])],
+            warnings=[*found.warnings, *([q.note] if q.note else []), *evaluator.notes],
         )
-        return replace(known, output=_written(Path(options.output), as_text(known)))
+        known = replace(known, output=options.workers.lead(lambda: _written(Path(options.output), as_text(known))))
+        done()
+        return known
 
 
 def eigenvalues(q: Surrogate) -> list[float]:
@@ -122,9 +128,12 @@ def _random(count: int, n: int, generator: torch.Generator) -> Tensor:
     return weights_MN / weights_MN.sum(dim=1, keepdim=True)
 
 
+def _at(row_N: Tensor) -> Coefficients:
+    return Coefficients((tuple((row_N / row_N.sum()).tolist()),))
+
+
 def _loss(evaluator: Evaluator, row_N: Tensor) -> float:
-    score = evaluator.exact_score(Coefficients((tuple((row_N / row_N.sum()).tolist()),)), evaluator.scored_on)
-    loss = valid(score).loss
+    loss = valid(evaluator.exact_score(_at(row_N), evaluator.scored_on)).loss
     assert loss is not None  # it is differentiable
     return loss
 
@@ -140,7 +149,9 @@ def _plane(evaluator: Evaluator, mixtures: Sequence[str], grid: int) -> Plane:
     sides = torch.linspace(-0.25, 1.25, grid, dtype=torch.float64).tolist()
     losses: list[list[float]] = []
     for v in sides:
-        losses.append([_loss(evaluator, a_N + u * (b_N - a_N) + v * (c_N - a_N)) for u in sides])
+        row = [a_N + u * (b_N - a_N) + v * (c_N - a_N) for u in sides]
+        evaluator.expect([_at(point_N) for point_N in row], exact=True)
+        losses.append([_loss(evaluator, point_N) for point_N in row])
         evaluator.progress("scoring the plane", len(losses), grid)
     first, second, third = mixtures
     return Plane(names=(first, second, third), u=sides, v=sides, losses=losses)

@@ -15,7 +15,7 @@ from ckptavg.coefficients import Coefficients
 from ckptavg.discover import discover
 from ckptavg.dtypes import NAMES
 from ckptavg.errors import InputError
-from ckptavg.layout import check_agreement
+from ckptavg.layout import check_agreement, model_tensors
 from ckptavg.readers import Reader, RegularFile, StoredTensor, open_reader
 from ckptavg.readers.regular_file import is_file, is_folder
 from ckptavg.readers.safetensors import strict_json
@@ -61,7 +61,7 @@ def verify(file: Path, sources: Path) -> Verification:
             mode=record.get("adapter", "factors"), rank=record.get("rank"),
         )  # fmt: skip
         specs = made.specs
-        stored = {name: node for name, node in output.tree.items() if isinstance(node, StoredTensor)}
+        _, stored, _ = model_tensors(output, None)
         if {name: (t.dtype, t.shape) for name, t in stored.items()} != {
             n: (t.dtype, t.shape) for n, t in specs.items()
         }:

@@ -15,10 +15,13 @@ import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final, NoReturn, Self
+from typing import Final, Self
 
+from ckptavg import interrupt
+from ckptavg.durable import Temporary, flush_folder, refuse, said
 from ckptavg.errors import OutputError, OutputExistsError
 from ckptavg.readers import ITEM_SIZE, StoredTensor
+from ckptavg.workers import ALONE, Workers
 
 _CHUNK: Final = 1 << 20
 _NO_LINK: Final = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)  # file systems without hard links
@@ -33,8 +36,9 @@ class SafetensorsFile:
     """
 
     def __init__(
-        self, path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], *, force: bool = False
-    ) -> None:
+        self, path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], *, force: bool = False,
+        workers: Workers = ALONE,
+    ) -> None:  # fmt: skip
         """Reserve the space.
 
         Args:
@@ -43,30 +47,24 @@ class SafetensorsFile:
             metadata: the header's ``__metadata__``, as it is at `commit`: values may change until then, not their
                 length.
             force: replace an existing file.
+            workers: who write it together, each its own ranges; `settle`, `seal` and this are called by all.
         Raises:
             OutputExistsError: if the destination exists and ``force`` is not given.
             OutputError: if it cannot be written, or there is not enough space.
         """
-        preflight(path, force)
         self.path = path
         self.sha256 = ""
+        self._workers = workers
         self._force = force
         self._specs = specs
         self._metadata = metadata
         _, self._offsets, self.size = _layout(specs, metadata)
         self._missing = sum(spec.nbytes for spec in specs.values())
         self._written: set[tuple[str, int, int]] = set()
-        self._temporary = path.parent / f".{path.name}.{os.getpid()}.ckptavg-tmp"
-        self._fd = -1
-        try:
-            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            _reserve(self._fd, self.size)
-        except OSError as error:
-            self.close()
-            _refuse(path, error, self.size)
-        except BaseException:
-            self.close()
-            raise
+        self._file: Temporary | None = None
+        shared = workers.told(workers.lead(self._create))
+        if shared and not workers.first:
+            self._file = self._joined(shared)
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
         """Write bytes of a tensor, in any order; a range written before may be written again as a whole.
@@ -79,10 +77,10 @@ class SafetensorsFile:
         if not 0 <= offset <= offset + len(data) <= self._specs[name].nbytes:
             raise AssertionError(f"{name}: {len(data)} bytes at {offset} do not fit {self._specs[name]}")
         try:
-            self._pwrite(memoryview(data), self._offsets[name] + offset)
+            self._open.write(data, self._offsets[name] + offset)
         except OSError as error:
-            _refuse(self.path, error, self.size)
-        if (part := (name, offset, len(data))) not in self._written:
+            refuse(self.path, error, self.size)
+        if self._missing and (part := (name, offset, len(data))) not in self._written:
             self._written.add(part)
             self._missing -= len(data)
 
@@ -91,45 +89,92 @@ class SafetensorsFile:
         position = self._offsets[name] + start * ITEM_SIZE[self._specs[name].dtype]
         done = 0
         while done < len(out):
-            done += os.preadv(self._fd, [out[done:]], position + done)
+            try:
+                count = os.preadv(self._open.fd, [out[done:]], position + done)
+            except OSError as error:
+                refuse(self.path, error, self.size)
+            if not count:
+                raise _meddled(self.path)
+            done += count
+
+    def settle(self) -> None:
+        """Wait until all workers have written what they have to, which each of them can read then.
+
+        On a network file system others see what was flushed, and a file as it was when they opened it.
+        """
+        if self._workers.world == 1:
+            return
+        whole = sum(spec.nbytes for spec in self._specs.values())
+        try:
+            os.fsync(self._open.fd)
+        except OSError as error:
+            refuse(self.path, error, self.size)
+        self._missing = whole - sum(whole - missing for missing in self._workers.gather(self._missing))
+        if not self._workers.first:
+            path = self._open.path
+            self.close()
+            self._file = self._joined(path)
 
     def commit(self) -> None:
-        """Write the header, flush the file to the disk and give it its name.
+        """`publish`, and flush the name to the disk too: it survives a power cut.
+
+        Raises:
+            OutputError: if that cannot be done; the file is there and whole.
+        """
+        self.publish()
+        flush_folder(self.path)
+
+    def publish(self) -> None:
+        """Write the header, flush the file to the disk and give it its name; of several workers the first one does it.
 
         Raises:
             OutputExistsError: if the destination has come to exist meanwhile and ``force`` was not given.
             OutputError: if the disk refuses.
         """
+        file = self._finished()
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                flushed = pool.submit(os.fsync, file.fd)  # the disk writes while the processor hashes
+                self.sha256 = _digest(file.fd)
+                flushed.result()
+            if os.fstat(file.fd).st_size != self.size:
+                raise _meddled(self.path)
+            self._publish(file)
+        except FileExistsError as error:
+            raise _exists(self.path) from error
+        except OSError as error:
+            refuse(self.path, error, self.size)
+
+    def seal(self) -> str:
+        """Finish the file without a name: the SHA-256 that it would have; called by all workers."""
+
+        def digest() -> str:
+            file = self._finished()
+            try:
+                return _digest(file.fd)
+            except OSError as error:
+                refuse(self.path, error, self.size)
+
+        return self._workers.told(self._workers.lead(digest)) or ""
+
+    def _finished(self) -> Temporary:
+        """The file with its header."""
         if self._missing:
             raise AssertionError(f"{self._missing} bytes were not written")
         header, offsets, size = _layout(self._specs, self._metadata)
         if (offsets, size) != (self._offsets, self.size):
             raise AssertionError("the metadata has changed its length")
         try:
-            self._pwrite(memoryview(header), 0)
-            with ThreadPoolExecutor(1) as pool:
-                flushed = pool.submit(os.fsync, self._fd)  # the disk writes while the processor hashes
-                self.sha256 = self._digest()
-                flushed.result()
-            if os.fstat(self._fd).st_size != self.size:
-                raise OutputError("another program changed the file while it was written", path=self.path)
-            self._publish()
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except FileExistsError as error:
-            raise _exists(self.path) from error
+            self._open.write(header, 0)
         except OSError as error:
-            _refuse(self.path, error, self.size)
+            refuse(self.path, error, self.size)
+        return self._open
 
     def close(self) -> None:
         """Remove the temporary file, if it is still there."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            self._temporary.unlink(missing_ok=True)
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.remove()
 
     def __enter__(self) -> Self:
         return self
@@ -137,49 +182,46 @@ class SafetensorsFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _publish(self) -> None:
+    @property
+    def _open(self) -> Temporary:
+        assert self._file is not None, "it is closed"
+        return self._file
+
+    def _create(self) -> Path:
+        preflight(self.path, self._force)
+        try:
+            self._file = Temporary(self.path)
+            _reserve(self._file.fd, self.size)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                refuse(self.path, error, self.size)
+            raise
+        return self._file.path
+
+    def _joined(self, path: Path) -> Temporary:
+        """What the first worker has made."""
+        try:
+            return Temporary.joined(path)
+        except OSError as error:
+            what = f"cannot be opened by worker {self._workers.rank}: {said(error)}"
+            hint = "the output must lie on a file system that all machines share"
+            raise OutputError(what, path=path, hint=hint) from error
+
+    def _publish(self, file: Temporary) -> None:
         if self._force:
             if self.path.exists():
-                os.fchmod(self._fd, stat.S_IMODE(self.path.stat().st_mode))
-            os.replace(self._temporary, self.path)  # noqa: PTH105  # one spelling for all three calls
+                os.fchmod(file.fd, stat.S_IMODE(self.path.stat().st_mode))
+            os.replace(file.path, self.path)  # noqa: PTH105  # one spelling for all three calls
             return
         try:
-            os.link(self._temporary, self.path)  # unlike rename, refuses an existing name atomically
+            os.link(file.path, self.path)  # unlike rename, refuses an existing name atomically
         except OSError as error:
             if error.errno not in _NO_LINK:
                 raise
             if os.path.lexists(self.path):
                 raise FileExistsError from error
-            os.rename(self._temporary, self.path)  # noqa: PTH104
-
-    def _pwrite(self, data: memoryview, position: int) -> None:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._fd, data[done:], position + done)
-
-    def _digest(self) -> str:
-        digest = hashlib.sha256()
-        buffer = memoryview(bytearray(_CHUNK))
-        position = 0
-        while count := os.preadv(self._fd, [buffer], position):
-            digest.update(buffer[:count])
-            position += count
-        return digest.hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all; an existing one is replaced.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.ckptavg-tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot be written: {error.strerror}", path=path) from error
+            os.rename(file.path, self.path)  # noqa: PTH104
 
 
 def preflight(path: Path, force: bool) -> None:
@@ -209,6 +251,10 @@ def _exists(path: Path) -> OutputExistsError:
     return OutputExistsError("exists already", path=path, hint="replace it with --force, or choose another -o")
 
 
+def _meddled(path: Path) -> OutputError:
+    return OutputError("another program changed the file while it was written", path=path)
+
+
 def _layout(specs: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
     """The header's bytes, where each tensor starts in the file, and the file's size.
 
@@ -227,6 +273,17 @@ def _layout(specs: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> t
     return len(text).to_bytes(8, "little") + text, {name: data + start for name, start in starts.items()}, data + end
 
 
+def _digest(fd: int) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK))
+    position = 0
+    while count := os.preadv(fd, [buffer], position):
+        interrupt.check()
+        digest.update(buffer[:count])
+        position += count
+    return digest.hexdigest()
+
+
 def _reserve(fd: int, size: int) -> None:
     try:
         os.posix_fallocate(fd, 0, size)
@@ -234,11 +291,3 @@ def _reserve(fd: int, size: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise
         os.ftruncate(fd, size)  # this file system cannot reserve
-
-
-def _refuse(path: Path, error: OSError, size: int) -> NoReturn:
-    what = os.strerror(error.errno or 0).lower()
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        space = os.statvfs(path.parent)
-        what = f"{what}: {size:,} bytes are needed, {space.f_bavail * space.f_frsize:,} are free"
-    raise OutputError(f"cannot be written: {what}", path=path) from error

@@ -23,6 +23,7 @@ from jobs import mlp, transformer
 
 from ckptavg.__main__ import main
 from ckptavg.discover import discover
+from ckptavg.interrupt import SIGNALS
 from ckptavg.mixture import Mixture
 from ckptavg.tasks.python_file import PythonTask
 from ckptavg.window import Window
@@ -89,6 +90,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         code = left.value.code
         return subprocess.CompletedProcess(words, code if isinstance(code, int) else int(code is not None), out, err)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield call
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)

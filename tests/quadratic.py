@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,8 +48,16 @@ class Quadratic:
         mean = self.weights_ND.mean(dim=0)
         return Surrogate(float(mean.square().mean()), 2 / self.d * self.weights_ND @ mean, hessian_NN, "exact")
 
+    def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
+        mean = torch.tensor(coefficients.values[0], dtype=torch.float64) @ self.weights_ND
+        gradient_N = 2 / self.d * self.weights_ND @ mean
+        return float(mean.square().mean()), gradient_N - gradient_N.mean()
+
     def of_subset(self, subset: Iterable[int]) -> float:
         return float(self.weights_ND[list(subset)].mean(dim=0).square().mean())
+
+    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None) -> None:
+        """One process has nothing to do ahead."""
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         c_GN = torch.tensor(coefficients.values, dtype=torch.float64)

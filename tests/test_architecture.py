@@ -25,21 +25,24 @@ LAYERS = (
     ("finish", "judge", "paired"),
     ("mixture", "commanded", "recipe", "loadable", "admission"),
     ("curvature",),
-    ("gradient",),
+    ("gradient", "division"),
     ("intercept",),
-    ("evaluator", "replay"),
+    ("evaluator", "replay", "contents", "fingerprint"),
     ("result",),
-    ("strategies", "companions", "adapter", "shards", "manifest"),
+    ("strategies", "companions", "adapter", "shards", "dcp_output", "manifest"),
     ("candidates", "average", "write", "journal", "provenance", "batchnorm", "scorer"),
     ("feed", "tally", "surrogate"),
-    ("tasks", "meter", "determinism"),
+    ("tasks", "meter", "partial", "passes", "kept"),
     ("discover", "settings", "options", "adapter_config", "settling"),
     ("copies", "layout", "places", "window", "soundness"),
     ("steps",),
-    ("checkpoint", "objective", "dtypes", "batches"),
+    ("checkpoint", "objective", "dtypes", "batches", "determinism", "encoded"),
     ("coefficients",),
+    ("workers",),
     ("readers",),
-    ("errors",),
+    ("durable",),
+    ("lock",),
+    ("errors", "interrupt"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
@@ -113,17 +116,27 @@ def loaded_by(*arguments: str, cwd: Path | None = None) -> set[str]:
     return {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("sewa", "--help"), ("--version",)])
-def test_help_loads_neither_torch_nor_numpy(arguments: tuple[str, ...]):
-    assert not {"torch", "numpy", "transformers", "safetensors"} & loaded_by(*arguments)
+# what takes longer to import than a command that only looks should take
+HEAVY = {"torch", "numpy", "transformers", "safetensors", "scipy", "sklearn", "matplotlib", "datasets", "pandas", "cma"}
 
 
-def test_inspecting_safetensors_does_not_load_torch(tmp_path: Path):
+@pytest.mark.parametrize("arguments", [("--help",), ("sewa", "--help"), ("compare", "--help"), ("--version",)])
+def test_help_loads_nothing_heavy(arguments: tuple[str, ...]):
+    loaded = loaded_by(*arguments)
+    assert "ckptavg.cli.app" in loaded and not HEAVY & loaded
+
+
+def test_help_reads_no_checkpoint_and_draws_no_progress():
+    assert not {"ckptavg.discover", "ckptavg.result", "rich.progress"} & loaded_by("--help")
+
+
+def test_inspecting_safetensors_loads_nothing_heavy(tmp_path: Path):
     import torch
     from safetensors.torch import save_file
 
     save_file({"w": torch.ones(1)}, tmp_path / "step-1.safetensors")
-    assert "torch" not in loaded_by("inspect", str(tmp_path))
+    loaded = loaded_by("inspect", str(tmp_path))
+    assert "ckptavg.discover" in loaded and not HEAVY & loaded
 
 
 def test_importing_the_package_loads_no_torch():

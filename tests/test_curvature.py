@@ -576,7 +576,7 @@ def test_a_loss_without_gradient_or_without_a_finite_value_is_an_error(tmp_path:
 
     with pytest.raises(TaskError, match=r"^task.py: loss\(\) gives no gradient"):
         measured(found, batches(5), detached, source="task.py")
-    with pytest.raises(TaskError, match=r"loss\(\) is inf at the mean of the candidates"):
+    with pytest.raises(TaskError, match=r"loss\(\) gave inf in batch 1, at the mean"):
         measured(found, batches(5), infinite)
 
 

@@ -124,7 +124,10 @@ def test_a_sharded_pytorch_model_is_averaged(run: Run, tmp_path: Path):
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(run: Run, digits: Path, tmp_path: Path):
     done = run("sewa", digits, "--dry-run", "--task", TASK)
     assert (done.returncode, done.stdout) == (0, "") and not list(tmp_path.iterdir())
-    assert "would read 24 candidates" in done.stderr and "candidate matrix would take" in done.stderr
+    assert (
+        "would read 24 candidates" in done.stderr
+        and "24 candidates 0.97 MB + model 40.5 kB + gradient 40.5 kB" in done.stderr
+    )
 
 
 def test_the_callers_random_numbers_and_settings_are_left_alone(digits: Path, tmp_path: Path):

@@ -47,7 +47,13 @@ def calls(path: Path) -> int:
 
 @pytest.mark.parametrize(
     "command",
-    ["sewa --k 2 --steps 40", "aswa", "twa --epochs 8 --layerwise", "compare --strategies swa,soup,twa:epochs=6"],
+    [
+        "sewa --k 2 --steps 40",
+        "aswa",
+        "aswa --offload disk",
+        "twa --epochs 8 --layerwise",
+        "compare --strategies swa,soup,twa:epochs=6",
+    ],
 )
 def test_an_interrupted_run_gives_the_same_bytes_and_measures_nothing_twice(
     run: Run, digits: Path, stopping: Path, tmp_path: Path, command: str

@@ -7,23 +7,28 @@ buffers), Q = the parameters among them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ckptavg.candidates import budget
 from ckptavg.candidates.dense import Dense
 from ckptavg.candidates.flat import Flat, ReadInto, check_names, check_tied, flatten, present, read, unique_tensors
 from ckptavg.candidates.packed import Packed
+from ckptavg.candidates.plan import EXACT, Offload
+from ckptavg.candidates.running_sum import RunningSum
+from ckptavg.candidates.sharded import flatten_shards
+from ckptavg.candidates.streamed import FileRows, HostRows, Streamed
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.dtypes import TORCH
 from ckptavg.errors import InputError
 from ckptavg.readers import StoredTensor
 from ckptavg.soundness import not_finite
+from ckptavg.workers import ALONE, Workers
 
-EXACT: Final = 32  # the candidates as they are, in the model's own dtype
 _MEASURED: Final = 1 << 20  # columns whose distances are taken at a time
 
 
@@ -41,8 +46,8 @@ class Matrix(Protocol):
         ...
 
     @property
-    def error(self) -> float:
-        """What the encoding lost: ‖d̂ − d‖/‖d‖ over all rows, d being their differences from the centre."""
+    def squares(self) -> Tensor:
+        """[2], what the encoding lost: ‖d̂ − d‖² and ‖d‖² over all rows, d being their differences from the centre."""
         ...
 
     def row(self, i: int) -> Tensor:
@@ -64,6 +69,11 @@ class Candidates:
     ``materialize`` is w = Pᵀc and ``pullback`` is P g, one matrix-vector product each (a dtype), whatever the number
     of parameters: the model's parameters are views into one flat vector, and so are their gradients. A parameter that
     is tied to another is in it once. Memory: the matrix and two vectors of D elements; where it is not exact, the mean.
+    A matrix that is ``offload``-ed is streamed to the device piece by piece, and a mean of some of its rows costs those
+    that the one before did not have.
+
+    Of a sharded model every worker has the columns of its own shards: ``materialize`` needs nobody else, and what
+    ``pullback`` gives is its part of a sum over workers.
 
     Args:
         model: the task's model, on its device; its parameters' storage is replaced.
@@ -71,6 +81,8 @@ class Candidates:
         progress: is told how many rows are loaded.
         bits: of an element of the matrix; 32 is the model's own dtype, less is `Packed`.
         group_size: elements that share a scale and a zero point.
+        offload: where an exact matrix lies instead of on the device: in the host's memory, or in its files.
+        workers: over whom the model is sharded, if it is.
     Raises:
         TaskError: if names or shapes are not the model's.
         InputError: if a weight is NaN or infinite, or tied parameters differ in a file.
@@ -84,8 +96,11 @@ class Candidates:
         *,
         bits: int = EXACT,
         group_size: int = 128,
+        offload: Offload = "none",
+        workers: Workers = ALONE,
     ) -> None:
         self.model = model
+        self._workers = workers
         self.n = len(checkpoints)
         self.bits = bits
         self.exact = bits == EXACT
@@ -99,28 +114,37 @@ class Candidates:
             else:
                 self._integers.append((names, tensor, []))
         self._blocks: list[tuple[Flat, Matrix]] = []
-        for dtype, tensors in by_dtype.items():
-            flat = flatten(tensors)
-            size, device = len(flat.weights_D), flat.weights_D.device
-            matrix = (
-                Dense(self.n, size, dtype, device)
-                if self.exact
-                else Packed(self.n, size, dtype, device, bits=bits, group=group_size)
-            )
+        self._sums: list[RunningSum] = []
+        for tensors in by_dtype.values():
+            flat = flatten(tensors) if workers.world == 1 else flatten_shards(model, tensors, workers)
+            device = flat.weights_D.device
+            if offload == "disk" or (offload == "cpu" and device.type != "cpu"):
+                matrix = self._streamed(flat, checkpoints if offload == "disk" else None)
+            elif self.exact:
+                matrix = Dense(self.n, len(flat.weights_D), flat.weights_D.dtype, device)
+            else:
+                size, dtype = len(flat.weights_D), flat.weights_D.dtype
+                matrix = Packed(self.n, size, dtype, device, bits=bits, group=group_size)
             self._blocks.append((flat, matrix))
-        self._state = {name: tensor.detach() for names, tensor in self._unique for name in names}
         self._load(checkpoints, progress)
+        self.error = self._lost()
         model.requires_grad_(True)
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the candidate matrix takes on the device."""
+        """The bytes that the candidate matrix takes on each device."""
         return sum(matrix.nbytes for _, matrix in self._blocks)
 
     @property
-    def error(self) -> float:
-        """What rounding to few bits lost of the candidates' differences from their mean, relative to these."""
-        return max(matrix.error for _, matrix in self._blocks)
+    def streamed(self) -> bool:
+        """Whether the matrix lies somewhere else than on the device."""
+        return bool(self._sums)
+
+    @property
+    def ranges(self) -> Mapping[str, range]:
+        """The elements of each tensor that are here."""
+        here = {name: slot.range for flat, _ in self._blocks for slot in flat.slots for name in slot.names}
+        return here | {name: range(tensor.numel()) for names, tensor, _ in self._integers for name in names}
 
     @torch.no_grad()
     def materialize(self, c_GN: Tensor, groups: Groups = EVERYTHING) -> None:
@@ -133,16 +157,29 @@ class Candidates:
         c_GN = c_GN.view(len(groups), self.n)
         for flat, matrix in self._blocks:
             weights_D, centre_D = flat.weights_D, matrix.centre_D
-            for start, stop, g in flat.segments(groups, len(weights_D)):
-                for piece_NC, part in matrix.pieces(start, stop):
-                    c_N = c_GN[g].to(piece_NC)
-                    if piece_NC.dtype != weights_D.dtype:
-                        w_C = piece_NC.t().mv(c_N)
-                        weights_D[part] = w_C if centre_D is None else centre_D[part] + w_C
-                    elif centre_D is None:
-                        torch.mv(piece_NC.t(), c_N, out=weights_D[part])
-                    else:
-                        torch.addmv(centre_D[part], piece_NC.t(), c_N, out=weights_D[part])
+            for run_NC, part, g in _runs(flat, matrix, groups, len(weights_D)):
+                c_N = c_GN[g].to(run_NC)
+                if run_NC.dtype != weights_D.dtype:
+                    w_C = run_NC.t().mv(c_N)
+                    weights_D[part] = w_C if centre_D is None else centre_D[part] + w_C
+                elif centre_D is None:
+                    torch.mv(run_NC.t(), c_N, out=weights_D[part])
+                else:
+                    torch.addmv(centre_D[part], run_NC.t(), c_N, out=weights_D[part])
+            flat.push()
+
+    @torch.no_grad()
+    def average(self, chosen: Sequence[int]) -> bool:
+        """Make the model's floating-point state the mean of the candidates ``chosen``, reading only rows that changed.
+
+        Returns:
+            False where nothing was done because the matrix is on the device: there `materialize` takes less time than
+            keeping a sum would (``scripts/benchmark/evaluation.py``).
+        """
+        for (flat, _), running in zip(self._blocks, self._sums, strict=False):
+            running.mean(chosen, flat.weights_D)
+            flat.push()
+        return self.streamed
 
     def zero_gradient(self) -> None:
         """Forget the gradient that backward passes have added up."""
@@ -151,27 +188,28 @@ class Candidates:
 
     @torch.no_grad()
     def pullback(self, groups: Groups = EVERYTHING) -> Tensor:
-        """[G, N], ∂ℓ/∂c_i = ⟨w_i, ∂ℓ/∂w⟩ by group, from the gradient added up since `zero_gradient`."""
+        """[G, N], ∂ℓ/∂c_i = ⟨w_i, ∂ℓ/∂w⟩ by group, from the gradient added up since `zero_gradient`.
+
+        Of a sharded model a part of it, which is to be summed over workers.
+        """
         total_GN = self._zeros(groups)
         for flat, matrix in self._blocks:
-            for start, stop, g in flat.segments(groups, len(flat.gradient_Q)):
-                for piece_NC, part in matrix.pieces(start, stop):
-                    gradient_C = flat.gradient_Q[part].to(piece_NC)
-                    total_GN[g] += piece_NC.mv(gradient_C)
-                    if matrix.centre_D is not None:
-                        total_GN[g] += matrix.centre_D[part].to(piece_NC).dot(gradient_C)
-        return total_GN
+            for run_NC, part, g in _runs(flat, matrix, groups, len(flat.gradient_Q)):
+                gradient_C = flat.gradient_Q[part].to(run_NC)
+                total_GN[g] += run_NC.mv(gradient_C)
+                if matrix.centre_D is not None:
+                    total_GN[g] += matrix.centre_D[part].to(run_NC).dot(gradient_C)
+        return total_GN.mul_(self._workers.world)  # FSDP2 takes the mean of the workers' gradients, not their sum
 
     @torch.no_grad()
     def distances(self, groups: Groups = EVERYTHING) -> Tensor:
         """[G, N], ‖w_i − w̄‖₂ over the parameters of each group, w̄ being the mean of the N rows."""
         total_GN = self._zeros(groups)
         for flat, matrix in self._blocks:
-            for start, stop, g in flat.segments(groups, len(flat.gradient_Q)):
-                for begin in range(start, stop, _MEASURED):
-                    for piece_NC, _ in matrix.pieces(begin, min(begin + _MEASURED, stop)):
-                        total_GN[g] += (piece_NC - piece_NC.mean(dim=0)).square().sum(dim=1)
-        return total_GN.sqrt()
+            for run_NC, _, g in _runs(flat, matrix, groups, len(flat.gradient_Q)):
+                for some_NC in run_NC.split(_MEASURED, dim=1):
+                    total_GN[g] += (some_NC - some_NC.mean(dim=0)).square().sum(dim=1)
+        return self._workers.sum(total_GN).sqrt()
 
     def blocks(self, size: int | None) -> Groups:
         """See `ckptavg.objective.Objective.blocks`; every floating-point tensor is in one, under all of its names."""
@@ -200,17 +238,42 @@ class Candidates:
         for flat, _ in self._blocks:
             for slot in flat.slots:
                 name = present(slot.names, specs)
-                read(specs[name], name, read_into, flat.weights_D[slot.start :][: slot.numel])
+                read(specs[name], name, read_into, flat.weights_D[slot.start :][: slot.numel], slot.first)
+            flat.push()
         for names, tensor, _ in self._integers:
             name = present(names, specs)
             read(specs[name], name, read_into, tensor)
 
     @torch.no_grad()
-    def assign(self, spec: StoredTensor, name: str, offset: int, data: memoryview) -> None:
-        """Set a run of elements of one tensor, from byte ``offset`` of it on."""
-        values = torch.frombuffer(data, dtype=TORCH[spec.dtype])
-        start = offset // values.itemsize
-        self._state[name].view(-1)[start : start + len(values)] = values
+    def assign(self, specs: Mapping[str, StoredTensor], parts: Iterable[tuple[str, int, memoryview]]) -> None:
+        """Set the model's whole state from runs of its tensors' bytes, each from some byte of a tensor on."""
+        places = {name: (flat, slot) for flat, _ in self._blocks for slot in flat.slots for name in slot.names}
+        whole = {name: tensor for names, tensor, _ in self._integers for name in names}
+        for name, offset, data in parts:
+            values = torch.frombuffer(data, dtype=TORCH[specs[name].dtype])
+            start = offset // values.itemsize
+            if name in whole:
+                whole[name].view(-1)[start : start + len(values)] = values
+                continue
+            flat, slot = places[name]
+            start += slot.start - slot.first
+            flat.weights_D[start : start + len(values)] = values
+        for flat, _ in self._blocks:
+            flat.push()
+
+    def _lost(self) -> float:
+        """What rounding to few bits lost of the candidates' differences from their mean, relative to these."""
+        lost, whole = self._workers.sum(torch.stack([matrix.squares.cpu().double() for _, matrix in self._blocks])).T
+        return float((lost / whole).nan_to_num(0.0).max().sqrt())
+
+    def _streamed(self, flat: Flat, checkpoints: Sequence[Checkpoint] | None) -> Streamed:
+        """A matrix in the files of ``checkpoints``, or else in the host's memory, and the sum of some of its rows."""
+        size, dtype, device = len(flat.weights_D), flat.weights_D.dtype, flat.weights_D.device
+        rows = FileRows(checkpoints, flat.slots, flat.weights_D) if checkpoints else HostRows(self.n, size, dtype)
+        matrix = Streamed(rows, self.n, size, dtype, device)
+        host = budget.free_memory(torch.device("cpu"))
+        self._sums.append(RunningSum(matrix, flat.slots, self.n, size, keep=16 * size < host))
+        return matrix
 
     def _zeros(self, groups: Groups) -> Tensor:
         widest = max((flat.gradient_Q.dtype for flat, _ in self._blocks), key=lambda dtype: dtype.itemsize)
@@ -228,9 +291,11 @@ class Candidates:
                     matrix.centre_D.add_(_read_row(checkpoint, flat, matrix.row(i)), alpha=1 / n)
                 progress("averaging candidates", i + 1, n)
         for i, checkpoint in enumerate(checkpoints):
-            for flat, matrix in self._blocks:
-                _read_row(checkpoint, flat, matrix.row(i))
+            for k, (flat, matrix) in enumerate(self._blocks):
+                row_D = _read_row(checkpoint, flat, matrix.row(i))
                 matrix.keep(i)
+                if self._sums:
+                    self._sums[k].look_at(row_D)
             for names, tensor, values in self._integers:
                 value = torch.empty_like(tensor)
                 name = present(names, checkpoint.tensors)
@@ -240,11 +305,18 @@ class Candidates:
             progress("reading candidates", i + 1, n)
 
 
+def _runs(flat: Flat, matrix: Matrix, groups: Groups, stop: int) -> Iterator[tuple[Tensor, slice, int]]:
+    """([N, C], columns, group): the columns before ``stop`` in runs that have one group of coefficients each."""
+    for piece_NC, part in matrix.pieces(0, stop):
+        for begin, end, g in flat.cut(part, groups, stop):
+            yield piece_NC[:, begin - part.start : end - part.start], slice(begin, end), g
+
+
 def _read_row(checkpoint: Checkpoint, flat: Flat, row_D: Tensor) -> Tensor:
     for slot in flat.slots:
         name = present(slot.names, checkpoint.tensors)
-        check_tied(checkpoint, slot.names)
-        read(checkpoint.spec(name), name, checkpoint.read_into, row_D[slot.start :][: slot.numel])
+        check_tied(checkpoint, slot.names, slot.range)
+        read(checkpoint.spec(name), name, checkpoint.read_into, row_D[slot.start :][: slot.numel], slot.first)
     if not checkpoint.allow_nonfinite and not torch.isfinite(row_D).all():
         bad = next(s for s in flat.slots if not torch.isfinite(row_D[s.start :][: s.numel]).all())
         name = present(bad.names, checkpoint.tensors)

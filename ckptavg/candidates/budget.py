@@ -12,7 +12,9 @@ import torch
 _SHARE: Final = 0.7  # of the free memory; the rest is for activations
 
 
-def largest(elements: int, size: int, n: int, group_size: int, device: torch.device, bits: Iterable[int]) -> int:
+def largest(
+    elements: int, size: int, n: int, group_size: int, device: torch.device, bits: Iterable[int], sharing: int = 1
+) -> int:
     """The largest of ``bits`` at which N candidates, their mean and a gradient take at most 70 % of the free memory.
 
     Args:
@@ -22,8 +24,10 @@ def largest(elements: int, size: int, n: int, group_size: int, device: torch.dev
         group_size: elements that share a scale and a zero point.
         device: where the matrix would be.
         bits: what to choose from, falling; the last of them if nothing fits.
+        sharing: how many processes share the host's memory.
     """
-    room = _SHARE * free_memory(device) - 2 * size
+    free = free_memory(device) / (sharing if device.type == "cpu" else 1)
+    room = _SHARE * free - 2 * size
     choice = 0
     for choice in bits:
         if matrix_bytes(elements, size, n, group_size, choice) <= room:
@@ -50,5 +54,13 @@ def free_memory(device: torch.device) -> int:
     group = Path("/sys/fs/cgroup")  # version 2; a process in a container sees its own
     limit, used = group / "memory.max", group / "memory.current"
     if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
-        limits.append(int(most) - int(used.read_text()))
+        limits.append(int(most) - int(used.read_text()) + _cached(group / "memory.stat"))
     return max(0, min(limits))
+
+
+def _cached(statistics: Path) -> int:
+    """The bytes of files that the kernel keeps for a container and would give back: the checkpoints, when read."""
+    if not statistics.exists():
+        return 0
+    fields = dict(line.split() for line in statistics.read_text().splitlines())
+    return sum(int(fields.get(name, 0)) for name in ("active_file", "inactive_file"))

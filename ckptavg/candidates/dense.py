@@ -18,7 +18,7 @@ class Dense:
     """The matrix [N, D] itself; see `ckptavg.candidates.Matrix`."""
 
     centre_D = None
-    error = 0.0
+    squares = torch.zeros(2)
 
     def __init__(self, n: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self._rows_ND = torch.empty(n, size, dtype=dtype, device=device)

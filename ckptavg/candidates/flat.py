@@ -5,7 +5,9 @@ Shape suffixes: D = elements of one dtype (parameters first, then floating-point
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import ctypes
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -25,24 +27,65 @@ ReadInto = Callable[[str, int, memoryview], None]
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one unique tensor of the model lies in its vector; ``names`` are its names, more than one when tied."""
+    """Where one unique tensor of the model lies in its vector, or a shard of one.
+
+    Attributes:
+        names: its names, more than one when tied.
+        start: where it begins in the vector.
+        numel: its elements that are there.
+        first: the number of the first of them in the whole tensor.
+    """
 
     names: tuple[str, ...]
     start: int
     numel: int
+    first: int = 0
+
+    @property
+    def range(self) -> range:
+        """The numbers of its elements in the whole tensor."""
+        return range(self.first, self.first + self.numel)
 
 
 @dataclass(frozen=True)
 class Flat:
-    """Everything of one dtype."""
+    """Everything of one dtype.
+
+    Attributes:
+        weights_D: the values.
+        gradient_Q: what backward passes add up.
+        slots: where each tensor lies.
+        shards: the sharded parameters, each with its part of ``weights_D``.
+    """
 
     weights_D: Tensor
     gradient_Q: Tensor
     slots: tuple[Slot, ...]
+    shards: tuple[tuple[nn.Parameter, Tensor], ...] = ()
 
-    def segments(self, groups: Groups, stop: int) -> Sequence[tuple[int, int, int]]:
-        """(start, stop, group) of the runs of elements before ``stop`` that belong to one group of coefficients."""
-        return _segments(self.slots, groups, stop)
+    def push(self) -> None:
+        """Let the model have the values, where it keeps some elsewhere: FSDP2 pads a shard shorter than the others."""
+        for parameter, values in self.shards:
+            local: Tensor = parameter.detach().to_local()  # pyright: ignore  # a DTensor
+            if local.data_ptr() != values.data_ptr():
+                local.copy_(values)
+
+    def cut(self, part: slice, groups: Groups, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, group) of the runs within the elements ``part``; those before ``stop`` are in some run."""
+        runs = _segments(self.slots, groups, stop)
+        for begin, end, g in runs[bisect_right(runs, part.start, key=lambda run: run[1]) :]:
+            if begin >= part.stop:
+                return
+            yield max(begin, part.start), min(end, part.stop), g
+
+
+def overlapping(slots: Sequence[Slot], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(number of a slot, start, stop) of the runs of elements between two that lie in one slot."""
+    for k in range(bisect_right(slots, start, key=lambda slot: slot.start + slot.numel), len(slots)):
+        if slots[k].start >= stop:
+            return
+        if slots[k].numel:
+            yield k, max(start, slots[k].start), min(stop, slots[k].start + slots[k].numel)
 
 
 @lru_cache(maxsize=16)  # asked for twice a step, the same every time
@@ -121,15 +164,15 @@ def present(names: tuple[str, ...], stored: Mapping[str, StoredTensor]) -> str:
     return next(name for name in names if name in stored)
 
 
-def check_tied(checkpoint: Checkpoint, names: tuple[str, ...]) -> None:
-    """Names that are one parameter in the model must hold one value in the file."""
+def check_tied(checkpoint: Checkpoint, names: tuple[str, ...], elements: range) -> None:
+    """Names that are one parameter in the model must hold one value in the file; ``elements`` are looked at."""
     stored = [name for name in names if name in checkpoint.tensors]
     if len({checkpoint.spec(name) for name in stored}) < 2:
         return
     contents: list[bytearray] = []
     for name in stored:
-        contents.append(bytearray(checkpoint.spec(name).nbytes))
-        checkpoint.read_into(name, 0, memoryview(contents[-1]))
+        contents.append(bytearray(len(elements) * ITEM_SIZE[checkpoint.spec(name).dtype]))
+        checkpoint.read_into(name, elements.start, memoryview(contents[-1]))
     if any(content != contents[0] for content in contents):
         raise InputError(
             f"is tied to {stored[0]} in the task's model, but the file holds other values",
@@ -138,12 +181,25 @@ def check_tied(checkpoint: Checkpoint, names: tuple[str, ...]) -> None:
         )
 
 
-def read(spec: StoredTensor, name: str, read_into: ReadInto, out: Tensor) -> None:
-    """Stream a tensor into ``out`` (any shape, device and dtype, contiguous) through one small buffer."""
-    item = ITEM_SIZE[spec.dtype]
+def read(spec: StoredTensor, name: str, read_into: ReadInto, out: Tensor, first: int = 0) -> None:
+    """Stream the elements of a tensor from number ``first`` on into ``out`` (any shape, device and dtype, contiguous).
+
+    Through one small buffer; straight into the memory of ``out`` where it has the file's dtype and lies on the host.
+    """
     flat = out.view(-1)
-    buffer = bytearray(min(spec.nbytes, _CHUNK))
-    for start in range(0, spec.numel, _CHUNK // item):
-        count = min(_CHUNK // item, spec.numel - start)
-        read_into(name, start, memoryview(buffer)[: count * item])
-        flat[start : start + count] = torch.frombuffer(buffer, dtype=TORCH[spec.dtype], count=count)
+    count, item, dtype = flat.numel(), ITEM_SIZE[spec.dtype], TORCH[spec.dtype]
+    if not count:
+        return
+    if flat.device.type == "cpu" and flat.dtype == dtype:
+        read_into(name, first, memory_of(flat))
+        return
+    buffer = bytearray(min(count * item, _CHUNK))
+    for start in range(0, count, _CHUNK // item):
+        some = min(_CHUNK // item, count - start)
+        read_into(name, first + start, memoryview(buffer)[: some * item])
+        flat[start : start + some] = torch.frombuffer(buffer, dtype=dtype, count=some)
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the host, to be written to; valid as long as the tensor is."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")

@@ -46,7 +46,7 @@ class Packed:
         self._zero_NH = torch.empty_like(self._scale_NH)
         self._row_D = torch.empty(size, dtype=dtype, device=device)
         self.centre_D = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        self._squares = torch.zeros(2, device=device)  # of what rounding lost, and of the differences
+        self.squares = torch.zeros(2, device=device)  # see `Matrix.squares`
         self._workspace: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -56,8 +56,8 @@ class Packed:
 
     @property
     def error(self) -> float:
-        """See `Matrix.error`."""
-        lost, whole = self._squares.tolist()
+        """‖d̂ − d‖/‖d‖ over all rows, d being their differences from the centre."""
+        lost, whole = self.squares.tolist()
         return (lost / whole) ** 0.5 if whole else 0.0
 
     def row(self, i: int) -> Tensor:
@@ -78,7 +78,7 @@ class Packed:
                 codes_HK, scale_FH[f, groups], zero_FH[f, groups] = fit(d_HK, 2**self._bits, _ROUNDS[self._bits])
                 kept_HK = torch.addcmul(zero_FH[f, groups].unsqueeze(1), codes_HK, scale_FH[f, groups].unsqueeze(1))
                 lost = (kept_HK - d_HK).flatten()[: max(0, len(self._row_D) - first)]  # not that of the padding
-                self._squares += torch.stack([lost.square().sum(), d_HK.square().sum()])
+                self.squares += torch.stack([lost.square().sum(), d_HK.square().sum()])
                 fields_FP[f, start:stop] = self._stored(codes_HK.flatten())
         if self._bits == 16:
             zero_FH += scale_FH * 2**15  # what `_stored` takes off

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -33,6 +32,8 @@ for _name in ("init", "demo"):
 
 def _show_version(asked: bool) -> None:
     if asked:
+        from importlib.metadata import version
+
         print("ckptavg", version("ckptavg"))
         raise typer.Exit
 

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from ckptavg.cli.init import template
-from ckptavg.cli.terminal import Screen, write_text
 from ckptavg.errors import OutputError, OutputExistsError
 
 
@@ -17,6 +16,8 @@ def command(
     folder: Annotated[Path, typer.Argument(help="The directory to make.", readable=False)] = Path("ckptavg-demo"),
 ) -> None:
     """Train a tiny network, save its checkpoints, and say what to try on them."""
+    from ckptavg.cli.terminal import Screen, write_text
+
     if os.path.lexists(folder):
         raise OutputExistsError("exists already", path=folder, hint="name another directory, or delete this one")
     try:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json as json_module
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from ckptavg.cli.options import (
     BatchSize,
     Device,
@@ -23,10 +20,11 @@ from ckptavg.cli.options import (
     TrustRemoteCode,
     Val,
     Verbose,
+    WorkerTimeout,
 )  # fmt: skip
-from ckptavg.cli.terminal import Screen, console, stdout_for_data
 from ckptavg.errors import printable
 from ckptavg.readers.regular_file import is_folder
+from ckptavg.workers import PATIENCE, joined
 
 
 def command(
@@ -41,12 +39,19 @@ def command(
     lm_eval: LmEval = None,
     device: Device = "auto",
     seed: Seed = 0,
+    worker_timeout: WorkerTimeout = PATIENCE,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Score files on the task's validation and test data, with their own BatchNorm statistics."""
-    with stdout_for_data(), Screen(quiet=quiet).watching() as watch:
+    from rich.table import Table
+    from rich.text import Text
+
+    from ckptavg.cli.terminal import Screen, console, stdout_for_data
+
+    meeting = joined(device, worker_timeout)
+    with meeting as workers, stdout_for_data(), Screen(quiet=quiet).watching() as watch:
         from ckptavg.evaluation import evaluate
         from ckptavg.tasks.find import find
 
@@ -55,9 +60,11 @@ def command(
         source = task if given else find(task, [path for path in files if is_folder(path)])
         scored = evaluate(
             files, source, key=key, device=device, seed=seed, watch=watch, val=val, test=test,
-            batch_size=batch_size, task_timeout=task_timeout,
+            batch_size=batch_size, task_timeout=task_timeout, worker_timeout=worker_timeout, workers=workers,
             trust_remote_code=trust_remote_code, lm_eval=lm_eval,
         )  # fmt: skip
+    if not workers.first:
+        return
     rows: list[dict[str, Any]] = [
         {
             "path": str(path),

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ckptavg.cli.terminal import Screen, write_text
 from ckptavg.errors import OutputExistsError
 
 
@@ -17,6 +16,8 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented task file to fill in."""
+    from ckptavg.cli.terminal import Screen, write_text
+
     if os.path.lexists(path) and not force:
         raise OutputExistsError("exists already", path=path, hint="--force replaces it")
     write_text(path, template())

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import json as json_module
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.table import Table
-from rich.text import Text
-
-from ckptavg import settling
-from ckptavg.checkpoint import Checkpoint
 from ckptavg.cli.options import Every, Exclude, Include, Json, Key, LastN, Paths, Quiet, Start, Stop, Verbose, option
-from ckptavg.cli.terminal import console
-from ckptavg.discover import Found, discover
 from ckptavg.errors import InputError, printable
-from ckptavg.manifest import Manifest
-from ckptavg.window import Window
+
+if TYPE_CHECKING:
+    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.discover import Found
 
 ReadData = Annotated[
     bool, option("Candidates", "Read files to their ends too: checksums, SHA256SUMS, NaN.", "--read-data")
@@ -38,6 +33,11 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """List the candidates and the reason for each file left out."""
+    from ckptavg import settling
+    from ckptavg.discover import discover
+    from ckptavg.manifest import Manifest
+    from ckptavg.window import Window
+
     window = Window(include=include, exclude=exclude, start=start, stop=stop, every=every, last=last)
     manifest = Manifest()
 
@@ -91,6 +91,11 @@ def _to_dict(found: Found) -> dict[str, Any]:
 
 
 def _show(found: Found, *, quiet: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from ckptavg.cli.terminal import console
+
     screen = console()
     table = Table(box=None, pad_edge=False)
     keyed = any(one.key for one in found.checkpoints)

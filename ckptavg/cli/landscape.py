@@ -28,7 +28,7 @@ def _run(**arguments: Any) -> None:
 
         paths, options, watch = inputs
         found = landscape(paths, options, watch, mixtures=names, as_text=as_json.to_json, **more)
-        if found.plane is not None:
+        if found.plane is not None and options.workers.first:
             surface.draw(found.plane, Path(options.output).with_suffix(".png"))
         return found
 
@@ -46,6 +46,18 @@ command = signed(
         parameter("grid", Grid, 9),
         parameter("hessian", Curvature, "auto"),
     ],
-    without=("never_worse", "baselines", "dtype", "max_shard_size", "adapter", "rank", "dry_run", "holdout"),
+    without=(
+        "never_worse",
+        "baselines",
+        "dtype",
+        "max_shard_size",
+        "format",
+        "shard",
+        "adapter",
+        "rank",
+        "dry_run",
+        "holdout",
+        "precision",
+    ),
     defaults={"output": "landscape.json"},
 )

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_type_hints, no_type_check
 
 import typer
 
-from ckptavg.result import Comparison, Landscape, Result
+from ckptavg.workers import PATIENCE, joined
 
 if TYPE_CHECKING:
     from ckptavg.evaluator import Watch
     from ckptavg.options import Options
+    from ckptavg.result import Comparison, Landscape, Result
 
-Report: TypeAlias = Result | Comparison | Landscape
+Report: TypeAlias = "Result | Comparison | Landscape"
 
 
 def option(panel: str, text: str, *names: str, **more: Any) -> Any:
@@ -74,6 +76,9 @@ ScoreTimeout = Annotated[float | None, option("Task", "Seconds that the command 
 LmEval = Annotated[str | None, option("Task", "Tasks of lm-evaluation-harness, separated by commas.", metavar="TASKS")]
 Device = Annotated[str, option("Run", "auto, cpu, cuda, cuda:1, mps.")]
 Seed = Annotated[int, option("Run", "Of everything random.")]
+Deterministic = Annotated[
+    bool, option("Run", "Only operations that repeat to the bit, which on a GPU may be slower.", "--deterministic")
+]
 Json = Annotated[bool, option("Report", "Print the report as JSON on stdout.", "--json")]
 Quiet = Annotated[bool, option("Report", "Only errors and the result.", "-q", "--quiet")]
 Verbose = Annotated[bool, option("Report", "More detail; tracebacks.", "-v", "--verbose")]
@@ -83,6 +88,20 @@ Bits = Annotated[
     option("Run", "Of the candidates while searching; auto is the most that fits. The average is exact in any case."),
 ]
 GroupSize = Annotated[int, option("Run", "Elements that share a scale where there are fewer than 32 bits.")]
+Offload = Annotated[
+    Literal["none", "cpu", "disk"],
+    option(
+        "Run", "Where the candidates lie while searching, where the device has no room: host memory, or their files."
+    ),
+]
+Precision = Annotated[
+    Literal["float32", "bfloat16", "auto"],
+    option(
+        "Run",
+        "Of the search's passes: bfloat16 by autocast; auto is that on a GPU that has it. Reported scores are float32.",
+    ),
+]
+Compile = Annotated[bool, option("Run", "Let torch.compile have the model: pays in long searches.", "--compile")]
 Holdout = Annotated[
     float | None,
     option("Run", "Keep this part of the validation data for the final score, where there are no test data."),
@@ -106,9 +125,21 @@ AdapterMode = Annotated[
     option("Output", "PEFT adapters: average their factors (approximate), or exactly in weight space."),
 ]
 Rank = Annotated[int | None, option("Output", "Reduce an exact adapter to this rank.")]
+Format = Annotated[
+    Literal["safetensors", "dcp"],
+    option("Output", "dcp: a directory of torch.distributed.checkpoint, to go on training from."),
+]
 DryRun = Annotated[bool, option("Run", "Say what would be done, and do nothing.", "--dry-run")]
 Resume = Annotated[bool, option("Run", "Go on from what an interrupted run of this command has measured.")]
 KeepJournal = Annotated[bool, option("Run", "Leave OUTPUT.ckptavg/ when the output is written.", "--keep-journal")]
+Parallel = Annotated[
+    Literal["auto", "batches", "candidates"],
+    option("Workers", "What processes started by torchrun divide in a score."),
+]
+Shard = Annotated[
+    bool, option("Workers", "Divide the model and its candidates among them, for one that fits no device.", "--shard")
+]
+WorkerTimeout = Annotated[float, option("Workers", "Seconds that one of them waits for the others.")]
 Baselines = Annotated[bool, option("Report", "Score last, SWA and LAWA for comparison.")]
 ReportFile = Annotated[
     Path | None, option("Report", "Write the report to a file too.", metavar="FILE.json", readable=False)
@@ -122,6 +153,7 @@ def _shared(
     dtype: Dtype = None,
     never_worse: NeverWorse = False,
     max_shard_size: MaxShardSize = None,
+    format: Format = "safetensors",
     adapter: AdapterMode = "factors",
     rank: Rank = None,
     include: Include = None,
@@ -148,12 +180,19 @@ def _shared(
     lm_eval: LmEval = None,
     device: Device = "auto",
     seed: Seed = 0,
+    deterministic: Deterministic = False,
     bits: Bits = "32",
     group_size: GroupSize = 128,
+    offload: Offload = "none",
+    precision: Precision = "float32",
+    compile: Compile = False,
     holdout: Holdout = None,
     dry_run: DryRun = False,
     resume: Resume = True,
     keep_journal: KeepJournal = False,
+    parallel: Parallel = "auto",
+    shard: Shard = False,
+    worker_timeout: WorkerTimeout = PATIENCE,
     baselines: Baselines = True,
     json: Json = False,
     report: ReportFile = None,
@@ -174,7 +213,7 @@ def signed(
 ) -> Callable[..., None]:  # fmt: skip
     """``run`` as a command: the checkpoints, its own options, and the shared ones but for some."""
     defaults = defaults or {}
-    hints = get_type_hints(_shared, include_extras=True)
+    hints = _hints()
     shared = [
         parameter(one.name, hints[one.name], defaults.get(one.name, one.default))
         for one in inspect.signature(_shared).parameters.values()
@@ -187,7 +226,12 @@ def signed(
     run.__doc__ = doc
     run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     run.__annotations__ = {one.name: one.annotation for one in parameters}
-    return run
+    return no_type_check(run)  # no annotation is a string: what Typer would look for was a quarter of --help's time
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(_shared, include_extras=True)
 
 
 def _from_environment(one: inspect.Parameter) -> None:
@@ -206,11 +250,13 @@ def carry_out(
     """Do the work of a command with its shared arguments, and show and write its report."""
     from ckptavg.cli import terminal
     from ckptavg.report import as_json, table
+    from ckptavg.result import Comparison
 
     shown = terminal.Screen(quiet=arguments.pop("quiet"), verbose=arguments.pop("verbose"))
     json, file = arguments.pop("json"), arguments.pop("report")
     paths = arguments.pop("ckpts")
-    with terminal.stdout_for_data(), shown.watching() as watch:
+    meeting = joined(arguments["device"], arguments["worker_timeout"])
+    with meeting as workers, terminal.stdout_for_data(), shown.watching() as watch:
         from ckptavg.options import Options
         from ckptavg.tasks.find import with_task
         from ckptavg.window import Window
@@ -219,10 +265,12 @@ def carry_out(
             **{name: arguments.pop(name) for name in ("include", "exclude", "start", "stop", "every", "last")}
         )
         bits = arguments.pop("bits")
-        options = Options(**arguments, bits=bits if bits == "auto" else int(bits), window=window)
+        options = Options(**arguments, bits=bits if bits == "auto" else int(bits), window=window, workers=workers)
         if options.wait_stable is not None:
             shown.print(f"beginning when no candidate has changed for {options.wait_stable:g} s")
         done = work(paths, with_task(options, paths, required=needs_task), watch)
+    if not workers.first:
+        return
     result = done.result if isinstance(done, Comparison) else done
     shown.warn(result)
     shown.print(table.render(done))

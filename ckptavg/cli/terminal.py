@@ -7,12 +7,17 @@ import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ckptavg import durable, interrupt
 from ckptavg.errors import InterruptedRunError, OutputError, printable
-from ckptavg.result import Landscape, Result
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from ckptavg.result import Landscape, Result
 
 WIDE = 200  # columns where there is no terminal: a log should not cut names
 _STDOUT, _STDERR = 1, 2
@@ -68,22 +73,33 @@ class Screen:
         if not self._quiet:
             self._console.print(printable(text), style="yellow", markup=False)
 
+    def _remark(self, text: str) -> None:
+        self._console.print(printable(text), style="dim", markup=False, soft_wrap=True)
+
     @contextmanager
     def watching(self) -> Generator[Watch | None]:
-        """A progress bar for the stages of a run, on a terminal only; Ctrl-C within is an InterruptedRunError."""
+        """Remarks, and on a terminal a progress bar for the stages of a run; a signal is an InterruptedRunError."""
         try:
-            with self._bars() as watch:
+            with interrupt.waiting(), self._bars() as watch:
                 yield watch
-        except KeyboardInterrupt as error:
+        except (Exception, KeyboardInterrupt, interrupt.Interruption) as error:
+            if isinstance(error, Exception) and not interrupt.pending():
+                raise
+            # also where a worker process got the signal too, and what was noticed first is its death
             raise InterruptedRunError(
                 "interrupted; nothing was written", hint="run the same command to resume"
             ) from error
 
     @contextmanager
     def _bars(self) -> Generator[Watch | None]:
-        if self._quiet or not self._console.is_terminal:
+        if self._quiet:
             yield None
             return
+        if not self._console.is_terminal:
+            yield lambda stage, done, total, figures: None if total else self._remark(stage)
+            return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
         columns = (
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
             TextColumn("{task.fields[figures]}"), TimeRemainingColumn(compact=True),
@@ -92,6 +108,9 @@ class Screen:
             stages: dict[str, TaskID] = {}
 
             def watch(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+                if not total:
+                    self._remark(stage)
+                    return
                 if stage not in stages:
                     for old in [task for task in progress.tasks if task.finished]:  # one line for what goes on
                         progress.remove_task(stages.pop(old.description))
@@ -107,7 +126,15 @@ def _figure(name: str, value: float) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file; raise OutputError where that fails."""
+    """Write a small file, whole or not at all; a pipe or a device gets it as it is.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    target = path.resolve()
+    if target.is_file() or not target.exists():
+        durable.write_text(target, text)
+        return
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

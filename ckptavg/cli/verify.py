@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from ckptavg.cli.options import Json, Quiet, Verbose
-from ckptavg.cli.terminal import Screen
 from ckptavg.errors import InputError
 
 
@@ -21,6 +20,7 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """Recompute the average from the sources its metadata names, and compare bytes."""
+    from ckptavg.cli.terminal import Screen
     from ckptavg.verification import verify
 
     found = verify(file, sources)

@@ -18,12 +18,14 @@ from ckptavg.readers import ITEM_SIZE, Node, Refused, StoredTensor
 from ckptavg.readers.dcp_metadata import Metadata, Part, SavedTensor, Stored, parse
 from ckptavg.readers.file_part import FilePart
 from ckptavg.readers.inert_pickle import PickleError
+from ckptavg.readers.json_file import read_json
 from ckptavg.readers.object_tree import object_tree
 from ckptavg.readers.regular_file import RegularFile
 from ckptavg.readers.torch_zip import TorchZipReader
 
 MAX_METADATA: Final = 256 << 20
 METADATA: Final = ".metadata"
+RECORD: Final = "ckptavg.json"  # what ckptavg says of a directory that it wrote
 SUFFIX: Final = ".distcp"
 
 _OPENED: Final = 8  # tensors whose parts stay open
@@ -39,7 +41,7 @@ class DcpReader:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        self.metadata: Mapping[str, str] = {}
+        self.metadata: Mapping[str, str] = _record(folder / RECORD)
         self._opened: OrderedDict[str, dict[int, tuple[TorchZipReader, StoredTensor]]] = OrderedDict()
         self._lock = Lock()
         self._files: dict[str, RegularFile] = {}
@@ -138,6 +140,15 @@ class DcpReader:
             file.close()
             raise
         return file
+
+
+def _record(path: Path) -> Mapping[str, str]:
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise InputError("is not what ckptavg wrote", path=path)
+    return found
 
 
 def _check_newer(metadata: Path, path: Path) -> None:

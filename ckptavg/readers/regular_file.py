@@ -5,14 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Self
 
+from ckptavg import interrupt
 from ckptavg.errors import InputError
 
 
 class RegularFile:
     """A file opened without blocking, checked to be a regular file, and watched for changes.
+
+    Attributes:
+        size: in bytes.
+        sha256: of its bytes in hexadecimal, once somebody has found it out.
+        listener: is shown every offset and the bytes read there; it keeps none of them.
 
     Args:
         path: the file; links are followed.
@@ -31,17 +38,25 @@ class RegularFile:
             os.close(self._fd)
             raise InputError(_kind(status.st_mode) + ", not a regular file", path=path)
         self.size = status.st_size
-        self._identity = _identity(status)
+        self.sha256: str | None = None
+        self.listener: Callable[[int, memoryview], None] | None = None
+        self._status = status
 
     @property
     def inode(self) -> tuple[int, int]:
         """(device, inode): equal for two names of one file."""
-        return self._identity[0], self._identity[1]
+        return self._status.st_dev, self._status.st_ino
+
+    @property
+    def identity(self) -> tuple[int, int, int, int]:
+        """Inode, size and times: a file with the same is the same file with the same bytes."""
+        one = self._status
+        return one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns
 
     @property
     def changed(self) -> float:
         """When it was last changed before it was opened, in seconds since the epoch."""
-        return self._identity[3] / 1e9
+        return self._status.st_mtime_ns / 1e9
 
     def read(self, offset: int, size: int) -> bytes:
         """The ``size`` bytes at ``offset``; for headers, not for tensors."""
@@ -50,11 +65,18 @@ class RegularFile:
         return bytes(buffer)
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill ``out`` (contiguous bytes) with the bytes at ``offset``.
+        """Fill ``out`` (contiguous bytes) with the bytes at ``offset``, and let the listener see them.
 
         Raises:
             InputError: if the file ends before ``out`` is full.
         """
+        self.fill(offset, out)
+        if self.listener is not None:
+            self.listener(offset, out)
+
+    def fill(self, offset: int, out: memoryview) -> None:
+        """`read_into` that nobody listens to."""
+        interrupt.check()
         done = 0
         while done < len(out):
             try:
@@ -71,11 +93,14 @@ class RegularFile:
 
     def check_unchanged(self) -> None:
         """Raise InputError if the file was changed, or replaced under its name, since it was opened."""
+        opened = os.fstat(self._fd)
         try:
-            named = _identity(self.path.stat())
-        except OSError:
-            named = self._identity  # deleted: the open descriptor still holds the old bytes
-        if _identity(os.fstat(self._fd)) != self._identity or named != self._identity:
+            named = self.path.stat()
+        except OSError:  # deleted, or renamed: the open descriptor still holds the old bytes
+            changed = not _same(self._status, opened)
+        else:
+            changed = not (_same(self._status, named) and _same(self._status, opened)) or _meddled(self._status, opened)
+        if changed:
             raise InputError(
                 "changed while it was being read", path=self.path, hint="run again when training has finished"
             )
@@ -109,9 +134,17 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    # not ctime: a second link to the file (a framework making last.ckpt) changes it, the bytes stay
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def _same(before: os.stat_result, now: os.stat_result) -> bool:
+    return all(getattr(before, name) == getattr(now, name) for name in ("st_dev", "st_ino", "st_size", "st_mtime_ns"))
+
+
+def _meddled(before: os.stat_result, now: os.stat_result) -> bool:
+    """Whether it may have been written to and its time put back: only ctime tells, and nothing else explains that.
+
+    A second link to the file (a framework making last.ckpt) changes ctime too, and the bytes stay.
+    """
+    explained = any(getattr(before, name) != getattr(now, name) for name in ("st_nlink", "st_mode", "st_uid", "st_gid"))
+    return before.st_ctime_ns != now.st_ctime_ns and not explained
 
 
 def _kind(mode: int) -> str:

@@ -62,18 +62,18 @@ class SafetensorsReader:
         if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
             refuse("data_offsets must be two integers, begin <= end")
         tensor = StoredTensor(dtype, tuple(shape), "", offsets[0])
-        if tensor.nbytes != offsets[1] - offsets[0]:
-            refuse(f"{dtype} {shape} takes {tensor.nbytes} bytes, but data_offsets span {offsets[1] - offsets[0]}")
+        if (size := tensor.nbytes) != offsets[1] - offsets[0]:
+            refuse(f"{dtype} {shape} takes {size} bytes, but data_offsets span {offsets[1] - offsets[0]}")
         return tensor
 
     def _check_tiling(self) -> None:
         """The tensors must fill the data exactly: no gap, no overlap, nothing after."""
         end = 0
-        for name, tensor in sorted(self.tree.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-            if tensor.offset != end:
-                what = "overlaps another tensor" if tensor.offset < end else f"leaves a gap after byte {end}"
+        for begin, size, name in sorted((tensor.offset, tensor.nbytes, name) for name, tensor in self.tree.items()):
+            if begin != end:
+                what = "overlaps another tensor" if begin < end else f"leaves a gap after byte {end}"
                 raise InputError(what, path=self.path, tensor=name)
-            end += tensor.nbytes
+            end += size
         present = self._file.size - self._data
         if present < end:
             raise InputError(
@@ -125,7 +125,12 @@ def strict_json(text: str) -> Any:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)  # pyright: ignore
+    if not isinstance(value, list):
+        return False
+    for item in value:  # a loop, because a file has two of these for each of its tensors  # noqa: SIM110
+        if type(item) is not int or not 0 <= item < 2**63:
+            return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ def _foot(result: Result) -> Iterator[Text]:
     """The small print: what the scores rest on, what was searched, what was written."""
     if result.scores:
         yield from (Text(line, style="dim") for line in _fineprint(result))
-    if result.matrix and result.matrix.group_size is not None:
-        yield Text(_matrix(result.matrix), style="dim")
+    if result.matrix:
+        yield from (Text(line, style="dim") for line in _matrix(result.matrix))
     if result.output:
         yield from (Text(line, style="dim") for line in _output(result.output))
 
@@ -146,11 +146,16 @@ def _kinds(score: Score) -> list[str]:
     return [kind for kind in ("metric", "loss") if getattr(score, kind) is not None]
 
 
-def _matrix(matrix: MatrixResult) -> str:
-    return (
-        f"searched at {matrix.bits} bits: the candidate matrix took {matrix.bytes:,} bytes, "
-        f"and rounding lost {matrix.error:.1%} of the candidates' differences; all scores are of exact averages"
-    )
+def _matrix(matrix: MatrixResult) -> Iterator[str]:
+    if matrix.group_size is not None:
+        yield (
+            f"searched at {matrix.bits} bits: the candidate matrix took {matrix.bytes:,} bytes, "
+            f"and rounding lost {matrix.error:.1%} of the candidates' differences; all scores are of exact averages"
+        )
+    if matrix.offload != "none":
+        yield f"searched with --offload {matrix.offload}: the candidates passed through {matrix.bytes:,} bytes"
+    if matrix.precision != "float32":
+        yield f"searched with --precision {matrix.precision}; all scores are in the model's own"
 
 
 def _fineprint(result: Result) -> Iterator[str]:

@@ -52,6 +52,8 @@ class ASWA:
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""
         n = objective.n
+        if self.hard_updates and not self.early_reject:
+            objective.expect([Coefficients.uniform([i], n) for i in range(n)])
         chosen: Sequence[int] = (0,)
         v = objective.score(Coefficients.uniform(chosen, n)).value
         own: list[float | None] = [v]

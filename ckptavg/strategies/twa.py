@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Constraint: TypeAlias = Literal["affine", "simplex"]
 RATE: Mapping[Split, float] = {"val": 2e-2, "train": 2e-4}
 SEGMENT = 5  # points from the mean to the quadratic's optimum that are scored
+MOVES = 2  # of the quadratic to the best point so far
 FAR = (-1.0, 2.0)  # an affine coefficient outside says that a small data set may have been overfitted
 
 
@@ -144,8 +145,10 @@ class TWA:
     def _by_surrogate(self, objective: Objective) -> Learned:
         """The optimum of the loss to second order around the mean of all, as far towards it as the real loss falls.
 
-        Affine in the ball ‖x‖ ≤ radius, or over the simplex; see `ckptavg.surrogate`. Five points of the segment from
-        the mean are scored.
+        Affine in the ball ‖x‖ ≤ radius, or over the simplex; see `ckptavg.surrogate`. Points of the segment from the
+        mean are scored. Then the quadratic is moved to the best of them: value and gradient of the real loss there,
+        with the second derivatives that are known, for the price of a forward and a backward pass. The segment from
+        there to its optimum is scored in turn, until nothing is better, `MOVES` times at most.
         """
         import torch
 
@@ -160,24 +163,28 @@ class TWA:
         q = objective.surrogate(self.on, self.hessian)
         distance_N = objective.distances(EVERYTHING)[0].to("cpu", torch.float64)
         metric_N = distance_N / distance_N.mean().clamp(min=torch.finfo(torch.float64).tiny)
-        best_N = simplex_optimum(q) if self.constraint == "simplex" else affine_optimum(q, self.radius, metric_N)
-        points: list[Coefficients] = []
-        losses: list[float] = []
-        for i in range(SEGMENT):
-            t = i / (SEGMENT - 1)
-            row_N = (1 - t) / objective.n + t * best_N
-            points.append(Coefficients((tuple((row_N / row_N.sum()).tolist()),)))
-            losses.append(objective.score(points[-1]).loss or 0.0)
-            objective.progress("verifying along the segment", i + 1, SEGMENT, loss=losses[-1])
-        chosen = points[losses.index(min(losses))]
-        rows: list[dict[str, float | str | None]] = [
-            {
-                "of the way": i / (SEGMENT - 1),
-                "quadratic": float(q(torch.tensor(one.values[0], dtype=torch.float64))),
-                "loss": loss,
-            }
-            for i, (one, loss) in enumerate(zip(points, losses, strict=True))
-        ]
+        rows: list[dict[str, float | str | None]] = []
+        start_N = torch.full_like(distance_N, 1 / objective.n)
+        chosen, lowest = Coefficients.uniform(range(objective.n), objective.n), math.inf
+        for segment in range(1 + MOVES):
+            if segment:
+                q = q.moved(start_N, *objective.gradient(chosen, self.on))
+            best_N = simplex_optimum(q) if self.constraint == "simplex" else affine_optimum(q, self.radius, metric_N)
+            # where a later segment starts has been scored
+            ways = [i / (SEGMENT - 1) for i in range(min(1, segment), SEGMENT)]
+            mixed = [(1 - t) * start_N + t * best_N for t in ways]
+            points = [Coefficients((tuple((row_N / row_N.sum()).tolist()),)) for row_N in mixed]
+            objective.expect(points)
+            better = False
+            for t, row_N, point in zip(ways, mixed, points, strict=True):
+                loss = objective.score(point).loss or 0.0
+                rows.append({"segment": segment + 1, "of the way": t, "quadratic": float(q(row_N)), "loss": loss})
+                objective.progress("verifying along the segment", len(rows), SEGMENT + MOVES * (SEGMENT - 1), loss=loss)
+                if loss < lowest:
+                    chosen, lowest, better = point, loss, t > 0
+            if not better:
+                break
+            start_N = torch.tensor(chosen.values[0], dtype=torch.float64)
         return Learned(
             coefficients=chosen,
             notes=[*([q.note] if q.note else []), *_far(chosen)],
@@ -199,10 +206,13 @@ class TWA:
         best, best_value = Coefficients.uniform(range(n), n), -math.inf
         trace: list[float] = []
 
+        def at(x: Sequence[float]) -> Coefficients:
+            x_N = torch.tensor(x, dtype=torch.float64)[None]
+            return _answer(x_N, torch.ones_like(x_N), self.constraint, EVERYTHING)
+
         def cost(x: Sequence[float]) -> float:
             nonlocal best, best_value
-            x_N = torch.tensor(x, dtype=torch.float64)[None]
-            coefficients = _answer(x_N, torch.ones_like(x_N), self.constraint, EVERYTHING)
+            coefficients = at(x)
             value = objective.score(coefficients).value
             if value > best_value:
                 best, best_value = coefficients, value
@@ -214,6 +224,7 @@ class TWA:
         search = _cma(n, seed)
         while n > 1 and len(trace) < self.evaluations and not search.stop():
             drawn = search.ask(min(search.popsize, self.evaluations - len(trace)))
+            objective.expect([at(x) for x in drawn])
             costs = [cost(x) for x in drawn]
             if len(costs) == search.popsize:
                 search.tell(drawn, costs)

@@ -8,7 +8,7 @@ Shape suffixes: N = candidates, M = mixtures.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from torch import Tensor
@@ -39,6 +39,19 @@ class Surrogate:
     def n(self) -> int:
         """The number of candidates."""
         return len(self.gradient_N)
+
+    def moved(self, beta_N: Tensor, value: float, gradient_N: Tensor) -> Surrogate:
+        """The one with the same second derivatives whose value and gradient at ``beta_N`` are these: closer around it.
+
+        Args:
+            beta_N: [N], coefficients that sum to one.
+            value: the loss there.
+            gradient_N: [N], its gradient there.
+        """
+        off_N = beta_N - 1 / self.n
+        bend_N = self.hessian_NN @ off_N
+        slope_N = gradient_N - bend_N
+        return replace(self, value=value - float(off_N @ (slope_N + 0.5 * bend_N)), gradient_N=slope_N)
 
     def __call__(self, beta_MN: Tensor) -> Tensor:
         """[M], q of each row of [M, N] coefficients that sum to one; [] of one row [N]."""

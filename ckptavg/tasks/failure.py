@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Final
 
+from ckptavg.determinism import LACKING
 from ckptavg.errors import TaskError
 from ckptavg.tasks.guard import TooLongError
 
@@ -38,6 +39,8 @@ def failed(source: str, function: str | None, at: str, error: BaseException, sec
         hint = "does it parse arguments when it is imported? put that under: if __name__ == '__main__'"
     elif "more than 1 value per channel" in what:  # BatchNorm learns from batches here, also in the last one
         hint = "BatchNorm needs two examples or more in every batch: set drop_last=True in the loader"
+    elif LACKING in what:
+        what, hint = what.partition(LACKING)[0] + LACKING, "leave out --deterministic, or use another operation"
     elif dead := _DEAD.search(what):
         function = at.rpartition(" of ")[2] or function
         what = f"a worker process died: {dead[0]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,11 @@ class HeldOut:
             raise self._indivisible(
                 "its examples differ from pass to pass (padded to a shuffled batch, or transformed)"
             )
+
+    def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]] | None:
+        """See `ckptavg.feed.Feed`; who divides must see all."""
+        turns = getattr(self._task, "turns", None)
+        return None if split in self._sides or turns is None else turns(split, rank, world)
 
     def examples(self, split: Split) -> int | None:
         """See `Task.examples`; of a part it is known only when it was read."""

@@ -7,7 +7,7 @@ Shape suffixes: B = examples, T = tokens of the longest of them, V = tokens of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,7 @@ from ckptavg.tasks.architecture import WRITE_ONE, architecture, base, build, off
 from ckptavg.tasks.data_files import DataFile
 from ckptavg.tasks.peft_module import Adapter
 from ckptavg.tasks.tokens import IGNORED, UNLIMITED, Example, Tokens, collated, padding, shortest
+from ckptavg.tasks.turns import Turns
 
 AUTOMATIC: Final = 32  # examples a batch, where nobody says
 _KEPT: Final = 2 << 30  # bytes of images that are processed once and kept
@@ -152,15 +153,18 @@ class HuggingFaceTask:
 
     def batches(self, split: Split) -> Iterator[Any]:
         """See `Task.batches`; in the order of the file, but for training data."""
-        count = self.examples(split) or 0
-        order = torch.randperm(count).tolist() if split == "train" else range(count)
-        start = 0
-        while start < count:
+        order, start = self._order(split), 0
+        while start < len(order):
             chosen = order[start : start + self._size]
-            with self._blame(f"{split} data"):
-                batch = collated([self._example(split, i) for i in chosen], padding(self._processor))
-            yield batch
+            yield self._batch(split, chosen)
             start += len(chosen)
+
+    def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]]:
+        """See `ckptavg.feed.Feed`."""
+        order = self._order(split)
+        turns = Turns([order[i : i + self._size] for i in range(0, len(order), self._size)], rank, world)
+        for chosen in turns:
+            yield self._batch(split, chosen), turns.sizes.popleft()
 
     def examples(self, split: Split) -> int | None:
         """See `Task.examples`; those without a token to predict are not counted."""
@@ -172,6 +176,14 @@ class HuggingFaceTask:
         """See `Task.length`."""
         count = self.examples(split)
         return None if count is None else -(-count // self._size)
+
+    def _order(self, split: Split) -> Sequence[int]:
+        count = self.examples(split) or 0
+        return torch.randperm(count).tolist() if split == "train" else range(count)
+
+    def _batch(self, split: Split, chosen: Sequence[int]) -> Any:
+        with self._blame(f"{split} data"):
+            return collated([self._example(split, i) for i in chosen], padding(self._processor))
 
     def _accuracy(self, model: nn.Module, batch: Any) -> Tensor:
         """Whether the most probable class is the label [B]; where the loss was just asked for, by its logits."""

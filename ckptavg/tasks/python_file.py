@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import itertools
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,14 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ckptavg.determinism import seed_loader
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.objective import Split
 from ckptavg.readers.regular_file import is_file
 from ckptavg.tasks.failure import failed
 from ckptavg.tasks.guard import Guard
 from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
+from ckptavg.tasks.turns import of_worker, undivided
 
 _OF_BATCHES: Final = ("loss", "metric", "predict")
 
@@ -61,6 +63,7 @@ class PythonTask:
         self.metric_bounds = self._bounds()
         self._loss = self._function("loss")
         self._loaders: dict[Split, Any] = {}
+        self._own: dict[Split, tuple[Any, Any]] = {}  # of `turns`; a worker has the same rank all the time
 
     def model(self) -> nn.Module:
         """See `Task.model`."""
@@ -100,12 +103,26 @@ class PythonTask:
 
     def batches(self, split: Split) -> Iterator[Any]:
         """See `Task.batches`; a loader that is an iterator is made anew for each pass."""
+        return self._read(split)
+
+    def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]] | None:
+        """See `ckptavg.feed.Feed`: for a DataLoader of a dataset with indices."""
+        found = self._own.get(split) or of_worker(self._loader(split), rank, world)
+        if found is None:
+            return None
+        loader, sizes = self._own[split] = found
+        return ((batch, sizes.popleft()) for batch in self._read(split, loader, itertools.count(rank + 1, world)))
+
+    def _read(self, split: Split, own: Any = None, numbers: Iterable[int] | None = None) -> Iterator[Any]:
         name = f"{split}_dataloader"
         self._at = ""
-        loader = self._loader(split)
+        whole = self._loader(split) if own is None else self._loaders[split]
+        loader = whole if own is None else own
         with self._blame(name, thorough=True):
+            for one in {id(one): one for one in (whole, loader)}.values():  # whose sampler draws the batches
+                seed_loader(one)
             batches = iter(loader)
-        for number in itertools.count(1):
+        for number in numbers or itertools.count(1):
             self._at = f"batch {number} of {name}"
             with self._blame(name):
                 try:
@@ -126,10 +143,11 @@ class PythonTask:
     def length(self, split: Split) -> int | None:
         """See `Task.length`."""
         loader = self._loader(split)
-        try:
-            return len(loader)
-        except TypeError:  # an iterator, or a loader of an IterableDataset
-            return None
+        with self._blame(f"{split}_dataloader"):
+            try:
+                return len(loader)
+            except TypeError:  # an iterator, or a loader of an IterableDataset
+                return None
 
     def _predict(self) -> Callable[[nn.Module, Any], Any] | None:
         """The task's function from a batch to what its torchmetrics metric is updated with."""
@@ -165,6 +183,7 @@ class PythonTask:
         loader = self._loaders.get(split)
         if loader is None:
             loader = self._call(name, self._function(name))
+            loader = undivided(loader)
             if not isinstance(loader, Iterator):
                 self._loaders[split] = loader
         return loader

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ckptavg.errors import CkptavgError, TaskError, is_out_of_memory
@@ -60,7 +61,33 @@ class CorpusMetric:
         self._whole: Any = metric.clone()
         self._part: Any = metric.clone()
         self._merges = False
+        self._told: list[dict[str, int]] = []
+        self._told_batches = 0
         self.reset()
+
+    def part(self, *, everything: bool = False) -> dict[str, Any]:
+        """For `restore`: the states of the batches since the last part, or of all; of lists, what is new in them."""
+        if everything:
+            self._told = []
+        whole = [_state(metric) for metric in _metrics(self._whole)]
+        lengths = [{name: len(state) for name, state in one.items() if isinstance(state, list)} for one in whole]
+        for states, told in zip(whole, self._told, strict=False):
+            for name, length in told.items():
+                states[name] = states[name][length:]
+        batches, self._told_batches = 0 if not self._told else self._told_batches, self.batches
+        self._told = lengths
+        return {"whole": whole, "batches": self._states[batches:]}
+
+    def restore(self, part: Mapping[str, Any]) -> None:
+        """Add the batches of a part."""
+        self._states += part["batches"]
+        for metric, states in zip(_metrics(self._whole), part["whole"], strict=True):
+            for name, state in states.items():
+                setattr(metric, name, getattr(metric, name) + state if isinstance(state, list) else state)
+            metric._update_count = len(self._states)
+            metric._computed = None
+        self._whole.to(self._whole.device)
+        self.part()
 
     @property
     def batches(self) -> int:
@@ -72,6 +99,7 @@ class CorpusMetric:
         self._whole.reset()
         self._states: list[list[Mapping[str, Any]]] = []
         self._merges = False
+        self._told = []
 
     def update(self, model: nn.Module, batch: Any) -> None:
         """Run the model on a batch and add what it gives.
@@ -132,7 +160,7 @@ class CorpusMetric:
             for place, metric in enumerate(_metrics(self._part)):
                 metric.reset()
                 for name, reduce in metric._reductions.items():
-                    states = [self._states[i][place][name] for i in indices]
+                    states = [_on(metric.device, self._states[i][place][name]) for i in indices]
                     setattr(metric, name, _joined(states, reduce))
                 metric._update_count = len(indices)
             value = self._part.compute()
@@ -179,6 +207,18 @@ class CorpusMetric:
             raise TaskError(what, path=self._source, hint="-v shows the traceback") from error
 
 
+@dataclass(frozen=True)
+class Resampled:
+    """`CorpusMetric.resampled` with the sign that makes larger better, and the metric, whose parts can be kept."""
+
+    corpus: CorpusMetric
+    sign: float
+
+    def __call__(self, drawn: Sequence[int]) -> float:
+        """The figure of the batches ``drawn``."""
+        return self.sign * self.corpus.resampled(drawn)
+
+
 def _metrics(metric: Any) -> list[Any]:
     """The metric and those within it, which hold the states of a wrapper or a composition."""
     return [module for module in metric.modules() if is_torchmetric(module)]
@@ -188,6 +228,15 @@ def _state(metric: Any) -> dict[str, Any]:
     """What the metric has accumulated; copied, for `reset` empties lists in place, and a metric's own may do more."""
     states = {name: getattr(metric, name) for name in metric._reductions}
     return {name: list(state) if isinstance(state, list) else state.clone() for name, state in states.items()}
+
+
+def _on(device: Any, state: Any) -> Any:
+    """A state that an earlier run left is on the CPU."""
+    import torch
+
+    if isinstance(state, list):
+        return [_on(device, item) for item in state]
+    return state.to(device) if isinstance(state, torch.Tensor) else state
 
 
 def _joined(states: list[Any], reduce: Callable[[Any], Any] | None) -> Any:

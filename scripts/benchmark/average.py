@@ -111,8 +111,8 @@ def commands(folder: Path, scratch: Path, mergekit: Path | None, timm: Path | No
         found["mergekit linear"] = f"HF_HUB_OFFLINE=1 {mergekit} {scratch}/linear.yml {scratch}/mergekit > /dev/null"
     if timm:
         found["timm avg_checkpoints"] = (
-            f"{timm} --input {folder} --filter '**/*.safetensors' --no-sort --safetensors --no-hash "
-            f"--output {scratch}/timm.safetensors > /dev/null; rm -f {scratch}/timm*"
+            f"{timm} --input {folder} --filter '**/*.safetensors' --no-sort --safetensors "
+            f"--output {scratch}/timm.safetensors > /dev/null && rm {scratch}/timm*"
         )
     return found
 

@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--trainings", type=int, default=3)
     parser.add_argument("--noise-seeds", type=int, default=4)
-    parser.add_argument("--lr", type=float, nargs="+", default=[0.1, 0.3])
+    parser.add_argument("--lr", type=float, nargs="+", default=[0.02, 0.05, 0.1])
     options = parser.parse_args()
     torch.set_num_threads(1)
     ranks: dict[float, list[int]] = {lr: [] for lr in options.lr}

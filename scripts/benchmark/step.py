@@ -1,99 +1,296 @@
-"""A SeWA step beside a plain SGD step on the same model and batch, in one run: python scripts/benchmark/step.py
+"""A step of TWA and of SeWA beside a plain SGD step on the same model and batch: python scripts/benchmark/step.py
 
-N candidates of a 10-million-parameter transformer on 4,096 tokens. Prints the ratio, and where the time goes.
+N checkpoints of a 10-million-parameter transformer are written, and its batch has 4,096 tokens. `twa` and `sewa` run as
+they do for a user, on the real objective; a step of theirs is what passes between two calls of `progress`, on one batch
+(SeWA with one sample). Beside them the steps of the TWA authors' two public codes, written from their formulas
+(arXiv:2205.13104, ICLR 2023 and the journal version). Rounds are interleaved; the least of each figure is printed, with
+its ratio to that of plain SGD. Then where the time of a TWA step goes. Seconds of the processor are the steadier figure
+on a machine that is shared; threads that wait for one another sleep, so that waiting is not counted as work.
 """
 
 import argparse
 import os
 import platform
-import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ckptavg import candidates as matrix
+from ckptavg.discover import discover
+from ckptavg.mixture import Mixture
+from ckptavg.objective import Split
+from ckptavg.strategies.sewa import SeWA
+from ckptavg.strategies.twa import TWA
+
+VOCABULARY, STEPS = 1000, 2
 
 
-class Rows:
-    """A stand-in for a checkpoint on disk: random weights near the model's own."""
+class Used(NamedTuple):
+    """Seconds by the clock and of the processor, since some moment."""
 
-    def __init__(self, state: dict[str, Tensor], seed: int) -> None:
-        from ckptavg.readers import StoredTensor
+    clock: float
+    processor: float
 
-        self.tensors = {n: StoredTensor("F32", tuple(t.shape), n, 0) for n, t in state.items()}
-        draws = torch.Generator().manual_seed(seed)
-        self._values = {n: t + 0.01 * torch.randn(t.shape, generator=draws) for n, t in state.items()}
-        self.path = None
+    def since(self, before: "Used") -> "Used":
+        return Used(self.clock - before.clock, self.processor - before.processor)
 
-    def spec(self, name: str):
-        return self.tensors[name]
 
-    def read_into(self, name: str, start: int, out: memoryview) -> None:
-        flat = self._values[name].reshape(-1)[start:]
-        torch.frombuffer(out, dtype=torch.float32).copy_(flat[: len(out) // 4])
+Clock = Callable[[], Used]
 
 
 def network() -> nn.Module:
     layer = nn.TransformerEncoderLayer(384, 6, 1152, dropout=0.0, batch_first=True)
-    return nn.Sequential(nn.Embedding(1000, 384), nn.TransformerEncoder(layer, 6), nn.Linear(384, 1000))
+    encoder = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+    return nn.Sequential(nn.Embedding(VOCABULARY, 384), encoder, nn.Linear(384, VOCABULARY))
 
 
-def median(work: Callable[[], object], rounds: int, device: torch.device) -> float:
-    times: list[float] = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        work()
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+
+
+class Task:
+    """One batch again and again, as a plain object with the attributes of `ckptavg.tasks.Task`."""
+
+    source, metric, metric_goal, metric_bounds, corpus, whole = "step.py", None, "max", None, None, None
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens = tokens
+
+    def model(self) -> nn.Module:
+        return network()
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return loss_of(model, batch)
+
+    def has(self, split: Split) -> bool:
+        return split == "val"
+
+    def batches(self, split: Split) -> Iterator[Tensor]:
+        return iter([self._tokens])
+
+    def examples(self, split: Split) -> int:
+        return len(self._tokens)
+
+    def length(self, split: Split) -> int:
+        return 1
+
+    def halve(self) -> bool:
+        return False
+
+
+def clock_of(device: torch.device) -> Clock:
+    def now() -> Used:
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+        return Used(time.perf_counter(), time.process_time())
+
+    return now
+
+
+def least(used: list[Used]) -> Used:
+    return Used(*map(min, zip(*used, strict=True)))
+
+
+def of_strategy(strategy: TWA | SeWA, mixture: Mixture, now: Clock) -> list[Used]:
+    """What each step took but the first, which warms up."""
+    stamps: list[Used] = []
+    tell, mixture.progress = mixture.progress, lambda *_, **__: stamps.append(now())  # pyright: ignore
+    mixture.restart()
+    strategy.learn(mixture)
+    mixture.progress = tell
+    return [after.since(before) for before, after in pairwise(stamps)]
+
+
+def of_steps(step: Callable[[], object], now: Clock) -> list[Used]:
+    stamps: list[Used] = []
+    for _ in range(STEPS + 1):
+        step()
+        stamps.append(now())
+    return [after.since(before) for before, after in pairwise(stamps)]
+
+
+class Authors:
+    """g ← Pᵀ(P g) in all D parameters, and SGD with momentum on them: the code of ICLR 2023."""
+
+    def __init__(self, rows_ND: Tensor, model: nn.Module, tokens: Tensor) -> None:
+        self._p_ND = rows_ND.clone()
+        for i, row_D in enumerate(self._p_ND):  # Gram-Schmidt, on the weights themselves
+            row_D -= self._p_ND[:i].t() @ (self._p_ND[:i] @ row_D)
+            row_D /= row_D.norm()
+        self._model, self._tokens = model, tokens
+        self._sgd = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step(self) -> None:
+        self._sgd.zero_grad()
+        loss_of(self._model, self._tokens).backward()
+        weights = list(self._model.parameters())
+        g_D = torch.cat([w.grad.flatten() for w in weights])  # pyright: ignore
+        g_D = self._p_ND.t() @ (self._p_ND @ g_D)
+        for w, part in zip(weights, g_D.split([w.numel() for w in weights]), strict=True):
+            w.grad.copy_(part.view_as(w))  # pyright: ignore
+        self._sgd.step()
+
+
+class AuthorsJournal:
+    """∂ℓ/∂x = Q(s g) + z Σg for each tensor, w = w̄ + Qᵀ(s x) + z Σx, Q in bytes: the journal version, 4 bits."""
+
+    def __init__(self, rows_ND: Tensor, model: nn.Module, tokens: Tensor) -> None:
+        self._model, self._tokens = model, tokens
+        self._weights = list(model.parameters())
+        self._centre = [part.clone() for part in rows_ND.mean(dim=0).split([w.numel() for w in self._weights])]
+        parts = rows_ND.split([w.numel() for w in self._weights], dim=1)
+        self._blocks: list[tuple[Tensor, Tensor, Tensor]] = []
+        for part_ND, centre in zip(parts, self._centre, strict=True):
+            p_ND = nn.functional.normalize(part_ND - centre, dim=1)
+            low, high = p_ND.aminmax()
+            scale = (high - low) / 15
+            self._blocks.append((((p_ND - low) / scale).round().to(torch.uint8), scale, low))
+        self._x_NG = torch.zeros(len(rows_ND), len(self._blocks), device=rows_ND.device, requires_grad=True)
+        self._x_NG.grad = torch.zeros_like(self._x_NG)
+        self._adamw = torch.optim.AdamW([self._x_NG], lr=1e-3, weight_decay=0.0)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self._model.zero_grad()
+        with torch.enable_grad():
+            loss_of(self._model, self._tokens).backward()
+        for k, (w, (q_ND, scale, low)) in enumerate(zip(self._weights, self._blocks, strict=True)):
+            g = w.grad.flatten()  # pyright: ignore
+            self._x_NG.grad[:, k] = q_ND.float() @ (scale * g) + low * g.sum()  # pyright: ignore
+        self._adamw.step()
+        for k, (w, centre, (q_ND, scale, low)) in enumerate(
+            zip(self._weights, self._centre, self._blocks, strict=True)
+        ):
+            x_N = self._x_NG[:, k]
+            w.copy_((centre + q_ND.float().t() @ (scale * x_N) + low * x_N.sum()).view_as(w))
+
+
+def parts_of_a_step(mixture: Mixture, now: Clock, rounds: int) -> Mapping[str, Used]:
+    """The least that each part took, by looking at the clock around it."""
+    found: dict[str, list[Used]] = {}
+    candidates, task = mixture.candidates, mixture.task
+    real = candidates.materialize, task.loss, candidates.pullback
+    stamps: list[Used] = []
+
+    def timed(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            stamps.append(now())
+            result = work(*given, **named)
+            stamps.append(now())
+            return result
+
+        return run
+
+    candidates.materialize, task.loss, candidates.pullback = map(timed, real)  # pyright: ignore
+    for _ in range(rounds):
+        (whole,) = of_strategy(TWA(epochs=2), mixture, now)
+        begin, mixed, forward, looked, back, end = stamps[-6:]
+        spans = {"materialize": (begin, mixed), "forward": (forward, looked), "backward": (looked, back),
+                 "pullback": (back, end)}  # fmt: skip
+        for name, (before, after) in spans.items():
+            found.setdefault(name, []).append(after.since(before))
+        rest = Used(*(a - b for a, b in zip(whole, end.since(begin), strict=True)))
+        found.setdefault("everything else", []).append(rest)
+    candidates.materialize, task.loss, candidates.pullback = real  # pyright: ignore
+    return {name: least(used) for name, used in found.items()}
+
+
+def write(folder: Path, n: int) -> None:
+    torch.manual_seed(0)
+    state = network().state_dict()
+    for step in range(n):
+        draws = torch.Generator().manual_seed(step)
+        near = {name: w + 0.01 * torch.randn(w.shape, generator=draws) for name, w in state.items()}
+        save_file(near, folder / f"step-{step}.safetensors")
+
+
+def contenders(mixture: Mixture, tokens: Tensor, now: Clock) -> Mapping[str, Callable[[], list[Used]]]:
+    """Name → what runs a few steps of it."""
+    device = tokens.device
+    model, its, others = (network().to(device) for _ in range(3))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def plain() -> None:
+        sgd.zero_grad()
+        loss_of(model, tokens).backward()
+        sgd.step()
+
+    size = sum(w.numel() for w in model.parameters())
+    draws = torch.Generator(device).manual_seed(0)
+    rows_ND = 0.02 * torch.randn(mixture.n, size, generator=draws, device=device)
+    iclr, journal = Authors(rows_ND, its, tokens), AuthorsJournal(rows_ND, others, tokens)
+    mixture.prepare()
+    return {
+        "plain SGD": lambda: of_steps(plain, now),
+        "twa": lambda: of_strategy(TWA(epochs=STEPS + 2), mixture, now),
+        "sewa --samples 1": lambda: of_strategy(SeWA(k=5, steps=STEPS + 2, samples=1), mixture, now),
+        "authors' TWA (ICLR)": lambda: of_steps(iclr.step, now),
+        "authors' TWA (journal, 4 bits)": lambda: of_steps(journal.step, now),
+    }
+
+
+def show(times: Mapping[str, list[Used]], parts: Mapping[str, Used]) -> None:
+    unit = least(times["plain SGD"])
+    print("                                      ms  of the processor   ratio  of the processor")
+    for what, used in times.items():
+        one = least(used)
+        ratios = f"{one.clock / unit.clock:6.3f}  {one.processor / unit.processor:16.3f}"
+        print(f"{what:30}  {1000 * one.clock:8.1f}  {1000 * one.processor:16.1f}  {ratios}")
+    print("of a twa step:")
+    for what, one in parts.items():
+        print(f"  {what:28}  {1000 * one.clock:8.1f}  {1000 * one.processor:16.1f}")
+    passes = {"forward", "backward"}
+    clock, processor = (
+        sum(one[k] for one in parts.values()) / sum(parts[what][k] for what in passes) for k in range(2)
+    )
+    print(f"the step by its own forward and backward passes{'':13}{clock:6.3f}  {processor:16.3f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--candidates", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--offload", default="none", choices=("none", "cpu", "disk"))
+    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    torch.manual_seed(0)
-    model = network().to(device)
-    size = sum(p.numel() for p in model.parameters())
-    tokens = torch.randint(1000, (32, 128), device=device)
-    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-
-    def forward_backward() -> None:
-        nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
-
-    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-
-    def plain() -> None:
-        sgd.zero_grad()
-        forward_backward()
-        sgd.step()
-
-    plain_seconds = median(plain, options.rounds, device)
-    rows = [Rows(state, seed) for seed in range(options.candidates)]
-    mixed = matrix.Candidates(model, rows, lambda *_: None)
-    c_N = torch.full((options.candidates,), 1 / options.candidates, device=device)
-
-    def ours() -> None:
-        mixed.materialize(c_N)
-        mixed.zero_gradient()
-        forward_backward()
-        mixed.pullback()
-
-    seconds = median(ours, options.rounds, device)
-    parts = {name: median(work, options.rounds, device) for name, work in (
-        ("materialize", lambda: mixed.materialize(c_N)), ("zero", mixed.zero_gradient), ("pullback", mixed.pullback),
-    )}  # fmt: skip
+    now = clock_of(device)
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name), options.candidates)
+        with discover([Path(name)]) as found:
+            torch.manual_seed(0)
+            tokens = torch.randint(VOCABULARY, (32, 128), device=device)
+            mixture = Mixture(
+                Task(tokens), found.checkpoints, device=device,  # pyright: ignore
+                precision=options.precision, offload=options.offload, compiled=options.compile,
+            )  # fmt: skip
+            works = contenders(mixture, tokens, now)
+            times: dict[str, list[Used]] = {what: [] for what in works}
+            for _ in range(options.rounds):
+                for what, work in works.items():
+                    times[what] += work()
+            parts = parts_of_a_step(mixture, now, options.rounds)
+            size = sum(w.numel() for w in mixture.model.parameters())
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    print(f"{machine}, {torch.get_num_threads()} threads, {device}")
-    print(f"N = {options.candidates}, D = {size:,}: plain SGD step {plain_seconds:.3f} s, "
-          f"step in the candidates' space {seconds:.3f} s = {seconds / plain_seconds:.2f} ×")  # fmt: skip
-    print(", ".join(f"{name} {1000 * value:.1f} ms" for name, value in parts.items()))
+    print(f"{machine}, {torch.get_num_threads()} threads, {device}; load {os.getloadavg()[0]:.1f}")
+    print(
+        f"N = {options.candidates}, D = {size:,}, {tokens.numel():,} tokens; {options.rounds} rounds of {STEPS} steps"
+    )
+    if sys.argv[1:]:
+        print(f"with {chr(32).join(sys.argv[1:])}")
+    show(times, parts)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median
 
 from study.interval import Interval
 from study.setting import Setting
@@ -29,7 +29,13 @@ def _sewa(found: Sequence[Setting]) -> list[str]:
         "figure by K, and the mean of SeWA − LAWA over the K between 1 and N, paired by seed. At K = N both are SWA; "
         "LAWA at K = 1 is the last checkpoint."
     )
-    return ["### SeWA for every K", text, table(["setting", *map(str, ks), "SeWA − LAWA"], rows), _same(found)]
+    return [
+        "### SeWA for every K",
+        text,
+        table(["setting", *map(str, ks), "SeWA − LAWA"], rows),
+        _same(found),
+        *_ranks(found),
+    ]
 
 
 def _same(found: Sequence[Setting]) -> str:
@@ -42,6 +48,33 @@ def _same(found: Sequence[Setting]) -> str:
         known = [(a.coefficients, b.coefficients) for a, b in pairs if a is not None and b is not None]
         counts.append(f"{label} in {sum(a == b for a, b in known)} of {len(known)} trainings")
     return f"The very subset that LAWA takes was chosen by {', '.join(counts)}."
+
+
+def _ranks(found: Sequence[Setting]) -> list[str]:
+    """How often each SeWA chose the best subset of all by validation loss, and at what price."""
+    records = [record for one in found for record in one.records]
+    labels = [label for label in dict.fromkeys(label for one in found for label in one.labels) if "SeWA" in label]
+    rows: list[list[str]] = []
+    for label in labels:
+        known = [(row, record) for record in records if (row := record.row(label)) and row.rank is not None]
+        if not known:
+            continue
+        ratios = [
+            row.epochs / sewa.epochs
+            for row, record in known
+            if (sewa := record.row("SeWA")) and row.epochs is not None and sewa.epochs
+        ]
+        best = sum(row.rank == 1 for row, _ in known)
+        near = sum((row.rank or 0) <= max(1, 0.01 * record.subsets) for row, record in known)
+        price = f"{median(ratios):.2f}" if ratios else NONE
+        rows.append([label, f"{best} of {len(known)}", f"{near} of {len(known)}", price])
+    if not rows:
+        return []
+    text = (
+        "Of all subsets of K by validation loss, how often the chosen one was the best, or within the best 1 %, and "
+        "what the search cost, in training epochs as a share of what SeWA's cost on the same training (median)."
+    )
+    return [text, table(["strategy", "the best", "best 1 %", "cost, of SeWA's"], rows)]
 
 
 def _over_ks(one: Setting) -> Interval | None:

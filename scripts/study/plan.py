@@ -41,7 +41,7 @@ class Plan:
     k: int
     ks: tuple[int, ...]
     every: float = 1.0
-    sewa_steps: int = 200
+    sewa_steps: int = 100
     twa_epochs: int = 10
     random: int = 20
 
@@ -72,7 +72,7 @@ class Plan:
             "ASWA": "aswa",
             "ASWA, no hard updates": "aswa:hard_updates=false",
             "SeWA": self.sewa(self.k),
-            "SeWA on train": f"{self.sewa(self.k)}:on=train",
+            "SeWA on train": f"{self.sewa(self.k)}:on=train:verify=1",
             "SeWA quadratic": f"sewa:k={self.k}:solver=quadratic",
             "TWA-t": self.twa("on=train"),
             "TWA-v": self.twa("on=val"),

@@ -86,15 +86,14 @@ def test_fsdp_shards_lie_inside_the_trainers_directories(
     check(folder, states[:2], tmp_path / "averaged.safetensors")
 
 
-def test_an_interrupted_save_is_an_error_that_names_it(
+def test_an_interrupted_save_is_left_out_with_a_line_that_names_it(
     run: Run, saved: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ):
     shutil.copytree(saved[0], tmp_path / "run")
     (tmp_path / "run" / "step-20" / ".metadata").unlink()
     done = run("swa", "run")
-    assert done.returncode == 3 and "step-20" in done.stderr and ".metadata" in done.stderr
-    assert "--exclude 'step-20'" in done.stderr
-    assert run("swa", "run", "--exclude", "step-20").returncode == 0
+    assert done.returncode == 0, done.stderr
+    assert any("left out" in line and "step-20" in line for line in done.stderr.splitlines()), done.stderr
 
 
 def test_nothing_in_a_directory_is_run(run: Run, saved: tuple[Path, list[dict[str, Any]]], tmp_path: Path):

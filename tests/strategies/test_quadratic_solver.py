@@ -11,11 +11,15 @@ import pytest
 import torch
 from conftest import TASK, Job, Run
 from quadratic import Quadratic
+from torch import Tensor
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
+from ckptavg.strategies import twa
 from ckptavg.strategies.sewa import SeWA
 from ckptavg.strategies.twa import TWA
+from ckptavg.surrogate import Surrogate
+from ckptavg.surrogate.subsets import best_subsets
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -59,6 +63,66 @@ def test_the_best_real_loss_wins_among_the_verified():
     objective.first = ranked[0]
     assert SeWA(k=3, solver="quadratic").learn(objective).coefficients.selected == ranked[1]
     assert SeWA(k=3, solver="quadratic", verify=1).learn(objective).coefficients.selected == ranked[0]
+
+
+class Curved(Quadratic):
+    """ℓ(c) = mean (v² + v⁴), v = Σ_i c_i w_i: no quadratic, so what is known at the mean misleads elsewhere."""
+
+    def loss(self, c_N: Tensor, on: Any = None, **_: Any) -> Tensor:
+        v_D = c_N @ self.weights_ND
+        return (v_D.square() + v_D.square().square()).mean()
+
+    def surrogate(self, on: Any = None, hessian: Any = "auto") -> Surrogate:
+        value, gradient_N = self.gradient(Coefficients.uniform(range(self.n), self.n))
+        hessian_NN = torch.autograd.functional.hessian(self.loss, self.uniform())
+        assert isinstance(hessian_NN, Tensor)
+        return Surrogate(value, gradient_N, hessian_NN, "exact")
+
+    def gradient(self, coefficients: Coefficients, on: Any = None) -> tuple[float, Tensor]:
+        c_N = torch.tensor(coefficients.values[0], dtype=torch.float64, requires_grad=True)
+        loss = self.loss(c_N)
+        (gradient_N,) = torch.autograd.grad(loss, c_N)
+        return float(loss.detach()), gradient_N - gradient_N.mean()
+
+
+def test_moving_the_quadratic_finds_the_best_subset_where_the_loss_is_none():
+    moved, still = 0, 0
+    for seed in range(12):
+        objective = Curved(n=10, d=24, seed=seed)
+        losses = {
+            mask: objective.score(Coefficients.uniform(mask, 10)).loss or 0.0
+            for mask in itertools.combinations(range(10), 4)
+        }
+        chosen = SeWA(k=4, solver="quadratic").learn(objective).coefficients.selected
+        moved += losses[chosen] == min(losses.values())
+        around_the_mean = best_subsets(objective.surrogate(), 4, 3).masks
+        still += min(losses[mask] for mask in around_the_mean) == min(losses.values())
+    assert still < moved == 12
+
+
+@pytest.mark.parametrize("constraint", ["affine", "simplex"])
+def test_moving_the_quadratic_comes_closer_to_the_optimum(constraint: Any, monkeypatch: pytest.MonkeyPatch):
+    objective = Curved(n=6, d=16, seed=1, scale=2.0)
+    trained = objective.score(TWA(constraint=constraint, epochs=600, lr=0.1).learn(objective).coefficients)
+    losses: list[float] = []
+    for moves in (0, twa.MOVES):
+        monkeypatch.setattr(twa, "MOVES", moves)
+        learned = TWA(solver="quadratic", constraint=constraint, radius=100.0).learn(objective)
+        losses.append(objective.score(learned.coefficients).loss or 0.0)
+    assert trained.loss is not None and losses[1] < losses[0]
+    assert losses[1] - trained.loss < 0.5 * (losses[0] - trained.loss)
+
+
+def test_a_moved_quadratic_is_exact_where_it_was_moved_to():
+    objective = Curved(n=5, d=8, seed=3)
+    there = Coefficients(((0.5, 0.3, 0.4, -0.3, 0.1),))
+    beta_N = torch.tensor(there.values[0], dtype=torch.float64, requires_grad=True)
+    value, gradient_N = objective.gradient(there)
+    q = objective.surrogate().moved(beta_N.detach(), value, gradient_N)
+    (slope_N,) = torch.autograd.grad(q(beta_N), beta_N)
+    assert float(q(beta_N.detach())) == pytest.approx(value, rel=1e-12)
+    assert (slope_N - slope_N.mean()).tolist() == pytest.approx(gradient_N.tolist(), abs=1e-12)
+    assert torch.equal(q.hessian_NN, objective.surrogate().hessian_NN)
 
 
 @pytest.mark.parametrize("constraint", ["affine", "simplex"])
@@ -132,8 +196,8 @@ def test_the_command_line(digits: Path, run: Run, tmp_path: Path):
     auto = run("sewa", digits, "--k", "auto", "--solver", "quadratic", "--task", TASK, "--last", 8, "--force")
     assert auto.returncode == 0 and "best subset of each size" in auto.stderr, auto.stderr
     assert run("sewa", digits, "--k", "many", "--task", TASK).returncode == 2
-    twa = run("twa", digits, "--solver", "quadratic", "--task", TASK, "--last", 8, "--force")
-    assert twa.returncode == 0 and "from the mean to the optimum" in twa.stderr, twa.stderr
+    solved = run("twa", digits, "--solver", "quadratic", "--task", TASK, "--last", 8, "--force")
+    assert solved.returncode == 0 and "from the mean to the optimum" in solved.stderr, solved.stderr
 
 
 def test_the_landscape_tells_how_far_the_quadratic_can_be_trusted(digits: Path, run: Run, tmp_path: Path):

@@ -13,13 +13,13 @@ from quadratic import Quadratic
 from scipy.optimize import minimize
 
 from ckptavg.errors import UsageError
-from ckptavg.strategies.sewa import BLOCK, EDGE, SeWA, project_capped_simplex
+from ckptavg.strategies.sewa import BLOCK, EDGE, SeWA, likeliest, project_capped_simplex
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_chosen_subset_is_among_the_best_one_percent_on_a_quadratic(seed: int):
     objective = Quadratic(n=10, d=6, seed=seed)
-    chosen = SeWA(k=4, lr=0.1).learn(objective).coefficients.selected  # its gradients are large
+    chosen = SeWA(k=4).learn(objective).coefficients.selected
     ranked = sorted(itertools.combinations(range(10), 4), key=objective.of_subset)
     assert ranked.index(chosen) < 0.01 * len(ranked)
 
@@ -36,7 +36,7 @@ def test_ties_go_to_the_later_checkpoint():
 
 @pytest.mark.parametrize("straight_through", [False, True])
 def test_one_step_is_the_literal_update(straight_through: bool):
-    """s ← Π_C(s − η ∇_s mean ℓ(w(m̃))), the gradient by hand from the formula of the binary Concrete sample."""
+    """s ← Π_C(s − η ĝ), ĝ of mean 0 and of mean square 1, g by hand from the formula of the binary Concrete sample."""
     objective = Quadratic(n=5, d=4, seed=3)
     strategy = SeWA(k=2, steps=1, samples=3, tau_start=0.7, lr=0.2, straight_through=straight_through)
     learned = strategy.learn(objective)
@@ -52,7 +52,8 @@ def test_one_step_is_the_literal_update(straight_through: bool):
         by_m = (by_c - (by_c * c).sum()) / m.sum()
         by_s = soft * (1 - soft) / 0.7 / (s * (1 - s))
         gradient += by_m * by_s / 3
-    moved = s - 0.2 * gradient
+    gradient -= gradient.mean()
+    moved = s - 0.2 * gradient / gradient.square().mean().sqrt()
     low, high = -1.0, 1.0
     for _ in range(200):  # ν by bisection, as methods.md puts it
         nu = (low + high) / 2
@@ -130,3 +131,23 @@ def test_settings_that_cannot_be_are_refused(settings_: dict[str, float], messag
 def test_fewer_candidates_than_k_is_refused():
     with pytest.raises(UsageError, match="--k 5 asks for more checkpoints than the 3 candidates"):
         SeWA(k=5).learn(Quadratic(n=3, d=2, seed=0))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_likeliest_masks_come_in_order(seed: int):
+    s_N = torch.rand(8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    s_N[:2] = s_N[2]  # ties
+    logit_N = torch.logit(s_N)
+    found = likeliest(s_N, 3, 20)
+    sums = sorted((float(logit_N[list(mask)].sum()) for mask in itertools.combinations(range(8), 3)), reverse=True)
+    assert len(set(found)) == 20
+    assert [float(logit_N[list(mask)].sum()) for mask in found] == pytest.approx(sums[:20])
+    assert sorted(likeliest(s_N, 3, 99)) == sorted(itertools.combinations(range(8), 3))
+    assert likeliest(torch.full((4,), 0.5), 2, 1) == [(2, 3)]
+
+
+def test_the_best_of_the_likeliest_masks_by_its_real_loss_is_taken():
+    objective = Quadratic(n=8, d=6, seed=2)
+    found = [SeWA(k=3, steps=2, verify=verify).learn(objective).coefficients for verify in (1, 56)]
+    best = min(itertools.combinations(range(8), 3), key=objective.of_subset)
+    assert found[0].selected != best == found[1].selected

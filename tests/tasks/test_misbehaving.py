@@ -485,7 +485,7 @@ def test_signals_reach_ckptavg_through_a_task_that_ignores_them(ckpts: Path, tmp
     )  # fmt: skip
     command = [sys.executable, "-m", "ckptavg", *SEARCH, "--steps", "1000000"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None and "in loss" in process.stderr.readline()
+    assert process.stderr is not None and any("in loss" in line for line in process.stderr)
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)

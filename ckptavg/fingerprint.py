@@ -1,0 +1,74 @@
+"""What must be the same for a journal to be of the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckptavg import copies
+from ckptavg.checkpoint import Checkpoint
+from ckptavg.readers.regular_file import is_file
+
+
+def fingerprint(
+    checkpoints: Sequence[Checkpoint],
+    settings: Mapping[str, Any],
+    task: str | None,
+    data: Sequence[Path | str | None],
+) -> dict[str, Any]:
+    """The first line of a journal; what of it differs is named.
+
+    Args:
+        checkpoints: the candidates; by step, size and a digest of their names, shapes and samples, which is known at
+            once. The rest of their bytes is `ckptavg.contents`' matter.
+        settings: of the strategy and of the run.
+        task: the task's file or module, imported; it and what it has imported from its own directory count by content.
+        data: files of data by content, directories by the names, sizes and times of what is in them.
+    """
+    candidates = {f"{i} {c.name}": [c.step, c.size, copies.digest(c).hex()[:16]] for i, c in enumerate(checkpoints, 1)}
+    return {
+        "candidates": candidates,
+        "torch": torch.__version__,
+        **{name: repr(value) for name, value in settings.items()},
+        "task": {} if task is None else _of_code(task),
+        "data": {str(path): _of_data(Path(path)) for path in data if path is not None},
+    }
+
+
+def _of_code(source: str) -> dict[str, str]:
+    path = Path(source)
+    if not is_file(path):
+        module = sys.modules.get(source)
+        path = Path(getattr(module, "__file__", None) or source)
+    path = path.resolve()
+    files = {path} | {found for found in _modules() if found.is_relative_to(path.parent)}
+    own = (one for one in files if "site-packages" not in one.relative_to(path.parent).parts and is_file(one))
+    return {str(one.relative_to(path.parent)): _sha256(one) for one in sorted(own)}
+
+
+def _modules() -> set[Path]:
+    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    return {Path(file).resolve() for file in files if isinstance(file, str)}
+
+
+def _of_data(path: Path) -> str:
+    if is_file(path):
+        return _sha256(path)
+    digest = hashlib.sha256(str(path).encode("utf-8", "surrogateescape"))
+    for one in sorted(path.rglob("*")):
+        status = one.lstat()  # a link may lead nowhere
+        digest.update(repr((str(one.relative_to(path)), status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # whoever needs it says why it cannot be read
+        return "unreadable"

@@ -1,0 +1,121 @@
+"""The memory of learning: said before it is taken, and refused with settings that do fit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TASK, Run
+from torch import nn
+
+from ckptavg.candidates import Candidates, budget
+from ckptavg.candidates.plan import Plan
+from ckptavg.errors import OutOfMemoryError
+
+GB = 10**9
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+# a float32 model of 4 GB whose parameters are all of it
+LARGE = Plan(
+    n=10, elements=GB, size=4 * GB, gradient=4 * GB, bits=32, group_size=128, offload="none", device=CUDA,
+    present=4 * GB,
+)  # fmt: skip
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Device type → bytes that are free there, for a test to set; beside them there is the model."""
+    there = {"cpu": 0, "cuda": 0}
+    monkeypatch.setattr(budget, "free_memory", lambda device: there[device.type])
+    return there
+
+
+def test_it_is_the_matrix_the_model_and_one_gradient(free: dict[str, int]):
+    free |= {"cuda": 44 * GB}
+    assert LARGE.check() == (
+        "learning takes 10 candidates 40.00 GB + model 4.00 GB + gradient 4.00 GB = 48.00 GB on cuda:0; 48.00 GB free"
+    )
+    free |= {"cuda": 44 * GB - 1}
+    with pytest.raises(OutOfMemoryError, match=r"= 48\.00 GB on cuda:0, but there are 48\.00 GB on cuda:0 and 0\.0 kB"):
+        LARGE.check()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "cpu", "plan", "hint"),
+    [
+        # 16 bits: 10 · 10⁹ · (2 + 8/128) + 4 · 10⁹ for the mean; 9 candidates: 36 + 8 GB; two buffers of 32 MiB
+        (43, 100, {}, "--bits 16 (32.62 GB), --offload cpu (8.07 GB), --last 9 (44.00 GB)"),
+        (20, 30, {}, "--bits 8 (22.62 GB), --offload disk (8.07 GB), --last 4 (24.00 GB)"),
+        (8, 100, {}, "--offload cpu (8.07 GB)"),
+        (13, 100, {"n": 3}, "--bits 8 (15.19 GB), --offload cpu (8.07 GB), --last 2 (16.00 GB)"),
+        (3, 100, {}, None),
+        (20, 30, {"offload": "cpu"}, "--offload disk (8.07 GB), --last 7 (8.07 GB)"),
+    ],
+)
+def test_the_hint_names_the_mildest_settings_that_fit(
+    free: dict[str, int], cuda: int, cpu: int, plan: dict[str, Any], hint: str | None
+):
+    free |= {"cuda": cuda * GB, "cpu": cpu * GB}
+    with pytest.raises(OutOfMemoryError) as refused:
+        replace(LARGE, **plan).check()
+    assert refused.value.exit_code == 8
+    shown = f"this would fit: {hint}" if hint else "no --bits, --offload or --last would fit"
+    assert refused.value.hint == shown
+    # the settings that are named are accepted, and the next milder ones are not
+    for option, value in re.findall(r"--(\w+) (\w+)", hint or ""):
+        name = {"last": "n"}.get(option, option)
+        wanted: Any = value if option == "offload" else int(value)
+        more = {"bits": 32} if option == "offload" else {}
+        replace(LARGE, **{**plan, **more, name: wanted}).check()
+        if option == "last" and int(value) + 1 < replace(LARGE, **plan).n:
+            with pytest.raises(OutOfMemoryError):
+                replace(LARGE, **{**plan, "n": int(value) + 1}).check()
+
+
+def test_on_a_cpu_offloading_to_its_memory_is_no_way_out(free: dict[str, int]):
+    free |= {"cpu": 20 * GB}
+    with pytest.raises(OutOfMemoryError) as refused:
+        replace(LARGE, device=CPU).check()
+    assert refused.value.hint == "this would fit: --bits 8 (22.62 GB), --offload disk (8.07 GB), --last 4 (24.00 GB)"
+    assert replace(LARGE, device=CPU, offload="cpu").needed == replace(LARGE, device=CPU).needed
+
+
+def test_what_is_planned_is_what_is_taken(tmp_path: Path):
+    from stored import stored
+
+    tied = nn.Linear(30, 30, bias=False)
+    model = nn.Sequential(nn.BatchNorm1d(30), tied, nn.Linear(30, 30, bias=False))
+    model[2].weight = tied.weight
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    files = stored(tmp_path, [state] * 4)
+    settings: list[dict[str, Any]] = [{"bits": 32}, {"bits": 32, "offload": "disk"}, {"bits": 32, "offload": "cpu"}]
+    for given in settings:
+        plan = Plan.of(model, 4, group_size=128, device=CPU, **{"offload": "none", **given})
+        made = Candidates(model, files, lambda *_: None, **given)
+        assert plan.matrix == made.nbytes
+        assert plan.size == 4 * (900 + 4 * 30) and plan.gradient == 4 * (900 + 2 * 30)
+
+
+def test_a_run_says_it_on_stderr_and_ends_with_8_where_it_does_not_fit(
+    run: Run, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    command = ("sewa", digits, "--last", 6, "--k", 2, "--steps", 2, "--task", TASK, "--no-baselines")
+    done = run(*command)
+    assert done.returncode == 0
+    assert "6 candidates 0.24 MB + model 40.5 kB + gradient 40.1 kB = 0.32 MB on cpu; " in done.stderr
+    assert "candidates 0.24 MB" not in run(*command, "-q", "--force").stderr
+    monkeypatch.setattr(budget, "free_memory", lambda device: 200_000)
+    done = run(*command, "-o", "other")
+    assert done.returncode == 8 and done.stdout == ""
+    assert "error: learning takes 6 candidates 0.24 MB + model" in done.stderr
+    assert "hint: this would fit: --bits 8 (0.19 MB), --last 3 (0.20 MB)\n" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["averaged.safetensors"]
+    assert run(*command, "-o", "other", "--bits", 8).returncode == 0
+
+
+def test_files_that_the_kernel_keeps_for_a_container_are_no_memory_that_is_taken(tmp_path: Path):
+    (tmp_path / "memory.stat").write_text("anon 5\nactive_file 100\ninactive_file 30\nslab 7\n")
+    assert budget._cached(tmp_path / "memory.stat") == 130 and budget._cached(tmp_path / "none") == 0

@@ -1,0 +1,65 @@
+"""What torchrun starts: several runs, one after the other, by the workers together; what each found goes to a file.
+
+``torchrun --nproc-per-node 2 program.py PLAN.json FOLDER`` writes ``FOLDER/RANK.json``. The plan has for each run its
+name, checkpoints, strategy, task and options.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckptavg.api import compare, run
+from ckptavg.options import Options
+from ckptavg.report.as_json import to_dict
+from ckptavg.result import Comparison
+from ckptavg.strategies import from_spec
+from ckptavg.workers import ALONE, Workers, joined
+
+Plan = Sequence[Mapping[str, Any]]
+
+
+def carry_out(plan: Plan, folder: Path, workers: Workers = ALONE) -> list[dict[str, Any]]:
+    """The report of each run as JSON has it, without what time and place it took."""
+    found: list[dict[str, Any]] = []
+    for one in plan:
+        options = {"output": folder / f"{one['name']}.safetensors", "workers": workers, **one.get("options", {})}
+        if one["strategy"].startswith("compare"):
+            done = compare(one["ckpts"], one["strategy"].split(",")[1:], task=one["task"], **options)
+        else:
+            done = run(one["ckpts"], from_spec(one["strategy"]), task=one["task"], **options)
+        contest = [
+            {
+                "name": each.name,
+                "coefficients": each.coefficients,
+                "gain": str(each.gains),
+                "cost": str(each.cost.epochs),
+            }
+            for each in (done.contestants if isinstance(done, Comparison) else ())
+        ]
+        shown = to_dict(done.result if isinstance(done, Comparison) else done)
+        shown["warnings"] = [said for said in shown["warnings"] if "--wait-stable" not in said]  # files just written
+        if shown["cost"]:
+            del shown["cost"]["seconds"]
+        if shown["output"]:
+            shown["output"]["path"] = Path(shown["output"]["path"]).name
+        found.append({"name": one["name"], "contest": contest, **shown})
+    return found
+
+
+def main() -> None:
+    plan, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    assert "workers" in Options.__dataclass_fields__
+    with joined("cpu", 60.0) as workers:
+        found = carry_out(plan, folder, workers)
+    (folder / f"{workers.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What ends one worker ends all of them: one line of error, no output, and the measurements are kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import Job, Run
+
+from distributed.conftest import Torchrun
+
+Twa = tuple[object, ...]
+
+
+@pytest.fixture
+def twa(jobs: dict[str, Job], tmp_path_factory: pytest.TempPathFactory) -> Twa:
+    """A command; its task lies alone, for what pytest has imported from beside it would count for the journal."""
+    task = shutil.copy(Path(__file__).with_name("failing_task.py"), tmp_path_factory.mktemp("task"))
+    folder = jobs["transformer"].folder
+    return ("twa", folder, "--last", 4, "--epochs", 4, "--patience", 2, "--task", task, "-o", "out")
+
+
+def said(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What the workers said, without torchrun's own report of which of them failed."""
+    return [line for line in done.stderr.splitlines() if line.startswith(("error:", "hint:"))]
+
+
+def test_an_error_of_one_worker_is_told_once(torchrun: Torchrun, twa: Twa, tmp_path: Path):
+    done = torchrun(2, "-m", "ckptavg", *twa, cwd=tmp_path, check=False, HOW="raise")
+    assert done.returncode != 0 and done.stdout == ""
+    assert len(said(done)) == 2 and ": in loss, batch " in said(done)[0] and "ValueError: only here" in said(done)[0], (
+        done.stderr
+    )
+    assert list(tmp_path.iterdir()) == []  # no output, no litter, and no journal of a task that will be another one
+
+
+def test_a_signal_to_one_worker_ends_all_of_them(torchrun: Torchrun, twa: Twa, tmp_path: Path):
+    done = torchrun(2, "-m", "ckptavg", *twa, cwd=tmp_path, check=False, HOW="signal")
+    assert done.returncode != 0 and done.stdout == ""
+    assert said(done) == ["error: interrupted; nothing was written", "hint: run the same command to resume"], (
+        done.stderr
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_workers_do_not_wait_for_ever(torchrun: Torchrun, twa: Twa, tmp_path: Path):
+    done = torchrun(2, "-m", "ckptavg", *twa, "--worker-timeout", 2, cwd=tmp_path, check=False, HOW="hang")
+    assert done.returncode != 0 and done.stdout == ""
+    assert len(said(done)) == 2 and "did not answer for 2 s; nothing was written" in said(done)[0], done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_worker_ends_the_run_and_one_process_goes_on(torchrun: Torchrun, run: Run, twa: Twa, tmp_path: Path):
+    """Killed while the output is under construction: nothing of that is left, and nothing is measured again."""
+    done = torchrun(2, "-m", "ckptavg", *twa, cwd=tmp_path, check=False, HOW="die at the end")
+    assert done.returncode != 0 and done.stdout == ""
+    assert len(said(done)) == 2 and "nothing was written" in said(done)[0], done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.ckptavg"]
+    done = run(*twa, "--report", "rest.json")
+    assert done.returncode == 0, done.stderr
+    whole = run(*twa, "-o", "whole", "--report", "whole.json")
+    assert whole.returncode == 0, whole.stderr
+    rest, all_ = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("rest", "whole"))
+    assert rest["cost"]["forward_batches"] < all_["cost"]["forward_batches"] / 2
+    # single precision: half a batch and half a batch are not quite a whole one
+    for one, two in zip(rest["candidates"], all_["candidates"], strict=True):
+        assert one["coefficient"] == pytest.approx(two["coefficient"], abs=1e-4)

@@ -1,0 +1,52 @@
+"""Directories of torch.distributed.checkpoint: from FSDP2 on any number of ranks, through an average, to FSDP2."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Run
+
+from distributed.conftest import Torchrun
+
+
+@pytest.fixture(scope="module")
+def folder(torchrun: Torchrun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("fsdp")
+    torchrun(4, Path(__file__).with_name("fsdp_program.py"), place, cwd=place)
+    return place
+
+
+def test_the_average_of_what_1_2_and_4_ranks_saved_is_loaded_by_2(folder: Path):
+    """To the last bit: Σ w/3 in float64, rounded once."""
+    report = json.loads((folder / "found.json").read_text())
+    assert report["found"] == report["mean"]
+    layouts = [len(list((folder / "run" / f"step-{step}").glob("*.distcp"))) for step in (1, 2, 3)]
+    assert layouts == [1, 2, 4] and len(list((folder / "averaged").glob("*.distcp"))) > 1
+
+
+def test_a_file_of_the_same_average_has_the_hash_that_the_directory_was_given(run: Run, folder: Path, tmp_path: Path):
+    assert run("swa", folder / "run").returncode == 0
+    digest = hashlib.sha256((tmp_path / "averaged.safetensors").read_bytes()).hexdigest()
+    assert digest == json.loads((folder / "found.json").read_text())["sha256"]
+
+
+def test_the_directory_can_be_verified_and_is_no_candidate(run: Run, folder: Path):
+    done = run("verify", folder / "averaged", "--sources", folder / "run")
+    assert done.returncode == 0 and "7 tensors agree" in done.stderr, done.stderr
+    shown = run("inspect", folder, folder / "run", "--json").stdout
+    assert [one["step"] for one in json.loads(shown)["candidates"]] == [1, 2, 3]
+    assert "an earlier output of ckptavg" in shown
+
+
+def test_a_directory_is_replaced_only_by_force(run: Run, folder: Path, tmp_path: Path):
+    assert run("swa", folder / "run", "--format", "dcp", "-o", "out").returncode == 0
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    done = run("lawa", folder / "run", "--k", 1, "--format", "dcp", "-o", "out")
+    assert done.returncode == 6 and "--force" in done.stderr
+    done = run("lawa", folder / "run", "--k", 1, "--format", "dcp", "-o", "out", "--force")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no litter

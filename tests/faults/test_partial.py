@@ -1,0 +1,354 @@
+"""What was measured within a pass is not measured again, and only what was measured on the same data counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckptavg import contents, interrupt, partial
+from ckptavg.checkpoint import Checkpoint
+from ckptavg.coefficients import Coefficients
+from ckptavg.discover import discover
+from ckptavg.encoded import decode, encode
+from ckptavg.errors import OutputExistsError, TaskError
+from ckptavg.interrupt import Interruption
+from ckptavg.journal import Journal
+from ckptavg.mixture import Mixture
+from ckptavg.partial import ChangedDataError, Partial, resumed
+from ckptavg.readers import RegularFile
+from ckptavg.replay import Replay
+from ckptavg.tasks.python_file import PythonTask
+from faults import job
+from faults.warm import Warm
+
+TASK = Path(job.__file__)
+
+
+@pytest.mark.parametrize(
+    ("command", "stops"),
+    [
+        ("aswa", (9, 5, 20)),  # within a pass for BatchNorm, a pass over the validation data, and elsewhere
+        ("aswa --early-reject", (8, 8)),
+        ("sewa --solver quadratic --k 3 --verify 2", (3, 4)),  # within the curvature's
+        ("twa --epochs 2 --sam-rho 0.01", (4, 5)),
+        ("landscape --samples 3", (3, 30)),
+    ],
+)
+def test_a_killed_pass_goes_on_in_its_middle(
+    warm: Warm, ckpts: Path, tmp_path: Path, command: str, stops: tuple[int, ...]
+):
+    name, *options = command.split()
+    arguments = (name, ckpts, "--last", 4, "--task", TASK, *options, "-o")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert warm.run(*arguments, "a", cwd=tmp_path, hook={"every": 0.0}, LOG=str(whole)).code == 0
+    for stop in stops:
+        done = warm.run(*arguments, "b", cwd=tmp_path, hook={"every": 0.0}, LOG=str(parts), STOP=f"{stop}:SIGKILL")
+        assert done.code == -9, done.err
+    done = warm.run(*arguments, "b", cwd=tmp_path, hook={"every": 0.0}, LOG=str(parts))
+    assert done.code == 0, done.err
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    # a killed batch had said that it begins; what was asked of it is all that is lost
+    assert len(parts.read_text()) == len(whole.read_text()) + len(stops)
+
+
+CORPUS = """
+from faults.job import *
+from torchmetrics.classification import MulticlassF1Score
+from faults import job
+metric = MulticlassF1Score(2, average="macro")
+def predict(model, batch):
+    job._tell("m")
+    return model(batch[0]), batch[1]
+"""
+
+
+def test_a_metric_that_is_no_mean_goes_on_too_and_keeps_its_intervals(warm: Warm, ckpts: Path, tmp_path: Path):
+    (tmp_path / "mine.py").write_text(CORPUS)
+    arguments = ("compare", ckpts, "--last", 3, "--strategies", "swa,soup", "--task", "mine.py", "--json", "-o")
+    reports, logs = [], [tmp_path / "whole", tmp_path / "parts"]
+    for output, stops, log in (("a", (), logs[0]), ("b", (12, 26, 40), logs[1])):
+        for stop in stops:
+            done = warm.run(*arguments, output, cwd=tmp_path, hook={"every": 0.0}, LOG=str(log), STOP=f"{stop}:SIGKILL")
+            assert done.code == -9, done.err
+        done = warm.run(*arguments, output, cwd=tmp_path, hook={"every": 0.0}, LOG=str(log))
+        assert done.code == 0, done.err
+        reports.append(json.loads(done.out))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    whole, parts = ([(one["scores"], one["over_last"]) for one in report["strategies"]] for report in reports)
+    assert whole == parts
+    # the metric's update is another call of the task's code for each batch, so two letters may be lost at a time
+    assert len(logs[0].read_text()) < len(logs[1].read_text()) <= len(logs[0].read_text()) + 2 * 3
+
+
+def test_validation_data_that_have_changed_are_noticed(warm: Warm, ckpts: Path, tmp_path: Path):
+    arguments = ("aswa", ckpts, "--task", TASK, "-o", "out")
+    assert warm.run(*arguments, cwd=tmp_path, STOP="40:SIGKILL").code == -9
+    done = warm.run(*arguments, cwd=tmp_path, DATA="5")
+    assert done.code == 7 and "the data are not those that the interrupted run scored on" in done.err, done.err
+    assert warm.run(*arguments, cwd=tmp_path).code == 0
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> dict[str, Any]:
+    return {}
+
+
+def passed(data: list[int], seen: list[int], found: Partial, fail: int = -1) -> int:
+    """A sum over data, one after the other, with a checksum of those given."""
+    totals = [0, *found.states]
+    count = 0
+
+    def given() -> Any:
+        nonlocal count
+        for one in data:
+            if one == fail:
+                raise Interruption
+            count = count * 31 + one
+            yield one
+
+    for one in found.rest(given(), lambda: count, lambda: totals[-1], whole=True):
+        seen.append(one)
+        totals.append(totals[-1] + one)
+    return totals[-1]
+
+
+def test_a_pass_leaves_out_what_an_earlier_one_did(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(partial, "EVERY", 0.0)
+    seen: list[int] = []
+    with pytest.raises(Interruption):
+        passed([1, 2, 3, 4, 5], seen, Partial("x", kept.get, kept.__setitem__), fail=4)
+    assert seen == [1, 2, 3]
+    assert passed([1, 2, 3, 4, 5], seen, Partial("x", kept.get, kept.__setitem__)) == 15
+    assert seen == [1, 2, 3, 4, 5]
+    assert passed([1, 2, 3, 4, 5], seen, Partial("x", kept.get, kept.__setitem__)) == 15 and len(seen) == 5
+
+
+def test_a_signal_keeps_what_was_not_due(kept: dict[str, Any]):
+    with pytest.raises(Interruption):
+        passed([1, 2, 3], [], Partial("x", kept.get, kept.__setitem__), fail=3)
+    assert [part["state"] for part in kept.values()] == [3]
+
+
+@pytest.mark.parametrize("data", [[1, 2, 9, 4, 5], [1, 2]])
+def test_a_pass_over_other_data_begins_anew(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch, data: list[int]):
+    monkeypatch.setattr(partial, "EVERY", 0.0)
+    with pytest.raises(Interruption):
+        passed([1, 2, 3, 4, 5], [], Partial("x", kept.get, kept.__setitem__), fail=4)
+    found = Partial("x", kept.get, kept.__setitem__)
+    with pytest.raises(ChangedDataError):
+        passed(data, [], found)
+    seen: list[int] = []
+    assert resumed(found, lambda: passed(data, seen, found)) == sum(data) and seen == data
+    assert passed(data, [], Partial("x", kept.get, kept.__setitem__)) == sum(data)
+
+
+def test_what_cannot_be_written_down_is_not_kept(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(partial, "EVERY", 0.0)
+    assert list(Partial("x", kept.get, kept.__setitem__).rest([1, 2], int, object)) == [1, 2] and not kept
+
+
+def test_nothing_is_kept_where_there_is_no_journal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(partial, "EVERY", 0.0)
+    asked: list[int] = []
+    assert list(Partial().rest([1, 2], int, lambda: asked.append(1))) == [1, 2] and not asked
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor([1.5, -0.0, float("nan"), float("inf")]), torch.tensor(3), torch.zeros(0, 4), torch.tensor(True),
+        torch.tensor([[1, 2], [3, 4]], dtype=torch.bfloat16), torch.arange(6).view(2, 3).t(),
+        [1, 2.5, None, "x", {"a": torch.ones(2), "b": [True]}], 0.1 + 0.2,
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_values_come_back_with_all_their_bits(value: Any):
+    back = decode(json.loads(json.dumps(encode(value))))
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, torch.Tensor):
+            return (
+                a.dtype == b.dtype
+                and a.shape == b.shape
+                and bytes(a.contiguous().view(-1).view(torch.uint8))
+                == (bytes(b.contiguous().view(-1).view(torch.uint8)))
+            )
+        if isinstance(a, list | dict):
+            keys: Any = range(len(a)) if isinstance(a, list) else a
+            return len(a) == len(b) and all(same(a[key], b[key]) for key in keys)
+        return type(a) is type(b) and a == b
+
+    assert same(value, back)
+
+
+@pytest.mark.parametrize("value", [object(), {"tensor": 1}, {1: 2}, b"x"], ids=repr)
+def test_what_is_no_json_is_refused(value: Any):
+    with pytest.raises(TypeError):
+        encode(value)
+
+
+# --- the candidates' contents
+
+
+@pytest.fixture
+def copied(ckpts: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(ckpts, tmp_path / "copied")
+
+
+def with_contents(folder: Path, output: Path, work: Callable[[Journal, tuple[Checkpoint, ...]], None]) -> None:
+    """What a run does with its candidates' files, and one measurement."""
+    with discover([folder]) as found, Journal(output) as journal:
+        journal.begin({"run": 1})
+        with contents.recorded(journal, found.checkpoints):
+            work(journal, found.checkpoints)
+
+
+def hashed(journal: Journal, checkpoints: tuple[Checkpoint, ...]) -> None:
+    """Wait until all of them are."""
+    while not all((journal.get(f"file {i} 0") or {}).get("sha256") for i in range(len(checkpoints))):
+        time.sleep(0.01)
+    journal.put("measured", 1)
+
+
+def test_copies_of_the_candidates_are_as_good(copied: Path, ckpts: Path, tmp_path: Path):
+    with_contents(copied, tmp_path / "out", hashed)
+    shutil.rmtree(copied)
+    shutil.copytree(ckpts, copied)
+
+    def known(journal: Journal, checkpoints: tuple[Checkpoint, ...]) -> None:
+        assert journal.get("measured") == 1
+        assert all(file.sha256 for one in checkpoints for file in one.reader.files)
+
+    with_contents(copied, tmp_path / "out", known)
+
+
+def test_other_bytes_of_the_same_size_and_time_are_refused(copied: Path, tmp_path: Path):
+    with_contents(copied, tmp_path / "out", hashed)
+    path = copied / "step-3.pt"
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({"run": 1})
+        with (
+            RegularFile(path) as file,
+            pytest.raises(OutputExistsError, match=r"another step-3\.pt: SHA-256 \w{16}…, not"),
+        ):
+            contents._known(journal, "file 2 0", file)
+
+
+def test_a_file_that_was_copied_before_its_contents_were_known_is_refused(copied: Path, tmp_path: Path):
+    def early(journal: Journal, checkpoints: tuple[Checkpoint, ...]) -> None:
+        hashed(journal, checkpoints)
+        found = journal.get("file 2 0")
+        journal.put("file 2 0", {**found, "sha256": None})  # as if it had been killed before
+
+    with_contents(copied, tmp_path / "out", early)
+    path = copied / "step-3.pt"
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(
+        OutputExistsError, match=r"step-3\.pt: it was replaced or copied before its contents were known"
+    ):
+        with_contents(copied, tmp_path / "out", lambda *_: None)
+
+
+def test_the_tasks_own_modules_belong_to_the_run(warm: Warm, ckpts: Path, tmp_path: Path):
+    (tmp_path / "helper_of_task.py").write_text("from faults.job import *\n")
+    (tmp_path / "mine.py").write_text("from helper_of_task import *\n")
+    arguments = ("aswa", ckpts, "--task", "mine.py", "-o", "out")
+    assert warm.run(*arguments, cwd=tmp_path, STOP="30:SIGTERM").code == 75
+    (tmp_path / "helper_of_task.py").write_text("from faults.job import *\nx = 1\n")
+    done = warm.run(*arguments, cwd=tmp_path)
+    assert done.code == 6 and "was left by a run with another task helper_of_task.py: " in done.err, done.err
+    assert warm.run(*arguments, "--no-resume", cwd=tmp_path).code == 0
+
+
+# --- memory that runs out
+
+
+class Tight(PythonTask):
+    """Batches that are too large until they are halved once."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(source)
+        self.halved = 0
+        self.calls: list[int] = []
+
+    def halve(self) -> bool:
+        self.halved += 1
+        return True
+
+    def batches(self, split: Any) -> Any:
+        for batch in super().batches(split):
+            yield from zip(*(part.split(25) for part in batch), strict=True) if self.halved else [batch]
+
+    def length(self, split: Any) -> int:
+        return 10 if self.halved else 5
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        self.calls.append(len(batch[1]))
+        if len(self.calls) > 3 and len(batch[1]) > 25:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().loss(model, batch)
+
+
+def test_a_resumed_run_halves_its_batches_where_the_interrupted_one_had_to(ckpts: Path, tmp_path: Path):
+    def losses(output: str, asked: int) -> list[float]:
+        with discover([ckpts]) as found, Journal(tmp_path / output) as journal:
+            journal.begin({"run": 1})
+            replay = Replay(journal)
+            mixture = Mixture(Tight(str(TASK)), found.checkpoints, device=torch.device("cpu"), replay=replay)
+            seen: list[float] = []
+            for _ in range(asked):
+                c_N = mixture.uniform().requires_grad_()
+                seen.append(float(mixture.loss(c_N).detach()))
+            replay.flush()
+            calls.append(mixture.task.calls)  # pyright: ignore
+            return seen
+
+    calls: list[list[int]] = []
+    whole = losses("a", 9)
+    losses("b", 6)
+    assert losses("b", 9) == whole
+    assert calls[0] == [50, 50, 50, 50] + [25] * 6 and calls[2] == [25] * 3
+
+
+def test_scores_of_other_data_than_the_earlier_runs_are_not_compared(ckpts: Path, tmp_path: Path, monkeypatch: Any):
+    def scores(count: int) -> None:
+        with discover([ckpts]) as found, Journal(tmp_path / "out") as journal:
+            journal.begin({"run": 1})
+            task = PythonTask(str(TASK))
+            mixture = Mixture(task, found.checkpoints, device=torch.device("cpu"), replay=Replay(journal))
+            for i in range(count):
+                mixture.score(Coefficients.uniform([i], mixture.n))
+
+    scores(3)
+    monkeypatch.setenv("DATA", "7")
+    with pytest.raises(TaskError, match="not those that the interrupted run scored on"):
+        scores(4)
+    monkeypatch.undo()
+    scores(4)
+
+
+def test_a_signal_is_pending_until_it_is_checked(monkeypatch: pytest.MonkeyPatch):
+    handler = interrupt.Handler()
+    monkeypatch.setattr(interrupt, "_handler", handler)
+    with interrupt.waiting():
+        assert handler.waits and not interrupt.pending()
+        interrupt.check()
+        handler.received = 15
+        with pytest.raises(Interruption), interrupt.at_once():
+            raise AssertionError("it does not begin")
+        assert handler.waits
+    assert not handler.waits
+    with pytest.raises(Interruption):
+        interrupt.check()

@@ -1,0 +1,162 @@
+"""SIGINT, SIGTERM and SIGUSR1: the first ends a run at the next micro-batch with exit code 75, a second one at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faults import job
+from faults.warm import TESTS, Warm
+
+TASK = Path(job.__file__)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def real(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """A process from its first instruction on, at the head of a group of its own."""
+    paths = os.pathsep.join(map(str, (cwd, TESTS.parent, TESTS)))
+    return subprocess.Popen(
+        [sys.executable, "-m", "ckptavg", *map(str, arguments)], cwd=cwd, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def until(path: Path, size: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a file is so long."""
+    while not path.exists() or path.stat().st_size < size:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def alive(group: int) -> list[str]:
+    """The processes of a group, but for those that are dead and only not asked about."""
+    found: list[str] = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its = path.read_text().rpartition(")")[2].split()[:3]
+            found += [path.parent.name] if int(its) == group and state != "Z" else []
+    return found
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("command", ["aswa", "twa --epochs 3", "sewa --solver quadratic --k 3"])
+def test_the_first_ends_at_the_next_batch_and_the_same_command_goes_on(
+    warm: Warm, ckpts: Path, tmp_path: Path, number: signal.Signals, command: str
+):
+    name, *options = command.split()
+    arguments = (name, ckpts, "--task", TASK, "-o", "out", *options)
+    log = tmp_path / "log"
+    done = warm.run(*arguments, cwd=tmp_path, LOG=str(log), STOP=f"20:{number.name}")
+    assert (done.code, done.out) == (75, ""), done.err
+    assert done.err.splitlines()[-2:] == [
+        "error: interrupted; nothing was written", "hint: run the same command to resume",
+    ]  # fmt: skip
+    assert log.stat().st_size == 20, "it went on"
+    assert {path.name for path in tmp_path.iterdir()} == {"log", "out.ckptavg"}
+    whole = tmp_path / "whole"
+    assert warm.run(*arguments, cwd=tmp_path, LOG=str(whole)).code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"log", "whole", "out"}
+
+
+def test_nothing_that_was_done_when_it_was_stopped_is_done_again(warm: Warm, ckpts: Path, tmp_path: Path):
+    arguments = ("aswa", ckpts, "--task", TASK, "-o")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert warm.run(*arguments, "a", cwd=tmp_path, LOG=str(whole)).code == 0
+    for at in (4, 13, 8):
+        assert warm.run(*arguments, "b", cwd=tmp_path, LOG=str(parts), STOP=f"{at}:SIGTERM").code == 75
+    assert warm.run(*arguments, "b", cwd=tmp_path, LOG=str(parts)).code == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert len(parts.read_text()) == len(whole.read_text()), "stopped within a pass, it goes on within it"
+
+
+def test_a_signal_while_torch_is_imported_is_no_death(tmp_path: Path, ckpts: Path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Early:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "sys.meta_path.insert(0, Early())\n"
+    )
+    process = real("swa", ckpts, cwd=tmp_path)
+    _, err = process.communicate()
+    assert process.returncode == 75 and "run the same command to resume" in err, err
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"sitecustomize.py"}
+
+
+DEAF = """
+import os, signal, time
+from pathlib import Path
+from faults.job import *
+
+def loss(model, batch):
+    os.kill(os.getpid(), signal.SIGTERM)
+    while True:
+        try:
+            Path("deaf").write_text("x")
+            time.sleep(1)
+        except BaseException:
+            pass
+"""
+
+
+def test_a_second_ends_at_once_whatever_the_task_does(tmp_path: Path, ckpts: Path, warm: Warm):
+    (tmp_path / "mine.py").write_text(DEAF)
+    process = real("aswa", ckpts, "--task", "mine.py", "-o", "out", cwd=tmp_path)
+    until(tmp_path / "deaf", 1, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == -signal.SIGTERM  # 143 in a shell
+    (tmp_path / "mine.py").write_text("from faults.job import *")
+    done = warm.run("aswa", ckpts, "--task", "mine.py", "-o", "out", cwd=tmp_path)
+    assert done.code == 0, done.err
+
+
+def test_a_shell_sees_128_and_the_signal(tmp_path: Path, ckpts: Path):
+    twice = "os.kill(os.getpid(), signal.SIGUSR1)\n    " * 2
+    (tmp_path / "mine.py").write_text(DEAF.replace("os.kill(os.getpid(), signal.SIGTERM)\n    ", twice))
+    command = f"{sys.executable} -m ckptavg aswa {ckpts} --task mine.py; echo $?"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS)))}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(128 + signal.SIGUSR1), done
+
+
+def test_a_command_that_scores_is_not_waited_for_and_does_not_live_on(tmp_path: Path, ckpts: Path, warm: Warm):
+    child = warm.start("best", ckpts, "--score-cmd", "echo $$ > pid; sleep 1000 #", "-o", "out", cwd=tmp_path)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.01)
+    child.kill(signal.SIGTERM)
+    assert child.wait().code == 75
+    assert not alive(int((tmp_path / "pid").read_text()))
+    assert {path.name for path in tmp_path.iterdir()} == {"pid"}
+
+
+def test_a_signal_to_the_whole_group_ends_loaders_workers_quietly(tmp_path: Path, ckpts: Path):
+    log = tmp_path / "log"
+    process = real("twa", ckpts, "--task", TASK, "--epochs", 500, "-o", "out", cwd=tmp_path, LOG=str(log), WORKERS="2")
+    until(log, 3, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 75 and "Traceback" not in err, err
+
+
+def test_a_program_with_handlers_of_its_own_keeps_them(ckpts: Path, tmp_path: Path):
+    import ckptavg
+
+    seen: list[Any] = []
+    before = signal.signal(signal.SIGUSR1, lambda *got: seen.append(got))
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        ckptavg.swa(ckpts, output=tmp_path / "out")
+        assert len(seen) == 1 and signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -1,0 +1,155 @@
+"""``ckptavg`` in processes of its own, without waiting for torch: a server imports it once and forks for each run.
+
+The server has averaged once and never run autograd, so a fork is as good as a fresh process from the entry point on,
+which is `ckptavg.__main__.main` with handlers, arguments, exit codes and all. What comes before it, the interpreter and
+the import of torch, is left to the tests that start real processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+class Done(NamedTuple):
+    """How a run ended; the code is negative if a signal ended it."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Child:
+    """A run that goes on."""
+
+    def __init__(self, server: Warm, pid: int, said: Path) -> None:
+        self.pid = pid
+        self._server = server
+        self._said = said
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal; harmless when the run has ended, for nobody has asked for its end yet."""
+        os.kill(self.pid, number)
+
+    def wait(self) -> Done:
+        """Wait for its end."""
+        status = self._server.ask({"wait": self.pid})
+        texts = [Path(f"{self._said}.{name}").read_text(errors="replace") for name in ("out", "err")]
+        return Done(os.waitstatus_to_exitcode(status), *texts)
+
+
+class Warm:
+    """The server; a context manager that ends it."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._runs = 0
+        paths = [str(TESTS.parent), str(TESTS), str(TESTS.parent / "scripts" / "demo")]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("CKPTAVG")}
+        environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, "-m", "faults.warm"]
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def start(self, *arguments: object, cwd: Path, hook: Mapping[str, Any] | None = None, **environment: str) -> Child:
+        """Begin ``ckptavg ARGUMENTS`` in ``cwd``; ``hook`` is for `faults.hook.install`."""
+        self._runs += 1
+        said = self._scratch / f"run-{self._runs}"
+        asked = {"argv": list(map(str, arguments)), "cwd": str(cwd), "said": str(said), "hook": dict(hook or {})}
+        return Child(self, self.ask({**asked, "env": environment}), said)
+
+    def run(self, *arguments: object, cwd: Path, hook: Mapping[str, Any] | None = None, **environment: str) -> Done:
+        """`start` and wait."""
+        return self.start(*arguments, cwd=cwd, hook=hook, **environment).wait()
+
+    def ask(self, request: Mapping[str, Any]) -> int:
+        """Send a request and read the answer."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the server has ended: {self._process.wait()}"
+        return int(answer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def serve() -> None:
+    """Fork for each line, and say how a child ended when asked."""
+    _warm_up()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = os.waitpid(request["wait"], 0)[1]
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _run(**request)
+        sys.stdout.write(f"{answer}\n")
+        sys.stdout.flush()
+
+
+def _warm_up() -> None:
+    """One average by the command line, so that all there is to import is imported."""
+    import torch
+    from safetensors.torch import save_file
+
+    import ckptavg.comparison
+    import ckptavg.mixture
+    import ckptavg.tasks.python_file  # noqa: F401
+    from ckptavg.__main__ import main
+
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        for step in (1, 2):
+            save_file({"w": torch.ones(1)}, Path(folder) / f"step-{step}.safetensors")
+        sys.argv = ["ckptavg", "swa", folder, "-o", f"{folder}/out", "--quiet"]
+        with suppress(SystemExit):
+            main()
+
+
+def _run(argv: list[str], cwd: str, said: str, env: dict[str, str], hook: dict[str, Any]) -> None:
+    from ckptavg.__main__ import main
+    from faults import hook as hooks
+
+    code: object = 70
+    try:
+        for fd, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), fd)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(cwd)
+        os.environ.update(env)
+        sys.argv = ["ckptavg", *argv]
+        with hooks.installed(hook):
+            main()
+    except SystemExit as left:
+        code = left.code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+if __name__ == "__main__":
+    serve()
