@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from ckptavg import interrupt
 from ckptavg.errors import (
     CkptavgError,
     InterruptedRunError,
     OutOfMemoryError,
+    OutputError,
     UsageError,
     is_out_of_memory,
     printable,
 )
 from ckptavg.workers import mute, rank
+
+_STDOUT_IS_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
 def main() -> NoReturn:
@@ -33,20 +37,43 @@ def main() -> NoReturn:
     try:
         from ckptavg.cli.app import app
 
-        app(prog_name="ckptavg", default_map=_configured())
+        try:
+            app(prog_name="ckptavg", default_map=_configured())
+        finally:
+            sys.stdout.flush()
     except CkptavgError as error:
         _fail(error, error)
     except interrupt.Interruption as error:
         _fail(InterruptedRunError("interrupted"), error)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain again
-        sys.exit(141)
+    except SystemExit as left:
+        if isinstance(left.__context__, BrokenPipeError):  # which Typer calls an exit code of 1
+            _end_if_stdout_failed(left.__context__)
+        raise
+    except OSError as error:
+        _end_if_stdout_failed(error)
+        _fail_with_a_bug(error)
     except Exception as error:  # the outermost boundary: what gets here is our bug
         if is_out_of_memory(error):
             _fail(OutOfMemoryError("out of memory", hint="-v shows where; fewer candidates take less"), error)
-        what = f"this is a bug in ckptavg: {type(error).__name__}: {error}"
-        _fail(CkptavgError(what, hint="run it again with -v and report what it prints"), error)
+        _fail_with_a_bug(error)
     sys.exit(0)
+
+
+def _fail_with_a_bug(error: Exception) -> NoReturn:
+    what = f"this is a bug in ckptavg: {type(error).__name__}: {error}"
+    _fail(CkptavgError(what, hint="run it again with -v and report what it prints"), error)
+
+
+def _end_if_stdout_failed(error: OSError) -> None:
+    """Exit where it is stdout that could not be written: its reader went away, or its disk is full."""
+    full = error.filename is None and error.errno in _STDOUT_IS_FULL
+    if not full and not isinstance(error, BrokenPipeError):
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it exits
+    if full:
+        what = f"cannot be written: {os.strerror(error.errno or 0).lower()}"
+        _fail(OutputError(what, path="stdout"), error)
+    sys.exit(141)
 
 
 def _open_streams() -> None:
@@ -73,7 +100,7 @@ def _configured() -> dict[str, dict[str, Any]]:
     from ckptavg import settings
     from ckptavg.cli.app import app
 
-    values = settings.read(Path.cwd())
+    values = settings.read(Path())
     known = {
         name: set(command.callback.__annotations__) - {"task"}  # pyright: ignore  # which has an order of its own
         for command in app.registered_commands

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,7 +65,7 @@ def read_config(checkpoint: Checkpoint) -> Config | None:
         InputError: naming the file, if it is not strict JSON or has a rank, α or pattern that cannot be.
     """
     path = checkpoint.folder / CONFIG_NAME
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     raw = read_json(path)
     if not isinstance(raw, dict):

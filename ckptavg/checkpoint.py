@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ckptavg.errors import InputError, excluding, printable
 from ckptavg.readers import Reader, StoredTensor
+from ckptavg.readers.regular_file import is_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Checkpoint:
     @property
     def folder(self) -> Path:
         """Where its config and its other companions lie."""
-        return self.path if self.path.is_dir() else self.path.parent
+        return self.path if is_folder(self.path) else self.path.parent
 
     def spec(self, name: str) -> StoredTensor:
         """Shape and dtype of a tensor."""

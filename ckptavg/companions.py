@@ -12,8 +12,9 @@ from typing import Any, Final
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.durable import flush_folder, write_bytes
 from ckptavg.errors import InputError, OutputError
-from ckptavg.readers import ITEM_SIZE, StoredTensor
+from ckptavg.readers import ITEM_SIZE, StoredTensor, entries
 from ckptavg.readers.json_file import read_json
+from ckptavg.readers.regular_file import is_file, is_folder
 
 PATTERNS: Final = (
     "config.json", "generation_config.json", "*_config.json", "preprocessor_config.json", "tokenizer*", "vocab*",
@@ -42,7 +43,7 @@ def check(folder: Path) -> None:
 @contextmanager
 def made(folder: Path | None) -> Generator[None]:
     """``folder``, made if it does not exist, and unmade if what follows fails."""
-    if folder is None or folder.is_dir():
+    if folder is None or is_folder(folder):
         yield
         return
     try:
@@ -107,8 +108,8 @@ def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str,
     """
     source = checkpoint.folder
     copied: list[str] = []
-    for path in sorted(source.iterdir()):
-        wanted = path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in PATTERNS)
+    for path in sorted(source / name for name in entries(source)):
+        wanted = is_file(path) and any(fnmatchcase(path.name, pattern) for pattern in PATTERNS)
         if not wanted or (folder / path.name).exists():
             continue
         try:

@@ -77,7 +77,7 @@ def discover(
                 else:
                     opened += [one] if one else []
         kept = _without_copies(opened, left_out, refuse)
-        ordered, warnings = _in_order(kept)
+        ordered, warnings = _in_order(kept, refuse if bad == "list" else None)
         ordered, chosen = _sound(ordered, window, check, refuse)
         wanted = {id(c) for c in chosen}
         outside = [c for c in ordered if id(c) not in wanted]
@@ -195,8 +195,11 @@ def _sound(
         ordered = [one for one in ordered if id(one) not in dropped]
 
 
-def _in_order(opened: list[_Opened]) -> tuple[list[Checkpoint], tuple[str, ...]]:
-    """The checkpoints with their steps, all of one kind, in training order; and what is doubtful about it."""
+def _in_order(opened: list[_Opened], refuse: _Refuse | None) -> tuple[list[Checkpoint], tuple[str, ...]]:
+    """The checkpoints with their steps, all of one kind, in training order; and what is doubtful about it.
+
+    One that has no step in common with the others is refused where it can be, else raised.
+    """
     kind, distinct = common_kind([one.steps for one in opened], [one.checkpoint.run for one in opened])
     if kind is not None:
         stepped = [replace(one.checkpoint, step=one.steps[kind], step_from=kind) for one in opened]
@@ -209,12 +212,17 @@ def _in_order(opened: list[_Opened]) -> tuple[list[Checkpoint], tuple[str, ...]]
     if all(one.place.explicit for one in opened) and not any(one.steps for one in opened):
         given = sorted(opened, key=lambda one: one.place.order)
         return [replace(one.checkpoint, step=i, step_from="order given") for i, one in enumerate(given, 1)], ()
-    fewest = min(opened, key=lambda one: len(one.steps)).checkpoint
-    raise InputError(
+    odd = min(opened, key=lambda one: len(one.steps))
+    error = InputError(
         "tells no training step that the other checkpoints tell too, neither inside nor in its name",
-        path=fewest.path,
-        hint=f"leave it out with {fewest.excluding}, or name the checkpoints in their order",
+        path=odd.checkpoint.path,
+        hint=f"leave it out with {odd.checkpoint.excluding}, or name the checkpoints in their order",
     )
+    if refuse is None:
+        raise error
+    refuse(error, odd.checkpoint.path)
+    odd.checkpoint.reader.close()
+    return _in_order([one for one in opened if one is not odd], refuse)
 
 
 def _with_hint(error: CkptavgError, place: Place) -> CkptavgError:

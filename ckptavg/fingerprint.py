@@ -12,6 +12,7 @@ import torch
 
 from ckptavg import copies
 from ckptavg.checkpoint import Checkpoint
+from ckptavg.readers.regular_file import is_file
 
 
 def fingerprint(
@@ -41,12 +42,12 @@ def fingerprint(
 
 def _of_code(source: str) -> dict[str, str]:
     path = Path(source)
-    if not path.is_file():
+    if not is_file(path):
         module = sys.modules.get(source)
         path = Path(getattr(module, "__file__", None) or source)
     path = path.resolve()
     files = {path} | {found for found in _modules() if found.is_relative_to(path.parent)}
-    own = (one for one in files if "site-packages" not in one.relative_to(path.parent).parts and one.is_file())
+    own = (one for one in files if "site-packages" not in one.relative_to(path.parent).parts and is_file(one))
     return {str(one.relative_to(path.parent)): _sha256(one) for one in sorted(own)}
 
 
@@ -56,15 +57,18 @@ def _modules() -> set[Path]:
 
 
 def _of_data(path: Path) -> str:
-    if path.is_file():
+    if is_file(path):
         return _sha256(path)
     digest = hashlib.sha256(str(path).encode("utf-8", "surrogateescape"))
     for one in sorted(path.rglob("*")):
-        status = one.stat()
+        status = one.lstat()  # a link may lead nowhere
         digest.update(repr((str(one.relative_to(path)), status.st_size, status.st_mtime_ns)).encode())
     return digest.hexdigest()
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # whoever needs it says why it cannot be read
+        return "unreadable"

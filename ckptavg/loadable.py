@@ -11,6 +11,7 @@ import torch
 
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import CkptavgError, OutputError
+from ckptavg.readers.regular_file import is_file
 from ckptavg.tasks.architecture import architecture, build, offline, transformers
 
 
@@ -23,7 +24,7 @@ def check(checkpoint: Checkpoint) -> None:
         OutputError: naming a tensor that would be random, or would be ignored.
     """
     folder = checkpoint.folder
-    if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+    if not is_file(folder / "config.json") or is_file(folder / "adapter_config.json"):
         return
     if importlib.util.find_spec("transformers") is None:
         return

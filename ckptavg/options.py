@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 from ckptavg.errors import UsageError
+from ckptavg.readers.regular_file import is_folder
 from ckptavg.window import Window
 from ckptavg.workers import ALONE, PATIENCE, Workers
 
@@ -120,6 +121,11 @@ class Options:
         return [name for name, value in ways.items() if value is not None]
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, str | Path) and "\0" in str(value):
+                raise UsageError(f"--{name.replace('_', '-')} has a NUL character in it")
+        if not str(self.output):
+            raise UsageError("--output is empty: name a file or a directory")
         if len(self.ways) > 1:
             raise UsageError(f"{' and '.join(self.ways)} both say how a mixture is scored: give one of them")
         for name, value in (("--train", self.train), ("--test", self.test)):
@@ -181,7 +187,18 @@ class Options:
 
 
 def destination(output: Path | str) -> tuple[Path, Path | None]:
-    """The file to write, and its directory where the directory is what was asked for."""
-    if str(output).endswith("/") or Path(output).is_dir():
+    """The file to write, and its directory where the directory is what was asked for.
+
+    Raises:
+        UsageError: if that is the root.
+    """
+    if str(output) and Path(output).name in ("", ".."):  # what lies beside it needs its name
+        try:
+            output = Path(output).resolve()
+        except OSError as error:
+            raise UsageError(f"--output {output}: the working directory is gone") from error
+        if not output.name:
+            raise UsageError(f"--output {output} has no name: choose a file or a directory with one")
+    if str(output).endswith("/") or is_folder(Path(output)):
         return Path(output) / _FILE_NAME, Path(output)
     return Path(output), None

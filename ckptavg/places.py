@@ -141,7 +141,7 @@ def _weights_file(path: Path) -> Path:
     if path.name.endswith(WEIGHT_SUFFIXES):
         if _SHARD.search(path.name) and not path.name.endswith(".json"):
             index = _SHARD.sub(".", path.name) + ".index.json"
-            known = (path.parent / index).exists()
+            known = os.path.lexists(path.parent / index)
             raise NotACheckpoint(
                 f"a shard of {index}" if known else "a shard without its index", "quiet" if known else "warning"
             )
@@ -157,7 +157,7 @@ def _weights_file(path: Path) -> Path:
 def _check_rank(path: Path, stem: str, rank: str, suffix: str) -> None:
     if int(rank):
         raise NotACheckpoint(f"what process {rank} saved")
-    if (path.parent / f"{stem}1{suffix}").exists():
+    if os.path.lexists(path.parent / f"{stem}1{suffix}"):
         raise NotACheckpoint("one part of a model that several processes saved; gather it into one first", "warning")
 
 

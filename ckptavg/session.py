@@ -32,6 +32,7 @@ from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture
 from ckptavg.options import Options
 from ckptavg.passes import precision
+from ckptavg.readers.regular_file import is_folder
 from ckptavg.replay import Replay
 from ckptavg.tasks import Task
 from ckptavg.tasks.held_out import HeldOut
@@ -83,12 +84,12 @@ def _check_output(options: Options) -> None:
     path, folder = options.destination
     if not options.dry_run:
         shards.sweep(folder or path.parent, None if folder else path.name)
-    if folder and folder.is_dir():
+    if folder and is_folder(folder):
         companions.check(folder)
     if options.format == "dcp":
         dcp_output.preflight(path, options.force)
     else:
-        preflight(folder if folder and not folder.is_dir() else path, options.force)
+        preflight(folder if folder and not is_folder(folder) else path, options.force)
 
 
 @contextmanager
@@ -156,7 +157,7 @@ def check_space(found: Found, options: Options) -> None:
     path, folder = options.destination
     needed = sum(spec.nbytes for spec in output_specs(found.checkpoints[0], options.dtype).values())
     needed *= 2 if options.format == "dcp" else 1  # see `ckptavg.dcp_output.DcpFolder`
-    free = durable.free(path.parent if folder is None or folder.is_dir() else folder.parent)
+    free = durable.free(path.parent if folder is None or is_folder(folder) else folder.parent)
     if options.adapter != "exact" and needed > free:
         raise OutputError(f"no space left on device: {needed:,} bytes are needed, {free:,} are free", path=path)
 

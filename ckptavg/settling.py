@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from ckptavg import interrupt
 from ckptavg.places import LeftOut, places_under
+from ckptavg.readers.regular_file import is_folder
 from ckptavg.window import Window
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _state(paths: Sequence[Path], window: Window) -> dict[Path, tuple[int, int, 
 
 
 def _files(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
+    if not is_folder(path):
         yield path
     for folder, _, names in os.walk(path):
         yield from (Path(folder) / name for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def step_in_name(name: str) -> int | None:
 
 def trainer_step(path: Path) -> dict[str, int]:
     """The ``global_step`` of a Hugging Face ``trainer_state.json``, if there is one."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     state = read_json(path)
     step = state.get("global_step") if isinstance(state, dict) else None
@@ -62,7 +63,8 @@ def trainer_step(path: Path) -> dict[str, int]:
 
 def natural(name: str) -> tuple[tuple[int, str] | tuple[int, int, str], ...]:
     """A sort key that puts step-9 before step-10."""
-    return tuple((1, int(part), part) if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name) if part)
+    parts = [part for part in re.split(r"([0-9]+)", name) if part]
+    return tuple((1, int(part), part) if part.isascii() and part.isdigit() else (0, part) for part in parts)
 
 
 def common_kind(steps: Sequence[Mapping[str, int]], runs: Sequence[int]) -> tuple[str | None, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from ckptavg import provenance
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.discover import discover
+from ckptavg.dtypes import NAMES
 from ckptavg.errors import InputError
-from ckptavg.layout import model_tensors
+from ckptavg.layout import check_agreement, model_tensors
 from ckptavg.readers import Reader, RegularFile, StoredTensor, open_reader
+from ckptavg.readers.regular_file import is_file, is_folder
 from ckptavg.readers.safetensors import strict_json
 from ckptavg.recipe import recipe
 
@@ -46,15 +49,13 @@ def verify(file: Path, sources: Path) -> Verification:
         record = _record(output)
         checkpoints: list[Checkpoint] = []
         for source in record["sources"]:
-            found = stack.enter_context(
-                discover([_locate(source, sources, file)], key=source["key"] or None, allow_nonfinite=True)
-            )
+            place = _locate(source, sources, file)
+            found = stack.enter_context(discover([place], key=source["key"] or None, allow_nonfinite=True))
+            if len(found.checkpoints) != 1:
+                raise InputError(f"holds {len(found.checkpoints)} checkpoints, not the one it was", path=place)
             checkpoints += found.checkpoints
-        columns = [source["coefficient"] for source in record["sources"]]
-        rows = zip(*(column if isinstance(column, list) else [column] for column in columns), strict=True)
-        coefficients = Coefficients(
-            tuple(tuple(float(c) for c in row) for row in rows), tuple(tuple(group) for group in record["groups"])
-        )
+        check_agreement(checkpoints)
+        coefficients = _coefficients(record, checkpoints[0], file)
         made = recipe(
             checkpoints, coefficients, dtype=record["dtype"],
             mode=record.get("adapter", "factors"), rank=record.get("rank"),
@@ -85,29 +86,79 @@ def _record(output: Reader) -> Mapping[str, Any]:
         record: Any = strict_json(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"its ckptavg metadata is not valid JSON: {error}", path=output.path) from error
-    wanted = {"schema", "sources", "groups", "dtype", "recomputed"}
-    if not isinstance(record, dict) or not wanted <= record.keys() or record["schema"] != provenance.SCHEMA:
+    if not isinstance(record, dict) or record.get("schema") != provenance.SCHEMA:
         raise InputError("its ckptavg metadata is of another version", path=output.path, hint="use a newer ckptavg")
+    if not _is_whole(record):
+        raise InputError("its ckptavg metadata is damaged", path=output.path)
     return record
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    """Whether every entry that is used is there and of its kind; anybody may have written it."""
+    sources, dtype, rank = record.get("sources"), record.get("dtype"), record.get("rank")
+    return (
+        isinstance(sources, list)
+        and len(sources) > 0
+        and all(map(_is_source, sources))
+        and _are_texts(record.get("recomputed"))
+        and isinstance(groups := record.get("groups"), list)
+        and all(map(_are_texts, groups))
+        and (dtype is None or (isinstance(dtype, str) and dtype in NAMES))
+        and record.get("adapter", "factors") in ("factors", "exact")
+        and (rank is None or (type(rank) is int and rank > 0))
+    )
+
+
+def _is_source(source: Any) -> bool:
+    digests: Any = source.get("sha256") if isinstance(source, dict) else None
+    return (
+        isinstance(digests, dict)
+        and len(digests) > 0
+        and all(Path(part).name == part and isinstance(digest, str) for part, digest in digests.items())
+        and isinstance(source.get("name"), str)
+        and Path(source["name"]).name not in ("", "..")
+        and isinstance(source.get("key"), str)
+        and all(type(c) in (int, float) for c in _column(source.get("coefficient")))
+    )
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _column(coefficient: Any) -> list[Any]:
+    return coefficient if isinstance(coefficient, list) else [coefficient]
+
+
+def _coefficients(record: Mapping[str, Any], first: Checkpoint, output: Path) -> Coefficients:
+    try:
+        rows = zip(*(_column(source["coefficient"]) for source in record["sources"]), strict=True)
+        values = tuple(tuple(float(c) for c in row) for row in rows)
+        found = Coefficients(values, tuple(tuple(group) for group in record["groups"]))
+        for name in first.names:
+            found.row(name)
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"its ckptavg metadata is damaged: {error}", path=output) from error
+    return found
 
 
 def _locate(source: Mapping[str, Any], folder: Path, output: Path) -> Path:
     """The checkpoint under ``folder`` that has the source's name and, file by file, its SHA-256."""
     name, digests = Path(source["name"]), source["sha256"]
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError("no such directory", path=folder)
-    same_name = sorted(folder.rglob(name.name))
+    same_name = sorted(Path(at) / name.name for at, *inside in os.walk(folder) if name.name in inside[0] + inside[1])
     if not same_name:
         raise InputError(f"no source {name} under {folder}", path=output, hint="--sources names their directory")
     for path in same_name:
-        home = path if path.is_dir() else path.parent
+        home = path if is_folder(path) else path.parent
         if all(_has_digest(home / part, digest) for part, digest in digests.items()):
             return path
     raise InputError("is not the file the average was made from: its SHA-256 differs", path=same_name[0])
 
 
 def _has_digest(path: Path, digest: str) -> bool:
-    if not path.is_file():
+    if not is_file(path):
         return False
     with RegularFile(path) as file:
         return provenance.sha256(file) == digest

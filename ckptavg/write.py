@@ -231,12 +231,18 @@ def preflight(path: Path, force: bool) -> None:
         OutputExistsError: if it exists and ``force`` is not given.
         OutputError: if its directory does not exist or is not writable, or it is itself a directory.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112  # False where it cannot be looked at
         raise OutputError("is a directory", path=path)
     if os.path.lexists(path) and not force:
         raise _exists(path)
-    if not path.parent.is_dir():
-        raise OutputError("no such directory", path=path.parent, hint=f"mkdir -p '{path.parent}'")
+    try:
+        folder = stat.S_ISDIR(path.parent.stat().st_mode)
+    except FileNotFoundError as error:
+        raise OutputError("no such directory", path=path.parent, hint=f"mkdir -p '{path.parent}'") from error
+    except (OSError, ValueError) as error:
+        raise OutputError(os.strerror(getattr(error, "errno", 0) or errno.EINVAL).lower(), path=path.parent) from error
+    if not folder:
+        raise OutputError("is no directory", path=path.parent)
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError("permission denied", path=path.parent)
 

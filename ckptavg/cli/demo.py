@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,12 +13,12 @@ from ckptavg.errors import OutputError, OutputExistsError
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="The directory to make.")] = Path("ckptavg-demo"),
+    folder: Annotated[Path, typer.Argument(help="The directory to make.", readable=False)] = Path("ckptavg-demo"),
 ) -> None:
     """Train a tiny network, save its checkpoints, and say what to try on them."""
     from ckptavg.cli.terminal import Screen, write_text
 
-    if folder.exists():
+    if os.path.lexists(folder):
         raise OutputExistsError("exists already", path=folder, hint="name another directory, or delete this one")
     try:
         (folder / "ckpts").mkdir(parents=True)

@@ -23,6 +23,7 @@ from ckptavg.cli.options import (
     WorkerTimeout,
 )  # fmt: skip
 from ckptavg.errors import printable
+from ckptavg.readers.regular_file import is_folder
 from ckptavg.workers import PATIENCE, joined
 
 
@@ -56,7 +57,7 @@ def command(
 
         given = val is not None or lm_eval is not None
         # an output beside ./task.py is usual
-        source = task if given else find(task, [path for path in files if path.is_dir()])
+        source = task if given else find(task, [path for path in files if is_folder(path)])
         scored = evaluate(
             files, source, key=key, device=device, seed=seed, watch=watch, val=val, test=test,
             batch_size=batch_size, task_timeout=task_timeout, worker_timeout=worker_timeout, workers=workers,

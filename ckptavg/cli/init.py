@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,13 +12,13 @@ from ckptavg.errors import OutputExistsError
 
 
 def command(
-    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("task.py"),
+    path: Annotated[Path, typer.Argument(help="The file to write.", readable=False)] = Path("task.py"),
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented task file to fill in."""
     from ckptavg.cli.terminal import Screen, write_text
 
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:
         raise OutputExistsError("exists already", path=path, hint="--force replaces it")
     write_text(path, template())
     Screen().print("Fill in model(), loss() and the loaders, then: ckptavg sewa ./ckpts --k 5")

@@ -27,7 +27,9 @@ def option(panel: str, text: str, *names: str, **more: Any) -> Any:
 
 Paths = Annotated[
     list[Path],
-    typer.Argument(metavar="CKPTS", help="A directory of checkpoints, several, or the checkpoints themselves."),
+    typer.Argument(
+        metavar="CKPTS", help="A directory of checkpoints, several, or the checkpoints themselves.", readable=False
+    ),
 ]
 Include = Annotated[str | None, option("Candidates", "Only checkpoints whose name matches this glob.")]
 Exclude = Annotated[str | None, option("Candidates", "No checkpoints whose name matches this glob.")]
@@ -139,7 +141,9 @@ Shard = Annotated[
 ]
 WorkerTimeout = Annotated[float, option("Workers", "Seconds that one of them waits for the others.")]
 Baselines = Annotated[bool, option("Report", "Score last, SWA and LAWA for comparison.")]
-ReportFile = Annotated[Path | None, option("Report", "Write the report to a file too.", metavar="FILE.json")]
+ReportFile = Annotated[
+    Path | None, option("Report", "Write the report to a file too.", metavar="FILE.json", readable=False)
+]
 
 
 def _shared(

@@ -13,8 +13,8 @@ from ckptavg.errors import InputError
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="An output of ckptavg.")],
-    sources: Annotated[Path, typer.Option(help="The directory its sources lie under.")] = Path(),
+    file: Annotated[Path, typer.Argument(help="An output of ckptavg.", readable=False)],
+    sources: Annotated[Path, typer.Option(help="The directory its sources lie under.", readable=False)] = Path(),
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -153,7 +153,11 @@ def _record(path: Path) -> Mapping[str, str]:
 
 def _check_newer(metadata: Path, path: Path) -> None:
     """Raise InputError if a file was written after ``.metadata``, which is written last."""
-    if metadata.stat().st_mtime_ns < path.stat().st_mtime_ns:
+    try:
+        older = metadata.stat().st_mtime_ns < path.stat().st_mtime_ns
+    except OSError:
+        return  # one of them is gone or out of reach, which opening it says
+    if older:
         raise InputError(
             f"is older than {path.name}: a later save into this directory was interrupted or is going on",
             path=metadata,

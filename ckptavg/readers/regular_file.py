@@ -126,6 +126,14 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def is_file(path: Path) -> bool:
+    """Whether ``path`` is a regular file; what cannot even be looked at is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _same(before: os.stat_result, now: os.stat_result) -> bool:
     return all(getattr(before, name) == getattr(now, name) for name in ("st_dev", "st_ino", "st_size", "st_mtime_ns"))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ckptavg.errors import TaskError, UsageError
+from ckptavg.readers.json_file import read_json
+from ckptavg.readers.regular_file import is_file, is_folder
 
 WRITE_ONE: Final = "write a task file: `ckptavg init`"
 _ONE_LABEL: Final = "single_label_classification"
@@ -54,7 +55,7 @@ def architecture(place: str, source: str, *, trust: bool) -> Kind:
     try:
         config, _ = library.PretrainedConfig.get_config_dict(place, local_files_only=True)
     except OSError as error:
-        if place == source or Path(place).exists():
+        if place == source or is_folder(Path(place)):
             raise
         hint = f"download it: hf download {place}"
         raise TaskError(f"its base model {place} is not on this machine", path=source, hint=hint) from error
@@ -130,12 +131,13 @@ def base(folder: Path) -> str:
     Raises:
         TaskError: if there is no config.json, or an adapter's does not name its base.
     """
-    if (folder / "adapter_config.json").is_file():
-        try:
-            return str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise TaskError("adapter_config.json does not name the base model", path=folder) from error
-    if not (folder / "config.json").is_file():
+    if is_file(folder / "adapter_config.json"):
+        config: Any = read_json(folder / "adapter_config.json")
+        name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+        if not isinstance(name, str):
+            raise TaskError("adapter_config.json does not name the base model", path=folder)
+        return name
+    if not is_file(folder / "config.json"):
         raise TaskError("has no config.json", path=folder, hint="copy the model's beside the weights, or " + WRITE_ONE)
     return str(folder)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def read(path: Path) -> DataFile:
         UsageError: if there is no such file, or its kind is unknown.
         InputError: if it is damaged or empty.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UsageError("no such data file", path=path, hint="--val, --train and --test name files or directories")
     try:
         data = _read(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from ckptavg import settings
 from ckptavg.errors import UsageError
 from ckptavg.options import Options
+from ckptavg.readers.regular_file import is_file
 
 
 def with_task(options: Options, inputs: Sequence[Path], *, required: bool) -> Options:
@@ -31,11 +32,11 @@ def find(option: str | None, inputs: Sequence[Path], *, required: bool = True) -
     Raises:
         UsageError: if a task is required and there is only a ``./task.py`` that lies among the checkpoints.
     """
-    named = option or os.environ.get("CKPTAVG_TASK") or settings.read(Path.cwd()).get("task")
-    if named or not Path("task.py").is_file():
+    named = option or os.environ.get("CKPTAVG_TASK") or settings.read(Path()).get("task")
+    if named or not is_file(Path("task.py")):
         return named
     here = Path.cwd().resolve()
-    if any(path.resolve() == here or (path.is_file() and path.resolve().parent == here) for path in inputs):
+    if any(path.resolve() == here or (is_file(path) and path.resolve().parent == here) for path in inputs):
         if not required:
             return None
         raise UsageError(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.objective import Each
+from ckptavg.readers.regular_file import is_file, is_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,7 +76,7 @@ class Harness:
         for what, number in (("limit", limit), ("batch size", batch_size)):
             if number is not None and number < 1:
                 raise UsageError(f"the {what} of lm-evaluation-harness must be at least 1, not {number}")
-        if include_path is not None and not include_path.is_dir():
+        if include_path is not None and not is_folder(include_path):
             raise UsageError("no such directory of lm-evaluation-harness tasks", path=include_path)
         self._requested = tasks
         self._include_path = include_path
@@ -108,7 +109,7 @@ class Harness:
         if not set(self._requested) <= set(manager.all_subtasks):  # the harness's 14,000 files take seconds to read
             manager = library.TaskManager(include_path=path)
         for name in self._requested:
-            known = name in manager.task_index or Path(name).is_file()
+            known = name in manager.task_index or is_file(Path(name))
             found: list[str] = [name] if known else manager.match_tasks([name])
             if not found:
                 close = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=5))

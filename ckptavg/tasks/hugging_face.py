@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from ckptavg.errors import CkptavgError, InputError, TaskError, UsageError, is_out_of_memory
 from ckptavg.objective import Split
+from ckptavg.readers.regular_file import is_folder
 from ckptavg.tasks import data_files
 from ckptavg.tasks.architecture import WRITE_ONE, architecture, base, build, offline, transformers
 from ckptavg.tasks.data_files import DataFile
@@ -248,7 +249,7 @@ class HuggingFaceTask:
 
         image = data.rows[i]["image"]
         if isinstance(image, str):
-            path = (data.path if data.path.is_dir() else data.path.parent) / image
+            path = (data.path if is_folder(data.path) else data.path.parent) / image
             try:
                 image = Image.open(path)
                 image.load()
@@ -280,7 +281,7 @@ class HuggingFaceTask:
         """The directory, else the base model, whichever has such a file."""
         for place in (self.source, self._base):
             folder = Path(place)
-            if not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in patterns):
+            if not is_folder(folder) or any(any(folder.glob(pattern)) for pattern in patterns):
                 return place
         raise TaskError(f"no {what} in {self._base}", hint=f"copy {example} beside config.json")
 

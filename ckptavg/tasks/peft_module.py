@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ckptavg.errors import TaskError
+from ckptavg.readers.regular_file import is_file
 from ckptavg.tasks.architecture import imported
 
 
@@ -29,7 +30,7 @@ class Adapter(nn.Module):
         whole: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
         named = peft.get_peft_model_state_dict(self.model, state_dict=whole, save_embedding_layers=True)
         file = folder / "adapter_model.safetensors"
-        if file.is_file():
+        if is_file(file):
             from safetensors import safe_open
 
             with safe_open(file, "pt") as stored:

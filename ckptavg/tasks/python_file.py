@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from ckptavg.determinism import seed_loader
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.objective import Split
+from ckptavg.readers.regular_file import is_file
 from ckptavg.tasks.failure import failed
 from ckptavg.tasks.guard import Guard
 from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
@@ -222,11 +223,14 @@ class PythonTask:
 def _import(source: str) -> ModuleType:
     path = Path(source)
     try:
-        if source.endswith(".py") or len(path.parts) > 1:
-            if not path.is_file():
+        if source.endswith(".py") or "/" in source:
+            if not is_file(path):
                 raise UsageError(f"no such task file: {source}", hint="`ckptavg init` writes one")
             return _import_file(path.resolve())
-        sys.path.insert(0, str(Path.cwd()))
+        if not all(map(str.isidentifier, source.split("."))):
+            raise UsageError(f"no task file or module is called {source}", hint="`ckptavg init` writes one")
+        with suppress(OSError):  # the directory was removed
+            sys.path.insert(0, str(Path.cwd()))
         return importlib.import_module(source)
     except ModuleNotFoundError as error:
         if error.name == source.partition(".")[0]:

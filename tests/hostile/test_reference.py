@@ -1,0 +1,82 @@
+"""The readers beside the libraries that write the formats: what both read is the same, and ours reads no more."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch_archives import TORCH_DTYPE, expected, read
+
+from ckptavg.errors import InputError
+from hostile import mutants
+from hostile.case import container, entries, values
+from hostile.side_files import with_odd_value
+
+quietly = settings(
+    max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+DTYPES = [dtype for name, dtype in TORCH_DTYPE.items() if not name.startswith("F8")]
+names = st.text(st.characters(blacklist_categories=("Cc", "Cs"), max_codepoint=0xFFFF), min_size=1, max_size=12)
+shapes = st.lists(st.integers(0, 4), max_size=4)
+
+
+@st.composite
+def tensors(draw: Any) -> torch.Tensor:
+    shape, dtype = draw(shapes), draw(st.sampled_from(DTYPES))
+    count = int(torch.Size(shape).numel())
+    most, draws = 2 if dtype == torch.bool else 256, torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    raw = torch.randint(0, most, (count * dtype.itemsize,), generator=draws, dtype=torch.uint8)
+    tensor = raw.view(dtype).view(shape) if count else torch.empty(shape, dtype=dtype)
+    return tensor.transpose(0, -1) if len(shape) > 1 and draw(st.booleans()) else tensor
+
+
+@given(st.dictionaries(names, tensors(), min_size=1, max_size=5), st.sampled_from([2, 4, 5]))
+@quietly
+def test_what_torch_saves_is_read_as_it_reads_it(tmp_path: Path, state: dict[str, Any], protocol: int) -> None:
+    content = {"state": state, "step": 3, "nested": [{"x": list(state.values())[:1]}, (1.5, None, True, "text")]}
+    torch.save(content, tmp_path / "file.pt", pickle_protocol=protocol)
+    found: Any = read(tmp_path / "file.pt")
+    loaded = torch.load(tmp_path / "file.pt", weights_only=True)
+    assert found == expected(loaded)
+
+
+@given(st.dictionaries(names.filter(lambda name: name != "__metadata__"), tensors(), min_size=1, max_size=5))
+@quietly
+def test_what_safetensors_saves_is_read_as_it_reads_it(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    plain = {name: tensor.contiguous().clone() for name, tensor in state.items()}
+    safetensors.torch.save_file(plain, tmp_path / "file.safetensors")
+    assert read(tmp_path / "file.safetensors") == expected(safetensors.torch.load_file(tmp_path / "file.safetensors"))
+
+
+@pytest.mark.parametrize("by_value", [True, False])
+def test_a_damaged_safetensors_file_that_is_read_is_one_for_the_library_too(
+    tmp_path: Path, by_value: bool, tally: dict[str, int]
+) -> None:
+    """With the same tensors; the library is less strict, never more."""
+    header, _ = entries()
+    path = tmp_path / "step-3.safetensors"
+
+    @quietly
+    @given(st.integers(0, 2**64))
+    def check(seed: int) -> None:
+        tally["mutants"] = tally.get("mutants", 0) + 1
+        rng = random.Random(seed)
+        if by_value:
+            data = container(json.dumps(with_odd_value(header, rng), ensure_ascii=True).encode(), values(8))
+        else:
+            data = next(iter(mutants.damaged("safetensors", rng).values()))
+        path.write_bytes(data)
+        try:
+            found = read(path)
+        except InputError:
+            return
+        assert found == expected(safetensors.torch.load(data))
+
+    check()

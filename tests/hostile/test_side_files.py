@@ -1,0 +1,106 @@
+"""Text files beside checkpoints, damaged: read or refused in one line, never anything else."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ckptavg.errors import CkptavgError, InputError
+from ckptavg.verification import verify
+from hostile import side_files
+
+quietly = settings(
+    max_examples=200, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.mark.parametrize("kind", side_files.seeds())
+def test_they_are_read_or_refused(kind: str, tmp_path: Path, tally: dict[str, int]) -> None:
+    files, _ = side_files.seeds()[kind]
+    assert not isinstance(side_files.read(files, tmp_path / "ckpts"), CkptavgError)
+
+    @quietly
+    @given(st.integers(0, 2**64))
+    def check(seed: int) -> None:
+        tally["side files"] = tally.get("side files", 0) + 1
+        side_files.read(side_files.damaged(kind, random.Random(seed)), tmp_path / "ckpts")
+
+    check()
+
+
+@pytest.fixture
+def output(run: Run, tmp_path: Path) -> Path:
+    (tmp_path / "ckpts").mkdir()
+    for step in (1, 2):
+        save_file(
+            {"w": torch.full((4,), float(step)), "b": torch.zeros(2)}, tmp_path / "ckpts" / f"s-{step}.safetensors"
+        )
+    assert run("swa", "ckpts", "-o", "out.safetensors").returncode == 0
+    return tmp_path / "out.safetensors"
+
+
+def test_what_an_output_says_of_itself_is_believed_as_little(output: Path, tally: dict[str, int]) -> None:
+    """`verify` rebuilds by metadata that anybody may have written."""
+    with safe_open(output, "pt") as stored:
+        metadata = stored.metadata()
+    state = load_file(output)
+    assert verify(output, output.parent / "ckpts").agree == ["b", "w"]
+    record = json.loads(metadata["ckptavg"])
+    outcomes: set[str] = set()
+
+    @quietly
+    @given(st.integers(0, 2**64))
+    def check(seed: int) -> None:
+        tally["side files"] = tally.get("side files", 0) + 1
+        changed = side_files.with_odd_value(record, random.Random(seed))
+        try:
+            save_file(state, output, {**metadata, "ckptavg": json.dumps(changed)})
+            verify(output, output.parent / "ckpts")
+            outcomes.add("rebuilt")
+        except InputError as error:
+            assert str(error).isprintable()
+            outcomes.add("refused")
+
+    check()
+    assert outcomes == {"rebuilt", "refused"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sources": []}, "is damaged"), ({"sources": 5}, "is damaged"), ({"sources": None}, "is damaged"),
+        ({"groups": [["x"]]}, "no group of coefficients covers"), ({"groups": []}, "is damaged"),
+        ({"dtype": "int8"}, "is damaged"), ({"dtype": "complex64"}, "is damaged"), ({"adapter": "x"}, "is damaged"),
+        ({"rank": 0}, "is damaged"), ({"schema": 2}, "of another version"), ({"recomputed": [1]}, "is damaged"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_metadata_that_cannot_be_is_refused(output: Path, change: dict[str, object], message: str) -> None:
+    with safe_open(output, "pt") as stored:
+        metadata = stored.metadata()
+    record = {**json.loads(metadata["ckptavg"]), **change}
+    save_file(load_file(output), output, {**metadata, "ckptavg": json.dumps(record)})
+    with pytest.raises(InputError, match=message):
+        verify(output, output.parent / "ckpts")
+
+
+def test_a_source_is_no_path(output: Path) -> None:
+    """Its files are looked for under --sources only."""
+    with safe_open(output, "pt") as stored:
+        metadata = stored.metadata()
+    record = json.loads(metadata["ckptavg"])
+    for name, part in (("../s-1.safetensors", "../ckpts/s-1.safetensors"), ("/", "x"), ("..", "x"), ("", "x")):
+        source = {**record["sources"][0], "name": name, "sha256": {part: "0" * 64}}
+        text = json.dumps({**record, "sources": [source]})
+        save_file(load_file(output), output, {**metadata, "ckptavg": text})
+        with pytest.raises(InputError, match="is damaged"):
+            verify(output, output.parent / "ckpts")
