@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.objective import Each
+from ckptavg.partial import Partial
+from ckptavg.tasks.answers import kept
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,7 +119,7 @@ class Harness:
             names += found
         self._names, self._manager, self._adapter = list(dict.fromkeys(names)), manager, HFLM
 
-    def score(self, model: nn.Module, tokenizer: Any) -> Measured:
+    def score(self, model: nn.Module, tokenizer: Any, partial: Partial | None = None) -> Measured:
         """Measure a transformers model where it is, with the weights it has now.
 
         Its parameters, its training mode and all random states are afterwards what they were.
@@ -125,6 +127,7 @@ class Harness:
         Args:
             model: on its device; the same module may come again with other weights in it.
             tokenizer: of transformers; a copy of it is used.
+            partial: knows what an interrupted run has asked this model already.
         Raises:
             UsageError: if the model is not of transformers, or a task is not known.
             TaskError: if a task cannot be built or fails, or a log-likelihood or main metric is not finite.
@@ -140,6 +143,7 @@ class Harness:
                 _leave_no_trace(after, model, self._seed)
                 tasks = self._tasks = self._tasks or self._built()
                 lm = self._language_model(model, tokenizer)
+                after.enter_context(kept(lm, model, partial or Partial()))
                 results = evaluate(lm=lm, task_dict={"tasks": tasks}, limit=self._limit, bootstrap_iters=0)
                 return _measured(tasks, results)
         except Exception as error:  # the boundary to code that is not ours

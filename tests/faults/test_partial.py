@@ -310,7 +310,7 @@ def test_a_resumed_run_halves_its_batches_where_the_interrupted_one_had_to(ckpts
             seen: list[float] = []
             for _ in range(asked):
                 c_N = mixture.uniform().requires_grad_()
-                seen.append(float(mixture.loss(c_N)))
+                seen.append(float(mixture.loss(c_N).detach()))
             replay.flush()
             calls.append(mixture.task.calls)  # pyright: ignore
             return seen
