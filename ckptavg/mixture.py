@@ -317,8 +317,8 @@ class Mixture:
 
     def _step(self, stream: Stream, groups: Groups) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         def measured(c_GN: Tensor) -> tuple[Tensor, Tensor]:
-            batch = stream.batch
-            return loss_and_gradient(self.task, self.candidates, self._norms, self.meter, c_GN, batch, groups)
+            candidates, norms = self.candidates, self._norms  # loading them draws random numbers, fetching seeds
+            return loss_and_gradient(self.task, candidates, norms, self.meter, c_GN, stream.batch, groups)
 
         def replayed(c_GN: Tensor) -> tuple[Tensor, Tensor]:
             assert self._replay is not None
