@@ -4,8 +4,8 @@
 
 Rounds alternate; medians of wall-clock and of processor seconds are printed as JSON. "Without" replaces, in this
 process, the SHA-256 of sources and output, the CRC-32 of torch's records, fsync and `check_unchanged`; everything else
-is the same code. ``--cold`` takes the candidates out of the page cache before each average, as they are after a training
-job of any size. On a machine that does other things too, the processor's time is the figure to look at.
+is the same code. ``--cold`` takes the candidates out of the page cache before each average, as they are after a long
+training. On a machine that does other things too, the processor's time is the figure to look at.
 """
 
 from __future__ import annotations
@@ -93,18 +93,15 @@ def main() -> int:
             safe.append(measured(ckpts, output, options.cold))
             with careless():
                 bare.append(measured(ckpts, output, options.cold))
-    found = {
+    found: dict[str, float] = {
         f"{name}_{kind}": round(statistics.median(one[i] for one in times), 3)
         for i, name in enumerate(("wall", "processor"))
         for kind, times in (("safe", safe), ("bare", bare))
     }
     for name in ("wall", "processor"):
         found[f"{name}_cost_percent"] = round(100 * (found[f"{name}_safe"] / found[f"{name}_bare"] - 1), 1)
-    print(
-        json.dumps(
-            {**found, "rounds": options.rounds, "cold": options.cold, "threads": torch.get_num_threads()}, indent=2
-        )
-    )
+    found |= {"rounds": options.rounds, "cold": options.cold, "threads": torch.get_num_threads()}
+    print(json.dumps(found, indent=2))
     return 0
 
 
