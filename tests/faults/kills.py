@@ -148,7 +148,8 @@ class Campaign:
 
     def _missing(self, whole: Whole, place: Path, done: bool, acknowledged: Path) -> None:
         """Every record that was acknowledged is in the journal, unless the run was done with it."""
-        told = set(acknowledged.read_text().splitlines()) if acknowledged.exists() else set[str]()
+        noted = acknowledged.read_text().splitlines() if acknowledged.exists() else []
+        told = {key for key in noted if not key.startswith("file ")}  # alone these are not kept
         journal = place / "out.ckptavg" / "journal.jsonl"
         found = set(_keys(journal)) if journal.exists() else set[str]()
         self.phases[_phase(found, place)] += 1
