@@ -241,11 +241,7 @@ def page(known: Mapping[str, Any]) -> str:
         if found is not None and found.get("exit"):
             reached += f" (FAILED, exit {found['exit']})"
         lines.append(f"| {number} | {row.measure} | {row.goal} | {reached} |")
-    runs = [
-        f"- {name}: `{known[name]['command']}`, {known[name]['seconds']} s; {known[name]['on']}"
-        for name in PARTS
-        if name in known
-    ]
+    runs = [f"- {name}: `python {known[name]['command']}`; {known[name]['on']}" for name in PARTS if name in known]
     missing = [name for name in PARTS if name not in known]
     not_run = f"\nNot run: {', '.join(missing)}.\n" if missing else ""
     return TEXT.replace("TABLE", "\n".join(lines)).replace("RUNS", "\n".join(runs)).replace("MISSING", not_run)
