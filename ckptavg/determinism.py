@@ -73,7 +73,8 @@ def reproducible(seed: int, *, deterministic: bool = False) -> Generator[None]:
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+            if deterministic:  # it imports the compiler, even for False
+                torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
             cudnn.benchmark, cudnn.allow_tf32 = flags[:2]
             torch.set_float32_matmul_precision(flags[2])
             random.setstate(state)

@@ -44,6 +44,7 @@ class Partial:
     ) -> None:
         self._key = key
         self._put = put
+        self._kept = time.monotonic()
         self._found: list[dict[str, Any]] = []
         while (found := get(f"{key} {len(self._found)}")) is not None:
             self._found.append(found)
@@ -74,16 +75,15 @@ class Partial:
             ChangedDataError: if the batches to skip are not those that were done.
         """
         known, expected = (self._found[-1][name] if self._found else 0 for name in ("batches", "order"))
-        done, kept = 0, time.monotonic()
+        done = 0
         try:
             for done, batch in enumerate(batches, 1):
                 if done > known:
                     yield batch
                 elif done == known and order() != expected:
                     raise ChangedDataError
-                if done > known and time.monotonic() - kept >= EVERY:
+                if done > known and self.due():
                     self._keep(done, order, state)
-                    kept = time.monotonic()
         except interrupt.Interruption:
             self._keep(done, order, state)
             raise
@@ -91,6 +91,14 @@ class Partial:
             raise ChangedDataError
         if whole and self._found:
             self._keep(done, order, state)
+
+    def due(self) -> bool:
+        """Whether it is time to keep what is known."""
+        return self._put is not None and time.monotonic() - self._kept >= EVERY
+
+    def keep(self, done: int, state: Any) -> None:
+        """Keep what is known where there are no batches to leave out."""
+        self._keep(done, int, lambda: state)
 
     def _keep(self, done: int, order: Callable[[], int], state: Callable[[], Any]) -> None:
         if self._put is None or done <= (self._found[-1]["batches"] if self._found else 0):
@@ -101,3 +109,4 @@ class Partial:
             return
         self._put(f"{self._key} {len(self._found)}", part)
         self._found.append(part)
+        self._kept = time.monotonic()

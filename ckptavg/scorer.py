@@ -51,7 +51,7 @@ class Scorer:
         workers = workers if self.divides else ALONE
         with torch.no_grad():
             if task.whole is not None:
-                return task.whole(model)
+                return task.whole(model, partial)
             sign = -1.0 if task.metric_goal == "min" else 1.0
             tally, corpus = Tally(sign, task.metric_bounds, workers), task.corpus and task.corpus()
             for part in partial.states:

@@ -13,7 +13,7 @@ from ckptavg import provenance
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.discover import discover
-from ckptavg.dtypes import NAMES
+from ckptavg.dtypes import FLOATING, NAMES
 from ckptavg.errors import InputError
 from ckptavg.layout import check_agreement, model_tensors
 from ckptavg.readers import Reader, RegularFile, StoredTensor, open_reader
@@ -103,7 +103,8 @@ def _is_whole(record: Mapping[str, Any]) -> bool:
         and _are_texts(record.get("recomputed"))
         and isinstance(groups := record.get("groups"), list)
         and all(map(_are_texts, groups))
-        and (dtype is None or (isinstance(dtype, str) and dtype in NAMES))
+        and "dtype" in record
+        and (dtype is None or (isinstance(dtype, str) and NAMES.get(dtype) in FLOATING))
         and record.get("adapter", "factors") in ("factors", "exact")
         and (rank is None or (type(rank) is int and rank > 0))
     )

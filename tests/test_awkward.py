@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -97,7 +98,8 @@ def bin_shards(folder: Path, step: int, state: State) -> None:
 def distributed(folder: Path, step: int, state: State) -> None:
     import torch.distributed.checkpoint as dcp
 
-    dcp.save({"model": state}, checkpoint_id=folder / f"step-{step}", no_dist=True)
+    with warnings.catch_warnings(action="ignore"):  # it says that it is alone
+        dcp.save({"model": state}, checkpoint_id=folder / f"step-{step}", no_dist=True)
 
 
 def cached(folder: Path, step: int, state: State) -> None:

@@ -95,7 +95,7 @@ class Screen:
         if self._quiet:
             yield None
             return
-        if not self._console.is_terminal:
+        if not sys.stderr.isatty():  # nor where FORCE_COLOR says that it is a terminal
             yield lambda stage, done, total, figures: None if total else self._remark(stage)
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -131,7 +131,10 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: if it cannot be written.
     """
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except OSError as error:  # the working directory was removed
+        raise OutputError(f"cannot be written: {durable.said(error)}", path=path) from error
     if target.is_file() or not target.exists():
         durable.write_text(target, text)
         return

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ckptavg.objective import Score, Split
+    from ckptavg.partial import Partial
     from ckptavg.tasks.torch_metrics import CorpusMetric
 
 
@@ -41,8 +42,8 @@ class Task(Protocol):
         ...
 
     @property
-    def whole(self) -> Callable[[nn.Module], Score] | None:
-        """Scores a model as a whole, without losses of batches; None where there are losses."""
+    def whole(self) -> Callable[[nn.Module, Partial], Score] | None:
+        """Scores a model as a whole, where there are no losses of batches; keeps what of it is known already."""
         ...
 
     def model(self) -> nn.Module:

@@ -24,6 +24,8 @@ from ckptavg.readers.regular_file import is_file, is_folder
 if TYPE_CHECKING:
     from torch import nn
 
+    from ckptavg.partial import Partial
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
@@ -118,7 +120,7 @@ class Harness:
             names += found
         self._names, self._manager, self._adapter = list(dict.fromkeys(names)), manager, HFLM
 
-    def score(self, model: nn.Module, tokenizer: Any) -> Measured:
+    def score(self, model: nn.Module, tokenizer: Any, partial: Partial | None = None) -> Measured:
         """Measure a transformers model where it is, with the weights it has now.
 
         Its parameters, its training mode and all random states are afterwards what they were.
@@ -126,6 +128,7 @@ class Harness:
         Args:
             model: on its device; the same module may come again with other weights in it.
             tokenizer: of transformers; a copy of it is used.
+            partial: knows what an interrupted run has asked this model already.
         Raises:
             UsageError: if the model is not of transformers, or a task is not known.
             TaskError: if a task cannot be built or fails, or a log-likelihood or main metric is not finite.
@@ -136,11 +139,15 @@ class Harness:
             raise UsageError(f"lm-evaluation-harness scores transformers models with their tokenizer; {got}")
         from lm_eval.evaluator import evaluate
 
+        from ckptavg.partial import Partial
+        from ckptavg.tasks.answers import kept
+
         try:
             with ExitStack() as after:
                 _leave_no_trace(after, model, self._seed)
                 tasks = self._tasks = self._tasks or self._built()
                 lm = self._language_model(model, tokenizer)
+                after.enter_context(kept(lm, model, partial or Partial()))
                 results = evaluate(lm=lm, task_dict={"tasks": tasks}, limit=self._limit, bootstrap_iters=0)
                 return _measured(tasks, results)
         except Exception as error:  # the boundary to code that is not ours

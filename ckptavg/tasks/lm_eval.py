@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ckptavg.errors import TaskError
 from ckptavg.objective import Score, Split
+from ckptavg.partial import Partial
 from ckptavg.tasks.architecture import architecture, base, build, offline, transformers
 from ckptavg.tasks.harness import Harness
 from ckptavg.tasks.peft_module import Adapter
@@ -56,10 +57,10 @@ class LmEvalTask:
             model = build(self._base, self._kind, self._config, trust=self._trust, weights=adapts)
             return Adapter(model, self._folder) if adapts else model
 
-    def whole(self, model: nn.Module) -> Score:
+    def whole(self, model: nn.Module, partial: Partial) -> Score:
         """See `Task.whole`."""
         measured = self._harness.score(
-            getattr(model, "model", model) if isinstance(model, Adapter) else model, self._tokenizer
+            getattr(model, "model", model) if isinstance(model, Adapter) else model, self._tokenizer, partial
         )
         return Score(
             value=measured.value, loss=None, metric=measured.value, examples=measured.examples, each=measured.each

@@ -38,6 +38,7 @@ def tensors(draw: Any) -> torch.Tensor:
 
 
 @given(st.dictionaries(names, tensors(), min_size=1, max_size=5), st.sampled_from([2, 4, 5]))
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @quietly
 def test_what_torch_saves_is_read_as_it_reads_it(tmp_path: Path, state: dict[str, Any], protocol: int) -> None:
     content = {"state": state, "step": 3, "nested": [{"x": list(state.values())[:1]}, (1.5, None, True, "text")]}
@@ -50,7 +51,7 @@ def test_what_torch_saves_is_read_as_it_reads_it(tmp_path: Path, state: dict[str
 @given(st.dictionaries(names.filter(lambda name: name != "__metadata__"), tensors(), min_size=1, max_size=5))
 @quietly
 def test_what_safetensors_saves_is_read_as_it_reads_it(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
-    plain = {name: tensor.contiguous().clone() for name, tensor in state.items()}
+    plain = {name: tensor.contiguous().clone() for name, tensor in state.items() if tensor.dtype != torch.complex128}
     safetensors.torch.save_file(plain, tmp_path / "file.safetensors")
     assert read(tmp_path / "file.safetensors") == expected(safetensors.torch.load_file(tmp_path / "file.safetensors"))
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from ckptavg import partial
 from ckptavg.errors import TaskError, UsageError
 from ckptavg.objective import Score
 from ckptavg.paired import gain
@@ -267,3 +268,50 @@ def test_what_cannot_be_asked_is_said_at_once(folder: Path, tokenizer: Any):
 def test_importing_the_module_imports_no_framework():
     code = "import ckptavg.tasks.harness, sys; print({'torch', 'numpy', 'lm_eval'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+STORY = """
+task: tiny_story
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FILE}}
+validation_split: validation
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{question}}"
+generation_kwargs: {max_gen_toks: 3, until: ["never"]}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+
+
+@pytest.mark.parametrize("stops", [(2,), (1, 3), (7, 2)])
+def test_an_interrupted_score_asks_for_the_rest_only(
+    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...]
+):
+    monkeypatch.setattr(partial, "EVERY", 0.0)
+    (folder / "story.yaml").write_text(STORY.replace("FILE", str(folder / "docs.jsonl")))
+    names, kept, forwards = ["tiny_choice", "tiny_shots", "tiny_story"], dict[str, Any](), [0]
+
+    def score(stop: int = 0, key: str = "x") -> Any:
+        model, begun = network(0), forwards[0]
+
+        def counted(*_: object) -> None:
+            forwards[0] += 1
+            if forwards[0] - begun == stop:
+                raise KeyboardInterrupt
+
+        model.register_forward_pre_hook(counted)
+        found = partial.Partial(key, lambda name: json.loads(kept.get(name, "null")), keep)
+        return Harness(names, include_path=folder).score(model, tokenizer, found)
+
+    def keep(name: str, value: Any) -> None:
+        kept[name] = json.dumps(value)
+
+    whole = score(key="whole")
+    needed, forwards[0] = forwards[0], 0
+    for stop in stops:
+        with pytest.raises(KeyboardInterrupt):
+            score(stop)
+    assert score() == whole and kept
+    # of texts a batch takes three forward passes, of which all are lost
+    assert needed + len(stops) <= forwards[0] <= needed + 3 * len(stops)

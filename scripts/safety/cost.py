@@ -1,0 +1,109 @@
+"""What safety costs: averages with and without SHA-256, checksums, fsync and the looks at whether a file has changed.
+
+    cost.py --candidates 10 --megabytes 256 --rounds 5
+
+Rounds alternate; medians of wall-clock and of processor seconds are printed as JSON. "Without" replaces, in this
+process, the SHA-256 of sources and output, the CRC-32 of torch's records, fsync and `check_unchanged`; everything else
+is the same code. ``--cold`` takes the candidates out of the page cache before each average, as they are after a long
+training. On a machine that does other things too, the processor's time is the figure to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import ckptavg  # noqa: E402
+from ckptavg import provenance, write  # noqa: E402
+from ckptavg.readers import checked_records, regular_file  # noqa: E402
+
+
+@contextmanager
+def careless() -> Iterator[None]:
+    """Without what this measures."""
+    with ExitStack() as stack:
+        for owner, name, put in (
+            (provenance, "sha256", lambda file, stop=None: "0" * 64),
+            (write, "_digest", lambda fd: "0" * 64),
+            (os, "fsync", lambda fd: None),
+            (checked_records.CheckedRecords, "_is_good", lambda self, name: True),
+            (regular_file.RegularFile, "check_unchanged", lambda self: None),
+        ):
+            stack.enter_context(patch.object(owner, name, put))
+        yield
+
+
+def make(folder: Path, candidates: int, megabytes: int, kind: str) -> None:
+    """Checkpoints of tensors of 16 MB."""
+    folder.mkdir()
+    draws = torch.Generator().manual_seed(0)
+    for step in range(1, candidates + 1):
+        count = max(1, megabytes // 16)
+        state = {f"layer.{i}.weight": torch.randn(2048, 2048, generator=draws) for i in range(count)}
+        if kind == "safetensors":
+            save_file(state, folder / f"step-{step}.safetensors")
+        else:
+            torch.save(state, folder / f"step-{step}.pt")
+
+
+def measured(folder: Path, output: Path, cold: bool) -> tuple[float, float]:
+    """(wall-clock, processor) seconds of an average."""
+    for path in folder.iterdir() if cold else ():
+        fd = os.open(path, os.O_RDONLY)
+        os.fdatasync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+    before, began = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
+    ckptavg.swa(folder, output=output, force=True)
+    seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--candidates", type=int, default=10)
+    parser.add_argument("--megabytes", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--kind", choices=("safetensors", "torch"), default="safetensors")
+    parser.add_argument("--cold", action="store_true", help="read from the disk")
+    parser.add_argument("--folder", type=Path, default=None, help="for the files; a temporary one by default")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        ckpts, output = Path(folder) / "ckpts", Path(folder) / "out.safetensors"
+        make(ckpts, options.candidates, options.megabytes, options.kind)
+        measured(ckpts, output, options.cold)
+        safe, bare = list[tuple[float, float]](), list[tuple[float, float]]()
+        for _ in range(options.rounds):
+            safe.append(measured(ckpts, output, options.cold))
+            with careless():
+                bare.append(measured(ckpts, output, options.cold))
+    found: dict[str, float] = {
+        f"{name}_{kind}": round(statistics.median(one[i] for one in times), 3)
+        for i, name in enumerate(("wall", "processor"))
+        for kind, times in (("safe", safe), ("bare", bare))
+    }
+    for name in ("wall", "processor"):
+        found[f"{name}_cost_percent"] = round(100 * (found[f"{name}_safe"] / found[f"{name}_bare"] - 1), 1)
+    found |= {"rounds": options.rounds, "cold": options.cold, "threads": torch.get_num_threads()}
+    print(json.dumps(found, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

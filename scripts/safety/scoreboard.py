@@ -1,0 +1,253 @@
+"""Runs what the safety scoreboard is made of, and writes docs/safety.md from what came of it.
+
+    scoreboard.py run                 every part, as long as a night allows
+    scoreboard.py run --quick kills   some of them, in minutes
+    scoreboard.py write               the page from what the parts have left in docs/safety.json
+
+A part that was never run is said to be not run; one that was run with less than the goal asks says with how much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES, PAGE = ROOT / "docs" / "safety.json", ROOT / "docs" / "safety.md"
+CRASH = "scripts/crash/run.py"
+Figures = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, and the same in minutes; the figures are JSON on stdout, or a section of pytest's summary."""
+
+    full: str
+    quick: str
+    section: str = ""
+
+
+PARTS: Mapping[str, Part] = {
+    "corpus": Part("-m pytest -q tests/hostile", "-m pytest -q tests/hostile", "hostile inputs"),
+    "fuzz": Part("scripts/safety/fuzz.py --seconds 7200", "scripts/safety/fuzz.py --seconds 120"),
+    "points": Part(f"{CRASH} points", "-m pytest -q tests/faults/test_points.py", "faults"),
+    "kills": Part(f"{CRASH} kills --count 300 --stops 50", f"{CRASH} kills --count 60 --stops 12"),
+    "disk": Part(f"{CRASH} disk", f"{CRASH} disk"),
+    "power": Part("-m pytest -q tests/faults/test_power.py", "-m pytest -q tests/faults/test_power.py", "faults"),
+    "races": Part(f"{CRASH} races --count 50", f"{CRASH} races --count 10"),
+    "inputs": Part(f"{CRASH} inputs", "-m pytest -q tests/faults/test_inputs.py", "faults"),
+    "bytes": Part(f"{CRASH} bytes", "-m pytest -q tests/faults/test_determinism.py", "faults"),
+    "awkward": Part("-m pytest -q tests/test_awkward.py", "-m pytest -q tests/test_awkward.py", "passed"),
+    "cost": Part("scripts/safety/cost.py --megabytes 1024", "scripts/safety/cost.py --megabytes 64 --rounds 3"),
+    "cost, cold": Part(
+        "scripts/safety/cost.py --megabytes 1024 --cold", "scripts/safety/cost.py --megabytes 64 --rounds 3 --cold"
+    ),
+    "coverage": Part("scripts/safety/coverage.sh", "scripts/safety/coverage.sh"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the scoreboard: of which part, and how its figures read."""
+
+    measure: str
+    goal: str
+    part: str
+    reached: Callable[[Figures], str]
+
+
+def _count(*names: str) -> Callable[[Figures], str]:
+    return lambda found: ", ".join(f"{found.get(name, 0):,} {name}" for name in names)
+
+
+ROWS = (
+    Row(
+        "Hostile files and directories: one line that names the file, the right exit code, nothing written",
+        "≥ 300 files and ≥ 80 directories, all",
+        "corpus",
+        _count("files", "directories", "other faults"),
+    ),
+    Row("… bad input that is accepted", "0", "corpus", _count("other faults")),
+    Row("… crash, hang, > 5 s, > 1 GiB, traceback", "0", "corpus", _count("crashes", "hangs", "tracebacks")),
+    Row("Code that a file brings is run", "0 of ≥ 40 payloads", "corpus", _count("code runs", "payloads")),
+    Row(
+        "Damaged files of every format: crash, hang, unclassified error",
+        "0 of ≥ 50,000",
+        "fuzz",
+        _count("tried", "crash", "hang", "error"),
+    ),
+    Row("… altered tensors of torch's zip files or DCP accepted", "0", "fuzz", _count("altered")),
+    Row(
+        "… altered safetensors accepted",
+        "0 in the header; data have no checksum: undetectable",
+        "fuzz",
+        lambda found: _outcomes(found, "safetensors"),
+    ),
+    Row("Random pickle programs: crashes", "0 of 1,000,000", "fuzz", lambda found: _outcomes(found, "pickle")),
+    Row(
+        "Property tests: round trips, grammar, arguments",
+        "200,000 examples, 0 failures",
+        "corpus",
+        _count("mutants", "pickles"),
+    ),
+    Row(
+        "Every system call of a run × SIGKILL, torn, SIGTERM, ENOSPC, EIO, EDQUOT × new, --force",
+        "≥ 150 points, 0 violations",
+        "points",
+        _count("fault points", "violations"),
+    ),
+    Row(
+        "Random SIGKILL of whole runs, then resumed",
+        "≥ 200 kills: nothing acknowledged lost, ≤ 60 s of work, the same bytes",
+        "kills",
+        _count(
+            "kills",
+            "stops",
+            "resumes",
+            "acknowledged records",
+            "acknowledged records lost",
+            "lost or partial outputs",
+            "evaluations repeated",
+            "temporary files left",
+        ),
+    ),
+    Row(
+        "Power cuts, by a model of a disk that drops what was not flushed",
+        "≥ 20 moments, nothing wrong accepted",
+        "power",
+        lambda found: f"{found.get('power cuts', 0)} moments × 25 states of the disk, 0 wrong",
+    ),
+    Row("Races on one output: winners", "exactly 1 of 6, 50 times", "races", lambda found: _races(found)),
+    Row(
+        "Inputs changed during the run: 12 changes × 4 formats",
+        "48 of 48 noticed, 0 SIGBUS",
+        "inputs",
+        lambda found: (
+            f"{found.get('noticed', found.get('inputs changed', 0) - found.get('unnoticed', 0))} of "
+            f"{found.get('inputs changed', 0)} noticed, {found.get('bus errors', 0)} SIGBUS"
+        ),
+    ),
+    Row(
+        "The same bytes: again, 1/2/4 threads, shuffled listing, 0/2 workers, hash seeds, killed and resumed",
+        "1 output of ≥ 14 runs",
+        "bytes",
+        lambda found: f"{found['distinct outputs']} of {found.get('runs', found.get('runs that should agree'))} runs",
+    ),
+    Row("Good but awkward inputs are kept right", "≥ 40 of 40", "awkward", _count("passed")),
+    Row(
+        "What safety costs an average, 10 files: processor's time and wall-clock",
+        "≤ 10 %",
+        "cost",
+        lambda found: f"{found['processor_cost_percent']} % and {found['wall_cost_percent']} %, from the page cache",
+    ),
+    Row(
+        "… read from the disk",
+        "≤ 10 %",
+        "cost, cold",
+        lambda found: f"{found['processor_cost_percent']} % and {found['wall_cost_percent']} %",
+    ),
+    Row("Branch coverage of readers, writer, journal", "100 %", "coverage", lambda found: f"{found['percent']:.1f} %"),
+)
+
+
+def _outcomes(found: Figures, kind: str) -> str:
+    own = {name: count for name, count in found.get("outcomes", {}).items() if name.startswith(f"{kind} ")}
+    return ", ".join(f"{count:,} {name.removeprefix(f'{kind} ')}" for name, count in own.items()) or "none"
+
+
+def _races(found: Figures) -> str:
+    races = found.get("races of six", found.get("races", 0))
+    good = found.get("with one winner", races - found.get("races without one winner", 0))
+    return f"1 in {good} of {races}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "write"))
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    known: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    failed = False
+    for name in (options.parts or PARTS) if options.what == "run" else ():
+        command = PARTS[name].quick if options.quick else PARTS[name].full
+        print(f"== {name}: {command}", file=sys.stderr)
+        found, code = measured(command, PARTS[name].section)
+        failed |= bool(code)
+        known[name] = found
+        FIGURES.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+    PAGE.write_text(page(known))
+    return int(failed)
+
+
+def measured(command: str, section: str) -> tuple[dict[str, Any], int]:
+    """Run a command; its figures, with what they were measured on."""
+    words = command.split()
+    began = time.monotonic()
+    started = ["bash", words[0]] if words[0].endswith(".sh") else [sys.executable, *words]
+    done = subprocess.run(started, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    seconds = round(time.monotonic() - began)
+    if command.endswith(".sh"):
+        totals = json.loads((ROOT / "coverage.json").read_text())["totals"]
+        figures = {"percent": totals["percent_covered"], "missing_branches": totals["missing_branches"]}
+    elif section:
+        figures = summary(done.stdout, section)
+    else:
+        figures = json.loads(done.stdout)
+    return {"figures": figures, "command": command, "exit": done.returncode, "seconds": seconds, "on": versions()}, (
+        done.returncode
+    )
+
+
+def summary(text: str, section: str) -> dict[str, int]:
+    """The counts under a heading of pytest's summary, and how many tests passed."""
+    passed = re.search(r"(\d+) passed", text)
+    found = re.search(rf"^=+ {section} =+\n(.*)$", text, re.MULTILINE)
+    pairs = re.findall(r"([a-zA-Z0-9 ,-]+?) (\d+)(?:, |$)", found[1] if found else "")
+    return {name: int(count) for name, count in pairs} | {"passed": int(passed[1]) if passed else 0}
+
+
+def versions() -> str:
+    """What the figures depend on."""
+
+    def of(package: str) -> str:
+        try:
+            return f"{package} {version(package)}"
+        except PackageNotFoundError:
+            return f"no {package}"
+
+    system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    return ", ".join([system, of("torch"), of("safetensors")])
+
+
+def page(known: Mapping[str, Any]) -> str:
+    """docs/safety.md."""
+    lines = ["| # | measure | goal | reached |", "|---|---|---|---|"]
+    number = 0
+    for row in ROWS:
+        number += not row.measure.startswith("… read")
+        found = known.get(row.part)
+        reached = "not run" if found is None else row.reached(found["figures"])
+        if found is not None and found.get("exit"):
+            reached += f" (FAILED, exit {found['exit']})"
+        lines.append(f"| {number} | {row.measure} | {row.goal} | {reached} |")
+    runs = [f"- {name}: `python {known[name]['command']}`; {known[name]['on']}" for name in PARTS if name in known]
+    missing = [name for name in PARTS if name not in known]
+    not_run = f"\nNot run: {', '.join(missing)}.\n" if missing else ""
+    return TEXT.replace("TABLE", "\n".join(lines)).replace("RUNS", "\n".join(runs)).replace("MISSING", not_run)
+
+
+TEXT = (Path(__file__).parent / "safety.md.in").read_text(encoding="utf-8")
+
+if __name__ == "__main__":
+    sys.exit(main())
