@@ -53,7 +53,7 @@ def _of_code(source: str) -> dict[str, str]:
 
 def _modules() -> set[Path]:
     files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-    return {Path(file).resolve() for file in files if isinstance(file, str)}
+    return {Path(file).resolve() for file in files if isinstance(file, str) and Path(file).is_absolute()}
 
 
 def _of_data(path: Path) -> str:

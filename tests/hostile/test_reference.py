@@ -38,13 +38,12 @@ def tensors(draw: Any) -> torch.Tensor:
 
 
 @given(st.dictionaries(names, tensors(), min_size=1, max_size=5), st.sampled_from([2, 4, 5]))
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @quietly
 def test_what_torch_saves_is_read_as_it_reads_it(tmp_path: Path, state: dict[str, Any], protocol: int) -> None:
     content = {"state": state, "step": 3, "nested": [{"x": list(state.values())[:1]}, (1.5, None, True, "text")]}
     torch.save(content, tmp_path / "file.pt", pickle_protocol=protocol)
     found: Any = read(tmp_path / "file.pt")
-    loaded = torch.load(tmp_path / "file.pt", weights_only=True)
+    loaded = torch.load(tmp_path / "file.pt", weights_only=False)
     assert found == expected(loaded)
 
 
