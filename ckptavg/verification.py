@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg import provenance
+from ckptavg.average import not_averaged
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.discover import discover
@@ -136,7 +137,7 @@ def _coefficients(record: Mapping[str, Any], first: Checkpoint, output: Path) ->
         rows = zip(*(_column(source["coefficient"]) for source in record["sources"]), strict=True)
         values = tuple(tuple(float(c) for c in row) for row in rows)
         found = Coefficients(values, tuple(tuple(group) for group in record["groups"]))
-        for name in first.names:
+        for name in set(first.names) - set(not_averaged(first)):
             found.row(name)
     except (ValueError, OverflowError) as error:
         raise InputError(f"its ckptavg metadata is damaged: {error}", path=output) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import torch
 import train as demo_training
 import typer.main
 from jobs import mlp, transformer
+from tallies import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown
 
 from ckptavg.__main__ import main
 from ckptavg.discover import discover
@@ -31,7 +33,14 @@ from ckptavg.window import Window
 typer.main.get_command = cache(typer.main.get_command)  # Typer makes every command anew in each call, which takes long
 torch.set_num_threads(1)  # the networks are tiny: a second thread only waits, and for long on a busy machine
 TASK = Path(demo_task.__file__)
+__all__ = ["pytest_sessionfinish", "pytest_terminal_summary", "pytest_testnodedown"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests are no garbage to look through again and again."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,17 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
+
+from ckptavg.determinism import reseed
 
 
 class Turns(Sampler[list[int]]):
     """Of another sampler's batches every ``world``-th from number ``rank`` on.
 
-    At the end, where some workers have a batch and others have none, these get the last one too.
+    At the end, where some workers have a batch and others have none, these get the last one too. Before each but the
+    pass's first batch random numbers begin anew, as they do where a single process comes to that batch.
 
     Attributes:
         sizes: of the batches of all workers, for each turn that was drawn.
@@ -26,11 +30,17 @@ class Turns(Sampler[list[int]]):
         self.sizes: deque[list[int]] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = iter(self._batches)
+        batches, seed = iter(self._batches), torch.initial_seed()
         self.sizes.clear()
-        while turn := [list(batch) for batch in itertools.islice(batches, self._world)]:
+        for start in itertools.count(0, self._world):
+            turn = [list(batch) for batch in itertools.islice(batches, self._world)]
+            if not turn:
+                return
             self.sizes.append([len(batch) for batch in turn])
-            yield turn[min(self._rank, len(turn) - 1)]
+            mine = min(self._rank, len(turn) - 1)
+            if start + mine:
+                reseed(seed, start + mine)
+            yield turn[mine]
 
     def __len__(self) -> int:
         return -(-len(self._batches) // self._world)

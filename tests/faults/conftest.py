@@ -6,14 +6,13 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tallies import tallied
 
 from faults import job
 from faults.warm import Warm
 
-COUNTS = pytest.StashKey[Counter[str]]()
 ALWAYS = ("kills", "resumes", "lost or partial outputs", "evaluations repeated", "acknowledged records lost")
 
 
@@ -36,13 +35,6 @@ def ckpts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Counter[str]:
     """Counts to print."""
-    return request.config.stash.setdefault(COUNTS, Counter())
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print what was done to runs and what came of it."""
-    found = config.stash.get(COUNTS, Counter[str]())
-    if found:
-        terminalreporter.section("faults")
-        names = dict.fromkeys([*ALWAYS, *found])
-        terminalreporter.line(", ".join(f"{name} {found[name]}" for name in names))
+    found = tallied(request.config, "faults")
+    found.update(dict.fromkeys(ALWAYS, 0))
+    return found

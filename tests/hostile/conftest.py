@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tallies import tallied
 
 from hostile.corpus import corpus
 from hostile.jail import counts, run_all
 
-COUNTS = pytest.StashKey[dict[str, int]]()
+HEADING = "hostile inputs"
 
 
 @pytest.fixture(scope="session")
@@ -31,19 +33,11 @@ def answers(request: pytest.FixtureRequest, base: Path) -> dict[str, dict[str, A
     asked = [one for one in request.session.items if isinstance(one, pytest.Function) and "answers" in one.fixturenames]
     cases = [corpus()[str(one.callspec.params["name"])] for one in asked]
     found = run_all(cases, base)
-    request.config.stash.setdefault(COUNTS, {}).update(counts(cases, found))
+    tallied(request.config, HEADING).update(counts(cases, found))
     return found
 
 
 @pytest.fixture
-def tally(request: pytest.FixtureRequest) -> dict[str, int]:
+def tally(request: pytest.FixtureRequest) -> Counter[str]:
     """Further counts to print."""
-    return request.config.stash.setdefault(COUNTS, {})
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print what was tried and what came of it."""
-    found = config.stash.get(COUNTS, {})
-    if found:
-        terminalreporter.section("hostile inputs")
-        terminalreporter.line(", ".join(f"{name} {count}" for name, count in found.items()))
+    return tallied(request.config, HEADING)

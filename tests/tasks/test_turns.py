@@ -1,0 +1,104 @@
+"""A worker's turns: together, in their order, they are the pass of one process, whatever the loader draws."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from ckptavg.determinism import reseed
+from ckptavg.tasks.python_file import PythonTask
+from ckptavg.tasks.turns import of_worker, undivided
+
+SEED = 5
+
+
+class Noisy(Dataset):
+    """Examples that are drawn anew each time they are read."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return torch.tensor([float(i), float(torch.rand(()))])
+
+
+def pass_of_one(loader: DataLoader) -> list[Any]:
+    """As `ckptavg.feed` reads it: random numbers begin anew before each batch."""
+    source = iter_lazily(loader)
+
+    def read(number: int) -> Any:
+        reseed(SEED, number)
+        return next(source, None)
+
+    return [batch.tolist() for batch in itertools.takewhile(lambda one: one is not None, map(read, itertools.count()))]
+
+
+def iter_lazily(loader: DataLoader) -> Iterator[Any]:
+    yield from loader
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 30), st.integers(1, 7), st.integers(1, 4), st.booleans(), st.booleans())
+def test_turns_together_are_the_pass(count: int, size: int, world: int, shuffle: bool, drop_last: bool):
+    def loader() -> DataLoader:
+        return DataLoader(Noisy(count), batch_size=size, shuffle=shuffle, drop_last=drop_last)
+
+    whole = pass_of_one(loader())
+    taken: list[list[Any]] = []
+    for rank in range(world):
+        reseed(SEED, 0)
+        found = of_worker(loader(), rank, world)
+        assert found is not None
+        own, sizes = found
+        taken.append([(batch.tolist(), sizes.popleft()) for batch in own])
+    turns = list(zip(*taken, strict=True))  # nobody is alone with a batch
+    assert all(sizes == turn[0][1] for turn in turns for _, sizes in turn)
+    together = [batch for turn in turns for batch, _ in turn[: len(turn[0][1])]]
+    assert together == whole and [len(batch) for batch in whole] == [size for turn in turns for size in turn[0][1]]
+
+
+def test_a_stream_has_no_turns():
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            yield torch.zeros(())
+
+    assert of_worker(DataLoader(Stream()), 0, 2) is None and of_worker([1, 2], 0, 2) is None
+
+
+def test_a_distributed_sampler_is_replaced_by_one_over_everything():
+    dataset = Noisy(10)
+    parts = [
+        DataLoader(dataset, batch_size=2, sampler=DistributedSampler(dataset, 2, rank, shuffle=True, seed=4))
+        for rank in range(2)
+    ]
+    seen = [sorted(int(row[0]) for batch in undivided(part) for row in batch) for part in parts]
+    assert seen == [list(range(10))] * 2
+    plain = DataLoader(dataset, batch_size=2)
+    assert undivided(plain) is plain
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_task_file_gives_turns(tmp_path: Path, workers: int):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def model(): ...\n"
+        "def loss(model, batch): ...\n"
+        "def val_dataloader():\n"
+        f"    return torch.utils.data.DataLoader(torch.arange(10.), batch_size=3, num_workers={workers})\n"
+    )
+    task = PythonTask(str(tmp_path / "mine.py"))
+    for _ in range(2):  # a second pass begins anew
+        found = task.turns("val", 1, 3)
+        assert found is not None
+        assert [(batch.tolist(), sizes) for batch, sizes in found] == [([3, 4, 5], [3, 3, 3]), ([9], [1])]
