@@ -88,23 +88,30 @@ def drop_cache(files: list[Path]) -> None:
         os.close(fd)
 
 
-def commands(folder: Path, scratch: Path, mergekit: Path | None, timm: Path | None) -> Mapping[str, str]:
+def commands(folder: Path, scratch: Path, options: argparse.Namespace) -> Mapping[str, str]:
     """What is compared, by the name it is printed under."""
+    mergekit, timm, half = options.mergekit, options.timm, options.half
     files = sorted(folder.rglob("*.safetensors"))
     inputs, out = " ".join(shlex.quote(str(path)) for path in files), scratch / "out.safetensors"
 
     def python(code: str) -> str:
         return shlex.join([sys.executable, "-c", code, str(folder), str(out)])
 
-    ours = shlex.join([sys.executable, "-m", "ckptavg", "swa", str(folder), "-o", str(out), "--force"])
+    def ours(folder: Path, *more: str) -> str:
+        words = [sys.executable, "-m", "ckptavg", "swa", str(folder), "-o", str(out), "--force", *more]
+        return f"{shlex.join(words)} > /dev/null"
+
     found = {
         "cat all + cp one": f"cat {inputs} > /dev/null; cp {shlex.quote(str(files[0]))} {scratch}/copy",
         "import torch": shlex.join([sys.executable, "-c", "import torch"]),
         "ckptavg, averaging alone": python(ITSELF),
-        "ckptavg swa": f"{ours} > /dev/null",
+        "ckptavg swa": ours(folder),
+        "  half the candidates": ours(folder, "--last", str(len(files) // 2)),
         "float32 running sum": python(RUNNING),
         "stack().mean()": python(STACK),
     }
+    if half:
+        found["  half the model"] = ours(half)
     if mergekit:
         models = "".join(f"  - model: {path.parent}\n    parameters: {{weight: 1.0}}\n" for path in files)
         (scratch / "linear.yml").write_text(f"merge_method: linear\ndtype: bfloat16\nmodels:\n{models}")
@@ -121,6 +128,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--half", type=Path, help="as many candidates of about half the size: they should take as much memory")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of its own environment")
     parser.add_argument("--timm", help="how to call timm's avg_checkpoints.py, such as 'python avg_checkpoints.py'")
@@ -129,7 +137,7 @@ def main() -> None:
     print(f"{model.split(': ')[1]}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()},")
     print(f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory(dir=options.folder.parent) as name:
-        table = commands(options.folder, Path(name), options.mergekit, options.timm)
+        table = commands(options.folder, Path(name), options)
         runs: dict[str, list[Used]] = {what: [] for what in table}
         for _ in range(options.rounds):
             for what, command in table.items():

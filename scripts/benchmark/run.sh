@@ -6,8 +6,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-layers=12 rounds=3 candidates=(10 20 50 100) seeds=3
-if [[ ${1:-} == --quick ]]; then layers=1 rounds=1 candidates=(10 20) seeds=1; fi
+layers=12 rounds=3 candidates=(10 20 50 100) seeds=3 small=()
+if [[ ${1:-} == --quick ]]; then layers=1 rounds=1 candidates=(10 20) seeds=1 small=(--quick); fi
 
 ./scripts/setup.sh
 python=$PWD/.venv/bin/python peers=$PWD/build/benchmark/peers llama=$PWD/build/benchmark/llama-$layers
@@ -23,7 +23,8 @@ if [[ ! -x $peers/bin/mergekit-yaml ]]; then
     "$peers/bin/pip" uninstall --quiet --yes torchvision # one built for another torch stops transformers
 fi
 [[ -d $llama ]] || "$python" scripts/benchmark/make_llama.py "$llama" --layers "$layers"
-averagers=(--mergekit "$peers/bin/mergekit-yaml")
+[[ -d $llama-half ]] || "$python" scripts/benchmark/make_llama.py "$llama-half" --layers "$((layers / 4))"
+averagers=(--half "$llama-half" --mergekit "$peers/bin/mergekit-yaml")
 [[ -z ${TIMM_AVERAGER:-} ]] || averagers+=(--timm "$peers/bin/python scripts/benchmark/without_torchvision.py $TIMM_AVERAGER")
 
 table() { # title, then the command
@@ -36,8 +37,10 @@ table() { # title, then the command
 
 table "Averaging" "$python" scripts/benchmark/average.py "$llama" --rounds "$rounds" "${averagers[@]}"
 table "Learning: one step" "$python" scripts/benchmark/step.py
+table "Learning: evaluations" "$python" scripts/benchmark/evaluation.py
 table "Learning: low bits" "$python" scripts/benchmark/lowbit.py
 table "Learning: SeWA's two solvers" "$python" scripts/benchmark/solver.py \
     --candidates "${candidates[@]}" --seeds "$seeds"
 table "Starting" "$python" scripts/benchmark/start.py
+table "Several workers" "$python" scripts/benchmark/scaling.py "${small[@]}"
 echo "$out"

@@ -92,6 +92,7 @@ def dead() -> int:
         (f"process 1 on {socket.gethostname()} since 2026-01-01 00:00:00 UTC", False),
         (f"process {dead()} on elsewhere since 2026-01-01 00:00:00 UTC", False),
     ],
+    ids=["nobody", "nonsense", "a dead one", "this one", "another living one", "one elsewhere"],
 )
 def test_without_the_kernels_locks_a_dead_owner_is_known_by_its_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str, free: bool
