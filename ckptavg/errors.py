@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
+
+_LONGEST: Final = 600  # characters of what a file says
 
 
 class CkptavgError(Exception):
@@ -21,8 +23,8 @@ class CkptavgError(Exception):
     def __init__(
         self, what: str, *, path: Path | str | None = None, tensor: str | None = None, hint: str | None = None
     ) -> None:
-        where = [printable(str(part)) for part in (path, tensor) if part is not None]
-        super().__init__(": ".join([*where, printable(what)]))
+        parts = [str(path) if path is not None else None, _short(tensor), _short(what)]
+        super().__init__(": ".join(printable(part) for part in parts if part is not None))
         self.hint = printable(hint) if hint else None
 
 
@@ -79,6 +81,11 @@ def printable(text: str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii") for char in text
     )
+
+
+def _short(text: str | None) -> str | None:
+    """The beginning of what a file may have made endless."""
+    return text if text is None or len(text) <= _LONGEST else f"{text[:500]}… ({len(text):,} characters)"
 
 
 def excluding(name: str) -> str:

@@ -295,6 +295,9 @@ class Mixture:
         """See `Objective.gradient`; workers have batches of their own, and a sum of 3 + N numbers at the end."""
         split, c_N = on or self.scored_on, self.uniform().new_tensor(coefficients.values[0])
         self._check_whole()
+        name = f"gradient {score_key(coefficients, split, exact=False)}"
+        if self._replay is not None and (known := self._replay.gradient(name)):
+            return known
 
         def work() -> Tensor:
             total, examples, count = torch.zeros_like(torch.cat([c_N, c_N[:1]])), 0, 0
@@ -314,7 +317,10 @@ class Mixture:
             what = f"loss() is {value} on the {split} data, of {self._describe(coefficients)}"
             raise TaskError(what, path=self.task.source)
         gradient_N = torch.tensor(gradient, dtype=torch.float64)
-        return value, gradient_N - gradient_N.mean()
+        gradient_N -= gradient_N.mean()
+        if self._replay is not None:
+            self._replay.keep_gradient(name, value, gradient_N)
+        return value, gradient_N
 
     def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
         """See `Objective.expect` and `Evaluator.expect`."""

@@ -141,6 +141,15 @@ class Replay:
         """Write down that a score stays below a bar."""
         self._journal.put(f"{key} below {bar.hex()}", True)
 
+    def gradient(self, key: str) -> tuple[float, Tensor] | None:
+        """What is known of a loss over a whole split, and of its gradient."""
+        found = self._journal.get(key)
+        return None if found is None else tuple(decode(found))
+
+    def keep_gradient(self, key: str, value: float, gradient_N: Tensor) -> None:
+        """Write both down."""
+        self._journal.put(key, encode([value, gradient_N]))
+
     def surrogate(self, key: str) -> Surrogate | None:
         """What is known of the loss to second order."""
         found = self._journal.get(key)

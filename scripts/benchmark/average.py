@@ -128,7 +128,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--half", type=Path, help="as many candidates of about half the size: they should take as much memory")
+    parser.add_argument("--half", type=Path, help="as many candidates of half the size, for the memory that they take")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of its own environment")
     parser.add_argument("--timm", help="how to call timm's avg_checkpoints.py, such as 'python avg_checkpoints.py'")

@@ -39,8 +39,8 @@ table "Averaging" "$python" scripts/benchmark/average.py "$llama" --rounds "$rou
 table "Learning: one step" "$python" scripts/benchmark/step.py
 table "Learning: evaluations" "$python" scripts/benchmark/evaluation.py
 table "Learning: low bits" "$python" scripts/benchmark/lowbit.py
-table "Learning: SeWA's two solvers" "$python" scripts/benchmark/solver.py \
-    --candidates "${candidates[@]}" --seeds "$seeds"
 table "Starting" "$python" scripts/benchmark/start.py
 table "Several workers" "$python" scripts/benchmark/scaling.py "${small[@]}"
+table "Learning: SeWA's two solvers" "$python" scripts/benchmark/solver.py \
+    --candidates "${candidates[@]}" --seeds "$seeds"
 echo "$out"

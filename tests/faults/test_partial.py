@@ -322,6 +322,21 @@ def test_a_resumed_run_halves_its_batches_where_the_interrupted_one_had_to(ckpts
     assert calls[0] == [50, 50, 50, 50] + [25] * 6 and calls[2] == [25] * 3
 
 
+def test_a_gradient_over_a_whole_split_is_known_to_the_last_bit(ckpts: Path, tmp_path: Path):
+    def found() -> tuple[float, list[float], float]:
+        with discover([ckpts]) as candidates, Journal(tmp_path / "out") as journal:
+            journal.begin({"run": 1})
+            mixture = Mixture(
+                PythonTask(str(TASK)), candidates.checkpoints, device=torch.device("cpu"), replay=Replay(journal)
+            )
+            loss, gradient_N = mixture.gradient(Coefficients.uniform(range(3), mixture.n))
+            return loss, gradient_N.tolist(), mixture.meter["backward_batches"]
+
+    *measured, cost = found()
+    *replayed, nothing = found()
+    assert replayed == measured and (cost, nothing) == (5, 0)
+
+
 def test_scores_of_other_data_than_the_earlier_runs_are_not_compared(ckpts: Path, tmp_path: Path, monkeypatch: Any):
     def scores(count: int) -> None:
         with discover([ckpts]) as found, Journal(tmp_path / "out") as journal:
