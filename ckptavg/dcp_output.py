@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from ckptavg.dtypes import TORCH
+from ckptavg.durable import left_behind
 from ckptavg.errors import OutputError, OutputExistsError
 from ckptavg.readers import StoredTensor
 from ckptavg.readers.dcp import RECORD
@@ -59,8 +62,7 @@ class DcpFolder:
         self._workers = workers
         self._temporary = workers.told(path.with_name(f".{path.name}.{os.getpid()}.ckptavg-tmp"))
         workers.lead(lambda: preflight(path, force))
-        beside = path.with_name(f"{path.name}.whole")
-        self._whole = SafetensorsFile(beside, specs, metadata, force=True, workers=workers)
+        self._whole = SafetensorsFile(_whole(path), specs, metadata, force=True, workers=workers)
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
         """See `SafetensorsFile.write`."""
@@ -162,6 +164,27 @@ class DcpFolder:
             if old.is_dir() and not self.path.is_dir():
                 old.rename(self.path)
             raise OutputError(f"cannot be written: {os.strerror(error.errno or 0).lower()}", path=self.path) from error
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed runs left, and give the old directory its name back where one was killed between two names.
+
+    Only who holds the lock of the output may call it.
+    """
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+\.ckptavg-(tmp|old)", re.DOTALL)
+    with suppress(OSError):
+        for whole in left_behind(path.parent, _whole(path).name):
+            whole.unlink()
+        for left in [one for one in path.parent.iterdir() if pattern.fullmatch(one.name) and one.is_dir()]:
+            if left.suffix == ".ckptavg-old" and not (path.is_dir() and any(path.iterdir())):
+                left.rename(path)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _whole(path: Path) -> Path:
+    """What the file beside it is called, which never gets that name."""
+    return path.with_name(f"{path.name}.whole")
 
 
 def preflight(path: Path, force: bool) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,12 @@ from ckptavg.readers import StoredTensor
 from ckptavg.replay import Replay, score_key
 from ckptavg.result import MatrixResult
 from ckptavg.scorer import Scorer
+from ckptavg.scores import Key, Scores
 from ckptavg.surrogate import Surrogate
 from ckptavg.tasks import Task
 from ckptavg.workers import ALONE, Workers
 
 _T = TypeVar("_T")
-_Key: TypeAlias = tuple[Coefficients, Split, bool]  # whether the exact average was scored
 _LOOK_EVERY: Final = 0.1  # seconds between looks at figures that lie on the device
 
 
@@ -102,9 +102,9 @@ class Mixture:
         self.scored_on: Split = "val" if task.has("val") else "train"
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
         self.batchnorm_from: Split = "train" if task.has("train") else self.scored_on
-        self._scores: dict[_Key, Score] = {}
         self._surrogates: dict[tuple[Split, Hessian], Surrogate] = {}
         self.meter = Meter()
+        self._scores = Scores(task, self.meter, replay)
         for _ in range(0 if replay is None else replay.halvings):
             task.halve()  # as it had to be before; then results are the same
         self._feed = Feed(task, self.scored_on, device, seed, self.meter, workers)
@@ -328,12 +328,11 @@ class Mixture:
         if workers.world == 1 or self._shard or self._parallel == "batches" or self.task.corpus is not None:
             return
         split: Split = on or self.scored_on
-        keys: list[_Key] = list(dict.fromkeys((c, split, exact or self._exactly(c)) for c in coefficients))
-        keys = [key for key in keys if key not in self._scores and not self._known(key)]
+        keys = self._scores.missing((c, split, exact or self._exactly(c)) for c in coefficients)
         if self._parallel == "auto" and self._scorer.divides and not self._norms:
             del keys[len(keys) - len(keys) % workers.world :]  # a last few are sooner done all together
 
-        def measure(key: _Key) -> tuple[Score, dict[str, float]]:
+        def measure(key: Key) -> tuple[Score, dict[str, float]]:
             with self.meter.apart() as spent:
                 score = self._measured(key, None, ALONE)
             assert score is not None
@@ -341,7 +340,7 @@ class Mixture:
 
         for done, (key, (score, spent)) in enumerate(workers.side_by_side(keys, measure), 1):
             self.meter.price(key, spent)
-            self._keep(key, score)
+            self._scores.keep(key, score)
             self.progress("scoring side by side", done, len(keys))
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
@@ -496,25 +495,9 @@ class Mixture:
     ) -> Score | None:
         """The score; None (which is not remembered) where it cannot reach the bar."""
         key = (coefficients, split, exact)
-        if key in self._scores and (bar is None or self.meter.charged(key)):
-            self.meter.charge(key)
-            return self._scores[key]
-        name = score_key(coefficients, split, exact=exact)
-        # what this run has measured itself is measured again where it is to stop early, for the price of that
-        if self._known(key, earlier=bar is not None):
-            return self._scores[key]
-        if bar is not None and self._replay is not None and self._replay.rejected(name, bar):
-            return None
-        with self.meter.pricing(key if bar is None else (*key, bar)):
-            score = self._measured(key, bar, self._shared)
-        if score is not None:
-            self.meter.same_price(key if bar is None else (*key, bar), key)
-            self._keep(key, score)
-        elif bar is not None and self._replay is not None:
-            self._replay.keep_rejected(name, bar)
-        return score
+        return self._scores.find(key, lambda: self._measured(key, bar, self._shared), bar)
 
-    def _measured(self, key: _Key, bar: float | None, workers: Workers) -> Score | None:
+    def _measured(self, key: Key, bar: float | None, workers: Workers) -> Score | None:
         coefficients, split, exact = key
         self.meter.evaluated()
         self._mix(coefficients, exact=exact or len(coefficients.selected) == 1)
@@ -535,21 +518,6 @@ class Mixture:
     def _partial(self, key: str) -> Partial:
         """How far an interrupted run has come; what several workers do together they begin anew."""
         return Partial() if self._replay is None or not key or self._workers.world > 1 else self._replay.partial(key)
-
-    def _known(self, key: _Key, *, earlier: bool = False) -> bool:
-        """Whether an interrupted run has measured it; it is remembered then."""
-        coefficients, split, exact = key
-        name = score_key(coefficients, split, exact=exact)
-        known = self._replay and self._replay.score(name, self.task, earlier=earlier)
-        if known:
-            self._scores[key] = known
-        return bool(known)
-
-    def _keep(self, key: _Key, score: Score) -> None:
-        coefficients, split, exact = key
-        self._scores[key] = score
-        if self._replay is not None:
-            self._replay.keep_score(score_key(coefficients, split, exact=exact), score)
 
     def _exactly(self, coefficients: Coefficients) -> bool:
         """One file is scored as it is: that costs no more than what is left of it in few bits."""

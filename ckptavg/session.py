@@ -115,6 +115,8 @@ def journaled(
 
         def begin() -> Journal:
             journal = stack.enter_context(Journal(folder or path, resume=options.resume, keep=options.keep_journal))
+            if options.format == "dcp":
+                dcp_output.sweep(path)
             _check_output(options)  # again: another run may have finished between the first look and the lock
             return journal
 

@@ -40,7 +40,6 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def pytest_collection_finish() -> None:
     """Thousands of tests are no garbage to look through again and again."""
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ LAYERS = (
     ("mixture", "commanded", "recipe", "loadable", "admission"),
     ("curvature",),
     ("gradient", "division"),
-    ("intercept",),
+    ("intercept", "scores"),
     ("evaluator", "replay", "contents", "fingerprint"),
     ("result",),
     ("strategies", "companions", "adapter", "shards", "dcp_output", "manifest"),

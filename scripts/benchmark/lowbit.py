@@ -10,31 +10,20 @@ import argparse
 import os
 import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ckptavg.candidates import Candidates
-from ckptavg.readers import StoredTensor
+from ckptavg.checkpoint import Checkpoint
+from ckptavg.discover import discover
 
 BITS = (32, 16, 8, 4, 2, 1)
-
-
-class Rows:
-    """A stand-in for a checkpoint on disk: one vector of Gaussian values."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.tensors = {"w": StoredTensor("F32", (size,), "w", 0)}
-        self._values = 0.01 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
-        self.path = None
-
-    def spec(self, name: str) -> StoredTensor:
-        return self.tensors[name]
-
-    def read_into(self, name: str, start: int, out: memoryview) -> None:
-        torch.frombuffer(out, dtype=torch.float32).copy_(self._values[start : start + len(out) // 4])
 
 
 class Vector(nn.Module):
@@ -46,10 +35,9 @@ class Vector(nn.Module):
 class Authors:
     """w = w̄ + s·Qᵀx + z·Σx and ∂ℓ/∂x = s·Q g + z·Σg, with Q widened to floats as a whole."""
 
-    def __init__(self, rows: list[Rows], size: int, device: torch.device) -> None:
-        p_ND = torch.stack([row._values for row in rows]).to(device)
+    def __init__(self, p_ND: Tensor) -> None:
         self.centre_D = p_ND.mean(dim=0)
-        p_ND -= self.centre_D
+        p_ND = p_ND - self.centre_D
         self.zero, top = p_ND.min(), p_ND.max()
         self.scale = (top - self.zero) / 15
         self.codes_ND = ((p_ND - self.zero) / self.scale).round().to(torch.uint8)
@@ -87,19 +75,28 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     n, size = options.candidates, options.parameters
-    rows = [Rows(size, seed) for seed in range(n)]
+    p_ND = 0.01 * torch.randn(n, size, generator=torch.Generator().manual_seed(0))
     c_N = torch.full((n,), 1 / n, device=device)
     g_D = torch.randn(size, device=device)
-    reference, held = of_authors(Authors(rows, size, device), c_N, g_D, options.rounds)
+    reference, held = of_authors(Authors(p_ND.to(device)), c_N, g_D, options.rounds)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     print(f"{machine}, {torch.get_num_threads()} threads, {device}; N = {n}, D = {size:,}")
     print("                 materialize  pullback   step ms  of authors'  bytes/element  with mean  rounding lost")
     print(f"authors' 4 bits  {'':11}  {'':8}  {reference:8.0f}  {1:10.2f}  {held:13.3f}")
+    with tempfile.TemporaryDirectory() as folder:
+        for step, row_D in enumerate(p_ND):
+            save_file({"w": row_D.clone()}, Path(folder) / f"step-{step}.safetensors")
+        with discover([Path(folder)]) as found:
+            show(found.checkpoints, c_N, g_D, reference, options.rounds)
+
+
+def show(checkpoints: Sequence[Checkpoint], c_N: Tensor, g_D: Tensor, reference: float, rounds: int) -> None:
+    n, size, device = len(c_N), len(g_D), g_D.device
     for bits in BITS:
-        mixed = Candidates(Vector(size).to(device), rows, lambda *_: None, bits=bits)  # pyright: ignore
+        mixed = Candidates(Vector(size).to(device), checkpoints, lambda *_: None, bits=bits)
         mixed.model.w.grad.copy_(g_D)  # pyright: ignore
-        there = milliseconds(lambda mixed=mixed: mixed.materialize(c_N), options.rounds, device)
-        back = milliseconds(mixed.pullback, options.rounds, device)
+        there = milliseconds(lambda mixed=mixed: mixed.materialize(c_N), rounds, device)
+        back = milliseconds(mixed.pullback, rounds, device)
         element = mixed.nbytes / (n * size)
         mean = 0 if bits == 32 else 4 / n
         print(

@@ -231,7 +231,7 @@ def contenders(mixture: Mixture, tokens: Tensor, now: Clock) -> Mapping[str, Cal
     return {
         "plain SGD": lambda: of_steps(plain, now),
         "twa": lambda: of_strategy(TWA(epochs=STEPS + 2), mixture, now),
-        "sewa --samples 1": lambda: of_strategy(SeWA(k=5, steps=STEPS + 2, samples=1), mixture, now),
+        "sewa --samples 1": lambda: of_strategy(SeWA(k=5, steps=STEPS + 2, samples=1, verify=1), mixture, now),
         "authors' TWA (ICLR)": lambda: of_steps(iclr.step, now),
         "authors' TWA (journal, 4 bits)": lambda: of_steps(journal.step, now),
     }

@@ -50,3 +50,18 @@ def test_a_directory_is_replaced_only_by_force(run: Run, folder: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no litter
+
+
+def test_what_a_killed_run_left_is_gone_and_what_it_had_moved_aside_is_back(run: Run, folder: Path, tmp_path: Path):
+    arguments = ("swa", folder / "run", "--format", "dcp", "-o", "out")
+    assert run(*arguments).returncode == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out").rename(tmp_path / ".out.123.ckptavg-old")  # killed between the two names
+    (tmp_path / ".out.123.ckptavg-tmp").mkdir()
+    (tmp_path / ".out.123.ckptavg-tmp" / ".metadata").write_bytes(b"")
+    (tmp_path / ".out.whole.123.ckptavg-tmp").write_bytes(b"")
+    done = run(*arguments)
+    assert done.returncode == 6 and "--force" in done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert run(*arguments, "--force").returncode == 0

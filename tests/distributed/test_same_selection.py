@@ -34,6 +34,8 @@ SHARDED = {
     "shard-soup": "soup",
     "shard-batchnorm": "aswa",
     "shard-4-bits": "twa:epochs=1",
+    "shard-disk": "twa:epochs=1",
+    "shard-disk-soup": "soup",
 }
 SAME = {
     "aswa": "aswa",
@@ -71,6 +73,8 @@ def plan(jobs: dict[str, Job], tmp_path_factory: pytest.TempPathFactory) -> list
         "swa-bfloat16": ((double[0], None), {"dtype": "bfloat16"}),
         "shard-batchnorm": (normed, {}),
         "shard-4-bits": (double, {"bits": 4}),
+        "shard-disk": (double, {"offload": "disk"}),
+        "shard-disk-soup": (double, {"offload": "disk"}),
         "bits": (double, {"bits": 4}),
         "compare": ((jobs["transformer"].folder, jobs["transformer"].task), {"holdout": 0.5}),
     }

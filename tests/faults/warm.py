@@ -88,6 +88,7 @@ class Warm:
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.close()
+        self._process.kill()  # somebody whom this process has forked meanwhile may hold the other end open
         self._process.wait()
         self._process.stdout.close()
 

@@ -1,0 +1,17 @@
+"""The benchmarks run; at sizes at which their figures mean nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPTS = Path(__file__).parents[1] / "scripts" / "benchmark"
+
+
+def test_low_bits():
+    words = ["lowbit.py", "--candidates", "3", "--parameters", "1000", "--rounds", "1", "--threads", "1"]
+    done = subprocess.run([sys.executable, *words], cwd=SCRIPTS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    bits = [line.split()[0] for line in done.stdout.splitlines() if " bits " in line]
+    assert bits == ["authors'", "32", "16", "8", "4", "2", "1"]
