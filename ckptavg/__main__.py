@@ -108,7 +108,7 @@ def _configured() -> dict[str, dict[str, Any]]:
     }
     unknown = values.keys() - {"task"} - set().union(*known.values())
     if unknown:
-        raise UsageError(f"the configuration file has unknown options: {', '.join(map(printable, sorted(unknown)))}")
+        raise UsageError(f"{settings.NAMES}: unknown options: {', '.join(map(printable, sorted(unknown)))}")
     return {str(name): {key: values[key] for key in values.keys() & options} for name, options in known.items()}
 
 

@@ -194,7 +194,12 @@ def preflight(path: Path, force: bool) -> None:
         OutputExistsError: if there is something and ``force`` is not given.
         OutputError: if its parent does not exist or is not writable, or it is no directory.
     """
+    if path.is_symlink() or not path.name:
+        raise OutputError("--format dcp writes a directory under a name of its own, no link and no .", path=path)
     if path.is_dir():
+        if any(path.iterdir()) and not (path / RECORD).is_file():
+            what = "is not empty, and no earlier output of ckptavg, which is all that --force replaces"
+            raise OutputExistsError(what, path=path, hint="choose another -o")
         if any(path.iterdir()) and not force:
             raise OutputExistsError("is not empty", path=path, hint="replace it with --force, or choose another -o")
     elif os.path.lexists(path):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ckptavg.determinism import reproducible
 from ckptavg.discover import discover
-from ckptavg.errors import UsageError
+from ckptavg.dtypes import FLOATING
+from ckptavg.errors import TaskError, UsageError
 from ckptavg.evaluator import Watch
 from ckptavg.layout import check_agreement
 from ckptavg.mixture import Mixture
 from ckptavg.objective import Score, Split
 from ckptavg.options import Options
 from ckptavg.session import blamed, pick_device, task_of
+from ckptavg.soundness import not_finite
 
 
 def evaluate(
@@ -47,8 +50,16 @@ def evaluate(
         scored: list[tuple[Path, dict[Split, Score]]] = []
         for i, checkpoint in enumerate(found):
             mixture.load(checkpoint.tensors, checkpoint.read_into)
-            scored.append(
-                (checkpoint.path, {split: mixture.evaluate(split, str(checkpoint.path)) for split in mixture.splits})
-            )
+            try:
+                scores: dict[Split, Score] = {
+                    split: mixture.evaluate(split, str(checkpoint.path)) for split in mixture.splits
+                }
+            except TaskError as error:
+                floating = [name for name in checkpoint.names if checkpoint.spec(name).dtype in FLOATING]
+                if bad := next(filter(None, map(partial(not_finite, checkpoint), floating)), None):
+                    bad.hint = None  # there is nothing to leave out
+                    raise bad from error
+                raise
+            scored.append((checkpoint.path, scores))
             mixture.progress("scoring", i + 1, len(found))
         return scored

@@ -168,7 +168,8 @@ class Feed:
 
     def _too_small(self, split: Split, size: int) -> bool:
         """What is left of a divided batch may be one example."""
-        return size == 1 and self.needs_two and isinstance(self._data(split), HeldOut)
+        data = self._data(split)
+        return size == 1 and self.needs_two and isinstance(data, HeldOut) and data.divides(split)
 
     def _endless(self, split: Split, first: int) -> Iterator[Any]:
         """From batch number ``first`` on; whole passes before it are not read where their length is known."""

@@ -34,10 +34,19 @@ def fingerprint(
     return {
         "candidates": candidates,
         "torch": torch.__version__,
-        **{name: repr(value) for name, value in settings.items()},
+        **{name: _spelled(value) for name, value in settings.items()},
         "task": {} if task is None else _of_code(task),
         "data": {str(path): _of_data(Path(path)) for path in data if path is not None},
     }
+
+
+def _spelled(value: Any) -> Any:
+    """As JSON has it, so that a difference is found where it is."""
+    if isinstance(value, Mapping):
+        return {str(name): _spelled(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return {str(place): _spelled(inner) for place, inner in enumerate(value, 1)}
+    return value if isinstance(value, str) else repr(value)
 
 
 def _of_code(source: str) -> dict[str, str]:

@@ -24,10 +24,10 @@ class Passed(NamedTuple):
 
 
 class Kept:
-    """The whole passes of a task's splits, as long as they are small and nobody writes to them.
+    """The whole passes of a task's splits, as long as they are small.
 
-    What is kept are copies, because a loader may use its memory again. They are given in containers of their own, so
-    that a loss may take a batch apart; if it changes a tensor in place, its split is read again from then on.
+    What is kept are copies, because a loader may use its memory again; what is given are copies of them, with which a
+    loss may do what it likes, as with what a loader gives.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,34 +45,28 @@ class Kept:
     def passed(self, split: Split, source: Callable[[], Iterator[Any]]) -> Iterator[Passed]:
         """One pass over ``split``, read from ``source`` only where it must be."""
         if split in self._passes:
-            yield from self._given(split, iter(self._passes[split]), [])
+            for entry in self._passes[split]:
+                yield entry._replace(batch=batches.copied(entry.batch, self._device))
             return
         found: list[Passed] = []
         try:
-            yield from self._given(split, (self._taken(split, batch, found) for batch in source()), found)
+            for batch in source():
+                yield self._taken(split, batch, found)
             if split not in self._refused:
                 self._passes[split], found = found, []
         finally:
             self._free(found)  # of a pass that was not finished
 
-    def _given(self, split: Split, entries: Iterator[Passed], found: list[Passed]) -> Iterator[Passed]:
-        for entry in entries:
-            ours = split not in self._refused
-            versions = _versions(entry.batch) if ours else []
-            yield entry._replace(batch=batches.to_device(entry.batch, self._device))
-            if ours and _versions(entry.batch) != versions:
-                self._refuse(split, found)
-
     def _taken(self, split: Split, batch: Any, found: list[Passed]) -> Passed:
-        """The batch on the device; in a copy that is noted among those ``found``, where it may be kept."""
+        """The batch on the device; a copy of it is noted among those ``found``, where it may be kept."""
         size, sample = batches.size(batch), batches.sample(batch)
         if split not in self._refused:
             if all(map(_plain, batches.leaves(batch, movable=True))) and (wanted := _bytes(batch)) <= self._room:
                 self._room -= wanted
                 found.append(Passed(batches.copied(batch, self._device), size, sample))
-                return found[-1]
-            self._refuse(split, found)
-        return Passed(batch, size, sample)
+            else:
+                self._refuse(split, found)
+        return Passed(batches.to_device(batch, self._device), size, sample)
 
     def _refuse(self, split: Split, found: list[Passed]) -> None:
         self._free([*found, *self._passes.pop(split, ())])
@@ -94,8 +88,3 @@ def _plain(leaf: Any) -> bool:
 
 def _bytes(batch: Any) -> int:
     return sum(leaf.nbytes for leaf in batches.leaves(batch) if isinstance(leaf, Tensor))
-
-
-def _versions(batch: Any) -> list[int]:
-    """How often each tensor was changed in place."""
-    return [leaf._version for leaf in batches.leaves(batch) if isinstance(leaf, Tensor)]

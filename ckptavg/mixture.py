@@ -102,6 +102,7 @@ class Mixture:
         self.scored_on: Split = "val" if task.has("val") else "train"
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
         self.batchnorm_from: Split = "train" if task.has("train") else self.scored_on
+        self._gradients: dict[tuple[Coefficients, Split, str], tuple[float, Tensor]] = {}
         self._surrogates: dict[tuple[Split, Hessian], Surrogate] = {}
         self.meter = Meter()
         self._scores = Scores(task, self.meter, replay)
@@ -292,11 +293,16 @@ class Mixture:
         return self._surrogates[key]
 
     def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
-        """See `Objective.gradient`; workers have batches of their own, and a sum of 3 + N numbers at the end."""
+        """See `Objective.gradient`; remembered. Workers have batches of their own, and sum 3 + N numbers at the end."""
         split, c_N = on or self.scored_on, self.uniform().new_tensor(coefficients.values[0])
         self._check_whole()
+        key = (coefficients, split, "gradient")
+        if key in self._gradients:
+            self.meter.charge(key)
+            return self._gradients[key]
         name = f"gradient {score_key(coefficients, split, exact=False)}"
         if self._replay is not None and (known := self._replay.gradient(name)):
+            self._gradients[key] = known
             return known
 
         def work() -> Tensor:
@@ -310,17 +316,19 @@ class Mixture:
                 examples, count = examples + share.size, count + 1
             return self._workers.sum(torch.cat([total, total.new_tensor([examples, count])]))
 
-        *totals, examples, count = self._with_memory(work).tolist()
-        self.meter.count("backward", round(examples), round(count))
+        with self.meter.pricing(key):
+            *totals, examples, count = self._with_memory(work).tolist()
+            self.meter.count("backward", round(examples), round(count))
         *gradient, value = (total / examples for total in totals)
         if not math.isfinite(value):
             what = f"loss() is {value} on the {split} data, of {self._describe(coefficients)}"
             raise TaskError(what, path=self.task.source)
         gradient_N = torch.tensor(gradient, dtype=torch.float64)
         gradient_N -= gradient_N.mean()
+        self._gradients[key] = value, gradient_N
         if self._replay is not None:
             self._replay.keep_gradient(name, value, gradient_N)
-        return value, gradient_N
+        return self._gradients[key]
 
     def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
         """See `Objective.expect` and `Evaluator.expect`."""
@@ -525,7 +533,8 @@ class Mixture:
 
     def _mix(self, coefficients: Coefficients, *, exact: bool) -> None:
         """Make the model the mixture: of the files themselves if ``exact``, else of the candidate matrix."""
-        if exact and not self.candidates.exact:
+        # a row that is not finite spoils every product with the matrix, also with a coefficient of 0
+        if (exact and not self.candidates.exact) or any(one.allow_nonfinite for one in self.checkpoints):
             specs = output_specs(self.checkpoints[0])
             parts = weighted_average(self.checkpoints, coefficients, specs, only=self.candidates.ranges)
             self.candidates.assign(specs, parts)

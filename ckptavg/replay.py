@@ -142,8 +142,8 @@ class Replay:
         self._journal.put(f"{key} below {bar.hex()}", True)
 
     def gradient(self, key: str) -> tuple[float, Tensor] | None:
-        """What is known of a loss over a whole split, and of its gradient."""
-        found = self._journal.get(key)
+        """What an earlier run found of a loss over a whole split, and of its gradient."""
+        found = self._journal.get(key, earlier=True)
         return None if found is None else tuple(decode(found))
 
     def keep_gradient(self, key: str, value: float, gradient_N: Tensor) -> None:

@@ -21,6 +21,7 @@ from ckptavg.errors import (
     InterruptedRunError,
     OutOfMemoryError,
     OutputError,
+    OutputExistsError,
     TaskError,
     UsageError,
     is_out_of_memory,
@@ -39,6 +40,7 @@ from ckptavg.tasks.held_out import HeldOut
 from ckptavg.tasks.python_file import PythonTask
 from ckptavg.write import preflight
 
+_OURS: Final = ("model", "adapter_model")  # how the names of what is written into a directory begin
 _WORTH_KEEPING: Final = 60.0  # seconds of work that an error should not lose
 # of the options those that decide what is measured
 _DECISIVE: Final = (
@@ -65,6 +67,7 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
         admitted(paths, options, watch) as found,
     ):
         check_agreement(found.checkpoints)
+        _check_sources(found, options)
         recipe.check(found.checkpoints, options.adapter)
         if options.destination[1]:
             loadable.check(found.checkpoints[-1])
@@ -90,6 +93,15 @@ def _check_output(options: Options) -> None:
         dcp_output.preflight(path, options.force)
     else:
         preflight(folder if folder and not is_folder(folder) else path, options.force)
+
+
+def _check_sources(found: Found, options: Options) -> None:
+    """Refuse an output that would take the place of a candidate."""
+    path, folder = options.destination
+    for file in (file for checkpoint in found.checkpoints for file in checkpoint.reader.files):
+        inside = folder is not None and file.path.parent.resolve() == folder.resolve()
+        if file.path.resolve() == path.resolve() or (inside and file.path.name.startswith(_OURS)):
+            raise OutputExistsError("is one of the candidates", path=file.path, hint="choose another -o")
 
 
 @contextmanager
@@ -140,6 +152,9 @@ def journaled(
                 stack.enter_context(contents.recorded(journal, found.checkpoints))
 
             workers.lead(identify)
+            if watch and journal and journal.replayed:
+                what = "measurements of an interrupted run; the cost is of what is measured from here on"
+                watch(f"going on from {journal.replayed} {what}", 0, 0, {})
             yield scores, done
         except BaseException as error:
             replay.flush()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ckptavg.errors import UsageError
 from ckptavg.readers.regular_file import is_file
+
+NAMES: Final = "ckptavg.toml, or [tool.ckptavg] of pyproject.toml"
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -52,6 +52,8 @@ def landscape(
         raise UsageError(
             "a landscape takes --samples of at least 3, --grid of at least 2, and three --mixtures or none"
         )
+    if options.destination[1]:
+        raise UsageError(f"--output {options.output} is a directory: name the JSON file to write")
     settings = {"name": "landscape", "samples": samples, "mixtures": list(mixtures), "grid": grid, "hessian": hessian}
     with (
         opened(paths, options, watch) as found,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import TASK, Job, Run
+from rich.console import Console
 from safetensors.torch import load_file
 
 import ckptavg
 from ckptavg.comparison import DEFAULT
+from ckptavg.report import table
 from ckptavg.result import Comparison
 from ckptavg.strategies import from_spec, strategies
 
@@ -84,6 +87,15 @@ def test_the_table_and_the_json_tell_it(digits: Path, run: Run):
     for one in report["strategies"][1:]:
         marked = re.search(rf"{re.escape(one['name'])} .*\](?P<mark> +≈)?", done.stderr)
         assert marked is not None and (marked["mark"] is None) == one["over_last"]["test"]["separated"]
+
+
+def test_a_narrow_terminal_shows_every_score(compared: Comparison):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table.render(compared))
+    text = console.export_text()
+    for one in compared.contestants:
+        for score in one.scores.values():
+            assert f"{score.metric:.4f}" in text, text
 
 
 def test_test_data_decide_nothing(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

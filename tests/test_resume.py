@@ -97,6 +97,8 @@ def test_the_journal_of_another_run_is_refused_with_the_difference(
     assert run(*base, CALLS=str(tmp_path / "a"), STOP="60").returncode == 75
     done = run(*base, "--seed", 3, CALLS=str(tmp_path / "b"))
     assert done.returncode == 6 and "another seed" in done.stderr and "--no-resume" in done.stderr
+    done = run(*base, "--tolerance", 0.5, CALLS=str(tmp_path / "b"))
+    assert done.returncode == 6 and 'another strategy tolerance: "0.0", not "0.5"' in done.stderr, done.stderr
     done = run(*base, "--seed", 3, "--no-resume", CALLS=str(tmp_path / "b"))
     assert done.returncode == 0, done.stderr
 

@@ -266,6 +266,8 @@ def carry_out(
         )
         bits = arguments.pop("bits")
         options = Options(**arguments, bits=bits if bits == "auto" else int(bits), window=window, workers=workers)
+        if file is not None:
+            terminal.check_text(file)
         if options.wait_stable is not None:
             shown.print(f"beginning when no candidate has changed for {options.wait_stable:g} s")
         done = work(paths, with_task(options, paths, required=needs_task), watch)

@@ -122,7 +122,19 @@ class Screen:
 
 
 def _figure(name: str, value: float) -> str:
-    return f"{value:.0%}" if name == "sure" else f"{value:.4f}"
+    return f"{value:.0%}" if name == "sure" else f"{value:g}" if name == "epoch" else f"{value:.4f}"
+
+
+def check_text(path: Path) -> None:
+    """Refuse a small file that `write_text` could not write, before hours of work for it.
+
+    Raises:
+        OutputError: if its directory does not exist or is not writable, or it is itself a directory.
+    """
+    from ckptavg.write import preflight
+
+    if path.is_dir() or not path.exists() or path.is_file():
+        preflight(path, force=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -42,11 +42,17 @@ def _table(comparison: Comparison, splits: list[Split]) -> Table:
     table.add_column("", no_wrap=True)
     metric = next(iter(comparison.contestants[0].scores.values())).metric is not None
     for split in splits:
-        table.add_column(f"{split} {'metric' if metric else 'loss'}", justify="right")
+        table.add_column(
+            f"{split} {'metric' if metric else 'loss'}", justify="right", min_width=len(split), overflow="fold"
+        )
     batches = any(one.cost.forward_batches for one in comparison.contestants)
     costs = ("passes f+b", "epochs", "seconds") if batches else ("scores", "", "seconds")
     for heading in (f"over last ({splits[-1]})", "", "used", *costs):
-        table.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
+        # where there is little room, an interval goes below its difference
+        fixed = not heading.startswith("over last")
+        table.add_column(
+            heading, justify="left" if heading == "" else "right", no_wrap=fixed, min_width=min(7, len(heading))
+        )
     for one in sorted(comparison.contestants, key=lambda one: -one.scores[splits[0]].value):
         won = one.name == comparison.winner
         figures = ("", "") if one.name == "last" else _gain(one.gains[splits[-1]])

@@ -98,7 +98,8 @@ def _blocks(result: Result) -> Table:
     low, high = min(map(min, rows)), max(map(max, rows))
     table = Table(title=f"{len(rows)} blocks", title_justify="left", box=None, pad_edge=False)
     for heading in ("tensors", "least", "greatest", f"coefficients, ▁ is {low:.3f}, █ is {high:.3f}"):
-        table.add_column(heading, justify="right" if heading in ("least", "greatest") else "left", no_wrap=True)
+        number = heading in ("least", "greatest")
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True, min_width=8 if number else None)
     for names, row in zip(result.groups, rows, strict=True):
         bars = (_BARS[round((c - low) / (high - low or 1) * (len(_BARS) - 1))] for c in row)
         table.add_row(escape(_listing(names)), f"{min(row):.3f}", f"{max(row):.3f}", "".join(bars))

@@ -125,9 +125,10 @@ class SeWA:
     def _by_surrogate(self, objective: Objective) -> Learned:
         """The best of ``verify`` subsets by real loss, each of them the best by the loss to second order when scored.
 
-        See `ckptavg.surrogate`. With ``--k auto`` the best subset of every size is scored first, and the size that won
-        is kept. Whenever a subset is better than all before it, the quadratic is moved there: value and gradient of the
-        real loss at it, with the second derivatives that are known, for the price of a forward and a backward pass.
+        See `ckptavg.surrogate`. With ``--k auto`` the best subset of every size is scored first, and the others are of
+        the size that won; a score is the loss here, which is what the quadratic predicts. Whenever a subset is better
+        than all before it, the quadratic is moved there: value and gradient of the real loss at it, with the second
+        derivatives that are known, for the price of a forward and a backward pass.
         Around the mean alone, the best subset of a network in a wide valley may be the hundredth of the quadratic.
         """
         import torch
@@ -146,7 +147,7 @@ class SeWA:
         if k == "auto":
             objective.expect([Coefficients.uniform(subsets.masks[0], n) for subsets in found.values()])
             first = {size: verified.loss(subsets.masks[0]) for size, subsets in found.items()}
-            k = max(first, key=lambda size: (verified.scores[found[size].masks[0]].value, -first[size], size))
+            k = min(first, key=lambda size: (first[size], -size))
         tried, near, moves = list[tuple[int, ...]](), found[k].masks, 0
         chosen = None
         while len(tried) < self.verify:
@@ -161,6 +162,8 @@ class SeWA:
                 near = best_subsets(q, k, self.verify).masks
             chosen = better
         assert chosen is not None
+        if auto:
+            chosen = verified.best(verified.scores)  # of another size, if none of these came up to it
         notes = [q.note] if q.note else []
         if found[k].proof == "heuristic":
             notes.append(f"the best subsets of {k} by the quadratic were found by a heuristic, without a proof")

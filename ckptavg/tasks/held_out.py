@@ -53,6 +53,10 @@ class HeldOut:
         """See `Task.loss`."""
         return self._task.loss(model, batch)
 
+    def divides(self, split: Split) -> bool:
+        """Whether a split is one of the two parts."""
+        return split in self._sides
+
     def has(self, split: Split) -> bool:
         """See `Task.has`."""
         return split in self._sides or self._task.has(split)

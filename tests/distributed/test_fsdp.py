@@ -52,6 +52,18 @@ def test_a_directory_is_replaced_only_by_force(run: Run, folder: Path, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no litter
 
 
+def test_force_replaces_nothing_but_an_earlier_output(run: Run, folder: Path, tmp_path: Path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("precious")
+    (tmp_path / "link").symlink_to("thesis")
+    arguments = ("swa", folder / "run", "--format", "dcp", "--force", "-o")
+    for output, code in (("thesis", 6), (folder / "run", 6), (tmp_path, 6), ("link", 5), (".", 5)):
+        done = run(*arguments, output)
+        assert done.returncode == code and "bug" not in done.stderr, done.stderr
+    assert (tmp_path / "thesis" / "thesis.tex").read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis", "link"}
+
+
 def test_what_a_killed_run_left_is_gone_and_what_it_had_moved_aside_is_back(run: Run, folder: Path, tmp_path: Path):
     arguments = ("swa", folder / "run", "--format", "dcp", "-o", "out")
     assert run(*arguments).returncode == 0

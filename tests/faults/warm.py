@@ -44,7 +44,8 @@ class Child:
     def wait(self) -> Done:
         """Wait for its end."""
         status = self._server.ask({"wait": self.pid})
-        texts = [Path(f"{self._said}.{name}").read_text(errors="replace") for name in ("out", "err")]
+        files = [Path(f"{self._said}.{name}") for name in ("out", "err")]  # not there if it was killed at once
+        texts = [file.read_text(errors="replace") if file.exists() else "" for file in files]
         return Done(os.waitstatus_to_exitcode(status), *texts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,24 @@ def test_auto_takes_the_size_with_the_best_score():
     assert learned.coefficients.selected == min(subsets, key=objective.of_subset)
     (rows,) = learned.tables.values()
     assert all(row["loss"] == pytest.approx(row["quadratic"]) for row in rows)
+
+
+def test_auto_writes_the_best_of_all_that_were_scored():
+    """Also where the size that was best at first is not that of the best subset."""
+    found: list[float] = []
+
+    class Rough(Quadratic):
+        def score(self, coefficients: Coefficients, on: Any = None) -> Any:
+            score = super().score(coefficients, on)
+            rough = (score.loss or 0.0) + 0.3 * math.sin(37.0 * sum(i * i for i in coefficients.selected))
+            found.append(rough)
+            return type(score)(value=-found[0] * rough, loss=rough, metric=None, examples=1)
+
+    for seed in range(5):
+        found.clear()
+        objective = Rough(n=8, d=6, seed=seed)
+        learned = SeWA(k="auto", solver="quadratic").learn(objective)
+        assert objective.score(learned.coefficients).loss == min(found)
 
 
 def test_the_best_real_loss_wins_among_the_verified():
