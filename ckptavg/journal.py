@@ -188,11 +188,13 @@ class Journal:
             return
         record: Any = json.loads(text)
         if self._header is None:
-            if record.get("schema") != SCHEMA:
+            if not isinstance(record, dict) or record.get("schema") != SCHEMA:
                 raise InputError("is of another version of ckptavg", path=self.folder / _FILE, hint="--no-resume")
             self._header = record
-        else:
+        elif isinstance(record, dict) and isinstance(record.get("key"), str) and "value" in record:
             self._records[record["key"]] = record["value"]
+        else:
+            self.damaged += 1
 
     def _append(self, records: Iterable[Mapping[str, Any]], *, first: bool = False) -> None:
         texts = [json.dumps(record, separators=(",", ":")).encode() for record in records]

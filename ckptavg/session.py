@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -157,7 +157,8 @@ def journaled(
                 watch(f"going on from {journal.replayed} {what}", 0, 0, {})
             yield scores, done
         except BaseException as error:
-            replay.flush()
+            with suppress(RuntimeError):  # of a device that has failed, which is the error to tell
+                replay.flush()
             failed = isinstance(error, Exception) and not isinstance(error, InterruptedRunError)
             brief = time.monotonic() - began < _WORTH_KEEPING
             if journal and failed and brief and not journal.replayed and not interrupt.pending():
