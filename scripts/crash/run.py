@@ -192,7 +192,9 @@ def bytes_(warm: Warm, folder: Path, options: argparse.Namespace) -> Found:
     for number in range(2):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2]), "PYTHONHASHSEED": str(number)}
         command = [sys.executable, "-m", "ckptavg", *map(str, base), "-q", "-o", f"fresh-{number}"]
-        subprocess.run(command, cwd=folder, env={**environment, "OMP_NUM_THREADS": "1"}, check=True)
+        subprocess.run(
+            command, cwd=folder, env={**environment, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL
+        )
         outputs.append(folder / f"fresh-{number}")
     distinct = {hashlib.sha256(path.read_bytes()).hexdigest() for path in outputs}
     plain = set[str]()
