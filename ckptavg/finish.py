@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -106,11 +107,9 @@ def _write(
     scores: dict[Split, Score] = {}
     workers = options.workers
     files = [file for i in coefficients.selected for file in checkpoints[i].reader.files][workers.rank :: workers.world]
-    metadata = describe(digest=provenance.unknown)
-    with (
-        _opened(path, specs, metadata, options, checkpoints[0]) as out,
-        provenance.hashing(files, torch.get_num_threads()) as digest,
-    ):
+    found = provenance.hashing(files, torch.get_num_threads()) if options.digests else nullcontext(provenance.none)
+    metadata = describe(digest=provenance.unknown if options.digests else provenance.none)
+    with _opened(path, specs, metadata, options, checkpoints[0]) as out, found as digest:
         done, total = 0, sum(spec.nbytes for spec in specs.values())
         for name, offset, data in made.parts:
             out.write(name, offset, data)

@@ -84,7 +84,7 @@ def agreed(file: RegularFile, found: str) -> str:
         InputError: then.
     """
     blob = file.path.resolve()
-    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != found:
+    if found and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != found:
         what = f"its SHA-256 is {found[:16]}…, but in the cache it is called {blob.name[:16]}…: damaged"
         raise InputError(what, path=file.path, hint="delete it and download it again")
     return found

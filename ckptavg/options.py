@@ -51,6 +51,7 @@ class Options:
         compile: let torch.compile have the model's forward.
         holdout: the fraction of validation data kept for the final scores, where the task has no test data.
         max_shard_size: bytes of a file such as ``5GB``, where the output is a directory; None writes one file.
+        digests: find the SHA-256 of the sources and write them into the metadata, which takes longer than an average.
         adapter: how PEFT adapters are averaged: their ``factors``, which is approximate, or ``exact`` in weight space.
         rank: of an ``exact`` adapter; None keeps all of it, the sum of the candidates' ranks.
         force: replace an existing output.
@@ -95,6 +96,7 @@ class Options:
     compile: bool = False
     holdout: float | None = None
     max_shard_size: str | None = None
+    digests: bool = True
     adapter: Literal["factors", "exact"] = "factors"
     rank: int | None = None
     force: bool = False

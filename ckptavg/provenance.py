@@ -48,7 +48,7 @@ def metadata(
         rank: what an exact one was reduced to.
         not_averaged: the tensors taken from the last selected candidate.
         recomputed: the tensors recomputed from data (BatchNorm statistics).
-        digest: the SHA-256 of a source's file, in hexadecimal.
+        digest: the SHA-256 of a source's file, in hexadecimal, or "".
     """
     selected = [(checkpoints[i], coefficients.candidate(i)) for i in coefficients.selected]
     record = {
@@ -80,6 +80,11 @@ def metadata(
         if name != KEY and all(checkpoint.reader.metadata.get(name) == value for checkpoint, _ in selected)
     }
     return {**kept, "format": "pt", KEY: json.dumps(record, sort_keys=True, separators=(",", ":"))}
+
+
+def none(_: RegularFile) -> str:
+    """In place of a SHA-256 that nobody wants."""
+    return ""
 
 
 def unknown(_: RegularFile) -> str:

@@ -145,7 +145,7 @@ def _coefficients(record: Mapping[str, Any], first: Checkpoint, output: Path) ->
 
 
 def _locate(source: Mapping[str, Any], folder: Path, output: Path) -> Path:
-    """The checkpoint under ``folder`` that has the source's name and, file by file, its SHA-256."""
+    """The checkpoint under ``folder`` that has the source's name and, where that is known, file by file its SHA-256."""
     name, digests = Path(source["name"]), source["sha256"]
     if not is_folder(folder):
         raise InputError("no such directory", path=folder)
@@ -163,7 +163,7 @@ def _has_digest(path: Path, digest: str) -> bool:
     if not is_file(path):
         return False
     with RegularFile(path) as file:
-        return provenance.sha256(file) == digest
+        return not digest or provenance.sha256(file) == digest
 
 
 def _bytes(reader: Reader, tensor: StoredTensor, offset: int, size: int) -> memoryview:

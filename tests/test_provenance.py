@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import TASK, Run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ckptavg.provenance import Hash, hashing
 from ckptavg.readers import RegularFile
@@ -73,3 +78,27 @@ def test_threads_may_read_at_once(file: Counted):
 def test_alone_it_reads_the_file(file: Counted):
     with file:
         assert Hash(file).hexdigest() == hashlib.sha256(CONTENT).hexdigest()
+
+
+def test_without_digests_no_source_is_read_twice_and_verify_still_compares_every_byte(run: Run, tmp_path: Path):
+    for step in (1, 2, 3):
+        save_file({"w": torch.full((4,), float(step))}, tmp_path / f"s-{step}.safetensors")
+    assert run("swa", ".", "-o", "with.safetensors").returncode == 0
+    assert run("swa", ".", "--no-digests", "-o", "without.safetensors").returncode == 0
+    assert load_file(tmp_path / "without.safetensors")["w"].tolist() == [2.0] * 4
+    with safe_open(tmp_path / "without.safetensors", "pt") as stored:
+        record = json.loads(stored.metadata()["ckptavg"])
+    assert [source["sha256"] for source in record["sources"]] == [{f"s-{step}.safetensors": ""} for step in (1, 2, 3)]
+    for name in ("with.safetensors", "without.safetensors"):
+        assert run("verify", name, "--sources", ".").returncode == 0
+    save_file({"w": torch.full((4,), 9.0)}, tmp_path / "s-3.safetensors")
+    done = run("verify", "with.safetensors", "--sources", ".")
+    assert done.returncode == 3 and "its SHA-256 differs" in done.stderr
+    done = run("verify", "without.safetensors", "--sources", ".")
+    assert done.returncode == 3 and "w: 1 tensors are not the average of the sources" in done.stderr
+
+
+def test_a_search_without_digests(run: Run, digits: Path, tmp_path: Path):
+    done = run("soup", digits, "--last", 3, "--task", TASK, "--no-digests", "--no-baselines")
+    assert done.returncode == 0, done.stderr
+    assert run("verify", "averaged.safetensors", "--sources", digits).returncode == 0

@@ -51,6 +51,7 @@ command = signed(
         "baselines",
         "dtype",
         "max_shard_size",
+        "digests",
         "format",
         "shard",
         "adapter",

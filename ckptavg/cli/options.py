@@ -129,6 +129,10 @@ Format = Annotated[
     Literal["safetensors", "dcp"],
     option("Output", "dcp: a directory of torch.distributed.checkpoint, to go on training from."),
 ]
+Digests = Annotated[
+    bool,
+    option("Output", "Write the sources' SHA-256 into the file, so that verify knows them; a search hides the time."),
+]
 DryRun = Annotated[bool, option("Run", "Say what would be done, and do nothing.", "--dry-run")]
 Resume = Annotated[bool, option("Run", "Go on from what an interrupted run of this command has measured.")]
 KeepJournal = Annotated[bool, option("Run", "Leave OUTPUT.ckptavg/ when the output is written.", "--keep-journal")]
@@ -153,6 +157,7 @@ def _shared(
     dtype: Dtype = None,
     never_worse: NeverWorse = False,
     max_shard_size: MaxShardSize = None,
+    digests: Digests = True,
     format: Format = "safetensors",
     adapter: AdapterMode = "factors",
     rank: Rank = None,

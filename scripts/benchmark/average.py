@@ -106,6 +106,7 @@ def commands(folder: Path, scratch: Path, options: argparse.Namespace) -> Mappin
         "import torch": shlex.join([sys.executable, "-c", "import torch"]),
         "ckptavg, averaging alone": python(ITSELF),
         "ckptavg swa": ours(folder),
+        "  --no-digests": ours(folder, "--no-digests"),
         "  half the candidates": ours(folder, "--last", str(len(files) // 2)),
         "float32 running sum": python(RUNNING),
         "stack().mean()": python(STACK),
