@@ -11,4 +11,4 @@ echo "== lint"
 echo "== types"
 .venv/bin/basedpyright
 echo "== tests"
-.venv/bin/pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@"
+.venv/bin/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -9,7 +9,7 @@ from faults import job
 from faults.kills import Campaign
 from faults.warm import Warm
 
-KILLS, STOPS = 20, 6
+KILLS, STOPS = 15, 5
 TASK = Path(job.__file__)
 
 
