@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from test_mixture import Toy, data
 
 from ckptavg.errors import TaskError
+from ckptavg.feed import Feed, Stream
+from ckptavg.meter import Meter
 from ckptavg.tasks.held_out import HeldOut
+from ckptavg.tasks.python_file import PythonTask
 
 
 def held(splits: dict[str, list[Any]], *, seed: int = 0, fraction: float = 0.5) -> HeldOut:
@@ -119,3 +123,33 @@ def test_everything_else_is_the_task():
     assert task.examples("train") == 6 and task.length("train") == 1
     assert task.examples("val") is None and task.length("test") is None
     assert task.source == "toy" and [len(batch["x"]) for batch in task.batches("train")] == [6]
+
+
+def test_a_stream_that_begins_late_goes_on_where_it_would_have_been(tmp_path: Path):
+    """Also with a last batch of one, which is left out only of a split that is divided itself."""
+    (tmp_path / "odd.py").write_text(
+        "import torch\n"
+        "def model(): ...\n"
+        "def loss(model, batch): ...\n"
+        "def train_dataloader(): return torch.arange(33.).split(8)\n"
+        "def val_dataloader(): return torch.arange(100., 133.).split(8)\n"
+    )
+    task = HeldOut(PythonTask(str(tmp_path / "odd.py")), "val", rest="val", to="test", fraction=0.5, seed=0)
+
+    def stream(split: Any) -> Stream:
+        feed = Feed(task, "val", torch.device("cpu"), 0, Meter())
+        feed.needs_two = True
+        return feed.stream(split)
+
+    for split in ("train", "val"):
+        whole, late = stream(split), stream(split)
+        seen: list[list[float]] = []
+        for _ in range(14):
+            whole.advance()
+            seen.append(whole.share.batch.tolist())
+        for _ in range(9):
+            late.advance()
+        for wanted in seen[8:]:
+            assert late.share.batch.tolist() == wanted
+            late.advance()
+        assert ([32.0] in seen) == (split == "train")
