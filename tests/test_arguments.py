@@ -68,7 +68,7 @@ def test_any_arguments(run: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(TASK)
     before = {*tmp_path.iterdir(), tmp_path / "__pycache__"}
 
-    @settings(max_examples=150, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @settings(max_examples=80, deadline=None, database=None, suppress_health_check=[*HealthCheck])
     @given(st.integers(0, 2**64))
     def check(seed: int) -> None:
         arguments = words(random.Random(seed))

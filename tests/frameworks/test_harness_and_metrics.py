@@ -56,11 +56,6 @@ def test_the_harness_scores_candidates_where_they_are(run: Run, trainer_run: Pat
     assert "95 % interval over 30 examples" in " ".join(compared.stderr.split())
 
 
-def test_a_task_that_the_harness_does_not_know_is_wrong_usage(run: Run, trainer_run: Path):
-    done = run("best", trainer_run / "run", "--lm-eval", "which_lime")
-    assert done.returncode == 2 and "no task called which_lime" in done.stderr
-
-
 def test_a_torchmetrics_metric_is_a_metric(run: Run, digits: Path, tmp_path: Path):
     """The macro F1 of the whole validation set, which is no mean over examples."""
     import task as demo_task

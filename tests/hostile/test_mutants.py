@@ -13,7 +13,7 @@ from ckptavg.errors import InputError
 from hostile import mutants, torch_cases
 
 KINDS = ("safetensors", "torch", "index", "dcp", "zero")
-EXAMPLES = 400
+EXAMPLES = 200
 quietly = settings(
     max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

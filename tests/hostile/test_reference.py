@@ -20,7 +20,7 @@ from hostile.case import container, entries, values
 from hostile.side_files import with_odd_value
 
 quietly = settings(
-    max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 DTYPES = [dtype for name, dtype in TORCH_DTYPE.items() if not name.startswith("F8")]
 names = st.text(st.characters(blacklist_categories=("Cc", "Cs"), max_codepoint=0xFFFF), min_size=1, max_size=12)

@@ -19,7 +19,7 @@ from ckptavg.verification import verify
 from hostile import side_files
 
 quietly = settings(
-    max_examples=200, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -545,7 +545,7 @@ def compound(one: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
 
 
 @given(st.recursive(PARTS, compound, max_leaves=12), st.sampled_from([2, 4]))
-@settings(max_examples=2000, derandomize=True, deadline=None, database=None)
+@settings(max_examples=800, derandomize=True, deadline=None, database=None)
 def test_a_random_well_formed_program_is_a_mapping_or_a_pickle_error(program: bytes, protocol: int) -> None:
     try:
         value = tree(bytes([0x80, protocol]) + b"}q\0" + text("a") + program + b"s.")
@@ -558,7 +558,7 @@ ACTIONS = [bytes([code]) for code in b"()012tlesaudRobQ\x81\x85\x86\x87\x90\x91\
 
 
 @given(st.lists(PARTS | st.sampled_from(ACTIONS) | st.binary(max_size=2), max_size=40).map(b"".join))
-@settings(max_examples=1000, derandomize=True, deadline=None, database=None)
+@settings(max_examples=400, derandomize=True, deadline=None, database=None)
 def test_random_opcodes_are_a_mapping_or_a_pickle_error(program: bytes) -> None:
     try:
         value = tree(b"\x80\x02}" + text("a") + program + b"s.")
@@ -568,7 +568,7 @@ def test_random_opcodes_are_a_mapping_or_a_pickle_error(program: bytes) -> None:
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=1000, derandomize=True, deadline=None, database=None)
+@settings(max_examples=400, derandomize=True, deadline=None, database=None)
 def test_random_bytes_are_a_mapping_or_a_pickle_error(data: bytes) -> None:
     try:
         value = tree(b"\x80\x02" + data + b".")

@@ -127,7 +127,7 @@ HEADERS = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=250)
 @given(HEADERS | st.dictionaries(st.text(max_size=3), HEADERS, max_size=3), st.binary(max_size=24))
 def test_any_header_is_refused_in_one_line_or_accepted_as_the_library_accepts_it(
     tmp_path_factory: pytest.TempPathFactory, header: Any, data: bytes
