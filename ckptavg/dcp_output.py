@@ -20,7 +20,7 @@ from ckptavg.errors import OutputError, OutputExistsError
 from ckptavg.readers import StoredTensor
 from ckptavg.readers.dcp import RECORD
 from ckptavg.workers import ALONE, Workers
-from ckptavg.write import SafetensorsFile
+from ckptavg.write import SafetensorsFile, check_parent
 
 
 class DcpFolder:
@@ -154,7 +154,7 @@ class DcpFolder:
                 os.fsync(file.fileno())
             _flush(self._temporary)
             preflight(self.path, self._force)
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if _is_filled(self.path):
                 self.path.rename(old)
             self._temporary.rename(self.path)
             _flush(self.path.parent)
@@ -176,7 +176,7 @@ def sweep(path: Path) -> None:
         for whole in left_behind(path.parent, _whole(path).name):
             whole.unlink()
         for left in [one for one in path.parent.iterdir() if pattern.fullmatch(one.name) and one.is_dir()]:
-            if left.suffix == ".ckptavg-old" and not (path.is_dir() and any(path.iterdir())):
+            if left.suffix == ".ckptavg-old" and not _is_filled(path):
                 left.rename(path)
             else:
                 shutil.rmtree(left, ignore_errors=True)
@@ -196,18 +196,19 @@ def preflight(path: Path, force: bool) -> None:
     """
     if path.is_symlink() or not path.name:
         raise OutputError("--format dcp writes a directory under a name of its own, no link and no .", path=path)
-    if path.is_dir():
-        if any(path.iterdir()) and not (path / RECORD).is_file():
+    if os.path.lexists(path) and not path.is_dir():
+        raise OutputError("is no directory, which --format dcp writes", path=path)
+    if _is_filled(path):
+        if not (path / RECORD).is_file():
             what = "is not empty, and no earlier output of ckptavg, which is all that --force replaces"
             raise OutputExistsError(what, path=path, hint="choose another -o")
-        if any(path.iterdir()) and not force:
+        if not force:
             raise OutputExistsError("is not empty", path=path, hint="replace it with --force, or choose another -o")
-    elif os.path.lexists(path):
-        raise OutputError("is no directory, which --format dcp writes", path=path)
-    if not path.parent.is_dir():
-        raise OutputError("no such directory", path=path.parent, hint=f"mkdir -p '{path.parent}'")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OutputError("permission denied", path=path.parent)
+    check_parent(path)
+
+
+def _is_filled(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir())
 
 
 def _flush(folder: Path) -> None:

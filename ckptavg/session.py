@@ -98,9 +98,10 @@ def _check_output(options: Options) -> None:
 def _check_sources(found: Found, options: Options) -> None:
     """Refuse an output that would take the place of a candidate."""
     path, folder = options.destination
+    path, folder = path.resolve(), folder and folder.resolve()
     for file in (file for checkpoint in found.checkpoints for file in checkpoint.reader.files):
-        inside = folder is not None and file.path.parent.resolve() == folder.resolve()
-        if file.path.resolve() == path.resolve() or (inside and file.path.name.startswith(_OURS)):
+        inside = folder is not None and file.path.parent.resolve() == folder
+        if file.path.resolve() == path or (inside and file.path.name.startswith(_OURS)):
             raise OutputExistsError("is one of the candidates", path=file.path, hint="choose another -o")
 
 

@@ -235,6 +235,15 @@ def preflight(path: Path, force: bool) -> None:
         raise OutputError("is a directory", path=path)
     if os.path.lexists(path) and not force:
         raise _exists(path)
+    check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """Refuse a destination whose directory is not there, or is not writable.
+
+    Raises:
+        OutputError: naming the directory.
+    """
     try:
         folder = stat.S_ISDIR(path.parent.stat().st_mode)
     except FileNotFoundError as error:
