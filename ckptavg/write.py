@@ -296,7 +296,7 @@ def _digest(fd: int) -> str:
 def _reserve(fd: int, size: int) -> None:
     try:
         os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+    except (OSError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise
-        os.ftruncate(fd, size)  # this file system cannot reserve
+        os.ftruncate(fd, size)  # this file system, or this system, cannot reserve

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import properties
 import pytest
 
 _TALLIES = pytest.StashKey[dict[str, Counter[str]]]()
@@ -17,6 +18,8 @@ def tallied(config: pytest.Config, heading: str) -> Counter[str]:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist tells the one who prints."""
+    if properties.TRIED:
+        tallied(session.config, "property tests").update(properties.TRIED)
     told: Any = getattr(session.config, "workeroutput", None)
     if told is not None:
         told["tallies"] = {heading: dict(counts) for heading, counts in session.config.stash.get(_TALLIES, {}).items()}

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import typer.main
 from conftest import Run
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from safetensors.torch import save_file
 
 from ckptavg.cli.app import app
@@ -68,7 +69,7 @@ def test_any_arguments(run: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(TASK)
     before = {*tmp_path.iterdir(), tmp_path / "__pycache__"}
 
-    @settings(max_examples=80, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @examples(80)
     @given(st.integers(0, 2**64))
     def check(seed: int) -> None:
         arguments = words(random.Random(seed))

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import Run
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from ckptavg.errors import OutputExistsError
 from ckptavg.journal import Journal
@@ -118,7 +119,7 @@ def test_the_journal_can_be_kept(run: Run, digits: Path, stopping: Path, tmp_pat
     assert json.loads(lines[0].partition(" ")[2])["candidates"] and len(lines) >= 4
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(data=st.data())
 def test_a_journal_that_is_cut_or_flipped_never_tells_what_was_not_written(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -252,7 +253,7 @@ NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_
 )
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(
     st.dictionaries(
         NAMES,

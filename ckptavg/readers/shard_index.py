@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ckptavg.errors import InputError
-from ckptavg.readers import Reader, StoredTensor, open_reader
+from ckptavg.readers import Reader, StoredTensor, claim, open_reader
 from ckptavg.readers.regular_file import RegularFile
 from ckptavg.readers.safetensors import strict_json
 
@@ -60,8 +60,9 @@ class ShardIndexReader:
             raise InputError(f"shard {shard[:100]!r} is not a bare file name", path=self.path)
         if not os.path.lexists(path):
             raise InputError(f"shard {shard[:255]} is missing", path=self.path, hint="copy the whole directory")
-        if path.name.endswith(".json"):
-            raise InputError(f"shard {shard} is itself an index", path=self.path)
+        with RegularFile(path) as file:
+            if claim(file) is READER:  # whatever its name: it might lead back here
+                raise InputError(f"shard {shard} is itself an index", path=self.path)
         return open_reader(path)
 
     def _tensor(self, name: str, shard: str) -> StoredTensor:

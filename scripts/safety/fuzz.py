@@ -27,12 +27,12 @@ HANG = 20  # seconds for one mutant
 BAD = ("altered", "error", "crash", "hang")
 
 
-def one(seed: int, folder: Path) -> str:
+def one(seed: int, folder: Path, only: str = "") -> str:
     """What came of the mutant or pickle of a seed, as ``kind outcome``."""
     from hostile import mutants, torch_cases
 
     rng = random.Random(seed)
-    kind = rng.choice((*mutants.seeds(), "pickle", "pickle"))
+    kind = only or rng.choice((*mutants.seeds(), "pickle", "pickle"))
     if kind == "pickle":
         data = torch_cases.archive(mutants.program(rng))
         found = mutants.read("torch", {"step-3.pt": data}, folder)
@@ -41,7 +41,7 @@ def one(seed: int, folder: Path) -> str:
     return f"{kind} {'undetectable' if outcome == 'altered' and kind not in mutants.CHECKED else outcome}"
 
 
-def work(seed: int, step: int, seconds: float, count: int) -> None:
+def work(seed: int, step: int, seconds: float, count: int, only: str) -> None:
     """A worker: every ``step``-th seed; says which it begins, so that whoever reads knows where it died."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -53,7 +53,7 @@ def work(seed: int, step: int, seconds: float, count: int) -> None:
             sys.stdout.flush()
             signal.alarm(HANG)
             try:
-                outcome = one(seed, Path(folder) / "step-3")
+                outcome = one(seed, Path(folder) / "step-3", only)
             except Exception as error:  # whatever it is, it is a finding
                 outcome = f"any error {type(error).__name__}"
                 traceback.print_exc()
@@ -63,7 +63,7 @@ def work(seed: int, step: int, seconds: float, count: int) -> None:
         sys.stdout.flush()
 
 
-def run(seed: int, step: int, seconds: float, count: int) -> tuple[Counter[str], list[str]]:
+def run(seed: int, step: int, seconds: float, count: int, only: str) -> tuple[Counter[str], list[str]]:
     """Workers one after the other until the time is up; outcomes and findings."""
     found: Counter[str] = Counter()
     findings: list[str] = []
@@ -72,7 +72,7 @@ def run(seed: int, step: int, seconds: float, count: int) -> tuple[Counter[str],
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     while count > 0 and (left := end - time.monotonic()) > 0:
         command = [sys.executable, "-W", "ignore", __file__, "--work", str(step), "--seed", str(seed)]
-        command += ["--seconds", str(left), "--count", str(count)]
+        command += ["--seconds", str(left), "--count", str(count), "--only", only]
         worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert worker.stdout
         current, open_ = seed, False
@@ -102,15 +102,18 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=2**62, help="of each worker")
     parser.add_argument("--seed", type=int, default=None, help="the first one; by default a new one every time")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", default="", help="one kind, such as pickle")
     parser.add_argument("--work", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.seed, options.work, options.seconds, options.count)
+        work(options.seed, options.work, options.seconds, options.count, options.only)
         return 0
     seed = random.SystemRandom().randrange(2**40) if options.seed is None else options.seed
     workers = 1 if options.count == 1 else options.workers
     with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(lambda i: run(seed + i, workers, options.seconds, options.count), range(workers)))
+        parts = list(
+            pool.map(lambda i: run(seed + i, workers, options.seconds, options.count, options.only), range(workers))
+        )
     found: Counter[str] = Counter()
     for part, _ in parts:
         found += part

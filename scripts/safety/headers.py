@@ -1,31 +1,36 @@
-"""Any bytes into the parsers that are the project's own, steered by coverage: ``headers.py -max_total_time=600``.
+"""Any bytes into the parsers that are the project's own, steered by coverage: ``headers.py --seconds 600 [CORPUS]``.
 
-Under atheris (``pip install atheris``, which has wheels for some versions of Python), whose options are libFuzzer's;
-a directory as an argument keeps what it learns. Where it is not installed, or with ``--random SECONDS``, the same
-function gets valid headers damaged at random, and counts are printed. What is raised but an InputError is a finding.
+Under atheris (``pip install atheris``, which has wheels for some versions of Python); more options go to libFuzzer,
+and the directory CORPUS keeps what it learns. Where it is not installed, or with ``--random``, the same function gets
+valid headers damaged at random. What is raised but an InputError is a finding; counts are printed as JSON.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import random
+import re
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-HAS_ATHERIS = importlib.util.find_spec("atheris") is not None and "--random" not in sys.argv
+HAS_ATHERIS = importlib.util.find_spec("atheris") is not None
+CHILD = "--child" in sys.argv
 
-if HAS_ATHERIS:
+if CHILD:
     import atheris
-with atheris.instrument_imports(include=["ckptavg.readers", "ckptavg.manifest"]) if HAS_ATHERIS else nullcontext():
+with atheris.instrument_imports(include=["ckptavg.readers", "ckptavg.manifest"]) if CHILD else nullcontext():
     from ckptavg.errors import InputError
     from ckptavg.manifest import Manifest
     from ckptavg.readers import open_reader
@@ -129,23 +134,54 @@ def at_random(seconds: float, seed: int, folder: Path) -> int:
         except Exception as error:  # whatever it is, it is a finding
             findings += 1
             print(f"{KINDS[number]}: {type(error).__name__}: {error}: {data[:2000].hex()}", file=sys.stderr)
-    print(json.dumps({"tried": sum(found.values()) + findings, "findings": findings, "seed": seed,
-                      "outcomes": dict(sorted(found.items()))}, indent=2))  # fmt: skip
+    tried = sum(found.values()) + findings
+    print(
+        json.dumps(
+            {"tried": tried, "findings": findings, "by": f"seed {seed}", "outcomes": dict(sorted(found.items()))}
+        )
+    )
     return 1 if findings else 0
+
+
+def plant(directory: Path) -> None:
+    """Valid inputs of each parser, to begin with."""
+    for number, (kind, (_, make)) in enumerate(PARSERS.items()):
+        for seed in range(8):
+            (directory / f"{kind.replace(' ', '-')}-{seed}").write_bytes(bytes([number]) + make(random.Random(seed)))
+
+
+def steered(seconds: float, options: list[str], folder: Path) -> int:
+    """libFuzzer on these functions, in a process that it may end; prints how many inputs it tried."""
+    known = [one for one in options if Path(one).is_dir()] or [str(folder)]
+    plant(Path(known[0]))
+    command = [sys.executable, __file__, "--child", f"-max_total_time={seconds:.0f}", "-print_final_stats=1"]
+    command += [f"-artifact_prefix={known[0]}/", *dict.fromkeys([*options, *known])]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    assert child.stderr
+    tried = 0
+    for line in child.stderr:
+        sys.stderr.write(line)
+        if found := re.match(r"stat::number_of_executed_units:\s*(\d+)|#(\d+)\t", line):
+            tried = max(tried, int(found[1] or found[2]))
+    print(json.dumps({"tried": tried, "findings": int(child.wait() != 0), "by": f"atheris {version('atheris')}"}))
+    return child.returncode
 
 
 def main() -> int:
     sys.setrecursionlimit(1000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--random", action="store_true", help="without atheris, even where it is installed")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         folder = Path(name)
-        if not HAS_ATHERIS:
-            seconds = float(sys.argv[sys.argv.index("--random") + 1]) if "--random" in sys.argv else 60.0
-            if "--random" not in sys.argv:
-                print("atheris is not installed: damaging at random for a minute", file=sys.stderr)
-            return at_random(seconds, random.SystemRandom().randrange(2**40), folder)
-        atheris.Setup(sys.argv, lambda data: one(data, folder))
-        atheris.Fuzz()
-    return 0
+        if options.child:
+            atheris.Setup([sys.argv[0], *rest], lambda data: one(data, folder))
+            atheris.Fuzz()  # which ends the process
+        if HAS_ATHERIS and not options.random:
+            return steered(options.seconds, rest, folder)
+        return at_random(options.seconds, random.SystemRandom().randrange(2**40), folder)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,14 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from ckptavg.errors import InputError
 from hostile import mutants, torch_cases
 
 KINDS = ("safetensors", "torch", "index", "dcp", "zero")
-EXAMPLES = 200
-quietly = settings(
-    max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_is_refused_or_harmless(kind: str, folder: Path, tally: dict[str, int]) -> None:
-    @quietly
+    @examples(200)
     @given(st.integers(0, 2**64))
     def check(seed: int) -> None:
         tally["mutants"] = tally.get("mutants", 0) + 1
@@ -54,7 +51,7 @@ def test_no_bit_of_a_torch_file_can_be_flipped_unseen(folder: Path, tally: dict[
 
 
 def test_random_pickles_are_read_or_refused(folder: Path, tally: dict[str, int]) -> None:
-    @quietly
+    @examples(200)
     @given(st.integers(0, 2**64))
     def check(seed: int) -> None:
         tally["pickles"] = tally.get("pickles", 0) + 1
@@ -63,8 +60,8 @@ def test_random_pickles_are_read_or_refused(folder: Path, tally: dict[str, int])
     check()
 
 
+@examples(200)
 @given(st.binary(max_size=400))
-@quietly
 def test_any_bytes_are_read_or_refused(folder: Path, data: bytes) -> None:
     for prefix in (b"", b"PK\3\4", len(data).to_bytes(8, "little") + b"{", b'{"weight_map":'):
         assert isinstance(mutants.read("torch", {"step-3.pt": prefix + data}, folder), InputError)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from torch_archives import TORCH_DTYPE, expected, read
 
 from ckptavg.errors import InputError
@@ -19,9 +20,6 @@ from hostile import mutants
 from hostile.case import container, entries, values
 from hostile.side_files import with_odd_value
 
-quietly = settings(
-    max_examples=80, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 DTYPES = [dtype for name, dtype in TORCH_DTYPE.items() if not name.startswith("F8")]
 names = st.text(st.characters(blacklist_categories=("Cc", "Cs"), max_codepoint=0xFFFF), min_size=1, max_size=12)
 shapes = st.lists(st.integers(0, 4), max_size=4)
@@ -37,8 +35,8 @@ def tensors(draw: Any) -> torch.Tensor:
     return tensor.transpose(0, -1) if len(shape) > 1 and draw(st.booleans()) else tensor
 
 
+@examples(80)
 @given(st.dictionaries(names, tensors(), min_size=1, max_size=5), st.sampled_from([2, 4, 5]))
-@quietly
 def test_what_torch_saves_is_read_as_it_reads_it(tmp_path: Path, state: dict[str, Any], protocol: int) -> None:
     content = {"state": state, "step": 3, "nested": [{"x": list(state.values())[:1]}, (1.5, None, True, "text")]}
     torch.save(content, tmp_path / "file.pt", pickle_protocol=protocol)
@@ -47,8 +45,8 @@ def test_what_torch_saves_is_read_as_it_reads_it(tmp_path: Path, state: dict[str
     assert found == expected(loaded)
 
 
+@examples(80)
 @given(st.dictionaries(names.filter(lambda name: name != "__metadata__"), tensors(), min_size=1, max_size=5))
-@quietly
 def test_what_safetensors_saves_is_read_as_it_reads_it(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     plain = {name: tensor.contiguous().clone() for name, tensor in state.items() if tensor.dtype != torch.complex128}
     safetensors.torch.save_file(plain, tmp_path / "file.safetensors")
@@ -63,7 +61,7 @@ def test_a_damaged_safetensors_file_that_is_read_is_one_for_the_library_too(
     header, _ = entries()
     path = tmp_path / "step-3.safetensors"
 
-    @quietly
+    @examples(80)
     @given(st.integers(0, 2**64))
     def check(seed: int) -> None:
         tally["mutants"] = tally.get("mutants", 0) + 1

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Run
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -18,17 +19,13 @@ from ckptavg.errors import CkptavgError, InputError
 from ckptavg.verification import verify
 from hostile import side_files
 
-quietly = settings(
-    max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
 
 @pytest.mark.parametrize("kind", side_files.seeds())
 def test_they_are_read_or_refused(kind: str, tmp_path: Path, tally: dict[str, int]) -> None:
     files, _ = side_files.seeds()[kind]
     assert not isinstance(side_files.read(files, tmp_path / "ckpts"), CkptavgError)
 
-    @quietly
+    @examples(100)
     @given(st.integers(0, 2**64))
     def check(seed: int) -> None:
         tally["side files"] = tally.get("side files", 0) + 1
@@ -57,7 +54,7 @@ def test_what_an_output_says_of_itself_is_believed_as_little(output: Path, tally
     record = json.loads(metadata["ckptavg"])
     outcomes: set[str] = set()
 
-    @quietly
+    @examples(100)
     @given(st.integers(0, 2**64))
     def check(seed: int) -> None:
         tally["side files"] = tally.get("side files", 0) + 1

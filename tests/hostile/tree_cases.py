@@ -74,6 +74,9 @@ def _indexes() -> Iterator[Case]:
     yield case("shard-pickle", sharded(**{SECOND: op.program(op.SHAPES["reduce"])}), "is a pickle", at=SECOND,
                payload=True)  # fmt: skip
     yield case("shard-payload", sharded(**{SECOND: _PAYLOAD}), r"os\.system", at=SECOND, payload=True)
+    for name, shard in (("itself", SECOND), ("another", FIRST)):  # an index under a shard's name
+        more = {SECOND: sharded({"bias": shard})[INDEX]}
+        yield case(f"shard-an-index-of-{name}", sharded(**more), f"shard {SECOND} is itself an index")
     yield case("map-swapped", sharded({"weight": SECOND, "bias": FIRST}), "the index says it is in")
     yield case("map-lacks-one", sharded({"weight": FIRST}), "bias: missing, but 2 other", code=4, inspect=0)
     both = container(entries()[0], values(8))
@@ -100,6 +103,7 @@ def _indexes() -> Iterator[Case]:
 
     for name, target, message in (("fifo", "fifo", "is a FIFO"), ("zero", "/dev/zero", "is a device"),
                                   ("loop", SECOND, "leads back to itself|is missing"),
+                                  ("index", INDEX, f"shard {SECOND} is itself an index"),
                                   ("dangling", "gone", "is missing|does not exist"),
                                   ("folder", "..", "is a directory|no such|cannot")):  # fmt: skip
         yield Case(id=f"index/shard-{name}-link", build=linked(target), at="step-3", message=message, tree=True)

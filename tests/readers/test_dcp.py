@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
@@ -281,8 +282,8 @@ def test_sharded_tensors_are_what_was_saved(sharded: Path, truth: Mapping[str, A
 
 
 @pytest.mark.parametrize("large", [1, 1 << 16])
+@examples(120)
 @given(data=st.data())
-@settings(max_examples=120, derandomize=True, deadline=None, database=None)
 def test_any_window_is_that_part_of_the_whole(
     sharded: Path, truth: Mapping[str, Any], large: int, data: st.DataObject
 ) -> None:
@@ -333,8 +334,8 @@ def test_threads_read_one_reader_at_once(sharded: Path, truth: Mapping[str, Any]
     reader.close()
 
 
+@examples(200)
 @given(data=st.data())
-@settings(max_examples=200, derandomize=True, deadline=None, database=None)
 def test_a_box_counts_and_runs_as_an_enumeration_does(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=4)))
     offsets = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
@@ -354,8 +355,8 @@ def test_a_box_counts_and_runs_as_an_enumeration_does(data: st.DataObject) -> No
         assert all(run.count <= box.run for run in runs)
 
 
+@examples(300)
 @given(data=st.data())
-@settings(max_examples=300, derandomize=True, deadline=None, database=None)
 def test_boxes_tile_a_tensor_exactly_if_each_element_is_in_one(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3)))
     cuts = [sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=2))}) for n in shape]

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from torch_archives import archive, read
 
 from ckptavg.errors import InputError
@@ -65,14 +66,14 @@ TREES = st.recursive(
 )
 
 
+@examples(400)
 @given(TREES, st.integers(3, 5))
-@settings(max_examples=400, derandomize=True, deadline=None, database=None)
 def test_plain_data_is_what_the_pickle_module_wrote(value: object, protocol: int) -> None:
     assert plain(interpret(pickle.dumps(value, protocol))) == plain(value)
 
 
+@examples(200)
 @given(st.recursive(st.text() | st.integers(-(2**300), 2**300) | st.floats(allow_nan=False), st.lists, max_leaves=20))
-@settings(max_examples=200, derandomize=True, deadline=None, database=None)
 def test_protocol_2_is_what_the_pickle_module_wrote(value: object) -> None:
     assert interpret(pickle.dumps(value, 2)) == value
 
@@ -544,8 +545,8 @@ def compound(one: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
     )
 
 
+@examples(800)
 @given(st.recursive(PARTS, compound, max_leaves=12), st.sampled_from([2, 4]))
-@settings(max_examples=800, derandomize=True, deadline=None, database=None)
 def test_a_random_well_formed_program_is_a_mapping_or_a_pickle_error(program: bytes, protocol: int) -> None:
     try:
         value = tree(bytes([0x80, protocol]) + b"}q\0" + text("a") + program + b"s.")
@@ -557,8 +558,8 @@ def test_a_random_well_formed_program_is_a_mapping_or_a_pickle_error(program: by
 ACTIONS = [bytes([code]) for code in b"()012tlesaudRobQ\x81\x85\x86\x87\x90\x91\x92\x93\x94"] + [b"q\0", b"r\1\0\0\0"]
 
 
+@examples(400)
 @given(st.lists(PARTS | st.sampled_from(ACTIONS) | st.binary(max_size=2), max_size=40).map(b"".join))
-@settings(max_examples=400, derandomize=True, deadline=None, database=None)
 def test_random_opcodes_are_a_mapping_or_a_pickle_error(program: bytes) -> None:
     try:
         value = tree(b"\x80\x02}" + text("a") + program + b"s.")
@@ -567,8 +568,8 @@ def test_random_opcodes_are_a_mapping_or_a_pickle_error(program: bytes) -> None:
     assert isinstance(value, dict)
 
 
+@examples(400)
 @given(st.binary(max_size=200))
-@settings(max_examples=400, derandomize=True, deadline=None, database=None)
 def test_random_bytes_are_a_mapping_or_a_pickle_error(data: bytes) -> None:
     try:
         value = tree(b"\x80\x02" + data + b".")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 
@@ -127,7 +128,7 @@ HEADERS = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=250)
+@examples(250)
 @given(HEADERS | st.dictionaries(st.text(max_size=3), HEADERS, max_size=3), st.binary(max_size=24))
 def test_any_header_is_refused_in_one_line_or_accepted_as_the_library_accepts_it(
     tmp_path_factory: pytest.TempPathFactory, header: Any, data: bytes

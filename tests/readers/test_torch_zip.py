@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from torch import nn
 from torch_archives import TORCH_DTYPE, Entry, archive, expected, read, values, zip_bytes
 
@@ -122,8 +123,8 @@ def test_a_large_view_of_little_is_read_in_pieces() -> None:
     assert reads == [4 * 256] * 4
 
 
+@examples(60)
 @given(st.data())
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
 def test_slices_of_large_strided_views_are_what_torch_reads(data: st.DataObject) -> None:
     # larger than what is read at once, so that pieces are put together
     shape = tuple(data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=4)))
@@ -628,8 +629,8 @@ def test_the_format_claims_zip_archives_only() -> None:
     assert not any(READER.claims(head) for head in (b"", b"PK", b"PK\5\6", b"\x80\x02}.", b"\0" * 8 + b"{}"))
 
 
+@examples(300)
 @given(st.binary(max_size=300), st.integers(0, 3))
-@settings(max_examples=300, derandomize=True, deadline=None, database=None)
 def test_random_bytes_for_a_zip_are_an_input_error(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, kind: int
 ) -> None:
@@ -825,7 +826,7 @@ def test_damage_is_found_before_a_slice_is_handed_out(path: Path, start: int) ->
             elements(reader, "whole", start, 3)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@examples(60)
 @given(st.lists(st.tuples(st.integers(0, 999), st.integers(1, 400)), max_size=12))
 def test_slices_in_any_order_are_the_right_ones(
     tmp_path_factory: pytest.TempPathFactory, slices: list[tuple[int, int]]

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -213,7 +214,7 @@ def test_any_window_is_that_part_of_the_whole(written: Path):
     readers = {name: open_reader(folder_of(written, name)) for name in RUNS}
     whole = {name: weights(folder_of(written, name)) for name in RUNS}
 
-    @settings(deadline=None)
+    @examples(100)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(RUNS)))
@@ -331,7 +332,7 @@ def by_hand(
 GROUPS: list[dict[str, Shape]] = [{"a": (3, 5), "b": (4,)}, {"c": (), "d": (2, 3)}]
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(
     stage=st.sampled_from([1, 2, 3]),
     world=st.integers(1, 12),

@@ -1,0 +1,37 @@
+"""How many examples property tests try: in CI always the same ones; where EXAMPLES is set, new ones, so many times more.
+
+``EXAMPLES=30 pytest tests/readers tests/hostile`` is for a night.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+
+TIMES = int(os.environ.get("EXAMPLES", "1"))
+TRIED: Counter[str] = Counter()
+
+
+def examples(count: int) -> Callable[[Any], Any]:
+    """Above ``@given``: try so many, and count them under "property tests" of pytest's summary."""
+
+    def decorate(test: Any) -> Any:
+        inner = test.hypothesis.inner_test
+
+        @functools.wraps(inner)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            TRIED["examples"] += 1
+            return inner(*args, **kwargs)
+
+        test.hypothesis.inner_test = counted
+        return settings(
+            max_examples=count * TIMES, derandomize=TIMES == 1, database=None, deadline=None,
+            suppress_health_check=[*HealthCheck],
+        )(test)  # fmt: skip
+
+    return decorate
