@@ -1,4 +1,4 @@
-"""How many examples property tests try: in CI always the same ones; where EXAMPLES is set, new ones, so many times more.
+"""How many examples property tests try: in CI always the same; where EXAMPLES is set, new ones and so many times more.
 
 ``EXAMPLES=30 pytest tests/readers tests/hostile`` is for a night.
 """

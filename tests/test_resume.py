@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
-from ckptavg.errors import OutputExistsError
+from ckptavg.errors import InputError, OutputExistsError
 from ckptavg.journal import Journal
 
 STOPPING = """
@@ -147,3 +148,42 @@ def test_a_journal_that_is_cut_or_flipped_never_tells_what_was_not_written(
         journal.put("more", 1)
     with Journal(folder / "out") as journal:
         assert journal.get("more") == 1
+
+
+def line(record: object) -> bytes:
+    text = json.dumps(record).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+@pytest.mark.parametrize("header", [{"schema": 1}, {}, [1], "run"])
+def test_a_journal_of_another_version_is_refused(tmp_path: Path, header: object):
+    (tmp_path / "out.ckptavg").mkdir()
+    path = tmp_path / "out.ckptavg" / "journal.jsonl"
+    path.write_bytes(line(header))
+    with pytest.raises(InputError) as caught:
+        Journal(tmp_path / "out")
+    assert str(caught.value) == f"{path}: is of another version of ckptavg" and caught.value.hint == "--no-resume"
+    with Journal(tmp_path / "out", resume=False) as journal:
+        journal.begin({})
+
+
+def test_records_that_are_none_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({"run": 1})
+        journal.put("good", 1)
+    path = tmp_path / "out.ckptavg" / "journal.jsonl"
+    bad = [[], {"key": 3, "value": 1}, {"key": "no value"}, {"value": 2}, "text"]
+    path.write_bytes(path.read_bytes() + b"".join(map(line, bad)) + line({"key": "more", "value": None}))
+    with Journal(tmp_path / "out") as journal:
+        assert (journal.damaged, journal.replayed) == (5, 2) and journal.records == {"good": 1, "more": None}
+    assert f"{path}: 5 lines are damaged; what they told is measured again" in caplog.text
+
+
+def test_what_a_killed_run_left_in_the_folder_is_removed(tmp_path: Path):
+    scratch = tmp_path / "out.ckptavg" / "scratch-1"
+    scratch.mkdir(parents=True)
+    (scratch / "row").write_bytes(b"x")
+    (tmp_path / "out.ckptavg" / "mine").touch()
+    with Journal(tmp_path / "out"):
+        assert not scratch.exists()
+    assert [path.name for path in (tmp_path / "out.ckptavg").iterdir()] == ["mine"]  # somebody else's stays

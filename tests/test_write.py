@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import stat
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from properties import examples
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ckptavg import write
+from ckptavg import durable, write
 from ckptavg.dtypes import TORCH
-from ckptavg.errors import OutputError, OutputExistsError
+from ckptavg.durable import left_behind, write_bytes
+from ckptavg.errors import OutputError, OutputExistsError, UsageError
 from ckptavg.readers import StoredTensor
+from ckptavg.shards import ShardedFiles, split_names
+from ckptavg.workers import Workers
 from ckptavg.write import SafetensorsFile, preflight
 
 SPECS = {
@@ -283,3 +287,149 @@ def test_any_names_shapes_and_dtypes_round_trip_through_the_library(
     for name, spec in specs.items():
         if spec.nbytes:
             assert loaded[name].flatten().view(torch.uint8).tolist() == [i % 2 for i in range(spec.nbytes)]
+
+
+def failing(code: int) -> Callable[..., Any]:
+    """Stands in for a function of ``os`` that the disk does not answer."""
+
+    def call(*_: object, **__: object) -> Any:
+        raise OSError(code, "x")
+
+    return call
+
+
+def test_a_range_outside_of_its_tensor_is_a_mistake_of_ours(tmp_path: Path):
+    with SafetensorsFile(tmp_path / "x", SPECS, {}) as out:
+        for name, offset, count in (("a", 1, 10), ("a", -1, 1), ("n", 0, 9)):
+            with pytest.raises(AssertionError, match=f"{name}: {count} bytes at {offset} do not fit"):
+                out.write(name, offset, bytes(count))
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_file_that_others_cut_or_cannot_be_read_again_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool
+):
+    with SafetensorsFile(tmp_path / "x", SPECS, {}) as out:
+        for name, spec in SPECS.items():
+            out.write(name, 0, bytes(spec.nbytes))
+        (temporary,) = tmp_path.iterdir()
+        os.truncate(temporary, 100)
+        if not cut:
+            monkeypatch.setattr(write.os, "preadv", failing(errno.EIO))
+        with pytest.raises(OutputError, match="another program changed" if cut else "input/output error"):
+            out.read_into("b", 0, memoryview(bytearray(24)))
+        if not cut:
+            with pytest.raises(OutputError, match="x: cannot be written: input/output error"):
+                out.seal()
+        with pytest.raises(OutputError, match="another program changed the file" if cut else "input/output error"):
+            out.commit()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_may_be_finished_without_a_name(tmp_path: Path):
+    whole = produce(tmp_path / "whole")
+    with SafetensorsFile(tmp_path / "x", SPECS, {"format": "pt"}) as out:
+        for name, spec in SPECS.items():
+            out.write(name, 0, b"\1" * spec.nbytes)
+        assert out.seal() == whole.sha256
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+class Two(Workers):
+    """One of two workers, of which the other one says ``heard``."""
+
+    heard: Any = None
+
+    def lead(self, work: Callable[[], Any]) -> Any:
+        return work() if self.first else None
+
+    def told(self, value: Any) -> Any:
+        return value if self.first else self.heard
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.heard]
+
+
+def test_a_worker_that_cannot_see_the_first_ones_file_says_so(tmp_path: Path):
+    second = Two(rank=1, world=2)
+    second.heard = tmp_path / "temporary"
+    with pytest.raises(OutputError, match="temporary: cannot be opened by worker 1: no such file") as caught:
+        SafetensorsFile(tmp_path / "x", SPECS, {}, workers=second)
+    assert caught.value.hint == "the output must lie on a file system that all machines share"
+
+
+def test_a_disk_that_fails_while_workers_wait_for_each_other_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with SafetensorsFile(tmp_path / "x", SPECS, {}, workers=Two(rank=0, world=2)) as out:
+        monkeypatch.setattr(write.os, "fsync", failing(errno.EIO))
+        with pytest.raises(OutputError, match="x: cannot be written: input/output error"):
+            out.settle()
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_links_a_name_that_exists_is_still_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(write.os, "link", failing(errno.EPERM))
+    with pytest.raises(OutputExistsError), SafetensorsFile(tmp_path / "x", {}, {}) as out:
+        (tmp_path / "x").write_bytes(b"precious")  # somebody was faster
+        out.commit()
+    assert (tmp_path / "x").read_bytes() == b"precious" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_system_that_cannot_reserve_space_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    good = produce(tmp_path / "good").sha256
+    for code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+        monkeypatch.setattr(write.os, "posix_fallocate", failing(code))
+        assert produce(tmp_path / str(code)).sha256 == good
+    monkeypatch.delattr(write.os, "posix_fallocate")  # macOS
+    assert produce(tmp_path / "none").sha256 == good
+
+
+def test_a_directory_that_may_not_be_written_to_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file: is no directory"):
+        preflight(tmp_path / "file" / "x", force=False)
+    monkeypatch.setattr(write.os, "access", lambda path, mode: False)  # root may do anything
+    with pytest.raises(OutputError) as caught:
+        preflight(tmp_path / "x", force=False)
+    assert str(caught.value) == f"{tmp_path}: permission denied"
+
+
+@pytest.mark.parametrize("name", ["open", "pwrite", "fsync", "replace"])
+def test_a_small_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    (tmp_path / "x").write_bytes(b"precious")
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, name, failing(errno.ENOSPC))
+        with pytest.raises(OutputError, match=r"no space left on device: 3 bytes are needed, .* are free"):
+            write_bytes(tmp_path / "x", b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x": b"precious"}
+    write_bytes(tmp_path / "x", b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x": b"new"}
+
+
+def test_a_file_whose_lock_nobody_can_ask_for_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / ".x.1.ckptavg-tmp").touch()
+    (tmp_path / ".x.y.1.ckptavg-tmp").touch()
+    (tmp_path / ".x.2.ckptavg-tmp").symlink_to("nowhere")
+    assert left_behind(tmp_path, "x") == [tmp_path / ".x.1.ckptavg-tmp"]
+    assert len(left_behind(tmp_path)) == 2 and not left_behind(tmp_path / "gone")
+    monkeypatch.setattr(durable.lock.fcntl, "flock", failing(errno.ENOLCK))
+    assert not left_behind(tmp_path)
+
+
+def test_shards_are_read_back_where_they_were_written(tmp_path: Path):
+    with ShardedFiles(tmp_path, SPECS, {}, "1KB") as out:
+        for number, (name, spec) in enumerate(SPECS.items(), 1):
+            out.write(name, 0, bytes([number]) * spec.nbytes)
+        back = bytearray(10)
+        out.read_into("a", 0, memoryview(back))
+    assert back == b"\2" * 10 and not list(tmp_path.iterdir())
+
+
+def test_shards_need_a_size_and_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UsageError, match="--max-shard-size many is no size such as 5GB or 500MB"):
+        split_names(SPECS, "many")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UsageError, match="--max-shard-size needs huggingface_hub") as caught:
+        split_names(SPECS, "5GB")
+    assert caught.value.hint == "pip install 'ckptavg[hf]'"

@@ -45,7 +45,6 @@ def read_pieces(
         piece = pieces[i]
         skip = start + done - piece.start
         count = min(piece.count - skip, wanted - done)
-        if count:
-            read(piece.source, piece.at + skip, out[done * item : (done + count) * item])
+        read(piece.source, piece.at + skip, out[done * item : (done + count) * item])
         done += count
         i += 1

@@ -151,16 +151,8 @@ def _meddled(before: os.stat_result, now: os.stat_result) -> bool:
 
 
 def _kind(mode: int) -> str:
-    for test, name in (
-        (stat.S_ISDIR, "is a directory"),
-        (stat.S_ISFIFO, "is a FIFO"),
-        (stat.S_ISSOCK, "is a socket"),
-        (stat.S_ISCHR, "is a device"),
-        (stat.S_ISBLK, "is a device"),
-    ):
-        if test(mode):
-            return name
-    return "is special"
+    kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+    return f"is a {kinds.get(stat.S_IFMT(mode), 'device')}"
 
 
 def _refuse(path: Path, error: OSError) -> NoReturn:

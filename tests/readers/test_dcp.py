@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch_archives import TORCH_DTYPE, expected, values
 
 from ckptavg.errors import InputError
-from ckptavg.readers import Node, StoredTensor, dcp_metadata
+from ckptavg.readers import Node, StoredTensor, dcp_metadata, object_tree
 from ckptavg.readers import dcp as dcp_reader
 from ckptavg.readers.box import Box, untiled
 from ckptavg.readers.dcp import FOLDER, DcpReader
@@ -718,6 +719,40 @@ def test_a_part_of_a_file_ends_where_it_ends(tmp_path: Path) -> None:
         part.close()
         assert part.read(0, 1) == b"2"
         part.check_unchanged()
+
+
+def test_a_part_that_is_no_plain_tensor_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "x", {"w": torch.ones(2)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(torch.eye(2).to_sparse(), tmp_path / "sparse")
+    content = (tmp_path / "sparse").read_bytes()
+    rewrite(folder, lambda metadata: setattr(info(metadata, "w"), "length", len(content)))
+    overwrite(folder / "__0_0.distcp", content)
+    os.utime(folder / ".metadata")
+    refused(folder, "w: .*sparse", at="__0_0.distcp")
+
+
+def test_more_containers_than_any_model_has_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_tree, "MAX_CONTAINERS", 1)
+    refused(folder, "has more than 1 containers", at=".metadata")
+
+
+def test_ordered_dictionaries_are_read(folder: Path) -> None:
+    before = read(folder)
+    for kind in (OrderedDict, lambda paths: defaultdict(list, paths)):
+        rewrite(folder, lambda metadata, kind=kind: setattr(metadata, "planner_data", kind(metadata.planner_data)))
+        assert read(folder) == before
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"ckptavg": 3}', b"{", b"\xff"])
+def test_a_record_that_ckptavg_did_not_write_is_refused(folder: Path, content: bytes) -> None:
+    (folder / dcp_reader.RECORD).write_bytes(content)
+    refused(folder, "is not what ckptavg wrote|is not valid JSON", at=dcp_reader.RECORD)
+
+
+def test_files_that_vanish_are_no_older_save(tmp_path: Path) -> None:
+    dcp_reader._check_newer(tmp_path / ".metadata", tmp_path / "gone")
 
 
 def test_more_parts_than_any_cluster_saves_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

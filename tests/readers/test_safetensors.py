@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 
 from ckptavg.errors import InputError
-from ckptavg.readers import ITEM_SIZE, StoredTensor, formats, open_reader
+from ckptavg.readers import ITEM_SIZE, StoredTensor, formats, open_reader, safetensors
+from ckptavg.readers.regular_file import RegularFile
 
 A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 B = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}
@@ -169,3 +170,14 @@ def test_exactly_one_format_claims_each_file(tmp_path: Path):
         for path in sorted(tmp_path.iterdir())
     }
     assert claims == {"a": ["safetensors"], "b": ["torch"], "c": ["sharded"], "d": []}
+
+
+def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(safetensors, "MAX_TENSORS", 1)
+    refused(tmp_path / "x", built({"a": A, "b": B}), "2 tensors, more than 1")
+
+
+def test_a_header_that_is_no_object_is_refused_also_where_nobody_has_looked_at_it(tmp_path: Path):
+    (tmp_path / "x").write_bytes(built("[]"))
+    with RegularFile(tmp_path / "x") as file, pytest.raises(InputError, match="x: header is not a JSON object"):
+        safetensors.READER.open(file)

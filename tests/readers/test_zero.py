@@ -389,6 +389,7 @@ def test_shapes_that_do_not_fit_the_partitions_are_refused(tmp_path: Path, stage
         ({"shared_params": 3}, "has no shared_params"),
         ({"param_shapes": [{"a\n": [2]}, {}]}, "no tensor should have this name"),
         ({"buffer_names": 3}, "buffer_names is not a list"),
+        ({"shared_params": {"z": "a"}, "module": {"a": torch.ones(5, 3), "n": 3}}, r"a: shape \[5, 3\]"),
     ],
 )
 def test_model_states_that_contradict_themselves_are_refused(tmp_path: Path, changes: dict[str, Any], message: str):
@@ -415,6 +416,32 @@ def test_optimizer_states_that_are_none_of_zero_are_refused(tmp_path: Path, stat
     by_hand(tmp_path / "x", 2, 2, GROUPS)
     torch.save({"optimizer_state_dict": state}, tmp_path / "x" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     refused(tmp_path / "x", message)
+
+
+@pytest.mark.parametrize(
+    ("paddings", "message"),
+    [
+        ([[0], [0, 0]], "param_alignment_paddings has other lengths than the groups"),
+        ([[100, 0], [0, 0]], "b: its parts have 0 elements, but its shape 4"),
+        ([[-1, 0], [0, 0]], "param_alignment_paddings must be integers"),
+    ],
+)
+def test_paddings_that_do_not_fit_are_refused(tmp_path: Path, paddings: list[list[int]], message: str):
+    by_hand(tmp_path / "x", 2, 2, GROUPS)
+    file = tmp_path / "x" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    saved = torch.load(file)
+    saved["optimizer_state_dict"]["param_alignment_paddings"] = paddings
+    torch.save(saved, file)
+    refused(tmp_path / "x", message)
+
+
+def test_a_tensor_that_no_optimizer_knows_must_be_a_buffer(tmp_path: Path):
+    known = {"module": {"extra": torch.ones(2)}, "buffer_names": ["extra"]}
+    truth = by_hand(tmp_path / "x", 3, 2, GROUPS, **known)
+    (tmp_path / "x" / "notes.txt").touch()
+    same(weights(tmp_path / "x"), {**truth, "extra": torch.ones(2)})
+    by_hand(tmp_path / "y", 3, 2, GROUPS, **{**known, "buffer_names": []})
+    refused(tmp_path / "y", "extra: is in no partition, and neither frozen nor a buffer")
 
 
 @pytest.mark.parametrize(
