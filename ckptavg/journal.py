@@ -206,7 +206,7 @@ class Journal:
                 os.ftruncate(self._fd, 0)
             while lines:
                 lines = lines[os.write(self._fd, lines) :]
-            os.fdatasync(self._fd)
+            getattr(os, "fdatasync", os.fsync)(self._fd)  # macOS has only the other
         except OSError as error:
             self._lost = True  # what follows a torn line would be torn too
             what = "cannot be written: %s; the run goes on, but what it measures from now on is lost if it ends early"

@@ -80,7 +80,12 @@ def test_an_interrupted_run_gives_the_same_bytes_and_measures_nothing_twice(
 def test_a_killed_run_goes_on(run: Run, digits: Path, stopping: Path, tmp_path: Path):
     base = ("aswa", str(digits), "--last", "4", "--task", "mine.py", "-o", "out")
     demo = str(Path(__file__).parents[1] / "scripts" / "demo")
-    environment = {**os.environ, "CALLS": str(tmp_path / "a"), "KILL": "90", "PYTHONPATH": demo}
+    environment = {
+        **os.environ,
+        "CALLS": str(tmp_path / "a"),
+        "KILL": "90",
+        "PYTHONPATH": os.pathsep.join([demo, *sys.path]),
+    }
     killed = subprocess.run(
         [sys.executable, "-m", "ckptavg", *base], cwd=tmp_path, env=environment, capture_output=True
     )
@@ -177,6 +182,15 @@ def test_records_that_are_none_are_left_out_with_a_warning(tmp_path: Path, caplo
     with Journal(tmp_path / "out") as journal:
         assert (journal.damaged, journal.replayed) == (5, 2) and journal.records == {"good": 1, "more": None}
     assert f"{path}: 5 lines are damaged; what they told is measured again" in caplog.text
+
+
+def test_a_system_without_fdatasync_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(os, "fdatasync")  # macOS
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({"run": 1})
+        journal.put("good", 1)
+    with Journal(tmp_path / "out") as journal:
+        assert journal.get("good") == 1
 
 
 def test_what_a_killed_run_left_in_the_folder_is_removed(tmp_path: Path):

@@ -61,7 +61,7 @@ class ShardIndexReader:
         if not os.path.lexists(path):
             raise InputError(f"shard {shard[:255]} is missing", path=self.path, hint="copy the whole directory")
         with RegularFile(path) as file:
-            if claim(file) is READER:  # whatever its name: it might lead back here
+            if isinstance(claim(file), ShardIndex):  # whatever its name: it might lead back here
                 raise InputError(f"shard {shard} is itself an index", path=self.path)
         return open_reader(path)
 

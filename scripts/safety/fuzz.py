@@ -47,7 +47,8 @@ def work(seed: int, step: int, seconds: float, count: int, only: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.setrecursionlimit(1000)
     end = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as folder:
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
         while count and time.monotonic() < end:
             sys.stdout.write(f"> {seed}\n")
             sys.stdout.flush()

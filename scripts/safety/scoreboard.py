@@ -11,20 +11,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES, PAGE = ROOT / "docs" / "safety.json", ROOT / "docs" / "safety.md"
 CRASH = "scripts/crash/run.py"
+PROPERTIES = (
+    "tests/readers tests/hostile tests/test_write.py tests/test_resume.py tests/test_arguments.py -k 'not corpus'"
+)
 Figures = Mapping[str, Any]
 
 
@@ -40,6 +46,12 @@ class Part:
 PARTS: Mapping[str, Part] = {
     "corpus": Part("-m pytest -q tests/hostile", "-m pytest -q tests/hostile", "hostile inputs"),
     "fuzz": Part("scripts/safety/fuzz.py --seconds 7200", "scripts/safety/fuzz.py --seconds 120"),
+    "pickles": Part(
+        "scripts/safety/fuzz.py --only pickle --count 500000 --seconds 14400",
+        "scripts/safety/fuzz.py --only pickle --count 10000",
+    ),
+    "headers": Part("scripts/safety/headers.py --seconds 3600", "scripts/safety/headers.py --seconds 60"),
+    "properties": Part(f"EXAMPLES=40 -m pytest -q {PROPERTIES}", f"-m pytest -q {PROPERTIES}", "property tests"),
     "points": Part(f"{CRASH} points", "-m pytest -q tests/faults/test_points.py", "faults"),
     "kills": Part(f"{CRASH} kills --count 300 --stops 50", f"{CRASH} kills --count 60 --stops 12"),
     "disk": Part(f"{CRASH} disk", f"{CRASH} disk"),
@@ -53,6 +65,7 @@ PARTS: Mapping[str, Part] = {
         "scripts/safety/cost.py --megabytes 1024 --cold", "scripts/safety/cost.py --megabytes 64 --rounds 3 --cold"
     ),
     "coverage": Part("scripts/safety/coverage.sh", "scripts/safety/coverage.sh"),
+    "mutants": Part("scripts/safety/mutants.sh", "scripts/safety/mutants.sh 'ckptavg.lock*'"),
 }
 
 
@@ -93,12 +106,18 @@ ROWS = (
         "fuzz",
         lambda found: _outcomes(found, "safetensors"),
     ),
-    Row("Random pickle programs: crashes", "0 of 1,000,000", "fuzz", lambda found: _outcomes(found, "pickle")),
+    Row("Random pickle programs: crashes", "0 of 1,000,000", "pickles", _count("tried", "crash", "hang", "error")),
     Row(
-        "Property tests: round trips, grammar, arguments",
+        "Property tests: round trips, readers beside other readers, grammar, arguments",
         "200,000 examples, 0 failures",
-        "corpus",
-        _count("mutants", "pickles"),
+        "properties",
+        _count("examples", "failed"),
+    ),
+    Row(
+        "… any bytes into the parsers, steered by coverage",
+        "an hour, 0 findings",
+        "headers",
+        lambda found: f"{found['tried']:,} inputs by {found['by']}, {found['findings']} findings",
     ),
     Row(
         "Every system call of a run × SIGKILL, torn, SIGTERM, ENOSPC, EIO, EDQUOT × new, --force",
@@ -156,13 +175,29 @@ ROWS = (
         "cost, cold",
         lambda found: f"{found['processor_cost_percent']} % and {found['wall_cost_percent']} %",
     ),
-    Row("Branch coverage of readers, writer, journal", "100 %", "coverage", lambda found: f"{found['percent']:.1f} %"),
+    Row(
+        "Branch coverage of readers, writer, journal",
+        "100 %",
+        "coverage",
+        lambda found: f"{found['percent_covered']:.1f} %",
+    ),
+    Row(
+        "… changes to their code that a test notices (mutation score)",
+        "≥ 90 %",
+        "mutants",
+        lambda found: _noticed(found),
+    ),
 )
 
 
 def _outcomes(found: Figures, kind: str) -> str:
     own = {name: count for name, count in found.get("outcomes", {}).items() if name.startswith(f"{kind} ")}
     return ", ".join(f"{count:,} {name.removeprefix(f'{kind} ')}" for name, count in own.items()) or "none"
+
+
+def _noticed(found: Figures) -> str:
+    noticed = found["killed"] + found["timeout"] + found["segfault"]
+    return f"{noticed:,} of {found['total']:,} ({noticed / found['total']:.1%})"
 
 
 def _races(found: Figures) -> str:
@@ -192,18 +227,14 @@ def main() -> int:
 
 def measured(command: str, section: str) -> tuple[dict[str, Any], int]:
     """Run a command; its figures, with what they were measured on."""
-    words = command.split()
+    words = shlex.split(command)
+    given = dict(word.split("=", 1) for word in takewhile(lambda word: re.match(r"[A-Z]+=", word), words))
+    words = words[len(given) :]
     began = time.monotonic()
-    started = ["bash", words[0]] if words[0].endswith(".sh") else [sys.executable, *words]
-    done = subprocess.run(started, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    started = ["bash" if words[0].endswith(".sh") else sys.executable, *words]
+    done = subprocess.run(started, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, **given})
     seconds = round(time.monotonic() - began)
-    if command.endswith(".sh"):
-        totals = json.loads((ROOT / "coverage.json").read_text())["totals"]
-        figures = {"percent": totals["percent_covered"], "missing_branches": totals["missing_branches"]}
-    elif section and "pytest" in command:
-        figures = summary(done.stdout, section)
-    else:
-        figures = json.loads(done.stdout)
+    figures = summary(done.stdout, section) if section and "pytest" in command else json.loads(done.stdout)
     return {"figures": figures, "command": command, "exit": done.returncode, "seconds": seconds, "on": versions()}, (
         done.returncode
     )
@@ -211,10 +242,10 @@ def measured(command: str, section: str) -> tuple[dict[str, Any], int]:
 
 def summary(text: str, section: str) -> dict[str, int]:
     """The counts under a heading of pytest's summary, and how many tests passed."""
-    passed = re.search(r"(\d+) passed", text)
+    ended = {what: int(count) for count, what in re.findall(r"(\d+) (passed|failed)", text)}
     found = re.search(rf"^=+ {section} =+\n(.*)$", text, re.MULTILINE)
     pairs = re.findall(r"([a-zA-Z0-9 ,-]+?) (\d+)(?:, |$)", found[1] if found else "")
-    return {name: int(count) for name, count in pairs} | {"passed": int(passed[1]) if passed else 0}
+    return {name: int(count) for name, count in pairs} | {"passed": 0, "failed": 0, **ended}
 
 
 def versions() -> str:
@@ -227,7 +258,8 @@ def versions() -> str:
             return f"no {package}"
 
     system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    return ", ".join([system, of("torch"), of("safetensors")])
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+    return ", ".join([system, of("torch"), of("safetensors"), f"commit {commit.strip() or 'unknown'}"])
 
 
 def page(known: Mapping[str, Any]) -> str:

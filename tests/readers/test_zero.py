@@ -116,11 +116,12 @@ def train(out: Path) -> None:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("zero")
     words = [sys.executable, "-W", "ignore", __file__, str(out)]
-    tests = str(Path(__file__).parents[1])
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join(map(str, (tests, tests.parent)))
     ranks = [
         subprocess.Popen(
             words,
-            env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "PYTHONPATH": tests},
+            env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "PYTHONPATH": paths},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
