@@ -202,11 +202,19 @@ def bytes_(warm: Warm, folder: Path, options: argparse.Namespace) -> Found:
         done = warm.run("swa", folder / "ckpts", "-o", f"threads-{threads}", cwd=folder, hook={"threads": threads})
         assert done.code == 0, done.err
         plain.add(hashlib.sha256((folder / f"threads-{threads}").read_bytes()).hexdigest())
-    if len(distinct) != 1 or len(plain) != 1:
-        wrong.append(f"{len(distinct)} and {len(plain)} distinct outputs")
+    scored = set[str]()
+    for world in (1, 2, 4):  # what scores choose
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        command += ["-m", "ckptavg", "aswa", str(folder / "ckpts"), "--task", str(TASK), "-q", "-o", f"world-{world}"]
+        paths = {"PYTHONPATH": os.pathsep.join(sys.path[:2]), "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=folder, env={**os.environ, **paths}, check=True, stdout=subprocess.DEVNULL)
+        scored.add(hashlib.sha256((folder / f"world-{world}").read_bytes()).hexdigest())
+    if {len(distinct), len(plain), len(scored)} != {1}:
+        wrong.append(f"{len(distinct)}, {len(plain)} and {len(scored)} distinct outputs")
     return {
         "runs": len(outputs), "distinct outputs": len(distinct),
         "averages in 1, 2 and 4 threads": 3, "distinct averages": len(plain),
+        "selections by 1, 2 and 4 workers": 3, "distinct selections": len(scored),
     }, wrong  # fmt: skip
 
 

@@ -157,10 +157,11 @@ ROWS = (
         ),
     ),
     Row(
-        "The same bytes: again, 1/2/4 threads, shuffled listing, 0/2 workers, hash seeds, killed and resumed",
+        "The same bytes: again, 1/2/4 threads, 1/2/4 processes, shuffled listing, 0/2 workers of a loader, hash seeds, "
+        "killed and resumed",
         "1 output of ≥ 14 runs",
         "bytes",
-        lambda found: f"{found['distinct outputs']} of {found.get('runs', found.get('runs that should agree'))} runs",
+        lambda found: _distinct(found),
     ),
     Row("Good but awkward inputs are kept right", "≥ 40 of 40", "awkward", _count("passed")),
     Row(
@@ -193,6 +194,13 @@ ROWS = (
 def _outcomes(found: Figures, kind: str) -> str:
     own = {name: count for name, count in found.get("outcomes", {}).items() if name.startswith(f"{kind} ")}
     return ", ".join(f"{count:,} {name.removeprefix(f'{kind} ')}" for name, count in own.items()) or "none"
+
+
+def _distinct(found: Figures) -> str:
+    runs = f"{found['distinct outputs']} of {found.get('runs', found.get('runs that should agree'))} runs"
+    more = ("averages in 1, 2 and 4 threads", "selections by 1, 2 and 4 workers")
+    one = [found.get(f"distinct {name.split()[0]}") for name in more]
+    return "; ".join([runs, *(f"{count} of 3 {name}" for count, name in zip(one, more, strict=True) if count)])
 
 
 def _noticed(found: Figures) -> str:
