@@ -2,7 +2,8 @@
 
     cost.py --candidates 10 --megabytes 256 --rounds 5
 
-Rounds alternate; medians of wall-clock and of processor seconds are printed as JSON. "Without" replaces, in this
+Rounds alternate; medians of wall-clock and of processor seconds are printed as JSON, with the memory that an average
+takes beyond what its process had, and how long files of 100,000 tensors take to open. "Without" replaces, in this
 process, the SHA-256 of sources and output, the CRC-32 of torch's records, fsync and `check_unchanged`; everything else
 is the same code. ``--cold`` takes the candidates out of the page cache before each average, as they are after a long
 training. On a machine that does other things too, the processor's time is the figure to look at.
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from multiprocessing import Process
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import ckptavg  # noqa: E402
 from ckptavg import provenance, write  # noqa: E402
-from ckptavg.readers import checked_records, regular_file  # noqa: E402
+from ckptavg.readers import checked_records, open_reader, regular_file  # noqa: E402
 
 
 @contextmanager
@@ -63,6 +65,24 @@ def make(folder: Path, candidates: int, megabytes: int, kind: str) -> None:
             torch.save(state, folder / f"step-{step}.pt")
 
 
+def opened(folder: Path, tensors: int) -> dict[str, float]:
+    """How long a file of so many tensors of two numbers takes to open, in seconds, by format."""
+    state = {f"layer.{i}.weight": torch.zeros(2) for i in range(tensors)}
+    save_file(state, folder / "many.safetensors")
+    torch.save(state, folder / "many.pt")
+    found: dict[str, float] = {}
+    for path in (folder / "many.safetensors", folder / "many.pt"):
+        began = time.monotonic()
+        open_reader(path).close()
+        found[f"open_{tensors}_tensors{path.suffix}"] = round(time.monotonic() - began, 2)
+    return found
+
+
+def peak() -> int:
+    """The most memory that this process ever had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
 def measured(folder: Path, output: Path, cold: bool) -> tuple[float, float]:
     """(wall-clock, processor) seconds of an average."""
     for path in folder.iterdir() if cold else ():
@@ -87,13 +107,18 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         ckpts, output = Path(folder) / "ckpts", Path(folder) / "out.safetensors"
-        make(ckpts, options.candidates, options.megabytes, options.kind)
+        maker = Process(target=make, args=(ckpts, options.candidates, options.megabytes, options.kind))
+        maker.start()  # on its own, so that its memory is not ours
+        maker.join()
+        before = peak()
         measured(ckpts, output, options.cold)
+        beyond = peak() - before
         safe, bare = list[tuple[float, float]](), list[tuple[float, float]]()
         for _ in range(options.rounds):
             safe.append(measured(ckpts, output, options.cold))
             with careless():
                 bare.append(measured(ckpts, output, options.cold))
+        many = opened(Path(folder), 100_000)
     found: dict[str, float] = {
         f"{name}_{kind}": round(statistics.median(one[i] for one in times), 3)
         for i, name in enumerate(("wall", "processor"))
@@ -102,6 +127,7 @@ def main() -> int:
     for name in ("wall", "processor"):
         found[f"{name}_cost_percent"] = round(100 * (found[f"{name}_safe"] / found[f"{name}_bare"] - 1), 1)
     found |= {"rounds": options.rounds, "cold": options.cold, "threads": torch.get_num_threads()}
+    found |= {"memory_mb": beyond, "model_mb": options.megabytes, **many}
     print(json.dumps(found, indent=2))
     return 0
 
