@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
-TIMES = int(os.environ.get("EXAMPLES", "1"))
+TIMES = float(os.environ.get("EXAMPLES", "1"))
 TRIED: Counter[str] = Counter()
 
 
@@ -30,7 +31,7 @@ def examples(count: int) -> Callable[[Any], Any]:
 
         test.hypothesis.inner_test = counted
         return settings(
-            max_examples=count * TIMES, derandomize=TIMES == 1, database=None, deadline=None,
+            max_examples=math.ceil(count * TIMES), derandomize=TIMES <= 1, database=None, deadline=None,
             suppress_health_check=[*HealthCheck],
         )(test)  # fmt: skip
 
