@@ -10,12 +10,23 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 TIMES = float(os.environ.get("EXAMPLES", "1"))
 TRIED: Counter[str] = Counter()
+
+
+def kept(name: str, factory: pytest.TempPathFactory) -> Path:
+    """A new directory; where FIXTURES is set one below that, which may be full already."""
+    if "FIXTURES" not in os.environ:
+        return factory.mktemp(name)
+    folder = Path(os.environ["FIXTURES"]) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def examples(count: int) -> Callable[[Any], Any]:

@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 .venv/bin/python -c "import mutmut" 2>/dev/null || .venv/bin/pip install --quiet mutmut
 mkdir -p mutants # Python forgets for good what it did not find when it began
-export PYTHONPATH="$PWD/mutants" OMP_NUM_THREADS=1 EXAMPLES=0.1
+export PYTHONPATH="$PWD/mutants" OMP_NUM_THREADS=1 EXAMPLES=0.1 FIXTURES="$PWD/build/fixtures"
 .venv/bin/mutmut run "$@" >&2
 .venv/bin/mutmut export-cicd-stats >&2
 cat mutants/mutmut-cicd-stats.json

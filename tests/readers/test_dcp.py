@@ -23,7 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
-from properties import examples
+from properties import examples, kept
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
@@ -116,7 +116,9 @@ def shard(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What four processes saved: a directory of directories, and ``expected.pt``."""
-    folder = tmp_path_factory.mktemp("ranks")
+    folder = kept("ranks", tmp_path_factory)
+    if any(folder.iterdir()):
+        return folder
     # a process of its own: one that imports torch once, and forks before anything has started a thread
     subprocess.run(
         [sys.executable, "-W", "ignore", __file__, str(folder)],

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from properties import examples
+from properties import examples, kept
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -114,7 +114,9 @@ def train(out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("zero")
+    out = kept("zero", tmp_path_factory)
+    if any(out.iterdir()):
+        return out
     words = [sys.executable, "-W", "ignore", __file__, str(out)]
     tests = Path(__file__).parents[1]
     paths = os.pathsep.join(map(str, (tests, tests.parent)))
