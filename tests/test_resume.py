@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Run
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from properties import examples
 
 from ckptavg.errors import InputError, OutputExistsError
-from ckptavg.journal import Journal
+from ckptavg.journal import Copy, Journal
 
 STOPPING = """
 import os, signal, time
@@ -155,8 +157,8 @@ def test_a_journal_that_is_cut_or_flipped_never_tells_what_was_not_written(
         assert journal.get("more") == 1
 
 
-def line(record: object) -> bytes:
-    text = json.dumps(record).encode()
+def line_of(record: object) -> bytes:
+    text = json.dumps(record, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
@@ -164,7 +166,7 @@ def line(record: object) -> bytes:
 def test_a_journal_of_another_version_is_refused(tmp_path: Path, header: object):
     (tmp_path / "out.ckptavg").mkdir()
     path = tmp_path / "out.ckptavg" / "journal.jsonl"
-    path.write_bytes(line(header))
+    path.write_bytes(line_of(header))
     with pytest.raises(InputError) as caught:
         Journal(tmp_path / "out")
     assert str(caught.value) == f"{path}: is of another version of ckptavg" and caught.value.hint == "--no-resume"
@@ -178,7 +180,7 @@ def test_records_that_are_none_are_left_out_with_a_warning(tmp_path: Path, caplo
         journal.put("good", 1)
     path = tmp_path / "out.ckptavg" / "journal.jsonl"
     bad = [[], {"key": 3, "value": 1}, {"key": "no value"}, {"value": 2}, "text"]
-    path.write_bytes(path.read_bytes() + b"".join(map(line, bad)) + line({"key": "more", "value": None}))
+    path.write_bytes(path.read_bytes() + b"".join(map(line_of, bad)) + line_of({"key": "more", "value": None}))
     with Journal(tmp_path / "out") as journal:
         assert (journal.damaged, journal.replayed) == (5, 2) and journal.records == {"good": 1, "more": None}
     assert f"{path}: 5 lines are damaged; what they told is measured again" in caplog.text
@@ -201,3 +203,94 @@ def test_what_a_killed_run_left_in_the_folder_is_removed(tmp_path: Path):
     with Journal(tmp_path / "out"):
         assert not scratch.exists()
     assert [path.name for path in (tmp_path / "out.ckptavg").iterdir()] == ["mine"]  # somebody else's stays
+
+
+def test_what_this_run_put_is_told_from_what_an_earlier_one_did(tmp_path: Path):
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({"run": 1})
+        journal.put("old", 1)
+        assert (journal.get("old"), journal.get("old", earlier=True), journal.get("none")) == (1, None, None)
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({"run": 1})
+        journal.put("new", 2)
+        assert (journal.get("old", earlier=True), journal.get("new", earlier=True), journal.get("new")) == (1, None, 2)
+        copy = Copy(journal.records, journal.folder)
+        copy.put("more", 3)
+        copy.put_all({"more": 3})
+        assert copy.folder == journal.folder and (copy.get("new"), copy.get("more")) == (2, None)
+
+
+def test_what_is_written_is_compact_lines_with_checksums(tmp_path: Path):
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({"run": "ä"})
+        journal.put_all({})
+        journal.put_all({"a": [1, {"b": None}], "c": 2.5})
+    texts = [b'{"schema":2,"run":"\\u00e4"}', b'{"key":"a","value":[1,{"b":null}]}', b'{"key":"c","value":2.5}']
+    content = (tmp_path / "out.ckptavg" / "journal.jsonl").read_bytes()
+    assert content == b"".join(b"%08x %s\n" % (zlib.crc32(text), text) for text in texts)
+
+
+def test_a_journal_of_which_nothing_was_measured_is_begun_anew(tmp_path: Path):
+    with Journal(tmp_path / "out", keep=True) as journal:
+        journal.begin({"run": 1})
+        journal.put("file x", "digest")
+        content = (journal.folder / "journal.jsonl").read_bytes()
+        with Journal(tmp_path / "other") as other:
+            other.begin({"run": 1})
+            (other.folder / "journal.jsonl").write_bytes(content)
+            other.drop()
+            other.drop()
+            assert not other.folder.exists()
+    (tmp_path / "out.ckptavg").mkdir()
+    (tmp_path / "out.ckptavg" / "journal.jsonl").write_bytes(content)
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({"run": 2})
+        assert (journal.folder / "journal.jsonl").read_bytes() == line_of({"schema": 2, "run": 2})
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ({"seed": 1}, {"seed": 2}, "seed: 1, not 2"),
+        ({"a": {"b": [1], "c": 3}}, {"a": {"b": [1], "c": 4}}, "a c: 3, not 4"),
+        ({"a": 1}, {"a": {"b": 1}}, 'a: 1, not {"b": 1}'),
+        ({"a": 1, "b": 1}, {"a": 1}, "b: 1, not null"),
+        ({"a": "x" * 90}, {"a": "y" * 90}, f'a: "{"x" * 79}, not "{"y" * 79}'),
+    ],
+)
+def test_the_first_difference_is_named(tmp_path: Path, was: Any, now: Any, message: str):
+    with Journal(tmp_path / "out") as journal:
+        journal.begin(was)
+        journal.put("x", 1)
+        journal.begin(was)
+        with pytest.raises(OutputExistsError) as caught:
+            journal.begin(now)
+    assert str(caught.value) == f"{tmp_path / 'out.ckptavg'}: was left by a run with another {message}"
+    assert caught.value.hint == "--no-resume begins anew; or choose another -o"
+
+
+def test_after_a_line_that_could_not_be_written_nothing_more_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({"run": 1})
+        journal.put("good", 1)
+        size = (journal.folder / "journal.jsonl").stat().st_size
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", lambda fd, data: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+            journal.put("lost", 2)
+        journal.put("lost too", 3)
+        assert journal.get("lost") == 2 and (journal.folder / "journal.jsonl").stat().st_size == size
+    assert caplog.text.count("cannot be written: no space left on device; the run goes on") == 1
+
+
+def test_lines_that_are_damaged_are_counted(tmp_path: Path):
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({"run": 1})
+        journal.put_all({"a": 1, "b": 2, "c": 3})
+    path = tmp_path / "out.ckptavg" / "journal.jsonl"
+    head, a, b, c = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(head + a.replace(b"1", b"7") + b.replace(b"2", b"7") + c + c[:-3])
+    with Journal(tmp_path / "out") as journal:
+        assert journal.damaged == 2 and journal.records == {"c": 3} and journal.replayed == 1
+    assert path.read_bytes().endswith(c)  # what was cut off is gone

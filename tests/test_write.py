@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import multiprocessing
 import os
 import stat
@@ -24,7 +26,7 @@ from ckptavg.dtypes import TORCH
 from ckptavg.durable import left_behind, write_bytes
 from ckptavg.errors import OutputError, OutputExistsError, UsageError
 from ckptavg.readers import StoredTensor
-from ckptavg.shards import ShardedFiles, split_names
+from ckptavg.shards import INDEX, ShardedFiles, split_names
 from ckptavg.workers import Workers
 from ckptavg.write import SafetensorsFile, preflight
 
@@ -61,8 +63,6 @@ def test_the_file_loads_and_its_header_tells_dtype_shape_and_metadata(tmp_path: 
 
 
 def test_the_digest_is_that_of_the_file(tmp_path: Path):
-    import hashlib
-
     out = produce(tmp_path / "x.safetensors")
     assert out.sha256 == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
 
@@ -102,6 +102,16 @@ def test_what_was_written_can_be_read_back_and_replaced(tmp_path: Path):
         out.commit()
     assert torch.frombuffer(read, dtype=torch.float32).tolist() == [2.0, 3.0]
     assert load_file(tmp_path / "x")["b"].flatten().tolist() == list(range(6))
+
+
+def test_what_comes_back_in_parts_is_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = os.preadv
+    with SafetensorsFile(tmp_path / "x", SPECS, {}) as out:
+        out.write("b", 0, bytes(range(24)))
+        monkeypatch.setattr(write.os, "preadv", lambda fd, parts, at: whole(fd, [parts[0][:7]], at))
+        back = bytearray(16)
+        out.read_into("b", 2, memoryview(back))
+    assert back == bytes(range(8, 24))
 
 
 def test_a_file_with_a_hole_is_never_published(tmp_path: Path):
@@ -176,8 +186,10 @@ def test_a_failure_at_any_call_leaves_the_old_file_and_no_litter(tmp_path: Path,
 def test_an_existing_output_is_refused_at_the_start_and_at_the_end(tmp_path: Path):
     path = tmp_path / "x"
     path.write_bytes(b"precious")
-    with pytest.raises(OutputExistsError, match="exists already"):
+    with pytest.raises(OutputExistsError) as caught:
         preflight(path, force=False)
+    assert str(caught.value) == f"{path}: exists already"
+    assert caught.value.hint == "replace it with --force, or choose another -o"
     with pytest.raises(OutputExistsError):
         produce(path)
     path.unlink()
@@ -316,13 +328,13 @@ def test_a_file_that_others_cut_or_cannot_be_read_again_is_refused(
         os.truncate(temporary, 100)
         if not cut:
             monkeypatch.setattr(write.os, "preadv", failing(errno.EIO))
-        with pytest.raises(OutputError, match="another program changed" if cut else "input/output error"):
-            out.read_into("b", 0, memoryview(bytearray(24)))
-        if not cut:
-            with pytest.raises(OutputError, match="x: cannot be written: input/output error"):
-                out.seal()
-        with pytest.raises(OutputError, match="another program changed the file" if cut else "input/output error"):
-            out.commit()
+        what = "cannot be written: input/output error"
+        what = "another program changed the file while it was written" if cut else what
+        acts = [lambda: out.read_into("b", 0, memoryview(bytearray(24))), out.commit] + [out.seal] * (not cut)
+        for act in acts:
+            with pytest.raises(OutputError) as caught:
+                act()
+            assert str(caught.value) == f"{tmp_path / 'x'}: {what}"
     assert not list(tmp_path.iterdir())
 
 
@@ -430,6 +442,75 @@ def test_shards_need_a_size_and_a_library(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UsageError, match="--max-shard-size many is no size such as 5GB or 500MB"):
         split_names(SPECS, "many")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UsageError, match="--max-shard-size needs huggingface_hub") as caught:
+    with pytest.raises(UsageError) as caught:
         split_names(SPECS, "5GB")
+    assert str(caught.value) == "--max-shard-size needs huggingface_hub"
     assert caught.value.hint == "pip install 'ckptavg[hf]'"
+
+
+def sharded(folder: Path, **options: Any) -> ShardedFiles:
+    with ShardedFiles(folder, BIG, {"format": "pt"}, "1KB", **options) as out:
+        for number, (name, spec) in enumerate(BIG.items(), 1):
+            out.write(name, 0, bytes([number]) * spec.nbytes)
+        out.publish()
+    return out
+
+
+BIG = {name: StoredTensor("U8", (600,), "", 0) for name in ("c", "a", "b")}
+
+
+def test_shards_and_their_index_are_what_loaders_expect(tmp_path: Path):
+    out = sharded(tmp_path)
+    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, INDEX]
+    text = (tmp_path / INDEX).read_text()
+    wanted = {"metadata": {"total_size": 1800}, "weight_map": dict(zip("cab", names, strict=True))}
+    assert text == json.dumps(wanted, indent=2, sort_keys=True)
+    assert out.sha256 == hashlib.sha256(text.encode()).hexdigest() and out.path == tmp_path / INDEX
+    assert out.size == sum(path.stat().st_size for path in tmp_path.iterdir())
+    for number, (tensor, name) in enumerate(wanted["weight_map"].items(), 1):
+        assert load_file(tmp_path / name)[tensor].tolist() == [number] * 600
+        with safe_open(tmp_path / name, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+
+
+def test_shards_that_exist_are_replaced_only_if_that_is_wanted(tmp_path: Path):
+    sharded(tmp_path)
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OutputExistsError, match=f"{INDEX}: exists already"):
+        sharded(tmp_path)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"old")
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(OutputExistsError, match=r"model-00001-of-00003\.safetensors: exists already"):
+        sharded(tmp_path)
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"old"}
+    sharded(tmp_path, force=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
+
+
+def test_shards_are_nothing_until_they_are_published(tmp_path: Path):
+    with ShardedFiles(tmp_path, BIG, {}, "1KB") as out:
+        assert out.sha256 == "" and len(list(tmp_path.iterdir())) == 3
+        out.settle()
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_is_written_as_it_is(tmp_path: Path):
+    durable.write_text(tmp_path / "x", "ä\n")
+    assert (tmp_path / "x").read_bytes() == b"\xc3\xa4\n" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_is_written_together_stays_the_first_ones(tmp_path: Path):
+    first = durable.Temporary(tmp_path / "x")
+    second = durable.Temporary.joined(first.path)
+    second.write(b"ab", 3)
+    second.remove()
+    assert first.path.read_bytes() == b"\0\0\0ab" and not os.get_inheritable(first.fd)
+    first.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_system_says_is_said_in_small_letters():
+    assert durable.said(OSError(errno.ENOSPC, "x")) == "no space left on device"
+    assert durable.said(OSError("x")) == os.strerror(0).lower()

@@ -65,7 +65,7 @@ PARTS: Mapping[str, Part] = {
         "scripts/safety/cost.py --megabytes 1024 --cold", "scripts/safety/cost.py --megabytes 64 --rounds 3 --cold"
     ),
     "coverage": Part("scripts/safety/coverage.sh", "scripts/safety/coverage.sh"),
-    "mutants": Part("scripts/safety/mutants.sh", "scripts/safety/mutants.sh 'ckptavg.lock*'"),
+    "mutants": Part("scripts/safety/mutants.py", "scripts/safety/mutants.py --sample 100"),
 }
 
 
@@ -233,8 +233,8 @@ def _distinct(found: Figures) -> str:
 
 
 def _noticed(found: Figures) -> str:
-    noticed = found["killed"] + found["timeout"] + found["segfault"]
-    return f"{noticed:,} of {found['total']:,} ({noticed / found['total']:.1%})"
+    drawn = "" if found["tried"] == found["of"] else f", of {found['of']:,} drawn at random"
+    return f"{found['noticed'] / found['tried']:.1%} of {found['tried']:,}{drawn}"
 
 
 def _races(found: Figures) -> str:
