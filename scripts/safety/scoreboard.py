@@ -51,7 +51,9 @@ PARTS: Mapping[str, Part] = {
         "scripts/safety/fuzz.py --only pickle --count 10000",
     ),
     "headers": Part("scripts/safety/headers.py --seconds 3600", "scripts/safety/headers.py --seconds 60"),
-    "properties": Part(f"EXAMPLES=40 -m pytest -q {PROPERTIES}", f"-m pytest -q {PROPERTIES}", "property tests"),
+    "properties": Part(
+        f"EXAMPLES=35 -m pytest -q --numprocesses logical {PROPERTIES}", f"-m pytest -q {PROPERTIES}", "property tests"
+    ),
     "points": Part(f"{CRASH} points", "-m pytest -q tests/faults/test_points.py", "faults"),
     "kills": Part(f"{CRASH} kills --count 300 --stops 50", f"{CRASH} kills --count 60 --stops 12"),
     "disk": Part(f"{CRASH} disk", f"{CRASH} disk"),
