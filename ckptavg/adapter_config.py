@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,7 +171,7 @@ def _check_numbers(path: Path, key: str, pattern_key: str, value: Any, pattern: 
             raise InputError(f"{where} must be a positive number, not {number!r}", path=path)
     for name in pattern:
         try:
-            re.compile(name)
+            _compiled(name)
         except re.error as error:
             raise InputError(f"{pattern_key}: {name!r} is no regular expression: {error}", path=path) from error
 
@@ -180,9 +181,14 @@ def _comparable(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, list) else value or None
 
 
+def _compiled(pattern: str) -> re.Pattern[str]:
+    with warnings.catch_warnings(action="ignore"):  # of what a later Python may read otherwise
+        return re.compile(pattern)
+
+
 def _first_match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """As PEFT looks up ``rank_pattern`` and ``alpha_pattern``."""
-    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((v for key, v in pattern.items() if _compiled(rf"(.*\.)?({key})$").match(module)), default)
 
 
 def _rescaled(alpha: float, old: int, new: int, use_rslora: bool) -> float:

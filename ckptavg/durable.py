@@ -116,6 +116,15 @@ def left_behind(folder: Path, name: str | None = None) -> list[Path]:
     return [path for path in found if not _locked(path)]
 
 
+def longest_name(folder: Path) -> int:
+    """The most bytes that the name of a file in a directory may have, so that its temporary one is possible too."""
+    try:
+        most = os.pathconf(folder, "PC_NAME_MAX")
+    except (OSError, ValueError):  # what most file systems have
+        most = 255
+    return most - len(f"..{2**22}.ckptavg-tmp")
+
+
 def flush_folder(path: Path) -> None:
     """Make the name of a file that is there survive a power cut.
 

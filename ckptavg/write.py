@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from ckptavg import interrupt
-from ckptavg.durable import Temporary, flush_folder, refuse, said
+from ckptavg.durable import Temporary, flush_folder, longest_name, refuse, said
 from ckptavg.errors import OutputError, OutputExistsError
 from ckptavg.readers import ITEM_SIZE, StoredTensor
 from ckptavg.workers import ALONE, Workers
@@ -229,13 +229,15 @@ def preflight(path: Path, force: bool) -> None:
 
     Raises:
         OutputExistsError: if it exists and ``force`` is not given.
-        OutputError: if its directory does not exist or is not writable, or it is itself a directory.
+        OutputError: if its directory does not exist or is not writable, its name is too long, or it is a directory.
     """
     if os.path.isdir(path):  # noqa: PTH112  # False where it cannot be looked at
         raise OutputError("is a directory", path=path)
     if os.path.lexists(path) and not force:
         raise _exists(path)
     check_parent(path)
+    if (size := len(os.fsencode(path.name))) > (most := longest_name(path.parent)):
+        raise OutputError(f"file name too long: {size} bytes, but {most} are possible here", path=path)
 
 
 def check_parent(path: Path) -> None:

@@ -514,3 +514,13 @@ def test_modules_whose_names_end_alike_keep_their_own_rank(tmp_path: Path):
     loaded = PeftModel.from_pretrained(copy.deepcopy(model.unload()), folder)
     ranks = {n: m.r["default"] for n, m in loaded.named_modules() if hasattr(m, "lora_A")}  # pyright: ignore
     assert ranks == {f"{PREFIX}fc": 4, f"{PREFIX}block.fc": 6}
+
+
+def test_a_pattern_that_a_later_python_may_read_otherwise_is_nobodys_warning(
+    adapters: Callable[..., tuple[Checkpoint, ...]],
+):
+    (checkpoint,) = adapters(CASES["plain"], n=1)
+    path = checkpoint.path / adapter_config.CONFIG_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rank_pattern": {"[[a]": 4}}))
+    config = adapter_config.read_config(checkpoint)
+    assert config.rank_pattern == {"[[a]": 4} and config.rank("x.[") == 4

@@ -154,6 +154,7 @@ def test_absolute_paths_need_no_working_directory(work: Path):
         ("/", 2, "--output / has no name"), ("//", 2, "has no name"), ("", 2, "--output is empty"),
         ("mine.py/x", 5, "mine.py: is no directory"), ("mine.py/x/y", 5, "mine.py/x: not a directory"),
         ("x" * 300, 5, "file name too long"), ("a/" * 3000, 5, "file name too long"),
+        ("x" * 234, 0, ""), ("x" * 235, 5, "file name too long: 235 bytes, but 234 are possible here"),
         ("/dev/null", 6, "exists already"),
         ("no/such/", 5, "no: no such directory"), ("loop/x", 5, "loop"), ("/proc/x", 5, "/proc"),
     ],
@@ -163,6 +164,12 @@ def test_outputs_of_every_kind(run: Run, work: Path, output: str, code: int, mes
     said(run(*SWA, "-o", output, cwd=work), code, message)
     if code == 0:
         said(run(*SEWA, "-o", output, "--force", cwd=work), 0)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 235, "a/" * 3000, "9" * 5000])
+def test_a_report_that_no_file_system_takes_is_refused_at_the_start(run: Run, work: Path, name: str):
+    said(run(*SWA, "--report", name, cwd=work), 5, "file name too long")
+    assert not (work / "averaged.safetensors").exists()
 
 
 @pytest.mark.parametrize(
