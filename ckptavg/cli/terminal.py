@@ -133,8 +133,10 @@ def check_text(path: Path) -> None:
     """
     from ckptavg.write import preflight
 
-    if os.path.isdir(path) or not os.path.exists(path) or os.path.isfile(path):  # noqa: PTH  # they never raise
-        preflight(path, force=True)
+    with suppress(OSError):
+        if path.exists() and not path.is_dir() and not path.is_file():
+            return  # a pipe or a device
+    preflight(path, force=True)
 
 
 def write_text(path: Path, text: str) -> None:
