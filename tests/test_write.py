@@ -496,6 +496,15 @@ def test_shards_are_nothing_until_they_are_published(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+def test_names_leave_room_for_a_temporary_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert durable.longest_name(tmp_path) == 255 - len("..4194304.ckptavg-tmp")
+    monkeypatch.setattr(durable.os, "pathconf", failing(errno.EINVAL))
+    assert durable.longest_name(tmp_path) == 234
+    produce(tmp_path / ("x" * 234))
+    with pytest.raises(OutputError, match="file name too long: 235 bytes, but 234 are possible here"):
+        produce(tmp_path / ("é" * 117 + "x"))
+
+
 def test_text_is_written_as_it_is(tmp_path: Path):
     durable.write_text(tmp_path / "x", "ä\n")
     assert (tmp_path / "x").read_bytes() == b"\xc3\xa4\n" and len(list(tmp_path.iterdir())) == 1

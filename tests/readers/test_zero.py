@@ -439,7 +439,7 @@ def test_paddings_that_do_not_fit_are_refused(tmp_path: Path, paddings: list[lis
 
 
 def test_a_tensor_that_no_optimizer_knows_must_be_a_buffer(tmp_path: Path):
-    known = {"module": {"extra": torch.ones(2)}, "buffer_names": ["extra"]}
+    known = {"module": {"extra": torch.ones(2), "count": 3}, "buffer_names": ["extra"]}
     truth = by_hand(tmp_path / "x", 3, 2, GROUPS, **known)
     (tmp_path / "x" / "notes.txt").touch()
     same(weights(tmp_path / "x"), {**truth, "extra": torch.ones(2)})
