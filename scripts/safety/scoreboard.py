@@ -235,8 +235,8 @@ def _distinct(found: Figures) -> str:
 
 
 def _noticed(found: Figures) -> str:
-    drawn = "" if found["tried"] == found["of"] else f", of {found['of']:,} drawn at random"
-    return f"{found['noticed'] / found['tried']:.1%} of {found['tried']:,}{drawn}"
+    drawn = "" if found["tried"] == found["of"] else f" drawn at random from {found['of']:,}"
+    return f"{100 * found['noticed'] / found['tried']:.1f} % of {found['tried']:,}{drawn}"
 
 
 def _races(found: Figures) -> str:
