@@ -40,11 +40,12 @@ def found() -> dict[str, int | None]:
     return known
 
 
-def leave_out(names: set[str]) -> None:
-    """Let mutmut think that it has skipped these."""
+def choose(names: set[str]) -> None:
+    """Let mutmut think that it has skipped all others, and these are still to be tried."""
     for path in FOLDER.rglob("*.meta"):
         known = json.loads(path.read_text())
-        known["exit_code_by_key"] |= {name: SKIPPED for name in known["exit_code_by_key"] if name in names}
+        codes = known["exit_code_by_key"]
+        known["exit_code_by_key"] = {name: None if name in names else SKIPPED for name in codes}
         path.write_text(json.dumps(known))
 
 
@@ -68,7 +69,7 @@ def main() -> int:
         names = random.Random(options.seed).sample(names, min(options.sample, len(names)))
     if names:
         (FOLDER / "mutmut-stats.json").unlink()  # or it would ask pytest for tests by names that pytest does not take
-        leave_out({*found()} - {*names})
+        choose({*names})
         mutmut("run")
     every = found()
     counts = Counter(status[every[name]] for name in (names or [n for n, code in every.items() if code is not None]))
