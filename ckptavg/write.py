@@ -236,15 +236,13 @@ def preflight(path: Path, force: bool) -> None:
     if os.path.lexists(path) and not force:
         raise _exists(path)
     check_parent(path)
-    if (size := len(os.fsencode(path.name))) > (most := longest_name(path.parent)):
-        raise OutputError(f"file name too long: {size} bytes, but {most} are possible here", path=path)
 
 
 def check_parent(path: Path) -> None:
-    """Refuse a destination whose directory is not there, or is not writable.
+    """Refuse a destination whose directory is not there or not writable, or that has too long a name for it.
 
     Raises:
-        OutputError: naming the directory.
+        OutputError: naming the directory, or the destination.
     """
     try:
         folder = stat.S_ISDIR(path.parent.stat().st_mode)
@@ -256,6 +254,8 @@ def check_parent(path: Path) -> None:
         raise OutputError("is no directory", path=path.parent)
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError("permission denied", path=path.parent)
+    if (size := len(os.fsencode(path.name))) > (most := longest_name(path.parent)):
+        raise OutputError(f"file name too long: {size} bytes, but {most} are possible here", path=path)
 
 
 def _exists(path: Path) -> OutputExistsError:

@@ -74,7 +74,7 @@ def main() -> int:
     every = found()
     counts = Counter(status[every[name]] for name in (names or [n for n, code in every.items() if code is not None]))
     noticed = counts["killed"] + counts["timeout"] + counts["segfault"]
-    tried = counts.total() - counts["not checked"]
+    tried = counts.total() - counts["not checked"] - counts["skipped"]
     print(json.dumps({"noticed": noticed, "tried": tried, "of": len(every), "outcomes": dict(counts)}, indent=2))
     return 0
 

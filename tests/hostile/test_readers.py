@@ -1,4 +1,4 @@
-"""What the readers themselves say of a hostile input, to whoever calls them from Python, and what they run: nothing."""
+"""What the readers themselves say of a hostile input, to whoever calls them from Python."""
 
 from __future__ import annotations
 
