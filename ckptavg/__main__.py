@@ -26,15 +26,9 @@ _STDOUT_IS_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 def main() -> NoReturn:
     """Run ``ckptavg`` with the process's arguments and exit with its code."""
-    interrupt.install()
-    _open_streams()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # pyright: ignore  # a file name may be any bytes
-    if rank():
-        os.dup2(2, 1)  # what a task or its processes print is no data
-        mute()
     try:
+        interrupt.install()
+        _prepare_streams()
         from ckptavg.cli.app import app
 
         try:
@@ -48,6 +42,7 @@ def main() -> NoReturn:
     except SystemExit as left:
         if isinstance(left.__context__, BrokenPipeError):  # which Typer calls an exit code of 1
             _end_if_stdout_failed(left.__context__)
+        interrupt.finish()
         raise
     except OSError as error:
         _end_if_stdout_failed(error)
@@ -56,6 +51,7 @@ def main() -> NoReturn:
         if is_out_of_memory(error):
             _fail(OutOfMemoryError("out of memory", hint="-v shows where; fewer candidates take less"), error)
         _fail_with_a_bug(error)
+    interrupt.finish()
     sys.exit(0)
 
 
@@ -69,11 +65,23 @@ def _end_if_stdout_failed(error: OSError) -> None:
     full = error.filename is None and error.errno in _STDOUT_IS_FULL
     if not full and not isinstance(error, BrokenPipeError):
         return
+    interrupt.finish()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it exits
     if full:
         what = f"cannot be written: {os.strerror(error.errno or 0).lower()}"
         _fail(OutputError(what, path="stdout"), error)
     sys.exit(141)
+
+
+def _prepare_streams() -> None:
+    """Make stdout and stderr safe to print to; ranks other than 0 print nothing."""
+    _open_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # pyright: ignore  # a file name may be any bytes
+    if rank():
+        os.dup2(2, 1)  # the output of a task or its processes is not data
+        mute()
 
 
 def _open_streams() -> None:
@@ -87,6 +95,7 @@ def _open_streams() -> None:
 
 
 def _fail(shown: CkptavgError, cause: BaseException) -> NoReturn:
+    interrupt.finish()
     if {"-v", "--verbose"} & set(sys.argv):
         traceback.print_exception(cause)
     print(f"error: {shown}", file=sys.stderr)

@@ -53,6 +53,15 @@ def install() -> None:
         signal.signal(number, _handler)
 
 
+def finish() -> None:
+    """Let a first signal change nothing from now on: the run has ended, and only its exit code is left to give.
+
+    A second signal still ends the process at once, for instance one that waits for a thread of the task.
+    """
+    if _handler is not None:
+        _handler.waits = True
+
+
 def pending() -> bool:
     """Whether a signal has come."""
     return _handler is not None and _handler.received is not None

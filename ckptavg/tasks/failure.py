@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import traceback
 from pathlib import Path
@@ -13,6 +14,8 @@ from ckptavg.tasks.guard import TooLongError
 
 MOST: Final = 500  # characters of a message; some libraries print whole configurations
 _DEAD: Final = re.compile(r"DataLoader worker \(pid.*", re.DOTALL)
+_LOST_MEMORY: Final = re.compile(r"unable to open shared memory object .*No such file")
+_EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)  # of this process, not its workers
 
 
 def failed(source: str, function: str | None, at: str, error: BaseException, seconds: float | None = None) -> TaskError:
@@ -41,9 +44,9 @@ def failed(source: str, function: str | None, at: str, error: BaseException, sec
         hint = "BatchNorm needs two examples or more in every batch: set drop_last=True in the loader"
     elif LACKING in what:
         what, hint = what.partition(LACKING)[0] + LACKING, "leave out --deterministic, or use another operation"
-    elif dead := _DEAD.search(what):
+    elif death := _worker_death(what, error):
         function = at.rpartition(" of ")[2] or function
-        what = f"a worker process died: {dead[0]}"
+        what = f"a worker process died: {death}"
         hint = "was it killed for its memory? num_workers=0 shows errors of the data themselves"
     where = f"{source}:{lines[-1]}" if lines else source
     lead = f"in {function}{at and ', ' + at.removesuffix(f' of {function}')}: " if function else "on import: "
@@ -56,6 +59,20 @@ def _said(error: BaseException) -> str:
     except Exception:  # it is not ours, and may fail at anything
         text = "(it cannot say what)"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _worker_death(what: str, error: BaseException) -> str | None:
+    """The part of an error's text that reports the death of a worker process; None if the error is of another kind.
+
+    Torch reports a death from its SIGCHLD handler, or when it looks for a batch. A batch that was sent before the death
+    fails earlier: its memory is fetched from the worker by a socket or a file, which are gone.
+    """
+    if match := _DEAD.search(what):
+        return match[0]
+    connection = isinstance(error, OSError | EOFError) and getattr(error, "errno", None) not in _EXHAUSTED
+    frames = traceback.extract_tb(error.__traceback__) if connection else []
+    fetching = any("multiprocessing" in Path(frame.filename).parts for frame in frames)
+    return what if fetching or _LOST_MEMORY.search(what) else None
 
 
 def _in_a_worker(what: str) -> str:

@@ -125,6 +125,9 @@ class PythonTask:
                     batch = next(batches)
                 except StopIteration:
                     return
+                except Exception:
+                    _end_workers(batches)
+                    raise
             yield batch
 
     def examples(self, split: Split) -> int | None:
@@ -218,6 +221,18 @@ class PythonTask:
                 raise
             at = self._at if name in _OF_BATCHES or (name and self._at.endswith(name)) else ""
             raise failed(self.source, name, at, error, self._guard.seconds) from error
+
+
+def _end_workers(batches: Any) -> None:
+    """End the worker processes of a DataLoader's iterator that failed.
+
+    The traceback keeps the iterator alive, and while it lives torch's SIGCHLD handler raises the death of a worker in
+    unrelated code.
+    """
+    end = getattr(batches, "_shutdown_workers", None)
+    if callable(end):
+        with suppress(RuntimeError):  # of that handler
+            end()
 
 
 def _import(source: str) -> ModuleType:

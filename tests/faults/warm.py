@@ -18,6 +18,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TESTS = Path(__file__).resolve().parents[1]
 
 
@@ -102,9 +103,11 @@ def serve() -> None:
         if "wait" in request:
             answer = os.waitpid(request["wait"], 0)[1]
         else:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has the product's handlers
             answer = os.fork()
             if answer == 0:
                 _run(**request)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         sys.stdout.write(f"{answer}\n")
         sys.stdout.flush()
 
@@ -128,9 +131,17 @@ def _warm_up() -> None:
 
 
 def _run(argv: list[str], cwd: str, said: str, env: dict[str, str], hook: dict[str, Any]) -> None:
+    from ckptavg import interrupt
     from ckptavg.__main__ import main
     from faults import hook as hooks
 
+    install = interrupt.install
+
+    def install_and_unblock() -> None:
+        install()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    interrupt.install = install_and_unblock
     code: object = 70
     try:
         for fd, name in ((1, "out"), (2, "err")):

@@ -442,6 +442,21 @@ def test_workers_that_die(run: Run, ckpts: Path, tmp_path: Path, broken: str, me
     assert left(tmp_path) == {"ckpts", "bad_task.py"}
 
 
+def test_a_worker_that_dies_before_its_batch_is_fetched_is_reported_as_dead(run: Run, ckpts: Path, tmp_path: Path):
+    """The batch lies in the memory of a worker that has removed its socket and is about to end."""
+    waiting = (
+        "class Waiting(DataLoader):\n    def __iter__(self):\n        batches = super().__iter__()\n"
+        "        while not batches._worker_result_queue._reader.poll(0.01): pass\n        open('sent', 'w').close()\n"
+        "        while not os.path.exists('ending'): time.sleep(0.01)\n        return batches\n\n"
+        "def die():\n    while not os.path.exists('sent'): time.sleep(0.01)\n"
+        "    import multiprocessing.util, shutil; shutil.rmtree(multiprocessing.util.get_temp_dir())\n"
+        "    open('ending', 'w').close(); time.sleep(1); os._exit(3)\n\ndef val_dataloader"
+    )
+    write(tmp_path, (LOADER, WORKER.format("die", "").replace("DataLoader(", "Waiting(")),
+          ("def val_dataloader", waiting))  # fmt: skip
+    refused(run(*SCORE), "in val_dataloader, batch 1: a worker process died: FileNotFoundError: ")
+
+
 def test_a_worker_that_dies_while_the_loss_runs_is_not_the_losss_fault(run: Run, ckpts: Path, tmp_path: Path):
     """torch tells of it in whatever the process is doing."""
     write(tmp_path, (LOADER, WORKER.format("lambda: os.kill(os.getpid(), signal.SIGKILL)", "")),
