@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import task as demo_task
 import torch
-import train as demo_training
 import typer.main
 from jobs import mlp, transformer
+from jobs.trained import restore
 from tallies import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown
 
 from ckptavg.__main__ import main
@@ -46,7 +46,7 @@ def pytest_collection_finish() -> None:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's 24 checkpoints of a BatchNorm network on noisy digits."""
     folder = tmp_path_factory.mktemp("digits") / "ckpts"
-    demo_training.train(folder)
+    restore("digits", folder)
     return folder
 
 
@@ -72,7 +72,7 @@ def jobs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Jo
     found = {"cnn": Job(TASK, demo_task, digits)}
     for name, module in (("mlp", mlp), ("transformer", transformer)):
         folder = tmp_path_factory.mktemp(name)
-        module.train(folder)
+        restore(name, folder)
         found[name] = Job(Path(str(module.__file__)), module, folder)
     return found
 
