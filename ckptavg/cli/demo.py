@@ -31,7 +31,10 @@ def command(
 
 
 def _train(folder: Path, checkpoints: int = 20) -> None:
-    """One checkpoint an epoch of SGD with a constant, high learning rate: the setting that averaging is for."""
+    """One checkpoint an epoch of SGD with a constant, high learning rate: the setting that averaging is for.
+
+    The update is written out because `torch.optim` imports torch's compiler, which takes longer than the training.
+    """
     import torch
 
     from ckptavg.determinism import reproducible
@@ -39,11 +42,14 @@ def _train(folder: Path, checkpoints: int = 20) -> None:
 
     with reproducible(0):
         model = task.model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+        momentum = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
         for epoch in range(1, checkpoints + 1):
             for batch in task.train_dataloader():
-                optimizer.zero_grad()
+                model.zero_grad()
                 task.loss(model, batch).mean().backward()
-                optimizer.step()
-            state = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}
+                with torch.no_grad():
+                    for name, parameter in model.named_parameters():
+                        momentum[name].mul_(0.9).add_(parameter.grad)
+                        parameter.sub_(0.5 * momentum[name])
+            state = {"state_dict": model.state_dict(), "optimizer": {"momentum": momentum}, "epoch": epoch}
             torch.save(state, folder / f"epoch-{epoch}.pt")
