@@ -18,8 +18,8 @@ def train_dataloader() -> DataLoader:
 
 
 def val_dataloader() -> DataLoader:
-    return DataLoader(_text(600, 751), batch_size=50)
+    return DataLoader(_text(250, 401), batch_size=50)
 
 
 def test_dataloader() -> DataLoader:
-    return DataLoader(_text(751, 800), batch_size=20)
+    return DataLoader(_text(401, 450), batch_size=20)
