@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ckptavg.result import Landscape as Landscape
     from ckptavg.result import Result as Result
 
+    __version__: str
+
 _HOME = {
     "run": "api", "compare": "api", "landscape": "api", "evaluate": "evaluation", "verify": "verification",
     "CkptavgError": "errors", "Result": "result", "Comparison": "result", "Landscape": "result",
@@ -27,6 +29,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for."""
     from importlib import import_module
 
+    if name == "__version__":
+        return _version()
     if name in _HOME:
         return getattr(import_module(f"ckptavg.{_HOME[name]}"), name)
     from ckptavg.strategies import strategies
@@ -36,8 +40,18 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'ckptavg' has no attribute {name!r}")
 
 
+def _version() -> str:
+    """The installed version; "0+unknown" where the source tree is imported without being installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ckptavg")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
 def __dir__() -> list[str]:
     """The public names."""
     from ckptavg.strategies import strategies
 
-    return sorted([*_HOME, *strategies()])
+    return sorted([*_HOME, *strategies(), "__version__"])

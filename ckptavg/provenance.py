@@ -7,10 +7,10 @@ import json
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import version
 from threading import Event, Lock
 from typing import Any, Final
 
+import ckptavg
 from ckptavg.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.readers import RegularFile
@@ -53,7 +53,7 @@ def metadata(
     selected = [(checkpoints[i], coefficients.candidate(i)) for i in coefficients.selected]
     record = {
         "schema": SCHEMA,
-        "version": version("ckptavg"),
+        "version": ckptavg.__version__,
         "strategy": strategy,
         "settings": dict(settings),
         "dtype": dtype,

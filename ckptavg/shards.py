@@ -129,7 +129,7 @@ def split_names(specs: Mapping[str, StoredTensor], largest: str) -> Any:
         UsageError: if ``largest`` is no size, or huggingface_hub is missing.
     """
     try:
-        from huggingface_hub import split_state_dict_into_shards_factory
+        from huggingface_hub import split_state_dict_into_shards_factory  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UsageError("--max-shard-size needs huggingface_hub", hint="pip install 'ckptavg[hf]'") from error
     try:

@@ -4,7 +4,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-"$root/scripts/setup.sh"
+"$root/scripts/setup.sh" demo
 mkdir -p "$root/demo"
 cd "$root/demo"
 rm -rf ckpts averaged.safetensors best.safetensors

@@ -1,29 +1,66 @@
 #!/usr/bin/env bash
-# Makes .venv at the repository's root with the pinned versions of constraints.txt, or brings it up to date.
-# PYTHON=python3.12 chooses the interpreter when .venv is made. A second run with nothing changed does nothing.
+# Makes .venv at the repository's root, or brings it up to date, with the pinned versions of constraints.txt:
+#   ./scripts/setup.sh             everything (the extra `dev` of pyproject.toml)
+#   ./scripts/setup.sh demo plot   the core and these extras only
+# A run with nothing new to install does nothing. PYTHON=python3.12 chooses the interpreter when .venv is made.
+# uv installs where it is on PATH or pip can fetch it, else pip. uv gets pip's settings where its own are not given;
+# UV_TORCH_BACKEND=cpu (or cu130, auto, ...) makes it take torch from that index of builds.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-stamp=.venv/.ckptavg-installed
-wanted=$({ pwd && cat pyproject.toml constraints.txt scripts/setup.sh; } | cksum) # pwd: a venv cannot be moved
-if [[ -x .venv/bin/python && $(cat "$stamp" 2>/dev/null) == "$wanted" ]]; then
-    exit 0
-fi
+wishes=("${@:-dev}")
+backend=${UV_TORCH_BACKEND:-}
+stamp=.venv/.ckptavg-installed # two lines: a checksum of the inputs with torch's backend, and the extras that are installed
+key="$({ pwd && cat pyproject.toml constraints.txt scripts/setup.sh; } | cksum) $backend" # pwd: a venv cannot be moved
+made='' present=''
+[[ ! -x .venv/bin/python || ! -r $stamp ]] || { read -r made && read -r present; } <"$stamp" || true
+
+satisfied() {
+    local wish
+    [[ $made == "${key% }" ]] || return 1
+    for wish in "${wishes[@]}"; do [[ " $present " == *" $wish "* ]] || return 1; done
+}
+if satisfied; then exit 0; fi
 
 suitable() { # Python 3.11 or newer, with all that venv needs
     "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
-install() {
+pinned() {
+    grep "^$1==" constraints.txt
+}
+
+with_pip() {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
 }
 
+find_uv() {
+    uv=$(command -v uv) || { with_pip --only-binary :all: "$(pinned uv)" 2>/dev/null && uv=.venv/bin/uv; } || uv=
+    [[ -z $uv ]] || eval "$(.venv/bin/python scripts/pip_to_uv.py)"
+}
+
+install() {
+    if [[ -n $uv ]]; then
+        "$uv" pip install --quiet --python .venv/bin/python "$@" && return
+        [[ -z $backend ]] || return 1 # pip would bring another build of torch
+        echo "setup: uv could not install this; trying pip" >&2
+    fi
+    with_pip "$@"
+}
+
 install_torch() { # first and alone: an unpinned one brings gigabytes
-    install "$(grep '^torch==' constraints.txt)"
+    find_uv
+    if [[ -n $backend && -z $uv ]]; then
+        echo "setup: UV_TORCH_BACKEND is set, but there is no uv" >&2
+        return 1
+    fi
+    [[ -z $backend || $made == *" $backend" ]] || .venv/bin/python -m pip uninstall --quiet --yes torch
+    echo "setup: installing torch" >&2
+    install --constraint constraints.txt "$(pinned torch)"
 }
 
 make_venv() { # with the first interpreter that the pinned torch exists for
-    local name names=(python3.11 python3.12 python3.13 python3)
+    local name names=(python3.11 python3.12 python3.13 python3.14 python3)
     [[ -z ${PYTHON:-} ]] || names=("$PYTHON")
     for name in "${names[@]}"; do
         suitable "$name" || continue
@@ -40,9 +77,32 @@ usable() { # an old one, a moved one and one without pip are not
         && { [[ ! -e .venv/bin/pip ]] || .venv/bin/pip --version >/dev/null 2>&1; }
 }
 
-rm -f "$stamp"
-if usable; then install_torch; else make_venv; fi
-echo "setup: installing the pinned versions" >&2
-install --constraint constraints.txt --editable '.[dev]'
-install --no-deps "$(grep '^timm==' constraints.txt)" # it asks for a torchvision that has no build for every torch
-echo "$wanted" >"$stamp"
+extras() { # those named, and those that they consist of
+    .venv/bin/python - "$@" <<'END'
+import re, sys, tomllib
+with open("pyproject.toml", "rb") as file:
+    known = tomllib.load(file)["project"]["optional-dependencies"]
+names = list(dict.fromkeys(sys.argv[1:]))
+for name in names:  # grows
+    if name not in known:
+        sys.exit(f"setup: pyproject.toml has no extra called {name}; it has {', '.join(known)}")
+    inner = re.findall(r"ckptavg\[(.*?)\]", " ".join(known[name]))
+    names += [part for part in ",".join(inner).split(",") if part and part not in names]
+print(*names)
+END
+}
+
+if usable; then
+    wanted=$(extras $present "${wishes[@]}") # before anything is installed: one may be misspelt
+    printf 'unfinished\n%s\n' "$present" >"$stamp"
+    install_torch
+else
+    make_venv
+    wanted=$(extras "${wishes[@]}")
+fi
+echo "setup: installing ${wanted// /, }" >&2
+install --constraint constraints.txt --editable ".[${wanted// /,}]"
+if [[ " $wanted " == *" frameworks "* ]]; then
+    install --no-deps "$(pinned timm)" # it asks for a torchvision that has no build for every torch
+fi
+printf '%s\n%s\n' "${key% }" "$wanted" >"$stamp"

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# What CI runs: format, lint, types, tests. Arguments go to pytest: ./scripts/test.sh -k sewa
+# What CI runs: format, lint, types, tests. Other arguments go to pytest: ./scripts/test.sh -k sewa
+# --quick installs little and leaves out other frameworks, processes of torchrun, crash campaigns and the study.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-./scripts/setup.sh
+extras=(dev)
+if [[ ${1:-} == --quick ]]; then extras=(test lint); fi
+./scripts/setup.sh "${extras[@]}"
 echo "== format"
 .venv/bin/ruff format --check .
 echo "== lint"

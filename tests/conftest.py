@@ -33,8 +33,35 @@ from ckptavg.window import Window
 typer.main.get_command = cache(typer.main.get_command)  # Typer makes every command anew in each call, which takes long
 torch.set_num_threads(1)  # the networks are tiny: a second thread only waits, and for long on a busy machine
 TASK = Path(demo_task.__file__)
+HERE = Path(__file__).parent
+THOROUGH = [
+    HERE / name
+    for name in (
+        "distributed", "faults", "frameworks", "study", "tasks/test_harness.py", "tasks/test_hugging_face.py",
+        "tasks/test_torch_metrics.py", "test_adapter.py",
+    )
+]  # fmt: skip
 __all__ = ["pytest_sessionfinish", "pytest_terminal_summary", "pytest_testnodedown"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--quick`` is for an environment with the extra ``test`` alone, and for a minute's check."""
+    text = "leave out other frameworks, processes of torchrun, crash campaigns and the study"
+    parser.addoption("--quick", action="store_true", help=text)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Directories and files of which nothing is quick; some of them import what is not installed."""
+    return True if config.getoption("--quick") and collection_path in THOROUGH else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Single tests marked ``thorough``."""
+    if config.getoption("--quick"):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_collection_finish() -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import typer.main
 from conftest import Run
@@ -16,6 +17,7 @@ from properties import examples
 from safetensors.torch import save_file
 
 from ckptavg.cli.app import app
+from ckptavg.strategies import strategies
 
 TASK = """
 import torch
@@ -40,7 +42,7 @@ SCORED = ("sewa", "twa", "aswa", "soup", "best", "compare", "landscape", "eval")
 def words(rng: random.Random) -> list[str]:
     """A command with up to four options of its own, of odd values mostly."""
     commands: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    name = rng.choice([*sorted(set(commands) - {"demo", "init", "verify"})])
+    name = rng.choice([*sorted(set(commands) - {"demo", "env", "init", "verify"})])
     options = [one for one in commands[name].params if one.param_type_name == "option" and one.name not in NOT_RUN]
     found = [name, rng.choice(("ckpts", "ckpts", "ckpts", rng.choice(ODD)))]
     for option in rng.sample(options, min(len(options), rng.randrange(5))):
@@ -61,12 +63,28 @@ def words(rng: random.Random) -> list[str]:
     return found
 
 
-def test_any_arguments(run: Run, tmp_path: Path) -> None:
+def folder(tmp_path: Path) -> Path:
     (tmp_path / "ckpts").mkdir()
     for step in (1, 2, 3):
         save_file({"weight": torch.full((2, 3), float(step)), "bias": torch.zeros(2)},
                   tmp_path / "ckpts" / f"step-{step}.safetensors")  # fmt: skip
     (tmp_path / "mine.py").write_text(TASK)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", [name for name, one in strategies().items() if "k" in one.__annotations__])
+def test_a_setting_of_one_letter_has_a_short_option(run: Run, tmp_path: Path, name: str) -> None:
+    """The same bytes by ``-k 2``, ``-k2`` and ``--k 2``, others by ``-k 1``."""
+    folder(tmp_path)
+    for number, words in enumerate((("-k", 2), ("-k2",), ("--k", 2), ("-k", 1))):
+        done = run(name, "ckpts", *words, "--task", "mine.py", "-o", f"{number}.safetensors")
+        assert done.returncode == 0, done.stderr
+    short, joined, long, other = ((tmp_path / f"{number}.safetensors").read_bytes() for number in range(4))
+    assert short == joined == long != other
+
+
+def test_any_arguments(run: Run, tmp_path: Path) -> None:
+    folder(tmp_path)
     before = {*tmp_path.iterdir(), tmp_path / "__pycache__"}
 
     @examples(80)

@@ -270,6 +270,7 @@ def test_few_bits_give_the_surrogate_of_the_rounded_candidates(tmp_path: Path, b
     assert float((got.hessian_NN - measured(exact, batches(5, 4)).hessian_NN).abs().max()) > 1e-4
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
 def test_gpt2_with_tied_embeddings(tmp_path: Path, hessian: str):
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import ckptavg
 from ckptavg.cli import compare
 from ckptavg.cli.strategy import command
 from ckptavg.strategies import strategies
@@ -22,7 +23,7 @@ app = typer.Typer(
 for _name, _strategy in strategies().items():
     app.command(_name, rich_help_panel="Average", context_settings=app.info.context_settings)(command(_name, _strategy))  # pyright: ignore
 app.command("compare", rich_help_panel="Average")(compare.command)
-for _name in ("inspect", "eval", "verify", "landscape"):
+for _name in ("inspect", "eval", "verify", "landscape", "env"):
     _module = importlib.import_module(f"ckptavg.cli.{_name}")
     app.command(_name, rich_help_panel="Look")(_module.command)
 for _name in ("init", "demo"):
@@ -32,9 +33,7 @@ for _name in ("init", "demo"):
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
-
-        print("ckptavg", version("ckptavg"))
+        print("ckptavg", ckptavg.__version__)
         raise typer.Exit
 
 

@@ -33,11 +33,12 @@ def command(name: str, strategy: type[Strategy]) -> Callable[..., None]:
 
 def _annotation(name: str, hint: Any, default: Any) -> Any:
     kind, text = get_args(hint)
+    short = (f"--{name}", f"-{name}") if len(name) == 1 else ()
     if get_origin(kind) in (Union, UnionType) and "auto" in [
         word for part in get_args(kind) for word in get_args(part)
     ]:
-        return Annotated[str, option("Strategy", text, parser=_number_or_auto, metavar="INTEGER|auto")]
-    names = (f"--{name.replace('_', '-')}",) if default is False else ()  # no --no-… for a flag
+        return Annotated[str, option("Strategy", text, *short, parser=_number_or_auto, metavar="INTEGER|auto")]
+    names = (f"--{name.replace('_', '-')}",) if default is False else short  # no --no-… for a flag
     return Annotated[kind, option("Strategy", text, *names)]
 
 

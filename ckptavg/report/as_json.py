@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
+import ckptavg
 from ckptavg.objective import Cost, Score
 from ckptavg.places import LeftOut
 from ckptavg.result import Comparison, Contestant, Landscape, Result
@@ -20,7 +20,7 @@ def to_dict(result: Result) -> dict[str, Any]:
         "strategy": result.strategy,
         "settings": dict(result.settings),
         "seed": result.seed,
-        "version": version("ckptavg"),
+        "version": ckptavg.__version__,
         "candidates": [
             {
                 "path": str(one.path),

@@ -168,8 +168,8 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 def _parquet(path: Path) -> DataFile:
     datasets = _datasets()
-    import pyarrow
-    from pyarrow import parquet
+    import pyarrow  # pyright: ignore[reportMissingImports]
+    from pyarrow import parquet  # pyright: ignore[reportMissingImports]
 
     try:
         with path.open("rb") as file:
@@ -215,7 +215,7 @@ def _image_folder(path: Path) -> DataFile:
 
 def _datasets() -> Any:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UsageError("this kind of data needs `datasets`", hint="pip install 'ckptavg[hf]'") from error
     return datasets

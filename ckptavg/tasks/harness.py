@@ -101,8 +101,8 @@ class Harness:
         if self._names:
             return
         try:
-            from lm_eval import tasks as library
-            from lm_eval.models.huggingface import HFLM
+            from lm_eval import tasks as library  # pyright: ignore[reportAttributeAccessIssue]
+            from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             hint = "pip install 'ckptavg[lm-eval]'"
             raise UsageError(f"lm-evaluation-harness cannot be imported: {error}", hint=hint) from error
@@ -137,7 +137,7 @@ class Harness:
         if tokenizer is None or not all(hasattr(model, name) for name in ("config", "device", "tie_weights")):
             got = "no tokenizer was given" if tokenizer is None else f"this is a {type(model).__name__}"
             raise UsageError(f"lm-evaluation-harness scores transformers models with their tokenizer; {got}")
-        from lm_eval.evaluator import evaluate
+        from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
 
         from ckptavg.partial import Partial
         from ckptavg.tasks.answers import kept
@@ -226,7 +226,7 @@ def _has_nan(task: Any) -> bool:
 
 def _of_examples(task: Any, samples: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     """What the figure ``key`` is the mean of, in the order of the examples; nothing where it is no mean."""
-    from lm_eval.api.metrics import mean
+    from lm_eval.api.metrics import mean  # pyright: ignore[reportMissingImports]
 
     metric, _, filtered = key.partition(",")
     values = [sample.get(metric) for sample in samples if sample["filter"] == (filtered or "none")]
@@ -250,11 +250,11 @@ def _build_requests_once(task: Any) -> None:
 
 def _leave_no_trace(after: ExitStack, model: Any, seed: int) -> None:
     """Evaluation mode, seeded random states, no network, nothing said but warnings; until ``after`` is closed."""
-    import datasets.config
+    import datasets.config  # pyright: ignore[reportMissingImports]
     import numpy as np
     import torch
-    from huggingface_hub import constants
-    from tqdm import tqdm
+    from huggingface_hub import constants  # pyright: ignore[reportMissingImports]
+    from tqdm import tqdm  # pyright: ignore[reportMissingModuleSource]
 
     indices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
     after.enter_context(torch.random.fork_rng(devices=indices))

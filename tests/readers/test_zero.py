@@ -180,11 +180,13 @@ def refused(folder: Path, pattern: str) -> None:
     assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", RUNS)
 def test_the_weights_are_the_live_ones_bit_for_bit(written: Path, name: str):
     same(weights(folder_of(written, name)), torch.load(written / name / "live.pt"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [name for name in ZERO if name != "1-bf16-sums-fp32"])
 def test_the_weights_are_those_of_deepspeeds_own_script(written: Path, name: str):
     ours, script = weights(folder_of(written, name)), torch.load(written / name / "script.pt")
@@ -194,6 +196,7 @@ def test_the_weights_are_those_of_deepspeeds_own_script(written: Path, name: str
         assert torch.equal(ours[key].to(tensor.dtype), tensor), key
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", RUNS)
 def test_the_tree_tells_what_was_taken(written: Path, name: str):
     reader = open_reader(folder_of(written, name))
@@ -213,6 +216,7 @@ def test_the_tree_tells_what_was_taken(written: Path, name: str):
     reader.close()
 
 
+@pytest.mark.thorough
 def test_any_window_is_that_part_of_the_whole(written: Path):
     readers = {name: open_reader(folder_of(written, name)) for name in RUNS}
     whole = {name: weights(folder_of(written, name)) for name in RUNS}
@@ -248,6 +252,7 @@ def damage(file: Path, content: bytes) -> None:
     file.write_bytes(raw.replace(content, bytes(byte ^ 1 for byte in content)))
 
 
+@pytest.mark.thorough
 def test_moments_are_never_read(written: Path, tmp_path: Path):
     folder = Path(shutil.copytree(folder_of(written, "2-bf16"), tmp_path / "copy"))
     file = folder / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -263,6 +268,7 @@ def descend(tree: Any, path: tuple[str | int, ...]) -> Any:
     return tree
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "key"), [("1", "single_partition_of_fp32_groups"), ("3", "fp32_flat_groups")])
 def test_a_damaged_partition_is_noticed(written: Path, tmp_path: Path, name: str, key: str):
     folder = Path(shutil.copytree(folder_of(written, name), tmp_path / "copy"))
@@ -271,6 +277,7 @@ def test_a_damaged_partition_is_noticed(written: Path, tmp_path: Path, name: str
     refused(folder, f"{file.name}: checksum of record .* does not match")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["1", "3"])
 def test_a_cut_off_file_is_refused_by_name(written: Path, tmp_path: Path, name: str):
     for file in sorted(folder_of(written, name).iterdir()):
@@ -279,6 +286,7 @@ def test_a_cut_off_file_is_refused_by_name(written: Path, tmp_path: Path, name: 
         refused(folder, file.name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ZERO)
 def test_a_missing_file_is_named(written: Path, tmp_path: Path, name: str):
     for file in sorted(folder_of(written, name).iterdir()):
@@ -482,6 +490,7 @@ if __name__ == "__main__":
     train(Path(sys.argv[1]))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("names", [("1", "2"), ("3", "2-round-robin"), ("1-bf16", "3-bf16")])
 def test_a_run_is_averaged_and_loads_into_the_model(run: Run, written: Path, tmp_path: Path, names: tuple[str, str]):
     """Two checkpoints of different stages: what was averaged does not depend on how it was cut."""

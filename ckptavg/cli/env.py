@@ -1,0 +1,141 @@
+"""``ckptavg env``: versions, devices and limits of this machine, for a bug report. Works where torch does not."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import ckptavg
+from ckptavg.cli.options import Json
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+_REQUIRED: Final = ("torch", "numpy", "safetensors", "typer", "rich")
+_OPTIONAL: Final = (
+    "accelerate", "cma", "datasets", "deepspeed", "huggingface_hub", "lightning", "lm_eval", "matplotlib", "peft",
+    "timm", "torchmetrics", "torchvision", "transformers", "triton",
+)  # fmt: skip
+_SHOWN: Final = re.compile(
+    r"(OMP|GOMP|KMP|MKL|OPENBLAS|NCCL|GLOO|PYTORCH|TORCHELASTIC)_\w+|CUDA_(VISIBLE_DEVICES|LAUNCH_BLOCKING)|CKPTAVG_\w+"
+)
+_PLAIN: Final = re.compile(r"[\w.:,+{}-]{0,32}")  # numbers, words and lists of these: no path, no command
+
+
+def command(json: Json = False) -> None:
+    """Print what a bug report needs: versions, devices, memory, threads, file system, variables."""
+    facts = _facts()
+    if json:
+        print(json_module.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        for line in value if isinstance(value, list) else [value]:
+            text = ", ".join(f"{key} {one}" for key, one in line.items()) if isinstance(line, dict) else line
+            print(f"- {name}: {text or 'none'}")
+
+
+def _facts() -> dict[str, Any]:
+    torch, build = _torch()
+    return {
+        "ckptavg": ckptavg.__version__,
+        "python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "platform": f"{platform.platform()}, {platform.machine()}",
+        "packages": {name: version for name in _REQUIRED if (version := _version(name) or "missing")},
+        "optional packages": {name: version for name in _OPTIONAL if (version := _version(name))},
+        "torch build": build,
+        "devices": [f"cpu: {_processor()}", *(_accelerators(torch) if torch else ())],
+        "threads": _threads(torch),
+        "memory": _memory(),
+        "working directory": _file_system(),
+        "variables": _variables(),
+    }
+
+
+def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _torch() -> tuple[ModuleType | None, str]:
+    """The module, and its build; or None and the reason, where it cannot be imported."""
+    try:
+        import torch
+
+        build = torch.version.cuda and f"CUDA {torch.version.cuda}"
+        build = build or (torch.version.hip and f"ROCm {torch.version.hip}") or "cpu"
+        return torch, f"{build}, git {str(torch.version.git_version)[:10]}"
+    except Exception as error:  # any of them may come of an installation that is broken
+        reason = str(error).strip().splitlines() or [""]
+        return None, f"cannot be imported: {type(error).__name__}: {reason[-1]}"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} logical cores"
+
+
+def _accelerators(torch: ModuleType) -> list[str]:
+    """GPUs with their memory, or the reason why the driver refuses."""
+    try:
+        lines: list[str] = []
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            major, minor = torch.cuda.get_device_capability(index)
+            name = torch.cuda.get_device_name(index)
+            lines.append(f"cuda:{index}: {name}, {_gb(total)}, {_gb(free)} free, capability {major}.{minor}")
+        if torch.backends.mps.is_available():
+            lines.append(f"mps: {_gb(torch.mps.recommended_max_memory())}")
+        return lines
+    except (RuntimeError, AssertionError) as error:
+        return [f"cuda: {str(error).splitlines()[0]}"]
+
+
+def _threads(torch: ModuleType | None) -> dict[str, int]:
+    """Threads of torch, and the processors that this process may run on."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ({"torch": torch.get_num_threads()} if torch else {}) | {"affinity": affinity}
+
+
+def _memory() -> str:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = re.search(r"MemAvailable:\s*(\d+)", _read("/proc/meminfo"))
+    return _gb(total) + (f", {_gb(1024 * int(available[1]))} available" if available else "")
+
+
+def _file_system() -> str:
+    """The type of the file system under the working directory, and its space. The path is left out."""
+    try:
+        here, usage = Path.cwd(), shutil.disk_usage(Path())
+    except OSError as error:
+        return f"cannot be read: {str(error.strerror).lower()}"
+    mounts = re.findall(r"^(?:\S+ ){4}(\S+) .*? - (\S+)", _read("/proc/self/mountinfo"), re.MULTILINE)
+    above = [(len(point), kind) for point, kind in mounts if here.is_relative_to(point)]
+    kind = max(above, key=lambda one: one[0])[1] if above else "file system of unknown type"
+    return f"{kind}, {_gb(usage.free)} free of {_gb(usage.total)}"
+
+
+def _variables() -> dict[str, str]:
+    """Variables that change a run. A value that may be a path or a command is replaced by "(set)"."""
+    return {
+        name: value if _PLAIN.fullmatch(value) else "(set)"
+        for name, value in sorted(os.environ.items())
+        if _SHOWN.fullmatch(name)
+    }
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).exists() else ""
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
