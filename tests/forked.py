@@ -19,7 +19,7 @@ NOBODY = 65534
 def forked(
     *words: object, cwd: Path, prepare: Callable[[], object] = lambda: None, closed: tuple[int, ...] = (),
     user: int | None = None, encoding: str = "utf-8", environment: dict[str, str | None] | None = None,
-    stdout: int | None = None, seconds: int = 60,
+    stdout: int | None = None, seconds: int = 300,
 ) -> CompletedProcess[str]:  # fmt: skip
     """The command's exit code (negative for a signal) and what it wrote, by its entry point.
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -325,34 +324,27 @@ def test_a_file_that_has_just_changed_is_doubted(run: Run, ckpts: Path):
         assert len(said) == 1 and said[0].startswith("ckpts/step-5.safetensors changed ")
 
 
-class Saving(Thread):
-    """A job that makes a checkpoint longer bit by bit, a step every 50 ms, and finishes."""
+def test_a_job_that_is_still_saving_is_waited_for(
+    run: Run, ckpts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The job writes a piece of its checkpoint whenever ckptavg sleeps between two looks."""
+    save_file(state(3), tmp_path / "whole")
+    content = (tmp_path / "whole").read_bytes()
+    pieces = [content[start : start + 20] for start in range(0, len(content), 20)]
+    sleep = time.sleep
 
-    def __init__(self, path: Path, pieces: int = 20) -> None:
-        super().__init__()
-        self.path, self.pieces, self.stop = path, pieces, Event()
-        whole = path.with_name("whole")
-        save_file(state(3), whole)
-        self.content = whole.read_bytes()
-        whole.unlink()
+    def save(seconds: float = 0.0) -> None:
+        if not pieces:
+            sleep(seconds)
+            return
+        with (ckpts / "step-3.safetensors").open("ab") as file:
+            file.write(pieces.pop(0))
 
-    def run(self) -> None:
-        size = -(-len(self.content) // self.pieces)
-        with self.path.open("wb", buffering=0) as file:
-            for start in range(0, len(self.content), size):
-                file.write(self.content[start : start + size])
-                self.stop.wait(0.05)
-
-
-def test_a_job_that_is_still_saving_is_waited_for(run: Run, ckpts: Path, tmp_path: Path):
-    saving = Saving(ckpts / "step-3.safetensors")
-    saving.start()
-    while not saving.path.exists():
-        time.sleep(0.01)
+    save()
     assert run("swa", "ckpts", "-o", "early.safetensors").returncode == 3
+    monkeypatch.setattr(settling.time, "sleep", save)
     done = run("swa", "ckpts", "--wait-stable", 0.5, "--json")
-    saving.join()
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not pieces, done.stderr
     assert done.stderr.startswith("beginning when no candidate has changed for 0.5 s\n")
     assert [one["step"] for one in json.loads(done.stdout)["candidates"]] == [1, 2, 3, 4, 5]
 
@@ -405,7 +397,7 @@ def test_waiting_ends_with_a_signal(ckpts: Path, tmp_path: Path):
     assert process.stderr is not None and process.stderr.readline().startswith("beginning when")
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 75 and out == "" and "error: interrupted; nothing was written" in err
 
 

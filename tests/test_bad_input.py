@@ -260,7 +260,7 @@ def test_an_interrupted_run_says_so_and_leaves_nothing(run: Run, ckpts: Path, tm
         assert process.stderr is not None and any("in loss" in line for line in process.stderr)
         time.sleep(0.2)
         process.send_signal(which)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 75 and out == ""
         assert "error: interrupted; nothing was written" in err and "Traceback" not in err
     assert left(tmp_path) == {"ckpts", "mine.py", "out.safetensors.ckptavg"}  # what the next run goes on from

@@ -159,7 +159,7 @@ def test_an_interrupted_command_is_ended_with_all_it_started(ckpts: Path, tmp_pa
     while not marker.exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 75 and "interrupted" in err
     size = marker.stat().st_size
     time.sleep(0.3)

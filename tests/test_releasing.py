@@ -43,7 +43,7 @@ def copy(tmp_path: Path) -> Path:
 
 def notes(root: Path, tag: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(root / "scripts/release/notes.py"), tag]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_the_version_is_the_newest_in_the_changelog_and_can_be_tagged():

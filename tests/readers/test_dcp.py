@@ -124,7 +124,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-W", "ignore", __file__, str(folder)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         check=True,
-        timeout=120,
+        timeout=300,
     )
     return folder
 

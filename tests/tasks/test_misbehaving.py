@@ -390,23 +390,31 @@ def test_data_that_change_are_said_to_be_unpaired(run: Run, ckpts: Path, tmp_pat
 # calls that do not come back, and processes that die
 
 
+SOON = "signal.setitimer(signal.ITIMER_REAL, 0.01); "  # brings the end of the limit forward, however busy the machine
+
+
 @pytest.mark.parametrize(
     ("old", "new", "where"),
     [
-        ("class Data", "time.sleep(60)\nclass Data", "on import: took more than 0.5 s"),
-        (MODEL, "    time.sleep(60)", "in model: took more than 0.5 s"),
-        (LOSS, "    while True: time.sleep(0.01)", "in loss, batch 1 of val_dataloader: took more than 0.5 s"),
-        (LOSS, "    try:\n        time.sleep(60)\n    except Exception:\n        pass", "in loss, batch 1 of val"),
-        (METRIC, "    while True: model(batch)", "in metric, batch 1 of val_dataloader: took more than 0.5 s"),
-        (LOADER, "    time.sleep(60)", "in val_dataloader: took more than 0.5 s"),
-        ("        if i == 5 and self.broken: ", "        if i == 5: time.sleep(60) #", "in val_dataloader, batch 2"),
+        ("class Data", f"{SOON}time.sleep(90)\nclass Data", "on import: took more than 60 s"),
+        (MODEL, f"    {SOON}time.sleep(90)", "in model: took more than 60 s"),
+        (LOSS, f"    {SOON}\n    while True: time.sleep(0.01)", "in loss, batch 1 of val_dataloader: took"),
+        (LOSS, f"    try:\n        {SOON}time.sleep(90)\n    except Exception: pass", "in loss, batch 1"),
+        (METRIC, f"    {SOON}\n    while True: model(batch)", "in metric, batch 1 of val_dataloader: took"),
+        (LOADER, f"    {SOON}time.sleep(90)", "in val_dataloader: took more than 60 s"),
+        ("        if i == 5 and self.broken: ", f"        if i == 5: {SOON}time.sleep(90) #", "val_dataloader, batch 2"),
     ],
 )  # fmt: skip
-def test_what_takes_too_long(run: Run, ckpts: Path, tmp_path: Path, old: str, new: str, where: str):
+def test_a_call_that_takes_too_long_is_named(run: Run, ckpts: Path, tmp_path: Path, old: str, new: str, where: str):
     write(tmp_path, (old, new))
-    done = run(*SCORE, "--task-timeout", "0.5")
+    done = run(*SCORE, "--task-timeout", "60")
     refused(done, where)
     assert "--task-timeout" in done.stderr and left(tmp_path) == {"ckpts", "bad_task.py"}
+
+
+def test_the_limit_is_in_seconds(run: Run, ckpts: Path, tmp_path: Path):
+    write(tmp_path, (LOSS, "    time.sleep(90)"))
+    refused(run(*SCORE, "--task-timeout", "0.5"), "took more than 0.5 s")
 
 
 def test_a_limit_that_is_kept_costs_nothing(run: Run, ckpts: Path, tmp_path: Path):
@@ -468,10 +476,10 @@ def test_a_worker_that_dies_while_the_loss_runs_is_not_the_losss_fault(run: Run,
 def test_workers_that_hang(run: Run, ckpts: Path, tmp_path: Path, options: str):
     """torch waits for ever unless the loader has a timeout or ckptavg."""
     write(tmp_path, (LOADER, WORKER.format("lambda: time.sleep(600)", options)))
-    limit = () if options else ("--task-timeout", "2")
+    limit = () if options else ("--task-timeout", "3")
     done = run(*SCORE, *limit)
-    refused(done, "in val_dataloader, batch 2: ")
-    assert "took more than 2 s" in done.stderr if limit else "timed out after 1" in done.stderr
+    refused(done, "in val_dataloader, batch ")  # 2, or on a machine that has no time for the worker the first
+    assert "took more than 3 s" in done.stderr if limit else "timed out after 1" in done.stderr
 
 
 def test_workers_that_print_do_not_spoil_the_report(run: Run, ckpts: Path, tmp_path: Path):
@@ -485,7 +493,7 @@ def test_workers_that_print_do_not_spoil_the_report(run: Run, ckpts: Path, tmp_p
 def test_a_task_that_leaves_the_process_leaves_nothing_half_written(run: Run, ckpts: Path, tmp_path: Path):
     write(tmp_path, (LOSS, "    os._exit(9)"))
     command = [sys.executable, "-m", "ckptavg", *SEARCH]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (9, "")
     assert left(tmp_path) <= {"ckpts", "bad_task.py", "averaged.safetensors.ckptavg"}
     write(tmp_path)
@@ -503,5 +511,5 @@ def test_signals_reach_ckptavg_through_a_task_that_ignores_them(ckpts: Path, tmp
     assert process.stderr is not None and any("in loss" in line for line in process.stderr)
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (75, "") and "error: interrupted" in err
