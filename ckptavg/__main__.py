@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from ckptavg import interrupt
+from ckptavg import interrupt, threads
 from ckptavg.errors import (
     CkptavgError,
     InterruptedRunError,
@@ -27,6 +27,7 @@ _STDOUT_IS_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 def main() -> NoReturn:
     """Run ``ckptavg`` with the process's arguments and exit with its code."""
     interrupt.install()
+    threads.settle()
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
