@@ -2,6 +2,10 @@
 
 Every strategy is a function: ``ckptavg.sewa("ckpts", k=5, task="task.py")`` writes the file and returns the report,
 with the names and defaults of the command line. Nothing is imported before it is used.
+
+The first use of a name also sets how OpenMP's threads wait and how many there are, for this process and those it
+starts, by variables of the environment that are not set yet; see `ckptavg.threads`. A program that has imported torch
+before keeps torch, its threads and the environment as they are.
 """
 
 from __future__ import annotations
@@ -31,13 +35,17 @@ def __getattr__(name: str) -> Any:
 
     if name == "__version__":
         return _version()
-    if name in _HOME:
-        return getattr(import_module(f"ckptavg.{_HOME[name]}"), name)
-    from ckptavg.strategies import strategies
+    home = _HOME.get(name)
+    if home is None:
+        from ckptavg.strategies import strategies
 
-    if name in strategies():
-        return getattr(import_module("ckptavg.api"), name)
-    raise AttributeError(f"module 'ckptavg' has no attribute {name!r}")
+        if name not in strategies():
+            raise AttributeError(f"module 'ckptavg' has no attribute {name!r}")
+        home = "api"
+    from ckptavg.threads import settle
+
+    settle()
+    return getattr(import_module(f"ckptavg.{home}"), name)
 
 
 def _version() -> str:

@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from ckptavg import interrupt
+from ckptavg import interrupt, threads
 from ckptavg.errors import (
     CkptavgError,
     InterruptedRunError,
@@ -28,6 +28,7 @@ def main() -> NoReturn:
     """Run ``ckptavg`` with the process's arguments and exit with its code."""
     try:
         interrupt.install()
+        threads.settle()
         _prepare_streams()
         from ckptavg.cli.app import app
 

@@ -20,6 +20,7 @@ from ckptavg.dtypes import FLOATING, NAMES, TORCH
 from ckptavg.errors import InputError
 from ckptavg.readers import ITEM_SIZE, StoredTensor
 from ckptavg.soundness import is_finite, not_finite
+from ckptavg.threads import processors
 
 CHUNK: Final = 1 << 18  # elements: of 2¹⁶ to 2¹⁹ the least processor time in scripts/benchmark's reference case
 _CUT: Final = (1 << 39) - 1  # the bits of a float64 after the first 14 of its significand
@@ -98,12 +99,13 @@ def weighted_average(
         specs: what `output_specs` gave.
         only: the elements that are wanted; None is all of them.
         chunk: elements at once.
-        threads: how many chunks are read and summed at a time; as many as torch uses by default.
+        threads: how many chunks are read and summed at a time; by default as many as torch uses, or the processors
+            where these are fewer.
     Raises:
         InputError: naming file and tensor, if a result is NaN or infinite and the candidates may not be.
     """
     before = torch.get_num_threads()
-    threads = threads or before
+    threads = threads or min(before, processors())
     batches = _batches(_runs(checkpoints, coefficients, specs, only, chunk), chunk)
     torch.set_num_threads(1)  # a chunk is too small to share: measured 3 × slower with 2 threads on a busy machine
     try:

@@ -24,6 +24,7 @@ from ckptavg.recipe import Recipe, recipe
 from ckptavg.result import Output
 from ckptavg.shards import ShardedFiles, split_names
 from ckptavg.strategies import strategies
+from ckptavg.threads import processors
 from ckptavg.write import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -107,7 +108,11 @@ def _write(
     scores: dict[Split, Score] = {}
     workers = options.workers
     files = [file for i in coefficients.selected for file in checkpoints[i].reader.files][workers.rank :: workers.world]
-    found = provenance.hashing(files, torch.get_num_threads()) if options.digests else nullcontext(provenance.none)
+    found = (
+        provenance.hashing(files, min(torch.get_num_threads(), processors()))
+        if options.digests
+        else nullcontext(provenance.none)
+    )
     metadata = describe(digest=provenance.unknown if options.digests else provenance.none)
     with _opened(path, specs, metadata, options, checkpoints[0]) as out, found as digest:
         done, total = 0, sum(spec.nbytes for spec in specs.values())

@@ -185,7 +185,7 @@ class Mixture:
     @property
     def notes(self) -> list[str]:
         """See `Evaluator.notes`."""
-        said = list(self._remarks)
+        said = [*getattr(self.task, "notes", ()), *self._remarks]
         if self._offload == "cpu" and self._device.type == "cpu":
             said.append("--offload cpu changes nothing on a CPU: the candidates are in its memory already")
         if self._compiled is not None and self._compiled.failure is not None:

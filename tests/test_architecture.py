@@ -42,7 +42,7 @@ LAYERS = (
     ("readers",),
     ("durable",),
     ("lock",),
-    ("errors", "interrupt"),
+    ("errors", "interrupt", "threads"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

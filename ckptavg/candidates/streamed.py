@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ckptavg.candidates.flat import Slot, overlapping, present, read
 from ckptavg.checkpoint import Checkpoint
+from ckptavg.threads import processors
 
 BUFFER: Final = 32 << 20  # bytes of all rows that are on their way at a time, twice
 LEAST: Final = 1 << 12  # columns of a piece, however many rows there are
-_READERS: Final = 4  # rows that are read at a time: a disk wants several requests, a processor no more threads
+_READERS: Final = 4  # rows that are read at a time: more requests do not make a disk faster, nor threads the memory
 
 
 class Rows(Protocol):
@@ -28,6 +29,11 @@ class Rows(Protocol):
     @property
     def nbytes(self) -> int:
         """What they take in the host's memory."""
+        ...
+
+    @property
+    def readers(self) -> int:
+        """How many rows are filled at a time."""
         ...
 
     def row(self, i: int) -> Tensor:
@@ -48,6 +54,7 @@ class HostRows:
 
     def __init__(self, n: int, size: int, dtype: torch.dtype) -> None:
         self._rows_ND = torch.empty(n, size, dtype=dtype)
+        self.readers = min(_READERS, processors())
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +84,7 @@ class FileRows:
     """
 
     nbytes = 0
+    readers = _READERS  # on one processor too: they wait for the disk
 
     def __init__(self, checkpoints: Sequence[Checkpoint], slots: Sequence[Slot], weights_D: Tensor) -> None:
         self._checkpoints = checkpoints
@@ -119,7 +127,7 @@ class Streamed:
         self._columns = columns(n, size, dtype.itemsize)
         side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._lanes = [_Lane(n * self._columns, dtype, device, side) for _ in range(2)]
-        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="candidates")
+        self._pool = ThreadPoolExecutor(rows.readers, thread_name_prefix="candidates")
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import ckptavg
+from ckptavg import threads
 from ckptavg.cli.options import Json
 
 if TYPE_CHECKING:
@@ -100,10 +101,11 @@ def _accelerators(torch: ModuleType) -> list[str]:
         return [f"cuda: {str(error).splitlines()[0]}"]
 
 
-def _threads(torch: ModuleType | None) -> dict[str, int]:
-    """Threads of torch, and the processors that this process may run on."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ({"torch": torch.get_num_threads()} if torch else {}) | {"affinity": affinity}
+def _threads(torch: ModuleType | None) -> dict[str, float]:
+    """Threads of torch, processors of the affinity mask, and the CPU quota where there is one."""
+    limit = threads.quota()
+    counts = {"torch": torch.get_num_threads()} if torch else {}
+    return counts | {"affinity": threads.affinity()} | ({} if limit is None else {"quota": limit})
 
 
 def _memory() -> str:

@@ -53,6 +53,11 @@ class HeldOut:
         """See `Task.loss`."""
         return self._task.loss(model, batch)
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """See `ckptavg.tasks.python_file.PythonTask`."""
+        return getattr(self._task, "notes", ())
+
     def divides(self, split: Split) -> bool:
         """Whether a split is one of the two parts."""
         return split in self._sides

@@ -24,12 +24,16 @@ from ckptavg.tasks.failure import failed
 from ckptavg.tasks.guard import Guard
 from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
 from ckptavg.tasks.turns import of_worker, undivided
+from ckptavg.threads import affinity, processors, quota
 
 _OF_BATCHES: Final = ("loss", "metric", "predict")
 
 
 class PythonTask:
     """The functions of a task file; see the README for their names.
+
+    Attributes:
+        notes: on its loaders, for the report, a sentence each.
 
     Args:
         source: a path that ends in ``.py`` or has a directory in it, or the dotted name of a module.
@@ -42,6 +46,7 @@ class PythonTask:
     def __init__(self, source: str, timeout: float | None = None) -> None:
         self.source = source
         self._guard = Guard(timeout, [source])
+        self.notes: list[str] = []
         self._at = ""  # which batch is in use, for errors
         with self._blame(None, thorough=True):
             self._module = _import(source)
@@ -182,10 +187,19 @@ class PythonTask:
         loader = self._loaders.get(split)
         if loader is None:
             loader = self._call(name, self._function(name))
+            self._count_workers(name, loader)
             loader = undivided(loader)
             if not isinstance(loader, Iterator):
                 self._loaders[split] = loader
         return loader
+
+    def _count_workers(self, name: str, loader: Any) -> None:
+        """Note more worker processes than a CPU quota allows; torch itself warns where the affinity mask has fewer."""
+        workers: Any = getattr(loader, "num_workers", 0)
+        if isinstance(workers, int) and processors() < workers <= affinity():
+            what = f"{name}() has num_workers={workers}, and the CPU quota is {quota():g}"
+            note = f"{what}: more than {processors()} only wait for one another"
+            self.notes += [] if note in self.notes else [note]
 
     def _function(self, name: str) -> Callable[..., Any]:
         function = getattr(self._module, name, None)

@@ -6,8 +6,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-layers=12 rounds=3 candidates=(10 20 50 100) seeds=3 small=()
-if [[ ${1:-} == --quick ]]; then layers=1 rounds=1 candidates=(10 20) seeds=1 small=(--quick); fi
+layers=12 rounds=3 candidates=(10 20 50 100) seeds=3 small=() busy=()
+if [[ ${1:-} == --quick ]]; then layers=1 rounds=1 candidates=(10 20) seeds=1 small=(--quick) busy=(--rounds 1); fi
 
 ./scripts/setup.sh
 python=$PWD/.venv/bin/python peers=$PWD/build/benchmark/peers llama=$PWD/build/benchmark/llama-$layers
@@ -40,6 +40,7 @@ table "Learning: one step" "$python" scripts/benchmark/step.py
 table "Learning: evaluations" "$python" scripts/benchmark/evaluation.py
 table "Learning: low bits" "$python" scripts/benchmark/lowbit.py
 table "Starting" "$python" scripts/benchmark/start.py
+table "A busy machine" "$python" scripts/benchmark/busy.py "${busy[@]}"
 table "Several workers" "$python" scripts/benchmark/scaling.py "${small[@]}"
 table "Learning: SeWA's two solvers" "$python" scripts/benchmark/solver.py \
     --candidates "${candidates[@]}" --seeds "$seeds"
