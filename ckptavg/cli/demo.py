@@ -49,7 +49,8 @@ def _train(folder: Path, checkpoints: int = 20) -> None:
                 task.loss(model, batch).mean().backward()
                 with torch.no_grad():
                     for name, parameter in model.named_parameters():
-                        momentum[name].mul_(0.9).add_(parameter.grad)
-                        parameter.sub_(0.5 * momentum[name])
+                        if parameter.grad is not None:
+                            momentum[name].mul_(0.9).add_(parameter.grad)
+                            parameter.sub_(0.5 * momentum[name])
             state = {"state_dict": model.state_dict(), "optimizer": {"momentum": momentum}, "epoch": epoch}
             torch.save(state, folder / f"epoch-{epoch}.pt")
