@@ -125,7 +125,7 @@ def test_validation_data_are_divided_where_there_are_no_test_data(jobs: dict[str
     whole, half = (json.loads(run(*base, *more).stdout) for more in ((), ("--holdout", 0.5)))
     assert whole["holdout"] is None and "test" not in whole["strategies"][0]["scores"]
     scores = half["strategies"][0]["scores"]
-    assert half["holdout"] == 0.5 and scores["val"]["examples"] + scores["test"]["examples"] == 300
+    assert half["holdout"] == 0.5 and scores["val"]["examples"] + scores["test"]["examples"] == 100
     text = " ".join(run(*base, "--holdout", 0.5).stderr.split())
     assert "test is 50% of the validation data" in text and "seeded hash" in text
 
