@@ -207,6 +207,7 @@ print(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 """
 
 
+@pytest.mark.thorough
 def test_memory_does_not_grow_with_candidates_or_model(tmp_path: Path):
     def peak(name: str, candidates: int, elements: int) -> int:
         stored(tmp_path / name, ({"w": torch.full((elements,), float(i))} for i in range(candidates)))

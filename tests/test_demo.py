@@ -58,6 +58,7 @@ class ByHand:
             return float(demo_task.loss(self.model, self.validation).mean())
 
 
+@pytest.mark.thorough
 def test_the_subset_is_within_the_best_one_percent_of_all(digits: Path, selected: ckptavg.Result):
     by_hand = ByHand(digits)
     twelve = range(len(by_hand.states) - 12, len(by_hand.states))

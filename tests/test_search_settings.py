@@ -133,6 +133,7 @@ def test_the_journal_of_another_precision_is_refused(run: Run, jobs: dict[str, J
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
+@pytest.mark.thorough
 @compiler
 def test_a_compiled_model_gives_the_same_losses_scores_and_selection(jobs: dict[str, Job]):
     job = jobs["mlp"]

@@ -4,6 +4,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-./scripts/setup.sh
+./scripts/setup.sh study
 export OMP_NUM_THREADS=1
 PYTHONPATH=scripts exec .venv/bin/python -m study.run "$@"

@@ -235,6 +235,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_is_that_of_the_model_and_the_buffers_whatever_the_number_of_candidates(tmp_path: Path):
     """A model of 16 MiB: weights and gradient, a sum of float64, two buffers of 32 MiB, and what torch takes."""

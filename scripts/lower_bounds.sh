@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Installs the oldest versions that pyproject.toml allows into build/lower-bounds, and runs the quick tests there.
+# Arguments go to pytest. PYTHON=3.12 chooses the interpreter (3.11 by default); UV_TORCH_BACKEND=cpu the build of torch,
+# without which an old one may bring gigabytes of CUDA.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+./scripts/setup.sh test
+PATH=$PATH:$PWD/.venv/bin
+eval "$(python scripts/pip_to_uv.py)"
+oldest=$(python - <<'END'
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    print(*(line.replace(">=", "==") for line in tomllib.load(file)["project"]["dependencies"]))
+END
+)
+echo "lower bounds: $oldest" >&2
+uv venv --quiet --clear --python "${PYTHON:-3.11}" build/lower-bounds
+# shellcheck disable=SC2086 # one word a package
+uv pip install --quiet --python build/lower-bounds/bin/python --editable '.[test]' $oldest
+build/lower-bounds/bin/pytest --quick --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
