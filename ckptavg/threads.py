@@ -55,9 +55,9 @@ def quota(proc: Path = _PROC) -> float | None:
 def processors(proc: Path = _PROC) -> int:
     """The number of threads that compute at a time: `affinity`, or the `quota` to the nearest integer if that is less.
 
-    A half is rounded up. Two threads with 1.5 processors multiply matrices up to 1.5 × as fast as one thread does, but
-    with 1.2 processors short parallel regions took 5 × as long, because each waits for a thread that is stopped until
-    the next period.
+    A half is rounded up. Two threads took 0.7 × the time of one for products of matrices with 1.5 processors, and 0.9 ×
+    with 1.2; for training steps of a small network, whose parallel regions wait for threads that are stopped until the
+    next period, 1.1 × with either (docs/benchmarks.md).
 
     Args:
         proc: as in `quota`.

@@ -4,7 +4,8 @@
 beside processes that compute without pause. Each line is a way in which OpenMP's threads wait for one another. Then
 what these ways cost on the idle machine in steps of training, forward and backward: of the demo's network, whose
 parallel regions take microseconds, and of the transformer of step.py. Rounds are interleaved; medians, least and
-greatest are printed, and ratios of medians. The machine should be idle otherwise: the load at the beginning is printed.
+greatest are printed, and ratios of medians: of the busy machine to the idle one, and of the idle one to libgomp's own
+way, which was ckptavg's before. The machine should be idle otherwise: the load at the beginning is printed.
 """
 
 import argparse
@@ -116,7 +117,7 @@ def whole_runs(options: argparse.Namespace, policies: list[str], folder: Path) -
                 for name in policies:
                     runs[name].append(took(command, POLICIES[name], folder))
     heads = f"{'idle':>8} {'least':>8} {'greatest':>8} {'busy':>8} {'least':>8} {'greatest':>8}"
-    print(f"{'ckptavg sewa, seconds':28} {heads}  busy/idle  idle by {BEFORE}")
+    print(f"{'ckptavg sewa, seconds':28} {heads}  busy/idle  idle ratio")
     for name in policies:
         ratio = statistics.median(busy[name]) / statistics.median(idle[name])
         cost = statistics.median(idle[name]) / statistics.median(idle[BEFORE])
