@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
 
 from ckptavg.determinism import seed_loader
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
@@ -195,9 +196,8 @@ class PythonTask:
 
     def _count_workers(self, name: str, loader: Any) -> None:
         """Note more worker processes than a CPU quota allows; torch itself warns where the affinity mask has fewer."""
-        workers: Any = getattr(loader, "num_workers", 0)
-        if isinstance(workers, int) and processors() < workers <= affinity():
-            what = f"{name}() has num_workers={workers}, and the CPU quota is {quota():g}"
+        if isinstance(loader, DataLoader) and processors() < loader.num_workers <= affinity():
+            what = f"{name}() has num_workers={loader.num_workers}, and the CPU quota is {quota():g}"
             note = f"{what}: more than {processors()} only wait for one another"
             self.notes += [] if note in self.notes else [note]
 
