@@ -27,6 +27,13 @@ _STDOUT_IS_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 def main() -> NoReturn:
     """Run ``ckptavg`` with the process's arguments and exit with its code."""
     try:
+        _run()
+    except interrupt.Interruption as error:  # also one that came while another error was handled
+        _fail(InterruptedRunError("interrupted"), error)
+
+
+def _run() -> NoReturn:
+    try:
         interrupt.install()
         threads.settle()
         _prepare_streams()
@@ -38,8 +45,6 @@ def main() -> NoReturn:
             sys.stdout.flush()
     except CkptavgError as error:
         _fail(error, error)
-    except interrupt.Interruption as error:
-        _fail(InterruptedRunError("interrupted"), error)
     except SystemExit as left:
         if isinstance(left.__context__, BrokenPipeError):  # which Typer calls an exit code of 1
             _end_if_stdout_failed(left.__context__)

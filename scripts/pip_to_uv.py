@@ -1,6 +1,6 @@
-"""Prints shell lines that give uv pip's settings, which it does not read: indexes, folders of wheels, certificates.
+"""Print shell lines that give uv those of pip's settings that say where packages are: uv reads none of pip's.
 
-What is set for uv already stays as it is.
+Variables of uv that are set already are left alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OLDER = {"UV_DEFAULT_INDEX": "UV_INDEX_URL", "UV_INDEX": "UV_EXTRA_INDEX_URL"}
 
 
 def pip_settings() -> dict[str, str]:
-    """From its files and its variables, the stronger after the weaker."""
+    """Read pip's settings from its files and its variables; the latter win."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     settings: dict[str, str] = {}
@@ -43,8 +43,8 @@ def main() -> None:
         if not (parts := settings.get(name, "").split()) or {variable, OLDER.get(variable, "")} & os.environ.keys():
             continue
         print(f"export {variable}={shlex.quote((',' if name == 'find-links' else ' ').join(parts))}")
-    if "extra-index-url" in settings and "UV_INDEX_STRATEGY" not in os.environ:
-        print("export UV_INDEX_STRATEGY=unsafe-best-match")  # pip's own: the best version of all indexes
+        if variable == "UV_INDEX" and "UV_INDEX_STRATEGY" not in os.environ:
+            print("export UV_INDEX_STRATEGY=unsafe-best-match")  # pip's own: the best version of all indexes
 
 
 if __name__ == "__main__":

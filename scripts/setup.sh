@@ -36,7 +36,11 @@ with_pip() {
 
 find_uv() {
     uv=$(command -v uv) || { with_pip --only-binary :all: "$(pinned uv)" 2>/dev/null && uv=.venv/bin/uv; } || uv=
-    [[ -z $uv ]] || eval "$(.venv/bin/python scripts/pip_to_uv.py)"
+    if [[ -n $uv ]]; then
+        local settings
+        settings=$(.venv/bin/python scripts/pip_to_uv.py)
+        eval "$settings"
+    fi
 }
 
 install() {
@@ -54,7 +58,7 @@ install_torch() { # first and alone: an unpinned one brings gigabytes
         echo "setup: UV_TORCH_BACKEND is set, but there is no uv" >&2
         return 1
     fi
-    [[ -z $backend || $made == *" $backend" ]] || .venv/bin/python -m pip uninstall --quiet --yes torch
+    [[ -z $backend || $made == *" $backend" ]] || .venv/bin/python -m pip uninstall --quiet --yes torch 2>/dev/null
     echo "setup: installing torch" >&2
     install --constraint constraints.txt "$(pinned torch)"
 }
@@ -77,12 +81,13 @@ usable() { # an old one, a moved one and one without pip are not
         && { [[ ! -e .venv/bin/pip ]] || .venv/bin/pip --version >/dev/null 2>&1; }
 }
 
-extras() { # those named, and those that they consist of
+extras() { # of those present and those wished for: all, and all that they consist of
     .venv/bin/python - "$@" <<'END'
 import re, sys, tomllib
 with open("pyproject.toml", "rb") as file:
     known = tomllib.load(file)["project"]["optional-dependencies"]
-names = list(dict.fromkeys(sys.argv[1:]))
+present, wishes = (words.split() for words in sys.argv[1:])
+names = list(dict.fromkeys([*(name for name in present if name in known), *wishes]))
 for name in names:  # grows
     if name not in known:
         sys.exit(f"setup: pyproject.toml has no extra called {name}; it has {', '.join(known)}")
@@ -93,12 +98,12 @@ END
 }
 
 if usable; then
-    wanted=$(extras $present "${wishes[@]}") # before anything is installed: one may be misspelt
+    wanted=$(extras "$present" "${wishes[*]}") # before anything is installed: one may be misspelt
     printf 'unfinished\n%s\n' "$present" >"$stamp"
     install_torch
 else
     make_venv
-    wanted=$(extras "${wishes[@]}")
+    wanted=$(extras "" "${wishes[*]}")
 fi
 echo "setup: installing ${wanted// /, }" >&2
 install --constraint constraints.txt --editable ".[${wanted// /,}]"

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extras=(dev)
-if [[ ${1:-} == --quick ]]; then extras=(test lint); fi
+if [[ " $* " == *" --quick "* ]]; then extras=(test lint); fi
 ./scripts/setup.sh "${extras[@]}"
 echo "== format"
 .venv/bin/ruff format --check .

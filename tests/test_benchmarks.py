@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "benchmark"
 
 
@@ -17,6 +19,7 @@ def test_low_bits():
     assert bits == ["authors'", "32", "16", "8", "4", "2", "1"]
 
 
+@pytest.mark.thorough
 def test_a_busy_machine():
     words = ["busy.py", "--rounds", "1", "--loops", "1", "--policies", "OMP_NUM_THREADS=1", "--steps", "1"]
     words += ["--networks", "demo's network", "--arguments", "--last 3 --k 2 --steps 2 --no-baselines"]

@@ -15,6 +15,7 @@ import torch
 from conftest import Run
 
 import ckptavg
+from ckptavg import threads
 
 
 def environment(run: Run, **variables: str) -> dict[str, object]:
@@ -26,15 +27,23 @@ def test_versions_are_those_of_the_installed_distributions(run: Run):
     assert facts["ckptavg"] == ckptavg.__version__ == version("ckptavg")
     assert facts["packages"] == {name: version(name) for name in ("torch", "numpy", "safetensors", "typer", "rich")}
     assert str(facts["python"]).startswith(platform.python_version())
-    assert str(facts["torch build"]).startswith(f"CUDA {torch.version.cuda}" if torch.version.cuda else "cpu")
+    assert str(facts["torch build"]).startswith(
+        f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "cpu"
+    )
 
 
-def test_processors_threads_and_space_are_counted(run: Run, tmp_path: Path):
+def test_devices_processors_and_threads_are_counted(run: Run):
     facts = environment(run)
     devices = facts["devices"]
     assert isinstance(devices, list) and len(devices) == 1 + torch.cuda.device_count() + torch.mps.is_available()
     assert f"{os.cpu_count()} logical cores" in devices[0]
-    assert facts["threads"] == {"torch": torch.get_num_threads(), "affinity": len(os.sched_getaffinity(0))}
+    limit = {} if (quota := threads.quota()) is None else {"quota": quota}
+    assert facts["threads"] == {"torch": torch.get_num_threads(), "affinity": threads.affinity(), **limit}
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs Linux")
+def test_the_file_system_is_that_of_df_and_the_memory_that_of_the_kernel(run: Run, tmp_path: Path):
+    facts = environment(run)
     words = ["df", "--output=fstype", tmp_path]
     kind = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[1]
     assert str(facts["working directory"]).startswith(f"{kind}, ")
@@ -49,7 +58,7 @@ def test_lines_for_a_report_hold_the_fields_of_the_json(run: Run):
 
 def test_variables_are_shown_without_paths_and_commands(run: Run):
     given = {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "0,1", "CKPTAVG_K": "5", "CKPTAVG_BITS": "auto"}
-    hidden = {"CKPTAVG_TASK": "/home/somebody/task.py", "CKPTAVG_SCORE_CMD": "python eval.py --token abc {}"}
+    hidden = {"CKPTAVG_TASK": "/home/somebody/task.py", "CKPTAVG_SCORE_CMD": "score.sh", "CKPTAVG_VAL": "patients.csv"}
     shown = environment(run, **given, **hidden, MY_TOKEN="abc")["variables"]
     assert isinstance(shown, dict) and {name: shown[name] for name in given} == given
     assert {name: shown[name] for name in hidden} == dict.fromkeys(hidden, "(set)") and "MY_TOKEN" not in shown

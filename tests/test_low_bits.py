@@ -50,7 +50,7 @@ def test_from_four_bits_on_the_exact_average_scores_within_the_noise_of_a_search
 
 @pytest.mark.parametrize("name", ["sewa", "twa"])
 @pytest.mark.parametrize("bits", [4, 1])
-def test_there_is_a_warning_wherever_the_search_saw_another_score_than_the_exact_averages(
+def test_there_is_a_warning_where_the_search_saw_another_score_or_little_of_the_differences(
     searched: dict[tuple[str, int], ckptavg.Result], jobs: dict[str, Job], name: str, bits: int
 ):
     result = searched[name, bits]
@@ -60,7 +60,7 @@ def test_there_is_a_warning_wherever_the_search_saw_another_score_than_the_exact
     exact = result.scores["val"]
     apart = abs(seen.value - exact.value) > exact.noise or abs(seen.loss - exact.loss) > exact.loss_noise
     warned = any(f"at --bits {bits}" in warning for warning in result.warnings)
-    assert warned >= apart
+    assert warned == (apart or result.matrix.error > 0.6)
 
 
 def test_one_bit_is_too_few_and_the_report_says_so(searched: dict[tuple[str, int], ckptavg.Result]):

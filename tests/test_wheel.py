@@ -1,6 +1,6 @@
 """The wheel in an environment of its own: the declared dependencies alone, nothing of the repository.
 
-What is installed is linked from the running environment, so that nothing is downloaded.
+The dependencies are linked from the running environment, so that nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -55,14 +55,14 @@ def link(found: Distribution, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     """Runs a program of the new environment, in an empty directory and without the variables of this one."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     build = [*pip, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder, ROOT]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
-    venv.create(folder / "venv", with_pip=False)
+    venv.create(folder / "venv", with_pip=False, symlinks=True)
     interpreter = folder / "venv" / "bin" / "python"
     install = [*pip, "--python", interpreter, "install", "--no-deps", "--no-index", wheel]
     subprocess.run(install, check=True, capture_output=True)
@@ -70,7 +70,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
     for found in needed(Distribution.at(next(packages.glob("ckptavg-*.dist-info")))).values():
         link(found, packages)
     (folder / "work").mkdir()
-    kept = {name: os.environ[name] for name in ("HOME", "LANG", "OPENBLAS_CORETYPE") if name in os.environ}
+    kept = {
+        name: os.environ[name]
+        for name in ("HOME", "LANG", "LD_LIBRARY_PATH", "OPENBLAS_CORETYPE", "TMPDIR")
+        if name in os.environ
+    }
     kept |= {"PATH": os.defpath, "OMP_NUM_THREADS": "1"}  # a second thread only waits for the first
 
     def call(name: str, *words: str, cwd: str = ".") -> subprocess.CompletedProcess[str]:
@@ -78,7 +82,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
         there = folder / "work" / cwd
         return subprocess.run(program, cwd=there, env=kept, capture_output=True, text=True)
 
-    yield call
+    return call
 
 
 def test_the_environment_holds_the_declared_dependencies_alone(installed: Installed):

@@ -25,7 +25,7 @@ _OPTIONAL: Final = (
 _SHOWN: Final = re.compile(
     r"(OMP|GOMP|KMP|MKL|OPENBLAS|NCCL|GLOO|PYTORCH|TORCHELASTIC)_\w+|CUDA_(VISIBLE_DEVICES|LAUNCH_BLOCKING)|CKPTAVG_\w+"
 )
-_PLAIN: Final = re.compile(r"[\w.:,+{}-]{0,32}")  # numbers, words and lists of these: no path, no command
+_PLAIN: Final = re.compile(r"(-?[\d.]+([,:]-?[\d.]+)*|auto|cpu|cuda|true|false|active|passive)?", re.IGNORECASE)
 
 
 def command(json: Json = False) -> None:
@@ -98,7 +98,7 @@ def _accelerators(torch: ModuleType) -> list[str]:
             lines.append(f"mps: {_gb(torch.mps.recommended_max_memory())}")
         return lines
     except (RuntimeError, AssertionError) as error:
-        return [f"cuda: {str(error).splitlines()[0]}"]
+        return [f"accelerator: {(str(error).splitlines() or [type(error).__name__])[0]}"]
 
 
 def _threads(torch: ModuleType | None) -> dict[str, float]:
@@ -127,7 +127,7 @@ def _file_system() -> str:
 
 
 def _variables() -> dict[str, str]:
-    """Variables that change a run. A value that may be a path or a command is replaced by "(set)"."""
+    """Variables that change a run. A value that is no number, list of numbers or known word is replaced by "(set)"."""
     return {
         name: value if _PLAIN.fullmatch(value) else "(set)"
         for name, value in sorted(os.environ.items())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import traceback
 from pathlib import Path
 from typing import Final
+
+from torch.multiprocessing import reductions
 
 from ckptavg.determinism import LACKING
 from ckptavg.errors import TaskError
@@ -15,7 +16,6 @@ from ckptavg.tasks.guard import TooLongError
 MOST: Final = 500  # characters of a message; some libraries print whole configurations
 _DEAD: Final = re.compile(r"DataLoader worker \(pid.*", re.DOTALL)
 _LOST_MEMORY: Final = re.compile(r"unable to open shared memory object .*No such file")
-_EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)  # of this process, not its workers
 
 
 def failed(source: str, function: str | None, at: str, error: BaseException, seconds: float | None = None) -> TaskError:
@@ -69,9 +69,9 @@ def _worker_death(what: str, error: BaseException) -> str | None:
     """
     if match := _DEAD.search(what):
         return match[0]
-    connection = isinstance(error, OSError | EOFError) and getattr(error, "errno", None) not in _EXHAUSTED
-    frames = traceback.extract_tb(error.__traceback__) if connection else []
-    fetching = any("multiprocessing" in Path(frame.filename).parts for frame in frames)
+    gone = isinstance(error, FileNotFoundError | ConnectionError | EOFError)
+    frames = traceback.extract_tb(error.__traceback__) if gone else []
+    fetching = any(frame.filename == reductions.__file__ for frame in frames)
     return what if fetching or _LOST_MEMORY.search(what) else None
 
 

@@ -34,7 +34,7 @@ class PythonTask:
     """The functions of a task file; see the README for their names.
 
     Attributes:
-        notes: on its loaders, for the report, a sentence each.
+        notes: sentences on its loaders, for the report.
 
     Args:
         source: a path that ends in ``.py`` or has a directory in it, or the dotted name of a module.
@@ -198,7 +198,7 @@ class PythonTask:
         """Note more worker processes than a CPU quota allows; torch itself warns where the affinity mask has fewer."""
         if isinstance(loader, DataLoader) and processors() < loader.num_workers <= affinity():
             what = f"{name}() has num_workers={loader.num_workers}, and the CPU quota is {quota():g}"
-            note = f"{what}: more than {processors()} only wait for one another"
+            note = f"{what}: use at most {processors()}"
             self.notes += [] if note in self.notes else [note]
 
     def _function(self, name: str) -> Callable[..., Any]:

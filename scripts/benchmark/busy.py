@@ -1,4 +1,4 @@
-"""What `ckptavg sewa` takes on a busy machine: python scripts/benchmark/busy.py
+"""Time `ckptavg sewa` on a busy machine: python scripts/benchmark/busy.py
 
 `ckptavg sewa --k 5` on the demo's 24 checkpoints, as whole processes with a warm page cache, on an idle machine and
 beside processes that compute without pause. Each line is a way in which OpenMP's threads wait for one another. Then

@@ -40,8 +40,8 @@ table "Learning: one step" "$python" scripts/benchmark/step.py
 table "Learning: evaluations" "$python" scripts/benchmark/evaluation.py
 table "Learning: low bits" "$python" scripts/benchmark/lowbit.py
 table "Starting" "$python" scripts/benchmark/start.py
-table "A busy machine" "$python" scripts/benchmark/busy.py "${busy[@]}"
-table "Several workers" "$python" scripts/benchmark/scaling.py "${small[@]}"
+table "A busy machine" "$python" scripts/benchmark/busy.py ${busy[@]+"${busy[@]}"}
+table "Several workers" "$python" scripts/benchmark/scaling.py ${small[@]+"${small[@]}"}
 table "Learning: SeWA's two solvers" "$python" scripts/benchmark/solver.py \
     --candidates "${candidates[@]}" --seeds "$seeds"
 echo "$out"

@@ -458,11 +458,22 @@ def test_a_worker_that_dies_before_its_batch_is_fetched_is_reported_as_dead(run:
         "        while not os.path.exists('ending'): time.sleep(0.01)\n        return batches\n\n"
         "def die():\n    while not os.path.exists('sent'): time.sleep(0.01)\n"
         "    import multiprocessing.util, shutil; shutil.rmtree(multiprocessing.util.get_temp_dir())\n"
-        "    open('ending', 'w').close(); time.sleep(1); os._exit(3)\n\ndef val_dataloader"
+        "    open('ending', 'w').close(); time.sleep(30); os._exit(3)\n\n"
+        "def own_folder(_):\n    import multiprocessing.process\n"
+        "    multiprocessing.process.current_process()._config.pop('tempdir', None)\n\ndef val_dataloader"
     )
-    write(tmp_path, (LOADER, WORKER.format("die", "").replace("DataLoader(", "Waiting(")),
+    loader = WORKER.format("die", ", worker_init_fn=own_folder").replace("DataLoader(", "Waiting(")
+    write(tmp_path, (LOADER, loader),
           ("def val_dataloader", waiting))  # fmt: skip
     refused(run(*SCORE), "in val_dataloader, batch 1: a worker process died: FileNotFoundError: ")
+
+
+def test_a_file_that_a_pool_of_the_loaders_own_does_not_find_is_no_dead_worker(run: Run, ckpts: Path, tmp_path: Path):
+    broken = "lambda: __import__('multiprocessing.pool').pool.ThreadPool(1).map(open, ['gone.csv'])"
+    write(tmp_path, (LOADER, f"    return DataLoader(Data({broken}), batch_size=4)"))
+    done = run(*SCORE)
+    refused(done, "in val_dataloader, batch 2: FileNotFoundError: ")
+    assert "worker process" not in done.stderr
 
 
 def test_a_worker_that_dies_while_the_loss_runs_is_not_the_losss_fault(run: Run, ckpts: Path, tmp_path: Path):
