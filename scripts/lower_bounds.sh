@@ -15,7 +15,8 @@ with open("pyproject.toml", "rb") as file:
 END
 )
 echo "lower bounds: $oldest" >&2
-uv venv --quiet --clear --python "${PYTHON:-3.11}" build/lower-bounds
+uv venv --quiet --clear --seed --python "${PYTHON:-3.11}" build/lower-bounds
 # shellcheck disable=SC2086 # one word a package
 uv pip install --quiet --python build/lower-bounds/bin/python --editable '.[test]' $oldest
-build/lower-bounds/bin/pytest --quick --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+PATH=$PWD/build/lower-bounds/bin:$PATH
+pytest --quick --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
