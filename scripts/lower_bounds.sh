@@ -7,15 +7,21 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ./scripts/setup.sh test
 PATH=$PATH:$PWD/.venv/bin
-eval "$(python scripts/pip_to_uv.py)"
-oldest=$(python - <<'END'
+if ! command -v uv >/dev/null; then
+    echo "lower bounds: uv is needed to install the oldest versions: pip install uv" >&2
+    exit 1
+fi
+settings=$(.venv/bin/python scripts/pip_to_uv.py)
+eval "$settings"
+oldest=$(.venv/bin/python - <<'END'
 import tomllib
 with open("pyproject.toml", "rb") as file:
     print(*(line.replace(">=", "==") for line in tomllib.load(file)["project"]["dependencies"]))
 END
 )
 echo "lower bounds: $oldest" >&2
-uv venv --quiet --clear --python "${PYTHON:-3.11}" build/lower-bounds
+uv venv --quiet --clear --seed --python "${PYTHON:-3.11}" build/lower-bounds
 # shellcheck disable=SC2086 # one word a package
 uv pip install --quiet --python build/lower-bounds/bin/python --editable '.[test]' $oldest
-build/lower-bounds/bin/pytest --quick --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+PATH=$PWD/build/lower-bounds/bin:$PATH
+pytest --quick --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -30,6 +30,7 @@ _SUSPECT = frozenset({
     "pty.spawn", "pickle.find_class", "socket.connect", "socket.bind", "urllib.Request",
     "webbrowser.open", "ctypes.dlopen", "builtins.input", "builtins.breakpoint",
 })  # fmt: skip
+_DRIVERS = ("libnvidia-ml.so.1", "libamd_smi.so")  # which torch's builds for GPUs load again to count devices
 
 
 class Watcher:
@@ -41,7 +42,7 @@ class Watcher:
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.on and event in _SUSPECT:
+        if self.on and event in _SUSPECT and not (event == "ctypes.dlopen" and arguments[0] in _DRIVERS):
             self.seen.append(event)
 
 

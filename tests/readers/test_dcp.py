@@ -25,9 +25,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples, kept
 from torch import Tensor, nn
-from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch_archives import TORCH_DTYPE, expected, values
 
@@ -699,9 +698,7 @@ def test_a_tensor_that_cannot_be_read_leaves_the_others(
 
 def test_the_safetensors_serialization_is_refused(tmp_path: Path) -> None:
     state = {"model": {"w": torch.ones(3)}, "step": 1}
-    if not hasattr(filesystem, "SerializationFormat"):
-        pytest.skip("torch 2.7 writes one format only")
-    folder = save(tmp_path / "st", state, serialization_format=filesystem.SerializationFormat.SAFETENSORS)
+    folder = save(tmp_path / "st", state, serialization_format=SerializationFormat.SAFETENSORS)
     refused(folder, "model.w: is not stored by torch.save", at=".metadata")
 
 
