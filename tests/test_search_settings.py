@@ -140,9 +140,10 @@ def test_a_compiled_model_gives_the_same_losses_scores_and_selection(
 ):
     # no part in what other processes on this machine compile, perhaps for another processor
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
-    job = jobs["mlp"]
-    with job.mixture(last=4) as plain, job.mixture(last=4, compiled=True) as fast:
+    import torch._inductor.config as inductor
+
+    job, alone = jobs["mlp"], inductor.patch({"compile_threads": 1})
+    with alone, job.mixture(last=4) as plain, job.mixture(last=4, compiled=True) as fast:
         for chosen in ([0], [1, 3], [0, 1, 2, 3]):
             coefficients = Coefficients.uniform(chosen, 4)
             assert fast.score(coefficients).metric == plain.score(coefficients).metric

@@ -469,8 +469,11 @@ def test_a_worker_that_dies_before_its_batch_is_fetched_is_reported_as_dead(run:
 
 
 def test_a_file_that_a_pool_of_the_loaders_own_does_not_find_is_no_dead_worker(run: Run, ckpts: Path, tmp_path: Path):
-    broken = "lambda: __import__('multiprocessing.pool').pool.ThreadPool(1).map(open, ['gone.csv'])"
-    write(tmp_path, (LOADER, f"    return DataLoader(Data({broken}), batch_size=4)"))
+    lose = (
+        "def lose():\n    from multiprocessing.pool import ThreadPool\n"
+        "    with ThreadPool(1) as pool: pool.map(open, ['gone.csv'])\n\ndef val_dataloader"
+    )
+    write(tmp_path, (LOADER, "    return DataLoader(Data(lose), batch_size=4)"), ("def val_dataloader", lose))
     done = run(*SCORE)
     refused(done, "in val_dataloader, batch 2: FileNotFoundError: ")
     assert "worker process" not in done.stderr
