@@ -14,4 +14,6 @@ echo "== lint"
 echo "== types"
 .venv/bin/basedpyright
 echo "== tests"
-.venv/bin/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+# one more process than processors: tests often wait for a program that they have started
+workers=$(.venv/bin/python -c 'from ckptavg.threads import processors; print(min(4, processors() + 1))')
+.venv/bin/pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
