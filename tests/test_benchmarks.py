@@ -22,7 +22,7 @@ def test_low_bits():
 @pytest.mark.thorough
 def test_a_busy_machine():
     words = ["busy.py", "--rounds", "1", "--loops", "1", "--policies", "--steps", "1"]
-    words += ["--networks", "demo's network", "--arguments", "--dry-run"]
+    words += ["--networks", "demo's network", "--arguments=--dry-run"]
     done = subprocess.run([sys.executable, *words], cwd=SCRIPTS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split("  ")[1] for line in done.stdout.splitlines() if line.startswith("  ")]
