@@ -46,13 +46,13 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--quick`` is for an environment with the extra ``test`` alone, and for a minute's check."""
+    """Add ``--quick``, for an environment with the extra ``test`` alone."""
     text = "leave out other frameworks, processes of torchrun, crash campaigns and the study"
     parser.addoption("--quick", action="store_true", help=text)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Directories and files of which nothing is quick; some of them import what is not installed."""
+    """Leave out directories and files without a quick test; some import packages that are not installed."""
     return True if config.getoption("--quick") and collection_path in THOROUGH else None
 
 
