@@ -1,4 +1,4 @@
-"""What scripts/setup.sh installs with: pip's settings as uv gets them, and the names of extras."""
+"""Tests of scripts/setup.sh: the settings of pip that uv gets, and the names of extras."""
 
 from __future__ import annotations
 

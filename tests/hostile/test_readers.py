@@ -1,4 +1,4 @@
-"""What the readers themselves say of a hostile input, to whoever calls them from Python."""
+"""Tests of the readers called from Python: each refuses a hostile input by an error of its own."""
 
 from __future__ import annotations
 
