@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What CI runs: format, lint, types, tests. Other arguments go to pytest: ./scripts/test.sh -k sewa
-# --quick installs little and leaves out other frameworks, processes of torchrun, crash campaigns and the study.
+# --quick installs little and leaves out what takes long or needs other frameworks: see tests/conftest.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -37,8 +37,8 @@ HERE = Path(__file__).parent
 THOROUGH = [
     HERE / name
     for name in (
-        "distributed", "faults", "frameworks", "study", "tasks/test_harness.py", "tasks/test_hugging_face.py",
-        "tasks/test_torch_metrics.py", "test_adapter.py",
+        "distributed", "faults", "frameworks", "hostile", "study", "tasks/test_harness.py",
+        "tasks/test_hugging_face.py", "tasks/test_torch_metrics.py", "test_adapter.py", "test_wheel.py",
     )
 ]  # fmt: skip
 __all__ = ["pytest_sessionfinish", "pytest_terminal_summary", "pytest_testnodedown"]
@@ -47,7 +47,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--quick``, for an environment with the extra ``test`` alone."""
-    text = "leave out other frameworks, processes of torchrun, crash campaigns and the study"
+    text = "leave out what takes long or needs other frameworks"
     parser.addoption("--quick", action="store_true", help=text)
 
 

@@ -248,6 +248,7 @@ def test_names_with_markup_and_control_characters_are_printed_as_they_are(run: R
     assert "lr[red]\\n\\x1b[1m-9" in run(*SWA).stderr
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_says_so_and_leaves_nothing(run: Run, ckpts: Path, tmp_path: Path):
     (tmp_path / "mine.py").write_text(
         TINY.replace("def loss(model, batch):", "def loss(model, batch):\n    print('in loss', flush=True)\n   ")

@@ -87,6 +87,7 @@ def test_a_key_of_a_json_line_is_read_and_a_directory_has_the_config(run: Run, c
     assert "8 mixtures scored" in done.stderr or "mixtures scored" in done.stderr
 
 
+@pytest.mark.thorough
 def test_the_mask_and_the_coefficients_are_searched_without_gradients(run: Run, ckpts: Path, tmp_path: Path):
     more = ("--score-cmd", COMMAND, "--score-key", "results.score", "--evaluations", 12, "--no-baselines")
     first = run("sewa", "ckpts", "--k", 3, *more, "--json")

@@ -28,6 +28,7 @@ def compared(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparis
     return ckptavg.compare(digits, task=TASK, output=output)
 
 
+@pytest.mark.thorough
 def test_every_strategy_takes_part(compared: Comparison):
     assert [one.name for one in compared.contestants] == [*DEFAULT, "twa:on=train"]
     assert set(DEFAULT) == set(strategies())
@@ -46,6 +47,7 @@ def test_the_winner_has_the_best_validation_score_and_is_written(compared: Compa
     assert load_file(compared.result.output.path)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["last", "soup", "aswa", "sewa", "twa:on=train"])
 def test_each_row_is_what_the_strategy_finds_alone(compared: Comparison, digits: Path, tmp_path: Path, name: str):
     """The same coefficients, scores and batches as its own command without baselines."""

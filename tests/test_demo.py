@@ -219,6 +219,7 @@ def test_never_worse_writes_the_best_single_checkpoint(digits: Path, run: Run, t
     assert "was written instead" in report["verdict"]
 
 
+@pytest.mark.thorough
 def test_a_terminal_shows_the_loss_the_time_left_and_how_sure_the_mask_is(digits: Path, tmp_path: Path):
     main_end, terminal = pty.openpty()
     command = [

@@ -37,6 +37,7 @@ def searched(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tup
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "bits"), [(name, bits) for name in SEARCHES for bits in ((16, 8, 4) if name == "sewa" else (4,))]
 )
@@ -48,6 +49,7 @@ def test_from_four_bits_on_the_exact_average_scores_within_the_noise_of_a_search
     assert bits == 4 or not any("--bits" in warning for warning in searched[name, bits].warnings)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["sewa", "twa"])
 @pytest.mark.parametrize("bits", [4, 1])
 def test_there_is_a_warning_where_the_search_saw_another_score_or_little_of_the_differences(

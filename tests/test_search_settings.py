@@ -33,6 +33,7 @@ def row(result: ckptavg.Result) -> list[Any]:
     return [one.coefficient for one in result.candidates]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("strategy", QUICK)
 def test_candidates_streamed_from_their_files_give_the_answer_of_the_dense_matrix(
     jobs: dict[str, Job], tmp_path: Path, strategy: str
@@ -158,6 +159,7 @@ def test_a_compiled_model_gives_the_same_losses_scores_and_selection(
         assert fast.model.state_dict().keys() == plain.model.state_dict().keys()
 
 
+@pytest.mark.thorough
 def test_where_there_is_no_compiler_the_model_runs_as_it_is_and_one_line_says_so(jobs: dict[str, Job], tmp_path: Path):
     import torch._dynamo
     import torch._inductor.config as inductor

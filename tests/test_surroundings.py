@@ -184,6 +184,7 @@ def test_tasks_that_are_none(run: Run, work: Path, task: str):
 # streams
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)])
 @pytest.mark.parametrize("words", [SWA, SEWA, ("best", "ckpts", "--score-cmd", "echo 1; cat; true")])
 def test_streams_that_are_closed_take_nothing_from_the_output(
@@ -215,6 +216,7 @@ def test_a_stdout_that_is_full_is_said(work: Path, words: tuple[str, ...]):
     said(done, 5, "stdout: cannot be written: no space left on device")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "environment",
     [
@@ -257,6 +259,7 @@ NAMES = [
 ]  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_a_name_of_any_kind(work: Path, name: str, encoding: str):

@@ -157,6 +157,7 @@ def by_itself(processors: int, **given: str) -> int:
     return int(child(FIRST + "import torch\nprint(torch.get_num_threads())", processors, **given))
 
 
+@pytest.mark.thorough
 @masks
 @pytest.mark.parametrize("processors", sorted({1, min(2, threads.affinity()), threads.affinity()}))
 def test_a_run_has_as_many_threads_as_its_mask_has_processors(work: Path, processors: int):
@@ -167,6 +168,7 @@ def test_a_run_has_as_many_threads_as_its_mask_has_processors(work: Path, proces
     assert count <= processors
 
 
+@pytest.mark.thorough
 @masks
 @pytest.mark.parametrize("given", [{"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "5000"}, {"KMP_BLOCKTIME": "3"},
                                    {"OMP_NUM_THREADS": "3"}], ids=str)  # fmt: skip

@@ -278,12 +278,14 @@ def test_which_directories_are_claimed() -> None:
 # ---- what several ranks saved
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SAVES)
 def test_sharded_tensors_are_what_was_saved(sharded: Path, truth: Mapping[str, Any], name: str) -> None:
     assert read(sharded / name)["model"] == expected(truth[name])
     assert len(list((sharded / name).glob("*.distcp"))) >= RANKS
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("large", [1, 1 << 16])
 @examples(120)
 @given(data=st.data())

@@ -61,6 +61,7 @@ def scorer(job: Job) -> Callable[[State], float]:
     return score
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("hard", [True, False])
 @pytest.mark.parametrize("name", ["cnn", "mlp", "transformer"])
 def test_the_accepted_list_is_that_of_the_reference(jobs: dict[str, Job], name: str, hard: bool):

@@ -195,6 +195,7 @@ def test_without_a_loss_there_is_no_quadratic():
             strategy.learn(Scored(n=4, d=3, seed=0))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["cnn", "mlp", "transformer"])
 def test_on_networks_the_verified_subset_is_among_the_best(jobs: dict[str, Job], name: str):
     with jobs[name].mixture(last=9) as mixture:

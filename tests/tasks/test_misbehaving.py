@@ -116,6 +116,7 @@ PLACES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("raised", RAISED)
 def test_what_a_function_raises(run: Run, ckpts: Path, tmp_path: Path, place: str, raised: str):
@@ -204,6 +205,7 @@ def test_what_is_no_model(run: Run, ckpts: Path, tmp_path: Path, body: str, mess
     refused(run(*SCORE), message)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -249,6 +251,7 @@ def test_what_is_no_data_to_divide(run: Run, ckpts: Path, tmp_path: Path, body: 
 # numbers that are none
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("strategy", ["best", "soup", "aswa", "swa", "lawa --k 2", "ema", "last"])
 @pytest.mark.parametrize("position", range(N))
 @pytest.mark.parametrize("function", ["loss", "metric"])
@@ -277,6 +280,7 @@ def test_a_candidate_that_scores_nan_is_never_chosen(
         assert bad["coefficient"] == 0.0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("function", ["loss", "metric"])
@@ -346,6 +350,7 @@ CHANGES = {
 }  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_a_task_sets_changes_nothing_for_ckptavg(
     run: Run, ckpts: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
@@ -450,6 +455,7 @@ def test_workers_that_die(run: Run, ckpts: Path, tmp_path: Path, broken: str, me
     assert left(tmp_path) == {"ckpts", "bad_task.py"}
 
 
+@pytest.mark.thorough
 def test_a_worker_that_dies_before_its_batch_is_fetched_is_reported_as_dead(run: Run, ckpts: Path, tmp_path: Path):
     """The batch lies in the memory of a worker that has removed its socket and is about to end."""
     waiting = (
@@ -486,6 +492,7 @@ def test_a_worker_that_dies_while_the_loss_runs_is_not_the_losss_fault(run: Run,
     refused(run(*SCORE), "a worker process died: ")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", [", timeout=1", ""])
 def test_workers_that_hang(run: Run, ckpts: Path, tmp_path: Path, options: str):
     """torch waits for ever unless the loader has a timeout or ckptavg."""
@@ -504,6 +511,7 @@ def test_workers_that_print_do_not_spoil_the_report(run: Run, ckpts: Path, tmp_p
     assert "from a worker" in done.stderr and "raw" in done.stderr
 
 
+@pytest.mark.thorough
 def test_a_task_that_leaves_the_process_leaves_nothing_half_written(run: Run, ckpts: Path, tmp_path: Path):
     write(tmp_path, (LOSS, "    os._exit(9)"))
     command = [sys.executable, "-m", "ckptavg", *SEARCH]
@@ -514,6 +522,7 @@ def test_a_task_that_leaves_the_process_leaves_nothing_half_written(run: Run, ck
     assert run(*SEARCH, "--no-resume").returncode == 0
 
 
+@pytest.mark.thorough
 def test_signals_reach_ckptavg_through_a_task_that_ignores_them(ckpts: Path, tmp_path: Path):
     write(
         tmp_path,
