@@ -32,6 +32,7 @@ from ckptavg.window import Window
 
 typer.main.get_command = cache(typer.main.get_command)  # Typer makes every command anew in each call, which takes long
 torch.set_num_threads(1)  # the networks are tiny: a second thread only waits, and for long on a busy machine
+CPU = torch.device("cpu")
 TASK = Path(demo_task.__file__)
 HERE = Path(__file__).parent
 THOROUGH = [
@@ -46,9 +47,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--quick``, for an environment with the extra ``test`` alone."""
+    """Add ``--quick``, for an environment with the extra ``test`` alone, and ``--device``."""
     text = "leave out what takes long or needs other frameworks"
     parser.addoption("--quick", action="store_true", help=text)
+    parser.addoption("--device", default="cpu", help="where those marked gpu compute: scripts/gpu/check.sh has a GPU")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -77,6 +79,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """Where tests marked ``gpu`` compute."""
+    return torch.device(pytestconfig.getoption("--device"))
+
+
 @dataclass(frozen=True)
 class Job:
     """A task file and the checkpoints that its training left."""
@@ -86,11 +94,10 @@ class Job:
     folder: Path
 
     @contextmanager
-    def mixture(self, **options: Any) -> Iterator[Mixture]:
+    def mixture(self, *, last: int | None = None, device: torch.device = CPU, **options: Any) -> Iterator[Mixture]:
         """The real objective on these checkpoints."""
-        window = Window(last=options.pop("last", None))
-        with discover([self.folder], window) as found:
-            yield Mixture(PythonTask(str(self.task)), found.checkpoints, device=torch.device("cpu"), **options)
+        with discover([self.folder], Window(last=last)) as found:
+            yield Mixture(PythonTask(str(self.task)), found.checkpoints, device=device, **options)
 
 
 @pytest.fixture(scope="session")
