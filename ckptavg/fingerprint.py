@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +57,23 @@ def _of_code(source: str) -> dict[str, str]:
         module = sys.modules.get(source)
         path = Path(getattr(module, "__file__", None) or source)
     path = path.resolve()
-    files = {path} | {found for found in _modules() if found.is_relative_to(path.parent)}
+    folder = f"{path.parent}{os.sep}".replace(2 * os.sep, os.sep)  # a task may lie in the root
+    files = {path} | {Path(found) for found in _modules() if found.startswith(folder)}
     own = (one for one in files if "site-packages" not in one.relative_to(path.parent).parts and is_file(one))
     return {str(one.relative_to(path.parent)): _sha256(one) for one in sorted(own)}
 
 
-def _modules() -> set[Path]:
-    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-    return {Path(file).resolve() for file in files if isinstance(file, str) and Path(file).is_absolute()}
+def _modules() -> set[str]:
+    """The real paths of all modules' files; there are thousands, in few directories, so these are followed once."""
+    real = cache(os.path.realpath)
+    found: set[str] = set()
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and Path(file).is_absolute():
+            folder, name = os.path.split(file)
+            path = f"{real(folder)}{os.sep}{name}"
+            found.add(os.path.realpath(path) if os.path.islink(path) else path)  # noqa: PTH114  # Path is slow
+    return found
 
 
 def _of_data(path: Path) -> str:
