@@ -116,6 +116,7 @@ def test_only_batchnorms_statistics_differ_from_the_cpus_file(
         torch.testing.assert_close(second[name], tensor, **close)
 
 
+@pytest.mark.thorough
 def test_a_killed_run_goes_on(jobs: dict[str, Job], device: torch.device, tmp_path: Path):
     """Killed by itself in the middle of its batches, then resumed: the bytes of a run that was not."""
     job, task = jobs["mlp"], tmp_path / "mine.py"
@@ -171,6 +172,7 @@ def no_waiting(device: torch.device) -> Generator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["cnn", "mlp", "transformer"])
 @pytest.mark.parametrize("matrix", ["dense", "4 bits"])
 @pytest.mark.parametrize(

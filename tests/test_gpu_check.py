@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "gpu"
 
 
@@ -16,6 +18,7 @@ def report(out: Path, to: Path) -> str:
     return to.read_text()
 
 
+@pytest.mark.thorough
 def test_every_part_runs_and_the_page_is_made(tmp_path: Path):
     out = tmp_path / "out"
     # the suite itself runs the tests marked gpu on the CPU; a few of them are enough here
