@@ -4,8 +4,8 @@ Every strategy is a function: ``ckptavg.sewa("ckpts", k=5, task="task.py")`` wri
 with the names and defaults of the command line. Nothing is imported before it is used.
 
 The first use of a name also sets how OpenMP's threads wait and how many there are, for this process and those it
-starts, by variables of the environment that are not set yet; see `ckptavg.threads`. A program that has imported torch
-before keeps torch, its threads and the environment as they are.
+starts, by variables of the environment that are not set yet; see `ckptavg.runtime.threads`. A program that has
+imported torch before keeps torch, its threads and the environment as they are.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from ckptavg.api import landscape as landscape
     from ckptavg.api import run as run
     from ckptavg.errors import CkptavgError as CkptavgError
-    from ckptavg.result import Comparison as Comparison
-    from ckptavg.result import Landscape as Landscape
-    from ckptavg.result import Result as Result
+    from ckptavg.report.result import Comparison as Comparison
+    from ckptavg.report.result import Landscape as Landscape
+    from ckptavg.report.result import Result as Result
 
     __version__: str
 
 _HOME = {
-    "run": "api", "compare": "api", "landscape": "api", "evaluate": "evaluation", "verify": "verification",
-    "CkptavgError": "errors", "Result": "result", "Comparison": "result", "Landscape": "result",
+    "run": "api", "compare": "api", "landscape": "api", "evaluate": "pipeline.evaluation",
+    "verify": "pipeline.verification", "CkptavgError": "errors", "Result": "report.result",
+    "Comparison": "report.result", "Landscape": "report.result",
 }  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def __getattr__(name: str) -> Any:
         if name not in strategies():
             raise AttributeError(f"module 'ckptavg' has no attribute {name!r}")
         home = "api"
-    from ckptavg.threads import settle
+    from ckptavg.runtime.threads import settle
 
     settle()
     return getattr(import_module(f"ckptavg.{home}"), name)

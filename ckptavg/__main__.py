@@ -9,7 +9,6 @@ import traceback
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from ckptavg import interrupt, threads
 from ckptavg.errors import (
     CkptavgError,
     InterruptedRunError,
@@ -19,7 +18,8 @@ from ckptavg.errors import (
     is_out_of_memory,
     printable,
 )
-from ckptavg.workers import mute, rank
+from ckptavg.runtime import signals, threads
+from ckptavg.runtime.workers import mute, rank
 
 _STDOUT_IS_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
@@ -28,13 +28,13 @@ def main() -> NoReturn:
     """Run ``ckptavg`` with the process's arguments and exit with its code."""
     try:
         _run()
-    except interrupt.Interruption as error:  # also one that came while another error was handled
+    except signals.Interruption as error:  # also one that came while another error was handled
         _fail(InterruptedRunError("interrupted"), error)
 
 
 def _run() -> NoReturn:
     try:
-        interrupt.install()
+        signals.install()
         threads.settle()
         _prepare_streams()
         from ckptavg.cli.app import app
@@ -48,7 +48,7 @@ def _run() -> NoReturn:
     except SystemExit as left:
         if isinstance(left.__context__, BrokenPipeError):  # which Typer calls an exit code of 1
             _end_if_stdout_failed(left.__context__)
-        interrupt.finish()
+        signals.finish()
         raise
     except OSError as error:
         _end_if_stdout_failed(error)
@@ -57,7 +57,7 @@ def _run() -> NoReturn:
         if is_out_of_memory(error):
             _fail(OutOfMemoryError("out of memory", hint="-v shows where; fewer candidates take less"), error)
         _fail_with_a_bug(error)
-    interrupt.finish()
+    signals.finish()
     sys.exit(0)
 
 
@@ -71,7 +71,7 @@ def _end_if_stdout_failed(error: OSError) -> None:
     full = error.filename is None and error.errno in _STDOUT_IS_FULL
     if not full and not isinstance(error, BrokenPipeError):
         return
-    interrupt.finish()
+    signals.finish()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it exits
     if full:
         what = f"cannot be written: {os.strerror(error.errno or 0).lower()}"
@@ -101,7 +101,7 @@ def _open_streams() -> None:
 
 
 def _fail(shown: CkptavgError, cause: BaseException) -> NoReturn:
-    interrupt.finish()
+    signals.finish()
     if {"-v", "--verbose"} & set(sys.argv):
         traceback.print_exception(cause)
     print(f"error: {shown}", file=sys.stderr)
@@ -112,10 +112,10 @@ def _fail(shown: CkptavgError, cause: BaseException) -> NoReturn:
 
 def _configured() -> dict[str, dict[str, Any]]:
     """The configuration file's options as every command's defaults."""
-    from ckptavg import settings
     from ckptavg.cli.app import app
+    from ckptavg.options import config_file
 
-    values = settings.read(Path())
+    values = config_file.read(Path())
     known = {
         name: set(command.callback.__annotations__) - {"task"}  # pyright: ignore  # which has an order of its own
         for command in app.registered_commands
@@ -123,7 +123,7 @@ def _configured() -> dict[str, dict[str, Any]]:
     }
     unknown = values.keys() - {"task"} - set().union(*known.values())
     if unknown:
-        raise UsageError(f"{settings.NAMES}: unknown options: {', '.join(map(printable, sorted(unknown)))}")
+        raise UsageError(f"{config_file.NAMES}: unknown options: {', '.join(map(printable, sorted(unknown)))}")
     return {str(name): {key: values[key] for key in values.keys() & options} for name, options in known.items()}
 
 

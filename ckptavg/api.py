@@ -9,16 +9,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ckptavg.comparison import compare as run_comparison
+from ckptavg.checkpoints.window import Window
 from ckptavg.objective import Strategy
 from ckptavg.options import Options
 from ckptavg.pipeline import run as run_pipeline
+from ckptavg.pipeline.comparison import compare as run_comparison
+from ckptavg.pipeline.landscape import landscape as find_landscape
+from ckptavg.pipeline.task_choice import with_task
 from ckptavg.report import as_json
-from ckptavg.result import Comparison, Landscape, Result
+from ckptavg.report.result import Comparison, Landscape, Result
 from ckptavg.strategies import strategies
-from ckptavg.survey import landscape as find_landscape
-from ckptavg.tasks.find import with_task
-from ckptavg.window import Window
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -29,7 +29,7 @@ def run(ckpts: Paths, strategy: Strategy, **options: Any) -> Result:
     Args:
         ckpts: a directory of checkpoints, several, or the checkpoints themselves.
         strategy: such as ``ckptavg.strategies.sewa.SeWA(k=5)``.
-        **options: the attributes of `ckptavg.options.Options` and `ckptavg.window.Window`.
+        **options: the attributes of `ckptavg.options.Options` and `ckptavg.checkpoints.window.Window`.
     Raises:
         CkptavgError: as the command line would say it.
     """
@@ -54,7 +54,7 @@ def landscape(ckpts: Paths, **options: Any) -> Landscape:
 
     Args:
         ckpts: a directory of checkpoints, several, or the checkpoints themselves.
-        **options: as `run` has them, and samples, mixtures, grid and hessian of `ckptavg.survey.landscape`.
+        **options: as `run` has them, and samples, mixtures, grid and hessian of `ckptavg.pipeline.landscape.landscape`.
     Raises:
         CkptavgError: as the command line would say it.
     """

@@ -15,5 +15,5 @@ echo "== types"
 .venv/bin/basedpyright
 echo "== tests"
 # one more process than processors: tests often wait for a program that they have started
-workers=$(.venv/bin/python -c 'from ckptavg.threads import processors; print(min(4, processors() + 1))')
+workers=$(.venv/bin/python -c 'from ckptavg.runtime.threads import processors; print(min(4, processors() + 1))')
 .venv/bin/pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"

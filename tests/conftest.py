@@ -24,11 +24,11 @@ from jobs.trained import restore
 from tallies import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown
 
 from ckptavg.__main__ import main
-from ckptavg.discover import discover
-from ckptavg.interrupt import SIGNALS
-from ckptavg.mixture import Mixture
+from ckptavg.checkpoints.discover import discover
+from ckptavg.checkpoints.window import Window
+from ckptavg.objective.mixture import Mixture
+from ckptavg.runtime.signals import SIGNALS
 from ckptavg.tasks.python_file import PythonTask
-from ckptavg.window import Window
 
 typer.main.get_command = cache(typer.main.get_command)  # Typer makes every command anew in each call, which takes long
 torch.set_num_threads(1)  # the networks are tiny: a second thread only waits, and for long on a busy machine

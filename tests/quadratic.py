@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
-from ckptavg.objective import Hessian, Score, Split
+from ckptavg.objective import Hessian
+from ckptavg.score import Score, Split
 from ckptavg.surrogate import Surrogate
 
 

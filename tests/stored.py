@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ckptavg.average import output_specs, weighted_average
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.average.weighted_sum import output_specs, weighted_average
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.discover import discover
+from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.coefficients import Coefficients
-from ckptavg.discover import discover
-from ckptavg.dtypes import TORCH
 
 
 def stored(folder: Path, states: Iterable[Mapping[str, Tensor]]) -> tuple[Checkpoint, ...]:

@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ckptavg import adapter, adapter_config
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.average import lora, lora_config
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.discover import discover
 from ckptavg.coefficients import Coefficients
-from ckptavg.discover import discover
 from ckptavg.errors import DisagreementError, InputError, UsageError
-from ckptavg.write import SafetensorsFile
+from ckptavg.output.safetensors_file import SafetensorsFile
 
 # PEFT and transformers warn of what these tests do on purpose: nn.Linear beside Conv1D, a model of no repository
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -124,13 +124,13 @@ def adapters(tmp_path: Path) -> Iterator[Callable[..., tuple[Checkpoint, ...]]]:
         yield saved
 
 
-def write(result: adapter.Exact, folder: Path) -> Path:
+def write(result: lora.Exact, folder: Path) -> Path:
     folder.mkdir()
     with SafetensorsFile(folder / "adapter_model.safetensors", result.specs, {"format": "pt"}) as out:
         for part in result.parts:
             out.write(*part)
         out.commit()
-    (folder / adapter_config.CONFIG_NAME).write_text(json.dumps(result.config))
+    (folder / lora_config.CONFIG_NAME).write_text(json.dumps(result.config))
     return folder
 
 
@@ -186,7 +186,7 @@ def test_the_adapter_in_full_gives_the_logits_of_the_merged_average(
     if case.base is convolutions:
         coefficients = Coefficients((ROW,))
     checkpoints = adapters(case)
-    result = adapter.exact(checkpoints, coefficients)
+    result = lora.exact(checkpoints, coefficients)
     assert result.lost == 0
     loaded = PeftModel.from_pretrained(base_of(case), write(result, tmp_path / "out"))
     expected = logits(merged(case, checkpoints, coefficients))
@@ -201,7 +201,7 @@ def test_a_is_stacked_bit_for_bit_and_b_is_rounded_once(
 ):
     checkpoints = adapters(CASES["patterns"], dtype=dtype)
     result = load_file(
-        write(adapter.exact(checkpoints, Coefficients((ROW,))), tmp_path / "out") / "adapter_model.safetensors"
+        write(lora.exact(checkpoints, Coefficients((ROW,))), tmp_path / "out") / "adapter_model.safetensors"
     )
     each = [load_file(checkpoint.path / "adapter_model.safetensors") for checkpoint in checkpoints]
     chosen = [(c, state) for c, state in zip(ROW, each, strict=True) if c]
@@ -228,7 +228,7 @@ def test_b_does_not_become_float32_on_the_way_to_16_bits(
         save_file({name: torch.ones_like(t) if ".lora_B." in name else t for name, t in state.items()}, path)
     above = 1 + eps / 2 + 2**-40
     with discover([checkpoint.path for checkpoint in checkpoints]) as found:
-        result = adapter.exact(found.checkpoints, Coefficients(((above, 1 - above),)))
+        result = lora.exact(found.checkpoints, Coefficients(((above, 1 - above),)))
         state = load_file(write(result, tmp_path / "out") / "adapter_model.safetensors")
     for name in (name for name in state if ".lora_B." in name):
         assert state[name][:, :4].eq(1 + eps).all() and state[name][:, 4:].eq(-eps / 2).all()
@@ -241,11 +241,11 @@ def test_a_rank_keeps_the_largest_singular_values_of_the_whole_average(
 ):
     case, coefficients = CASES[name], Coefficients((ROW,))
     checkpoints = adapters(case)
-    result = adapter.exact(checkpoints, coefficients, rank=rank)
+    result = lora.exact(checkpoints, coefficients, rank=rank)
     folder = write(result, tmp_path / "out")
     whole = weighted([updates(state, case.scaling) for state in states(checkpoints)], coefficients)
     with discover([folder / "adapter_model.safetensors"]) as found:
-        config = adapter_config.read_config(found.checkpoints[0])
+        config = lora_config.read_config(found.checkpoints[0])
     assert config is not None
     state = load_file(folder / "adapter_model.safetensors")
     kept = updates(state, config.scaling)
@@ -268,7 +268,7 @@ def test_a_rank_keeps_the_largest_singular_values_of_the_whole_average(
 def test_a_rank_that_loads_in_peft(adapters: Callable[..., tuple[Checkpoint, ...]], tmp_path: Path):
     """Rank 7 cuts the modules of rank 3 × 4 and 3 × 6 and leaves those of rank 3 × 2 as they are."""
     case, coefficients = CASES["rslora-patterns"], Coefficients((ROW,))
-    result = adapter.exact(adapters(case), coefficients, rank=7)
+    result = lora.exact(adapters(case), coefficients, rank=7)
     folder = write(result, tmp_path / "out")
     model = PeftModel.from_pretrained(base_of(case), folder)
     state = load_file(folder / "adapter_model.safetensors")
@@ -287,13 +287,13 @@ def test_an_odd_rank_of_adapters_that_began_orthogonal_loads(
 ):
     """PEFT begins orthogonally at even ranks only, and it begins before it loads."""
     case = CASES["orthogonal"]
-    folder = write(adapter.exact(adapters(case), Coefficients((ROW,)), rank=5), tmp_path / "out")
+    folder = write(lora.exact(adapters(case), Coefficients((ROW,)), rank=5), tmp_path / "out")
     PeftModel.from_pretrained(base_of(case), folder)
 
 
 def test_a_rank_of_all_the_ranks_is_the_full_form(adapters: Callable[..., tuple[Checkpoint, ...]], tmp_path: Path):
     checkpoints, coefficients = adapters(CASES["patterns"]), Coefficients((ROW,))
-    full, bounded = adapter.exact(checkpoints, coefficients), adapter.exact(checkpoints, coefficients, rank=100)
+    full, bounded = lora.exact(checkpoints, coefficients), lora.exact(checkpoints, coefficients, rank=100)
     assert bounded.lost == 0 and bounded.config == full.config and bounded.specs == full.specs
     files = [
         write(result, tmp_path / name) / "adapter_model.safetensors" for result, name in ((full, "a"), (bounded, "b"))
@@ -304,18 +304,18 @@ def test_a_rank_of_all_the_ranks_is_the_full_form(adapters: Callable[..., tuple[
 
 def test_more_rank_loses_less(adapters: Callable[..., tuple[Checkpoint, ...]]):
     checkpoints = adapters(CASES["plain"])
-    losses = [adapter.exact(checkpoints, Coefficients((ROW,)), rank=rank).lost for rank in range(1, 13)]
+    losses = [lora.exact(checkpoints, Coefficients((ROW,)), rank=rank).lost for rank in range(1, 13)]
     assert all(more < less for less, more in pairwise(losses)) and losses[-1] == 0
 
 
 def test_one_adapter_alone_is_itself(adapters: Callable[..., tuple[Checkpoint, ...]], tmp_path: Path):
     checkpoints = adapters(CASES["modules-to-save"], dtype=torch.bfloat16)
     alone = Coefficients.uniform([1], 4)
-    result = adapter.exact(checkpoints, alone)
+    result = lora.exact(checkpoints, alone)
     saved = load_file(write(result, tmp_path / "out") / "adapter_model.safetensors")
     original = load_file(checkpoints[1].path / "adapter_model.safetensors")
     assert saved.keys() == original.keys() and all(torch.equal(saved[name], original[name]) for name in saved)
-    assert result.config["r"] == 4 and adapter.factor_error(checkpoints, alone) == 0
+    assert result.config["r"] == 4 and lora.factor_error(checkpoints, alone) == 0
 
 
 @pytest.mark.parametrize("coefficients", [Coefficients((ROW,)), LAYERWISE], ids=["one-row", "layer-wise"])
@@ -332,13 +332,13 @@ def test_the_error_of_the_factors_is_that_of_their_products(
     wrong = updates(weighted(each, coefficients), case.scaling)
     error = sum(float((wrong[a] - right[a]).square().sum()) for a in right)
     norm = sum(float(update.square().sum()) for update in right.values())
-    assert adapter.factor_error(checkpoints, coefficients) == pytest.approx((error / norm) ** 0.5, rel=1e-10)
+    assert lora.factor_error(checkpoints, coefficients) == pytest.approx((error / norm) ** 0.5, rel=1e-10)
 
 
 def test_equal_adapters_have_no_error_of_factors(adapters: Callable[..., tuple[Checkpoint, ...]]):
     (one,) = adapters(CASES["plain"], n=1)
     # a Gram matrix would leave the square root of the rounding, 1e-8
-    assert adapter.factor_error([one] * 3, Coefficients(((0.5, 0.3, 0.2),))) < 1e-15
+    assert lora.factor_error([one] * 3, Coefficients(((0.5, 0.3, 0.2),))) < 1e-15
 
 
 def test_adapters_that_were_never_trained_have_no_error(tmp_path: Path):
@@ -347,16 +347,16 @@ def test_adapters_that_were_never_trained_have_no_error(tmp_path: Path):
     with discover([tmp_path]) as found:
         one = found.checkpoints[0]
         two, half = [one, one], Coefficients(((0.5, 0.5),))
-        assert adapter.factor_error(two, half) == 0 and adapter.exact(two, half, rank=3).lost == 0
+        assert lora.factor_error(two, half) == 0 and lora.exact(two, half, rank=3).lost == 0
 
 
 def test_the_dtype_of_the_output(adapters: Callable[..., tuple[Checkpoint, ...]]):
-    result = adapter.exact(adapters(CASES["plain"], dtype=torch.bfloat16), Coefficients((ROW,)), dtype="float32")
+    result = lora.exact(adapters(CASES["plain"], dtype=torch.bfloat16), Coefficients((ROW,)), dtype="float32")
     assert {spec.dtype for spec in result.specs.values()} == {"F32"}
 
 
 def edit(checkpoint: Checkpoint, **changes: object) -> None:
-    path = checkpoint.path / adapter_config.CONFIG_NAME
+    path = checkpoint.path / lora_config.CONFIG_NAME
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
@@ -377,11 +377,11 @@ def test_disagreeing_adapters_are_named_with_the_key(
     checkpoints = adapters(Case({"target_modules": TARGETS}, lambda _: 2.0))
     for checkpoint in checkpoints:
         edit(checkpoint, base_model_name_or_path="b")
-    adapter_config.check(checkpoints)
+    lora_config.check(checkpoints)
     edit(checkpoints[2], **{key: value})
     with pytest.raises(DisagreementError) as raised:
-        adapter_config.check(checkpoints)
-    path = checkpoints[2].path / adapter_config.CONFIG_NAME
+        lora_config.check(checkpoints)
+    path = checkpoints[2].path / lora_config.CONFIG_NAME
     assert str(raised.value) == f"{path}: {key} is {value!r}, but 3 other candidates have {usual!r}"
 
 
@@ -389,7 +389,7 @@ def test_the_order_of_a_saved_set_does_not_matter(adapters: Callable[..., tuple[
     checkpoints = adapters(CASES["plain"], n=2)
     edit(checkpoints[0], target_modules=TARGETS)
     edit(checkpoints[1], target_modules=TARGETS[::-1])
-    assert adapter_config.check(checkpoints).r == 4
+    assert lora_config.check(checkpoints).r == 4
 
 
 @pytest.mark.parametrize(
@@ -406,19 +406,19 @@ def test_the_order_of_a_saved_set_does_not_matter(adapters: Callable[..., tuple[
 )
 def test_a_bad_configuration_is_named(text: str, what: str, adapters: Callable[..., tuple[Checkpoint, ...]]):
     (checkpoint,) = adapters(CASES["plain"], n=1)
-    path = checkpoint.path / adapter_config.CONFIG_NAME
+    path = checkpoint.path / lora_config.CONFIG_NAME
     path.write_text(text)
     with pytest.raises(InputError) as raised:
-        adapter_config.read_config(checkpoint)
+        lora_config.read_config(checkpoint)
     assert str(raised.value).startswith(f"{path}: {what}")
 
 
 def test_no_configuration(adapters: Callable[..., tuple[Checkpoint, ...]]):
     (checkpoint,) = adapters(CASES["plain"], n=1)
-    (checkpoint.path / adapter_config.CONFIG_NAME).unlink()
-    assert adapter_config.read_config(checkpoint) is None
+    (checkpoint.path / lora_config.CONFIG_NAME).unlink()
+    assert lora_config.read_config(checkpoint) is None
     with pytest.raises(InputError, match=r"has no adapter_config\.json beside it"):
-        adapter_config.check([checkpoint])
+        lora_config.check([checkpoint])
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_what_cannot_be_stacked_is_refused(
     (checkpoint,) = adapters(CASES["plain"], n=1)
     edit(checkpoint, **changes)
     with pytest.raises(InputError, match=f"exact averaging is not possible: .*{why}") as raised:
-        adapter.exact([checkpoint], Coefficients(((1.0,),)))
+        lora.exact([checkpoint], Coefficients(((1.0,),)))
     assert raised.value.hint == "average the factors: --adapter factors"
 
 
@@ -443,7 +443,7 @@ def test_dora_is_refused_by_its_configuration_or_its_magnitude(adapters: Callabl
     (checkpoint,) = adapters(Case({"target_modules": ["lm_head"], "use_dora": True}, lambda _: 2.0), n=1)
     for _ in range(2):
         with pytest.raises(InputError, match="the magnitude of DoRA is not linear"):
-            adapter.exact([checkpoint], Coefficients(((1.0,),)))
+            lora.exact([checkpoint], Coefficients(((1.0,),)))
         edit(checkpoint, use_dora=False)
 
 
@@ -452,14 +452,14 @@ def test_another_kind_of_adapter_is_refused(tmp_path: Path):
     get_peft_model(base_of(CASES["plain"]), config).save_pretrained(tmp_path / "step-1")
     with discover([tmp_path]) as found:
         with pytest.raises(InputError, match="exact averaging is not possible: its peft_type is IA3, not LORA"):
-            adapter.exact(found.checkpoints, Coefficients(((1.0,),)))
+            lora.exact(found.checkpoints, Coefficients(((1.0,),)))
         with pytest.raises(InputError, match="its peft_type is IA3, not LORA"):
-            adapter.factor_error(found.checkpoints, Coefficients(((1.0,),)))
+            lora.factor_error(found.checkpoints, Coefficients(((1.0,),)))
 
 
 def test_a_rank_must_be_one(adapters: Callable[..., tuple[Checkpoint, ...]]):
     with pytest.raises(UsageError, match="at least 1, not 0"):
-        adapter.exact(adapters(CASES["plain"], n=1), Coefficients(((1.0,),)), rank=0)
+        lora.exact(adapters(CASES["plain"], n=1), Coefficients(((1.0,),)), rank=0)
 
 
 @pytest.mark.parametrize(
@@ -480,9 +480,9 @@ def test_a_spoilt_factor_is_named(spoil: Callable[[Tensor], Tensor], what: str, 
     with discover([folder]) as found:
         one = Coefficients(((1.0,),))
         with pytest.raises(InputError, match=f"{name}: {what}"):
-            list(adapter.exact(found.checkpoints, one).parts)
+            list(lora.exact(found.checkpoints, one).parts)
         with pytest.raises(InputError, match=f"{name}: {what}"):
-            adapter.factor_error(found.checkpoints, one)
+            lora.factor_error(found.checkpoints, one)
 
 
 def test_a_second_factor_with_a_kernel_is_refused(tmp_path: Path):
@@ -492,14 +492,14 @@ def test_a_second_factor_with_a_kernel_is_refused(tmp_path: Path):
     state[f"{PREFIX}lm_head.lora_B.weight"] = torch.zeros(64, 4, 2)
     save_file(state, path)
     with discover([folder]) as found, pytest.raises(InputError, match=r"lm_head\.lora_B\.weight: shape \[64, 4, 2\]"):
-        adapter.exact(found.checkpoints, Coefficients(((1.0,),)))
+        lora.exact(found.checkpoints, Coefficients(((1.0,),)))
 
 
 def test_grouped_convolutions_are_refused(tmp_path: Path):
     model = get_peft_model(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), LoraConfig(r=4, target_modules=["0"]))
     model.save_pretrained(tmp_path / "step-1")
     with discover([tmp_path]) as found, pytest.raises(InputError, match="its dimension 1 is the rank 4"):
-        adapter.exact(found.checkpoints, Coefficients(((1.0,),)))
+        lora.exact(found.checkpoints, Coefficients(((1.0,),)))
 
 
 def test_modules_whose_names_end_alike_keep_their_own_rank(tmp_path: Path):
@@ -510,7 +510,7 @@ def test_modules_whose_names_end_alike_keep_their_own_rank(tmp_path: Path):
     model.save_pretrained(tmp_path / "step-1")
     with discover([tmp_path]) as found:
         two = [found.checkpoints[0]] * 2
-        folder = write(adapter.exact(two, Coefficients(((0.5, 0.5),))), tmp_path / "out")
+        folder = write(lora.exact(two, Coefficients(((0.5, 0.5),))), tmp_path / "out")
     loaded = PeftModel.from_pretrained(copy.deepcopy(model.unload()), folder)
     ranks = {n: m.r["default"] for n, m in loaded.named_modules() if hasattr(m, "lora_A")}  # pyright: ignore
     assert ranks == {f"{PREFIX}fc": 4, f"{PREFIX}block.fc": 6}
@@ -520,7 +520,7 @@ def test_a_pattern_that_a_later_python_may_read_otherwise_is_nobodys_warning(
     adapters: Callable[..., tuple[Checkpoint, ...]],
 ):
     (checkpoint,) = adapters(CASES["plain"], n=1)
-    path = checkpoint.path / adapter_config.CONFIG_NAME
+    path = checkpoint.path / lora_config.CONFIG_NAME
     path.write_text(json.dumps({**json.loads(path.read_text()), "rank_pattern": {"[[a]": 4}}))
-    config = adapter_config.read_config(checkpoint)
+    config = lora_config.read_config(checkpoint)
     assert config.rank_pattern == {"[[a]": 4} and config.rank("x.[") == 4

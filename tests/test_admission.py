@@ -25,12 +25,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ckptavg import api, settling
-from ckptavg.discover import discover
+from ckptavg import api
+from ckptavg.checkpoints import stability
+from ckptavg.checkpoints.checksums import Manifest
+from ckptavg.checkpoints.discover import discover
+from ckptavg.checkpoints.window import Window
 from ckptavg.errors import InputError, excluding
-from ckptavg.manifest import Manifest
 from ckptavg.strategies.swa import SWA
-from ckptavg.window import Window
 
 TASK = """
 import torch
@@ -342,7 +343,7 @@ def test_a_job_that_is_still_saving_is_waited_for(
 
     save()
     assert run("swa", "ckpts", "-o", "early.safetensors").returncode == 3
-    monkeypatch.setattr(settling.time, "sleep", save)
+    monkeypatch.setattr(stability.time, "sleep", save)
     done = run("swa", "ckpts", "--wait-stable", 0.5, "--json")
     assert done.returncode == 0 and not pieces, done.stderr
     assert done.stderr.startswith("beginning when no candidate has changed for 0.5 s\n")
@@ -353,8 +354,8 @@ def test_what_has_been_quiet_for_long_is_not_waited_for(monkeypatch: pytest.Monk
     def no_sleep(_: float) -> None:
         raise AssertionError("it slept")
 
-    monkeypatch.setattr(settling.time, "sleep", no_sleep)
-    settling.wait([Path(os.__file__)], Window(), 10.0, None)  # installed longer ago
+    monkeypatch.setattr(stability.time, "sleep", no_sleep)
+    stability.wait([Path(os.__file__)], Window(), 10.0, None)  # installed longer ago
 
 
 def test_changes_of_every_kind_are_waited_for(ckpts: Path, monkeypatch: pytest.MonkeyPatch):
@@ -383,10 +384,10 @@ def test_changes_of_every_kind_are_waited_for(ckpts: Path, monkeypatch: pytest.M
         elif of_no_matter:
             of_no_matter.pop()()
 
-    monkeypatch.setattr(settling.time, "sleep", sleep)
-    monkeypatch.setattr(settling.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(stability.time, "sleep", sleep)
+    monkeypatch.setattr(stability.time, "monotonic", lambda: clock[0])
     told: list[int] = []
-    settling.wait([ckpts], Window(), 5.0, lambda _, done, __, ___: told.append(done))
+    stability.wait([ckpts], Window(), 5.0, lambda _, done, __, ___: told.append(done))
     assert not changes and not of_no_matter
     assert clock[0] == pytest.approx(count + 5.0) and told[-1] == 4
 

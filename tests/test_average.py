@@ -13,7 +13,7 @@ from reference import bound, exact_sum, nearest
 from stored import averaged, stored
 from torch import Tensor
 
-from ckptavg.average import not_averaged, output_specs, weighted_average
+from ckptavg.average.weighted_sum import not_averaged, output_specs, weighted_average
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError
 

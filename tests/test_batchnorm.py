@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ckptavg import batchnorm
+from ckptavg.objective import batchnorm
 
 
 def network() -> nn.Module:

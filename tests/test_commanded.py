@@ -18,9 +18,9 @@ from quadratic import Quadratic
 from safetensors.torch import load_file, save_file
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.commanded import _entries, _numbers
 from ckptavg.errors import UsageError
-from ckptavg.objective import Score, Split
+from ckptavg.objective import score_command
+from ckptavg.score import Score, Split
 from ckptavg.strategies.sewa import SeWA
 from ckptavg.strategies.twa import TWA
 
@@ -180,17 +180,17 @@ def test_an_interrupted_command_is_ended_with_all_it_started(ckpts: Path, tmp_pa
     ],
 )
 def test_numbers_in_what_is_printed(text: str, numbers: list[float]):
-    assert list(map(repr, _numbers(text))) == list(map(repr, map(float, numbers)))
+    assert list(map(repr, score_command.numbers(text))) == list(map(repr, map(float, numbers)))
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_any_number_that_python_prints_is_read_back(value: float):
-    assert list(_numbers(f"score: {value!r}\n")) == [value]
+    assert list(score_command.numbers(f"score: {value!r}\n")) == [value]
 
 
 def test_only_json_objects_have_entries():
     text = 'log\n{"a": {"b": 1}}\n{"a.b": 2}\n[1]\n{"a": {"b": true}}\n{"a": 5}\n{bad\n'
-    assert list(_entries(text, "a.b")) == [1, 2]
+    assert list(score_command.entries(text, "a.b")) == [1, 2]
 
 
 class Scored(Quadratic):

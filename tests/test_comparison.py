@@ -15,9 +15,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import ckptavg
-from ckptavg.comparison import DEFAULT
+from ckptavg.pipeline.comparison import DEFAULT
 from ckptavg.report import table
-from ckptavg.result import Comparison
+from ckptavg.report.result import Comparison
 from ckptavg.strategies import from_spec, strategies
 
 
@@ -171,9 +171,9 @@ def test_a_dry_run_names_the_strategies(digits: Path, run: Run, tmp_path: Path):
 
 def test_progress_says_which_strategy_runs_and_what_is_left(digits: Path, tmp_path: Path):
     said: list[str] = []
-    from ckptavg.comparison import compare
+    from ckptavg.checkpoints.window import Window
     from ckptavg.options import Options
-    from ckptavg.window import Window
+    from ckptavg.pipeline.comparison import compare
 
     with torch.random.fork_rng():
         compare(

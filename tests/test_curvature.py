@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from ckptavg import batchnorm, curvature
 from ckptavg.candidates import Candidates
-from ckptavg.curvature import surrogate
 from ckptavg.errors import TaskError
+from ckptavg.objective import batchnorm, curvature
+from ckptavg.objective.curvature import surrogate
 from ckptavg.surrogate import Surrogate
 
 N = 4

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ckptavg.discover import Found, discover
+from ckptavg.checkpoints.discover import Found, discover
+from ckptavg.checkpoints.state_dict import check_agreement
+from ckptavg.checkpoints.window import Window
 from ckptavg.errors import DisagreementError, InputError, UsageError
-from ckptavg.layout import check_agreement
-from ckptavg.window import Window
 
 
 def weights(seed: int, size: int = 3) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import ckptavg.errors
 from ckptavg.cli.app import app
 from ckptavg.errors import CkptavgError
 from ckptavg.report.as_json import comparison_to_dict, to_dict
-from ckptavg.result import Comparison, Result
+from ckptavg.report.result import Comparison, Result
 from ckptavg.strategies import strategies
 
 ROOT = Path(__file__).parent.parent

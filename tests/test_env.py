@@ -15,7 +15,7 @@ import torch
 from conftest import Run
 
 import ckptavg
-from ckptavg import threads
+from ckptavg.runtime import threads
 
 
 def environment(run: Run, **variables: str) -> dict[str, object]:

@@ -11,12 +11,12 @@ import torch
 from stored import stored
 from torch import Tensor, nn
 
-from ckptavg import kept as kept_module
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.batches import cache as kept_module
+from ckptavg.batches.cache import Kept
+from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
-from ckptavg.kept import Kept
-from ckptavg.mixture import Mixture
-from ckptavg.objective import Split
+from ckptavg.objective.mixture import Mixture
+from ckptavg.score import Split
 
 CPU = torch.device("cpu")
 

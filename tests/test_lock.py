@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ckptavg import lock
 from ckptavg.errors import OutputExistsError
+from ckptavg.filesystem import lock
 from ckptavg.journal import Journal
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckptavg.meter import SECONDS, Meter
+from ckptavg.cost import SECONDS, Meter
 
 
 def scored(meter: Meter, key: str, known: set[str]) -> None:

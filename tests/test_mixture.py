@@ -13,13 +13,13 @@ import torch
 from stored import stored
 from torch import Tensor, nn
 
-from ckptavg.batches import size as batch_size
-from ckptavg.batches import to_device
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import TaskError
-from ckptavg.mixture import Mixture
-from ckptavg.objective import Score, Split
+from ckptavg.objective.mixture import Mixture
+from ckptavg.score import Score, Split
+from ckptavg.tasks.batch import size as batch_size
+from ckptavg.tasks.batch import to_device
 from ckptavg.tasks.torch_metrics import CorpusMetric
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import torch
 from scipy.stats import bootstrap
 from torch import Tensor
 
-from ckptavg.objective import Each, Score
-from ckptavg.paired import gain
+from ckptavg.report.bootstrap import gain
+from ckptavg.score import Each, Score
 
 
 def score(values: Tensor, counts: Tensor | None = None) -> Score:
@@ -58,7 +58,7 @@ def test_units_weigh_what_they_stand_for():
 def test_it_repeats_itself_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch):
     a, b = (score(torch.randn(30, generator=torch.Generator().manual_seed(i)).double()) for i in (1, 2))
     whole = gain(a, b, seed=3)
-    monkeypatch.setattr("ckptavg.paired._AT_ONCE", 100)
+    monkeypatch.setattr("ckptavg.report.bootstrap._AT_ONCE", 100)
     assert gain(a, b, seed=3) == whole != gain(a, b, seed=4)
 
 

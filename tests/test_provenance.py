@@ -14,7 +14,7 @@ from conftest import TASK, Run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ckptavg.provenance import Hash, hashing
+from ckptavg.filesystem.sha256 import Hash, hashing
 from ckptavg.readers import RegularFile
 
 CONTENT = random.Random(0).randbytes(3_000_000)

@@ -15,7 +15,7 @@ from torch import nn
 import ckptavg
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.passes import Compiled, precision
+from ckptavg.objective.precision import Compiled, precision
 
 CPU = torch.device("cpu")
 QUICK: dict[str, dict[str, Any]] = {

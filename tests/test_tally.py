@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptavg.errors import TaskError
-from ckptavg.tally import Tally
+from ckptavg.objective.score_accumulator import Tally
 
 units = st.lists(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=6), min_size=1, max_size=8)
 

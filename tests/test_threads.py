@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckptavg import threads
+from ckptavg.runtime import threads
 
 PERIOD = 100_000
 V1 = "31 23 0:29 / {mount} rw,nosuid - cgroup cgroup rw,cpu,cpuacct\n"

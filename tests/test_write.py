@@ -21,14 +21,16 @@ from properties import examples
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ckptavg import durable, write
-from ckptavg.dtypes import TORCH
-from ckptavg.durable import left_behind, write_bytes
+from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.errors import OutputError, OutputExistsError, UsageError
+from ckptavg.filesystem import atomic
+from ckptavg.filesystem.atomic import left_behind, write_bytes
+from ckptavg.output import safetensors_file
+from ckptavg.output.destination import preflight
+from ckptavg.output.safetensors_file import SafetensorsFile
+from ckptavg.output.sharded_files import INDEX, ShardedFiles, split_names
 from ckptavg.readers import StoredTensor
-from ckptavg.shards import INDEX, ShardedFiles, split_names
-from ckptavg.workers import Workers
-from ckptavg.write import SafetensorsFile, preflight
+from ckptavg.runtime.workers import Workers
 
 SPECS = {
     "b": StoredTensor("F32", (2, 3), "", 0),
@@ -108,7 +110,7 @@ def test_what_comes_back_in_parts_is_put_together(tmp_path: Path, monkeypatch: p
     whole = os.preadv
     with SafetensorsFile(tmp_path / "x", SPECS, {}) as out:
         out.write("b", 0, bytes(range(24)))
-        monkeypatch.setattr(write.os, "preadv", lambda fd, parts, at: whole(fd, [parts[0][:7]], at))
+        monkeypatch.setattr(safetensors_file.os, "preadv", lambda fd, parts, at: whole(fd, [parts[0][:7]], at))
         back = bytearray(16)
         out.read_into("b", 2, memoryview(back))
     assert back == bytes(range(8, 24))
@@ -142,7 +144,7 @@ class Failing:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in self.NAMES:
-            monkeypatch.setattr(write.os, name, self._wrap(getattr(os, name)))
+            monkeypatch.setattr(safetensors_file.os, name, self._wrap(getattr(os, name)))
 
     def _wrap(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -228,7 +230,7 @@ def test_a_file_system_without_links_is_served_by_rename(tmp_path: Path, monkeyp
     def link(*_: object) -> None:
         raise OSError(errno.EPERM, "no links here")
 
-    monkeypatch.setattr(write.os, "link", link)
+    monkeypatch.setattr(safetensors_file.os, "link", link)
     produce(tmp_path / "x")
     assert len(load_file(tmp_path / "x")) == 3 and len(list(tmp_path.iterdir())) == 1
 
@@ -327,7 +329,7 @@ def test_a_file_that_others_cut_or_cannot_be_read_again_is_refused(
         (temporary,) = tmp_path.iterdir()
         os.truncate(temporary, 100)
         if not cut:
-            monkeypatch.setattr(write.os, "preadv", failing(errno.EIO))
+            monkeypatch.setattr(safetensors_file.os, "preadv", failing(errno.EIO))
         what = "cannot be written: input/output error"
         what = "another program changed the file while it was written" if cut else what
         acts = [lambda: out.read_into("b", 0, memoryview(bytearray(24))), out.commit] + [out.seal] * (not cut)
@@ -372,14 +374,14 @@ def test_a_worker_that_cannot_see_the_first_ones_file_says_so(tmp_path: Path):
 
 def test_a_disk_that_fails_while_workers_wait_for_each_other_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with SafetensorsFile(tmp_path / "x", SPECS, {}, workers=Two(rank=0, world=2)) as out:
-        monkeypatch.setattr(write.os, "fsync", failing(errno.EIO))
+        monkeypatch.setattr(safetensors_file.os, "fsync", failing(errno.EIO))
         with pytest.raises(OutputError, match="x: cannot be written: input/output error"):
             out.settle()
     assert not list(tmp_path.iterdir())
 
 
 def test_without_links_a_name_that_exists_is_still_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(write.os, "link", failing(errno.EPERM))
+    monkeypatch.setattr(safetensors_file.os, "link", failing(errno.EPERM))
     with pytest.raises(OutputExistsError), SafetensorsFile(tmp_path / "x", {}, {}) as out:
         (tmp_path / "x").write_bytes(b"precious")  # somebody was faster
         out.commit()
@@ -389,9 +391,9 @@ def test_without_links_a_name_that_exists_is_still_refused(tmp_path: Path, monke
 def test_a_system_that_cannot_reserve_space_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     good = produce(tmp_path / "good").sha256
     for code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-        monkeypatch.setattr(write.os, "posix_fallocate", failing(code))
+        monkeypatch.setattr(safetensors_file.os, "posix_fallocate", failing(code))
         assert produce(tmp_path / str(code)).sha256 == good
-    monkeypatch.delattr(write.os, "posix_fallocate")  # macOS
+    monkeypatch.delattr(safetensors_file.os, "posix_fallocate")  # macOS
     assert produce(tmp_path / "none").sha256 == good
 
 
@@ -401,7 +403,7 @@ def test_a_directory_that_may_not_be_written_to_is_refused_at_the_start(
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file: is no directory"):
         preflight(tmp_path / "file" / "x", force=False)
-    monkeypatch.setattr(write.os, "access", lambda path, mode: False)  # root may do anything
+    monkeypatch.setattr(safetensors_file.os, "access", lambda path, mode: False)  # root may do anything
     with pytest.raises(OutputError) as caught:
         preflight(tmp_path / "x", force=False)
     assert str(caught.value) == f"{tmp_path}: permission denied"
@@ -411,7 +413,7 @@ def test_a_directory_that_may_not_be_written_to_is_refused_at_the_start(
 def test_a_small_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     (tmp_path / "x").write_bytes(b"precious")
     with monkeypatch.context() as patch:
-        patch.setattr(durable.os, name, failing(errno.ENOSPC))
+        patch.setattr(atomic.os, name, failing(errno.ENOSPC))
         with pytest.raises(OutputError, match=r"no space left on device: 3 bytes are needed, .* are free"):
             write_bytes(tmp_path / "x", b"new")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x": b"precious"}
@@ -425,7 +427,7 @@ def test_a_file_whose_lock_nobody_can_ask_for_is_left_alone(tmp_path: Path, monk
     (tmp_path / ".x.2.ckptavg-tmp").symlink_to("nowhere")
     assert left_behind(tmp_path, "x") == [tmp_path / ".x.1.ckptavg-tmp"]
     assert len(left_behind(tmp_path)) == 2 and not left_behind(tmp_path / "gone")
-    monkeypatch.setattr(durable.lock.fcntl, "flock", failing(errno.ENOLCK))
+    monkeypatch.setattr(atomic.lock.fcntl, "flock", failing(errno.ENOLCK))
     assert not left_behind(tmp_path)
 
 
@@ -497,22 +499,22 @@ def test_shards_are_nothing_until_they_are_published(tmp_path: Path):
 
 
 def test_names_leave_room_for_a_temporary_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert durable.longest_name(tmp_path) == 255 - len("..4194304.ckptavg-tmp")
-    monkeypatch.setattr(durable.os, "pathconf", failing(errno.EINVAL))
-    assert durable.longest_name(tmp_path) == 234
+    assert atomic.longest_name(tmp_path) == 255 - len("..4194304.ckptavg-tmp")
+    monkeypatch.setattr(atomic.os, "pathconf", failing(errno.EINVAL))
+    assert atomic.longest_name(tmp_path) == 234
     produce(tmp_path / ("x" * 234))
     with pytest.raises(OutputError, match="file name too long: 235 bytes, but 234 are possible here"):
         produce(tmp_path / ("é" * 117 + "x"))
 
 
 def test_text_is_written_as_it_is(tmp_path: Path):
-    durable.write_text(tmp_path / "x", "ä\n")
+    atomic.write_text(tmp_path / "x", "ä\n")
     assert (tmp_path / "x").read_bytes() == b"\xc3\xa4\n" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_file_that_is_written_together_stays_the_first_ones(tmp_path: Path):
-    first = durable.Temporary(tmp_path / "x")
-    second = durable.Temporary.joined(first.path)
+    first = atomic.Temporary(tmp_path / "x")
+    second = atomic.Temporary.joined(first.path)
     second.write(b"ab", 3)
     second.remove()
     assert first.path.read_bytes() == b"\0\0\0ab" and not os.get_inheritable(first.fd)
@@ -521,5 +523,5 @@ def test_a_file_that_is_written_together_stays_the_first_ones(tmp_path: Path):
 
 
 def test_what_the_system_says_is_said_in_small_letters():
-    assert durable.said(OSError(errno.ENOSPC, "x")) == "no space left on device"
-    assert durable.said(OSError("x")) == os.strerror(0).lower()
+    assert atomic.said(OSError(errno.ENOSPC, "x")) == "no space left on device"
+    assert atomic.said(OSError("x")) == os.strerror(0).lower()

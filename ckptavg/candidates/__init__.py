@@ -8,59 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from ckptavg.candidates import budget
 from ckptavg.candidates.dense import Dense
-from ckptavg.candidates.flat import Flat, ReadInto, check_names, check_tied, flatten, present, read, unique_tensors
+from ckptavg.candidates.flat import Flat, ReadInto, check_names, flatten, present, read, unique_tensors
+from ckptavg.candidates.loading import read_row
+from ckptavg.candidates.matrix import Matrix
 from ckptavg.candidates.packed import Packed
 from ckptavg.candidates.plan import EXACT, Offload
 from ckptavg.candidates.running_sum import RunningSum
 from ckptavg.candidates.sharded import flatten_shards
 from ckptavg.candidates.streamed import FileRows, HostRows, Streamed
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.coefficients import EVERYTHING, Groups
-from ckptavg.dtypes import TORCH
-from ckptavg.errors import InputError
 from ckptavg.readers import StoredTensor
-from ckptavg.soundness import not_finite
-from ckptavg.workers import ALONE, Workers
+from ckptavg.runtime.workers import ALONE, Workers
 
 _MEASURED: Final = 1 << 20  # columns whose distances are taken at a time
-
-
-class Matrix(Protocol):
-    """N rows of D elements in some encoding: w_i = centre + row i, decoded a piece at a time."""
-
-    @property
-    def centre_D(self) -> Tensor | None:
-        """[D], what rows are differences from; None is 0."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """What the rows take on the device, without the centre."""
-        ...
-
-    @property
-    def squares(self) -> Tensor:
-        """[2], what the encoding lost: ‖d̂ − d‖² and ‖d‖² over all rows, d being their differences from the centre."""
-        ...
-
-    def row(self, i: int) -> Tensor:
-        """[D], where to put row ``i`` before `keep`; it may be the same place for all."""
-        ...
-
-    def keep(self, i: int) -> None:
-        """Encode what is in the row."""
-        ...
-
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
-        """([N, C], columns): all columns from ``start`` to ``stop``, float32 or wider, valid until the next piece."""
-        ...
 
 
 class Candidates:
@@ -288,11 +257,11 @@ class Candidates:
             for i, checkpoint in enumerate(checkpoints):
                 for flat, matrix in self._blocks:
                     assert matrix.centre_D is not None
-                    matrix.centre_D.add_(_read_row(checkpoint, flat, matrix.row(i)), alpha=1 / n)
+                    matrix.centre_D.add_(read_row(checkpoint, flat, matrix.row(i)), alpha=1 / n)
                 progress("averaging candidates", i + 1, n)
         for i, checkpoint in enumerate(checkpoints):
             for k, (flat, matrix) in enumerate(self._blocks):
-                row_D = _read_row(checkpoint, flat, matrix.row(i))
+                row_D = read_row(checkpoint, flat, matrix.row(i))
                 matrix.keep(i)
                 if self._sums:
                     self._sums[k].look_at(row_D)
@@ -310,19 +279,3 @@ def _runs(flat: Flat, matrix: Matrix, groups: Groups, stop: int) -> Iterator[tup
     for piece_NC, part in matrix.pieces(0, stop):
         for begin, end, g in flat.cut(part, groups, stop):
             yield piece_NC[:, begin - part.start : end - part.start], slice(begin, end), g
-
-
-def _read_row(checkpoint: Checkpoint, flat: Flat, row_D: Tensor) -> Tensor:
-    for slot in flat.slots:
-        name = present(slot.names, checkpoint.tensors)
-        check_tied(checkpoint, slot.names, slot.range)
-        read(checkpoint.spec(name), name, checkpoint.read_into, row_D[slot.start :][: slot.numel], slot.first)
-    if not checkpoint.allow_nonfinite and not torch.isfinite(row_D).all():
-        bad = next(s for s in flat.slots if not torch.isfinite(row_D[s.start :][: s.numel]).all())
-        name = present(bad.names, checkpoint.tensors)
-        raise not_finite(checkpoint, name) or InputError(
-            f"its values overflow {str(row_D.dtype).removeprefix('torch.')}, which the task's model has it in",
-            path=checkpoint.path,
-            tensor=name,
-        )
-    return row_D

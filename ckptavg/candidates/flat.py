@@ -15,9 +15,9 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.dtypes import FLOATING, TORCH
 from ckptavg.coefficients import Groups, group_of
-from ckptavg.dtypes import FLOATING, TORCH
 from ckptavg.errors import InputError, TaskError
 from ckptavg.readers import ITEM_SIZE, StoredTensor
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ckptavg.candidates.flat import Flat, Slot, flatten, unique_tensors
 from ckptavg.errors import TaskError, UsageError
-from ckptavg.workers import Workers
+from ckptavg.runtime.workers import Workers
 
 
 def build(make: Callable[[], nn.Module], device: torch.device, workers: Workers) -> nn.Module:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ckptavg.candidates.flat import Slot, overlapping, present, read
-from ckptavg.checkpoint import Checkpoint
-from ckptavg.threads import processors
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.runtime.threads import processors
 
 BUFFER: Final = 32 << 20  # bytes of all rows that are on their way at a time, twice
 LEAST: Final = 1 << 12  # columns of a piece, however many rows there are

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from ckptavg.cli.options import carry_out, option, parameter, signed
+from ckptavg.cli.command import carry_out, parameter, signed
+from ckptavg.cli.options import option
 
 Strategies = Annotated[
     str,
@@ -20,7 +21,7 @@ def _run(**arguments: Any) -> None:
     names = [name.strip() for name in arguments.pop("strategies").split(",") if name.strip()]
 
     def work(*inputs: Any) -> Any:
-        from ckptavg.comparison import compare
+        from ckptavg.pipeline.comparison import compare
 
         paths, options, watch = inputs
         return compare(paths, names, options, watch)

@@ -37,7 +37,7 @@ def _train(folder: Path, checkpoints: int = 20) -> None:
     """
     import torch
 
-    from ckptavg.determinism import reproducible
+    from ckptavg.runtime.seeds import reproducible
     from ckptavg.tasks import template as task
 
     with reproducible(0):

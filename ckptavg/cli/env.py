@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import ckptavg
-from ckptavg import threads
 from ckptavg.cli.options import Json
+from ckptavg.runtime import threads
 
 if TYPE_CHECKING:
     from types import ModuleType

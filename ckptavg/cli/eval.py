@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 from typing import Any
 
-from ckptavg.cli.options import (
+from ckptavg.cli.options import (  # fmt: skip
     BatchSize,
     Device,
     Json,
@@ -21,10 +21,10 @@ from ckptavg.cli.options import (
     Val,
     Verbose,
     WorkerTimeout,
-)  # fmt: skip
+)
 from ckptavg.errors import printable
-from ckptavg.readers.regular_file import is_folder
-from ckptavg.workers import PATIENCE, joined
+from ckptavg.filesystem.regular_file import is_folder
+from ckptavg.runtime.workers import PATIENCE, joined
 
 
 def command(
@@ -52,8 +52,8 @@ def command(
 
     meeting = joined(device, worker_timeout)
     with meeting as workers, stdout_for_data(), Screen(quiet=quiet).watching() as watch:
-        from ckptavg.evaluation import evaluate
-        from ckptavg.tasks.find import find
+        from ckptavg.pipeline.evaluation import evaluate
+        from ckptavg.pipeline.task_choice import find
 
         given = val is not None or lm_eval is not None
         # an output beside ./task.py is usual

@@ -10,8 +10,8 @@ from ckptavg.cli.options import Every, Exclude, Include, Json, Key, LastN, Paths
 from ckptavg.errors import InputError, printable
 
 if TYPE_CHECKING:
-    from ckptavg.checkpoint import Checkpoint
-    from ckptavg.discover import Found
+    from ckptavg.checkpoints.checkpoint import Checkpoint
+    from ckptavg.checkpoints.discover import Found
 
 ReadData = Annotated[
     bool, option("Candidates", "Read files to their ends too: checksums, SHA256SUMS, NaN.", "--read-data")
@@ -33,22 +33,22 @@ def command(
     verbose: Verbose = False,
 ) -> None:
     """List the candidates and the reason for each file left out."""
-    from ckptavg import settling
-    from ckptavg.discover import discover
-    from ckptavg.manifest import Manifest
-    from ckptavg.window import Window
+    from ckptavg.checkpoints import stability
+    from ckptavg.checkpoints.checksums import Manifest
+    from ckptavg.checkpoints.discover import discover
+    from ckptavg.checkpoints.window import Window
 
     window = Window(include=include, exclude=exclude, start=start, stop=stop, every=every, last=last)
     manifest = Manifest()
 
     def whole(checkpoint: Checkpoint) -> None:
-        from ckptavg import soundness  # and torch with it
+        from ckptavg.checkpoints import integrity  # and torch with it
 
         manifest.check(checkpoint)
-        soundness.check(checkpoint)
+        integrity.check(checkpoint)
 
     with discover(ckpts, window, key, bad="list", check=whole if read_data else None) as found:
-        doubts = (*manifest.doubts, *settling.doubts(found.checkpoints))
+        doubts = (*manifest.doubts, *stability.doubts(found.checkpoints))
         found = replace(found, warnings=(*found.warnings, *doubts))
         if json:
             print(json_module.dumps(_to_dict(found), indent=2))

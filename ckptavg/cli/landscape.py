@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ckptavg.cli.options import carry_out, option, parameter, signed
+from ckptavg.cli.command import carry_out, parameter, signed
+from ckptavg.cli.options import option
 
 Samples = Annotated[int, option("Landscape", "Random mixtures that are really scored.")]
 Mixtures = Annotated[
@@ -23,8 +24,9 @@ def _run(**arguments: Any) -> None:
     more = {name: arguments.pop(name) for name in ("samples", "grid", "hessian")}
 
     def work(*inputs: Any) -> Any:
-        from ckptavg.report import as_json, surface
-        from ckptavg.survey import landscape
+        from ckptavg.pipeline.landscape import landscape
+        from ckptavg.report import as_json
+        from ckptavg.report import landscape as surface
 
         paths, options, watch = inputs
         found = landscape(paths, options, watch, mixtures=names, as_text=as_json.to_json, **more)

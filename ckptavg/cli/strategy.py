@@ -7,7 +7,8 @@ from dataclasses import fields
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from ckptavg.cli.options import carry_out, option, parameter, signed
+from ckptavg.cli.command import carry_out, parameter, signed
+from ckptavg.cli.options import option
 from ckptavg.objective import Strategy
 
 

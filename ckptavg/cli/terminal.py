@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 
-from ckptavg import durable, interrupt
 from ckptavg.errors import InterruptedRunError, OutputError, printable
+from ckptavg.filesystem import atomic
+from ckptavg.runtime import signals
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from ckptavg.result import Landscape, Result
+    from ckptavg.report.result import Landscape, Result
 
 WIDE = 200  # columns where there is no terminal: a log should not cut names
 _STDOUT, _STDERR = 1, 2
@@ -80,10 +81,10 @@ class Screen:
     def watching(self) -> Generator[Watch | None]:
         """Remarks, and on a terminal a progress bar for the stages of a run; a signal is an InterruptedRunError."""
         try:
-            with interrupt.waiting(), self._bars() as watch:
+            with signals.waiting(), self._bars() as watch:
                 yield watch
-        except (Exception, KeyboardInterrupt, interrupt.Interruption) as error:
-            if isinstance(error, Exception) and not interrupt.pending():
+        except (Exception, KeyboardInterrupt, signals.Interruption) as error:
+            if isinstance(error, Exception) and not signals.pending():
                 raise
             # also where a worker process got the signal too, and what was noticed first is its death
             raise InterruptedRunError(
@@ -129,9 +130,9 @@ def check_text(path: Path) -> None:
     """Refuse a small file that `write_text` could not write, before hours of work for it.
 
     Raises:
-        OutputError: as `ckptavg.write.preflight` does.
+        OutputError: as `ckptavg.output.destination.preflight` does.
     """
-    from ckptavg.write import preflight
+    from ckptavg.output.destination import preflight
 
     with suppress(OSError):
         if path.exists() and not path.is_dir() and not path.is_file():
@@ -148,9 +149,9 @@ def write_text(path: Path, text: str) -> None:
     try:
         target = path.resolve()
     except OSError as error:  # the working directory was removed
-        raise OutputError(f"cannot be written: {durable.said(error)}", path=path) from error
+        raise OutputError(f"cannot be written: {atomic.said(error)}", path=path) from error
     if target.is_file() or not target.exists():
-        durable.write_text(target, text)
+        atomic.write_text(target, text)
         return
     try:
         path.write_text(text, encoding="utf-8")

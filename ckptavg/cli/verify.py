@@ -21,7 +21,7 @@ def command(
 ) -> None:
     """Recompute the average from the sources its metadata names, and compare bytes."""
     from ckptavg.cli.terminal import Screen
-    from ckptavg.verification import verify
+    from ckptavg.pipeline.verification import verify
 
     found = verify(file, sources)
     if json:

@@ -1,7 +1,7 @@
 """On-disk formats. One file a format; the file system is the registry: a module that ends in ``READER = ...`` is one.
 
 A reader reads headers when it is made and tensors only when asked, and never imports, calls or maps anything a file
-names. It knows nothing of training: which part of its tree is the model is `ckptavg.layout`'s question.
+names. It knows nothing of training: which part of its tree is the model is `ckptavg.checkpoints.state_dict`'s question.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
 from ckptavg.errors import InputError
-from ckptavg.readers.regular_file import RegularFile, is_folder
+from ckptavg.filesystem.regular_file import RegularFile, is_folder
 
 # bytes an element, by the names safetensors gives the dtypes; sub-byte and complex types are refused by the readers
 ITEM_SIZE: Final[Mapping[str, int]] = {

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from ckptavg.errors import InputError
+from ckptavg.filesystem.regular_file import RegularFile
+from ckptavg.filesystem.strict_json import strict_json
 from ckptavg.readers import ITEM_SIZE, StoredTensor
-from ckptavg.readers.object_tree import MAX_NAME, is_proper
-from ckptavg.readers.regular_file import RegularFile
+from ckptavg.readers.pickle.object_tree import MAX_NAME, is_proper
 
 MAX_HEADER: Final = 16 << 20
 MAX_TENSORS: Final = 1_000_000
@@ -100,28 +100,6 @@ def _header(file: RegularFile) -> tuple[dict[str, Any], int]:
     if not isinstance(header, dict):
         raise InputError("header is not a JSON object", path=file.path)
     return header, 8 + size
-
-
-def strict_json(text: str) -> Any:
-    """Parse JSON, refusing what Python's parser lets pass: duplicate keys, NaN and Infinity.
-
-    Raises:
-        ValueError: if it is not strict JSON.
-        RecursionError: if it is nested too deep.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise ValueError(f"key {twice!r} occurs twice")
-        return result
-
-    def constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not allowed")
-
-    return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
 
 
 def _naturals(value: Any) -> bool:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from ckptavg.errors import InputError
+from ckptavg.filesystem.regular_file import RegularFile
+from ckptavg.filesystem.strict_json import strict_json
 from ckptavg.readers import Reader, StoredTensor, claim, open_reader
-from ckptavg.readers.regular_file import RegularFile
-from ckptavg.readers.safetensors import strict_json
 
 MAX_INDEX: Final = 64 << 20
 _SEPARATOR: Final = "\0"  # in no file name, so shard and record stay apart

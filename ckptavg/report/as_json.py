@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ckptavg
-from ckptavg.objective import Cost, Score
-from ckptavg.places import LeftOut
-from ckptavg.result import Comparison, Contestant, Landscape, Result
+from ckptavg.checkpoints.listing import LeftOut
+from ckptavg.cost import Cost
+from ckptavg.report.result import Comparison, Contestant, Landscape, Result
+from ckptavg.score import Score
 
 
 def to_dict(result: Result) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ckptavg.candidates.plan import MatrixResult
+from ckptavg.cost import Cost
 from ckptavg.errors import printable
-from ckptavg.objective import Cost, Score, Split
-from ckptavg.report import surface
-from ckptavg.report.contest import contest
-from ckptavg.result import CandidateResult, Comparison, Landscape, MatrixResult, Output, Result
+from ckptavg.report import landscape
+from ckptavg.report.comparison import contest
+from ckptavg.report.result import CandidateResult, Comparison, Landscape, Output, Result
+from ckptavg.score import Score, Split
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -21,7 +23,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 def render(report: Result | Comparison | Landscape) -> Group:
     """Everything there is to say, from the candidates down to the file."""
     if isinstance(report, Landscape):
-        return surface.render(report)
+        return landscape.render(report)
     if isinstance(report, Comparison) and report.contestants:
         return Group(_candidates(report.result), Text(), *contest(report), *_foot(report.result))
     return Group(*_parts(report.result if isinstance(report, Comparison) else report))

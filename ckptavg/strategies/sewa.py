@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import Hessian, Learned, Objective, Score, Strategy, check_losses
+from ckptavg.objective import Hessian, Learned, Objective, Strategy, check_losses
+from ckptavg.score import Score
 
 if TYPE_CHECKING:
     import torch

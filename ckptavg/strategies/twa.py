@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.errors import UsageError
-from ckptavg.objective import Hessian, Learned, Objective, Split, Strategy, check_losses
+from ckptavg.objective import Hessian, Learned, Objective, Strategy, check_losses
+from ckptavg.score import Split
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ckptavg import interrupt
+from ckptavg.runtime import signals
 from ckptavg.surrogate.energy import Energy, Shortlist
 
 BATCH = 512  # nodes that are bounded at once
@@ -114,7 +114,7 @@ def prove(relaxation: Relaxation, relaxed_N: Tensor, shortlist: Shortlist, limit
     stack = [(root_1N, relaxed_N[None], torch.full_like(relaxed_N[:1], -math.inf))]
     nodes = 0
     while stack:
-        interrupt.check()
+        signals.check()
         state_MN, z_MN, bound_M = stack.pop()
         while stack and len(state_MN) < BATCH:
             state_MN, z_MN, bound_M = map(torch.cat, zip((state_MN, z_MN, bound_M), stack.pop(), strict=True))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ckptavg.objective import Score, Split
-    from ckptavg.partial import Partial
+    from ckptavg.journal.pass_progress import Partial
+    from ckptavg.score import Score, Split
     from ckptavg.tasks.torch_metrics import CorpusMetric
 
 

@@ -9,8 +9,8 @@ from typing import Final
 
 from torch.multiprocessing import reductions
 
-from ckptavg.determinism import LACKING
 from ckptavg.errors import TaskError
+from ckptavg.runtime.seeds import LACKING
 from ckptavg.tasks.guard import TooLongError
 
 MOST: Final = 500  # characters of a message; some libraries print whole configurations

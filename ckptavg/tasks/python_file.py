@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
-from ckptavg.determinism import seed_loader
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
-from ckptavg.objective import Split
-from ckptavg.readers.regular_file import is_file
+from ckptavg.filesystem.regular_file import is_file
+from ckptavg.runtime.seeds import seed_loader
+from ckptavg.runtime.threads import affinity, processors, quota
+from ckptavg.score import Split
 from ckptavg.tasks.failure import failed
 from ckptavg.tasks.guard import Guard
 from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
-from ckptavg.tasks.turns import of_worker, undivided
-from ckptavg.threads import affinity, processors, quota
+from ckptavg.tasks.worker_sampler import of_worker, undivided
 
 _OF_BATCHES: Final = ("loss", "metric", "predict")
 
@@ -108,7 +108,7 @@ class PythonTask:
         return self._read(split)
 
     def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]] | None:
-        """See `ckptavg.feed.Feed`: for a DataLoader of a dataset with indices."""
+        """See `ckptavg.batches.loader.Feed`: for a DataLoader of a dataset with indices."""
         found = self._own.get(split) or of_worker(self._loader(split), rank, world)
         if found is None:
             return None

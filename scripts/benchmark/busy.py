@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "demo"
 OWN, BEFORE = "ckptavg's (10000)", "libgomp's (300000)"
 POLICIES: Mapping[str, Mapping[str, str]] = {
-    OWN: {},  # see ckptavg/threads.py
+    OWN: {},  # see ckptavg/runtime/threads.py
     BEFORE: {"GOMP_SPINCOUNT": "300000"},  # its default, named: a variable that is set is left alone
     "GOMP_SPINCOUNT=100000": {"GOMP_SPINCOUNT": "100000"},
     "GOMP_SPINCOUNT=30000": {"GOMP_SPINCOUNT": "30000"},
@@ -76,7 +76,7 @@ def step_took(network: str, n: int, policy: Mapping[str, str]) -> float:
 
 def step(network: str, n: int) -> float:
     """Milliseconds of a forward and a backward pass in this process: the median of ``n``."""
-    from ckptavg import threads
+    from ckptavg.runtime import threads
 
     threads.settle()
     sys.path[:0] = [str(DEMO), str(HERE)]

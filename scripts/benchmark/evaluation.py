@@ -26,12 +26,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ckptavg import kept
+from ckptavg.batches import cache
 from ckptavg.candidates import Candidates, budget
+from ckptavg.checkpoints.discover import discover
 from ckptavg.coefficients import Coefficients
-from ckptavg.discover import discover
-from ckptavg.mixture import Mixture
-from ckptavg.objective import Split
+from ckptavg.objective.mixture import Mixture
+from ckptavg.score import Split
 
 EXAMPLES = 4096
 
@@ -121,15 +121,15 @@ def batchnorm(folder: Path, device: torch.device, now: Clock, rounds: int) -> No
     for step in range(rounds + 3):
         torch.manual_seed(step)
         save_file(task.model().state_dict(), folder / f"step-{step}.safetensors")
-    room = kept.HOST
+    room = cache.HOST
     with discover([folder]) as found:
-        for what, kept.HOST in (("read for each pass", 0), ("kept on the device", room)):
+        for what, cache.HOST in (("read for each pass", 0), ("kept on the device", room)):
             mixture = Mixture(task, found.checkpoints, device=device)  # pyright: ignore
             mixture.score(Coefficients.uniform([0], mixture.n))
             rest = iter(range(1, mixture.n))
             scored = lambda: mixture.score(Coefficients.uniform([next(rest)], mixture.n))  # noqa: B023, E731
             used[what] = measured(scored, now, rounds)
-    kept.HOST = room
+    cache.HOST = room
     print(f"\na score of a BatchNorm network on {EXAMPLES:,} images of 32×32, statistics recomputed on as many")
     for what, one in used.items():
         ratio = one.processor / used["read for each pass"].processor

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ckptavg.candidates import Candidates
-from ckptavg.checkpoint import Checkpoint
-from ckptavg.discover import discover
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.discover import discover
 
 BITS = (32, 16, 8, 4, 2, 1)
 

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
 import task  # the demo's
 import train
 
+from ckptavg.checkpoints.discover import discover
 from ckptavg.coefficients import EVERYTHING, Coefficients
-from ckptavg.discover import discover
-from ckptavg.mixture import Mixture
+from ckptavg.objective.mixture import Mixture
 from ckptavg.strategies.twa import TWA
 from ckptavg.tasks.python_file import PythonTask
 

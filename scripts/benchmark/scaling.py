@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ckptavg.api import run
-from ckptavg.discover import discover
-from ckptavg.mixture import Mixture
+from ckptavg.checkpoints.discover import discover
+from ckptavg.objective.mixture import Mixture
+from ckptavg.runtime.workers import Workers, joined
 from ckptavg.strategies import from_spec
 from ckptavg.tasks.python_file import PythonTask
-from ckptavg.workers import Workers, joined
 
 CPU = torch.device("cpu")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -23,12 +23,12 @@ from study.domains import domain
 from study.job import write_task
 from study.training import train
 
-from ckptavg.discover import discover
-from ckptavg.mixture import Mixture
+from ckptavg.checkpoints.discover import discover
+from ckptavg.checkpoints.window import Window
+from ckptavg.objective.mixture import Mixture
 from ckptavg.strategies.sewa import SeWA
 from ckptavg.surrogate.subsets import best_for_every_k
 from ckptavg.tasks.python_file import PythonTask
-from ckptavg.window import Window
 
 STEPS = (25, 50, 100, 200, 400)
 K = 5

@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ckptavg.discover import discover
-from ckptavg.mixture import Mixture
-from ckptavg.objective import Split
+from ckptavg.checkpoints.discover import discover
+from ckptavg.objective.mixture import Mixture
+from ckptavg.score import Split
 from ckptavg.strategies.sewa import SeWA
 from ckptavg.strategies.twa import TWA
 

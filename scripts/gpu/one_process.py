@@ -19,7 +19,7 @@ from speed import Made, ignore
 from ckptavg.candidates import Candidates, sharded
 from ckptavg.candidates.flat import Flat, unique_tensors
 from ckptavg.coefficients import EVERYTHING
-from ckptavg.workers import Workers
+from ckptavg.runtime.workers import Workers
 
 N = 5
 
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     device = torch.device(options.device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"  # as ckptavg.workers.joined has it
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"  # as ckptavg.runtime.workers.joined has it
     distributed.init_process_group(backend)
     c_N = torch.full((N,), 1 / N, dtype=torch.float64, device=device)
     found: dict[str, float] = {}

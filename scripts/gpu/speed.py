@@ -29,8 +29,8 @@ import step as steps
 
 from ckptavg.candidates import Candidates
 from ckptavg.candidates.budget import free_memory
-from ckptavg.discover import discover
-from ckptavg.mixture import Mixture
+from ckptavg.checkpoints.discover import discover
+from ckptavg.objective.mixture import Mixture
 from ckptavg.readers import ITEM_SIZE, StoredTensor
 
 N: Final = 20

@@ -30,11 +30,13 @@ CHILD = "--child" in sys.argv
 
 if CHILD:
     import atheris
-with atheris.instrument_imports(include=["ckptavg.readers", "ckptavg.manifest"]) if CHILD else nullcontext():
+with (
+    atheris.instrument_imports(include=["ckptavg.readers", "ckptavg.checkpoints.checksums"]) if CHILD else nullcontext()
+):
+    from ckptavg.checkpoints.checksums import Manifest
     from ckptavg.errors import InputError
-    from ckptavg.manifest import Manifest
+    from ckptavg.filesystem.strict_json import read_json
     from ckptavg.readers import open_reader
-    from ckptavg.readers.json_file import read_json
     from ckptavg.readers.safetensors import READER as SAFETENSORS  # noqa: F401  # loaded while it can be instrumented
 
 from hostile import mutants, sharded_cases, torch_cases  # noqa: E402

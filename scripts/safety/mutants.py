@@ -1,7 +1,7 @@
 """Changes readers, writer and journal in one place at a time, and counts the changes that a test notices.
 
     mutants.py --sample 1000            of all changes, drawn at random
-    mutants.py --only 'ckptavg.lock*'   all changes of some modules
+    mutants.py --only 'ckptavg.filesystem.lock*'   all changes of some modules
     mutants.py --survivors              those that nobody noticed, of the last run
 
 By mutmut (``pip install mutmut``), in the folder ``mutants``, by the settings in pyproject.toml. Prints JSON. A change
@@ -63,7 +63,7 @@ def main() -> int:
         for name in [name for name, code in found().items() if status[code] in ("survived", "no tests")]:
             subprocess.run([sys.executable, "-m", "mutmut", "show", name], check=True)
         return 0
-    mutmut("run", *(options.only or ["ckptavg.lock.x_release*"]))
+    mutmut("run", *(options.only or ["ckptavg.filesystem.lock.x_release*"]))
     names = [*found()] if not options.only else []
     if options.sample:
         names = random.Random(options.seed).sample(names, min(options.sample, len(names)))

@@ -16,14 +16,14 @@ from statistics import fmean
 import torch
 
 import ckptavg
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.discover import discover
+from ckptavg.checkpoints.window import Window
 from ckptavg.coefficients import Coefficients
-from ckptavg.discover import discover
 from ckptavg.errors import UsageError
-from ckptavg.mixture import Mixture
-from ckptavg.result import Contestant
+from ckptavg.objective.mixture import Mixture
+from ckptavg.report.result import Contestant
 from ckptavg.tasks.python_file import PythonTask
-from ckptavg.window import Window
 from study.domains import domain
 from study.job import Job, write_task
 from study.plan import Plan, Schedule, available, digest

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ckptavg.coefficients import EVERYTHING, Coefficients
-from ckptavg.mixture import Mixture
+from ckptavg.objective.mixture import Mixture
 from study.job import Job
 from study.record import Row
 

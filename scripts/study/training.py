@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ckptavg.batches import to_device
+from ckptavg.tasks.batch import to_device
 from study.job import Job
 from study.plan import Schedule
 

@@ -10,11 +10,11 @@ from stored import stored
 from test_mixture import Toy, by_hand, network, reference_model
 from torch import Tensor, nn
 
-from ckptavg.average import output_specs, weighted_average
+from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.candidates import Candidates
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients, group_of
-from ckptavg.mixture import Mixture
+from ckptavg.objective.mixture import Mixture
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ckptavg.candidates import Candidates
-from ckptavg.discover import discover
+from ckptavg.checkpoints.discover import discover
 from ckptavg.errors import InputError, TaskError
 
 

@@ -15,7 +15,7 @@ from stored import stored
 from torch import Tensor, nn
 
 from ckptavg.candidates import Candidates, streamed
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING
 from ckptavg.errors import InputError
 

@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from ckptavg.api import run
+from ckptavg.runtime.workers import Workers, joined
 from ckptavg.strategies import from_spec
-from ckptavg.workers import Workers, joined
 
 
 class Network(nn.Module):

@@ -17,9 +17,9 @@ import torch
 from ckptavg.api import compare, run
 from ckptavg.options import Options
 from ckptavg.report.as_json import to_dict
-from ckptavg.result import Comparison
+from ckptavg.report.result import Comparison
+from ckptavg.runtime.workers import ALONE, Workers, joined
 from ckptavg.strategies import from_spec
-from ckptavg.workers import ALONE, Workers, joined
 
 Plan = Sequence[Mapping[str, Any]]
 

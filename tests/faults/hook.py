@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-MODULES: Final = ("durable", "journal", "lock", "write")
+MODULES: Final = (
+    "filesystem.atomic", "filesystem.lock", "journal", "output.destination", "output.safetensors_file",
+)  # fmt: skip
 CALLS: Final = (
     "open", "close", "write", "pwrite", "preadv", "pread", "posix_fallocate", "ftruncate", "fsync", "fdatasync",
     "fstat", "fchmod", "link", "replace", "rename", "unlink",
@@ -37,11 +39,11 @@ def installed(hook: Mapping[str, Any]) -> Generator[None]:
     """
     import torch
 
-    import ckptavg.partial
-    import ckptavg.replay
+    import ckptavg.journal.pass_progress
+    import ckptavg.objective.measurements
 
     if "every" in hook:
-        ckptavg.partial.EVERY = ckptavg.replay._TOGETHER = hook["every"]  # pyright: ignore
+        ckptavg.journal.pass_progress.EVERY = ckptavg.objective.measurements._TOGETHER = hook["every"]  # pyright: ignore
     if "threads" in hook:
         torch.set_num_threads(hook["threads"])
     if "listing" in hook:

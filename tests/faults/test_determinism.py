@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ckptavg
-from ckptavg.determinism import LACKING, reproducible, reseed, seed_loader
+from ckptavg.runtime.seeds import LACKING, reproducible, reseed, seed_loader
 from faults import job
 from faults.test_signals import real
 from faults.warm import Warm

@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from ckptavg import contents, interrupt, partial
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.discover import discover
 from ckptavg.coefficients import Coefficients
-from ckptavg.discover import discover
-from ckptavg.encoded import decode, encode
 from ckptavg.errors import OutputExistsError, TaskError
-from ckptavg.interrupt import Interruption
-from ckptavg.journal import Journal
-from ckptavg.mixture import Mixture
-from ckptavg.partial import ChangedDataError, Partial, resumed
+from ckptavg.journal import Journal, pass_progress, source_digests
+from ckptavg.journal.pass_progress import ChangedDataError, Partial, resumed
+from ckptavg.journal.tensor_json import decode, encode
+from ckptavg.objective.measurements import Replay
+from ckptavg.objective.mixture import Mixture
 from ckptavg.readers import RegularFile
-from ckptavg.replay import Replay
+from ckptavg.runtime import signals
+from ckptavg.runtime.signals import Interruption
 from ckptavg.tasks.python_file import PythonTask
 from faults import job
 from faults.warm import Warm
@@ -121,7 +121,7 @@ def passed(data: list[int], seen: list[int], found: Partial, fail: int = -1) -> 
 
 
 def test_a_pass_leaves_out_what_an_earlier_one_did(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(partial, "EVERY", 0.0)
+    monkeypatch.setattr(pass_progress, "EVERY", 0.0)
     seen: list[int] = []
     with pytest.raises(Interruption):
         passed([1, 2, 3, 4, 5], seen, Partial("x", kept.get, kept.__setitem__), fail=4)
@@ -139,7 +139,7 @@ def test_a_signal_keeps_what_was_not_due(kept: dict[str, Any]):
 
 @pytest.mark.parametrize("data", [[1, 2, 9, 4, 5], [1, 2]])
 def test_a_pass_over_other_data_begins_anew(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch, data: list[int]):
-    monkeypatch.setattr(partial, "EVERY", 0.0)
+    monkeypatch.setattr(pass_progress, "EVERY", 0.0)
     with pytest.raises(Interruption):
         passed([1, 2, 3, 4, 5], [], Partial("x", kept.get, kept.__setitem__), fail=4)
     found = Partial("x", kept.get, kept.__setitem__)
@@ -151,12 +151,12 @@ def test_a_pass_over_other_data_begins_anew(kept: dict[str, Any], monkeypatch: p
 
 
 def test_what_cannot_be_written_down_is_not_kept(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(partial, "EVERY", 0.0)
+    monkeypatch.setattr(pass_progress, "EVERY", 0.0)
     assert list(Partial("x", kept.get, kept.__setitem__).rest([1, 2], int, object)) == [1, 2] and not kept
 
 
 def test_nothing_is_kept_where_there_is_no_journal(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(partial, "EVERY", 0.0)
+    monkeypatch.setattr(pass_progress, "EVERY", 0.0)
     asked: list[int] = []
     assert list(Partial().rest([1, 2], int, lambda: asked.append(1))) == [1, 2] and not asked
 
@@ -207,7 +207,7 @@ def with_contents(folder: Path, output: Path, work: Callable[[Journal, tuple[Che
     """What a run does with its candidates' files, and one measurement."""
     with discover([folder]) as found, Journal(output) as journal:
         journal.begin({"run": 1})
-        with contents.recorded(journal, found.checkpoints):
+        with source_digests.recorded(journal, found.checkpoints):
             work(journal, found.checkpoints)
 
 
@@ -243,7 +243,7 @@ def test_other_bytes_of_the_same_size_and_time_are_refused(copied: Path, tmp_pat
             RegularFile(path) as file,
             pytest.raises(OutputExistsError, match=r"another step-3\.pt: SHA-256 \w{16}…, not"),
         ):
-            contents._known(journal, "file 2 0", file)
+            source_digests._known(journal, "file 2 0", file)
 
 
 def test_a_file_that_was_copied_before_its_contents_were_known_is_refused(copied: Path, tmp_path: Path):
@@ -355,15 +355,15 @@ def test_scores_of_other_data_than_the_earlier_runs_are_not_compared(ckpts: Path
 
 
 def test_a_signal_is_pending_until_it_is_checked(monkeypatch: pytest.MonkeyPatch):
-    handler = interrupt.Handler()
-    monkeypatch.setattr(interrupt, "_handler", handler)
-    with interrupt.waiting():
-        assert handler.waits and not interrupt.pending()
-        interrupt.check()
+    handler = signals.Handler()
+    monkeypatch.setattr(signals, "_handler", handler)
+    with signals.waiting():
+        assert handler.waits and not signals.pending()
+        signals.check()
         handler.received = 15
-        with pytest.raises(Interruption), interrupt.at_once():
+        with pytest.raises(Interruption), signals.at_once():
             raise AssertionError("it does not begin")
         assert handler.waits
     assert not handler.waits
     with pytest.raises(Interruption):
-        interrupt.check()
+        signals.check()

@@ -11,7 +11,11 @@ from faults.warm import Warm
 
 def test_no_fault_of_the_writer_leaves_a_part(warm: Warm, tmp_path: Path, tally: Counter[str]):
     command = ("swa", checkpoints(tmp_path / "ckpts").name)
-    points = list(every_point(warm, tmp_path, command, modules=("write", "durable")))
+    points = list(
+        every_point(
+            warm, tmp_path, command, modules=("output.safetensors_file", "output.destination", "filesystem.atomic")
+        )
+    )
     tally.update(counted(points))
     assert not [point for point in points if point.wrong]
     assert len(points) >= 150 and {point.what for point in points} == set(KINDS)

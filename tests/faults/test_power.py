@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from ckptavg import durable, journal, lock, write
-from ckptavg.durable import write_bytes
+from ckptavg import journal
 from ckptavg.errors import CkptavgError
+from ckptavg.filesystem import atomic, lock
+from ckptavg.filesystem.atomic import write_bytes
 from ckptavg.journal import Journal
+from ckptavg.output import safetensors_file
+from ckptavg.output.safetensors_file import SafetensorsFile
+from ckptavg.output.sharded_files import INDEX, ShardedFiles, sweep
 from ckptavg.readers import StoredTensor, open_reader
-from ckptavg.shards import INDEX, ShardedFiles, sweep
-from ckptavg.write import SafetensorsFile
 from faults import power
 
 DRAWS = 25  # states of the disk for each moment
@@ -34,10 +36,10 @@ def careless(path: Path, *, force: bool = False) -> None:
     """What a library does that renames and does not flush."""
     save(path.with_name("whole"))
     data = path.with_name("whole").read_bytes()
-    fd = write.os.open(path.with_name("part"), durable.os.O_RDWR | durable.os.O_CREAT)
-    write.os.ftruncate(fd, len(data))
-    write.os.pwrite(fd, data, 0)
-    write.os.replace(path.with_name("part"), path)
+    fd = safetensors_file.os.open(path.with_name("part"), atomic.os.O_RDWR | atomic.os.O_CREAT)
+    safetensors_file.os.ftruncate(fd, len(data))
+    safetensors_file.os.pwrite(fd, data, 0)
+    safetensors_file.os.replace(path.with_name("part"), path)
 
 
 def accepted(folder: Path, name: str, data: bytes) -> bool:
@@ -65,7 +67,7 @@ def violations(
     before = {"out": OLD} if force else {}
     for name, data in before.items():
         (disk / name).write_bytes(data)
-    with power.recorded(disk, durable, write) as recorder:
+    with power.recorded(disk, atomic, safetensors_file) as recorder:
         saved(disk / "out", force=force)
     new, rng, found = (disk / "out").read_bytes(), random.Random(0), list[str]()
     for moment in range(len(recorder.record) + 1):
@@ -94,12 +96,12 @@ def test_the_model_of_the_disk_sees_what_a_careless_writer_does(tmp_path: Path):
 def test_an_index_is_never_there_before_its_shards(tmp_path: Path, tally: Counter[str]):
     disk, rng = tmp_path / "disk", random.Random(0)
     disk.mkdir()
-    with power.recorded(disk, durable, write) as recorder:
+    with power.recorded(disk, atomic, safetensors_file) as recorder:
         with ShardedFiles(disk, SPECS, {}, "3KB") as out:
             for number, (name, spec) in enumerate(SPECS.items(), 1):
                 out.write(name, 0, bytes([number]) * spec.nbytes)
             out.publish()
-        durable.flush_folder(out.path)
+        atomic.flush_folder(out.path)
     whole = {path.name: path.read_bytes() for path in disk.iterdir()}
     assert len(whole) == 3
     for moment in range(len(recorder.record) + 1):
@@ -134,7 +136,7 @@ def test_a_small_file_survives_too(tmp_path: Path, tally: Counter[str]):
 
     disk = tmp_path / "disk"
     disk.mkdir()
-    with power.recorded(disk, durable) as recorder:
+    with power.recorded(disk, atomic) as recorder:
         saved(disk / "out", force=True)
     rng, new = random.Random(0), (disk / "out").read_bytes()
     for moment in range(len(recorder.record) + 1):
@@ -148,7 +150,7 @@ def test_what_the_journal_has_acknowledged_is_in_it_whenever_the_power_goes(tmp_
     disk, rng = tmp_path / "disk", random.Random(0)
     disk.mkdir()
     told: list[tuple[int, str]] = []
-    with power.recorded(disk, durable, journal, lock) as recorder, Journal(disk / "out") as kept:
+    with power.recorded(disk, atomic, journal, lock) as recorder, Journal(disk / "out") as kept:
         kept.begin({"run": 1})
         for number in range(8):
             kept.put(f"key {number}", "x" * 20 * number)

@@ -49,7 +49,7 @@ def test_an_output_that_came_to_be_while_the_lock_was_waited_for_is_refused(
     ckpts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     import ckptavg
-    from ckptavg import session
+    from ckptavg.pipeline import session
 
     class Late(Journal):
         def __enter__(self) -> Late:

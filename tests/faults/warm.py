@@ -117,8 +117,8 @@ def _warm_up() -> None:
     import torch
     from safetensors.torch import save_file
 
-    import ckptavg.comparison
-    import ckptavg.mixture
+    import ckptavg.objective.mixture
+    import ckptavg.pipeline.comparison
     import ckptavg.tasks.python_file  # noqa: F401
     from ckptavg.__main__ import main
 
@@ -131,17 +131,17 @@ def _warm_up() -> None:
 
 
 def _run(argv: list[str], cwd: str, said: str, env: dict[str, str], hook: dict[str, Any]) -> None:
-    from ckptavg import interrupt
     from ckptavg.__main__ import main
+    from ckptavg.runtime import signals
     from faults import hook as hooks
 
-    install = interrupt.install
+    install = signals.install
 
     def install_and_unblock() -> None:
         install()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    interrupt.install = install_and_unblock
+    signals.install = install_and_unblock
     code: object = 70
     try:
         for fd, name in ((1, "out"), (2, "err")):

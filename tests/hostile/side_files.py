@@ -11,10 +11,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ckptavg import adapter_config
-from ckptavg.discover import discover
+from ckptavg.average import lora_config
+from ckptavg.checkpoints.checksums import Manifest
+from ckptavg.checkpoints.discover import discover
 from ckptavg.errors import CkptavgError
-from ckptavg.manifest import Manifest
 from hostile import mutants, tree_cases
 from hostile.case import plain, write
 
@@ -55,7 +55,7 @@ def read(files: Files, folder: Path) -> Any:
     try:
         with discover([folder], check=Manifest().check) as found:
             for checkpoint in found.checkpoints:
-                adapter_config.read_config(checkpoint)
+                lora_config.read_config(checkpoint)
             return [(one.name, one.step) for one in found.checkpoints]
     except CkptavgError as error:
         text = str(error)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ckptavg.errors import CkptavgError, InputError
-from ckptavg.verification import verify
+from ckptavg.pipeline.verification import verify
 from hostile import side_files
 
 

@@ -31,12 +31,14 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch_archives import TORCH_DTYPE, expected, values
 
 from ckptavg.errors import InputError
-from ckptavg.readers import Node, StoredTensor, dcp_metadata, object_tree
+from ckptavg.filesystem.regular_file import RegularFile
+from ckptavg.readers import Node, StoredTensor
 from ckptavg.readers import dcp as dcp_reader
-from ckptavg.readers.box import Box, untiled
 from ckptavg.readers.dcp import FOLDER, DcpReader
-from ckptavg.readers.file_part import FilePart
-from ckptavg.readers.regular_file import RegularFile
+from ckptavg.readers.dcp import metadata as dcp_metadata
+from ckptavg.readers.dcp.box import Box, untiled
+from ckptavg.readers.dcp.file_part import FilePart
+from ckptavg.readers.pickle import object_tree
 from ckptavg.readers.torch_zip import TorchZipReader
 
 RANKS = 4

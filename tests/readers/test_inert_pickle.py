@@ -18,9 +18,10 @@ from properties import examples
 from torch_archives import archive, read
 
 from ckptavg.errors import InputError
-from ckptavg.readers import Refused, inert_pickle, object_tree
-from ckptavg.readers.inert_pickle import Global, Inert, PickleError, load
-from ckptavg.readers.torch_objects import MAKERS, storage
+from ckptavg.readers import Refused
+from ckptavg.readers.pickle import object_tree, unpickler
+from ckptavg.readers.pickle.torch_objects import MAKERS, storage
+from ckptavg.readers.pickle.unpickler import Global, Inert, PickleError, load
 
 SIZES = {"data/0": 16, "data/1": 24}
 EXTENSION = 0xC4
@@ -90,7 +91,7 @@ def test_sets_are_lists(kind: type, protocol: int) -> None:
 def test_every_opcode_of_protocols_2_to_5_is_known_and_no_other() -> None:
     text_only = set(b"FGIJKLMNPSTUV") - set(b"GJKMN")
     known = {ord(op.code) for op in pickletools.opcodes} - text_only - set(b"gp.") - {0x97, 0x98}
-    assert set(inert_pickle._OPCODES) == known  # pyright: ignore[reportPrivateUsage]
+    assert set(unpickler._OPCODES) == known  # pyright: ignore[reportPrivateUsage]
 
 
 def test_the_same_object_twice_stays_one_object() -> None:
@@ -493,7 +494,7 @@ GREEDY = {
 
 @pytest.mark.parametrize("name", GREEDY)
 def test_whatever_is_repeated_runs_out_of_budget(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inert_pickle, "BUDGET", 1 << 22)
+    monkeypatch.setattr(unpickler, "BUDGET", 1 << 22)
     data = b"\x80\x02cos\nsystem\nq\0" + GREEDY[name] * (1 << 17) + b"."
     tracemalloc.start()
     with pytest.raises(PickleError, match="takes more memory"):
@@ -580,7 +581,7 @@ def test_random_bytes_are_a_mapping_or_a_pickle_error(data: bytes) -> None:
 
 def test_a_member_of_an_enumeration_is_told_by_its_name_too():
     """As Python 3.11.0 to 3.11.3 pickle it: by getattr, which is never called."""
-    from ckptavg.readers.torch_objects import MAKERS
+    from ckptavg.readers.pickle.torch_objects import MAKERS
 
     def member(owner: str, name: str) -> bytes:
         module, _, cls = owner.rpartition(".")

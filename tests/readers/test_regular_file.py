@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from ckptavg.errors import InputError
-from ckptavg.readers import json_file, open_reader, shard_index
-from ckptavg.readers.checked_records import CheckedRecords
-from ckptavg.readers.json_file import read_json
-from ckptavg.readers.regular_file import RegularFile
-from ckptavg.readers.zip_directory import Record
+from ckptavg.filesystem import strict_json
+from ckptavg.filesystem.regular_file import RegularFile
+from ckptavg.filesystem.strict_json import read_json
+from ckptavg.readers import open_reader, shard_index
+from ckptavg.readers.torch_zip.checked_records import CheckedRecords
+from ckptavg.readers.torch_zip.zip_directory import Record
 
 
 def _socket(path: Path) -> None:
@@ -82,7 +83,7 @@ def test_the_listener_is_told_what_was_read_and_where(tmp_path: Path):
 
 
 def test_side_files_have_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(json_file, "MAX_SIZE", 9)
+    monkeypatch.setattr(strict_json, "MAX_SIZE", 9)
     (tmp_path / "x").write_text('{"a": 10}')
     assert read_json(tmp_path / "x") == {"a": 10}
     (tmp_path / "x").write_text('{"a": 100}')

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 
 from ckptavg.errors import InputError
+from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.readers import ITEM_SIZE, StoredTensor, formats, open_reader, safetensors
-from ckptavg.readers.regular_file import RegularFile
 
 A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 B = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}

@@ -29,9 +29,9 @@ from torch import nn
 from torch_archives import TORCH_DTYPE, Entry, archive, expected, read, values, zip_bytes
 
 from ckptavg.errors import InputError
-from ckptavg.readers import Reader, Refused, StoredTensor, open_reader, strided, torch_zip
-from ckptavg.readers.regular_file import RegularFile
-from ckptavg.readers.torch_zip import READER, TorchZipReader
+from ckptavg.filesystem.regular_file import RegularFile
+from ckptavg.readers import Reader, Refused, StoredTensor, open_reader, torch_zip
+from ckptavg.readers.torch_zip import READER, TorchZipReader, strided
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import update_bn
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import Score
+from ckptavg.score import Score
 from ckptavg.strategies.aswa import ASWA
 
 State = dict[str, Tensor]

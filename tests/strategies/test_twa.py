@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ckptavg.coefficients import EVERYTHING, Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.mixture import Mixture
-from ckptavg.objective import Score, Split
+from ckptavg.objective.mixture import Mixture
+from ckptavg.score import Score, Split
 from ckptavg.strategies.twa import TWA, coefficients_of
 
 CONSTRAINTS = ("affine", "simplex")

@@ -13,11 +13,11 @@ from study.domains.attention import Block
 from study.job import Batches, write_task
 from study.training import train
 
+from ckptavg.checkpoints.discover import discover
+from ckptavg.checkpoints.window import Window
 from ckptavg.coefficients import Coefficients
-from ckptavg.discover import discover
-from ckptavg.mixture import Mixture
+from ckptavg.objective.mixture import Mixture
 from ckptavg.tasks.python_file import PythonTask
-from ckptavg.window import Window
 
 
 @pytest.mark.parametrize("name", DOMAINS)

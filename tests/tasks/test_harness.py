@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from ckptavg import partial
 from ckptavg.errors import TaskError, UsageError
-from ckptavg.objective import Score
-from ckptavg.paired import gain
-from ckptavg.tasks.harness import Harness
+from ckptavg.journal import pass_progress
+from ckptavg.report.bootstrap import gain
+from ckptavg.score import Score
+from ckptavg.tasks.lm_eval.harness import Harness
 
 pytest.importorskip("lm_eval")
 # what the frameworks themselves warn of: SWIG types without a module, and forks of their own
@@ -266,7 +266,7 @@ def test_what_cannot_be_asked_is_said_at_once(folder: Path, tokenizer: Any):
 
 
 def test_importing_the_module_imports_no_framework():
-    code = "import ckptavg.tasks.harness, sys; print({'torch', 'numpy', 'lm_eval'} & set(sys.modules))"
+    code = "import ckptavg.tasks.lm_eval.harness, sys; print({'torch', 'numpy', 'lm_eval'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
@@ -288,7 +288,7 @@ metric_list:
 def test_an_interrupted_score_asks_for_the_rest_only(
     folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...]
 ):
-    monkeypatch.setattr(partial, "EVERY", 0.0)
+    monkeypatch.setattr(pass_progress, "EVERY", 0.0)
     (folder / "story.yaml").write_text(STORY.replace("FILE", str(folder / "docs.jsonl")))
     names, kept, forwards = ["tiny_choice", "tiny_shots", "tiny_story"], dict[str, Any](), [0]
 
@@ -301,7 +301,7 @@ def test_an_interrupted_score_asks_for_the_rest_only(
                 raise KeyboardInterrupt
 
         model.register_forward_pre_hook(counted)
-        found = partial.Partial(key, lambda name: json.loads(kept.get(name, "null")), keep)
+        found = pass_progress.Partial(key, lambda name: json.loads(kept.get(name, "null")), keep)
         return Harness(names, include_path=folder).score(model, tokenizer, found)
 
     def keep(name: str, value: Any) -> None:

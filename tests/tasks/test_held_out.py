@@ -9,10 +9,11 @@ import pytest
 import torch
 from test_mixture import Toy, data
 
+from ckptavg.batches.loader import Feed
+from ckptavg.batches.stream import Stream
+from ckptavg.cost import Meter
 from ckptavg.errors import TaskError
-from ckptavg.feed import Feed, Stream
-from ckptavg.meter import Meter
-from ckptavg.tasks.held_out import HeldOut
+from ckptavg.tasks.holdout import HeldOut
 from ckptavg.tasks.python_file import PythonTask
 
 

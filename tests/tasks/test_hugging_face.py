@@ -18,11 +18,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ckptavg.discover import discover
+from ckptavg.checkpoints.discover import discover
+from ckptavg.checkpoints.window import Window
 from ckptavg.errors import CkptavgError, InputError, TaskError, UsageError
-from ckptavg.mixture import Mixture
+from ckptavg.objective.mixture import Mixture
 from ckptavg.tasks.hugging_face import HuggingFaceTask
-from ckptavg.window import Window
 
 transformers = pytest.importorskip("transformers")
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<end>"]

@@ -310,8 +310,8 @@ def test_searches_by_scores_alone_step_around_nan(ckpts: Path, run: Run, tmp_pat
     """A score-cmd has no gradient: SeWA and TWA see the scores only, here those of a metric that is often NaN."""
     write(tmp_path, (METRIC, f"    if model.bias[0] > 2.4: return torch.tensor(float('nan'))\n{METRIC}"),
           ("def val_dataloader", "class Whole(nn.Module): ...\n\ndef val_dataloader"))  # fmt: skip
-    from ckptavg.discover import discover
-    from ckptavg.mixture import Mixture
+    from ckptavg.checkpoints.discover import discover
+    from ckptavg.objective.mixture import Mixture
     from ckptavg.strategies.sewa import SeWA
     from ckptavg.strategies.twa import TWA
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from ckptavg.determinism import reseed
+from ckptavg.runtime.seeds import reseed
 from ckptavg.tasks.python_file import PythonTask
-from ckptavg.tasks.turns import of_worker, undivided
+from ckptavg.tasks.worker_sampler import of_worker, undivided
 
 SEED = 5
 
@@ -34,7 +34,7 @@ class Noisy(Dataset):
 
 
 def pass_of_one(loader: DataLoader) -> list[Any]:
-    """As `ckptavg.feed` reads it: random numbers begin anew before each batch."""
+    """As `ckptavg.batches.loader` reads it: random numbers begin anew before each batch."""
     source = iter_lazily(loader)
 
     def read(number: int) -> Any:

@@ -1,0 +1,96 @@
+"""How the bytes of the output come about: the plain average, or an adapter that is exact in weight space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ckptavg.average import lora, lora_config
+from ckptavg.average.weighted_sum import Part, not_averaged, output_specs, part, weighted_average
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.coefficients import Coefficients
+from ckptavg.errors import InputError, UsageError
+from ckptavg.readers import StoredTensor
+from ckptavg.runtime.workers import ALONE, Workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What will be written.
+
+    Attributes:
+        specs: name → dtype and shape.
+        parts: (name, offset, bytes) of all tensors, once.
+        not_averaged: the tensors taken from the last selected candidate.
+        config: what ``adapter_config.json`` must say of an exact adapter, None for everything else.
+        notes: what the user should know about it.
+    """
+
+    specs: Mapping[str, StoredTensor]
+    parts: Iterator[Part]
+    not_averaged: Sequence[str]
+    config: Mapping[str, Any] | None = None
+    notes: Sequence[str] = ()
+
+
+def check(checkpoints: Sequence[Checkpoint], mode: Literal["factors", "exact"]) -> None:
+    """Refuse adapters that do not belong together, and an exact average where there can be none.
+
+    Raises:
+        DisagreementError: if adapters differ in their base model or in what their factors mean.
+        UsageError: if ``mode`` is exact and these are no adapters.
+        InputError: if they are of a kind that cannot be averaged exactly.
+    """
+    if lora_config.read_config(checkpoints[0]) is None:
+        if mode == "exact":
+            raise UsageError("--adapter exact is for PEFT adapters, and there is no adapter_config.json beside these")
+        return
+    config = lora_config.check(checkpoints)
+    if mode == "exact" and (why := lora_config.obstacle(checkpoints[0], config)):
+        raise InputError(why, path=checkpoints[0].path, hint="--adapter factors averages them approximately")
+
+
+def recipe(
+    checkpoints: Sequence[Checkpoint], coefficients: Coefficients, *, dtype: str | None = None,
+    mode: Literal["factors", "exact"] = "factors", rank: int | None = None, workers: Workers = ALONE,
+) -> Recipe:  # fmt: skip
+    """The average of ``checkpoints``.
+
+    Args:
+        checkpoints: all candidates, open.
+        coefficients: theirs.
+        dtype: of the output's floating-point tensors; None is the candidates' own.
+        mode: how adapters are averaged; see `ckptavg.average.lora`.
+        rank: of an exact adapter; None keeps all of it.
+        workers: each of whom gets a part of the bytes to make; an exact adapter is small and the first one's.
+    """
+    first = checkpoints[0]
+    if mode == "exact":
+        exact = lora.exact(checkpoints, coefficients, rank, dtype)
+        notes = [f"the adapter has rank {exact.config['r']}: it is the average in weight space"]
+        if exact.lost:
+            notes = [f"the adapter was reduced to rank {rank}, which lost {exact.lost:.1%} of the average"]
+        return Recipe(
+            specs=exact.specs,
+            parts=exact.parts if workers.first else iter(()),
+            not_averaged=not_averaged(first),
+            config=exact.config,
+            notes=notes,
+        )
+    specs = output_specs(first, dtype)
+    return Recipe(
+        specs=specs,
+        parts=weighted_average(checkpoints, coefficients, specs, only=part(first, workers.rank, workers.world)),
+        not_averaged=not_averaged(first),
+        notes=_factor_doubts(checkpoints, coefficients),
+    )
+
+
+def _factor_doubts(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> list[str]:
+    """How far the average of an adapter's factors is from the average of what they do to the weights."""
+    config = lora_config.read_config(checkpoints[0])
+    if config is None or config.peft_type != "LORA" or len(coefficients.selected) < 2 or checkpoints[0].allow_nonfinite:
+        return []
+    error = lora.factor_error(checkpoints, coefficients)
+    return [f"averaging the adapter's factors is {error:.1%} off the average of its weights; --adapter exact is not"]

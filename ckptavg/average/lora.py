@@ -1,0 +1,238 @@
+"""The average of LoRA adapters in weight space: Σ_i c_i s B_i A_i, which is not s (Σ_i c_i B_i)(Σ_i c_i A_i).
+
+Shape suffixes: K = candidates with a coefficient, R = rank of the result or of K stacked adapters, I = in, O = out.
+
+References:
+    Hu et al. 2022, LoRA, arXiv:2106.09685 (W + s B A with s = α/r); Kalajdzievski 2023, rsLoRA, arXiv:2312.03732
+    (s = α/√r).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckptavg.average.lora_config import CONFIG_NAME, FACTOR_A, Config, check, obstacle, partner, stacked_config
+from ckptavg.average.weighted_sum import Part, output_specs, rounded_to_odd, weighted_average
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.dtypes import FLOATING, TORCH
+from ckptavg.checkpoints.integrity import is_finite, not_finite
+from ckptavg.coefficients import Coefficients
+from ckptavg.errors import InputError, UsageError
+from ckptavg.readers import StoredTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact:
+    """An adapter under construction.
+
+    Attributes:
+        specs: name → dtype and shape, for the writer.
+        parts: every byte of it, once, as `ckptavg.average.weighted_sum.weighted_average` gives them.
+        config: its ``adapter_config.json``.
+        lost: ‖what the rank left out‖ / ‖ΔW‖, Frobenius over all modules; 0 for the full rank.
+    """
+
+    specs: Mapping[str, StoredTensor]
+    parts: Iterator[Part] = field(repr=False)
+    config: Mapping[str, Any]
+    lost: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Module:
+    """A module of the base model with a pair of factors, of rank ``r`` each."""
+
+    name: str
+    a: str
+    b: str
+    r: int
+
+
+def factor_error(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> float:
+    """How wrong the averaged factors are: ‖s B̄ Ā − Σ_i c_i s B_i A_i‖ / ‖Σ_i c_i s B_i A_i‖ over all modules.
+
+    With the factors stacked, both are B_OR (M ⊗ 1) A_RI with M = c cᵀ − diag(c) and M = diag(c); after QR of B_OR and
+    of A_RIᵀ their norms are those of R × R matrices. No difference of large numbers is taken and nothing of the size
+    O × I is made. Of DoRA it is the error before normalization. 0 if both norms are 0, and infinite if only the second.
+
+    Args:
+        checkpoints: N open adapters with equal names, shapes and dtypes.
+        coefficients: theirs; a module's row is that of its A.
+    Raises:
+        InputError: if they are no LoRA adapters, or a factor is NaN or infinite.
+        DisagreementError: see `check`.
+    """
+    config = check(checkpoints)
+    modules = _modules(checkpoints[0], config)
+    total = _Sum(checkpoints=checkpoints, coefficients=coefficients, config=config, modules=modules)
+    wrong = right = 0.0
+    for module in modules:
+        c_K, a_RI, b_OR = total.stacked(module)
+        r_B, r_A = _triangles(a_RI, b_OR)
+        for_each = torch.eye(module.r, dtype=torch.float64)
+        difference = r_B @ torch.kron(torch.outer(c_K, c_K) - torch.diag(c_K), for_each) @ r_A.T
+        exact_core = r_B @ torch.kron(torch.diag(c_K), for_each) @ r_A.T
+        s2 = config.scaling(module.name) ** 2
+        wrong, right = wrong + s2 * float(difference.square().sum()), right + s2 * float(exact_core.square().sum())
+    return _ratio(wrong, right)
+
+
+def exact(
+    checkpoints: Sequence[Checkpoint], coefficients: Coefficients, rank: int | None = None, dtype: str | None = None
+) -> Exact:
+    """One adapter whose product is ΔW = Σ_i c_i s B_i A_i in every module.
+
+    In full, A is the A_i on top of each other, bit for bit, and B the c_i B_i side by side, each element the float64
+    product rounded once, to half a unit in the last place of the output's dtype: [K r, I] and [O, K r]. With ``rank``
+    R < K r it is the nearest product of that rank (Eckart and Young 1936), B = Q_B U √Σ and A = √Σ Vᵀ Q_Aᵀ, by QR of
+    both stacks and an SVD of R_B diag(c) R_Aᵀ; its last bits may differ between numbers of threads. α grows with the
+    rank so that s stays. Biases, trained embeddings and ``modules_to_save`` are the ordinary average.
+
+    Memory: the factors of one module of K candidates in float64, some five times over. A ``rank`` reads them twice.
+
+    Args:
+        checkpoints: N open adapters with equal names, shapes and dtypes.
+        coefficients: theirs, of any sign; a module's row is that of its A.
+        rank: the most a module may have, or None for K r.
+        dtype: of the floating-point tensors, or None for the candidates' own.
+    Raises:
+        InputError: if ΔW is no such sum (DoRA, other kinds of adapters), or a value is NaN or infinite.
+        DisagreementError: see `check`.
+        UsageError: if ``rank`` is below 1.
+    """
+    if rank is not None and rank < 1:
+        raise UsageError(f"the rank of an adapter must be at least 1, not {rank}")
+    config, first = check(checkpoints), checkpoints[0]
+    if why := obstacle(first, config):
+        raise InputError(
+            f"exact averaging is not possible: {why}", path=first.path, hint="average the factors: --adapter factors"
+        )
+    modules, k = _modules(first, config), len(coefficients.selected)
+    ranks = {module.name: min(k * module.r, rank or k * module.r) for module in modules}
+    specs = output_specs(first, dtype)
+    for m in modules:
+        a, b = specs[m.a], specs[m.b]
+        specs[m.a] = replace(a, shape=(ranks[m.name], *a.shape[1:]))
+        specs[m.b] = replace(b, shape=(b.shape[0], ranks[m.name], *b.shape[2:]))
+    total = _Sum(checkpoints=checkpoints, coefficients=coefficients, config=config, modules=modules)
+    new = stacked_config(config, min(k * config.r, rank or k * config.r), ranks)
+    return Exact(specs=specs, parts=total.parts(ranks, specs), config=new, lost=total.lost(ranks))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sum:
+    """Σ_i c_i s B_i A_i, a module at a time."""
+
+    checkpoints: Sequence[Checkpoint]
+    coefficients: Coefficients
+    config: Config
+    modules: Sequence[_Module]
+
+    def stacked(self, module: _Module) -> tuple[Tensor, Tensor, Tensor]:
+        """The non-zero coefficients and the factors of their candidates: c_K, A_RI, B_OR in float64."""
+        row = self.coefficients.row(module.a)
+        terms = [(c, source) for c, source in zip(row, self.checkpoints, strict=True) if c != 0]
+        return (
+            torch.tensor([c for c, _ in terms], dtype=torch.float64),
+            torch.cat([_read(source, module.a) for _, source in terms]),
+            torch.cat([_read(source, module.b) for _, source in terms], dim=1),
+        )
+
+    def parts(self, ranks: Mapping[str, int], specs: Mapping[str, StoredTensor]) -> Iterator[Part]:
+        for module in self.modules:
+            c_K, a_RI, b_OR = self.stacked(module)
+            b_OR, rank = b_OR * c_K.repeat_interleave(module.r), ranks[module.name]
+            if rank < len(a_RI):
+                a_RI, b_OR = _nearest(a_RI, b_OR, rank)
+            for name, factor in ((module.a, _padded(a_RI, rank)), (module.b, _padded(b_OR.T, rank).T)):
+                yield Part(name, 0, _rounded(factor, specs[name], self.checkpoints[0], name))
+        factors = {name for module in self.modules for name in (module.a, module.b)}
+        rest = [name for name in specs if name not in factors]
+        others = [replace(c, tensors={name: c.tensors[name] for name in rest}) for c in self.checkpoints]
+        yield from weighted_average(others, self.coefficients, specs)
+
+    def lost(self, ranks: Mapping[str, int]) -> float:
+        if all(ranks[module.name] == len(self.coefficients.selected) * module.r for module in self.modules):
+            return 0.0
+        dropped = total = 0.0
+        for module in self.modules:
+            c_K, a_RI, b_OR = self.stacked(module)
+            r_B, r_A = _triangles(a_RI, b_OR * c_K.repeat_interleave(module.r))
+            energies = (self.config.scaling(module.name) * torch.linalg.svdvals(r_B @ r_A.T)).square()
+            dropped, total = dropped + float(energies[ranks[module.name] :].sum()), total + float(energies.sum())
+        return _ratio(dropped, total)
+
+
+def _triangles(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+    """R_B and R_A of B = Q_B R_B and Aᵀ = Q_A R_A: R_B M R_Aᵀ has the singular values of B M A."""
+    return torch.linalg.qr(b_OR, mode="r").R, torch.linalg.qr(a_RI.T, mode="r").R
+
+
+def _nearest(a_RI: Tensor, b_OR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors of the best approximation to B A of a rank; fewer rows where B A itself has no more."""
+    (q_B, r_B), (q_A, r_A) = torch.linalg.qr(b_OR), torch.linalg.qr(a_RI.T)
+    u, sigma, vh = torch.linalg.svd(r_B @ r_A.T, full_matrices=False)
+    root = sigma[:rank].sqrt()
+    return ((q_A @ vh[:rank].T) * root).T, (q_B @ u[:, :rank]) * root
+
+
+def _read(source: Checkpoint, name: str) -> Tensor:
+    """A factor as a matrix in float64; what is behind the first dimension of a convolution's is one."""
+    spec = source.spec(name)
+    buffer = bytearray(spec.nbytes)
+    source.read_into(name, 0, memoryview(buffer))
+    stored = torch.frombuffer(buffer, dtype=TORCH[spec.dtype])
+    if error := None if is_finite(stored) else not_finite(source, name):
+        raise error
+    return stored.to(torch.float64).view(spec.shape).flatten(1)
+
+
+def _rounded(factor: Tensor, spec: StoredTensor, first: Checkpoint, name: str) -> memoryview:
+    buffer = bytearray(spec.nbytes)
+    result = torch.frombuffer(buffer, dtype=TORCH[spec.dtype])
+    wide = result.dtype in (torch.float64, torch.float32)
+    result.copy_((factor if wide else rounded_to_odd(factor)).flatten())
+    if not result.isfinite().all():
+        what = f"the average overflows {str(result.dtype).removeprefix('torch.')}"
+        raise InputError(what, path=first.path, tensor=name, hint="write it with --dtype bfloat16 or float32")
+    return memoryview(buffer)
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """``rows`` with zeros below, where a group of coefficients selects fewer candidates or B A has a lower rank."""
+    return torch.cat([rows, rows.new_zeros(count - len(rows), rows.shape[1])]) if len(rows) < count else rows
+
+
+def _modules(checkpoint: Checkpoint, config: Config) -> list[_Module]:
+    if config.peft_type != "LORA":
+        raise InputError(f"its peft_type is {config.peft_type}, not LORA", path=config.path)
+    found = [_module(checkpoint, config, a, match[1]) for a in checkpoint.names if (match := FACTOR_A.fullmatch(a))]
+    if not found:
+        raise InputError("it has no LoRA factors", path=checkpoint.path)
+    return found
+
+
+def _module(checkpoint: Checkpoint, config: Config, a: str, name: str) -> _Module:
+    b, r = partner(a), config.rank(name)
+    if b not in checkpoint.tensors:
+        raise InputError(f"missing, but {a} is there", path=checkpoint.path, tensor=b)
+    for factor, dimension in ((a, 0), (b, 1)):
+        spec = checkpoint.spec(factor)
+        if spec.dtype not in FLOATING or len(spec.shape) < 2 or not spec.numel:
+            what = f"dtype {spec.dtype} and shape {list(spec.shape)} are not those of a factor"
+            raise InputError(f"{what} (saved from a shard?)", path=checkpoint.path, tensor=factor)
+        # in a convolution with groups B has only some of the ranks behind each output
+        if spec.shape[dimension] != r or (dimension and spec.numel != spec.shape[0] * r):
+            what = f"shape {list(spec.shape)}, but by {CONFIG_NAME} its dimension {dimension} is the rank {r}"
+            raise InputError(what, path=checkpoint.path, tensor=factor)
+    return _Module(name=name, a=a, b=b, r=r)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return math.sqrt(part / whole) if whole else math.inf if part else 0.0

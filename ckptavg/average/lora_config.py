@@ -1,0 +1,197 @@
+"""What an ``adapter_config.json`` says of LoRA's factors, read, compared and written for another rank."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.errors import DisagreementError, InputError
+from ckptavg.filesystem.strict_json import read_json
+
+CONFIG_NAME: Final = "adapter_config.json"
+FACTOR_A: Final = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?A(\.weight)?")  # the module is group 1
+_SHARED: Final = (
+    "peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "rank_pattern",
+    "alpha_pattern", "use_dora", "target_modules",
+)  # fmt: skip
+_OBSTACLES: Final = {
+    "use_dora": "the magnitude of DoRA is not linear in its weights",
+    "target_parameters": "with target_parameters the ranks of several experts share one tensor",
+    "use_bdlora": "the factors of BD-LoRA are block-diagonal",
+    "arrow_config": "Arrow routes by the factors themselves",
+    "kasa_config": "KaSA has a third factor",
+    "monteclora_config": "MonteCLoRA draws its factors at random",
+    "ensure_weight_tying": "factors that are tied to another module's cannot be stacked",
+}
+_HARMLESS_STARTS: Final = (None, True, False, "gaussian", "eva", "orthogonal", "mica")  # pissa's changes the base
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What an ``adapter_config.json`` says of the product of the factors; keys as PEFT names them, ``raw`` is all."""
+
+    path: Path
+    peft_type: str
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    raw: Mapping[str, Any] = field(repr=False)
+
+    def rank(self, module: str) -> int:
+        """The rank r of a module of the base model."""
+        return _first_match(self.rank_pattern, module, self.r)
+
+    def alpha(self, module: str) -> float:
+        """The α of a module."""
+        return _first_match(self.alpha_pattern, module, self.lora_alpha)
+
+    def scaling(self, module: str) -> float:
+        """The factor s before B A: α/r, or α/√r in rsLoRA."""
+        return self.alpha(module) / (math.sqrt(self.rank(module)) if self.use_rslora else self.rank(module))
+
+
+def read_config(checkpoint: Checkpoint) -> Config | None:
+    """The ``adapter_config.json`` beside the weights, or None if there is none.
+
+    Raises:
+        InputError: naming the file, if it is not strict JSON or has a rank, α or pattern that cannot be.
+    """
+    path = checkpoint.folder / CONFIG_NAME
+    if not os.path.lexists(path):
+        return None
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise InputError("is not a JSON object", path=path)
+    return _parsed(path, raw)
+
+
+def check(checkpoints: Sequence[Checkpoint]) -> Config:
+    """The configuration that all of the adapters share: one base model, one rank and α a module.
+
+    Raises:
+        DisagreementError: naming the first file and key that differ from the majority.
+        InputError: if an adapter has no configuration, or a bad one.
+    """
+    configs: list[Config] = []
+    for checkpoint in checkpoints:
+        if (config := read_config(checkpoint)) is None:
+            raise InputError(f"has no {CONFIG_NAME} beside it", path=checkpoint.path)
+        configs.append(config)
+    for key in _SHARED:
+        values = [_comparable(config.raw.get(key)) for config in configs]
+        usual = max(values, key=values.count)
+        odd = next((i for i, value in enumerate(values) if value != usual), None)
+        if odd is not None:
+            count = values.count(usual)
+            raise DisagreementError(
+                f"{key} is {values[odd]!r}, but {count} other candidate{'s have' if count > 1 else ' has'} {usual!r}",
+                path=configs[odd].path,
+                hint=f"leave it out with {checkpoints[odd].excluding}",
+            )
+    return configs[0]
+
+
+def obstacle(checkpoint: Checkpoint, config: Config) -> str | None:
+    """Why ΔW is not Σ s B A with factors that can be stacked, in half a sentence, or None if it is."""
+    if config.peft_type != "LORA":
+        return f"its peft_type is {config.peft_type}, not LORA"
+    if found := next((why for key, why in _OBSTACLES.items() if config.raw.get(key)), None):
+        return found
+    if (start := config.raw.get("init_lora_weights")) not in _HARMLESS_STARTS:
+        return f"init_lora_weights {start!r} may change the base model by the rank when the adapter is loaded"
+    if any(".lora_magnitude_vector" in name for name in checkpoint.names):
+        return _OBSTACLES["use_dora"]
+    factors = {name for a in checkpoint.names if FACTOR_A.fullmatch(a) for name in (a, partner(a))}
+    if not factors:
+        return "it has no LoRA factors"
+    rest = (name for name in checkpoint.names if ".lora_" in name and name not in factors)
+    odd = next((name for name in rest if not name.endswith(".lora_B.bias")), None)
+    return f"{odd} is no factor of LoRA" if odd else None
+
+
+def partner(a: str) -> str:
+    """The name of B, given that of A."""
+    head, _, tail = a.rpartition("A")
+    return f"{head}B{tail}"
+
+
+def stacked_config(config: Config, r: int, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """``config`` with the new ranks, and the α that leave every scaling as it was.
+
+    Where modules differ all are listed, longer names first: PEFT takes the first pattern that a name ends with.
+    """
+    alpha = _rescaled(config.lora_alpha, config.r, r, config.use_rslora)
+    listed = {name: ranks[name] for name in sorted(ranks, key=lambda name: (-len(name), name))}
+    alphas = {n: _rescaled(config.alpha(n), config.rank(n), new, config.use_rslora) for n, new in listed.items()}
+    result = {
+        **config.raw,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": listed if set(ranks.values()) - {r} else {},
+        "alpha_pattern": alphas if set(alphas.values()) - {alpha} else {},
+        "init_lora_weights": True,  # some ways to begin refuse some ranks, and what is loaded has no beginning
+    }
+    read = _parsed(config.path, result)
+    if any((read.rank(name), read.alpha(name)) != (ranks[name], alphas[name]) for name in listed):
+        raise AssertionError("one module's name matches another's as a pattern")
+    return result
+
+
+def _parsed(path: Path, raw: Mapping[str, Any]) -> Config:
+    config = Config(
+        path=path,
+        peft_type=str(raw.get("peft_type")),
+        r=raw.get("r", 8),
+        lora_alpha=raw.get("lora_alpha", 8),
+        use_rslora=bool(raw.get("use_rslora")),
+        rank_pattern=raw.get("rank_pattern") or {},
+        alpha_pattern=raw.get("alpha_pattern") or {},
+        raw=raw,
+    )
+    if config.peft_type == "LORA":
+        _check_numbers(path, "r", "rank_pattern", config.r, config.rank_pattern, (int,))
+        _check_numbers(path, "lora_alpha", "alpha_pattern", config.lora_alpha, config.alpha_pattern, (int, float))
+    return config
+
+
+def _check_numbers(path: Path, key: str, pattern_key: str, value: Any, pattern: Any, kinds: tuple[type, ...]) -> None:
+    if not isinstance(pattern, dict):
+        raise InputError(f"{pattern_key} is not a JSON object", path=path)
+    for where, number in ((key, value), *((f"{pattern_key}: {name}", number) for name, number in pattern.items())):
+        if type(number) not in kinds or not 0 < number < math.inf:
+            raise InputError(f"{where} must be a positive number, not {number!r}", path=path)
+    for name in pattern:
+        try:
+            _compiled(name)
+        except re.error as error:
+            raise InputError(f"{pattern_key}: {name!r} is no regular expression: {error}", path=path) from error
+
+
+def _comparable(value: Any) -> Any:
+    """PEFT saves ``target_modules``, a set, in any order, and versions differ in how they say nothing."""
+    return sorted(map(str, value)) if isinstance(value, list) else value or None
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    with warnings.catch_warnings(action="ignore"):  # of what a later Python may read otherwise
+        return re.compile(pattern)
+
+
+def _first_match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """As PEFT looks up ``rank_pattern`` and ``alpha_pattern``."""
+    return next((v for key, v in pattern.items() if _compiled(rf"(.*\.)?({key})$").match(module)), default)
+
+
+def _rescaled(alpha: float, old: int, new: int, use_rslora: bool) -> float:
+    """The α that gives rank ``new`` the scaling that ``alpha`` gives rank ``old``."""
+    scaled = alpha * math.sqrt(new / old) if use_rslora else alpha * new / old
+    return int(scaled) if float(scaled).is_integer() else scaled

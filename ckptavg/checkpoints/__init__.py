@@ -1,0 +1,1 @@
+"""A directory of files becomes open checkpoints in training order."""

@@ -1,0 +1,114 @@
+"""SHA-256 sums that were written down: ``SHA256SUMS`` beside the checkpoints, and the names of a Hugging Face cache.
+
+safetensors has no checksum, so without such a sum a changed weight cannot be told from another one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.errors import InputError
+from ckptavg.filesystem.regular_file import RegularFile
+from ckptavg.filesystem.sha256 import sha256
+
+NAME: Final = "SHA256SUMS"
+MAX_SIZE: Final = 64 << 20
+_GNU: Final = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)  # what sha256sum writes …
+_BSD: Final = re.compile(r"(\\?)SHA256 \((.+)\) = ([0-9a-fA-F]{64})", re.DOTALL)  # … and with --tag
+_ESCAPES: Final = {"\\n": "\n", "\\r": "\r", "\\\\": "\\"}
+
+
+class Manifest:
+    """The ``SHA256SUMS`` that lie beside checkpoints; each is read once.
+
+    Attributes:
+        unlisted: files that no ``SHA256SUMS`` names although there is one.
+    """
+
+    def __init__(self) -> None:
+        self.unlisted: list[Path] = []
+        self._known: dict[Path, Mapping[str, str] | None] = {}
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Compare every file of ``checkpoint`` with its sum in its own directory's list, or one above in the checkpoint
+        or beside it.
+
+        Raises:
+            InputError: if a sum differs, or a list is not as sha256sum writes it.
+        """
+        for file in checkpoint.reader.files:
+            lists = {
+                os.path.relpath(file.path, folder): sums
+                for folder in self._folders(checkpoint, file.path)
+                if (sums := self._sums(folder)) is not None
+            }
+            expected = next((sums[name] for name, sums in lists.items() if name in sums), None)
+            if expected is None:
+                self.unlisted += [file.path] if lists else []
+            elif (found := sha256(file)) != expected:
+                raise InputError(
+                    f"its SHA-256 is {found[:16]}…, but by {NAME} {expected[:16]}…: damaged, or changed since",
+                    path=file.path,
+                    hint=checkpoint.way_out,
+                )
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What to say of files that are in no list."""
+        if not self.unlisted:
+            return ()
+        more = f" and {len(self.unlisted) - 1} more" if len(self.unlisted) > 1 else ""
+        return (f"{self.unlisted[0]}{more}: not in {NAME}, so not compared with it",)
+
+    def _folders(self, checkpoint: Checkpoint, path: Path) -> list[Path]:
+        top = checkpoint.path.parent
+        folders = list(path.parents)
+        return folders[: folders.index(top) + 1] if top in folders else folders[:1]
+
+    def _sums(self, folder: Path) -> Mapping[str, str] | None:
+        if folder not in self._known:
+            path = folder / NAME
+            self._known[folder] = _read(path) if os.path.lexists(path) else None
+        return self._known[folder]
+
+
+def agreed(file: RegularFile, found: str) -> str:
+    """``found``, the SHA-256 of ``file``, unless it is a blob of a Hugging Face cache whose name is another one.
+
+    Raises:
+        InputError: then.
+    """
+    blob = file.path.resolve()
+    if found and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != found:
+        what = f"its SHA-256 is {found[:16]}…, but in the cache it is called {blob.name[:16]}…: damaged"
+        raise InputError(what, path=file.path, hint="delete it and download it again")
+    return found
+
+
+def _read(path: Path) -> Mapping[str, str]:
+    """Name below its directory → SHA-256."""
+    sums: dict[str, str] = {}
+    with RegularFile(path) as file:
+        if file.size > MAX_SIZE:
+            raise InputError(f"{file.size} bytes, more than {MAX_SIZE}", path=path)
+        lines = os.fsdecode(file.read(0, file.size)).split("\n")
+    for number, line in enumerate(lines, 1):
+        line = line.removesuffix("\r")
+        if not line.strip() or line.startswith("#"):
+            continue
+        if match := _GNU.fullmatch(line):
+            escaped, digest, name = match.groups()
+        elif match := _BSD.fullmatch(line):
+            escaped, name, digest = match.groups()
+        else:
+            raise InputError(f"line {number} is not as sha256sum writes it", path=path)
+        if escaped:
+            name = re.sub(r"\\[nr\\]", lambda found: _ESCAPES[found[0]], name)
+        if sums.setdefault(os.path.normpath(name), digest.lower()) != digest.lower():
+            raise InputError(f"line {number} gives {name[:255]} another sum than one above", path=path)
+    return sums

@@ -1,0 +1,198 @@
+"""What in a directory is a checkpoint, by names and first bytes, and what everything else is."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Final
+
+from ckptavg.checkpoints.steps import natural
+from ckptavg.errors import InputError
+from ckptavg.filesystem.regular_file import RegularFile, is_folder
+from ckptavg.readers import claim, claim_folder, entries
+
+WEIGHT_NAMES: Final = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+WEIGHT_SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".index.json")
+SIDE_FILES: Final = {
+    "optimizer*": "an optimizer's state",
+    "optim.*": "an optimizer's state",
+    "scheduler*": "a scheduler's state",
+    "scaler*": "a gradient scaler's state",
+    "rng_state*": "random number generators",
+    "random_states_*": "random number generators",
+    "training_args.bin": "the trainer's arguments",
+    "SHA256SUMS": "what the checkpoints' sums must be",
+}
+SIDE_FOLDERS: Final = {"recipe_state": "a recipe's state", "lost+found": "the file system's own"}  # torchtune's first
+# of what is being written, or was when the job died
+TEMPORARY: Final = ("tmp-*", "tmp_*", "*.tmp", ".tmp*", "*.part", "*.incomplete", "*.ckptavg-tmp")
+# the Trainer writes trainer_state.json last, so a directory with these and without it was interrupted
+TRAINER_FILES: Final = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth")
+_SHARD: Final = re.compile(r"-\d{5}-of-(?!0+1\.)\d{5}\.")  # of 1 is whole
+_RANK: Final = re.compile(r"(.*rank)(\d+)(\.pt)")  # Composer's, one file a process
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A file or directory that is no candidate, and why; ``kind`` is quiet, warning or bad."""
+
+    path: Path
+    reason: str
+    kind: str = "quiet"
+
+    @property
+    def line(self) -> str:
+        """The path and the reason; an error names its file itself."""
+        return self.reason if self.kind == "bad" else f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a checkpoint lies.
+
+    Attributes:
+        path: what the user calls it: the file, or the directory that holds the model's files.
+        weights: the file to open.
+        name: the last part of its path.
+        order: which of the given paths it comes from.
+        explicit: whether it was itself given, not found in a directory.
+    """
+
+    path: Path
+    weights: Path
+    name: str
+    order: int
+    explicit: bool = False
+
+
+def places_under(path: Path, order: int, left_out: list[LeftOut]) -> Iterator[Place]:
+    """Where checkpoints lie under one of the given paths.
+
+    Args:
+        path: a directory of checkpoints, or a checkpoint.
+        order: its number among the paths given.
+        left_out: gets what is none, with the reason.
+    """
+    if not is_folder(path):
+        yield Place(path=path, weights=path, name=path.name, order=order, explicit=True)
+        return
+    names = entries(path)
+    if claim_folder(names):
+        yield Place(path=path, weights=path, name=path.resolve().name, order=order, explicit=True)
+        return
+    places = list(_listed(path, names, order, left_out))
+    if len(places) == 1 and places[0].path.parent == path and places[0].path.name in WEIGHT_NAMES:
+        # the directory is itself one checkpoint, such as ./run/checkpoint-500
+        name = path.resolve().name
+        yield Place(path=path, weights=places[0].weights, name=name, order=order, explicit=True)
+    else:
+        yield from places
+
+
+def _listed(folder: Path, inside: frozenset[str], order: int, left_out: list[LeftOut]) -> Iterator[Place]:
+    names = sorted((name for name in inside if not name.startswith(".") or _is_temporary(name)), key=natural)
+    # a Trainer's directory is incomplete without trainer_state.json
+    states = (folder / name / "trainer_state.json" for name in names if name.startswith("checkpoint-"))
+    trainer = any(map(os.path.lexists, states))
+    for name in names:
+        path = folder / name
+        try:
+            if _is_temporary(name):
+                raise NotACheckpoint("temporary: still being written, or abandoned", "warning")
+            weights = _weights_in(path, trainer) if is_folder(path) else _weights_file(path)
+        except NotACheckpoint as other:
+            left_out.append(LeftOut(path=path, reason=str(other), kind=other.kind))
+            continue
+        except InputError:
+            weights = path  # which cannot be looked into: opening it says why, unless it is not wanted
+        yield Place(path=path, weights=weights, name=name, order=order)
+
+
+def _is_temporary(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in TEMPORARY)
+
+
+class NotACheckpoint(Exception):
+    """Says why something is no candidate; ``kind`` as in `LeftOut`."""
+
+    def __init__(self, reason: str, kind: str = "quiet") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+def _weights_file(path: Path) -> Path:
+    for pattern, reason in SIDE_FILES.items():
+        if fnmatchcase(path.name, pattern):
+            raise NotACheckpoint(reason)
+    if rank := _RANK.fullmatch(path.name):
+        _check_rank(path, *rank.groups())
+    if path.name.endswith(WEIGHT_SUFFIXES):
+        if _SHARD.search(path.name) and not path.name.endswith(".json"):
+            index = _SHARD.sub(".", path.name) + ".index.json"
+            known = os.path.lexists(path.parent / index)
+            raise NotACheckpoint(
+                f"a shard of {index}" if known else "a shard without its index", "quiet" if known else "warning"
+            )
+        return path
+    # an unusual name: only the first bytes tell; JSON is not asked, for config.json would look like an index
+    with suppress(InputError), RegularFile(path) as file:
+        found = claim(file)
+        if found and found.name != "sharded":
+            return path
+    raise NotACheckpoint("not a checkpoint")
+
+
+def _check_rank(path: Path, stem: str, rank: str, suffix: str) -> None:
+    if int(rank):
+        raise NotACheckpoint(f"what process {rank} saved")
+    if os.path.lexists(path.parent / f"{stem}1{suffix}"):
+        raise NotACheckpoint("one part of a model that several processes saved; gather it into one first", "warning")
+
+
+def _weights_in(folder: Path, trainer: bool) -> Path:
+    if folder.name in SIDE_FOLDERS:
+        raise NotACheckpoint(SIDE_FOLDERS[folder.name])
+    names = entries(folder)
+    if any(name.endswith(".distcp") for name in names) and not any(name.endswith(".metadata") for name in names):
+        raise NotACheckpoint("incomplete: it has no .metadata, which is written last", "warning")
+    if claim_folder(names):
+        return folder
+    by_trainer = (trainer and re.fullmatch(r"checkpoint-\d+", folder.name)) or names & set(TRAINER_FILES)
+    if by_trainer and "trainer_state.json" not in names:
+        raise NotACheckpoint("incomplete: it has no trainer_state.json, which is written last", "warning")
+    for name in WEIGHT_NAMES:
+        if name in names:
+            return folder / name
+    others = [*_weight_files(folder, names), *_parts(folder, names)]
+    if len(others) == 1:
+        return others[0]
+    if by_trainer:
+        raise NotACheckpoint("has no model weights", "warning")
+    raise NotACheckpoint(f"a directory with {len(others)} weight files" if others else "a directory without weights")
+
+
+def _weight_files(folder: Path, names: frozenset[str]) -> Iterator[Path]:
+    for name in sorted(names):
+        if name.endswith(WEIGHT_SUFFIXES) and not is_folder(folder / name):
+            with suppress(NotACheckpoint):
+                yield _weights_file(folder / name)
+
+
+def _parts(folder: Path, names: frozenset[str]) -> Iterator[Path]:
+    """The directories in it that are a model by themselves, such as ``pytorch_model_fsdp_0`` or ``global_step500``."""
+    for name in sorted(names):
+        path = folder / name
+        if not name.startswith("optim") and is_folder(path) and claim_folder(entries(path)):
+            yield path

@@ -1,0 +1,80 @@
+"""A job that is still saving: waiting until it leaves the checkpoints alone, and a word where it may not have."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from ckptavg.checkpoints.listing import LeftOut, places_under
+from ckptavg.checkpoints.window import Window
+from ckptavg.filesystem.regular_file import is_folder
+from ckptavg.runtime import signals
+
+if TYPE_CHECKING:
+    from ckptavg.checkpoints.checkpoint import Checkpoint
+    from ckptavg.runtime.progress import Watch
+
+SETTLED: Final = 60.0  # seconds after which a file is taken to be finished
+_LOOK_EVERY: Final = 1.0  # seconds
+
+
+def wait(paths: Sequence[Path], window: Window, seconds: float, watch: Watch | None) -> None:
+    """Return when no file of a candidate has changed, appeared or vanished for ``seconds``.
+
+    Files that are left out as unfinished count too. The time since the last change is taken from the files (their
+    ctime, which nobody can set) only to begin with; from then on changes are seen, so a wrong clock delays at most.
+
+    Args:
+        paths: as in `ckptavg.checkpoints.discover.discover`.
+        window: whose globs tell which names matter.
+        seconds: of quiet.
+        watch: is told for how long it has been quiet.
+    """
+    seen = _state(paths, window)
+    newest = max((changed for _, _, changed in seen.values()), default=0) / 1e9
+    quiet_since = time.monotonic() - min(seconds, max(0.0, time.time() - newest))
+    while (quiet := time.monotonic() - quiet_since) < seconds:
+        signals.check()
+        if watch:
+            watch("waiting for the job to stop saving", int(quiet), math.ceil(seconds), {})
+        time.sleep(min(_LOOK_EVERY, seconds - quiet))
+        if (now := _state(paths, window)) != seen:
+            seen, quiet_since = now, time.monotonic()
+
+
+def doubts(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """What to say where a candidate changed within the last `SETTLED` seconds."""
+    age, path = min(
+        ((time.time() - file.changed, one.path) for one in checkpoints for file in one.reader.files),
+        default=(SETTLED, Path()),
+    )
+    if not 0 <= age < SETTLED:
+        return ()
+    return (f"{path} changed {age:.0f} s ago: if a job is still saving, --wait-stable {SETTLED:.0f} waits for it",)
+
+
+def _state(paths: Sequence[Path], window: Window) -> dict[Path, tuple[int, int, int]]:
+    """File → (inode, size, ctime in ns)."""
+    found: dict[Path, tuple[int, int, int]] = {}
+    left_out: list[LeftOut] = []
+    for order, path in enumerate(paths):
+        wanted = [place.path for place in places_under(path, order, left_out) if window.admits(place.name)]
+        wanted += [one.path for one in left_out if one.kind == "warning" and window.admits(one.path.name)]
+        for file in (file for place in wanted for file in _files(place)):
+            try:
+                status = file.stat()
+            except OSError:
+                continue  # gone meanwhile, or not to be opened either
+            found[file] = (status.st_ino, status.st_size, status.st_ctime_ns)
+    return found
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if not is_folder(path):
+        yield path
+    for folder, _, names in os.walk(path):
+        yield from (Path(folder) / name for name in names)

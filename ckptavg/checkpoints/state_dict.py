@@ -1,0 +1,119 @@
+"""Which sub-dictionary of a checkpoint is the model, which wrapper's prefix goes, and do all candidates agree?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.errors import DisagreementError, InputError
+from ckptavg.readers import Node, Reader, Refused, StoredTensor
+
+MODEL_KEYS: Final = ("state_dict", "model", "model_state_dict", "module", "state.model", "state_dict_ema", "model_ema")
+RAW_WEIGHTS: Final = "current_model_state"  # Lightning's WeightAveraging: its state_dict holds the average
+PREFIXES: Final = ("module.", "_orig_mod.")
+
+
+def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, StoredTensor], tuple[str, ...]]:
+    """The model's state dict in what ``reader`` holds.
+
+    Args:
+        reader: an open file.
+        key: where the user says it lies (dots go deeper), or None to look under `MODEL_KEYS` and then at the top.
+    Returns:
+        The key it was found under (``""`` for the whole file), state-dict name → tensor, and notes for the user.
+    Raises:
+        InputError: if there is none, or one of its tensors cannot be averaged.
+    """
+    tree = reader.tree
+    found = [name for name in MODEL_KEYS if holds_tensors(_descend(tree, name))]
+    if key is not None:
+        chosen, node = key, _descend(tree, key)
+    elif found:
+        chosen, node = found[0], _descend(tree, found[0])
+    else:
+        chosen, node = "", tree
+    if not isinstance(node, Mapping) or not holds_tensors(node):
+        looked = f"at --key {key}" if key is not None else f"under {', '.join(MODEL_KEYS)} and at the top"
+        inner = [str(name) for name, child in tree.items() if isinstance(child, Mapping)]
+        raise InputError(
+            f"no model found {looked}; the file has {_listing(list(tree))}",
+            path=reader.path,
+            hint=f"choose one of {_listing(inner)} with --key" if inner else None,
+        )
+    notes = [f"took {chosen}, not {', '.join(found[1:])} (--key chooses)"] if key is None and found[1:] else []
+    if key is None and holds_tensors(tree.get(RAW_WEIGHTS)):
+        notes.append(f"took {chosen}, which is an average already; the raw weights are {RAW_WEIGHTS} (--key chooses)")
+    ignored = [name for name, child in node.items() if not isinstance(child, StoredTensor | Refused)]
+    if ignored:
+        notes.append(f"left out {len(ignored)} entries that are no tensors: {_listing(ignored)}")
+    tensors: dict[str, StoredTensor] = {}
+    for name, child in node.items():
+        if isinstance(child, Refused):
+            raise InputError(child.reason, path=reader.path, tensor=name)
+        if isinstance(child, StoredTensor):
+            tensors[name] = child
+    return chosen, _without_prefix(tensors, notes), tuple(notes)
+
+
+def holds_tensors(node: Node) -> bool:
+    """Whether ``node`` is a mapping with a tensor directly in it."""
+    return isinstance(node, Mapping) and any(isinstance(child, StoredTensor | Refused) for child in node.values())
+
+
+def other_contents(tree: Mapping[str, Node]) -> str | None:
+    """What a file is that is plainly no model, such as an optimizer's state; None if it may be one."""
+    if {"state", "param_groups"} <= set(tree):
+        return "an optimizer's state"
+    if "_step_count" in tree or {"base_lrs", "last_epoch"} <= set(tree):
+        return "a scheduler's state"
+    return None
+
+
+def check_agreement(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise DisagreementError naming the first checkpoint and tensor that differ from the majority."""
+    specs = [{name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()} for checkpoint in checkpoints]
+    signatures = [tuple(sorted(spec.items())) for spec in specs]
+    usual, count = Counter(signatures).most_common(1)[0]
+    if count == len(checkpoints):
+        return
+    odd = next(i for i, signature in enumerate(signatures) if signature != usual)
+    here, there = specs[odd], dict(usual)
+    differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    name = differing[0]
+    others = f"{count} other candidate{'s have' if count > 1 else ' has'}"
+    if name not in here:
+        what = f"missing, but {others} it"
+    elif name not in there:
+        what = f"{others} no such tensor"
+    else:
+        (dtype, shape), (usual_dtype, usual_shape) = here[name], there[name]
+        what = (
+            f"shape {list(shape)}, but {others} {list(usual_shape)}"
+            if shape != usual_shape
+            else f"dtype {dtype}, but {others} {usual_dtype}"
+        )
+    more = f" (and {len(differing) - 1} more differences)" if len(differing) > 1 else ""
+    path = checkpoints[odd].path
+    raise DisagreementError(what + more, path=path, tensor=name, hint=f"leave it out with {checkpoints[odd].excluding}")
+
+
+def _descend(tree: Mapping[str, Node], key: str) -> Node:
+    if key in tree or not key:
+        return tree[key] if key else tree
+    head, _, rest = key.partition(".")
+    child = tree.get(head)
+    return _descend(child, rest) if rest and isinstance(child, Mapping) else None
+
+
+def _without_prefix(tensors: dict[str, StoredTensor], notes: list[str]) -> dict[str, StoredTensor]:
+    while prefix := next((p for p in PREFIXES if all(len(n) > len(p) and n.startswith(p) for n in tensors)), None):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        notes.append(f"removed the prefix {prefix} from every name")
+    return tensors
+
+
+def _listing(names: Sequence[object], most: int = 8) -> str:
+    shown = ", ".join(str(name) for name in names[:most]) or "nothing"
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

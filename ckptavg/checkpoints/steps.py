@@ -1,0 +1,83 @@
+"""Which training step a checkpoint is of: told inside it, then by its name, and never by its modification time."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from ckptavg.filesystem.strict_json import read_json
+from ckptavg.readers import Reader
+
+STEP_KEYS: Final = ("global_step", "num_updates", "batch_idx_train", "iter_num", "iteration", "step", "epoch")
+_NAMED_STEP: Final = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"step[-_=]?([0-9]+)",
+        r"(?:iter|iteration)[-_=]?([0-9]+)",
+        r"(?:^|[-_])ba([0-9]+)",
+        r"ep(?:och)?[-_=]?([0-9]+)",
+    )
+)
+
+
+def steps_inside(reader: Reader) -> dict[str, int]:
+    """The training step as the file itself tells it: key → number, for those of `STEP_KEYS` it has."""
+    steps: dict[str, int] = {}
+    for key in STEP_KEYS:
+        value = _updates(reader) if key == "num_updates" else reader.tree.get(key)
+        if isinstance(value, bool) or value is None:
+            value = reader.metadata.get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            steps[key] = value
+        elif isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:
+            steps[key] = int(value)
+    return steps
+
+
+def _updates(reader: Reader) -> object:
+    """What fairseq counts: the updates of the last of its optimizers."""
+    history = reader.tree.get("optimizer_history")
+    last = history[-1] if isinstance(history, Sequence) and not isinstance(history, str) and history else None
+    return last.get("num_updates") if isinstance(last, Mapping) else None
+
+
+def step_in_name(name: str) -> int | None:
+    """The training step a file's name tells: behind ``step``, ``iter``, ``ba`` or ``epoch``, else its last number."""
+    for pattern in (*_NAMED_STEP, re.compile(r"([0-9]+)")):
+        if numbers := pattern.findall(name.lower()):
+            return int(numbers[-1][:18])
+    return None
+
+
+def trainer_step(path: Path) -> dict[str, int]:
+    """The ``global_step`` of a Hugging Face ``trainer_state.json``, if there is one."""
+    if not os.path.lexists(path):
+        return {}
+    state = read_json(path)
+    step = state.get("global_step") if isinstance(state, dict) else None
+    return {"global_step": step} if type(step) is int else {}
+
+
+def natural(name: str) -> tuple[tuple[int, str] | tuple[int, int, str], ...]:
+    """A sort key that puts step-9 before step-10."""
+    parts = [part for part in re.split(r"([0-9]+)", name) if part]
+    return tuple((1, int(part), part) if part.isascii() and part.isdigit() else (0, part) for part in parts)
+
+
+def common_kind(steps: Sequence[Mapping[str, int]], runs: Sequence[int]) -> tuple[str | None, bool]:
+    """The kind of step to order checkpoints by, and whether it tells all of a run apart.
+
+    Args:
+        steps: for each checkpoint, kind → number; the kinds are `STEP_KEYS` and ``name``.
+        runs: for each checkpoint, the run it belongs to.
+    Returns:
+        The first kind that all have and that is distinct within each run, else the first that all have, else None.
+    """
+    shared = [kind for kind in (*STEP_KEYS, "name") if steps and all(kind in one for one in steps)]
+    for kind in shared:
+        if len({(run, one[kind]) for run, one in zip(runs, steps, strict=True)}) == len(steps):
+            return kind, True
+    return (shared[0] if shared else None), False

@@ -1,0 +1,58 @@
+"""Which of the checkpoints found are candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Which of the checkpoints found are candidates; the filters apply in the order of these attributes.
+
+    Attributes:
+        include: only names that match this glob.
+        exclude: not names that match this glob.
+        start: from this training step on.
+        stop: up to and including this training step.
+        every: only every N-th, counted back from the last.
+        last: only the last N.
+    """
+
+    include: str | None = None
+    exclude: str | None = None
+    start: int | None = None
+    stop: int | None = None
+    every: int | None = None
+    last: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("every", "last"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} must be at least 1, not {value}")
+
+    def admits(self, name: str) -> bool:
+        """Whether the globs let ``name`` (or its last part) through."""
+        return (self.include is None or _matches(name, self.include)) and (
+            self.exclude is None or not _matches(name, self.exclude)
+        )
+
+    def select(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+        """The checkpoints within the steps and counts, in the order given."""
+        kept = [
+            c
+            for c in checkpoints
+            if (self.start is None or c.step >= self.start) and (self.stop is None or c.step <= self.stop)
+        ]
+        kept = kept[:: -(self.every or 1)]
+        return kept[: self.last][::-1]
+
+
+def _matches(name: str, glob: str) -> bool:
+    return fnmatchcase(name, glob) or any(fnmatchcase(part, glob) for part in Path(name).parts)

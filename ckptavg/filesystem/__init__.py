@@ -1,0 +1,1 @@
+"""Files: bytes in by ``pread``, bytes out atomically, locks, digests, strict JSON."""

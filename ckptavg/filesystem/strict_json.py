@@ -1,0 +1,49 @@
+"""Small JSON files beside checkpoints: their content is as little to be trusted as theirs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from ckptavg.errors import InputError
+from ckptavg.filesystem.regular_file import RegularFile
+
+MAX_SIZE: Final = 64 << 20
+
+
+def read_json(path: Path) -> Any:
+    """What the file at ``path`` says.
+
+    Raises:
+        InputError: naming the file, if it is no regular file of at most `MAX_SIZE` bytes, or not strict JSON.
+    """
+    with RegularFile(path) as file:
+        try:
+            if file.size > MAX_SIZE:
+                raise ValueError(f"{file.size} bytes, more than {MAX_SIZE}")
+            return strict_json(file.read(0, file.size).decode())
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"is not valid JSON: {error}", path=path) from error
+
+
+def strict_json(text: str) -> Any:
+    """Parse JSON, refusing what Python's parser lets pass: duplicate keys, NaN and Infinity.
+
+    Raises:
+        ValueError: if it is not strict JSON.
+        RecursionError: if it is nested too deep.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise ValueError(f"key {twice!r} occurs twice")
+        return result
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not allowed")
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=constant)

@@ -1,0 +1,80 @@
+"""The loss of a mixture and its gradient in the coefficients, as one node of torch's graph.
+
+Shape suffixes: N = candidates, G = groups of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ckptavg.batches.stream import Share
+from ckptavg.candidates import Candidates
+from ckptavg.coefficients import Groups
+from ckptavg.errors import TaskError, is_out_of_memory
+from ckptavg.objective import batchnorm
+from ckptavg.objective.precision import autocast
+from ckptavg.runtime.workers import Workers
+from ckptavg.tasks import Task
+
+
+class MixtureLoss(torch.autograd.Function):
+    """ℓ(Pᵀc) with the gradient P·∂ℓ/∂w, computed in the forward call because the model's state is shared."""
+
+    @staticmethod
+    def forward(ctx: Any, c_GN: Tensor, compute: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        """The loss; ``compute`` gives it and its gradient in the shape of c."""
+        loss, gradient_GN = compute(c_GN)
+        ctx.save_for_backward(gradient_GN)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        """The gradient that is known already."""
+        (gradient_GN,) = ctx.saved_tensors
+        return upstream[0] * gradient_GN, None
+
+
+def loss_and_gradient(
+    task: Task, candidates: Candidates, norms: Collection[batchnorm.Layer], c_GN: Tensor, share: Share,
+    groups: Groups, precision: str, workers: Workers,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The mean loss at c on a batch, and ∂ℓ/∂c in the shape of c; BatchNorm by the batch's own statistics.
+
+    What is not the model's forward pass, mixture and pullback, keeps the precision of the candidates.
+
+    With ℓ_r the loss of worker r's share and u_r its weight, ℓ = Σ_r u_r ℓ_r / Σ_r u_r and ∂ℓ/∂c likewise: a sum over
+    workers of 2 + G·N float64 numbers, and nothing of the size of the model.
+
+    Raises:
+        TaskError: if the loss has no gradient.
+    """
+    candidates.materialize(c_GN, groups)
+    candidates.zero_gradient()
+    with torch.enable_grad(), batchnorm.batch_statistics(norms), without_cudnn_recurrence(candidates.model):
+        with autocast(precision, c_GN.device):
+            loss = task.loss(candidates.model, share.batch).mean()
+        if not loss.requires_grad:
+            raise TaskError("loss() gives no gradient: no_grad, detach or item() in it?", path=task.source)
+        try:
+            loss.backward(torch.full_like(loss, share.weight))
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            what = f"loss() cannot be differentiated: {str(error).splitlines()[0]}"
+            raise TaskError(what, path=task.source) from error
+    weight = c_GN.new_full((1,), share.weight)
+    loss, gradient_GN = loss.detach().to(c_GN.dtype), candidates.pullback(groups).to(c_GN.dtype)
+    sums = workers.sum(torch.cat([weight, weight * loss, gradient_GN.flatten()]))
+    return sums[1] / sums[0], (sums[2:] / sums[0]).view(c_GN.shape)
+
+
+def without_cudnn_recurrence(model: nn.Module) -> AbstractContextManager[None]:
+    """cuDNN's recurrent layers go backward in training mode only, where they would drop out."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return nullcontext()
+    return torch.backends.cudnn.flags(enabled=False, allow_tf32=False)

@@ -1,0 +1,572 @@
+"""The real objective: candidates × task. It remembers scores and counts what the search costs.
+
+Shape suffixes: N = candidates, G = groups of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any, Final, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ckptavg.average.weighted_sum import output_specs, weighted_average
+from ckptavg.batches import data_parallel
+from ckptavg.batches.loader import Feed
+from ckptavg.batches.stream import Share, Stream
+from ckptavg.candidates import Candidates, ReadInto, sharded
+from ckptavg.candidates.plan import MatrixResult, Offload, Plan
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
+from ckptavg.cost import SECONDS, Cost, Meter
+from ckptavg.errors import TaskError, UsageError, is_out_of_memory
+from ckptavg.journal.pass_progress import Partial, resumed
+from ckptavg.objective import Hessian, Parallel, batchnorm, curvature
+from ckptavg.objective.loss import MixtureLoss, loss_and_gradient
+from ckptavg.objective.measurements import Replay, score_key
+from ckptavg.objective.precision import OWN, Compiled, autocast
+from ckptavg.objective.score_cache import Key, Scores
+from ckptavg.objective.scoring import Scorer
+from ckptavg.readers import StoredTensor
+from ckptavg.runtime.progress import Watch
+from ckptavg.runtime.workers import ALONE, Workers
+from ckptavg.score import Score, Split, valid
+from ckptavg.surrogate import Surrogate
+from ckptavg.tasks import Task
+from ckptavg.tasks import batch as batches
+
+_T = TypeVar("_T")
+_LOOK_EVERY: Final = 0.1  # seconds between looks at figures that lie on the device
+
+
+class Mixture:
+    """Loss and score of a mixture of checkpoints on a task; see `ckptavg.objective.Objective`.
+
+    Args:
+        task: model, data, loss and metric.
+        checkpoints: the N candidates, in training order.
+        device: where the model and the candidates live.
+        seed: of everything random; loaders are started with seeds derived from it, so shuffling repeats.
+        bits: of an element of the candidate matrix; ``auto`` is the most that fits the device.
+        group_size: elements that share a scale and a zero point where ``bits`` < 32.
+        offload: where the matrix lies instead of on the device.
+        precision: of the passes of a search, ``float32`` for the model's own; scores of the report have that always.
+        compiled: let torch.compile have the model's forward.
+        watch: is told the progress, a few times a second.
+        replay: knows what an interrupted run of the same command has measured.
+        workers: who divide the work; each has all candidates, the model and the data.
+        parallel: what they divide in a score: the ``batches``, or the ``candidates`` where several are expected.
+        shard: each has a part of every candidate and of the model instead, and they do every batch at once.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        checkpoints: Sequence[Checkpoint],
+        *,
+        device: torch.device,
+        seed: int = 0,
+        bits: int | Literal["auto"] = 32,
+        group_size: int = 128,
+        offload: Offload = "none",
+        precision: str = OWN,
+        compiled: bool = False,
+        watch: Watch | None = None,
+        replay: Replay | None = None,
+        workers: Workers = ALONE,
+        parallel: Parallel = "auto",
+        shard: bool = False,
+    ) -> None:
+        self.task = task
+        self._seed = seed
+        self.checkpoints = checkpoints
+        self._device = device
+        self._asked_bits: int | Literal["auto"] = bits
+        self.group_size = group_size
+        self._offload: Offload = offload
+        self._precision = precision
+        self._compile = compiled
+        self._compiled: Compiled | None = None
+        self.watch = watch
+        self._replay = replay
+        self._workers = workers
+        self._parallel: Parallel = parallel
+        self._shard = shard
+        self._divided: dict[Split, bool] = {}
+        self._remarks: list[str] = []
+        self._looked = 0.0
+        self.scored_on: Split = "val" if task.has("val") else "train"
+        self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
+        self.batchnorm_from: Split = "train" if task.has("train") else self.scored_on
+        self._gradients: dict[tuple[Coefficients, Split, str], tuple[float, Tensor]] = {}
+        self._surrogates: dict[tuple[Split, Hessian], Surrogate] = {}
+        self.meter = Meter()
+        self._scores = Scores(task, self.meter, replay)
+        for _ in range(0 if replay is None else replay.halvings):
+            task.halve()  # as it had to be before; then results are the same
+        self._feed = Feed(task, self.scored_on, device, seed, self.meter, workers)
+        self._scorer = Scorer(task, self._feed)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin as a new search would, with the seed's random numbers, the first batch and nothing spent.
+
+        What is loaded stays, and scores are still remembered; `cost` charges for them as if they were measured anew.
+        """
+        self.generator = torch.Generator().manual_seed(self._seed)
+        self._feed.restart()
+        if self._replay is not None:
+            self._replay.restart()
+        self.meter.restart()
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """The candidate matrix and the model; loaded when first needed, after a strategy has checked its settings."""
+        torch.manual_seed(self._seed)
+        workers = self._workers if self._shard else ALONE
+        if self._shard:
+            model = sharded.build(self.task.model, self._device, workers)
+        else:
+            model = self.task.model()
+            if empty := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
+                what = f"model() must be ready to run, but its {empty} is on the meta device: give it memory"
+                raise TaskError(what, path=self.task.source)
+            model = model.to(self._device).eval()
+        plan = Plan.of(
+            model, self.n, bits=self._asked_bits, group_size=self.group_size, offload=self._offload,
+            device=self._device, parts=workers.world, sharing=self._workers.local,
+        )  # fmt: skip
+        remark = plan.check()
+        if self.watch and self.n > 1:
+            self.watch(remark, 0, 0, {})
+        bits = min(self._workers.gather(plan.bits))  # and nobody takes memory before all have looked
+        made = Candidates(
+            model, self.checkpoints, self.progress,
+            bits=bits, group_size=self.group_size, offload=self._offload, workers=workers,
+        )  # fmt: skip
+        for checkpoint in self.checkpoints:
+            checkpoint.check_unchanged()  # not only at the end of a long search
+        if self._compile:
+            self._compiled = Compiled(model)
+        return made
+
+    @property
+    def differentiable(self) -> bool:
+        """See `Objective.differentiable`."""
+        return self.task.whole is None
+
+    @property
+    def bounded(self) -> bool:
+        """See `Evaluator.bounded`."""
+        return self.task.metric is not None and self.task.metric_bounds is not None
+
+    def has(self, split: Split) -> bool:
+        """See `Evaluator.has`."""
+        return self.task.has(split)
+
+    @property
+    def matrix(self) -> MatrixResult:
+        """See `Evaluator.matrix`."""
+        found = self.candidates
+        return MatrixResult(
+            bits=found.bits,
+            group_size=None if found.exact else self.group_size,
+            bytes=found.nbytes,
+            error=found.error,
+            offload=self._offload if found.streamed else "none",
+            precision=self._precision,
+            compiled=self._compiled is not None and self._compiled.failure is None,
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """See `Evaluator.notes`."""
+        said = [*getattr(self.task, "notes", ()), *self._remarks]
+        if self._offload == "cpu" and self._device.type == "cpu":
+            said.append("--offload cpu changes nothing on a CPU: the candidates are in its memory already")
+        if self._compiled is not None and self._compiled.failure is not None:
+            said.append(f"--compile was given up, and the model ran as it is: {self._compiled.failure}")
+        return said
+
+    def prepare(self) -> None:
+        """See `Evaluator.prepare`."""
+        self.candidates  # noqa: B018  # made when first asked for
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, on the device."""
+        return self.candidates.model
+
+    @cached_property
+    def _norms(self) -> Collection[batchnorm.Layer]:
+        found = list(batchnorm.layers(self.model).values())
+        self._feed.needs_two = bool(found)
+        return found
+
+    @property
+    def n(self) -> int:
+        """The number of candidates."""
+        return len(self.checkpoints)
+
+    def step(self, i: int) -> int:
+        """The training step of candidate ``i``."""
+        return self.checkpoints[i].step
+
+    def uniform(self) -> Tensor:
+        """See `Objective.uniform`."""
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64  # mps has no float64
+        return torch.full((self.n,), 1 / self.n, dtype=dtype, device=self._device)
+
+    def batches(self, on: Split) -> int:
+        """See `Objective.batches`."""
+        return self._feed.length(on)
+
+    def blocks(self, size: int | None) -> Groups:
+        """See `Objective.blocks`."""
+        return self.candidates.blocks(size)
+
+    def distances(self, groups: Groups) -> Tensor:
+        """See `Objective.distances`."""
+        return self.candidates.distances(groups).to(self.uniform().dtype)
+
+    def loss(self, c_N: Tensor, on: Split | None = None, *, groups: Groups = EVERYTHING, again: bool = False) -> Tensor:
+        """See `Objective.loss`; forward and backward run at once, so no graph outlives the call."""
+        fresh = not again
+
+        def work() -> Tensor:
+            nonlocal fresh
+            if self._replay is not None and self._replay.halved():
+                self._feed.restart(halved=True)
+                fresh = True
+            split = on or self.scored_on
+            stream = self._feed.stream(split, lambda: self._divides(split))
+            if fresh:
+                stream.advance()
+            fresh = True  # the batch that was too large is gone
+            return MixtureLoss.apply(c_N, self._step(stream, groups))  # pyright: ignore
+
+        return self._with_memory(work)
+
+    def surrogate(self, on: Split | None = None, hessian: Hessian = "auto") -> Surrogate:
+        """See `Objective.surrogate`; remembered."""
+        self._check_whole()
+        key = (on or self.scored_on, hessian)
+        if key in self._surrogates:
+            self.meter.charge(key)
+            return self._surrogates[key]
+        norms, split, name = self._norms, key[0], f"surrogate {' '.join(key)}"
+        if self._replay is not None and (known := self._replay.surrogate(name)):
+            self._surrogates[key] = known
+            return known
+
+        def passed() -> Iterator[Any]:
+            for done, batch in enumerate(self._feed.learnable(split, self._workers), 1):
+                yield batch
+                total = self.batches(split)
+                self.progress("measuring the curvature", min(total, done * self._workers.world), total)
+
+        def work() -> Surrogate:
+            counts = torch.zeros(2, 2, dtype=torch.int64)
+            kinds = ("forward", "backward")
+
+            def count(kind: str, examples: int) -> None:
+                counts[kinds.index(kind)] += torch.tensor([1, examples])
+
+            with batchnorm.batch_statistics(norms), self._plain():
+                found = curvature.surrogate(
+                    self.candidates, passed, self.task.loss,
+                    hessian=hessian, count=count, source=self.task.source, workers=self._workers,
+                    order=lambda: self._feed.order[split], partial=lambda kind: self._partial(f"{name} {kind}"),
+                )  # fmt: skip
+            for kind, (number, examples) in zip(kinds, self._workers.sum(counts).tolist(), strict=True):
+                self.meter.count(kind, examples, number)
+            return found
+
+        with self.meter.pricing(key):
+            self._surrogates[key] = self._with_memory(work)
+        if self._replay is not None:
+            self._replay.keep_surrogate(name, self._surrogates[key])
+        return self._surrogates[key]
+
+    def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
+        """See `Objective.gradient`; remembered. Workers have batches of their own, and sum 3 + N numbers at the end."""
+        split, c_N = on or self.scored_on, self.uniform().new_tensor(coefficients.values[0])
+        self._check_whole()
+        key = (coefficients, split, "gradient")
+        if key in self._gradients:
+            self.meter.charge(key)
+            return self._gradients[key]
+        name = f"gradient {score_key(coefficients, split, exact=False)}"
+        if self._replay is not None and (known := self._replay.gradient(name)):
+            self._gradients[key] = known
+            return known
+
+        def work() -> Tensor:
+            total, examples, count = torch.zeros_like(torch.cat([c_N, c_N[:1]])), 0, 0
+            for batch in self._feed.learnable(split, self._workers):
+                share = Share(batch, batches.size(batch), 1.0)
+                loss, gradient_N = loss_and_gradient(
+                    self.task, self.candidates, self._norms, c_N, share, EVERYTHING, self._precision, ALONE
+                )
+                total += share.size * torch.cat([gradient_N, loss.view(1)])
+                examples, count = examples + share.size, count + 1
+            return self._workers.sum(torch.cat([total, total.new_tensor([examples, count])]))
+
+        with self.meter.pricing(key):
+            *totals, examples, count = self._with_memory(work).tolist()
+            self.meter.count("backward", round(examples), round(count))
+        *gradient, value = (total / examples for total in totals)
+        if not math.isfinite(value):
+            what = f"loss() is {value} on the {split} data, of {self._describe(coefficients)}"
+            raise TaskError(what, path=self.task.source)
+        gradient_N = torch.tensor(gradient, dtype=torch.float64)
+        gradient_N -= gradient_N.mean()
+        self._gradients[key] = value, gradient_N
+        if self._replay is not None:
+            self._replay.keep_gradient(name, value, gradient_N)
+        return self._gradients[key]
+
+    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
+        """See `Objective.expect` and `Evaluator.expect`."""
+        workers = self._workers
+        if workers.world == 1 or self._shard or self._parallel == "batches" or self.task.corpus is not None:
+            return
+        split: Split = on or self.scored_on
+        keys = self._scores.missing((c, split, exact or self._exactly(c)) for c in coefficients)
+        if self._parallel == "auto" and self._scorer.divides and not self._norms:
+            del keys[len(keys) - len(keys) % workers.world :]  # a last few are sooner done all together
+
+        def measure(key: Key) -> tuple[Score, dict[str, float]]:
+            with self.meter.apart() as spent:
+                score = self._measured(key, None, ALONE)
+            assert score is not None
+            return score, spent | {SECONDS: spent[SECONDS] / workers.world}
+
+        for done, (key, (score, spent)) in enumerate(workers.side_by_side(keys, measure), 1):
+            self.meter.price(key, spent)
+            self._scores.keep(key, score)
+            self.progress("scoring side by side", done, len(keys))
+
+    def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
+        """See `Objective.score`."""
+        return self._full(coefficients, on or self.scored_on, exact=self._exactly(coefficients))
+
+    def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
+        """See `Evaluator.exact_score`; scored again only where the candidate matrix is not exact."""
+        return self._full(coefficients, split, exact=True)
+
+    def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
+        """See `Objective.score_above`."""
+        exact = self.candidates.exact and self._precision == OWN
+        score = self._remembered(coefficients, self.scored_on, exact=exact, bar=bar)
+        return score if score and (score.value > bar if strict else score.value >= bar) else None
+
+    def progress(self, stage: str, done: int, total: int, **figures: Tensor | float) -> None:
+        """See `Objective.progress`."""
+        now = time.perf_counter()
+        if self.watch and (done == total or now - self._looked > _LOOK_EVERY):
+            self._looked = now
+            self.watch(stage, done, total, {name: float(value) for name, value in figures.items()})
+
+    def load(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> None:
+        """Put the weights of a file into the model."""
+        self.candidates.load(specs, read_into)
+
+    @property
+    def statistics(self) -> Collection[str]:
+        """See `Evaluator.statistics`."""
+        return batchnorm.statistics(self.model)
+
+    def adopt(
+        self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto
+    ) -> Mapping[str, Tensor]:
+        """See `Evaluator.adopt`."""
+        self.load(specs, read_into)
+        self._with_memory(lambda: self.recompute_batchnorm(_written(coefficients, self.batchnorm_from)))
+        state = self.model.state_dict()
+        return {name: state[name] for name in self.statistics}
+
+    def score_adopted(self, coefficients: Coefficients, split: Split) -> Score:
+        """See `Evaluator.score_adopted`."""
+        key = _written(coefficients, split)
+        score = None if self._replay is None else self._replay.score(key, self.task)
+        if score is None:
+            score = self._with_memory(lambda: self.evaluate(split, "the average", key))
+            if self._replay is not None:
+                self._replay.keep_score(key, score)
+        return score
+
+    def recompute_batchnorm(self, key: str = "") -> None:
+        """Recompute BatchNorm's statistics at the model's present weights, on training data where there is some.
+
+        Args:
+            key: of these weights in the journal; "" where they are in none.
+        """
+        norms, split, partial = self._norms, self.batchnorm_from, self._partial(key and f"{key} batchnorm")
+
+        def forward() -> None:
+            passed, order = self._feed.learnable(split), lambda: self._feed.order[split]
+            for batch in partial.rest(passed, order, lambda: batchnorm.statistics_of(norms), whole=True):
+                self.task.loss(self.model, batch)
+
+        with self._plain():  # a layer that counts its batches would cut a compiled graph in two
+            resumed(partial, lambda: batchnorm.recompute(norms, forward, next(reversed(partial.states), None)))
+
+    def _plain(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._compiled is None else self._compiled.paused()
+
+    def evaluate(self, split: Split, what: str, key: str = "") -> Score:
+        """The score of the model's present state on one split.
+
+        Args:
+            split: which.
+            what: names the model in an error.
+            key: of these weights and the split in the journal.
+        Raises:
+            TaskError: if it is `Score.invalid`.
+        """
+        score = self._pass(split, what, None, key, self._shared)
+        assert score is not None  # only a bar makes it stop
+        return valid(score, self.task.source)
+
+    def cost(self) -> Cost:
+        """What has been spent since the start, or the last `restart`."""
+        size = self._feed.examples.get(self.batchnorm_from) or self.task.examples(self.batchnorm_from)
+        work = self.meter["forward_examples"] + 2 * self.meter["backward_examples"]
+        return Cost(
+            forward_batches=round(self.meter["forward_batches"]),
+            backward_batches=round(self.meter["backward_batches"]),
+            evaluations=round(self.meter["evaluations"]),
+            seconds=self.meter[SECONDS],
+            epochs=work / (3 * size) if size else None,
+            epochs_of=self.batchnorm_from,
+        )
+
+    @property
+    def _shared(self) -> Workers:
+        """Who do one score together."""
+        return ALONE if self._parallel == "candidates" and not self._shard else self._workers
+
+    def _check_whole(self) -> None:
+        if self._shard:
+            raise UsageError("a sharded model has no second derivatives here", hint="--solver gumbel or gradient")
+
+    def _divides(self, split: Split) -> bool:
+        """Whether a batch of this split is divided; looked at once, on the first one."""
+        if self._workers.world == 1:
+            return False
+        if split not in self._divided:
+            why = "BatchNorm needs the whole batch" if self._norms else self._obstacle(split)
+            self._divided[split] = why is None
+            if why is not None:
+                self._remarks.append(f"every worker learned from whole batches of the {split} data, because {why}")
+        return self._divided[split]
+
+    def _obstacle(self, split: Split) -> str | None:
+        self.candidates.materialize(self.uniform())
+        batch = next(self._feed.first(split), None)
+        if batch is None:
+            raise self._feed.empty(split)
+        with self._plain():
+            return data_parallel.obstacle(
+                lambda part: self.task.loss(self.model, part), batch, self._device, self._workers
+            )
+
+    def _step(self, stream: Stream, groups: Groups) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        def measured(c_GN: Tensor) -> tuple[Tensor, Tensor]:
+            candidates, norms = self.candidates, self._norms  # loading them draws random numbers
+            share = stream.share
+            self.meter.count("forward", share.size)
+            found = loss_and_gradient(self.task, candidates, norms, c_GN, share, groups, self._precision, self._workers)
+            self.meter.count("backward", share.size)
+            return found
+
+        def replayed(c_GN: Tensor) -> tuple[Tensor, Tensor]:
+            assert self._replay is not None
+            key, known = self._replay.loss(c_GN)
+            if known is None:
+                known = measured(c_GN)
+                self._replay.keep_loss(key, c_GN, *known)
+            return known
+
+        return measured if self._replay is None else replayed
+
+    def _full(self, coefficients: Coefficients, split: Split, *, exact: bool) -> Score:
+        score = self._remembered(coefficients, split, exact=exact)
+        assert score is not None  # only a bar makes it stop
+        return score
+
+    def _remembered(
+        self, coefficients: Coefficients, split: Split, *, exact: bool, bar: float | None = None
+    ) -> Score | None:
+        """The score; None (which is not remembered) where it cannot reach the bar."""
+        key = (coefficients, split, exact)
+        return self._scores.find(key, lambda: self._measured(key, bar, self._shared), bar)
+
+    def _measured(self, key: Key, bar: float | None, workers: Workers) -> Score | None:
+        coefficients, split, exact = key
+        self.meter.evaluated()
+        self._mix(coefficients, exact=exact or len(coefficients.selected) == 1)
+        precision, what = OWN if exact else self._precision, self._describe(coefficients)
+        name = score_key(coefficients, split, exact=exact)
+
+        def work() -> Score | None:
+            with autocast(precision, self._device):
+                self.recompute_batchnorm(name)
+                return self._pass(split, what, bar, name, workers)
+
+        return self._with_memory(work)
+
+    def _pass(self, split: Split, what: str, bar: float | None, key: str, workers: Workers) -> Score | None:
+        partial = self._partial(key)
+        return resumed(partial, lambda: self._scorer.score(self.model, split, what, partial, bar, workers))
+
+    def _partial(self, key: str) -> Partial:
+        """How far an interrupted run has come; what several workers do together they begin anew."""
+        return Partial() if self._replay is None or not key or self._workers.world > 1 else self._replay.partial(key)
+
+    def _exactly(self, coefficients: Coefficients) -> bool:
+        """One file is scored as it is: that costs no more than what is left of it in few bits."""
+        return (len(coefficients.selected) == 1 or self.candidates.exact) and self._precision == OWN
+
+    def _mix(self, coefficients: Coefficients, *, exact: bool) -> None:
+        """Make the model the mixture: of the files themselves if ``exact``, else of the candidate matrix."""
+        # a row that is not finite spoils every product with the matrix, also with a coefficient of 0
+        if (exact and not self.candidates.exact) or any(one.allow_nonfinite for one in self.checkpoints):
+            specs = output_specs(self.checkpoints[0])
+            parts = weighted_average(self.checkpoints, coefficients, specs, only=self.candidates.ranges)
+            self.candidates.assign(specs, parts)
+        else:
+            if not (coefficients.uniform_subset and self.candidates.average(coefficients.selected)):
+                self.candidates.materialize(self.uniform().new_tensor(coefficients.values), coefficients.groups)
+            self.candidates.take_integers(coefficients.selected[-1])
+
+    def _with_memory(self, work: Callable[[], _T]) -> _T:
+        """Do ``work``, with batches half as large as long as memory runs out and the task can halve them."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                # one of several workers cannot make its batches smaller than the others'
+                if not (is_out_of_memory(error) and self._workers.world == 1 and self.task.halve()):
+                    raise
+            if self._replay is not None:
+                self._replay.keep_halving()
+            self._feed.restart(halved=True)
+            torch.cuda.empty_cache()
+
+    def _describe(self, coefficients: Coefficients) -> str:
+        chosen = [self.checkpoints[i] for i in coefficients.selected]
+        if len(chosen) == 1:
+            return f"candidate {chosen[0].path}"
+        return "the mixture of steps " + ", ".join(str(checkpoint.step) for checkpoint in chosen)
+
+
+def _written(coefficients: Coefficients, split: Split) -> str:
+    """The key of the file as it lies, which has the output's dtype."""
+    return f"written {score_key(coefficients, split, exact=True)}"

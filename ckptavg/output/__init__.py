@@ -1,0 +1,1 @@
+"""One file or one directory, written whole or not at all."""

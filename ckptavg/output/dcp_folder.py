@@ -1,0 +1,221 @@
+"""An output that FSDP goes on training from: a directory of torch.distributed.checkpoint, by its own writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from ckptavg.checkpoints.dtypes import TORCH
+from ckptavg.errors import OutputError, OutputExistsError
+from ckptavg.filesystem.atomic import left_behind
+from ckptavg.output.destination import check_parent
+from ckptavg.output.safetensors_file import SafetensorsFile
+from ckptavg.readers import StoredTensor
+from ckptavg.readers.dcp import RECORD
+from ckptavg.runtime.workers import ALONE, Workers
+
+
+class DcpFolder:
+    """A directory under construction; a context manager that leaves nothing behind unless `publish` was called.
+
+    The average is first written as one file without a name, as `SafetensorsFile` is, so for a while the disk holds it
+    twice. Then every worker saves its share of the tensors, and the directory gets its name.
+
+    Attributes:
+        path: the directory.
+        size: of its files, in bytes, once published.
+        sha256: of the safetensors file that holds the same, once saved.
+    """
+
+    def __init__(
+        self, path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], *, key: str = "",
+        force: bool = False, workers: Workers = ALONE,
+    ) -> None:  # fmt: skip
+        """Reserve the space.
+
+        Args:
+            path: the directory; it must not exist, or be empty.
+            specs: name → dtype and shape.
+            metadata: goes into a file of its own.
+            key: what the model lies under in the saved state dict, such as ``model``; ``""`` for nothing.
+            force: replace an existing directory.
+            workers: who write it together.
+        Raises:
+            OutputExistsError: if there is something and ``force`` is not given.
+            OutputError: if it cannot be written, or there is not enough space.
+        """
+        self.path = path
+        self.sha256 = ""
+        self.size = 0
+        self._specs = specs
+        self._metadata = metadata
+        self._key = key
+        self._force = force
+        self._workers = workers
+        self._temporary = workers.told(path.with_name(f".{path.name}.{os.getpid()}.ckptavg-tmp"))
+        workers.lead(lambda: preflight(path, force))
+        self._whole = SafetensorsFile(_whole(path), specs, metadata, force=True, workers=workers)
+
+    def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
+        """See `SafetensorsFile.write`."""
+        self._whole.write(name, offset, data)
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """See `SafetensorsFile.read_into`."""
+        self._whole.read_into(name, start, out)
+
+    def settle(self) -> None:
+        """See `SafetensorsFile.settle`."""
+        self._whole.settle()
+
+    def save(self) -> None:
+        """Save everything anew, still without a name; called by all workers.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        self.sha256 = self._whole.seal()
+        self._save()
+
+    def close(self) -> None:
+        """Remove what is temporary, if it is still there."""
+        self._whole.close()
+        if self._workers.first:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _save(self) -> None:
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        read = self._tensor
+
+        class Planner(DefaultSavePlanner):
+            """Gives the tensors of the file where the state dict has none of their memory."""
+
+            def transform_object(self, write_item: Any, object: Any) -> Any:
+                name: str = write_item.index.fqn
+                return read(name.removeprefix(prefix))
+
+        state: dict[str, Any] = {
+            name: torch.empty(spec.shape, dtype=TORCH[spec.dtype], device="meta") for name, spec in self._specs.items()
+        }
+        prefix = f"{self._key}." if self._key else ""
+        for part in reversed(self._key.split(".") if self._key else []):
+            state = {part: state}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+                save(
+                    state,
+                    storage_writer=FileSystemWriter(self._temporary),
+                    planner=Planner(),
+                    no_dist=self._workers.world == 1,
+                )
+        except CheckpointException as error:
+            rank, (cause, _) = next(iter(error.failures.items()))
+            raise OutputError(f"worker {rank} cannot write it: {cause}", path=self.path) from error
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        spec = self._specs[name]
+        if not spec.numel:
+            return torch.empty(spec.shape, dtype=TORCH[spec.dtype])
+        data = bytearray(spec.nbytes)
+        self._whole.read_into(name, 0, memoryview(data))
+        return torch.frombuffer(data, dtype=TORCH[spec.dtype]).view(spec.shape)
+
+    def publish(self) -> None:
+        """Flush what was saved to the disk and give it its name; of several workers the first one does it.
+
+        Raises:
+            OutputExistsError: if the destination has come to exist meanwhile and ``force`` was not given.
+            OutputError: if the disk refuses.
+        """
+        old = self._temporary.with_suffix(".ckptavg-old")
+        try:
+            with (self._temporary / RECORD).open("w", encoding="utf-8") as file:
+                json.dump(dict(sorted(self._metadata.items())), file)
+                file.flush()
+                os.fsync(file.fileno())
+            _flush(self._temporary)
+            preflight(self.path, self._force)
+            if _is_filled(self.path):
+                self.path.rename(old)
+            self._temporary.rename(self.path)
+            _flush(self.path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+            self.size = sum(file.stat().st_size for file in self.path.iterdir())
+        except OSError as error:
+            if old.is_dir() and not self.path.is_dir():
+                old.rename(self.path)
+            raise OutputError(f"cannot be written: {os.strerror(error.errno or 0).lower()}", path=self.path) from error
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed runs left, and give the old directory its name back where one was killed between two names.
+
+    Only who holds the lock of the output may call it.
+    """
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+\.ckptavg-(tmp|old)", re.DOTALL)
+    with suppress(OSError):
+        for whole in left_behind(path.parent, _whole(path).name):
+            whole.unlink()
+        for left in [one for one in path.parent.iterdir() if pattern.fullmatch(one.name) and one.is_dir()]:
+            if left.suffix == ".ckptavg-old" and not _is_filled(path):
+                left.rename(path)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _whole(path: Path) -> Path:
+    """What the file beside it is called, which never gets that name."""
+    return path.with_name(f"{path.name}.whole")
+
+
+def preflight(path: Path, force: bool) -> None:
+    """Refuse a destination that cannot be written, before hours of work for it.
+
+    Raises:
+        OutputExistsError: if there is something and ``force`` is not given.
+        OutputError: if its parent does not exist or is not writable, or it is no directory.
+    """
+    if path.is_symlink() or not path.name:
+        raise OutputError("--format dcp writes a directory under a name of its own, no link and no .", path=path)
+    if os.path.lexists(path) and not path.is_dir():
+        raise OutputError("is no directory, which --format dcp writes", path=path)
+    if _is_filled(path):
+        if not (path / RECORD).is_file():
+            what = "is not empty, and no earlier output of ckptavg, which is all that --force replaces"
+            raise OutputExistsError(what, path=path, hint="choose another -o")
+        if not force:
+            raise OutputExistsError("is not empty", path=path, hint="replace it with --force, or choose another -o")
+    check_parent(path)
+
+
+def _is_filled(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir())
+
+
+def _flush(folder: Path) -> None:
+    """Have what is in a directory survive a loss of power."""
+    entry = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(entry)
+    finally:
+        os.close(entry)

@@ -1,0 +1,172 @@
+"""The files beside a model that a Hugging Face directory needs: config, tokenizer, processor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Final
+
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.errors import InputError, OutputError
+from ckptavg.filesystem.atomic import flush_folder, write_bytes
+from ckptavg.filesystem.regular_file import is_file, is_folder
+from ckptavg.filesystem.strict_json import read_json
+from ckptavg.readers import ITEM_SIZE, StoredTensor, entries
+
+PATTERNS: Final = (
+    "config.json", "generation_config.json", "*_config.json", "preprocessor_config.json", "tokenizer*", "vocab*",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja", "modules.json",
+)  # fmt: skip
+_ADAPTER: Final = "adapter_config.json"
+_HEADS: Final = ("lm_head", "embed_out", "output_layer", "cls.predictions.decoder")
+_EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in")
+_CHUNK: Final = 1 << 20  # elements compared at a time
+
+
+def check(folder: Path) -> None:
+    """Refuse a directory that holds a sharded model, whose index some loaders would prefer to the new file.
+
+    Raises:
+        OutputError: naming the index.
+    """
+    for index in sorted(folder.glob("*.index.json")):
+        raise OutputError(
+            "belongs to a sharded model that loaders would mix with the new file",
+            path=index,
+            hint="choose an empty directory",
+        )
+
+
+@contextmanager
+def made(folder: Path | None) -> Generator[None]:
+    """``folder``, made if it does not exist, and unmade if what follows fails."""
+    if folder is None or is_folder(folder):
+        yield
+        return
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise OutputError(f"cannot be made: {error.strerror}", path=folder) from error
+    try:
+        flush_folder(folder)
+        yield
+    except BaseException:
+        with suppress(OSError):  # there may be something in it that is not ours
+            folder.rmdir()
+        raise
+
+
+def file_name(checkpoint: Checkpoint) -> str:
+    """What the weights are called in an output directory: as its loader expects."""
+    name = checkpoint.reader.path.name
+    return "adapter_model.safetensors" if name.startswith("adapter_model.") else "model.safetensors"
+
+
+def check_tied(
+    checkpoint: Checkpoint, specs: Mapping[str, StoredTensor], read_into: Callable[[str, int, memoryview], None]
+) -> None:
+    """Refuse a file whose output layer differs from the embedding that its config ties it to.
+
+    transformers would untie the model without a word.
+
+    Args:
+        checkpoint: whose config.json lies beside the file.
+        specs: of the file.
+        read_into: reads it.
+    Raises:
+        OutputError: naming the two.
+    """
+    config = _read_json(checkpoint.folder / "config.json")
+    text: Any = config.get("text_config")
+    if not (config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))):
+        return
+    heads = [name for name in specs if name.rpartition(".")[0].endswith(_HEADS) and name.endswith(".weight")]
+    inputs = [name for name in specs if name.removesuffix(".weight").endswith(_EMBEDDINGS)]
+    for head in heads:
+        for table in inputs:
+            if specs[head].shape == specs[table].shape and not _equal(specs[head], head, table, read_into):
+                raise OutputError(f"{head} and {table} differ, but config.json ties them", path=checkpoint.path)
+
+
+def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str, Any] | None = None) -> list[str]:
+    """Copy the companions of ``checkpoint`` into ``folder``, each whole; files that are already there stay.
+
+    The dtype in config.json, by which transformers loads, becomes that of the file.
+
+    Args:
+        checkpoint: whose.
+        folder: where to.
+        dtype: of the file's floating-point tensors, such as ``bfloat16``; several are separated by commas.
+        adapter: the content of its adapter_config.json, if it is not the candidates' own.
+    Returns:
+        The names copied.
+    Raises:
+        OutputError: if one cannot be written.
+    """
+    source = checkpoint.folder
+    copied: list[str] = []
+    for path in sorted(source / name for name in entries(source)):
+        wanted = is_file(path) and any(fnmatchcase(path.name, pattern) for pattern in PATTERNS)
+        if not wanted or (folder / path.name).exists():
+            continue
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise OutputError(f"cannot copy {path.name} here: {error.strerror}", path=folder) from error
+        if path.name == "config.json":
+            data = _agreeing(path, dtype) or data
+        if path.name == _ADAPTER and adapter is not None:
+            data = (json.dumps(adapter, indent=2, sort_keys=True) + "\n").encode()
+        write_bytes(folder / path.name, data)
+        copied.append(path.name)
+    return copied
+
+
+@contextmanager
+def copies(
+    checkpoint: Checkpoint, folder: Path | None, dtype: str, adapter: Mapping[str, Any] | None = None
+) -> Generator[list[str]]:
+    """See `copy`; taken away again if what follows fails. Without a directory nothing is copied."""
+    if folder is None:
+        yield []
+        return
+    copied = copy(checkpoint, folder, dtype, adapter)
+    try:
+        yield copied
+    except BaseException:
+        for name in copied:
+            (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def _agreeing(path: Path, dtype: str) -> bytes | None:
+    """What config.json must be to name the dtype of the file, where it does not."""
+    config = _read_json(path)
+    names = [key for key in ("dtype", "torch_dtype") if key in config]
+    if "," in dtype or not names or all(config[key] == dtype for key in names):
+        return None
+    config |= dict.fromkeys(names, dtype)
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A small JSON file's object; empty where there is none, or it is no object."""
+    try:
+        value = read_json(path)
+    except InputError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _equal(spec: StoredTensor, one: str, other: str, read_into: Callable[[str, int, memoryview], None]) -> bool:
+    item = ITEM_SIZE[spec.dtype]
+    for start in range(0, spec.numel, _CHUNK):
+        buffers = [bytearray(min(_CHUNK, spec.numel - start) * item) for _ in range(2)]
+        for name, buffer in zip((one, other), buffers, strict=True):
+            read_into(name, start, memoryview(buffer))
+        if buffers[0] != buffers[1]:
+            return False
+    return True

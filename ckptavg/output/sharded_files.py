@@ -1,0 +1,144 @@
+"""A model over several safetensors files and their index, as Hugging Face's loaders expect it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, Final, Self
+
+from ckptavg.errors import UsageError
+from ckptavg.filesystem.atomic import flush_folder, left_behind, staged
+from ckptavg.output.destination import preflight
+from ckptavg.output.safetensors_file import SafetensorsFile
+from ckptavg.readers import StoredTensor
+from ckptavg.runtime.workers import ALONE, Workers
+
+INDEX: Final = "model.safetensors.index.json"
+
+
+class ShardedFiles:
+    """Several `ckptavg.output.safetensors_file.SafetensorsFile` that are one output; the index gets its name last.
+
+    Which tensor goes where is decided by huggingface_hub's own splitter.
+
+    Attributes:
+        path: the index.
+        size: of all files, in bytes.
+        sha256: of the index, once committed.
+    """
+
+    def __init__(
+        self, folder: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], largest: str,
+        *, force: bool = False, workers: Workers = ALONE,
+    ) -> None:  # fmt: skip
+        """Reserve the space of all shards.
+
+        Args:
+            folder: where they go; it must exist.
+            specs: name → dtype and shape.
+            metadata: of every shard.
+            largest: bytes of a shard, such as ``5GB``.
+            force: replace existing files.
+            workers: who write them together; see `SafetensorsFile`.
+        Raises:
+            UsageError: if ``largest`` is no size, or huggingface_hub is missing.
+            OutputExistsError, OutputError: as `SafetensorsFile` does.
+        """
+        self.path = folder / INDEX
+        self.sha256 = ""
+        workers.lead(lambda: preflight(self.path, force))
+        split = split_names(specs, largest)
+        self._index = json.dumps(
+            {"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2, sort_keys=True
+        )
+        self._of: Mapping[str, str] = split.tensor_to_filename
+        with ExitStack() as stack:
+            self._files = {
+                name: stack.enter_context(
+                    SafetensorsFile(
+                        folder / name,
+                        {tensor: specs[tensor] for tensor in tensors},
+                        metadata,
+                        force=force,
+                        workers=workers,
+                    )
+                )
+                for name, tensors in split.filename_to_tensors.items()
+            }
+            self._stack = stack.pop_all()
+        self.size = sum(file.size for file in self._files.values()) + len(self._index)
+
+    def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
+        """See `SafetensorsFile.write`."""
+        self._files[self._of[name]].write(name, offset, data)
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """See `SafetensorsFile.read_into`."""
+        self._files[self._of[name]].read_into(name, start, out)
+
+    def settle(self) -> None:
+        """See `SafetensorsFile.settle`."""
+        for file in self._files.values():
+            file.settle()
+
+    def publish(self) -> None:
+        """Give all files their names, the index last: a model without it is found by no loader.
+
+        Under its temporary name the index is there first, so that `sweep` knows what a killed run has named. Of several
+        workers it is the first one's to do.
+        """
+        index = self._index.encode()
+        with staged(self.path, index) as publish, ExitStack() as undo:
+            for file in self._files.values():
+                file.publish()
+                undo.callback(file.path.unlink, missing_ok=True)
+            flush_folder(self.path)
+            publish()
+            undo.pop_all()
+        self.sha256 = hashlib.sha256(index).hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed runs left: temporary files, and shards whose index they did not come to name.
+
+    Args:
+        folder: where the output goes, or would go.
+        name: of the output, where it is a file.
+    """
+    for path in left_behind(folder, name):
+        if name is None and path.name.startswith(f".{INDEX}.") and not (folder / INDEX).exists():
+            with suppress(OSError, ValueError, AttributeError):  # it may be torn itself, before it named any
+                for shard in set(json.loads(path.read_bytes())["weight_map"].values()):
+                    (folder / Path(shard).name).unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
+
+
+def split_names(specs: Mapping[str, StoredTensor], largest: str) -> Any:
+    """huggingface_hub's StateDictSplit of the tensors.
+
+    Raises:
+        UsageError: if ``largest`` is no size, or huggingface_hub is missing.
+    """
+    try:
+        from huggingface_hub import split_state_dict_into_shards_factory  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UsageError("--max-shard-size needs huggingface_hub", hint="pip install 'ckptavg[hf]'") from error
+    try:
+        return split_state_dict_into_shards_factory(
+            dict(specs),
+            get_storage_size=lambda spec: spec.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=largest,
+        )
+    except ValueError as error:
+        raise UsageError(f"--max-shard-size {largest} is no size such as 5GB or 500MB") from error

@@ -1,0 +1,167 @@
+"""The loss around the candidates: the quadratic, how far it can be trusted, and a picture of the real thing.
+
+Shape suffixes: N = candidates, M = mixtures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ckptavg.coefficients import Coefficients
+from ckptavg.errors import UsageError
+from ckptavg.filesystem.atomic import write_text
+from ckptavg.objective import Hessian
+from ckptavg.objective.evaluator import Evaluator
+from ckptavg.options import Options
+from ckptavg.pipeline.session import journaled, opened
+from ckptavg.report.result import Landscape, Output, Plane
+from ckptavg.runtime.progress import Watch
+from ckptavg.score import valid
+from ckptavg.strategies import from_spec
+from ckptavg.surrogate import Surrogate
+
+
+def landscape(
+    paths: Sequence[Path], options: Options, watch: Watch | None = None, *, samples: int = 32,
+    mixtures: Sequence[str] = (), grid: int = 9, hessian: Hessian = "auto", as_text: Callable[[Landscape], str],
+) -> Landscape:  # fmt: skip
+    """Build q on the candidates under ``paths``, compare it with real losses, and write both as JSON.
+
+    The eigenvalues are those of H on the differences of coefficients (Σ = 0), the only directions there are. The
+    random mixtures are uniform on the simplex over a random half of the candidates.
+
+    Args:
+        paths: directories of checkpoints, or checkpoints.
+        options: ``output`` is the JSON file; what is written there holds all that is returned.
+        watch: is told the progress.
+        samples: random mixtures that are scored.
+        mixtures: three strategies as `ckptavg.strategies.from_spec` reads them, whose plane is scored too.
+        grid: points of the plane along each side.
+        hessian: the curvature.
+        as_text: what is written of it.
+    Raises:
+        CkptavgError: in one line, with the exit code of its class.
+    """
+    if not options.ways:
+        raise UsageError("a landscape is made of losses, so it needs a task file or --val", hint="`ckptavg init`")
+    if samples < 3 or grid < 2 or len(mixtures) not in (0, 3):
+        raise UsageError(
+            "a landscape takes --samples of at least 3, --grid of at least 2, and three --mixtures or none"
+        )
+    if options.destination[1]:
+        raise UsageError(f"--output {options.output} is a directory: name the JSON file to write")
+    settings = {"name": "landscape", "samples": samples, "mixtures": list(mixtures), "grid": grid, "hessian": hessian}
+    with (
+        opened(paths, options, watch) as found,
+        journaled(found, options, settings, watch) as (evaluator, done),
+    ):
+        assert evaluator is not None  # there is a way to score
+        if not evaluator.differentiable:
+            raise UsageError("a landscape needs a loss, and here there are only scores")
+        q = evaluator.surrogate(None, hessian)
+        drawn_MN = _random(samples, evaluator.n, evaluator.generator)
+        measured: list[float] = []
+        evaluator.expect([_at(row_N) for row_N in drawn_MN], exact=True)
+        for row_N in drawn_MN:
+            measured.append(_loss(evaluator, row_N))
+            evaluator.progress("scoring random mixtures", len(measured), samples)
+        predicted: list[float] = q(drawn_MN).tolist()
+        plane = _plane(evaluator, mixtures, grid) if mixtures else None
+        known = Landscape(
+            surrogate=q,
+            eigenvalues=eigenvalues(q),
+            predicted=predicted,
+            measured=measured,
+            spearman=spearman(predicted, measured),
+            r_squared=r_squared(predicted, measured),
+            steps=[evaluator.step(i) for i in range(evaluator.n)],
+            plane=plane,
+            left_out=found.left_out,
+            warnings=[*found.warnings, *([q.note] if q.note else []), *evaluator.notes],
+        )
+        known = replace(known, output=options.workers.lead(lambda: _written(Path(options.output), as_text(known))))
+        done()
+        return known
+
+
+def eigenvalues(q: Surrogate) -> list[float]:
+    """Of H on the N − 1 dimensions of coefficients whose sum stays, from the smallest up."""
+    n = q.n
+    if n == 1:
+        return []
+    centre_NN = torch.eye(n, dtype=torch.float64) - 1 / n
+    found = torch.linalg.eigvalsh(centre_NN @ q.hessian_NN @ centre_NN).tolist()
+    found.remove(min(found, key=abs))  # that of the direction (1, …, 1), which is 0
+    return found
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """The rank correlation; ties share their mean rank."""
+    return _pearson(_ranks(a), _ranks(b))
+
+
+def r_squared(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    """1 − Σ(measured − predicted)²/Σ(measured − mean)²; negative where the mean predicts better."""
+    m, p = (torch.tensor(values, dtype=torch.float64) for values in (measured, predicted))
+    whole = (m - m.mean()).square().sum()
+    return float(1 - (m - p).square().sum() / whole) if whole > 0 else 0.0
+
+
+def _ranks(values: Sequence[float]) -> Tensor:
+    v = torch.tensor(values, dtype=torch.float64)
+    return (v[:, None] > v[None]).sum(dim=1) + ((v[:, None] == v[None]).sum(dim=1) - 1) / 2
+
+
+def _pearson(a: Tensor, b: Tensor) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    size = a.norm() * b.norm()
+    return float(a @ b / size) if size > 0 else 0.0
+
+
+def _random(count: int, n: int, generator: torch.Generator) -> Tensor:
+    """[M, N], flat Dirichlet over a random half of the candidates."""
+    draws_MN = torch.rand(count, n, generator=generator, dtype=torch.float64)
+    chosen_MN = draws_MN >= draws_MN.sort(dim=1, descending=True).values[:, max(1, n // 2) - 1 : max(1, n // 2)]
+    weights_MN = -torch.rand(count, n, generator=generator, dtype=torch.float64).log() * chosen_MN
+    return weights_MN / weights_MN.sum(dim=1, keepdim=True)
+
+
+def _at(row_N: Tensor) -> Coefficients:
+    return Coefficients((tuple((row_N / row_N.sum()).tolist()),))
+
+
+def _loss(evaluator: Evaluator, row_N: Tensor) -> float:
+    loss = valid(evaluator.exact_score(_at(row_N), evaluator.scored_on)).loss
+    assert loss is not None  # it is differentiable
+    return loss
+
+
+def _plane(evaluator: Evaluator, mixtures: Sequence[str], grid: int) -> Plane:
+    rows: list[Tensor] = []
+    for spec in mixtures:
+        coefficients = from_spec(spec).learn(evaluator).coefficients
+        if len(coefficients.groups) > 1:
+            raise UsageError(f"{spec}: coefficients by layer lie on no plane of mixtures")
+        rows.append(torch.tensor(coefficients.values[0], dtype=torch.float64))
+    a_N, b_N, c_N = rows
+    sides = torch.linspace(-0.25, 1.25, grid, dtype=torch.float64).tolist()
+    losses: list[list[float]] = []
+    for v in sides:
+        row = [a_N + u * (b_N - a_N) + v * (c_N - a_N) for u in sides]
+        evaluator.expect([_at(point_N) for point_N in row], exact=True)
+        losses.append([_loss(evaluator, point_N) for point_N in row])
+        evaluator.progress("scoring the plane", len(losses), grid)
+    first, second, third = mixtures
+    return Plane(names=(first, second, third), u=sides, v=sides, losses=losses)
+
+
+def _written(path: Path, text: str) -> Output:
+    write_text(path, text)
+    data = text.encode()
+    return Output(path=path, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), dtype="JSON")

@@ -1,0 +1,80 @@
+"""Choose the device and the evaluator that scores mixtures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ckptavg.checkpoints.discover import Found
+from ckptavg.errors import (
+    UsageError,
+)
+from ckptavg.objective.command import Commanded
+from ckptavg.objective.evaluator import Evaluator
+from ckptavg.objective.measurements import Replay
+from ckptavg.objective.mixture import Mixture
+from ckptavg.objective.precision import precision
+from ckptavg.options import Options
+from ckptavg.pipeline.task_choice import task_for
+from ckptavg.runtime.progress import Watch
+
+
+def evaluator(found: Found, options: Options, watch: Watch | None, replay: Replay | None = None) -> Evaluator:
+    """What scores mixtures of the candidates; nothing is loaded yet."""
+    if options.score_cmd is not None:
+        return Commanded(
+            options.score_cmd,
+            found.checkpoints,
+            key=options.score_key,
+            goal=options.score_goal,
+            timeout=options.score_timeout,
+            dtype=options.dtype,
+            beside=Path() if replay is None else replay.folder,  # in a dry run there is none
+            seed=options.seed,
+            watch=watch,
+            replay=replay,
+            workers=options.workers,
+        )
+    device = pick_device(options.device)
+    if device.type == "mps" and options.workers.world > 1:
+        raise UsageError("several workers have nothing to talk by on mps", hint="--device cpu")
+    return Mixture(
+        task_for(found, options),
+        found.checkpoints,
+        device=device,
+        seed=options.seed,
+        bits=options.bits,
+        group_size=options.group_size,
+        offload=options.offload,
+        precision=precision(options.precision, device),
+        compiled=options.compile,
+        watch=watch,
+        replay=replay,
+        workers=options.workers,
+        parallel=options.parallel,
+        shard=options.shard,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device ``name`` means here.
+
+    Raises:
+        UsageError: if there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device {name}: {str(error).splitlines()[0]}", hint="use --device cpu, or auto for the best there is"
+        ) from error
+    return device
+
+
+def described(device: torch.device) -> str:
+    """What computes; other hardware has other roundings."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

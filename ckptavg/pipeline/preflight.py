@@ -1,0 +1,110 @@
+"""Checks before the work begins: the output, the disk space, the strategy's settings, the plan of a dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from ckptavg.average.weighted_sum import output_specs
+from ckptavg.candidates import budget
+from ckptavg.candidates.plan import Plan
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.discover import Found
+from ckptavg.errors import (
+    OutputError,
+    OutputExistsError,
+    UsageError,
+)
+from ckptavg.filesystem import atomic
+from ckptavg.filesystem.regular_file import is_folder
+from ckptavg.objective import Strategy
+from ckptavg.objective.evaluator import Evaluator
+from ckptavg.options import BITS, Options
+from ckptavg.output import dcp_folder, hugging_face_folder, sharded_files
+from ckptavg.output.destination import preflight
+from ckptavg.pipeline.objective_choice import pick_device
+from ckptavg.score import Split
+
+_OURS: Final = ("model", "adapter_model")  # how the names of what is written into a directory begin
+
+
+def check_output(options: Options) -> None:
+    """Refuse an output that cannot be written, and remove what killed runs of it left."""
+    path, folder = options.destination
+    if not options.dry_run:
+        sharded_files.sweep(folder or path.parent, None if folder else path.name)
+    if folder and is_folder(folder):
+        hugging_face_folder.check(folder)
+    if options.format == "dcp":
+        dcp_folder.preflight(path, options.force)
+    else:
+        preflight(folder if folder and not is_folder(folder) else path, options.force)
+
+
+def check_sources(found: Found, options: Options) -> None:
+    """Refuse an output that would take the place of a candidate."""
+    path, folder = options.destination
+    path, folder = path.resolve(), folder and folder.resolve()
+    for file in (file for checkpoint in found.checkpoints for file in checkpoint.reader.files):
+        inside = folder is not None and file.path.parent.resolve() == folder
+        if file.path.resolve() == path or (inside and file.path.name.startswith(_OURS)):
+            raise OutputExistsError("is one of the candidates", path=file.path, hint="choose another -o")
+
+
+def check_space(found: Found, options: Options) -> None:
+    """Refuse an output for which there is no space now, before hours of work for it.
+
+    Raises:
+        OutputError: with what is needed and what is free.
+    """
+    path, folder = options.destination
+    needed = sum(spec.nbytes for spec in output_specs(found.checkpoints[0], options.dtype).values())
+    needed *= 2 if options.format == "dcp" else 1  # see `ckptavg.output.dcp_folder.DcpFolder`
+    free = atomic.free(path.parent if folder is None or is_folder(folder) else folder.parent)
+    if options.adapter != "exact" and needed > free:
+        raise OutputError(f"no space left on device: {needed:,} bytes are needed, {free:,} are free", path=path)
+
+
+def check(strategy: Strategy, n: int, evaluator: Evaluator | None, name: str = "") -> None:
+    """Refuse settings that the candidates or the task cannot meet, before anything runs for hours.
+
+    Args:
+        strategy: with its settings.
+        n: the number of candidates.
+        evaluator: what scores mixtures, if anything does.
+        name: of the strategy, at the beginning of an error.
+    """
+    before = f"{name}: " if name else ""
+    k: Any = getattr(strategy, "k", 0)
+    if k != "auto" and k > n:
+        raise UsageError(
+            f"{before}--k {k} asks for more checkpoints than the {n} candidates there are",
+            hint=f"choose --k {n} or less, or widen the window (--last, --start, --stop, --every)",
+        )
+    on: Split | None = getattr(strategy, "on", None)
+    if evaluator is not None and on is not None and evaluator.differentiable and not evaluator.has(on):
+        raise UsageError(f"{before}--on {on} needs {on} data, and the task has none", hint=f"add a {on}_dataloader()")
+    if evaluator is not None and getattr(strategy, "early_reject", False) and not evaluator.bounded:
+        raise UsageError(
+            f"{before}a score can only be stopped early where the metric is bounded",
+            hint="say how in the task file, for an accuracy: metric_bounds = (0.0, 1.0)",
+        )
+
+
+def plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[str]:
+    """What a dry run says it would do."""
+    first = checkpoints[0]
+    path, _ = options.destination
+    written = sum(spec.nbytes for spec in output_specs(first, options.dtype).values())
+    n, elements, device = len(checkpoints), first.numel, pick_device(options.device)
+    bits = options.bits
+    if bits == "auto":
+        bits = budget.largest(elements, 4 * elements, n, options.group_size, device, BITS)
+    memory = Plan(
+        n=n, elements=elements, size=4 * elements, gradient=4 * elements,
+        bits=bits, group_size=options.group_size, offload=options.offload, device=device,
+    )  # fmt: skip
+    return [
+        f"would read {n} candidates of {first.size:,} bytes and write {written:,} bytes to {path}",
+        f"learning would take for a float32 model: {memory}",
+    ]

@@ -1,0 +1,96 @@
+"""Which task file a run uses, and why one that merely lies among the checkpoints is never run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ckptavg.checkpoints.discover import Found
+from ckptavg.errors import (
+    UsageError,
+)
+from ckptavg.filesystem.regular_file import is_file
+from ckptavg.options import Options, config_file
+from ckptavg.tasks import Task
+from ckptavg.tasks.holdout import HeldOut
+from ckptavg.tasks.python_file import PythonTask
+
+
+def with_task(options: Options, inputs: Sequence[Path], *, required: bool) -> Options:
+    """``options`` with the task file that `find` finds, unless they say otherwise how a mixture is scored."""
+    if set(options.ways) - {"--task"}:
+        return options
+    return replace(options, task=find(options.task, inputs, required=required))
+
+
+def find(option: str | None, inputs: Sequence[Path], *, required: bool = True) -> str | None:
+    """The option, then ``CKPTAVG_TASK``, then ``task`` in the configuration file, then ``./task.py``, else None.
+
+    Only from the working directory or by name: a ``task.py`` that lies among the checkpoints is not run.
+
+    Args:
+        option: what was named.
+        inputs: where the checkpoints lie.
+        required: whether there is nothing to do without a task.
+    Raises:
+        UsageError: if a task is required and there is only a ``./task.py`` that lies among the checkpoints.
+    """
+    named = option or os.environ.get("CKPTAVG_TASK") or config_file.read(Path()).get("task")
+    if named or not is_file(Path("task.py")):
+        return named
+    here = Path.cwd().resolve()
+    if any(path.resolve() == here or (is_file(path) and path.resolve().parent == here) for path in inputs):
+        if not required:
+            return None
+        raise UsageError(
+            "./task.py lies among the checkpoints, so it is not run unasked",
+            hint="if you trust it, name it: --task ./task.py",
+        )
+    return "task.py"
+
+
+def task_for(found: Found, options: Options) -> Task:
+    """Build the task of a run on ``found``, divided by ``--holdout`` where asked for."""
+    task = task_of(options, found.checkpoints[-1].folder)
+    if options.holdout is None:
+        return task
+    if task.has("test"):
+        raise UsageError(
+            "--holdout divides the validation data where there are no test data, but the task has some",
+            path=task.source,
+        )
+    if not task.has("val"):
+        raise UsageError("--holdout divides the validation data, but the task has none", path=task.source)
+    return HeldOut(task, "val", rest="val", to="test", fraction=options.holdout, seed=options.seed)
+
+
+def task_of(options: Options, folder: Path) -> Task:
+    """The task that ``options`` ask for.
+
+    Args:
+        options: with one of task, val and lm_eval.
+        folder: where a Hugging Face model's config and tokenizer lie.
+    """
+    if options.val is not None:
+        from ckptavg.tasks.hugging_face import HuggingFaceTask
+
+        return HuggingFaceTask(
+            folder,
+            val=Path(options.val),
+            train=None if options.train is None else Path(options.train),
+            test=None if options.test is None else Path(options.test),
+            batch_size=options.batch_size,
+            trust_remote_code=options.trust_remote_code,
+        )
+    if options.lm_eval is not None:
+        from ckptavg.tasks.lm_eval import LmEvalTask
+
+        names = [name.strip() for name in options.lm_eval.split(",") if name.strip()]
+        return LmEvalTask(
+            folder, names, batch_size=options.batch_size or 8, seed=options.seed,
+            trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
+    assert options.task is not None
+    return PythonTask(options.task, options.task_timeout)

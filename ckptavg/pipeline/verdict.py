@@ -1,0 +1,98 @@
+"""The honest verdict: the selection beside the best single candidate and the plain averages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from ckptavg.coefficients import Coefficients
+from ckptavg.score import Score, Split, valid
+from ckptavg.strategies.last import Last
+from ckptavg.strategies.lawa import LAWA
+from ckptavg.strategies.swa import SWA
+
+if TYPE_CHECKING:
+    from ckptavg.objective.evaluator import Evaluator
+
+
+class Wishes(Protocol):
+    """What the user asked of the verdict; see `ckptavg.options.Options`."""
+
+    @property
+    def never_worse(self) -> bool: ...  # noqa: D102
+    @property
+    def baselines(self) -> bool: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What to write, and what is known about it; see `ckptavg.report.result.Result` for the fields."""
+
+    coefficients: Coefficients
+    singles: Sequence[Score] = ()
+    baselines: Mapping[str, Mapping[Split, Score]] = field(default_factory=dict[str, Mapping[Split, Score]])
+    best_step: int | None = None
+    verdict: str = ""
+    worse: bool = False
+    replaced: bool = False
+
+
+def judge(evaluator: Evaluator, selection: Coefficients, wishes: Wishes) -> Judgement:
+    """Score the selection, every candidate alone, and last, SWA and LAWA with as many candidates, unless unwanted.
+
+    Scores are of exact averages, whatever the precision of the search.
+
+    Args:
+        evaluator: scores mixtures; what it has scored already costs nothing.
+        selection: the strategy's answer.
+        wishes: ``never_worse`` replaces the selection by the best single candidate where that scores higher.
+    Raises:
+        TaskError: if what is to be written, or every candidate alone, has no valid score.
+    """
+    if not (wishes.baselines or wishes.never_worse):
+        return Judgement(selection, verdict="Not compared with anything (--no-baselines).")
+    n = evaluator.n
+    alone = [Coefficients.uniform([i], n) for i in range(n)]
+    evaluator.expect(alone, evaluator.scored_on, exact=True)
+    singles: list[Score] = []
+    for i, one in enumerate(alone):
+        singles.append(evaluator.exact_score(one, evaluator.scored_on))
+        evaluator.progress("scoring candidates", i + 1, n)
+    best = max(range(n), key=lambda i: (singles[i].value, i))
+    valid(singles[best])  # or no candidate has a score
+    rivals = {"best": alone[best]}
+    if wishes.baselines:
+        k = len(selection.selected)
+        plain = {"last": Last(), "swa": SWA()} | ({f"lawa-{k}": LAWA(k=k)} if k < n else {})
+        rivals |= {name: strategy.learn(evaluator).coefficients for name, strategy in plain.items()}
+    for split in evaluator.splits:
+        evaluator.expect([*rivals.values(), selection], split, exact=True)
+    baselines: dict[str, Mapping[Split, Score]] = {
+        name: {split: evaluator.exact_score(coefficients, split) for split in evaluator.splits}
+        for name, coefficients in rivals.items()
+    }
+    chosen = evaluator.exact_score(selection, evaluator.scored_on)
+    step = evaluator.step(best)
+    worse = chosen.value < singles[best].value
+    if not (worse and wishes.never_worse):
+        valid(chosen)
+    figures = f"{_figure(chosen)}, the best single candidate (step {step}) {_figure(singles[best])}"
+    if worse and wishes.never_worse:
+        verdict = f"The selection scores below a single candidate: {figures}. That checkpoint was written instead."
+        baselines["selection"] = {split: evaluator.exact_score(selection, split) for split in evaluator.splits}
+        return Judgement(alone[best], singles, baselines, step, verdict, worse, replaced=True)
+    if worse:
+        verdict = f"WORSE than a single candidate: the selection scores {figures}. --never-worse would write that one."
+    elif chosen.value == singles[best].value:
+        verdict = f"No better than a single candidate: the selection scores {figures}."
+    else:
+        verdict = f"Better than every single candidate: the selection scores {figures}."
+    above = [name for name, scores in baselines.items() if scores[evaluator.scored_on].value > chosen.value]
+    if plain := [name for name in above if name not in ("best", "last")]:
+        verdict += f" Plain {' and '.join(plain)} scored higher than the selection, without any search."
+    return Judgement(selection, singles, baselines, step, verdict, worse)
+
+
+def _figure(score: Score) -> str:
+    return f"loss {-score.value:.4f}" if score.metric is None else f"{score.metric:.4f}"

@@ -1,0 +1,173 @@
+"""Rebuild an output from the sources its metadata names, and compare bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptavg.average import recipe
+from ckptavg.average.weighted_sum import not_averaged
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.discover import discover
+from ckptavg.checkpoints.dtypes import FLOATING, NAMES
+from ckptavg.checkpoints.state_dict import check_agreement, model_tensors
+from ckptavg.coefficients import Coefficients
+from ckptavg.errors import InputError
+from ckptavg.filesystem import sha256
+from ckptavg.filesystem.regular_file import RegularFile, is_file, is_folder
+from ckptavg.filesystem.strict_json import strict_json
+from ckptavg.output import provenance
+from ckptavg.readers import Reader, StoredTensor, open_reader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was found: ``agree`` tensors have the bytes they should have, ``differ`` do not.
+
+    ``unchecked`` were recomputed from the task's data (BatchNorm statistics), which sources alone cannot tell.
+    """
+
+    agree: Sequence[str]
+    differ: Sequence[str]
+    unchecked: Sequence[str]
+
+
+def verify(file: Path, sources: Path) -> Verification:
+    """Recompute the average that ``file`` says it is from the checkpoints under ``sources``.
+
+    Args:
+        file: an output; of a sharded one the index.
+        sources: where the checkpoints lie that it was made from.
+    Raises:
+        InputError: if it is no output of ckptavg, or a source is missing or has another SHA-256.
+    """
+    with ExitStack() as stack:
+        output = open_reader(file)
+        stack.callback(output.close)
+        record = _record(output)
+        checkpoints: list[Checkpoint] = []
+        for source in record["sources"]:
+            place = _locate(source, sources, file)
+            found = stack.enter_context(discover([place], key=source["key"] or None, allow_nonfinite=True))
+            if len(found.checkpoints) != 1:
+                raise InputError(f"holds {len(found.checkpoints)} checkpoints, not the one it was", path=place)
+            checkpoints += found.checkpoints
+        check_agreement(checkpoints)
+        coefficients = _coefficients(record, checkpoints[0], file)
+        made = recipe(
+            checkpoints, coefficients, dtype=record["dtype"],
+            mode=record.get("adapter", "factors"), rank=record.get("rank"),
+        )  # fmt: skip
+        specs = made.specs
+        _, stored, _ = model_tensors(output, None)
+        if {name: (t.dtype, t.shape) for name, t in stored.items()} != {
+            n: (t.dtype, t.shape) for n, t in specs.items()
+        }:
+            raise InputError("its tensors are not those of its sources", path=file)
+        differ: set[str] = set()
+        for name, offset, data in made.parts:
+            if name not in differ and _bytes(output, stored[name], offset, len(data)) != data:
+                differ.add(name)
+        unchecked = sorted(record["recomputed"])
+        return Verification(
+            agree=sorted(specs.keys() - differ - set(unchecked)),
+            differ=sorted(differ - set(unchecked)),
+            unchecked=unchecked,
+        )
+
+
+def _record(output: Reader) -> Mapping[str, Any]:
+    text = output.metadata.get(provenance.KEY)
+    if text is None:
+        raise InputError("has no ckptavg metadata, so it does not say what it was made from", path=output.path)
+    try:
+        record: Any = strict_json(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"its ckptavg metadata is not valid JSON: {error}", path=output.path) from error
+    if not isinstance(record, dict) or record.get("schema") != provenance.SCHEMA:
+        raise InputError("its ckptavg metadata is of another version", path=output.path, hint="use a newer ckptavg")
+    if not _is_whole(record):
+        raise InputError("its ckptavg metadata is damaged", path=output.path)
+    return record
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    """Whether every entry that is used is there and of its kind; anybody may have written it."""
+    sources, dtype, rank = record.get("sources"), record.get("dtype"), record.get("rank")
+    return (
+        isinstance(sources, list)
+        and len(sources) > 0
+        and all(map(_is_source, sources))
+        and _are_texts(record.get("recomputed"))
+        and isinstance(groups := record.get("groups"), list)
+        and all(map(_are_texts, groups))
+        and "dtype" in record
+        and (dtype is None or (isinstance(dtype, str) and NAMES.get(dtype) in FLOATING))
+        and record.get("adapter", "factors") in ("factors", "exact")
+        and (rank is None or (type(rank) is int and rank > 0))
+    )
+
+
+def _is_source(source: Any) -> bool:
+    digests: Any = source.get("sha256") if isinstance(source, dict) else None
+    return (
+        isinstance(digests, dict)
+        and len(digests) > 0
+        and all(Path(part).name == part and isinstance(digest, str) for part, digest in digests.items())
+        and isinstance(source.get("name"), str)
+        and Path(source["name"]).name not in ("", "..")
+        and isinstance(source.get("key"), str)
+        and all(type(c) in (int, float) for c in _column(source.get("coefficient")))
+    )
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _column(coefficient: Any) -> list[Any]:
+    return coefficient if isinstance(coefficient, list) else [coefficient]
+
+
+def _coefficients(record: Mapping[str, Any], first: Checkpoint, output: Path) -> Coefficients:
+    try:
+        rows = zip(*(_column(source["coefficient"]) for source in record["sources"]), strict=True)
+        values = tuple(tuple(float(c) for c in row) for row in rows)
+        found = Coefficients(values, tuple(tuple(group) for group in record["groups"]))
+        for name in set(first.names) - set(not_averaged(first)):
+            found.row(name)
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"its ckptavg metadata is damaged: {error}", path=output) from error
+    return found
+
+
+def _locate(source: Mapping[str, Any], folder: Path, output: Path) -> Path:
+    """The checkpoint under ``folder`` that has the source's name and, where that is known, file by file its SHA-256."""
+    name, digests = Path(source["name"]), source["sha256"]
+    if not is_folder(folder):
+        raise InputError("no such directory", path=folder)
+    same_name = sorted(Path(at) / name.name for at, *inside in os.walk(folder) if name.name in inside[0] + inside[1])
+    if not same_name:
+        raise InputError(f"no source {name} under {folder}", path=output, hint="--sources names their directory")
+    for path in same_name:
+        home = path if is_folder(path) else path.parent
+        if all(_has_digest(home / part, digest) for part, digest in digests.items()):
+            return path
+    raise InputError("is not the file the average was made from: its SHA-256 differs", path=same_name[0])
+
+
+def _has_digest(path: Path, digest: str) -> bool:
+    if not is_file(path):
+        return False
+    with RegularFile(path) as file:
+        return not digest or sha256.sha256(file) == digest
+
+
+def _bytes(reader: Reader, tensor: StoredTensor, offset: int, size: int) -> memoryview:
+    data = bytearray(size)
+    reader.read_into(tensor, offset * tensor.numel // max(1, tensor.nbytes), memoryview(data))
+    return memoryview(data)

@@ -1,0 +1,178 @@
+"""From coefficients to the file: averaged exactly, BatchNorm recomputed, scored as it lies, then given its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from ckptavg.average import Recipe, recipe
+from ckptavg.checkpoints import checksums
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.dtypes import TORCH, spelled
+from ckptavg.coefficients import Coefficients
+from ckptavg.filesystem import sha256 as digests
+from ckptavg.filesystem.atomic import flush_folder
+from ckptavg.objective import Strategy
+from ckptavg.objective.evaluator import Evaluator
+from ckptavg.options import Options
+from ckptavg.output import hugging_face_folder, provenance
+from ckptavg.output.dcp_folder import DcpFolder
+from ckptavg.output.safetensors_file import SafetensorsFile
+from ckptavg.output.sharded_files import ShardedFiles, split_names
+from ckptavg.readers import StoredTensor
+from ckptavg.report.result import Output
+from ckptavg.runtime.progress import Watch
+from ckptavg.runtime.threads import processors
+from ckptavg.score import Score, Split
+from ckptavg.strategies import strategies
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+MEGABYTE: Final = 10**6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The file, its own scores (none where it does not fit the model), and the names of the files copied beside it."""
+
+    output: Output
+    scores: Mapping[Split, Score]
+    copied: Sequence[str]
+    notes: Sequence[str] = ()
+
+
+def name_of(strategy: Strategy) -> str:
+    """The name of a strategy's command."""
+    return next(name for name, cls in strategies().items() if isinstance(strategy, cls))
+
+
+def finish(
+    checkpoints: Sequence[Checkpoint],
+    coefficients: Coefficients,
+    strategy: Strategy,
+    options: Options,
+    evaluator: Evaluator | None,
+    watch: Watch | None,
+) -> Finished:
+    """Write the average of ``checkpoints`` where ``options`` say, whole or not at all.
+
+    Args:
+        checkpoints: all candidates, open.
+        coefficients: theirs.
+        strategy: what found them, for the metadata.
+        options: output, dtype and force.
+        evaluator: scores the file; None where there is nothing to score it with.
+        watch: is told the progress.
+    """
+    path, folder = options.destination
+    workers = options.workers
+    workers.agree("coefficients", coefficients, "does the task depend on the worker that runs it?")
+    source = checkpoints[coefficients.selected[-1]]
+    made = recipe(
+        checkpoints, coefficients, dtype=options.dtype, mode=options.adapter, rank=options.rank, workers=workers
+    )
+    with hugging_face_folder.made(folder if workers.first else None):
+        if folder:
+            path = folder / hugging_face_folder.file_name(source)
+        return _write(path, made, checkpoints, coefficients, strategy, options, evaluator, watch)
+
+
+def _write(
+    path: Path,
+    made: Recipe,
+    checkpoints: Sequence[Checkpoint],
+    coefficients: Coefficients,
+    strategy: Strategy,
+    options: Options,
+    evaluator: Evaluator | None,
+    watch: Watch | None,
+) -> Finished:
+    """Stream the average into a file beside its destination, and commit it when it is finished and scored.
+
+    In a directory the model's files get their names last, so what is killed between is not taken for a model.
+    """
+    specs, kept = made.specs, made.not_averaged
+    fits = {name: spec.shape for name, spec in specs.items()} == {n: t.shape for n, t in checkpoints[0].tensors.items()}
+    scored = evaluator is not None
+    if not fits:
+        evaluator = None  # an adapter of another rank than the model's
+    recomputed = sorted(set(evaluator.statistics) & specs.keys()) if evaluator else []
+    describe = partial(
+        provenance.metadata, checkpoints, coefficients, name_of(strategy), asdict(strategy),  # pyright: ignore[reportArgumentType]
+        dtype=options.dtype, adapter=options.adapter, rank=options.rank, not_averaged=kept, recomputed=recomputed,
+    )  # fmt: skip
+    scores: dict[Split, Score] = {}
+    workers = options.workers
+    files = [file for i in coefficients.selected for file in checkpoints[i].reader.files][workers.rank :: workers.world]
+    found = (
+        digests.hashing(files, min(torch.get_num_threads(), processors()))
+        if options.digests
+        else nullcontext(digests.none)
+    )
+    metadata = describe(digest=digests.unknown if options.digests else digests.none)
+    with _opened(path, specs, metadata, options, checkpoints[0]) as out, found as digest:
+        done, total = 0, sum(spec.nbytes for spec in specs.values())
+        for name, offset, data in made.parts:
+            out.write(name, offset, data)
+            done += len(data)
+            if watch:
+                watch("averaging, MB", done // MEGABYTE, -(-total // MEGABYTE), {})
+        out.settle()
+        if evaluator:
+            state = evaluator.adopt(coefficients, specs, out.read_into)
+            for name in recomputed if workers.first else ():
+                out.write(name, 0, _bytes(state[name], TORCH[specs[name].dtype]))
+            scores = {split: evaluator.score_adopted(coefficients, split) for split in evaluator.splits}
+        known = {
+            path: one
+            for part in workers.gather({file.path: digest(file) for file in files})
+            for path, one in part.items()
+        }
+        metadata |= describe(digest=lambda file: checksums.agreed(file, known[file.path]))
+        for i in range(len(checkpoints)) if scored else coefficients.selected:
+            checkpoints[i].check_unchanged()
+        source, dtype = checkpoints[coefficients.selected[-1]], spelled(spec.dtype for spec in specs.values())
+        folder = options.destination[1]
+        if isinstance(out, DcpFolder):
+            out.save()
+
+        def publish() -> tuple[list[str], str, int]:
+            if folder:
+                hugging_face_folder.check_tied(source, specs, out.read_into)
+            with hugging_face_folder.copies(source, folder, dtype, made.config) as copied:
+                out.publish()
+            flush_folder(out.path)
+            return copied, out.sha256, out.size
+
+        copied, sha256, size = workers.told(workers.lead(publish)) or ([], "", 0)
+    output = Output(path=out.path, sha256=sha256, bytes=size, dtype=dtype, not_averaged=kept, recomputed=recomputed)
+    return Finished(output=output, scores=scores, copied=copied, notes=made.notes)
+
+
+def _opened(
+    path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], options: Options,
+    like: Checkpoint,
+) -> SafetensorsFile | ShardedFiles | DcpFolder:  # fmt: skip
+    """The output under construction: one file, or several where they would be larger than the user wants."""
+    if options.format == "dcp":
+        key = like.key if like.format == "dcp" else ""  # where the candidates were saved from is where it is loaded
+        return DcpFolder(path, specs, metadata, key=key, force=options.force, workers=options.workers)
+    if options.max_shard_size is not None and len(split_names(specs, options.max_shard_size).filename_to_tensors) > 1:
+        return ShardedFiles(
+            path.parent, specs, metadata, options.max_shard_size, force=options.force, workers=options.workers
+        )
+    return SafetensorsFile(path, specs, metadata, force=options.force, workers=options.workers)
+
+
+def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
+    data = bytearray(tensor.numel() * dtype.itemsize)
+    torch.frombuffer(data, dtype=dtype).copy_(tensor.flatten())
+    return memoryview(data)

@@ -1,0 +1,238 @@
+"""What torch.distributed.checkpoint saves: ``.metadata`` and the ``.distcp`` files it names, one or more a rank.
+
+Each part of each tensor is a small ``torch.save`` file inside a ``.distcp`` file; it is opened when it is first read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, Final
+
+from ckptavg.errors import InputError, printable
+from ckptavg.filesystem.regular_file import RegularFile
+from ckptavg.filesystem.strict_json import read_json
+from ckptavg.readers import ITEM_SIZE, Node, Refused, StoredTensor
+from ckptavg.readers.dcp.file_part import FilePart
+from ckptavg.readers.dcp.metadata import Metadata, Part, SavedTensor, Stored, parse
+from ckptavg.readers.pickle.object_tree import object_tree
+from ckptavg.readers.pickle.unpickler import PickleError
+from ckptavg.readers.torch_zip import TorchZipReader
+
+MAX_METADATA: Final = 256 << 20
+METADATA: Final = ".metadata"
+RECORD: Final = "ckptavg.json"  # what ckptavg says of a directory that it wrote
+SUFFIX: Final = ".distcp"
+
+_OPENED: Final = 8  # tensors whose parts stay open
+_LARGE: Final = 1 << 16  # bytes of a run from which on it is read on its own
+_ALONE: Final = "tensor"
+
+
+class DcpReader:
+    """An open directory of a distributed checkpoint; of its files only ``.metadata`` has been read."""
+
+    format = "dcp"
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self.metadata: Mapping[str, str] = _record(folder / RECORD)
+        self._opened: OrderedDict[str, dict[int, tuple[TorchZipReader, StoredTensor]]] = OrderedDict()
+        self._lock = Lock()
+        self._files: dict[str, RegularFile] = {}
+        listing = RegularFile(folder / METADATA)
+        self.files: Sequence[RegularFile] = (listing,)
+        try:
+            if listing.size > MAX_METADATA:
+                raise InputError(f"has {listing.size} bytes, more than {MAX_METADATA}", path=listing.path)
+            found = parse(listing.read(0, listing.size), listing.path)
+            for name, stored in found.stored.items():
+                self._files[name] = self._open(name, stored)
+                self.files = (listing, *self._files.values())
+            self._tensors = {name: value for name, value in found.values.items() if isinstance(value, SavedTensor)}
+            self.tree: Mapping[str, Node] = _tree(found, listing.path)
+        except BaseException:
+            self.close()
+            raise
+
+    def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
+        """See `ckptavg.readers.Reader`."""
+        size = ITEM_SIZE[tensor.dtype]
+        stop = start + len(out) // size
+        assert start >= 0 and stop <= tensor.numel
+        for number, part in enumerate(self._tensors[tensor.record].parts):
+            if part.last < start:
+                continue
+            if part.first >= stop:
+                break
+            begin, end = part.box.before(start), part.box.before(stop)
+            if begin < end:
+                self._read_part(tensor, number, part, begin, end, start, out)
+
+    def close(self) -> None:
+        """See `ckptavg.readers.Reader`."""
+        for file in self.files:
+            file.close()
+
+    def _read_part(
+        self, tensor: StoredTensor, number: int, part: Part, begin: int, end: int, start: int, out: memoryview
+    ) -> None:
+        """Put elements ``begin`` to ``end`` of a part where they belong in ``out``, which starts at ``start``."""
+        size = ITEM_SIZE[tensor.dtype]
+        try:
+            reader, alone = self._part(tensor, number, part)
+            if part.box.run * size >= _LARGE or part.box.run >= end - begin:
+                for run in part.box.runs(begin, end):
+                    at = (run.start - start) * size
+                    reader.read_into(alone, run.at, out[at : at + run.count * size])
+                return
+            block = memoryview(bytearray((end - begin) * size))
+            reader.read_into(alone, begin, block)
+        except InputError as error:
+            path = self._files[part.stored.file].path
+            what = str(error).removeprefix(f"{printable(str(path))}: ")
+            raise InputError(what, path=path, tensor=tensor.record, hint=error.hint) from error
+        for run in part.box.runs(begin, end):
+            at, of = (run.start - start) * size, (run.at - begin) * size
+            out[at : at + run.count * size] = block[of : of + run.count * size]
+
+    def _part(self, tensor: StoredTensor, number: int, part: Part) -> tuple[TorchZipReader, StoredTensor]:
+        """The open ``torch.save`` file of a part, and the tensor in it; those of the last few tensors are kept."""
+        with self._lock:
+            parts = self._opened.setdefault(tensor.record, {})
+            self._opened.move_to_end(tensor.record)
+            while len(self._opened) > _OPENED:
+                self._opened.popitem(last=False)
+            if number not in parts:
+                parts[number] = self._open_part(tensor, part)
+            return parts[number]
+
+    def _open_part(self, tensor: StoredTensor, part: Part) -> tuple[TorchZipReader, StoredTensor]:
+        file = self._files[part.stored.file]
+        reader = TorchZipReader(FilePart(file, part.stored.start, part.stored.size), alone=_ALONE)
+        alone = reader.tree[_ALONE]
+        if isinstance(alone, Refused):
+            raise InputError(alone.reason, path=file.path)
+        if not isinstance(alone, StoredTensor):
+            raise InputError("holds something else than a tensor", path=file.path)
+        if (alone.dtype, alone.shape) != (tensor.dtype, part.box.sizes):
+            raise InputError(
+                f"holds {alone.dtype} {list(alone.shape)}, but {METADATA} says {tensor.dtype} {list(part.box.sizes)}",
+                path=file.path,
+            )
+        return reader, alone
+
+    def _open(self, name: str, stored: Sequence[Stored]) -> RegularFile:
+        """Open file ``name`` and see that it is of the same save as ``.metadata`` and holds just what that says."""
+        path = self.path / name
+        if not os.path.lexists(path):
+            raise InputError(f"is missing, but {METADATA} names it", path=path, hint="copy the whole directory")
+        file = RegularFile(path)
+        try:
+            _check_newer(self.path / METADATA, path)
+            _check_tiling(file, stored)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+
+def _record(path: Path) -> Mapping[str, str]:
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise InputError("is not what ckptavg wrote", path=path)
+    return found
+
+
+def _check_newer(metadata: Path, path: Path) -> None:
+    """Raise InputError if a file was written after ``.metadata``, which is written last."""
+    try:
+        older = metadata.stat().st_mtime_ns < path.stat().st_mtime_ns
+    except OSError:
+        return  # one of them is gone or out of reach, which opening it says
+    if older:
+        raise InputError(
+            f"is older than {path.name}: a later save into this directory was interrupted or is going on",
+            path=metadata,
+            hint=f"if the directory was copied without its times, run: touch {metadata}",
+        )
+
+
+def _check_tiling(file: RegularFile, stored: Sequence[Stored]) -> None:
+    end = 0
+    for one in stored:
+        if one.start != end:
+            what = f"has a gap at byte {end}" if one.start > end else f"stores two things at byte {one.start}"
+            raise InputError(f"{what}, by {METADATA}", path=file.path)
+        end += one.size
+    if file.size < end:
+        raise InputError(
+            f"file is truncated: {file.size} bytes present, but {METADATA} says {end} (still being written?)",
+            path=file.path,
+        )
+    if file.size > end:
+        raise InputError(f"has {file.size} bytes, but {METADATA} says {end}", path=file.path)
+
+
+def _tree(found: Metadata, path: Path) -> Mapping[str, Node]:
+    """The nested state dict; no two names may have one path, and none may lie inside of a tensor."""
+    root: dict[str, Any] = {}
+    paths = found.paths or _guessed(found.values)
+    for name, value in found.values.items():
+        *outer, last = paths[name]
+        node = root
+        for part in outer:
+            node = node.setdefault(part, {})
+            if type(node) is not dict:
+                raise InputError("lies inside of something that is no mapping", path=path, tensor=name[:100])
+        if last in node:
+            raise InputError("has the same place in the state dict as another", path=path, tensor=name[:100])
+        node[last] = StoredTensor(value.dtype, value.shape, name, 0) if isinstance(value, SavedTensor) else value
+    try:
+        return object_tree(root)[0]
+    except PickleError as error:
+        raise InputError(str(error), path=path) from error
+
+
+def _guessed(values: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
+    """Paths for a state dict that was saved flat: the optimizer apart, and the model if everything else is in it."""
+    parts = {name: (name.partition(".")[0], name.partition(".")[2]) for name in values}
+    apart = {name for name, (head, rest) in parts.items() if rest and head in ("optim", "optimizer")}
+    others = [name for name, value in values.items() if name not in apart and value is not None]
+    if apart and all(name.startswith("model.") and len(name) > len("model.") for name in others):
+        apart.update(others)
+    return {name: parts[name] if name in apart else (name,) for name in values}
+
+
+@dataclass(frozen=True)
+class Dcp:
+    """The format; see `ckptavg.readers.FolderFormat`."""
+
+    name: str = "dcp"
+
+    def claims(self, names: frozenset[str]) -> bool:
+        """The metadata, or a rank's file without it: then the save was interrupted."""
+        return METADATA in names or any(name.endswith(SUFFIX) for name in names)
+
+    def open(self, folder: Path) -> DcpReader:
+        """See `ckptavg.readers.FolderFormat`."""
+        names = {entry.name for entry in os.scandir(folder)}
+        if METADATA in names:
+            return DcpReader(folder)
+        if any(name.startswith("__") and name.endswith(METADATA) for name in names):
+            raise InputError(
+                f"each rank saved its own {METADATA} (use_collectives=False), which is not read", path=folder
+            )
+        raise InputError(
+            f"has no {METADATA}, which is written last: the save was interrupted or is going on", path=folder
+        )
+
+
+FOLDER = Dcp()

@@ -1,0 +1,273 @@
+"""What the ``.metadata`` of torch.distributed.checkpoint says, read inertly: ``dcp.load`` would run what is in it.
+
+It is one pickled ``Metadata``: of every tensor the shape, the dtype and the parts it was saved in; of every part the
+file it lies in, and where; and of every name the path it had in the nested state dict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NoReturn, TypeGuard
+
+from ckptavg.errors import InputError
+from ckptavg.readers import ITEM_SIZE, Refused
+from ckptavg.readers.dcp.box import Box, untiled
+from ckptavg.readers.pickle.object_tree import MAX_DEPTH
+from ckptavg.readers.pickle.torch_objects import DTYPES, MAX_RANK
+from ckptavg.readers.pickle.unpickler import Global, Maker, PickleError, load
+
+MAX_PARTS: Final = 1 << 16  # of one tensor
+MAX_FILE_NAME: Final = 255
+# a chunk costs about 7 kB of it, and a large cluster's save has 100,000s; a small file needs, and gets, little
+_BUDGET: Final = 4 << 30
+_BUDGET_A_BYTE: Final = 64  # of the file: 42 to 48 by torch 2.13
+_BUDGET_OF_ANY: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Something that was saved, a part of a tensor or an object: ``size`` bytes of ``file`` from ``start`` on.
+
+    Attributes:
+        offsets: of the part in the tensor; None for an object.
+        transformed: how its bytes were changed, such as compressed; ``""`` if they were not.
+    """
+
+    file: str
+    start: int
+    size: int
+    offsets: tuple[int, ...] | None
+    transformed: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a tensor that is not empty; ``first`` and ``last`` are its outermost elements in the whole."""
+
+    box: Box
+    stored: Stored
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """A tensor and the parts that tile it, by their first elements."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """All that is read of it.
+
+    Attributes:
+        values: name → the tensor, why it cannot be read, or None for what is no tensor.
+        paths: name → its path in the nested state dict; empty if the state dict was saved without nesting.
+        stored: file → what lies in it, in order.
+    """
+
+    values: Mapping[str, SavedTensor | Refused | None]
+    paths: Mapping[str, tuple[str, ...]]
+    stored: Mapping[str, Sequence[Stored]]
+
+
+def parse(data: bytes, path: Path) -> Metadata:
+    """What ``data``, the content of ``path``, says.
+
+    Raises:
+        InputError: naming ``path``, and the tensor where there is one.
+    """
+    try:
+        found = load(data, _MAKERS, _persistent, min(_BUDGET, _BUDGET_OF_ANY + _BUDGET_A_BYTE * len(data)))
+    except PickleError as error:
+        raise InputError(str(error), path=path) from error
+    described, listed, paths = (
+        _field(found, "Metadata", field) for field in ("state_dict_metadata", "storage_data", "planner_data")
+    )
+    if type(described) is not dict or type(listed) is not dict or not all(type(name) is str for name in described):
+        raise InputError("is not the metadata of torch.distributed.checkpoint", path=path)
+    refuse = _Refusal(path)
+    stored = _stored(listed, refuse)
+    for name in stored:
+        if name not in described:
+            refuse("something is stored under this name, but not described", name)
+    values = {name: _value(name, value, stored.get(name, []), refuse) for name, value in described.items()}
+    return Metadata(values, _paths(paths, values, refuse), _by_file(stored))
+
+
+class _Instance:
+    """What stands for an object of one of the metadata's classes: its name and its state; equal to itself only."""
+
+    __slots__ = ("kind", "state")
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.state: object = None
+
+    def set_state(self, state: object) -> None:
+        """Take the fields by name, or in a tuple from a class that pickles itself so."""
+        self.state = state[1] if type(state) is tuple and len(state) == 2 and state[0] is None else state
+
+
+class _Refusal:
+    """Raises InputError about ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, what: str, name: str | None = None) -> NoReturn:
+        raise InputError(what, path=self.path, tensor=None if name is None else name[:100] or '""')
+
+
+def _stored(listed: dict[object, object], refuse: _Refusal) -> dict[str, list[Stored]]:
+    """Name → where its parts, or the object of that name, lie; from ``dict[MetadataIndex, _StorageInfo]``."""
+    result: dict[str, list[Stored]] = {}
+    for index, info in listed.items():
+        name, offsets = _field(index, "MetadataIndex", "fqn"), _field(index, "MetadataIndex", "offset")
+        if type(name) is not str or not (offsets is None or _naturals(offsets)):
+            refuse("stores something under no name")
+        file, start, size, transforms = (
+            _field(info, "_StorageInfo", field)
+            for field in ("relative_path", "offset", "length", "transform_descriptors")
+        )
+        span = (start, size)
+        if type(file) is not str or not _naturals(span):
+            refuse("does not say where it is stored", name)
+        if Path(file).name != file or file in ("", ".", "..") or len(file) > MAX_FILE_NAME or not file.isprintable():
+            refuse(f"is stored in {file[:100]!r}, which is not a bare file name", name)
+        known = [one[:40] for one in transforms if type(one) is str] if isinstance(transforms, list | tuple) else []
+        transformed = (", ".join(known[:4]) or "unknown") if transforms else ""
+        result.setdefault(name, []).append(Stored(file, span[0], span[1], offsets, transformed))
+    return result
+
+
+def _by_file(stored: Mapping[str, Sequence[Stored]]) -> dict[str, list[Stored]]:
+    result: dict[str, list[Stored]] = {}
+    for place in (place for places in stored.values() for place in places):
+        result.setdefault(place.file, []).append(place)
+    for places in result.values():
+        places.sort(key=lambda place: (place.start, place.size))
+    return dict(sorted(result.items()))
+
+
+def _value(name: str, value: object, stored: Sequence[Stored], refuse: _Refusal) -> SavedTensor | Refused | None:
+    if isinstance(value, _Instance) and value.kind == "BytesStorageMetadata":
+        if len(stored) != 1 or stored[0].offsets is not None:
+            refuse(f"is one object, but {len(stored)} parts of it are stored", name)
+        return None
+    shape, chunks, properties = (
+        _field(value, "TensorStorageMetadata", field) for field in ("size", "chunks", "properties")
+    )
+    if not _naturals(shape) or math.prod(shape) >= 2**63:
+        refuse(f"shape must be up to {MAX_RANK} integers from 0 to 2^63 - 1", name)
+    if type(chunks) is not list or len(chunks) > MAX_PARTS:
+        refuse(f"its parts must be a list of up to {MAX_PARTS}", name)
+    parts = _parts(name, shape, chunks, stored, refuse)
+    dtype = _dtype(properties)
+    if isinstance(dtype, Refused):
+        return dtype
+    transformed = next((part.stored.transformed for part in parts if part.stored.transformed), None)
+    if transformed:
+        return Refused(f"is stored through a transformation ({transformed}), which is not undone; save it without")
+    if any(part.stored.size <= part.box.numel * ITEM_SIZE[dtype] for part in parts):
+        refuse("is not stored by torch.save: SerializationFormat.SAFETENSORS is not read, only TORCH_SAVE", name)
+    return SavedTensor(dtype, shape, parts)
+
+
+def _parts(
+    name: str, shape: tuple[int, ...], chunks: list[object], stored: Sequence[Stored], refuse: _Refusal
+) -> tuple[Part, ...]:
+    """The parts by their offsets, which order them by their first elements too."""
+    boxes: list[Box] = []
+    for chunk in chunks:
+        offsets, sizes = (_field(chunk, "ChunkStorageMetadata", field) for field in ("offsets", "sizes"))
+        if not _naturals(offsets) or not _naturals(sizes) or not len(offsets) == len(sizes) == len(shape):
+            refuse(f"offsets and sizes of its parts must be {len(shape)} integers from 0 to 2^63 - 1", name)
+        boxes.append(Box(shape, offsets, sizes))
+    if wrong := untiled(boxes, shape):
+        refuse(wrong, name)
+    boxes.sort(key=lambda box: box.offsets)
+    places = sorted(((place.offsets, place) for place in stored if place.offsets is not None), key=lambda pair: pair[0])
+    if len(places) != len(stored) or [box.offsets for box in boxes] != [offsets for offsets, _ in places]:
+        refuse("its parts are not those that are stored", name)
+    return tuple(
+        Part(box, place, box.first, box.last) for box, (_, place) in zip(boxes, places, strict=True) if box.numel
+    )
+
+
+def _dtype(properties: object) -> str | Refused:
+    """The dtype that ``TensorProperties`` names: (dtype, layout, requires_grad, memory format, pinned)."""
+    state = properties.state if isinstance(properties, _Instance) else None
+    if type(state) is not tuple or len(state) < 2 or not isinstance(state[0], Global):
+        return Refused("has no dtype")
+    if state[0].name not in DTYPES:
+        return Refused(f"dtype {state[0].name} is not supported")
+    if (state[1].name if isinstance(state[1], Global) else state[1]) != "torch.strided":
+        return Refused("is not a plain dense tensor")
+    return DTYPES[state[0].name]
+
+
+def _paths(data: object, names: Mapping[str, object], refuse: _Refusal) -> dict[str, tuple[str, ...]]:
+    """Name → path, from the planner's dict of them; empty if it kept none."""
+    if not data:
+        return {}
+    if type(data) is not dict:
+        refuse("does not say how its state dict was nested")
+    result: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        path = data.get(name, (name,))
+        proper = type(path) is tuple and 0 < len(path) <= MAX_DEPTH
+        if not proper or not all(type(part) in (str, int) for part in path):
+            refuse(f"its place in the state dict must be a path of 1 to {MAX_DEPTH} names", name)
+        result[name] = tuple(str(part) for part in path)
+    return result
+
+
+def _field(value: object, kind: str, name: str) -> object:
+    """Field ``name`` of an object of class ``kind``, or None if it is none or has none."""
+    state = value.state if isinstance(value, _Instance) and value.kind == kind else None
+    return state.get(name) if type(state) is dict else None
+
+
+def _naturals(value: object) -> TypeGuard[tuple[int, ...]]:
+    if type(value) is not tuple or len(value) > MAX_RANK:
+        return False
+    return all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _kind(name: str) -> Maker:
+    return lambda _: _Instance(name)
+
+
+def _first(arguments: tuple[object, ...]) -> object:
+    """``torch.Size(tuple)``, ``_get_layout("torch.strided")``: what they are called with says it all."""
+    return arguments[0] if arguments else None
+
+
+def _dict(_: tuple[object, ...]) -> object:
+    return {}
+
+
+def _persistent(_: object) -> NoReturn:
+    raise PickleError("is damaged: it has a persistent id")
+
+
+_CLASSES: Final = (
+    "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+    "TensorProperties",
+)  # fmt: skip
+_MAKERS: Final[Mapping[str, Maker]] = {
+    **{f"torch.distributed.checkpoint.metadata.{name}": _kind(name) for name in _CLASSES},
+    "torch.distributed._shard.sharded_tensor.metadata.TensorProperties": _kind("TensorProperties"),  # torch < 2.4
+    "torch.distributed.checkpoint.filesystem._StorageInfo": _kind("_StorageInfo"),
+    "torch.Size": _first,
+    "torch.serialization._get_layout": _first,
+    "collections.OrderedDict": _dict,
+    "collections.defaultdict": _dict,
+}

@@ -1,0 +1,139 @@
+"""From what a pickle described to the `Node` tree of a reader: bounded however often containers are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ckptavg.readers import Node, Refused, StoredTensor
+from ckptavg.readers.pickle.unpickler import Global, Inert, PickleError
+
+MAX_DEPTH: Final = 64
+MAX_CONTAINERS: Final = 1_000_000
+MAX_NODES: Final = 20_000_000
+MAX_NAME: Final = 4096
+
+_LEAVES: Final = frozenset({StoredTensor, Refused, str, int, float, bool, type(None)})
+_CONTAINERS: Final = frozenset({dict, list, tuple})
+
+
+def object_tree(value: object) -> tuple[Mapping[str, Node], tuple[str, ...]]:
+    """The tree of the dict ``value``, and the names of the classes whose objects it leaves out.
+
+    A key that is no string becomes its ``repr``; a tensor directly under such a key, or under a name that no file
+    should have, is `Refused`. Whatever is neither a tensor, a container, a number nor a string becomes None.
+    Containers that are shared stay shared, but a tree that would be huge without sharing is refused: whoever walks it
+    comes to an end.
+
+    Raises:
+        PickleError: if ``value`` is no dict, holds itself, or is nested or shared beyond all measure.
+    """
+    if type(value) is not dict:
+        raise PickleError(_not_a_state_dict(value))
+    builder = _Builder()
+    tree: Any = builder.convert(value, 1).node
+    return tree, tuple(sorted(builder.left_out))
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """A container's node, how many nodes it stands for when every path is counted, and how high it is."""
+
+    node: Node
+    count: int
+    height: int
+
+
+class _Builder:
+    """Converts each container once, however many paths lead to it; one that is being converted is None in ``built``."""
+
+    def __init__(self) -> None:
+        self.left_out: set[str] = set()
+        self.built: dict[int, _Built | None] = {}
+
+    def convert(self, container: Any, depth: int) -> _Built:
+        """The node for a dict, list or tuple that lies ``depth`` containers deep."""
+        known = self.built.get(id(container)) if id(container) in self.built else self._convert(container, depth)
+        if known is None:
+            raise PickleError("has a container that holds itself")
+        if depth + known.height > MAX_DEPTH:
+            raise PickleError(f"nests containers more than {MAX_DEPTH} deep")
+        return known
+
+    def _convert(self, container: Any, depth: int) -> _Built:
+        if depth > MAX_DEPTH:  # before going deeper: this recursion ends here
+            raise PickleError(f"nests containers more than {MAX_DEPTH} deep")
+        if len(self.built) == MAX_CONTAINERS:
+            raise PickleError(f"has more than {MAX_CONTAINERS} containers")
+        self.built[id(container)] = None
+        mapping = type(container) is dict
+        nodes, count, height = self._children(container.values() if mapping else container, depth)
+        if count > MAX_NODES:
+            raise PickleError(f"stands for more than {MAX_NODES} values, the same ones over and over")
+        built = self.built[id(container)] = _Built(_named(container, nodes) if mapping else nodes, count, height)
+        return built
+
+    def _children(self, values: Iterable[object], depth: int) -> tuple[list[Node], int, int]:
+        nodes: list[Any] = []
+        count, height = 1, 0
+        for value in values:
+            kind = type(value)
+            if kind in _LEAVES:
+                nodes.append(value)
+                count += 1
+            elif kind in _CONTAINERS:
+                built = self.convert(value, depth + 1)
+                nodes.append(built.node)
+                count += built.count
+                height = max(height, built.height + 1)
+            else:
+                self.left_out.add(_class(value))
+                nodes.append(None)
+                count += 1
+        return nodes, count, height
+
+
+def _named(keys: Iterable[object], nodes: Iterable[Node]) -> dict[str, Node]:
+    """The mapping from names to ``nodes``; tensors whose names will not do are refused, not dropped."""
+    result: dict[str, Node] = {}
+    for key, node in zip(keys, nodes, strict=True):
+        name, what = (key, "") if type(key) is str else _spelled(key)
+        if type(node) is StoredTensor or type(node) is Refused:
+            if not what and not is_proper(name):
+                name, what = name[:100], f"a tensor's name must have 1 to {MAX_NAME} characters, all of them printable"
+            node = Refused(what) if what else node
+        result[name] = Refused("two keys have this name") if name in result else node
+    return result
+
+
+def _spelled(key: object) -> tuple[str, str]:
+    if isinstance(key, Inert):
+        return f"<{key.name}>", f"its key is a {key.name}, not a name"
+    return repr(
+        key[:100] if isinstance(key, bytes) else key
+    ), f"its key is a {type(key).__name__}, not a name, so this is no state dict"
+
+
+def is_proper(name: str) -> bool:
+    """Whether a tensor may have this name: not too long, and neither control characters nor halves of a pair in it."""
+    if not 0 < len(name) <= MAX_NAME:
+        return False
+    return name.isprintable() or not any(
+        ord(char) < 32 or 127 <= ord(char) < 160 or "\ud800" <= char <= "\udfff" for char in name
+    )
+
+
+def _class(value: object) -> str:
+    return value.name if isinstance(value, Inert | Global) else type(value).__name__
+
+
+def _not_a_state_dict(value: object) -> str:
+    if isinstance(value, Inert) and not value.called:
+        return f"is a whole-model pickle (class {value.name}); save its state_dict()"
+    if isinstance(value, Inert):
+        return f"holds what {value.name} would return if it were called, which is never done, not a state dict"
+    if isinstance(value, StoredTensor | Refused):
+        return "holds a tensor, not a state dict"
+    name = {"NoneType": "None", "int": "an int", "Global": "the name of a class or function"}
+    return f"holds {name.get(type(value).__name__, f'a {type(value).__name__}')}, not a state dict"

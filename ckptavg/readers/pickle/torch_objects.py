@@ -1,0 +1,266 @@
+"""What the globals in a ``torch.save`` pickle make: descriptions of tensors, plain containers, numpy's numbers.
+
+Nothing here refuses a file. A tensor that cannot be read becomes `Refused` and is an error only where it is wanted.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, TypeGuard
+
+from ckptavg.readers import ITEM_SIZE, Refused, StoredTensor
+from ckptavg.readers.pickle.unpickler import Global, Inert, Maker, PickleError
+
+MAX_RANK: Final = 64
+
+_STORAGES: Final[Mapping[str, str]] = {
+    "torch.DoubleStorage": "F64", "torch.FloatStorage": "F32", "torch.HalfStorage": "F16",
+    "torch.BFloat16Storage": "BF16", "torch.LongStorage": "I64", "torch.IntStorage": "I32", "torch.ShortStorage": "I16",
+    "torch.CharStorage": "I8", "torch.ByteStorage": "U8", "torch.BoolStorage": "BOOL",
+    "torch.ComplexFloatStorage": "C64", "torch.ComplexDoubleStorage": "C128",
+    "torch.storage.UntypedStorage": "U8", "torch.UntypedStorage": "U8",
+}  # fmt: skip
+DTYPES: Final[Mapping[str, str]] = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8",
+    "torch.uint64": "U64", "torch.uint32": "U32", "torch.uint16": "U16", "torch.uint8": "U8", "torch.bool": "BOOL",
+    "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.float8_e8m0fnu": "F8_E8M0",
+    "torch.float8_e4m3fnuz": "F8_E4M3FNUZ", "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "torch.complex64": "C64", "torch.complex128": "C128",
+}  # fmt: skip
+_PLAIN_TENSORS: Final = frozenset(
+    {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.Parameter", "torch.nn.parameter.Buffer"}
+)
+_ZERO_STAGE: Final = "deepspeed.runtime.zero.config.ZeroStageEnum"
+_ZERO_STAGES: Final[Mapping[object, int]] = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+_NUMPY: Final[Mapping[str, str]] = {
+    "f8": "d", "f4": "f", "f2": "e", "b1": "?",
+    "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I", "u2": "H", "u1": "B",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Storage:
+    """A run of bytes that tensors are views of.
+
+    Attributes:
+        dtype: of its elements, unless a tensor says otherwise.
+        record: where its bytes are.
+        size: how many they are.
+        refusal: why it cannot be read, or ``""``.
+    """
+
+    dtype: str
+    record: str
+    size: int
+    refusal: str = ""
+
+
+class NumpyDtype:
+    """A numpy dtype, of which only plain numbers' are understood; its state tells the byte order."""
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+        self.order = ""
+
+    def set_state(self, state: object) -> None:
+        """Take the byte order from what BUILD brings: (version, order, ...)."""
+        order = state[1] if type(state) is tuple and len(state) > 1 else None
+        self.order = order if order in ("<", ">") else "<" if order == "|" else ""
+
+    def decode(self, raw: bytes) -> float | int | bool | None:
+        """The number ``raw`` holds, or None."""
+        letter = _NUMPY.get(self.code)
+        if letter is None or not self.order or len(raw) != struct.calcsize(f"<{letter}"):
+            return None
+        return struct.unpack(self.order + letter, raw)[0]
+
+
+def storage(persistent_id: object, sizes: Mapping[str, int]) -> Storage:
+    """The storage a persistent id stands for.
+
+    Args:
+        persistent_id: ("storage", class, key, location, number of elements).
+        sizes: the bytes of each record.
+    Raises:
+        PickleError: if it is no storage's.
+    """
+    if type(persistent_id) is not tuple or len(persistent_id) != 5 or persistent_id[0] != "storage":
+        raise PickleError("is damaged: a persistent id is not a storage's")
+    _, cls, key, location, numel = persistent_id
+    if not isinstance(cls, Global) or type(key) is not str or type(numel) is not int:
+        raise PickleError("is damaged: a persistent id is not a storage's")
+    record = f"data/{key[:100]}"
+    size = sizes.get(record, 0)
+    dtype = _STORAGES.get(cls.name)
+    if dtype is None:
+        return Storage("U8", record, size, f"its storage is a {cls.name}, which is not supported")
+    if location == "meta":
+        return Storage(dtype, record, size, "is a meta tensor, which has no values")
+    if record not in sizes:
+        return Storage(dtype, record, size, f"its record {record} is missing")
+    if numel * ITEM_SIZE[dtype] != size:
+        return Storage(dtype, record, size, f"needs {numel} elements of {dtype}, but record {record} has {size} bytes")
+    return Storage(dtype, record, size)
+
+
+def _tensor(arguments: tuple[object, ...]) -> StoredTensor | Refused:
+    """``torch._utils._rebuild_tensor``: (storage, offset, shape, stride)."""
+    if len(arguments) < 4 or not isinstance(arguments[0], Storage):
+        return Refused("is made from something that is not a storage")
+    return _view(arguments[0], arguments[0].dtype, *arguments[1:4])
+
+
+def _tensor_v2(arguments: tuple[object, ...]) -> StoredTensor | Refused:
+    """``torch._utils._rebuild_tensor_v2``: (storage, offset, shape, stride, requires_grad, hooks[, metadata])."""
+    if len(arguments) not in (6, 7):
+        return Refused(f"is described by {len(arguments)} values, not 6 or 7")
+    return _refuse_bits(arguments[6:]) or _tensor(arguments)
+
+
+def _tensor_v3(arguments: tuple[object, ...]) -> StoredTensor | Refused:
+    """``torch._utils._rebuild_tensor_v3``: as v2, but (..., hooks, dtype[, metadata]) over bytes without a type."""
+    if len(arguments) not in (7, 8) or not isinstance(arguments[0], Storage):
+        return Refused("is made from something that is not a storage")
+    dtype = arguments[6].name if isinstance(arguments[6], Global) else "no dtype"
+    if dtype not in DTYPES:
+        return Refused(f"dtype {dtype} is not supported")
+    return _refuse_bits(arguments[7:]) or _view(arguments[0], DTYPES[dtype], *arguments[1:4])
+
+
+def _refuse_bits(metadata: tuple[object, ...]) -> Refused | None:
+    flags = metadata[0] if metadata else None
+    if not flags:
+        return None
+    names = ", ".join(str(name)[:20] for name in list(flags)[:4]) if isinstance(flags, dict) else type(flags).__name__
+    return Refused(f"has the bits {names} set; save it after resolve_conj() and resolve_neg()")
+
+
+def _view(source: Storage, dtype: str, offset: object, shape: object, stride: object) -> StoredTensor | Refused:
+    """The tensor whose elements lie ``offset`` and multiples of ``stride`` elements into ``source``."""
+    if source.refusal:
+        return Refused(source.refusal)
+    at = (offset,)
+    if not (_naturals(shape) and _naturals(stride) and _naturals(at)) or len(shape) != len(stride):
+        return Refused(f"shape and stride must be up to {MAX_RANK} integers from 0 to 2^63 - 1")
+    return _checked_view(source, dtype, at[0], shape, stride)
+
+
+def _checked_view(
+    source: Storage, dtype: str, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> StoredTensor | Refused:
+    if 0 in shape:
+        return StoredTensor(dtype, shape, source.record, 0)
+    size = ITEM_SIZE[dtype]
+    reach = 1
+    for n, step in sorted(((n, step) for n, step in zip(shape, stride, strict=True) if n > 1), key=lambda one: one[1]):
+        if step < reach:
+            return Refused(f"shape {list(shape)} with stride {list(stride)} uses some elements more than once")
+        reach += (n - 1) * step
+    if (offset + reach) * size > source.size:
+        return Refused(
+            f"shape {list(shape)} with stride {list(stride)} from element {offset} needs {(offset + reach) * size} "
+            f"bytes, but record {source.record} has {source.size}"
+        )
+    dense, expected = True, 1
+    for n, step in zip(reversed(shape), reversed(stride), strict=True):
+        dense = dense and (n == 1 or step == expected)
+        expected *= n
+    strided = None if dense else tuple(1 if n == 1 else step for n, step in zip(shape, stride, strict=True))
+    return StoredTensor(dtype, shape, source.record, offset * size, strided)
+
+
+def _naturals(value: object) -> TypeGuard[tuple[int, ...]]:
+    if type(value) is not tuple or len(value) > MAX_RANK:
+        return False
+    return all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _parameter(arguments: tuple[object, ...]) -> StoredTensor | Refused:
+    """``torch._utils._rebuild_parameter`` and ``..._with_state``: (tensor, requires_grad, hooks[, state])."""
+    if arguments and isinstance(arguments[0], StoredTensor | Refused):
+        return arguments[0]
+    return Refused("is a parameter around something that is not a tensor")
+
+
+def _from_type(arguments: tuple[object, ...]) -> StoredTensor | Refused:
+    """``torch._tensor._rebuild_from_type_v2``: (function, type, arguments, state)."""
+    if len(arguments) != 4:
+        return Refused(f"is described by {len(arguments)} values, not 4")
+    function, cls, inner, _ = arguments
+    if not isinstance(cls, Global) or cls.name not in _PLAIN_TENSORS:
+        return Refused(f"is a {cls.name if isinstance(cls, Global) else 'tensor of no class'}, not a plain tensor")
+    maker = _TENSORS.get(function.name) if isinstance(function, Global) else None
+    if maker is None or type(inner) is not tuple:
+        return Refused("is not made like a plain dense tensor")
+    return maker(inner)
+
+
+def _new_dict(arguments: tuple[object, ...]) -> object:
+    """OrderedDict(), defaultdict(factory): both are filled later; Counter(dict)."""
+    return arguments[0] if arguments and type(arguments[0]) is dict else {}
+
+
+def _new_list(arguments: tuple[object, ...]) -> object:
+    """set(list), frozenset(list), torch.Size(tuple)."""
+    return arguments[0] if arguments and type(arguments[0]) in (list, tuple) else []
+
+
+def _numpy_dtype(arguments: tuple[object, ...]) -> object:
+    code = arguments[0] if arguments else None
+    return NumpyDtype(code) if type(code) is str else Inert("numpy.dtype", called=True)
+
+
+def _numpy_scalar(arguments: tuple[object, ...]) -> object:
+    if len(arguments) == 2 and isinstance(arguments[0], NumpyDtype) and type(arguments[1]) is bytes:
+        number = arguments[0].decode(arguments[1])
+        if number is not None:
+            return number
+    return Inert("numpy.generic", called=True)
+
+
+def _encode(arguments: tuple[object, ...]) -> object:
+    """``_codecs.encode(text, "latin1")``: how protocol 2 writes bytes; kept only where they may be a number's."""
+    text = arguments[0] if arguments else None
+    if type(text) is str and len(text) <= 16 and all(ord(char) < 256 for char in text):
+        return text.encode("latin1")
+    return Inert("bytes", called=False)
+
+
+def _member(arguments: tuple[object, ...]) -> object:
+    """``getattr(class, name)``: how Python 3.11.0 to 3.11.3 pickle a member of an enumeration."""
+    owner, name = arguments if len(arguments) == 2 else (None, None)
+    if not isinstance(owner, Global):
+        return Inert("getattr", called=True)
+    known = owner.name == _ZERO_STAGE and type(name) is str and name in _ZERO_STAGES
+    return _ZERO_STAGES[name] if known else Inert(owner.name, called=True)
+
+
+_TENSORS: Final[Mapping[str, Callable[[tuple[object, ...]], StoredTensor | Refused]]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+}
+MAKERS: Final[Mapping[str, Maker]] = {
+    **_TENSORS,
+    "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch.Size": _new_list,
+    "collections.OrderedDict": _new_dict,
+    "collections.defaultdict": _new_dict,
+    "collections.Counter": _new_dict,
+    "builtins.set": _new_list,
+    "builtins.frozenset": _new_list,
+    "__builtin__.set": _new_list,
+    "__builtin__.frozenset": _new_list,
+    "_codecs.encode": _encode,
+    "builtins.getattr": _member,
+    "__builtin__.getattr": _member,
+    _ZERO_STAGE: lambda arguments: arguments[0] if arguments else None,  # its number
+    "numpy.dtype": _numpy_dtype,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+}

@@ -1,0 +1,138 @@
+"""What ``torch.save`` writes since torch 1.6 (.pt, .pth, .ckpt, .bin), read without running any of it.
+
+A zip archive of records: ``data.pkl`` describes the objects, ``data/0``, ``data/1``, ... are the storages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ckptavg.errors import InputError
+from ckptavg.filesystem.regular_file import RegularFile
+from ckptavg.readers import ITEM_SIZE, Node, StoredTensor
+from ckptavg.readers.pickle.object_tree import object_tree
+from ckptavg.readers.pickle.torch_objects import MAKERS, storage
+from ckptavg.readers.pickle.unpickler import PickleError, load
+from ckptavg.readers.torch_zip.checked_records import CheckedRecords
+from ckptavg.readers.torch_zip.strided import gather
+from ckptavg.readers.torch_zip.zip_directory import Entry, Record, central_directory, locate
+
+MAX_PICKLE: Final = 64 << 20
+MAX_VERSION: Final = 10  # of the archive; torch 2.13 writes 3
+
+
+class TorchZipReader:
+    """An open torch file.
+
+    Args:
+        file: the file, which the reader then owns.
+        alone: what to call the only entry of the tree if the file is to hold one tensor, not a state dict.
+    """
+
+    format = "torch"
+
+    def __init__(self, file: RegularFile, *, alone: str | None = None) -> None:
+        self.path: Path = file.path
+        self.files: Sequence[RegularFile] = (file,)
+        self.metadata: Mapping[str, str] = {}
+        records = _records(file)
+        checked = any(record.crc for record in records.values())
+        self._sizes = {name: record.size for name, record in records.items()}
+        self._records = CheckedRecords(file, records, checked=checked)
+        self._check_version()
+        self.tree: Mapping[str, Node]
+        self.tree, left_out = self._objects(alone)
+        notes = () if checked else ("was saved without checksums, so damage to its tensors would go unseen",)
+        if left_out:
+            notes += (f"left out objects of {len(left_out)} classes: {_listing(left_out)}",)
+        self.notes: tuple[str, ...] = notes
+
+    def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
+        """See `ckptavg.readers.Reader`."""
+        size = ITEM_SIZE[tensor.dtype]
+        assert start >= 0 and start * size + len(out) <= tensor.nbytes
+        if not len(out):
+            return
+        if tensor.stride is None:
+            at = tensor.offset + start * size
+            self._records.read_into(tensor.record, at, out, stop=tensor.offset + tensor.nbytes)
+            return
+        self._records.check(tensor.record)
+        gather(tensor, start, out, lambda at, block: self._records.read_into(tensor.record, at, block, stop=0))
+
+    def close(self) -> None:
+        """See `ckptavg.readers.Reader`."""
+        for file in self.files:
+            file.close()
+
+    def _objects(self, alone: str | None) -> tuple[Mapping[str, Node], tuple[str, ...]]:
+        if self._sizes["data.pkl"] > MAX_PICKLE:
+            raise InputError(f"data.pkl has {self._sizes['data.pkl']} bytes, more than {MAX_PICKLE}", path=self.path)
+        data = self._records.read("data.pkl")
+        try:
+            value = load(data, MAKERS, lambda key: storage(key, self._sizes))
+            return object_tree(value if alone is None else {alone: value})
+        except PickleError as error:
+            raise InputError(f"data.pkl {error}", path=self.path) from error
+
+    def _check_version(self) -> None:
+        order = self._small("byteorder", b"little")  # torch < 2.1 wrote none
+        if order != b"little":
+            raise InputError(f"byte order {order!r} is not supported, only little", path=self.path)
+        version = self._small("version", b"3").strip()
+        if not version.isdigit() or not 1 <= int(version) <= MAX_VERSION:
+            raise InputError(f"archive version {version!r} is not supported, only 1 to {MAX_VERSION}", path=self.path)
+
+    def _small(self, name: str, default: bytes) -> bytes:
+        if name not in self._sizes:
+            return default
+        if self._sizes[name] > 16:
+            raise InputError(f"record {name} has {self._sizes[name]} bytes, far too many", path=self.path)
+        return self._records.read(name)
+
+
+def _records(file: RegularFile) -> dict[str, Record]:
+    """The archive's records by name, without the directory that holds everything in it."""
+    entries, end = central_directory(file)
+    prefix = _prefix(file, entries)
+    return {name.removeprefix(prefix): record for name, record in locate(file, entries, end).items()}
+
+
+def _prefix(file: RegularFile, entries: Sequence[Entry]) -> str:
+    """The directory that holds everything in the archive, with its slash."""
+    names = [entry.name for entry in entries]
+    prefix = names[0].partition("/")[0] + "/" if names else ""
+    inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    if "constants.pkl" in inside or any(name.startswith("code/") for name in inside):
+        raise InputError("is a TorchScript file; save its state_dict", path=file.path)
+    if len(prefix) < 2 or "data.pkl" not in inside:
+        raise InputError("is a zip, but not one torch.save wrote", path=file.path)
+    outside = next((name for name in names if not name.startswith(prefix)), None)
+    if outside is not None:
+        raise InputError(f"zip directory lists {outside}, which lies outside of {prefix}", path=file.path)
+    return prefix
+
+
+def _listing(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(name[:100] for name in names[:most]) + (", ..." if len(names) > most else "")
+
+
+@dataclass(frozen=True)
+class TorchZip:
+    """The format; see `ckptavg.readers.Format`."""
+
+    name: str = "torch"
+
+    def claims(self, head: bytes) -> bool:
+        """The signature of a zip's first record; whether it is torch's is seen on opening."""
+        return head.startswith(b"PK\x03\x04")
+
+    def open(self, file: RegularFile) -> TorchZipReader:
+        """See `ckptavg.readers.Format`."""
+        return TorchZipReader(file)
+
+
+READER = TorchZip()

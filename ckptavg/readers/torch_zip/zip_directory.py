@@ -1,0 +1,212 @@
+"""Where the records of a zip archive lie, by a parser that takes only what ``torch.save`` writes: no second reading.
+
+Two parsers that disagree about one archive are how scanners are deceived, so whatever could be read in two ways
+(a repeated name, records that overlap, bytes behind the end, sizes told differently twice) is refused.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Final, NoReturn
+
+from ckptavg.errors import InputError
+from ckptavg.filesystem.regular_file import RegularFile
+
+MAX_ENTRIES: Final = 1 << 18
+MAX_DIRECTORY: Final = 128 << 20
+
+_END: Final = struct.Struct("<4s4H2LH")
+_END64: Final = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR: Final = struct.Struct("<4sLQL")
+_CENTRAL: Final = struct.Struct("<4s6H3L5H2L")
+_LOCAL: Final = struct.Struct("<4s5H3L2H")
+_LONGEST_COMMENT: Final = 0xFFFF
+_DESCRIPTOR, _UTF8 = 1 << 3, 1 << 11
+_ENCRYPTED: Final = 1 | 1 << 6 | 1 << 13
+_MANY: Final = {2: 0xFFFF, 4: 0xFFFFFFFF}  # what a field of 2 or 4 bytes says when the true value is in the zip64 part
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A record as the central directory lists it."""
+
+    name: str
+    flags: int
+    method: int
+    crc: int
+    stored: int
+    size: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Where a record's bytes start in the file, how many they are, and their CRC-32."""
+
+    start: int
+    size: int
+    crc: int
+
+
+def central_directory(file: RegularFile) -> tuple[Sequence[Entry], int]:
+    """The entries of the central directory that ends ``file``, and where it begins.
+
+    Raises:
+        InputError: if the file is truncated, has bytes behind its end, or the directory is damaged.
+    """
+    count, size, offset = _end(file)
+    if count > MAX_ENTRIES or size > MAX_DIRECTORY:
+        raise InputError(f"zip directory of {count} entries in {size} bytes is too large", path=file.path)
+    data = file.read(offset, size)
+    entries: list[Entry] = []
+    position = 0
+    for _ in range(count):
+        entry, position = _entry(file, data, position)
+        entries.append(entry)
+    if position != size:
+        _damaged(file, f"has {size - position} bytes behind its {count} entries")
+    if len({entry.name for entry in entries}) < count:
+        seen: set[str] = set()
+        twice = next(entry.name for entry in entries if entry.name in seen or seen.add(entry.name))
+        _damaged(file, f"lists {twice} twice")
+    return entries, offset
+
+
+def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, Record]:
+    """Record name → where its bytes are, every local header having been compared with its entry.
+
+    Args:
+        file: the archive.
+        entries: of its central directory.
+        end: where the records must have ended.
+    Raises:
+        InputError: if a record is compressed, encrypted, out of range, overlapping, or told differently twice.
+    """
+    records: dict[str, Record] = {}
+    free = 0
+    for entry in sorted(entries, key=attrgetter("offset")):
+        if entry.flags & _ENCRYPTED:
+            raise InputError(f"record {entry.name} is encrypted", path=file.path)
+        if entry.method != 0:
+            raise InputError(f"record {entry.name} is compressed, which torch.save never does", path=file.path)
+        if entry.flags & ~(_DESCRIPTOR | _UTF8) or entry.stored != entry.size:
+            _damaged(file, f"has an entry for {entry.name} that contradicts itself")
+        if entry.offset < free:
+            _damaged(file, f"places {entry.name} over another record")
+        start = _start(file, entry, end)
+        free = start + entry.size
+        if free > end:
+            _damaged(file, f"places {entry.name} beyond the end of the records")
+        records[entry.name] = Record(start, entry.size, entry.crc)
+    if entries and min(entry.offset for entry in entries) != 0:
+        raise InputError("has bytes before its first record, which torch.save never writes", path=file.path)
+    return records
+
+
+def _end(file: RegularFile) -> tuple[int, int, int]:
+    """The number of entries, and the central directory's size and offset, by the records that end the archive."""
+    at = file.size - _END.size
+    tail = file.read(at, _END.size) if at >= 0 else b""
+    if tail[:4] != b"PK\x05\x06" or tail[-2:] != b"\0\0":
+        _no_end(file)
+    _, disk, first_disk, here, count, size, offset, _ = _END.unpack(tail)
+    behind = at
+    found = (here, count, size, offset)
+    located = at - _LOCATOR.size
+    locator = file.read(located, _LOCATOR.size) if located >= 0 else b""
+    if locator[:4] == b"PK\x06\x07":
+        _, disk64, behind, disks = _LOCATOR.unpack(locator)
+        if behind + _END64.size != located:
+            _damaged(file, "does not end where its zip64 locator says")
+        signature, length, _, _, disk_a, disk_b, *found64 = _END64.unpack(file.read(behind, _END64.size))
+        if signature != b"PK\x06\x06" or length != _END64.size - 12 or disk64 or disks > 1 or disk_a or disk_b:
+            _damaged(file, "has a bad zip64 end")
+        for width, short, true in zip((2, 2, 4, 4), found, found64, strict=True):
+            if short not in (true, _MANY[width]):
+                _damaged(file, "ends with two numbers that should agree")
+        here, count, size, offset = found64
+    if disk or first_disk or here != count:
+        raise InputError("is one part of a zip archive in several", path=file.path)
+    if offset + size != behind:
+        _damaged(file, f"takes bytes {offset} to {offset + size}, but should end at {behind}")
+    return count, size, offset
+
+
+def _no_end(file: RegularFile) -> NoReturn:
+    """Say why ``file`` does not end like a zip archive: more follows, or it is cut off."""
+    window = min(file.size, _END.size + _LONGEST_COMMENT)
+    tail = file.read(file.size - window, window)
+    found = tail.rfind(b"PK\x05\x06")
+    behind = window - found - _END.size
+    if found >= 0 and behind >= 0:
+        raise InputError(f"{behind} bytes follow the end of the zip archive, where none belong", path=file.path)
+    raise InputError(
+        f"file is truncated: {file.size} bytes present, but not the directory that ends a zip archive "
+        f"(still being written?)",
+        path=file.path,
+    )
+
+
+def _entry(file: RegularFile, data: bytes, position: int) -> tuple[Entry, int]:
+    """The entry at ``position`` of the central directory, and where the next one is."""
+    if position + _CENTRAL.size > len(data):
+        _damaged(file, "is cut off")
+    signature, _, _, flags, method, _, _, crc, stored, size, *lengths, disk, _, _, offset = _CENTRAL.unpack_from(
+        data, position
+    )
+    name_at = position + _CENTRAL.size
+    extra_at = name_at + lengths[0]
+    comment_at = extra_at + lengths[1]
+    following = comment_at + lengths[2]
+    if signature != b"PK\x01\x02" or following > len(data) or disk != 0:
+        _damaged(file, "has a bad entry")
+    try:
+        name = data[name_at:extra_at].decode("utf-8")
+    except UnicodeDecodeError:
+        _damaged(file, "has a name that is not UTF-8")
+    if "\0" in name:
+        _damaged(file, "has a name with a NUL in it")
+    if 0xFFFFFFFF in (stored, size, offset):
+        size, stored, offset = _zip64(file, data[extra_at:comment_at], (size, stored, offset))
+    return Entry(name, flags, method, crc, stored, size, offset), following
+
+
+def _zip64(file: RegularFile, extra: bytes, fields: tuple[int, int, int]) -> tuple[int, int, int]:
+    """``fields`` with those of 0xFFFFFFFF replaced, in order, by the 8-byte numbers of the zip64 extra field."""
+    kind, body = 0, b""
+    while len(extra) >= 4 and kind != 1:
+        kind, length = struct.unpack_from("<2H", extra)
+        body, extra = extra[4 : 4 + length], extra[4 + length :]
+    numbers = [int.from_bytes(body[i : i + 8], "little") for i in range(0, len(body) - 7, 8)] if kind == 1 else []
+    if len(numbers) < fields.count(0xFFFFFFFF):
+        _damaged(file, "lacks a size of more than 4 GiB")
+    first, second, third = (numbers.pop(0) if field == 0xFFFFFFFF else field for field in fields)
+    return first, second, third
+
+
+def _start(file: RegularFile, entry: Entry, end: int) -> int:
+    """Where the bytes of ``entry`` start, its local header having been compared."""
+    name = entry.name.encode("utf-8")
+    if entry.offset + _LOCAL.size + len(name) > end:
+        _damaged(file, f"places {entry.name} beyond the end of the records")
+    header = file.read(entry.offset, _LOCAL.size + len(name))
+    signature, _, flags, method, _, _, crc, stored, size, name_length, extra_length = _LOCAL.unpack_from(header)
+    late = entry.flags & _DESCRIPTOR  # the local header may then leave these out; they follow the bytes
+    agree = (
+        signature == b"PK\x03\x04"
+        and (flags, method) == (entry.flags, entry.method)
+        and (crc == entry.crc or (late and crc == 0))
+        and all(number in (entry.size, 0xFFFFFFFF) or (late and number == 0) for number in (stored, size))
+        and name_length == len(name)
+        and header[_LOCAL.size :] == name
+    )
+    if not agree:
+        _damaged(file, f"and the header of record {entry.name} do not agree")
+    return entry.offset + len(header) + extra_length
+
+
+def _damaged(file: RegularFile, what: str) -> NoReturn:
+    raise InputError(f"zip directory {what}: the file is damaged", path=file.path)

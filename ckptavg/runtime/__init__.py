@@ -1,0 +1,1 @@
+"""The process itself: ranks, signals, seeds, threads and the progress callback."""

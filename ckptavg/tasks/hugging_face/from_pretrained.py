@@ -1,0 +1,62 @@
+"""Would ``from_pretrained`` load the output whole? It says nothing of a missing tensor and makes it random."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.errors import CkptavgError, OutputError
+from ckptavg.filesystem.regular_file import is_file
+from ckptavg.tasks.hugging_face.architecture import architecture, build, offline, transformers
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Refuse tensors that are not those of the model in the config.json beside them.
+
+    Nothing is checked without transformers, for adapters, or where the model is none that transformers has itself.
+
+    Raises:
+        OutputError: naming a tensor that would be random, or would be ignored.
+    """
+    folder = checkpoint.folder
+    if not is_file(folder / "config.json") or is_file(folder / "adapter_config.json"):
+        return
+    if importlib.util.find_spec("transformers") is None:
+        return
+    model = _skeleton(folder)
+    if model is None:
+        return
+    tied: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tied.setdefault(id(tensor), []).append(name)
+    names = set(checkpoint.names)
+    missing = [found[0] for found in tied.values() if not names & set(found)]
+    extra = sorted(names - {name for found in tied.values() for name in found})
+    for what, found, ignored in (
+        ("is missing: from_pretrained would make it random", missing, "_keys_to_ignore_on_load_missing"),
+        ("is not in the model: from_pretrained would leave it out", extra, "_keys_to_ignore_on_load_unexpected"),
+    ):
+        patterns: list[str] = list(getattr(model, ignored, None) or [])
+        wrong = [name for name in found if not any(re.search(pattern, name) for pattern in patterns)]
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise OutputError(
+                what + more, path=checkpoint.path, tensor=wrong[0],
+                hint="write a file instead of a directory to have the tensors as they are",
+            )  # fmt: skip
+
+
+def _skeleton(folder: Path) -> Any:
+    """The model without weights, or None where it is not one of transformers' own."""
+    try:
+        with offline(), torch.device("meta"):
+            kind = architecture(str(folder), str(folder), trust=False)
+            config = transformers().AutoConfig.from_pretrained(str(folder), local_files_only=True)
+            return build(str(folder), kind, config, trust=False)
+    except (CkptavgError, OSError, ValueError, NotImplementedError, RecursionError):
+        return None
