@@ -39,7 +39,7 @@ THOROUGH = [
     HERE / name
     for name in (
         "distributed", "faults", "frameworks", "hostile", "study", "tasks/test_harness.py",
-        "tasks/test_hugging_face.py", "tasks/test_torch_metrics.py", "test_adapter.py", "test_wheel.py",
+        "tasks/test_hugging_face.py", "tasks/test_torch_metrics.py", "average/test_lora.py", "scripts/test_wheel.py",
     )
 ]  # fmt: skip
 __all__ = ["pytest_sessionfinish", "pytest_terminal_summary", "pytest_testnodedown"]

@@ -83,7 +83,7 @@ def test_batchnorm_has_the_statistics_of_the_cpu(jobs: dict[str, Job], device: t
 @pytest.mark.parametrize("way", WAYS)
 def test_the_file_has_the_bytes_of_the_cpus(jobs: dict[str, Job], device: torch.device, tmp_path: Path, way: str):
     if way == "compiled" and device.type == "cpu":
-        pytest.skip("test_search_settings.py has compiled models on the CPU")
+        pytest.skip("objective/test_search_settings.py has compiled models on the CPU")
     job, options = jobs["mlp"], {"precision": "float32", **WAYS[way]}
     results: list[ckptavg.Result] = []
     for output, there in (("first", "cpu"), ("second", str(device))):

@@ -8,9 +8,10 @@ coverage() { .venv/bin/python -m coverage "$@"; }
 
 rm -f .coverage .coverage.*
 coverage run -m pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile -k "not bomb" tests/readers \
-    tests/hostile tests/frameworks tests/faults tests/distributed tests/test_write.py tests/test_resume.py \
-    tests/test_lock.py tests/test_pipeline.py tests/test_discover.py tests/test_awkward.py tests/test_surroundings.py \
-    tests/test_bad_input.py >&2
+    tests/hostile tests/frameworks tests/faults tests/distributed tests/output/test_safetensors_file.py \
+    tests/journal/test_resume.py tests/filesystem/test_lock.py tests/pipeline/test_pipeline.py \
+    tests/checkpoints/test_discover.py tests/average/test_awkward.py tests/cli/test_surroundings.py \
+    tests/cli/test_bad_input.py >&2
 coverage combine --quiet >&2
 coverage report >&2
 coverage json --quiet -o coverage.json >&2

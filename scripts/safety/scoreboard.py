@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FIGURES, PAGE = ROOT / "docs" / "safety.json", ROOT / "docs" / "safety.md"
 CRASH = "scripts/crash/run.py"
 PROPERTIES = (
-    "tests/readers tests/hostile tests/test_write.py tests/test_resume.py tests/test_arguments.py -k 'not corpus'"
+    "tests/readers tests/hostile tests/output/test_safetensors_file.py tests/journal/test_resume.py "
+    "tests/cli/test_arguments.py -k 'not corpus'"
 )
 Figures = Mapping[str, Any]
 
@@ -61,7 +62,9 @@ PARTS: Mapping[str, Part] = {
     "races": Part(f"{CRASH} races --count 50", f"{CRASH} races --count 10"),
     "inputs": Part(f"{CRASH} inputs", "-m pytest -q tests/faults/test_inputs.py", "faults"),
     "bytes": Part(f"{CRASH} bytes", "-m pytest -q tests/faults/test_determinism.py", "faults"),
-    "awkward": Part("-m pytest -q tests/test_awkward.py", "-m pytest -q tests/test_awkward.py", "passed"),
+    "awkward": Part(
+        "-m pytest -q tests/average/test_awkward.py", "-m pytest -q tests/average/test_awkward.py", "passed"
+    ),
     "cost": Part("scripts/safety/cost.py --megabytes 1024", "scripts/safety/cost.py --megabytes 64 --rounds 3"),
     "cost, cold": Part(
         "scripts/safety/cost.py --megabytes 1024 --cold", "scripts/safety/cost.py --megabytes 64 --rounds 3 --cold"

@@ -82,7 +82,7 @@ def test_an_interrupted_run_gives_the_same_bytes_and_measures_nothing_twice(
 @pytest.mark.thorough
 def test_a_killed_run_goes_on(run: Run, digits: Path, stopping: Path, tmp_path: Path):
     base = ("aswa", str(digits), "--last", "4", "--task", "mine.py", "-o", "out")
-    demo = str(Path(__file__).parents[1] / "scripts" / "demo")
+    demo = str(Path(__file__).parents[2] / "scripts" / "demo")
     environment = {
         **os.environ,
         "CALLS": str(tmp_path / "a"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TEXT = (Path(__file__).parents[1] / "docs" / "slurm.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text(encoding="utf-8")
 JOB, LOOP = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 # stands in for a run: it ends with CODE at once, or with 75 when it gets SIGNAL
 FAKE = """#!/bin/bash

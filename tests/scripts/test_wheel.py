@@ -20,7 +20,7 @@ import pytest
 
 import ckptavg
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Installed = Callable[..., subprocess.CompletedProcess[str]]
 TASK = """
 from torch.utils.data import DataLoader

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "scripts" / "benchmark"
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "benchmark"
 
 
 def test_low_bits():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "scripts" / "gpu"
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "gpu"
 
 
 def report(out: Path, to: Path) -> str:
