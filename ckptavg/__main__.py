@@ -19,7 +19,7 @@ from ckptavg.errors import (
     printable,
 )
 from ckptavg.runtime import signals, threads
-from ckptavg.runtime.workers import mute, rank
+from ckptavg.runtime.workers import rank, silence
 
 _STDOUT_IS_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
@@ -87,7 +87,7 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore  # a file name may be any bytes
     if rank():
         os.dup2(2, 1)  # the output of a task or its processes is not data
-        mute()
+        silence()
 
 
 def _open_streams() -> None:

@@ -14,7 +14,7 @@ from ckptavg.score import Split
 SECONDS: Final = "seconds"
 
 
-class Meter:
+class CostMeter:
     """Counts since `restart`, as if nothing had been remembered from before it.
 
     Strategies that are compared share their scores. Each is charged for all it asks for: what one finds measured
@@ -52,7 +52,7 @@ class Meter:
         self._charged.add(key)
 
     @contextmanager
-    def apart(self) -> Generator[dict[str, float]]:
+    def measure(self) -> Generator[dict[str, float]]:
         """Put what is spent within on nobody's account; it is what the dictionary holds at the end."""
         before, spent = self._now(), dict[str, float]()
         yield spent
@@ -75,7 +75,7 @@ class Meter:
         """Whether this account has paid for ``key``."""
         return key in self._charged
 
-    def same_price(self, key: Hashable, other: Hashable) -> None:
+    def alias(self, key: Hashable, other: Hashable) -> None:
         """What ``key`` cost is the price of ``other`` too, where that has none, and it is paid for."""
         self._prices.setdefault(other, self._prices[key])
         self._charged.add(other)

@@ -35,7 +35,7 @@ class Score:
     loss: float | None
     metric: float | None
     examples: int | None
-    each: Each | None = field(default=None, compare=False, repr=False)
+    per_example: PerExample | None = field(default=None, compare=False, repr=False)
     resampled: Callable[[Sequence[int]], float] | None = field(default=None, compare=False, repr=False)
     batches: int = 0
     invalid: str = ""
@@ -43,14 +43,18 @@ class Score:
     @property
     def noise(self) -> float:
         """The standard error of ``value``: what another sample of as many examples would change it by; ∞ if unknown."""
-        if self.each is None or self.resampled is not None:
+        if self.per_example is None or self.resampled is not None:
             return math.inf
-        return _standard_error(self.each.values_U, self.each.examples_U)
+        return _standard_error(self.per_example.values_U, self.per_example.examples_U)
 
     @property
     def loss_noise(self) -> float:
         """The standard error of ``loss``."""
-        return math.inf if self.each is None else _standard_error(self.each.losses_U, self.each.examples_U)
+        return (
+            math.inf
+            if self.per_example is None
+            else _standard_error(self.per_example.losses_U, self.per_example.examples_U)
+        )
 
 
 def valid(score: Score, source: str | None = None) -> Score:
@@ -73,7 +77,7 @@ def _standard_error(values_U: Tensor, examples_U: Tensor) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Each:
+class PerExample:
     """The parts of a score: one for each example, or for each batch where the task gives only its mean.
 
     Attributes:

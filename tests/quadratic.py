@@ -57,7 +57,7 @@ class Quadratic:
     def of_subset(self, subset: Iterable[int]) -> float:
         return float(self.weights_ND[list(subset)].mean(dim=0).square().mean())
 
-    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None) -> None:
+    def prefetch(self, coefficients: Sequence[Coefficients], on: Split | None = None) -> None:
         """One process has nothing to do ahead."""
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
@@ -65,7 +65,7 @@ class Quadratic:
         loss = float(self.loss(c_GN if len(c_GN) > 1 else c_GN[0], groups=coefficients.groups))
         return Score(value=-loss, loss=loss, metric=None, examples=1)
 
-    def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
+    def score_at_least(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
         score = self.score(coefficients)
         return score if (score.value > bar if strict else score.value >= bar) else None
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ckptavg.cost import SECONDS, Meter
+from ckptavg.cost import SECONDS, CostMeter
 
 
-def scored(meter: Meter, key: str, known: set[str]) -> None:
+def scored(meter: CostMeter, key: str, known: set[str]) -> None:
     if key in known:
         meter.charge(key)
         return
@@ -18,7 +18,7 @@ def scored(meter: Meter, key: str, known: set[str]) -> None:
 
 
 def test_what_is_remembered_costs_the_first_time_in_an_account():
-    meter, known = Meter(), set[str]()
+    meter, known = CostMeter(), set[str]()
     meter.count("forward", 1)
     for _ in range(3):
         meter.restart()
@@ -30,7 +30,7 @@ def test_what_is_remembered_costs_the_first_time_in_an_account():
 def test_seconds_are_charged_like_batches(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
-    meter = Meter()
+    meter = CostMeter()
     with meter.pricing("a"):
         now += 7
     assert meter[SECONDS] == 7

@@ -16,7 +16,7 @@ from ckptavg.runtime.workers import ALONE, Workers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class PlannedOutput:
     """What will be written.
 
     Attributes:
@@ -51,10 +51,10 @@ def check(checkpoints: Sequence[Checkpoint], mode: Literal["factors", "exact"]) 
         raise InputError(why, path=checkpoints[0].path, hint="--adapter factors averages them approximately")
 
 
-def recipe(
+def plan_output(
     checkpoints: Sequence[Checkpoint], coefficients: Coefficients, *, dtype: str | None = None,
     mode: Literal["factors", "exact"] = "factors", rank: int | None = None, workers: Workers = ALONE,
-) -> Recipe:  # fmt: skip
+) -> PlannedOutput:  # fmt: skip
     """The average of ``checkpoints``.
 
     Args:
@@ -71,23 +71,23 @@ def recipe(
         notes = [f"the adapter has rank {exact.config['r']}: it is the average in weight space"]
         if exact.lost:
             notes = [f"the adapter was reduced to rank {rank}, which lost {exact.lost:.1%} of the average"]
-        return Recipe(
+        return PlannedOutput(
             specs=exact.specs,
-            parts=exact.parts if workers.first else iter(()),
+            parts=exact.parts if workers.is_rank_zero else iter(()),
             not_averaged=not_averaged(first),
             config=exact.config,
             notes=notes,
         )
     specs = output_specs(first, dtype)
-    return Recipe(
+    return PlannedOutput(
         specs=specs,
-        parts=weighted_average(checkpoints, coefficients, specs, only=part(first, workers.rank, workers.world)),
+        parts=weighted_average(checkpoints, coefficients, specs, only=part(first, workers.rank, workers.world_size)),
         not_averaged=not_averaged(first),
-        notes=_factor_doubts(checkpoints, coefficients),
+        notes=_factor_warnings(checkpoints, coefficients),
     )
 
 
-def _factor_doubts(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> list[str]:
+def _factor_warnings(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> list[str]:
     """How far the average of an adapter's factors is from the average of what they do to the weights."""
     config = lora_config.read_config(checkpoints[0])
     if config is None or config.peft_type != "LORA" or len(coefficients.selected) < 2 or checkpoints[0].allow_nonfinite:

@@ -15,7 +15,7 @@ HOST: Final = 256 << 20  # bytes of all splits that are kept in the host's memor
 _SHARE: Final = 16  # of a GPU's free memory, one part in so many
 
 
-class Passed(NamedTuple):
+class CachedBatch(NamedTuple):
     """A batch on the device, the number of its examples, and `ckptavg.tasks.batch.sample` of it as it was read."""
 
     batch: Any
@@ -23,7 +23,7 @@ class Passed(NamedTuple):
     sample: bytes
 
 
-class Kept:
+class BatchCache:
     """The whole passes of a task's splits, as long as they are small.
 
     What is kept are copies, because a loader may use its memory again; what is given are copies of them, with which a
@@ -33,7 +33,7 @@ class Kept:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._room = torch.cuda.mem_get_info(device)[0] // _SHARE if device.type == "cuda" else HOST
-        self._passes: dict[Split, list[Passed]] = {}
+        self._passes: dict[Split, list[CachedBatch]] = {}
         self._refused: set[Split] = set()
 
     def forget(self) -> None:
@@ -42,13 +42,13 @@ class Kept:
             self._refuse(split, [])
         self._refused.clear()
 
-    def passed(self, split: Split, source: Callable[[], Iterator[Any]]) -> Iterator[Passed]:
+    def passed(self, split: Split, source: Callable[[], Iterator[Any]]) -> Iterator[CachedBatch]:
         """One pass over ``split``, read from ``source`` only where it must be."""
         if split in self._passes:
             for entry in self._passes[split]:
                 yield entry._replace(batch=batches.copied(entry.batch, self._device))
             return
-        found: list[Passed] = []
+        found: list[CachedBatch] = []
         try:
             for batch in source():
                 yield self._taken(split, batch, found)
@@ -57,23 +57,23 @@ class Kept:
         finally:
             self._free(found)  # of a pass that was not finished
 
-    def _taken(self, split: Split, batch: Any, found: list[Passed]) -> Passed:
+    def _taken(self, split: Split, batch: Any, found: list[CachedBatch]) -> CachedBatch:
         """The batch on the device; a copy of it is noted among those ``found``, where it may be kept."""
         size, sample = batches.size(batch), batches.sample(batch)
         if split not in self._refused:
             if all(map(_plain, batches.leaves(batch, movable=True))) and (wanted := _bytes(batch)) <= self._room:
                 self._room -= wanted
-                found.append(Passed(batches.copied(batch, self._device), size, sample))
+                found.append(CachedBatch(batches.copied(batch, self._device), size, sample))
             else:
                 self._refuse(split, found)
-        return Passed(batches.to_device(batch, self._device), size, sample)
+        return CachedBatch(batches.to_device(batch, self._device), size, sample)
 
-    def _refuse(self, split: Split, found: list[Passed]) -> None:
+    def _refuse(self, split: Split, found: list[CachedBatch]) -> None:
         self._free([*found, *self._passes.pop(split, ())])
         found.clear()
         self._refused.add(split)
 
-    def _free(self, entries: Sequence[Passed]) -> None:
+    def _free(self, entries: Sequence[CachedBatch]) -> None:
         self._room += sum(_bytes(entry.batch) for entry in entries)
 
 

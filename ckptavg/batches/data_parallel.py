@@ -32,7 +32,7 @@ def obstacle(loss: Callable[[Any], Tensor], batch: Any, device: torch.device, wo
     with torch.no_grad():
         whole = loss(batches.to_device(batch, device)).mean()
         try:
-            part, weight = share(batch, workers.rank, workers.world)
+            part, weight = share(batch, workers.rank, workers.world_size)
             mine = weight * float(loss(batches.to_device(part, device)).mean())
         except (TypeError, TaskError):
             mine = math.nan
@@ -41,4 +41,4 @@ def obstacle(loss: Callable[[Any], Tensor], batch: Any, device: torch.device, wo
         return "a part of a batch is no batch"
     # roundings of the two are some ulps, and whatever else makes a difference makes one that is larger than this
     close = math.isclose(together, float(whole), rel_tol=torch.finfo(whole.dtype).eps ** 0.5)
-    return None if workers.told(close) else "the loss of a batch is not the mean of its examples' losses"
+    return None if workers.broadcast(close) else "the loss of a batch is not the mean of its examples' losses"

@@ -13,7 +13,7 @@ from ckptavg.tasks import batch as batches
 END: Final = object()
 
 
-class Share(NamedTuple):
+class LocalShard(NamedTuple):
     """What one worker takes of a batch of ``size`` examples, and the weight of that; weights sum over workers."""
 
     batch: Any
@@ -21,23 +21,25 @@ class Share(NamedTuple):
     weight: float
 
 
-class Stream:
+class BatchStream:
     """Batches one after the other; only what is taken of the last of those that were passed is on the device."""
 
-    def __init__(self, start: Callable[[int], Iterator[Any]], take: Callable[[Any, int], Share], seed: int) -> None:
+    def __init__(
+        self, start: Callable[[int], Iterator[Any]], take: Callable[[Any, int], LocalShard], seed: int
+    ) -> None:
         self._start = start
         self._take = take
         self._seed = seed
         self._source: Iterator[Any] | None = None
         self._at = self._fetched = -1
-        self._share: Share | None = None
+        self._share: LocalShard | None = None
 
     def advance(self) -> None:
         """Go on to the next batch; it is fetched when it is asked for."""
         self._at += 1
 
     @property
-    def share(self) -> Share:
+    def share(self) -> LocalShard:
         """What this worker takes of the batch that it has come to; what is drawn after that is the same each time."""
         if self._source is None:
             self._source, self._fetched = self._start(self._at), self._at - 1

@@ -85,7 +85,7 @@ class Candidates:
         self._blocks: list[tuple[Flat, Matrix]] = []
         self._sums: list[RunningSum] = []
         for tensors in by_dtype.values():
-            flat = flatten(tensors) if workers.world == 1 else flatten_shards(model, tensors, workers)
+            flat = flatten(tensors) if workers.world_size == 1 else flatten_shards(model, tensors, workers)
             device = flat.weights_D.device
             if offload == "disk" or (offload == "cpu" and device.type != "cpu"):
                 matrix = self._streamed(flat, checkpoints if offload == "disk" else None)
@@ -96,7 +96,7 @@ class Candidates:
                 matrix = Packed(self.n, size, dtype, device, bits=bits, group=group_size)
             self._blocks.append((flat, matrix))
         self._load(checkpoints, progress)
-        self.error = self._lost()
+        self.error = self._relative_rounding_error()
         model.requires_grad_(True)
 
     @property
@@ -125,8 +125,8 @@ class Candidates:
         """
         c_GN = c_GN.view(len(groups), self.n)
         for flat, matrix in self._blocks:
-            weights_D, centre_D = flat.weights_D, matrix.centre_D
-            for run_NC, part, g in _runs(flat, matrix, groups, len(weights_D)):
+            weights_D, centre_D = flat.weights_D, matrix.mean_D
+            for run_NC, part, g in _column_runs(flat, matrix, groups, len(weights_D)):
                 c_N = c_GN[g].to(run_NC)
                 if run_NC.dtype != weights_D.dtype:
                     w_C = run_NC.t().mv(c_N)
@@ -163,19 +163,19 @@ class Candidates:
         """
         total_GN = self._zeros(groups)
         for flat, matrix in self._blocks:
-            for run_NC, part, g in _runs(flat, matrix, groups, len(flat.gradient_Q)):
+            for run_NC, part, g in _column_runs(flat, matrix, groups, len(flat.gradient_Q)):
                 gradient_C = flat.gradient_Q[part].to(run_NC)
                 total_GN[g] += run_NC.mv(gradient_C)
-                if matrix.centre_D is not None:
-                    total_GN[g] += matrix.centre_D[part].to(run_NC).dot(gradient_C)
-        return total_GN.mul_(self._workers.world)  # FSDP2 takes the mean of the workers' gradients, not their sum
+                if matrix.mean_D is not None:
+                    total_GN[g] += matrix.mean_D[part].to(run_NC).dot(gradient_C)
+        return total_GN.mul_(self._workers.world_size)  # FSDP2 takes the mean of the workers' gradients, not their sum
 
     @torch.no_grad()
     def distances(self, groups: Groups = EVERYTHING) -> Tensor:
         """[G, N], ‖w_i − w̄‖₂ over the parameters of each group, w̄ being the mean of the N rows."""
         total_GN = self._zeros(groups)
         for flat, matrix in self._blocks:
-            for run_NC, _, g in _runs(flat, matrix, groups, len(flat.gradient_Q)):
+            for run_NC, _, g in _column_runs(flat, matrix, groups, len(flat.gradient_Q)):
                 for some_NC in run_NC.split(_MEASURED, dim=1):
                     total_GN[g] += (some_NC - some_NC.mean(dim=0)).square().sum(dim=1)
         return self._workers.sum(total_GN).sqrt()
@@ -230,9 +230,11 @@ class Candidates:
         for flat, _ in self._blocks:
             flat.push()
 
-    def _lost(self) -> float:
+    def _relative_rounding_error(self) -> float:
         """What rounding to few bits lost of the candidates' differences from their mean, relative to these."""
-        lost, whole = self._workers.sum(torch.stack([matrix.squares.cpu().double() for _, matrix in self._blocks])).T
+        lost, whole = self._workers.sum(
+            torch.stack([matrix.squared_errors.cpu().double() for _, matrix in self._blocks])
+        ).T
         return float((lost / whole).nan_to_num(0.0).max().sqrt())
 
     def _streamed(self, flat: Flat, checkpoints: Sequence[Checkpoint] | None) -> Streamed:
@@ -256,13 +258,13 @@ class Candidates:
         if not self.exact:
             for i, checkpoint in enumerate(checkpoints):
                 for flat, matrix in self._blocks:
-                    assert matrix.centre_D is not None
-                    matrix.centre_D.add_(read_row(checkpoint, flat, matrix.row(i)), alpha=1 / n)
+                    assert matrix.mean_D is not None
+                    matrix.mean_D.add_(read_row(checkpoint, flat, matrix.row(i)), alpha=1 / n)
                 progress("averaging candidates", i + 1, n)
         for i, checkpoint in enumerate(checkpoints):
             for k, (flat, matrix) in enumerate(self._blocks):
                 row_D = read_row(checkpoint, flat, matrix.row(i))
-                matrix.keep(i)
+                matrix.encode(i)
                 if self._sums:
                     self._sums[k].look_at(row_D)
             for names, tensor, values in self._integers:
@@ -274,8 +276,8 @@ class Candidates:
             progress("reading candidates", i + 1, n)
 
 
-def _runs(flat: Flat, matrix: Matrix, groups: Groups, stop: int) -> Iterator[tuple[Tensor, slice, int]]:
+def _column_runs(flat: Flat, matrix: Matrix, groups: Groups, stop: int) -> Iterator[tuple[Tensor, slice, int]]:
     """([N, C], columns, group): the columns before ``stop`` in runs that have one group of coefficients each."""
-    for piece_NC, part in matrix.pieces(0, stop):
+    for piece_NC, part in matrix.column_blocks(0, stop):
         for begin, end, g in flat.cut(part, groups, stop):
             yield piece_NC[:, begin - part.start : end - part.start], slice(begin, end), g

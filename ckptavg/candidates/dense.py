@@ -17,8 +17,8 @@ COLUMNS: Final = 1 << 20  # of a 16-bit matrix widened at a time
 class Dense:
     """The matrix [N, D] itself; see `ckptavg.candidates.Matrix`."""
 
-    centre_D = None
-    squares = torch.zeros(2)
+    mean_D = None
+    squared_errors = torch.zeros(2)
 
     def __init__(self, n: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self._rows_ND = torch.empty(n, size, dtype=dtype, device=device)
@@ -32,10 +32,10 @@ class Dense:
         """See `Matrix.row`."""
         return self._rows_ND[i]
 
-    def keep(self, i: int) -> None:
-        """See `Matrix.keep`; it is there already."""
+    def encode(self, i: int) -> None:
+        """See `Matrix.encode`; it is there already."""
 
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
+    def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
         """The matrix between two columns: whole, or if its dtype has 16 bits, widened piece by piece.
 
         A coefficient of 1/5 rounded to bfloat16 is 0.1 % too large, which would scale every weight; and a product of

@@ -15,7 +15,7 @@ class Matrix(Protocol):
     """N rows of D elements in some encoding: w_i = centre + row i, decoded a piece at a time."""
 
     @property
-    def centre_D(self) -> Tensor | None:
+    def mean_D(self) -> Tensor | None:
         """[D], what rows are differences from; None is 0."""
         ...
 
@@ -25,18 +25,18 @@ class Matrix(Protocol):
         ...
 
     @property
-    def squares(self) -> Tensor:
+    def squared_errors(self) -> Tensor:
         """[2], what the encoding lost: ‖d̂ − d‖² and ‖d‖² over all rows, d being their differences from the centre."""
         ...
 
     def row(self, i: int) -> Tensor:
-        """[D], where to put row ``i`` before `keep`; it may be the same place for all."""
+        """[D], where to put row ``i`` before `encode`; it may be the same place for all."""
         ...
 
-    def keep(self, i: int) -> None:
+    def encode(self, i: int) -> None:
         """Encode what is in the row."""
         ...
 
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
+    def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
         """([N, C], columns): all columns from ``start`` to ``stop``, float32 or wider, valid until the next piece."""
         ...

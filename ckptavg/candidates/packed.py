@@ -45,8 +45,8 @@ class Packed:
         self._scale_NH = torch.empty(n, self._columns * self._fields // group, device=device)
         self._zero_NH = torch.empty_like(self._scale_NH)
         self._row_D = torch.empty(size, dtype=dtype, device=device)
-        self.centre_D = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        self.squares = torch.zeros(2, device=device)  # see `Matrix.squares`
+        self.mean_D = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        self.squared_errors = torch.zeros(2, device=device)  # see `Matrix.squared_errors`
         self._workspace: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -57,15 +57,15 @@ class Packed:
     @property
     def error(self) -> float:
         """‖d̂ − d‖/‖d‖ over all rows, d being their differences from the centre."""
-        lost, whole = self.squares.tolist()
+        lost, whole = self.squared_errors.tolist()
         return (lost / whole) ** 0.5 if whole else 0.0
 
     def row(self, i: int) -> Tensor:
         """See `Matrix.row`: the same row for all."""
         return self._row_D
 
-    def keep(self, i: int) -> None:
-        """See `Matrix.keep`: encode the difference of the row from the mean."""
+    def encode(self, i: int) -> None:
+        """See `Matrix.encode`: encode the difference of the row from the mean."""
         fields_FP = self._words_NP.new_zeros(self._fields, self._columns)
         scale_FH, zero_FH = self._scale_NH[i].view(self._fields, -1), self._zero_NH[i].view(self._fields, -1)
         step = max(1, _ENCODED // self._group) * self._group
@@ -78,7 +78,7 @@ class Packed:
                 codes_HK, scale_FH[f, groups], zero_FH[f, groups] = fit(d_HK, 2**self._bits, _ROUNDS[self._bits])
                 kept_HK = torch.addcmul(zero_FH[f, groups].unsqueeze(1), codes_HK, scale_FH[f, groups].unsqueeze(1))
                 lost = (kept_HK - d_HK).flatten()[: max(0, len(self._row_D) - first)]  # not that of the padding
-                self.squares += torch.stack([lost.square().sum(), d_HK.square().sum()])
+                self.squared_errors += torch.stack([lost.square().sum(), d_HK.square().sum()])
                 fields_FP[f, start:stop] = self._stored(codes_HK.flatten())
         if self._bits == 16:
             zero_FH += scale_FH * 2**15  # what `_stored` takes off
@@ -87,7 +87,7 @@ class Packed:
         for f in range(1, self._fields):
             packed_P |= fields_FP[f] << (self._bits * f)
 
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
+    def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
         """The differences between two columns, decoded to float32 in one workspace: valid until the next piece."""
         n = len(self._words_NP)
         limit = _DECODED["cpu" if self._words_NP.device.type == "cpu" else "cuda"]
@@ -107,7 +107,7 @@ class Packed:
     def _difference(self, start: int, stop: int) -> Tensor:
         """Columns of the row less the mean, in float32, with zeros beyond the end."""
         inside = slice(min(start, len(self._row_D)), min(stop, len(self._row_D)))
-        d = (self._row_D[inside] - self.centre_D[inside]).to(torch.float32)
+        d = (self._row_D[inside] - self.mean_D[inside]).to(torch.float32)
         return torch.nn.functional.pad(d, (0, stop - start - len(d)))
 
     def _stored(self, codes: Tensor) -> Tensor:

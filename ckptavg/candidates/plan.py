@@ -141,26 +141,3 @@ def sized(count: int) -> str:
         if count >= size / 10:
             return f"{count / size:,.2f} {unit}"
     return f"{count / 1e3:.1f} kB"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatrixResult:
-    """The candidate matrix that was searched.
-
-    Attributes:
-        bits: of an element; 32 is the candidates as the model holds them.
-        group_size: elements that share a scale and a zero point, None where nothing was rounded.
-        bytes: it took on the device, scales included.
-        error: what rounding lost of the candidates' differences from their mean, relative to these.
-        offload: where it lay instead: ``cpu`` or ``disk``; then ``bytes`` are those of the buffers.
-        precision: of the passes of the search, ``float32`` for the model's own.
-        compiled: whether torch.compile had the model's forward.
-    """
-
-    bits: int
-    group_size: int | None
-    bytes: int
-    error: float
-    offload: str = "none"
-    precision: str = "float32"
-    compiled: bool = False

@@ -44,7 +44,7 @@ def build(make: Callable[[], nn.Module], device: torch.device, workers: Workers)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
-    mesh = init_device_mesh(device.type, (workers.world,))
+    mesh = init_device_mesh(device.type, (workers.world_size,))
     try:
         for module in (*blocks(model), model):
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -86,7 +86,7 @@ def flatten_shards(model: nn.Module, tensors: list[tuple[tuple[str, ...], Tensor
         if isinstance(tensor, DTensor):
             nothing = torch.empty((), dtype=tensor.dtype, device=tensor.device_mesh.device_type)
             local = nn.Parameter(nothing.expand(tensor.to_local().shape))
-            rows = -(-tensor.shape[0] // workers.world)  # as torch.chunk divides them
+            rows = -(-tensor.shape[0] // workers.world_size)  # as torch.chunk divides them
             first[names] = min(rows * workers.rank, tensor.shape[0]) * tensor[0].numel()
             shards[id(tensor)] = tensor, local
             here.append((names, local))

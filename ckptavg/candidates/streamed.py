@@ -118,8 +118,8 @@ class Streamed:
     what is being copied.
     """
 
-    centre_D = None
-    squares = torch.zeros(2)
+    mean_D = None
+    squared_errors = torch.zeros(2)
 
     def __init__(self, rows: Rows, n: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows = rows
@@ -138,11 +138,11 @@ class Streamed:
         """See `Matrix.row`."""
         return self.rows.row(i)
 
-    def keep(self, i: int) -> None:
-        """See `Matrix.keep`; it is where it will be read from already."""
+    def encode(self, i: int) -> None:
+        """See `Matrix.encode`; it is where it will be read from already."""
 
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
-        """See `Matrix.pieces`."""
+    def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
+        """See `Matrix.column_blocks`."""
         for lane, host_NC, part in self._read(range(self._n), start, stop):
             piece_NC = lane.on_device(host_NC)
             yield (piece_NC if piece_NC.itemsize >= 4 else piece_NC.to(torch.float32)), part

@@ -68,7 +68,7 @@ class Checkpoint:
         if self.tensors[name].dtype == "BOOL" and (other := bytes(out).lstrip(b"\0\1")):
             at = start + len(out) - len(other)
             what = f"element {at} is the byte {other[0]}, neither 0 nor 1 as a BOOL must be"
-            raise InputError(what, path=self.path, tensor=name, hint=self.way_out)
+            raise InputError(what, path=self.path, tensor=name, hint=self.hint)
 
     @property
     def excluding(self) -> str:
@@ -76,13 +76,13 @@ class Checkpoint:
         return excluding(self.name.partition("/")[0])
 
     @property
-    def way_out(self) -> str:
+    def hint(self) -> str:
         """What can be done about it where it is bad."""
         return f"leave it out with {self.excluding}, or all bad ones with --skip-bad"
 
     def _explained(self, error: InputError, name: str) -> InputError:
         """``error`` with the tensor's name behind the file's, where neither names it yet, and with a hint."""
-        what, hint = str(error), error.hint or self.way_out
+        what, hint = str(error), error.hint or self.hint
         for path in (printable(str(file.path)) for file in self.reader.files):
             if what.startswith(f"{path}: ") and printable(name) not in what:
                 return InputError(what.removeprefix(f"{path}: "), path=path, tensor=name, hint=hint)

@@ -54,7 +54,7 @@ class Manifest:
                 raise InputError(
                     f"its SHA-256 is {found[:16]}…, but by {NAME} {expected[:16]}…: damaged, or changed since",
                     path=file.path,
-                    hint=checkpoint.way_out,
+                    hint=checkpoint.hint,
                 )
 
     @property

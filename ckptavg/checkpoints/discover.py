@@ -12,7 +12,7 @@ from typing import Literal, Self, TypeAlias
 
 from ckptavg.checkpoints import duplicates, state_dict
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.listing import LeftOut, NotACheckpoint, Place, places_under
+from ckptavg.checkpoints.listing import CheckpointPath, LeftOut, SkipFile, list_checkpoints
 from ckptavg.checkpoints.steps import common_kind, natural, step_in_name, steps_inside, trainer_step
 from ckptavg.checkpoints.window import Window
 from ckptavg.errors import CkptavgError, InputError, excluding
@@ -22,7 +22,7 @@ _Refuse: TypeAlias = Callable[[CkptavgError, Path], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Discovered:
     """Open candidates in training order, and what was left out; a context manager that closes the files."""
 
     checkpoints: tuple[Checkpoint, ...]
@@ -41,7 +41,7 @@ def discover(
     paths: Sequence[Path], window: Window | None = None, key: str | None = None, *,
     bad: Literal["refuse", "skip", "list"] = "refuse", check: Callable[[Checkpoint], None] | None = None,
     allow_nonfinite: bool = False,
-) -> Found:  # fmt: skip
+) -> Discovered:  # fmt: skip
     """Find, open (headers only), order and filter the checkpoints that ``paths`` name.
 
     Args:
@@ -66,7 +66,7 @@ def discover(
 
     try:
         for order, path in enumerate(paths):
-            for place in places_under(path, order, left_out):
+            for place in list_checkpoints(path, order, left_out):
                 if not window.admits(place.name):
                     left_out.append(LeftOut(path=place.path, reason="left out by --include or --exclude"))
                     continue
@@ -90,10 +90,10 @@ def discover(
         checkpoint.reader.close()
     if not chosen and bad != "list":
         raise InputError(_nothing(left_out), path=", ".join(map(str, paths)), hint=_nothing_hint(paths))
-    return Found(checkpoints=tuple(chosen), left_out=tuple(left_out), warnings=warnings)
+    return Discovered(checkpoints=tuple(chosen), left_out=tuple(left_out), warnings=warnings)
 
 
-def with_news(found: Found, paths: Sequence[Path], output: Path) -> Found:
+def with_directory_changes(found: Discovered, paths: Sequence[Path], output: Path) -> Discovered:
     """``found``, and a warning for each checkpoint that came or went since the directories were listed.
 
     Args:
@@ -110,7 +110,7 @@ def with_news(found: Found, paths: Sequence[Path], output: Path) -> Found:
     ]
     for order, path in enumerate(paths):
         with suppress(InputError):  # the directory itself has gone
-            new = (place.path for place in places_under(path, order, []) if place.path not in known)
+            new = (place.path for place in list_checkpoints(path, order, []) if place.path not in known)
             news += [f"{one} appeared while the run went on, and is no candidate of it" for one in new]
     return replace(found, warnings=(*found.warnings, *news))
 
@@ -119,21 +119,21 @@ def with_news(found: Found, paths: Sequence[Path], output: Path) -> Found:
 class _Opened:
     checkpoint: Checkpoint
     steps: dict[str, int]
-    place: Place
+    place: CheckpointPath
 
 
-def _open(place: Place, key: str | None, left_out: list[LeftOut], *, allow_nonfinite: bool) -> _Opened | None:
+def _open(place: CheckpointPath, key: str | None, left_out: list[LeftOut], *, allow_nonfinite: bool) -> _Opened | None:
     reader = open_reader(place.weights)
     try:
         if not place.explicit and "ckptavg" in reader.metadata:
-            raise NotACheckpoint("an earlier output of ckptavg", "warning")
+            raise SkipFile("an earlier output of ckptavg", "warning")
         if key is None and (other := state_dict.other_contents(reader.tree)):
-            raise NotACheckpoint(other)
+            raise SkipFile(other)
         chosen, tensors, notes = state_dict.model_tensors(reader, key)
         steps = steps_inside(reader)
         if place.path != place.weights and "global_step" not in steps:
             steps |= trainer_step(place.path / "trainer_state.json")
-    except NotACheckpoint as other:
+    except SkipFile as other:
         reader.close()
         if place.explicit:
             raise InputError(f"is {other}, not a model", path=place.path) from other
@@ -225,7 +225,7 @@ def _in_order(opened: list[_Opened], refuse: _Refuse | None) -> tuple[list[Check
     return _in_order([one for one in opened if one is not odd], refuse)
 
 
-def _with_hint(error: CkptavgError, place: Place) -> CkptavgError:
+def _with_hint(error: CkptavgError, place: CheckpointPath) -> CkptavgError:
     if error.hint is None and not place.explicit:
         error.hint = f"leave it out with {excluding(place.name)}, or all bad ones with --skip-bad"
     return error

@@ -26,6 +26,6 @@ NAMES: Final[Mapping[str, str]] = {str(dtype).removeprefix("torch."): name for n
 FLOATING: Final = ("F64", "F32", "F16", "BF16")
 
 
-def spelled(dtypes: Iterable[str]) -> str:
+def dtype_names(dtypes: Iterable[str]) -> str:
     """The floating-point ones among safetensors' names of dtypes, as config.json spells them: ``bfloat16, float32``."""
     return ", ".join(sorted({str(TORCH[dtype]).removeprefix("torch.") for dtype in dtypes if dtype in FLOATING}))

@@ -51,7 +51,7 @@ def not_finite(checkpoint: Checkpoint, name: str) -> InputError | None:
     if not count:
         return None
     what = f"{count} values are NaN or infinite, the first at element {first}"
-    return InputError(what, path=checkpoint.path, tensor=name, hint=checkpoint.way_out)
+    return InputError(what, path=checkpoint.path, tensor=name, hint=checkpoint.hint)
 
 
 def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:

@@ -50,7 +50,7 @@ class LeftOut:
 
     path: Path
     reason: str
-    kind: str = "quiet"
+    kind: str = "info"
 
     @property
     def line(self) -> str:
@@ -59,7 +59,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class CheckpointPath:
     """Where a checkpoint lies.
 
     Attributes:
@@ -77,7 +77,7 @@ class Place:
     explicit: bool = False
 
 
-def places_under(path: Path, order: int, left_out: list[LeftOut]) -> Iterator[Place]:
+def list_checkpoints(path: Path, order: int, left_out: list[LeftOut]) -> Iterator[CheckpointPath]:
     """Where checkpoints lie under one of the given paths.
 
     Args:
@@ -86,22 +86,22 @@ def places_under(path: Path, order: int, left_out: list[LeftOut]) -> Iterator[Pl
         left_out: gets what is none, with the reason.
     """
     if not is_folder(path):
-        yield Place(path=path, weights=path, name=path.name, order=order, explicit=True)
+        yield CheckpointPath(path=path, weights=path, name=path.name, order=order, explicit=True)
         return
     names = entries(path)
     if claim_folder(names):
-        yield Place(path=path, weights=path, name=path.resolve().name, order=order, explicit=True)
+        yield CheckpointPath(path=path, weights=path, name=path.resolve().name, order=order, explicit=True)
         return
     places = list(_listed(path, names, order, left_out))
     if len(places) == 1 and places[0].path.parent == path and places[0].path.name in WEIGHT_NAMES:
         # the directory is itself one checkpoint, such as ./run/checkpoint-500
         name = path.resolve().name
-        yield Place(path=path, weights=places[0].weights, name=name, order=order, explicit=True)
+        yield CheckpointPath(path=path, weights=places[0].weights, name=name, order=order, explicit=True)
     else:
         yield from places
 
 
-def _listed(folder: Path, inside: frozenset[str], order: int, left_out: list[LeftOut]) -> Iterator[Place]:
+def _listed(folder: Path, inside: frozenset[str], order: int, left_out: list[LeftOut]) -> Iterator[CheckpointPath]:
     names = sorted((name for name in inside if not name.startswith(".") or _is_temporary(name)), key=natural)
     # a Trainer's directory is incomplete without trainer_state.json
     states = (folder / name / "trainer_state.json" for name in names if name.startswith("checkpoint-"))
@@ -110,24 +110,24 @@ def _listed(folder: Path, inside: frozenset[str], order: int, left_out: list[Lef
         path = folder / name
         try:
             if _is_temporary(name):
-                raise NotACheckpoint("temporary: still being written, or abandoned", "warning")
+                raise SkipFile("temporary: still being written, or abandoned", "warning")
             weights = _weights_in(path, trainer) if is_folder(path) else _weights_file(path)
-        except NotACheckpoint as other:
+        except SkipFile as other:
             left_out.append(LeftOut(path=path, reason=str(other), kind=other.kind))
             continue
         except InputError:
             weights = path  # which cannot be looked into: opening it says why, unless it is not wanted
-        yield Place(path=path, weights=weights, name=name, order=order)
+        yield CheckpointPath(path=path, weights=weights, name=name, order=order)
 
 
 def _is_temporary(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in TEMPORARY)
 
 
-class NotACheckpoint(Exception):
+class SkipFile(Exception):
     """Says why something is no candidate; ``kind`` as in `LeftOut`."""
 
-    def __init__(self, reason: str, kind: str = "quiet") -> None:
+    def __init__(self, reason: str, kind: str = "info") -> None:
         super().__init__(reason)
         self.kind = kind
 
@@ -135,15 +135,15 @@ class NotACheckpoint(Exception):
 def _weights_file(path: Path) -> Path:
     for pattern, reason in SIDE_FILES.items():
         if fnmatchcase(path.name, pattern):
-            raise NotACheckpoint(reason)
+            raise SkipFile(reason)
     if rank := _RANK.fullmatch(path.name):
         _check_rank(path, *rank.groups())
     if path.name.endswith(WEIGHT_SUFFIXES):
         if _SHARD.search(path.name) and not path.name.endswith(".json"):
             index = _SHARD.sub(".", path.name) + ".index.json"
             known = os.path.lexists(path.parent / index)
-            raise NotACheckpoint(
-                f"a shard of {index}" if known else "a shard without its index", "quiet" if known else "warning"
+            raise SkipFile(
+                f"a shard of {index}" if known else "a shard without its index", "info" if known else "warning"
             )
         return path
     # an unusual name: only the first bytes tell; JSON is not asked, for config.json would look like an index
@@ -151,27 +151,27 @@ def _weights_file(path: Path) -> Path:
         found = claim(file)
         if found and found.name != "sharded":
             return path
-    raise NotACheckpoint("not a checkpoint")
+    raise SkipFile("not a checkpoint")
 
 
 def _check_rank(path: Path, stem: str, rank: str, suffix: str) -> None:
     if int(rank):
-        raise NotACheckpoint(f"what process {rank} saved")
+        raise SkipFile(f"what process {rank} saved")
     if os.path.lexists(path.parent / f"{stem}1{suffix}"):
-        raise NotACheckpoint("one part of a model that several processes saved; gather it into one first", "warning")
+        raise SkipFile("one part of a model that several processes saved; gather it into one first", "warning")
 
 
 def _weights_in(folder: Path, trainer: bool) -> Path:
     if folder.name in SIDE_FOLDERS:
-        raise NotACheckpoint(SIDE_FOLDERS[folder.name])
+        raise SkipFile(SIDE_FOLDERS[folder.name])
     names = entries(folder)
     if any(name.endswith(".distcp") for name in names) and not any(name.endswith(".metadata") for name in names):
-        raise NotACheckpoint("incomplete: it has no .metadata, which is written last", "warning")
+        raise SkipFile("incomplete: it has no .metadata, which is written last", "warning")
     if claim_folder(names):
         return folder
     by_trainer = (trainer and re.fullmatch(r"checkpoint-\d+", folder.name)) or names & set(TRAINER_FILES)
     if by_trainer and "trainer_state.json" not in names:
-        raise NotACheckpoint("incomplete: it has no trainer_state.json, which is written last", "warning")
+        raise SkipFile("incomplete: it has no trainer_state.json, which is written last", "warning")
     for name in WEIGHT_NAMES:
         if name in names:
             return folder / name
@@ -179,14 +179,14 @@ def _weights_in(folder: Path, trainer: bool) -> Path:
     if len(others) == 1:
         return others[0]
     if by_trainer:
-        raise NotACheckpoint("has no model weights", "warning")
-    raise NotACheckpoint(f"a directory with {len(others)} weight files" if others else "a directory without weights")
+        raise SkipFile("has no model weights", "warning")
+    raise SkipFile(f"a directory with {len(others)} weight files" if others else "a directory without weights")
 
 
 def _weight_files(folder: Path, names: frozenset[str]) -> Iterator[Path]:
     for name in sorted(names):
         if name.endswith(WEIGHT_SUFFIXES) and not is_folder(folder / name):
-            with suppress(NotACheckpoint):
+            with suppress(SkipFile):
                 yield _weights_file(folder / name)
 
 

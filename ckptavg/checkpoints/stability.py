@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ckptavg.checkpoints.listing import LeftOut, places_under
+from ckptavg.checkpoints.listing import LeftOut, list_checkpoints
 from ckptavg.checkpoints.window import Window
 from ckptavg.filesystem.regular_file import is_folder
 from ckptavg.runtime import signals
@@ -46,7 +46,7 @@ def wait(paths: Sequence[Path], window: Window, seconds: float, watch: Watch | N
             seen, quiet_since = now, time.monotonic()
 
 
-def doubts(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+def warnings(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
     """What to say where a candidate changed within the last `SETTLED` seconds."""
     age, path = min(
         ((time.time() - file.changed, one.path) for one in checkpoints for file in one.reader.files),
@@ -62,7 +62,7 @@ def _state(paths: Sequence[Path], window: Window) -> dict[Path, tuple[int, int, 
     found: dict[Path, tuple[int, int, int]] = {}
     left_out: list[LeftOut] = []
     for order, path in enumerate(paths):
-        wanted = [place.path for place in places_under(path, order, left_out) if window.admits(place.name)]
+        wanted = [place.path for place in list_checkpoints(path, order, left_out) if window.admits(place.name)]
         wanted += [one.path for one in left_out if one.kind == "warning" and window.admits(one.path.name)]
         for file in (file for place in wanted for file in _files(place)):
             try:

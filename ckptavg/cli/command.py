@@ -21,7 +21,7 @@ def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def signed(
+def with_signature(
     run: Callable[..., None], name: str, doc: str, own: Sequence[inspect.Parameter], *,
     without: Collection[str] = (), defaults: Mapping[str, Any] | None = None,
 ) -> Callable[..., None]:  # fmt: skip
@@ -55,7 +55,7 @@ def _from_environment(one: inspect.Parameter) -> None:
         info.envvar, info.show_envvar = f"CKPTAVG_{one.name.upper()}", False
 
 
-def carry_out(
+def run_command(
     arguments: dict[str, Any],
     work: Callable[[list[Path], Options, Watch | None], Report],
     *,
@@ -85,7 +85,7 @@ def carry_out(
         if options.wait_stable is not None:
             shown.print(f"beginning when no candidate has changed for {options.wait_stable:g} s")
         done = work(paths, with_task(options, paths, required=needs_task), watch)
-    if not workers.first:
+    if not workers.is_rank_zero:
         return
     result = done.result if isinstance(done, Comparison) else done
     shown.warn(result)

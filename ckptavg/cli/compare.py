@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from ckptavg.cli.command import carry_out, parameter, signed
+from ckptavg.cli.command import parameter, run_command, with_signature
 from ckptavg.cli.options import option
 
 Strategies = Annotated[
@@ -26,10 +26,10 @@ def _run(**arguments: Any) -> None:
         paths, options, watch = inputs
         return compare(paths, names, options, watch)
 
-    carry_out(arguments, work, needs_task=True)
+    run_command(arguments, work, needs_task=True)
 
 
-command = signed(
+command = with_signature(
     _run,
     "compare",
     "Run several strategies on the same candidates, and write the average of the one that validates best.",

@@ -24,7 +24,7 @@ from ckptavg.cli.options import (  # fmt: skip
 )
 from ckptavg.errors import printable
 from ckptavg.filesystem.regular_file import is_folder
-from ckptavg.runtime.workers import PATIENCE, joined
+from ckptavg.runtime.workers import TIMEOUT, joined
 
 
 def command(
@@ -39,7 +39,7 @@ def command(
     lm_eval: LmEval = None,
     device: Device = "auto",
     seed: Seed = 0,
-    worker_timeout: WorkerTimeout = PATIENCE,
+    worker_timeout: WorkerTimeout = TIMEOUT,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -53,17 +53,17 @@ def command(
     meeting = joined(device, worker_timeout)
     with meeting as workers, stdout_for_data(), Screen(quiet=quiet).watching() as watch:
         from ckptavg.pipeline.evaluation import evaluate
-        from ckptavg.pipeline.task_choice import find
+        from ckptavg.pipeline.task_choice import find_task
 
         given = val is not None or lm_eval is not None
         # an output beside ./task.py is usual
-        source = task if given else find(task, [path for path in files if is_folder(path)])
+        source = task if given else find_task(task, [path for path in files if is_folder(path)])
         scored = evaluate(
             files, source, key=key, device=device, seed=seed, watch=watch, val=val, test=test,
             batch_size=batch_size, task_timeout=task_timeout, worker_timeout=worker_timeout, workers=workers,
             trust_remote_code=trust_remote_code, lm_eval=lm_eval,
         )  # fmt: skip
-    if not workers.first:
+    if not workers.is_rank_zero:
         return
     rows: list[dict[str, Any]] = [
         {

@@ -11,7 +11,7 @@ from ckptavg.errors import InputError, printable
 
 if TYPE_CHECKING:
     from ckptavg.checkpoints.checkpoint import Checkpoint
-    from ckptavg.checkpoints.discover import Found
+    from ckptavg.checkpoints.discover import Discovered
 
 ReadData = Annotated[
     bool, option("Candidates", "Read files to their ends too: checksums, SHA256SUMS, NaN.", "--read-data")
@@ -48,7 +48,7 @@ def command(
         integrity.check(checkpoint)
 
     with discover(ckpts, window, key, bad="list", check=whole if read_data else None) as found:
-        doubts = (*manifest.doubts, *stability.doubts(found.checkpoints))
+        doubts = (*manifest.doubts, *stability.warnings(found.checkpoints))
         found = replace(found, warnings=(*found.warnings, *doubts))
         if json:
             print(json_module.dumps(_to_dict(found), indent=2))
@@ -68,7 +68,7 @@ def _dtypes(checkpoint: Checkpoint) -> str:
     return ", ".join(sorted({tensor.dtype for tensor in checkpoint.tensors.values()}))
 
 
-def _to_dict(found: Found) -> dict[str, Any]:
+def _to_dict(found: Discovered) -> dict[str, Any]:
     return {
         "candidates": [
             {
@@ -90,7 +90,7 @@ def _to_dict(found: Found) -> dict[str, Any]:
     }
 
 
-def _show(found: Found, *, quiet: bool) -> None:
+def _show(found: Discovered, *, quiet: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ckptavg.cli.command import carry_out, parameter, signed
+from ckptavg.cli.command import parameter, run_command, with_signature
 from ckptavg.cli.options import option
 
 Samples = Annotated[int, option("Landscape", "Random mixtures that are really scored.")]
@@ -30,15 +30,15 @@ def _run(**arguments: Any) -> None:
 
         paths, options, watch = inputs
         found = landscape(paths, options, watch, mixtures=names, as_text=as_json.to_json, **more)
-        if found.plane is not None and options.workers.first:
+        if found.plane is not None and options.workers.is_rank_zero:
             surface.draw(found.plane, Path(options.output).with_suffix(".png"))
         return found
 
     arguments["output"] = arguments["output"] or "landscape.json"
-    carry_out(arguments, work, needs_task=True)
+    run_command(arguments, work, needs_task=True)
 
 
-command = signed(
+command = with_signature(
     _run,
     "landscape",
     "Describe the loss around the candidates to second order, and write it as JSON.",

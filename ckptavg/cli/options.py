@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from ckptavg.runtime.workers import PATIENCE
+from ckptavg.runtime.workers import TIMEOUT
 
 if TYPE_CHECKING:
     from ckptavg.report.result import Comparison, Landscape, Result
@@ -192,7 +192,7 @@ def shared_options(
     keep_journal: KeepJournal = False,
     parallel: Parallel = "auto",
     shard: Shard = False,
-    worker_timeout: WorkerTimeout = PATIENCE,
+    worker_timeout: WorkerTimeout = TIMEOUT,
     baselines: Baselines = True,
     json: Json = False,
     report: ReportFile = None,

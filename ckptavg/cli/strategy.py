@@ -7,7 +7,7 @@ from dataclasses import fields
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from ckptavg.cli.command import carry_out, parameter, signed
+from ckptavg.cli.command import parameter, run_command, with_signature
 from ckptavg.cli.options import option
 from ckptavg.objective import Strategy
 
@@ -27,9 +27,9 @@ def command(name: str, strategy: type[Strategy]) -> Callable[..., None]:
             paths, options, watch = inputs
             return run(paths, chosen, options, watch)
 
-        carry_out(arguments, work, needs_task=strategy.needs_task)
+        run_command(arguments, work, needs_task=strategy.needs_task)
 
-    return signed(run, name, (strategy.__doc__ or "").strip().splitlines()[0], own)
+    return with_signature(run, name, (strategy.__doc__ or "").strip().splitlines()[0], own)
 
 
 def _annotation(name: str, hint: Any, default: Any) -> Any:

@@ -65,7 +65,7 @@ class Screen:
     def warn(self, result: Result | Landscape) -> None:
         """Say what was left out and what is doubtful; with -v also what was left out as a matter of course."""
         for one in result.left_out:
-            if one.kind != "quiet" or self._verbose:
+            if one.kind != "info" or self._verbose:
                 self._say(f"left out {one.line}")
         for warning in result.warnings:
             self._say(warning)
@@ -149,7 +149,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         target = path.resolve()
     except OSError as error:  # the working directory was removed
-        raise OutputError(f"cannot be written: {atomic.said(error)}", path=path) from error
+        raise OutputError(f"cannot be written: {atomic.os_message(error)}", path=path) from error
     if target.is_file() or not target.exists():
         atomic.write_text(target, text)
         return

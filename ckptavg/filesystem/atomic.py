@@ -57,7 +57,7 @@ class Temporary:
 
 
 @contextmanager
-def staged(path: Path, data: bytes) -> Generator[Callable[[], None]]:
+def temporary_file(path: Path, data: bytes) -> Generator[Callable[[], None]]:
     """A small file under a temporary name, on the disk; what is yielded gives it its name, replacing an existing one.
 
     Raises:
@@ -68,18 +68,18 @@ def staged(path: Path, data: bytes) -> Generator[Callable[[], None]]:
         try:
             os.replace(file.path, path)  # noqa: PTH105
         except OSError as error:
-            refuse(path, error, len(data))
+            raise_output_error(path, error, len(data))
 
     try:
         file = Temporary(path)
     except OSError as error:
-        refuse(path, error, len(data))
+        raise_output_error(path, error, len(data))
     try:
         try:
             file.write(data, 0)
             os.fsync(file.fd)
         except OSError as error:
-            refuse(path, error, len(data))
+            raise_output_error(path, error, len(data))
         yield publish
     finally:
         file.remove()
@@ -91,7 +91,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         OutputError: if it cannot be written.
     """
-    with staged(path, data) as publish:
+    with temporary_file(path, data) as publish:
         publish()
     flush_folder(path)
 
@@ -101,7 +101,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def left_behind(folder: Path, name: str | None = None) -> list[Path]:
+def stale_temporaries(folder: Path, name: str | None = None) -> list[Path]:
     """The temporary files of writers that are dead.
 
     Args:
@@ -138,13 +138,13 @@ def flush_folder(path: Path) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        what = f"is written, but its directory could not be flushed to the disk: {said(error)}"
+        what = f"is written, but its directory could not be flushed to the disk: {os_message(error)}"
         raise OutputError(what, path=path) from error
 
 
-def refuse(path: Path, error: OSError, size: int) -> NoReturn:
+def raise_output_error(path: Path, error: OSError, size: int) -> NoReturn:
     """Say why ``path``, ``size`` bytes long, cannot be written."""
-    what = said(error)
+    what = os_message(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         what = f"{what}: {size:,} bytes are needed, {free(path.parent):,} are free"
     raise OutputError(f"cannot be written: {what}", path=path) from error
@@ -156,7 +156,7 @@ def free(folder: Path) -> int:
     return space.f_frsize * (space.f_bavail if os.geteuid() else space.f_bfree)
 
 
-def said(error: OSError) -> str:
+def os_message(error: OSError) -> str:
     """What the system calls the error."""
     return os.strerror(error.errno or 0).lower()
 

@@ -14,18 +14,18 @@ from ckptavg.filesystem.regular_file import RegularFile
 _CHUNK: Final = 1 << 20
 
 
-def none(_: RegularFile) -> str:
+def no_digest(_: RegularFile) -> str:
     """In place of a SHA-256 that nobody wants."""
     return ""
 
 
-def unknown(_: RegularFile) -> str:
+def placeholder_digest(_: RegularFile) -> str:
     """In place of a SHA-256 that is not known yet, as long as one."""
     return "0" * 64
 
 
 @contextmanager
-def hashing(files: Iterable[RegularFile], threads: int) -> Generator[Callable[[RegularFile], str]]:
+def hash_while_reading(files: Iterable[RegularFile], threads: int) -> Generator[Callable[[RegularFile], str]]:
     """Find the SHA-256 of open files from what is read of them within, so that no byte comes from the disk twice.
 
     Yields:

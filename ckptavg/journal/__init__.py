@@ -19,17 +19,17 @@ from threading import Lock
 from typing import Any, Final, Self
 
 from ckptavg.errors import InputError, OutputError, OutputExistsError
-from ckptavg.filesystem.atomic import flush_folder, said
+from ckptavg.filesystem.atomic import flush_folder, os_message
 from ckptavg.filesystem.lock import release, take
 
 SCHEMA: Final = 2
-ASIDE: Final = "file "  # how keys begin that tell of the inputs: alone they are nothing to go on from
+SOURCE_PREFIX: Final = "file "  # how keys begin that tell of the inputs: alone they are nothing to go on from
 SCRATCH: Final = "scratch-"  # how directories begin that a killed run leaves, and the next one removes
 _FILE: Final = "journal.jsonl"
 _LOCK: Final = "lock"
 
 
-class Copy:
+class ReadOnlyJournal:
     """What a worker that does not write knows of the first one's journal."""
 
     def __init__(self, records: Mapping[str, Any], folder: Path) -> None:
@@ -84,7 +84,7 @@ class Journal:
             self._open(resume)
         except OSError as error:
             self._close()
-            raise OutputError(f"cannot be written: {said(error)}", path=self.folder) from error
+            raise OutputError(f"cannot be written: {os_message(error)}", path=self.folder) from error
         except BaseException:
             self._close()
             raise
@@ -179,7 +179,7 @@ class Journal:
             shutil.rmtree(path, ignore_errors=True)
 
     def _measured(self) -> int:
-        return sum(not key.startswith(ASIDE) for key in self._records)
+        return sum(not key.startswith(SOURCE_PREFIX) for key in self._records)
 
     def _read(self, line: bytes) -> None:
         sum_, _, text = line.partition(b" ")
@@ -210,7 +210,7 @@ class Journal:
         except OSError as error:
             self._lost = True  # what follows a torn line would be torn too
             what = "cannot be written: %s; the run goes on, but what it measures from now on is lost if it ends early"
-            logging.getLogger("ckptavg").warning("%s: " + what, self.folder, said(error))
+            logging.getLogger("ckptavg").warning("%s: " + what, self.folder, os_message(error))
 
     def _close(self) -> None:
         if self._fd >= 0:

@@ -38,22 +38,22 @@ def fingerprint(
     return {
         "candidates": candidates,
         "torch": torch.__version__,
-        **{name: _spelled(value) for name, value in settings.items()},
-        "task": {} if task is None else _of_code(task),
-        "data": {str(path): _of_data(Path(path)) for path in data if path is not None},
+        **{name: _as_json(value) for name, value in settings.items()},
+        "task": {} if task is None else _code_digests(task),
+        "data": {str(path): _data_digest(Path(path)) for path in data if path is not None},
     }
 
 
-def _spelled(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """As JSON has it, so that a difference is found where it is."""
     if isinstance(value, Mapping):
-        return {str(name): _spelled(inner) for name, inner in value.items()}
+        return {str(name): _as_json(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return {str(place): _spelled(inner) for place, inner in enumerate(value, 1)}
+        return {str(place): _as_json(inner) for place, inner in enumerate(value, 1)}
     return value if isinstance(value, str) else repr(value)
 
 
-def _of_code(source: str) -> dict[str, str]:
+def _code_digests(source: str) -> dict[str, str]:
     path = Path(source)
     if not is_file(path):
         module = sys.modules.get(source)
@@ -78,7 +78,7 @@ def _modules() -> set[str]:
     return found
 
 
-def _of_data(path: Path) -> str:
+def _data_digest(path: Path) -> str:
     if is_file(path):
         return _sha256(path)
     digest = hashlib.sha256(str(path).encode("utf-8", "surrogateescape"))

@@ -18,7 +18,7 @@ class ChangedDataError(Exception):
     """The data are not those that an earlier run has seen: what it measured is of no use."""
 
 
-def resumed(partial: Partial, work: Callable[[], _T]) -> _T:
+def resumed(partial: PassProgress, work: Callable[[], _T]) -> _T:
     """Do ``work``, which goes on from ``partial``; from the beginning where the data have changed since."""
     try:
         return work()
@@ -27,7 +27,7 @@ def resumed(partial: Partial, work: Callable[[], _T]) -> _T:
         return work()
 
 
-class Partial:
+class PassProgress:
     """What is known of one pass.
 
     Args:
@@ -61,7 +61,7 @@ class Partial:
             self._put(f"{self._key} {number}", None)
         self._found = []
 
-    def rest(
+    def remaining(
         self, batches: Iterable[_T], order: Callable[[], int], state: Callable[[], Any], *, whole: bool = False
     ) -> Iterator[_T]:
         """The batches that are still to do; between them, and when a signal ends the run, the state is kept.
@@ -82,7 +82,7 @@ class Partial:
                     yield batch
                 elif done == known and order() != expected:
                     raise ChangedDataError
-                if done > known and self.due():
+                if done > known and self.should_save():
                     self._keep(done, order, state)
         except signals.Interruption:
             self._keep(done, order, state)
@@ -92,7 +92,7 @@ class Partial:
         if whole and self._found:
             self._keep(done, order, state)
 
-    def due(self) -> bool:
+    def should_save(self) -> bool:
         """Whether it is time to keep what is known."""
         return self._put is not None and time.monotonic() - self._kept >= EVERY
 

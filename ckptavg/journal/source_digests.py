@@ -15,11 +15,11 @@ from threading import Event
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.filesystem import sha256 as digests
 from ckptavg.filesystem.regular_file import RegularFile
-from ckptavg.journal import ASIDE, Journal
+from ckptavg.journal import SOURCE_PREFIX, Journal
 
 
 @contextmanager
-def recorded(journal: Journal, checkpoints: Sequence[Checkpoint]) -> Generator[None]:
+def recording_digests(journal: Journal, checkpoints: Sequence[Checkpoint]) -> Generator[None]:
     """Compare the candidates' files with what the journal knows of them, and tell it the rest meanwhile.
 
     Raises:
@@ -41,7 +41,7 @@ def recorded(journal: Journal, checkpoints: Sequence[Checkpoint]) -> Generator[N
 def _files(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[str, RegularFile]]:
     for i, checkpoint in enumerate(checkpoints):
         for k, file in enumerate(checkpoint.reader.files):
-            yield f"{ASIDE}{i} {k}", file
+            yield f"{SOURCE_PREFIX}{i} {k}", file
 
 
 def _known(journal: Journal, key: str, file: RegularFile) -> bool:

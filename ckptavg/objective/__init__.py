@@ -106,7 +106,7 @@ class Objective(Protocol):
         """
         ...
 
-    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None) -> None:
+    def prefetch(self, coefficients: Sequence[Coefficients], on: Split | None = None) -> None:
         """Say which scores will be asked for, whatever they are: several workers then measure them side by side."""
         ...
 
@@ -117,7 +117,7 @@ class Objective(Protocol):
         """
         ...
 
-    def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
+    def score_at_least(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
         """The score where its value is ≥ ``bar`` (> if ``strict``), else None.
 
         What is None is known without the batches that could not have changed it any more: for a metric within known
@@ -194,7 +194,7 @@ def check_losses(
 def scored_alone(objective: Objective) -> list[float]:
     """The score of each candidate alone, larger is better."""
     alone = [Coefficients.uniform([i], objective.n) for i in range(objective.n)]
-    objective.expect(alone)
+    objective.prefetch(alone)
     scores: list[float] = []
     for i, one in enumerate(alone):
         scores.append(objective.score(one).value)

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.dtypes import spelled
+from ckptavg.checkpoints.dtypes import dtype_names
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
-from ckptavg.cost import SECONDS, Cost, Meter
+from ckptavg.cost import SECONDS, Cost, CostMeter
 from ckptavg.errors import TaskError, UsageError
 from ckptavg.journal import SCRATCH
 from ckptavg.objective import Hessian
-from ckptavg.objective.measurements import Replay, score_key
+from ckptavg.objective.measurements import MeasurementLog, score_key
 from ckptavg.objective.score_command import DIRECTORY, FILE, entries, numbers, tail
 from ckptavg.output import hugging_face_folder
 from ckptavg.output.safetensors_file import SafetensorsFile
@@ -40,7 +40,7 @@ from ckptavg.surrogate import Surrogate
 _NO_LOSS: Final = "a command gives a score and no gradient: score with a task file or --val for this"
 
 
-class Commanded:
+class CommandEvaluator:
     """An objective whose score is the number that a shell command prints; see `ckptavg.objective.evaluator.Evaluator`.
 
     The mixture is the exact average, in the dtype of the output, in a directory in ``OUTPUT.ckptavg/``. In the
@@ -72,7 +72,7 @@ class Commanded:
     def __init__(
         self, command: str, checkpoints: Sequence[Checkpoint], *, key: str | None = None,
         goal: Literal["max", "min"] = "max", timeout: float | None = None, dtype: str | None = None,
-        beside: Path, seed: int = 0, watch: Watch | None = None, replay: Replay | None = None,
+        beside: Path, seed: int = 0, watch: Watch | None = None, replay: MeasurementLog | None = None,
         workers: Workers = ALONE,
     ) -> None:  # fmt: skip
         self._command = command if FILE in command or DIRECTORY in command else f"{command} {FILE}"
@@ -87,7 +87,7 @@ class Commanded:
         self._replay = replay
         self._workers = workers
         self._scores: dict[Coefficients, Score] = {}
-        self._meter = Meter()
+        self._meter = CostMeter()
         self.restart()
 
     @property
@@ -132,29 +132,29 @@ class Commanded:
             return self._scores[coefficients]
         with self._meter.pricing(coefficients):
             self._meter.evaluated()
-            number = self._workers.told(self._workers.lead(lambda: self._measured(coefficients)))
+            number = self._workers.broadcast(self._workers.on_rank_zero(lambda: self._measured(coefficients)))
             assert number is not None
         self._keep(coefficients, number)
         return self._scores[coefficients]
 
-    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
-        """See `Evaluator.expect`."""
-        if self._workers.world == 1:
+    def prefetch(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
+        """See `Evaluator.prefetch`."""
+        if self._workers.world_size == 1:
             return
         keys = [key for key in dict.fromkeys(coefficients) if key not in self._scores and not self._known(key)]
 
         def measure(key: Coefficients) -> tuple[float, dict[str, float]]:
-            with self._meter.apart() as spent:
+            with self._meter.measure() as spent:
                 self._meter.evaluated()
                 number = self._measured(key)
-            return number, spent | {SECONDS: spent[SECONDS] / self._workers.world}
+            return number, spent | {SECONDS: spent[SECONDS] / self._workers.world_size}
 
-        for key, (number, spent) in self._workers.side_by_side(keys, measure):
+        for key, (number, spent) in self._workers.map_parallel(keys, measure):
             self._meter.price(key, spent)
             self._keep(key, number)
 
-    def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
-        """See `Objective.score_above`: a command cannot be stopped early."""
+    def score_at_least(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
+        """See `Objective.score_at_least`: a command cannot be stopped early."""
         score = self.score(coefficients)
         return score if (score.value > bar if strict else score.value >= bar) else None
 
@@ -162,17 +162,17 @@ class Commanded:
         """See `Evaluator.exact_score`: every score is."""
         return self.score(coefficients)
 
-    def adopt(
+    def load_output(
         self,
         coefficients: Coefficients,
         specs: Mapping[str, StoredTensor],
         read_into: Callable[[str, int, memoryview], None],
     ) -> Mapping[str, Tensor]:
-        """See `Evaluator.adopt`: nothing is recomputed, so the file is the one that was scored."""
+        """See `Evaluator.load_output`: nothing is recomputed, so the file is the one that was scored."""
         return {}
 
-    def score_adopted(self, coefficients: Coefficients, split: Split) -> Score:
-        """See `Evaluator.score_adopted`."""
+    def score_output(self, coefficients: Coefficients, split: Split) -> Score:
+        """See `Evaluator.score_output`."""
         return self.score(coefficients)
 
     def progress(self, stage: str, done: int, total: int, **figures: Tensor | float) -> None:
@@ -237,7 +237,9 @@ class Commanded:
                 out.commit()
             if DIRECTORY in self._command:
                 hugging_face_folder.copy(
-                    self._checkpoints[coefficients.selected[-1]], folder, spelled(spec.dtype for spec in specs.values())
+                    self._checkpoints[coefficients.selected[-1]],
+                    folder,
+                    dtype_names(spec.dtype for spec in specs.values()),
                 )
             yield path
         finally:

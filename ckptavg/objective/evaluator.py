@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from ckptavg.candidates.plan import MatrixResult
 from ckptavg.cost import Cost
 from ckptavg.objective import Objective
+from ckptavg.report.result import MatrixResult
 from ckptavg.score import Score, Split
 
 if TYPE_CHECKING:
@@ -60,15 +60,15 @@ class Evaluator(Objective, Protocol):
         """Load what a search needs, so that no strategy is charged for it."""
         ...
 
-    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
-        """See `Objective.expect`; ``exact`` if they will be asked for by `exact_score`."""
+    def prefetch(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
+        """See `Objective.prefetch`; ``exact`` if they will be asked for by `exact_score`."""
         ...
 
     def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
         """The score of the exact average of the files, whatever the precision of the search; remembered."""
         ...
 
-    def adopt(
+    def load_output(
         self,
         coefficients: Coefficients,
         specs: Mapping[str, StoredTensor],
@@ -81,7 +81,7 @@ class Evaluator(Objective, Protocol):
         """
         ...
 
-    def score_adopted(self, coefficients: Coefficients, split: Split) -> Score:
+    def score_output(self, coefficients: Coefficients, split: Split) -> Score:
         """The score of the file that was adopted with these ``coefficients``."""
         ...
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ckptavg.batches.stream import Share
+from ckptavg.batches.stream import LocalShard
 from ckptavg.candidates import Candidates
 from ckptavg.coefficients import Groups
 from ckptavg.errors import TaskError, is_out_of_memory
@@ -40,7 +40,7 @@ class MixtureLoss(torch.autograd.Function):
 
 
 def loss_and_gradient(
-    task: Task, candidates: Candidates, norms: Collection[batchnorm.Layer], c_GN: Tensor, share: Share,
+    task: Task, candidates: Candidates, norms: Collection[batchnorm.Layer], c_GN: Tensor, share: LocalShard,
     groups: Groups, precision: str, workers: Workers,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The mean loss at c on a batch, and ∂ℓ/∂c in the shape of c; BatchNorm by the batch's own statistics.

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import TaskError
-from ckptavg.journal import Copy, Journal
-from ckptavg.journal.pass_progress import Partial
+from ckptavg.journal import Journal, ReadOnlyJournal
+from ckptavg.journal.pass_progress import PassProgress
 from ckptavg.journal.tensor_json import decode, encode, raw
-from ckptavg.score import Each, Score, Split
+from ckptavg.score import PerExample, Score, Split
 from ckptavg.surrogate import Surrogate
 from ckptavg.tasks import Task
 from ckptavg.tasks.torch_metrics import Resampled
@@ -25,14 +25,14 @@ _TOGETHER: Final = 1.0  # seconds of losses that are written at a time
 _FIGURES: Final = ("value", "loss", "metric")
 
 
-class Replay:
+class MeasurementLog:
     """Asks a journal before anything is measured, and tells it afterwards.
 
     Losses are numbered within a search, because a strategy asks for them in one order; a record is used only where it
     was of the same coefficients to the last bit. Numbers keep all their bits.
     """
 
-    def __init__(self, journal: Journal | Copy) -> None:
+    def __init__(self, journal: Journal | ReadOnlyJournal) -> None:
         self._journal = journal
         self.folder = journal.folder
         self._search = -1
@@ -84,9 +84,9 @@ class Replay:
         self._pending = []
         self._flushed = time.monotonic()
 
-    def partial(self, key: str) -> Partial:
+    def partial(self, key: str) -> PassProgress:
         """How far the pass over data with this key has come."""
-        return Partial(f"part of {key}", self._journal.get, self._journal.put)
+        return PassProgress(f"part of {key}", self._journal.get, self._journal.put)
 
     def score(self, key: str, task: Task | None = None, *, earlier: bool = False) -> Score | None:
         """What is known of a score.
@@ -102,13 +102,13 @@ class Replay:
         if found["each"] and self._journal.get(key, earlier=True):
             self._orders.setdefault(_data_of(key), []).append(found["each"]["order"])
         numbers = {name: None if (text := found[name]) is None else float.fromhex(text) for name in _FIGURES}
-        each = found["each"] and Each(**decode(found["each"]))
-        score = Score(**numbers, examples=found["examples"], each=each, invalid=found["invalid"])  # pyright: ignore[reportArgumentType]
+        each = found["each"] and PerExample(**decode(found["each"]))
+        score = Score(**numbers, examples=found["examples"], per_example=each, invalid=found["invalid"])  # pyright: ignore[reportArgumentType]
         if found["corpus"] is None:
             return score
         assert task is not None and task.corpus is not None
         corpus = task.corpus()
-        corpus.restore(decode(found["corpus"]))
+        corpus.load_state_dict(decode(found["corpus"]))
         sign = -1.0 if task.metric_goal == "min" else 1.0
         return replace(score, resampled=Resampled(corpus, sign), batches=corpus.batches)
 
@@ -120,15 +120,22 @@ class Replay:
         """
         self.flush()
         orders = self._orders.get(_data_of(key), [])
-        if score.each is not None and len(orders) > 1 and set(orders) - {score.each.order} and len(set(orders)) == 1:
+        if (
+            score.per_example is not None
+            and len(orders) > 1
+            and set(orders) - {score.per_example.order}
+            and len(set(orders)) == 1
+        ):
             raise TaskError("the data are not those that the interrupted run scored on", hint="--no-resume begins anew")
         corpus = None
         if isinstance(score.resampled, Resampled):
             try:
-                corpus = encode(score.resampled.corpus.part(everything=True))
+                corpus = encode(score.resampled.corpus.state_dict(everything=True))
             except TypeError:
                 return  # its metric keeps what cannot be written down
-        each = score.each and {one.name: getattr(score.each, one.name) for one in fields(score.each)}
+        each = score.per_example and {
+            one.name: getattr(score.per_example, one.name) for one in fields(score.per_example)
+        }
         figures = {name: None if (x := getattr(score, name)) is None else x.hex() for name in _FIGURES}
         known = {"examples": score.examples, "each": encode(each), "corpus": corpus, "invalid": score.invalid}
         self._journal.put(key, figures | known)

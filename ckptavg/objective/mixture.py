@@ -17,22 +17,23 @@ from torch import Tensor, nn
 
 from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.batches import data_parallel
-from ckptavg.batches.loader import Feed
-from ckptavg.batches.stream import Share, Stream
+from ckptavg.batches.loader import BatchLoader
+from ckptavg.batches.stream import BatchStream, LocalShard
 from ckptavg.candidates import Candidates, ReadInto, sharded
-from ckptavg.candidates.plan import MatrixResult, Offload, Plan
+from ckptavg.candidates.plan import Offload, Plan
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
-from ckptavg.cost import SECONDS, Cost, Meter
+from ckptavg.cost import SECONDS, Cost, CostMeter
 from ckptavg.errors import TaskError, UsageError, is_out_of_memory
-from ckptavg.journal.pass_progress import Partial, resumed
+from ckptavg.journal.pass_progress import PassProgress, resumed
 from ckptavg.objective import Hessian, Parallel, batchnorm, curvature
 from ckptavg.objective.loss import MixtureLoss, loss_and_gradient
-from ckptavg.objective.measurements import Replay, score_key
+from ckptavg.objective.measurements import MeasurementLog, score_key
 from ckptavg.objective.precision import OWN, Compiled, autocast
-from ckptavg.objective.score_cache import Key, Scores
+from ckptavg.objective.score_cache import Key, ScoreCache
 from ckptavg.objective.scoring import Scorer
 from ckptavg.readers import StoredTensor
+from ckptavg.report.result import MatrixResult
 from ckptavg.runtime.progress import Watch
 from ckptavg.runtime.workers import ALONE, Workers
 from ckptavg.score import Score, Split, valid
@@ -77,7 +78,7 @@ class Mixture:
         precision: str = OWN,
         compiled: bool = False,
         watch: Watch | None = None,
-        replay: Replay | None = None,
+        replay: MeasurementLog | None = None,
         workers: Workers = ALONE,
         parallel: Parallel = "auto",
         shard: bool = False,
@@ -93,23 +94,23 @@ class Mixture:
         self._compile = compiled
         self._compiled: Compiled | None = None
         self.watch = watch
-        self._replay = replay
+        self._log = replay
         self._workers = workers
         self._parallel: Parallel = parallel
         self._shard = shard
         self._divided: dict[Split, bool] = {}
-        self._remarks: list[str] = []
+        self._notes: list[str] = []
         self._looked = 0.0
         self.scored_on: Split = "val" if task.has("val") else "train"
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
         self.batchnorm_from: Split = "train" if task.has("train") else self.scored_on
         self._gradients: dict[tuple[Coefficients, Split, str], tuple[float, Tensor]] = {}
         self._surrogates: dict[tuple[Split, Hessian], Surrogate] = {}
-        self.meter = Meter()
-        self._scores = Scores(task, self.meter, replay)
+        self.meter = CostMeter()
+        self._scores = ScoreCache(task, self.meter, replay)
         for _ in range(0 if replay is None else replay.halvings):
             task.halve()  # as it had to be before; then results are the same
-        self._feed = Feed(task, self.scored_on, device, seed, self.meter, workers)
+        self._feed = BatchLoader(task, self.scored_on, device, seed, self.meter, workers)
         self._scorer = Scorer(task, self._feed)
         self.restart()
 
@@ -120,8 +121,8 @@ class Mixture:
         """
         self.generator = torch.Generator().manual_seed(self._seed)
         self._feed.restart()
-        if self._replay is not None:
-            self._replay.restart()
+        if self._log is not None:
+            self._log.restart()
         self.meter.restart()
 
     @cached_property
@@ -139,7 +140,7 @@ class Mixture:
             model = model.to(self._device).eval()
         plan = Plan.of(
             model, self.n, bits=self._asked_bits, group_size=self.group_size, offload=self._offload,
-            device=self._device, parts=workers.world, sharing=self._workers.local,
+            device=self._device, parts=workers.world_size, sharing=self._workers.local_world_size,
         )  # fmt: skip
         remark = plan.check()
         if self.watch and self.n > 1:
@@ -186,7 +187,7 @@ class Mixture:
     @property
     def notes(self) -> list[str]:
         """See `Evaluator.notes`."""
-        said = [*getattr(self.task, "notes", ()), *self._remarks]
+        said = [*getattr(self.task, "notes", ()), *self._notes]
         if self._offload == "cpu" and self._device.type == "cpu":
             said.append("--offload cpu changes nothing on a CPU: the candidates are in its memory already")
         if self._compiled is not None and self._compiled.failure is not None:
@@ -240,7 +241,7 @@ class Mixture:
 
         def work() -> Tensor:
             nonlocal fresh
-            if self._replay is not None and self._replay.halved():
+            if self._log is not None and self._log.halved():
                 self._feed.restart(halved=True)
                 fresh = True
             split = on or self.scored_on
@@ -260,7 +261,7 @@ class Mixture:
             self.meter.charge(key)
             return self._surrogates[key]
         norms, split, name = self._norms, key[0], f"surrogate {' '.join(key)}"
-        if self._replay is not None and (known := self._replay.surrogate(name)):
+        if self._log is not None and (known := self._log.surrogate(name)):
             self._surrogates[key] = known
             return known
 
@@ -268,7 +269,7 @@ class Mixture:
             for done, batch in enumerate(self._feed.learnable(split, self._workers), 1):
                 yield batch
                 total = self.batches(split)
-                self.progress("measuring the curvature", min(total, done * self._workers.world), total)
+                self.progress("measuring the curvature", min(total, done * self._workers.world_size), total)
 
         def work() -> Surrogate:
             counts = torch.zeros(2, 2, dtype=torch.int64)
@@ -289,8 +290,8 @@ class Mixture:
 
         with self.meter.pricing(key):
             self._surrogates[key] = self._with_memory(work)
-        if self._replay is not None:
-            self._replay.keep_surrogate(name, self._surrogates[key])
+        if self._log is not None:
+            self._log.keep_surrogate(name, self._surrogates[key])
         return self._surrogates[key]
 
     def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
@@ -302,14 +303,14 @@ class Mixture:
             self.meter.charge(key)
             return self._gradients[key]
         name = f"gradient {score_key(coefficients, split, exact=False)}"
-        if self._replay is not None and (known := self._replay.gradient(name)):
+        if self._log is not None and (known := self._log.gradient(name)):
             self._gradients[key] = known
             return known
 
         def work() -> Tensor:
             total, examples, count = torch.zeros_like(torch.cat([c_N, c_N[:1]])), 0, 0
             for batch in self._feed.learnable(split, self._workers):
-                share = Share(batch, batches.size(batch), 1.0)
+                share = LocalShard(batch, batches.size(batch), 1.0)
                 loss, gradient_N = loss_and_gradient(
                     self.task, self.candidates, self._norms, c_N, share, EVERYTHING, self._precision, ALONE
                 )
@@ -327,27 +328,27 @@ class Mixture:
         gradient_N = torch.tensor(gradient, dtype=torch.float64)
         gradient_N -= gradient_N.mean()
         self._gradients[key] = value, gradient_N
-        if self._replay is not None:
-            self._replay.keep_gradient(name, value, gradient_N)
+        if self._log is not None:
+            self._log.keep_gradient(name, value, gradient_N)
         return self._gradients[key]
 
-    def expect(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
-        """See `Objective.expect` and `Evaluator.expect`."""
+    def prefetch(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
+        """See `Objective.prefetch` and `Evaluator.prefetch`."""
         workers = self._workers
-        if workers.world == 1 or self._shard or self._parallel == "batches" or self.task.corpus is not None:
+        if workers.world_size == 1 or self._shard or self._parallel == "batches" or self.task.corpus is not None:
             return
         split: Split = on or self.scored_on
         keys = self._scores.missing((c, split, exact or self._exactly(c)) for c in coefficients)
         if self._parallel == "auto" and self._scorer.divides and not self._norms:
-            del keys[len(keys) - len(keys) % workers.world :]  # a last few are sooner done all together
+            del keys[len(keys) - len(keys) % workers.world_size :]  # a last few are sooner done all together
 
         def measure(key: Key) -> tuple[Score, dict[str, float]]:
-            with self.meter.apart() as spent:
+            with self.meter.measure() as spent:
                 score = self._measured(key, None, ALONE)
             assert score is not None
-            return score, spent | {SECONDS: spent[SECONDS] / workers.world}
+            return score, spent | {SECONDS: spent[SECONDS] / workers.world_size}
 
-        for done, (key, (score, spent)) in enumerate(workers.side_by_side(keys, measure), 1):
+        for done, (key, (score, spent)) in enumerate(workers.map_parallel(keys, measure), 1):
             self.meter.price(key, spent)
             self._scores.keep(key, score)
             self.progress("scoring side by side", done, len(keys))
@@ -360,8 +361,8 @@ class Mixture:
         """See `Evaluator.exact_score`; scored again only where the candidate matrix is not exact."""
         return self._full(coefficients, split, exact=True)
 
-    def score_above(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
-        """See `Objective.score_above`."""
+    def score_at_least(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
+        """See `Objective.score_at_least`."""
         exact = self.candidates.exact and self._precision == OWN
         score = self._remembered(coefficients, self.scored_on, exact=exact, bar=bar)
         return score if score and (score.value > bar if strict else score.value >= bar) else None
@@ -382,23 +383,23 @@ class Mixture:
         """See `Evaluator.statistics`."""
         return batchnorm.statistics(self.model)
 
-    def adopt(
+    def load_output(
         self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto
     ) -> Mapping[str, Tensor]:
-        """See `Evaluator.adopt`."""
+        """See `Evaluator.load_output`."""
         self.load(specs, read_into)
         self._with_memory(lambda: self.recompute_batchnorm(_written(coefficients, self.batchnorm_from)))
         state = self.model.state_dict()
         return {name: state[name] for name in self.statistics}
 
-    def score_adopted(self, coefficients: Coefficients, split: Split) -> Score:
-        """See `Evaluator.score_adopted`."""
+    def score_output(self, coefficients: Coefficients, split: Split) -> Score:
+        """See `Evaluator.score_output`."""
         key = _written(coefficients, split)
-        score = None if self._replay is None else self._replay.score(key, self.task)
+        score = None if self._log is None else self._log.score(key, self.task)
         if score is None:
             score = self._with_memory(lambda: self.evaluate(split, "the average", key))
-            if self._replay is not None:
-                self._replay.keep_score(key, score)
+            if self._log is not None:
+                self._log.keep_score(key, score)
         return score
 
     def recompute_batchnorm(self, key: str = "") -> None:
@@ -411,7 +412,7 @@ class Mixture:
 
         def forward() -> None:
             passed, order = self._feed.learnable(split), lambda: self._feed.order[split]
-            for batch in partial.rest(passed, order, lambda: batchnorm.statistics_of(norms), whole=True):
+            for batch in partial.remaining(passed, order, lambda: batchnorm.statistics_of(norms), whole=True):
                 self.task.loss(self.model, batch)
 
         with self._plain():  # a layer that counts its batches would cut a compiled graph in two
@@ -458,13 +459,13 @@ class Mixture:
 
     def _divides(self, split: Split) -> bool:
         """Whether a batch of this split is divided; looked at once, on the first one."""
-        if self._workers.world == 1:
+        if self._workers.world_size == 1:
             return False
         if split not in self._divided:
             why = "BatchNorm needs the whole batch" if self._norms else self._obstacle(split)
             self._divided[split] = why is None
             if why is not None:
-                self._remarks.append(f"every worker learned from whole batches of the {split} data, because {why}")
+                self._notes.append(f"every worker learned from whole batches of the {split} data, because {why}")
         return self._divided[split]
 
     def _obstacle(self, split: Split) -> str | None:
@@ -477,7 +478,7 @@ class Mixture:
                 lambda part: self.task.loss(self.model, part), batch, self._device, self._workers
             )
 
-    def _step(self, stream: Stream, groups: Groups) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def _step(self, stream: BatchStream, groups: Groups) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         def measured(c_GN: Tensor) -> tuple[Tensor, Tensor]:
             candidates, norms = self.candidates, self._norms  # loading them draws random numbers
             share = stream.share
@@ -487,14 +488,14 @@ class Mixture:
             return found
 
         def replayed(c_GN: Tensor) -> tuple[Tensor, Tensor]:
-            assert self._replay is not None
-            key, known = self._replay.loss(c_GN)
+            assert self._log is not None
+            key, known = self._log.loss(c_GN)
             if known is None:
                 known = measured(c_GN)
-                self._replay.keep_loss(key, c_GN, *known)
+                self._log.keep_loss(key, c_GN, *known)
             return known
 
-        return measured if self._replay is None else replayed
+        return measured if self._log is None else replayed
 
     def _full(self, coefficients: Coefficients, split: Split, *, exact: bool) -> Score:
         score = self._remembered(coefficients, split, exact=exact)
@@ -526,9 +527,11 @@ class Mixture:
         partial = self._partial(key)
         return resumed(partial, lambda: self._scorer.score(self.model, split, what, partial, bar, workers))
 
-    def _partial(self, key: str) -> Partial:
+    def _partial(self, key: str) -> PassProgress:
         """How far an interrupted run has come; what several workers do together they begin anew."""
-        return Partial() if self._replay is None or not key or self._workers.world > 1 else self._replay.partial(key)
+        return (
+            PassProgress() if self._log is None or not key or self._workers.world_size > 1 else self._log.partial(key)
+        )
 
     def _exactly(self, coefficients: Coefficients) -> bool:
         """One file is scored as it is: that costs no more than what is left of it in few bits."""
@@ -553,10 +556,10 @@ class Mixture:
                 return work()
             except (RuntimeError, MemoryError) as error:
                 # one of several workers cannot make its batches smaller than the others'
-                if not (is_out_of_memory(error) and self._workers.world == 1 and self.task.halve()):
+                if not (is_out_of_memory(error) and self._workers.world_size == 1 and self.task.halve()):
                     raise
-            if self._replay is not None:
-                self._replay.keep_halving()
+            if self._log is not None:
+                self._log.keep_halving()
             self._feed.restart(halved=True)
             torch.cuda.empty_cache()
 

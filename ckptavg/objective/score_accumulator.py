@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ckptavg.errors import TaskError
-from ckptavg.runtime.workers import ALONE, Workers, interleaved
-from ckptavg.score import Each, Score, Split
+from ckptavg.runtime.workers import ALONE, Workers, interleave
+from ckptavg.score import PerExample, Score, Split
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class _Batch:
     metrics_U: Tensor | None
 
 
-class Tally:
+class ScoreAccumulator:
     """The units of one pass, in the order they came; nothing waits for the device before `score`.
 
     Args:
@@ -58,23 +58,23 @@ class Tally:
         Raises:
             TaskError: if either is neither a number nor one for each example.
         """
-        number = self._workers.rank + self._workers.world * len(self._batches) + 1
+        number = self._workers.rank + self._workers.world_size * len(self._batches) + 1
         losses_U = _units(loss, count, "loss", number)
         metrics_U = None if metric is None else _units(metric, count, "metric", number)
         self._batches.append(_Batch(count, mark, losses_U, metrics_U))
 
-    def part(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What was added since the last part, for `restore`; waits for the device."""
         batches, units, sizes = _columns(self._batches[self._told :])
         self._told = len(self._batches)
         return {"batches": batches, "units": units, "sizes": sizes}
 
-    def restore(self, part: dict[str, Any]) -> None:
+    def load_state_dict(self, part: dict[str, Any]) -> None:
         """Add the batches of a part."""
-        self._batches += _apart(part["batches"], part["units"], part["sizes"])
+        self._batches += _split_batches(part["batches"], part["units"], part["sizes"])
         self._told = len(self._batches)
 
-    def hopeless(self, bar: float, total: int) -> bool:
+    def cannot_reach(self, bar: float, total: int) -> bool:
         """Whether no values within the bounds, for the examples still missing, could bring the score up to ``bar``.
 
         The score is a float64 mean, and so is this limit. It is kept below the bar by more than their roundings
@@ -106,7 +106,7 @@ class Tally:
         Raises:
             TaskError: if a metric left its bounds.
         """
-        found = interleaved([_apart(*columns) for columns in self._workers.gather(_columns(self._batches))])
+        found = interleave([_split_batches(*columns) for columns in self._workers.gather(_columns(self._batches))])
         if not found:
             return None
         losses = [batch.losses_U for batch in found]
@@ -134,8 +134,8 @@ class Tally:
         if metrics_U is not None and self._bounds is not None:
             self._check_bounds(metrics_U)
         values_U = -losses_U if metrics_U is None else self._sign * metrics_U
-        each = Each(values_U=values_U, losses_U=losses_U, examples_U=examples_U, order=order)
-        return Score(value=value, loss=loss, metric=metric, examples=examples, each=each)
+        each = PerExample(values_U=values_U, losses_U=losses_U, examples_U=examples_U, order=order)
+        return Score(value=value, loss=loss, metric=metric, examples=examples, per_example=each)
 
     def _check_bounds(self, metrics_U: Tensor) -> None:
         assert self._bounds is not None
@@ -160,7 +160,9 @@ def _columns(batches: Sequence[_Batch]) -> _Columns:
     return [(one.count, one.mark) for one in batches], units, [list(map(len, kind)) for kind in kinds]
 
 
-def _apart(known: Sequence[tuple[int, int]], units: Sequence[Tensor], sizes: Sequence[list[int]]) -> list[_Batch]:
+def _split_batches(
+    known: Sequence[tuple[int, int]], units: Sequence[Tensor], sizes: Sequence[list[int]]
+) -> list[_Batch]:
     """The batches that `_columns` was made of."""
     parts = [list(column.split(size)) for column, size in zip(units, sizes, strict=False)]
     rows = zip(known, *parts, strict=True)

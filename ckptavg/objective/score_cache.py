@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.cost import Meter
-from ckptavg.objective.measurements import Replay, score_key
+from ckptavg.cost import CostMeter
+from ckptavg.objective.measurements import MeasurementLog, score_key
 from ckptavg.score import Score, Split
 from ckptavg.tasks import Task
 
@@ -15,7 +15,7 @@ Key: TypeAlias = tuple[Coefficients, Split, bool]
 """Of a score: which mixture, on which data, and whether of the exact average."""
 
 
-class Scores:
+class ScoreCache:
     """What is known of scores.
 
     Args:
@@ -24,7 +24,7 @@ class Scores:
         replay: knows what an interrupted run has measured.
     """
 
-    def __init__(self, task: Task, meter: Meter, replay: Replay | None) -> None:
+    def __init__(self, task: Task, meter: CostMeter, replay: MeasurementLog | None) -> None:
         self._task = task
         self._meter = meter
         self._replay = replay
@@ -44,7 +44,7 @@ class Scores:
         with self._meter.pricing(priced):
             score = measure()
         if score is not None:
-            self._meter.same_price(priced, key)
+            self._meter.alias(priced, key)
             self.keep(key, score)
         elif bar is not None and self._replay is not None:
             self._replay.keep_rejected(_name(key), bar)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptavg.batches.loader import Feed
-from ckptavg.journal.pass_progress import Partial
-from ckptavg.objective.score_accumulator import Tally
+from ckptavg.batches.loader import BatchLoader
+from ckptavg.journal.pass_progress import PassProgress
+from ckptavg.objective.score_accumulator import ScoreAccumulator
 from ckptavg.runtime.workers import ALONE, Workers
 from ckptavg.score import Score, Split
 from ckptavg.tasks import Task
@@ -21,7 +21,7 @@ from ckptavg.tasks.torch_metrics import Resampled
 class Scorer:
     """Scores models of one task on what a feed gives."""
 
-    def __init__(self, task: Task, feed: Feed) -> None:
+    def __init__(self, task: Task, feed: BatchLoader) -> None:
         self._task = task
         self._feed = feed
         self._whole: dict[Split, int] = {}  # examples of a finished pass
@@ -32,7 +32,7 @@ class Scorer:
         return self._task.whole is None and self._task.corpus is None
 
     def score(
-        self, model: nn.Module, split: Split, what: str, partial: Partial, bar: float | None = None,
+        self, model: nn.Module, split: Split, what: str, partial: PassProgress, bar: float | None = None,
         workers: Workers = ALONE,
     ) -> Score | None:  # fmt: skip
         """The score, or None as soon as it is known to stay below the bar.
@@ -53,16 +53,16 @@ class Scorer:
             if task.whole is not None:
                 return task.whole(model, partial)
             sign = -1.0 if task.metric_goal == "min" else 1.0
-            tally, corpus = Tally(sign, task.metric_bounds, workers), task.corpus and task.corpus()
+            tally, corpus = ScoreAccumulator(sign, task.metric_bounds, workers), task.corpus and task.corpus()
             for part in partial.states:
-                tally.restore(part["tally"])
+                tally.load_state_dict(part["tally"])
                 if corpus is not None:
-                    corpus.restore(part["corpus"])
+                    corpus.load_state_dict(part["corpus"])
 
             def state() -> Any:
-                return {"tally": tally.part(), "corpus": corpus and corpus.part()}
+                return {"tally": tally.state_dict(), "corpus": corpus and corpus.state_dict()}
 
-            turns = partial.rest(self._feed.scored(split, workers), lambda: self._feed.order[split], state)
+            turns = partial.remaining(self._feed.scored(split, workers), lambda: self._feed.order[split], state)
             for batch, size, mark, counted in turns:
                 metric = None if task.metric is None else task.metric(model, batch)
                 loss = task.loss(model, batch)
@@ -70,7 +70,7 @@ class Scorer:
                     tally.add(loss, metric, size, mark)
                 if corpus is not None:
                     corpus.update(model, batch)
-                if bar is not None and split in self._whole and tally.hopeless(bar, self._whole[split]):
+                if bar is not None and split in self._whole and tally.cannot_reach(bar, self._whole[split]):
                     return None
         score = tally.score(what, split)
         if score is None:

@@ -11,7 +11,7 @@ from ckptavg.checkpoints.window import Window
 from ckptavg.errors import UsageError
 from ckptavg.objective import Parallel
 from ckptavg.output.destination import destination
-from ckptavg.runtime.workers import ALONE, PATIENCE, Workers
+from ckptavg.runtime.workers import ALONE, TIMEOUT, Workers
 
 BITS: Final = (32, 16, 8, 4, 2, 1)
 _MOST_SEEDS: Final = 2**62  # torch takes 64 bits, and each pass over the data has a seed of its own above this one
@@ -106,7 +106,7 @@ class Options:
     format: Literal["safetensors", "dcp"] = "safetensors"
     parallel: Parallel = "auto"
     shard: bool = False
-    worker_timeout: float = PATIENCE
+    worker_timeout: float = TIMEOUT
     workers: Workers = field(default=ALONE, repr=False)
 
     @property
@@ -157,7 +157,7 @@ class Options:
         self._check_workers()
 
     def _check_workers(self) -> None:
-        if self.shard and self.workers.world == 1:
+        if self.shard and self.workers.world_size == 1:
             raise UsageError("--shard needs several workers", hint="torchrun --nproc-per-node 8 -m ckptavg ...")
         if self.shard and (self.score_cmd is not None or self.lm_eval is not None):
             raise UsageError("--shard needs a loss: a task file or --val")

@@ -16,7 +16,7 @@ import torch
 
 from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.errors import OutputError, OutputExistsError
-from ckptavg.filesystem.atomic import left_behind
+from ckptavg.filesystem.atomic import stale_temporaries
 from ckptavg.output.destination import check_parent
 from ckptavg.output.safetensors_file import SafetensorsFile
 from ckptavg.readers import StoredTensor
@@ -61,8 +61,8 @@ class DcpFolder:
         self._key = key
         self._force = force
         self._workers = workers
-        self._temporary = workers.told(path.with_name(f".{path.name}.{os.getpid()}.ckptavg-tmp"))
-        workers.lead(lambda: preflight(path, force))
+        self._temporary = workers.broadcast(path.with_name(f".{path.name}.{os.getpid()}.ckptavg-tmp"))
+        workers.on_rank_zero(lambda: preflight(path, force))
         self._whole = SafetensorsFile(_whole(path), specs, metadata, force=True, workers=workers)
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
@@ -73,9 +73,9 @@ class DcpFolder:
         """See `SafetensorsFile.read_into`."""
         self._whole.read_into(name, start, out)
 
-    def settle(self) -> None:
-        """See `SafetensorsFile.settle`."""
-        self._whole.settle()
+    def barrier(self) -> None:
+        """See `SafetensorsFile.barrier`."""
+        self._whole.barrier()
 
     def save(self) -> None:
         """Save everything anew, still without a name; called by all workers.
@@ -83,13 +83,13 @@ class DcpFolder:
         Raises:
             OutputError: if the disk refuses.
         """
-        self.sha256 = self._whole.seal()
+        self.sha256 = self._whole.finalize()
         self._save()
 
     def close(self) -> None:
         """Remove what is temporary, if it is still there."""
         self._whole.close()
-        if self._workers.first:
+        if self._workers.is_rank_zero:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def __enter__(self) -> Self:
@@ -126,7 +126,7 @@ class DcpFolder:
                     state,
                     storage_writer=FileSystemWriter(self._temporary),
                     planner=Planner(),
-                    no_dist=self._workers.world == 1,
+                    no_dist=self._workers.world_size == 1,
                 )
         except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
@@ -174,7 +174,7 @@ def sweep(path: Path) -> None:
     """
     pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+\.ckptavg-(tmp|old)", re.DOTALL)
     with suppress(OSError):
-        for whole in left_behind(path.parent, _whole(path).name):
+        for whole in stale_temporaries(path.parent, _whole(path).name):
             whole.unlink()
         for left in [one for one in path.parent.iterdir() if pattern.fullmatch(one.name) and one.is_dir()]:
             if left.suffix == ".ckptavg-old" and not _is_filled(path):

@@ -41,7 +41,7 @@ def check(folder: Path) -> None:
 
 
 @contextmanager
-def made(folder: Path | None) -> Generator[None]:
+def created_folder(folder: Path | None) -> Generator[None]:
     """``folder``, made if it does not exist, and unmade if what follows fails."""
     if folder is None or is_folder(folder):
         yield

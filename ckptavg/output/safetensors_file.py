@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from ckptavg.errors import OutputError
-from ckptavg.filesystem.atomic import Temporary, flush_folder, refuse, said
+from ckptavg.filesystem.atomic import Temporary, flush_folder, os_message, raise_output_error
 from ckptavg.output.destination import exists_error, preflight
 from ckptavg.readers import ITEM_SIZE, StoredTensor
 from ckptavg.runtime import signals
@@ -63,8 +63,8 @@ class SafetensorsFile:
         self._missing = sum(spec.nbytes for spec in specs.values())
         self._written: set[tuple[str, int, int]] = set()
         self._file: Temporary | None = None
-        shared = workers.told(workers.lead(self._create))
-        if shared and not workers.first:
+        shared = workers.broadcast(workers.on_rank_zero(self._create))
+        if shared and not workers.is_rank_zero:
             self._file = self._joined(shared)
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
@@ -80,7 +80,7 @@ class SafetensorsFile:
         try:
             self._open.write(data, self._offsets[name] + offset)
         except OSError as error:
-            refuse(self.path, error, self.size)
+            raise_output_error(self.path, error, self.size)
         if self._missing and (part := (name, offset, len(data))) not in self._written:
             self._written.add(part)
             self._missing -= len(data)
@@ -93,25 +93,25 @@ class SafetensorsFile:
             try:
                 count = os.preadv(self._open.fd, [out[done:]], position + done)
             except OSError as error:
-                refuse(self.path, error, self.size)
+                raise_output_error(self.path, error, self.size)
             if not count:
-                raise _meddled(self.path)
+                raise _changed_error(self.path)
             done += count
 
-    def settle(self) -> None:
+    def barrier(self) -> None:
         """Wait until all workers have written what they have to, which each of them can read then.
 
         On a network file system others see what was flushed, and a file as it was when they opened it.
         """
-        if self._workers.world == 1:
+        if self._workers.world_size == 1:
             return
         whole = sum(spec.nbytes for spec in self._specs.values())
         try:
             os.fsync(self._open.fd)
         except OSError as error:
-            refuse(self.path, error, self.size)
+            raise_output_error(self.path, error, self.size)
         self._missing = whole - sum(whole - missing for missing in self._workers.gather(self._missing))
-        if not self._workers.first:
+        if not self._workers.is_rank_zero:
             path = self._open.path
             self.close()
             self._file = self._joined(path)
@@ -139,14 +139,14 @@ class SafetensorsFile:
                 self.sha256 = _digest(file.fd)
                 flushed.result()
             if os.fstat(file.fd).st_size != self.size:
-                raise _meddled(self.path)
+                raise _changed_error(self.path)
             self._publish(file)
         except FileExistsError as error:
             raise exists_error(self.path) from error
         except OSError as error:
-            refuse(self.path, error, self.size)
+            raise_output_error(self.path, error, self.size)
 
-    def seal(self) -> str:
+    def finalize(self) -> str:
         """Finish the file without a name: the SHA-256 that it would have; called by all workers."""
 
         def digest() -> str:
@@ -154,9 +154,9 @@ class SafetensorsFile:
             try:
                 return _digest(file.fd)
             except OSError as error:
-                refuse(self.path, error, self.size)
+                raise_output_error(self.path, error, self.size)
 
-        return self._workers.told(self._workers.lead(digest)) or ""
+        return self._workers.broadcast(self._workers.on_rank_zero(digest)) or ""
 
     def _finished(self) -> Temporary:
         """The file with its header."""
@@ -168,7 +168,7 @@ class SafetensorsFile:
         try:
             self._open.write(header, 0)
         except OSError as error:
-            refuse(self.path, error, self.size)
+            raise_output_error(self.path, error, self.size)
         return self._open
 
     def close(self) -> None:
@@ -196,7 +196,7 @@ class SafetensorsFile:
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                refuse(self.path, error, self.size)
+                raise_output_error(self.path, error, self.size)
             raise
         return self._file.path
 
@@ -205,7 +205,7 @@ class SafetensorsFile:
         try:
             return Temporary.joined(path)
         except OSError as error:
-            what = f"cannot be opened by worker {self._workers.rank}: {said(error)}"
+            what = f"cannot be opened by worker {self._workers.rank}: {os_message(error)}"
             hint = "the output must lie on a file system that all machines share"
             raise OutputError(what, path=path, hint=hint) from error
 
@@ -225,7 +225,7 @@ class SafetensorsFile:
             os.rename(file.path, self.path)  # noqa: PTH104
 
 
-def _meddled(path: Path) -> OutputError:
+def _changed_error(path: Path) -> OutputError:
     return OutputError("another program changed the file while it was written", path=path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from ckptavg.errors import UsageError
-from ckptavg.filesystem.atomic import flush_folder, left_behind, staged
+from ckptavg.filesystem.atomic import flush_folder, stale_temporaries, temporary_file
 from ckptavg.output.destination import preflight
 from ckptavg.output.safetensors_file import SafetensorsFile
 from ckptavg.readers import StoredTensor
@@ -49,7 +49,7 @@ class ShardedFiles:
         """
         self.path = folder / INDEX
         self.sha256 = ""
-        workers.lead(lambda: preflight(self.path, force))
+        workers.on_rank_zero(lambda: preflight(self.path, force))
         split = split_names(specs, largest)
         self._index = json.dumps(
             {"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2, sort_keys=True
@@ -79,10 +79,10 @@ class ShardedFiles:
         """See `SafetensorsFile.read_into`."""
         self._files[self._of[name]].read_into(name, start, out)
 
-    def settle(self) -> None:
-        """See `SafetensorsFile.settle`."""
+    def barrier(self) -> None:
+        """See `SafetensorsFile.barrier`."""
         for file in self._files.values():
-            file.settle()
+            file.barrier()
 
     def publish(self) -> None:
         """Give all files their names, the index last: a model without it is found by no loader.
@@ -91,7 +91,7 @@ class ShardedFiles:
         workers it is the first one's to do.
         """
         index = self._index.encode()
-        with staged(self.path, index) as publish, ExitStack() as undo:
+        with temporary_file(self.path, index) as publish, ExitStack() as undo:
             for file in self._files.values():
                 file.publish()
                 undo.callback(file.path.unlink, missing_ok=True)
@@ -114,7 +114,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
         folder: where the output goes, or would go.
         name: of the output, where it is a file.
     """
-    for path in left_behind(folder, name):
+    for path in stale_temporaries(folder, name):
         if name is None and path.name.startswith(f".{INDEX}.") and not (folder / INDEX).exists():
             with suppress(OSError, ValueError, AttributeError):  # it may be torn itself, before it named any
                 for shard in set(json.loads(path.read_bytes())["weight_map"].values()):

@@ -7,15 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from ckptavg.checkpoints.discover import Found, with_news
+from ckptavg.checkpoints.discover import Discovered, with_directory_changes
 from ckptavg.errors import UsageError
 from ckptavg.objective import Objective, Strategy
 from ckptavg.options import Options
-from ckptavg.pipeline.preflight import check, check_space, plan
-from ckptavg.pipeline.result import blank, result
+from ckptavg.pipeline.preflight import check_space, check_strategy, dry_run_plan
+from ckptavg.pipeline.result import blank_result, build_result
 from ckptavg.pipeline.session import journaled, opened
-from ckptavg.pipeline.verdict import Judgement, judge
-from ckptavg.pipeline.writing import finish, name_of
+from ckptavg.pipeline.verdict import Verdict, judge
+from ckptavg.pipeline.writing import name_of, write_output
 from ckptavg.report.result import Result
 from ckptavg.runtime.progress import Watch
 from ckptavg.strategies.best import Best
@@ -30,17 +30,17 @@ def run(paths: Sequence[Path], strategy: Strategy, options: Options, watch: Watc
     settings = {"name": name_of(strategy), **asdict(strategy)}  # pyright: ignore[reportArgumentType]  # a dataclass
     with opened(paths, options, watch) as found, journaled(found, options, settings, watch) as (evaluator, done):
         objective = evaluator or _count(found, strategy)
-        check(strategy, len(found.checkpoints), evaluator)
+        check_strategy(strategy, len(found.checkpoints), evaluator)
         if options.dry_run:
-            return blank(found, strategy, options, plan(found.checkpoints, options))
+            return blank_result(found, strategy, options, dry_run_plan(found.checkpoints, options))
         check_space(found, options)
         learned = strategy.learn(objective)
-        judgement = judge(evaluator, learned.coefficients, options) if evaluator else Judgement(learned.coefficients)
+        judgement = judge(evaluator, learned.coefficients, options) if evaluator else Verdict(learned.coefficients)
         wrote = Best() if judgement.replaced else strategy
-        finished = finish(found.checkpoints, judgement.coefficients, wrote, options, evaluator, watch)
+        finished = write_output(found.checkpoints, judgement.coefficients, wrote, options, evaluator, watch)
         done()
-        found = with_news(found, paths, finished.output.path)
-        return result(found, strategy, options, learned, judgement, finished, evaluator)
+        found = with_directory_changes(found, paths, finished.output.path)
+        return build_result(found, strategy, options, learned, judgement, finished, evaluator)
 
 
 class _Count:
@@ -53,7 +53,7 @@ class _Count:
         raise AssertionError(f"a strategy that needs no task asked for {name}")
 
 
-def _count(found: Found, strategy: Strategy) -> Objective:
+def _count(found: Discovered, strategy: Strategy) -> Objective:
     if strategy.needs_task:
         raise UsageError(
             f"{name_of(strategy)} learns from data, so it needs a task file, --val or --score-cmd",

@@ -8,19 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from ckptavg.checkpoints.discover import with_news
+from ckptavg.checkpoints.discover import with_directory_changes
 from ckptavg.cost import Cost
 from ckptavg.errors import UsageError
 from ckptavg.objective import Learned, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
-from ckptavg.pipeline.preflight import check, check_space, plan
-from ckptavg.pipeline.result import blank, result
+from ckptavg.pipeline.preflight import check_space, check_strategy, dry_run_plan
+from ckptavg.pipeline.result import blank_result, build_result
 from ckptavg.pipeline.session import journaled, opened
-from ckptavg.pipeline.verdict import Judgement
-from ckptavg.pipeline.writing import finish, name_of
+from ckptavg.pipeline.verdict import Verdict
+from ckptavg.pipeline.writing import name_of, write_output
 from ckptavg.report.bootstrap import gain
-from ckptavg.report.result import Comparison, Contestant
+from ckptavg.report.result import Comparison, StrategyResult
 from ckptavg.runtime.progress import Watch
 from ckptavg.score import Score, Split, valid
 from ckptavg.strategies import from_spec
@@ -64,10 +64,10 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
     settings = {"name": "compare", "strategies": list(names)}
     with opened(paths, options, watch) as found, journaled(found, options, settings, watch) as (evaluator, done):
         assert evaluator is not None  # there is a way to score
-        asked = _asked(names, evaluator)
+        asked = _parse_strategies(names, evaluator)
         if options.dry_run:
             would = f"would compare {', '.join(asked)}"
-            shown = blank(found, asked[REFERENCE], options, [would, *plan(found.checkpoints, options)])
+            shown = blank_result(found, asked[REFERENCE], options, [would, *dry_run_plan(found.checkpoints, options)])
             return Comparison(contestants=(), winner="", result=shown)
         check_space(found, options)
         evaluator.prepare()
@@ -80,17 +80,19 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
         valid(winner.score)
         evaluator.restart()
         for split in evaluator.splits:
-            evaluator.expect([run.learned.coefficients for run in runs], split, exact=True)
-        contestants = [_contestant(run, runs, evaluator, options.seed) for run in runs]
-        finished = finish(found.checkpoints, winner.learned.coefficients, winner.strategy, options, evaluator, watch)
+            evaluator.prefetch([run.learned.coefficients for run in runs], split, exact=True)
+        contestants = [_strategy_result(run, runs, evaluator, options.seed) for run in runs]
+        finished = write_output(
+            found.checkpoints, winner.learned.coefficients, winner.strategy, options, evaluator, watch
+        )
         done()
-        found = with_news(found, paths, finished.output.path)
-        judgement = Judgement(winner.learned.coefficients, verdict=_verdict(winner, contestants, evaluator))
-        report = result(found, winner.strategy, options, winner.learned, judgement, finished, evaluator)
+        found = with_directory_changes(found, paths, finished.output.path)
+        judgement = Verdict(winner.learned.coefficients, verdict=_verdict(winner, contestants, evaluator))
+        report = build_result(found, winner.strategy, options, winner.learned, judgement, finished, evaluator)
         return Comparison(contestants=contestants, winner=winner.name, result=replace(report, cost=winner.cost))
 
 
-def _asked(names: Sequence[str], evaluator: Evaluator) -> Mapping[str, Strategy]:
+def _parse_strategies(names: Sequence[str], evaluator: Evaluator) -> Mapping[str, Strategy]:
     """Name → strategy, `last` among them; checked before any of them runs for hours."""
     n = evaluator.n
     if not names:
@@ -101,7 +103,7 @@ def _asked(names: Sequence[str], evaluator: Evaluator) -> Mapping[str, Strategy]
         names = [REFERENCE, *names]
     strategies = {name: from_spec(name) for name in names}
     for name, strategy in strategies.items():
-        check(strategy, n, evaluator, name)
+        check_strategy(strategy, n, evaluator, name)
     return strategies
 
 
@@ -112,7 +114,7 @@ def _too_many(strategy: Strategy, n: int) -> bool:
 
 def _run(name: str, strategy: Strategy, evaluator: Evaluator, watch: Watch | None) -> _Run:
     evaluator.restart()
-    evaluator.watch = None if watch is None else partial(_told, watch, name)
+    evaluator.watch = None if watch is None else partial(_prefixed_progress, watch, name)
     learned = strategy.learn(evaluator)
     score = evaluator.exact_score(learned.coefficients, evaluator.scored_on)
     cost = evaluator.cost()
@@ -120,15 +122,17 @@ def _run(name: str, strategy: Strategy, evaluator: Evaluator, watch: Watch | Non
     return _Run(name, strategy, learned, score, cost)
 
 
-def _told(watch: Watch, name: str, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+def _prefixed_progress(
+    watch: Watch, name: str, stage: str, done: int, total: int, figures: Mapping[str, float]
+) -> None:
     watch(f"{name}: {stage}", done, total, figures)
 
 
-def _contestant(run: _Run, runs: Sequence[_Run], evaluator: Evaluator, seed: int) -> Contestant:
+def _strategy_result(run: _Run, runs: Sequence[_Run], evaluator: Evaluator, seed: int) -> StrategyResult:
     coefficients = run.learned.coefficients
     reference = next(other for other in runs if other.name == REFERENCE).learned.coefficients
     scores: dict[Split, Score] = {split: evaluator.exact_score(coefficients, split) for split in evaluator.splits}
-    return Contestant(
+    return StrategyResult(
         name=run.name,
         strategy=name_of(run.strategy),
         settings=asdict(run.strategy),  # pyright: ignore[reportArgumentType]  # every strategy is a dataclass
@@ -144,7 +148,7 @@ def _contestant(run: _Run, runs: Sequence[_Run], evaluator: Evaluator, seed: int
     )
 
 
-def _verdict(winner: _Run, contestants: Sequence[Contestant], evaluator: Evaluator) -> str:
+def _verdict(winner: _Run, contestants: Sequence[StrategyResult], evaluator: Evaluator) -> str:
     split: Split = evaluator.splits[-1]
     won = next(one for one in contestants if one.name == winner.name)
     if won.name == REFERENCE:

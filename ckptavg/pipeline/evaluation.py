@@ -16,8 +16,8 @@ from ckptavg.errors import TaskError, UsageError
 from ckptavg.objective.mixture import Mixture
 from ckptavg.options import Options
 from ckptavg.pipeline.objective_choice import pick_device
-from ckptavg.pipeline.session import blamed
-from ckptavg.pipeline.task_choice import task_of
+from ckptavg.pipeline.session import translate_errors
+from ckptavg.pipeline.task_choice import build_task
 from ckptavg.runtime.progress import Watch
 from ckptavg.runtime.seeds import reproducible
 from ckptavg.score import Score, Split
@@ -40,12 +40,12 @@ def evaluate(
         raise UsageError("scoring needs a task file, --val or --lm-eval", hint="`ckptavg init` writes ./task.py")
     if asked.score_cmd is not None:
         raise UsageError("a file as it is needs no ckptavg to be scored by --score-cmd: run the command itself")
-    with blamed(), reproducible(asked.seed), ExitStack() as stack:
+    with translate_errors(), reproducible(asked.seed), ExitStack() as stack:
         # one after the other, because files that are only scored need no step to be put in order by
         found = [one for file in files for one in stack.enter_context(discover([file], key=asked.key)).checkpoints]
         check_agreement(found)
         # one row is enough of a matrix: every file is loaded into the model as it is
-        made = task_of(asked, found[0].folder)
+        made = build_task(asked, found[0].folder)
         mixture = Mixture(
             made, found[:1], device=pick_device(asked.device), seed=asked.seed, watch=watch, workers=asked.workers
         )

@@ -67,7 +67,7 @@ def landscape(
         q = evaluator.surrogate(None, hessian)
         drawn_MN = _random(samples, evaluator.n, evaluator.generator)
         measured: list[float] = []
-        evaluator.expect([_at(row_N) for row_N in drawn_MN], exact=True)
+        evaluator.prefetch([_at(row_N) for row_N in drawn_MN], exact=True)
         for row_N in drawn_MN:
             measured.append(_loss(evaluator, row_N))
             evaluator.progress("scoring random mixtures", len(measured), samples)
@@ -85,7 +85,9 @@ def landscape(
             left_out=found.left_out,
             warnings=[*found.warnings, *([q.note] if q.note else []), *evaluator.notes],
         )
-        known = replace(known, output=options.workers.lead(lambda: _written(Path(options.output), as_text(known))))
+        known = replace(
+            known, output=options.workers.on_rank_zero(lambda: _written(Path(options.output), as_text(known)))
+        )
         done()
         return known
 
@@ -154,7 +156,7 @@ def _plane(evaluator: Evaluator, mixtures: Sequence[str], grid: int) -> Plane:
     losses: list[list[float]] = []
     for v in sides:
         row = [a_N + u * (b_N - a_N) + v * (c_N - a_N) for u in sides]
-        evaluator.expect([_at(point_N) for point_N in row], exact=True)
+        evaluator.prefetch([_at(point_N) for point_N in row], exact=True)
         losses.append([_loss(evaluator, point_N) for point_N in row])
         evaluator.progress("scoring the plane", len(losses), grid)
     first, second, third = mixtures

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from ckptavg.checkpoints.discover import Found
+from ckptavg.checkpoints.discover import Discovered
 from ckptavg.errors import (
     UsageError,
 )
-from ckptavg.objective.command import Commanded
+from ckptavg.objective.command import CommandEvaluator
 from ckptavg.objective.evaluator import Evaluator
-from ckptavg.objective.measurements import Replay
+from ckptavg.objective.measurements import MeasurementLog
 from ckptavg.objective.mixture import Mixture
 from ckptavg.objective.precision import precision
 from ckptavg.options import Options
@@ -20,10 +20,12 @@ from ckptavg.pipeline.task_choice import task_for
 from ckptavg.runtime.progress import Watch
 
 
-def evaluator(found: Found, options: Options, watch: Watch | None, replay: Replay | None = None) -> Evaluator:
+def build_evaluator(
+    found: Discovered, options: Options, watch: Watch | None, replay: MeasurementLog | None = None
+) -> Evaluator:
     """What scores mixtures of the candidates; nothing is loaded yet."""
     if options.score_cmd is not None:
-        return Commanded(
+        return CommandEvaluator(
             options.score_cmd,
             found.checkpoints,
             key=options.score_key,
@@ -37,7 +39,7 @@ def evaluator(found: Found, options: Options, watch: Watch | None, replay: Repla
             workers=options.workers,
         )
     device = pick_device(options.device)
-    if device.type == "mps" and options.workers.world > 1:
+    if device.type == "mps" and options.workers.world_size > 1:
         raise UsageError("several workers have nothing to talk by on mps", hint="--device cpu")
     return Mixture(
         task_for(found, options),
@@ -75,6 +77,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def described(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """What computes; other hardware has other roundings."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

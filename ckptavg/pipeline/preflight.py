@@ -9,7 +9,7 @@ from ckptavg.average.weighted_sum import output_specs
 from ckptavg.candidates import budget
 from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.discover import Found
+from ckptavg.checkpoints.discover import Discovered
 from ckptavg.errors import (
     OutputError,
     OutputExistsError,
@@ -41,7 +41,7 @@ def check_output(options: Options) -> None:
         preflight(folder if folder and not is_folder(folder) else path, options.force)
 
 
-def check_sources(found: Found, options: Options) -> None:
+def check_sources(found: Discovered, options: Options) -> None:
     """Refuse an output that would take the place of a candidate."""
     path, folder = options.destination
     path, folder = path.resolve(), folder and folder.resolve()
@@ -51,7 +51,7 @@ def check_sources(found: Found, options: Options) -> None:
             raise OutputExistsError("is one of the candidates", path=file.path, hint="choose another -o")
 
 
-def check_space(found: Found, options: Options) -> None:
+def check_space(found: Discovered, options: Options) -> None:
     """Refuse an output for which there is no space now, before hours of work for it.
 
     Raises:
@@ -65,7 +65,7 @@ def check_space(found: Found, options: Options) -> None:
         raise OutputError(f"no space left on device: {needed:,} bytes are needed, {free:,} are free", path=path)
 
 
-def check(strategy: Strategy, n: int, evaluator: Evaluator | None, name: str = "") -> None:
+def check_strategy(strategy: Strategy, n: int, evaluator: Evaluator | None, name: str = "") -> None:
     """Refuse settings that the candidates or the task cannot meet, before anything runs for hours.
 
     Args:
@@ -91,7 +91,7 @@ def check(strategy: Strategy, n: int, evaluator: Evaluator | None, name: str = "
         )
 
 
-def plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[str]:
+def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[str]:
     """What a dry run says it would do."""
     first = checkpoints[0]
     path, _ = options.destination

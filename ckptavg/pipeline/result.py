@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Final
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.discover import Found
+from ckptavg.checkpoints.discover import Discovered
 from ckptavg.coefficients import Coefficients
 from ckptavg.objective import Learned, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
-from ckptavg.pipeline.verdict import Judgement
-from ckptavg.pipeline.writing import Finished, name_of
+from ckptavg.pipeline.verdict import Verdict
+from ckptavg.pipeline.writing import WrittenOutput, name_of
 from ckptavg.report.result import CandidateResult, Result
 from ckptavg.score import Score
 
 _LOST: Final = 0.5  # of the candidates' differences: coefficients found with less than half of them may be any
 
 
-def blank(found: Found, strategy: Strategy, options: Options, warnings: Sequence[str] = ()) -> Result:
+def blank_result(found: Discovered, strategy: Strategy, options: Options, warnings: Sequence[str] = ()) -> Result:
     """What is known of a run before it begins."""
     return Result(
         strategy=name_of(strategy),
@@ -33,21 +33,21 @@ def blank(found: Found, strategy: Strategy, options: Options, warnings: Sequence
     )
 
 
-def result(
-    found: Found,
+def build_result(
+    found: Discovered,
     strategy: Strategy,
     options: Options,
     learned: Learned,
-    judgement: Judgement,
-    finished: Finished,
+    judgement: Verdict,
+    finished: WrittenOutput,
     evaluator: Evaluator | None,
 ) -> Result:
     """Everything there is to report of a finished run."""
     coefficients = judgement.coefficients
     invalid = [f"{score.invalid}: it counts as worse than any other" for score in judgement.singles if score.invalid]
     said = evaluator.notes if evaluator else ()
-    doubts = [*invalid, *learned.notes, *said, *_doubts(found.checkpoints[0], coefficients, evaluator, finished)]
-    known = blank(found, strategy, options, doubts)
+    doubts = [*invalid, *learned.notes, *said, *_warnings(found.checkpoints[0], coefficients, evaluator, finished)]
+    known = blank_result(found, strategy, options, doubts)
     known = replace(
         known,
         candidates=[
@@ -81,15 +81,15 @@ def result(
     )
 
 
-def _doubts(
-    first: Checkpoint, coefficients: Coefficients, evaluator: Evaluator | None, finished: Finished
+def _warnings(
+    first: Checkpoint, coefficients: Coefficients, evaluator: Evaluator | None, finished: WrittenOutput
 ) -> list[str]:
     said = [f"copied {', '.join(finished.copied)} beside it"] if finished.copied else []
     said += finished.notes
     if evaluator is not None and not finished.scores:
         return [*said, "its rank is not the candidates', so it was not scored: `ckptavg eval` with its own config does"]
     if evaluator is not None and evaluator.matrix is not None:
-        return said + _rounding_doubts(evaluator, coefficients, finished.scores[evaluator.scored_on])
+        return said + _rounding_warnings(evaluator, coefficients, finished.scores[evaluator.scored_on])
     if len(coefficients.selected) > 1 and any(name.endswith("running_var") for name in first.names):
         said.append(
             "BatchNorm statistics were averaged, which is wrong for a mixture; with a task file they are recomputed"
@@ -97,7 +97,7 @@ def _doubts(
     return said
 
 
-def _rounding_doubts(evaluator: Evaluator, coefficients: Coefficients, exact: Score) -> list[str]:
+def _rounding_warnings(evaluator: Evaluator, coefficients: Coefficients, exact: Score) -> list[str]:
     """Say so where the search saw another score than the exact average's, by more than noise, or too little."""
     matrix = evaluator.matrix
     if matrix is None or (matrix.group_size is None and matrix.precision == "float32"):

@@ -13,7 +13,7 @@ from ckptavg import average
 from ckptavg.checkpoints import integrity, stability
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.checksums import Manifest
-from ckptavg.checkpoints.discover import Found, discover
+from ckptavg.checkpoints.discover import Discovered, discover
 from ckptavg.checkpoints.state_dict import check_agreement
 from ckptavg.errors import (
     CkptavgError,
@@ -23,14 +23,14 @@ from ckptavg.errors import (
     UsageError,
     is_out_of_memory,
 )
-from ckptavg.journal import Copy, Journal, source_digests
+from ckptavg.journal import Journal, ReadOnlyJournal, source_digests
 from ckptavg.journal.fingerprint import fingerprint
 from ckptavg.objective.evaluator import Evaluator
-from ckptavg.objective.measurements import Replay
+from ckptavg.objective.measurements import MeasurementLog
 from ckptavg.objective.precision import precision
 from ckptavg.options import Options
 from ckptavg.output import dcp_folder
-from ckptavg.pipeline.objective_choice import described, evaluator, pick_device
+from ckptavg.pipeline.objective_choice import build_evaluator, device_name, pick_device
 from ckptavg.pipeline.preflight import check_output, check_sources
 from ckptavg.runtime import signals
 from ckptavg.runtime.progress import Watch
@@ -49,7 +49,7 @@ _DECISIVE: Final = (
 
 
 @contextmanager
-def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) -> Generator[Found]:
+def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) -> Generator[Discovered]:
     """The candidates under ``paths``, open, in an environment that repeats itself, for an output that can be written.
 
     Args:
@@ -59,11 +59,11 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
     Raises:
         CkptavgError: in one line, with the exit code of its class; memory that ran out within is one too.
     """
-    options.workers.lead(lambda: check_output(options))
+    options.workers.on_rank_zero(lambda: check_output(options))
     with (
-        blamed(),
+        translate_errors(),
         reproducible(options.seed, deterministic=options.deterministic),
-        admitted(paths, options, watch) as found,
+        open_candidates(paths, options, watch) as found,
     ):
         check_agreement(found.checkpoints)
         check_sources(found, options)
@@ -71,8 +71,8 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
         if options.destination[1]:
             from_pretrained.check(found.checkpoints[-1])
         seen = [(one.name, one.step, one.size) for one in found.checkpoints]
-        options.workers.agree("options", options, "start all of them with one command")
-        options.workers.agree("candidates", seen, "they must lie on a file system that all machines share")
+        options.workers.check_equal("options", options, "start all of them with one command")
+        options.workers.check_equal("candidates", seen, "they must lie on a file system that all machines share")
         try:
             yield found
         except UsageError as error:  # such as a --k of more candidates than there are
@@ -83,7 +83,7 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
 
 @contextmanager
 def journaled(
-    found: Found, options: Options, settings: Mapping[str, Any], watch: Watch | None
+    found: Discovered, options: Options, settings: Mapping[str, Any], watch: Watch | None
 ) -> Generator[tuple[Evaluator | None, Callable[[], None]]]:
     """What scores mixtures, going on from the journal of an interrupted run, and what to call when all is written.
 
@@ -96,7 +96,7 @@ def journaled(
         watch: is told the progress.
     """
     if options.dry_run:
-        yield evaluator(found, options, watch) if options.ways else None, _nothing
+        yield build_evaluator(found, options, watch) if options.ways else None, _nothing
         return
     path, folder = options.destination
     workers = options.workers
@@ -109,26 +109,26 @@ def journaled(
             check_output(options)  # again: another run may have finished between the first look and the lock
             return journal
 
-        journal = workers.lead(begin)
+        journal = workers.on_rank_zero(begin)
         done = journal.done if journal else _nothing
         if not options.ways:
             yield None, done
             return
-        records, place = workers.told((dict(journal.records), journal.folder) if journal else ({}, path))
-        replay, began = Replay(journal or Copy(records, place)), time.monotonic()
+        records, place = workers.broadcast((dict(journal.records), journal.folder) if journal else ({}, path))
+        replay, began = MeasurementLog(journal or ReadOnlyJournal(records, place)), time.monotonic()
         try:
-            scores = evaluator(found, options, watch, replay)
+            scores = build_evaluator(found, options, watch, replay)
 
             def identify() -> None:
                 assert journal is not None
                 run = {name: getattr(options, name) for name in _DECISIVE} | {"strategy": dict(settings)}
-                run["device"] = "" if options.score_cmd else described(pick_device(options.device))
+                run["device"] = "" if options.score_cmd else device_name(pick_device(options.device))
                 run["precision"] = precision(options.precision, pick_device(options.device))
                 data = [options.val, options.train, options.test]
                 journal.begin(fingerprint(found.checkpoints, run, options.task, data))
-                stack.enter_context(source_digests.recorded(journal, found.checkpoints))
+                stack.enter_context(source_digests.recording_digests(journal, found.checkpoints))
 
-            workers.lead(identify)
+            workers.on_rank_zero(identify)
             if watch and journal and journal.replayed:
                 what = "measurements of an interrupted run; the cost is of what is measured from here on"
                 watch(f"going on from {journal.replayed} {what}", 0, 0, {})
@@ -148,7 +148,7 @@ def _nothing() -> None:
 
 
 @contextmanager
-def blamed() -> Generator[None]:
+def translate_errors() -> Generator[None]:
     """Memory that runs out, or a data loader's worker that dies, is no bug of ours.
 
     Raises:
@@ -171,7 +171,7 @@ def blamed() -> Generator[None]:
         ) from error
 
 
-def admitted(paths: Sequence[Path], options: Options, watch: Watch | None = None) -> Found:
+def open_candidates(paths: Sequence[Path], options: Options, watch: Watch | None = None) -> Discovered:
     """The candidates under ``paths``, open.
 
     With ``skip_bad`` all of them are read to their ends before any of them is used, so that what is bad is not found
@@ -197,5 +197,5 @@ def admitted(paths: Sequence[Path], options: Options, watch: Watch | None = None
         paths, options.window, options.key, bad="skip" if options.skip_bad else "refuse", check=check,
         allow_nonfinite=options.allow_nonfinite,
     )  # fmt: skip
-    doubts = () if options.wait_stable is not None else stability.doubts(found.checkpoints)
+    doubts = () if options.wait_stable is not None else stability.warnings(found.checkpoints)
     return replace(found, warnings=(*found.warnings, *manifest.doubts, *doubts))

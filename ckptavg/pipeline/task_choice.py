@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ckptavg.checkpoints.discover import Found
+from ckptavg.checkpoints.discover import Discovered
 from ckptavg.errors import (
     UsageError,
 )
@@ -22,10 +22,10 @@ def with_task(options: Options, inputs: Sequence[Path], *, required: bool) -> Op
     """``options`` with the task file that `find` finds, unless they say otherwise how a mixture is scored."""
     if set(options.ways) - {"--task"}:
         return options
-    return replace(options, task=find(options.task, inputs, required=required))
+    return replace(options, task=find_task(options.task, inputs, required=required))
 
 
-def find(option: str | None, inputs: Sequence[Path], *, required: bool = True) -> str | None:
+def find_task(option: str | None, inputs: Sequence[Path], *, required: bool = True) -> str | None:
     """The option, then ``CKPTAVG_TASK``, then ``task`` in the configuration file, then ``./task.py``, else None.
 
     Only from the working directory or by name: a ``task.py`` that lies among the checkpoints is not run.
@@ -51,9 +51,9 @@ def find(option: str | None, inputs: Sequence[Path], *, required: bool = True) -
     return "task.py"
 
 
-def task_for(found: Found, options: Options) -> Task:
+def task_for(found: Discovered, options: Options) -> Task:
     """Build the task of a run on ``found``, divided by ``--holdout`` where asked for."""
-    task = task_of(options, found.checkpoints[-1].folder)
+    task = build_task(options, found.checkpoints[-1].folder)
     if options.holdout is None:
         return task
     if task.has("test"):
@@ -66,7 +66,7 @@ def task_for(found: Found, options: Options) -> Task:
     return HeldOut(task, "val", rest="val", to="test", fraction=options.holdout, seed=options.seed)
 
 
-def task_of(options: Options, folder: Path) -> Task:
+def build_task(options: Options, folder: Path) -> Task:
     """The task that ``options`` ask for.
 
     Args:
@@ -85,7 +85,7 @@ def task_of(options: Options, folder: Path) -> Task:
             trust_remote_code=options.trust_remote_code,
         )
     if options.lm_eval is not None:
-        from ckptavg.tasks.lm_eval import LmEvalTask
+        from ckptavg.tasks.lm_eval.task import LmEvalTask
 
         names = [name.strip() for name in options.lm_eval.split(",") if name.strip()]
         return LmEvalTask(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ckptavg.objective.evaluator import Evaluator
 
 
-class Wishes(Protocol):
+class VerdictOptions(Protocol):
     """What the user asked of the verdict; see `ckptavg.options.Options`."""
 
     @property
@@ -26,7 +26,7 @@ class Wishes(Protocol):
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Verdict:
     """What to write, and what is known about it; see `ckptavg.report.result.Result` for the fields."""
 
     coefficients: Coefficients
@@ -38,7 +38,7 @@ class Judgement:
     replaced: bool = False
 
 
-def judge(evaluator: Evaluator, selection: Coefficients, wishes: Wishes) -> Judgement:
+def judge(evaluator: Evaluator, selection: Coefficients, wishes: VerdictOptions) -> Verdict:
     """Score the selection, every candidate alone, and last, SWA and LAWA with as many candidates, unless unwanted.
 
     Scores are of exact averages, whatever the precision of the search.
@@ -51,10 +51,10 @@ def judge(evaluator: Evaluator, selection: Coefficients, wishes: Wishes) -> Judg
         TaskError: if what is to be written, or every candidate alone, has no valid score.
     """
     if not (wishes.baselines or wishes.never_worse):
-        return Judgement(selection, verdict="Not compared with anything (--no-baselines).")
+        return Verdict(selection, verdict="Not compared with anything (--no-baselines).")
     n = evaluator.n
     alone = [Coefficients.uniform([i], n) for i in range(n)]
-    evaluator.expect(alone, evaluator.scored_on, exact=True)
+    evaluator.prefetch(alone, evaluator.scored_on, exact=True)
     singles: list[Score] = []
     for i, one in enumerate(alone):
         singles.append(evaluator.exact_score(one, evaluator.scored_on))
@@ -67,7 +67,7 @@ def judge(evaluator: Evaluator, selection: Coefficients, wishes: Wishes) -> Judg
         plain = {"last": Last(), "swa": SWA()} | ({f"lawa-{k}": LAWA(k=k)} if k < n else {})
         rivals |= {name: strategy.learn(evaluator).coefficients for name, strategy in plain.items()}
     for split in evaluator.splits:
-        evaluator.expect([*rivals.values(), selection], split, exact=True)
+        evaluator.prefetch([*rivals.values(), selection], split, exact=True)
     baselines: dict[str, Mapping[Split, Score]] = {
         name: {split: evaluator.exact_score(coefficients, split) for split in evaluator.splits}
         for name, coefficients in rivals.items()
@@ -81,7 +81,7 @@ def judge(evaluator: Evaluator, selection: Coefficients, wishes: Wishes) -> Judg
     if worse and wishes.never_worse:
         verdict = f"The selection scores below a single candidate: {figures}. That checkpoint was written instead."
         baselines["selection"] = {split: evaluator.exact_score(selection, split) for split in evaluator.splits}
-        return Judgement(alone[best], singles, baselines, step, verdict, worse, replaced=True)
+        return Verdict(alone[best], singles, baselines, step, verdict, worse, replaced=True)
     if worse:
         verdict = f"WORSE than a single candidate: the selection scores {figures}. --never-worse would write that one."
     elif chosen.value == singles[best].value:
@@ -91,7 +91,7 @@ def judge(evaluator: Evaluator, selection: Coefficients, wishes: Wishes) -> Judg
     above = [name for name, scores in baselines.items() if scores[evaluator.scored_on].value > chosen.value]
     if plain := [name for name in above if name not in ("best", "last")]:
         verdict += f" Plain {' and '.join(plain)} scored higher than the selection, without any search."
-    return Judgement(selection, singles, baselines, step, verdict, worse)
+    return Verdict(selection, singles, baselines, step, verdict, worse)
 
 
 def _figure(score: Score) -> str:

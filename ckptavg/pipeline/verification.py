@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptavg.average import recipe
+from ckptavg.average import plan_output
 from ckptavg.average.weighted_sum import not_averaged
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import discover
@@ -58,7 +58,7 @@ def verify(file: Path, sources: Path) -> Verification:
             checkpoints += found.checkpoints
         check_agreement(checkpoints)
         coefficients = _coefficients(record, checkpoints[0], file)
-        made = recipe(
+        made = plan_output(
             checkpoints, coefficients, dtype=record["dtype"],
             mode=record.get("adapter", "factors"), rank=record.get("rank"),
         )  # fmt: skip

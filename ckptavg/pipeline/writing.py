@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from ckptavg.average import Recipe, recipe
+from ckptavg.average import PlannedOutput, plan_output
 from ckptavg.checkpoints import checksums
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.dtypes import TORCH, spelled
+from ckptavg.checkpoints.dtypes import TORCH, dtype_names
 from ckptavg.coefficients import Coefficients
 from ckptavg.filesystem import sha256 as digests
 from ckptavg.filesystem.atomic import flush_folder
@@ -40,7 +40,7 @@ MEGABYTE: Final = 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finished:
+class WrittenOutput:
     """The file, its own scores (none where it does not fit the model), and the names of the files copied beside it."""
 
     output: Output
@@ -54,14 +54,14 @@ def name_of(strategy: Strategy) -> str:
     return next(name for name, cls in strategies().items() if isinstance(strategy, cls))
 
 
-def finish(
+def write_output(
     checkpoints: Sequence[Checkpoint],
     coefficients: Coefficients,
     strategy: Strategy,
     options: Options,
     evaluator: Evaluator | None,
     watch: Watch | None,
-) -> Finished:
+) -> WrittenOutput:
     """Write the average of ``checkpoints`` where ``options`` say, whole or not at all.
 
     Args:
@@ -74,12 +74,12 @@ def finish(
     """
     path, folder = options.destination
     workers = options.workers
-    workers.agree("coefficients", coefficients, "does the task depend on the worker that runs it?")
+    workers.check_equal("coefficients", coefficients, "does the task depend on the worker that runs it?")
     source = checkpoints[coefficients.selected[-1]]
-    made = recipe(
+    made = plan_output(
         checkpoints, coefficients, dtype=options.dtype, mode=options.adapter, rank=options.rank, workers=workers
     )
-    with hugging_face_folder.made(folder if workers.first else None):
+    with hugging_face_folder.created_folder(folder if workers.is_rank_zero else None):
         if folder:
             path = folder / hugging_face_folder.file_name(source)
         return _write(path, made, checkpoints, coefficients, strategy, options, evaluator, watch)
@@ -87,14 +87,14 @@ def finish(
 
 def _write(
     path: Path,
-    made: Recipe,
+    made: PlannedOutput,
     checkpoints: Sequence[Checkpoint],
     coefficients: Coefficients,
     strategy: Strategy,
     options: Options,
     evaluator: Evaluator | None,
     watch: Watch | None,
-) -> Finished:
+) -> WrittenOutput:
     """Stream the average into a file beside its destination, and commit it when it is finished and scored.
 
     In a directory the model's files get their names last, so what is killed between is not taken for a model.
@@ -111,13 +111,15 @@ def _write(
     )  # fmt: skip
     scores: dict[Split, Score] = {}
     workers = options.workers
-    files = [file for i in coefficients.selected for file in checkpoints[i].reader.files][workers.rank :: workers.world]
+    files = [file for i in coefficients.selected for file in checkpoints[i].reader.files][
+        workers.rank :: workers.world_size
+    ]
     found = (
-        digests.hashing(files, min(torch.get_num_threads(), processors()))
+        digests.hash_while_reading(files, min(torch.get_num_threads(), processors()))
         if options.digests
-        else nullcontext(digests.none)
+        else nullcontext(digests.no_digest)
     )
-    metadata = describe(digest=digests.unknown if options.digests else digests.none)
+    metadata = describe(digest=digests.placeholder_digest if options.digests else digests.no_digest)
     with _opened(path, specs, metadata, options, checkpoints[0]) as out, found as digest:
         done, total = 0, sum(spec.nbytes for spec in specs.values())
         for name, offset, data in made.parts:
@@ -125,12 +127,12 @@ def _write(
             done += len(data)
             if watch:
                 watch("averaging, MB", done // MEGABYTE, -(-total // MEGABYTE), {})
-        out.settle()
+        out.barrier()
         if evaluator:
-            state = evaluator.adopt(coefficients, specs, out.read_into)
-            for name in recomputed if workers.first else ():
+            state = evaluator.load_output(coefficients, specs, out.read_into)
+            for name in recomputed if workers.is_rank_zero else ():
                 out.write(name, 0, _bytes(state[name], TORCH[specs[name].dtype]))
-            scores = {split: evaluator.score_adopted(coefficients, split) for split in evaluator.splits}
+            scores = {split: evaluator.score_output(coefficients, split) for split in evaluator.splits}
         known = {
             path: one
             for part in workers.gather({file.path: digest(file) for file in files})
@@ -139,7 +141,7 @@ def _write(
         metadata |= describe(digest=lambda file: checksums.agreed(file, known[file.path]))
         for i in range(len(checkpoints)) if scored else coefficients.selected:
             checkpoints[i].check_unchanged()
-        source, dtype = checkpoints[coefficients.selected[-1]], spelled(spec.dtype for spec in specs.values())
+        source, dtype = checkpoints[coefficients.selected[-1]], dtype_names(spec.dtype for spec in specs.values())
         folder = options.destination[1]
         if isinstance(out, DcpFolder):
             out.save()
@@ -152,9 +154,9 @@ def _write(
             flush_folder(out.path)
             return copied, out.sha256, out.size
 
-        copied, sha256, size = workers.told(workers.lead(publish)) or ([], "", 0)
+        copied, sha256, size = workers.broadcast(workers.on_rank_zero(publish)) or ([], "", 0)
     output = Output(path=out.path, sha256=sha256, bytes=size, dtype=dtype, not_averaged=kept, recomputed=recomputed)
-    return Finished(output=output, scores=scores, copied=copied, notes=made.notes)
+    return WrittenOutput(output=output, scores=scores, copied=copied, notes=made.notes)
 
 
 def _opened(

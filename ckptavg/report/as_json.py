@@ -10,7 +10,7 @@ from typing import Any
 import ckptavg
 from ckptavg.checkpoints.listing import LeftOut
 from ckptavg.cost import Cost
-from ckptavg.report.result import Comparison, Contestant, Landscape, Result
+from ckptavg.report.result import Comparison, Landscape, Result, StrategyResult
 from ckptavg.score import Score
 
 
@@ -77,7 +77,7 @@ def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
     return {
         **to_dict(comparison.result),
         "winner": comparison.winner,
-        "strategies": [_contestant(one) for one in comparison.contestants],
+        "strategies": [_strategy_result(one) for one in comparison.contestants],
     }
 
 
@@ -114,7 +114,7 @@ def _left_out(found: Sequence[LeftOut]) -> list[dict[str, str]]:
     return [{"path": str(one.path), "reason": one.reason, "kind": one.kind} for one in found]
 
 
-def _contestant(one: Contestant) -> dict[str, Any]:
+def _strategy_result(one: StrategyResult) -> dict[str, Any]:
     return {
         "name": one.name,
         "strategy": one.strategy,

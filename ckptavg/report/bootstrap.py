@@ -37,18 +37,25 @@ def gain(score: Score, reference: Score, *, seed: int = 0) -> Gain:
     """
     if score.resampled is not None and reference.resampled is not None and score.batches >= FEWEST:
         return _corpus_gain(score, reference, seed)
-    if score.resampled is not None or score.each is None or reference.each is None or len(score.each.values_U) < FEWEST:
+    if (
+        score.resampled is not None
+        or score.per_example is None
+        or reference.per_example is None
+        or len(score.per_example.values_U) < FEWEST
+    ):
         return Gain(value=score.value - reference.value, low=None, high=None, units=0)
     generator = torch.Generator().manual_seed(seed)
-    paired = score.each.order == reference.each.order and len(score.each.values_U) == len(reference.each.values_U)
+    paired = score.per_example.order == reference.per_example.order and len(score.per_example.values_U) == len(
+        reference.per_example.values_U
+    )
     if paired:
-        weight_U = score.each.examples_U
-        means_R = _means(score.each.values_U - reference.each.values_U, weight_U, generator)
+        weight_U = score.per_example.examples_U
+        means_R = _means(score.per_example.values_U - reference.per_example.values_U, weight_U, generator)
     else:
-        means_R = _means(score.each.values_U, score.each.examples_U, generator)
-        means_R -= _means(reference.each.values_U, reference.each.examples_U, generator)
+        means_R = _means(score.per_example.values_U, score.per_example.examples_U, generator)
+        means_R -= _means(reference.per_example.values_U, reference.per_example.examples_U, generator)
     low, high = torch.quantile(means_R, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    units = len(score.each.values_U)
+    units = len(score.per_example.values_U)
     return Gain(value=score.value - reference.value, low=low, high=high, units=units, paired=paired)
 
 

@@ -9,11 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ckptavg.report.result import Comparison, Contestant, Gain
+from ckptavg.report.result import Comparison, Gain, StrategyResult
 from ckptavg.score import Score, Split
 
 
-def contest(comparison: Comparison) -> Iterator[RenderableType]:
+def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
     """The table of strategies, and what its marks mean."""
     splits = list(comparison.contestants[0].scores)
     judged = splits[-1]
@@ -80,5 +80,5 @@ def _score(score: Score) -> str:
 
 
 def _units(comparison: Comparison, split: Split) -> str:
-    one: Contestant = comparison.contestants[0]
+    one: StrategyResult = comparison.contestants[0]
     return "examples" if one.gains[split].units == one.scores[split].examples else "batches"

@@ -14,7 +14,6 @@ from ckptavg.score import Score, Split
 
 if TYPE_CHECKING:
     from ckptavg.surrogate import Surrogate
-from ckptavg.candidates.plan import MatrixResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +37,29 @@ class Output:
     dtype: str
     not_averaged: Sequence[str] = ()
     recomputed: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixResult:
+    """The candidate matrix that was searched.
+
+    Attributes:
+        bits: of an element; 32 is the candidates as the model holds them.
+        group_size: elements that share a scale and a zero point, None where nothing was rounded.
+        bytes: it took on the device, scales included.
+        error: what rounding lost of the candidates' differences from their mean, relative to these.
+        offload: where it lay instead: ``cpu`` or ``disk``; then ``bytes`` are those of the buffers.
+        precision: of the passes of the search, ``float32`` for the model's own.
+        compiled: whether torch.compile had the model's forward.
+    """
+
+    bits: int
+    group_size: int | None
+    bytes: int
+    error: float
+    offload: str = "none"
+    precision: str = "float32"
+    compiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +126,7 @@ class Gain:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contestant:
+class StrategyResult:
     """One strategy of a comparison.
 
     Attributes:
@@ -135,7 +157,7 @@ class Comparison:
         result: the winner's run.
     """
 
-    contestants: Sequence[Contestant]
+    contestants: Sequence[StrategyResult]
     winner: str
     result: Result
 

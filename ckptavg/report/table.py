@@ -9,12 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ckptavg.candidates.plan import MatrixResult
 from ckptavg.cost import Cost
 from ckptavg.errors import printable
 from ckptavg.report import landscape
-from ckptavg.report.comparison import contest
-from ckptavg.report.result import CandidateResult, Comparison, Landscape, Output, Result
+from ckptavg.report.comparison import comparison_table
+from ckptavg.report.result import CandidateResult, Comparison, Landscape, MatrixResult, Output, Result
 from ckptavg.score import Score, Split
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -25,7 +24,7 @@ def render(report: Result | Comparison | Landscape) -> Group:
     if isinstance(report, Landscape):
         return landscape.render(report)
     if isinstance(report, Comparison) and report.contestants:
-        return Group(_candidates(report.result), Text(), *contest(report), *_foot(report.result))
+        return Group(_candidates(report.result), Text(), *comparison_table(report), *_foot(report.result))
     return Group(*_parts(report.result if isinstance(report, Comparison) else report))
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
-PATIENCE: Final = 1800.0  # seconds, as torch's for gloo
+TIMEOUT: Final = 1800.0  # seconds, as torch's for gloo
 _GRACE: Final = 2.0  # seconds in which a worker that failed says so, before its silence is what is reported
 _FAILED: Final = "ckptavg/failed"
 _BROKEN: Final = re.compile(r"/gloo/|NCCL")
@@ -52,75 +52,75 @@ class Workers:
     """
 
     rank: int = 0
-    world: int = 1
-    local: int = 1
+    world_size: int = 1
+    local_world_size: int = 1
     gpu: int | None = None
-    patience: float = PATIENCE
+    timeout: float = TIMEOUT
     _store: Any = field(default=None, repr=False, compare=False)
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether it is the one that speaks and writes."""
         return self.rank == 0
 
-    def lead(self, work: Callable[[], _T]) -> _T | None:
+    def on_rank_zero(self, work: Callable[[], _T]) -> _T | None:
         """What ``work`` gives, which the first worker alone does; None for the others, who wait until it is done.
 
         A `CkptavgError` that it raises is raised by all.
         """
         result, error = None, None
-        if self.first:
+        if self.is_rank_zero:
             try:
                 result = work()
             except CkptavgError as problem:
-                if self.world == 1:
+                if self.world_size == 1:
                     raise
                 error = problem
-        error = self.told(error)
+        error = self.broadcast(error)
         if error is not None:
             raise error
         return result
 
-    def told(self, value: _T) -> _T:
+    def broadcast(self, value: _T) -> _T:
         """The first worker's ``value``."""
-        if self.world == 1:
+        if self.world_size == 1:
             return value
         import torch
         from torch import distributed
 
         values = [value]
-        with self._answered():
+        with self._translate_broken_connection():
             distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
     def gather(self, value: _T) -> list[_T]:
         """Every worker's ``value``, by rank."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [value]
         from torch import distributed
 
-        values: list[Any] = [None] * self.world
-        with self._answered():
+        values: list[Any] = [None] * self.world_size
+        with self._translate_broken_connection():
             distributed.all_gather_object(values, value)
         return values
 
-    def side_by_side(self, keys: Sequence[_T], work: Callable[[_T], _U]) -> Iterator[tuple[_T, _U]]:
+    def map_parallel(self, keys: Sequence[_T], work: Callable[[_T], _U]) -> Iterator[tuple[_T, _U]]:
         """Every key with what ``work`` gives for it, in order; as many at a time as there are workers."""
-        for start in range(0, len(keys), self.world):
-            turn = keys[start : start + self.world]
+        for start in range(0, len(keys), self.world_size):
+            turn = keys[start : start + self.world_size]
             found = self.gather(work(turn[self.rank]) if self.rank < len(turn) else None)
             yield from ((key, one) for key, one in zip(turn, found, strict=False) if one is not None)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of every worker's ``tensor``, which becomes it; equal on all, and not waited for on a GPU."""
-        if self.world > 1:
+        if self.world_size > 1:
             from torch import distributed
 
-            with self._answered():
+            with self._translate_broken_connection():
                 distributed.all_reduce(tensor)
         return tensor
 
-    def agree(self, what: str, value: object, hint: str) -> None:
+    def check_equal(self, what: str, value: object, hint: str) -> None:
         """Raise TaskError unless all have the same ``value``, told by its text."""
         texts = self.gather(repr(value))
         odd = next((rank for rank, text in enumerate(texts) if text != texts[0]), None)
@@ -129,7 +129,7 @@ class Workers:
 
     def environment(self) -> dict[str, str]:
         """That of a program which this worker starts: it is no worker itself, and has this one's GPU alone."""
-        if self.world == 1:
+        if self.world_size == 1:
             return dict(os.environ)
         environment = {name: value for name, value in os.environ.items() if not _TORCHRUN.fullmatch(name)}
         if self.gpu is not None:
@@ -142,10 +142,10 @@ class Workers:
 
         The first who asks is the one to speak; the others are made silent.
         """
-        if self.world == 1:
+        if self.world_size == 1:
             return error
         if _is_broken(error):
-            error = self._gone()
+            error = self._lost_rank_error()
         shown = error if isinstance(error, CkptavgError) else None
         if isinstance(error, KeyboardInterrupt | Interruption):
             shown = InterruptedRunError("interrupted; nothing was written")
@@ -154,19 +154,19 @@ class Workers:
             first = self._store.compare_set(_FAILED, "", mine).decode()
         except RuntimeError:  # whoever started the run is gone too
             first = mine
-        (speak if first == mine else mute)()
+        (restore_streams if first == mine else silence)()
         return error
 
     @contextmanager
-    def _answered(self) -> Generator[None]:
+    def _translate_broken_connection(self) -> Generator[None]:
         try:
             yield
         except RuntimeError as error:
             if _is_broken(error):
-                raise self._gone() from error
+                raise self._lost_rank_error() from error
             raise
 
-    def _gone(self) -> CkptavgError:
+    def _lost_rank_error(self) -> CkptavgError:
         """What a worker that went away said before; else that it went."""
         until = time.monotonic() + _GRACE
         while time.monotonic() < until:
@@ -178,7 +178,7 @@ class Workers:
                 break
             time.sleep(0.05)
         return InterruptedRunError(
-            f"another worker ended, or did not answer for {self.patience:g} s; nothing was written",
+            f"another worker ended, or did not answer for {self.timeout:g} s; nothing was written",
             hint="run the same command to resume",
         )
 
@@ -222,7 +222,7 @@ def joined(device: str, patience: float) -> Generator[Workers]:
         what = f"the workers did not find each other: {str(error).splitlines()[0]}"
         raise InterruptedRunError(what, hint="look at torchrun's --rdzv-endpoint and --nnodes") from error
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = Workers(rank=number, world=world, local=local, gpu=gpu, patience=patience, _store=store)
+    workers = Workers(rank=number, world_size=world, local_world_size=local, gpu=gpu, timeout=patience, _store=store)
     try:
         yield workers
     except BaseException as error:
@@ -233,17 +233,17 @@ def joined(device: str, patience: float) -> Generator[Workers]:
     distributed.destroy_process_group()
 
 
-def mute() -> None:
+def silence() -> None:
     """Say nothing more, on neither stream."""
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  # as long as the process
 
 
-def speak() -> None:
+def restore_streams() -> None:
     """Say what there is to say again."""
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def interleaved(parts: Sequence[Sequence[_T]]) -> list[_T]:
+def interleave(parts: Sequence[Sequence[_T]]) -> list[_T]:
     """What workers that took every ``world``-th of a sequence have, in its order."""
     longest = max(map(len, parts))
     return [part[i] for i in range(longest) for part in parts if i < len(part)]

@@ -53,7 +53,7 @@ class ASWA:
         """See `Strategy.learn`."""
         n = objective.n
         if self.hard_updates and not self.early_reject:
-            objective.expect([Coefficients.uniform([i], n) for i in range(n)])
+            objective.prefetch([Coefficients.uniform([i], n) for i in range(n)])
         chosen: Sequence[int] = (0,)
         v = objective.score(Coefficients.uniform(chosen, n)).value
         own: list[float | None] = [v]
@@ -84,7 +84,7 @@ class ASWA:
         """The score of a uniform average (None where it was stopped early) and whether it clears the bar."""
         coefficients = Coefficients.uniform(chosen, objective.n)
         if self.early_reject:
-            score = objective.score_above(coefficients, bar, strict=strict)
+            score = objective.score_at_least(coefficients, bar, strict=strict)
             return (None, False) if score is None else (score.value, True)
         value = objective.score(coefficients).value
         return value, value > bar if strict else value >= bar

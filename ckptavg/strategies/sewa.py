@@ -119,7 +119,7 @@ class SeWA:
         check_losses(trace, objective, self.on, samples=self.samples)
         masks = likeliest(s_N, self.k, self.verify)
         if self.verify > 1:
-            objective.expect([Coefficients.uniform(mask, n) for mask in masks])
+            objective.prefetch([Coefficients.uniform(mask, n) for mask in masks])
         chosen = _Verified(objective, self.verify).best(masks) if self.verify > 1 else masks[0]
         return Learned(coefficients=Coefficients.uniform(chosen, n), columns={"s": s_N.tolist()}, trace={"loss": trace})
 
@@ -146,7 +146,7 @@ class SeWA:
         k, auto = self.k, self.k == "auto"
         verified = _Verified(objective, self.verify + auto * (n - 1))
         if k == "auto":
-            objective.expect([Coefficients.uniform(subsets.masks[0], n) for subsets in found.values()])
+            objective.prefetch([Coefficients.uniform(subsets.masks[0], n) for subsets in found.values()])
             first = {size: verified.loss(subsets.masks[0]) for size, subsets in found.items()}
             k = min(first, key=lambda size: (first[size], -size))
         tried, near, moves = list[tuple[int, ...]](), found[k].masks, 0
@@ -159,7 +159,9 @@ class SeWA:
             better = verified.best(tried)
             if better != chosen and moves < MOVES and len(tried) < self.verify:
                 mixture, moves = Coefficients.uniform(better, n), moves + 1
-                q = q.moved(torch.tensor(mixture.values[0], dtype=torch.float64), *objective.gradient(mixture, self.on))
+                q = q.recentered(
+                    torch.tensor(mixture.values[0], dtype=torch.float64), *objective.gradient(mixture, self.on)
+                )
                 near = best_subsets(q, k, self.verify).masks
             chosen = better
         assert chosen is not None
@@ -192,7 +194,7 @@ class SeWA:
         while len(found) < min(self.evaluations, math.comb(n, k)) and len(trace) < self.evaluations:
             rest = self.evaluations - len(found)
             masks = [self._drawn(s_N, k, draws) for _ in range(min(DRAWS, rest - 1))] or likeliest(s_N, k, 1)
-            objective.expect([Coefficients.uniform(mask, n) for mask in masks])
+            objective.prefetch([Coefficients.uniform(mask, n) for mask in masks])
             scores = torch.tensor([self._scored(objective, mask, found) for mask in masks], dtype=torch.float64)
             m_MN = torch.zeros(len(masks), n, dtype=torch.float64)
             for row_N, mask in zip(m_MN, masks, strict=True):

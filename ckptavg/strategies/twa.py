@@ -169,13 +169,13 @@ class TWA:
         chosen, lowest = Coefficients.uniform(range(objective.n), objective.n), math.inf
         for segment in range(1 + MOVES):
             if segment:
-                q = q.moved(start_N, *objective.gradient(chosen, self.on))
+                q = q.recentered(start_N, *objective.gradient(chosen, self.on))
             best_N = simplex_optimum(q) if self.constraint == "simplex" else affine_optimum(q, self.radius, metric_N)
             # where a later segment starts has been scored
             ways = [i / (SEGMENT - 1) for i in range(min(1, segment), SEGMENT)]
             mixed = [(1 - t) * start_N + t * best_N for t in ways]
             points = [Coefficients((tuple((row_N / row_N.sum()).tolist()),)) for row_N in mixed]
-            objective.expect(points)
+            objective.prefetch(points)
             better = False
             for t, row_N, point in zip(ways, mixed, points, strict=True):
                 loss = objective.score(point).loss or 0.0
@@ -225,7 +225,7 @@ class TWA:
         search = _cma(n, seed)
         while n > 1 and len(trace) < self.evaluations and not search.stop():
             drawn = search.ask(min(search.popsize, self.evaluations - len(trace)))
-            objective.expect([at(x) for x in drawn])
+            objective.prefetch([at(x) for x in drawn])
             costs = [cost(x) for x in drawn]
             if len(costs) == search.popsize:
                 search.tell(drawn, costs)

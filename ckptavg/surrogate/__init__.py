@@ -40,7 +40,7 @@ class Surrogate:
         """The number of candidates."""
         return len(self.gradient_N)
 
-    def moved(self, beta_N: Tensor, value: float, gradient_N: Tensor) -> Surrogate:
+    def recentered(self, beta_N: Tensor, value: float, gradient_N: Tensor) -> Surrogate:
         """The one with the same second derivatives whose value and gradient at ``beta_N`` are these: closer around it.
 
         Args:

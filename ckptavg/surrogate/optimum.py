@@ -60,7 +60,7 @@ def affine_optimum(q: Surrogate, radius: float | None = None, metric_N: Tensor |
                 "the surrogate falls without bound along a direction in which it is flat or curved downwards, so that "
                 "it has no best coefficients; give a radius, or keep them on the simplex"
             )
-        t_K = _on_the_border(lambda_K, gamma_K, radius, axes_NK)
+        t_K = _on_the_boundary(lambda_K, gamma_K, radius, axes_NK)
     step_N = axes_NK @ t_K
     return 1 / q.n + step_N - step_N.mean()
 
@@ -126,7 +126,7 @@ def _inside(lambda_K: Tensor, gamma_K: Tensor) -> Tensor | None:
     return -gamma_K / lambda_K.masked_fill(flat_K, 1)
 
 
-def _on_the_border(lambda_K: Tensor, gamma_K: Tensor, radius: float, axes_NK: Tensor) -> Tensor:
+def _on_the_boundary(lambda_K: Tensor, gamma_K: Tensor, radius: float, axes_NK: Tensor) -> Tensor:
     """t with ‖t‖ = radius and (λ + μ)t = −γ, the unknown being s = μ − max(0, −λ_1), that s = 0 may be exact."""
     above_K = lambda_K - lambda_K[0].clamp(max=0)
     above_K = above_K.masked_fill(above_K <= FLAT * lambda_K.abs().max(), 0)

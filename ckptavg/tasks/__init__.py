@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ckptavg.journal.pass_progress import Partial
+    from ckptavg.journal.pass_progress import PassProgress
     from ckptavg.score import Score, Split
     from ckptavg.tasks.torch_metrics import CorpusMetric
 
@@ -42,7 +42,7 @@ class Task(Protocol):
         ...
 
     @property
-    def whole(self) -> Callable[[nn.Module, Partial], Score] | None:
+    def whole(self) -> Callable[[nn.Module, PassProgress], Score] | None:
         """Scores a model as a whole, where there are no losses of batches; keeps what of it is known already."""
         ...
 

@@ -18,7 +18,9 @@ _DEAD: Final = re.compile(r"DataLoader worker \(pid.*", re.DOTALL)
 _LOST_MEMORY: Final = re.compile(r"unable to open shared memory object .*No such file")
 
 
-def failed(source: str, function: str | None, at: str, error: BaseException, seconds: float | None = None) -> TaskError:
+def task_error(
+    source: str, function: str | None, at: str, error: BaseException, seconds: float | None = None
+) -> TaskError:
     """``task.py:12: in loss, batch 3 of val_dataloader: ValueError: …``, the line being the innermost of its own file.
 
     Args:
@@ -30,10 +32,10 @@ def failed(source: str, function: str | None, at: str, error: BaseException, sec
     """
     name = Path(source).name
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == name]
-    what, hint = _said(error), "-v shows the traceback"
+    what, hint = _error_message(error), "-v shows the traceback"
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename).name == name:
         lines.append(error.lineno)
-    if inner := _in_a_worker(what):  # its traceback is in the text
+    if inner := _in_data_worker(what):  # its traceback is in the text
         lines += [int(line) for line in re.findall(rf'File "[^"]*\b{re.escape(name)}", line (\d+)', what)]
         what = f"{inner} (in a worker process)"
     if isinstance(error, TooLongError):
@@ -53,7 +55,7 @@ def failed(source: str, function: str | None, at: str, error: BaseException, sec
     return TaskError(lead + _shortened(what), path=where, hint=hint)
 
 
-def _said(error: BaseException) -> str:
+def _error_message(error: BaseException) -> str:
     try:
         text = str(error)
     except Exception:  # it is not ours, and may fail at anything
@@ -75,7 +77,7 @@ def _worker_death(what: str, error: BaseException) -> str | None:
     return what if fetching or _LOST_MEMORY.search(what) else None
 
 
-def _in_a_worker(what: str) -> str:
+def _in_data_worker(what: str) -> str:
     """The last line of the traceback that a loader's worker process sent, if there is one in the text."""
     if "Original Traceback" not in what:
         return ""

@@ -22,10 +22,10 @@ from ckptavg.filesystem.regular_file import is_file
 from ckptavg.runtime.seeds import seed_loader
 from ckptavg.runtime.threads import affinity, processors, quota
 from ckptavg.score import Split
-from ckptavg.tasks.failure import failed
+from ckptavg.tasks.failure import task_error
 from ckptavg.tasks.guard import Guard
 from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
-from ckptavg.tasks.worker_sampler import of_worker, undivided
+from ckptavg.tasks.worker_sampler import rank_loader, without_distributed_sampler
 
 _OF_BATCHES: Final = ("loss", "metric", "predict")
 
@@ -49,7 +49,7 @@ class PythonTask:
         self._guard = Guard(timeout, [source])
         self.notes: list[str] = []
         self._at = ""  # which batch is in use, for errors
-        with self._blame(None, thorough=True):
+        with self._translate_errors(None, thorough=True):
             self._module = _import(source)
         for name in ("model", "loss"):
             self._function(name)
@@ -109,7 +109,7 @@ class PythonTask:
 
     def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]] | None:
         """See `ckptavg.batches.loader.Feed`: for a DataLoader of a dataset with indices."""
-        found = self._own.get(split) or of_worker(self._loader(split), rank, world)
+        found = self._own.get(split) or rank_loader(self._loader(split), rank, world)
         if found is None:
             return None
         loader, sizes = self._own[split] = found
@@ -120,19 +120,19 @@ class PythonTask:
         self._at = ""
         whole = self._loader(split) if own is None else self._loaders[split]
         loader = whole if own is None else own
-        with self._blame(name, thorough=True):
+        with self._translate_errors(name, thorough=True):
             for one in {id(one): one for one in (whole, loader)}.values():  # whose sampler draws the batches
                 seed_loader(one)
             batches = iter(loader)
         for number in numbers or itertools.count(1):
             self._at = f"batch {number} of {name}"
-            with self._blame(name):
+            with self._translate_errors(name):
                 try:
                     batch = next(batches)
                 except StopIteration:
                     return
                 except Exception:
-                    _end_workers(batches)
+                    _stop_workers(batches)
                     raise
             yield batch
 
@@ -148,7 +148,7 @@ class PythonTask:
     def length(self, split: Split) -> int | None:
         """See `Task.length`."""
         loader = self._loader(split)
-        with self._blame(f"{split}_dataloader"):
+        with self._translate_errors(f"{split}_dataloader"):
             try:
                 return len(loader)
             except TypeError:  # an iterator, or a loader of an IterableDataset
@@ -189,7 +189,7 @@ class PythonTask:
         if loader is None:
             loader = self._call(name, self._function(name))
             self._count_workers(name, loader)
-            loader = undivided(loader)
+            loader = without_distributed_sampler(loader)
             if not isinstance(loader, Iterator):
                 self._loaders[split] = loader
         return loader
@@ -212,7 +212,7 @@ class PythonTask:
         return function
 
     def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        with self._blame(name, thorough=name not in _OF_BATCHES):
+        with self._translate_errors(name, thorough=name not in _OF_BATCHES):
             return function(*args)
 
     @property
@@ -220,7 +220,7 @@ class PythonTask:
         return f", for {self._at}" if self._at else ""
 
     @contextmanager
-    def _blame(self, name: str | None, *, thorough: bool = False) -> Generator[None]:
+    def _translate_errors(self, name: str | None, *, thorough: bool = False) -> Generator[None]:
         """Turn whatever the task's code raises into one line that names the function (None: its import) and the batch.
 
         The process is afterwards as it was; see `Guard`.
@@ -234,10 +234,10 @@ class PythonTask:
             if isinstance(error, CkptavgError) or is_out_of_memory(error):
                 raise
             at = self._at if name in _OF_BATCHES or (name and self._at.endswith(name)) else ""
-            raise failed(self.source, name, at, error, self._guard.seconds) from error
+            raise task_error(self.source, name, at, error, self._guard.seconds) from error
 
 
-def _end_workers(batches: Any) -> None:
+def _stop_workers(batches: Any) -> None:
     """End the worker processes of a DataLoader's iterator that failed.
 
     The traceback keeps the iterator alive, and while it lives torch's SIGCHLD handler raises the death of a worker in

@@ -65,7 +65,7 @@ class CorpusMetric:
         self._told_batches = 0
         self.reset()
 
-    def part(self, *, everything: bool = False) -> dict[str, Any]:
+    def state_dict(self, *, everything: bool = False) -> dict[str, Any]:
         """For `restore`: the states of the batches since the last part, or of all; of lists, what is new in them."""
         if everything:
             self._told = []
@@ -78,7 +78,7 @@ class CorpusMetric:
         self._told = lengths
         return {"whole": whole, "batches": self._states[batches:]}
 
-    def restore(self, part: Mapping[str, Any]) -> None:
+    def load_state_dict(self, part: Mapping[str, Any]) -> None:
         """Add the batches of a part."""
         self._states += part["batches"]
         for metric, states in zip(_metrics(self._whole), part["whole"], strict=True):
@@ -87,7 +87,7 @@ class CorpusMetric:
             metric._update_count = len(self._states)
             metric._computed = None
         self._whole.to(self._whole.device)
-        self.part()
+        self.state_dict()
 
     @property
     def batches(self) -> int:
@@ -160,7 +160,7 @@ class CorpusMetric:
             for place, metric in enumerate(_metrics(self._part)):
                 metric.reset()
                 for name, reduce in metric._reductions.items():
-                    states = [_on(metric.device, self._states[i][place][name]) for i in indices]
+                    states = [_to_device(metric.device, self._states[i][place][name]) for i in indices]
                     setattr(metric, name, _joined(states, reduce))
                 metric._update_count = len(indices)
             value = self._part.compute()
@@ -230,12 +230,12 @@ def _state(metric: Any) -> dict[str, Any]:
     return {name: list(state) if isinstance(state, list) else state.clone() for name, state in states.items()}
 
 
-def _on(device: Any, state: Any) -> Any:
+def _to_device(device: Any, state: Any) -> Any:
     """A state that an earlier run left is on the CPU."""
     import torch
 
     if isinstance(state, list):
-        return [_on(device, item) for item in state]
+        return [_to_device(device, item) for item in state]
     return state.to(device) if isinstance(state, torch.Tensor) else state
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from ckptavg.runtime.seeds import reseed
 
 
-class Turns(Sampler[list[int]]):
+class RankBatchSampler(Sampler[list[int]]):
     """Of another sampler's batches every ``world``-th from number ``rank`` on.
 
     At the end, where some workers have a batch and others have none, these get the last one too. Before each but the
@@ -46,15 +46,15 @@ class Turns(Sampler[list[int]]):
         return -(-len(self._batches) // self._world)
 
 
-def of_worker(loader: Any, rank: int, world: int) -> tuple[DataLoader[Any], deque[list[int]]] | None:
+def rank_loader(loader: Any, rank: int, world: int) -> tuple[DataLoader[Any], deque[list[int]]] | None:
     """A loader of the worker's turns, and their sizes as they are drawn; None where ``loader`` has no indices."""
     if type(loader) is not DataLoader or loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
         return None
-    turns = Turns(loader.batch_sampler, rank, world)
+    turns = RankBatchSampler(loader.batch_sampler, rank, world)
     return _like(loader, turns), turns.sizes
 
 
-def undivided(loader: Any) -> Any:
+def without_distributed_sampler(loader: Any) -> Any:
     """``loader``, over all data where a DistributedSampler would give one worker a part: they are divided here."""
     if type(loader) is not DataLoader or loader.batch_size is None:
         return loader

@@ -20,10 +20,10 @@ from typing import NamedTuple
 ITSELF = """
 import resource, sys, time
 from pathlib import Path
-from ckptavg.average import output_specs, weighted_average
+from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.coefficients import Coefficients
-from ckptavg.discover import discover
-from ckptavg.write import SafetensorsFile
+from ckptavg.checkpoints.discover import discover
+from ckptavg.output.safetensors_file import SafetensorsFile
 def used():
     mine = resource.getrusage(resource.RUSAGE_SELF)
     return time.perf_counter(), mine.ru_utime + mine.ru_stime

@@ -126,7 +126,7 @@ def average(folder: Path, workers: Workers) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as place:
         workers.gather(None)
         start = time.perf_counter()
-        run(folder, from_spec("swa"), output=workers.told(Path(place)) / "out", workers=workers)
+        run(folder, from_spec("swa"), output=workers.broadcast(Path(place)) / "out", workers=workers)
         workers.gather(None)
         return {"seconds": time.perf_counter() - start}
 
@@ -170,7 +170,7 @@ def main() -> None:
     with joined("cpu", 600.0) as workers:
         asked = [word.partition(":") for word in options.measure]
         found = [workers.gather(PARTS[part](Path(folder), workers)) for part, _, folder in asked]
-    if workers.first:
+    if workers.is_rank_zero:
         print(json.dumps(found))
 
 

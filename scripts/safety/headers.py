@@ -78,7 +78,7 @@ class _Listed:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "step-1.safetensors"
-        self.way_out = ""
+        self.hint = ""
         self.path.write_bytes(plain(1))
         self.reader = open_reader(self.path)
 

@@ -22,7 +22,7 @@ from ckptavg.checkpoints.window import Window
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
 from ckptavg.objective.mixture import Mixture
-from ckptavg.report.result import Contestant
+from ckptavg.report.result import StrategyResult
 from ckptavg.tasks.python_file import PythonTask
 from study.domains import domain
 from study.job import Job, write_task
@@ -141,7 +141,7 @@ def _train(cell: Cell, plan: Plan, root: Path) -> tuple[Trained, float]:
     return trained, time.perf_counter() - started
 
 
-def _contest(trained: Trained, specs: Sequence[str], window: Window) -> dict[str, Contestant]:
+def _contest(trained: Trained, specs: Sequence[str], window: Window) -> dict[str, StrategyResult]:
     """Specification → what ckptavg found."""
     comparison = ckptavg.compare(
         trained.folder,
@@ -160,7 +160,7 @@ def _contest(trained: Trained, specs: Sequence[str], window: Window) -> dict[str
 def _rows(
     mixture: Mixture,
     job: Job,
-    contestants: Mapping[str, Contestant],
+    contestants: Mapping[str, StrategyResult],
     strategies: Mapping[str, str],
     subsets: Subsets | None = None,
     k: int = 0,
@@ -171,7 +171,7 @@ def _rows(
     return rows if subsets is None else [replace(row, rank=subsets.rank(row.coefficients, k)) for row in rows]
 
 
-def _row(mixture: Mixture, job: Job, label: str, spec: str, contestant: Contestant) -> Row:
+def _row(mixture: Mixture, job: Job, label: str, spec: str, contestant: StrategyResult) -> Row:
     row = tuple(c for c in contestant.coefficients if isinstance(c, float))
     assert len(row) == mixture.n, "no strategy of the study is layer-wise"
     val, test = contestant.scores["val"], contestant.scores["test"]

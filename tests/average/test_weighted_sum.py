@@ -196,9 +196,9 @@ def test_dtype_changes_floating_tensors_only(tmp_path: Path):
 MEASURE = """
 import re, sys
 from pathlib import Path
-from ckptavg.average import output_specs, weighted_average
+from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.coefficients import Coefficients
-from ckptavg.discover import discover
+from ckptavg.checkpoints.discover import discover
 checkpoints = discover([Path(sys.argv[1])]).checkpoints
 specs = output_specs(checkpoints[0])
 for part in weighted_average(checkpoints, Coefficients.uniform(range(len(checkpoints)), len(checkpoints)), specs):

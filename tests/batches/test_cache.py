@@ -12,7 +12,7 @@ from stored import stored
 from torch import Tensor, nn
 
 from ckptavg.batches import cache as kept_module
-from ckptavg.batches.cache import Kept
+from ckptavg.batches.cache import BatchCache
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.objective.mixture import Mixture
@@ -107,14 +107,14 @@ def test_a_loss_may_change_its_batch_in_place(
     assert found == scores(Job(spoil), checkpoints)
 
 
-def passed(kept: Kept, split: Split, *batches: Any) -> list[Any]:
+def passed(kept: BatchCache, split: Split, *batches: Any) -> list[Any]:
     """The batches of a pass over a split that has these if it is read."""
     return [one.batch for one in kept.passed(split, lambda: iter(batches))]
 
 
 def test_what_is_too_large_is_read_again_and_takes_no_room(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kept_module, "HOST", 100)
-    kept = Kept(CPU)
+    kept = BatchCache(CPU)
     for fill in (1, 2, 3):
         assert [b.tolist() for b in passed(kept, "train", torch.full((10,), fill), torch.full((20,), fill))] == [
             [fill] * 10, [fill] * 20
@@ -125,7 +125,7 @@ def test_what_is_too_large_is_read_again_and_takes_no_room(monkeypatch: pytest.M
 
 def test_a_pass_that_is_not_finished_is_not_kept(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kept_module, "HOST", 100)
-    kept = Kept(CPU)
+    kept = BatchCache(CPU)
     for seen in kept.passed("val", lambda: iter([torch.zeros(25), torch.zeros(2)])):
         assert seen.size == 25
         break
@@ -137,13 +137,13 @@ def test_what_moves_itself_is_not_kept():
         def to(self, device: torch.device) -> Graph:
             return self
 
-    kept = Kept(CPU)
+    kept = BatchCache(CPU)
     for graph in (Graph(), Graph()):
         assert passed(kept, "val", {"graph": graph, "y": torch.ones(2)})[0]["graph"] is graph
 
 
 def test_batches_that_become_others_are_forgotten():
-    kept = Kept(CPU)
+    kept = BatchCache(CPU)
     passed(kept, "val", torch.ones(2))
     kept.forget()
     assert passed(kept, "val", torch.zeros(1))[0].tolist() == passed(kept, "val")[0].tolist() == [0.0]

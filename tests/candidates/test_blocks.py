@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from objective.test_mixture import Toy, by_hand, network, reference_model
 from stored import stored
-from test_mixture import Toy, by_hand, network, reference_model
 from torch import Tensor, nn
 
 from ckptavg.average.weighted_sum import output_specs, weighted_average

@@ -21,10 +21,10 @@ BITS = (1, 2, 4, 8, 16)
 def encoded(rows_ND: Tensor, bits: int, group: int) -> Packed:
     n, size = rows_ND.shape
     matrix = Packed(n, size, rows_ND.dtype, rows_ND.device, bits=bits, group=group)
-    matrix.centre_D.copy_(rows_ND.double().mean(dim=0))
+    matrix.mean_D.copy_(rows_ND.double().mean(dim=0))
     for i in range(n):
         matrix.row(i).copy_(rows_ND[i])
-        matrix.keep(i)
+        matrix.encode(i)
     return matrix
 
 
@@ -44,7 +44,7 @@ def unpacked(matrix: Packed, bits: int, group: int, size: int) -> Tensor:
 def decoded(matrix: Packed, start: int, stop: int) -> Tensor:
     parts: list[Tensor] = []
     at = start
-    for piece, columns in matrix.pieces(start, stop):
+    for piece, columns in matrix.column_blocks(start, stop):
         assert columns.start == at and piece.dtype == torch.float32 and piece.shape[1] == columns.stop - at
         parts.append(piece.clone())  # valid until the next piece only
         at = columns.stop

@@ -217,7 +217,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from ckptavg.candidates import Candidates
-from ckptavg.discover import discover
+from ckptavg.checkpoints.discover import discover
 
 def peak():
     return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])

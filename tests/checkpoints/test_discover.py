@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ckptavg.checkpoints.discover import Found, discover
+from ckptavg.checkpoints.discover import Discovered, discover
 from ckptavg.checkpoints.state_dict import check_agreement
 from ckptavg.checkpoints.window import Window
 from ckptavg.errors import DisagreementError, InputError, UsageError
@@ -42,11 +42,11 @@ def trainer(folder: Path, step: int, *, complete: bool = True) -> Path:
     return folder
 
 
-def names(found: Found) -> list[str]:
+def names(found: Discovered) -> list[str]:
     return [checkpoint.path.name for checkpoint in found.checkpoints]
 
 
-def reasons(found: Found) -> dict[str, str]:
+def reasons(found: Discovered) -> dict[str, str]:
     return {one.path.name: one.reason for one in found.left_out}
 
 
@@ -116,7 +116,7 @@ def test_trainer_directories_are_found_and_incomplete_ones_left_out_with_a_warni
         ("checkpoint-1000/model.safetensors", 1000),
     ]
     kinds = {one.path.name: one.kind for one in found.left_out}
-    assert kinds == {"checkpoint-1500": "warning", "tmp-checkpoint-2000": "warning", "runs": "quiet"}
+    assert kinds == {"checkpoint-1500": "warning", "tmp-checkpoint-2000": "warning", "runs": "info"}
     assert "trainer_state.json" in reasons(found)["checkpoint-1500"]
 
 

@@ -66,7 +66,7 @@ def go(folder: Path, workers: Workers) -> None:
         found = {name: tensor.full_tensor().tolist() for name, tensor in network.state_dict().items()}
         states = [whole(step) for step in (1, 2, 3)]
         mean = {name: sum(state[name].double() for state in states).div(3).float().tolist() for name in states[0]}  # pyright: ignore
-        if workers.first:
+        if workers.is_rank_zero:
             assert result.output is not None
             report = {"found": found, "mean": mean, "sha256": result.output.sha256}
             (folder / "found.json").write_text(json.dumps(report))

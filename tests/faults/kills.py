@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckptavg.journal import ASIDE
+from ckptavg.journal import SOURCE_PREFIX
 from faults.points import OLD
 from faults.warm import Child, Done, Warm
 
@@ -154,7 +154,7 @@ class Campaign:
     def _missing(self, whole: Whole, place: Path, done: bool, acknowledged: Path) -> None:
         """Every record that was acknowledged is in the journal, unless the run was done with it."""
         told = set(acknowledged.read_text().splitlines()) if acknowledged.exists() else set[str]()
-        told = {key for key in told if not key.startswith(ASIDE)}  # alone they are nothing to go on from
+        told = {key for key in told if not key.startswith(SOURCE_PREFIX)}  # alone they are nothing to go on from
         journal = _journal(place)
         found = set(_keys(journal)) if journal.exists() else set[str]()
         self.phases[_phase(found, place)] += 1

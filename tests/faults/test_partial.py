@@ -18,9 +18,9 @@ from ckptavg.checkpoints.discover import discover
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import OutputExistsError, TaskError
 from ckptavg.journal import Journal, pass_progress, source_digests
-from ckptavg.journal.pass_progress import ChangedDataError, Partial, resumed
+from ckptavg.journal.pass_progress import ChangedDataError, PassProgress, resumed
 from ckptavg.journal.tensor_json import decode, encode
-from ckptavg.objective.measurements import Replay
+from ckptavg.objective.measurements import MeasurementLog
 from ckptavg.objective.mixture import Mixture
 from ckptavg.readers import RegularFile
 from ckptavg.runtime import signals
@@ -101,7 +101,7 @@ def kept(tmp_path: Path) -> dict[str, Any]:
     return {}
 
 
-def passed(data: list[int], seen: list[int], found: Partial, fail: int = -1) -> int:
+def passed(data: list[int], seen: list[int], found: PassProgress, fail: int = -1) -> int:
     """A sum over data, one after the other, with a checksum of those given."""
     totals = [0, *found.states]
     count = 0
@@ -114,7 +114,7 @@ def passed(data: list[int], seen: list[int], found: Partial, fail: int = -1) -> 
             count = count * 31 + one
             yield one
 
-    for one in found.rest(given(), lambda: count, lambda: totals[-1], whole=True):
+    for one in found.remaining(given(), lambda: count, lambda: totals[-1], whole=True):
         seen.append(one)
         totals.append(totals[-1] + one)
     return totals[-1]
@@ -124,16 +124,16 @@ def test_a_pass_leaves_out_what_an_earlier_one_did(kept: dict[str, Any], monkeyp
     monkeypatch.setattr(pass_progress, "EVERY", 0.0)
     seen: list[int] = []
     with pytest.raises(Interruption):
-        passed([1, 2, 3, 4, 5], seen, Partial("x", kept.get, kept.__setitem__), fail=4)
+        passed([1, 2, 3, 4, 5], seen, PassProgress("x", kept.get, kept.__setitem__), fail=4)
     assert seen == [1, 2, 3]
-    assert passed([1, 2, 3, 4, 5], seen, Partial("x", kept.get, kept.__setitem__)) == 15
+    assert passed([1, 2, 3, 4, 5], seen, PassProgress("x", kept.get, kept.__setitem__)) == 15
     assert seen == [1, 2, 3, 4, 5]
-    assert passed([1, 2, 3, 4, 5], seen, Partial("x", kept.get, kept.__setitem__)) == 15 and len(seen) == 5
+    assert passed([1, 2, 3, 4, 5], seen, PassProgress("x", kept.get, kept.__setitem__)) == 15 and len(seen) == 5
 
 
 def test_a_signal_keeps_what_was_not_due(kept: dict[str, Any]):
     with pytest.raises(Interruption):
-        passed([1, 2, 3], [], Partial("x", kept.get, kept.__setitem__), fail=3)
+        passed([1, 2, 3], [], PassProgress("x", kept.get, kept.__setitem__), fail=3)
     assert [part["state"] for part in kept.values()] == [3]
 
 
@@ -141,24 +141,24 @@ def test_a_signal_keeps_what_was_not_due(kept: dict[str, Any]):
 def test_a_pass_over_other_data_begins_anew(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch, data: list[int]):
     monkeypatch.setattr(pass_progress, "EVERY", 0.0)
     with pytest.raises(Interruption):
-        passed([1, 2, 3, 4, 5], [], Partial("x", kept.get, kept.__setitem__), fail=4)
-    found = Partial("x", kept.get, kept.__setitem__)
+        passed([1, 2, 3, 4, 5], [], PassProgress("x", kept.get, kept.__setitem__), fail=4)
+    found = PassProgress("x", kept.get, kept.__setitem__)
     with pytest.raises(ChangedDataError):
         passed(data, [], found)
     seen: list[int] = []
     assert resumed(found, lambda: passed(data, seen, found)) == sum(data) and seen == data
-    assert passed(data, [], Partial("x", kept.get, kept.__setitem__)) == sum(data)
+    assert passed(data, [], PassProgress("x", kept.get, kept.__setitem__)) == sum(data)
 
 
 def test_what_cannot_be_written_down_is_not_kept(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pass_progress, "EVERY", 0.0)
-    assert list(Partial("x", kept.get, kept.__setitem__).rest([1, 2], int, object)) == [1, 2] and not kept
+    assert list(PassProgress("x", kept.get, kept.__setitem__).remaining([1, 2], int, object)) == [1, 2] and not kept
 
 
 def test_nothing_is_kept_where_there_is_no_journal(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pass_progress, "EVERY", 0.0)
     asked: list[int] = []
-    assert list(Partial().rest([1, 2], int, lambda: asked.append(1))) == [1, 2] and not asked
+    assert list(PassProgress().remaining([1, 2], int, lambda: asked.append(1))) == [1, 2] and not asked
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def with_contents(folder: Path, output: Path, work: Callable[[Journal, tuple[Che
     """What a run does with its candidates' files, and one measurement."""
     with discover([folder]) as found, Journal(output) as journal:
         journal.begin({"run": 1})
-        with source_digests.recorded(journal, found.checkpoints):
+        with source_digests.recording_digests(journal, found.checkpoints):
             work(journal, found.checkpoints)
 
 
@@ -305,7 +305,7 @@ def test_a_resumed_run_halves_its_batches_where_the_interrupted_one_had_to(ckpts
     def losses(output: str, asked: int) -> list[float]:
         with discover([ckpts]) as found, Journal(tmp_path / output) as journal:
             journal.begin({"run": 1})
-            replay = Replay(journal)
+            replay = MeasurementLog(journal)
             mixture = Mixture(Tight(str(TASK)), found.checkpoints, device=torch.device("cpu"), replay=replay)
             seen: list[float] = []
             for _ in range(asked):
@@ -327,7 +327,10 @@ def test_a_gradient_over_a_whole_split_is_known_to_the_last_bit(ckpts: Path, tmp
         with discover([ckpts]) as candidates, Journal(tmp_path / "out") as journal:
             journal.begin({"run": 1})
             mixture = Mixture(
-                PythonTask(str(TASK)), candidates.checkpoints, device=torch.device("cpu"), replay=Replay(journal)
+                PythonTask(str(TASK)),
+                candidates.checkpoints,
+                device=torch.device("cpu"),
+                replay=MeasurementLog(journal),
             )
             loss, gradient_N = mixture.gradient(Coefficients.uniform(range(3), mixture.n))
             return loss, gradient_N.tolist(), mixture.meter["backward_batches"]
@@ -342,7 +345,7 @@ def test_scores_of_other_data_than_the_earlier_runs_are_not_compared(ckpts: Path
         with discover([ckpts]) as found, Journal(tmp_path / "out") as journal:
             journal.begin({"run": 1})
             task = PythonTask(str(TASK))
-            mixture = Mixture(task, found.checkpoints, device=torch.device("cpu"), replay=Replay(journal))
+            mixture = Mixture(task, found.checkpoints, device=torch.device("cpu"), replay=MeasurementLog(journal))
             for i in range(count):
                 mixture.score(Coefficients.uniform([i], mixture.n))
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from properties import examples
 
 from ckptavg.errors import InputError, OutputExistsError
-from ckptavg.journal import Copy, Journal
+from ckptavg.journal import Journal, ReadOnlyJournal
 
 STOPPING = """
 import os, signal, time
@@ -215,7 +215,7 @@ def test_what_this_run_put_is_told_from_what_an_earlier_one_did(tmp_path: Path):
         journal.begin({"run": 1})
         journal.put("new", 2)
         assert (journal.get("old", earlier=True), journal.get("new", earlier=True), journal.get("new")) == (1, None, 2)
-        copy = Copy(journal.records, journal.folder)
+        copy = ReadOnlyJournal(journal.records, journal.folder)
         copy.put("more", 3)
         copy.put_all({"more": 3})
         assert copy.folder == journal.folder and (copy.get("new"), copy.get("more")) == (2, None)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptavg.errors import TaskError
-from ckptavg.objective.score_accumulator import Tally
+from ckptavg.objective.score_accumulator import ScoreAccumulator
 
 units = st.lists(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=6), min_size=1, max_size=8)
 
@@ -23,12 +23,12 @@ def test_hopeless_means_that_the_finished_score_is_below_the_bar(
     """For any metrics within the bounds, sums in any order of roundings, and bars right at the score."""
     total = sum(map(len, passes))
 
-    def run(bar: float | None) -> tuple[Tally, bool]:
-        tally, stopped = Tally(sign, (0.0, 1.0)), False
+    def run(bar: float | None) -> tuple[ScoreAccumulator, bool]:
+        tally, stopped = ScoreAccumulator(sign, (0.0, 1.0)), False
         for metrics in passes:
             values = torch.tensor(metrics)
             tally.add(torch.zeros(()), values.double().mean() if whole else values, len(metrics))
-            stopped = stopped or (bar is not None and tally.hopeless(bar, total))
+            stopped = stopped or (bar is not None and tally.cannot_reach(bar, total))
         return tally, stopped
 
     value = run(None)[0].score("it", "val").value
@@ -42,33 +42,36 @@ def test_hopeless_means_that_the_finished_score_is_below_the_bar(
 
 
 def test_it_is_known_as_early_as_it_can_be():
-    tally = Tally(1.0, (0.0, 1.0))
+    tally = ScoreAccumulator(1.0, (0.0, 1.0))
     stops: list[bool] = []
     for _ in range(4):  # at most 3/4, 2/4, 1/4, 0 are in reach
         tally.add(torch.zeros(25), torch.zeros(25), 25)
-        stops.append(tally.hopeless(0.6, 100))
+        stops.append(tally.cannot_reach(0.6, 100))
     assert stops == [False, True, True, True]
 
 
 def test_a_metric_outside_its_bounds_is_an_error():
-    tally = Tally(1.0, (0.0, 1.0))
+    tally = ScoreAccumulator(1.0, (0.0, 1.0))
     tally.add(torch.zeros(2), torch.tensor([0.5, 1.5]), 2)
     with pytest.raises(TaskError, match=r"metric gave 1\.5, outside metric_bounds \(0\.0, 1\.0\)"):
-        tally.hopeless(0.5, 10)
+        tally.cannot_reach(0.5, 10)
     with pytest.raises(TaskError, match="metric_bounds"):
         tally.score("it", "val")
 
 
 def test_a_mean_stands_for_all_its_examples():
-    tally = Tally(1.0, None)
+    tally = ScoreAccumulator(1.0, None)
     tally.add(torch.tensor(1.0), torch.tensor([1.0, 0.0, 0.0]), 3)
     tally.add(torch.tensor(4.0), torch.tensor([1.0]), 1)
     score = tally.score("it", "val")
-    assert score.loss == (3 * 1 + 4) / 4 and score.metric == 0.5 and score.each is not None
-    assert score.each.examples_U.tolist() == [3, 1] and score.each.values_U.tolist() == [pytest.approx(1 / 3), 1]
+    assert score.loss == (3 * 1 + 4) / 4 and score.metric == 0.5 and score.per_example is not None
+    assert score.per_example.examples_U.tolist() == [3, 1] and score.per_example.values_U.tolist() == [
+        pytest.approx(1 / 3),
+        1,
+    ]
 
 
 @pytest.mark.parametrize("value", ["text", torch.ones(3), torch.tensor(1j), None])
 def test_what_is_no_number_is_an_error(value: object):
     with pytest.raises(TaskError, match=r"loss\(\) must give a scalar or one real number an example \[2\]"):
-        Tally(1.0, None).add(value, None, 2)
+        ScoreAccumulator(1.0, None).add(value, None, 2)

@@ -14,7 +14,7 @@ from conftest import TASK, Run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ckptavg.filesystem.sha256 import Hash, hashing
+from ckptavg.filesystem.sha256 import Hash, hash_while_reading
 from ckptavg.readers import RegularFile
 
 CONTENT = random.Random(0).randbytes(3_000_000)
@@ -52,7 +52,7 @@ def test_any_order_of_reading_gives_the_sha256(file: Counted, order: str):
         "with gaps": PARTS[::3],
         "nothing": [],
     }[order]
-    with file, hashing([file], threads=2) as digest:
+    with file, hash_while_reading([file], threads=2) as digest:
         for part in parts:
             read(file, part)
         assert digest(file) == hashlib.sha256(CONTENT).hexdigest()
@@ -60,7 +60,7 @@ def test_any_order_of_reading_gives_the_sha256(file: Counted, order: str):
 
 
 def test_reading_forward_reads_nothing_twice(file: Counted):
-    with file, hashing([file], threads=1) as digest:
+    with file, hash_while_reading([file], threads=1) as digest:
         for part in PARTS:
             read(file, part)
         digest(file)
@@ -69,7 +69,7 @@ def test_reading_forward_reads_nothing_twice(file: Counted):
 
 def test_threads_may_read_at_once(file: Counted):
     for _ in range(20):
-        with hashing([file], threads=2) as digest, ThreadPoolExecutor(4) as pool:
+        with hash_while_reading([file], threads=2) as digest, ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda part: read(file, part), PARTS))
             assert digest(file) == hashlib.sha256(CONTENT).hexdigest()
     file.close()

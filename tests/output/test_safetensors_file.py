@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.errors import OutputError, OutputExistsError, UsageError
 from ckptavg.filesystem import atomic
-from ckptavg.filesystem.atomic import left_behind, write_bytes
+from ckptavg.filesystem.atomic import stale_temporaries, write_bytes
 from ckptavg.output import safetensors_file
 from ckptavg.output.destination import preflight
 from ckptavg.output.safetensors_file import SafetensorsFile
@@ -332,7 +332,7 @@ def test_a_file_that_others_cut_or_cannot_be_read_again_is_refused(
             monkeypatch.setattr(safetensors_file.os, "preadv", failing(errno.EIO))
         what = "cannot be written: input/output error"
         what = "another program changed the file while it was written" if cut else what
-        acts = [lambda: out.read_into("b", 0, memoryview(bytearray(24))), out.commit] + [out.seal] * (not cut)
+        acts = [lambda: out.read_into("b", 0, memoryview(bytearray(24))), out.commit] + [out.finalize] * (not cut)
         for act in acts:
             with pytest.raises(OutputError) as caught:
                 act()
@@ -345,7 +345,7 @@ def test_a_file_may_be_finished_without_a_name(tmp_path: Path):
     with SafetensorsFile(tmp_path / "x", SPECS, {"format": "pt"}) as out:
         for name, spec in SPECS.items():
             out.write(name, 0, b"\1" * spec.nbytes)
-        assert out.seal() == whole.sha256
+        assert out.finalize() == whole.sha256
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
@@ -354,18 +354,18 @@ class Two(Workers):
 
     heard: Any = None
 
-    def lead(self, work: Callable[[], Any]) -> Any:
-        return work() if self.first else None
+    def on_rank_zero(self, work: Callable[[], Any]) -> Any:
+        return work() if self.is_rank_zero else None
 
-    def told(self, value: Any) -> Any:
-        return value if self.first else self.heard
+    def broadcast(self, value: Any) -> Any:
+        return value if self.is_rank_zero else self.heard
 
     def gather(self, value: Any) -> list[Any]:
         return [value, self.heard]
 
 
 def test_a_worker_that_cannot_see_the_first_ones_file_says_so(tmp_path: Path):
-    second = Two(rank=1, world=2)
+    second = Two(rank=1, world_size=2)
     second.heard = tmp_path / "temporary"
     with pytest.raises(OutputError, match="temporary: cannot be opened by worker 1: no such file") as caught:
         SafetensorsFile(tmp_path / "x", SPECS, {}, workers=second)
@@ -373,10 +373,10 @@ def test_a_worker_that_cannot_see_the_first_ones_file_says_so(tmp_path: Path):
 
 
 def test_a_disk_that_fails_while_workers_wait_for_each_other_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with SafetensorsFile(tmp_path / "x", SPECS, {}, workers=Two(rank=0, world=2)) as out:
+    with SafetensorsFile(tmp_path / "x", SPECS, {}, workers=Two(rank=0, world_size=2)) as out:
         monkeypatch.setattr(safetensors_file.os, "fsync", failing(errno.EIO))
         with pytest.raises(OutputError, match="x: cannot be written: input/output error"):
-            out.settle()
+            out.barrier()
     assert not list(tmp_path.iterdir())
 
 
@@ -425,10 +425,10 @@ def test_a_file_whose_lock_nobody_can_ask_for_is_left_alone(tmp_path: Path, monk
     (tmp_path / ".x.1.ckptavg-tmp").touch()
     (tmp_path / ".x.y.1.ckptavg-tmp").touch()
     (tmp_path / ".x.2.ckptavg-tmp").symlink_to("nowhere")
-    assert left_behind(tmp_path, "x") == [tmp_path / ".x.1.ckptavg-tmp"]
-    assert len(left_behind(tmp_path)) == 2 and not left_behind(tmp_path / "gone")
+    assert stale_temporaries(tmp_path, "x") == [tmp_path / ".x.1.ckptavg-tmp"]
+    assert len(stale_temporaries(tmp_path)) == 2 and not stale_temporaries(tmp_path / "gone")
     monkeypatch.setattr(atomic.lock.fcntl, "flock", failing(errno.ENOLCK))
-    assert not left_behind(tmp_path)
+    assert not stale_temporaries(tmp_path)
 
 
 def test_shards_are_read_back_where_they_were_written(tmp_path: Path):
@@ -494,7 +494,7 @@ def test_shards_that_exist_are_replaced_only_if_that_is_wanted(tmp_path: Path):
 def test_shards_are_nothing_until_they_are_published(tmp_path: Path):
     with ShardedFiles(tmp_path, BIG, {}, "1KB") as out:
         assert out.sha256 == "" and len(list(tmp_path.iterdir())) == 3
-        out.settle()
+        out.barrier()
     assert not list(tmp_path.iterdir())
 
 
@@ -523,5 +523,5 @@ def test_a_file_that_is_written_together_stays_the_first_ones(tmp_path: Path):
 
 
 def test_what_the_system_says_is_said_in_small_letters():
-    assert atomic.said(OSError(errno.ENOSPC, "x")) == "no space left on device"
-    assert atomic.said(OSError("x")) == os.strerror(0).lower()
+    assert atomic.os_message(OSError(errno.ENOSPC, "x")) == "no space left on device"
+    assert atomic.os_message(OSError("x")) == os.strerror(0).lower()

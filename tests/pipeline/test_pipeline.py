@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints.test_discover import trainer, weights
 from conftest import TASK, Run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_discover import trainer, weights
 
 import ckptavg
 from ckptavg.errors import OutputError, OutputExistsError

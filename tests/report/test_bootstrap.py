@@ -11,14 +11,14 @@ from scipy.stats import bootstrap
 from torch import Tensor
 
 from ckptavg.report.bootstrap import gain
-from ckptavg.score import Each, Score
+from ckptavg.score import PerExample, Score
 
 
 def score(values: Tensor, counts: Tensor | None = None) -> Score:
     counts = torch.ones_like(values) if counts is None else counts
     value = float((values * counts).sum() / counts.sum())
-    each = Each(values_U=values, losses_U=-values, examples_U=counts)
-    return Score(value=value, loss=-value, metric=value, examples=int(counts.sum()), each=each)
+    each = PerExample(values_U=values, losses_U=-values, examples_U=counts)
+    return Score(value=value, loss=-value, metric=value, examples=int(counts.sum()), per_example=each)
 
 
 def hits(rate: float, n: int, seed: int) -> Tensor:
@@ -65,8 +65,8 @@ def test_it_repeats_itself_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch
 def test_examples_in_another_order_are_not_paired():
     values = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     one, other = score(values + 0.01), score(values.flip(0))
-    assert other.each is not None
-    found = gain(one, replace(other, each=replace(other.each, order=1)))
+    assert other.per_example is not None
+    found = gain(one, replace(other, per_example=replace(other.per_example, order=1)))
     assert not found.paired and not found.separated and found.low is not None and found.low < -0.1
     assert gain(one, one).paired
 

@@ -87,7 +87,7 @@ class Table:
         self.n, self.values = n, values
         self.asked: list[tuple[int, ...]] = []
 
-    def expect(self, coefficients: object) -> None:
+    def prefetch(self, coefficients: object) -> None:
         pass
 
     def score(self, coefficients: Coefficients) -> Score:

@@ -137,7 +137,7 @@ def test_a_moved_quadratic_is_exact_where_it_was_moved_to():
     there = Coefficients(((0.5, 0.3, 0.4, -0.3, 0.1),))
     beta_N = torch.tensor(there.values[0], dtype=torch.float64, requires_grad=True)
     value, gradient_N = objective.gradient(there)
-    q = objective.surrogate().moved(beta_N.detach(), value, gradient_N)
+    q = objective.surrogate().recentered(beta_N.detach(), value, gradient_N)
     (slope_N,) = torch.autograd.grad(q(beta_N), beta_N)
     assert float(q(beta_N.detach())) == pytest.approx(value, rel=1e-12)
     assert (slope_N - slope_N.mean()).tolist() == pytest.approx(gradient_N.tolist(), abs=1e-12)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objective.test_mixture import Toy
 from quadratic import Quadratic
 from scipy.optimize import minimize
 from stored import stored
-from test_mixture import Toy
 from torch import Tensor, nn
 
 from ckptavg.coefficients import EVERYTHING, Coefficients

@@ -184,7 +184,7 @@ def test_tasks_count_alike_however_many_examples_they_have(folder: Path, tokeniz
     weighted = measured.each.values_U.dot(measured.each.examples_U) / measured.each.examples_U.sum()
     assert float(weighted) == pytest.approx(measured.value, rel=1e-14)
     assert float(measured.each.examples_U.sum()) == pytest.approx(measured.examples, rel=1e-14)
-    score = Score(value=measured.value, loss=-measured.value, metric=None, examples=37, each=measured.each)
+    score = Score(value=measured.value, loss=-measured.value, metric=None, examples=37, per_example=measured.each)
     assert gain(score, score).value == 0.0
 
 
@@ -301,7 +301,7 @@ def test_an_interrupted_score_asks_for_the_rest_only(
                 raise KeyboardInterrupt
 
         model.register_forward_pre_hook(counted)
-        found = pass_progress.Partial(key, lambda name: json.loads(kept.get(name, "null")), keep)
+        found = pass_progress.PassProgress(key, lambda name: json.loads(kept.get(name, "null")), keep)
         return Harness(names, include_path=folder).score(model, tokenizer, found)
 
     def keep(name: str, value: Any) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_mixture import Toy, data
+from objective.test_mixture import Toy, data
 
-from ckptavg.batches.loader import Feed
-from ckptavg.batches.stream import Stream
-from ckptavg.cost import Meter
+from ckptavg.batches.loader import BatchLoader
+from ckptavg.batches.stream import BatchStream
+from ckptavg.cost import CostMeter
 from ckptavg.errors import TaskError
 from ckptavg.tasks.holdout import HeldOut
 from ckptavg.tasks.python_file import PythonTask
@@ -137,8 +137,8 @@ def test_a_stream_that_begins_late_goes_on_where_it_would_have_been(tmp_path: Pa
     )
     task = HeldOut(PythonTask(str(tmp_path / "odd.py")), "val", rest="val", to="test", fraction=0.5, seed=0)
 
-    def stream(split: Any) -> Stream:
-        feed = Feed(task, "val", torch.device("cpu"), 0, Meter())
+    def stream(split: Any) -> BatchStream:
+        feed = BatchLoader(task, "val", torch.device("cpu"), 0, CostMeter())
         feed.needs_two = True
         return feed.stream(split)
 

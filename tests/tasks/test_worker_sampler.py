@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from ckptavg.runtime.seeds import reseed
 from ckptavg.tasks.python_file import PythonTask
-from ckptavg.tasks.worker_sampler import of_worker, undivided
+from ckptavg.tasks.worker_sampler import rank_loader, without_distributed_sampler
 
 SEED = 5
 
@@ -58,7 +58,7 @@ def test_turns_together_are_the_pass(count: int, size: int, world: int, shuffle:
     taken: list[list[Any]] = []
     for rank in range(world):
         reseed(SEED, 0)
-        found = of_worker(loader(), rank, world)
+        found = rank_loader(loader(), rank, world)
         assert found is not None
         own, sizes = found
         taken.append([(batch.tolist(), sizes.popleft()) for batch in own])
@@ -73,7 +73,7 @@ def test_a_stream_has_no_turns():
         def __iter__(self) -> Iterator[torch.Tensor]:
             yield torch.zeros(())
 
-    assert of_worker(DataLoader(Stream()), 0, 2) is None and of_worker([1, 2], 0, 2) is None
+    assert rank_loader(DataLoader(Stream()), 0, 2) is None and rank_loader([1, 2], 0, 2) is None
 
 
 def test_a_distributed_sampler_is_replaced_by_one_over_everything():
@@ -82,10 +82,10 @@ def test_a_distributed_sampler_is_replaced_by_one_over_everything():
         DataLoader(dataset, batch_size=2, sampler=DistributedSampler(dataset, 2, rank, shuffle=True, seed=4))
         for rank in range(2)
     ]
-    seen = [sorted(int(row[0]) for batch in undivided(part) for row in batch) for part in parts]
+    seen = [sorted(int(row[0]) for batch in without_distributed_sampler(part) for row in batch) for part in parts]
     assert seen == [list(range(10))] * 2
     plain = DataLoader(dataset, batch_size=2)
-    assert undivided(plain) is plain
+    assert without_distributed_sampler(plain) is plain
 
 
 @pytest.mark.parametrize("workers", [0, 1])

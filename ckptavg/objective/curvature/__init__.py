@@ -30,9 +30,16 @@ from torch.func import functional_call
 from ckptavg.candidates import Candidates
 from ckptavg.candidates.flat import unique_tensors
 from ckptavg.errors import TaskError
-from ckptavg.journal.pass_progress import Partial, resumed
+from ckptavg.journal.pass_progress import PassProgress, resumed
 from ckptavg.objective.curvature.kernels import plain_kernels
-from ckptavg.objective.curvature.model_call import Call, UnavailableError, cut_off, derivatives, slopes_of, tensors
+from ckptavg.objective.curvature.model_call import (
+    Call,
+    UnavailableError,
+    derivatives,
+    detach_outputs,
+    gradients_of,
+    tensors,
+)
 from ckptavg.runtime.workers import ALONE, Workers
 from ckptavg.surrogate import Curvature, Surrogate
 from ckptavg.tasks.batch import size as batch_size
@@ -58,7 +65,7 @@ def surrogate(
     count: Count = lambda kind, examples: None,
     source: str | None = None,
     order: Callable[[], int] = int,
-    partial: Callable[[str], Partial] = lambda name: Partial(),
+    partial: Callable[[str], PassProgress] = lambda name: PassProgress(),
     workers: Workers = ALONE,
 ) -> Surrogate:
     """The mean loss over examples around the mean of the candidates, to second order.
@@ -145,7 +152,7 @@ class _Pass:
         self._mean_of = {id(tensor): mean for tensor, mean in self._mean}
 
     def over(
-        self, batches: Iterable[Any], partial: Partial, order: Callable[[], int], workers: Workers
+        self, batches: Iterable[Any], partial: PassProgress, order: Callable[[], int], workers: Workers
     ) -> tuple[float, Tensor, Tensor]:
         """F, g [N] and H [N, N], these two in float64 on the CPU, over the batches of all workers."""
         n, values = self._candidates.n, list[Tensor]()
@@ -154,7 +161,7 @@ class _Pass:
             sums = {"examples": state["examples"], "total": state["total"].to(self._one_NN)}
         failure: Exception | None = None
         try:
-            for batch in partial.rest(batches, order, lambda: sums):
+            for batch in partial.remaining(batches, order, lambda: sums):
                 size = batch_size(batch)
                 value, gradient_N, hessian_NN = self._measure(batch)
                 values.append(value)
@@ -186,7 +193,7 @@ class _Pass:
         loss = self._mean_loss(batch)
         gradient_N, hessian_NN = self._one_NN.new_zeros(self._candidates.n), torch.zeros_like(self._one_NN)
         with derivatives():
-            slopes = slopes_of(loss, self._weights, again=True)
+            slopes = gradients_of(loss, self._weights, again=True)
             curved = [k for k, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
             for j in range(self._candidates.n):
                 direction = self._direction(j)
@@ -200,9 +207,9 @@ class _Pass:
     def _gauss_newton(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """J d_j by forward mode, ∂²ℓ/∂o² by a double backward through what follows the model."""
         n = self._candidates.n
-        with cut_off(self._model) as call:
+        with detach_outputs(self._model) as call:
             loss = self._mean_loss(batch)
-        slopes = call.slopes(loss, self._weights)
+        slopes = call.gradients(loss, self._weights)
         gradient_N, forward_N, scale_N = self._one_NN.new_zeros(3, n)
         hessian_NN = torch.zeros_like(self._one_NN)
         wide = [torch.promote_types(slope.dtype, torch.float32) for slope in slopes]
@@ -217,7 +224,7 @@ class _Pass:
             gradient_N[j], forward_N[j] = self._dot(gradient, direction), self._dot(flat, tangents)
             scale_N[j] = (self._dot(flat, flat) * self._dot(tangents, tangents)).sqrt()
             with derivatives():
-                bent = call.bent(slopes, tangents)
+                bent = call.hvp(slopes, tangents)
                 if not keeps:
                     hessian_NN[:, j] = self._pulled_back(call.outputs, bent)
             for k, tangents_NM in enumerate(kept):

@@ -55,15 +55,15 @@ class Call:
 
         return _mapped(output, cut)
 
-    def slopes(self, loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    def gradients(self, loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         """∂ℓ/∂o of the outputs that the loss depends on; the others are dropped."""
         if self.calls != 1:
             raise UnavailableError(f"loss() calls the model {self.calls} times, not once")
-        beside = slopes_of(loss, weights)
+        beside = gradients_of(loss, weights)
         if any(slope is not None for slope in beside):
             raise UnavailableError("loss() depends on the weights by more than the tensors that the model returns")
         with derivatives():
-            slopes = slopes_of(loss, self._leaves, again=True)
+            slopes = gradients_of(loss, self._leaves, again=True)
         used = [k for k, slope in enumerate(slopes) if slope is not None]
         self.places, self.outputs = [self.places[k] for k in used], [self.outputs[k] for k in used]
         self._leaves = [self._leaves[k] for k in used]
@@ -72,7 +72,7 @@ class Call:
             raise UnavailableError("loss() is linear in what the model returns, as when that is the loss itself")
         return found
 
-    def bent(self, slopes: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
+    def hvp(self, slopes: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
         """(∂²ℓ/∂o²) u, of each output."""
         for leaf in self._leaves:
             leaf.grad = None
@@ -82,7 +82,7 @@ class Call:
 
 
 @contextmanager
-def cut_off(model: nn.Module) -> Generator[Call]:
+def detach_outputs(model: nn.Module) -> Generator[Call]:
     """What calls of the model return within is cut off from it, and recorded."""
     call = Call()
     handle = model.register_forward_hook(call.hook, with_kwargs=True)
@@ -92,7 +92,7 @@ def cut_off(model: nn.Module) -> Generator[Call]:
         handle.remove()
 
 
-def slopes_of(loss: Tensor, of: Sequence[Tensor], *, again: bool = False) -> Sequence[Tensor | None]:
+def gradients_of(loss: Tensor, of: Sequence[Tensor], *, again: bool = False) -> Sequence[Tensor | None]:
     """∂ℓ/∂x of each x, None where the loss does not depend on it; to be differentiated ``again``."""
     return autograd.grad(loss, of, retain_graph=True, create_graph=again, allow_unused=True)
 

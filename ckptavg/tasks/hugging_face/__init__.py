@@ -23,8 +23,8 @@ from ckptavg.tasks.hugging_face import data_files
 from ckptavg.tasks.hugging_face.architecture import WRITE_ONE, architecture, base, build, offline, transformers
 from ckptavg.tasks.hugging_face.data_files import DataFile
 from ckptavg.tasks.hugging_face.peft_module import Adapter
-from ckptavg.tasks.hugging_face.tokens import IGNORED, UNLIMITED, Example, Tokens, collated, padding, shortest
-from ckptavg.tasks.worker_sampler import Turns
+from ckptavg.tasks.hugging_face.tokens import IGNORED, UNLIMITED, Example, Tokens, collated, max_tokens, padding
+from ckptavg.tasks.worker_sampler import RankBatchSampler
 
 AUTOMATIC: Final = 32  # examples a batch, where nobody says
 _KEPT: Final = 2 << 30  # bytes of images that are processed once and kept
@@ -101,7 +101,7 @@ class HuggingFaceTask:
                 self._processor = self._load("AutoTokenizer", self._beside("tokenizer", _TOKENIZERS, "tokenizer.json"))
                 if self._kind.name == "masked" and self._processor.mask_token_id is None:
                     raise TaskError("its tokenizer has no mask token", path=folder, hint=WRITE_ONE)
-                limit = shortest(self._config.get_text_config(), self._processor, max_length)
+                limit = max_tokens(self._config.get_text_config(), self._processor, max_length)
                 self._tokens = Tokens(tokenizer=self._processor, limit=limit)
         self.metric: Callable[[nn.Module, Any], Tensor] | None = None
         self.metric_goal = "max"
@@ -162,7 +162,7 @@ class HuggingFaceTask:
     def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]]:
         """See `ckptavg.batches.loader.Feed`."""
         order = self._order(split)
-        turns = Turns([order[i : i + self._size] for i in range(0, len(order), self._size)], rank, world)
+        turns = RankBatchSampler([order[i : i + self._size] for i in range(0, len(order), self._size)], rank, world)
         for chosen in turns:
             yield self._batch(split, chosen), turns.sizes.popleft()
 

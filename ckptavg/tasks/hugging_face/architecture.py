@@ -95,14 +95,14 @@ def build(place: str, kind: Kind, config: Any, *, trust: bool, weights: bool = F
         )
     else:
         model = auto.from_config(config, trust_remote_code=trust, torch_dtype=torch.float32)
-        name_as_saved(model, place)
+        use_saved_names(model, place)
     for one in (model.config, model.config.get_text_config()):
         if hasattr(one, "use_cache"):
             one.use_cache = False
     return model
 
 
-def name_as_saved(model: nn.Module, source: str) -> None:
+def use_saved_names(model: nn.Module, source: str) -> None:
     """Give the state dict the names that `save_pretrained` writes, which since transformers 5 need not be its own.
 
     Raises:

@@ -94,7 +94,7 @@ class Tokens:
         return self.tokenizer(text, verbose=False, **options)["input_ids"]
 
 
-def shortest(config: Any, tokenizer: Any, max_length: int | None) -> int:
+def max_tokens(config: Any, tokenizer: Any, max_length: int | None) -> int:
     """The tokens that the model's ``config``, its tokenizer and the caller all allow a text."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions and config.model_type in _OFFSET:

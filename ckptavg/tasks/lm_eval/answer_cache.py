@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from ckptavg.journal.pass_progress import Partial
+from ckptavg.journal.pass_progress import PassProgress
 from ckptavg.runtime import signals
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _METHODS: Final = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
 @contextmanager
-def kept(lm: Any, model: nn.Module, partial: Partial) -> Generator[None]:
+def cached_answers(lm: Any, model: nn.Module, partial: PassProgress) -> Generator[None]:
     """Within, ``lm`` answers from ``partial`` what is known there, and a signal ends it before the next forward pass.
 
     Args:
@@ -47,7 +47,7 @@ def kept(lm: Any, model: nn.Module, partial: Partial) -> Generator[None]:
 class _Answers:
     """In the place of the harness's cache: it is told each answer."""
 
-    def __init__(self, partial: Partial) -> None:
+    def __init__(self, partial: PassProgress) -> None:
         self._partial = partial
         self._known: dict[str, list[Any]] = {}
         self._new: list[tuple[str, Any]] = []
@@ -63,7 +63,7 @@ class _Answers:
 
     def batch_is_done(self, *_: object) -> None:
         """The model is about to run again."""
-        if self._new and (self._partial.due() or signals.pending()):
+        if self._new and (self._partial.should_save() or signals.pending()):
             self._count += len(self._new)
             self._partial.keep(self._count, self._new)
             self._new = []

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.filesystem.regular_file import is_file, is_folder
-from ckptavg.score import Each
+from ckptavg.score import PerExample
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ckptavg.journal.pass_progress import Partial
+    from ckptavg.journal.pass_progress import PassProgress
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class HarnessResult:
     """How good a model is on the harness's tasks.
 
     Attributes:
@@ -44,7 +44,7 @@ class Measured:
     figures: Mapping[str, Mapping[str, float]]
     main: Mapping[str, str]
     examples: int
-    each: Each | None = field(default=None, compare=False, repr=False)
+    each: PerExample | None = field(default=None, compare=False, repr=False)
 
 
 class Harness:
@@ -120,7 +120,7 @@ class Harness:
             names += found
         self._names, self._manager, self._adapter = list(dict.fromkeys(names)), manager, HFLM
 
-    def score(self, model: nn.Module, tokenizer: Any, partial: Partial | None = None) -> Measured:
+    def score(self, model: nn.Module, tokenizer: Any, partial: PassProgress | None = None) -> HarnessResult:
         """Measure a transformers model where it is, with the weights it has now.
 
         Its parameters, its training mode and all random states are afterwards what they were.
@@ -139,15 +139,15 @@ class Harness:
             raise UsageError(f"lm-evaluation-harness scores transformers models with their tokenizer; {got}")
         from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
 
-        from ckptavg.journal.pass_progress import Partial
-        from ckptavg.tasks.lm_eval.answer_cache import kept
+        from ckptavg.journal.pass_progress import PassProgress
+        from ckptavg.tasks.lm_eval.answer_cache import cached_answers
 
         try:
             with ExitStack() as after:
-                _leave_no_trace(after, model, self._seed)
+                _restore_afterwards(after, model, self._seed)
                 tasks = self._tasks = self._tasks or self._built()
                 lm = self._language_model(model, tokenizer)
-                after.enter_context(kept(lm, model, partial or Partial()))
+                after.enter_context(cached_answers(lm, model, partial or PassProgress()))
                 results = evaluate(lm=lm, task_dict={"tasks": tasks}, limit=self._limit, bootstrap_iters=0)
                 return _measured(tasks, results)
         except Exception as error:  # the boundary to code that is not ours
@@ -179,7 +179,7 @@ class Harness:
         return lm
 
 
-def _measured(tasks: Mapping[str, Any], results: Any) -> Measured:
+def _measured(tasks: Mapping[str, Any], results: Any) -> HarnessResult:
     import torch
 
     counts = [int(results["n-samples"][name]["effective"]) for name in tasks]
@@ -197,15 +197,15 @@ def _measured(tasks: Mapping[str, Any], results: Any) -> Measured:
             raise TaskError(f"lm-evaluation-harness: {name}: a log-likelihood or {key} is not finite", hint=hint)
         sign = 1 if task.higher_is_better().get(key.partition(",")[0], True) else -1
         terms.append(sign * figures[name][key])
-        values = _of_examples(task, results["samples"][name], key)
+        values = _per_example(task, results["samples"][name], key)
         each += [(sign * value, sum(counts) / len(tasks) / len(values)) for value in values]
         whole = whole and bool(values)
     units = None
     if whole:
         values_U, examples_U = torch.tensor(each, dtype=torch.float64).T.contiguous()
-        units = Each(values_U=values_U, losses_U=-values_U, examples_U=examples_U)
+        units = PerExample(values_U=values_U, losses_U=-values_U, examples_U=examples_U)
     value = math.fsum(terms) / len(terms)
-    return Measured(value=value, figures=figures, main=main, examples=sum(counts), each=units)
+    return HarnessResult(value=value, figures=figures, main=main, examples=sum(counts), each=units)
 
 
 def _main_metric(task: Any, figures: Mapping[str, float]) -> str:
@@ -224,7 +224,7 @@ def _has_nan(task: Any) -> bool:
     return any(isinstance(number, float) and math.isnan(number) for number in numbers)
 
 
-def _of_examples(task: Any, samples: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+def _per_example(task: Any, samples: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     """What the figure ``key`` is the mean of, in the order of the examples; nothing where it is no mean."""
     from lm_eval.api.metrics import mean  # pyright: ignore[reportMissingImports]
 
@@ -248,7 +248,7 @@ def _build_requests_once(task: Any) -> None:
     task.build_all_requests = reuse
 
 
-def _leave_no_trace(after: ExitStack, model: Any, seed: int) -> None:
+def _restore_afterwards(after: ExitStack, model: Any, seed: int) -> None:
     """Evaluation mode, seeded random states, no network, nothing said but warnings; until ``after`` is closed."""
     import datasets.config  # pyright: ignore[reportMissingImports]
     import numpy as np
