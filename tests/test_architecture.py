@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,17 @@ def test_imports_go_down_only(path: Path):
         parts = module.split(".")
         if parts[0] == "ckptavg" and len(parts) > 1 and parts[1] != room(path):
             assert RANK[parts[1]] > RANK[room(path)], f"{room(path)} imports {module}"
+
+
+def test_the_page_has_every_room_in_its_layer():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {
+        name.removesuffix("/").removesuffix(".py"): int(layer) - 1
+        for layer, names in re.findall(r"^\| (\d+) \| (`[^|]+`) \|", page, re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", names)
+    }
+    assert rooms == RANK
+    assert set(RANK) == {room(path) for path in sources()}
 
 
 @pytest.mark.parametrize("name", sorted(strategies()))
