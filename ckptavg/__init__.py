@@ -1,11 +1,11 @@
 """Turn the checkpoints of a training job into one better model.
 
 Every strategy is a function: ``ckptavg.sewa("ckpts", k=5, task="task.py")`` writes the file and returns the report,
-with the names and defaults of the command line. Nothing is imported before it is used.
+with the names and defaults of the command line. Submodules are imported lazily, on first use.
 
-The first use of a name also sets how OpenMP's threads wait and how many there are, for this process and those it
-starts, by variables of the environment that are not set yet; see `ckptavg.runtime.threads`. A program that has
-imported torch before keeps torch, its threads and the environment as they are.
+The first use of a name also sets environment variables for the wait policy and number of OpenMP threads of this process
+and its children, unless they are set already; see `ckptavg.runtime.threads`. If torch is imported already, torch, its
+threads and the environment stay unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_HOME = {
+_MODULES = {
     "run": "api", "compare": "api", "landscape": "api", "evaluate": "pipeline.evaluation",
     "verify": "pipeline.verification", "CkptavgError": "errors", "Result": "report.result",
     "Comparison": "report.result", "Landscape": "report.result",
@@ -31,36 +31,28 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for."""
+    """Import a public name on first use."""
     from importlib import import_module
 
     if name == "__version__":
-        return _version()
-    home = _HOME.get(name)
-    if home is None:
+        from ckptavg.runtime.version import own
+
+        return own()
+    module = _MODULES.get(name)
+    if module is None:
         from ckptavg.strategies import strategies
 
         if name not in strategies():
             raise AttributeError(f"module 'ckptavg' has no attribute {name!r}")
-        home = "api"
+        module = "api"
     from ckptavg.runtime.threads import settle
 
     settle()
-    return getattr(import_module(f"ckptavg.{home}"), name)
-
-
-def _version() -> str:
-    """The installed version; "0+unknown" where the source tree is imported without being installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("ckptavg")
-    except PackageNotFoundError:
-        return "0+unknown"
+    return getattr(import_module(f"ckptavg.{module}"), name)
 
 
 def __dir__() -> list[str]:
-    """The public names."""
+    """List the public names."""
     from ckptavg.strategies import strategies
 
-    return sorted([*_HOME, *strategies(), "__version__"])
+    return sorted([*_MODULES, *strategies(), "__version__"])

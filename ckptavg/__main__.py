@@ -1,4 +1,4 @@
-"""The entry point: runs the command line, and is the one place where errors are formatted."""
+"""Entry point of the command line, and the only place where errors are formatted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def main() -> NoReturn:
     """Run ``ckptavg`` with the process's arguments and exit with its code."""
     try:
         _run()
-    except signals.Interruption as error:  # also one that came while another error was handled
+    except signals.Interruption as error:  # also one raised while another error was being handled
         _fail(InterruptedRunError("interrupted"), error)
 
 
@@ -45,37 +45,37 @@ def _run() -> NoReturn:
             sys.stdout.flush()
     except CkptavgError as error:
         _fail(error, error)
-    except SystemExit as left:
-        if isinstance(left.__context__, BrokenPipeError):  # which Typer calls an exit code of 1
-            _end_if_stdout_failed(left.__context__)
+    except SystemExit as exit_request:
+        if isinstance(exit_request.__context__, BrokenPipeError):  # Typer turns it into exit code 1
+            _exit_if_stdout_failed(exit_request.__context__)
         signals.finish()
         raise
     except OSError as error:
-        _end_if_stdout_failed(error)
+        _exit_if_stdout_failed(error)
         _fail_with_a_bug(error)
-    except Exception as error:  # the outermost boundary: what gets here is our bug
+    except Exception as error:  # the outermost boundary: an exception that gets here is a bug in ckptavg
         if is_out_of_memory(error):
-            _fail(OutOfMemoryError("out of memory", hint="-v shows where; fewer candidates take less"), error)
+            _fail(OutOfMemoryError("out of memory", hint="-v shows where; fewer candidates need less memory"), error)
         _fail_with_a_bug(error)
     signals.finish()
     sys.exit(0)
 
 
 def _fail_with_a_bug(error: Exception) -> NoReturn:
-    what = f"this is a bug in ckptavg: {type(error).__name__}: {error}"
-    _fail(CkptavgError(what, hint="run it again with -v and report what it prints"), error)
+    message = f"this is a bug in ckptavg: {type(error).__name__}: {error}"
+    _fail(CkptavgError(message, hint="run it again with -v and report what it prints"), error)
 
 
-def _end_if_stdout_failed(error: OSError) -> None:
-    """Exit where it is stdout that could not be written: its reader went away, or its disk is full."""
+def _exit_if_stdout_failed(error: OSError) -> None:
+    """Exit if ``error`` is a failed write to stdout: the reader closed the pipe, or the disk is full."""
     full = error.filename is None and error.errno in _STDOUT_IS_FULL
     if not full and not isinstance(error, BrokenPipeError):
         return
     signals.finish()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it exits
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter's flush at exit fails too
     if full:
-        what = f"cannot be written: {os.strerror(error.errno or 0).lower()}"
-        _fail(OutputError(what, path="stdout"), error)
+        message = f"cannot be written: {os.strerror(error.errno or 0).lower()}"
+        _fail(OutputError(message, path="stdout"), error)
     sys.exit(141)
 
 
@@ -86,17 +86,17 @@ def _prepare_streams() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore  # a file name may be any bytes
     if rank():
-        os.dup2(2, 1)  # the output of a task or its processes is not data
+        os.dup2(2, 1)  # stdout carries data; output of a task or of its child processes goes to stderr
         silence()
 
 
 def _open_streams() -> None:
-    """Take the place of streams that were closed, or the next file opened would be printed into."""
+    """Reopen closed standard streams on /dev/null, or the next file opened would receive their output."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
@@ -111,20 +111,20 @@ def _fail(shown: CkptavgError, cause: BaseException) -> NoReturn:
 
 
 def _configured() -> dict[str, dict[str, Any]]:
-    """The configuration file's options as every command's defaults."""
+    """Return the options of the configuration file as defaults: command → option → value."""
     from ckptavg.cli.app import app
     from ckptavg.options import config_file
 
     values = config_file.read(Path())
-    known = {
-        name: set(command.callback.__annotations__) - {"task"}  # pyright: ignore  # which has an order of its own
+    options_of = {
+        name: set(command.callback.__annotations__) - {"task"}  # pyright: ignore  # `find_task` looks it up
         for command in app.registered_commands
         for name in [command.name]
     }
-    unknown = values.keys() - {"task"} - set().union(*known.values())
+    unknown = values.keys() - {"task"} - set().union(*options_of.values())
     if unknown:
         raise UsageError(f"{config_file.NAMES}: unknown options: {', '.join(map(printable, sorted(unknown)))}")
-    return {str(name): {key: values[key] for key in values.keys() & options} for name, options in known.items()}
+    return {str(name): {key: values[key] for key in values.keys() & options} for name, options in options_of.items()}
 
 
 if __name__ == "__main__":

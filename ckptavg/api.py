@@ -1,4 +1,4 @@
-"""The commands as functions: one for each strategy, with its settings and the options all share."""
+"""Python API: one function per strategy, with its own settings and the shared options."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def run(ckpts: Paths, strategy: Strategy, **options: Any) -> Result:
     """Learn coefficients with ``strategy``, write the average, and return the report.
 
     Args:
-        ckpts: a directory of checkpoints, several, or the checkpoints themselves.
+        ckpts: one or more directories of checkpoints, or checkpoints.
         strategy: such as ``ckptavg.strategies.sewa.SeWA(k=5)``.
         **options: the attributes of `ckptavg.options.Options` and `ckptavg.checkpoints.window.Window`.
     Raises:
-        CkptavgError: as the command line would say it.
+        CkptavgError: with the message and exit code of the command line.
     """
     return run_pipeline(_paths(ckpts), strategy, _options(ckpts, options, required=strategy.needs_task))
 
 
 def compare(ckpts: Paths, strategies: Sequence[str] = (), **options: Any) -> Comparison:
-    """Run several strategies, write the average of the one that validates best, and return the report on all.
+    """Run several strategies, write the average of the one that validates best, and return the report on all of them.
 
     Args:
-        ckpts: a directory of checkpoints, several, or the checkpoints themselves.
-        strategies: such as ``("swa", "sewa:k=8", "twa:on=train")``; empty for all that the task allows.
-        **options: as `run` has them.
+        ckpts: one or more directories of checkpoints, or checkpoints.
+        strategies: such as ``("swa", "sewa:k=8", "twa:on=train")``; empty runs every strategy the task allows.
+        **options: those of `run`.
     Raises:
-        CkptavgError: as the command line would say it.
+        CkptavgError: with the message and exit code of the command line.
     """
     return run_comparison(_paths(ckpts), strategies, _options(ckpts, options, required=True))
 
@@ -53,14 +53,14 @@ def landscape(ckpts: Paths, **options: Any) -> Landscape:
     """Describe the loss around the candidates to second order, write it as JSON, and return it.
 
     Args:
-        ckpts: a directory of checkpoints, several, or the checkpoints themselves.
-        **options: as `run` has them, and samples, mixtures, grid and hessian of `ckptavg.pipeline.landscape.landscape`.
+        ckpts: one or more directories of checkpoints, or checkpoints.
+        **options: those of `run`, and samples, mixtures, grid and hessian of `ckptavg.pipeline.landscape.landscape`.
     Raises:
-        CkptavgError: as the command line would say it.
+        CkptavgError: with the message and exit code of the command line.
     """
-    own = {name: options.pop(name) for name in ("samples", "mixtures", "grid", "hessian") if name in options}
+    settings = {name: options.pop(name) for name in ("samples", "mixtures", "grid", "hessian") if name in options}
     shared = _options(ckpts, {"output": "landscape.json", **options}, required=True)
-    return find_landscape(_paths(ckpts), shared, as_text=as_json.to_json, **own)
+    return find_landscape(_paths(ckpts), shared, as_text=as_json.to_json, **settings)
 
 
 def _paths(ckpts: Paths) -> list[Path]:
@@ -76,10 +76,10 @@ def _options(ckpts: Paths, options: dict[str, Any], *, required: bool) -> Option
 
 
 def _function(name: str, strategy: type[Strategy]) -> Callable[..., Result]:
-    own = {field.name for field in fields(strategy)}  # pyright: ignore[reportArgumentType]  # a dataclass
+    setting_names = {field.name for field in fields(strategy)}  # pyright: ignore[reportArgumentType]  # a dataclass
 
     def call(ckpts: Paths, **options: Any) -> Result:
-        settings = {key: options.pop(key) for key in own & options.keys()}
+        settings = {key: options.pop(key) for key in setting_names & options.keys()}
         return run(ckpts, strategy(**settings), **options)
 
     settings = list(inspect.signature(strategy).parameters.values())

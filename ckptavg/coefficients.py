@@ -1,4 +1,4 @@
-"""The coefficients that every strategy ends in: [G, N] float64, each row summing to one.
+"""Coefficients, the output of every strategy: [G, N] float64, each row summing to one.
 
 Shape suffixes: G = groups of tensors, N = candidates.
 """
@@ -15,10 +15,10 @@ EVERYTHING: Final[Groups] = (("",),)
 
 
 def group_of(name: str, groups: Groups) -> int:
-    """The group that the tensor ``name`` belongs to: the one with the longest prefix that its name starts with.
+    """Return the group of the tensor ``name``: the one with the longest prefix of its name.
 
     Raises:
-        ValueError: if no group has such a prefix.
+        ValueError: if no group has a prefix of ``name``.
     """
     matching = [(len(prefix), g) for g, group in enumerate(groups) for prefix in group if name.startswith(prefix)]
     if not matching:
@@ -32,7 +32,7 @@ class Coefficients:
 
     Attributes:
         values: G rows of N Python floats (float64).
-        groups: G tuples of name prefixes; a tensor belongs to the group of the longest prefix its name starts with.
+        groups: G tuples of name prefixes; a tensor belongs to the group with the longest prefix of its name.
             `EVERYTHING` is one group for all.
     Raises:
         ValueError: if rows differ in length, a value is not finite, or a row does not sum to 1 within N·2⁻⁴⁰.
@@ -50,29 +50,29 @@ class Coefficients:
 
     @classmethod
     def uniform(cls, chosen: Sequence[int], n: int) -> Coefficients:
-        """1/K for each of the K candidates ``chosen``, 0 for the rest of the ``n``."""
+        """Return 1/K for each of the K candidates ``chosen``, 0 for the rest of the ``n``."""
         return cls((tuple(1 / len(chosen) if i in chosen else 0.0 for i in range(n)),))
 
     @property
     def n(self) -> int:
-        """The number of candidates N."""
+        """Number of candidates N."""
         return len(self.values[0])
 
     @property
     def selected(self) -> tuple[int, ...]:
-        """The candidates with a coefficient other than 0 in some group."""
+        """Candidates with a nonzero coefficient in at least one group."""
         return tuple(i for i in range(self.n) if any(row[i] != 0 for row in self.values))
 
     @property
     def uniform_subset(self) -> bool:
-        """Whether the mixture is the plain mean of the `selected` candidates."""
+        """True if the mixture is the plain mean of the `selected` candidates."""
         return len(self.values) == 1 and len({c for c in self.values[0] if c != 0}) == 1
 
     def row(self, name: str) -> tuple[float, ...]:
-        """The N coefficients of the tensor ``name``."""
+        """Return the N coefficients of the tensor ``name``."""
         return self.values[group_of(name, self.groups)]
 
     def candidate(self, i: int) -> float | tuple[float, ...]:
-        """The coefficient of candidate ``i``: one number, or one for each group."""
+        """Return the coefficient of candidate ``i``: one number, or one per group."""
         column = tuple(row[i] for row in self.values)
         return column[0] if len(column) == 1 else column

@@ -1,4 +1,4 @@
-"""What a search costs: batches, examples and seconds, and what remembered scores would have cost."""
+"""Cost of a search: batches, examples and seconds, including what its cached scores cost to measure."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SECONDS: Final = "seconds"
 
 
 class CostMeter:
-    """Counts since `restart`, as if nothing had been remembered from before it.
+    """Counts costs since `restart` as if the cache had been empty then.
 
-    Strategies that are compared share their scores. Each is charged for all it asks for: what one finds measured
-    already costs it what it cost the first.
+    Compared strategies share their scores. Each is charged for every score it requests: a cached score costs as much as
+    it did to measure.
     """
 
     def __init__(self) -> None:
@@ -29,23 +29,23 @@ class CostMeter:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new account."""
+        """Start a new account."""
         self._before = self._now()
         self._borrowed = {}
         self._charged = set()
 
     def count(self, kind: str, examples: int, batches: int = 1) -> None:
-        """So many batches went ``forward`` or ``backward``."""
+        """Add batches that ran ``forward`` or ``backward``."""
         self._spent[f"{kind}_batches"] += batches
         self._spent[f"{kind}_examples"] += examples
 
     def evaluated(self) -> None:
-        """A mixture was scored."""
+        """Add one scored mixture."""
         self._spent["evaluations"] += 1
 
     @contextmanager
     def pricing(self, key: Hashable) -> Generator[None]:
-        """Remember what is spent within as the price of ``key``."""
+        """Record the cost inside the context as the price of ``key``."""
         before = self._now()
         yield
         self._prices[key] = {name: value - before.get(name, 0) for name, value in self._now().items()}
@@ -53,7 +53,7 @@ class CostMeter:
 
     @contextmanager
     def measure(self) -> Generator[dict[str, float]]:
-        """Put what is spent within on nobody's account; it is what the dictionary holds at the end."""
+        """Measure the cost inside the context without charging it; the yielded dictionary holds it at the end."""
         before, spent = self._now(), dict[str, float]()
         yield spent
         for name, value in self._now().items():
@@ -61,22 +61,22 @@ class CostMeter:
             self._borrowed[name] = self._borrowed.get(name, 0) - spent[name]
 
     def price(self, key: Hashable, spent: dict[str, float]) -> None:
-        """What ``key`` cost, of whom it was measured for; it is charged to whoever asks for it."""
+        """Record the cost of ``key``; every strategy that requests it is charged this much."""
         self._prices[key] = spent
 
     def charge(self, key: Hashable) -> None:
-        """Something remembered was used: add its price, once an account."""
+        """Add the price of a cached ``key``, once per account."""
         if key not in self._charged:
             self._charged.add(key)
-            for name, value in self._prices.get(key, {}).items():  # none for what an earlier run measured
+            for name, value in self._prices.get(key, {}).items():  # no price if an interrupted run measured it
                 self._borrowed[name] = self._borrowed.get(name, 0) + value
 
     def charged(self, key: Hashable) -> bool:
-        """Whether this account has paid for ``key``."""
+        """Return whether this account has paid for ``key``."""
         return key in self._charged
 
     def alias(self, key: Hashable, other: Hashable) -> None:
-        """What ``key`` cost is the price of ``other`` too, where that has none, and it is paid for."""
+        """Use the price of ``key`` for ``other`` too, unless it has one, and mark ``other`` as paid."""
         self._prices.setdefault(other, self._prices[key])
         self._charged.add(other)
 
@@ -89,16 +89,16 @@ class CostMeter:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What the search cost.
+    """Cost of a search.
 
     Attributes:
-        forward_batches: batches that went forward, for learning, scoring and BatchNorm statistics.
-        backward_batches: batches that went backward.
-        evaluations: mixtures that were scored.
+        forward_batches: forward passes over batches, for training, scoring and BatchNorm statistics.
+        backward_batches: backward passes over batches.
+        evaluations: the number of mixtures scored.
         seconds: wall-clock time.
-        epochs: the same work in epochs of ``epochs_of`` data, a backward counted as two forwards; None if its size
-            is not known.
-        epochs_of: the split whose size an epoch is.
+        epochs: the same work in epochs over ``epochs_of``, a backward counted as two forwards; None if the size of that
+            split is unknown.
+        epochs_of: the split that defines an epoch.
     """
 
     forward_batches: int

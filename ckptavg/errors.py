@@ -1,21 +1,21 @@
-"""What can go wrong for a user, one class an exit code; formatted once, in the command line's entry point."""
+"""Errors that a user can act on, one class per exit code; formatted only in `ckptavg.__main__`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import ClassVar, Final
 
-_LONGEST: Final = 600  # characters of what a file says
+_LONGEST: Final = 600  # characters of text taken from a file
 
 
 class CkptavgError(Exception):
-    """Something the user can act on: ``FILE: TENSOR: what is wrong`` and, where it helps, a hint.
+    """Error that the user can act on: ``FILE: TENSOR: what is wrong`` and, where it helps, a hint.
 
     Args:
-        what: what is wrong, what was found and what was expected, in one line.
-        path: the file it is about.
-        tensor: the tensor it is about.
-        hint: the next command or change that would help.
+        what: the problem in one line, with the actual and the expected value.
+        path: the file concerned.
+        tensor: the tensor concerned.
+        hint: the next command or change to try.
     """
 
     exit_code: ClassVar[int] = 1
@@ -29,73 +29,73 @@ class CkptavgError(Exception):
 
 
 class UsageError(CkptavgError):
-    """The command or call asks for something that cannot be."""
+    """Invalid arguments of the command or call."""
 
     exit_code = 2
 
 
 class InputError(CkptavgError):
-    """An input file is bad."""
+    """Unreadable, damaged or otherwise unusable input file."""
 
     exit_code = 3
 
 
 class DisagreementError(CkptavgError):
-    """The checkpoints do not agree in names, shapes or dtypes."""
+    """Mismatch between checkpoints in tensor names, shapes or dtypes."""
 
     exit_code = 4
 
 
 class OutputError(CkptavgError):
-    """The output cannot be written."""
+    """Output that cannot be written."""
 
     exit_code = 5
 
 
 class OutputExistsError(CkptavgError):
-    """The output exists, or somebody else is writing it."""
+    """Output that exists already, or that another process is writing."""
 
     exit_code = 6
 
 
 class TaskError(CkptavgError):
-    """The task's code or its metric failed."""
+    """Failure in the code or the metric of the task."""
 
     exit_code = 7
 
 
 class OutOfMemoryError(CkptavgError):
-    """Device or host memory does not suffice."""
+    """Shortage of device or host memory."""
 
     exit_code = 8
 
 
 class InterruptedRunError(CkptavgError):
-    """A signal ended the run before it was done; nothing was written."""
+    """Run ended early by a signal; nothing was written."""
 
     exit_code = 75
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, with control characters and undecodable bytes as backslash escapes."""
+    """Return ``text`` on one line, with control characters and undecodable bytes as backslash escapes."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii") for char in text
     )
 
 
 def _short(text: str | None) -> str | None:
-    """The beginning of what a file may have made endless."""
+    """Truncate text taken from a file, which may be arbitrarily long."""
     return text if text is None or len(text) <= _LONGEST else f"{text[:500]}… ({len(text):,} characters)"
 
 
 def excluding(name: str) -> str:
-    """The option that leaves out the checkpoint called ``name`` and no other, quoted as a shell wants it."""
+    """Return the shell-quoted ``--exclude`` option that matches the checkpoint ``name`` and no other."""
     glob = "".join(f"[{char}]" if char in "*?[" else char if char.isprintable() else "?" for char in name)
     return "--exclude '" + glob.replace("'", "'\\''") + "'"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is a lack of host or device memory, told without importing torch."""
+    """Return whether ``error`` means host or device memory ran out; does not import torch."""
     names = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names:
         return True

@@ -1,4 +1,4 @@
-"""Score: how good a model is on one split of the data, with its noise."""
+"""Score of a model on one split of the data, with its standard error."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ if TYPE_CHECKING:
 
 
 Split: TypeAlias = Literal["train", "val", "test", "fit", "held"]
+"""The task's three splits, and the two halves of the scored one: ``fit`` to train on, ``held`` to monitor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How good a model is on one split.
+    """Score of a model on one split.
 
     Attributes:
-        value: what strategies compare; larger is better. The metric (negated where smaller is better), else −loss.
-        loss: the mean loss over examples, None where nothing but a score is known.
-        metric: the mean metric over examples, as the task gives it, or None where it has none.
-        examples: how many examples were averaged over, None where that is not known.
-        each: what these are means of, where that was kept.
-        resampled: where the metric is no mean over examples, `value` for a resample of the batches, by their numbers.
-        batches: how many of them there are.
-        invalid: why this is no score: what was NaN or infinite, and where. Its ``value`` is −∞, so nothing is worse.
+        value: the number that strategies compare, larger is better: the metric (negated if smaller is better), else
+            −loss.
+        loss: the mean loss over examples; None if only a score is known.
+        metric: the mean metric over examples, as the task returns it; None if the task has no metric.
+        examples: the number of examples averaged over; None if unknown.
+        per_example: the values these are means of, if they were kept.
+        resampled: for a metric that is not a mean over examples, returns `value` for a resample of batch indices.
+        batches: the number of batches to resample.
+        invalid: the reason this score is unusable: which value was NaN or infinite, and where. ``value`` is then −∞,
+            so no other score is lower.
     """
 
     value: float
@@ -42,14 +45,14 @@ class Score:
 
     @property
     def noise(self) -> float:
-        """The standard error of ``value``: what another sample of as many examples would change it by; ∞ if unknown."""
+        """Standard error of ``value``: its typical change under another sample of as many examples; ∞ if unknown."""
         if self.per_example is None or self.resampled is not None:
             return math.inf
         return _standard_error(self.per_example.values_U, self.per_example.examples_U)
 
     @property
     def loss_noise(self) -> float:
-        """The standard error of ``loss``."""
+        """Standard error of ``loss``."""
         return (
             math.inf
             if self.per_example is None
@@ -58,10 +61,10 @@ class Score:
 
 
 def valid(score: Score, source: str | None = None) -> Score:
-    """``score``, where that is what a whole run rests on.
+    """Return ``score`` after checking that it is usable.
 
     Raises:
-        TaskError: if it is `Score.invalid`, naming the task's ``source``.
+        TaskError: if ``score`` is `Score.invalid`; names the task's ``source``.
     """
     if score.invalid:
         raise TaskError(score.invalid, path=source, hint="look for broken examples in the data, and for broken weights")
@@ -69,7 +72,7 @@ def valid(score: Score, source: str | None = None) -> Score:
 
 
 def _standard_error(values_U: Tensor, examples_U: Tensor) -> float:
-    """√(Σ w²(x − x̄)²)/Σ w, the weights being the examples a unit stands for; ∞ for a single unit."""
+    """Return √(Σ w²(x − x̄)²)/Σ w, each weight w being the number of examples in a unit; ∞ for a single unit."""
     if len(values_U) < 2:
         return math.inf
     mean = values_U.dot(examples_U) / examples_U.sum()
@@ -78,13 +81,13 @@ def _standard_error(values_U: Tensor, examples_U: Tensor) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class PerExample:
-    """The parts of a score: one for each example, or for each batch where the task gives only its mean.
+    """Units of a score: one per example, or one per batch if the task returns only a batch mean.
 
     Attributes:
         values_U: [U] float64 on the CPU, on the scale of `Score.value`: larger is better.
         losses_U: [U], the losses.
-        examples_U: [U], how many examples each stands for.
-        order: tells apart the orders that the examples came in; equal for two scores whose units can be paired.
+        examples_U: [U], the number of examples in each unit.
+        order: checksum of the examples in order; equal for two scores whose units can be paired.
     """
 
     values_U: Tensor

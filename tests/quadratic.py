@@ -65,9 +65,9 @@ class Quadratic:
         loss = float(self.loss(c_GN if len(c_GN) > 1 else c_GN[0], groups=coefficients.groups))
         return Score(value=-loss, loss=loss, metric=None, examples=1)
 
-    def score_at_least(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
+    def score_at_least(self, coefficients: Coefficients, threshold: float, *, strict: bool) -> Score | None:
         score = self.score(coefficients)
-        return score if (score.value > bar if strict else score.value >= bar) else None
+        return score if (score.value > threshold if strict else score.value >= threshold) else None
 
     def progress(self, stage: str, done: int, total: int, **figures: Tensor | float) -> None:
         assert 0 < done <= total and all(float(value) == float(value) for value in figures.values()), stage

@@ -1,4 +1,4 @@
-"""Every account is charged as if nothing had been remembered from before it."""
+"""Every account is charged as if it had started with an empty cache."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import pytest
 from ckptavg.cost import SECONDS, CostMeter
 
 
-def scored(meter: CostMeter, key: str, known: set[str]) -> None:
-    if key in known:
+def scored(meter: CostMeter, key: str, cached: set[str]) -> None:
+    if key in cached:
         meter.charge(key)
         return
-    known.add(key)
+    cached.add(key)
     with meter.pricing(key):
         meter.count("forward", 10)
         meter.count("forward", 5)
 
 
-def test_what_is_remembered_costs_the_first_time_in_an_account():
-    meter, known = CostMeter(), set[str]()
+def test_a_cached_score_is_charged_once_per_account():
+    meter, cached = CostMeter(), set[str]()
     meter.count("forward", 1)
     for _ in range(3):
         meter.restart()
         for key in ("a", "b", "a", "a"):
-            scored(meter, key, known)
+            scored(meter, key, cached)
         assert meter["forward_batches"] == 4 and meter["forward_examples"] == 30 and meter["backward_batches"] == 0
 
 

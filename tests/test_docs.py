@@ -1,88 +1,215 @@
-"""The documents say what the program does: every command, option, exit code and report key is in them."""
+"""README.md and docs/ are true: what they name exists, and all commands, options and report keys are in them."""
 
 from __future__ import annotations
 
 import re
 import shlex
-import textwrap
+import shutil
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import typer
 from conftest import Run
-from quadratic import Quadratic
 
 import ckptavg.errors
+from ckptavg.cli import demo
 from ckptavg.cli.app import app
 from ckptavg.errors import CkptavgError
-from ckptavg.report.as_json import comparison_to_dict, to_dict
-from ckptavg.report.result import Comparison, Result
+from ckptavg.options import config_file
+from ckptavg.pipeline.comparison import DEFAULT
+from ckptavg.report.as_json import comparison_to_dict, landscape_to_dict, to_dict
+from ckptavg.report.result import Comparison, Landscape, Result
 from ckptavg.strategies import strategies
+from ckptavg.surrogate import Surrogate
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_every_command_is_in_the_readme():
-    for command in app.registered_commands:
-        assert re.search(rf"(ckptavg |`){command.name}\b", README), command.name
-
-
-def test_every_exit_code_is_in_the_readme():
-    codes = {e.exit_code for e in vars(ckptavg.errors).values() if isinstance(e, type) and issubclass(e, CkptavgError)}
-    paragraph = README[README.index("Exit codes:") :].split("\n\n")[0]
-    assert codes | {0} == {int(code) for code in re.findall(r"(?:^|· |: )(\d+) ", paragraph.replace("\n", " "))}
-
-
-def test_every_key_of_the_report_is_in_the_readme():
-    section = README[README.index("## Report") :]
-    empty = Result(strategy="x", settings={}, seed=0, candidates=[])
-    for key in to_dict(empty):
-        assert f"`{key}`" in section, key
-
-
-def test_every_key_of_a_comparison_is_in_the_readme():
-    section = README[README.index("## Report") :]
-    empty = Comparison(contestants=(), winner="x", result=Result(strategy="x", settings={}, seed=0, candidates=[]))
-    for key in comparison_to_dict(empty):
-        assert f"`{key}`" in section, key
-
-
-def test_the_strategy_that_contributing_shows_works():
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^    @dataclass.*?STRATEGY: type\[Strategy\] = \w+$", text, re.MULTILINE | re.DOTALL)
-    names = "from dataclasses import dataclass\nfrom typing import Annotated, ClassVar\n"
-    names += (
-        "from ckptavg.coefficients import Coefficients\nfrom ckptavg.objective import Learned, Objective, Strategy\n"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+# pages whose commands and options are checked, and options of other programs in them
+USER_PAGES = [
+    ROOT / name
+    for name in (
+        "README.md", "SECURITY.md", "docs/reference.md", "docs/formats.md", "docs/scoring.md", "docs/strategies.md",
+        "docs/slurm.md", "docs/scaling.md",
     )
-    scope: dict[str, Any] = {}
-    exec(names + textwrap.dedent(code), scope)
-    (row,) = scope["STRATEGY"](power=1).learn(Quadratic(n=4, d=1, seed=0)).coefficients.values
-    assert row == pytest.approx([0.1, 0.2, 0.3, 0.4])
+]  # fmt: skip
+FOREIGN = {"--requeue", "--signal", "--open-mode"}
+# a strategy that `compare` does not run by default, such as one being developed, need not be in the pages
+DRAFTS = strategies().keys() - set(DEFAULT)
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+README, REFERENCE = text("README.md"), text("docs/reference.md")
+
+
+def section(page: str, heading: str) -> str:
+    """The part of a page below a heading of the second level."""
+    return page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+@pytest.fixture(scope="module")
+def commands() -> dict[str, Any]:
+    """Command name → the parsed command line of the program."""
+    group: Any = typer.main.get_command(app)
+    return group.commands
+
+
+@pytest.fixture(scope="module")
+def options(commands: dict[str, Any]) -> dict[str, set[str]]:
+    """Command name → all of its option names."""
+    return {
+        name: {
+            option
+            for param in command.params
+            for option in (*param.opts, *param.secondary_opts)
+            if param.param_type_name == "option"
+        }
+        | {"--help", "-h"}
+        for name, command in commands.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory that ``ckptavg demo`` makes."""
+    folder = tmp_path_factory.mktemp("docs") / "ckptavg-demo"
+    demo.command(folder)
+    return folder
+
+
+CODE = re.compile(r"^```.*?^```|^ {4}.*?$", re.MULTILINE | re.DOTALL)
+
+
+def spans(page: str) -> Iterator[str]:
+    """The inline code of a page, each span on one line."""
+    yield from (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", CODE.sub("", page)))
+
+
+def shown_commands(page: str) -> Iterator[list[str]]:
+    """The arguments of every ``ckptavg`` command in the code blocks of a page."""
+    for line in "\n".join(CODE.findall(re.sub(r"\\\n\s*", "", page))).splitlines():
+        if match := re.match(r"(?:.*-m |until |.*\$ |.*\$\()? *ckptavg ([a-z]+ .*)", line):
+            yield shlex.split(re.split(r"[;)&]", match[1])[0], comments=True)
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 130
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_resolve(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"\w+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings}, target
+
+
+def test_the_index_links_every_page():
+    index = text("docs/README.md")
+    for page in {*PAGES} - {ROOT / "docs" / "README.md"}:
+        assert f"({page.name})" in index or f"(../{page.name})" in index, page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_rows_of_a_table_have_as_many_cells_as_its_heading(page: Path):
+    for table in re.findall(r"(?:^\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE):
+        first, rule, *rows = table.splitlines()
+        assert re.fullmatch(r"\|( *:?-+:? *\|)+", rule), first
+        for row in (first, *rows):
+            assert len(re.findall(r"(?<!\\)\|", row)) == rule.count("|"), row
+
+
+def test_every_command_is_in_the_reference(commands: dict[str, Any]):
+    table = section(REFERENCE, "Commands")
+    for command in commands.keys() - DRAFTS:
+        assert re.search(rf"(ckptavg |`){command}\b", table), command
+
+
+def test_every_option_is_in_the_reference(options: dict[str, set[str]]):
+    for command in options.keys() - DRAFTS:
+        for option in options[command]:
+            assert f"`{option}`" in REFERENCE, f"{command} {option}"
+
+
+@pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: page.name)
+def test_options_in_the_prose_exist(page: Path, options: dict[str, set[str]]):
+    for span in spans(page.read_text(encoding="utf-8")):
+        words = [word for word in re.split(r"[\s=|]", re.sub(r"^.*\bckptavg ", "", span)) if word]
+        known = options.get(words[0], set[str]())
+        if not known and not span.startswith(("--", "ckptavg ")):
+            continue  # the command line of another program
+        for option in (word for word in words if re.match(r"--[a-z]", word)):
+            assert option in (known or set[str]().union(*options.values(), FOREIGN, {"--version"})), span
+
+
+@pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: page.name)
+def test_commands_in_code_blocks_can_be_parsed(page: Path, commands: dict[str, Any]):
+    for name, *arguments in shown_commands(page.read_text(encoding="utf-8")):
+        commands[name].make_context(name, arguments)
+
+
+def test_every_exit_code_is_in_the_reference():
+    codes = {e.exit_code for e in vars(ckptavg.errors).values() if isinstance(e, type) and issubclass(e, CkptavgError)}
+    listed = re.findall(r"^\| (\d+) \|", section(REFERENCE, "Exit codes"), re.MULTILINE)
+    assert sorted(map(int, listed)) == sorted(codes | {0})
+
+
+def test_every_key_of_a_report_is_in_the_reference():
+    listed = section(REFERENCE, "JSON report")
+    result = Result(strategy="x", settings={}, seed=0, candidates=[])
+    comparison = Comparison(contestants=(), winner="x", result=result)
+    q = Surrogate(0.0, torch.zeros(2), torch.zeros(2, 2), "exact")
+    landscape = Landscape(
+        surrogate=q, eigenvalues=(), predicted=(), measured=(), spearman=0.0, r_squared=0.0, steps=(), plane=None
+    )
+    for key in {**to_dict(result), **comparison_to_dict(comparison), **landscape_to_dict(landscape)}:
+        assert f"`{key}`" in listed, key
+
+
+def test_the_configuration_that_the_reference_shows_has_options_that_exist(
+    options: dict[str, set[str]], tmp_path: Path
+):
+    (shown,) = re.findall(r"^```toml\n(.*?)^```", REFERENCE, re.MULTILINE | re.DOTALL)
+    (tmp_path / "ckptavg.toml").write_text(shown)
+    for name in config_file.read(tmp_path):
+        assert any(f"--{name.replace('_', '-')}" in known for known in options.values()), name
+
+
+def test_every_public_name_is_in_the_reference():
+    listed = section(REFERENCE, "Python API")
+    for name in {*dir(ckptavg)} - DRAFTS:
+        assert re.search(rf"`(ckptavg\.)?{name}\b", listed), name
+
+
+def test_every_strategy_has_a_section_and_a_row():
+    page = text("docs/strategies.md")
+    for name in DEFAULT:
+        assert "Cost:" in section(page, name) and "hen:" in section(page, name), name
+        assert f"\n| [`{name}`](#{name}) |" in page, name
 
 
 @pytest.mark.parametrize("name", sorted(strategies()))
 def test_every_setting_of_a_strategy_has_help(run: Run, name: str):
-    text = " ".join(run(name, "--help", COLUMNS="200").stdout.split())
+    shown = " ".join(run(name, "--help", COLUMNS="200").stdout.split())
     for setting in fields(strategies()[name]):  # pyright: ignore[reportArgumentType]
-        assert f"--{setting.name.replace('_', '-')} " in text, setting.name
+        assert f"--{setting.name.replace('_', '-')} " in shown, setting.name
     assert strategies()[name].__doc__ is not None
 
 
-def test_the_readmes_options_exist(run: Run):
-    shown = " ".join(
-        run(name, "--help", COLUMNS="200").stdout
-        for name in (*strategies(), "compare", "landscape", "inspect", "verify", "eval")
-    )
-    for option in set(re.findall(r"`(--[a-z-]+)", README)):
-        assert option in shown, option
-
-
-def test_the_readmes_tour_runs_as_written(run: Run, tmp_path: Path):
+def test_the_tour_of_the_readme_runs_as_written(run: Run, demo_folder: Path, tmp_path: Path):
     """Each `$ ckptavg` line of the README, in the directory that `ckptavg demo` makes."""
-    assert run("demo").stdout == "ckptavg-demo\n"
-    folder = tmp_path / "ckptavg-demo"
+    folder = shutil.copytree(demo_folder, tmp_path / "demo")
     lines = re.findall(r"^    \$ (?:m=\$\()?(ckptavg [^)\n]*)\)?$", README, re.MULTILINE)
     assert len(lines) == 5
     for line in lines:
@@ -90,14 +217,23 @@ def test_the_readmes_tour_runs_as_written(run: Run, tmp_path: Path):
         assert done.returncode == 0, done.stderr
 
 
-def test_the_template_that_init_writes_runs_as_it_is(run: Run, tmp_path: Path):
-    run("demo")
+@pytest.mark.thorough
+def test_the_commands_of_the_strategies_page_run_as_written(run: Run, demo_folder: Path, tmp_path: Path):
+    folder = shutil.copytree(demo_folder, tmp_path / "demo")
+    lines = re.findall(r"^    (ckptavg .*)$", text("docs/strategies.md"), re.MULTILINE)
+    assert [line.split()[1] for line in lines] == ["compare", "landscape"]
+    for line in lines:
+        done = run(*shlex.split(line)[1:], cwd=folder)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_template_that_init_writes_runs_as_it_is(run: Run, demo_folder: Path):
     assert run("init").stdout == "task.py\n"
-    assert run("sewa", "ckptavg-demo/ckpts", "--k", 3, "--steps", 5).returncode == 0
+    assert run("sewa", demo_folder / "ckpts", "--k", 3, "--steps", 5).returncode == 0
     assert run("init").returncode == 6
     assert run("init", "--force").returncode == 0
 
 
 def test_the_committed_versions_pin_torch():
-    pins = (ROOT / "constraints.txt").read_text()
+    pins = text("constraints.txt")
     assert "torch==2.13.0\n" in pins and "://" not in pins and "@" not in pins

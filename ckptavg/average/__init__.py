@@ -1,4 +1,4 @@
-"""How the bytes of the output come about: the plain average, or an adapter that is exact in weight space."""
+"""Compute the output's bytes: the weighted average, or a LoRA adapter that is exact in weight space."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ckptavg.runtime.workers import ALONE, Workers
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedOutput:
-    """What will be written.
+    """Content of the output.
 
     Attributes:
         specs: name → dtype and shape.
-        parts: (name, offset, bytes) of all tensors, once.
-        not_averaged: the tensors taken from the last selected candidate.
-        config: what ``adapter_config.json`` must say of an exact adapter, None for everything else.
-        notes: what the user should know about it.
+        parts: (name, offset, bytes) of all tensors; can be iterated once.
+        not_averaged: the tensors copied from the last selected candidate.
+        config: the ``adapter_config.json`` of an exact adapter, otherwise None.
+        notes: messages for the user.
     """
 
     specs: Mapping[str, StoredTensor]
@@ -35,35 +35,35 @@ class PlannedOutput:
 
 
 def check(checkpoints: Sequence[Checkpoint], mode: Literal["factors", "exact"]) -> None:
-    """Refuse adapters that do not belong together, and an exact average where there can be none.
+    """Check that adapters are compatible and, in exact mode, that their exact average exists.
 
     Raises:
-        DisagreementError: if adapters differ in their base model or in what their factors mean.
-        UsageError: if ``mode`` is exact and these are no adapters.
-        InputError: if they are of a kind that cannot be averaged exactly.
+        DisagreementError: if adapters differ in their base model or in how their factors are scaled.
+        UsageError: if ``mode`` is exact and the candidates are not adapters.
+        InputError: if adapters of this kind cannot be averaged exactly.
     """
     if lora_config.read_config(checkpoints[0]) is None:
         if mode == "exact":
-            raise UsageError("--adapter exact is for PEFT adapters, and there is no adapter_config.json beside these")
+            raise UsageError("--adapter exact needs PEFT adapters, but the candidates have no adapter_config.json")
         return
     config = lora_config.check(checkpoints)
-    if mode == "exact" and (why := lora_config.obstacle(checkpoints[0], config)):
-        raise InputError(why, path=checkpoints[0].path, hint="--adapter factors averages them approximately")
+    if mode == "exact" and (reason := lora_config.obstacle(checkpoints[0], config)):
+        raise InputError(reason, path=checkpoints[0].path, hint="--adapter factors averages them approximately")
 
 
 def plan_output(
     checkpoints: Sequence[Checkpoint], coefficients: Coefficients, *, dtype: str | None = None,
     mode: Literal["factors", "exact"] = "factors", rank: int | None = None, workers: Workers = ALONE,
 ) -> PlannedOutput:  # fmt: skip
-    """The average of ``checkpoints``.
+    """Plan the average of ``checkpoints``.
 
     Args:
         checkpoints: all candidates, open.
-        coefficients: theirs.
-        dtype: of the output's floating-point tensors; None is the candidates' own.
+        coefficients: their coefficients.
+        dtype: dtype of the output's floating-point tensors; None keeps the candidates' dtypes.
         mode: how adapters are averaged; see `ckptavg.average.lora`.
-        rank: of an exact adapter; None keeps all of it.
-        workers: each of whom gets a part of the bytes to make; an exact adapter is small and the first one's.
+        rank: rank of an exact adapter; None keeps the full rank.
+        workers: the ranks that share the work; each computes a part of the bytes, but only rank 0 an exact adapter.
     """
     first = checkpoints[0]
     if mode == "exact":
@@ -88,7 +88,7 @@ def plan_output(
 
 
 def _factor_warnings(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> list[str]:
-    """How far the average of an adapter's factors is from the average of what they do to the weights."""
+    """Return a warning with the relative error of averaging LoRA factors instead of their products."""
     config = lora_config.read_config(checkpoints[0])
     if config is None or config.peft_type != "LORA" or len(coefficients.selected) < 2 or checkpoints[0].allow_nonfinite:
         return []

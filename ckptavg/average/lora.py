@@ -1,6 +1,7 @@
-"""The average of LoRA adapters in weight space: Σ_i c_i s B_i A_i, which is not s (Σ_i c_i B_i)(Σ_i c_i A_i).
+"""Average LoRA adapters in weight space: Σ_i c_i s B_i A_i, which differs from s (Σ_i c_i B_i)(Σ_i c_i A_i).
 
-Shape suffixes: K = candidates with a coefficient, R = rank of the result or of K stacked adapters, I = in, O = out.
+Shape suffixes: K = candidates with a non-zero coefficient, R = rank of the result or of K stacked adapters, I = input
+features, O = output features.
 
 References:
     Hu et al. 2022, LoRA, arXiv:2106.09685 (W + s B A with s = α/r); Kalajdzievski 2023, rsLoRA, arXiv:2312.03732
@@ -29,13 +30,13 @@ from ckptavg.readers import StoredTensor
 
 @dataclass(frozen=True, kw_only=True)
 class Exact:
-    """An adapter under construction.
+    """An exactly averaged adapter, before it is written.
 
     Attributes:
         specs: name → dtype and shape, for the writer.
-        parts: every byte of it, once, as `ckptavg.average.weighted_sum.weighted_average` gives them.
+        parts: its bytes, as yielded by `ckptavg.average.weighted_sum.weighted_average`; can be iterated once.
         config: its ``adapter_config.json``.
-        lost: ‖what the rank left out‖ / ‖ΔW‖, Frobenius over all modules; 0 for the full rank.
+        lost: ‖ΔW − truncated ΔW‖ / ‖ΔW‖, Frobenius norms over all modules; 0 for the full rank.
     """
 
     specs: Mapping[str, StoredTensor]
@@ -46,7 +47,7 @@ class Exact:
 
 @dataclass(frozen=True, kw_only=True)
 class _Module:
-    """A module of the base model with a pair of factors, of rank ``r`` each."""
+    """A module of the base model and the names of its factors A and B, both of rank ``r``."""
 
     name: str
     a: str
@@ -55,63 +56,64 @@ class _Module:
 
 
 def factor_error(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> float:
-    """How wrong the averaged factors are: ‖s B̄ Ā − Σ_i c_i s B_i A_i‖ / ‖Σ_i c_i s B_i A_i‖ over all modules.
+    """Return the error of averaging factors: ‖s B̄ Ā − Σ_i c_i s B_i A_i‖ / ‖Σ_i c_i s B_i A_i‖ over all modules.
 
     With the factors stacked, both are B_OR (M ⊗ 1) A_RI with M = c cᵀ − diag(c) and M = diag(c); after QR of B_OR and
-    of A_RIᵀ their norms are those of R × R matrices. No difference of large numbers is taken and nothing of the size
-    O × I is made. Of DoRA it is the error before normalization. 0 if both norms are 0, and infinite if only the second.
+    of A_RIᵀ their norms are those of R × R matrices. This avoids cancellation and never allocates an O × I matrix. For
+    DoRA this is the error before normalization. Returns 0 if both norms are 0, and infinity if only the second is.
 
     Args:
         checkpoints: N open adapters with equal names, shapes and dtypes.
-        coefficients: theirs; a module's row is that of its A.
+        coefficients: their coefficients; a module uses the row of its A.
     Raises:
-        InputError: if they are no LoRA adapters, or a factor is NaN or infinite.
+        InputError: if they are not LoRA adapters, or a factor is NaN or infinite.
         DisagreementError: see `check`.
     """
     config = check(checkpoints)
     modules = _modules(checkpoints[0], config)
     total = _Sum(checkpoints=checkpoints, coefficients=coefficients, config=config, modules=modules)
-    wrong = right = 0.0
+    squared_error = squared_norm = 0.0
     for module in modules:
         c_K, a_RI, b_OR = total.stacked(module)
         r_B, r_A = _triangles(a_RI, b_OR)
-        for_each = torch.eye(module.r, dtype=torch.float64)
-        difference = r_B @ torch.kron(torch.outer(c_K, c_K) - torch.diag(c_K), for_each) @ r_A.T
-        exact_core = r_B @ torch.kron(torch.diag(c_K), for_each) @ r_A.T
+        identity = torch.eye(module.r, dtype=torch.float64)
+        difference = r_B @ torch.kron(torch.outer(c_K, c_K) - torch.diag(c_K), identity) @ r_A.T
+        exact_core = r_B @ torch.kron(torch.diag(c_K), identity) @ r_A.T
         s2 = config.scaling(module.name) ** 2
-        wrong, right = wrong + s2 * float(difference.square().sum()), right + s2 * float(exact_core.square().sum())
-    return _ratio(wrong, right)
+        squared_error += s2 * float(difference.square().sum())
+        squared_norm += s2 * float(exact_core.square().sum())
+    return _ratio(squared_error, squared_norm)
 
 
 def exact(
     checkpoints: Sequence[Checkpoint], coefficients: Coefficients, rank: int | None = None, dtype: str | None = None
 ) -> Exact:
-    """One adapter whose product is ΔW = Σ_i c_i s B_i A_i in every module.
+    """Build one adapter whose product is ΔW = Σ_i c_i s B_i A_i in every module.
 
-    In full, A is the A_i on top of each other, bit for bit, and B the c_i B_i side by side, each element the float64
-    product rounded once, to half a unit in the last place of the output's dtype: [K r, I] and [O, K r]. With ``rank``
-    R < K r it is the nearest product of that rank (Eckart and Young 1936), B = Q_B U √Σ and A = √Σ Vᵀ Q_Aᵀ, by QR of
-    both stacks and an SVD of R_B diag(c) R_Aᵀ; its last bits may differ between numbers of threads. α grows with the
-    rank so that s stays. Biases, trained embeddings and ``modules_to_save`` are the ordinary average.
+    At full rank, A [K r, I] stacks the A_i, bit for bit, and B [O, K r] concatenates the c_i B_i, where each element is
+    the float64 product rounded once, to within half a unit in the last place of the output's dtype. With ``rank``
+    R < K r it is the nearest product of that rank (Eckart and Young 1936), B = Q_B U √Σ and A = √Σ Vᵀ Q_Aᵀ, from QR of
+    both stacks and an SVD of R_B diag(c) R_Aᵀ; its last bits may depend on the number of threads. α is scaled with the
+    rank so that s is unchanged. Biases, trained embeddings and ``modules_to_save`` are averaged elementwise.
 
-    Memory: the factors of one module of K candidates in float64, some five times over. A ``rank`` reads them twice.
+    Memory: about five float64 copies of the factors of one module of K candidates. With ``rank`` they are read twice.
 
     Args:
         checkpoints: N open adapters with equal names, shapes and dtypes.
-        coefficients: theirs, of any sign; a module's row is that of its A.
-        rank: the most a module may have, or None for K r.
-        dtype: of the floating-point tensors, or None for the candidates' own.
+        coefficients: their coefficients, of any sign; a module uses the row of its A.
+        rank: maximum rank of a module, or None for K r.
+        dtype: dtype of the floating-point tensors, or None for the candidates' dtypes.
     Raises:
-        InputError: if ΔW is no such sum (DoRA, other kinds of adapters), or a value is NaN or infinite.
+        InputError: if ΔW is not such a sum (DoRA, other kinds of adapters), or a value is NaN or infinite.
         DisagreementError: see `check`.
         UsageError: if ``rank`` is below 1.
     """
     if rank is not None and rank < 1:
         raise UsageError(f"the rank of an adapter must be at least 1, not {rank}")
     config, first = check(checkpoints), checkpoints[0]
-    if why := obstacle(first, config):
+    if reason := obstacle(first, config):
         raise InputError(
-            f"exact averaging is not possible: {why}", path=first.path, hint="average the factors: --adapter factors"
+            f"exact averaging is not possible: {reason}", path=first.path, hint="average the factors: --adapter factors"
         )
     modules, k = _modules(first, config), len(coefficients.selected)
     ranks = {module.name: min(k * module.r, rank or k * module.r) for module in modules}
@@ -121,13 +123,13 @@ def exact(
         specs[m.a] = replace(a, shape=(ranks[m.name], *a.shape[1:]))
         specs[m.b] = replace(b, shape=(b.shape[0], ranks[m.name], *b.shape[2:]))
     total = _Sum(checkpoints=checkpoints, coefficients=coefficients, config=config, modules=modules)
-    new = stacked_config(config, min(k * config.r, rank or k * config.r), ranks)
-    return Exact(specs=specs, parts=total.parts(ranks, specs), config=new, lost=total.lost(ranks))
+    new_config = stacked_config(config, min(k * config.r, rank or k * config.r), ranks)
+    return Exact(specs=specs, parts=total.parts(ranks, specs), config=new_config, lost=total.lost(ranks))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Sum:
-    """Σ_i c_i s B_i A_i, a module at a time."""
+    """Σ_i c_i s B_i A_i, computed one module at a time."""
 
     checkpoints: Sequence[Checkpoint]
     coefficients: Coefficients
@@ -135,7 +137,7 @@ class _Sum:
     modules: Sequence[_Module]
 
     def stacked(self, module: _Module) -> tuple[Tensor, Tensor, Tensor]:
-        """The non-zero coefficients and the factors of their candidates: c_K, A_RI, B_OR in float64."""
+        """Return the non-zero coefficients and the stacked factors of their candidates: c_K, A_RI, B_OR in float64."""
         row = self.coefficients.row(module.a)
         terms = [(c, source) for c, source in zip(row, self.checkpoints, strict=True) if c != 0]
         return (
@@ -170,12 +172,12 @@ class _Sum:
 
 
 def _triangles(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
-    """R_B and R_A of B = Q_B R_B and Aᵀ = Q_A R_A: R_B M R_Aᵀ has the singular values of B M A."""
+    """Return R_B and R_A of B = Q_B R_B and Aᵀ = Q_A R_A: R_B M R_Aᵀ has the singular values of B M A."""
     return torch.linalg.qr(b_OR, mode="r").R, torch.linalg.qr(a_RI.T, mode="r").R
 
 
 def _nearest(a_RI: Tensor, b_OR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors of the best approximation to B A of a rank; fewer rows where B A itself has no more."""
+    """Return factors of the best rank-``rank`` approximation of B A; fewer rows if B A has a lower rank."""
     (q_B, r_B), (q_A, r_A) = torch.linalg.qr(b_OR), torch.linalg.qr(a_RI.T)
     u, sigma, vh = torch.linalg.svd(r_B @ r_A.T, full_matrices=False)
     root = sigma[:rank].sqrt()
@@ -183,7 +185,7 @@ def _nearest(a_RI: Tensor, b_OR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _read(source: Checkpoint, name: str) -> Tensor:
-    """A factor as a matrix in float64; what is behind the first dimension of a convolution's is one."""
+    """Read a factor as a float64 matrix; dimensions after the first are flattened, as in convolutions."""
     spec = source.spec(name)
     buffer = bytearray(spec.nbytes)
     source.read_into(name, 0, memoryview(buffer))
@@ -199,38 +201,38 @@ def _rounded(factor: Tensor, spec: StoredTensor, first: Checkpoint, name: str) -
     wide = result.dtype in (torch.float64, torch.float32)
     result.copy_((factor if wide else rounded_to_odd(factor)).flatten())
     if not result.isfinite().all():
-        what = f"the average overflows {str(result.dtype).removeprefix('torch.')}"
-        raise InputError(what, path=first.path, tensor=name, hint="write it with --dtype bfloat16 or float32")
+        message = f"the average overflows {str(result.dtype).removeprefix('torch.')}"
+        raise InputError(message, path=first.path, tensor=name, hint="write it with --dtype bfloat16 or float32")
     return memoryview(buffer)
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:
-    """``rows`` with zeros below, where a group of coefficients selects fewer candidates or B A has a lower rank."""
+    """Zero-pad ``rows`` to ``count``, if a coefficient group selects fewer candidates or B A has a lower rank."""
     return torch.cat([rows, rows.new_zeros(count - len(rows), rows.shape[1])]) if len(rows) < count else rows
 
 
 def _modules(checkpoint: Checkpoint, config: Config) -> list[_Module]:
     if config.peft_type != "LORA":
         raise InputError(f"its peft_type is {config.peft_type}, not LORA", path=config.path)
-    found = [_module(checkpoint, config, a, match[1]) for a in checkpoint.names if (match := FACTOR_A.fullmatch(a))]
-    if not found:
+    modules = [_module(checkpoint, config, a, match[1]) for a in checkpoint.names if (match := FACTOR_A.fullmatch(a))]
+    if not modules:
         raise InputError("it has no LoRA factors", path=checkpoint.path)
-    return found
+    return modules
 
 
 def _module(checkpoint: Checkpoint, config: Config, a: str, name: str) -> _Module:
     b, r = partner(a), config.rank(name)
     if b not in checkpoint.tensors:
-        raise InputError(f"missing, but {a} is there", path=checkpoint.path, tensor=b)
+        raise InputError(f"is missing, but {a} is present", path=checkpoint.path, tensor=b)
     for factor, dimension in ((a, 0), (b, 1)):
         spec = checkpoint.spec(factor)
         if spec.dtype not in FLOATING or len(spec.shape) < 2 or not spec.numel:
-            what = f"dtype {spec.dtype} and shape {list(spec.shape)} are not those of a factor"
-            raise InputError(f"{what} (saved from a shard?)", path=checkpoint.path, tensor=factor)
-        # in a convolution with groups B has only some of the ranks behind each output
+            message = f"dtype {spec.dtype} and shape {list(spec.shape)} are not those of a LoRA factor"
+            raise InputError(f"{message} (saved from a shard?)", path=checkpoint.path, tensor=factor)
+        # in a grouped convolution each output of B uses only a part of the rank
         if spec.shape[dimension] != r or (dimension and spec.numel != spec.shape[0] * r):
-            what = f"shape {list(spec.shape)}, but by {CONFIG_NAME} its dimension {dimension} is the rank {r}"
-            raise InputError(what, path=checkpoint.path, tensor=factor)
+            message = f"has shape {list(spec.shape)}, but dimension {dimension} must be the rank {r} in {CONFIG_NAME}"
+            raise InputError(message, path=checkpoint.path, tensor=factor)
     return _Module(name=name, a=a, b=b, r=r)
 
 

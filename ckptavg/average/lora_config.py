@@ -1,4 +1,4 @@
-"""What an ``adapter_config.json`` says of LoRA's factors, read, compared and written for another rank."""
+"""Read, compare and rewrite the LoRA settings of ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _OBSTACLES: Final = {
     "monteclora_config": "MonteCLoRA draws its factors at random",
     "ensure_weight_tying": "factors that are tied to another module's cannot be stacked",
 }
-_HARMLESS_STARTS: Final = (None, True, False, "gaussian", "eva", "orthogonal", "mica")  # pissa's changes the base
+_HARMLESS_INITS: Final = (None, True, False, "gaussian", "eva", "orthogonal", "mica")  # pissa modifies the base model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What an ``adapter_config.json`` says of the product of the factors; keys as PEFT names them, ``raw`` is all."""
+    """The keys of ``adapter_config.json`` that define s B A, named as in PEFT; ``raw`` is the whole file."""
 
     path: Path
     peft_type: str
@@ -47,23 +47,23 @@ class Config:
     raw: Mapping[str, Any] = field(repr=False)
 
     def rank(self, module: str) -> int:
-        """The rank r of a module of the base model."""
+        """Return the rank r of a module of the base model."""
         return _first_match(self.rank_pattern, module, self.r)
 
     def alpha(self, module: str) -> float:
-        """The α of a module."""
+        """Return the α of a module."""
         return _first_match(self.alpha_pattern, module, self.lora_alpha)
 
     def scaling(self, module: str) -> float:
-        """The factor s before B A: α/r, or α/√r in rsLoRA."""
+        """Return the scaling s of B A: α/r, or α/√r for rsLoRA."""
         return self.alpha(module) / (math.sqrt(self.rank(module)) if self.use_rslora else self.rank(module))
 
 
 def read_config(checkpoint: Checkpoint) -> Config | None:
-    """The ``adapter_config.json`` beside the weights, or None if there is none.
+    """Read the ``adapter_config.json`` next to the weights; returns None if it does not exist.
 
     Raises:
-        InputError: naming the file, if it is not strict JSON or has a rank, α or pattern that cannot be.
+        InputError: naming the file, if it is not strict JSON, or a rank, α or pattern is invalid.
     """
     path = checkpoint.folder / CONFIG_NAME
     if not os.path.lexists(path):
@@ -75,11 +75,11 @@ def read_config(checkpoint: Checkpoint) -> Config | None:
 
 
 def check(checkpoints: Sequence[Checkpoint]) -> Config:
-    """The configuration that all of the adapters share: one base model, one rank and α a module.
+    """Return the configuration shared by all adapters: the same base model, and the same rank and α per module.
 
     Raises:
         DisagreementError: naming the first file and key that differ from the majority.
-        InputError: if an adapter has no configuration, or a bad one.
+        InputError: if an adapter has no configuration, or an invalid one.
     """
     configs: list[Config] = []
     for checkpoint in checkpoints:
@@ -88,12 +88,12 @@ def check(checkpoints: Sequence[Checkpoint]) -> Config:
         configs.append(config)
     for key in _SHARED:
         values = [_comparable(config.raw.get(key)) for config in configs]
-        usual = max(values, key=values.count)
-        odd = next((i for i, value in enumerate(values) if value != usual), None)
+        common = max(values, key=values.count)
+        odd = next((i for i, value in enumerate(values) if value != common), None)
         if odd is not None:
-            count = values.count(usual)
+            count = values.count(common)
             raise DisagreementError(
-                f"{key} is {values[odd]!r}, but {count} other candidate{'s have' if count > 1 else ' has'} {usual!r}",
+                f"{key} is {values[odd]!r}, but {count} other candidate{'s have' if count > 1 else ' has'} {common!r}",
                 path=configs[odd].path,
                 hint=f"leave it out with {checkpoints[odd].excluding}",
             )
@@ -101,33 +101,33 @@ def check(checkpoints: Sequence[Checkpoint]) -> Config:
 
 
 def obstacle(checkpoint: Checkpoint, config: Config) -> str | None:
-    """Why ΔW is not Σ s B A with factors that can be stacked, in half a sentence, or None if it is."""
+    """Return why ΔW is not a sum Σ s B A of stackable factors, as a clause for error messages, or None if it is."""
     if config.peft_type != "LORA":
         return f"its peft_type is {config.peft_type}, not LORA"
-    if found := next((why for key, why in _OBSTACLES.items() if config.raw.get(key)), None):
-        return found
-    if (start := config.raw.get("init_lora_weights")) not in _HARMLESS_STARTS:
-        return f"init_lora_weights {start!r} may change the base model by the rank when the adapter is loaded"
+    if reason := next((reason for key, reason in _OBSTACLES.items() if config.raw.get(key)), None):
+        return reason
+    if (init := config.raw.get("init_lora_weights")) not in _HARMLESS_INITS:
+        return f"init_lora_weights {init!r} may change the base model depending on the rank when the adapter is loaded"
     if any(".lora_magnitude_vector" in name for name in checkpoint.names):
         return _OBSTACLES["use_dora"]
     factors = {name for a in checkpoint.names if FACTOR_A.fullmatch(a) for name in (a, partner(a))}
     if not factors:
         return "it has no LoRA factors"
     rest = (name for name in checkpoint.names if ".lora_" in name and name not in factors)
-    odd = next((name for name in rest if not name.endswith(".lora_B.bias")), None)
-    return f"{odd} is no factor of LoRA" if odd else None
+    unknown = next((name for name in rest if not name.endswith(".lora_B.bias")), None)
+    return f"{unknown} is not a LoRA factor" if unknown else None
 
 
 def partner(a: str) -> str:
-    """The name of B, given that of A."""
+    """Return the name of the factor B that belongs to A."""
     head, _, tail = a.rpartition("A")
     return f"{head}B{tail}"
 
 
 def stacked_config(config: Config, r: int, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """``config`` with the new ranks, and the α that leave every scaling as it was.
+    """Return ``config`` with the new ranks and with each α rescaled so that every scaling is unchanged.
 
-    Where modules differ all are listed, longer names first: PEFT takes the first pattern that a name ends with.
+    If modules differ, all are listed, longer names first: PEFT uses the first pattern that matches the end of a name.
     """
     alpha = _rescaled(config.lora_alpha, config.r, r, config.use_rslora)
     listed = {name: ranks[name] for name in sorted(ranks, key=lambda name: (-len(name), name))}
@@ -138,11 +138,11 @@ def stacked_config(config: Config, r: int, ranks: Mapping[str, int]) -> dict[str
         "lora_alpha": alpha,
         "rank_pattern": listed if set(ranks.values()) - {r} else {},
         "alpha_pattern": alphas if set(alphas.values()) - {alpha} else {},
-        "init_lora_weights": True,  # some ways to begin refuse some ranks, and what is loaded has no beginning
+        "init_lora_weights": True,  # some initializations reject some ranks, and loaded factors need none
     }
     read = _parsed(config.path, result)
     if any((read.rank(name), read.alpha(name)) != (ranks[name], alphas[name]) for name in listed):
-        raise AssertionError("one module's name matches another's as a pattern")
+        raise AssertionError("a module's name, used as a pattern, matches another module")
     return result
 
 
@@ -166,32 +166,32 @@ def _parsed(path: Path, raw: Mapping[str, Any]) -> Config:
 def _check_numbers(path: Path, key: str, pattern_key: str, value: Any, pattern: Any, kinds: tuple[type, ...]) -> None:
     if not isinstance(pattern, dict):
         raise InputError(f"{pattern_key} is not a JSON object", path=path)
-    for where, number in ((key, value), *((f"{pattern_key}: {name}", number) for name, number in pattern.items())):
+    for label, number in ((key, value), *((f"{pattern_key}: {name}", number) for name, number in pattern.items())):
         if type(number) not in kinds or not 0 < number < math.inf:
-            raise InputError(f"{where} must be a positive number, not {number!r}", path=path)
+            raise InputError(f"{label} must be a positive number, not {number!r}", path=path)
     for name in pattern:
         try:
             _compiled(name)
         except re.error as error:
-            raise InputError(f"{pattern_key}: {name!r} is no regular expression: {error}", path=path) from error
+            raise InputError(f"{pattern_key}: {name!r} is not a regular expression: {error}", path=path) from error
 
 
 def _comparable(value: Any) -> Any:
-    """PEFT saves ``target_modules``, a set, in any order, and versions differ in how they say nothing."""
+    """Normalize a value: PEFT saves the set ``target_modules`` in any order, and empty values differ by version."""
     return sorted(map(str, value)) if isinstance(value, list) else value or None
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
-    with warnings.catch_warnings(action="ignore"):  # of what a later Python may read otherwise
+    with warnings.catch_warnings(action="ignore"):  # FutureWarning about syntax whose meaning may change
         return re.compile(pattern)
 
 
 def _first_match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """As PEFT looks up ``rank_pattern`` and ``alpha_pattern``."""
+    """Look up ``rank_pattern`` or ``alpha_pattern`` as PEFT does."""
     return next((v for key, v in pattern.items() if _compiled(rf"(.*\.)?({key})$").match(module)), default)
 
 
 def _rescaled(alpha: float, old: int, new: int, use_rslora: bool) -> float:
-    """The α that gives rank ``new`` the scaling that ``alpha`` gives rank ``old``."""
+    """Return the α for rank ``new`` that keeps the scaling of ``alpha`` at rank ``old``."""
     scaled = alpha * math.sqrt(new / old) if use_rslora else alpha * new / old
     return int(scaled) if float(scaled).is_integer() else scaled

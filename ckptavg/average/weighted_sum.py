@@ -1,4 +1,4 @@
-"""The exact weighted average, read from the original files chunk by chunk.
+"""Exact weighted average, streamed from the checkpoint files in chunks.
 
 Shape suffixes: N = candidates.
 """
@@ -22,16 +22,16 @@ from ckptavg.errors import InputError
 from ckptavg.readers import ITEM_SIZE, StoredTensor
 from ckptavg.runtime.threads import processors
 
-CHUNK: Final = 1 << 18  # elements: of 2¹⁶ to 2¹⁹ the least processor time in scripts/benchmark's reference case
-_CUT: Final = (1 << 39) - 1  # the bits of a float64 after the first 14 of its significand
+CHUNK: Final = 1 << 18  # elements: least CPU time of 2¹⁶ to 2¹⁹ in scripts/benchmark's reference case
+_CUT: Final = (1 << 39) - 1  # mask of the float64 significand bits after the first 14
 
 
 Ranges: TypeAlias = Mapping[str, range]
-"""Name → numbers of elements in C order; of other tensors none."""
+"""Name → range of element indices in C order; tensors that are not listed have no elements."""
 
 
 class Part(NamedTuple):
-    """A run of finished bytes: of which tensor, from which byte of it on; valid until the next part is asked for."""
+    """Finished bytes of tensor ``name`` from byte ``offset``; ``data`` is valid until the next part is requested."""
 
     name: str
     offset: int
@@ -39,12 +39,12 @@ class Part(NamedTuple):
 
 
 def output_specs(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, StoredTensor]:
-    """Name → dtype and shape of the average: the candidates' own, floating-point tensors in ``dtype`` if given.
+    """Return name → dtype and shape of the average: those of the candidates; ``dtype`` overrides floating-point ones.
 
     Raises:
         InputError: if a tensor's dtype cannot be averaged (float8, complex).
     """
-    wanted = None if dtype is None else NAMES[dtype]
+    override = None if dtype is None else NAMES[dtype]
     specs: dict[str, StoredTensor] = {}
     for name in checkpoint.names:
         spec = checkpoint.spec(name)
@@ -54,17 +54,17 @@ def output_specs(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, 
                 path=checkpoint.path,
                 tensor=name,
             )
-        specs[name] = StoredTensor(wanted if wanted and spec.dtype in FLOATING else spec.dtype, spec.shape, "", 0)
+        specs[name] = StoredTensor(override if override and spec.dtype in FLOATING else spec.dtype, spec.shape, "", 0)
     return specs
 
 
 def not_averaged(checkpoint: Checkpoint) -> list[str]:
-    """The tensors that are not floating point: taken from the last selected candidate instead."""
+    """List the non-floating-point tensors, which are copied from the last selected candidate."""
     return [name for name in checkpoint.names if checkpoint.spec(name).dtype not in FLOATING]
 
 
 class _Run(NamedTuple):
-    """Elements of one tensor that are averaged at once."""
+    """Consecutive elements of one tensor that are averaged at once."""
 
     name: str
     start: int
@@ -82,36 +82,36 @@ def weighted_average(
     chunk: int = CHUNK,
     threads: int | None = None,
 ) -> Iterator[Part]:
-    """Every byte of Σ_i c_i w_i, tensor by tensor in the order of the first file.
+    """Yield all bytes of Σ_i c_i w_i, tensor by tensor in the order of the first file.
 
     Each product and each sum is one float64 operation, in the order of the candidates, and the total is rounded once
     to the output's dtype: within half a unit in the last place of the exact sum, plus N·2⁻⁵³·Σ|c_i w_i| (and N·2⁻¹⁰⁷⁵
-    where float64 itself underflows), and the same bits for every ``chunk`` and ``threads``. Where all coefficients are
-    equal it is c Σ_i w_i, with one product (not of float64 tensors, whose sum might overflow). Candidates with
-    coefficient 0 are not read. A tensor of which one candidate has coefficient 1 is copied bit for bit, and so, from
-    the last selected candidate, is one that is not floating point.
+    where float64 itself underflows), and bit-identical for every ``chunk`` and ``threads``. If all coefficients are
+    equal, c Σ_i w_i is computed with one product (except for float64 tensors, whose sum might overflow). Candidates
+    with coefficient 0 are not read. A tensor for which only one candidate is selected, with coefficient 1, is copied
+    bit for bit; non-floating-point tensors are copied from the last selected candidate.
 
-    Memory: 32 bytes an element of ``chunk`` for each thread and one more, whatever the candidates' number and size.
+    Memory: 32 bytes per element of ``chunk`` for each thread and one more, regardless of number and size of candidates.
 
     Args:
         checkpoints: N open candidates with equal names, shapes and dtypes.
         coefficients: their coefficients.
-        specs: what `output_specs` gave.
-        only: the elements that are wanted; None is all of them.
-        chunk: elements at once.
-        threads: how many chunks are read and summed at a time; by default as many as torch uses, or the processors
-            where these are fewer.
+        specs: the output's specs, from `output_specs`.
+        only: the elements to average; None means all.
+        chunk: elements per chunk.
+        threads: number of chunks read and summed in parallel; by default the number of torch threads, at most the
+            number of processors.
     Raises:
-        InputError: naming file and tensor, if a result is NaN or infinite and the candidates may not be.
+        InputError: naming file and tensor, if a result is NaN or infinite and the candidates do not allow that.
     """
     before = torch.get_num_threads()
     threads = threads or min(before, processors())
     batches = _batches(_runs(checkpoints, coefficients, specs, only, chunk), chunk)
-    torch.set_num_threads(1)  # a chunk is too small to share: measured 3 × slower with 2 threads on a busy machine
+    torch.set_num_threads(1)  # a chunk is too small to split: 3 × slower with 2 threads on a busy machine
     try:
         with ThreadPoolExecutor(threads) as pool:
             pending: deque[Future[list[Part]]] = deque()
-            # the batch after next gets the buffers of the one that the caller is done with
+            # buffers are reused once the caller has finished with their parts
             for batch, buffers in zip(batches, cycle([_Sums(chunk) for _ in range(threads + 1)])):
                 if len(pending) > threads:
                     yield from pending.popleft().result()
@@ -122,11 +122,11 @@ def weighted_average(
         torch.set_num_threads(before)
 
 
-def part(checkpoint: Checkpoint, rank: int, world: int) -> Ranges:
-    """The elements that are one worker's to average: a ``world``-th of the bytes, in the order they are read in."""
+def part(checkpoint: Checkpoint, rank: int, world_size: int) -> Ranges:
+    """Return the elements that ``rank`` averages: 1/``world_size`` of the bytes, contiguous in file order."""
     names = _in_order(checkpoint)
     total = sum(checkpoint.spec(name).nbytes for name in names)
-    start, stop = total * rank // world, total * (rank + 1) // world
+    start, stop = total * rank // world_size, total * (rank + 1) // world_size
     ranges: dict[str, range] = {}
     for name in names:
         spec = checkpoint.spec(name)
@@ -138,7 +138,7 @@ def part(checkpoint: Checkpoint, rank: int, world: int) -> Ranges:
 
 
 def _in_order(checkpoint: Checkpoint) -> list[str]:
-    """The tensors as they lie in the file."""
+    """Return the names of the tensors in the order of the file."""
     specs = checkpoint.tensors
     return sorted(specs, key=lambda name: (specs[name].record, specs[name].offset, name))
 
@@ -150,17 +150,17 @@ def _runs(
     first = checkpoints[0]
     for name in _in_order(first):
         spec = first.spec(name)
-        wanted = range(spec.numel) if only is None else only.get(name, range(0))
+        elements = range(spec.numel) if only is None else only.get(name, range(0))
         if spec.dtype in FLOATING:
             terms = [(c, checkpoints[i]) for i, c in enumerate(coefficients.row(name)) if c != 0]
         else:
             terms = [(1.0, checkpoints[coefficients.selected[-1]])]
-        for start in range(wanted.start, wanted.stop, chunk):
-            yield _Run(name, start, min(chunk, wanted.stop - start), terms, specs[name].dtype)
+        for start in range(elements.start, elements.stop, chunk):
+            yield _Run(name, start, min(chunk, elements.stop - start), terms, specs[name].dtype)
 
 
 def _batches(runs: Iterable[_Run], chunk: int) -> Iterator[list[_Run]]:
-    """Runs that fit into one chunk together: small tensors are not worth a thread's while on their own."""
+    """Group runs into batches of at most one chunk, since a task per small tensor would cost more than its sum."""
     batch: list[_Run] = []
     numel = 0
     for run in runs:
@@ -174,7 +174,7 @@ def _batches(runs: Iterable[_Run], chunk: int) -> Iterator[list[_Run]]:
 
 
 class _Sums:
-    """The working set of one thread: every buffer there is, made once."""
+    """Working buffers of one thread, allocated once."""
 
     def __init__(self, chunk: int) -> None:
         self._total = torch.empty(chunk, dtype=torch.float64)
@@ -183,7 +183,7 @@ class _Sums:
         self._output = memoryview(bytearray(8 * chunk))
 
     def parts(self, batch: Sequence[_Run]) -> list[Part]:
-        """The finished bytes of some runs, at most a chunk of elements together."""
+        """Average a batch of runs of at most one chunk in total, and return their bytes."""
         parts: list[Part] = []
         free = self._output
         for run in batch:
@@ -202,13 +202,13 @@ class _Sums:
         return parts
 
     def _add(self, run: _Run, result: Tensor) -> None:
-        """Σ_i c_i w_i over a run of elements, rounded once into ``result``."""
+        """Compute Σ_i c_i w_i over a run of elements and round it once into ``result``."""
         total, term = self._total[: run.numel], self._term[: run.numel]
         c_0, source = run.terms[0]
         equal = all(c == c_0 for c, _ in run.terms) and source.spec(run.name).dtype != "F64"
         for i, (c, source) in enumerate(run.terms):
             addend = (total if i == 0 else term).copy_(self._read(source, run))
-            # multiplied and added, each on its own: a fused operation would make bits depend on the chunk's end
+            # multiply and add separately: with a fused operation, bits would depend on where the chunk ends
             if not equal:
                 addend.mul_(c)
             if i > 0:
@@ -218,7 +218,7 @@ class _Sums:
         result.copy_(total if result.itemsize > 2 else rounded_to_odd(total, out=term))
 
     def _check_finite(self, run: _Run, result: Tensor) -> None:
-        """Name the candidate that spoilt ``result``; looked for only when something did."""
+        """Raise InputError naming the non-finite candidate if ``result`` is not finite; no extra reads otherwise."""
         if run.terms[0][1].allow_nonfinite or is_finite(result):
             return
         for _, source in run.terms:
@@ -238,17 +238,17 @@ class _Sums:
 
 
 def rounded_to_odd(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """``x`` (float64) with 14 significant bits, such that rounding on to 16-bit formats gives what one rounding would.
+    """Round ``x`` (float64) to odd at 14 significant bits, so that a conversion to a 16-bit format rounds correctly.
 
-    torch converts float64 to bfloat16 and float16 through float32, which rounds twice. Truncated towards zero, with
-    the last bit set where anything was cut off, a number lies on the same side of every 16-bit midpoint as before,
-    because 14 bits are at least two more than either format has; and float32 holds it exactly down to 2⁻¹³⁶, a quarter
-    of bfloat16's least number, so only the last rounding rounds.
+    torch converts float64 to bfloat16 and float16 via float32, which rounds twice. Truncated towards zero, with the
+    last bit set if any discarded bit was, a number stays on the same side of every 16-bit midpoint, because 14 bits
+    are at least two more than either format has; and float32 represents it exactly down to 2⁻¹³⁶, a quarter of
+    bfloat16's smallest subnormal, so only the final conversion rounds.
 
     References:
         Boldo and Melquiond 2008, Emulation of FMA and Correctly Rounded Sums: Proved Algorithms Using Rounding to Odd.
     """
     bits = x.view(torch.int64)
     odd = torch.bitwise_and(bits, _CUT, out=None if out is None else out.view(torch.int64))
-    odd.add_(_CUT).bitwise_or_(bits).bitwise_and_(~_CUT)  # the sum carries into the 14th bit unless all it cuts are 0
+    odd.add_(_CUT).bitwise_or_(bits).bitwise_and_(~_CUT)  # carries into the 14th bit unless all discarded bits are 0
     return odd.view(torch.float64)

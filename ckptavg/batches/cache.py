@@ -1,4 +1,4 @@
-"""Batches that stay on the device: a pass over a split reads its data once, and every later pass finds them there."""
+"""Cache of batches on the device: the first pass over a split reads its data, later passes reuse the batches."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from ckptavg.score import Split
 from ckptavg.tasks import batch as batches
 
-HOST: Final = 256 << 20  # bytes of all splits that are kept in the host's memory
-_SHARE: Final = 16  # of a GPU's free memory, one part in so many
+HOST: Final = 256 << 20  # bytes of the cache, over all splits, in host memory
+_SHARE: Final = 16  # the cache takes 1/16 of a GPU's free memory
 
 
 class CachedBatch(NamedTuple):
-    """A batch on the device, the number of its examples, and `ckptavg.tasks.batch.sample` of it as it was read."""
+    """A batch on the device, its number of examples, and its `ckptavg.tasks.batch.sample` as read."""
 
     batch: Any
     size: int
@@ -24,10 +24,10 @@ class CachedBatch(NamedTuple):
 
 
 class BatchCache:
-    """The whole passes of a task's splits, as long as they are small.
+    """Complete passes over a task's splits, as long as they fit in a small budget.
 
-    What is kept are copies, because a loader may use its memory again; what is given are copies of them, with which a
-    loss may do what it likes, as with what a loader gives.
+    Copies are stored, because a loader may reuse its memory; and copies of those are yielded, so that a loss may change
+    its batch in place, as it may with a loader's batch.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,40 +37,40 @@ class BatchCache:
         self._refused: set[Split] = set()
 
     def forget(self) -> None:
-        """The batches are others now."""
+        """Drop all batches, because the task now yields different ones."""
         for split in list(self._passes):
             self._refuse(split, [])
         self._refused.clear()
 
     def passed(self, split: Split, source: Callable[[], Iterator[Any]]) -> Iterator[CachedBatch]:
-        """One pass over ``split``, read from ``source`` only where it must be."""
+        """Yield the batches of one pass over ``split``, read from ``source`` only if they are not cached."""
         if split in self._passes:
             for entry in self._passes[split]:
                 yield entry._replace(batch=batches.copied(entry.batch, self._device))
             return
-        found: list[CachedBatch] = []
+        entries: list[CachedBatch] = []
         try:
             for batch in source():
-                yield self._taken(split, batch, found)
+                yield self._load(split, batch, entries)
             if split not in self._refused:
-                self._passes[split], found = found, []
+                self._passes[split], entries = entries, []
         finally:
-            self._free(found)  # of a pass that was not finished
+            self._free(entries)  # of an unfinished pass
 
-    def _taken(self, split: Split, batch: Any, found: list[CachedBatch]) -> CachedBatch:
-        """The batch on the device; a copy of it is noted among those ``found``, where it may be kept."""
+    def _load(self, split: Split, batch: Any, entries: list[CachedBatch]) -> CachedBatch:
+        """Move the batch to the device, and append a copy to ``entries`` if it can be cached and fits."""
         size, sample = batches.size(batch), batches.sample(batch)
         if split not in self._refused:
-            if all(map(_plain, batches.leaves(batch, movable=True))) and (wanted := _bytes(batch)) <= self._room:
-                self._room -= wanted
-                found.append(CachedBatch(batches.copied(batch, self._device), size, sample))
+            if all(map(_plain, batches.leaves(batch, movable=True))) and (nbytes := _bytes(batch)) <= self._room:
+                self._room -= nbytes
+                entries.append(CachedBatch(batches.copied(batch, self._device), size, sample))
             else:
-                self._refuse(split, found)
+                self._refuse(split, entries)
         return CachedBatch(batches.to_device(batch, self._device), size, sample)
 
-    def _refuse(self, split: Split, found: list[CachedBatch]) -> None:
-        self._free([*found, *self._passes.pop(split, ())])
-        found.clear()
+    def _refuse(self, split: Split, entries: list[CachedBatch]) -> None:
+        self._free([*entries, *self._passes.pop(split, ())])
+        entries.clear()
         self._refused.add(split)
 
     def _free(self, entries: Sequence[CachedBatch]) -> None:
@@ -78,7 +78,7 @@ class BatchCache:
 
 
 def _plain(leaf: Any) -> bool:
-    """Whether a copy of ``leaf`` is as good as another pass's own."""
+    """Return whether a copy of ``leaf`` can replace the one that another pass would read."""
     if isinstance(leaf, Tensor):
         return type(leaf) is Tensor and leaf.layout == torch.strided and not leaf.requires_grad
     if isinstance(leaf, list | tuple):

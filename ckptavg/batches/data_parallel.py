@@ -1,4 +1,4 @@
-"""May workers divide the examples of a batch? Where its loss is the mean of its parts' losses, and that is measured."""
+"""Check whether ranks can divide the examples of a batch: its loss must equal the mean of its parts' losses."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from ckptavg.tasks import batch as batches
 
 
 def obstacle(loss: Callable[[Any], Tensor], batch: Any, device: torch.device, workers: Workers) -> str | None:
-    """Why a batch like this one cannot be divided; None if it can.
+    """Return the reason why a batch like this one cannot be divided; None if it can.
 
-    A loss over pairs of examples, one that is a mean over tokens instead of examples, or one that draws random numbers
-    is another when it is put together from parts. A step on it would not be the one that a single process takes.
+    A loss over pairs of examples, a mean over tokens instead of examples, or a loss that draws random numbers changes
+    when it is combined from parts, and a step on it would differ from that of a single process.
 
     Args:
-        loss: of a batch, at some weights.
-        batch: as the loader gives it, the same for all workers.
-        device: where batches go.
-        workers: who would divide it.
+        loss: returns the loss of a batch at some weights.
+        batch: a batch from the loader, the same on all ranks.
+        device: the device of the batches.
+        workers: the ranks that would divide it.
     Raises:
-        TaskError: if the loss of the whole batch cannot be had.
+        TaskError: if the loss of the whole batch fails.
     """
     with torch.no_grad():
         whole = loss(batches.to_device(batch, device)).mean()
         try:
             part, weight = share(batch, workers.rank, workers.world_size)
-            mine = weight * float(loss(batches.to_device(part, device)).mean())
+            local = weight * float(loss(batches.to_device(part, device)).mean())
         except (TypeError, TaskError):
-            mine = math.nan
-    together = math.fsum(workers.gather(mine))
-    if math.isnan(together):
-        return "a part of a batch is no batch"
-    # roundings of the two are some ulps, and whatever else makes a difference makes one that is larger than this
-    close = math.isclose(together, float(whole), rel_tol=torch.finfo(whole.dtype).eps ** 0.5)
+            local = math.nan
+    combined = math.fsum(workers.gather(local))
+    if math.isnan(combined):
+        return "a batch cannot be split into parts"
+    # rounding differences are a few ulps; any other cause makes a larger difference than this tolerance
+    close = math.isclose(combined, float(whole), rel_tol=torch.finfo(whole.dtype).eps ** 0.5)
     return None if workers.broadcast(close) else "the loss of a batch is not the mean of its examples' losses"

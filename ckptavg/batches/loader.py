@@ -1,4 +1,4 @@
-"""The batches of a task as a search needs them: moved, counted, in the order of a seed, without end where asked."""
+"""Batches of a task for a search: on the device, counted, in a seeded order, and endless if requested."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from ckptavg.tasks.holdout import HeldOut
 
 
 class RankBatch(NamedTuple):
-    """A batch of a pass that workers divide among them; one that is not ``counted`` is another's, for company.
+    """This rank's batch in a pass divided among ranks.
 
-    ``mark`` is a checksum of its examples.
+    ``checksum`` is that of its examples. ``counted=False`` marks padding that keeps ranks in step and is left out of
+    the score.
     """
 
     batch: Any
@@ -38,20 +39,20 @@ class RankBatch(NamedTuple):
 
 
 class BatchLoader:
-    """What a task's loaders give, on the device.
+    """Batches of a task's loaders, on the device.
 
-    The splits ``fit`` and ``held`` are the two halves of what is scored on. Global generators are seeded before each
-    batch is fetched, so loaders that shuffle by them repeat themselves, and again after it: what a loss draws for one
-    batch depends neither on those before it, which an interrupted run may have done already, nor on whether it was
-    read or, as passes over little data are, kept.
+    The splits ``fit`` and ``held`` are the two halves of the scored split. Global generators are reseeded before each
+    batch is fetched, so that shuffling loaders repeat, and again after it: random numbers that a loss draws for one
+    batch depend neither on earlier batches, which a resumed run skips, nor on whether the batch was read or, as for
+    small splits, cached.
 
     Args:
-        task: whose loaders.
+        task: the task whose loaders are read.
         scored_on: the split that is halved.
-        device: where batches go.
-        seed: of the passes and of the halves.
-        meter: is told each batch that goes forward.
-        workers: who divide batches, or a pass, among them.
+        device: the device of the batches.
+        seed: the seed of the passes and of the halves.
+        meter: counts each batch of a pass as forward.
+        workers: the ranks that divide each batch of a stream.
     """
 
     def __init__(
@@ -65,90 +66,90 @@ class BatchLoader:
         self._halves = HeldOut(task, scored_on, rest="fit", to="held", fraction=0.5, seed=seed)
         self._lengths: dict[Split, int] = {}
         self._streams: dict[Split, BatchStream] = {}
-        self._kept = BatchCache(device)
-        self.examples: dict[Split, int] = {}  # of the last whole pass
-        self.order: dict[Split, int] = {}  # a checksum of the examples of the last pass so far, as they came
-        self.needs_two = False  # whether a batch of one example cannot be used, having no statistics
+        self._cache = BatchCache(device)
+        self.examples: dict[Split, int] = {}  # split → examples of the last whole pass
+        self.order: dict[Split, int] = {}  # split → checksum of the examples of the last pass so far, in order
+        self.needs_two = False  # True if a batch of one example is unusable, because BatchNorm needs two
 
     def restart(self, *, halved: bool = False) -> None:
-        """Begin all streams anew; ``halved`` batches are more than they were."""
+        """Restart all streams; ``halved`` also drops batch counts and cached batches, as the batches have changed."""
         self._streams = {}
         if halved:
             self._lengths = {}
-            self._kept.forget()
+            self._cache.forget()
 
     def length(self, split: Split) -> int:
-        """How many batches a pass has; read once and counted where the loader does not know.
+        """Return the number of batches in a pass; counted by reading them once if the loader has no length.
 
         Raises:
-            TaskError: if there are none.
+            TaskError: if there are no batches.
         """
         if split not in self._lengths:
-            known = self._data(split).length(split)
-            self._lengths[split] = sum(1 for _ in self._learnable(split)) if known is None else known
+            length = self._data(split).length(split)
+            self._lengths[split] = sum(1 for _ in self._learnable(split)) if length is None else length
         if not self._lengths[split]:
             raise self.empty(split)
         return self._lengths[split]
 
     def stream(self, split: Split, divided: Callable[[], bool] = lambda: False) -> BatchStream:
-        """The batches to learn from, pass after pass; of ``divided`` ones this worker's part of the examples.
+        """Return an endless stream over a split; if ``divided``, of this rank's part of each batch.
 
-        There is always something to take: who has no part of a small batch gets an example of weight 0.
+        A part is never empty: a rank without examples of a small batch gets one example with weight 0.
         """
         if split not in self._streams:
 
             def start(first: int) -> Iterator[Any]:
-                divided()  # which may look at data, and draw random numbers
+                divided()  # may read data and draw random numbers, so it runs first
                 return self._endless(split, first)
 
             def take(batch: Any, number: int) -> LocalShard:
                 with self._translate_errors(split, lambda: number % self.length(split) + 1):
-                    return self._taken(batch, divided=divided())
+                    return self._shard(batch, divided=divided())
 
             self._streams[split] = BatchStream(start, take, self._seed)
         return self._streams[split]
 
     def first(self, split: Split) -> Iterator[Any]:
-        """The beginning of the pass that a stream begins with, to look at; not counted and not moved."""
+        """Yield the first batch of a stream's first pass for inspection; neither counted nor moved to the device."""
         yield from itertools.islice(_seeded(self._learnable(split), self._seed), 1)
 
     def scored(self, split: Split, workers: Workers = ALONE) -> Iterator[RankBatch]:
-        """One pass over all examples, of which each worker has every ``world``-th batch and as many turns as others."""
-        for batch, sizes, mark in self._passed(split, workers, learnable=False):
-            yield RankBatch(batch, batches.size(batch), mark, workers.rank < len(sizes))
+        """Yield this rank's batches of one pass: every ``world_size``-th, padded to equally many on all ranks."""
+        for batch, sizes, checksum in self._passed(split, workers, learnable=False):
+            yield RankBatch(batch, batches.size(batch), checksum, workers.rank < len(sizes))
 
     def learnable(self, split: Split, workers: Workers = ALONE) -> Iterator[Any]:
-        """One pass over a split for statistics, of which each worker has every ``world``-th batch."""
+        """Yield this rank's batches of one pass for training or BatchNorm statistics: every ``world_size``-th."""
         for batch, sizes, _ in self._passed(split, workers, learnable=True):
             if workers.rank < len(sizes):
                 yield batch
 
     def empty(self, split: Split) -> TaskError:
-        """What to say of a split without batches."""
+        """Return the error for a split without batches."""
         if split in ("fit", "held") or (isinstance(self._task, HeldOut) and split in ("val", "test")):
-            what = f"the {split} part of the divided data is empty"
-            return TaskError(what, path=self._task.source, hint="give it more data")
+            message = f"the {split} part of the divided data is empty"
+            return TaskError(message, path=self._task.source, hint="add more data")
         return TaskError(f"{split}_dataloader() gave no batches", path=self._task.source)
 
     def _data(self, split: Split) -> Task:
         return self._halves if split in ("fit", "held") else self._task
 
     def _passed(self, split: Split, workers: Workers, *, learnable: bool) -> Iterator[tuple[Any, Sequence[int], int]]:
-        """A worker's batch of each turn of a pass, or the last one, the sizes of all of the turn, and its checksum."""
+        """Yield per step: this rank's batch (or the step's last, as padding), all ranks' batch sizes, a checksum."""
         reseed(self._seed, 0)
         seen = self.order[split] = 0
-        found = (self._own if workers.world_size == 1 else self._divided)(split, workers, learnable)
-        for number, (batch, sizes, mark) in enumerate(self._with_translated_errors(split, found)):
+        steps = (self._single_rank if workers.world_size == 1 else self._multi_rank)(split, workers, learnable)
+        for number, (batch, sizes, checksum) in enumerate(self._with_translated_errors(split, steps)):
             for size in sizes:
                 seen += size
                 self._meter.count("forward", size)
-            self.order[split] = zlib.crc32(mark.to_bytes(4), self.order[split])
-            # what a loss draws depends neither on who has the batch nor on what was fetched with it, or kept
+            self.order[split] = zlib.crc32(checksum.to_bytes(4), self.order[split])
+            # random numbers of a loss must not depend on which rank has the batch, prefetching or caching
             reseed(self._seed, number * workers.world_size + workers.rank + 1)
-            yield batch, sizes, mark
+            yield batch, sizes, checksum
         self.examples[split] = seen
 
-    def _taken(self, batch: Any, *, divided: bool) -> LocalShard:
+    def _shard(self, batch: Any, *, divided: bool) -> LocalShard:
         size, weight = batches.size(batch), 1.0
         if divided:
             batch, weight = share(batch, self._workers.rank, self._workers.world_size)
@@ -158,12 +159,12 @@ class BatchLoader:
         return (b for b in self._data(split).batches(split) if not self._too_small(split, batches.size(b)))
 
     def _too_small(self, split: Split, size: int) -> bool:
-        """What is left of a divided batch may be one example."""
+        """Return True for a one-example remainder of a divided batch, which BatchNorm cannot use."""
         data = self._data(split)
         return size == 1 and self.needs_two and isinstance(data, HeldOut) and data.divides(split)
 
     def _endless(self, split: Split, first: int) -> Iterator[Any]:
-        """From batch number ``first`` on; whole passes before it are not read where their length is known."""
+        """Yield batches from number ``first`` on, skipping earlier whole passes unread if their length is known."""
         length = self._data(split).length(split)
         skipped = first // length if length else 0
         return itertools.islice(self._passes(split, skipped), first - skipped * (length or 0), None)
@@ -176,27 +177,27 @@ class BatchLoader:
             if batch is None:
                 raise self.empty(split)
 
-    def _own(self, split: Split, workers: Workers, learnable: bool) -> Iterator[tuple[Any, Sequence[int], int]]:
-        kept = self._kept.passed(split, partial(self._data(split).batches, split))
-        for batch, size, sample in _seeded(kept, self._seed):
+    def _single_rank(self, split: Split, workers: Workers, learnable: bool) -> Iterator[tuple[Any, Sequence[int], int]]:
+        cached = self._cache.passed(split, partial(self._data(split).batches, split))
+        for batch, size, sample in _seeded(cached, self._seed):
             if not (learnable and self._too_small(split, size)):
                 yield batch, [size], zlib.crc32(sample)
 
-    def _divided(self, split: Split, workers: Workers, learnable: bool) -> Iterator[tuple[Any, Sequence[int], int]]:
-        """A task with ``turns(split, rank, world)`` reads a worker's own batches alone; of any other it reads all."""
-        own = getattr(self._data(split), "turns", None)
-        turns = own and own(split, workers.rank, workers.world_size)
+    def _multi_rank(self, split: Split, workers: Workers, learnable: bool) -> Iterator[tuple[Any, Sequence[int], int]]:
+        """Read only this rank's batches if the task has ``turns(split, rank, world)``, else all; yield this rank's."""
+        rank_turns = getattr(self._data(split), "turns", None)
+        turns = rank_turns and rank_turns(split, workers.rank, workers.world_size)
         source = self._learnable(split) if learnable else self._data(split).batches(split)
-        found = (
+        steps = (
             _seeded(turns, self._seed, workers.world_size)
             if turns
             else _rank_batches(_seeded(source, self._seed), workers)
         )
-        for batch, sizes in found:
+        for batch, sizes in steps:
             yield batches.to_device(batch, self._device), sizes, zlib.crc32(batches.sample(batch))
 
     def _with_translated_errors(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:
-        """What ``source`` gives; a batch may be an object of any class, whose methods may do anything."""
+        """Yield from ``source``, converting its errors to TaskError: user code runs in loaders and batch methods."""
         for number in itertools.count(1):
             with self._translate_errors(split, lambda number=number: number):
                 batch = next(source, END)
@@ -217,7 +218,7 @@ class BatchLoader:
 
 
 def _seeded(source: Iterator[Any], seed: int, world: int = 1) -> Iterator[Any]:
-    """What ``source`` gives, each of it or each turn of several workers by random numbers of its own, equal for all."""
+    """Yield from ``source``, reseeding before each batch, or each step of several ranks, equally on all ranks."""
     for number in itertools.count():
         signals.check()
         reseed(seed, number * world)

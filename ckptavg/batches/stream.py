@@ -1,4 +1,4 @@
-"""An endless stream of batches to learn from."""
+"""Endless stream of batches for a search."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ END: Final = object()
 
 
 class LocalShard(NamedTuple):
-    """What one worker takes of a batch of ``size`` examples, and the weight of that; weights sum over workers."""
+    """One rank's part of a batch of ``size`` examples, and its weight in the mean over ranks."""
 
     batch: Any
     size: int
@@ -22,7 +22,7 @@ class LocalShard(NamedTuple):
 
 
 class BatchStream:
-    """Batches one after the other; only what is taken of the last of those that were passed is on the device."""
+    """Batches in order; only this rank's share of the current batch is on the device."""
 
     def __init__(
         self, start: Callable[[int], Iterator[Any]], take: Callable[[Any, int], LocalShard], seed: int
@@ -31,35 +31,35 @@ class BatchStream:
         self._take = take
         self._seed = seed
         self._source: Iterator[Any] | None = None
-        self._at = self._fetched = -1
+        self._position = self._fetched = -1
         self._share: LocalShard | None = None
 
     def advance(self) -> None:
-        """Go on to the next batch; it is fetched when it is asked for."""
-        self._at += 1
+        """Move to the next batch; it is fetched by `share`."""
+        self._position += 1
 
     @property
     def share(self) -> LocalShard:
-        """What this worker takes of the batch that it has come to; what is drawn after that is the same each time."""
+        """This rank's share of the current batch; reseeds the generators, so that later draws repeat on each access."""
         if self._source is None:
-            self._source, self._fetched = self._start(self._at), self._at - 1
+            self._source, self._fetched = self._start(self._position), self._position - 1
         batch: Any = END
-        while self._fetched < self._at:
+        while self._fetched < self._position:
             batch = next(self._source)
             self._fetched += 1
         if batch is not END:
-            self._share = None  # its memory is there for the next one
-            self._share = self._take(batch, self._at)
+            self._share = None  # frees its memory for the next batch
+            self._share = self._take(batch, self._position)
         assert self._share is not None
-        reseed(self._seed, self._at + 1)
+        reseed(self._seed, self._position + 1)
         return self._share
 
 
 def share(batch: Any, rank: int, world: int) -> tuple[Any, float]:
-    """The part of a batch that falls to one of ``world`` workers, and which fraction of its examples that is.
+    """Return one rank's part of a batch divided among ``world`` ranks, and its fraction of the examples.
 
     Raises:
-        TypeError: if the batch is of a kind that cannot be cut.
+        TypeError: if a batch of this type cannot be divided.
     """
     size = batches.size(batch)
     start, stop = size * rank // world, size * (rank + 1) // world

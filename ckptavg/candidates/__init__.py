@@ -1,4 +1,4 @@
-"""The candidates on the device: N checkpoints as rows, and the model as the flat vector that they mix into.
+"""The candidate matrix on the device: N checkpoints as rows, mixed into the flat vector that holds the model.
 
 Shape suffixes: N = candidates, G = groups of tensors, D = elements of one dtype (parameters first, then floating-point
 buffers), Q = the parameters among them.
@@ -29,31 +29,31 @@ from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.readers import StoredTensor
 from ckptavg.runtime.workers import ALONE, Workers
 
-_MEASURED: Final = 1 << 20  # columns whose distances are taken at a time
+_DISTANCE_COLUMNS: Final = 1 << 20  # columns per step of `Candidates.distances`
 
 
 class Candidates:
     """N checkpoints of one model on its device.
 
-    ``materialize`` is w = Pᵀc and ``pullback`` is P g, one matrix-vector product each (a dtype), whatever the number
-    of parameters: the model's parameters are views into one flat vector, and so are their gradients. A parameter that
-    is tied to another is in it once. Memory: the matrix and two vectors of D elements; where it is not exact, the mean.
-    A matrix that is ``offload``-ed is streamed to the device piece by piece, and a mean of some of its rows costs those
-    that the one before did not have.
+    ``materialize`` is w = Pᵀc and ``pullback`` is P g: one matrix-vector product each per dtype, regardless of the
+    number of parameter tensors, because the parameters and their gradients are views into flat vectors. Tied parameters
+    are stored once. Memory: the matrix and two vectors of D elements; with ``bits`` below 32, also the mean. An
+    offloaded matrix is streamed to the device in pieces, and `average` reads only the rows in which the subset differs
+    from the previous one.
 
-    Of a sharded model every worker has the columns of its own shards: ``materialize`` needs nobody else, and what
-    ``pullback`` gives is its part of a sum over workers.
+    With a sharded model each rank holds the columns of its own shards: ``materialize`` needs no communication, and
+    ``pullback`` returns this rank's partial sum.
 
     Args:
         model: the task's model, on its device; its parameters' storage is replaced.
-        checkpoints: N open checkpoints with equal names, shapes and dtypes, and the model's own names and shapes.
-        progress: is told how many rows are loaded.
-        bits: of an element of the matrix; 32 is the model's own dtype, less is `Packed`.
+        checkpoints: N open checkpoints with equal names, shapes and dtypes; names and shapes must match the model's.
+        progress: callback ``(stage, done, total)``, called once per loaded row.
+        bits: bits per element of the matrix; 32 keeps the model's dtype, fewer use `Packed`.
         group_size: elements that share a scale and a zero point.
-        offload: where an exact matrix lies instead of on the device: in the host's memory, or in its files.
-        workers: over whom the model is sharded, if it is.
+        offload: where an exact matrix is kept instead of on the device: host memory ("cpu") or its files ("disk").
+        workers: the ranks over which the model is sharded, if it is.
     Raises:
-        TaskError: if names or shapes are not the model's.
+        TaskError: if names or shapes do not match the model's.
         InputError: if a weight is NaN or infinite, or tied parameters differ in a file.
     """
 
@@ -101,27 +101,27 @@ class Candidates:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the candidate matrix takes on each device."""
+        """Size of the candidate matrix on this device, in bytes."""
         return sum(matrix.nbytes for _, matrix in self._blocks)
 
     @property
     def streamed(self) -> bool:
-        """Whether the matrix lies somewhere else than on the device."""
+        """True if the matrix is kept off the device."""
         return bool(self._sums)
 
     @property
     def ranges(self) -> Mapping[str, range]:
-        """The elements of each tensor that are here."""
-        here = {name: slot.range for flat, _ in self._blocks for slot in flat.slots for name in slot.names}
-        return here | {name: range(tensor.numel()) for names, tensor, _ in self._integers for name in names}
+        """Element range of each tensor that this rank holds."""
+        local = {name: slot.range for flat, _ in self._blocks for slot in flat.slots for name in slot.names}
+        return local | {name: range(tensor.numel()) for names, tensor, _ in self._integers for name in names}
 
     @torch.no_grad()
     def materialize(self, c_GN: Tensor, groups: Groups = EVERYTHING) -> None:
-        """Make the model's floating-point state w = Σ_i c_i w_i.
+        """Set the model's floating-point state to w = Σ_i c_i w_i.
 
         Args:
             c_GN: [G, N], each row sums to one; or [N].
-            groups: what each row is for.
+            groups: name prefixes of the tensors that each row applies to.
         """
         c_GN = c_GN.view(len(groups), self.n)
         for flat, matrix in self._blocks:
@@ -139,11 +139,11 @@ class Candidates:
 
     @torch.no_grad()
     def average(self, chosen: Sequence[int]) -> bool:
-        """Make the model's floating-point state the mean of the candidates ``chosen``, reading only rows that changed.
+        """Set the model's floating-point state to the mean of candidates ``chosen``, reading only rows that changed.
 
         Returns:
-            False where nothing was done because the matrix is on the device: there `materialize` takes less time than
-            keeping a sum would (``scripts/benchmark/evaluation.py``).
+            False, with the model unchanged, if the matrix is on the device: there `materialize` is faster than
+            maintaining a running sum (``scripts/benchmark/evaluation.py``).
         """
         for (flat, _), running in zip(self._blocks, self._sums, strict=False):
             running.mean(chosen, flat.weights_D)
@@ -151,15 +151,15 @@ class Candidates:
         return self.streamed
 
     def zero_gradient(self) -> None:
-        """Forget the gradient that backward passes have added up."""
+        """Zero the accumulated gradient."""
         for flat, _ in self._blocks:
             flat.gradient_Q.zero_()
 
     @torch.no_grad()
     def pullback(self, groups: Groups = EVERYTHING) -> Tensor:
-        """[G, N], ∂ℓ/∂c_i = ⟨w_i, ∂ℓ/∂w⟩ by group, from the gradient added up since `zero_gradient`.
+        """Return [G, N], ∂ℓ/∂c_i = ⟨w_i, ∂ℓ/∂w⟩ per group, from the gradient accumulated since `zero_gradient`.
 
-        Of a sharded model a part of it, which is to be summed over workers.
+        With a sharded model this is a partial result, to be summed over ranks.
         """
         total_GN = self._zeros(groups)
         for flat, matrix in self._blocks:
@@ -168,21 +168,21 @@ class Candidates:
                 total_GN[g] += run_NC.mv(gradient_C)
                 if matrix.mean_D is not None:
                     total_GN[g] += matrix.mean_D[part].to(run_NC).dot(gradient_C)
-        return total_GN.mul_(self._workers.world_size)  # FSDP2 takes the mean of the workers' gradients, not their sum
+        return total_GN.mul_(self._workers.world_size)  # FSDP2 averages the gradients over ranks instead of summing
 
     @torch.no_grad()
     def distances(self, groups: Groups = EVERYTHING) -> Tensor:
-        """[G, N], ‖w_i − w̄‖₂ over the parameters of each group, w̄ being the mean of the N rows."""
+        """Return [G, N], ‖w_i − w̄‖₂ over the parameters of each group, where w̄ is the mean of the N rows."""
         total_GN = self._zeros(groups)
         for flat, matrix in self._blocks:
             for run_NC, _, g in _column_runs(flat, matrix, groups, len(flat.gradient_Q)):
-                for some_NC in run_NC.split(_MEASURED, dim=1):
-                    total_GN[g] += (some_NC - some_NC.mean(dim=0)).square().sum(dim=1)
+                for piece_NC in run_NC.split(_DISTANCE_COLUMNS, dim=1):
+                    total_GN[g] += (piece_NC - piece_NC.mean(dim=0)).square().sum(dim=1)
         return self._workers.sum(total_GN).sqrt()
 
     def blocks(self, size: int | None) -> Groups:
-        """See `ckptavg.objective.Objective.blocks`; every floating-point tensor is in one, under all of its names."""
-        found: dict[str, tuple[str, ...]] = {}
+        """See `ckptavg.objective.Objective.blocks`; each floating-point tensor is in one block, under all its names."""
+        by_block: dict[str, tuple[str, ...]] = {}
         block, filled = "", math.inf
         for names, tensor in self._unique:
             if not tensor.is_floating_point():
@@ -191,19 +191,19 @@ class Candidates:
                 block = names[0].rpartition(".")[0]
             elif filled > size:
                 block, filled = names[0], 0
-            found[block] = (*found.get(block, ()), *names)
+            by_block[block] = (*by_block.get(block, ()), *names)
             filled += tensor.numel()
-        return tuple(found.values())
+        return tuple(by_block.values())
 
     @torch.no_grad()
     def take_integers(self, i: int) -> None:
-        """Set the state that is not floating point to that of candidate ``i``."""
+        """Copy the non-floating-point state of candidate ``i`` into the model."""
         for _, tensor, values in self._integers:
             tensor.copy_(values[i])
 
     @torch.no_grad()
     def load(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> None:
-        """Set the model's whole state from bytes of elsewhere, such as the file about to be written."""
+        """Load the model's whole state from another source, such as the output file before it is published."""
         for flat, _ in self._blocks:
             for slot in flat.slots:
                 name = present(slot.names, specs)
@@ -215,7 +215,7 @@ class Candidates:
 
     @torch.no_grad()
     def assign(self, specs: Mapping[str, StoredTensor], parts: Iterable[tuple[str, int, memoryview]]) -> None:
-        """Set the model's whole state from runs of its tensors' bytes, each from some byte of a tensor on."""
+        """Load the model's whole state from ``(name, byte offset, bytes)`` parts of its tensors."""
         places = {name: (flat, slot) for flat, _ in self._blocks for slot in flat.slots for name in slot.names}
         whole = {name: tensor for names, tensor, _ in self._integers for name in names}
         for name, offset, data in parts:
@@ -231,19 +231,19 @@ class Candidates:
             flat.push()
 
     def _relative_rounding_error(self) -> float:
-        """What rounding to few bits lost of the candidates' differences from their mean, relative to these."""
-        lost, whole = self._workers.sum(
+        """Return the largest ‖d̂ − d‖/‖d‖ over dtypes: the quantization error of the differences from the mean."""
+        error, norm = self._workers.sum(
             torch.stack([matrix.squared_errors.cpu().double() for _, matrix in self._blocks])
         ).T
-        return float((lost / whole).nan_to_num(0.0).max().sqrt())
+        return float((error / norm).nan_to_num(0.0).max().sqrt())
 
     def _streamed(self, flat: Flat, checkpoints: Sequence[Checkpoint] | None) -> Streamed:
-        """A matrix in the files of ``checkpoints``, or else in the host's memory, and the sum of some of its rows."""
+        """Create a matrix kept in the files of ``checkpoints``, or in host memory if None, and its running sum."""
         size, dtype, device = len(flat.weights_D), flat.weights_D.dtype, flat.weights_D.device
         rows = FileRows(checkpoints, flat.slots, flat.weights_D) if checkpoints else HostRows(self.n, size, dtype)
         matrix = Streamed(rows, self.n, size, dtype, device)
-        host = budget.free_memory(torch.device("cpu"))
-        self._sums.append(RunningSum(matrix, flat.slots, self.n, size, keep=16 * size < host))
+        host_free = budget.free_memory(torch.device("cpu"))
+        self._sums.append(RunningSum(matrix, flat.slots, self.n, size, keep=16 * size < host_free))
         return matrix
 
     def _zeros(self, groups: Groups) -> Tensor:
@@ -253,7 +253,7 @@ class Candidates:
 
     @torch.no_grad()
     def _load(self, checkpoints: Sequence[Checkpoint], progress: Callable[[str, int, int], None]) -> None:
-        """Read every row; twice where rows are kept as differences from a mean that must be known first."""
+        """Read every row; twice if rows are stored as differences from their mean, which the first pass computes."""
         n = len(checkpoints)
         if not self.exact:
             for i, checkpoint in enumerate(checkpoints):
@@ -266,7 +266,7 @@ class Candidates:
                 row_D = read_row(checkpoint, flat, matrix.row(i))
                 matrix.encode(i)
                 if self._sums:
-                    self._sums[k].look_at(row_D)
+                    self._sums[k].observe(row_D)
             for names, tensor, values in self._integers:
                 value = torch.empty_like(tensor)
                 name = present(names, checkpoint.tensors)
@@ -277,7 +277,7 @@ class Candidates:
 
 
 def _column_runs(flat: Flat, matrix: Matrix, groups: Groups, stop: int) -> Iterator[tuple[Tensor, slice, int]]:
-    """([N, C], columns, group): the columns before ``stop`` in runs that have one group of coefficients each."""
+    """Yield ([N, C], columns, group): the columns before ``stop``, split into runs of one coefficient group each."""
     for piece_NC, part in matrix.column_blocks(0, stop):
         for begin, end, g in flat.cut(part, groups, stop):
             yield piece_NC[:, begin - part.start : end - part.start], slice(begin, end), g

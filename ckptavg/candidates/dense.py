@@ -1,4 +1,4 @@
-"""Candidates as they are: one row each, in the model's own dtype.
+"""Unquantized candidates: one row each, in the model's dtype.
 
 Shape suffixes: N = candidates, D = elements of one dtype.
 """
@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-COLUMNS: Final = 1 << 20  # of a 16-bit matrix widened at a time
+COLUMNS: Final = 1 << 20  # columns of a 16-bit matrix converted to float32 at a time
 
 
 class Dense:
@@ -33,13 +33,13 @@ class Dense:
         return self._rows_ND[i]
 
     def encode(self, i: int) -> None:
-        """See `Matrix.encode`; it is there already."""
+        """See `Matrix.encode`; rows are stored as loaded."""
 
     def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
-        """The matrix between two columns: whole, or if its dtype has 16 bits, widened piece by piece.
+        """See `Matrix.column_blocks`: one piece, or for 16-bit dtypes pieces converted to float32.
 
-        A coefficient of 1/5 rounded to bfloat16 is 0.1 % too large, which would scale every weight; and a product of
-        millions of terms needs more than three digits.
+        A coefficient of 1/5 rounded to bfloat16 is 0.1 % too large, which would scale every weight; and a dot product
+        of millions of terms needs more than three digits.
         """
         if self._rows_ND.dtype.itemsize >= 4:
             yield self._rows_ND[:, start:stop], slice(start, stop)

@@ -1,4 +1,4 @@
-"""The model as one flat vector a dtype: its parameters and their gradients are views into it.
+"""The model as one flat vector per dtype, into which its parameters and their gradients are views.
 
 Shape suffixes: D = elements of one dtype (parameters first, then floating-point buffers), Q = parameters among them.
 """
@@ -21,19 +21,19 @@ from ckptavg.coefficients import Groups, group_of
 from ckptavg.errors import InputError, TaskError
 from ckptavg.readers import ITEM_SIZE, StoredTensor
 
-_CHUNK: Final = 8 << 20  # bytes read at a time
+_CHUNK: Final = 8 << 20  # bytes per read
 ReadInto = Callable[[str, int, memoryview], None]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one unique tensor of the model lies in its vector, or a shard of one.
+    """Position of one unique tensor of the model, or of this rank's shard of it, in the flat vector.
 
     Attributes:
-        names: its names, more than one when tied.
-        start: where it begins in the vector.
-        numel: its elements that are there.
-        first: the number of the first of them in the whole tensor.
+        names: its names, more than one if tied.
+        start: index of its first element in the vector.
+        numel: number of its elements in the vector.
+        first: index of the first of these elements in the full tensor.
     """
 
     names: tuple[str, ...]
@@ -43,19 +43,19 @@ class Slot:
 
     @property
     def range(self) -> range:
-        """The numbers of its elements in the whole tensor."""
+        """Indices of its elements in the full tensor."""
         return range(self.first, self.first + self.numel)
 
 
 @dataclass(frozen=True)
 class Flat:
-    """Everything of one dtype.
+    """Parameters, buffers and gradients of one dtype.
 
     Attributes:
         weights_D: the values.
-        gradient_Q: what backward passes add up.
-        slots: where each tensor lies.
-        shards: the sharded parameters, each with its part of ``weights_D``.
+        gradient_Q: the gradient, accumulated by backward passes.
+        slots: position of each tensor.
+        shards: the sharded parameters, each with its view into ``weights_D``.
     """
 
     weights_D: Tensor
@@ -64,14 +64,14 @@ class Flat:
     shards: tuple[tuple[nn.Parameter, Tensor], ...] = ()
 
     def push(self) -> None:
-        """Let the model have the values, where it keeps some elsewhere: FSDP2 pads a shard shorter than the others."""
+        """Copy values to shards that are not views into ``weights_D``: FSDP2 pads a shard shorter than the others."""
         for parameter, values in self.shards:
             local: Tensor = parameter.detach().to_local()  # pyright: ignore  # a DTensor
             if local.data_ptr() != values.data_ptr():
                 local.copy_(values)
 
     def cut(self, part: slice, groups: Groups, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, group) of the runs within the elements ``part``; those before ``stop`` are in some run."""
+        """Yield (start, stop, group) of the runs within ``part``; they cover all of its elements before ``stop``."""
         runs = _segments(self.slots, groups, stop)
         for begin, end, g in runs[bisect_right(runs, part.start, key=lambda run: run[1]) :]:
             if begin >= part.stop:
@@ -80,7 +80,7 @@ class Flat:
 
 
 def overlapping(slots: Sequence[Slot], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(number of a slot, start, stop) of the runs of elements between two that lie in one slot."""
+    """Yield (slot index, start, stop) for each slot that overlaps the elements from ``start`` to ``stop``."""
     for k in range(bisect_right(slots, start, key=lambda slot: slot.start + slot.numel), len(slots)):
         if slots[k].start >= stop:
             return
@@ -88,24 +88,24 @@ def overlapping(slots: Sequence[Slot], start: int, stop: int) -> Iterator[tuple[
             yield k, max(start, slots[k].start), min(stop, slots[k].start + slots[k].numel)
 
 
-@lru_cache(maxsize=16)  # asked for twice a step, the same every time
+@lru_cache(maxsize=16)  # called twice per step with the same arguments
 def _segments(slots: tuple[Slot, ...], groups: Groups, stop: int) -> Sequence[tuple[int, int, int]]:
-    found: list[tuple[int, int, int]] = []
-    begin, present = 0, -1
+    segments: list[tuple[int, int, int]] = []
+    begin, current = 0, -1
     for slot in slots:
         if slot.start >= stop:
             break
-        if (g := group_of(slot.names[0], groups)) != present:
+        if (g := group_of(slot.names[0], groups)) != current:
             if slot.start > begin:
-                found.append((begin, slot.start, present))
-            begin, present = slot.start, g
+                segments.append((begin, slot.start, current))
+            begin, current = slot.start, g
     if begin < stop:
-        found.append((begin, stop, present))
-    return found
+        segments.append((begin, stop, current))
+    return segments
 
 
 def flatten(tensors: list[tuple[tuple[str, ...], Tensor]]) -> Flat:
-    """Move tensors of one dtype (parameters with their gradients) into a flat vector; their values are lost."""
+    """Replace the storage of tensors of one dtype, and of their gradients, by flat vectors; values are discarded."""
     tensors = sorted(tensors, key=lambda item: not isinstance(item[1], nn.Parameter))  # parameters first
     example = tensors[0][1]
     weights_D = example.new_empty(sum(tensor.numel() for _, tensor in tensors), requires_grad=False)
@@ -124,23 +124,23 @@ def flatten(tensors: list[tuple[tuple[str, ...], Tensor]]) -> Flat:
 
 
 def unique_tensors(model: nn.Module) -> list[tuple[tuple[str, ...], Tensor]]:
-    """Every tensor of the state dict once, with all of its names."""
-    found: dict[int, tuple[list[str], Tensor]] = {}
+    """Return every distinct tensor of the state dict with all of its names."""
+    by_id: dict[int, tuple[list[str], Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor):  # get_extra_state may give anything
-            found.setdefault(id(tensor), ([], tensor))[0].append(name)
-    return [(tuple(names), tensor) for names, tensor in found.values()]
+        if isinstance(tensor, Tensor):  # get_extra_state may return any object
+            by_id.setdefault(id(tensor), ([], tensor))[0].append(name)
+    return [(tuple(names), tensor) for names, tensor in by_id.values()]
 
 
 def check_names(unique: list[tuple[tuple[str, ...], Tensor]], stored: Mapping[str, StoredTensor]) -> None:
-    """Refuse a model whose names, shapes or kinds of number are not the checkpoints'."""
-    known = {name for names, _ in unique for name in names}
-    extra = sorted(stored.keys() - known)
+    """Check that the model's names, shapes and kinds of dtype (floating point or not) match the checkpoints'."""
+    model_names = {name for names, _ in unique for name in names}
+    extra = sorted(stored.keys() - model_names)
     missing = [names[0] for names, _ in unique if not any(name in stored for name in names)]
     if extra or missing:
         lists = [
-            f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-            for what, names in (("it lacks", extra), ("only it has", missing))
+            f"{label} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            for label, names in (("it lacks", extra), ("only it has", missing))
             if names
         ]
         hint = "make model() the module whose state_dict() was saved, or choose the right part with --key"
@@ -160,12 +160,12 @@ def check_names(unique: list[tuple[tuple[str, ...], Tensor]], stored: Mapping[st
 
 
 def present(names: tuple[str, ...], stored: Mapping[str, StoredTensor]) -> str:
-    """The first of a tensor's names that a file has."""
+    """Return the first of a tensor's names that is in the file."""
     return next(name for name in names if name in stored)
 
 
 def check_tied(checkpoint: Checkpoint, names: tuple[str, ...], elements: range) -> None:
-    """Names that are one parameter in the model must hold one value in the file; ``elements`` are looked at."""
+    """Check that names tied in the model hold equal values in the file; only ``elements`` are compared."""
     stored = [name for name in names if name in checkpoint.tensors]
     if len({checkpoint.spec(name) for name in stored}) < 2:
         return
@@ -182,9 +182,9 @@ def check_tied(checkpoint: Checkpoint, names: tuple[str, ...], elements: range) 
 
 
 def read(spec: StoredTensor, name: str, read_into: ReadInto, out: Tensor, first: int = 0) -> None:
-    """Stream the elements of a tensor from number ``first`` on into ``out`` (any shape, device and dtype, contiguous).
+    """Read the elements of a tensor from index ``first`` into ``out`` (any shape, device and dtype, contiguous).
 
-    Through one small buffer; straight into the memory of ``out`` where it has the file's dtype and lies on the host.
+    Data pass through one small buffer, or directly into ``out`` if it is on the host and has the file's dtype.
     """
     flat = out.view(-1)
     count, item, dtype = flat.numel(), ITEM_SIZE[spec.dtype], TORCH[spec.dtype]
@@ -195,11 +195,11 @@ def read(spec: StoredTensor, name: str, read_into: ReadInto, out: Tensor, first:
         return
     buffer = bytearray(min(count * item, _CHUNK))
     for start in range(0, count, _CHUNK // item):
-        some = min(_CHUNK // item, count - start)
-        read_into(name, first + start, memoryview(buffer)[: some * item])
-        flat[start : start + some] = torch.frombuffer(buffer, dtype=dtype, count=some)
+        length = min(_CHUNK // item, count - start)
+        read_into(name, first + start, memoryview(buffer)[: length * item])
+        flat[start : start + length] = torch.frombuffer(buffer, dtype=dtype, count=length)
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the host, to be written to; valid as long as the tensor is."""
+    """Return a writable view of the bytes of a contiguous host tensor; valid as long as the tensor is alive."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")

@@ -15,7 +15,7 @@ from ckptavg.errors import InputError
 
 
 def read_row(checkpoint: Checkpoint, flat: Flat, row_D: Tensor) -> Tensor:
-    """Read a checkpoint into ``row_D``, tensor by tensor, and refuse values that are not finite."""
+    """Read a checkpoint into ``row_D``, tensor by tensor; raises InputError for non-finite values."""
     for slot in flat.slots:
         name = present(slot.names, checkpoint.tensors)
         check_tied(checkpoint, slot.names, slot.range)
@@ -24,7 +24,7 @@ def read_row(checkpoint: Checkpoint, flat: Flat, row_D: Tensor) -> Tensor:
         bad = next(s for s in flat.slots if not torch.isfinite(row_D[s.start :][: s.numel]).all())
         name = present(bad.names, checkpoint.tensors)
         raise not_finite(checkpoint, name) or InputError(
-            f"its values overflow {str(row_D.dtype).removeprefix('torch.')}, which the task's model has it in",
+            f"its values overflow {str(row_D.dtype).removeprefix('torch.')}, its dtype in the task's model",
             path=checkpoint.path,
             tensor=name,
         )

@@ -1,4 +1,4 @@
-"""`Matrix`: N candidates as rows of D elements, in some encoding.
+"""The `Matrix` protocol: N candidates as rows of D elements, exact or quantized.
 
 Shape suffixes: N = candidates, D = elements of one dtype, C = columns of a block.
 """
@@ -12,31 +12,31 @@ from torch import Tensor
 
 
 class Matrix(Protocol):
-    """N rows of D elements in some encoding: w_i = centre + row i, decoded a piece at a time."""
+    """N encoded rows of D elements, w_i = mean + row i, decoded one piece at a time."""
 
     @property
     def mean_D(self) -> Tensor | None:
-        """[D], what rows are differences from; None is 0."""
+        """[D], the vector that rows are stored relative to; None means zero."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """What the rows take on the device, without the centre."""
+        """Size of the rows on the device in bytes, without the mean."""
         ...
 
     @property
     def squared_errors(self) -> Tensor:
-        """[2], what the encoding lost: ‖d̂ − d‖² and ‖d‖² over all rows, d being their differences from the centre."""
+        """[2], the encoding error ‖d̂ − d‖² and ‖d‖² over all rows, where d is a row's difference from the mean."""
         ...
 
     def row(self, i: int) -> Tensor:
-        """[D], where to put row ``i`` before `encode`; it may be the same place for all."""
+        """Return the [D] buffer to load row ``i`` into before `encode`; implementations may reuse one buffer."""
         ...
 
     def encode(self, i: int) -> None:
-        """Encode what is in the row."""
+        """Encode row ``i`` from its buffer."""
         ...
 
     def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
-        """([N, C], columns): all columns from ``start`` to ``stop``, float32 or wider, valid until the next piece."""
+        """Yield ([N, C], columns) from ``start`` to ``stop``, float32 or wider; each is valid until the next one."""
         ...

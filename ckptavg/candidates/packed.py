@@ -1,7 +1,7 @@
-"""Candidates in a few bits an element: differences from their mean, rounded to a grid of each group's own.
+"""Quantized candidates: differences from their mean, rounded to one affine grid per group.
 
-Shape suffixes: N = candidates, D = elements of one dtype (padded to P·F here), P = columns of codes, F = codes a word,
-K = elements of a group, H = groups.
+Shape suffixes: N = candidates, D = elements of one dtype (padded to P·F here), P = words per row, F = codes per word,
+K = elements per group, H = groups.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ from typing import Final
 import torch
 from torch import Tensor
 
-# rounds of fitting the grid; from 8 bits on the groups' extremes are as good a grid as any
+# rounds of fitting the grid; from 8 bits on, fitting does not improve on the group's minimum and maximum
 _ROUNDS: Final = {1: 8, 2: 8, 4: 4, 8: 0, 16: 0}
-_ENCODED: Final = 1 << 22  # elements of a row fitted at a time
-_DECODED: Final = {"cpu": 1 << 21, "cuda": 1 << 27}  # elements decoded at a time: a processor's cache, a GPU's appetite
+_ENCODED: Final = 1 << 22  # elements of a row encoded at a time
+_DECODED: Final = {"cpu": 1 << 21, "cuda": 1 << 27}  # elements decoded at a time: fits a CPU's cache, occupies a GPU
 
 
 class Packed:
-    """w_i ≈ w̄ + d̂_i with d̂ = zero + scale·code, `scale` and `zero` for each candidate and group of K elements.
+    """w_i ≈ w̄ + d̂_i with d̂ = zero + scale·code, with one `scale` and `zero` per candidate and group of K elements.
 
     Codes have 1, 2, 4, 8 or 16 bits and are packed without gaps: at 4 bits and K = 128 the matrix takes
-    0.5 + 8/128 = 0.5625 byte an element and candidate, and w̄ another 4/N. Nothing of size [N, D] is ever decoded; it
-    is done in pieces that stay in the cache.
+    0.5 + 8/128 = 0.5625 bytes per element and candidate, and w̄ another 4/N. The full [N, D] matrix is never decoded at
+    once, only in pieces that stay in the cache.
 
-    Field f of word p holds column f·P + p, so that a run of columns is a run of words shifted by one amount.
+    Field f of word p holds column f·P + p, so a run of columns is a run of words with a common shift.
 
-    The grid of a group is the least-squares one: codes to the nearest level, then scale and zero by linear regression
-    on the codes, in turns. That is Lloyd's iteration for equally spaced levels; it clips outliers where that pays.
-    (The TWA authors use the extremes of a tensor over all candidates, and a byte a code whatever the bits.)
+    The grid of a group is fitted by least squares, alternating between rounding codes to the nearest level and
+    regressing scale and zero on the codes. This is Lloyd's iteration for equally spaced levels; it clips outliers if
+    that lowers the error. (The TWA authors use the minimum and maximum of a tensor over all candidates, and one byte
+    per code regardless of the number of bits.)
 
     References:
         Lloyd 1982, Least squares quantization in PCM; low-bit projection matrices for TWA: arXiv:2205.13104v3.
@@ -56,16 +57,16 @@ class Packed:
 
     @property
     def error(self) -> float:
-        """‖d̂ − d‖/‖d‖ over all rows, d being their differences from the centre."""
-        lost, whole = self.squared_errors.tolist()
-        return (lost / whole) ** 0.5 if whole else 0.0
+        """‖d̂ − d‖/‖d‖ over all rows, where d is a row's difference from the mean."""
+        error, norm = self.squared_errors.tolist()
+        return (error / norm) ** 0.5 if norm else 0.0
 
     def row(self, i: int) -> Tensor:
-        """See `Matrix.row`: the same row for all."""
+        """See `Matrix.row`; one buffer for all rows."""
         return self._row_D
 
     def encode(self, i: int) -> None:
-        """See `Matrix.encode`: encode the difference of the row from the mean."""
+        """See `Matrix.encode`; the difference from the mean is encoded."""
         fields_FP = self._words_NP.new_zeros(self._fields, self._columns)
         scale_FH, zero_FH = self._scale_NH[i].view(self._fields, -1), self._zero_NH[i].view(self._fields, -1)
         step = max(1, _ENCODED // self._group) * self._group
@@ -76,19 +77,19 @@ class Packed:
                 first = f * self._columns + start
                 d_HK = self._difference(first, first + stop - start).view(-1, self._group)
                 codes_HK, scale_FH[f, groups], zero_FH[f, groups] = fit(d_HK, 2**self._bits, _ROUNDS[self._bits])
-                kept_HK = torch.addcmul(zero_FH[f, groups].unsqueeze(1), codes_HK, scale_FH[f, groups].unsqueeze(1))
-                lost = (kept_HK - d_HK).flatten()[: max(0, len(self._row_D) - first)]  # not that of the padding
-                self.squared_errors += torch.stack([lost.square().sum(), d_HK.square().sum()])
+                decoded_HK = torch.addcmul(zero_FH[f, groups].unsqueeze(1), codes_HK, scale_FH[f, groups].unsqueeze(1))
+                error = (decoded_HK - d_HK).flatten()[: max(0, len(self._row_D) - first)]  # without padding
+                self.squared_errors += torch.stack([error.square().sum(), d_HK.square().sum()])
                 fields_FP[f, start:stop] = self._stored(codes_HK.flatten())
         if self._bits == 16:
-            zero_FH += scale_FH * 2**15  # what `_stored` takes off
+            zero_FH += scale_FH * 2**15  # the offset that `_stored` subtracts from codes
         packed_P = self._words_NP[i]
         packed_P.copy_(fields_FP[0])
         for f in range(1, self._fields):
             packed_P |= fields_FP[f] << (self._bits * f)
 
     def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
-        """The differences between two columns, decoded to float32 in one workspace: valid until the next piece."""
+        """See `Matrix.column_blocks`; yields differences from the mean, decoded to float32 in one workspace."""
         n = len(self._words_NP)
         limit = _DECODED["cpu" if self._words_NP.device.type == "cpu" else "cuda"]
         step = max(1, limit // n // self._group) * self._group
@@ -105,7 +106,7 @@ class Packed:
             start += last - first
 
     def _difference(self, start: int, stop: int) -> Tensor:
-        """Columns of the row less the mean, in float32, with zeros beyond the end."""
+        """Return columns of (row − mean) in float32, zero-padded beyond the end."""
         inside = slice(min(start, len(self._row_D)), min(stop, len(self._row_D)))
         d = (self._row_D[inside] - self.mean_D[inside]).to(torch.float32)
         return torch.nn.functional.pad(d, (0, stop - start - len(d)))
@@ -114,7 +115,7 @@ class Packed:
         return (codes - 2**15 if self._bits == 16 else codes).to(self._words_NP.dtype)
 
     def _decoded(self, f: int, begin: int, end: int) -> Tensor:
-        """[N, end − begin] of field ``f``, whole groups."""
+        """Decode columns ``begin`` to ``end`` (whole groups) of field ``f`` to [N, end − begin]."""
         assert self._workspace is not None
         n, width = len(self._words_NP), end - begin
         values, words = (buffer[: n * width].view(n, width) for buffer in self._workspace)
@@ -132,15 +133,15 @@ class Packed:
 
 
 def fit(d_HK: Tensor, levels: int, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes in 0 … levels − 1, scale and zero of each group that make zero + scale·code close to ``d``.
+    """Fit codes in 0 … levels − 1, scale and zero of each group so that zero + scale·code ≈ d.
 
-    Starts at the group's extremes. A round is a linear regression of d on the codes, then codes anew; the squared
-    error never grows. A group of equal values is met exactly.
+    Starts from the group's minimum and maximum. A round regresses d on the codes and then recomputes the codes; the
+    squared error never increases. A group of equal values is represented exactly.
 
     Args:
         d_HK: [H, K], H groups of K values.
-        levels: how many codes there are.
-        rounds: how often scale and zero are fitted.
+        levels: number of codes.
+        rounds: number of regressions.
     Returns:
         codes [H, K] as floats, scale [H] > 0, zero [H].
     """

@@ -1,4 +1,4 @@
-"""What learning takes of the device's memory: said before it is taken, and what would fit where it does not."""
+"""Estimate the memory that learning needs before it is allocated, and suggest settings that fit."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from ckptavg.candidates.streamed import columns
 from ckptavg.errors import OutOfMemoryError
 
 Offload: TypeAlias = Literal["none", "cpu", "disk"]
-EXACT: Final = 32  # bits: the candidates as they are, in the model's own dtype
+EXACT: Final = 32  # bits: candidates are kept unquantized, in the model's dtype
 FEWER: Final = (16, 8, 4, 2, 1)
 _HOST: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The memory of learning: the candidate matrix, the model and one gradient.
+    """Memory needed for learning: the candidate matrix, the model and one gradient.
 
     Attributes:
-        n: the number of candidates.
-        elements: the model's floating-point ones, tied ones once.
-        size: their bytes.
-        gradient: the bytes of the parameters among them.
-        bits: of an element of the matrix.
-        group_size: elements that share a scale and a zero point where ``bits`` < 32.
-        offload: where the matrix lies instead of on the device.
-        device: where the model is.
-        present: bytes of the model that are there already.
-        sharing: how many processes share the host's memory.
+        n: number of candidates.
+        elements: number of floating-point elements in the model; tied tensors count once.
+        size: their size in bytes.
+        gradient: size of the parameters among them in bytes.
+        bits: bits per element of the matrix.
+        group_size: elements that share a scale and a zero point if ``bits`` < 32.
+        offload: where the matrix is kept instead of on the device.
+        device: device of the model.
+        present: bytes of the model that are already allocated.
+        sharing: number of processes that share the host memory.
     """
 
     n: int
@@ -52,7 +52,7 @@ class Plan:
         cls, model: nn.Module, n: int, *, bits: int | Literal["auto"], group_size: int, offload: Offload,
         device: torch.device, parts: int = 1, sharing: int = 1,
     ) -> Plan:  # fmt: skip
-        """The plan for a model on its device, or for one of ``parts`` of it; ``auto`` bits are the most that fit."""
+        """Plan for a model on its device, or for one of its ``parts`` shards; "auto" selects the most bits that fit."""
         floats = [tensor for _, tensor in unique_tensors(model) if tensor.is_floating_point()]
         elements, size = sum(tensor.numel() for tensor in floats), sum(tensor.nbytes for tensor in floats)
         gradient = sum(tensor.nbytes for tensor in floats if isinstance(tensor, nn.Parameter))
@@ -67,12 +67,12 @@ class Plan:
 
     @property
     def streamed(self) -> bool:
-        """Whether the matrix lies elsewhere; in the host's memory a CPU has it already."""
+        """True if the matrix is kept off the device; offloading to "cpu" has no effect for a CPU model."""
         return self.offload == "disk" or (self.offload == "cpu" and self.device.type != "cpu")
 
     @property
     def matrix(self) -> int:
-        """The bytes of the matrix on the device; where it is streamed, of its two buffers."""
+        """Size of the matrix on the device in bytes; if streamed, of its two buffers."""
         if not self.streamed:
             return budget.matrix_bytes(self.elements, self.size, self.n, self.group_size, self.bits)
         width = max(1, self.size // max(1, self.elements))
@@ -80,63 +80,66 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """The bytes on the device."""
+        """Total bytes needed on the device."""
         return self.matrix + self.size + self.gradient
 
     @property
     def on_host(self) -> int:
-        """The bytes in the host's memory beside a device that has its own."""
+        """Bytes needed in host memory when the device has its own memory."""
         return self.n * self.size if self.streamed and self.offload == "cpu" else 0
 
     def __str__(self) -> str:
-        """What it is made of, in one line."""
-        how = f" at {self.bits} bits" if self.bits != EXACT else f" streamed ({self.offload})" if self.streamed else ""
-        parts = f"{self.n} candidates{how} {sized(self.matrix)} + model {sized(self.size)}"
-        beside = f", and {sized(self.on_host)} in the host's memory" if self.on_host else ""
-        return f"{parts} + gradient {sized(self.gradient)} = {sized(self.needed)} on {self.device}{beside}"
+        """Format the breakdown as one line."""
+        storage = f" streamed ({self.offload})" if self.streamed else ""
+        if self.bits != EXACT:
+            storage = f" at {self.bits} bits"
+        parts = f"{self.n} candidates{storage} {sized(self.matrix)} + model {sized(self.size)}"
+        host = f", and {sized(self.on_host)} in the host's memory" if self.on_host else ""
+        return f"{parts} + gradient {sized(self.gradient)} = {sized(self.needed)} on {self.device}{host}"
 
     def check(self) -> str:
-        """This line and the memory that there is for it.
+        """Return the breakdown and the free memory as one line.
 
         Raises:
-            OutOfMemoryError: if it is too little, with the settings that would fit.
+            OutOfMemoryError: if memory is insufficient, with the settings that would fit.
         """
-        room = self._room()
-        if self._fits(room):
-            return f"learning takes {self}; {sized(room[self.device])} free"
-        there = " and ".join(f"{sized(free)} on {place}" for place, free in room.items())
+        available = self._available()
+        if self._fits(available):
+            return f"learning takes {self}; {sized(available[self.device])} free"
+        free = " and ".join(f"{sized(size)} on {device}" for device, size in available.items())
         mildest = [
-            next(((setting, other) for setting, other in kind if other._fits(room)), None) for kind in self._less()
+            next(((setting, plan) for setting, plan in kind if plan._fits(available)), None)
+            for kind in self._smaller_plans()
         ]
-        fitting = [f"{one[0]} ({sized(one[1].needed)})" for one in mildest if one]
+        fitting = [f"{choice[0]} ({sized(choice[1].needed)})" for choice in mildest if choice]
         raise OutOfMemoryError(
-            f"learning takes {self}, but there are {there}",
+            f"learning takes {self}, but only {free} is free",
             hint=f"this would fit: {', '.join(fitting)}" if fitting else "no --bits, --offload or --last would fit",
         )
 
-    def _room(self) -> dict[torch.device, int]:
-        """Device → bytes that can be had there, those of the model that is there included."""
+    def _available(self) -> dict[torch.device, int]:
+        """Return device → bytes available, including those the model already occupies."""
         host = budget.free_memory(_HOST) // self.sharing
         if self.device.type == "cpu":
             return {self.device: host + self.present}
         return {self.device: budget.free_memory(self.device) + self.present, _HOST: host}
 
-    def _fits(self, room: dict[torch.device, int]) -> bool:
-        return self.needed <= room[self.device] and self.on_host <= room.get(_HOST, 0)
+    def _fits(self, available: dict[torch.device, int]) -> bool:
+        return self.needed <= available[self.device] and self.on_host <= available.get(_HOST, 0)
 
-    def _less(self) -> list[list[tuple[str, Plan]]]:
-        """Kinds of settings that take less, each from the mildest on."""
-        places: tuple[Offload, ...] = ("disk",) if self.device.type == "cpu" else ("cpu", "disk")
-        kept = self.offload == "none"
+    def _smaller_plans(self) -> list[list[tuple[str, Plan]]]:
+        """Return (setting, plan) pairs that need less memory, one list per option, mildest change first."""
+        targets: tuple[Offload, ...] = ("disk",) if self.device.type == "cpu" else ("cpu", "disk")
+        on_device = self.offload == "none"
         return [
-            [(f"--bits {bits}", replace(self, bits=bits)) for bits in FEWER if kept and bits < self.bits],
-            [(f"--offload {to}", replace(self, bits=EXACT, offload=to)) for to in places if to != self.offload],
+            [(f"--bits {bits}", replace(self, bits=bits)) for bits in FEWER if on_device and bits < self.bits],
+            [(f"--offload {to}", replace(self, bits=EXACT, offload=to)) for to in targets if to != self.offload],
             [(f"--last {n}", replace(self, n=n)) for n in range(self.n - 1, 1, -1)],
         ]
 
 
 def sized(count: int) -> str:
-    """A number of bytes for a reader."""
+    """Format a number of bytes."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if count >= size / 10:
             return f"{count / size:,.2f} {unit}"

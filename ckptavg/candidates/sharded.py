@@ -1,6 +1,6 @@
-"""A model that no device has whole: FSDP2 shards its parameters over workers, and a candidate's row is their shards.
+"""A model sharded over ranks by FSDP2; each rank's rows of the candidate matrix hold its own shards.
 
-Shape suffixes: D = elements of one dtype that one worker has, Q = of parameters among them.
+Shape suffixes: D = elements of one dtype on one rank, Q = parameters among them.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ckptavg.runtime.workers import Workers
 
 
 def build(make: Callable[[], nn.Module], device: torch.device, workers: Workers) -> nn.Module:
-    """The model without its weights, sharded by transformer block over all workers.
+    """Build the model without its weights, sharded by transformer block over all ranks.
 
-    Its parameters are on the meta device until `flatten_shards` gives them memory; its buffers every worker has.
+    Parameters stay on the meta device until `flatten_shards` allocates them; buffers are replicated on every rank.
 
     Args:
-        make: gives the model.
-        device: where each worker computes.
-        workers: all of them, which must have met.
+        make: returns the model.
+        device: this rank's device.
+        workers: all ranks; their process group must be initialized.
     Raises:
         UsageError: if this torch has no FSDP2.
-        TaskError: if a parameter is none of the state dict, or FSDP2 cannot shard one.
+        TaskError: if a parameter is not in the state dict, or FSDP2 cannot shard one.
     """
     try:
         from torch.distributed.device_mesh import init_device_mesh
@@ -37,9 +37,9 @@ def build(make: Callable[[], nn.Module], device: torch.device, workers: Workers)
         raise UsageError("--shard needs torch 2.6 or newer") from error
     with parameters_on_meta():
         model = make()
-    known = {id(tensor) for _, tensor in unique_tensors(model)}
+    in_state_dict = {id(tensor) for _, tensor in unique_tensors(model)}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in known:
+        if id(parameter) not in in_state_dict:
             raise TaskError(f"{name} is not in the candidates, so --shard has no values for it")
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
@@ -54,49 +54,51 @@ def build(make: Callable[[], nn.Module], device: torch.device, workers: Workers)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered one at a time: those the model says are not to be split, else repeated ones.
+    """Return the modules to all-gather one at a time: the model's ``_no_split_modules``, or else repeated modules.
 
-    transformers' models name their blocks' classes in ``_no_split_modules``. In others a block is an entry of a list
-    or sequence that has another one of its class; of nested ones the outermost.
+    Models of transformers list the class names of their blocks in ``_no_split_modules``. In other models, a block is an
+    entry of a ModuleList or Sequential that holds another entry of the same class; only the outermost are returned.
     """
-    said: set[str] = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    found: list[nn.Module] = []
+    no_split: set[str] = {
+        name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()
+    }
+    outermost: list[nn.Module] = []
 
-    def look(module: nn.Module) -> None:
-        times = Counter(type(child) for child in module.children())
+    def visit(module: nn.Module) -> None:
+        counts = Counter(type(child) for child in module.children())
         for child in module.children():
-            repeated = isinstance(module, nn.ModuleList | nn.Sequential) and times[type(child)] > 1
-            if (type(child).__name__ in said if said else repeated) and any(True for _ in child.parameters()):
-                found.append(child)
+            repeated = isinstance(module, nn.ModuleList | nn.Sequential) and counts[type(child)] > 1
+            if (type(child).__name__ in no_split if no_split else repeated) and any(True for _ in child.parameters()):
+                outermost.append(child)
             else:
-                look(child)
+                visit(child)
 
-    look(model)
-    return found
+    visit(model)
+    return outermost
 
 
 def flatten_shards(model: nn.Module, tensors: list[tuple[tuple[str, ...], Tensor]], workers: Workers) -> Flat:
-    """As `ckptavg.candidates.flat.flatten`, of this worker's shards; buffers, which are not sharded, as they are."""
+    """Apply `ckptavg.candidates.flat.flatten` to this rank's shards and to the buffers, which are replicated."""
     from torch.distributed.tensor import DTensor
 
-    here: list[tuple[tuple[str, ...], Tensor]] = []
+    local_tensors: list[tuple[tuple[str, ...], Tensor]] = []
     first: dict[tuple[str, ...], int] = {}
     shards: dict[int, tuple[DTensor, nn.Parameter]] = {}
     for names, tensor in tensors:
         if isinstance(tensor, DTensor):
-            nothing = torch.empty((), dtype=tensor.dtype, device=tensor.device_mesh.device_type)
-            local = nn.Parameter(nothing.expand(tensor.to_local().shape))
-            rows = -(-tensor.shape[0] // workers.world_size)  # as torch.chunk divides them
+            scalar = torch.empty((), dtype=tensor.dtype, device=tensor.device_mesh.device_type)
+            local = nn.Parameter(scalar.expand(tensor.to_local().shape))
+            rows = -(-tensor.shape[0] // workers.world_size)  # rows per rank, as torch.chunk splits them
             first[names] = min(rows * workers.rank, tensor.shape[0]) * tensor[0].numel()
             shards[id(tensor)] = tensor, local
-            here.append((names, local))
+            local_tensors.append((names, local))
         else:
-            here.append((names, tensor))
-    flat = flatten(here)
+            local_tensors.append((names, tensor))
+    flat = flatten(local_tensors)
     whole: dict[int, nn.Parameter] = {}
     for key, (tensor, local) in shards.items():
 
-        def of_all(shard: Tensor, tensor: DTensor = tensor) -> DTensor:
+        def as_dtensor(shard: Tensor, tensor: DTensor = tensor) -> DTensor:
             return DTensor.from_local(
                 shard,
                 tensor.device_mesh,
@@ -107,8 +109,8 @@ def flatten_shards(model: nn.Module, tensors: list[tuple[tuple[str, ...], Tensor
             )
 
         assert local.grad is not None
-        whole[key] = nn.Parameter(of_all(local.data))
-        whole[key].grad = of_all(local.grad)
+        whole[key] = nn.Parameter(as_dtensor(local.data))
+        whole[key].grad = as_dtensor(local.grad)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in whole:
@@ -120,7 +122,7 @@ def flatten_shards(model: nn.Module, tensors: list[tuple[tuple[str, ...], Tensor
 
 @contextmanager
 def parameters_on_meta() -> Generator[None]:
-    """Parameters of modules made within have no memory; buffers, of which some are in no file, have their values."""
+    """Create parameters on the meta device; buffers keep their values, as non-persistent ones are in no checkpoint."""
     register = nn.Module.register_parameter
 
     def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:

@@ -1,1 +1,1 @@
-"""A directory of files becomes open checkpoints in training order."""
+"""Discovery of checkpoints: from a directory of files to open checkpoints in training order."""

@@ -1,6 +1,6 @@
-"""SHA-256 sums that were written down: ``SHA256SUMS`` beside the checkpoints, and the names of a Hugging Face cache.
+"""Recorded SHA-256 sums: ``SHA256SUMS`` beside the checkpoints, and blob names of a Hugging Face cache.
 
-safetensors has no checksum, so without such a sum a changed weight cannot be told from another one.
+safetensors has no checksum, so a changed weight is undetectable without such a sum.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from ckptavg.filesystem.sha256 import sha256
 
 NAME: Final = "SHA256SUMS"
 MAX_SIZE: Final = 64 << 20
-_GNU: Final = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)  # what sha256sum writes …
+_GNU: Final = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)  # the format of sha256sum …
 _BSD: Final = re.compile(r"(\\?)SHA256 \((.+)\) = ([0-9a-fA-F]{64})", re.DOTALL)  # … and with --tag
 _ESCAPES: Final = {"\\n": "\n", "\\r": "\r", "\\\\": "\\"}
 
 
 class Manifest:
-    """The ``SHA256SUMS`` that lie beside checkpoints; each is read once.
+    """``SHA256SUMS`` files beside checkpoints; each is read once.
 
     Attributes:
-        unlisted: files that no ``SHA256SUMS`` names although there is one.
+        unlisted: files that are missing from the ``SHA256SUMS`` beside or above them.
     """
 
     def __init__(self) -> None:
         self.unlisted: list[Path] = []
-        self._known: dict[Path, Mapping[str, str] | None] = {}
+        self._cache: dict[Path, Mapping[str, str] | None] = {}
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Compare every file of ``checkpoint`` with its sum in its own directory's list, or one above in the checkpoint
-        or beside it.
+        """Compare each file of ``checkpoint`` with its sum in the nearest list: that of its directory, of a parent
+        directory within the checkpoint, or of the directory beside the checkpoint.
 
         Raises:
-            InputError: if a sum differs, or a list is not as sha256sum writes it.
+            InputError: if a sum differs, or a list is not in the format of sha256sum.
         """
         for file in checkpoint.reader.files:
             lists = {
@@ -50,16 +50,16 @@ class Manifest:
             expected = next((sums[name] for name, sums in lists.items() if name in sums), None)
             if expected is None:
                 self.unlisted += [file.path] if lists else []
-            elif (found := sha256(file)) != expected:
+            elif (actual := sha256(file)) != expected:
                 raise InputError(
-                    f"its SHA-256 is {found[:16]}…, but by {NAME} {expected[:16]}…: damaged, or changed since",
+                    f"its SHA-256 is {actual[:16]}…, but by {NAME} {expected[:16]}…: damaged, or changed since",
                     path=file.path,
                     hint=checkpoint.hint,
                 )
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """What to say of files that are in no list."""
+        """Warning about files that are in no list; empty if there are none."""
         if not self.unlisted:
             return ()
         more = f" and {len(self.unlisted) - 1} more" if len(self.unlisted) > 1 else ""
@@ -71,17 +71,17 @@ class Manifest:
         return folders[: folders.index(top) + 1] if top in folders else folders[:1]
 
     def _sums(self, folder: Path) -> Mapping[str, str] | None:
-        if folder not in self._known:
+        if folder not in self._cache:
             path = folder / NAME
-            self._known[folder] = _read(path) if os.path.lexists(path) else None
-        return self._known[folder]
+            self._cache[folder] = _read(path) if os.path.lexists(path) else None
+        return self._cache[folder]
 
 
 def agreed(file: RegularFile, found: str) -> str:
-    """``found``, the SHA-256 of ``file``, unless it is a blob of a Hugging Face cache whose name is another one.
+    """Return ``found``, the SHA-256 of ``file``, after comparing it with the blob's name in a Hugging Face cache.
 
     Raises:
-        InputError: then.
+        InputError: if the file is such a blob and its name is a different SHA-256.
     """
     blob = file.path.resolve()
     if found and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != found:
@@ -91,7 +91,7 @@ def agreed(file: RegularFile, found: str) -> str:
 
 
 def _read(path: Path) -> Mapping[str, str]:
-    """Name below its directory → SHA-256."""
+    """Parse ``SHA256SUMS``: name relative to its directory → SHA-256."""
     sums: dict[str, str] = {}
     with RegularFile(path) as file:
         if file.size > MAX_SIZE:

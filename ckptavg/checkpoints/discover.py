@@ -1,4 +1,4 @@
-"""A directory becomes checkpoints in the order of training, and a reason for every other file in it."""
+"""Find checkpoints in directories, in training order, with a reason for every file that is left out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Refuse: TypeAlias = Callable[[CkptavgError, Path], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Discovered:
-    """Open candidates in training order, and what was left out; a context manager that closes the files."""
+    """Open candidates in training order and the files left out; a context manager that closes the files."""
 
     checkpoints: tuple[Checkpoint, ...]
     left_out: tuple[LeftOut, ...]
@@ -46,14 +46,14 @@ def discover(
 
     Args:
         paths: directories of checkpoints (several: several runs), or checkpoints themselves.
-        window: which of them are wanted.
-        key: the sub-dictionary of each that is the model.
-        bad: ``refuse`` raises for a bad checkpoint; ``skip`` leaves it out, as if it were not there; ``list`` too, and
-            finding no other is no error.
-        check: raises InputError for a candidate that is bad; called once for each that the window selects.
-        allow_nonfinite: let weights be NaN or infinite.
+        window: filter on names, steps and counts.
+        key: the sub-dictionary of each file that holds the model.
+        bad: ``refuse`` raises for a bad checkpoint; ``skip`` leaves it out as if it did not exist; ``list`` does so too
+            and accepts an empty result.
+        check: raises InputError for a bad candidate; called once for each one that the window selects.
+        allow_nonfinite: accept NaN and infinite weights.
     Raises:
-        InputError: if there are none, one is bad, or one has no training step.
+        InputError: if no checkpoint is found, or one is bad or has no training step.
     """
     window = window or Window()
     left_out: list[LeftOut] = []
@@ -71,16 +71,16 @@ def discover(
                     left_out.append(LeftOut(path=place.path, reason="left out by --include or --exclude"))
                     continue
                 try:
-                    one = _open(place, key, left_out, allow_nonfinite=allow_nonfinite)
+                    candidate = _open(place, key, left_out, allow_nonfinite=allow_nonfinite)
                 except CkptavgError as error:
                     refuse(_with_hint(error, place), place.path)
                 else:
-                    opened += [one] if one else []
+                    opened += [candidate] if candidate else []
         kept = _without_copies(opened, left_out, refuse)
         ordered, warnings = _in_order(kept, refuse if bad == "list" else None)
         ordered, chosen = _sound(ordered, window, check, refuse)
-        wanted = {id(c) for c in chosen}
-        outside = [c for c in ordered if id(c) not in wanted]
+        chosen_ids = {id(c) for c in chosen}
+        outside = [c for c in ordered if id(c) not in chosen_ids]
         left_out += [LeftOut(path=c.path, reason="outside the window of steps") for c in outside]
     except BaseException:
         for one in opened:
@@ -94,16 +94,16 @@ def discover(
 
 
 def with_directory_changes(found: Discovered, paths: Sequence[Path], output: Path) -> Discovered:
-    """``found``, and a warning for each checkpoint that came or went since the directories were listed.
+    """Return ``found`` with a warning for each checkpoint that appeared or vanished since the directories were listed.
 
     Args:
-        found: what `discover` gave.
-        paths: what it was given.
-        output: is not news.
+        found: the result of `discover`.
+        paths: the paths given to `discover`.
+        output: the output's path, which gets no warning.
     """
     known = {c.path for c in found.checkpoints} | {one.path for one in found.left_out} | {output, output.parent}
     news = [
-        f"{file.path} was deleted or renamed while the run went on; it was read to the end all the same"
+        f"{file.path} was deleted or renamed during the run; it was read to the end all the same"
         for checkpoint in found.checkpoints
         for file in checkpoint.reader.files
         if not os.path.lexists(file.path)
@@ -111,7 +111,7 @@ def with_directory_changes(found: Discovered, paths: Sequence[Path], output: Pat
     for order, path in enumerate(paths):
         with suppress(InputError):  # the directory itself has gone
             new = (place.path for place in list_checkpoints(path, order, []) if place.path not in known)
-            news += [f"{one} appeared while the run went on, and is no candidate of it" for one in new]
+            news += [f"{one} appeared during the run and is not one of its candidates" for one in new]
     return replace(found, warnings=(*found.warnings, *news))
 
 
@@ -160,7 +160,7 @@ def _open(place: CheckpointPath, key: str | None, left_out: list[LeftOut], *, al
 
 
 def _without_copies(opened: list[_Opened], left_out: list[LeftOut], refuse: _Refuse) -> list[_Opened]:
-    """Drop what is another's copy; of several, the one with a step in its name stays. The bad are refused."""
+    """Drop copies of other checkpoints, keeping the one with a step in its name; refuse bad checkpoints."""
     preferred = sorted(opened, key=lambda o: ("name" not in o.steps, o.checkpoint.run, natural(o.checkpoint.name)))
     found, bad = duplicates.find([one.checkpoint for one in preferred])
     for i, error in bad.items():
@@ -176,29 +176,29 @@ def _without_copies(opened: list[_Opened], left_out: list[LeftOut], refuse: _Ref
 def _sound(
     ordered: list[Checkpoint], window: Window, check: Callable[[Checkpoint], None] | None, refuse: _Refuse
 ) -> tuple[list[Checkpoint], list[Checkpoint]]:
-    """Those that are not bad as far as was looked, and those that the window selects of them, which all were."""
+    """Return ``ordered`` without the checkpoints found bad, and the window's selection from it, all of them checked."""
     checked: set[int] = set()
     while True:
         chosen = window.select(ordered)
         dropped: set[int] = set()
-        for one in (c for c in chosen if check and id(c) not in checked):
+        for candidate in (c for c in chosen if check and id(c) not in checked):
             try:
                 assert check is not None
-                check(one)
+                check(candidate)
             except CkptavgError as error:
-                refuse(error, one.path)
-                one.reader.close()
-                dropped.add(id(one))
-            checked.add(id(one))
+                refuse(error, candidate.path)
+                candidate.reader.close()
+                dropped.add(id(candidate))
+            checked.add(id(candidate))
         if not dropped:
             return ordered, chosen
-        ordered = [one for one in ordered if id(one) not in dropped]
+        ordered = [c for c in ordered if id(c) not in dropped]
 
 
 def _in_order(opened: list[_Opened], refuse: _Refuse | None) -> tuple[list[Checkpoint], tuple[str, ...]]:
-    """The checkpoints with their steps, all of one kind, in training order; and what is doubtful about it.
+    """Return the checkpoints in training order with steps of one kind, and warnings about the order.
 
-    One that has no step in common with the others is refused where it can be, else raised.
+    A checkpoint that has no kind of step in common with the others is passed to ``refuse``, or raised without it.
     """
     kind, distinct = common_kind([one.steps for one in opened], [one.checkpoint.run for one in opened])
     if kind is not None:
@@ -214,7 +214,7 @@ def _in_order(opened: list[_Opened], refuse: _Refuse | None) -> tuple[list[Check
         return [replace(one.checkpoint, step=i, step_from="order given") for i, one in enumerate(given, 1)], ()
     odd = min(opened, key=lambda one: len(one.steps))
     error = InputError(
-        "tells no training step that the other checkpoints tell too, neither inside nor in its name",
+        "has no training step of a kind that the other checkpoints have too, neither inside nor in its name",
         path=odd.checkpoint.path,
         hint=f"leave it out with {odd.checkpoint.excluding}, or name the checkpoints in their order",
     )
@@ -239,4 +239,4 @@ def _nothing(left_out: Sequence[LeftOut]) -> str:
 
 
 def _nothing_hint(paths: Sequence[Path]) -> str:
-    return f"`ckptavg inspect {paths[0]}` lists what is there and why it was left out"
+    return f"`ckptavg inspect {paths[0]}` lists the files and why each was left out"

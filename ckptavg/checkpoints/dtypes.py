@@ -1,4 +1,4 @@
-"""The names safetensors gives dtypes, as torch has them."""
+"""Map between safetensors' dtype names and torch's dtypes."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ FLOATING: Final = ("F64", "F32", "F16", "BF16")
 
 
 def dtype_names(dtypes: Iterable[str]) -> str:
-    """The floating-point ones among safetensors' names of dtypes, as config.json spells them: ``bfloat16, float32``."""
+    """Return the floating-point dtypes among ``dtypes`` as config.json spells them: ``bfloat16, float32``."""
     return ", ".join(sorted({str(TORCH[dtype]).removeprefix("torch.") for dtype in dtypes if dtype in FLOATING}))

@@ -1,4 +1,4 @@
-"""Which checkpoints are copies of one another: the same file by inode, or the same tensors by content."""
+"""Find copies among checkpoints: equal inodes, or tensors of equal content."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.errors import InputError
 from ckptavg.readers import ITEM_SIZE
 
-SAMPLES: Final = 64  # tensors, spread over the state dict, whose …
-HEAD: Final = 4 << 10  # … first bytes are hashed
+SAMPLES: Final = 64  # number of tensors, spread over the state dict, that are sampled
+HEAD: Final = 4 << 10  # bytes hashed at the beginning of each sampled tensor
 CHUNK: Final = 1 << 20
 
 
 def find(checkpoints: Sequence[Checkpoint]) -> tuple[dict[int, tuple[int, str]], dict[int, InputError]]:
-    """Copy → (original, how), by position; and what was found wrong. The first of several is the original.
+    """Return {copy: (original, relation)} and {bad: error} by index; the first of several copies is the original.
 
-    Content is compared in two stages, so that telling N different checkpoints apart reads some kilobytes of each: a
-    SHA-256 of names, shapes and samples of the tensors, and only where two agree, all of their bytes. What is damaged
-    behind the samples is nobody's copy, and is found wrong when it is read.
+    Content is compared in two stages, so that distinguishing N checkpoints reads some kilobytes of each: a SHA-256 of
+    names, shapes and samples of the tensors, and all bytes only if two digests agree. A checkpoint that is damaged
+    beyond the samples counts as no copy; reading it later finds the damage.
     """
     copies: dict[int, tuple[int, str]] = {}
     bad: dict[int, InputError] = {}
@@ -38,16 +38,16 @@ def find(checkpoints: Sequence[Checkpoint]) -> tuple[dict[int, tuple[int, str]],
         except InputError as error:
             bad[i] = error
             continue
-        same = next((j for j in alike if _same_tensors(checkpoints[j], checkpoint)), None)
-        if same is None:
+        original = next((j for j in alike if _same_tensors(checkpoints[j], checkpoint)), None)
+        if original is None:
             alike.append(i)
         else:
-            copies[i] = (same, "holds the same weights as")
+            copies[i] = (original, "holds the same weights as")
     return copies, bad
 
 
 def digest(checkpoint: Checkpoint) -> bytes:
-    """SHA-256 of the names, dtypes and shapes of all tensors and of the first bytes of up to `SAMPLES` of them."""
+    """Return the SHA-256 of all names, dtypes and shapes and of the first bytes of up to `SAMPLES` tensors."""
     digest = hashlib.sha256()
     names = checkpoint.names
     for i, name in enumerate(names):
@@ -62,7 +62,7 @@ def digest(checkpoint: Checkpoint) -> bytes:
 
 
 def _same_tensors(a: Checkpoint, b: Checkpoint) -> bool:
-    """Whether two checkpoints with equal names, dtypes and shapes hold equal bytes; stops at the first difference."""
+    """Return whether checkpoints of equal names, dtypes and shapes have equal bytes; stop at the first difference."""
     with suppress(InputError):
         return _equal(a, b)
     return False

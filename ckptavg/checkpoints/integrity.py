@@ -1,4 +1,4 @@
-"""Is a checkpoint sound to its last byte: checksums, booleans, and no weight that is NaN or infinite?"""
+"""Full check of a checkpoint: checksums, booleans, and no NaN or infinite weight."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ def check(checkpoint: Checkpoint) -> None:
     """Read every tensor once.
 
     Raises:
-        InputError: if a checksum does not match, a BOOL is neither 0 nor 1, a value is NaN or infinite where that is
-            not allowed, or the file changed since it was opened.
+        InputError: if a checksum does not match, a BOOL is neither 0 nor 1, a value is NaN or infinite without
+            ``allow_nonfinite``, or the file changed since it was opened.
     """
-    once = {checkpoint.spec(name): name for name in reversed(checkpoint.names)}  # tied ones by their first name
-    for name in sorted(once.values(), key=lambda name: (checkpoint.spec(name).record, checkpoint.spec(name).offset)):
+    first_names = {checkpoint.spec(name): name for name in reversed(checkpoint.names)}  # tied tensors once
+    for name in sorted(
+        first_names.values(), key=lambda name: (checkpoint.spec(name).record, checkpoint.spec(name).offset)
+    ):
         floating = checkpoint.spec(name).dtype in FLOATING
         for _, values in _chunks(checkpoint, name):
             if not floating or checkpoint.allow_nonfinite or is_finite(values):
@@ -36,12 +38,12 @@ def check(checkpoint: Checkpoint) -> None:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether no element of ``values`` (not empty) is NaN or infinite."""
+    """Return whether all elements of ``values`` (not empty) are finite."""
     return all(math.isfinite(extreme) for extreme in torch.aminmax(values))  # 20 × as fast as isfinite().all()
 
 
 def not_finite(checkpoint: Checkpoint, name: str) -> InputError | None:
-    """What to say of a tensor with values that are NaN or infinite: how many, and the first; None if it has none."""
+    """Return the error for a tensor with NaN or infinite values: their number and the first; None if it has none."""
     count, first = 0, -1
     for start, values in _chunks(checkpoint, name):
         bad = ~values.isfinite()
@@ -55,9 +57,9 @@ def not_finite(checkpoint: Checkpoint, name: str) -> InputError | None:
 
 
 def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
-    """(first element, elements) of a tensor, in the order they have; each valid until the next.
+    """Yield (index of the first element, elements) of a tensor in order; each chunk is valid until the next.
 
-    What torch has no dtype for is read as bytes, for its checksum.
+    A tensor whose dtype torch lacks is read as bytes, for its checksum.
     """
     spec = checkpoint.spec(name)
     item = ITEM_SIZE[spec.dtype]
@@ -65,5 +67,5 @@ def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, spec.numel, _CHUNK // item):
         count = min(_CHUNK // item, spec.numel - start)
         checkpoint.read_into(name, start, memoryview(buffer)[: count * item])
-        kind = TORCH.get(spec.dtype)
-        yield start, torch.frombuffer(buffer, dtype=kind or torch.uint8, count=count if kind else count * item)
+        dtype = TORCH.get(spec.dtype)
+        yield start, torch.frombuffer(buffer, dtype=dtype or torch.uint8, count=count if dtype else count * item)

@@ -1,4 +1,4 @@
-"""What in a directory is a checkpoint, by names and first bytes, and what everything else is."""
+"""List the checkpoints of a directory by names and first bytes, with a reason for every other entry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Final
 from ckptavg.checkpoints.steps import natural
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile, is_folder
-from ckptavg.readers import claim, claim_folder, entries
+from ckptavg.readers import claim, claim_folder, entries, suffixes
 
 WEIGHT_NAMES: Final = (
     "model.safetensors",
@@ -24,7 +24,6 @@ WEIGHT_NAMES: Final = (
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
-WEIGHT_SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin", ".index.json")
 SIDE_FILES: Final = {
     "optimizer*": "an optimizer's state",
     "optim.*": "an optimizer's state",
@@ -35,18 +34,21 @@ SIDE_FILES: Final = {
     "training_args.bin": "the trainer's arguments",
     "SHA256SUMS": "what the checkpoints' sums must be",
 }
-SIDE_FOLDERS: Final = {"recipe_state": "a recipe's state", "lost+found": "the file system's own"}  # torchtune's first
-# of what is being written, or was when the job died
+SIDE_FOLDERS: Final = {
+    "recipe_state": "a recipe's state",
+    "lost+found": "the file system's own",
+}  # recipe_state: torchtune
+# patterns of unfinished files, of a job that is running or has died
 TEMPORARY: Final = ("tmp-*", "tmp_*", "*.tmp", ".tmp*", "*.part", "*.incomplete", "*.ckptavg-tmp")
 # the Trainer writes trainer_state.json last, so a directory with these and without it was interrupted
 TRAINER_FILES: Final = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth")
-_SHARD: Final = re.compile(r"-\d{5}-of-(?!0+1\.)\d{5}\.")  # of 1 is whole
-_RANK: Final = re.compile(r"(.*rank)(\d+)(\.pt)")  # Composer's, one file a process
+_SHARD: Final = re.compile(r"-\d{5}-of-(?!0+1\.)\d{5}\.")  # 1 of 1 is not a shard
+_RANK: Final = re.compile(r"(.*rank)(\d+)(\.pt)")  # Composer writes one file per rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """A file or directory that is no candidate, and why; ``kind`` is quiet, warning or bad."""
+    """A file or directory that is not a candidate, and why; ``kind`` is info, warning or bad."""
 
     path: Path
     reason: str
@@ -54,20 +56,20 @@ class LeftOut:
 
     @property
     def line(self) -> str:
-        """The path and the reason; an error names its file itself."""
+        """Path and reason; the reason of a bad file is an error message that starts with the path."""
         return self.reason if self.kind == "bad" else f"{self.path}: {self.reason}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointPath:
-    """Where a checkpoint lies.
+    """Location of a checkpoint.
 
     Attributes:
-        path: what the user calls it: the file, or the directory that holds the model's files.
+        path: the path shown to the user: the file, or the directory that holds the model's files.
         weights: the file to open.
-        name: the last part of its path.
-        order: which of the given paths it comes from.
-        explicit: whether it was itself given, not found in a directory.
+        name: the last component of ``path``.
+        order: index of the given path it was found under.
+        explicit: whether the user gave this path itself, rather than a directory that contains it.
     """
 
     path: Path
@@ -78,12 +80,12 @@ class CheckpointPath:
 
 
 def list_checkpoints(path: Path, order: int, left_out: list[LeftOut]) -> Iterator[CheckpointPath]:
-    """Where checkpoints lie under one of the given paths.
+    """Yield the checkpoints under one of the given paths.
 
     Args:
         path: a directory of checkpoints, or a checkpoint.
-        order: its number among the paths given.
-        left_out: gets what is none, with the reason.
+        order: the index of ``path`` among the given paths.
+        left_out: list to which entries that are not checkpoints are appended.
     """
     if not is_folder(path):
         yield CheckpointPath(path=path, weights=path, name=path.name, order=order, explicit=True)
@@ -116,7 +118,7 @@ def _listed(folder: Path, inside: frozenset[str], order: int, left_out: list[Lef
             left_out.append(LeftOut(path=path, reason=str(other), kind=other.kind))
             continue
         except InputError:
-            weights = path  # which cannot be looked into: opening it says why, unless it is not wanted
+            weights = path  # unreadable: opening it raises the error, unless a filter leaves it out
         yield CheckpointPath(path=path, weights=weights, name=name, order=order)
 
 
@@ -125,7 +127,7 @@ def _is_temporary(name: str) -> bool:
 
 
 class SkipFile(Exception):
-    """Says why something is no candidate; ``kind`` as in `LeftOut`."""
+    """Reason why an entry is not a candidate; ``kind`` as in `LeftOut`."""
 
     def __init__(self, reason: str, kind: str = "info") -> None:
         super().__init__(reason)
@@ -138,18 +140,18 @@ def _weights_file(path: Path) -> Path:
             raise SkipFile(reason)
     if rank := _RANK.fullmatch(path.name):
         _check_rank(path, *rank.groups())
-    if path.name.endswith(WEIGHT_SUFFIXES):
+    if path.name.endswith(suffixes()):
         if _SHARD.search(path.name) and not path.name.endswith(".json"):
             index = _SHARD.sub(".", path.name) + ".index.json"
-            known = os.path.lexists(path.parent / index)
+            indexed = os.path.lexists(path.parent / index)
             raise SkipFile(
-                f"a shard of {index}" if known else "a shard without its index", "info" if known else "warning"
+                f"a shard of {index}" if indexed else "a shard without its index", "info" if indexed else "warning"
             )
         return path
-    # an unusual name: only the first bytes tell; JSON is not asked, for config.json would look like an index
+    # an unusual name: the first bytes decide; JSON is excluded, because config.json looks like an index
     with suppress(InputError), RegularFile(path) as file:
-        found = claim(file)
-        if found and found.name != "sharded":
+        file_format = claim(file)
+        if file_format and file_format.name != "sharded":
             return path
     raise SkipFile("not a checkpoint")
 
@@ -185,13 +187,13 @@ def _weights_in(folder: Path, trainer: bool) -> Path:
 
 def _weight_files(folder: Path, names: frozenset[str]) -> Iterator[Path]:
     for name in sorted(names):
-        if name.endswith(WEIGHT_SUFFIXES) and not is_folder(folder / name):
+        if name.endswith(suffixes()) and not is_folder(folder / name):
             with suppress(SkipFile):
                 yield _weights_file(folder / name)
 
 
 def _parts(folder: Path, names: frozenset[str]) -> Iterator[Path]:
-    """The directories in it that are a model by themselves, such as ``pytorch_model_fsdp_0`` or ``global_step500``."""
+    """Yield subdirectories that hold a model, such as ``pytorch_model_fsdp_0`` or ``global_step500``."""
     for name in sorted(names):
         path = folder / name
         if not name.startswith("optim") and is_folder(path) and claim_folder(entries(path)):

@@ -1,4 +1,4 @@
-"""A job that is still saving: waiting until it leaves the checkpoints alone, and a word where it may not have."""
+"""Wait until a running job has stopped writing checkpoints, and warn about files that changed recently."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from ckptavg.checkpoints.checkpoint import Checkpoint
     from ckptavg.runtime.progress import Watch
 
-SETTLED: Final = 60.0  # seconds after which a file is taken to be finished
+SETTLED: Final = 60.0  # seconds without a change after which a file counts as complete
 _LOOK_EVERY: Final = 1.0  # seconds
 
 
 def wait(paths: Sequence[Path], window: Window, seconds: float, watch: Watch | None) -> None:
-    """Return when no file of a candidate has changed, appeared or vanished for ``seconds``.
+    """Block until no file of a candidate has changed, appeared or vanished for ``seconds``.
 
-    Files that are left out as unfinished count too. The time since the last change is taken from the files (their
-    ctime, which nobody can set) only to begin with; from then on changes are seen, so a wrong clock delays at most.
+    Files that are left out as unfinished count too. Only the initial time since the last change comes from the files
+    (their ctime, which cannot be set); later changes are observed, so a wrong clock can only delay the return.
 
     Args:
         paths: as in `ckptavg.checkpoints.discover.discover`.
-        window: whose globs tell which names matter.
-        seconds: of quiet.
-        watch: is told for how long it has been quiet.
+        window: its globs select the names that count.
+        seconds: required time without a change.
+        watch: progress callback; gets the time since the last change.
     """
     seen = _state(paths, window)
     newest = max((changed for _, _, changed in seen.values()), default=0) / 1e9
@@ -47,7 +47,7 @@ def wait(paths: Sequence[Path], window: Window, seconds: float, watch: Watch | N
 
 
 def warnings(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
-    """What to say where a candidate changed within the last `SETTLED` seconds."""
+    """Return a warning if a candidate changed within the last `SETTLED` seconds."""
     age, path = min(
         ((time.time() - file.changed, one.path) for one in checkpoints for file in one.reader.files),
         default=(SETTLED, Path()),

@@ -1,4 +1,4 @@
-"""Which sub-dictionary of a checkpoint is the model, which wrapper's prefix goes, and do all candidates agree?"""
+"""Find the model's state dict in a checkpoint, remove wrappers' prefixes, and check that all candidates agree."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PREFIXES: Final = ("module.", "_orig_mod.")
 
 
 def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, StoredTensor], tuple[str, ...]]:
-    """The model's state dict in what ``reader`` holds.
+    """Return the model's state dict in ``reader``.
 
     Args:
         reader: an open file.
-        key: where the user says it lies (dots go deeper), or None to look under `MODEL_KEYS` and then at the top.
+        key: its location given by the user (dots separate levels), or None to search `MODEL_KEYS`, then the top level.
     Returns:
         The key it was found under (``""`` for the whole file), state-dict name → tensor, and notes for the user.
     Raises:
-        InputError: if there is none, or one of its tensors cannot be averaged.
+        InputError: if there is no state dict, or one of its tensors is not supported.
     """
     tree = reader.tree
     found = [name for name in MODEL_KEYS if holds_tensors(_descend(tree, name))]
@@ -58,12 +58,12 @@ def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, St
 
 
 def holds_tensors(node: Node) -> bool:
-    """Whether ``node`` is a mapping with a tensor directly in it."""
+    """Return whether ``node`` is a mapping with a tensor directly in it."""
     return isinstance(node, Mapping) and any(isinstance(child, StoredTensor | Refused) for child in node.values())
 
 
 def other_contents(tree: Mapping[str, Node]) -> str | None:
-    """What a file is that is plainly no model, such as an optimizer's state; None if it may be one."""
+    """Return a description of a file that is clearly not a model, such as an optimizer's state; None otherwise."""
     if {"state", "param_groups"} <= set(tree):
         return "an optimizer's state"
     if "_step_count" in tree or {"base_lrs", "last_epoch"} <= set(tree):

@@ -1,4 +1,4 @@
-"""Which training step a checkpoint is of: told inside it, then by its name, and never by its modification time."""
+"""Training step of a checkpoint: from its contents, then from its name, never from its modification time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NAMED_STEP: Final = tuple(
 
 
 def steps_inside(reader: Reader) -> dict[str, int]:
-    """The training step as the file itself tells it: key → number, for those of `STEP_KEYS` it has."""
+    """Return the training steps recorded in the file: key → number, for each of `STEP_KEYS` that it has."""
     steps: dict[str, int] = {}
     for key in STEP_KEYS:
         value = _updates(reader) if key == "num_updates" else reader.tree.get(key)
@@ -38,14 +38,14 @@ def steps_inside(reader: Reader) -> dict[str, int]:
 
 
 def _updates(reader: Reader) -> object:
-    """What fairseq counts: the updates of the last of its optimizers."""
+    """Return fairseq's ``num_updates`` of the last optimizer."""
     history = reader.tree.get("optimizer_history")
     last = history[-1] if isinstance(history, Sequence) and not isinstance(history, str) and history else None
     return last.get("num_updates") if isinstance(last, Mapping) else None
 
 
 def step_in_name(name: str) -> int | None:
-    """The training step a file's name tells: behind ``step``, ``iter``, ``ba`` or ``epoch``, else its last number."""
+    """Return the training step in a name: the number after ``step``, ``iter``, ``ba`` or ``epoch``, or the last one."""
     for pattern in (*_NAMED_STEP, re.compile(r"([0-9]+)")):
         if numbers := pattern.findall(name.lower()):
             return int(numbers[-1][:18])
@@ -53,7 +53,7 @@ def step_in_name(name: str) -> int | None:
 
 
 def trainer_step(path: Path) -> dict[str, int]:
-    """The ``global_step`` of a Hugging Face ``trainer_state.json``, if there is one."""
+    """Return the ``global_step`` of a Hugging Face ``trainer_state.json``, if the file exists."""
     if not os.path.lexists(path):
         return {}
     state = read_json(path)
@@ -62,19 +62,20 @@ def trainer_step(path: Path) -> dict[str, int]:
 
 
 def natural(name: str) -> tuple[tuple[int, str] | tuple[int, int, str], ...]:
-    """A sort key that puts step-9 before step-10."""
+    """Return a sort key that puts step-9 before step-10."""
     parts = [part for part in re.split(r"([0-9]+)", name) if part]
     return tuple((1, int(part), part) if part.isascii() and part.isdigit() else (0, part) for part in parts)
 
 
 def common_kind(steps: Sequence[Mapping[str, int]], runs: Sequence[int]) -> tuple[str | None, bool]:
-    """The kind of step to order checkpoints by, and whether it tells all of a run apart.
+    """Return the kind of step to order checkpoints by, and whether it is distinct within each run.
 
     Args:
         steps: for each checkpoint, kind → number; the kinds are `STEP_KEYS` and ``name``.
         runs: for each checkpoint, the run it belongs to.
     Returns:
-        The first kind that all have and that is distinct within each run, else the first that all have, else None.
+        The first kind that all checkpoints have and that is distinct within each run, else the first that all have,
+        else None.
     """
     shared = [kind for kind in (*STEP_KEYS, "name") if steps and all(kind in one for one in steps)]
     for kind in shared:

@@ -1,4 +1,4 @@
-"""Which of the checkpoints found are candidates."""
+"""Filters that select candidates among the checkpoints found."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ckptavg.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Which of the checkpoints found are candidates; the filters apply in the order of these attributes.
+    """Filters that select candidates; applied in the order of these attributes.
 
     Attributes:
-        include: only names that match this glob.
-        exclude: not names that match this glob.
-        start: from this training step on.
-        stop: up to and including this training step.
-        every: only every N-th, counted back from the last.
-        last: only the last N.
+        include: glob that names must match.
+        exclude: glob that names must not match.
+        start: first training step.
+        stop: last training step, inclusive.
+        every: keep every N-th, counted back from the last.
+        last: keep the last N.
     """
 
     include: str | None = None
@@ -38,13 +38,13 @@ class Window:
                 raise UsageError(f"--{name} must be at least 1, not {value}")
 
     def admits(self, name: str) -> bool:
-        """Whether the globs let ``name`` (or its last part) through."""
+        """Return whether the globs accept ``name`` or one of its components."""
         return (self.include is None or _matches(name, self.include)) and (
             self.exclude is None or not _matches(name, self.exclude)
         )
 
     def select(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-        """The checkpoints within the steps and counts, in the order given."""
+        """Return the checkpoints that the step and count filters keep, in the given order."""
         kept = [
             c
             for c in checkpoints

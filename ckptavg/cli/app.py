@@ -1,4 +1,4 @@
-"""The application: one command a strategy, made from its dataclass, and the commands that look at files."""
+"""The application: one command per strategy, generated from its dataclass, and the commands that examine files."""
 
 from __future__ import annotations
 
@@ -7,33 +7,36 @@ from typing import Annotated
 
 import typer
 
-import ckptavg
 from ckptavg.cli import compare
+from ckptavg.cli.help_page import Command, Group
 from ckptavg.cli.strategy import command
+from ckptavg.runtime import version
 from ckptavg.strategies import strategies
 
 app = typer.Typer(
     help="Turn the checkpoints of a training job into one better model.",
     epilog="Examples:  ckptavg init  ·  ckptavg inspect ./ckpts  ·  ckptavg sewa ./ckpts --k 5",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_settings = {"cls": Command, "context_settings": app.info.context_settings}
 for _name, _strategy in strategies().items():
-    app.command(_name, rich_help_panel="Average", context_settings=app.info.context_settings)(command(_name, _strategy))  # pyright: ignore
-app.command("compare", rich_help_panel="Average")(compare.command)
+    app.command(_name, rich_help_panel="Average", **_settings)(command(_name, _strategy))  # pyright: ignore
+app.command("compare", rich_help_panel="Average", cls=Command)(compare.command)
 for _name in ("inspect", "eval", "verify", "landscape", "env"):
     _module = importlib.import_module(f"ckptavg.cli.{_name}")
-    app.command(_name, rich_help_panel="Look")(_module.command)
+    app.command(_name, rich_help_panel="Examine", cls=Command)(_module.command)
 for _name in ("init", "demo"):
     _module = importlib.import_module(f"ckptavg.cli.{_name}")
-    app.command(_name, rich_help_panel="Start")(_module.command)
+    app.command(_name, rich_help_panel="Start", cls=Command)(_module.command)
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
-        print("ckptavg", ckptavg.__version__)
+def _show_version(requested: bool) -> None:
+    if requested:
+        print("ckptavg", version.own())
         raise typer.Exit
 
 

@@ -1,4 +1,4 @@
-"""Turn a function into a command: its signature, its options from the environment, its run."""
+"""Turn a function into a command: build its signature, bind environment variables, run it and print the report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ckptavg.cli.options import Paths, Report, shared_options
 
 
 def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
-    """A keyword-only parameter of a command's signature."""
+    """Return a keyword-only parameter for a command's signature."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -25,22 +25,22 @@ def with_signature(
     run: Callable[..., None], name: str, doc: str, own: Sequence[inspect.Parameter], *,
     without: Collection[str] = (), defaults: Mapping[str, Any] | None = None,
 ) -> Callable[..., None]:  # fmt: skip
-    """``run`` as a command: the checkpoints, its own options, and the shared ones but for some."""
+    """Give `run` the signature of a command: CKPTS, its `own` options, and the shared options except `without`."""
     defaults = defaults or {}
     hints = _hints()
     shared = [
-        parameter(one.name, hints[one.name], defaults.get(one.name, one.default))
-        for one in inspect.signature(shared_options).parameters.values()
-        if one.name not in without
+        parameter(option.name, hints[option.name], defaults.get(option.name, option.default))
+        for option in inspect.signature(shared_options).parameters.values()
+        if option.name not in without
     ]
-    for one in (*own, *shared):
-        _from_environment(one)
+    for option in (*own, *shared):
+        _from_environment(option)
     parameters = [parameter("ckpts", Paths), *own, *shared]
     run.__name__ = name
     run.__doc__ = doc
     run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
-    return no_type_check(run)  # no annotation is a string: what Typer would look for was a quarter of --help's time
+    run.__annotations__ = {entry.name: entry.annotation for entry in parameters}
+    return no_type_check(run)  # annotations are resolved; Typer's own lookup took a quarter of --help's time
 
 
 @cache
@@ -48,11 +48,11 @@ def _hints() -> dict[str, Any]:
     return get_type_hints(shared_options, include_extras=True)
 
 
-def _from_environment(one: inspect.Parameter) -> None:
-    """Let ``CKPTAVG_NAME`` set the option; the task file has an order of its own."""
-    info = get_args(one.annotation)[1]
-    if info.envvar is None and one.name != "task":
-        info.envvar, info.show_envvar = f"CKPTAVG_{one.name.upper()}", False
+def _from_environment(option: inspect.Parameter) -> None:
+    """Let ``CKPTAVG_NAME`` set the option, except the task file, which `find_task` looks up."""
+    info = get_args(option.annotation)[1]
+    if info.envvar is None and option.name != "task":
+        info.envvar, info.show_envvar = f"CKPTAVG_{option.name.upper()}", False
 
 
 def run_command(
@@ -61,16 +61,16 @@ def run_command(
     *,
     needs_task: bool,
 ) -> None:
-    """Do the work of a command with its shared arguments, and show and write its report."""
+    """Run `work` with the shared options of a command, then print its report and write it to ``--report``."""
     from ckptavg.cli import terminal
     from ckptavg.report import as_json, table
     from ckptavg.report.result import Comparison
 
-    shown = terminal.Screen(quiet=arguments.pop("quiet"), verbose=arguments.pop("verbose"))
+    screen = terminal.Screen(quiet=arguments.pop("quiet"), verbose=arguments.pop("verbose"))
     json, file = arguments.pop("json"), arguments.pop("report")
     paths = arguments.pop("ckpts")
     meeting = joined(arguments["device"], arguments["worker_timeout"])
-    with meeting as workers, terminal.stdout_for_data(), shown.watching() as watch:
+    with meeting as workers, terminal.stdout_for_data(), screen.watching() as watch:
         from ckptavg.checkpoints.window import Window
         from ckptavg.options import Options
         from ckptavg.pipeline.task_choice import with_task
@@ -83,13 +83,13 @@ def run_command(
         if file is not None:
             terminal.check_text(file)
         if options.wait_stable is not None:
-            shown.print(f"beginning when no candidate has changed for {options.wait_stable:g} s")
+            screen.print(f"waiting until no candidate has changed for {options.wait_stable:g} s")
         done = work(paths, with_task(options, paths, required=needs_task), watch)
     if not workers.is_rank_zero:
         return
     result = done.result if isinstance(done, Comparison) else done
-    shown.warn(result)
-    shown.print(table.render(done))
+    screen.warn(result)
+    screen.print(table.render(done))
     if file is not None:
         terminal.write_text(file, as_json.to_json(done) + "\n")
     if json:

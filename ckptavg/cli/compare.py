@@ -1,17 +1,17 @@
-"""``ckptavg compare``: which strategy is worth shipping, on the user's own candidates and task."""
+"""``ckptavg compare``: compare strategies on the user's own candidates and task."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
 from ckptavg.cli.command import parameter, run_command, with_signature
-from ckptavg.cli.options import option
+from ckptavg.cli.options import MAIN, option
 
 Strategies = Annotated[
     str,
     option(
-        "Strategies",
-        "Which, with settings where wanted: last,swa,sewa:k=8,twa:on=train:lr=0.01. Default: all that the task allows.",
+        MAIN,
+        "Strategies, as last,sewa:k=8,twa:on=train:lr=0.01; default: all possible.",
         metavar="LIST",
     ),
 ]
@@ -32,7 +32,7 @@ def _run(**arguments: Any) -> None:
 command = with_signature(
     _run,
     "compare",
-    "Run several strategies on the same candidates, and write the average of the one that validates best.",
+    "Run several strategies on the same candidates and write the average that validates best.",
     [parameter("strategies", Strategies, "")],
     without=("never_worse", "baselines"),
 )

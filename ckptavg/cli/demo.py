@@ -1,4 +1,4 @@
-"""``ckptavg demo``: a small training of the template's task, for trying the commands on."""
+"""``ckptavg demo``: train the template's task, to have checkpoints on which to try the commands."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ckptavg.errors import OutputError, OutputExistsError
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="The directory to make.", readable=False)] = Path("ckptavg-demo"),
+    folder: Annotated[Path, typer.Argument(help="Directory to create.", readable=False)] = Path("ckptavg-demo"),
 ) -> None:
-    """Train a tiny network, save its checkpoints, and say what to try on them."""
+    """Train a tiny network, save its checkpoints, and print a command to try on them."""
     from ckptavg.cli.terminal import Screen, write_text
 
     if os.path.lexists(folder):
@@ -31,7 +31,7 @@ def command(
 
 
 def _train(folder: Path, checkpoints: int = 20) -> None:
-    """One checkpoint an epoch of SGD with a constant, high learning rate: the setting that averaging is for.
+    """Save one checkpoint per epoch of SGD with a constant, high learning rate: the setting that averaging is for.
 
     The update is written out because `torch.optim` imports torch's compiler, which takes longer than the training.
     """

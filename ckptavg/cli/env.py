@@ -1,4 +1,4 @@
-"""``ckptavg env``: versions, devices and limits of this machine, for a bug report. Works where torch does not."""
+"""``ckptavg env``: print versions, devices and limits of this machine for a bug report, even if torch is broken."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import ckptavg
 from ckptavg.cli.options import Json
-from ckptavg.runtime import threads
+from ckptavg.runtime import threads, version
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -29,25 +28,25 @@ _PLAIN: Final = re.compile(r"(-?[\d.]+([,:]-?[\d.]+)*|auto|cpu|cuda|true|false|a
 
 
 def command(json: Json = False) -> None:
-    """Print what a bug report needs: versions, devices, memory, threads, file system, variables."""
+    """Print versions, devices, memory, threads, file system and variables for a bug report."""
     facts = _facts()
     if json:
         print(json_module.dumps(facts, indent=2))
         return
     for name, value in facts.items():
         for line in value if isinstance(value, list) else [value]:
-            text = ", ".join(f"{key} {one}" for key, one in line.items()) if isinstance(line, dict) else line
+            text = ", ".join(f"{key} {entry}" for key, entry in line.items()) if isinstance(line, dict) else line
             print(f"- {name}: {text or 'none'}")
 
 
 def _facts() -> dict[str, Any]:
     torch, build = _torch()
     return {
-        "ckptavg": ckptavg.__version__,
+        "ckptavg": version.own(),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "platform": f"{platform.platform()}, {platform.machine()}",
-        "packages": {name: version for name in _REQUIRED if (version := _version(name) or "missing")},
-        "optional packages": {name: version for name in _OPTIONAL if (version := _version(name))},
+        "packages": {name: version.installed(name) or "missing" for name in _REQUIRED},
+        "optional packages": {name: number for name in _OPTIONAL if (number := version.installed(name))},
         "torch build": build,
         "devices": [f"cpu: {_processor()}", *(_accelerators(torch) if torch else ())],
         "threads": _threads(torch),
@@ -57,24 +56,15 @@ def _facts() -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _torch() -> tuple[ModuleType | None, str]:
-    """The module, and its build; or None and the reason, where it cannot be imported."""
+    """Return the torch module and its build, or None and the reason why the import failed."""
     try:
         import torch
 
         build = torch.version.cuda and f"CUDA {torch.version.cuda}"
         build = build or (torch.version.hip and f"ROCm {torch.version.hip}") or "cpu"
         return torch, f"{build}, git {str(torch.version.git_version)[:10]}"
-    except Exception as error:  # any of them may come of an installation that is broken
+    except Exception as error:  # a broken installation may raise any exception
         reason = str(error).strip().splitlines() or [""]
         return None, f"cannot be imported: {type(error).__name__}: {reason[-1]}"
 
@@ -86,7 +76,7 @@ def _processor() -> str:
 
 
 def _accelerators(torch: ModuleType) -> list[str]:
-    """GPUs with their memory, or the reason why the driver refuses."""
+    """List the GPUs with their memory, or the error of the driver."""
     try:
         lines: list[str] = []
         for index in range(torch.cuda.device_count()):
@@ -102,7 +92,7 @@ def _accelerators(torch: ModuleType) -> list[str]:
 
 
 def _threads(torch: ModuleType | None) -> dict[str, float]:
-    """Threads of torch, processors of the affinity mask, and the CPU quota where there is one."""
+    """Return the thread count of torch, the processor count of the affinity mask, and the CPU quota if one is set."""
     limit = threads.quota()
     counts = {"torch": torch.get_num_threads()} if torch else {}
     return counts | {"affinity": threads.affinity()} | ({} if limit is None else {"quota": limit})
@@ -115,19 +105,19 @@ def _memory() -> str:
 
 
 def _file_system() -> str:
-    """The type of the file system under the working directory, and its space. The path is left out."""
+    """Return the file system type and free space of the working directory, without its path."""
     try:
         here, usage = Path.cwd(), shutil.disk_usage(Path())
     except OSError as error:
         return f"cannot be read: {str(error.strerror).lower()}"
     mounts = re.findall(r"^(?:\S+ ){4}(\S+) .*? - (\S+)", _read("/proc/self/mountinfo"), re.MULTILINE)
     above = [(len(point), kind) for point, kind in mounts if here.is_relative_to(point)]
-    kind = max(above, key=lambda one: one[0])[1] if above else "file system of unknown type"
+    kind = max(above, key=lambda mount: mount[0])[1] if above else "file system of unknown type"
     return f"{kind}, {_gb(usage.free)} free of {_gb(usage.total)}"
 
 
 def _variables() -> dict[str, str]:
-    """Variables that change a run. A value that is no number, list of numbers or known word is replaced by "(set)"."""
+    """Return the variables that affect a run; "(set)" replaces values other than numbers and known words."""
     return {
         name: value if _PLAIN.fullmatch(value) else "(set)"
         for name, value in sorted(os.environ.items())

@@ -1,4 +1,4 @@
-"""``ckptavg eval``: the score of files as they are."""
+"""``ckptavg eval``: score checkpoint files as they are."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def command(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Score files on the task's validation and test data, with their own BatchNorm statistics."""
+    """Score files on the task's validation and test data, with their BatchNorm statistics."""
     from rich.table import Table
     from rich.text import Text
 
@@ -56,7 +56,7 @@ def command(
         from ckptavg.pipeline.task_choice import find_task
 
         given = val is not None or lm_eval is not None
-        # an output beside ./task.py is usual
+        # the output often lies beside ./task.py
         source = task if given else find_task(task, [path for path in files if is_folder(path)])
         scored = evaluate(
             files, source, key=key, device=device, seed=seed, watch=watch, val=val, test=test,
@@ -69,8 +69,8 @@ def command(
         {
             "path": str(path),
             **{
-                split: {"loss": one.loss, "metric": one.metric, "examples": one.examples}
-                for split, one in scores.items()
+                split: {"loss": score.loss, "metric": score.metric, "examples": score.examples}
+                for split, score in scores.items()
             },
         }
         for path, scores in scored

@@ -1,4 +1,4 @@
-"""``ckptavg init``: a commented task file that runs as it is."""
+"""``ckptavg init``: write a commented task file that runs unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ckptavg.errors import OutputExistsError
 
 
 def command(
-    path: Annotated[Path, typer.Argument(help="The file to write.", readable=False)] = Path("task.py"),
+    path: Annotated[Path, typer.Argument(help="File to write.", readable=False)] = Path("task.py"),
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented task file to fill in."""
@@ -26,5 +26,5 @@ def command(
 
 
 def template() -> str:
-    """The text of the template."""
+    """Return the text of the template."""
     return (Path(__file__).parent.parent / "tasks" / "template.py").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""``ckptavg inspect``: what there is, in training order, and why the rest is no candidate. Needs no torch."""
+"""``ckptavg inspect``: list the candidates in training order and why other files are none. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,28 @@ import json as json_module
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ckptavg.cli.options import Every, Exclude, Include, Json, Key, LastN, Paths, Quiet, Start, Stop, Verbose, option
+from ckptavg.cli.options import (
+    CANDIDATES,
+    Every,
+    Exclude,
+    Include,
+    Json,
+    Key,
+    LastN,
+    Paths,
+    Quiet,
+    Start,
+    Stop,
+    Verbose,
+    option,
+)
 from ckptavg.errors import InputError, printable
 
 if TYPE_CHECKING:
     from ckptavg.checkpoints.checkpoint import Checkpoint
     from ckptavg.checkpoints.discover import Discovered
 
-ReadData = Annotated[
-    bool, option("Candidates", "Read files to their ends too: checksums, SHA256SUMS, NaN.", "--read-data")
-]
+ReadData = Annotated[bool, option(CANDIDATES, "Read all data: check checksums, SHA256SUMS and NaN.", "--read-data")]
 
 
 def command(
@@ -41,20 +53,20 @@ def command(
     window = Window(include=include, exclude=exclude, start=start, stop=stop, every=every, last=last)
     manifest = Manifest()
 
-    def whole(checkpoint: Checkpoint) -> None:
-        from ckptavg.checkpoints import integrity  # and torch with it
+    def check_data(checkpoint: Checkpoint) -> None:
+        from ckptavg.checkpoints import integrity  # imports torch
 
         manifest.check(checkpoint)
         integrity.check(checkpoint)
 
-    with discover(ckpts, window, key, bad="list", check=whole if read_data else None) as found:
+    with discover(ckpts, window, key, bad="list", check=check_data if read_data else None) as found:
         doubts = (*manifest.doubts, *stability.warnings(found.checkpoints))
         found = replace(found, warnings=(*found.warnings, *doubts))
         if json:
             print(json_module.dumps(_to_dict(found), indent=2))
         else:
             _show(found, quiet=quiet)
-    bad = [one for one in found.left_out if one.kind == "bad"]
+    bad = [file for file in found.left_out if file.kind == "bad"]
     if bad:
         raise InputError(
             f"{len(bad)} of {len(found.checkpoints) + len(bad)} checkpoints cannot be read",
@@ -72,20 +84,20 @@ def _to_dict(found: Discovered) -> dict[str, Any]:
     return {
         "candidates": [
             {
-                "path": str(one.path),
-                "step": one.step,
-                "step_from": one.step_from,
-                "format": one.format,
-                "key": one.key,
-                "tensors": len(one.tensors),
-                "parameters": one.numel,
-                "dtype": _dtypes(one),
-                "bytes": one.size,
-                "notes": list(one.notes),
+                "path": str(checkpoint.path),
+                "step": checkpoint.step,
+                "step_from": checkpoint.step_from,
+                "format": checkpoint.format,
+                "key": checkpoint.key,
+                "tensors": len(checkpoint.tensors),
+                "parameters": checkpoint.numel,
+                "dtype": _dtypes(checkpoint),
+                "bytes": checkpoint.size,
+                "notes": list(checkpoint.notes),
             }
-            for one in found.checkpoints
+            for checkpoint in found.checkpoints
         ],
-        "left_out": [{"path": str(one.path), "reason": one.reason, "kind": one.kind} for one in found.left_out],
+        "left_out": [{"path": str(file.path), "reason": file.reason, "kind": file.kind} for file in found.left_out],
         "warnings": list(found.warnings),
     }
 
@@ -98,22 +110,22 @@ def _show(found: Discovered, *, quiet: bool) -> None:
 
     screen = console()
     table = Table(box=None, pad_edge=False)
-    keyed = any(one.key for one in found.checkpoints)
+    keyed = any(checkpoint.key for checkpoint in found.checkpoints)
     table.add_column("candidate", no_wrap=True)
     for heading in ("step", "format", *(("key",) if keyed else ()), "tensors", "parameters", "dtype", "size"):
         right = heading in ("step", "tensors", "parameters", "size")
         table.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    for one in found.checkpoints:
-        key = (one.key or "·",) if keyed else ()
+    for checkpoint in found.checkpoints:
+        key = (checkpoint.key or "·",) if keyed else ()
         cells = (
-            one.path.name,
-            one.step,
-            one.format,
+            checkpoint.path.name,
+            checkpoint.step,
+            checkpoint.format,
             *key,
-            len(one.tensors),
-            f"{one.numel:,}",
-            _dtypes(one),
-            _size(one.size),
+            len(checkpoint.tensors),
+            f"{checkpoint.numel:,}",
+            _dtypes(checkpoint),
+            _size(checkpoint.size),
         )
         table.add_row(*(Text(printable(str(cell))) for cell in cells))
     screen.print(table)
@@ -122,12 +134,14 @@ def _show(found: Discovered, *, quiet: bool) -> None:
     if found.checkpoints:
         screen.print(Text(f"steps from {found.checkpoints[0].step_from}", style="dim"))
     styles = {"bad": "red", "warning": "yellow"}
-    for one in found.left_out:
-        where = "" if one.kind == "bad" else f"{one.path.name}: "  # an error names its file itself
+    for file in found.left_out:
+        name = "" if file.kind == "bad" else f"{file.path.name}: "  # an error message starts with its file
         screen.print(
-            Text(printable(f"left out {where}{one.reason}"), style=styles.get(one.kind, "dim")), soft_wrap=True
+            Text(printable(f"left out {name}{file.reason}"), style=styles.get(file.kind, "dim")), soft_wrap=True
         )
-    for note in dict.fromkeys((*found.warnings, *(note for one in found.checkpoints for note in one.notes))):
+    for note in dict.fromkeys(
+        (*found.warnings, *(note for checkpoint in found.checkpoints for note in checkpoint.notes))
+    ):
         screen.print(Text(printable(note), style="yellow"), soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""``ckptavg landscape``: the loss to second order around the candidates, and how far that can be trusted."""
+"""``ckptavg landscape``: a second-order model of the loss around the candidates, and the error of that model."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ckptavg.cli.command import parameter, run_command, with_signature
-from ckptavg.cli.options import option
+from ckptavg.cli.options import MAIN, SEARCH, option
 
-Samples = Annotated[int, option("Landscape", "Random mixtures that are really scored.")]
+Samples = Annotated[int, option(MAIN, "Random mixtures to score.", metavar="N")]
 Mixtures = Annotated[
     str,
-    option("Landscape", "Three strategies whose plane is scored too: last,swa,twa:solver=quadratic.", metavar="A,B,C"),
+    option(MAIN, "Three strategies that span a plane to score: last,swa,twa.", metavar="A,B,C"),
 ]
-Grid = Annotated[int, option("Landscape", "Points along each side of the plane.")]
+Grid = Annotated[int, option(MAIN, "Points along each side of the plane.", metavar="N")]
 Curvature = Annotated[
-    Literal["auto", "exact", "gauss-newton"], option("Landscape", "Which second derivatives.", "--hessian")
+    Literal["auto", "exact", "gauss-newton"], option(SEARCH, "Second derivatives to use.", "--hessian")
 ]
 
 
@@ -29,10 +29,10 @@ def _run(**arguments: Any) -> None:
         from ckptavg.report import landscape as surface
 
         paths, options, watch = inputs
-        found = landscape(paths, options, watch, mixtures=names, as_text=as_json.to_json, **more)
-        if found.plane is not None and options.workers.is_rank_zero:
-            surface.draw(found.plane, Path(options.output).with_suffix(".png"))
-        return found
+        measured = landscape(paths, options, watch, mixtures=names, as_text=as_json.to_json, **more)
+        if measured.plane is not None and options.workers.is_rank_zero:
+            surface.draw(measured.plane, Path(options.output).with_suffix(".png"))
+        return measured
 
     arguments["output"] = arguments["output"] or "landscape.json"
     run_command(arguments, work, needs_task=True)
@@ -41,7 +41,7 @@ def _run(**arguments: Any) -> None:
 command = with_signature(
     _run,
     "landscape",
-    "Describe the loss around the candidates to second order, and write it as JSON.",
+    "Write a second-order model of the loss around the candidates as JSON.",
     [
         parameter("samples", Samples, 32),
         parameter("mixtures", Mixtures, ""),

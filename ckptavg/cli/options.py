@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 import typer
 
@@ -14,171 +14,171 @@ if TYPE_CHECKING:
 
 Report: TypeAlias = "Result | Comparison | Landscape"
 
+MAIN: Final = None  # Typer's own panel "Options", which comes first
+CANDIDATES: Final = "Advanced: candidates"
+SCORING: Final = "Advanced: scoring"
+SEARCH: Final = "Advanced: search"
+OUTPUT: Final = "Advanced: output"
+WORKERS: Final = "Advanced: several processes (torchrun)"
+RUN: Final = "Advanced: run and report"
 
-def option(panel: str, text: str, *names: str, **more: Any) -> Any:
-    """A Typer option under a heading of the help."""
+
+def option(panel: str | None, text: str, *names: str, **more: Any) -> Any:
+    """Return a Typer option listed in `panel` of the help page."""
     return typer.Option(*names, help=text, rich_help_panel=panel, **more)
 
 
 Paths = Annotated[
     list[Path],
-    typer.Argument(
-        metavar="CKPTS", help="A directory of checkpoints, several, or the checkpoints themselves.", readable=False
-    ),
+    typer.Argument(metavar="CKPTS", help="Checkpoint directories, or single checkpoints.", readable=False),
 ]
-Include = Annotated[str | None, option("Candidates", "Only checkpoints whose name matches this glob.")]
-Exclude = Annotated[str | None, option("Candidates", "No checkpoints whose name matches this glob.")]
-Start = Annotated[int | None, option("Candidates", "From this training step on.")]
-Stop = Annotated[int | None, option("Candidates", "Up to this training step.")]
-Every = Annotated[int | None, option("Candidates", "Every N-th, counted back from the last.")]
-LastN = Annotated[int | None, option("Candidates", "The last N.", "--last")]
-Key = Annotated[str | None, option("Candidates", "The part of each file that is the model, such as state_dict_ema.")]
-SkipBad = Annotated[
-    bool, option("Candidates", "Leave out bad checkpoints (damaged, NaN), with a warning each.", "--skip-bad")
-]
-AllowNonfinite = Annotated[
-    bool, option("Candidates", "Average NaN and infinite weights too, instead of refusing them.", "--allow-nonfinite")
-]
-WaitStable = Annotated[
-    float | None, option("Candidates", "First wait until no candidate has changed for so many seconds.")
-]
+
 TaskFile = Annotated[
     str | None,
-    option("Task", "Python file or module: model, loss, data. Else CKPTAVG_TASK, ./task.py.", metavar="PATH"),
-]
-TaskTimeout = Annotated[
-    float | None, option("Task", "Seconds that a call of the task's functions may take, such as one loss.")
+    option(MAIN, "Task file or module; else $CKPTAVG_TASK, ./task.py.", metavar="PATH"),
 ]
 Val = Annotated[
     str | None,
-    option("Task", "Validation data for a Hugging Face model: JSONL, CSV, Parquet, images.", metavar="PATH"),
-]
-Train = Annotated[str | None, option("Task", "Training data, with --val.", metavar="PATH")]
-Test = Annotated[str | None, option("Task", "Data for an unbiased final score, with --val.", metavar="PATH")]
-BatchSize = Annotated[int | None, option("Task", "Of that data; default 32, halved when memory runs out.")]
-TrustRemoteCode = Annotated[
-    bool, option("Task", "Let the candidates' config.json name code to run.", "--trust-remote-code")
+    option(MAIN, "Hugging Face validation data; no task file needed.", metavar="PATH"),
 ]
 ScoreCmd = Annotated[
     str | None,
-    option("Task", "A command that prints the score of {} (a file) or {dir}: 'python eval.py {}'.", metavar="CMD"),
+    option(MAIN, "Command scoring {} or {dir}: 'python eval.py {}'.", metavar="CMD"),
+]
+LastN = Annotated[int | None, option(MAIN, "Use only the last N checkpoints.", "--last", metavar="N")]
+Output = Annotated[
+    str, option(MAIN, "File to write; a directory/ gets model.safetensors.", "-o", "--output", metavar="PATH")
+]
+Force = Annotated[bool, option(MAIN, "Replace an existing output.", "--force")]
+Device = Annotated[str, option(MAIN, "auto, cpu, cuda, cuda:1 or mps.", metavar="DEVICE")]
+DryRun = Annotated[bool, option(MAIN, "Show what would be done, and stop.", "--dry-run")]
+
+Include = Annotated[str | None, option(CANDIDATES, "Only checkpoints whose name matches this glob.", metavar="GLOB")]
+Exclude = Annotated[str | None, option(CANDIDATES, "No checkpoints whose name matches this glob.", metavar="GLOB")]
+Start = Annotated[int | None, option(CANDIDATES, "First training step to use.", metavar="STEP")]
+Stop = Annotated[int | None, option(CANDIDATES, "Last training step to use.", metavar="STEP")]
+Every = Annotated[int | None, option(CANDIDATES, "Every N-th checkpoint, counted back from the last.", metavar="N")]
+Key = Annotated[
+    str | None, option(CANDIDATES, "Entry of each file that is the model, such as state_dict_ema.", metavar="KEY")
+]
+SkipBad = Annotated[
+    bool, option(CANDIDATES, "Leave out damaged or NaN checkpoints, with a warning each.", "--skip-bad")
+]
+AllowNonfinite = Annotated[
+    bool, option(CANDIDATES, "Average NaN and infinite weights instead of refusing them.", "--allow-nonfinite")
+]
+WaitStable = Annotated[
+    float | None, option(CANDIDATES, "First wait until no checkpoint has changed for SECONDS.", metavar="SECONDS")
+]
+
+TaskTimeout = Annotated[
+    float | None, option(SCORING, "Limit for one call of a task function, such as a loss.", metavar="SECONDS")
+]
+Train = Annotated[
+    str | None, option(SCORING, "Training data, with --val: JSONL, CSV, Parquet, images.", metavar="PATH")
+]
+Test = Annotated[str | None, option(SCORING, "Test data for an unbiased final score, with --val.", metavar="PATH")]
+BatchSize = Annotated[
+    int | None, option(SCORING, "Batch size for --val; default 32, halved if out of memory.", metavar="N")
+]
+TrustRemoteCode = Annotated[
+    bool, option(SCORING, "Run code that the checkpoints' config.json names.", "--trust-remote-code")
 ]
 ScoreKey = Annotated[
-    str | None, option("Task", "The entry of a JSON line on its stdout that is the score; else the last number.")
+    str | None, option(SCORING, "Key of the score in JSON output; else the last number.", metavar="KEY")
 ]
-ScoreGoal = Annotated[Literal["max", "min"], option("Task", "Whether a larger or a smaller score is better.")]
-ScoreTimeout = Annotated[float | None, option("Task", "Seconds that the command may take.")]
-LmEval = Annotated[str | None, option("Task", "Tasks of lm-evaluation-harness, separated by commas.", metavar="TASKS")]
-Device = Annotated[str, option("Run", "auto, cpu, cuda, cuda:1, mps.")]
-Seed = Annotated[int, option("Run", "Of everything random.")]
-Deterministic = Annotated[
-    bool, option("Run", "Only operations that repeat to the bit, which on a GPU may be slower.", "--deterministic")
+ScoreGoal = Annotated[Literal["max", "min"], option(SCORING, "Whether a higher or a lower score wins.")]
+ScoreTimeout = Annotated[float | None, option(SCORING, "Limit for one run of --score-cmd.", metavar="SECONDS")]
+LmEval = Annotated[
+    str | None, option(SCORING, "Score by lm-evaluation-harness tasks, comma-separated.", metavar="TASKS")
 ]
-Json = Annotated[bool, option("Report", "Print the report as JSON on stdout.", "--json")]
-Quiet = Annotated[bool, option("Report", "Only errors and the result.", "-q", "--quiet")]
-Verbose = Annotated[bool, option("Report", "More detail; tracebacks.", "-v", "--verbose")]
+Holdout = Annotated[
+    float | None, option(SCORING, "Validation share kept for the final score if no test data.", metavar="FRACTION")
+]
 
 Bits = Annotated[
     Literal["32", "16", "8", "4", "2", "1", "auto"],
-    option("Run", "Of the candidates while searching; auto is the most that fits. The average is exact in any case."),
+    option(SEARCH, "Bits per candidate weight."),
 ]
-GroupSize = Annotated[int, option("Run", "Elements that share a scale where there are fewer than 32 bits.")]
+GroupSize = Annotated[int, option(SEARCH, "Weights per scale below 32 bits.", metavar="N")]
 Offload = Annotated[
     Literal["none", "cpu", "disk"],
-    option(
-        "Run", "Where the candidates lie while searching, where the device has no room: host memory, or their files."
-    ),
+    option(SEARCH, "Keep candidates off the device."),
 ]
 Precision = Annotated[
     Literal["float32", "bfloat16", "auto"],
-    option(
-        "Run",
-        "Of the search's passes: bfloat16 by autocast; auto is that on a GPU that has it. Reported scores are float32.",
-    ),
+    option(SEARCH, "Autocast for search passes."),
 ]
-Compile = Annotated[bool, option("Run", "Let torch.compile have the model: pays in long searches.", "--compile")]
-Holdout = Annotated[
-    float | None,
-    option("Run", "Keep this part of the validation data for the final score, where there are no test data."),
-]
-Output = Annotated[
-    str, option("Output", "The file to write; a directory/ gets model.safetensors.", "-o", "--output", metavar="PATH")
-]
-Force = Annotated[bool, option("Output", "Replace an existing output.", "--force")]
+Compile = Annotated[bool, option(SEARCH, "Use torch.compile; pays in long searches.", "--compile")]
+Seed = Annotated[int, option(SEARCH, "Seed of all random numbers.", metavar="N")]
+Deterministic = Annotated[bool, option(SEARCH, "Use deterministic algorithms; may be slower.", "--deterministic")]
+
 Dtype = Annotated[
     Literal["float64", "float32", "float16", "bfloat16"] | None,
-    option("Output", "Of the output; default the candidates' own."),
+    option(OUTPUT, "float64|float32|float16|bfloat16; default as stored.", metavar="DTYPE"),
 ]
-NeverWorse = Annotated[
-    bool, option("Output", "Write the best single candidate where it scores higher.", "--never-worse")
-]
+NeverWorse = Annotated[bool, option(OUTPUT, "Write the best single checkpoint if it scores higher.", "--never-worse")]
 MaxShardSize = Annotated[
-    str | None, option("Output", "In a directory: files of at most this size, such as 5GB, and an index.")
+    str | None, option(OUTPUT, "In a directory: files of at most SIZE, such as 5GB.", metavar="SIZE")
 ]
 AdapterMode = Annotated[
     Literal["factors", "exact"],
-    option("Output", "PEFT adapters: average their factors (approximate), or exactly in weight space."),
+    option(OUTPUT, "Average PEFT factors (approximate) or exact weights."),
 ]
-Rank = Annotated[int | None, option("Output", "Reduce an exact adapter to this rank.")]
+Rank = Annotated[int | None, option(OUTPUT, "Reduce the adapter of --adapter exact to rank N.", metavar="N")]
 Format = Annotated[
     Literal["safetensors", "dcp"],
-    option("Output", "dcp: a directory of torch.distributed.checkpoint, to go on training from."),
+    option(OUTPUT, "dcp: torch.distributed.checkpoint, to train further."),
 ]
-Digests = Annotated[
-    bool,
-    option("Output", "Write the sources' SHA-256 into the file, so that verify knows them; a search hides the time."),
-]
-DryRun = Annotated[bool, option("Run", "Say what would be done, and do nothing.", "--dry-run")]
-Resume = Annotated[bool, option("Run", "Go on from what an interrupted run of this command has measured.")]
-KeepJournal = Annotated[bool, option("Run", "Leave OUTPUT.ckptavg/ when the output is written.", "--keep-journal")]
+Digests = Annotated[bool, option(RUN, "Store the sources' SHA-256.")]
+
+Resume = Annotated[bool, option(RUN, "Continue an interrupted run.")]
+KeepJournal = Annotated[bool, option(RUN, "Keep OUTPUT.ckptavg/ after the run.", "--keep-journal")]
 Parallel = Annotated[
     Literal["auto", "batches", "candidates"],
-    option("Workers", "What processes started by torchrun divide in a score."),
+    option(WORKERS, "What ranks divide in a score."),
 ]
-Shard = Annotated[
-    bool, option("Workers", "Divide the model and its candidates among them, for one that fits no device.", "--shard")
-]
-WorkerTimeout = Annotated[float, option("Workers", "Seconds that one of them waits for the others.")]
-Baselines = Annotated[bool, option("Report", "Score last, SWA and LAWA for comparison.")]
+Shard = Annotated[bool, option(WORKERS, "Shard a model that fits no single device.", "--shard")]
+WorkerTimeout = Annotated[float, option(WORKERS, "Timeout between ranks.", metavar="SECONDS")]
+
+Baselines = Annotated[bool, option(RUN, "Score last, SWA and LAWA.")]
+Json = Annotated[bool, option(RUN, "Print the report as JSON on stdout.", "--json")]
 ReportFile = Annotated[
-    Path | None, option("Report", "Write the report to a file too.", metavar="FILE.json", readable=False)
+    Path | None, option(RUN, "Also write the report to a file.", metavar="FILE.json", readable=False)
 ]
+Quiet = Annotated[bool, option(RUN, "Print only errors and the result.", "-q", "--quiet")]
+Verbose = Annotated[bool, option(RUN, "Print more detail, and tracebacks.", "-v", "--verbose")]
 
 
 def shared_options(
     *,
+    task: TaskFile = None,
+    val: Val = None,
+    score_cmd: ScoreCmd = None,
+    last: LastN = None,
     output: Output = "averaged.safetensors",
     force: Force = False,
-    dtype: Dtype = None,
-    never_worse: NeverWorse = False,
-    max_shard_size: MaxShardSize = None,
-    digests: Digests = True,
-    format: Format = "safetensors",
-    adapter: AdapterMode = "factors",
-    rank: Rank = None,
+    device: Device = "auto",
+    dry_run: DryRun = False,
     include: Include = None,
     exclude: Exclude = None,
     start: Start = None,
     stop: Stop = None,
     every: Every = None,
-    last: LastN = None,
     key: Key = None,
     skip_bad: SkipBad = False,
     allow_nonfinite: AllowNonfinite = False,
     wait_stable: WaitStable = None,
-    task: TaskFile = None,
     task_timeout: TaskTimeout = None,
-    val: Val = None,
     train: Train = None,
     test: Test = None,
+    holdout: Holdout = None,
     batch_size: BatchSize = None,
     trust_remote_code: TrustRemoteCode = False,
-    score_cmd: ScoreCmd = None,
     score_key: ScoreKey = None,
     score_goal: ScoreGoal = "max",
     score_timeout: ScoreTimeout = None,
     lm_eval: LmEval = None,
-    device: Device = "auto",
     seed: Seed = 0,
     deterministic: Deterministic = False,
     bits: Bits = "32",
@@ -186,17 +186,22 @@ def shared_options(
     offload: Offload = "none",
     precision: Precision = "float32",
     compile: Compile = False,
-    holdout: Holdout = None,
-    dry_run: DryRun = False,
-    resume: Resume = True,
-    keep_journal: KeepJournal = False,
+    never_worse: NeverWorse = False,
+    dtype: Dtype = None,
+    max_shard_size: MaxShardSize = None,
+    format: Format = "safetensors",
+    adapter: AdapterMode = "factors",
+    rank: Rank = None,
     parallel: Parallel = "auto",
     shard: Shard = False,
     worker_timeout: WorkerTimeout = TIMEOUT,
+    resume: Resume = True,
+    keep_journal: KeepJournal = False,
+    digests: Digests = True,
     baselines: Baselines = True,
     json: Json = False,
     report: ReportFile = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """The options of every strategy; only its signature is used."""
+    """Declare the options of every strategy; only the signature is used."""

@@ -1,4 +1,4 @@
-"""Everything that is shown to a person goes to stderr from here; stdout is for data."""
+"""Print messages and progress to stderr; stdout is reserved for data."""
 
 from __future__ import annotations
 
@@ -20,57 +20,57 @@ if TYPE_CHECKING:
 
     from ckptavg.report.result import Landscape, Result
 
-WIDE = 200  # columns where there is no terminal: a log should not cut names
+WIDE = 200  # columns without a terminal, so that names in a log are not cut
 _STDOUT, _STDERR = 1, 2
 Watch = Callable[[str, int, int, Mapping[str, float]], None]
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Rich's console for one of the two streams."""
+    """Return a Rich console for stdout or stderr."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else WIDE)
 
 
 @contextmanager
 def stdout_for_data() -> Generator[None]:
-    """Whatever writes to stdout within, a task or a process that it starts, writes to stderr."""
+    """Redirect stdout to stderr inside the block, for task code and the processes it starts too."""
     sys.stdout.flush()
-    kept = os.dup(_STDOUT)
+    saved = os.dup(_STDOUT)
     os.dup2(_STDERR, _STDOUT)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        for stream in (sys.stdout, sys.__stdout__):  # what was written to it by its own name goes to stderr too
+        for stream in (sys.stdout, sys.__stdout__):  # flush writes to sys.__stdout__ to stderr as well
             if stream is not None:
                 with suppress(OSError, ValueError):
                     stream.flush()
-        os.dup2(kept, _STDOUT)
-        os.close(kept)
+        os.dup2(saved, _STDOUT)
+        os.close(saved)
 
 
 class Screen:
-    """stderr, as loud as the user wants it."""
+    """Messages on stderr, filtered by ``--quiet`` and ``--verbose``."""
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
         self._quiet = quiet
         self._verbose = verbose
         self._console = console(stderr=True)
 
-    def print(self, what: RenderableType) -> None:
-        """Show something, unless quiet."""
+    def print(self, renderable: RenderableType) -> None:
+        """Print unless quiet."""
         if not self._quiet:
-            self._console.print(what)
+            self._console.print(renderable)
 
     def warn(self, result: Result | Landscape) -> None:
-        """Say what was left out and what is doubtful; with -v also what was left out as a matter of course."""
-        for one in result.left_out:
-            if one.kind != "info" or self._verbose:
-                self._say(f"left out {one.line}")
+        """Print the warnings and the files left out; routine exclusions only with ``-v``."""
+        for file in result.left_out:
+            if file.kind != "info" or self._verbose:
+                self._warning(f"left out {file.line}")
         for warning in result.warnings:
-            self._say(warning)
+            self._warning(warning)
 
-    def _say(self, text: str) -> None:
+    def _warning(self, text: str) -> None:
         if not self._quiet:
             self._console.print(printable(text), style="yellow", markup=False)
 
@@ -79,14 +79,14 @@ class Screen:
 
     @contextmanager
     def watching(self) -> Generator[Watch | None]:
-        """Remarks, and on a terminal a progress bar for the stages of a run; a signal is an InterruptedRunError."""
+        """Yield the progress callback, with bars on a terminal; raise InterruptedRunError on a signal."""
         try:
             with signals.waiting(), self._bars() as watch:
                 yield watch
         except (Exception, KeyboardInterrupt, signals.Interruption) as error:
             if isinstance(error, Exception) and not signals.pending():
                 raise
-            # also where a worker process got the signal too, and what was noticed first is its death
+            # also if a worker process received the signal and its death was noticed first
             raise InterruptedRunError(
                 "interrupted; nothing was written", hint="run the same command to resume"
             ) from error
@@ -96,7 +96,7 @@ class Screen:
         if self._quiet:
             yield None
             return
-        if not sys.stderr.isatty():  # nor where FORCE_COLOR says that it is a terminal
+        if not sys.stderr.isatty():  # not even with FORCE_COLOR
             yield lambda stage, done, total, figures: None if total else self._remark(stage)
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -113,7 +113,7 @@ class Screen:
                     self._remark(stage)
                     return
                 if stage not in stages:
-                    for old in [task for task in progress.tasks if task.finished]:  # one line for what goes on
+                    for old in [task for task in progress.tasks if task.finished]:  # show only the running stage
                         progress.remove_task(stages.pop(old.description))
                     stages[stage] = progress.add_task(stage, total=total, figures="")
                 shown = "  ".join(f"{name} {_figure(name, value)}" for name, value in figures.items())
@@ -127,10 +127,10 @@ def _figure(name: str, value: float) -> str:
 
 
 def check_text(path: Path) -> None:
-    """Refuse a small file that `write_text` could not write, before hours of work for it.
+    """Refuse a path that `write_text` could not write, before hours of work are spent.
 
     Raises:
-        OutputError: as `ckptavg.output.destination.preflight` does.
+        OutputError: if `ckptavg.output.destination.preflight` refuses the path.
     """
     from ckptavg.output.destination import preflight
 
@@ -141,7 +141,7 @@ def check_text(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all; a pipe or a device gets it as it is.
+    """Write a small file atomically; write to a pipe or a device directly.
 
     Raises:
         OutputError: if it cannot be written.

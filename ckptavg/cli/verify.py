@@ -1,4 +1,4 @@
-"""``ckptavg verify``: is a file the average it says it is?"""
+"""``ckptavg verify``: check that a file is the average its metadata describes."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ from ckptavg.errors import InputError
 
 def command(
     file: Annotated[Path, typer.Argument(help="An output of ckptavg.", readable=False)],
-    sources: Annotated[Path, typer.Option(help="The directory its sources lie under.", readable=False)] = Path(),
+    sources: Annotated[
+        Path, typer.Option(help="Directory that contains the source checkpoints.", readable=False)
+    ] = Path(),
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Recompute the average from the sources its metadata names, and compare bytes."""
+    """Recompute the average from the sources in its metadata and compare the bytes."""
     from ckptavg.cli.terminal import Screen
     from ckptavg.pipeline.verification import verify
 
-    found = verify(file, sources)
+    verified = verify(file, sources)
     if json:
-        lists = {"agree": list(found.agree), "differ": list(found.differ), "unchecked": list(found.unchecked)}
+        lists = {"agree": list(verified.agree), "differ": list(verified.differ), "unchecked": list(verified.unchecked)}
         print(json_module.dumps({"path": str(file), **lists}, indent=2))
-    if found.differ:
+    if verified.differ:
         raise InputError(
-            f"{len(found.differ)} tensors are not the average of the sources", path=file, tensor=found.differ[0]
+            f"{len(verified.differ)} tensors are not the average of the sources", path=file, tensor=verified.differ[0]
         )
-    recomputed = f"; {len(found.unchecked)} were recomputed from data and cannot be checked" if found.unchecked else ""
+    recomputed = (
+        f"; {len(verified.unchecked)} were recomputed from data and cannot be checked" if verified.unchecked else ""
+    )
     Screen(quiet=quiet).print(
-        f"{len(found.agree)} tensors agree byte for byte with the average of the sources{recomputed}"
+        f"{len(verified.agree)} tensors agree byte for byte with the average of the sources{recomputed}"
     )
     if not json:
         print(file)

@@ -1,1 +1,1 @@
-"""Files: bytes in by ``pread``, bytes out atomically, locks, digests, strict JSON."""
+"""File access: reads by ``pread``, atomic writes, locks, digests, strict JSON."""

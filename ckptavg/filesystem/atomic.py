@@ -1,7 +1,7 @@
-"""Files that are there whole and on the disk, or not at all.
+"""Write files atomically and durably.
 
-Each is made beside its destination under a temporary name and gets its own name last. A temporary file is locked as
-long as its writer lives, so the next run knows what a killed one left, and removes it.
+A file is written next to its destination under a temporary name and renamed last. The temporary file is locked while
+its writer is alive, so the next run can recognize and remove those of killed runs.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from ckptavg.filesystem import lock
 
 
 class Temporary:
-    """A new file beside ``destination``, open and locked.
+    """A new temporary file next to ``destination``, open and locked.
 
     Raises:
-        OSError: if it cannot be made.
+        OSError: if it cannot be created.
     """
 
     def __init__(self, destination: Path) -> None:
         self._owned = True
         self.path = destination.with_name(f".{destination.name}.{os.getpid()}.ckptavg-tmp")
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with contextlib.suppress(OSError):  # a file system without locks: nobody will sweep it either
+        with contextlib.suppress(OSError):  # a file system without locks: no run will remove it either
             lock.hold(self.fd)
 
     @classmethod
     def joined(cls, path: Path) -> Self:
-        """The temporary file of another process that lives, to be written together; it stays that one's."""
+        """Open the temporary file of another live process for shared writing; that process remains its owner."""
         file = cls.__new__(cls)
         file.path, file._owned = path, False
         file.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -48,7 +48,7 @@ class Temporary:
             done += os.pwrite(self.fd, view[done:], position + done)
 
     def remove(self) -> None:
-        """Close it and take the temporary name away; what cannot be removed now is swept by the next run."""
+        """Close the file and unlink the temporary name; if that fails, the next run removes it."""
         if self._owned:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)  # noqa: PTH108
@@ -58,7 +58,7 @@ class Temporary:
 
 @contextmanager
 def temporary_file(path: Path, data: bytes) -> Generator[Callable[[], None]]:
-    """A small file under a temporary name, on the disk; what is yielded gives it its name, replacing an existing one.
+    """Write a small file under a temporary name, flushed; yields a function that renames it, replacing ``path``.
 
     Raises:
         OutputError: if it cannot be written.
@@ -86,7 +86,7 @@ def temporary_file(path: Path, data: bytes) -> Generator[Callable[[], None]]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file, whole or not at all; an existing one is replaced.
+    """Write a small file atomically, replacing an existing one.
 
     Raises:
         OutputError: if it cannot be written.
@@ -102,34 +102,34 @@ def write_text(path: Path, text: str) -> None:
 
 
 def stale_temporaries(folder: Path, name: str | None = None) -> list[Path]:
-    """The temporary files of writers that are dead.
+    """List temporary files whose writers are dead.
 
     Args:
-        folder: where to look; there are none in one that does not exist.
-        name: of the destination that they were to become; None is any.
+        folder: the directory to search; the list is empty if it cannot be read.
+        name: file name of their destination; None matches any.
     """
     pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.\d+\.ckptavg-tmp", re.DOTALL)
     try:
-        found = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+        temporaries = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
     except OSError:
         return []
-    return [path for path in found if not _locked(path)]
+    return [path for path in temporaries if not _locked(path)]
 
 
 def longest_name(folder: Path) -> int:
-    """The most bytes that the name of a file in a directory may have, so that its temporary one is possible too."""
+    """Return the maximum length in bytes of a file name in a directory, leaving room for the temporary suffix."""
     try:
-        most = os.pathconf(folder, "PC_NAME_MAX")
-    except (OSError, ValueError):  # what most file systems have
-        most = 255
-    return most - len(f"..{2**22}.ckptavg-tmp")
+        limit = os.pathconf(folder, "PC_NAME_MAX")
+    except (OSError, ValueError):  # the limit of most file systems
+        limit = 255
+    return limit - len(f"..{2**22}.ckptavg-tmp")
 
 
 def flush_folder(path: Path) -> None:
-    """Make the name of a file that is there survive a power cut.
+    """Fsync the directory of a file, so that its name survives a power cut.
 
     Raises:
-        OutputError: if the disk refuses.
+        OutputError: if the directory cannot be flushed.
     """
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -138,31 +138,31 @@ def flush_folder(path: Path) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        what = f"is written, but its directory could not be flushed to the disk: {os_message(error)}"
-        raise OutputError(what, path=path) from error
+        message = f"is written, but its directory could not be flushed to the disk: {os_message(error)}"
+        raise OutputError(message, path=path) from error
 
 
 def raise_output_error(path: Path, error: OSError, size: int) -> NoReturn:
-    """Say why ``path``, ``size`` bytes long, cannot be written."""
-    what = os_message(error)
+    """Raise OutputError with the reason why ``path`` of ``size`` bytes cannot be written."""
+    message = os_message(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        what = f"{what}: {size:,} bytes are needed, {free(path.parent):,} are free"
-    raise OutputError(f"cannot be written: {what}", path=path) from error
+        message = f"{message}: {size:,} bytes are needed, {free(path.parent):,} are free"
+    raise OutputError(f"cannot be written: {message}", path=path) from error
 
 
 def free(folder: Path) -> int:
-    """The bytes that may still be written into a directory."""
+    """Return the free space of a directory's file system in bytes."""
     space = os.statvfs(folder)
     return space.f_frsize * (space.f_bavail if os.geteuid() else space.f_bfree)
 
 
 def os_message(error: OSError) -> str:
-    """What the system calls the error."""
+    """Return the operating system's message for the error, in lower case."""
     return os.strerror(error.errno or 0).lower()
 
 
 def _locked(path: Path) -> bool:
-    """Whether its writer lives, or nobody can tell."""
+    """Return True if the writer of a temporary file is alive, or if this cannot be determined."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

@@ -1,4 +1,4 @@
-"""Locks on open files, which the kernel takes back when their process dies, however it dies."""
+"""Locks on open files, released by the kernel whenever their process dies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SINCE: Final = "%Y-%m-%d %H:%M:%S UTC"
 
 
 def hold(fd: int) -> bool:
-    """Lock an open file for this process; False if another one has it.
+    """Lock an open file for this process; returns False if another process holds the lock.
 
     Raises:
         OSError: if the file system has no locks.
@@ -31,62 +31,62 @@ def hold(fd: int) -> bool:
 
 
 def release(fd: int) -> None:
-    """Close a file, and with it its lock."""
+    """Close a file, which releases its lock."""
     _held().discard(fd)
     os.close(fd)
 
 
 def take(path: Path, output: Path) -> int:
-    """Make and lock the file ``path``, and write into it who has it.
+    """Create and lock the file ``path``, and write the owner's process, host and start time into it.
 
-    A lock file whose owner is dead is taken over. Where the file system has no locks, that is known of owners on this
-    host only, by their process id.
+    A lock file whose owner is dead is taken over. On file systems without locks, this is detected by process id, and
+    only for owners on this host.
 
     Args:
-        path: the lock; its directory is made too, and may be removed with it by who has the lock.
-        output: what it protects.
+        path: the lock file; its directory is created too, and the lock's owner may remove both.
+        output: the output that the lock protects.
     Returns:
-        The open file; `release` it.
+        The open file descriptor, to be passed to `release`.
     Raises:
-        OutputExistsError: naming the owner.
-        OSError: if it cannot be made.
+        OutputExistsError: if another process holds the lock; the message names its owner.
+        OSError: if the file cannot be created.
     """
     while True:
         path.parent.mkdir(exist_ok=True)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # the owner was done in between, and took the directory away
+        except FileNotFoundError:  # the owner has just finished and removed the directory
             continue
         owner = os.pread(fd, 200, 0).decode("utf-8", "replace").strip()
         try:
-            free = hold(fd)
+            acquired = hold(fd)
         except OSError:
-            free = not _lives(owner)
-        if not free:
+            acquired = not _is_alive(owner)
+        if not acquired:
             os.close(fd)
             raise OutputExistsError(
                 f"another run is writing it ({owner or 'another process'})", path=output,
                 hint="wait for it, or choose another -o",
             )  # fmt: skip
-        if _is_still(path, fd):
-            mine = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime(_SINCE, time.gmtime())}\n"
-            with suppress(OSError):  # on a full disk the lock is nameless
+        if _is_same_file(path, fd):
+            owner = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime(_SINCE, time.gmtime())}\n"
+            with suppress(OSError):  # on a full disk the owner is not recorded
                 os.ftruncate(fd, 0)
-                os.pwrite(fd, mine.encode(), 0)
+                os.pwrite(fd, owner.encode(), 0)
             return fd
         release(fd)
 
 
-def _is_still(path: Path, fd: int) -> bool:
+def _is_same_file(path: Path, fd: int) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(path.stat(), os.fstat(fd))
     return False
 
 
-def _lives(owner: str) -> bool:
+def _is_alive(owner: str) -> bool:
     words = owner.split()
     if len(words) < 4 or not words[1].isdecimal():
-        return False  # nobody has written into it
+        return False  # no owner recorded
     if words[3] != socket.gethostname():
         return True
     try:
@@ -100,7 +100,7 @@ def _lives(owner: str) -> bool:
 
 @cache
 def _held() -> set[int]:
-    """The files that this process has locked. A forked one closes them, or it would hold them after our death."""
+    """Return the locked file descriptors; forked children close them, as they would keep the locks held."""
     held: set[int] = set()
 
     def forget() -> None:

@@ -1,4 +1,4 @@
-"""An open regular file, only ever read by ``pread``: without a memory map a shrinking file is no SIGBUS."""
+"""Read regular files by ``pread`` only: unlike a memory map, this cannot raise SIGBUS if a file shrinks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ckptavg.runtime import signals
 
 
 class RegularFile:
-    """A file opened without blocking, checked to be a regular file, and watched for changes.
+    """A regular file opened without blocking, with checks for concurrent changes.
 
     Attributes:
-        size: in bytes.
-        sha256: of its bytes in hexadecimal, once somebody has found it out.
-        listener: is shown every offset and the bytes read there; it keeps none of them.
+        size: size in bytes.
+        sha256: SHA-256 of its bytes in hexadecimal, once computed.
+        listener: callback ``(offset, data)`` for every read; it must not keep ``data``.
 
     Args:
         path: the file; links are followed.
@@ -42,33 +42,33 @@ class RegularFile:
         self.sha256: str | None = None
         self.listener: Callable[[int, memoryview], None] | None = None
         self._status = status
-        with suppress(OSError, AttributeError):  # a hint that not every system takes: from a disk, averages take 0.9 ×
+        with suppress(OSError, AttributeError):  # optional: reduces the time of an average from disk to 0.9 ×
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     @property
     def inode(self) -> tuple[int, int]:
-        """(device, inode): equal for two names of one file."""
+        """(device, inode), equal for two names of one file."""
         return self._status.st_dev, self._status.st_ino
 
     @property
     def identity(self) -> tuple[int, int, int, int]:
-        """Inode, size and times: a file with the same is the same file with the same bytes."""
-        one = self._status
-        return one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns
+        """Inode, size, mtime and ctime; if all are equal, the content is taken to be unchanged."""
+        status = self._status
+        return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     @property
     def changed(self) -> float:
-        """When it was last changed before it was opened, in seconds since the epoch."""
+        """Modification time when the file was opened, in seconds since the epoch."""
         return self._status.st_mtime_ns / 1e9
 
     def read(self, offset: int, size: int) -> bytes:
-        """The ``size`` bytes at ``offset``; for headers, not for tensors."""
+        """Read ``size`` bytes at ``offset``; for headers, not for tensors."""
         buffer = bytearray(size)
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill ``out`` (contiguous bytes) with the bytes at ``offset``, and let the listener see them.
+        """Fill ``out`` (contiguous bytes) with the bytes at ``offset``, and pass them to the listener.
 
         Raises:
             InputError: if the file ends before ``out`` is full.
@@ -78,7 +78,7 @@ class RegularFile:
             self.listener(offset, out)
 
     def fill(self, offset: int, out: memoryview) -> None:
-        """`read_into` that nobody listens to."""
+        """Fill ``out`` as `read_into` does, without calling the listener."""
         signals.check()
         done = 0
         while done < len(out):
@@ -99,17 +99,19 @@ class RegularFile:
         opened = os.fstat(self._fd)
         try:
             named = self.path.stat()
-        except OSError:  # deleted, or renamed: the open descriptor still holds the old bytes
+        except OSError:  # deleted or renamed: the open descriptor still refers to the old content
             changed = not _same(self._status, opened)
         else:
-            changed = not (_same(self._status, named) and _same(self._status, opened)) or _meddled(self._status, opened)
+            changed = not (_same(self._status, named) and _same(self._status, opened)) or _rewritten(
+                self._status, opened
+            )
         if changed:
             raise InputError(
                 "changed while it was being read", path=self.path, hint="run again when training has finished"
             )
 
     def close(self) -> None:
-        """Close the file; harmless when repeated."""
+        """Close the file; may be called repeatedly."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -122,15 +124,15 @@ class RegularFile:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether ``path`` is a directory; what cannot even be looked at is none, and opening it says why."""
+    """Return True if ``path`` is a directory; False if it cannot be accessed, in which case opening it raises."""
     try:
         return path.is_dir()
-    except OSError:  # permission denied, a name that is too long
+    except OSError:  # permission denied, or the name is too long
         return False
 
 
 def is_file(path: Path) -> bool:
-    """Whether ``path`` is a regular file; what cannot even be looked at is none."""
+    """Return True if ``path`` is a regular file; False if it cannot be accessed."""
     try:
         return path.is_file()
     except OSError:
@@ -141,10 +143,10 @@ def _same(before: os.stat_result, now: os.stat_result) -> bool:
     return all(getattr(before, name) == getattr(now, name) for name in ("st_dev", "st_ino", "st_size", "st_mtime_ns"))
 
 
-def _meddled(before: os.stat_result, now: os.stat_result) -> bool:
-    """Whether it may have been written to and its time put back: only ctime tells, and nothing else explains that.
+def _rewritten(before: os.stat_result, now: os.stat_result) -> bool:
+    """Return True if the file may have been written and its mtime restored: ctime differs for no other known reason.
 
-    A second link to the file (a framework making last.ckpt) changes ctime too, and the bytes stay.
+    A new hard link (a framework creating last.ckpt) also changes ctime, but not the content.
     """
     explained = any(getattr(before, name) != getattr(now, name) for name in ("st_nlink", "st_mode", "st_uid", "st_gid"))
     return before.st_ctime_ns != now.st_ctime_ns and not explained
@@ -157,10 +159,10 @@ def _kind(mode: int) -> str:
 
 def _refuse(path: Path, error: OSError) -> NoReturn:
     dangling = error.errno == errno.ENOENT and path.is_symlink()
-    what = {
+    message = {
         errno.ENOENT: "is a link to a file that does not exist" if dangling else "no such file",
         errno.EACCES: "permission denied",
         errno.ELOOP: "is a link that leads back to itself",
         errno.ENXIO: "is a FIFO or socket, not a regular file",
     }.get(error.errno or 0, os.strerror(error.errno or 0).lower())
-    raise InputError(what, path=path) from error
+    raise InputError(message, path=path) from error

@@ -1,4 +1,4 @@
-"""SHA-256 digests of open files, computed from the bytes that are read anyway."""
+"""Compute SHA-256 digests of open files from bytes that are read for other purposes."""
 
 from __future__ import annotations
 
@@ -15,59 +15,59 @@ _CHUNK: Final = 1 << 20
 
 
 def no_digest(_: RegularFile) -> str:
-    """In place of a SHA-256 that nobody wants."""
+    """Return an empty string, for callers that need no SHA-256."""
     return ""
 
 
 def placeholder_digest(_: RegularFile) -> str:
-    """In place of a SHA-256 that is not known yet, as long as one."""
+    """Return a placeholder with the length of a SHA-256."""
     return "0" * 64
 
 
 @contextmanager
 def hash_while_reading(files: Iterable[RegularFile], threads: int) -> Generator[Callable[[RegularFile], str]]:
-    """Find the SHA-256 of open files from what is read of them within, so that no byte comes from the disk twice.
+    """Hash open files while the body reads them, so that no byte is read from disk twice.
 
     Yields:
-        The SHA-256 of one of ``files``; the first call reads what is left of all, ``threads`` at a time.
+        A function file → SHA-256; its first call reads the rest of all files, in ``threads`` threads.
     """
     stop = Event()
-    running = {file: Hash(file, stop) for file in files if file.sha256 is None}
+    hashes = {file: Hash(file, stop) for file in files if file.sha256 is None}
 
     def digest(file: RegularFile) -> str:
         if file.sha256 is None:
             with ThreadPoolExecutor(threads) as pool:
-                for one, found in zip(running, pool.map(Hash.hexdigest, running.values()), strict=True):
-                    one.sha256 = found
+                for unhashed, hexdigest in zip(hashes, pool.map(Hash.hexdigest, hashes.values()), strict=True):
+                    unhashed.sha256 = hexdigest
         assert file.sha256 is not None
         return file.sha256
 
-    for file, its in running.items():
-        file.listener = its.saw
+    for file, partial_hash in hashes.items():
+        file.listener = partial_hash.update
     try:
         yield digest
     finally:
         stop.set()
-        for file in running:
+        for file in hashes:
             file.listener = None
 
 
 def sha256(file: RegularFile, stop: Event | None = None) -> str:
-    """The SHA-256 of an open file, in hexadecimal, found once; empty if ``stop`` was set meanwhile."""
+    """Return the SHA-256 of an open file in hexadecimal, computed once; empty if ``stop`` was set in the meantime."""
     if file.sha256 is None:
-        found = Hash(file, stop).hexdigest()
+        hexdigest = Hash(file, stop).hexdigest()
         if stop and stop.is_set():
             return ""
-        file.sha256 = found
+        file.sha256 = hexdigest
     return file.sha256
 
 
 class Hash:
-    """The SHA-256 of an open file, which takes what others read of it and reads what they do not, each byte once.
+    """Incremental SHA-256 of an open file, from bytes read by other code; reads the remaining bytes itself.
 
     Args:
-        file: the file; `saw` may be its listener.
-        stop: when set, `hexdigest` reads no further, and is of no use.
+        file: the file; `update` may be its listener.
+        stop: if set, `hexdigest` stops reading and its result is invalid.
     """
 
     def __init__(self, file: RegularFile, stop: Event | None = None) -> None:
@@ -77,8 +77,8 @@ class Hash:
         self._done = 0
         self._lock = Lock()
 
-    def saw(self, offset: int, data: memoryview) -> None:
-        """Take bytes that were read; threads may come in any order, the sooner the cheaper."""
+    def update(self, offset: int, data: memoryview) -> None:
+        """Add bytes read at ``offset``; calls may come from any thread, in any order (file order avoids rereading)."""
         with self._lock:
             if offset + len(data) > self._done:
                 self._read_to(offset)
@@ -86,7 +86,7 @@ class Hash:
                 self._done = offset + len(data)
 
     def hexdigest(self) -> str:
-        """The SHA-256 of the whole file."""
+        """Return the SHA-256 of the whole file."""
         with self._lock:
             self._read_to(self._file.size)
         return self._sha256.hexdigest()

@@ -1,4 +1,4 @@
-"""Small JSON files beside checkpoints: their content is as little to be trusted as theirs."""
+"""Read small JSON files that accompany checkpoints; their content is untrusted."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MAX_SIZE: Final = 64 << 20
 
 
 def read_json(path: Path) -> Any:
-    """What the file at ``path`` says.
+    """Parse the JSON file at ``path``.
 
     Raises:
-        InputError: naming the file, if it is no regular file of at most `MAX_SIZE` bytes, or not strict JSON.
+        InputError: naming the file, if it is not a regular file of at most `MAX_SIZE` bytes or not strict JSON.
     """
     with RegularFile(path) as file:
         try:
@@ -28,7 +28,7 @@ def read_json(path: Path) -> Any:
 
 
 def strict_json(text: str) -> Any:
-    """Parse JSON, refusing what Python's parser lets pass: duplicate keys, NaN and Infinity.
+    """Parse JSON, rejecting duplicate keys, NaN and Infinity, which Python's parser accepts.
 
     Raises:
         ValueError: if it is not strict JSON.
@@ -39,8 +39,8 @@ def strict_json(text: str) -> Any:
         result = dict(pairs)
         if len(result) < len(pairs):
             seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise ValueError(f"key {twice!r} occurs twice")
+            duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise ValueError(f"key {duplicate!r} occurs twice")
         return result
 
     def constant(name: str) -> NoReturn:

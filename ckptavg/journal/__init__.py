@@ -1,8 +1,8 @@
-"""What a run has measured, on disk as it goes: the same command goes on where an interrupted one stopped.
+"""Journal of a run's measurements on disk, with which the same command resumes an interrupted run.
 
-One file of lines in ``OUTPUT.ckptavg/``, each ``CRC-32, space, compact JSON``, appended whole and flushed to the disk.
-The first line says what run it is of. Strategies are functions of their settings, the seed and what was measured, so
-they are run again from the beginning and are answered from here.
+It is one file in ``OUTPUT.ckptavg/``, with lines of ``CRC-32, space, compact JSON``, each appended in one piece and
+flushed. The first line identifies the run. Strategies are deterministic functions of their settings, the seed and the
+measurements, so a resumed run starts from the beginning and replays measurements from the journal.
 """
 
 from __future__ import annotations
@@ -23,57 +23,57 @@ from ckptavg.filesystem.atomic import flush_folder, os_message
 from ckptavg.filesystem.lock import release, take
 
 SCHEMA: Final = 2
-SOURCE_PREFIX: Final = "file "  # how keys begin that tell of the inputs: alone they are nothing to go on from
-SCRATCH: Final = "scratch-"  # how directories begin that a killed run leaves, and the next one removes
+SOURCE_PREFIX: Final = "file "  # prefix of keys about input files; a journal with only these cannot be resumed
+SCRATCH: Final = "scratch-"  # prefix of directories that a killed run leaves behind and the next run removes
 _FILE: Final = "journal.jsonl"
 _LOCK: Final = "lock"
 
 
 class ReadOnlyJournal:
-    """What a worker that does not write knows of the first one's journal."""
+    """Copy of rank 0's journal on the other ranks, which do not write."""
 
     def __init__(self, records: Mapping[str, Any], folder: Path) -> None:
         self._records = records
         self.folder = folder
 
     def get(self, key: str, *, earlier: bool = False) -> Any:
-        """See `Journal.get`; all that is here an earlier run has put."""
+        """See `Journal.get`; all records are from an earlier run."""
         return self._records.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        """The first worker does it."""
+        """Do nothing: only rank 0 writes the journal."""
 
     def put_all(self, values: Mapping[str, Any]) -> None:
-        """The first worker does it."""
+        """Do nothing: only rank 0 writes the journal."""
 
 
 class Journal:
-    """The measurements of one output's run; a context manager that holds the output's lock.
+    """Measurements of the run that writes one output; a context manager that holds the output's lock.
 
-    Where a measurement cannot be written, the run goes on without: it is remembered, and a warning is logged once.
+    If a measurement cannot be written, it is kept in memory, a warning is logged once, and the run continues.
 
     Attributes:
-        folder: where it lies, and whatever else belongs to the run that writes the output.
-        replayed: how many records an earlier run left.
-        damaged: lines that were dropped because their checksum did not match.
+        folder: directory of the journal and of other files of the run.
+        replayed: number of records from an earlier run.
+        damaged: number of lines dropped because of a checksum mismatch.
     """
 
     def __init__(self, output: Path, *, resume: bool = True, keep: bool = False) -> None:
-        """Take the lock, and read what an earlier run left.
+        """Take the lock and read the journal of an earlier run.
 
         Args:
-            output: of the run; the journal lies beside it.
-            resume: use what is there; otherwise it is thrown away.
-            keep: leave the journal when the run is done.
+            output: the run's output; the journal's directory is next to it.
+            resume: use an existing journal; otherwise it is deleted.
+            keep: keep the journal after the run.
         Raises:
             OutputExistsError: if another run is writing this output.
-            OutputError: if the journal cannot be made.
+            OutputError: if the journal cannot be created.
         """
         self.folder = output.with_name(f"{output.name}.ckptavg")
         self.replayed = self.damaged = 0
         self._keep = keep
         self._records: dict[str, Any] = {}
-        self._own: set[str] = set()  # keys that this run has put
+        self._own: set[str] = set()  # keys written by this run
         self._header: Mapping[str, Any] | None = None
         self._writing = Lock()
         self._lost = self._dropped = False
@@ -90,57 +90,57 @@ class Journal:
             raise
 
     def begin(self, header: Mapping[str, Any]) -> None:
-        """Say what run this is; what was left by another one is refused.
+        """Write the run's header, or compare it with that of the existing journal.
 
         Raises:
-            OutputExistsError: naming the first difference.
+            OutputExistsError: if the journal is of a different run; the message names the first difference.
         """
-        wanted = json.loads(json.dumps({"schema": SCHEMA, **header}))
-        if not self._measured():  # whatever run it was, it left nothing to go on from
-            self._header = wanted
+        normalized = json.loads(json.dumps({"schema": SCHEMA, **header}))
+        if not self._measured():  # no measurements to resume from, regardless of the run
+            self._header = normalized
             self._records = {}
-            self._append([wanted], first=True)
-        elif difference := _difference(self._header, wanted):
+            self._append([normalized], first=True)
+        elif difference := _difference(self._header, normalized):
             raise self.another(difference)
 
     def another(self, difference: str) -> OutputExistsError:
-        """What to say of a journal that another run left."""
+        """Return the error for a journal left by a different run."""
         return OutputExistsError(
-            f"was left by a run with another {difference}", path=self.folder,
-            hint="--no-resume begins anew; or choose another -o",
+            f"was left by a different run: {difference}", path=self.folder,
+            hint="start over with --no-resume, or choose another -o",
         )  # fmt: skip
 
     @property
     def records(self) -> Mapping[str, Any]:
-        """Everything that was put."""
+        """All records, by key."""
         return self._records
 
     def get(self, key: str, *, earlier: bool = False) -> Any:
-        """What was put under ``key``, or None; only what an ``earlier`` run put, if that is asked for."""
+        """Return the record of ``key``, or None; with ``earlier``, only records of an earlier run."""
         return None if earlier and key in self._own else self._records.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        """Write a measurement, on the disk when this returns; from any thread."""
+        """Write a record and flush it to disk; thread-safe."""
         self.put_all({key: value})
 
     def put_all(self, values: Mapping[str, Any]) -> None:
-        """Write several at once."""
+        """Write several records with one flush."""
         with self._writing:
             self._records.update(values)
             self._own.update(values)
             self._append([{"key": key, "value": value} for key, value in values.items()])
 
     def done(self) -> None:
-        """The output is written: the journal goes, unless it is to be kept."""
+        """Remove the journal after the output has been written, unless it is to be kept."""
         if not self._keep:
             self.drop()
 
     def drop(self) -> None:
-        """Throw away what was written, once: another run may have begun since."""
+        """Delete the journal; repeated calls do nothing, since another run may have started in the meantime."""
         if not self._dropped:
             self._dropped = True
             self._sweep()
-            with suppress(OSError):  # of somebody else's files
+            with suppress(OSError):  # the directory contains other files
                 for path in (self.folder / _FILE, self.folder / _LOCK):
                     path.unlink(missing_ok=True)
                 self.folder.rmdir()
@@ -158,19 +158,19 @@ class Journal:
         if not resume:
             path.unlink(missing_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        content = _whole(self._fd)
-        whole = content.rfind(b"\n") + 1
-        os.ftruncate(self._fd, whole)  # a last line that was cut off
-        for line in content[:whole].splitlines():
+        content = _read_all(self._fd)
+        complete = content.rfind(b"\n") + 1
+        os.ftruncate(self._fd, complete)  # drop an incomplete last line
+        for line in content[:complete].splitlines():
             self._read(line)
-            if self._header is None:  # nobody knows whose the rest is
+            if self._header is None:  # without a header the run of the other lines is unknown
                 os.ftruncate(self._fd, 0)
                 break
         self.replayed = self._measured()
         if self.damaged:
-            what = "%s: %d lines are damaged; what they told is measured again"
-            logging.getLogger("ckptavg").warning(what, path, self.damaged)
-        if not whole:  # it is new: its name must last too
+            message = "%s: %d lines are damaged; their measurements are repeated"
+            logging.getLogger("ckptavg").warning(message, path, self.damaged)
+        if not complete:  # a new file: its name must be durable too
             flush_folder(path)
             flush_folder(self.folder)
 
@@ -182,14 +182,14 @@ class Journal:
         return sum(not key.startswith(SOURCE_PREFIX) for key in self._records)
 
     def _read(self, line: bytes) -> None:
-        sum_, _, text = line.partition(b" ")
-        if sum_ != b"%08x" % zlib.crc32(text):
+        checksum, _, text = line.partition(b" ")
+        if checksum != b"%08x" % zlib.crc32(text):
             self.damaged += 1
             return
         record: Any = json.loads(text)
         if self._header is None:
             if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-                raise InputError("is of another version of ckptavg", path=self.folder / _FILE, hint="--no-resume")
+                raise InputError("is from another version of ckptavg", path=self.folder / _FILE, hint="--no-resume")
             self._header = record
         elif isinstance(record, dict) and isinstance(record.get("key"), str) and "value" in record:
             self._records[record["key"]] = record["value"]
@@ -206,11 +206,11 @@ class Journal:
                 os.ftruncate(self._fd, 0)
             while lines:
                 lines = lines[os.write(self._fd, lines) :]
-            getattr(os, "fdatasync", os.fsync)(self._fd)  # macOS has only the other
+            getattr(os, "fdatasync", os.fsync)(self._fd)  # macOS has no fdatasync
         except OSError as error:
-            self._lost = True  # what follows a torn line would be torn too
-            what = "cannot be written: %s; the run goes on, but what it measures from now on is lost if it ends early"
-            logging.getLogger("ckptavg").warning("%s: " + what, self.folder, os_message(error))
+            self._lost = True  # lines after an incomplete one would be unreadable
+            message = "cannot be written: %s; the run continues, but further measurements are lost if it ends early"
+            logging.getLogger("ckptavg").warning("%s: " + message, self.folder, os_message(error))
 
     def _close(self) -> None:
         if self._fd >= 0:
@@ -220,7 +220,7 @@ class Journal:
         self._fd = self._lock = -1
 
 
-def _whole(fd: int) -> bytes:
+def _read_all(fd: int) -> bytes:
     content, done = bytearray(os.fstat(fd).st_size), 0
     while done < len(content) and (count := os.preadv(fd, [memoryview(content)[done:]], done)):
         done += count
@@ -228,7 +228,7 @@ def _whole(fd: int) -> bytes:
 
 
 def _difference(was: Any, now: Any) -> str:
-    """Where two values differ first, and how, short enough for a line; empty if they do not."""
+    """Describe the first difference between two values in one line; empty if they are equal."""
     if was == now:
         return ""
     if isinstance(was, dict) and isinstance(now, dict):

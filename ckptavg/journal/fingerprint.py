@@ -1,4 +1,4 @@
-"""What must be the same for a journal to be of the same run."""
+"""Fingerprint of a run: a journal can be resumed only if its fingerprint is equal."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def fingerprint(
     task: str | None,
     data: Sequence[Path | str | None],
 ) -> dict[str, Any]:
-    """The first line of a journal; what of it differs is named.
+    """Return the first line of a journal; errors name the entries in which two of them differ.
 
     Args:
-        checkpoints: the candidates; by step, size and a digest of their names, shapes and samples, which is known at
-            once. The rest of their bytes is `ckptavg.journal.source_digests`' matter.
-        settings: of the strategy and of the run.
-        task: the task's file or module, imported; it and what it has imported from its own directory count by content.
-        data: files of data by content, directories by the names, sizes and times of what is in them.
+        checkpoints: the candidates, identified by step, size and a digest of their names, shapes and samples, which is
+            fast to compute. `ckptavg.journal.source_digests` compares their full content.
+        settings: settings of the strategy and of the run.
+        task: the task's file or module, imported; it and its imports from its own directory are hashed.
+        data: data files are hashed; directories are identified by the names, sizes and times of their files.
     """
     candidates = {
         f"{i} {c.name}": [c.step, c.size, duplicates.digest(c).hex()[:16]] for i, c in enumerate(checkpoints, 1)
@@ -45,11 +45,11 @@ def fingerprint(
 
 
 def _as_json(value: Any) -> Any:
-    """As JSON has it, so that a difference is found where it is."""
+    """Convert to nested dicts of strings, so that differences can be located."""
     if isinstance(value, Mapping):
         return {str(name): _as_json(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return {str(place): _as_json(inner) for place, inner in enumerate(value, 1)}
+        return {str(index): _as_json(inner) for index, inner in enumerate(value, 1)}
     return value if isinstance(value, str) else repr(value)
 
 
@@ -59,32 +59,32 @@ def _code_digests(source: str) -> dict[str, str]:
         module = sys.modules.get(source)
         path = Path(getattr(module, "__file__", None) or source)
     path = path.resolve()
-    folder = f"{path.parent}{os.sep}".replace(2 * os.sep, os.sep)  # a task may lie in the root
-    files = {path} | {Path(found) for found in _modules() if found.startswith(folder)}
-    own = (one for one in files if "site-packages" not in one.relative_to(path.parent).parts and is_file(one))
-    return {str(one.relative_to(path.parent)): _sha256(one) for one in sorted(own)}
+    folder = f"{path.parent}{os.sep}".replace(2 * os.sep, os.sep)  # the task may be in the root directory
+    files = {path} | {Path(module) for module in _module_paths() if module.startswith(folder)}
+    own = (file for file in files if "site-packages" not in file.relative_to(path.parent).parts and is_file(file))
+    return {str(file.relative_to(path.parent)): _sha256(file) for file in sorted(own)}
 
 
-def _modules() -> set[str]:
-    """The real paths of all modules' files; there are thousands, in few directories, so these are followed once."""
+def _module_paths() -> set[str]:
+    """Return the real paths of all imported modules; each directory, shared by many of them, is resolved once."""
     real = cache(os.path.realpath)
-    found: set[str] = set()
+    paths: set[str] = set()
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
         if isinstance(file, str) and Path(file).is_absolute():
             folder, name = os.path.split(file)
             path = f"{real(folder)}{os.sep}{name}"
-            found.add(os.path.realpath(path) if os.path.islink(path) else path)  # noqa: PTH114  # Path is slow
-    return found
+            paths.add(os.path.realpath(path) if os.path.islink(path) else path)  # noqa: PTH114  # Path is slow
+    return paths
 
 
 def _data_digest(path: Path) -> str:
     if is_file(path):
         return _sha256(path)
     digest = hashlib.sha256(str(path).encode("utf-8", "surrogateescape"))
-    for one in sorted(path.rglob("*")):
-        status = one.lstat()  # a link may lead nowhere
-        digest.update(repr((str(one.relative_to(path)), status.st_size, status.st_mtime_ns)).encode())
+    for entry in sorted(path.rglob("*")):
+        status = entry.lstat()  # links may be dangling
+        digest.update(repr((str(entry.relative_to(path)), status.st_size, status.st_mtime_ns)).encode())
     return digest.hexdigest()
 
 
@@ -92,5 +92,5 @@ def _sha256(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:  # whoever needs it says why it cannot be read
+    except OSError:  # code that reads the file raises its own error
         return "unreadable"

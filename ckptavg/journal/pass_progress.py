@@ -1,4 +1,4 @@
-"""How far a pass over data has come, kept now and then: an interrupted one goes on in its middle."""
+"""Save the progress of a pass over data at intervals, so that an interrupted pass can be resumed midway."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, Final, TypeVar
 from ckptavg.journal.tensor_json import decode, encode
 from ckptavg.runtime import signals
 
-EVERY: Final = 20.0  # seconds of measuring that may be lost, and the batch they end in
+EVERY: Final = 20.0  # seconds between saves; an interruption loses at most these and one batch
 
 _T = TypeVar("_T")
 
 
 class ChangedDataError(Exception):
-    """The data are not those that an earlier run has seen: what it measured is of no use."""
+    """Raised if the data differ from those of the earlier run, which invalidates its partial results."""
 
 
 def resumed(partial: PassProgress, work: Callable[[], _T]) -> _T:
-    """Do ``work``, which goes on from ``partial``; from the beginning where the data have changed since."""
+    """Run ``work``, which resumes from ``partial``; if the data have changed, discard it and start over."""
     try:
         return work()
     except ChangedDataError:
@@ -28,12 +28,12 @@ def resumed(partial: PassProgress, work: Callable[[], _T]) -> _T:
 
 
 class PassProgress:
-    """What is known of one pass.
+    """Saved progress of one pass.
 
     Args:
-        key: of the pass.
-        get: a journal's; the default knows nothing.
-        put: a journal's; the default keeps nothing.
+        key: journal key of the pass.
+        get: `Journal.get`; by default nothing is found.
+        put: `Journal.put`; by default nothing is saved.
     """
 
     def __init__(
@@ -44,69 +44,69 @@ class PassProgress:
     ) -> None:
         self._key = key
         self._put = put
-        self._kept = time.monotonic()
-        self._found: list[dict[str, Any]] = []
-        while (found := get(f"{key} {len(self._found)}")) is not None:
-            self._found.append(found)
+        self._last_save = time.monotonic()
+        self._saved: list[dict[str, Any]] = []
+        while (part := get(f"{key} {len(self._saved)}")) is not None:
+            self._saved.append(part)
 
     @property
     def states(self) -> list[Any]:
-        """What was kept, in the order it was."""
-        return [decode(found["state"]) for found in self._found]
+        """Saved states, oldest first."""
+        return [decode(part["state"]) for part in self._saved]
 
     def forget(self) -> None:
-        """Begin anew."""
-        for number in range(len(self._found)):
+        """Discard the saved progress."""
+        for number in range(len(self._saved)):
             assert self._put is not None
             self._put(f"{self._key} {number}", None)
-        self._found = []
+        self._saved = []
 
     def remaining(
         self, batches: Iterable[_T], order: Callable[[], int], state: Callable[[], Any], *, whole: bool = False
     ) -> Iterator[_T]:
-        """The batches that are still to do; between them, and when a signal ends the run, the state is kept.
+        """Yield the remaining batches; saves the state at intervals and when a signal interrupts the run.
 
         Args:
-            batches: all of them, as in the run that was interrupted.
-            order: a checksum of those given so far.
-            state: what is known of those done so far, or of those since it was last asked for.
-            whole: keep what is known at the end too, where it took long enough to be kept before.
+            batches: all batches, as in the interrupted run.
+            order: returns a checksum of the batches iterated so far.
+            state: returns the state after these batches, or the increment since its last call.
+            whole: also save at the end, if progress was saved before.
         Raises:
-            ChangedDataError: if the batches to skip are not those that were done.
+            ChangedDataError: if the skipped batches differ from those of the interrupted run.
         """
-        known, expected = (self._found[-1][name] if self._found else 0 for name in ("batches", "order"))
+        skipped, expected = (self._saved[-1][name] if self._saved else 0 for name in ("batches", "order"))
         done = 0
         try:
             for done, batch in enumerate(batches, 1):
-                if done > known:
+                if done > skipped:
                     yield batch
-                elif done == known and order() != expected:
+                elif done == skipped and order() != expected:
                     raise ChangedDataError
-                if done > known and self.should_save():
-                    self._keep(done, order, state)
+                if done > skipped and self.should_save():
+                    self._save(done, order, state)
         except signals.Interruption:
-            self._keep(done, order, state)
+            self._save(done, order, state)
             raise
-        if done < known:
+        if done < skipped:
             raise ChangedDataError
-        if whole and self._found:
-            self._keep(done, order, state)
+        if whole and self._saved:
+            self._save(done, order, state)
 
     def should_save(self) -> bool:
-        """Whether it is time to keep what is known."""
-        return self._put is not None and time.monotonic() - self._kept >= EVERY
+        """Return True if the interval since the last save has elapsed."""
+        return self._put is not None and time.monotonic() - self._last_save >= EVERY
 
     def keep(self, done: int, state: Any) -> None:
-        """Keep what is known where there are no batches to leave out."""
-        self._keep(done, int, lambda: state)
+        """Save a state of a pass that has no batches to skip."""
+        self._save(done, int, lambda: state)
 
-    def _keep(self, done: int, order: Callable[[], int], state: Callable[[], Any]) -> None:
-        if self._put is None or done <= (self._found[-1]["batches"] if self._found else 0):
+    def _save(self, done: int, order: Callable[[], int], state: Callable[[], Any]) -> None:
+        if self._put is None or done <= (self._saved[-1]["batches"] if self._saved else 0):
             return
         try:
             part = {"batches": done, "order": order(), "state": encode(state())}
-        except TypeError:  # of a metric that keeps something else than numbers
+        except TypeError:  # the state of a metric is not JSON-serializable
             return
-        self._put(f"{self._key} {len(self._found)}", part)
-        self._found.append(part)
-        self._kept = time.monotonic()
+        self._put(f"{self._key} {len(self._saved)}", part)
+        self._saved.append(part)
+        self._last_save = time.monotonic()

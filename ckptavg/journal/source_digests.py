@@ -1,8 +1,8 @@
-"""That a resumed run has the bytes that the interrupted one had, to the last of every candidate.
+"""Verify that the candidates of a resumed run are byte-identical to those of the interrupted run.
 
-While a search runs, a thread finds the SHA-256 of the candidates' files and puts it into the journal. A file that is
-still the same by inode, size and times is taken to have the same bytes; any other is read and compared before anything
-in the journal is used. What was hashed is not hashed again when the average is written.
+During the search, a thread computes the SHA-256 of the candidates' files and records it in the journal. A file with
+unchanged inode, size and times is taken to have the same content; any other is hashed and compared before the journal
+is used. Files hashed here are not hashed again when the average is written.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ckptavg.journal import SOURCE_PREFIX, Journal
 
 @contextmanager
 def recording_digests(journal: Journal, checkpoints: Sequence[Checkpoint]) -> Generator[None]:
-    """Compare the candidates' files with what the journal knows of them, and tell it the rest meanwhile.
+    """Compare the candidates' files with the journal's digests, and record missing ones while the body runs.
 
     Raises:
-        OutputExistsError: if one has other bytes, or it cannot be told whether it has.
+        OutputExistsError: if the content of a file differs, or cannot be compared.
     """
     files = dict(_files(checkpoints))
-    unknown = {key: file for key, file in files.items() if not _known(journal, key, file)}
-    journal.put_all({key: {"file": file.identity, "sha256": None} for key, file in unknown.items()})
+    unhashed = {key: file for key, file in files.items() if not _verify(journal, key, file)}
+    journal.put_all({key: {"file": file.identity, "sha256": None} for key, file in unhashed.items()})
     stop = Event()
     with ThreadPoolExecutor(1) as pool:
         try:
-            for key, file in unknown.items():
-                pool.submit(_find, journal, key, file, stop)
+            for key, file in unhashed.items():
+                pool.submit(_record_digest, journal, key, file, stop)
             yield
         finally:
             stop.set()
@@ -44,13 +44,13 @@ def _files(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[str, RegularFile
             yield f"{SOURCE_PREFIX}{i} {k}", file
 
 
-def _known(journal: Journal, key: str, file: RegularFile) -> bool:
-    """Whether its SHA-256 is in the journal; it is compared where the file is not the same as it was."""
-    found = journal.get(key)
-    sha256: str | None = found and found["sha256"]
-    if found and found["file"] != list(file.identity):
+def _verify(journal: Journal, key: str, file: RegularFile) -> bool:
+    """Return True if the journal has the file's SHA-256; it is compared if the file's identity has changed."""
+    record = journal.get(key)
+    sha256: str | None = record and record["sha256"]
+    if record and record["file"] != list(file.identity):
         if sha256 is None:
-            raise journal.another(f"{file.path.name}: it was replaced or copied before its contents were known")
+            raise journal.another(f"{file.path.name}: the file was replaced or copied before its SHA-256 was recorded")
         if sha256 != digests.sha256(file):
             raise journal.another(f"{file.path.name}: SHA-256 {sha256[:16]}…, not {(file.sha256 or '')[:16]}…")
         journal.put(key, {"file": file.identity, "sha256": sha256})
@@ -58,6 +58,6 @@ def _known(journal: Journal, key: str, file: RegularFile) -> bool:
     return sha256 is not None
 
 
-def _find(journal: Journal, key: str, file: RegularFile, stop: Event) -> None:
+def _record_digest(journal: Journal, key: str, file: RegularFile, stop: Event) -> None:
     if sha256 := digests.sha256(file, stop):
         journal.put(key, {"file": file.identity, "sha256": sha256})

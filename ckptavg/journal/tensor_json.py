@@ -1,4 +1,4 @@
-"""Tensors, and what holds them, as JSON and back, with all their bits."""
+"""Encode tensors and containers of tensors as JSON, bit for bit, and decode them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _TENSOR: Final = "tensor"
 
 
 def encode(value: Any) -> Any:
-    """``value`` as JSON: tensors of any dtype, and text, numbers, lists and dicts with such in them.
+    """Encode ``value`` as JSON: tensors of any dtype, strings, numbers, None, and lists and dicts of these.
 
     Raises:
-        TypeError: if there is anything else in it.
+        TypeError: if it contains any other type.
     """
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return {_TENSOR: [dtype, list(value.shape), base64.b64encode(raw(value)).decode()]}
     if isinstance(value, Mapping):
         if _TENSOR in value or not all(isinstance(key, str) for key in value):
-            raise TypeError("such a dict cannot be told from a tensor, or from JSON's own")
+            raise TypeError("a dict with the key 'tensor' or with keys that are not strings cannot be written as JSON")
         return {key: encode(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [encode(inner) for inner in value]
@@ -33,7 +33,7 @@ def encode(value: Any) -> Any:
 
 
 def raw(tensor: Tensor) -> bytearray:
-    """The bytes of its elements, in C order."""
+    """Return the bytes of a tensor's elements in C order."""
     flat = tensor.detach().flatten()
     data = bytearray(flat.nbytes)
     if data:
@@ -42,7 +42,7 @@ def raw(tensor: Tensor) -> bytearray:
 
 
 def decode(value: Any) -> Any:
-    """What was encoded, its tensors on the CPU; sequences come back as lists."""
+    """Decode the result of `encode`; tensors are on the CPU, and sequences become lists."""
     if isinstance(value, Mapping):
         if _TENSOR not in value:
             return {key: decode(inner) for key, inner in value.items()}

@@ -1,4 +1,4 @@
-"""What a strategy may ask, and what it answers: the seam between mathematics and everything else.
+"""The interface between strategies and models: `Objective` is a strategy's input, `Learned` its result.
 
 Shape suffixes: N = candidates, G = groups of tensors, U = units of a score (examples, or batches).
 """
@@ -24,14 +24,14 @@ from ckptavg.score import Score, Split
 Parallel: TypeAlias = Literal["auto", "batches", "candidates"]
 
 Hessian: TypeAlias = Literal["auto", "exact", "gauss-newton"]
-"""Whose data: the task's own three, and the two halves of what is scored on: one to fit, one held out to watch."""
+"""Which second derivative `Objective.surrogate` uses; ``auto`` prefers Gauss–Newton."""
 
 
 class Objective(Protocol):
-    """Loss and score of a mixture of checkpoints, as functions of its coefficients alone.
+    """Loss and score of a mixture of checkpoints as functions of its coefficients alone.
 
-    Files, devices, precision and the model are hidden behind this. A strategy that is given a two-line quadratic
-    instead of a network cannot tell the difference, which is how every strategy is tested.
+    Files, devices, precision and the model are hidden behind this interface, so strategies are tested on a two-line
+    quadratic in place of a network.
     """
 
     @property
@@ -41,65 +41,65 @@ class Objective(Protocol):
 
     @property
     def generator(self) -> torch.Generator:
-        """The seeded source of every random number a strategy draws; on the CPU, so that devices agree."""
+        """The seeded generator for all random numbers of a strategy; on the CPU, so results match across devices."""
         ...
 
     def uniform(self) -> Tensor:
-        """[N], 1/N each, where `loss` wants its coefficients to be; derive tensors from it to stay there."""
+        """Return [N] coefficients of 1/N, on the device and in the dtype that `loss` takes; derive others from them."""
         ...
 
     @property
     def differentiable(self) -> bool:
-        """Whether there is a `loss`; where there is only a score, a strategy must search by it."""
+        """True if `loss` is available; otherwise strategies must search by `score`."""
         ...
 
     @property
     def scored_on(self) -> Split:
-        """The data of `score`: the validation data where the task has some, else the training data."""
+        """The split that `score` uses: validation data if the task has any, else training data."""
         ...
 
     def batches(self, on: Split) -> int:
-        """How many batches one pass over a split has."""
+        """Return the number of batches in one pass over a split."""
         ...
 
     def blocks(self, size: int | None) -> Groups:
-        """The model's tensors in groups, for coefficients of their own.
+        """Group the model's tensors into blocks, each with its own coefficients.
 
         Args:
-            size: None puts the tensors of one module together. A number walks over the tensors in the model's order
-                and opens a new block when the present one has more than ``size`` elements; 0 is one block a tensor.
+            size: None makes one block per module. A number adds tensors in the model's order and starts a new block
+                once the current one has more than ``size`` elements; 0 makes one block per tensor.
         """
         ...
 
     def distances(self, groups: Groups) -> Tensor:
-        """[G, N], ‖w_i − w̄‖₂ over the parameters of each group, where `uniform` lies; w̄ is the mean of all N."""
+        """Return ‖w_i − w̄‖₂ over the parameters of each group, [G, N], on the device of `uniform`; w̄ = Σ_i w_i/N."""
         ...
 
     def loss(self, c_N: Tensor, on: Split | None = None, *, groups: Groups = EVERYTHING, again: bool = False) -> Tensor:
-        """The mean loss at w = Σ_i c_i w_i on the next batch, differentiable in ``c_N``.
+        """Return the mean loss at w = Σ_i c_i w_i on the next batch, differentiable in ``c_N``.
 
         ∂ℓ/∂c_i = ⟨w_i, ∂ℓ/∂w⟩. BatchNorm normalises with the batch's own statistics, dropout is off.
 
         Args:
-            c_N: [N] coefficients that sum to one, on the device of `uniform`; [G, N] where there are several groups.
-            on: the data; None is `scored_on`.
-            groups: what each row of coefficients is for.
-            again: on the batch of the call before instead.
+            c_N: [N] coefficients that sum to one, on the device of `uniform`; [G, N] for several groups.
+            on: the split; None is `scored_on`.
+            groups: the tensors that each row of coefficients applies to.
+            again: reuse the batch of the previous call.
         """
         ...
 
     def surrogate(self, on: Split | None = None, hessian: Hessian = "auto") -> Surrogate:
-        """The loss around the mean of all, to second order in the coefficients, in one pass over ``on``.
+        """Expand the loss around the mean of all candidates to second order in the coefficients; one pass over ``on``.
 
         Raises:
-            TaskError: if the curvature asked for cannot be had of this model.
+            TaskError: if this model does not support the requested curvature.
         """
         ...
 
     def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
-        """The mean loss over ``on`` and its gradient along Σ c = 1, [N] float64 on the CPU, in one pass.
+        """Return the mean loss over ``on`` and its gradient along Σ c = 1, [N] float64 on the CPU, in one pass.
 
-        Like `loss` and `surrogate`, with BatchNorm by the batches' own statistics.
+        As in `loss` and `surrogate`, BatchNorm uses the batches' own statistics.
 
         Raises:
             TaskError: if the loss has no gradient, or is NaN or infinite.
@@ -107,39 +107,39 @@ class Objective(Protocol):
         ...
 
     def prefetch(self, coefficients: Sequence[Coefficients], on: Split | None = None) -> None:
-        """Say which scores will be asked for, whatever they are: several workers then measure them side by side."""
+        """Announce scores that will be requested whatever their values, so that several ranks score in parallel."""
         ...
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
-        """The score on ``on`` (None is `scored_on`), BatchNorm recomputed; remembered, so asking again is free.
+        """Return the score on ``on`` (None is `scored_on`), BatchNorm recomputed; cached, so repeated calls are free.
 
-        Where loss or metric is NaN or infinite it is `Score.invalid` and has the value −∞.
+        If the loss or metric is NaN or infinite, the score is `Score.invalid` and has the value −∞.
         """
         ...
 
-    def score_at_least(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
-        """The score where its value is ≥ ``bar`` (> if ``strict``), else None.
+    def score_at_least(self, coefficients: Coefficients, threshold: float, *, strict: bool) -> Score | None:
+        """Return the score if its value is ≥ ``threshold`` (> if ``strict``), else None.
 
-        What is None is known without the batches that could not have changed it any more: for a metric within known
-        bounds, the sum so far and the best that the remaining examples could add may already stay below the bar.
+        For a metric with known bounds, returns None as soon as the remaining examples cannot lift the score to
+        ``threshold``: the sum so far plus the best possible value of every remaining example is still below it.
         """
         ...
 
-    def progress(self, stage: str, done: int, total: int, **figures: Tensor | float) -> None:
-        """Say how far the work is; cheap enough to be called every step (figures are looked at now and then)."""
+    def progress(self, stage: str, done: int, total: int, **metrics: Tensor | float) -> None:
+        """Report progress; cheap enough to call every step, since metrics are read only a few times a second."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """What a strategy found, and how.
+    """Result of a strategy.
 
     Attributes:
-        coefficients: the answer.
-        columns: name → one number or word for each candidate (None where there is none), shown beside it.
-        trace: name → one number for each step.
-        notes: what a reader of the report should know, a sentence each.
-        tables: title → rows, each of them column → value.
+        coefficients: the coefficients of the average.
+        columns: name → one number or word per candidate (None if missing), shown beside it in the report.
+        trace: name → one number per step.
+        notes: remarks for the report, one sentence each.
+        tables: title → rows, each mapping column → value.
     """
 
     coefficients: Coefficients
@@ -152,7 +152,7 @@ class Learned:
 
 
 class Strategy(Protocol):
-    """A frozen keyword-only dataclass of settings that turns an objective into coefficients.
+    """A frozen keyword-only dataclass of settings, with a method that chooses the coefficients.
 
     A field ``name: Annotated[type, "help"] = default`` is also the command's option ``--name``.
     """
@@ -160,7 +160,7 @@ class Strategy(Protocol):
     needs_task: ClassVar[bool]
 
     def learn(self, objective: Objective) -> Learned:
-        """The coefficients for the N candidates of ``objective``.
+        """Choose coefficients for the N candidates of ``objective``.
 
         Raises:
             UsageError: if the settings do not fit the candidates.
@@ -171,32 +171,32 @@ class Strategy(Protocol):
 def check_losses(
     losses: Sequence[float], objective: Objective, on: Split | None, *, first: int = 0, samples: int = 1
 ) -> None:
-    """Raise TaskError for a loss that is NaN or infinite: what was learned from it is worth nothing.
+    """Raise TaskError if a loss is NaN or infinite: coefficients trained on it are worthless.
 
     Args:
-        losses: of consecutive steps.
-        objective: gave them.
-        on: the data they were of.
-        first: the number of the first step, from 0.
-        samples: batches that a step takes.
+        losses: the losses of consecutive steps.
+        objective: the objective that computed them.
+        on: the split they were computed on.
+        first: the index of the first step, from 0.
+        samples: batches per step.
     """
     for step, loss in enumerate(losses, first):
         if not math.isfinite(loss):
             split, count = on or objective.scored_on, objective.batches(on or objective.scored_on)
             numbers = sorted({(step * samples + i) % count + 1 for i in range(samples)})
-            shown = f"batch{'es' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))} of the {split} data"
+            where = f"batch{'es' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))} of the {split} data"
             raise TaskError(
-                f"loss() gave {loss} at step {step + 1} of the search, on {shown}",
-                hint="look for broken examples in the data it learns from, or choose a smaller --lr",
+                f"loss() gave {loss} at step {step + 1} of the search, on {where}",
+                hint=f"look for broken examples in the {split} data, or choose a smaller --lr",
             )
 
 
 def scored_alone(objective: Objective) -> list[float]:
-    """The score of each candidate alone, larger is better."""
-    alone = [Coefficients.uniform([i], objective.n) for i in range(objective.n)]
-    objective.prefetch(alone)
+    """Return the score of each single candidate; larger is better."""
+    one_hot = [Coefficients.uniform([i], objective.n) for i in range(objective.n)]
+    objective.prefetch(one_hot)
     scores: list[float] = []
-    for i, one in enumerate(alone):
-        scores.append(objective.score(one).value)
+    for i, coefficients in enumerate(one_hot):
+        scores.append(objective.score(coefficients).value)
         objective.progress("scoring candidates", i + 1, objective.n)
     return scores

@@ -1,4 +1,4 @@
-"""Recompute BatchNorm's running statistics: those of a checkpoint are wrong for any mixture it enters."""
+"""Recompute BatchNorm's running statistics, because a checkpoint's own are wrong for any mixture of weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as Layer  # pyright: ignore[re
 
 
 def layers(model: nn.Module) -> dict[str, Layer]:
-    """The BatchNorm layers of ``model`` that keep running statistics, by module name."""
+    """Return the BatchNorm layers of ``model`` that keep running statistics, by module name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -21,53 +21,53 @@ def layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def statistics(model: nn.Module) -> frozenset[str]:
-    """The state-dict names of the running means and variances of ``model``."""
+    """Return the state-dict names of the running means and variances of ``model``."""
     return frozenset(
         f"{name}.{buffer}" if name else buffer for name in layers(model) for buffer in ("running_mean", "running_var")
     )
 
 
 @contextmanager
-def batch_statistics(found: Collection[Layer]) -> Generator[None]:
-    """BatchNorm normalising with each batch's own statistics, in a model that is otherwise in eval mode."""
-    for layer in found:
+def batch_statistics(norms: Collection[Layer]) -> Generator[None]:
+    """Let BatchNorm normalise with each batch's own statistics, in a model that is otherwise in eval mode."""
+    for layer in norms:
         layer.train()
     try:
         yield
     finally:
-        for layer in found:
+        for layer in norms:
             layer.eval()
 
 
-def statistics_of(found: Collection[Layer]) -> list[dict[str, Tensor]]:
-    """The statistics as they are, and what they are the average of; for `recompute` to go on from."""
-    return [dict(layer.named_buffers(recurse=False)) for layer in found]
+def statistics_of(norms: Collection[Layer]) -> list[dict[str, Tensor]]:
+    """Return the current statistics and batch counts, from which `recompute` can resume."""
+    return [dict(layer.named_buffers(recurse=False)) for layer in norms]
 
 
-def recompute(found: Collection[Layer], forward: Callable[[], None], state: Any = None) -> None:
+def recompute(norms: Collection[Layer], forward: Callable[[], None], state: Any = None) -> None:
     """Replace the running statistics by their cumulative average over one pass, as torch's ``update_bn`` does.
 
-    The average gives every batch equal weight (momentum None). Dropout stays off, unlike there.
+    The average gives every batch equal weight (momentum None). Unlike in ``update_bn``, dropout stays off.
 
     Args:
-        found: the layers, of a model in eval mode; where there are none, nothing is run.
+        norms: the BatchNorm layers of a model in eval mode; if there are none, ``forward`` is not called.
         forward: runs the model over every batch.
-        state: what `statistics_of` gave after some of the batches, which ``forward`` then leaves out.
+        state: the result of `statistics_of` after some of the batches, which ``forward`` then skips.
     References:
         Izmailov et al. 2018 (SWA, arXiv:1803.05407), section 3.2; torch.optim.swa_utils.update_bn.
     """
-    if not found:
+    if not norms:
         return
-    momenta = [layer.momentum for layer in found]
-    for layer in found:
+    momenta = [layer.momentum for layer in norms]
+    for layer in norms:
         layer.reset_running_stats()
         layer.momentum = None
-    for layer, buffers in zip(found, state or [], strict=False):
+    for layer, buffers in zip(norms, state or [], strict=False):
         for name, value in buffers.items():
             getattr(layer, name).copy_(value)
     try:
-        with torch.no_grad(), batch_statistics(found):
+        with torch.no_grad(), batch_statistics(norms):
             forward()
     finally:
-        for layer, momentum in zip(found, momenta, strict=True):
+        for layer, momentum in zip(norms, momenta, strict=True):
             layer.momentum = momentum

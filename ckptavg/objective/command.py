@@ -1,4 +1,4 @@
-"""Scores by any program: each mixture is written to disk, and a command prints how good it is."""
+"""Scores from a shell command: each mixture is written to disk, and the command prints its score."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ _NO_LOSS: Final = "a command gives a score and no gradient: score with a task fi
 
 
 class CommandEvaluator:
-    """An objective whose score is the number that a shell command prints; see `ckptavg.objective.evaluator.Evaluator`.
+    """Objective whose score is the number that a shell command prints; see `ckptavg.objective.evaluator.Evaluator`.
 
-    The mixture is the exact average, in the dtype of the output, in a directory in ``OUTPUT.ckptavg/``. In the
-    command ``{}`` stands for its safetensors file and ``{dir}`` for the directory, which has the candidates' config
-    and tokenizer files too. There is no loss and no gradient.
+    Each mixture is the exact average in the output's dtype, written to a directory in ``OUTPUT.ckptavg/``. In the
+    command, ``{}`` stands for its safetensors file and ``{dir}`` for the directory, which also has the candidates'
+    config and tokenizer files. There is no loss and no gradient.
 
     Args:
-        command: for ``/bin/sh -c``; without ``{}`` and ``{dir}`` the file is its last argument.
-        checkpoints: the N candidates, open.
-        key: the entry of a JSON line that is the score (dots go deeper); None takes the last number of the output.
-        goal: whether larger or smaller is better.
-        timeout: seconds that a command may take.
-        dtype: of the mixtures, as in `ckptavg.average.weighted_sum.output_specs`.
-        beside: where the mixtures are written while they are scored.
-        seed: of the generator that strategies draw from.
-        watch: is told the progress.
-        replay: knows what an interrupted run of the same command has measured.
-        workers: who each run the command for other mixtures where several are expected, and else leave it to the first.
+        command: the command for ``/bin/sh -c``; without ``{}`` or ``{dir}``, the file is appended as last argument.
+        checkpoints: the N open candidates.
+        key: the entry of a JSON line that holds the score, dots for nesting; None takes the last number printed.
+        goal: ``max`` if larger is better, ``min`` if smaller is.
+        timeout: the time limit of one command, in seconds.
+        dtype: the dtype of the mixtures, as in `ckptavg.average.weighted_sum.output_specs`.
+        beside: the directory that mixtures are written to while they are scored.
+        seed: the seed of the strategies' generator.
+        watch: progress callback.
+        log: measurements of an interrupted run of the same command.
+        workers: the ranks; each runs the command for different mixtures if several are requested, else only rank 0.
     """
 
     differentiable = False
@@ -72,7 +72,7 @@ class CommandEvaluator:
     def __init__(
         self, command: str, checkpoints: Sequence[Checkpoint], *, key: str | None = None,
         goal: Literal["max", "min"] = "max", timeout: float | None = None, dtype: str | None = None,
-        beside: Path, seed: int = 0, watch: Watch | None = None, replay: MeasurementLog | None = None,
+        beside: Path, seed: int = 0, watch: Watch | None = None, log: MeasurementLog | None = None,
         workers: Workers = ALONE,
     ) -> None:  # fmt: skip
         self._command = command if FILE in command or DIRECTORY in command else f"{command} {FILE}"
@@ -84,7 +84,7 @@ class CommandEvaluator:
         self._beside = beside
         self._seed = seed
         self.watch = watch
-        self._replay = replay
+        self._log = log
         self._workers = workers
         self._scores: dict[Coefficients, Score] = {}
         self._meter = CostMeter()
@@ -92,7 +92,7 @@ class CommandEvaluator:
 
     @property
     def n(self) -> int:
-        """The number of candidates."""
+        """Number of candidates N."""
         return len(self._checkpoints)
 
     def has(self, split: Split) -> bool:
@@ -105,10 +105,10 @@ class CommandEvaluator:
         self._meter.restart()
 
     def prepare(self) -> None:
-        """See `Evaluator.prepare`: there is nothing to load."""
+        """Do nothing, as there is nothing to load; see `Evaluator.prepare`."""
 
     def step(self, i: int) -> int:
-        """The training step of candidate ``i``."""
+        """Return the training step of candidate ``i``."""
         return self._checkpoints[i].step
 
     def uniform(self) -> Tensor:
@@ -116,23 +116,23 @@ class CommandEvaluator:
         return torch.full((self.n,), 1 / self.n, dtype=torch.float64)
 
     def surrogate(self, on: Split | None = None, hessian: Hessian = "auto") -> Surrogate:
-        """There is no loss."""
+        """Raise UsageError: a command has no loss."""
         raise UsageError(_NO_LOSS)
 
     def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
-        """There is no loss."""
+        """Raise UsageError: a command has no loss."""
         raise UsageError(_NO_LOSS)
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
-        """See `Objective.score`: what the command prints for the average, remembered."""
+        """See `Objective.score`; the number that the command prints for the average, cached."""
         if coefficients in self._scores:
             self._meter.charge(coefficients)
             return self._scores[coefficients]
-        if self._known(coefficients):
+        if self._recall(coefficients):
             return self._scores[coefficients]
         with self._meter.pricing(coefficients):
             self._meter.evaluated()
-            number = self._workers.broadcast(self._workers.on_rank_zero(lambda: self._measured(coefficients)))
+            number = self._workers.broadcast(self._workers.on_rank_zero(lambda: self._run_on_average(coefficients)))
             assert number is not None
         self._keep(coefficients, number)
         return self._scores[coefficients]
@@ -141,25 +141,25 @@ class CommandEvaluator:
         """See `Evaluator.prefetch`."""
         if self._workers.world_size == 1:
             return
-        keys = [key for key in dict.fromkeys(coefficients) if key not in self._scores and not self._known(key)]
+        keys = [key for key in dict.fromkeys(coefficients) if key not in self._scores and not self._recall(key)]
 
         def measure(key: Coefficients) -> tuple[float, dict[str, float]]:
             with self._meter.measure() as spent:
                 self._meter.evaluated()
-                number = self._measured(key)
+                number = self._run_on_average(key)
             return number, spent | {SECONDS: spent[SECONDS] / self._workers.world_size}
 
         for key, (number, spent) in self._workers.map_parallel(keys, measure):
             self._meter.price(key, spent)
             self._keep(key, number)
 
-    def score_at_least(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
-        """See `Objective.score_at_least`: a command cannot be stopped early."""
+    def score_at_least(self, coefficients: Coefficients, threshold: float, *, strict: bool) -> Score | None:
+        """See `Objective.score_at_least`; a command always runs to its end."""
         score = self.score(coefficients)
-        return score if (score.value > bar if strict else score.value >= bar) else None
+        return score if (score.value > threshold if strict else score.value >= threshold) else None
 
     def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
-        """See `Evaluator.exact_score`: every score is."""
+        """See `Evaluator.exact_score`; every score of a command is exact."""
         return self.score(coefficients)
 
     def load_output(
@@ -168,17 +168,17 @@ class CommandEvaluator:
         specs: Mapping[str, StoredTensor],
         read_into: Callable[[str, int, memoryview], None],
     ) -> Mapping[str, Tensor]:
-        """See `Evaluator.load_output`: nothing is recomputed, so the file is the one that was scored."""
+        """See `Evaluator.load_output`; nothing is recomputed, since the output file equals the one that was scored."""
         return {}
 
     def score_output(self, coefficients: Coefficients, split: Split) -> Score:
         """See `Evaluator.score_output`."""
         return self.score(coefficients)
 
-    def progress(self, stage: str, done: int, total: int, **figures: Tensor | float) -> None:
+    def progress(self, stage: str, done: int, total: int, **metrics: Tensor | float) -> None:
         """See `Objective.progress`."""
         if self.watch:
-            self.watch(stage, done, total, {name: float(value) for name, value in figures.items()})
+            self.watch(stage, done, total, {name: float(value) for name, value in metrics.items()})
 
     def cost(self) -> Cost:
         """See `Evaluator.cost`."""
@@ -192,41 +192,41 @@ class CommandEvaluator:
         )
 
     def batches(self, on: Split) -> int:
-        """There are none."""
+        """Raise UsageError: a command has no batches."""
         raise UsageError(_NO_LOSS)
 
     def blocks(self, size: int | None) -> Groups:
-        """There is no model."""
+        """Raise UsageError: a command has no model."""
         raise UsageError(_NO_LOSS)
 
     def distances(self, groups: Groups) -> Tensor:
-        """There is no model."""
+        """Raise UsageError: a command has no model."""
         raise UsageError(_NO_LOSS)
 
     def loss(self, c_N: Tensor, on: Split | None = None, *, groups: Groups = EVERYTHING, again: bool = False) -> Tensor:
-        """There is none."""
+        """Raise UsageError: a command has no loss."""
         raise UsageError(_NO_LOSS)
 
-    def _measured(self, coefficients: Coefficients) -> float:
+    def _run_on_average(self, coefficients: Coefficients) -> float:
         with self._written(coefficients) as path:
             return self._run(path)
 
-    def _known(self, coefficients: Coefficients) -> bool:
-        """Whether an interrupted run has measured it; it is remembered then."""
-        known = self._replay and self._replay.score(score_key(coefficients, "val", exact=True))
-        if known:
-            self._scores[coefficients] = known
-        return bool(known)
+    def _recall(self, coefficients: Coefficients) -> bool:
+        """Load the score that an interrupted run measured; return False if there is none."""
+        score = self._log and self._log.score(score_key(coefficients, "val", exact=True))
+        if score:
+            self._scores[coefficients] = score
+        return bool(score)
 
     def _keep(self, coefficients: Coefficients, number: float) -> None:
         score = Score(value=self._sign * number, loss=None, metric=number, examples=None)
         self._scores[coefficients] = score
-        if self._replay is not None:
-            self._replay.keep_score(score_key(coefficients, "val", exact=True), score)
+        if self._log is not None:
+            self._log.keep_score(score_key(coefficients, "val", exact=True), score)
 
     @contextmanager
     def _written(self, coefficients: Coefficients) -> Generator[Path]:
-        """The average as a file, in a directory that is gone afterwards."""
+        """Write the average to a file in a temporary directory, removed on exit."""
         folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=self._beside))
         try:
             path = folder / "model.safetensors"
@@ -254,13 +254,13 @@ class CommandEvaluator:
         try:
             with signals.at_once():
                 out, err = process.communicate(timeout=self._timeout)
-        except BaseException as error:  # the whole group: the command may have started others
+        except BaseException as error:  # kill the process group: the command may have started other processes
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             if isinstance(error, subprocess.TimeoutExpired):
                 raise TaskError(
-                    f"--score-cmd took more than {self._timeout:g} s", hint="give it longer with --score-timeout"
+                    f"--score-cmd took more than {self._timeout:g} s", hint="raise the limit with --score-timeout"
                 ) from error
             raise
         if process.returncode:
@@ -268,10 +268,10 @@ class CommandEvaluator:
         return self._number(out, err, command)
 
     def _number(self, out: str, err: str, command: str) -> float:
-        found = list(numbers(out) if self._key is None else entries(out, self._key))
-        if not found:
+        values = list(numbers(out) if self._key is None else entries(out, self._key))
+        if not values:
             wanted = "no number" if self._key is None else f"no JSON line with a number at {self._key}"
             raise TaskError(f"--score-cmd printed {wanted} on stdout: {tail(out) or tail(err)}", hint=command)
-        if not math.isfinite(found[-1]):
-            raise TaskError(f"--score-cmd printed {found[-1]}", hint=command)
-        return found[-1]
+        if not math.isfinite(values[-1]):
+            raise TaskError(f"--score-cmd printed {values[-1]}", hint=command)
+        return values[-1]

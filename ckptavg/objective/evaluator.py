@@ -1,4 +1,4 @@
-"""What the program asks of whatever scores mixtures: an objective for strategies, and an account for the report."""
+"""Interface of a scorer of mixtures: an objective for strategies, plus exact scores and costs for the report."""
 
 from __future__ import annotations
 
@@ -19,53 +19,53 @@ from ckptavg.runtime.progress import Watch
 
 
 class Evaluator(Objective, Protocol):
-    """Candidates and a way to score their mixtures: `objective.mixture.Mixture`, `objective.command.Commanded`."""
+    """Scores mixtures of candidates: `objective.mixture.Mixture` or `objective.command.CommandEvaluator`."""
 
     watch: Watch | None
 
     @property
     def splits(self) -> tuple[Split, ...]:
-        """What the final scores are measured on, `scored_on` first."""
+        """Splits of the final scores, `scored_on` first."""
         ...
 
     @property
     def bounded(self) -> bool:
-        """Whether scores lie within known bounds, so that they can be stopped early."""
+        """True if scores have known bounds, so that scoring can stop early."""
         ...
 
     def has(self, split: Split) -> bool:
-        """Whether there are such data."""
+        """Return whether ``split`` exists."""
         ...
 
     @property
     def statistics(self) -> Collection[str]:
-        """The tensors that are recomputed from data for every mixture: BatchNorm's statistics."""
+        """Names of the tensors recomputed from data for every mixture: BatchNorm's running statistics."""
         ...
 
     @property
     def matrix(self) -> MatrixResult | None:
-        """The candidate matrix that was searched, None where there is none."""
+        """Properties of the candidate matrix that was searched; None if there is no matrix."""
         ...
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a reader of the report should know of how it was measured, a sentence each."""
+        """Remarks on the measurements for the report, one sentence each."""
         ...
 
     def step(self, i: int) -> int:
-        """The training step of candidate ``i``."""
+        """Return the training step of candidate ``i``."""
         ...
 
     def prepare(self) -> None:
-        """Load what a search needs, so that no strategy is charged for it."""
+        """Load model and candidates, so that no strategy is charged for loading."""
         ...
 
     def prefetch(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
-        """See `Objective.prefetch`; ``exact`` if they will be asked for by `exact_score`."""
+        """See `Objective.prefetch`; ``exact`` announces calls of `exact_score`."""
         ...
 
     def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
-        """The score of the exact average of the files, whatever the precision of the search; remembered."""
+        """Return the score of the exact average of the files, whatever the precision of the search; cached."""
         ...
 
     def load_output(
@@ -74,21 +74,21 @@ class Evaluator(Objective, Protocol):
         specs: Mapping[str, StoredTensor],
         read_into: Callable[[str, int, memoryview], None],
     ) -> Mapping[str, Tensor]:
-        """Take the file that is about to be written as it lies, the average of ``coefficients``.
+        """Load the output file, the average with ``coefficients``, before it is finished.
 
         Returns:
-            Its `statistics`, recomputed, to be put into it.
+            Its recomputed `statistics`, to be written into it.
         """
         ...
 
     def score_output(self, coefficients: Coefficients, split: Split) -> Score:
-        """The score of the file that was adopted with these ``coefficients``."""
+        """Return the score of the output file loaded by `load_output` with these ``coefficients``."""
         ...
 
     def restart(self) -> None:
-        """Begin as a new search would: the seed's random numbers, nothing spent."""
+        """Start a new search: reset the random generator and the cost."""
         ...
 
     def cost(self) -> Cost:
-        """What has been spent since the start, or the last `restart`."""
+        """Return the cost since the start, or since the last `restart`."""
         ...

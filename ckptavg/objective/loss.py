@@ -1,4 +1,4 @@
-"""The loss of a mixture and its gradient in the coefficients, as one node of torch's graph.
+"""Loss of a mixture and its gradient in the coefficients, as one node of torch's graph.
 
 Shape suffixes: N = candidates, G = groups of tensors.
 """
@@ -27,14 +27,14 @@ class MixtureLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, c_GN: Tensor, compute: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-        """The loss; ``compute`` gives it and its gradient in the shape of c."""
+        """Return the loss; ``compute`` returns it with its gradient in the shape of c."""
         loss, gradient_GN = compute(c_GN)
         ctx.save_for_backward(gradient_GN)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        """The gradient that is known already."""
+        """Return the gradient saved by `forward`, times ``upstream``."""
         (gradient_GN,) = ctx.saved_tensors
         return upstream[0] * gradient_GN, None
 
@@ -43,12 +43,12 @@ def loss_and_gradient(
     task: Task, candidates: Candidates, norms: Collection[batchnorm.Layer], c_GN: Tensor, share: LocalShard,
     groups: Groups, precision: str, workers: Workers,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The mean loss at c on a batch, and ∂ℓ/∂c in the shape of c; BatchNorm by the batch's own statistics.
+    """Return the mean loss at c on a batch, and ∂ℓ/∂c in the shape of c; BatchNorm uses the batch's own statistics.
 
-    What is not the model's forward pass, mixture and pullback, keeps the precision of the candidates.
+    Only the model's forward pass runs in ``precision``; mixture and pullback keep the precision of the candidates.
 
-    With ℓ_r the loss of worker r's share and u_r its weight, ℓ = Σ_r u_r ℓ_r / Σ_r u_r and ∂ℓ/∂c likewise: a sum over
-    workers of 2 + G·N float64 numbers, and nothing of the size of the model.
+    With ℓ_r the loss of rank r's share and u_r its weight, ℓ = Σ_r u_r ℓ_r / Σ_r u_r and ∂ℓ/∂c likewise: an all-reduce
+    of 2 + G·N float64 numbers, and nothing of the size of the model.
 
     Raises:
         TaskError: if the loss has no gradient.
@@ -59,14 +59,14 @@ def loss_and_gradient(
         with autocast(precision, c_GN.device):
             loss = task.loss(candidates.model, share.batch).mean()
         if not loss.requires_grad:
-            raise TaskError("loss() gives no gradient: no_grad, detach or item() in it?", path=task.source)
+            raise TaskError("loss() has no gradient: does it use no_grad, detach or item()?", path=task.source)
         try:
             loss.backward(torch.full_like(loss, share.weight))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            what = f"loss() cannot be differentiated: {str(error).splitlines()[0]}"
-            raise TaskError(what, path=task.source) from error
+            message = f"loss() cannot be differentiated: {str(error).splitlines()[0]}"
+            raise TaskError(message, path=task.source) from error
     weight = c_GN.new_full((1,), share.weight)
     loss, gradient_GN = loss.detach().to(c_GN.dtype), candidates.pullback(groups).to(c_GN.dtype)
     sums = workers.sum(torch.cat([weight, weight * loss, gradient_GN.flatten()]))
@@ -74,7 +74,7 @@ def loss_and_gradient(
 
 
 def without_cudnn_recurrence(model: nn.Module) -> AbstractContextManager[None]:
-    """cuDNN's recurrent layers go backward in training mode only, where they would drop out."""
+    """Disable cuDNN for recurrent layers: it supports backward only in training mode, where dropout is on."""
     if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
         return nullcontext()
     return torch.backends.cudnn.flags(enabled=False, allow_tf32=False)

@@ -1,4 +1,4 @@
-"""What of a run goes into its journal, and how it comes back: scores, and losses with their gradients."""
+"""Write scores, losses and gradients to the journal, and read back those of an interrupted run."""
 
 from __future__ import annotations
 
@@ -21,102 +21,103 @@ from ckptavg.surrogate import Surrogate
 from ckptavg.tasks import Task
 from ckptavg.tasks.torch_metrics import Resampled
 
-_TOGETHER: Final = 1.0  # seconds of losses that are written at a time
-_FIGURES: Final = ("value", "loss", "metric")
+_FLUSH_INTERVAL: Final = 1.0  # seconds between writes of pending losses
+_NUMBERS: Final = ("value", "loss", "metric")
 
 
 class MeasurementLog:
-    """Asks a journal before anything is measured, and tells it afterwards.
+    """Journal of measurements: read before measuring, written afterwards.
 
-    Losses are numbered within a search, because a strategy asks for them in one order; a record is used only where it
-    was of the same coefficients to the last bit. Numbers keep all their bits.
+    Losses are numbered within a search, because a strategy requests them in a fixed order; a record is reused only if
+    its coefficients are bitwise equal. Numbers are stored exactly.
     """
 
     def __init__(self, journal: Journal | ReadOnlyJournal) -> None:
         self._journal = journal
         self.folder = journal.folder
         self._search = -1
-        self._asked = 0
+        self._next_loss = 0
         self._pending: list[tuple[str, Tensor, Tensor]] = []
-        self._orders: dict[str, list[int]] = {}  # of the data of an earlier run's scores
+        # split and exactness → `PerExample.order` of each score of an interrupted run
+        self._orders: dict[str, list[int]] = {}
         self._flushed = time.monotonic()
 
     def restart(self) -> None:
-        """Another search begins."""
+        """Start the next search."""
         self._search += 1
-        self._asked = 0
+        self._next_loss = 0
 
     def loss(self, c_GN: Tensor) -> tuple[str, tuple[Tensor, Tensor] | None]:
-        """The key of the next loss, and what is known of it: the loss and its gradient in the shape of c."""
-        key = f"loss {self._search} {self._asked}"
-        found = self._journal.get(key)
-        if found is None or found["at"] != _checksum(c_GN):
+        """Return the key of the next loss, and the recorded loss and gradient (in the shape of c), or None."""
+        key = f"loss {self._search} {self._next_loss}"
+        record = self._journal.get(key)
+        if record is None or record["at"] != _checksum(c_GN):
             return key, None
-        self._asked += 1
-        values = decode(found["values"]).to(c_GN)
+        self._next_loss += 1
+        values = decode(record["values"]).to(c_GN)
         return key, (values[0], values[1:].view(c_GN.shape))
 
     def keep_loss(self, key: str, c_GN: Tensor, loss: Tensor, gradient_GN: Tensor) -> None:
-        """Write a loss down, with others, now and then: it waits for the device."""
-        self._asked += 1
+        """Queue a loss for the journal; written in groups, because each write waits for the device."""
+        self._next_loss += 1
         values = torch.cat([loss.view(1).to(gradient_GN), gradient_GN.flatten()])
         self._pending.append((key, c_GN.detach().clone(), values))
-        if time.monotonic() - self._flushed > _TOGETHER:
+        if time.monotonic() - self._flushed > _FLUSH_INTERVAL:
             self.flush()
 
     @property
     def halvings(self) -> int:
-        """How often an earlier run had to halve its batches."""
+        """Number of times that an interrupted run halved its batches."""
         return self._journal.get("halvings") or 0
 
     def halved(self) -> bool:
-        """Whether an earlier run did so before the next loss, and began its data anew."""
-        return self._journal.get(f"halved {self._search} {self._asked}", earlier=True) is not None
+        """Return whether an interrupted run halved its batches, and so restarted its streams, before the next loss."""
+        return self._journal.get(f"halved {self._search} {self._next_loss}", earlier=True) is not None
 
     def keep_halving(self) -> None:
-        """Write down that batches are half as large from here on."""
-        self._journal.put_all({"halvings": self.halvings + 1, f"halved {self._search} {self._asked}": True})
+        """Record that batches are halved from here on."""
+        self._journal.put_all({"halvings": self.halvings + 1, f"halved {self._search} {self._next_loss}": True})
 
     def flush(self) -> None:
-        """Write down what is pending."""
+        """Write the pending losses."""
         losses = {key: {"at": _checksum(c_GN), "values": encode(values)} for key, c_GN, values in self._pending}
         self._journal.put_all(losses)
         self._pending = []
         self._flushed = time.monotonic()
 
     def partial(self, key: str) -> PassProgress:
-        """How far the pass over data with this key has come."""
+        """Return the progress of the pass with this key."""
         return PassProgress(f"part of {key}", self._journal.get, self._journal.put)
 
     def score(self, key: str, task: Task | None = None, *, earlier: bool = False) -> Score | None:
-        """What is known of a score.
+        """Return a recorded score, or None.
 
         Args:
-            key: of `score_key`, or the like.
-            task: has the metric that a score may need again.
-            earlier: only what an earlier run has measured.
+            key: the key, from `score_key` or derived from it.
+            task: the task, whose metric a score may need to be resampled.
+            earlier: ignore records of this run; only those of an interrupted one count.
         """
-        found = self._journal.get(key, earlier=earlier)
-        if found is None:
+        record = self._journal.get(key, earlier=earlier)
+        if record is None:
             return None
-        if found["each"] and self._journal.get(key, earlier=True):
-            self._orders.setdefault(_data_of(key), []).append(found["each"]["order"])
-        numbers = {name: None if (text := found[name]) is None else float.fromhex(text) for name in _FIGURES}
-        each = found["each"] and PerExample(**decode(found["each"]))
-        score = Score(**numbers, examples=found["examples"], per_example=each, invalid=found["invalid"])  # pyright: ignore[reportArgumentType]
-        if found["corpus"] is None:
+        if record["each"] and self._journal.get(key, earlier=True):
+            self._orders.setdefault(_data_of(key), []).append(record["each"]["order"])
+        numbers = {name: None if (text := record[name]) is None else float.fromhex(text) for name in _NUMBERS}
+        each = record["each"] and PerExample(**decode(record["each"]))
+        score = Score(**numbers, examples=record["examples"], per_example=each, invalid=record["invalid"])  # pyright: ignore[reportArgumentType]
+        if record["corpus"] is None:
             return score
         assert task is not None and task.corpus is not None
         corpus = task.corpus()
-        corpus.load_state_dict(decode(found["corpus"]))
+        corpus.load_state_dict(decode(record["corpus"]))
         sign = -1.0 if task.metric_goal == "min" else 1.0
         return replace(score, resampled=Resampled(corpus, sign), batches=corpus.batches)
 
     def keep_score(self, key: str, score: Score) -> None:
-        """Write a score down, with all that intervals need.
+        """Record a score, with the values that its confidence intervals need.
 
         Raises:
-            TaskError: if its data are others than those of the earlier run's scores, with which it will be compared.
+            TaskError: if it was computed on other data than the interrupted run's scores that it will be compared with.
         """
         self.flush()
         orders = self._orders.get(_data_of(key), [])
@@ -126,49 +127,49 @@ class MeasurementLog:
             and set(orders) - {score.per_example.order}
             and len(set(orders)) == 1
         ):
-            raise TaskError("the data are not those that the interrupted run scored on", hint="--no-resume begins anew")
+            raise TaskError("the data are not those that the interrupted run scored on", hint="--no-resume starts over")
         corpus = None
         if isinstance(score.resampled, Resampled):
             try:
                 corpus = encode(score.resampled.corpus.state_dict(everything=True))
             except TypeError:
-                return  # its metric keeps what cannot be written down
+                return  # the state of its metric cannot be serialised
         each = score.per_example and {
-            one.name: getattr(score.per_example, one.name) for one in fields(score.per_example)
+            column.name: getattr(score.per_example, column.name) for column in fields(score.per_example)
         }
-        figures = {name: None if (x := getattr(score, name)) is None else x.hex() for name in _FIGURES}
-        known = {"examples": score.examples, "each": encode(each), "corpus": corpus, "invalid": score.invalid}
-        self._journal.put(key, figures | known)
+        numbers = {name: None if (x := getattr(score, name)) is None else x.hex() for name in _NUMBERS}
+        rest = {"examples": score.examples, "each": encode(each), "corpus": corpus, "invalid": score.invalid}
+        self._journal.put(key, numbers | rest)
 
-    def rejected(self, key: str, bar: float) -> bool:
-        """Whether an earlier run found that a score stays below a bar."""
-        return self._journal.get(f"{key} below {bar.hex()}", earlier=True) is not None
+    def rejected(self, key: str, threshold: float) -> bool:
+        """Return whether an interrupted run recorded a score below the threshold."""
+        return self._journal.get(f"{key} below {threshold.hex()}", earlier=True) is not None
 
-    def keep_rejected(self, key: str, bar: float) -> None:
-        """Write down that a score stays below a bar."""
-        self._journal.put(f"{key} below {bar.hex()}", True)
+    def keep_rejected(self, key: str, threshold: float) -> None:
+        """Record that a score is below the threshold."""
+        self._journal.put(f"{key} below {threshold.hex()}", True)
 
     def gradient(self, key: str) -> tuple[float, Tensor] | None:
-        """What an earlier run found of a loss over a whole split, and of its gradient."""
-        found = self._journal.get(key, earlier=True)
-        return None if found is None else tuple(decode(found))
+        """Return the mean loss over a split and its gradient as an interrupted run recorded them, or None."""
+        record = self._journal.get(key, earlier=True)
+        return None if record is None else tuple(decode(record))
 
     def keep_gradient(self, key: str, value: float, gradient_N: Tensor) -> None:
-        """Write both down."""
+        """Record the mean loss over a split and its gradient."""
         self._journal.put(key, encode([value, gradient_N]))
 
     def surrogate(self, key: str) -> Surrogate | None:
-        """What is known of the loss to second order."""
-        found = self._journal.get(key)
-        return None if found is None else Surrogate(**decode(found))
+        """Return the recorded surrogate, or None."""
+        record = self._journal.get(key)
+        return None if record is None else Surrogate(**decode(record))
 
     def keep_surrogate(self, key: str, surrogate: Surrogate) -> None:
-        """Write the loss to second order down."""
-        self._journal.put(key, encode({one.name: getattr(surrogate, one.name) for one in fields(surrogate)}))
+        """Record a surrogate."""
+        self._journal.put(key, encode({field.name: getattr(surrogate, field.name) for field in fields(surrogate)}))
 
 
 def _data_of(key: str) -> str:
-    """Scores with the same are of the same data."""
+    """Return the part of a score's key that names its data."""
     return key.rpartition(" ")[0]
 
 
@@ -177,6 +178,6 @@ def _checksum(c_GN: Tensor) -> int:
 
 
 def score_key(coefficients: Coefficients, split: Split, *, exact: bool) -> str:
-    """What the score of a mixture on a split is called: of the exact average, or of the candidate matrix."""
+    """Return the journal key of a mixture's score on a split, from the exact average or from the candidate matrix."""
     text = repr(([[c.hex() for c in row] for row in coefficients.values], coefficients.groups))
     return f"score {split} {exact} {hashlib.sha256(text.encode()).hexdigest()[:32]}"

@@ -1,4 +1,4 @@
-"""The real objective: candidates × task. It remembers scores and counts what the search costs.
+"""Objective of a PyTorch task: mixes the candidates, caches scores and counts the cost of the search.
 
 Shape suffixes: N = candidates, G = groups of tensors.
 """
@@ -42,7 +42,7 @@ from ckptavg.tasks import Task
 from ckptavg.tasks import batch as batches
 
 _T = TypeVar("_T")
-_LOOK_EVERY: Final = 0.1  # seconds between looks at figures that lie on the device
+_PROGRESS_INTERVAL: Final = 0.1  # seconds between progress reports: reading metrics synchronises with the device
 
 
 class Mixture:
@@ -51,18 +51,19 @@ class Mixture:
     Args:
         task: model, data, loss and metric.
         checkpoints: the N candidates, in training order.
-        device: where the model and the candidates live.
-        seed: of everything random; loaders are started with seeds derived from it, so shuffling repeats.
-        bits: of an element of the candidate matrix; ``auto`` is the most that fits the device.
-        group_size: elements that share a scale and a zero point where ``bits`` < 32.
-        offload: where the matrix lies instead of on the device.
-        precision: of the passes of a search, ``float32`` for the model's own; scores of the report have that always.
-        compiled: let torch.compile have the model's forward.
-        watch: is told the progress, a few times a second.
-        replay: knows what an interrupted run of the same command has measured.
-        workers: who divide the work; each has all candidates, the model and the data.
-        parallel: what they divide in a score: the ``batches``, or the ``candidates`` where several are expected.
-        shard: each has a part of every candidate and of the model instead, and they do every batch at once.
+        device: the device of the model and the candidates.
+        seed: seed of all random numbers; loaders get seeds derived from it, so shuffling repeats.
+        bits: bits per element of the candidate matrix; ``auto`` is the most that fits the device.
+        group_size: elements that share a scale and a zero point if ``bits`` < 32.
+        offload: storage of the matrix if it is not kept on the device.
+        precision: precision of the passes of a search; ``float32`` keeps the model's own, which the report's scores
+            always use.
+        compiled: run the model's forward through torch.compile.
+        watch: progress callback, called a few times a second.
+        log: measurements of an interrupted run of the same command.
+        workers: the ranks that divide the work; each holds all candidates, the model and the data.
+        parallel: what the ranks divide in a score: the ``batches``, or the ``candidates`` if several are requested.
+        shard: give each rank a shard of every candidate and of the model instead; all ranks run every batch together.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Mixture:
         precision: str = OWN,
         compiled: bool = False,
         watch: Watch | None = None,
-        replay: MeasurementLog | None = None,
+        log: MeasurementLog | None = None,
         workers: Workers = ALONE,
         parallel: Parallel = "auto",
         shard: bool = False,
@@ -94,40 +95,40 @@ class Mixture:
         self._compile = compiled
         self._compiled: Compiled | None = None
         self.watch = watch
-        self._log = replay
+        self._log = log
         self._workers = workers
         self._parallel: Parallel = parallel
         self._shard = shard
         self._divided: dict[Split, bool] = {}
         self._notes: list[str] = []
-        self._looked = 0.0
+        self._last_report = 0.0
         self.scored_on: Split = "val" if task.has("val") else "train"
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
         self.batchnorm_from: Split = "train" if task.has("train") else self.scored_on
         self._gradients: dict[tuple[Coefficients, Split, str], tuple[float, Tensor]] = {}
         self._surrogates: dict[tuple[Split, Hessian], Surrogate] = {}
         self.meter = CostMeter()
-        self._scores = ScoreCache(task, self.meter, replay)
-        for _ in range(0 if replay is None else replay.halvings):
-            task.halve()  # as it had to be before; then results are the same
-        self._feed = BatchLoader(task, self.scored_on, device, seed, self.meter, workers)
-        self._scorer = Scorer(task, self._feed)
+        self._scores = ScoreCache(task, self.meter, log)
+        for _ in range(0 if log is None else log.halvings):
+            task.halve()  # as often as in the interrupted run, so that results are the same
+        self._loader = BatchLoader(task, self.scored_on, device, seed, self.meter, workers)
+        self._scorer = Scorer(task, self._loader)
         self.restart()
 
     def restart(self) -> None:
-        """Begin as a new search would, with the seed's random numbers, the first batch and nothing spent.
+        """Start a new search: reset the random generator, the batch streams and the cost.
 
-        What is loaded stays, and scores are still remembered; `cost` charges for them as if they were measured anew.
+        Loaded candidates and cached scores are kept; `cost` charges for cached scores as if they were measured again.
         """
         self.generator = torch.Generator().manual_seed(self._seed)
-        self._feed.restart()
+        self._loader.restart()
         if self._log is not None:
             self._log.restart()
         self.meter.restart()
 
     @cached_property
     def candidates(self) -> Candidates:
-        """The candidate matrix and the model; loaded when first needed, after a strategy has checked its settings."""
+        """Candidate matrix and model; loaded on first use, after the strategy has checked its settings."""
         torch.manual_seed(self._seed)
         workers = self._workers if self._shard else ALONE
         if self._shard:
@@ -135,26 +136,26 @@ class Mixture:
         else:
             model = self.task.model()
             if empty := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
-                what = f"model() must be ready to run, but its {empty} is on the meta device: give it memory"
-                raise TaskError(what, path=self.task.source)
+                message = f"model() must be ready to run, but its {empty} is on the meta device: allocate it"
+                raise TaskError(message, path=self.task.source)
             model = model.to(self._device).eval()
         plan = Plan.of(
             model, self.n, bits=self._asked_bits, group_size=self.group_size, offload=self._offload,
             device=self._device, parts=workers.world_size, sharing=self._workers.local_world_size,
         )  # fmt: skip
-        remark = plan.check()
+        memory_use = plan.check()
         if self.watch and self.n > 1:
-            self.watch(remark, 0, 0, {})
-        bits = min(self._workers.gather(plan.bits))  # and nobody takes memory before all have looked
-        made = Candidates(
+            self.watch(memory_use, 0, 0, {})
+        bits = min(self._workers.gather(plan.bits))  # also a barrier: no rank allocates before all have checked memory
+        candidates = Candidates(
             model, self.checkpoints, self.progress,
             bits=bits, group_size=self.group_size, offload=self._offload, workers=workers,
         )  # fmt: skip
         for checkpoint in self.checkpoints:
-            checkpoint.check_unchanged()  # not only at the end of a long search
+            checkpoint.check_unchanged()  # now, rather than only at the end of a long search
         if self._compile:
             self._compiled = Compiled(model)
-        return made
+        return candidates
 
     @property
     def differentiable(self) -> bool:
@@ -173,13 +174,13 @@ class Mixture:
     @property
     def matrix(self) -> MatrixResult:
         """See `Evaluator.matrix`."""
-        found = self.candidates
+        candidates = self.candidates
         return MatrixResult(
-            bits=found.bits,
-            group_size=None if found.exact else self.group_size,
-            bytes=found.nbytes,
-            error=found.error,
-            offload=self._offload if found.streamed else "none",
+            bits=candidates.bits,
+            group_size=None if candidates.exact else self.group_size,
+            bytes=candidates.nbytes,
+            error=candidates.error,
+            offload=self._offload if candidates.streamed else "none",
             precision=self._precision,
             compiled=self._compiled is not None and self._compiled.failure is None,
         )
@@ -187,35 +188,35 @@ class Mixture:
     @property
     def notes(self) -> list[str]:
         """See `Evaluator.notes`."""
-        said = [*getattr(self.task, "notes", ()), *self._notes]
+        notes = [*getattr(self.task, "notes", ()), *self._notes]
         if self._offload == "cpu" and self._device.type == "cpu":
-            said.append("--offload cpu changes nothing on a CPU: the candidates are in its memory already")
+            notes.append("--offload cpu changes nothing on a CPU: the candidates are in its memory already")
         if self._compiled is not None and self._compiled.failure is not None:
-            said.append(f"--compile was given up, and the model ran as it is: {self._compiled.failure}")
-        return said
+            notes.append(f"--compile was given up, and the model ran as it is: {self._compiled.failure}")
+        return notes
 
     def prepare(self) -> None:
         """See `Evaluator.prepare`."""
-        self.candidates  # noqa: B018  # made when first asked for
+        self.candidates  # noqa: B018  # loads them
 
     @property
     def model(self) -> nn.Module:
-        """The model, on the device."""
+        """Model on the device."""
         return self.candidates.model
 
     @cached_property
     def _norms(self) -> Collection[batchnorm.Layer]:
-        found = list(batchnorm.layers(self.model).values())
-        self._feed.needs_two = bool(found)
-        return found
+        norms = list(batchnorm.layers(self.model).values())
+        self._loader.needs_two = bool(norms)
+        return norms
 
     @property
     def n(self) -> int:
-        """The number of candidates."""
+        """Number of candidates N."""
         return len(self.checkpoints)
 
     def step(self, i: int) -> int:
-        """The training step of candidate ``i``."""
+        """Return the training step of candidate ``i``."""
         return self.checkpoints[i].step
 
     def uniform(self) -> Tensor:
@@ -225,7 +226,7 @@ class Mixture:
 
     def batches(self, on: Split) -> int:
         """See `Objective.batches`."""
-        return self._feed.length(on)
+        return self._loader.length(on)
 
     def blocks(self, size: int | None) -> Groups:
         """See `Objective.blocks`."""
@@ -236,37 +237,37 @@ class Mixture:
         return self.candidates.distances(groups).to(self.uniform().dtype)
 
     def loss(self, c_N: Tensor, on: Split | None = None, *, groups: Groups = EVERYTHING, again: bool = False) -> Tensor:
-        """See `Objective.loss`; forward and backward run at once, so no graph outlives the call."""
-        fresh = not again
+        """See `Objective.loss`; runs forward and backward together, so no graph outlives the call."""
+        advance = not again
 
         def work() -> Tensor:
-            nonlocal fresh
+            nonlocal advance
             if self._log is not None and self._log.halved():
-                self._feed.restart(halved=True)
-                fresh = True
+                self._loader.restart(halved=True)
+                advance = True
             split = on or self.scored_on
-            stream = self._feed.stream(split, lambda: self._divides(split))
-            if fresh:
+            stream = self._loader.stream(split, lambda: self._divides(split))
+            if advance:
                 stream.advance()
-            fresh = True  # the batch that was too large is gone
+            advance = True  # a retry runs with smaller batches, so the previous one cannot be reused
             return MixtureLoss.apply(c_N, self._step(stream, groups))  # pyright: ignore
 
         return self._with_memory(work)
 
     def surrogate(self, on: Split | None = None, hessian: Hessian = "auto") -> Surrogate:
-        """See `Objective.surrogate`; remembered."""
+        """See `Objective.surrogate`; cached."""
         self._check_whole()
         key = (on or self.scored_on, hessian)
         if key in self._surrogates:
             self.meter.charge(key)
             return self._surrogates[key]
         norms, split, name = self._norms, key[0], f"surrogate {' '.join(key)}"
-        if self._log is not None and (known := self._log.surrogate(name)):
-            self._surrogates[key] = known
-            return known
+        if self._log is not None and (recorded := self._log.surrogate(name)):
+            self._surrogates[key] = recorded
+            return recorded
 
-        def passed() -> Iterator[Any]:
-            for done, batch in enumerate(self._feed.learnable(split, self._workers), 1):
+        def batches_with_progress() -> Iterator[Any]:
+            for done, batch in enumerate(self._loader.learnable(split, self._workers), 1):
                 yield batch
                 total = self.batches(split)
                 self.progress("measuring the curvature", min(total, done * self._workers.world_size), total)
@@ -279,14 +280,14 @@ class Mixture:
                 counts[kinds.index(kind)] += torch.tensor([1, examples])
 
             with batchnorm.batch_statistics(norms), self._plain():
-                found = curvature.surrogate(
-                    self.candidates, passed, self.task.loss,
+                surrogate = curvature.surrogate(
+                    self.candidates, batches_with_progress, self.task.loss,
                     hessian=hessian, count=count, source=self.task.source, workers=self._workers,
-                    order=lambda: self._feed.order[split], partial=lambda kind: self._partial(f"{name} {kind}"),
+                    order=lambda: self._loader.order[split], partial=lambda kind: self._partial(f"{name} {kind}"),
                 )  # fmt: skip
             for kind, (number, examples) in zip(kinds, self._workers.sum(counts).tolist(), strict=True):
                 self.meter.count(kind, examples, number)
-            return found
+            return surrogate
 
         with self.meter.pricing(key):
             self._surrogates[key] = self._with_memory(work)
@@ -295,7 +296,7 @@ class Mixture:
         return self._surrogates[key]
 
     def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
-        """See `Objective.gradient`; remembered. Workers have batches of their own, and sum 3 + N numbers at the end."""
+        """See `Objective.gradient`; cached. Each rank runs its own batches; 3 + N numbers are summed at the end."""
         split, c_N = on or self.scored_on, self.uniform().new_tensor(coefficients.values[0])
         self._check_whole()
         key = (coefficients, split, "gradient")
@@ -303,13 +304,13 @@ class Mixture:
             self.meter.charge(key)
             return self._gradients[key]
         name = f"gradient {score_key(coefficients, split, exact=False)}"
-        if self._log is not None and (known := self._log.gradient(name)):
-            self._gradients[key] = known
-            return known
+        if self._log is not None and (recorded := self._log.gradient(name)):
+            self._gradients[key] = recorded
+            return recorded
 
         def work() -> Tensor:
             total, examples, count = torch.zeros_like(torch.cat([c_N, c_N[:1]])), 0, 0
-            for batch in self._feed.learnable(split, self._workers):
+            for batch in self._loader.learnable(split, self._workers):
                 share = LocalShard(batch, batches.size(batch), 1.0)
                 loss, gradient_N = loss_and_gradient(
                     self.task, self.candidates, self._norms, c_N, share, EVERYTHING, self._precision, ALONE
@@ -323,8 +324,8 @@ class Mixture:
             self.meter.count("backward", round(examples), round(count))
         *gradient, value = (total / examples for total in totals)
         if not math.isfinite(value):
-            what = f"loss() is {value} on the {split} data, of {self._describe(coefficients)}"
-            raise TaskError(what, path=self.task.source)
+            message = f"loss() is {value} on the {split} data, of {self._describe(coefficients)}"
+            raise TaskError(message, path=self.task.source)
         gradient_N = torch.tensor(gradient, dtype=torch.float64)
         gradient_N -= gradient_N.mean()
         self._gradients[key] = value, gradient_N
@@ -338,44 +339,45 @@ class Mixture:
         if workers.world_size == 1 or self._shard or self._parallel == "batches" or self.task.corpus is not None:
             return
         split: Split = on or self.scored_on
-        keys = self._scores.missing((c, split, exact or self._exactly(c)) for c in coefficients)
+        keys = self._scores.missing((c, split, exact or self._scored_exactly(c)) for c in coefficients)
         if self._parallel == "auto" and self._scorer.divides and not self._norms:
-            del keys[len(keys) - len(keys) % workers.world_size :]  # a last few are sooner done all together
+            # fewer keys than ranks are scored faster one at a time, with all ranks on each
+            del keys[len(keys) - len(keys) % workers.world_size :]
 
         def measure(key: Key) -> tuple[Score, dict[str, float]]:
             with self.meter.measure() as spent:
-                score = self._measured(key, None, ALONE)
+                score = self._measure_score(key, None, ALONE)
             assert score is not None
             return score, spent | {SECONDS: spent[SECONDS] / workers.world_size}
 
         for done, (key, (score, spent)) in enumerate(workers.map_parallel(keys, measure), 1):
             self.meter.price(key, spent)
             self._scores.keep(key, score)
-            self.progress("scoring side by side", done, len(keys))
+            self.progress("scoring in parallel", done, len(keys))
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """See `Objective.score`."""
-        return self._full(coefficients, on or self.scored_on, exact=self._exactly(coefficients))
+        return self._full_score(coefficients, on or self.scored_on, exact=self._scored_exactly(coefficients))
 
     def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
-        """See `Evaluator.exact_score`; scored again only where the candidate matrix is not exact."""
-        return self._full(coefficients, split, exact=True)
+        """See `Evaluator.exact_score`; scores again only if the candidate matrix is not exact."""
+        return self._full_score(coefficients, split, exact=True)
 
-    def score_at_least(self, coefficients: Coefficients, bar: float, *, strict: bool) -> Score | None:
+    def score_at_least(self, coefficients: Coefficients, threshold: float, *, strict: bool) -> Score | None:
         """See `Objective.score_at_least`."""
         exact = self.candidates.exact and self._precision == OWN
-        score = self._remembered(coefficients, self.scored_on, exact=exact, bar=bar)
-        return score if score and (score.value > bar if strict else score.value >= bar) else None
+        score = self._cached_score(coefficients, self.scored_on, exact=exact, threshold=threshold)
+        return score if score and (score.value > threshold if strict else score.value >= threshold) else None
 
-    def progress(self, stage: str, done: int, total: int, **figures: Tensor | float) -> None:
+    def progress(self, stage: str, done: int, total: int, **metrics: Tensor | float) -> None:
         """See `Objective.progress`."""
         now = time.perf_counter()
-        if self.watch and (done == total or now - self._looked > _LOOK_EVERY):
-            self._looked = now
-            self.watch(stage, done, total, {name: float(value) for name, value in figures.items()})
+        if self.watch and (done == total or now - self._last_report > _PROGRESS_INTERVAL):
+            self._last_report = now
+            self.watch(stage, done, total, {name: float(value) for name, value in metrics.items()})
 
     def load(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> None:
-        """Put the weights of a file into the model."""
+        """Load the weights of a file into the model."""
         self.candidates.load(specs, read_into)
 
     @property
@@ -388,13 +390,13 @@ class Mixture:
     ) -> Mapping[str, Tensor]:
         """See `Evaluator.load_output`."""
         self.load(specs, read_into)
-        self._with_memory(lambda: self.recompute_batchnorm(_written(coefficients, self.batchnorm_from)))
+        self._with_memory(lambda: self.recompute_batchnorm(_output_key(coefficients, self.batchnorm_from)))
         state = self.model.state_dict()
         return {name: state[name] for name in self.statistics}
 
     def score_output(self, coefficients: Coefficients, split: Split) -> Score:
         """See `Evaluator.score_output`."""
-        key = _written(coefficients, split)
+        key = _output_key(coefficients, split)
         score = None if self._log is None else self._log.score(key, self.task)
         if score is None:
             score = self._with_memory(lambda: self.evaluate(split, "the average", key))
@@ -403,41 +405,41 @@ class Mixture:
         return score
 
     def recompute_batchnorm(self, key: str = "") -> None:
-        """Recompute BatchNorm's statistics at the model's present weights, on training data where there is some.
+        """Recompute BatchNorm's statistics at the model's current weights, on training data if the task has any.
 
         Args:
-            key: of these weights in the journal; "" where they are in none.
+            key: the journal key of these weights; "" if they are not in the journal.
         """
         norms, split, partial = self._norms, self.batchnorm_from, self._partial(key and f"{key} batchnorm")
 
         def forward() -> None:
-            passed, order = self._feed.learnable(split), lambda: self._feed.order[split]
-            for batch in partial.remaining(passed, order, lambda: batchnorm.statistics_of(norms), whole=True):
+            batches, order = self._loader.learnable(split), lambda: self._loader.order[split]
+            for batch in partial.remaining(batches, order, lambda: batchnorm.statistics_of(norms), whole=True):
                 self.task.loss(self.model, batch)
 
-        with self._plain():  # a layer that counts its batches would cut a compiled graph in two
+        with self._plain():  # num_batches_tracked would break a compiled graph in two
             resumed(partial, lambda: batchnorm.recompute(norms, forward, next(reversed(partial.states), None)))
 
     def _plain(self) -> AbstractContextManager[None]:
         return nullcontext() if self._compiled is None else self._compiled.paused()
 
     def evaluate(self, split: Split, what: str, key: str = "") -> Score:
-        """The score of the model's present state on one split.
+        """Score the model's current state on one split.
 
         Args:
-            split: which.
-            what: names the model in an error.
-            key: of these weights and the split in the journal.
+            split: the split.
+            what: the name of the model in an error.
+            key: the journal key of these weights and the split.
         Raises:
-            TaskError: if it is `Score.invalid`.
+            TaskError: if the score is `Score.invalid`.
         """
         score = self._pass(split, what, None, key, self._shared)
-        assert score is not None  # only a bar makes it stop
+        assert score is not None  # only a threshold stops a score early
         return valid(score, self.task.source)
 
     def cost(self) -> Cost:
-        """What has been spent since the start, or the last `restart`."""
-        size = self._feed.examples.get(self.batchnorm_from) or self.task.examples(self.batchnorm_from)
+        """Return the cost since the start, or since the last `restart`."""
+        size = self._loader.examples.get(self.batchnorm_from) or self.task.examples(self.batchnorm_from)
         work = self.meter["forward_examples"] + 2 * self.meter["backward_examples"]
         return Cost(
             forward_batches=round(self.meter["forward_batches"]),
@@ -450,7 +452,7 @@ class Mixture:
 
     @property
     def _shared(self) -> Workers:
-        """Who do one score together."""
+        """Ranks that compute one score together."""
         return ALONE if self._parallel == "candidates" and not self._shard else self._workers
 
     def _check_whole(self) -> None:
@@ -458,58 +460,61 @@ class Mixture:
             raise UsageError("a sharded model has no second derivatives here", hint="--solver gumbel or gradient")
 
     def _divides(self, split: Split) -> bool:
-        """Whether a batch of this split is divided; looked at once, on the first one."""
+        """Return whether ranks divide the batches of this split; decided once, on its first batch."""
         if self._workers.world_size == 1:
             return False
         if split not in self._divided:
-            why = "BatchNorm needs the whole batch" if self._norms else self._obstacle(split)
-            self._divided[split] = why is None
-            if why is not None:
-                self._notes.append(f"every worker learned from whole batches of the {split} data, because {why}")
+            reason = "BatchNorm needs the whole batch" if self._norms else self._obstacle(split)
+            self._divided[split] = reason is None
+            if reason is not None:
+                self._notes.append(f"every worker ran whole batches of the {split} data, because {reason}")
         return self._divided[split]
 
     def _obstacle(self, split: Split) -> str | None:
         self.candidates.materialize(self.uniform())
-        batch = next(self._feed.first(split), None)
+        batch = next(self._loader.first(split), None)
         if batch is None:
-            raise self._feed.empty(split)
+            raise self._loader.empty(split)
         with self._plain():
             return data_parallel.obstacle(
                 lambda part: self.task.loss(self.model, part), batch, self._device, self._workers
             )
 
     def _step(self, stream: BatchStream, groups: Groups) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        def measured(c_GN: Tensor) -> tuple[Tensor, Tensor]:
-            candidates, norms = self.candidates, self._norms  # loading them draws random numbers
+        def compute(c_GN: Tensor) -> tuple[Tensor, Tensor]:
+            # loading the candidates draws random numbers, so it comes before the batch, which is seeded
+            candidates, norms = self.candidates, self._norms
             share = stream.share
             self.meter.count("forward", share.size)
-            found = loss_and_gradient(self.task, candidates, norms, c_GN, share, groups, self._precision, self._workers)
+            loss, gradient_GN = loss_and_gradient(
+                self.task, candidates, norms, c_GN, share, groups, self._precision, self._workers
+            )
             self.meter.count("backward", share.size)
-            return found
+            return loss, gradient_GN
 
-        def replayed(c_GN: Tensor) -> tuple[Tensor, Tensor]:
+        def log(c_GN: Tensor) -> tuple[Tensor, Tensor]:
             assert self._log is not None
-            key, known = self._log.loss(c_GN)
-            if known is None:
-                known = measured(c_GN)
-                self._log.keep_loss(key, c_GN, *known)
-            return known
+            key, recorded = self._log.loss(c_GN)
+            if recorded is None:
+                recorded = compute(c_GN)
+                self._log.keep_loss(key, c_GN, *recorded)
+            return recorded
 
-        return measured if self._log is None else replayed
+        return compute if self._log is None else log
 
-    def _full(self, coefficients: Coefficients, split: Split, *, exact: bool) -> Score:
-        score = self._remembered(coefficients, split, exact=exact)
-        assert score is not None  # only a bar makes it stop
+    def _full_score(self, coefficients: Coefficients, split: Split, *, exact: bool) -> Score:
+        score = self._cached_score(coefficients, split, exact=exact)
+        assert score is not None  # only a threshold stops a score early
         return score
 
-    def _remembered(
-        self, coefficients: Coefficients, split: Split, *, exact: bool, bar: float | None = None
+    def _cached_score(
+        self, coefficients: Coefficients, split: Split, *, exact: bool, threshold: float | None = None
     ) -> Score | None:
-        """The score; None (which is not remembered) where it cannot reach the bar."""
+        """Return the score; None, which is not cached, if it cannot reach the threshold."""
         key = (coefficients, split, exact)
-        return self._scores.find(key, lambda: self._measured(key, bar, self._shared), bar)
+        return self._scores.find(key, lambda: self._measure_score(key, threshold, self._shared), threshold)
 
-    def _measured(self, key: Key, bar: float | None, workers: Workers) -> Score | None:
+    def _measure_score(self, key: Key, threshold: float | None, workers: Workers) -> Score | None:
         coefficients, split, exact = key
         self.meter.evaluated()
         self._mix(coefficients, exact=exact or len(coefficients.selected) == 1)
@@ -519,28 +524,28 @@ class Mixture:
         def work() -> Score | None:
             with autocast(precision, self._device):
                 self.recompute_batchnorm(name)
-                return self._pass(split, what, bar, name, workers)
+                return self._pass(split, what, threshold, name, workers)
 
         return self._with_memory(work)
 
-    def _pass(self, split: Split, what: str, bar: float | None, key: str, workers: Workers) -> Score | None:
+    def _pass(self, split: Split, what: str, threshold: float | None, key: str, workers: Workers) -> Score | None:
         partial = self._partial(key)
-        return resumed(partial, lambda: self._scorer.score(self.model, split, what, partial, bar, workers))
+        return resumed(partial, lambda: self._scorer.score(self.model, split, what, partial, threshold, workers))
 
     def _partial(self, key: str) -> PassProgress:
-        """How far an interrupted run has come; what several workers do together they begin anew."""
+        """Return the progress of an interrupted run; passes divided among ranks start over."""
         return (
             PassProgress() if self._log is None or not key or self._workers.world_size > 1 else self._log.partial(key)
         )
 
-    def _exactly(self, coefficients: Coefficients) -> bool:
-        """One file is scored as it is: that costs no more than what is left of it in few bits."""
+    def _scored_exactly(self, coefficients: Coefficients) -> bool:
+        """Return whether `score` is exact: a single checkpoint is read from its file at no extra cost."""
         return (len(coefficients.selected) == 1 or self.candidates.exact) and self._precision == OWN
 
     def _mix(self, coefficients: Coefficients, *, exact: bool) -> None:
-        """Make the model the mixture: of the files themselves if ``exact``, else of the candidate matrix."""
-        # a row that is not finite spoils every product with the matrix, also with a coefficient of 0
-        if (exact and not self.candidates.exact) or any(one.allow_nonfinite for one in self.checkpoints):
+        """Load the mixture into the model: from the files if ``exact``, else from the candidate matrix."""
+        # a row that is not finite makes every product with the matrix non-finite, even with a coefficient of 0
+        if (exact and not self.candidates.exact) or any(checkpoint.allow_nonfinite for checkpoint in self.checkpoints):
             specs = output_specs(self.checkpoints[0])
             parts = weighted_average(self.checkpoints, coefficients, specs, only=self.candidates.ranges)
             self.candidates.assign(specs, parts)
@@ -550,17 +555,17 @@ class Mixture:
             self.candidates.take_integers(coefficients.selected[-1])
 
     def _with_memory(self, work: Callable[[], _T]) -> _T:
-        """Do ``work``, with batches half as large as long as memory runs out and the task can halve them."""
+        """Run ``work``; on out-of-memory, halve the batches and retry, as long as the task can halve them."""
         while True:
             try:
                 return work()
             except (RuntimeError, MemoryError) as error:
-                # one of several workers cannot make its batches smaller than the others'
+                # with several ranks, one rank cannot halve its batches alone
                 if not (is_out_of_memory(error) and self._workers.world_size == 1 and self.task.halve()):
                     raise
             if self._log is not None:
                 self._log.keep_halving()
-            self._feed.restart(halved=True)
+            self._loader.restart(halved=True)
             torch.cuda.empty_cache()
 
     def _describe(self, coefficients: Coefficients) -> str:
@@ -570,6 +575,6 @@ class Mixture:
         return "the mixture of steps " + ", ".join(str(checkpoint.step) for checkpoint in chosen)
 
 
-def _written(coefficients: Coefficients, split: Split) -> str:
-    """The key of the file as it lies, which has the output's dtype."""
+def _output_key(coefficients: Coefficients, split: Split) -> str:
+    """Return the journal key of a score of the output file, whose dtype may differ from the candidates'."""
     return f"written {score_key(coefficients, split, exact=True)}"

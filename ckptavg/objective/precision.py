@@ -1,4 +1,4 @@
-"""How the model's passes are computed while searching: in which precision, and whether compiled."""
+"""Precision and compilation of the model's passes during a search."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ from torch import nn
 from ckptavg.errors import UsageError, is_out_of_memory
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
-OWN: Final = "float32"  # no autocast: a model of another dtype keeps it
+OWN: Final = "float32"  # no autocast: a model of another dtype keeps its own
 
 
 def precision(asked: str, device: torch.device) -> str:
-    """``float32`` or ``bfloat16``: what ``asked`` means on this device.
+    """Resolve ``asked`` to ``float32`` or ``bfloat16`` on this device.
 
-    ``auto`` is bfloat16 where a GPU computes in it. A CPU may have it and be slower in it: there it must be asked for.
+    ``auto`` is bfloat16 on a GPU with native support. On a CPU, where bfloat16 may be slower, it is float32.
 
     Raises:
-        UsageError: if the device has no bfloat16.
+        UsageError: if the device does not support bfloat16.
     """
-    has = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    on_cuda = device.type == "cuda"
+    supported = device.type == "cpu" or (on_cuda and torch.cuda.is_bf16_supported(including_emulation=False))
     if asked == "auto":
-        return "bfloat16" if has and device.type == "cuda" else OWN
-    if asked != OWN and not has:
-        raise UsageError(f"--precision {asked}: {device} does not compute in it", hint="--precision float32, or auto")
+        return "bfloat16" if supported and on_cuda else OWN
+    if asked != OWN and not supported:
+        raise UsageError(f"--precision {asked}: {device} does not support it", hint="--precision float32, or auto")
     return asked
 
 
 def autocast(to: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The model's own precision, or matrix products and convolutions in bfloat16; weights stay as they are."""
+    """Run matrix products and convolutions in bfloat16, or all in the model's own precision; weights are unchanged."""
     return nullcontext() if to == OWN else torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 class Compiled:
-    """A model whose ``forward`` goes through torch.compile, and through Python again where that fails.
+    """A model whose ``forward`` goes through torch.compile, and falls back to the plain model if that fails.
 
-    The weights stay where they are: what is compiled reads the same parameters, and its backward pass adds to the same
-    gradients. Graphs are made as they are needed, for a few shapes of batches and with and without gradients.
+    The weights are shared: the compiled code reads the same parameters, and its backward pass adds to the same
+    gradients. Graphs are compiled on demand, per batch shape and with or without gradients.
 
     Attributes:
-        failure: why it was given up, in one line; None as long as it was not.
+        failure: the reason for falling back, in one line; None while compiled code is in use.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,7 +63,7 @@ class Compiled:
             try:
                 with _quiet():
                     return fast(*args, **kwargs)
-            except Exception as error:  # of any kind: whether it is the model's own, the plain call shows
+            except Exception as error:  # any kind: an error of the model itself is raised again by the plain call
                 if is_out_of_memory(error):
                     raise
                 result = plain(*args, **kwargs)
@@ -73,7 +74,7 @@ class Compiled:
 
     @contextmanager
     def paused(self) -> Generator[None]:
-        """The plain model: for derivatives that a compiled graph does not have."""
+        """Run the plain model: for derivatives that a compiled graph does not have."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -83,7 +84,7 @@ class Compiled:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Without what torch says of its own use of TorchScript."""
+    """Suppress torch's warnings about its own use of TorchScript."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield

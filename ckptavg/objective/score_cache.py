@@ -1,4 +1,4 @@
-"""The scores of a search: measured once, charged whenever they are asked for, and kept for a run that goes on."""
+"""Cache of a search's scores: measured once, charged on every request, and written to the journal for resuming."""
 
 from __future__ import annotations
 
@@ -12,60 +12,60 @@ from ckptavg.score import Score, Split
 from ckptavg.tasks import Task
 
 Key: TypeAlias = tuple[Coefficients, Split, bool]
-"""Of a score: which mixture, on which data, and whether of the exact average."""
+"""Key of a score: coefficients, split, and whether it is of the exact average."""
 
 
 class ScoreCache:
-    """What is known of scores.
+    """Scores by key, measured on a miss.
 
     Args:
-        task: has the metric that a score from the journal may need.
-        meter: knows what each has cost.
-        replay: knows what an interrupted run has measured.
+        task: the task, whose metric a score from the journal may need.
+        meter: records the cost of each score.
+        log: scores of an interrupted run.
     """
 
-    def __init__(self, task: Task, meter: CostMeter, replay: MeasurementLog | None) -> None:
+    def __init__(self, task: Task, meter: CostMeter, log: MeasurementLog | None) -> None:
         self._task = task
         self._meter = meter
-        self._replay = replay
-        self._known: dict[Key, Score] = {}
+        self._log = log
+        self._scores: dict[Key, Score] = {}
 
-    def find(self, key: Key, measure: Callable[[], Score | None], bar: float | None = None) -> Score | None:
-        """The score, by ``measure`` if need be; None, not remembered, where that says it stays below ``bar``."""
-        if key in self._known and (bar is None or self._meter.charged(key)):
+    def find(self, key: Key, measure: Callable[[], Score | None], threshold: float | None = None) -> Score | None:
+        """Return the score, from ``measure`` on a miss; None, which is not cached, if it is below ``threshold``."""
+        if key in self._scores and (threshold is None or self._meter.charged(key)):
             self._meter.charge(key)
-            return self._known[key]
-        # what this run has measured itself is measured again where it is to stop early, for the price of that
-        if self._recall(key, earlier=bar is not None):
-            return self._known[key]
-        if bar is not None and self._replay is not None and self._replay.rejected(_name(key), bar):
+            return self._scores[key]
+        # with a threshold, a score of this run not yet charged is measured again, to charge the price of stopping early
+        if self._recall(key, earlier=threshold is not None):
+            return self._scores[key]
+        if threshold is not None and self._log is not None and self._log.rejected(_name(key), threshold):
             return None
-        priced = key if bar is None else (*key, bar)
+        priced = key if threshold is None else (*key, threshold)
         with self._meter.pricing(priced):
             score = measure()
         if score is not None:
             self._meter.alias(priced, key)
             self.keep(key, score)
-        elif bar is not None and self._replay is not None:
-            self._replay.keep_rejected(_name(key), bar)
+        elif threshold is not None and self._log is not None:
+            self._log.keep_rejected(_name(key), threshold)
         return score
 
     def missing(self, keys: Iterable[Key]) -> list[Key]:
-        """Those that nobody has measured yet, each once."""
-        return [key for key in dict.fromkeys(keys) if key not in self._known and not self._recall(key)]
+        """Return the keys without a cached or recorded score, without duplicates."""
+        return [key for key in dict.fromkeys(keys) if key not in self._scores and not self._recall(key)]
 
     def keep(self, key: Key, score: Score) -> None:
-        """Remember what was measured."""
-        self._known[key] = score
-        if self._replay is not None:
-            self._replay.keep_score(_name(key), score)
+        """Store a measured score."""
+        self._scores[key] = score
+        if self._log is not None:
+            self._log.keep_score(_name(key), score)
 
     def _recall(self, key: Key, *, earlier: bool = False) -> bool:
-        """Whether an interrupted run has measured it; it is remembered then."""
-        found = self._replay and self._replay.score(_name(key), self._task, earlier=earlier)
-        if found:
-            self._known[key] = found
-        return bool(found)
+        """Load a score from the journal into the cache; return False if there is none."""
+        score = self._log and self._log.score(_name(key), self._task, earlier=earlier)
+        if score:
+            self._scores[key] = score
+        return bool(score)
 
 
 def _name(key: Key) -> str:

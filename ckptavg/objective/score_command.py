@@ -12,7 +12,7 @@ DIRECTORY: Final = "{dir}"
 _NUMBER: Final = re.compile(
     r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.])|(?<!\w)[-+]?(?:nan|inf)(?!\w)"
 )
-_SHOWN: Final = 10  # lines of what a command that failed said
+_SHOWN: Final = 10  # lines of a failed command's output that the error shows
 
 
 def numbers(text: str) -> Iterator[float]:
@@ -21,7 +21,7 @@ def numbers(text: str) -> Iterator[float]:
 
 
 def entries(text: str, key: str) -> Iterator[float]:
-    """The numbers at ``key`` in those lines of ``text`` that are JSON objects."""
+    """Yield the numbers at ``key`` in the lines of ``text`` that are JSON objects."""
     for line in text.splitlines():
         try:
             value: Any = json.loads(line)
@@ -40,6 +40,6 @@ def _at(value: Any, key: str) -> Any:
 
 
 def tail(text: str) -> str:
-    """Return the last lines of ``text`` as one, for an error."""
+    """Join the last lines of ``text`` into one, for an error message."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(lines[-_SHOWN:]) or "it said nothing"
+    return " | ".join(lines[-_SHOWN:]) or "no output"

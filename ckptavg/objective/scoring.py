@@ -1,4 +1,4 @@
-"""How good a model is as it stands: one pass over a split, by the task's loss and metric."""
+"""Score a model by the task's loss and metric, in one pass over a split."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from ckptavg.tasks.torch_metrics import Resampled
 
 
 class Scorer:
-    """Scores models of one task on what a feed gives."""
+    """Scores models of one task on batches from a `BatchLoader`."""
 
-    def __init__(self, task: Task, feed: BatchLoader) -> None:
+    def __init__(self, task: Task, loader: BatchLoader) -> None:
         self._task = task
-        self._feed = feed
-        self._whole: dict[Split, int] = {}  # examples of a finished pass
+        self._loader = loader
+        self._examples: dict[Split, int] = {}  # split → examples of a finished pass
 
     @property
     def divides(self) -> bool:
-        """Whether a score is made of batches that workers can take one by one, rather than of the whole data."""
+        """True if ranks can divide the batches of a score; False if its metric needs the whole split."""
         return self._task.whole is None and self._task.corpus is None
 
     def score(
-        self, model: nn.Module, split: Split, what: str, partial: PassProgress, bar: float | None = None,
+        self, model: nn.Module, split: Split, what: str, partial: PassProgress, threshold: float | None = None,
         workers: Workers = ALONE,
     ) -> Score | None:  # fmt: skip
-        """The score, or None as soon as it is known to stay below the bar.
+        """Score ``model`` on ``split``; return None as soon as the score cannot reach ``threshold``.
 
         Args:
-            model: in its present state.
-            split: on which data.
-            what: names the model in an error.
-            partial: knows the batches that an earlier run has done.
-            bar: a value of `Score`; None for the whole score in any case.
-            workers: who do it together, where it `divides`.
+            model: the model to score, in its current state.
+            split: the split.
+            what: the name of the model in an error.
+            partial: the batches that an interrupted run has already scored.
+            threshold: a value of `Score`; None always finishes the pass.
+            workers: the ranks that divide the batches, if the score `divides`.
         Raises:
-            TaskError: if there are no data, or loss or metric is no number.
+            TaskError: if the split has no batches, or the loss or metric is not a number.
         """
         task = self._task
         workers = workers if self.divides else ALONE
@@ -54,32 +54,36 @@ class Scorer:
                 return task.whole(model, partial)
             sign = -1.0 if task.metric_goal == "min" else 1.0
             tally, corpus = ScoreAccumulator(sign, task.metric_bounds, workers), task.corpus and task.corpus()
-            for part in partial.states:
-                tally.load_state_dict(part["tally"])
+            for saved in partial.states:
+                tally.load_state_dict(saved["tally"])
                 if corpus is not None:
-                    corpus.load_state_dict(part["corpus"])
+                    corpus.load_state_dict(saved["corpus"])
 
             def state() -> Any:
                 return {"tally": tally.state_dict(), "corpus": corpus and corpus.state_dict()}
 
-            turns = partial.remaining(self._feed.scored(split, workers), lambda: self._feed.order[split], state)
-            for batch, size, mark, counted in turns:
+            remaining = partial.remaining(self._loader.scored(split, workers), lambda: self._loader.order[split], state)
+            for batch, size, checksum, counted in remaining:
                 metric = None if task.metric is None else task.metric(model, batch)
                 loss = task.loss(model, batch)
                 if counted:
-                    tally.add(loss, metric, size, mark)
+                    tally.add(loss, metric, size, checksum)
                 if corpus is not None:
                     corpus.update(model, batch)
-                if bar is not None and split in self._whole and tally.cannot_reach(bar, self._whole[split]):
+                if (
+                    threshold is not None
+                    and split in self._examples
+                    and tally.cannot_reach(threshold, self._examples[split])
+                ):
                     return None
         score = tally.score(what, split)
         if score is None:
-            raise self._feed.empty(split)
-        self._whole[split] = self._feed.examples[split]
+            raise self._loader.empty(split)
+        self._examples[split] = self._loader.examples[split]
         if corpus is None or score.invalid:
             return score
-        figure = corpus.compute()
-        if not math.isfinite(figure):
-            return replace(score, value=-math.inf, metric=figure, invalid=f"{what}: the metric is {figure}")
+        value = corpus.compute()
+        if not math.isfinite(value):
+            return replace(score, value=-math.inf, metric=value, invalid=f"{what}: the metric is {value}")
         resampled = Resampled(corpus, sign)
-        return replace(score, value=sign * figure, metric=figure, resampled=resampled, batches=corpus.batches)
+        return replace(score, value=sign * value, metric=value, resampled=resampled, batches=corpus.batches)

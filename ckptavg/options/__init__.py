@@ -1,4 +1,4 @@
-"""What is common to all strategies: where from, where to, with what and how."""
+"""The options that all strategies share: input, output, scoring, resources."""
 
 from __future__ import annotations
 
@@ -14,55 +14,55 @@ from ckptavg.output.destination import destination
 from ckptavg.runtime.workers import ALONE, TIMEOUT, Workers
 
 BITS: Final = (32, 16, 8, 4, 2, 1)
-_MOST_SEEDS: Final = 2**62  # torch takes 64 bits, and each pass over the data has a seed of its own above this one
+_MOST_SEEDS: Final = 2**62  # torch takes 64 bits, and each pass over the data uses its own seed above this one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The settings that every strategy shares.
+    """The options that every strategy shares.
 
     Attributes:
         output: the file to write; a path that ends in ``/`` or an existing directory gets ``model.safetensors``.
         task: a Python file or dotted module that scores mixtures.
-        task_timeout: seconds that importing it, or one call of one of its functions, may take.
+        task_timeout: time limit in seconds for importing it and for each call of its functions.
         val: validation data for a Hugging Face model, instead of a task file; ``train`` and ``test`` likewise.
-        batch_size: of those data; None begins with 32 and halves it when memory runs out.
-        trust_remote_code: let the candidates' config name code to run.
+        batch_size: batch size for those data; None starts with 32 and halves it when memory runs out.
+        trust_remote_code: run the code that the candidates' config names.
         score_cmd: a shell command that prints the score of a mixture, instead of a task file.
-        score_key: the entry of a JSON line on its stdout that is the score; None is the last number.
-        score_goal: whether a larger or a smaller one is better.
-        score_timeout: seconds it may take.
+        score_key: key of the score in a JSON line on its stdout; None takes the last number.
+        score_goal: whether a higher or a lower score is better.
+        score_timeout: time limit of the command in seconds.
         lm_eval: tasks of lm-evaluation-harness, separated by commas, instead of a task file.
         key: the sub-dictionary of each checkpoint that is the model.
         window: which checkpoints are candidates.
         skip_bad: leave out checkpoints that are damaged or hold NaN, with a warning each, instead of refusing them.
         allow_nonfinite: average NaN and infinite weights like any other.
-        wait_stable: first wait until no candidate has changed for so many seconds.
+        wait_stable: first wait until no candidate has changed for this many seconds.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-        dtype: of the output's floating-point tensors; None is the candidates' own.
-        seed: of everything random.
-        deterministic: let torch use algorithms only that repeat to the bit.
-        bits: of an element of the candidate matrix while searching, or ``auto``; the average is exact whatever it is.
-        group_size: elements that share a scale and a zero point where ``bits`` < 32.
-        offload: where the candidate matrix lies instead of on the device: ``cpu``, the host's memory, or ``disk``.
-        precision: of the passes of a search: ``float32`` (the model's own), ``bfloat16`` by autocast, or ``auto``.
-        compile: let torch.compile have the model's forward.
-        holdout: the fraction of validation data kept for the final scores, where the task has no test data.
-        max_shard_size: bytes of a file such as ``5GB``, where the output is a directory; None writes one file.
-        digests: find the SHA-256 of the sources and write them into the metadata, which takes longer than an average.
-        adapter: how PEFT adapters are averaged: their ``factors``, which is approximate, or ``exact`` in weight space.
-        rank: of an ``exact`` adapter; None keeps all of it, the sum of the candidates' ranks.
+        dtype: dtype of the output's floating-point tensors; None keeps the candidates' dtypes.
+        seed: seed of all random numbers.
+        deterministic: restrict torch to bitwise reproducible algorithms.
+        bits: bits per element of the candidate matrix during a search, or ``auto``; the average is always exact.
+        group_size: elements that share a scale and a zero point if ``bits`` < 32.
+        offload: storage of the candidate matrix instead of the device: ``cpu`` (host memory) or ``disk``.
+        precision: precision of search passes: ``float32`` (the model's own), ``bfloat16`` by autocast, or ``auto``.
+        compile: compile the model's forward with torch.compile.
+        holdout: fraction of the validation data reserved for the final scores if the task has no test data.
+        max_shard_size: largest file size, such as ``5GB``, if the output is a directory; None writes one file.
+        digests: write the SHA-256 of the sources into the metadata, which takes longer than an average.
+        adapter: average the ``factors`` of PEFT adapters, which is approximate, or ``exact`` weights.
+        rank: rank of an ``exact`` adapter; None keeps the sum of the candidates' ranks.
         force: replace an existing output.
-        never_worse: write the best single candidate where it beats the selection on validation.
-        baselines: score last, SWA and LAWA too.
-        dry_run: say what would be done, and do nothing.
-        resume: go on from the journal that an interrupted run of the same command left.
-        keep_journal: leave the journal when the output is written.
-        format: one of safetensors, or a directory of torch.distributed.checkpoint that FSDP goes on training from.
-        parallel: what several workers divide in a score; ``auto`` is candidates where several are wanted, else batches.
-        shard: divide the model and the candidates among several workers, none of whom could have them whole.
-        worker_timeout: seconds that a worker waits for the others.
-        workers: the processes that do it together; see `ckptavg.runtime.workers.joined`.
+        never_worse: write the best single candidate if it beats the selection on validation.
+        baselines: also score last, SWA and LAWA.
+        dry_run: print what would be done and stop.
+        resume: continue from the journal of an interrupted run of the same command.
+        keep_journal: keep the journal after the output is written.
+        format: safetensors, or dcp, a torch.distributed.checkpoint directory from which FSDP can resume training.
+        parallel: the work that ranks divide in a score; ``auto`` is candidates if several are scored, else batches.
+        shard: shard the model and the candidates over the ranks, for a model that fits no single device.
+        worker_timeout: seconds that a rank waits for the others.
+        workers: the ranks of the run; see `ckptavg.runtime.workers.joined`.
     """
 
     output: Path | str = "averaged.safetensors"
@@ -111,12 +111,12 @@ class Options:
 
     @property
     def destination(self) -> tuple[Path, Path | None]:
-        """See `destination`; a directory of torch.distributed.checkpoint is what is written itself."""
+        """Return the result of `destination`, or the output path itself with ``--format dcp``."""
         return (Path(self.output), None) if self.format == "dcp" else destination(self.output)
 
     @property
     def ways(self) -> list[str]:
-        """The options given that say how a mixture is scored."""
+        """The names of the given options that define the score of a mixture."""
         ways = {"--task": self.task, "--val": self.val, "--score-cmd": self.score_cmd, "--lm-eval": self.lm_eval}
         return [name for name, value in ways.items() if value is not None]
 
@@ -127,10 +127,10 @@ class Options:
         if not str(self.output):
             raise UsageError("--output is empty: name a file or a directory")
         if len(self.ways) > 1:
-            raise UsageError(f"{' and '.join(self.ways)} both say how a mixture is scored: give one of them")
+            raise UsageError(f"{' and '.join(self.ways)} each define how a mixture is scored: give only one")
         for name, value in (("--train", self.train), ("--test", self.test)):
             if value is not None and self.val is None:
-                raise UsageError(f"{name} goes with --val, the data that a search learns from")
+                raise UsageError(f"{name} goes with --val, which names the data for the search")
         if self.rank is not None and self.adapter != "exact":
             raise UsageError("--rank goes with --adapter exact")
         if self.max_shard_size is not None and self.destination[1] is None:
@@ -163,18 +163,18 @@ class Options:
             raise UsageError("--shard needs a loss: a task file or --val")
         if self.shard and (self.compile or self.precision != "float32"):
             unused = "--compile" if self.compile else f"--precision {self.precision}"
-            raise UsageError(f"a sharded model runs as it is: --shard goes without {unused}")
+            raise UsageError(f"--shard is not supported with {unused}")
         if not self.worker_timeout > 0:
             raise UsageError(f"--worker-timeout must be greater than 0, not {self.worker_timeout}")
 
     def _check_search(self) -> None:
-        """How the candidates are kept and the model is run."""
+        """Check the options for candidate storage and model execution."""
         for name, allowed in (("offload", ("none", "cpu", "disk")), ("precision", ("auto", "float32", "bfloat16"))):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(self, name)}")
         if self.offload != "none" and self.bits != 32:
             raise UsageError(
-                f"--offload keeps the candidates as they are, and --bits {self.bits} in fewer bits: give one"
+                f"--offload keeps the candidates in full precision, --bits {self.bits} in fewer bits: give only one"
             )
         given = {
             "--offload": self.offload != "none",
@@ -183,4 +183,4 @@ class Options:
         }
         if self.score_cmd is not None and any(given.values()):
             unused = ", ".join(name for name, asked in given.items() if asked)
-            raise UsageError(f"{unused} is about a model that ckptavg runs, and --score-cmd runs its own")
+            raise UsageError(f"{unused} applies to a model that ckptavg runs, but --score-cmd runs its own")

@@ -1,4 +1,4 @@
-"""Options that stand in a file: the working directory's ``ckptavg.toml``, or its ``pyproject.toml``."""
+"""Read options from ``ckptavg.toml`` or ``pyproject.toml`` in the working directory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ NAMES: Final = "ckptavg.toml, or [tool.ckptavg] of pyproject.toml"
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Option → value (``[tool.ckptavg]`` in pyproject.toml), dashes as underscores; empty where there is no file.
+    """Return option → value, with underscores for dashes; empty if there is no file or no ``[tool.ckptavg]`` table.
 
     Raises:
-        UsageError: if the file cannot be read, is not TOML, or has values that no option takes.
+        UsageError: if the file cannot be read, is not TOML, or has a value of an unsupported type.
     """
     for name, table in (("ckptavg.toml", ()), ("pyproject.toml", ("tool", "ckptavg"))):
         path = folder / name
@@ -37,7 +37,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _plain(path: Path, key: str, value: Any) -> str:
-    """A value as the command line would have it."""
+    """Return a value in its command-line form."""
     if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
         return ",".join(map(str, value))
     if not isinstance(value, str | int | float):

@@ -1,1 +1,1 @@
-"""One file or one directory, written whole or not at all."""
+"""Write the output, one file or one directory, atomically."""

@@ -1,4 +1,4 @@
-"""An output that FSDP goes on training from: a directory of torch.distributed.checkpoint, by its own writer."""
+"""Write the output as a torch.distributed.checkpoint (DCP) directory, from which FSDP can resume training."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from ckptavg.runtime.workers import ALONE, Workers
 class DcpFolder:
     """A directory under construction; a context manager that leaves nothing behind unless `publish` was called.
 
-    The average is first written as one file without a name, as `SafetensorsFile` is, so for a while the disk holds it
-    twice. Then every worker saves its share of the tensors, and the directory gets its name.
+    The average is first written to one temporary `SafetensorsFile`, so the disk temporarily holds it twice. Then every
+    rank saves its share of the tensors, and the directory is renamed to its final name.
 
     Attributes:
         path: the directory.
-        size: of its files, in bytes, once published.
-        sha256: of the safetensors file that holds the same, once saved.
+        size: total size of its files in bytes, once published.
+        sha256: SHA-256 of the safetensors file with the same content, once saved.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class DcpFolder:
         """Reserve the space.
 
         Args:
-            path: the directory; it must not exist, or be empty.
+            path: the directory; it must be empty or not exist.
             specs: name → dtype and shape.
-            metadata: goes into a file of its own.
-            key: what the model lies under in the saved state dict, such as ``model``; ``""`` for nothing.
+            metadata: written to a separate JSON file in the directory.
+            key: key of the model in the saved state dict, such as ``model``; ``""`` for the top level.
             force: replace an existing directory.
-            workers: who write it together.
+            workers: the ranks that write it together.
         Raises:
-            OutputExistsError: if there is something and ``force`` is not given.
+            OutputExistsError: if the directory is not empty and ``force`` is not given.
             OutputError: if it cannot be written, or there is not enough space.
         """
         self.path = path
@@ -78,16 +78,16 @@ class DcpFolder:
         self._whole.barrier()
 
     def save(self) -> None:
-        """Save everything anew, still without a name; called by all workers.
+        """Save all tensors in DCP format, still under the temporary name; called by all ranks.
 
         Raises:
-            OutputError: if the disk refuses.
+            OutputError: if writing fails.
         """
         self.sha256 = self._whole.finalize()
         self._save()
 
     def close(self) -> None:
-        """Remove what is temporary, if it is still there."""
+        """Remove temporary files that still exist."""
         self._whole.close()
         if self._workers.is_rank_zero:
             shutil.rmtree(self._temporary, ignore_errors=True)
@@ -104,14 +104,14 @@ class DcpFolder:
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        read = self._tensor
+        read_tensor = self._tensor
 
         class Planner(DefaultSavePlanner):
-            """Gives the tensors of the file where the state dict has none of their memory."""
+            """Planner that reads tensors from the file, because those of the state dict are on the meta device."""
 
             def transform_object(self, write_item: Any, object: Any) -> Any:
                 name: str = write_item.index.fqn
-                return read(name.removeprefix(prefix))
+                return read_tensor(name.removeprefix(prefix))
 
         state: dict[str, Any] = {
             name: torch.empty(spec.shape, dtype=TORCH[spec.dtype], device="meta") for name, spec in self._specs.items()
@@ -130,7 +130,7 @@ class DcpFolder:
                 )
         except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
-            raise OutputError(f"worker {rank} cannot write it: {cause}", path=self.path) from error
+            raise OutputError(f"rank {rank} cannot write it: {cause}", path=self.path) from error
 
     def _tensor(self, name: str) -> torch.Tensor:
         spec = self._specs[name]
@@ -141,11 +141,11 @@ class DcpFolder:
         return torch.frombuffer(data, dtype=TORCH[spec.dtype]).view(spec.shape)
 
     def publish(self) -> None:
-        """Flush what was saved to the disk and give it its name; of several workers the first one does it.
+        """Flush the saved files to disk and rename the directory; called by rank 0 only.
 
         Raises:
-            OutputExistsError: if the destination has come to exist meanwhile and ``force`` was not given.
-            OutputError: if the disk refuses.
+            OutputExistsError: if the destination was created in the meantime and ``force`` was not given.
+            OutputError: if writing fails.
         """
         old = self._temporary.with_suffix(".ckptavg-old")
         try:
@@ -168,41 +168,42 @@ class DcpFolder:
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed runs left, and give the old directory its name back where one was killed between two names.
+    """Remove leftovers of killed runs; if one was killed between two renames, restore the old directory.
 
-    Only who holds the lock of the output may call it.
+    The caller must hold the lock of the output.
     """
     pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+\.ckptavg-(tmp|old)", re.DOTALL)
     with suppress(OSError):
-        for whole in stale_temporaries(path.parent, _whole(path).name):
-            whole.unlink()
-        for left in [one for one in path.parent.iterdir() if pattern.fullmatch(one.name) and one.is_dir()]:
-            if left.suffix == ".ckptavg-old" and not _is_filled(path):
-                left.rename(path)
+        for temporary in stale_temporaries(path.parent, _whole(path).name):
+            temporary.unlink()
+        leftovers = [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name) and entry.is_dir()]
+        for leftover in leftovers:
+            if leftover.suffix == ".ckptavg-old" and not _is_filled(path):
+                leftover.rename(path)
             else:
-                shutil.rmtree(left, ignore_errors=True)
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _whole(path: Path) -> Path:
-    """What the file beside it is called, which never gets that name."""
+    """Return the nominal path of the intermediate safetensors file, which only ever has a temporary name."""
     return path.with_name(f"{path.name}.whole")
 
 
 def preflight(path: Path, force: bool) -> None:
-    """Refuse a destination that cannot be written, before hours of work for it.
+    """Check that the destination can be written, before hours of work.
 
     Raises:
-        OutputExistsError: if there is something and ``force`` is not given.
-        OutputError: if its parent does not exist or is not writable, or it is no directory.
+        OutputExistsError: if it is not empty and ``force`` is not given, or was not written by ckptavg.
+        OutputError: if its parent does not exist or is not writable, or it is not a directory.
     """
     if path.is_symlink() or not path.name:
-        raise OutputError("--format dcp writes a directory under a name of its own, no link and no .", path=path)
+        raise OutputError("--format dcp needs a directory name, not a link or .", path=path)
     if os.path.lexists(path) and not path.is_dir():
-        raise OutputError("is no directory, which --format dcp writes", path=path)
+        raise OutputError("is not a directory, but --format dcp writes one", path=path)
     if _is_filled(path):
         if not (path / RECORD).is_file():
-            what = "is not empty, and no earlier output of ckptavg, which is all that --force replaces"
-            raise OutputExistsError(what, path=path, hint="choose another -o")
+            message = "is not empty, and --force replaces only earlier outputs of ckptavg"
+            raise OutputExistsError(message, path=path, hint="choose another -o")
         if not force:
             raise OutputExistsError("is not empty", path=path, hint="replace it with --force, or choose another -o")
     check_parent(path)
@@ -213,7 +214,7 @@ def _is_filled(path: Path) -> bool:
 
 
 def _flush(folder: Path) -> None:
-    """Have what is in a directory survive a loss of power."""
+    """Fsync a directory, so that its entries survive a power cut."""
     entry = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(entry)

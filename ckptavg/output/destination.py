@@ -1,4 +1,4 @@
-"""Where the output goes, and whether it can be written there."""
+"""Resolve the output path and check that it can be written."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ckptavg.errors import OutputError, OutputExistsError, UsageError
 from ckptavg.filesystem.atomic import longest_name
 from ckptavg.filesystem.regular_file import is_folder
 
-_FILE_NAME: Final = "model.safetensors"  # in an output directory, what every loader looks for
+_FILE_NAME: Final = "model.safetensors"  # the name that every loader expects in an output directory
 
 
 def destination(output: Path | str) -> tuple[Path, Path | None]:
-    """The file to write, and its directory where the directory is what was asked for.
+    """Return the file to write and, if ``output`` names a directory, that directory.
 
     Raises:
-        UsageError: if that is the root.
+        UsageError: if ``output`` is the root directory.
     """
-    if str(output) and Path(output).name in ("", ".."):  # what lies beside it needs its name
+    if str(output) and Path(output).name in ("", ".."):  # the journal next to it is named after it
         try:
             output = Path(output).resolve()
         except OSError as error:
-            raise UsageError(f"--output {output}: the working directory is gone") from error
+            raise UsageError(f"--output {output}: the working directory no longer exists") from error
         if not output.name:
             raise UsageError(f"--output {output} has no name: choose a file or a directory with one")
     if str(output).endswith("/") or is_folder(Path(output)):
@@ -34,13 +34,13 @@ def destination(output: Path | str) -> tuple[Path, Path | None]:
 
 
 def preflight(path: Path, force: bool) -> None:
-    """Refuse a destination that cannot be written, before hours of work for it.
+    """Check that the destination can be written, before hours of work.
 
     Raises:
         OutputExistsError: if it exists and ``force`` is not given.
         OutputError: if its directory does not exist or is not writable, its name is too long, or it is a directory.
     """
-    if os.path.isdir(path):  # noqa: PTH112  # False where it cannot be looked at
+    if os.path.isdir(path):  # noqa: PTH112  # False if it cannot be accessed
         raise OutputError("is a directory", path=path)
     if os.path.lexists(path) and not force:
         raise exists_error(path)
@@ -48,7 +48,7 @@ def preflight(path: Path, force: bool) -> None:
 
 
 def check_parent(path: Path) -> None:
-    """Refuse a destination whose directory is not there or not writable, or that has too long a name for it.
+    """Check that the destination's directory exists and is writable, and that the file name is not too long for it.
 
     Raises:
         OutputError: naming the directory, or the destination.
@@ -60,13 +60,13 @@ def check_parent(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise OutputError(os.strerror(getattr(error, "errno", 0) or errno.EINVAL).lower(), path=path.parent) from error
     if not folder:
-        raise OutputError("is no directory", path=path.parent)
+        raise OutputError("is not a directory", path=path.parent)
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError("permission denied", path=path.parent)
-    if (size := len(os.fsencode(path.name))) > (most := longest_name(path.parent)):
-        raise OutputError(f"file name too long: {size} bytes, but {most} are possible here", path=path)
+    if (size := len(os.fsencode(path.name))) > (limit := longest_name(path.parent)):
+        raise OutputError(f"file name too long: {size} bytes, but at most {limit} are possible here", path=path)
 
 
 def exists_error(path: Path) -> OutputExistsError:
-    """Build the error for an output that exists."""
+    """Return the error for an output that already exists."""
     return OutputExistsError("exists already", path=path, hint="replace it with --force, or choose another -o")

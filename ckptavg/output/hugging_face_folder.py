@@ -1,4 +1,4 @@
-"""The files beside a model that a Hugging Face directory needs: config, tokenizer, processor."""
+"""Copy the companion files of a Hugging Face model: config, tokenizer, processor."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ PATTERNS: Final = (
 _ADAPTER: Final = "adapter_config.json"
 _HEADS: Final = ("lm_head", "embed_out", "output_layer", "cls.predictions.decoder")
 _EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in")
-_CHUNK: Final = 1 << 20  # elements compared at a time
+_CHUNK: Final = 1 << 20  # elements per comparison
 
 
 def check(folder: Path) -> None:
-    """Refuse a directory that holds a sharded model, whose index some loaders would prefer to the new file.
+    """Check that a directory holds no sharded model, whose index some loaders would prefer to the new file.
 
     Raises:
         OutputError: naming the index.
@@ -42,25 +42,25 @@ def check(folder: Path) -> None:
 
 @contextmanager
 def created_folder(folder: Path | None) -> Generator[None]:
-    """``folder``, made if it does not exist, and unmade if what follows fails."""
+    """Create ``folder`` if it does not exist, and remove it again if the body fails."""
     if folder is None or is_folder(folder):
         yield
         return
     try:
         folder.mkdir()
     except OSError as error:
-        raise OutputError(f"cannot be made: {error.strerror}", path=folder) from error
+        raise OutputError(f"cannot be created: {error.strerror}", path=folder) from error
     try:
         flush_folder(folder)
         yield
     except BaseException:
-        with suppress(OSError):  # there may be something in it that is not ours
+        with suppress(OSError):  # it may contain files of other programs
             folder.rmdir()
         raise
 
 
 def file_name(checkpoint: Checkpoint) -> str:
-    """What the weights are called in an output directory: as its loader expects."""
+    """Return the file name of the weights that the loader of an output directory expects."""
     name = checkpoint.reader.path.name
     return "adapter_model.safetensors" if name.startswith("adapter_model.") else "model.safetensors"
 
@@ -68,16 +68,16 @@ def file_name(checkpoint: Checkpoint) -> str:
 def check_tied(
     checkpoint: Checkpoint, specs: Mapping[str, StoredTensor], read_into: Callable[[str, int, memoryview], None]
 ) -> None:
-    """Refuse a file whose output layer differs from the embedding that its config ties it to.
+    """Check that the output layer equals the embedding if config.json ties them.
 
-    transformers would untie the model without a word.
+    transformers would silently untie the model.
 
     Args:
-        checkpoint: whose config.json lies beside the file.
-        specs: of the file.
-        read_into: reads it.
+        checkpoint: the checkpoint with the config.json.
+        specs: specs of the file's tensors.
+        read_into: reads elements of the file.
     Raises:
-        OutputError: naming the two.
+        OutputError: naming the two tensors.
     """
     config = _read_json(checkpoint.folder / "config.json")
     text: Any = config.get("text_config")
@@ -92,19 +92,19 @@ def check_tied(
 
 
 def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str, Any] | None = None) -> list[str]:
-    """Copy the companions of ``checkpoint`` into ``folder``, each whole; files that are already there stay.
+    """Copy the companion files of ``checkpoint`` into ``folder``, each atomically; existing files are kept.
 
-    The dtype in config.json, by which transformers loads, becomes that of the file.
+    The dtype in config.json, which transformers uses for loading, is set to that of the file.
 
     Args:
-        checkpoint: whose.
-        folder: where to.
-        dtype: of the file's floating-point tensors, such as ``bfloat16``; several are separated by commas.
-        adapter: the content of its adapter_config.json, if it is not the candidates' own.
+        checkpoint: the checkpoint whose files are copied.
+        folder: the destination.
+        dtype: dtype of the file's floating-point tensors, such as ``bfloat16``; comma-separated if there are several.
+        adapter: content of adapter_config.json, if it differs from the candidates'.
     Returns:
         The names copied.
     Raises:
-        OutputError: if one cannot be written.
+        OutputError: if a file cannot be written.
     """
     source = checkpoint.folder
     copied: list[str] = []
@@ -117,7 +117,7 @@ def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str,
         except OSError as error:
             raise OutputError(f"cannot copy {path.name} here: {error.strerror}", path=folder) from error
         if path.name == "config.json":
-            data = _agreeing(path, dtype) or data
+            data = _with_dtype(path, dtype) or data
         if path.name == _ADAPTER and adapter is not None:
             data = (json.dumps(adapter, indent=2, sort_keys=True) + "\n").encode()
         write_bytes(folder / path.name, data)
@@ -129,7 +129,7 @@ def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str,
 def copies(
     checkpoint: Checkpoint, folder: Path | None, dtype: str, adapter: Mapping[str, Any] | None = None
 ) -> Generator[list[str]]:
-    """See `copy`; taken away again if what follows fails. Without a directory nothing is copied."""
+    """Copy as `copy` does, and remove the copies if the body fails; does nothing if ``folder`` is None."""
     if folder is None:
         yield []
         return
@@ -142,8 +142,8 @@ def copies(
         raise
 
 
-def _agreeing(path: Path, dtype: str) -> bytes | None:
-    """What config.json must be to name the dtype of the file, where it does not."""
+def _with_dtype(path: Path, dtype: str) -> bytes | None:
+    """Return config.json with its dtype set to that of the file, or None if no change is needed."""
     config = _read_json(path)
     names = [key for key in ("dtype", "torch_dtype") if key in config]
     if "," in dtype or not names or all(config[key] == dtype for key in names):
@@ -153,7 +153,7 @@ def _agreeing(path: Path, dtype: str) -> bytes | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A small JSON file's object; empty where there is none, or it is no object."""
+    """Read a JSON object; returns an empty dict if the file is missing, invalid or not an object."""
     try:
         value = read_json(path)
     except InputError:
@@ -161,11 +161,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _equal(spec: StoredTensor, one: str, other: str, read_into: Callable[[str, int, memoryview], None]) -> bool:
+def _equal(spec: StoredTensor, first: str, second: str, read_into: Callable[[str, int, memoryview], None]) -> bool:
     item = ITEM_SIZE[spec.dtype]
     for start in range(0, spec.numel, _CHUNK):
         buffers = [bytearray(min(_CHUNK, spec.numel - start) * item) for _ in range(2)]
-        for name, buffer in zip((one, other), buffers, strict=True):
+        for name, buffer in zip((first, second), buffers, strict=True):
             read_into(name, start, memoryview(buffer))
         if buffers[0] != buffers[1]:
             return False

@@ -1,4 +1,4 @@
-"""What a stranger needs to rebuild the output: written into its metadata, without clock, host or absolute path."""
+"""Record how to reproduce the output in its metadata, without timestamps, host names or absolute paths."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-import ckptavg
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.filesystem.regular_file import RegularFile
+from ckptavg.runtime import version
 
 KEY: Final = "ckptavg"
 SCHEMA: Final = 1
@@ -28,27 +28,27 @@ def metadata(
     recomputed: Sequence[str],
     digest: Callable[[RegularFile], str],
 ) -> dict[str, str]:
-    """The output's safetensors metadata: ``format`` for loaders, and everything else as JSON under ``ckptavg``.
+    """Build the output's safetensors metadata: ``format`` for loaders, everything else as JSON under ``ckptavg``.
 
-    Sources are the selected candidates with the SHA-256 of each of their files. Entries that all selected candidates
-    carry with the same value, such as safetensors' records of tied names, are kept.
+    Sources are the selected candidates with the SHA-256 of each of their files. Metadata entries that are equal in all
+    selected candidates, such as safetensors' records of tied names, are kept.
 
     Args:
         checkpoints: all candidates.
-        coefficients: theirs.
-        strategy: the command's name.
-        settings: its settings.
-        dtype: the dtype asked for, or None for the candidates' own.
+        coefficients: their coefficients.
+        strategy: name of the command.
+        settings: settings of the command.
+        dtype: the requested dtype, or None for the candidates' dtypes.
         adapter: how adapters were averaged.
-        rank: what an exact one was reduced to.
-        not_averaged: the tensors taken from the last selected candidate.
+        rank: the rank that an exact adapter was reduced to.
+        not_averaged: the tensors copied from the last selected candidate.
         recomputed: the tensors recomputed from data (BatchNorm statistics).
-        digest: the SHA-256 of a source's file, in hexadecimal, or "".
+        digest: returns the hexadecimal SHA-256 of a source file, or "".
     """
     selected = [(checkpoints[i], coefficients.candidate(i)) for i in coefficients.selected]
     record = {
         "schema": SCHEMA,
-        "version": ckptavg.__version__,
+        "version": version.own(),
         "strategy": strategy,
         "settings": dict(settings),
         "dtype": dtype,

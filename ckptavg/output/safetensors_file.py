@@ -1,8 +1,8 @@
-"""A safetensors file that is written whole or not at all.
+"""Write a safetensors file atomically.
 
-It is built beside its destination under a temporary name, its full size reserved before the first byte, and given its
-name only when complete and on the disk: a reader sees the old file or the whole new one. The header is written last, so
-that it can tell what was only found out meanwhile.
+The file is built next to its destination under a temporary name, with its full size reserved before the first write,
+and renamed only when it is complete and flushed: a reader sees either the old file or the complete new one. The header
+is written last, because some of its values, such as digests, are only computed in the meantime.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class SafetensorsFile:
     """An output under construction; a context manager that leaves nothing behind unless `commit` was called.
 
     Attributes:
-        size: of the file, in bytes.
-        sha256: of the file, once committed.
+        size: size of the file in bytes.
+        sha256: SHA-256 of the file, once committed.
     """
 
     def __init__(
@@ -45,10 +45,11 @@ class SafetensorsFile:
         Args:
             path: the destination; its directory must exist.
             specs: name → dtype and shape.
-            metadata: the header's ``__metadata__``, as it is at `commit`: values may change until then, not their
+            metadata: the header's ``__metadata__``, read at `commit`: until then values may change, but not their
                 length.
             force: replace an existing file.
-            workers: who write it together, each its own ranges; `settle`, `seal` and this are called by all.
+            workers: the ranks that write it together, each its own ranges; this constructor, `barrier` and `finalize`
+                must be called by all of them.
         Raises:
             OutputExistsError: if the destination exists and ``force`` is not given.
             OutputError: if it cannot be written, or there is not enough space.
@@ -68,12 +69,12 @@ class SafetensorsFile:
             self._file = self._joined(shared)
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
-        """Write bytes of a tensor, in any order; a range written before may be written again as a whole.
+        """Write bytes of a tensor, in any order; exactly the same range may be written again.
 
         Args:
             name: the tensor.
-            offset: the first byte, within the tensor.
-            data: its elements, little-endian.
+            offset: byte offset within the tensor.
+            data: elements, little-endian.
         """
         if not 0 <= offset <= offset + len(data) <= self._specs[name].nbytes:
             raise AssertionError(f"{name}: {len(data)} bytes at {offset} do not fit {self._specs[name]}")
@@ -86,7 +87,7 @@ class SafetensorsFile:
             self._missing -= len(data)
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
-        """Fill ``out`` with the elements from number ``start`` on of a tensor that has been written."""
+        """Fill ``out`` with elements of a written tensor, from index ``start``."""
         position = self._offsets[name] + start * ITEM_SIZE[self._specs[name].dtype]
         done = 0
         while done < len(out):
@@ -99,38 +100,38 @@ class SafetensorsFile:
             done += count
 
     def barrier(self) -> None:
-        """Wait until all workers have written what they have to, which each of them can read then.
+        """Wait until all ranks have written their ranges, after which every rank can read the whole file.
 
-        On a network file system others see what was flushed, and a file as it was when they opened it.
+        On a network file system, other machines see only flushed data, and a file as it was when they opened it.
         """
         if self._workers.world_size == 1:
             return
-        whole = sum(spec.nbytes for spec in self._specs.values())
+        total = sum(spec.nbytes for spec in self._specs.values())
         try:
             os.fsync(self._open.fd)
         except OSError as error:
             raise_output_error(self.path, error, self.size)
-        self._missing = whole - sum(whole - missing for missing in self._workers.gather(self._missing))
+        self._missing = total - sum(total - missing for missing in self._workers.gather(self._missing))
         if not self._workers.is_rank_zero:
             path = self._open.path
             self.close()
             self._file = self._joined(path)
 
     def commit(self) -> None:
-        """`publish`, and flush the name to the disk too: it survives a power cut.
+        """Publish the file and fsync its directory, so that the name survives a power cut.
 
         Raises:
-            OutputError: if that cannot be done; the file is there and whole.
+            OutputError: if the directory cannot be flushed; the file is complete and has its name.
         """
         self.publish()
         flush_folder(self.path)
 
     def publish(self) -> None:
-        """Write the header, flush the file to the disk and give it its name; of several workers the first one does it.
+        """Write the header, flush the file to disk and rename it; called by rank 0 only.
 
         Raises:
-            OutputExistsError: if the destination has come to exist meanwhile and ``force`` was not given.
-            OutputError: if the disk refuses.
+            OutputExistsError: if the destination was created in the meantime and ``force`` was not given.
+            OutputError: if writing fails.
         """
         file = self._finished()
         try:
@@ -147,7 +148,7 @@ class SafetensorsFile:
             raise_output_error(self.path, error, self.size)
 
     def finalize(self) -> str:
-        """Finish the file without a name: the SHA-256 that it would have; called by all workers."""
+        """Complete the file under its temporary name and return its SHA-256; called by all ranks."""
 
         def digest() -> str:
             file = self._finished()
@@ -159,7 +160,7 @@ class SafetensorsFile:
         return self._workers.broadcast(self._workers.on_rank_zero(digest)) or ""
 
     def _finished(self) -> Temporary:
-        """The file with its header."""
+        """Write the header and return the file."""
         if self._missing:
             raise AssertionError(f"{self._missing} bytes were not written")
         header, offsets, size = _layout(self._specs, self._metadata)
@@ -172,7 +173,7 @@ class SafetensorsFile:
         return self._open
 
     def close(self) -> None:
-        """Remove the temporary file, if it is still there."""
+        """Remove the temporary file if it still exists."""
         if self._file is not None:
             file, self._file = self._file, None
             file.remove()
@@ -185,7 +186,7 @@ class SafetensorsFile:
 
     @property
     def _open(self) -> Temporary:
-        assert self._file is not None, "it is closed"
+        assert self._file is not None, "the file is closed"
         return self._file
 
     def _create(self) -> Path:
@@ -201,19 +202,19 @@ class SafetensorsFile:
         return self._file.path
 
     def _joined(self, path: Path) -> Temporary:
-        """What the first worker has made."""
+        """Open the temporary file created by rank 0."""
         try:
             return Temporary.joined(path)
         except OSError as error:
-            what = f"cannot be opened by worker {self._workers.rank}: {os_message(error)}"
-            hint = "the output must lie on a file system that all machines share"
-            raise OutputError(what, path=path, hint=hint) from error
+            message = f"cannot be opened by rank {self._workers.rank}: {os_message(error)}"
+            hint = "the output must be on a file system that all machines share"
+            raise OutputError(message, path=path, hint=hint) from error
 
     def _publish(self, file: Temporary) -> None:
         if self._force:
             if self.path.exists():
                 os.fchmod(file.fd, stat.S_IMODE(self.path.stat().st_mode))
-            os.replace(file.path, self.path)  # noqa: PTH105  # one spelling for all three calls
+            os.replace(file.path, self.path)  # noqa: PTH105  # same style as the other two calls
             return
         try:
             os.link(file.path, self.path)  # unlike rename, refuses an existing name atomically
@@ -230,9 +231,9 @@ def _changed_error(path: Path) -> OutputError:
 
 
 def _layout(specs: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
-    """The header's bytes, where each tensor starts in the file, and the file's size.
+    """Return the header's bytes, the offset of each tensor in the file, and the file's size.
 
-    Tensors lie by falling element size and then by name, so each is aligned; so does the safetensors library.
+    Tensors are sorted by decreasing element size, then by name, as the safetensors library does, so each is aligned.
     """
     entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     starts: dict[str, int] = {}
@@ -264,4 +265,4 @@ def _reserve(fd: int, size: int) -> None:
     except (OSError, AttributeError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise
-        os.ftruncate(fd, size)  # this file system, or this system, cannot reserve
+        os.ftruncate(fd, size)  # the file system or operating system cannot reserve space

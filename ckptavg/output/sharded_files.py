@@ -1,4 +1,4 @@
-"""A model over several safetensors files and their index, as Hugging Face's loaders expect it."""
+"""Write a model as several safetensors files and an index, in the layout of Hugging Face loaders."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ INDEX: Final = "model.safetensors.index.json"
 
 
 class ShardedFiles:
-    """Several `ckptavg.output.safetensors_file.SafetensorsFile` that are one output; the index gets its name last.
+    """Several `ckptavg.output.safetensors_file.SafetensorsFile` that form one output; the index is renamed last.
 
-    Which tensor goes where is decided by huggingface_hub's own splitter.
+    Tensors are assigned to files by huggingface_hub's splitter.
 
     Attributes:
         path: the index.
-        size: of all files, in bytes.
-        sha256: of the index, once committed.
+        size: total size of all files in bytes.
+        sha256: SHA-256 of the index, once published.
     """
 
     def __init__(
@@ -37,15 +37,15 @@ class ShardedFiles:
         """Reserve the space of all shards.
 
         Args:
-            folder: where they go; it must exist.
+            folder: the output directory; it must exist.
             specs: name → dtype and shape.
-            metadata: of every shard.
-            largest: bytes of a shard, such as ``5GB``.
+            metadata: metadata of every shard.
+            largest: maximum size of a shard, such as ``5GB``.
             force: replace existing files.
-            workers: who write them together; see `SafetensorsFile`.
+            workers: the ranks that write the files together; see `SafetensorsFile`.
         Raises:
-            UsageError: if ``largest`` is no size, or huggingface_hub is missing.
-            OutputExistsError, OutputError: as `SafetensorsFile` does.
+            UsageError: if ``largest`` is not a size, or huggingface_hub is missing.
+            OutputExistsError, OutputError: see `SafetensorsFile`.
         """
         self.path = folder / INDEX
         self.sha256 = ""
@@ -54,7 +54,7 @@ class ShardedFiles:
         self._index = json.dumps(
             {"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2, sort_keys=True
         )
-        self._of: Mapping[str, str] = split.tensor_to_filename
+        self._file_of: Mapping[str, str] = split.tensor_to_filename
         with ExitStack() as stack:
             self._files = {
                 name: stack.enter_context(
@@ -73,11 +73,11 @@ class ShardedFiles:
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
         """See `SafetensorsFile.write`."""
-        self._files[self._of[name]].write(name, offset, data)
+        self._files[self._file_of[name]].write(name, offset, data)
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         """See `SafetensorsFile.read_into`."""
-        self._files[self._of[name]].read_into(name, start, out)
+        self._files[self._file_of[name]].read_into(name, start, out)
 
     def barrier(self) -> None:
         """See `SafetensorsFile.barrier`."""
@@ -85,10 +85,9 @@ class ShardedFiles:
             file.barrier()
 
     def publish(self) -> None:
-        """Give all files their names, the index last: a model without it is found by no loader.
+        """Rename all files, the index last: no loader finds a model without it. Called by rank 0 only.
 
-        Under its temporary name the index is there first, so that `sweep` knows what a killed run has named. Of several
-        workers it is the first one's to do.
+        The index is first written under a temporary name, in which `sweep` finds the shards that a killed run renamed.
         """
         index = self._index.encode()
         with temporary_file(self.path, index) as publish, ExitStack() as undo:
@@ -108,15 +107,15 @@ class ShardedFiles:
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove what killed runs left: temporary files, and shards whose index they did not come to name.
+    """Remove leftovers of killed runs: temporary files, and shards whose index was not renamed.
 
     Args:
-        folder: where the output goes, or would go.
-        name: of the output, where it is a file.
+        folder: the output directory, or the directory of the output file.
+        name: name of the output, if it is a file.
     """
     for path in stale_temporaries(folder, name):
         if name is None and path.name.startswith(f".{INDEX}.") and not (folder / INDEX).exists():
-            with suppress(OSError, ValueError, AttributeError):  # it may be torn itself, before it named any
+            with suppress(OSError, ValueError, AttributeError):  # may be incomplete if no shard was renamed yet
                 for shard in set(json.loads(path.read_bytes())["weight_map"].values()):
                     (folder / Path(shard).name).unlink(missing_ok=True)
         with suppress(OSError):
@@ -124,10 +123,10 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 def split_names(specs: Mapping[str, StoredTensor], largest: str) -> Any:
-    """huggingface_hub's StateDictSplit of the tensors.
+    """Split the tensors into shards and return huggingface_hub's StateDictSplit.
 
     Raises:
-        UsageError: if ``largest`` is no size, or huggingface_hub is missing.
+        UsageError: if ``largest`` is not a size, or huggingface_hub is missing.
     """
     try:
         from huggingface_hub import split_state_dict_into_shards_factory  # pyright: ignore[reportMissingImports]
@@ -141,4 +140,4 @@ def split_names(specs: Mapping[str, StoredTensor], largest: str) -> Any:
             max_shard_size=largest,
         )
     except ValueError as error:
-        raise UsageError(f"--max-shard-size {largest} is no size such as 5GB or 500MB") from error
+        raise UsageError(f"--max-shard-size {largest} is not a size such as 5GB or 500MB") from error

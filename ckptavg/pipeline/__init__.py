@@ -1,4 +1,4 @@
-"""The program from top to bottom, one stage a line."""
+"""Main pipeline: one line per stage of a run."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ def run(paths: Sequence[Path], strategy: Strategy, options: Options, watch: Watc
     """Learn coefficients for the checkpoints under ``paths`` and write their average.
 
     Raises:
-        CkptavgError: in one line, with the exit code of its class; nothing is written then.
+        CkptavgError: on any expected failure; nothing is written then.
     """
     settings = {"name": name_of(strategy), **asdict(strategy)}  # pyright: ignore[reportArgumentType]  # a dataclass
     with opened(paths, options, watch) as found, journaled(found, options, settings, watch) as (evaluator, done):
-        objective = evaluator or _count(found, strategy)
+        objective = evaluator or _count_only(found, strategy)
         check_strategy(strategy, len(found.checkpoints), evaluator)
         if options.dry_run:
             return blank_result(found, strategy, options, dry_run_plan(found.checkpoints, options))
         check_space(found, options)
         learned = strategy.learn(objective)
         judgement = judge(evaluator, learned.coefficients, options) if evaluator else Verdict(learned.coefficients)
-        wrote = Best() if judgement.replaced else strategy
-        finished = write_output(found.checkpoints, judgement.coefficients, wrote, options, evaluator, watch)
+        source = Best() if judgement.replaced else strategy
+        finished = write_output(found.checkpoints, judgement.coefficients, source, options, evaluator, watch)
         done()
         found = with_directory_changes(found, paths, finished.output.path)
         return build_result(found, strategy, options, learned, judgement, finished, evaluator)
 
 
-class _Count:
-    """An objective for strategies that only want to know how many candidates there are."""
+class _CountOnly:
+    """Objective for strategies that use only the number of candidates."""
 
     def __init__(self, n: int) -> None:
         self.n = n
 
     def __getattr__(self, name: str) -> Any:
-        raise AssertionError(f"a strategy that needs no task asked for {name}")
+        raise AssertionError(f"a strategy with needs_task = False used objective.{name}")
 
 
-def _count(found: Discovered, strategy: Strategy) -> Objective:
+def _count_only(found: Discovered, strategy: Strategy) -> Objective:
     if strategy.needs_task:
         raise UsageError(
             f"{name_of(strategy)} learns from data, so it needs a task file, --val or --score-cmd",
             hint="`ckptavg init` writes ./task.py",
         )
-    return cast("Objective", _Count(len(found.checkpoints)))
+    return cast("Objective", _CountOnly(len(found.checkpoints)))

@@ -1,4 +1,4 @@
-"""Several strategies on the same candidates and the same evaluator: which is worth shipping?"""
+"""Comparison of several strategies on the same candidates and the same evaluator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ckptavg.pipeline.result import blank_result, build_result
 from ckptavg.pipeline.session import journaled, opened
 from ckptavg.pipeline.verdict import Verdict
 from ckptavg.pipeline.writing import name_of, write_output
-from ckptavg.report.bootstrap import gain
+from ckptavg.report import bootstrap
 from ckptavg.report.result import Comparison, StrategyResult
 from ckptavg.runtime.progress import Watch
 from ckptavg.score import Score, Split, valid
@@ -27,12 +27,12 @@ from ckptavg.strategies import from_spec
 
 REFERENCE: Final = "last"
 DEFAULT: Final = (REFERENCE, "best", "swa", "lawa", "ema", "soup", "aswa", "sewa", "twa")
-_TRAINED: Final = ("twa:on=train",)  # where the task has training data beside validation data
+_ON_TRAIN: Final = ("twa:on=train",)  # added if the task has training data as well as validation data
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A strategy that has run: what it found, how good that is on validation data, what it cost."""
+    """Finished run of a strategy: its result, its validation score and its cost."""
 
     name: str
     strategy: Strategy
@@ -42,19 +42,20 @@ class _Run:
 
 
 def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch: Watch | None = None) -> Comparison:
-    """Run strategies on the checkpoints under ``paths`` and write the average of the one that validates best.
+    """Run strategies on the checkpoints under ``paths`` and write the average with the best validation score.
 
-    Each begins as if it ran alone: with the same random numbers, the same batches, and charged for every score it asks
-    for. `last` always takes part, so the winner is never worse on validation data than no averaging. Equal scores go
-    to the lower loss, then to the earlier in the list. Test data are looked at when all is decided.
+    Each strategy runs as if alone: with the same random numbers and batches, and charged for every score it requests,
+    cached or not. `last` is always included, so the winner is never worse on validation data than no averaging. Ties
+    go to the lower loss, then to the earlier strategy in the list. Test data are used only after the decision.
 
     Args:
         paths: directories of checkpoints, or checkpoints.
-        names: strategies with settings, as `ckptavg.strategies.from_spec` reads them; empty for all the task allows.
-        options: what is common to all.
-        watch: is told the progress.
+        names: strategies with settings, in the syntax of `ckptavg.strategies.from_spec`; empty runs every strategy the
+            task allows.
+        options: options shared by all strategies.
+        watch: progress callback.
     Raises:
-        CkptavgError: in one line, with the exit code of its class; nothing is written then.
+        CkptavgError: on any expected failure; nothing is written then.
     """
     if not options.ways:
         raise UsageError(
@@ -63,18 +64,18 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
         )
     settings = {"name": "compare", "strategies": list(names)}
     with opened(paths, options, watch) as found, journaled(found, options, settings, watch) as (evaluator, done):
-        assert evaluator is not None  # there is a way to score
-        asked = _parse_strategies(names, evaluator)
+        assert evaluator is not None  # because options.ways is not empty
+        strategies = _parse_strategies(names, evaluator)
         if options.dry_run:
-            would = f"would compare {', '.join(asked)}"
-            shown = blank_result(found, asked[REFERENCE], options, [would, *dry_run_plan(found.checkpoints, options)])
-            return Comparison(contestants=(), winner="", result=shown)
+            plan = [f"would compare {', '.join(strategies)}", *dry_run_plan(found.checkpoints, options)]
+            result = blank_result(found, strategies[REFERENCE], options, plan)
+            return Comparison(contestants=(), winner="", result=result)
         check_space(found, options)
         evaluator.prepare()
         runs: list[_Run] = []
-        for name, strategy in asked.items():
+        for name, strategy in strategies.items():
             if watch is not None:
-                watch("strategies", len(runs), len(asked), {})
+                watch("strategies", len(runs), len(strategies), {})
             runs.append(_run(name, strategy, evaluator, watch))
         winner = max(runs, key=lambda run: (run.score.value, -(run.score.loss or 0.0)))
         valid(winner.score)
@@ -88,16 +89,16 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
         done()
         found = with_directory_changes(found, paths, finished.output.path)
         judgement = Verdict(winner.learned.coefficients, verdict=_verdict(winner, contestants, evaluator))
-        report = build_result(found, winner.strategy, options, winner.learned, judgement, finished, evaluator)
-        return Comparison(contestants=contestants, winner=winner.name, result=replace(report, cost=winner.cost))
+        result = build_result(found, winner.strategy, options, winner.learned, judgement, finished, evaluator)
+        return Comparison(contestants=contestants, winner=winner.name, result=replace(result, cost=winner.cost))
 
 
 def _parse_strategies(names: Sequence[str], evaluator: Evaluator) -> Mapping[str, Strategy]:
-    """Name → strategy, `last` among them; checked before any of them runs for hours."""
+    """Return name → strategy, including `last`; all settings are checked before the first strategy runs."""
     n = evaluator.n
     if not names:
-        trained = evaluator.differentiable and evaluator.has("train") and evaluator.scored_on != "train"
-        names = [*DEFAULT, *(_TRAINED if trained else ())]
+        has_train = evaluator.differentiable and evaluator.has("train") and evaluator.scored_on != "train"
+        names = [*DEFAULT, *(_ON_TRAIN if has_train else ())]
         names = [f"{name}:k={n}" if _too_many(from_spec(name), n) else name for name in names]
     elif REFERENCE not in names:
         names = [REFERENCE, *names]
@@ -141,7 +142,8 @@ def _strategy_result(run: _Run, runs: Sequence[_Run], evaluator: Evaluator, seed
         used=len(coefficients.selected),
         scores=scores,
         gains={
-            split: gain(score, evaluator.exact_score(reference, split), seed=seed) for split, score in scores.items()
+            split: bootstrap.gain(score, evaluator.exact_score(reference, split), seed=seed)
+            for split, score in scores.items()
         },
         cost=run.cost,
         notes=run.learned.notes,
@@ -150,15 +152,15 @@ def _strategy_result(run: _Run, runs: Sequence[_Run], evaluator: Evaluator, seed
 
 def _verdict(winner: _Run, contestants: Sequence[StrategyResult], evaluator: Evaluator) -> str:
     split: Split = evaluator.splits[-1]
-    won = next(one for one in contestants if one.name == winner.name)
-    if won.name == REFERENCE:
-        return "Nothing scores above the last candidate on validation data, so that one was written."
-    found = won.gains[split]
-    if found.low is None:
-        return f"{won.name} wins on {evaluator.scored_on} data: {found.value:+.4f} over last on {split} data."
-    interval = f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}] over last on {split} data"
-    if found.separated and found.value < 0:
-        return f"{won.name} wins on {evaluator.scored_on} data, but is WORSE on {split} data: {interval}."
-    if found.separated:
-        return f"{won.name} wins on {evaluator.scored_on} data: {interval}."
-    return f"{won.name} wins on {evaluator.scored_on} data, but not surely: {interval} does not exclude zero."
+    if winner.name == REFERENCE:
+        return "No strategy scores above the last candidate on validation data, so the last candidate was written."
+    won = f"{winner.name} wins on {evaluator.scored_on} data"
+    gain = next(contestant for contestant in contestants if contestant.name == winner.name).gains[split]
+    if gain.low is None:
+        return f"{won}: {gain.value:+.4f} over last on {split} data."
+    interval = f"{gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] over last on {split} data"
+    if gain.separated and gain.value < 0:
+        return f"{won}, but is WORSE on {split} data: {interval}."
+    if gain.separated:
+        return f"{won}: {interval}."
+    return f"{won}, but not significantly: {interval}, which includes zero."

@@ -1,4 +1,4 @@
-"""Score checkpoints and averages as they lie on disk."""
+"""Scoring of checkpoints and averages as stored on disk."""
 
 from __future__ import annotations
 
@@ -26,31 +26,36 @@ from ckptavg.score import Score, Split
 def evaluate(
     files: Sequence[Path], task: str | None = None, *, watch: Watch | None = None, **options: Any
 ) -> list[tuple[Path, dict[Split, Score]]]:
-    """The scores of each file on validation and test data, with the BatchNorm statistics that it holds.
+    """Score each file on validation and test data, with the BatchNorm statistics stored in it.
 
     Args:
-        files: checkpoints or earlier outputs; a directory stands for the checkpoints in it.
-        task: a Python file or dotted module.
-        watch: is told the progress.
-        **options: of `ckptavg.options.Options`: key, device, seed, task_timeout; instead of ``task`` val and test, or
-            lm_eval.
+        files: checkpoints, outputs of ckptavg, or directories of checkpoints.
+        task: Python file or dotted module.
+        watch: progress callback.
+        **options: key, device, seed and task_timeout of `ckptavg.options.Options`; instead of ``task``, val and test,
+            or lm_eval.
     """
-    asked = Options(task=task, **options)
-    if not asked.ways:
+    parsed = Options(task=task, **options)
+    if not parsed.ways:
         raise UsageError("scoring needs a task file, --val or --lm-eval", hint="`ckptavg init` writes ./task.py")
-    if asked.score_cmd is not None:
-        raise UsageError("a file as it is needs no ckptavg to be scored by --score-cmd: run the command itself")
-    with translate_errors(), reproducible(asked.seed), ExitStack() as stack:
-        # one after the other, because files that are only scored need no step to be put in order by
-        found = [one for file in files for one in stack.enter_context(discover([file], key=asked.key)).checkpoints]
-        check_agreement(found)
-        # one row is enough of a matrix: every file is loaded into the model as it is
-        made = build_task(asked, found[0].folder)
+    if parsed.score_cmd is not None:
+        raise UsageError("eval does not support --score-cmd: run the command on the file directly")
+    with translate_errors(), reproducible(parsed.seed), ExitStack() as stack:
+        # each path on its own, because files that are only scored need no step number to be ordered by
+        found = [stack.enter_context(discover([file], key=parsed.key)) for file in files]
+        checkpoints = [checkpoint for discovered in found for checkpoint in discovered.checkpoints]
+        check_agreement(checkpoints)
+        # a matrix of one candidate is enough: every file is loaded directly into the model
         mixture = Mixture(
-            made, found[:1], device=pick_device(asked.device), seed=asked.seed, watch=watch, workers=asked.workers
+            build_task(parsed, checkpoints[0].folder),
+            checkpoints[:1],
+            device=pick_device(parsed.device),
+            seed=parsed.seed,
+            watch=watch,
+            workers=parsed.workers,
         )
         scored: list[tuple[Path, dict[Split, Score]]] = []
-        for i, checkpoint in enumerate(found):
+        for i, checkpoint in enumerate(checkpoints):
             mixture.load(checkpoint.tensors, checkpoint.read_into)
             try:
                 scores: dict[Split, Score] = {
@@ -59,9 +64,9 @@ def evaluate(
             except TaskError as error:
                 floating = [name for name in checkpoint.names if checkpoint.spec(name).dtype in FLOATING]
                 if bad := next(filter(None, map(partial(not_finite, checkpoint), floating)), None):
-                    bad.hint = None  # there is nothing to leave out
+                    bad.hint = None  # eval has no --exclude
                     raise bad from error
                 raise
             scored.append((checkpoint.path, scores))
-            mixture.progress("scoring", i + 1, len(found))
+            mixture.progress("scoring", i + 1, len(checkpoints))
         return scored

@@ -1,4 +1,4 @@
-"""The loss around the candidates: the quadratic, how far it can be trusted, and a picture of the real thing.
+"""Loss around the candidates: its quadratic model, the accuracy of that model, and measured losses on a plane.
 
 Shape suffixes: N = candidates, M = mixtures.
 """
@@ -31,28 +31,30 @@ def landscape(
     paths: Sequence[Path], options: Options, watch: Watch | None = None, *, samples: int = 32,
     mixtures: Sequence[str] = (), grid: int = 9, hessian: Hessian = "auto", as_text: Callable[[Landscape], str],
 ) -> Landscape:  # fmt: skip
-    """Build q on the candidates under ``paths``, compare it with real losses, and write both as JSON.
+    """Build q on the candidates under ``paths``, compare it with measured losses, and write both as JSON.
 
-    The eigenvalues are those of H on the differences of coefficients (Σ = 0), the only directions there are. The
-    random mixtures are uniform on the simplex over a random half of the candidates.
+    The eigenvalues are those of H on differences of coefficients (Σ = 0), the only feasible directions. The random
+    mixtures are uniform on the simplex over a random half of the candidates.
 
     Args:
         paths: directories of checkpoints, or checkpoints.
-        options: ``output`` is the JSON file; what is written there holds all that is returned.
-        watch: is told the progress.
-        samples: random mixtures that are scored.
-        mixtures: three strategies as `ckptavg.strategies.from_spec` reads them, whose plane is scored too.
+        options: options of the run; ``output`` is the JSON file, which holds everything that is returned.
+        watch: progress callback.
+        samples: number of random mixtures to score.
+        mixtures: three strategies in the syntax of `ckptavg.strategies.from_spec`, whose plane is scored too.
         grid: points of the plane along each side.
-        hessian: the curvature.
-        as_text: what is written of it.
+        hessian: kind of curvature.
+        as_text: converts the landscape to the text of the file.
     Raises:
-        CkptavgError: in one line, with the exit code of its class.
+        CkptavgError: on any expected failure.
     """
     if not options.ways:
-        raise UsageError("a landscape is made of losses, so it needs a task file or --val", hint="`ckptavg init`")
+        raise UsageError(
+            "a landscape consists of losses, so it needs a task file or --val", hint="`ckptavg init` writes ./task.py"
+        )
     if samples < 3 or grid < 2 or len(mixtures) not in (0, 3):
         raise UsageError(
-            "a landscape takes --samples of at least 3, --grid of at least 2, and three --mixtures or none"
+            "a landscape needs --samples of at least 3, --grid of at least 2, and three --mixtures or none"
         )
     if options.destination[1]:
         raise UsageError(f"--output {options.output} is a directory: name the JSON file to write")
@@ -61,19 +63,19 @@ def landscape(
         opened(paths, options, watch) as found,
         journaled(found, options, settings, watch) as (evaluator, done),
     ):
-        assert evaluator is not None  # there is a way to score
+        assert evaluator is not None  # because options.ways is not empty
         if not evaluator.differentiable:
-            raise UsageError("a landscape needs a loss, and here there are only scores")
+            raise UsageError("a landscape needs a loss, but the task has only scores")
         q = evaluator.surrogate(None, hessian)
-        drawn_MN = _random(samples, evaluator.n, evaluator.generator)
+        random_MN = _random(samples, evaluator.n, evaluator.generator)
         measured: list[float] = []
-        evaluator.prefetch([_at(row_N) for row_N in drawn_MN], exact=True)
-        for row_N in drawn_MN:
+        evaluator.prefetch([_at(row_N) for row_N in random_MN], exact=True)
+        for row_N in random_MN:
             measured.append(_loss(evaluator, row_N))
             evaluator.progress("scoring random mixtures", len(measured), samples)
-        predicted: list[float] = q(drawn_MN).tolist()
+        predicted: list[float] = q(random_MN).tolist()
         plane = _plane(evaluator, mixtures, grid) if mixtures else None
-        known = Landscape(
+        result = Landscape(
             surrogate=q,
             eigenvalues=eigenvalues(q),
             predicted=predicted,
@@ -85,34 +87,32 @@ def landscape(
             left_out=found.left_out,
             warnings=[*found.warnings, *([q.note] if q.note else []), *evaluator.notes],
         )
-        known = replace(
-            known, output=options.workers.on_rank_zero(lambda: _written(Path(options.output), as_text(known)))
-        )
+        output = options.workers.on_rank_zero(lambda: _write(Path(options.output), as_text(result)))
         done()
-        return known
+        return replace(result, output=output)
 
 
 def eigenvalues(q: Surrogate) -> list[float]:
-    """Of H on the N − 1 dimensions of coefficients whose sum stays, from the smallest up."""
+    """Return the N − 1 eigenvalues of H on the directions with Σ = 0, ascending."""
     n = q.n
     if n == 1:
         return []
     centre_NN = torch.eye(n, dtype=torch.float64) - 1 / n
-    found = torch.linalg.eigvalsh(centre_NN @ q.hessian_NN @ centre_NN).tolist()
-    found.remove(min(found, key=abs))  # that of the direction (1, …, 1), which is 0
-    return found
+    values = torch.linalg.eigvalsh(centre_NN @ q.hessian_NN @ centre_NN).tolist()
+    values.remove(min(values, key=abs))  # the eigenvalue 0 of the direction (1, …, 1)
+    return values
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """The rank correlation; ties share their mean rank."""
+    """Return the rank correlation; ties share their mean rank."""
     return _pearson(_ranks(a), _ranks(b))
 
 
 def r_squared(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    """1 − Σ(measured − predicted)²/Σ(measured − mean)²; negative where the mean predicts better."""
+    """Return 1 − Σ(measured − predicted)²/Σ(measured − mean)²; negative if the mean predicts better."""
     m, p = (torch.tensor(values, dtype=torch.float64) for values in (measured, predicted))
-    whole = (m - m.mean()).square().sum()
-    return float(1 - (m - p).square().sum() / whole) if whole > 0 else 0.0
+    total = (m - m.mean()).square().sum()
+    return float(1 - (m - p).square().sum() / total) if total > 0 else 0.0
 
 
 def _ranks(values: Sequence[float]) -> Tensor:
@@ -127,7 +127,7 @@ def _pearson(a: Tensor, b: Tensor) -> float:
 
 
 def _random(count: int, n: int, generator: torch.Generator) -> Tensor:
-    """[M, N], flat Dirichlet over a random half of the candidates."""
+    """Draw [M, N] coefficients, flat Dirichlet over a random half of the candidates."""
     draws_MN = torch.rand(count, n, generator=generator, dtype=torch.float64)
     chosen_MN = draws_MN >= draws_MN.sort(dim=1, descending=True).values[:, max(1, n // 2) - 1 : max(1, n // 2)]
     weights_MN = -torch.rand(count, n, generator=generator, dtype=torch.float64).log() * chosen_MN
@@ -140,7 +140,7 @@ def _at(row_N: Tensor) -> Coefficients:
 
 def _loss(evaluator: Evaluator, row_N: Tensor) -> float:
     loss = valid(evaluator.exact_score(_at(row_N), evaluator.scored_on)).loss
-    assert loss is not None  # it is differentiable
+    assert loss is not None  # the evaluator is differentiable
     return loss
 
 
@@ -149,7 +149,7 @@ def _plane(evaluator: Evaluator, mixtures: Sequence[str], grid: int) -> Plane:
     for spec in mixtures:
         coefficients = from_spec(spec).learn(evaluator).coefficients
         if len(coefficients.groups) > 1:
-            raise UsageError(f"{spec}: coefficients by layer lie on no plane of mixtures")
+            raise UsageError(f"{spec}: mixtures with coefficients per layer are not supported")
         rows.append(torch.tensor(coefficients.values[0], dtype=torch.float64))
     a_N, b_N, c_N = rows
     sides = torch.linspace(-0.25, 1.25, grid, dtype=torch.float64).tolist()
@@ -163,7 +163,7 @@ def _plane(evaluator: Evaluator, mixtures: Sequence[str], grid: int) -> Plane:
     return Plane(names=(first, second, third), u=sides, v=sides, losses=losses)
 
 
-def _written(path: Path, text: str) -> Output:
+def _write(path: Path, text: str) -> Output:
     write_text(path, text)
     data = text.encode()
     return Output(path=path, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), dtype="JSON")

@@ -21,9 +21,9 @@ from ckptavg.runtime.progress import Watch
 
 
 def build_evaluator(
-    found: Discovered, options: Options, watch: Watch | None, replay: MeasurementLog | None = None
+    found: Discovered, options: Options, watch: Watch | None, log: MeasurementLog | None = None
 ) -> Evaluator:
-    """What scores mixtures of the candidates; nothing is loaded yet."""
+    """Build the evaluator that scores mixtures of the candidates; it loads nothing yet."""
     if options.score_cmd is not None:
         return CommandEvaluator(
             options.score_cmd,
@@ -32,15 +32,15 @@ def build_evaluator(
             goal=options.score_goal,
             timeout=options.score_timeout,
             dtype=options.dtype,
-            beside=Path() if replay is None else replay.folder,  # in a dry run there is none
+            beside=Path() if log is None else log.folder,  # a dry run has no journal folder
             seed=options.seed,
             watch=watch,
-            replay=replay,
+            log=log,
             workers=options.workers,
         )
     device = pick_device(options.device)
     if device.type == "mps" and options.workers.world_size > 1:
-        raise UsageError("several workers have nothing to talk by on mps", hint="--device cpu")
+        raise UsageError("--device mps supports one worker only", hint="use --device cpu")
     return Mixture(
         task_for(found, options),
         found.checkpoints,
@@ -52,7 +52,7 @@ def build_evaluator(
         precision=precision(options.precision, device),
         compiled=options.compile,
         watch=watch,
-        replay=replay,
+        log=log,
         workers=options.workers,
         parallel=options.parallel,
         shard=options.shard,
@@ -60,10 +60,10 @@ def build_evaluator(
 
 
 def pick_device(name: str) -> torch.device:
-    """The device ``name`` means here.
+    """Return the device for ``--device name``.
 
     Raises:
-        UsageError: if there is no such device.
+        UsageError: if the device does not exist or cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -72,11 +72,11 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"--device {name}: {str(error).splitlines()[0]}", hint="use --device cpu, or auto for the best there is"
+            f"--device {name}: {str(error).splitlines()[0]}", hint="use --device cpu, or auto for the best available"
         ) from error
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """What computes; other hardware has other roundings."""
+    """Return the name of the hardware, which is part of the fingerprint because rounding depends on it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,4 +1,4 @@
-"""Checks before the work begins: the output, the disk space, the strategy's settings, the plan of a dry run."""
+"""Checks before a run: output, disk space and strategy settings; also the plan of a dry run."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from ckptavg.output.destination import preflight
 from ckptavg.pipeline.objective_choice import pick_device
 from ckptavg.score import Split
 
-_OURS: Final = ("model", "adapter_model")  # how the names of what is written into a directory begin
+_OUTPUT_PREFIXES: Final = ("model", "adapter_model")  # prefixes of the files written into an output directory
 
 
 def check_output(options: Options) -> None:
-    """Refuse an output that cannot be written, and remove what killed runs of it left."""
+    """Refuse an output that cannot be written, and remove temporary files left by killed runs."""
     path, folder = options.destination
     if not options.dry_run:
         sharded_files.sweep(folder or path.parent, None if folder else path.name)
@@ -42,20 +42,20 @@ def check_output(options: Options) -> None:
 
 
 def check_sources(found: Discovered, options: Options) -> None:
-    """Refuse an output that would take the place of a candidate."""
+    """Refuse an output that would overwrite a candidate."""
     path, folder = options.destination
     path, folder = path.resolve(), folder and folder.resolve()
     for file in (file for checkpoint in found.checkpoints for file in checkpoint.reader.files):
         inside = folder is not None and file.path.parent.resolve() == folder
-        if file.path.resolve() == path or (inside and file.path.name.startswith(_OURS)):
+        if file.path.resolve() == path or (inside and file.path.name.startswith(_OUTPUT_PREFIXES)):
             raise OutputExistsError("is one of the candidates", path=file.path, hint="choose another -o")
 
 
 def check_space(found: Discovered, options: Options) -> None:
-    """Refuse an output for which there is no space now, before hours of work for it.
+    """Refuse an output that does not fit on the disk, before hours of work for it.
 
     Raises:
-        OutputError: with what is needed and what is free.
+        OutputError: with the bytes needed and the bytes free.
     """
     path, folder = options.destination
     needed = sum(spec.nbytes for spec in output_specs(found.checkpoints[0], options.dtype).values())
@@ -66,33 +66,33 @@ def check_space(found: Discovered, options: Options) -> None:
 
 
 def check_strategy(strategy: Strategy, n: int, evaluator: Evaluator | None, name: str = "") -> None:
-    """Refuse settings that the candidates or the task cannot meet, before anything runs for hours.
+    """Refuse settings that the candidates or the task cannot satisfy, before hours of work.
 
     Args:
-        strategy: with its settings.
-        n: the number of candidates.
-        evaluator: what scores mixtures, if anything does.
-        name: of the strategy, at the beginning of an error.
+        strategy: strategy with its settings.
+        n: number of candidates.
+        evaluator: scores mixtures; None without a task.
+        name: name of the strategy, used as a prefix of error messages.
     """
-    before = f"{name}: " if name else ""
+    prefix = f"{name}: " if name else ""
     k: Any = getattr(strategy, "k", 0)
     if k != "auto" and k > n:
         raise UsageError(
-            f"{before}--k {k} asks for more checkpoints than the {n} candidates there are",
+            f"{prefix}--k {k} asks for more checkpoints than the {n} candidates there are",
             hint=f"choose --k {n} or less, or widen the window (--last, --start, --stop, --every)",
         )
     on: Split | None = getattr(strategy, "on", None)
     if evaluator is not None and on is not None and evaluator.differentiable and not evaluator.has(on):
-        raise UsageError(f"{before}--on {on} needs {on} data, and the task has none", hint=f"add a {on}_dataloader()")
+        raise UsageError(f"{prefix}--on {on} needs {on} data, but the task has none", hint=f"add a {on}_dataloader()")
     if evaluator is not None and getattr(strategy, "early_reject", False) and not evaluator.bounded:
         raise UsageError(
-            f"{before}a score can only be stopped early where the metric is bounded",
-            hint="say how in the task file, for an accuracy: metric_bounds = (0.0, 1.0)",
+            f"{prefix}early rejection needs a metric with known bounds",
+            hint="set them in the task file, for an accuracy: metric_bounds = (0.0, 1.0)",
         )
 
 
 def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[str]:
-    """What a dry run says it would do."""
+    """Describe the reads, writes and memory of a run, one line each."""
     first = checkpoints[0]
     path, _ = options.destination
     written = sum(spec.nbytes for spec in output_specs(first, options.dtype).values())
@@ -106,5 +106,5 @@ def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[st
     )  # fmt: skip
     return [
         f"would read {n} candidates of {first.size:,} bytes and write {written:,} bytes to {path}",
-        f"learning would take for a float32 model: {memory}",
+        f"memory for learning with a float32 model: {memory}",
     ]

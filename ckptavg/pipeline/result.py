@@ -18,11 +18,11 @@ from ckptavg.pipeline.writing import WrittenOutput, name_of
 from ckptavg.report.result import CandidateResult, Result
 from ckptavg.score import Score
 
-_LOST: Final = 0.5  # of the candidates' differences: coefficients found with less than half of them may be any
+_MAX_ERROR: Final = 0.5  # relative to the candidates' differences; above it the coefficients may be arbitrary
 
 
 def blank_result(found: Discovered, strategy: Strategy, options: Options, warnings: Sequence[str] = ()) -> Result:
-    """What is known of a run before it begins."""
+    """Build the part of the result that is known before the run: settings, candidates and warnings."""
     return Result(
         strategy=name_of(strategy),
         settings=asdict(strategy),  # pyright: ignore[reportArgumentType]  # every strategy is a dataclass
@@ -42,14 +42,14 @@ def build_result(
     finished: WrittenOutput,
     evaluator: Evaluator | None,
 ) -> Result:
-    """Everything there is to report of a finished run."""
+    """Build the result of a finished run."""
     coefficients = judgement.coefficients
-    invalid = [f"{score.invalid}: it counts as worse than any other" for score in judgement.singles if score.invalid]
-    said = evaluator.notes if evaluator else ()
-    doubts = [*invalid, *learned.notes, *said, *_warnings(found.checkpoints[0], coefficients, evaluator, finished)]
-    known = blank_result(found, strategy, options, doubts)
-    known = replace(
-        known,
+    invalid = [f"{score.invalid}: ranked below every valid score" for score in judgement.singles if score.invalid]
+    notes = evaluator.notes if evaluator else ()
+    warnings = [*invalid, *learned.notes, *notes, *_warnings(found.checkpoints[0], coefficients, evaluator, finished)]
+    result = blank_result(found, strategy, options, warnings)
+    result = replace(
+        result,
         candidates=[
             replace(
                 candidate,
@@ -57,7 +57,7 @@ def build_result(
                 score=judgement.singles[i] if judgement.singles else None,
                 columns={name: values[i] for name, values in learned.columns.items()},
             )
-            for i, candidate in enumerate(known.candidates)
+            for i, candidate in enumerate(result.candidates)
         ],
         groups=coefficients.groups,
         trace=learned.trace,
@@ -65,9 +65,9 @@ def build_result(
         output=finished.output,
     )
     if evaluator is None:
-        return known
+        return result
     return replace(
-        known,
+        result,
         scores=finished.scores,
         baselines=judgement.baselines,
         best_step=judgement.best_step,
@@ -84,46 +84,48 @@ def build_result(
 def _warnings(
     first: Checkpoint, coefficients: Coefficients, evaluator: Evaluator | None, finished: WrittenOutput
 ) -> list[str]:
-    said = [f"copied {', '.join(finished.copied)} beside it"] if finished.copied else []
-    said += finished.notes
+    warnings = [f"copied {', '.join(finished.copied)} to the output directory"] if finished.copied else []
+    warnings += finished.notes
     if evaluator is not None and not finished.scores:
-        return [*said, "its rank is not the candidates', so it was not scored: `ckptavg eval` with its own config does"]
+        unscored = "the output was not scored, because its rank differs from the candidates'"
+        return [*warnings, f"{unscored}: run `ckptavg eval` with its own config"]
     if evaluator is not None and evaluator.matrix is not None:
-        return said + _rounding_warnings(evaluator, coefficients, finished.scores[evaluator.scored_on])
+        return warnings + _rounding_warnings(evaluator, coefficients, finished.scores[evaluator.scored_on])
     if len(coefficients.selected) > 1 and any(name.endswith("running_var") for name in first.names):
-        said.append(
+        warnings.append(
             "BatchNorm statistics were averaged, which is wrong for a mixture; with a task file they are recomputed"
         )
-    return said
+    return warnings
 
 
 def _rounding_warnings(evaluator: Evaluator, coefficients: Coefficients, exact: Score) -> list[str]:
-    """Say so where the search saw another score than the exact average's, by more than noise, or too little."""
+    """Warn if the search's score is off from the exact average's by more than noise, or rounding lost too much."""
     matrix = evaluator.matrix
     if matrix is None or (matrix.group_size is None and matrix.precision == "float32"):
         return []
-    seen, lost = evaluator.score(coefficients), matrix.error
-    gaps = {"score": (seen.value - exact.value, exact.noise)}
-    if seen.loss is not None and exact.loss is not None:
-        gaps["loss"] = (seen.loss - exact.loss, exact.loss_noise)
-    wide = [f"its {name} {gap:+.4f} off (noise {noise:.4f})" for name, (gap, noise) in gaps.items() if abs(gap) > noise]
-    if not wide and lost <= _LOST:
+    searched, lost = evaluator.score(coefficients), matrix.error
+    gaps = {"score": (searched.value - exact.value, exact.noise)}
+    if searched.loss is not None and exact.loss is not None:
+        gaps["loss"] = (searched.loss - exact.loss, exact.loss_noise)
+    wide = [f"{name} off by {gap:+.4f}, noise {noise:.4f}" for name, (gap, noise) in gaps.items() if abs(gap) > noise]
+    if not wide and lost <= _MAX_ERROR:
         return []
-    what = f"the search did not see the average as it is ({', '.join(wide)})" if wide else "the search saw little"
+    problem = f"the search misjudged the average ({'; '.join(wide)})" if wide else "the search was too coarse"
     if matrix.group_size is None:
-        return [f"at --precision {matrix.precision} {what}. Search with --precision float32"]
+        return [f"at --precision {matrix.precision} {problem}. Search with --precision float32"]
     return [
-        f"at --bits {matrix.bits} {what}: {lost:.0%} of the candidates' differences was lost to rounding. "
+        f"at --bits {matrix.bits} {problem}: {lost:.0%} of the candidates' differences was lost to rounding. "
         "Search with more bits"
     ]
 
 
 def _notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """What there is to say of how checkpoints were read, each sentence once, with the first that it is true of."""
+    """Return each distinct note of the readers once, with the first checkpoint that has it and the number of others."""
     first: dict[str, Path] = {}
     count: dict[str, int] = {}
     for checkpoint in checkpoints:
         for note in checkpoint.notes:
             first.setdefault(note, checkpoint.path)
             count[note] = count.get(note, 0) + 1
-    return [f"{path}{f' and {count[n] - 1} more' if count[n] > 1 else ''}: {n}" for n, path in first.items()]
+    more = {note: f" and {n - 1} more" if n > 1 else "" for note, n in count.items()}
+    return [f"{path}{more[note]}: {note}" for note, path in first.items()]

@@ -1,4 +1,4 @@
-"""What every run begins with: the output checked, the candidates opened, the task and the device found."""
+"""Start of every run: check the output, open the candidates, resume the journal and build the evaluator."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from ckptavg.tasks.hugging_face import from_pretrained
 if TYPE_CHECKING:
     from ckptavg.runtime.progress import Watch
 
-_WORTH_KEEPING: Final = 60.0  # seconds of work that an error should not lose
-# of the options those that decide what is measured
-_DECISIVE: Final = (
+_MIN_SECONDS_TO_KEEP: Final = 60.0  # an error keeps the journal of a run that measured for longer
+# options that change measurements
+_MEASURED_OPTIONS: Final = (
     "seed", "deterministic", "bits", "group_size", "offload", "compile", "holdout", "dtype", "key", "adapter", "rank",
     "batch_size", "score_cmd", "score_key", "score_goal", "lm_eval",
 )  # fmt: skip
@@ -50,14 +50,14 @@ _DECISIVE: Final = (
 
 @contextmanager
 def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) -> Generator[Discovered]:
-    """The candidates under ``paths``, open, in an environment that repeats itself, for an output that can be written.
+    """Check the output, seed the run and yield the open candidates under ``paths``.
 
     Args:
         paths: directories of checkpoints, or checkpoints.
-        options: of the run.
-        watch: is told the progress.
+        options: options of the run.
+        watch: progress callback.
     Raises:
-        CkptavgError: in one line, with the exit code of its class; memory that ran out within is one too.
+        CkptavgError: on any expected failure, including an out-of-memory error raised within the context.
     """
     options.workers.on_rank_zero(lambda: check_output(options))
     with (
@@ -70,14 +70,14 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
         average.check(found.checkpoints, options.adapter)
         if options.destination[1]:
             from_pretrained.check(found.checkpoints[-1])
-        seen = [(one.name, one.step, one.size) for one in found.checkpoints]
-        options.workers.check_equal("options", options, "start all of them with one command")
-        options.workers.check_equal("candidates", seen, "they must lie on a file system that all machines share")
+        candidates = [(checkpoint.name, checkpoint.step, checkpoint.size) for checkpoint in found.checkpoints]
+        options.workers.check_equal("options", options, "start all workers with the same command")
+        options.workers.check_equal("candidates", candidates, "put them on a file system that all machines share")
         try:
             yield found
-        except UsageError as error:  # such as a --k of more candidates than there are
-            if bad := sum(one.kind == "bad" for one in found.left_out):
-                error.hint = f"{f'{error.hint}; ' if error.hint else ''}{bad} bad ones were left out"
+        except UsageError as error:  # such as --k larger than the number of candidates
+            if bad := sum(file.kind == "bad" for file in found.left_out):
+                error.hint = f"{f'{error.hint}; ' if error.hint else ''}{bad} bad checkpoints were left out"
             raise
 
 
@@ -85,15 +85,15 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
 def journaled(
     found: Discovered, options: Options, settings: Mapping[str, Any], watch: Watch | None
 ) -> Generator[tuple[Evaluator | None, Callable[[], None]]]:
-    """What scores mixtures, going on from the journal of an interrupted run, and what to call when all is written.
+    """Yield the evaluator, resumed from the journal of an interrupted run, and a function that closes the journal.
 
-    Another run that writes the same output is refused.
+    Call the function once the output is written. A concurrent run with the same output is refused.
 
     Args:
         found: the candidates.
-        options: of the run.
-        settings: of the strategy or the comparison.
-        watch: is told the progress.
+        options: options of the run.
+        settings: settings of the strategy or the comparison.
+        watch: progress callback.
     """
     if options.dry_run:
         yield build_evaluator(found, options, watch) if options.ways else None, _nothing
@@ -106,7 +106,7 @@ def journaled(
             journal = stack.enter_context(Journal(folder or path, resume=options.resume, keep=options.keep_journal))
             if options.format == "dcp":
                 dcp_folder.sweep(path)
-            check_output(options)  # again: another run may have finished between the first look and the lock
+            check_output(options)  # again: another run may have finished between the first check and the lock
             return journal
 
         journal = workers.on_rank_zero(begin)
@@ -114,14 +114,14 @@ def journaled(
         if not options.ways:
             yield None, done
             return
-        records, place = workers.broadcast((dict(journal.records), journal.folder) if journal else ({}, path))
-        replay, began = MeasurementLog(journal or ReadOnlyJournal(records, place)), time.monotonic()
+        records, location = workers.broadcast((dict(journal.records), journal.folder) if journal else ({}, path))
+        log, start = MeasurementLog(journal or ReadOnlyJournal(records, location)), time.monotonic()
         try:
-            scores = build_evaluator(found, options, watch, replay)
+            evaluator = build_evaluator(found, options, watch, log)
 
             def identify() -> None:
                 assert journal is not None
-                run = {name: getattr(options, name) for name in _DECISIVE} | {"strategy": dict(settings)}
+                run = {name: getattr(options, name) for name in _MEASURED_OPTIONS} | {"strategy": dict(settings)}
                 run["device"] = "" if options.score_cmd else device_name(pick_device(options.device))
                 run["precision"] = precision(options.precision, pick_device(options.device))
                 data = [options.val, options.train, options.test]
@@ -130,39 +130,39 @@ def journaled(
 
             workers.on_rank_zero(identify)
             if watch and journal and journal.replayed:
-                what = "measurements of an interrupted run; the cost is of what is measured from here on"
-                watch(f"going on from {journal.replayed} {what}", 0, 0, {})
-            yield scores, done
+                note = "measurements of an interrupted run; the cost counts new measurements only"
+                watch(f"resuming with {journal.replayed} {note}", 0, 0, {})
+            yield evaluator, done
         except BaseException as error:
-            with suppress(RuntimeError):  # of a device that has failed, which is the error to tell
-                replay.flush()
+            with suppress(RuntimeError):  # a failed device also fails here; report the original error
+                log.flush()
             failed = isinstance(error, Exception) and not isinstance(error, InterruptedRunError)
-            brief = time.monotonic() - began < _WORTH_KEEPING
+            brief = time.monotonic() - start < _MIN_SECONDS_TO_KEEP
             if journal and failed and brief and not journal.replayed and not signals.pending():
-                journal.drop()  # the next run will be another one
+                journal.drop()  # the next run, with the error fixed, will not match it
             raise
 
 
 def _nothing() -> None:
-    """What the end of a run is to those who keep no journal."""
+    """Do nothing: there is no journal to close."""
 
 
 @contextmanager
 def translate_errors() -> Generator[None]:
-    """Memory that runs out, or a data loader's worker that dies, is no bug of ours.
+    """Translate out-of-memory errors and dead data loader workers, which are not bugs in ckptavg.
 
     Raises:
-        OutOfMemoryError: instead of what torch or Python raise for it.
-        TaskError: for a worker.
+        OutOfMemoryError: in place of the error that torch or Python raises.
+        TaskError: if a data loader worker died.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, CkptavgError):
             raise
-        if str(error).startswith("DataLoader worker (pid"):  # a signal's news, which arrives anywhere
-            what = f"a worker process of a data loader died: {' '.join(str(error).split())}"
-            raise TaskError(what, hint="was it killed for its memory? num_workers=0 shows other errors") from error
+        if str(error).startswith("DataLoader worker (pid"):  # raised by a signal handler, at any point of the program
+            message = f"a worker process of a data loader died: {' '.join(str(error).split())}"
+            raise TaskError(message, hint="it may have run out of memory; num_workers=0 shows other errors") from error
         if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(
@@ -172,13 +172,13 @@ def translate_errors() -> Generator[None]:
 
 
 def open_candidates(paths: Sequence[Path], options: Options, watch: Watch | None = None) -> Discovered:
-    """The candidates under ``paths``, open.
+    """Open the candidates under ``paths``.
 
-    With ``skip_bad`` all of them are read to their ends before any of them is used, so that what is bad is not found
-    out when others have been chosen already.
+    With ``skip_bad`` every candidate is read completely before any is used, so that no damage is found after the
+    candidates have been chosen.
 
     Raises:
-        InputError: if there are none, or one is bad and not to be skipped.
+        InputError: if there are no candidates, or one is bad and ``skip_bad`` is not set.
     """
     if options.wait_stable is not None:
         stability.wait(paths, options.window, options.wait_stable, watch)
@@ -197,5 +197,5 @@ def open_candidates(paths: Sequence[Path], options: Options, watch: Watch | None
         paths, options.window, options.key, bad="skip" if options.skip_bad else "refuse", check=check,
         allow_nonfinite=options.allow_nonfinite,
     )  # fmt: skip
-    doubts = () if options.wait_stable is not None else stability.warnings(found.checkpoints)
-    return replace(found, warnings=(*found.warnings, *manifest.doubts, *doubts))
+    unstable = () if options.wait_stable is not None else stability.warnings(found.checkpoints)
+    return replace(found, warnings=(*found.warnings, *manifest.doubts, *unstable))

@@ -1,4 +1,4 @@
-"""Which task file a run uses, and why one that merely lies among the checkpoints is never run."""
+"""Choice of the task file; a task file that lies among the checkpoints is never run unless named."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from ckptavg.tasks.python_file import PythonTask
 
 
 def with_task(options: Options, inputs: Sequence[Path], *, required: bool) -> Options:
-    """``options`` with the task file that `find` finds, unless they say otherwise how a mixture is scored."""
+    """Fill in the task file from `find_task`, unless ``options`` select another way to score mixtures."""
     if set(options.ways) - {"--task"}:
         return options
     return replace(options, task=find_task(options.task, inputs, required=required))
 
 
 def find_task(option: str | None, inputs: Sequence[Path], *, required: bool = True) -> str | None:
-    """The option, then ``CKPTAVG_TASK``, then ``task`` in the configuration file, then ``./task.py``, else None.
+    """Return the option, else ``CKPTAVG_TASK``, else ``task`` of the configuration file, else ``./task.py``, else None.
 
-    Only from the working directory or by name: a ``task.py`` that lies among the checkpoints is not run.
+    An unnamed task file is used only from the working directory: a ``task.py`` among the checkpoints is not run.
 
     Args:
-        option: what was named.
-        inputs: where the checkpoints lie.
-        required: whether there is nothing to do without a task.
+        option: value of ``--task``.
+        inputs: checkpoints, or directories of checkpoints.
+        required: whether the command cannot run without a task.
     Raises:
-        UsageError: if a task is required and there is only a ``./task.py`` that lies among the checkpoints.
+        UsageError: if a task is required and the only one found is a ``./task.py`` among the checkpoints.
     """
     named = option or os.environ.get("CKPTAVG_TASK") or config_file.read(Path()).get("task")
     if named or not is_file(Path("task.py")):
@@ -45,33 +45,33 @@ def find_task(option: str | None, inputs: Sequence[Path], *, required: bool = Tr
         if not required:
             return None
         raise UsageError(
-            "./task.py lies among the checkpoints, so it is not run unasked",
+            "./task.py lies among the checkpoints, so it is not run unless named",
             hint="if you trust it, name it: --task ./task.py",
         )
     return "task.py"
 
 
 def task_for(found: Discovered, options: Options) -> Task:
-    """Build the task of a run on ``found``, divided by ``--holdout`` where asked for."""
+    """Build the task of a run on ``found``; with ``--holdout`` its validation data is split."""
     task = build_task(options, found.checkpoints[-1].folder)
     if options.holdout is None:
         return task
     if task.has("test"):
         raise UsageError(
-            "--holdout divides the validation data where there are no test data, but the task has some",
+            "--holdout splits the validation data of a task without test data, but the task has test data",
             path=task.source,
         )
     if not task.has("val"):
-        raise UsageError("--holdout divides the validation data, but the task has none", path=task.source)
+        raise UsageError("--holdout splits the validation data, but the task has none", path=task.source)
     return HeldOut(task, "val", rest="val", to="test", fraction=options.holdout, seed=options.seed)
 
 
 def build_task(options: Options, folder: Path) -> Task:
-    """The task that ``options`` ask for.
+    """Build the task selected by ``options``.
 
     Args:
-        options: with one of task, val and lm_eval.
-        folder: where a Hugging Face model's config and tokenizer lie.
+        options: options with one of task, val and lm_eval set.
+        folder: directory of a Hugging Face model's config and tokenizer.
     """
     if options.val is not None:
         from ckptavg.tasks.hugging_face import HuggingFaceTask

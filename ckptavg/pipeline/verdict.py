@@ -1,4 +1,4 @@
-"""The honest verdict: the selection beside the best single candidate and the plain averages."""
+"""Verdict: the selection compared with the best single candidate and the plain averages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class VerdictOptions(Protocol):
-    """What the user asked of the verdict; see `ckptavg.options.Options`."""
+    """Options of the verdict; see `ckptavg.options.Options`."""
 
     @property
     def never_worse(self) -> bool: ...  # noqa: D102
@@ -27,7 +27,7 @@ class VerdictOptions(Protocol):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to write, and what is known about it; see `ckptavg.report.result.Result` for the fields."""
+    """Coefficients to write and the scores behind them; see `ckptavg.report.result.Result` for the fields."""
 
     coefficients: Coefficients
     singles: Sequence[Score] = ()
@@ -38,31 +38,31 @@ class Verdict:
     replaced: bool = False
 
 
-def judge(evaluator: Evaluator, selection: Coefficients, wishes: VerdictOptions) -> Verdict:
-    """Score the selection, every candidate alone, and last, SWA and LAWA with as many candidates, unless unwanted.
+def judge(evaluator: Evaluator, selection: Coefficients, options: VerdictOptions) -> Verdict:
+    """Score the selection, every candidate alone, and unless disabled last, SWA and LAWA with as many candidates.
 
-    Scores are of exact averages, whatever the precision of the search.
+    All scores are of exact averages, whatever the precision of the search.
 
     Args:
-        evaluator: scores mixtures; what it has scored already costs nothing.
-        selection: the strategy's answer.
-        wishes: ``never_worse`` replaces the selection by the best single candidate where that scores higher.
+        evaluator: scores mixtures; cached scores cost nothing.
+        selection: coefficients from the strategy.
+        options: ``never_worse`` replaces the selection by the best single candidate if that scores higher.
     Raises:
-        TaskError: if what is to be written, or every candidate alone, has no valid score.
+        TaskError: if the coefficients to write have no valid score, or no single candidate has one.
     """
-    if not (wishes.baselines or wishes.never_worse):
+    if not (options.baselines or options.never_worse):
         return Verdict(selection, verdict="Not compared with anything (--no-baselines).")
     n = evaluator.n
     alone = [Coefficients.uniform([i], n) for i in range(n)]
     evaluator.prefetch(alone, evaluator.scored_on, exact=True)
     singles: list[Score] = []
-    for i, one in enumerate(alone):
-        singles.append(evaluator.exact_score(one, evaluator.scored_on))
+    for i, single in enumerate(alone):
+        singles.append(evaluator.exact_score(single, evaluator.scored_on))
         evaluator.progress("scoring candidates", i + 1, n)
     best = max(range(n), key=lambda i: (singles[i].value, i))
-    valid(singles[best])  # or no candidate has a score
+    valid(singles[best])  # raises if no candidate has a valid score
     rivals = {"best": alone[best]}
-    if wishes.baselines:
+    if options.baselines:
         k = len(selection.selected)
         plain = {"last": Last(), "swa": SWA()} | ({f"lawa-{k}": LAWA(k=k)} if k < n else {})
         rivals |= {name: strategy.learn(evaluator).coefficients for name, strategy in plain.items()}
@@ -75,10 +75,10 @@ def judge(evaluator: Evaluator, selection: Coefficients, wishes: VerdictOptions)
     chosen = evaluator.exact_score(selection, evaluator.scored_on)
     step = evaluator.step(best)
     worse = chosen.value < singles[best].value
-    if not (worse and wishes.never_worse):
+    if not (worse and options.never_worse):
         valid(chosen)
     figures = f"{_figure(chosen)}, the best single candidate (step {step}) {_figure(singles[best])}"
-    if worse and wishes.never_worse:
+    if worse and options.never_worse:
         verdict = f"The selection scores below a single candidate: {figures}. That checkpoint was written instead."
         baselines["selection"] = {split: evaluator.exact_score(selection, split) for split in evaluator.splits}
         return Verdict(alone[best], singles, baselines, step, verdict, worse, replaced=True)

@@ -1,4 +1,4 @@
-"""Rebuild an output from the sources its metadata names, and compare bytes."""
+"""Verification: rebuild an output from the sources in its metadata, and compare bytes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ckptavg.readers import Reader, StoredTensor, open_reader
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was found: ``agree`` tensors have the bytes they should have, ``differ`` do not.
+    """Names of tensors by outcome: ``agree`` have the expected bytes, ``differ`` do not.
 
-    ``unchecked`` were recomputed from the task's data (BatchNorm statistics), which sources alone cannot tell.
+    ``unchecked`` were recomputed from the task's data (BatchNorm statistics) and cannot be rebuilt from the sources.
     """
 
     agree: Sequence[str]
@@ -37,13 +37,13 @@ class Verification:
 
 
 def verify(file: Path, sources: Path) -> Verification:
-    """Recompute the average that ``file`` says it is from the checkpoints under ``sources``.
+    """Recompute the average recorded in the metadata of ``file`` from the checkpoints under ``sources``.
 
     Args:
-        file: an output; of a sharded one the index.
-        sources: where the checkpoints lie that it was made from.
+        file: an output; for a sharded output its index.
+        sources: directory of the source checkpoints.
     Raises:
-        InputError: if it is no output of ckptavg, or a source is missing or has another SHA-256.
+        InputError: if ``file`` is not an output of ckptavg, or a source is missing or has another SHA-256.
     """
     with ExitStack() as stack:
         output = open_reader(file)
@@ -51,25 +51,25 @@ def verify(file: Path, sources: Path) -> Verification:
         record = _record(output)
         checkpoints: list[Checkpoint] = []
         for source in record["sources"]:
-            place = _locate(source, sources, file)
-            found = stack.enter_context(discover([place], key=source["key"] or None, allow_nonfinite=True))
+            path = _locate(source, sources, file)
+            found = stack.enter_context(discover([path], key=source["key"] or None, allow_nonfinite=True))
             if len(found.checkpoints) != 1:
-                raise InputError(f"holds {len(found.checkpoints)} checkpoints, not the one it was", path=place)
+                raise InputError(f"holds {len(found.checkpoints)} checkpoints instead of one", path=path)
             checkpoints += found.checkpoints
         check_agreement(checkpoints)
         coefficients = _coefficients(record, checkpoints[0], file)
-        made = plan_output(
+        plan = plan_output(
             checkpoints, coefficients, dtype=record["dtype"],
             mode=record.get("adapter", "factors"), rank=record.get("rank"),
         )  # fmt: skip
-        specs = made.specs
+        specs = plan.specs
         _, stored, _ = model_tensors(output, None)
         if {name: (t.dtype, t.shape) for name, t in stored.items()} != {
             n: (t.dtype, t.shape) for n, t in specs.items()
         }:
-            raise InputError("its tensors are not those of its sources", path=file)
+            raise InputError("its tensors differ from its sources in name, dtype or shape", path=file)
         differ: set[str] = set()
-        for name, offset, data in made.parts:
+        for name, offset, data in plan.parts:
             if name not in differ and _bytes(output, stored[name], offset, len(data)) != data:
                 differ.add(name)
         unchecked = sorted(record["recomputed"])
@@ -83,20 +83,20 @@ def verify(file: Path, sources: Path) -> Verification:
 def _record(output: Reader) -> Mapping[str, Any]:
     text = output.metadata.get(provenance.KEY)
     if text is None:
-        raise InputError("has no ckptavg metadata, so it does not say what it was made from", path=output.path)
+        raise InputError("has no ckptavg metadata, so its sources are unknown", path=output.path)
     try:
         record: Any = strict_json(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"its ckptavg metadata is not valid JSON: {error}", path=output.path) from error
     if not isinstance(record, dict) or record.get("schema") != provenance.SCHEMA:
         raise InputError("its ckptavg metadata is of another version", path=output.path, hint="use a newer ckptavg")
-    if not _is_whole(record):
+    if not _is_complete(record):
         raise InputError("its ckptavg metadata is damaged", path=output.path)
     return record
 
 
-def _is_whole(record: Mapping[str, Any]) -> bool:
-    """Whether every entry that is used is there and of its kind; anybody may have written it."""
+def _is_complete(record: Mapping[str, Any]) -> bool:
+    """Return whether every entry used here is present with the right type; the metadata is untrusted input."""
     sources, dtype, rank = record.get("sources"), record.get("dtype"), record.get("rank")
     return (
         isinstance(sources, list)
@@ -137,22 +137,24 @@ def _coefficients(record: Mapping[str, Any], first: Checkpoint, output: Path) ->
     try:
         rows = zip(*(_column(source["coefficient"]) for source in record["sources"]), strict=True)
         values = tuple(tuple(float(c) for c in row) for row in rows)
-        found = Coefficients(values, tuple(tuple(group) for group in record["groups"]))
+        coefficients = Coefficients(values, tuple(tuple(group) for group in record["groups"]))
         for name in set(first.names) - set(not_averaged(first)):
-            found.row(name)
+            coefficients.row(name)
     except (ValueError, OverflowError) as error:
         raise InputError(f"its ckptavg metadata is damaged: {error}", path=output) from error
-    return found
+    return coefficients
 
 
 def _locate(source: Mapping[str, Any], folder: Path, output: Path) -> Path:
-    """The checkpoint under ``folder`` that has the source's name and, where that is known, file by file its SHA-256."""
+    """Find the checkpoint under ``folder`` with the name and, where recorded, the SHA-256 digests of ``source``."""
     name, digests = Path(source["name"]), source["sha256"]
     if not is_folder(folder):
         raise InputError("no such directory", path=folder)
-    same_name = sorted(Path(at) / name.name for at, *inside in os.walk(folder) if name.name in inside[0] + inside[1])
+    same_name = sorted(Path(parent) / name.name for parent, dirs, files in os.walk(folder) if name.name in dirs + files)
     if not same_name:
-        raise InputError(f"no source {name} under {folder}", path=output, hint="--sources names their directory")
+        raise InputError(
+            f"no source {name} under {folder}", path=output, hint="pass the directory of the sources with --sources"
+        )
     for path in same_name:
         home = path if is_folder(path) else path.parent
         if all(_has_digest(home / part, digest) for part, digest in digests.items()):

@@ -1,4 +1,4 @@
-"""From coefficients to the file: averaged exactly, BatchNorm recomputed, scored as it lies, then given its name."""
+"""Write the output: average exactly, recompute BatchNorm, score the file as written, then rename it into place."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MEGABYTE: Final = 10**6
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenOutput:
-    """The file, its own scores (none where it does not fit the model), and the names of the files copied beside it."""
+    """Written file, its scores (empty if its shapes do not fit the model), and the names of the files copied along."""
 
     output: Output
     scores: Mapping[Split, Score]
@@ -50,7 +50,7 @@ class WrittenOutput:
 
 
 def name_of(strategy: Strategy) -> str:
-    """The name of a strategy's command."""
+    """Return the name of the strategy's command."""
     return next(name for name, cls in strategies().items() if isinstance(strategy, cls))
 
 
@@ -62,32 +62,32 @@ def write_output(
     evaluator: Evaluator | None,
     watch: Watch | None,
 ) -> WrittenOutput:
-    """Write the average of ``checkpoints`` where ``options`` say, whole or not at all.
+    """Write the average of ``checkpoints`` to the destination in ``options``, completely or not at all.
 
     Args:
         checkpoints: all candidates, open.
-        coefficients: theirs.
-        strategy: what found them, for the metadata.
-        options: output, dtype and force.
-        evaluator: scores the file; None where there is nothing to score it with.
-        watch: is told the progress.
+        coefficients: coefficients of the candidates.
+        strategy: strategy that found them, for the metadata.
+        options: options of the run.
+        evaluator: scores the file; None without a task.
+        watch: progress callback.
     """
     path, folder = options.destination
     workers = options.workers
-    workers.check_equal("coefficients", coefficients, "does the task depend on the worker that runs it?")
+    workers.check_equal("coefficients", coefficients, "does the task depend on the rank?")
     source = checkpoints[coefficients.selected[-1]]
-    made = plan_output(
+    plan = plan_output(
         checkpoints, coefficients, dtype=options.dtype, mode=options.adapter, rank=options.rank, workers=workers
     )
     with hugging_face_folder.created_folder(folder if workers.is_rank_zero else None):
         if folder:
             path = folder / hugging_face_folder.file_name(source)
-        return _write(path, made, checkpoints, coefficients, strategy, options, evaluator, watch)
+        return _write(path, plan, checkpoints, coefficients, strategy, options, evaluator, watch)
 
 
 def _write(
     path: Path,
-    made: PlannedOutput,
+    plan: PlannedOutput,
     checkpoints: Sequence[Checkpoint],
     coefficients: Coefficients,
     strategy: Strategy,
@@ -95,15 +95,15 @@ def _write(
     evaluator: Evaluator | None,
     watch: Watch | None,
 ) -> WrittenOutput:
-    """Stream the average into a file beside its destination, and commit it when it is finished and scored.
+    """Stream the average into a temporary file next to its destination, and rename it once it is complete and scored.
 
-    In a directory the model's files get their names last, so what is killed between is not taken for a model.
+    In a directory the model's files are renamed last, so that a killed run leaves nothing that looks like a model.
     """
-    specs, kept = made.specs, made.not_averaged
+    specs, kept = plan.specs, plan.not_averaged
     fits = {name: spec.shape for name, spec in specs.items()} == {n: t.shape for n, t in checkpoints[0].tensors.items()}
-    scored = evaluator is not None
+    has_evaluator = evaluator is not None
     if not fits:
-        evaluator = None  # an adapter of another rank than the model's
+        evaluator = None  # the output is an adapter with another rank than the model's
     recomputed = sorted(set(evaluator.statistics) & specs.keys()) if evaluator else []
     describe = partial(
         provenance.metadata, checkpoints, coefficients, name_of(strategy), asdict(strategy),  # pyright: ignore[reportArgumentType]
@@ -114,15 +114,15 @@ def _write(
     files = [file for i in coefficients.selected for file in checkpoints[i].reader.files][
         workers.rank :: workers.world_size
     ]
-    found = (
+    hashing = (
         digests.hash_while_reading(files, min(torch.get_num_threads(), processors()))
         if options.digests
         else nullcontext(digests.no_digest)
     )
     metadata = describe(digest=digests.placeholder_digest if options.digests else digests.no_digest)
-    with _opened(path, specs, metadata, options, checkpoints[0]) as out, found as digest:
+    with _open_output(path, specs, metadata, options, checkpoints[0]) as out, hashing as digest:
         done, total = 0, sum(spec.nbytes for spec in specs.values())
-        for name, offset, data in made.parts:
+        for name, offset, data in plan.parts:
             out.write(name, offset, data)
             done += len(data)
             if watch:
@@ -133,13 +133,13 @@ def _write(
             for name in recomputed if workers.is_rank_zero else ():
                 out.write(name, 0, _bytes(state[name], TORCH[specs[name].dtype]))
             scores = {split: evaluator.score_output(coefficients, split) for split in evaluator.splits}
-        known = {
-            path: one
+        sha256_of = {
+            path: value
             for part in workers.gather({file.path: digest(file) for file in files})
-            for path, one in part.items()
+            for path, value in part.items()
         }
-        metadata |= describe(digest=lambda file: checksums.agreed(file, known[file.path]))
-        for i in range(len(checkpoints)) if scored else coefficients.selected:
+        metadata |= describe(digest=lambda file: checksums.agreed(file, sha256_of[file.path]))
+        for i in range(len(checkpoints)) if has_evaluator else coefficients.selected:
             checkpoints[i].check_unchanged()
         source, dtype = checkpoints[coefficients.selected[-1]], dtype_names(spec.dtype for spec in specs.values())
         folder = options.destination[1]
@@ -149,23 +149,23 @@ def _write(
         def publish() -> tuple[list[str], str, int]:
             if folder:
                 hugging_face_folder.check_tied(source, specs, out.read_into)
-            with hugging_face_folder.copies(source, folder, dtype, made.config) as copied:
+            with hugging_face_folder.copies(source, folder, dtype, plan.config) as copied:
                 out.publish()
             flush_folder(out.path)
             return copied, out.sha256, out.size
 
         copied, sha256, size = workers.broadcast(workers.on_rank_zero(publish)) or ([], "", 0)
     output = Output(path=out.path, sha256=sha256, bytes=size, dtype=dtype, not_averaged=kept, recomputed=recomputed)
-    return WrittenOutput(output=output, scores=scores, copied=copied, notes=made.notes)
+    return WrittenOutput(output=output, scores=scores, copied=copied, notes=plan.notes)
 
 
-def _opened(
+def _open_output(
     path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], options: Options,
     like: Checkpoint,
 ) -> SafetensorsFile | ShardedFiles | DcpFolder:  # fmt: skip
-    """The output under construction: one file, or several where they would be larger than the user wants."""
+    """Open the output: a DCP directory, several shards if it exceeds ``--max-shard-size``, or one file."""
     if options.format == "dcp":
-        key = like.key if like.format == "dcp" else ""  # where the candidates were saved from is where it is loaded
+        key = like.key if like.format == "dcp" else ""  # loads under the same key as the candidates
         return DcpFolder(path, specs, metadata, key=key, force=options.force, workers=options.workers)
     if options.max_shard_size is not None and len(split_names(specs, options.max_shard_size).filename_to_tensors) > 1:
         return ShardedFiles(

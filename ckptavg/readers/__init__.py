@@ -1,7 +1,7 @@
-"""On-disk formats. One file a format; the file system is the registry: a module that ends in ``READER = ...`` is one.
+"""On-disk formats, one module each; a module that ends in ``READER = ...`` or ``FOLDER = ...`` is registered.
 
-A reader reads headers when it is made and tensors only when asked, and never imports, calls or maps anything a file
-names. It knows nothing of training: which part of its tree is the model is `ckptavg.checkpoints.state_dict`'s question.
+A reader reads headers when it is opened and tensors on request. It never imports, calls or maps anything that a file
+names. Finding the model in its tree is the job of `ckptavg.checkpoints.state_dict`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Final, Protocol, TypeAlias
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile, is_folder
 
-# bytes an element, by the names safetensors gives the dtypes; sub-byte and complex types are refused by the readers
+# bytes per element, by safetensors' dtype names; readers refuse dtypes of less than a byte
 ITEM_SIZE: Final[Mapping[str, int]] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -32,13 +32,13 @@ HEAD_SIZE: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor as it lies in a file; two names with equal values share their memory and are tied.
+    """Location and type of one tensor in a file; names with equal descriptions share memory (tied weights).
 
     Attributes:
         dtype: safetensors' name of the dtype, a key of `ITEM_SIZE`.
         shape: the dimensions.
-        record: which run of bytes it lies in (a shard of safetensors, a storage of a torch file).
-        offset: where in the record its first element lies, in bytes.
+        record: the run of bytes that holds it (a safetensors shard, a storage of a torch file).
+        offset: byte offset of its first element in the record.
         stride: the strides in elements, or None for C order without gaps.
     """
 
@@ -50,18 +50,18 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        """The number of elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes of its elements in C order."""
+        """Number of bytes of its elements in C order."""
         return self.numel * ITEM_SIZE[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A tensor that cannot be read, such as a sparse one, and why; an error only where it is wanted."""
+    """A tensor that cannot be read, such as a sparse one, with the reason; an error only if the model contains it."""
 
     reason: str
 
@@ -70,16 +70,16 @@ Node: TypeAlias = "StoredTensor | Refused | Mapping[str, Node] | Sequence[Node] 
 
 
 class Reader(Protocol):
-    """An open file of one format, of which only the headers have been read.
+    """An open file of one format; only its headers have been read.
 
     Attributes:
         path: the file that was opened.
         format: the name of its format.
-        tree: what is in it: tensors' descriptions, containers, numbers and strings. A mapping's keys are strings;
-            whatever else the file held is None.
+        tree: its contents: tensor descriptions, containers, numbers and strings. The keys of mappings are strings;
+            objects of any other type are None.
         metadata: safetensors' ``__metadata__``; empty for formats without one.
         files: every file that belongs to it, `path` first.
-        notes: what the user should know about the file.
+        notes: remarks about the file for the user.
     """
 
     @property
@@ -96,74 +96,93 @@ class Reader(Protocol):
     def notes(self) -> tuple[str, ...]: ...  # noqa: D102
 
     def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
-        """Fill ``out`` with the elements of ``tensor`` from number ``start`` on, in C order, little-endian.
+        """Fill ``out`` with the elements of ``tensor`` from index ``start`` on, in C order, little-endian.
 
         Args:
             tensor: a leaf of `tree`.
-            start: the first element, counted in C order.
+            start: index of the first element in C order.
             out: contiguous bytes, a multiple of the element size, within the tensor.
         Raises:
-            InputError: if the file is shorter than its header says, or a checksum does not match.
+            InputError: if the file is shorter than its header requires, or a checksum does not match.
         """
         ...
 
     def close(self) -> None:
-        """Close the files; harmless when repeated."""
+        """Close the files; safe to call twice."""
         ...
 
 
 class Format(Protocol):
-    """What a module of this package registers as ``READER``."""
+    """A format of single files, registered by a module of this package as ``READER``.
 
-    name: str
+    Attributes:
+        name: what `ckptavg inspect` calls it.
+        suffixes: endings of file names that mark a checkpoint, such as ``.pt``; files with other names are recognized
+            by their first bytes.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def suffixes(self) -> tuple[str, ...]: ...  # noqa: D102
 
     def claims(self, head: bytes) -> bool:
-        """Whether a file starting with ``head`` (up to `HEAD_SIZE` bytes) is of this format; at most one says yes."""
+        """Return True if a file that starts with ``head`` (up to `HEAD_SIZE` bytes) has this format.
+
+        At most one format claims any file.
+        """
         ...
 
     def open(self, file: RegularFile) -> Reader:
-        """Read the headers of ``file``, which the reader then owns.
+        """Read the headers of ``file``; the reader owns the file from then on.
 
         Raises:
-            InputError: naming the file, and the tensor where there is one.
+            InputError: if the file is damaged; the message has the file and, if known, the tensor.
         """
         ...
 
 
 class FolderFormat(Protocol):
-    """What a module of this package registers as ``FOLDER``: a checkpoint of many files that belong together."""
+    """A format of directories whose files form one checkpoint, registered by a module as ``FOLDER``."""
 
-    name: str
+    @property
+    def name(self) -> str: ...  # noqa: D102
 
     def claims(self, names: frozenset[str]) -> bool:
-        """Whether a directory with these entries is of this format; at most one says yes."""
+        """Return True if a directory with these entries has this format; at most one format claims it."""
         ...
 
     def open(self, folder: Path) -> Reader:
-        """Read the headers of what is in ``folder``; the reader's ``path`` is the folder.
+        """Read the headers of the files in ``folder``; the reader's ``path`` is the folder.
 
         Raises:
-            InputError: naming the file, and the tensor where there is one.
+            InputError: if a file is damaged; the message has the file and, if known, the tensor.
         """
         ...
 
 
 @cache
 def formats() -> tuple[Format, ...]:
-    """Every registered format, in the order of the module names."""
+    """Return every registered format, in the order of the module names."""
     modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
     return tuple(module.READER for module in modules if hasattr(module, "READER"))
 
 
 @cache
+def suffixes() -> tuple[str, ...]:
+    """Return the file name endings of all formats."""
+    return tuple(suffix for candidate in formats() for suffix in candidate.suffixes)
+
+
+@cache
 def folder_formats() -> tuple[FolderFormat, ...]:
-    """Every registered format of directories, in the order of the module names."""
+    """Return every registered format of directories, in the order of the module names."""
     modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
     return tuple(module.FOLDER for module in modules if hasattr(module, "FOLDER"))
 
 
 def entries(folder: Path) -> frozenset[str]:
-    """The names in ``folder``.
+    """Return the names in ``folder``.
 
     Raises:
         InputError: if it cannot be listed.
@@ -175,52 +194,52 @@ def entries(folder: Path) -> frozenset[str]:
 
 
 def claim_folder(names: frozenset[str]) -> FolderFormat | None:
-    """The one format that a directory with these entries is of, or None."""
+    """Return the format that claims a directory with these entries, or None."""
     return next((candidate for candidate in folder_formats() if candidate.claims(names)), None)
 
 
 def claim(file: RegularFile) -> Format | None:
-    """The one format that ``file`` is of by its first bytes, or None."""
+    """Return the format that claims ``file`` by its first bytes, or None."""
     head = file.read(0, min(HEAD_SIZE, file.size))
     return next((candidate for candidate in formats() if candidate.claims(head)), None)
 
 
 def open_reader(path: Path) -> Reader:
-    """Open ``path`` with the format its first bytes claim, or as a directory with the one its entries claim.
+    """Open ``path`` with the format that claims its first bytes or, for a directory, its entries.
 
     Raises:
-        InputError: if it is no regular file and no such directory, no format claims it, or its headers are bad.
+        InputError: if it is neither a regular file nor such a directory, no format claims it, or its headers are bad.
     """
-    folder = claim_folder(entries(path)) if is_folder(path) else None
-    if folder is not None:
-        with _nothing_collected():
-            return folder.open(path)
+    folder_format = claim_folder(entries(path)) if is_folder(path) else None
+    if folder_format is not None:
+        with _gc_paused():
+            return folder_format.open(path)
     file = RegularFile(path)
     try:
-        found = claim(file)
-        if found is None:
+        file_format = claim(file)
+        if file_format is None:
             raise InputError(unknown(file.read(0, min(HEAD_SIZE, file.size))), path=path)
-        with _nothing_collected():
-            return found.open(file)
+        with _gc_paused():
+            return file_format.open(file)
     except BaseException:
         file.close()
         raise
 
 
 @contextmanager
-def _nothing_collected() -> Generator[None]:
-    """No garbage collection meanwhile: headers become containers by the million, and none of them is garbage."""
-    was = gc.isenabled()
+def _gc_paused() -> Generator[None]:
+    """Pause garbage collection: a header becomes up to a million containers, and none of them is garbage."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if was_enabled:
             gc.enable()
 
 
 def unknown(head: bytes) -> str:
-    """What to say of a file that starts with ``head`` and that no format claims."""
+    """Describe a file that starts with ``head`` and that no format claims."""
     if not head:
         return "file is empty (0 bytes)"
     if len(head) < 9:
@@ -228,7 +247,7 @@ def unknown(head: bytes) -> str:
     for magic, what in (
         (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
         (b"<", "is a web page or XML, not a checkpoint; was the download refused?"),
-        (b"\x89HDF", "is an HDF5 file (Keras), which is not read"),
+        (b"\x89HDF", "is an HDF5 file (Keras), which is not supported"),
         (b"\x80", "is a pickle with no zip around it (torch < 1.6, or no checkpoint); save it again with torch ≥ 1.6"),
         (b"\x1f\x8b", "is a gzip archive; unpack it first"),
     ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""A tensor that lies in pieces: runs of its elements in C order, each of them somewhere else."""
+"""A tensor stored in pieces: runs of its elements in C order, each at a location of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """``count`` elements of a tensor, from its element ``start`` on: those of ``source`` from element ``at`` on."""
+    """Elements ``start`` to ``start + count`` of a tensor, stored in ``source`` from element ``at`` on."""
 
     start: int
     count: int
@@ -18,26 +18,26 @@ class Piece:
 
 
 def gap(pieces: Sequence[Piece], numel: int) -> str | None:
-    """What is wrong with ``pieces`` (sorted by start) as a tensor of ``numel`` elements, or None."""
+    """Return why ``pieces`` (sorted by start) do not form a tensor of ``numel`` elements, or None if they do."""
     end = 0
     for piece in pieces:
         if piece.start != end:
-            return f"elements {end} to {piece.start} {'are missing' if piece.start > end else 'lie in it twice'}"
+            return f"elements {end} to {piece.start} {'are missing' if piece.start > end else 'are stored twice'}"
         end += piece.count
-    return None if end == numel else f"its parts have {end} elements, but its shape {numel}"
+    return None if end == numel else f"its parts have {end} elements, but its shape has {numel}"
 
 
 def read_pieces(
     pieces: Sequence[Piece], item: int, start: int, out: memoryview, read: Callable[[str, int, memoryview], None]
 ) -> None:
-    """Fill ``out`` with the elements from number ``start`` on.
+    """Fill ``out`` with the elements from index ``start`` on.
 
     Args:
-        pieces: all of the tensor, sorted by start, without a gap.
-        item: bytes of an element.
-        start: the first element wanted.
-        out: a multiple of ``item`` bytes.
-        read: (source, first element, out) fills ``out`` from one source.
+        pieces: the whole tensor, sorted by start, without gaps.
+        item: bytes per element.
+        start: index of the first element to read.
+        out: buffer of a multiple of ``item`` bytes.
+        read: ``(source, first element, out)`` fills ``out`` from one source.
     """
     i = bisect_right(pieces, start, key=lambda piece: piece.start) - 1
     done, wanted = 0, len(out) // item

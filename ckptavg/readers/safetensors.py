@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -10,7 +10,8 @@ from typing import Any, Final, NoReturn
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.filesystem.strict_json import strict_json
-from ckptavg.readers import ITEM_SIZE, StoredTensor
+from ckptavg.readers import ITEM_SIZE, Format, StoredTensor
+from ckptavg.readers.flat_file import FlatFile
 from ckptavg.readers.pickle.object_tree import MAX_NAME, is_proper
 
 MAX_HEADER: Final = 16 << 20
@@ -18,73 +19,32 @@ MAX_TENSORS: Final = 1_000_000
 MAX_RANK: Final = 64
 
 
-class SafetensorsReader:
-    """An open safetensors file."""
+@dataclass(frozen=True)
+class Safetensors:
+    """The format; see `ckptavg.readers.Format`."""
 
-    format = "safetensors"
-    notes: tuple[str, ...] = ()
+    name: str = "safetensors"
+    suffixes: tuple[str, ...] = (".safetensors",)
 
-    def __init__(self, file: RegularFile) -> None:
-        self._file = file
-        self.path: Path = file.path
-        self.files: Sequence[RegularFile] = (file,)
-        header, self._data = _header(file)
+    def claims(self, head: bytes) -> bool:
+        """Return True for eight bytes of length and an opening brace (JSON has no NULs; a small length has)."""
+        return head[8:9] == b"{" and (head[:1] != b"{" or 0 in head[:8])
+
+    def open(self, file: RegularFile) -> FlatFile:
+        """See `ckptavg.readers.Format`."""
+        header, data = _header(file)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise InputError("__metadata__ must map strings to strings", path=self.path)
-        self.metadata: Mapping[str, str] = metadata
+            raise InputError("__metadata__ must map strings to strings", path=file.path)
         if len(header) > MAX_TENSORS:
-            raise InputError(f"{len(header)} tensors, more than {MAX_TENSORS}", path=self.path)
-        self.tree: Mapping[str, StoredTensor] = {name: self._tensor(name, field) for name, field in header.items()}
-        self._check_tiling()
-
-    def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
-        """See `ckptavg.readers.Reader`."""
-        self._file.read_into(self._data + tensor.offset + start * ITEM_SIZE[tensor.dtype], out)
-
-    def close(self) -> None:
-        """See `ckptavg.readers.Reader`."""
-        self._file.close()
-
-    def _tensor(self, name: str, field: Any) -> StoredTensor:
-        def refuse(what: str) -> NoReturn:
-            raise InputError(what, path=self.path, tensor=name[:100] or '""')
-
-        if not is_proper(name):
-            refuse(f"a tensor's name must have 1 to {MAX_NAME} characters and no control characters")
-        if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
-            refuse("its header entry must have exactly dtype, shape and data_offsets")
-        dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
-            refuse(f"dtype {repr(dtype)[:40]} is not supported; supported are {', '.join(ITEM_SIZE)}")
-        if not _naturals(shape) or len(shape) > MAX_RANK:
-            refuse(f"shape must be a list of at most {MAX_RANK} integers from 0 to 2^63 - 1")
-        if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            refuse("data_offsets must be two integers, begin <= end")
-        tensor = StoredTensor(dtype, tuple(shape), "", offsets[0])
-        if (size := tensor.nbytes) != offsets[1] - offsets[0]:
-            refuse(f"{dtype} {shape} takes {size} bytes, but data_offsets span {offsets[1] - offsets[0]}")
-        return tensor
-
-    def _check_tiling(self) -> None:
-        """The tensors must fill the data exactly: no gap, no overlap, nothing after."""
-        end = 0
-        for begin, size, name in sorted((tensor.offset, tensor.nbytes, name) for name, tensor in self.tree.items()):
-            if begin != end:
-                what = "overlaps another tensor" if begin < end else f"leaves a gap after byte {end}"
-                raise InputError(what, path=self.path, tensor=name)
-            end += size
-        present = self._file.size - self._data
-        if present < end:
-            raise InputError(
-                f"file is truncated: {present} bytes of tensors present, the header needs {end} (still being written?)",
-                path=self.path,
-            )
-        if present > end:
-            raise InputError(f"{present - end} bytes follow the last tensor", path=self.path)
+            raise InputError(f"{len(header)} tensors, more than {MAX_TENSORS}", path=file.path)
+        tensors = {name: _tensor(file.path, name, field) for name, field in header.items()}
+        _check_tiling(file, data, tensors)
+        return FlatFile(file, self.name, tensors, metadata=metadata, data=data)
 
 
 def _header(file: RegularFile) -> tuple[dict[str, Any], int]:
+    """Return the parsed header and the byte at which the tensors' data begin."""
     size = int.from_bytes(file.read(0, 8), "little")
     if size > MAX_HEADER:
         raise InputError(f"header length {size} is larger than the {MAX_HEADER} bytes allowed", path=file.path)
@@ -102,6 +62,27 @@ def _header(file: RegularFile) -> tuple[dict[str, Any], int]:
     return header, 8 + size
 
 
+def _tensor(path: Path, name: str, field: Any) -> StoredTensor:
+    def refuse(what: str) -> NoReturn:
+        raise InputError(what, path=path, tensor=name[:100] or '""')
+
+    if not is_proper(name):
+        refuse(f"a tensor's name must have 1 to {MAX_NAME} characters and no control characters")
+    if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
+        refuse("its header entry must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
+        refuse(f"dtype {repr(dtype)[:40]} is not supported; supported are {', '.join(ITEM_SIZE)}")
+    if not _naturals(shape) or len(shape) > MAX_RANK:
+        refuse(f"shape must be a list of at most {MAX_RANK} integers from 0 to 2^63 - 1")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        refuse("data_offsets must be two integers, begin <= end")
+    tensor = StoredTensor(dtype, tuple(shape), "", offsets[0])
+    if (size := tensor.nbytes) != offsets[1] - offsets[0]:
+        refuse(f"{dtype} {shape} takes {size} bytes, but data_offsets span {offsets[1] - offsets[0]}")
+    return tensor
+
+
 def _naturals(value: Any) -> bool:
     if not isinstance(value, list):
         return False
@@ -111,19 +92,22 @@ def _naturals(value: Any) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Safetensors:
-    """The format; see `ckptavg.readers.Format`."""
+def _check_tiling(file: RegularFile, data: int, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise InputError unless the tensors fill the data exactly: no gap, no overlap, nothing after."""
+    end = 0
+    for begin, size, name in sorted((tensor.offset, tensor.nbytes, name) for name, tensor in tensors.items()):
+        if begin != end:
+            what = "overlaps another tensor" if begin < end else f"leaves a gap after byte {end}"
+            raise InputError(what, path=file.path, tensor=name)
+        end += size
+    present = file.size - data
+    if present < end:
+        raise InputError(
+            f"file is truncated: {present} bytes of tensors present, the header needs {end} (still being written?)",
+            path=file.path,
+        )
+    if present > end:
+        raise InputError(f"{present - end} bytes follow the last tensor", path=file.path)
 
-    name: str = "safetensors"
 
-    def claims(self, head: bytes) -> bool:
-        """Eight bytes of length, then an opening brace (JSON text never holds the NULs of a small length)."""
-        return head[8:9] == b"{" and (head[:1] != b"{" or 0 in head[:8])
-
-    def open(self, file: RegularFile) -> SafetensorsReader:
-        """See `ckptavg.readers.Format`."""
-        return SafetensorsReader(file)
-
-
-READER = Safetensors()
+READER: Format = Safetensors()

@@ -1,4 +1,4 @@
-"""A model over several files: ``model.safetensors.index.json`` and ``pytorch_model.bin.index.json``."""
+"""A model in several files: ``model.safetensors.index.json`` and ``pytorch_model.bin.index.json``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ckptavg.filesystem.strict_json import strict_json
 from ckptavg.readers import Reader, StoredTensor, claim, open_reader
 
 MAX_INDEX: Final = 64 << 20
-_SEPARATOR: Final = "\0"  # in no file name, so shard and record stay apart
+_SEPARATOR: Final = "\0"  # between shard and record; no file name contains it
 
 
 class ShardIndexReader:
-    """An open index and its open shards; index and shard headers must name the same tensors."""
+    """An open index and its open shards; the index and the shards' headers must name the same tensors."""
 
     notes: tuple[str, ...] = ()
 
@@ -61,21 +61,23 @@ class ShardIndexReader:
         if not os.path.lexists(path):
             raise InputError(f"shard {shard[:255]} is missing", path=self.path, hint="copy the whole directory")
         with RegularFile(path) as file:
-            if isinstance(claim(file), ShardIndex):  # whatever its name: it might lead back here
+            if isinstance(claim(file), ShardIndex):  # by content, not by name: an index as a shard could form a cycle
                 raise InputError(f"shard {shard} is itself an index", path=self.path)
         return open_reader(path)
 
     def _tensor(self, name: str, shard: str) -> StoredTensor:
         tensor = self._shards[shard].tree.get(name)
         if not isinstance(tensor, StoredTensor):
-            raise InputError(f"the index says it is in {shard}, but it is not", path=self.path, tensor=name)
+            raise InputError(f"the index places it in {shard}, which does not have it", path=self.path, tensor=name)
         return replace(tensor, record=f"{shard}{_SEPARATOR}{tensor.record}")
 
     def _check_covered(self, weight_map: Mapping[str, str]) -> None:
         for shard, reader in self._shards.items():
             for name, node in reader.tree.items():
                 if isinstance(node, StoredTensor) and weight_map.get(name) != shard:
-                    raise InputError(f"lies in {shard}, but not by the index", path=self.path, tensor=name)
+                    raise InputError(
+                        f"is in {shard}, but the index does not place it there", path=self.path, tensor=name
+                    )
 
 
 def _weight_map(file: RegularFile) -> dict[str, str]:
@@ -87,7 +89,7 @@ def _weight_map(file: RegularFile) -> dict[str, str]:
         raise InputError(f"index is not valid JSON: {error}", path=file.path) from error
     weight_map: Any = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError("has no weight_map, so it is no index of a sharded model", path=file.path)
+        raise InputError("has no weight_map, so it is not the index of a sharded model", path=file.path)
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError("weight_map must map tensor names to file names", path=file.path)
     return weight_map
@@ -98,9 +100,10 @@ class ShardIndex:
     """The format; see `ckptavg.readers.Format`."""
 
     name: str = "sharded"
+    suffixes: tuple[str, ...] = (".index.json",)
 
     def claims(self, head: bytes) -> bool:
-        """JSON text: an opening brace after white space, and no NUL."""
+        """Return True for JSON text: an opening brace after white space, and no NUL."""
         return head.lstrip()[:1] == b"{" and 0 not in head[:16]
 
     def open(self, file: RegularFile) -> ShardIndexReader:

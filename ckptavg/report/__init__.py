@@ -1,1 +1,1 @@
-"""A result as JSON or as a table. Pure functions of plain data; torch is not imported here."""
+"""Reports as JSON or as tables: pure functions of plain data. Only `bootstrap` imports torch."""

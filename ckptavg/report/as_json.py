@@ -1,4 +1,4 @@
-"""The report as one JSON object: the contract for scripts."""
+"""Report as one JSON object, the stable interface for scripts."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ckptavg
 from ckptavg.checkpoints.listing import LeftOut
 from ckptavg.cost import Cost
 from ckptavg.report.result import Comparison, Landscape, Result, StrategyResult
+from ckptavg.runtime import version
 from ckptavg.score import Score
 
 
 def to_dict(result: Result) -> dict[str, Any]:
-    """The report as plain data; its keys are documented in the README."""
+    """Convert a report to plain data; docs/reference.md lists its keys."""
     matrix, output = result.matrix, result.output
     return {
         "strategy": result.strategy,
         "settings": dict(result.settings),
         "seed": result.seed,
-        "version": ckptavg.__version__,
+        "version": version.own(),
         "candidates": [
             {
-                "path": str(one.path),
-                "step": one.step,
-                "coefficient": one.coefficient,
-                "score": _score(one.score),
-                **one.columns,
+                "path": str(candidate.path),
+                "step": candidate.step,
+                "coefficient": candidate.coefficient,
+                "score": _score(candidate.score),
+                **candidate.columns,
             }
-            for one in result.candidates
+            for candidate in result.candidates
         ],
         "left_out": _left_out(result.left_out),
         "scores": {
@@ -73,36 +73,36 @@ def to_dict(result: Result) -> dict[str, Any]:
 
 
 def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
-    """The report of a comparison: that of the winner, and under ``strategies`` every contestant."""
+    """Convert a comparison: the winner's report, plus every contestant under ``strategies``."""
     return {
         **to_dict(comparison.result),
         "winner": comparison.winner,
-        "strategies": [_strategy_result(one) for one in comparison.contestants],
+        "strategies": [_strategy_result(contestant) for contestant in comparison.contestants],
     }
 
 
-def landscape_to_dict(found: Landscape) -> dict[str, Any]:
-    """A landscape as plain data."""
-    q, plane = found.surrogate, found.plane
+def landscape_to_dict(landscape: Landscape) -> dict[str, Any]:
+    """Convert a landscape to plain data."""
+    q, plane = landscape.surrogate, landscape.plane
     return {
-        "steps": list(found.steps),
+        "steps": list(landscape.steps),
         "loss_at_mean": q.value,
         "gradient": q.gradient_N.tolist(),
         "hessian": q.hessian_NN.tolist(),
         "curvature": q.curvature,
-        "eigenvalues": list(found.eigenvalues),
-        "predicted": list(found.predicted),
-        "measured": list(found.measured),
-        "spearman": found.spearman,
-        "r_squared": found.r_squared,
+        "eigenvalues": list(landscape.eigenvalues),
+        "predicted": list(landscape.predicted),
+        "measured": list(landscape.measured),
+        "spearman": landscape.spearman,
+        "r_squared": landscape.r_squared,
         "plane": plane and {"mixtures": plane.names, "u": plane.u, "v": plane.v, "losses": plane.losses},
-        "left_out": _left_out(found.left_out),
-        "warnings": list(found.warnings),
+        "left_out": _left_out(landscape.left_out),
+        "warnings": list(landscape.warnings),
     }
 
 
 def to_json(report: Result | Comparison | Landscape) -> str:
-    """The report as JSON text."""
+    """Format a report as JSON text."""
     if isinstance(report, Landscape):
         data = landscape_to_dict(report)
     else:
@@ -110,19 +110,19 @@ def to_json(report: Result | Comparison | Landscape) -> str:
     return json.dumps(_without_nan(data), indent=2, ensure_ascii=True, allow_nan=False)
 
 
-def _left_out(found: Sequence[LeftOut]) -> list[dict[str, str]]:
-    return [{"path": str(one.path), "reason": one.reason, "kind": one.kind} for one in found]
+def _left_out(files: Sequence[LeftOut]) -> list[dict[str, str]]:
+    return [{"path": str(file.path), "reason": file.reason, "kind": file.kind} for file in files]
 
 
-def _strategy_result(one: StrategyResult) -> dict[str, Any]:
+def _strategy_result(result: StrategyResult) -> dict[str, Any]:
     return {
-        "name": one.name,
-        "strategy": one.strategy,
-        "settings": dict(one.settings),
-        "coefficients": list(one.coefficients),
-        "groups": [list(prefixes) for prefixes in one.groups],
-        "used": one.used,
-        "scores": {split: _score(score) for split, score in one.scores.items()},
+        "name": result.name,
+        "strategy": result.strategy,
+        "settings": dict(result.settings),
+        "coefficients": list(result.coefficients),
+        "groups": [list(prefixes) for prefixes in result.groups],
+        "used": result.used,
+        "scores": {split: _score(score) for split, score in result.scores.items()},
         "over_last": {
             split: {
                 "value": gain.value,
@@ -132,10 +132,10 @@ def _strategy_result(one: StrategyResult) -> dict[str, Any]:
                 "units": gain.units,
                 "paired": gain.paired,
             }
-            for split, gain in one.gains.items()
+            for split, gain in result.gains.items()
         },
-        "cost": _cost(one.cost),
-        "notes": list(one.notes),
+        "cost": _cost(result.cost),
+        "notes": list(result.notes),
     }
 
 
@@ -153,12 +153,12 @@ def _cost(cost: Cost | None) -> dict[str, Any] | None:
 def _score(score: Score | None) -> Mapping[str, float | int | str | None] | None:
     if score is None:
         return None
-    found = {"loss": score.loss, "metric": score.metric, "examples": score.examples}
-    return {**found, "invalid": score.invalid} if score.invalid else found
+    figures = {"loss": score.loss, "metric": score.metric, "examples": score.examples}
+    return {**figures, "invalid": score.invalid} if score.invalid else figures
 
 
 def _without_nan(value: Any) -> Any:
-    """The same data with null for every number that JSON does not have."""
+    """Replace every NaN and infinity, which JSON does not have, with None."""
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

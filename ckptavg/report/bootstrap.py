@@ -1,4 +1,4 @@
-"""Whether one score is really better than another: the paired bootstrap over examples.
+"""Paired bootstrap over examples: is the difference of two scores significant?
 
 Shape suffixes: U = units (examples, or batches where the task gives means only), R = resamples.
 """
@@ -14,23 +14,23 @@ from ckptavg.report.result import Gain
 from ckptavg.score import Score
 
 RESAMPLES: Final = 2000
-CORPUS_RESAMPLES: Final = 400  # of a metric that is computed anew for each
-FEWEST: Final = 20  # units: an interval from fewer is far too narrow
+CORPUS_RESAMPLES: Final = 400  # for a metric that is recomputed on each resample
+FEWEST: Final = 20  # units: with fewer, the interval is far too narrow
 _AT_ONCE: Final = 1 << 22  # draws held in memory
 
 
 def gain(score: Score, reference: Score, *, seed: int = 0) -> Gain:
-    """How much larger ``score`` is than ``reference``, with the percentile interval of the paired bootstrap.
+    """Return ``score`` − ``reference`` with the percentile interval of the paired bootstrap.
 
-    The units of both were measured on the same examples in the same order (else both are resampled by themselves and
-    nothing is paired). Each resample draws U units with
-    replacement and takes the mean of their differences, weighted by the examples a unit stands for; the interval
-    holds the middle 95 % of 2000 of them. With fewer than 20 units there is no interval.
+    Units are paired if both scores were measured on the same examples in the same order; otherwise each score is
+    resampled on its own. Each resample draws U units with replacement and takes the mean of their differences, weighted
+    by the number of examples in a unit; the interval covers the middle 95 % of 2000 resamples. With fewer than 20 units
+    there is no interval.
 
     Args:
-        score: on some data.
-        reference: on the same data.
-        seed: of the resampling.
+        score: score on some data.
+        reference: score on the same data.
+        seed: seed of the resampling.
     References:
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; paired over test examples: Koehn 2004,
         Statistical Significance Tests for Machine Translation Evaluation.
@@ -60,7 +60,7 @@ def gain(score: Score, reference: Score, *, seed: int = 0) -> Gain:
 
 
 def _corpus_gain(score: Score, reference: Score, seed: int) -> Gain:
-    """The same batches drawn for both, and the metric of each draw computed anew."""
+    """Resample the same batches for both scores and recompute the metric on each resample."""
     assert score.resampled is not None and reference.resampled is not None
     generator = torch.Generator().manual_seed(seed)
     gains: list[float] = []
@@ -73,7 +73,7 @@ def _corpus_gain(score: Score, reference: Score, seed: int) -> Gain:
 
 
 def _means(values_U: Tensor, weight_U: Tensor, generator: torch.Generator) -> Tensor:
-    """[R], the weighted means of resamples."""
+    """Return the weighted means of the resamples, [R]."""
     units = len(values_U)
     means: list[Tensor] = []
     for done in range(0, RESAMPLES, max(1, _AT_ONCE // units)):

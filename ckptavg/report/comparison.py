@@ -1,4 +1,4 @@
-"""The report of a comparison for a terminal: one row a strategy, the winner marked."""
+"""Comparison report for a terminal: one row per strategy, with the winner marked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ckptavg.score import Score, Split
 
 
 def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
-    """The table of strategies, and what its marks mean."""
+    """Yield the table of strategies and the legend of its marks."""
     splits = list(comparison.contestants[0].scores)
     judged = splits[-1]
     yield _table(comparison, splits)
@@ -22,19 +22,19 @@ def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
     yield Text(comparison.result.verdict, style="bold")
     if comparison.contestants[0].gains[judged].low is None:
         yield Text(
-            f"over last: on {judged} data; an interval takes a loss or metric for each of at least 20 examples.",
+            f"over last: on {judged} data; an interval needs a loss or metric for each of at least 20 examples.",
             style="dim",
         )
         return
     yield Text(
         f"over last: on {judged} data, in brackets the paired-bootstrap 95 % interval over "
         f"{comparison.contestants[0].gains[judged].units:,} {_units(comparison, judged)}; "
-        "≈ is a difference it does not separate from zero.",
+        "≈ marks a difference whose interval includes zero.",
         style="dim",
     )
-    if not all(one.gains[judged].paired for one in comparison.contestants):
-        yield Text("The loader gives its examples in another order each time: nothing could be paired.", style="yellow")
-    yield Text("epochs and seconds: of the search, as if it had run alone.", style="dim")
+    if not all(contestant.gains[judged].paired for contestant in comparison.contestants):
+        yield Text("The loader changes the order of its examples between passes: not paired.", style="yellow")
+    yield Text("epochs and seconds: cost of the search, as if the strategy had run alone.", style="dim")
 
 
 def _table(comparison: Comparison, splits: list[Split]) -> Table:
@@ -45,25 +45,25 @@ def _table(comparison: Comparison, splits: list[Split]) -> Table:
         table.add_column(
             f"{split} {'metric' if metric else 'loss'}", justify="right", min_width=len(split), overflow="fold"
         )
-    batches = any(one.cost.forward_batches for one in comparison.contestants)
+    batches = any(contestant.cost.forward_batches for contestant in comparison.contestants)
     costs = ("passes f+b", "epochs", "seconds") if batches else ("scores", "", "seconds")
     for heading in (f"over last ({splits[-1]})", "", "used", *costs):
-        # where there is little room, an interval goes below its difference
+        # on a narrow terminal the interval wraps below its difference
         fixed = not heading.startswith("over last")
         table.add_column(
             heading, justify="left" if heading == "" else "right", no_wrap=fixed, min_width=min(7, len(heading))
         )
-    for one in sorted(comparison.contestants, key=lambda one: -one.scores[splits[0]].value):
-        won = one.name == comparison.winner
-        figures = ("", "") if one.name == "last" else _gain(one.gains[splits[-1]])
+    for contestant in sorted(comparison.contestants, key=lambda contestant: -contestant.scores[splits[0]].value):
+        won, cost = contestant.name == comparison.winner, contestant.cost
+        figures = ("", "") if contestant.name == "last" else _gain(contestant.gains[splits[-1]])
         table.add_row(
-            f"{'●' if won else ' '} {escape(one.name)}",
-            *(_score(one.scores[split]) for split in splits),
+            f"{'●' if won else ' '} {escape(contestant.name)}",
+            *(_score(contestant.scores[split]) for split in splits),
             *figures,
-            str(one.used),
-            f"{one.cost.forward_batches}+{one.cost.backward_batches}" if batches else str(one.cost.evaluations),
-            "" if one.cost.epochs is None else f"{one.cost.epochs:.1f}",
-            f"{one.cost.seconds:.1f}",
+            str(contestant.used),
+            f"{cost.forward_batches}+{cost.backward_batches}" if batches else str(cost.evaluations),
+            "" if cost.epochs is None else f"{cost.epochs:.1f}",
+            f"{cost.seconds:.1f}",
             style="bold" if won else None,
         )
     return table
@@ -80,5 +80,5 @@ def _score(score: Score) -> str:
 
 
 def _units(comparison: Comparison, split: Split) -> str:
-    one: StrategyResult = comparison.contestants[0]
-    return "examples" if one.gains[split].units == one.scores[split].examples else "batches"
+    first: StrategyResult = comparison.contestants[0]
+    return "examples" if first.gains[split].units == first.scores[split].examples else "batches"

@@ -1,4 +1,4 @@
-"""A landscape for a terminal, and its plane as a picture."""
+"""Landscape report for a terminal, and its plane as an image."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ckptavg.report.result import Landscape, Plane
 _SHADES = " ░▒▓█"
 
 
-def render(found: Landscape) -> Group:
-    """The quadratic, how well it predicts, and the plane in characters."""
-    return Group(*_parts(found))
+def render(landscape: Landscape) -> Group:
+    """Render the quadratic, its prediction quality and the plane as text."""
+    return Group(*_parts(landscape))
 
 
 def draw(plane: Plane, path: Path) -> bool:
-    """The plane as a PNG at ``path``; False where matplotlib is not installed."""
+    """Draw the plane as a PNG at ``path``; return False if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
     import matplotlib
@@ -45,8 +45,8 @@ def draw(plane: Plane, path: Path) -> bool:
     return True
 
 
-def _parts(found: Landscape) -> Iterator[RenderableType]:
-    q, values = found.surrogate, found.eigenvalues
+def _parts(landscape: Landscape) -> Iterator[RenderableType]:
+    q, values = landscape.surrogate, landscape.eigenvalues
     yield Text(f"loss at the mean of {q.n} candidates: {q.value:.4f}; curvature: {q.curvature}")
     if values:
         below = sum(value < 0 for value in values)
@@ -54,14 +54,15 @@ def _parts(found: Landscape) -> Iterator[RenderableType]:
             f"eigenvalues from {values[0]:.4g} to {values[-1]:.4g}" + (f", {below} of them below 0" if below else "")
         )
     yield Text(
-        f"on {len(found.measured)} random mixtures: Spearman {found.spearman:.3f}, R² {found.r_squared:.3f}",
+        f"on {len(landscape.measured)} random mixtures: "
+        f"Spearman {landscape.spearman:.3f}, R² {landscape.r_squared:.3f}",
         style="bold",
     )
-    if found.plane is not None:
+    if landscape.plane is not None:
         yield Text()
-        yield _map(found.plane)
-    if found.output is not None:
-        yield Text(f"wrote {found.output.path}: {found.output.bytes:,} bytes", style="dim")
+        yield _map(landscape.plane)
+    if landscape.output is not None:
+        yield Text(f"wrote {landscape.output.path}: {landscape.output.bytes:,} bytes", style="dim")
 
 
 def _map(plane: Plane) -> Table:

@@ -1,4 +1,4 @@
-"""What a run found, as plain data: the report is made from this."""
+"""Results of a run as plain data; reports are built from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateResult:
-    """One candidate: what it was given, and how good it is alone."""
+    """One candidate: its coefficient, and its score alone."""
 
     path: Path
     step: int
@@ -29,7 +29,7 @@ class CandidateResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """The file that was written."""
+    """The written file."""
 
     path: Path
     sha256: str
@@ -41,16 +41,16 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixResult:
-    """The candidate matrix that was searched.
+    """Candidate matrix used by the search.
 
     Attributes:
-        bits: of an element; 32 is the candidates as the model holds them.
-        group_size: elements that share a scale and a zero point, None where nothing was rounded.
-        bytes: it took on the device, scales included.
-        error: what rounding lost of the candidates' differences from their mean, relative to these.
-        offload: where it lay instead: ``cpu`` or ``disk``; then ``bytes`` are those of the buffers.
-        precision: of the passes of the search, ``float32`` for the model's own.
-        compiled: whether torch.compile had the model's forward.
+        bits: bits per element; 32 is the model's own dtype.
+        group_size: elements that share a scale and a zero point, None without rounding.
+        bytes: size on the device, scales included; with ``offload``, the size of the buffers.
+        error: relative error that rounding causes in the candidates' differences from their mean.
+        offload: ``cpu`` or ``disk`` if the matrix was stored there instead of on the device, else ``none``.
+        precision: precision of the search's passes, ``float32`` for the model's own.
+        compiled: whether the model's forward was compiled with torch.compile.
     """
 
     bits: int
@@ -64,17 +64,17 @@ class MatrixResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A whole run.
+    """Result of a run.
 
     Attributes:
-        scores: split → the score of the written file.
+        scores: split → score of the written file.
         baselines: name → split → score; ``best`` is the best single candidate.
-        verdict: what the scores say, in plain words.
+        verdict: summary of the scores in plain words.
         worse: whether the selection scores below the best single candidate on validation.
-        replaced: whether that candidate was written instead; then the selection is among the baselines.
-        groups: the tensors that each of a candidate's coefficients is for, as prefixes of their names.
+        replaced: whether that candidate was written instead; ``baselines`` then includes the selection.
+        groups: name prefixes of the tensors that each coefficient of a candidate applies to.
         tables: further tables of the strategy: title → rows, each column → value.
-        holdout: the fraction of the validation data that was kept for the test score, None where there was no need.
+        holdout: fraction of the validation data reserved for the test score, None if none was reserved.
     """
 
     strategy: str
@@ -103,14 +103,14 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """How much better one score is than another, in its own units: larger is better, a loss is counted negative.
+    """Difference of two scores in the units of the score; larger is better, losses are negated.
 
     Attributes:
-        value: the difference of the means.
-        low: the lower end of its paired-bootstrap 95 % interval, None where there is nothing to resample.
-        high: the upper end.
-        units: how many examples (or batches, where the task gives means only) were resampled.
-        paired: whether the examples came in the same order for both, so that differences could be resampled.
+        value: difference of the means.
+        low: lower end of its paired-bootstrap 95 % interval, None if there is nothing to resample.
+        high: upper end of the interval.
+        units: number of examples (or batches, where the task gives means only) that were resampled.
+        paired: whether both scores saw the examples in the same order, so that differences could be resampled.
     """
 
     value: float
@@ -121,19 +121,19 @@ class Gain:
 
     @property
     def separated(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """True if the interval excludes zero."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyResult:
-    """One strategy of a comparison.
+    """Result of one strategy of a comparison.
 
     Attributes:
-        name: as it was asked for, such as ``sewa:k=8``.
-        used: how many candidates have a coefficient other than 0.
-        gains: split → how much better than the last candidate.
-        cost: as if it had run alone.
+        name: the requested spec, such as ``sewa:k=8``.
+        used: number of candidates with a nonzero coefficient.
+        gains: split → gain over the last candidate.
+        cost: cost as if the strategy had run alone.
     """
 
     name: str
@@ -150,11 +150,11 @@ class StrategyResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Several strategies on the same candidates.
+    """Result of several strategies on the same candidates.
 
     Attributes:
-        winner: the name of the one with the highest validation score.
-        result: the winner's run.
+        winner: name of the strategy with the highest validation score.
+        result: result of the winner.
     """
 
     contestants: Sequence[StrategyResult]
@@ -164,13 +164,13 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Plane:
-    """Real losses on the plane through three mixtures a, b, c: a + u(b − a) + v(c − a).
+    """Measured losses on the plane through three mixtures a, b, c: a + u(b − a) + v(c − a).
 
     Attributes:
-        names: of the three.
-        u: the values of u, along columns.
-        v: the values of v, along rows.
-        losses: a row for each v.
+        names: names of the three mixtures.
+        u: values of u, along columns.
+        v: values of v, along rows.
+        losses: one row per v.
     """
 
     names: tuple[str, str, str]
@@ -181,12 +181,12 @@ class Plane:
 
 @dataclass(frozen=True, kw_only=True)
 class Landscape:
-    """The loss around the candidates; see `ckptavg.pipeline.landscape.landscape`.
+    """Loss around the candidates; see `ckptavg.pipeline.landscape.landscape`.
 
     Attributes:
-        eigenvalues: of the quadratic's H, from the smallest up.
-        predicted: by the quadratic, the losses of random mixtures.
-        measured: what they really are.
+        eigenvalues: eigenvalues of the quadratic's H, ascending.
+        predicted: losses of random mixtures as the quadratic predicts them.
+        measured: measured losses of the same mixtures.
     """
 
     surrogate: Surrogate

@@ -1,4 +1,4 @@
-"""The report for a terminal: the candidates, the scores, the verdict and the cost."""
+"""Report for a terminal: candidates, scores, verdict and cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def render(report: Result | Comparison | Landscape) -> Group:
-    """Everything there is to say, from the candidates down to the file."""
+    """Render the whole report, from the candidates to the written file."""
     if isinstance(report, Landscape):
         return landscape.render(report)
     if isinstance(report, Comparison) and report.contestants:
@@ -49,7 +49,7 @@ def _parts(result: Result) -> Iterator[RenderableType]:
 
 
 def _foot(result: Result) -> Iterator[Text]:
-    """The small print: what the scores rest on, what was searched, what was written."""
+    """Yield the notes below the tables: data of the scores, candidate matrix, written file."""
     if result.scores:
         yield from (Text(line, style="dim") for line in _fineprint(result))
     if result.matrix:
@@ -59,21 +59,22 @@ def _foot(result: Result) -> Iterator[Text]:
 
 
 def _candidates(result: Result) -> Table:
-    shown = list(dict.fromkeys(name for one in result.candidates for name in one.columns))
-    lossy = any(one.score and one.score.loss is not None for one in result.candidates)
-    metric = any(one.score and one.score.metric is not None for one in result.candidates)
+    columns = list(dict.fromkeys(name for candidate in result.candidates for name in candidate.columns))
+    scores = [candidate.score for candidate in result.candidates if candidate.score]
+    loss = any(score.loss is not None for score in scores)
+    metric = any(score.metric is not None for score in scores)
     table = Table(title=f"{len(result.candidates)} candidates", title_justify="left", box=None, pad_edge=False)
-    for heading in ("candidate", "step", *shown, *(("metric",) if metric else ()), *(("loss",) if lossy else ()), ""):
+    for heading in ("candidate", "step", *columns, *(("metric",) if metric else ()), *(("loss",) if loss else ()), ""):
         table.add_column(heading, justify="left" if heading in ("candidate", "") else "right", no_wrap=True)
-    for one in result.candidates:
-        chosen = one.coefficient not in (0.0, ()) and result.output is not None
+    for candidate in result.candidates:
+        chosen = candidate.coefficient not in (0.0, ()) and result.output is not None
         table.add_row(
-            escape(printable(one.path.name)),
-            str(one.step),
-            *(_cell(one.columns[name]) for name in shown),
-            *((_number(one.score and one.score.metric),) if metric else ()),
-            *((_number(one.score and one.score.loss),) if lossy else ()),
-            _mark(one) if chosen else "",
+            escape(printable(candidate.path.name)),
+            str(candidate.step),
+            *(_cell(candidate.columns[name]) for name in columns),
+            *((_number(candidate.score and candidate.score.metric),) if metric else ()),
+            *((_number(candidate.score and candidate.score.loss),) if loss else ()),
+            _mark(candidate) if chosen else "",
             style=None if chosen or result.output is None else "dim",
         )
     return table
@@ -87,15 +88,15 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _mark(one: CandidateResult) -> str:
-    if not isinstance(one.coefficient, tuple):
-        return f"● {one.coefficient:.3f}"
-    return f"● {min(one.coefficient):.3f} … {max(one.coefficient):.3f}"
+def _mark(candidate: CandidateResult) -> str:
+    if not isinstance(candidate.coefficient, tuple):
+        return f"● {candidate.coefficient:.3f}"
+    return f"● {min(candidate.coefficient):.3f} … {max(candidate.coefficient):.3f}"
 
 
 def _blocks(result: Result) -> Table:
-    """A row for each block of tensors: its least and greatest coefficient, and all as bars in training order."""
-    rows = list(zip(*(_row(one) for one in result.candidates), strict=True))
+    """Build one row per block of tensors: least and greatest coefficient, and all of them as bars in training order."""
+    rows = list(zip(*map(_coefficients, result.candidates), strict=True))
     low, high = min(map(min, rows)), max(map(max, rows))
     table = Table(title=f"{len(rows)} blocks", title_justify="left", box=None, pad_edge=False)
     for heading in ("tensors", "least", "greatest", f"coefficients, ▁ is {low:.3f}, █ is {high:.3f}"):
@@ -108,7 +109,7 @@ def _blocks(result: Result) -> Table:
 
 
 def _rows(title: str, rows: Sequence[Mapping[str, float | str | None]]) -> Table:
-    """A table of the strategy's own."""
+    """Build one of the strategy's own tables."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in columns:
@@ -119,8 +120,8 @@ def _rows(title: str, rows: Sequence[Mapping[str, float | str | None]]) -> Table
     return table
 
 
-def _row(one: CandidateResult) -> Sequence[float]:
-    return (one.coefficient,) if not isinstance(one.coefficient, tuple) else one.coefficient
+def _coefficients(candidate: CandidateResult) -> Sequence[float]:
+    return candidate.coefficient if isinstance(candidate.coefficient, tuple) else (candidate.coefficient,)
 
 
 def _scores(result: Result) -> Table:
@@ -144,7 +145,7 @@ def _scores(result: Result) -> Table:
 
 
 def _kinds(score: Score) -> list[str]:
-    """The figures that there are of a split."""
+    """Return the kinds of figures that a score has."""
     return [kind for kind in ("metric", "loss") if getattr(score, kind) is not None]
 
 
@@ -155,9 +156,9 @@ def _matrix(matrix: MatrixResult) -> Iterator[str]:
             f"and rounding lost {matrix.error:.1%} of the candidates' differences; all scores are of exact averages"
         )
     if matrix.offload != "none":
-        yield f"searched with --offload {matrix.offload}: the candidates passed through {matrix.bytes:,} bytes"
+        yield f"searched with --offload {matrix.offload}: candidates streamed through buffers of {matrix.bytes:,} bytes"
     if matrix.precision != "float32":
-        yield f"searched with --precision {matrix.precision}; all scores are in the model's own"
+        yield f"searched with --precision {matrix.precision}; all scores use the model's own precision"
 
 
 def _fineprint(result: Result) -> Iterator[str]:
@@ -166,7 +167,7 @@ def _fineprint(result: Result) -> Iterator[str]:
     if result.scored_on == "train":
         yield "Scored on training data: the task has no val_dataloader()."
     elif "test" not in result.scores:
-        yield "The selection was made on these data, which flatters it; test data that it never saw would tell."
+        yield "The selection was made on this data, so its score is optimistic: use test data for an unbiased one."
 
 
 def _cost(cost: Cost) -> str:
@@ -182,7 +183,7 @@ def _output(output: Output) -> Iterator[str]:
     if output.recomputed:
         yield f"recomputed from data: {_listing(output.recomputed)}"
     if output.not_averaged:
-        yield f"not averaged, taken from the last selected: {_listing(output.not_averaged)}"
+        yield f"not averaged, copied from the last selected candidate: {_listing(output.not_averaged)}"
 
 
 def _listing(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The same inputs, seed and machine give the same result; and the caller's own random numbers are left alone."""
+"""Reproducible random numbers: seed the global generators, and restore the caller's state afterwards."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, Final
 
 import torch
 
-LACKING: Final = "does not have a deterministic implementation"  # torch's words, behind the operation's name
+LACKING: Final = "does not have a deterministic implementation"  # torch's message, after the operation's name
 
 
 def seed_all(seed: int) -> None:
-    """Seed torch's, Python's and, where it is in use, numpy's global generators: what loaders may shuffle with."""
+    """Seed the global generators of torch, Python and, if imported, numpy, which loaders may shuffle with."""
     torch.manual_seed(seed)
     _seed_others(seed)
 
@@ -28,7 +28,7 @@ def _seed_others(seed: int) -> None:
 
 
 def reseed(seed: int, number: int) -> None:
-    """`seed_all` for the micro-batch of this number, in microseconds: what it draws depends on no other micro-batch."""
+    """Seed as `seed_all` for micro-batch ``number``, in microseconds, so its draws depend on no other micro-batch."""
     if number:
         seed = int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:6])
     torch.default_generator.manual_seed(seed)
@@ -41,7 +41,7 @@ def reseed(seed: int, number: int) -> None:
 
 
 def seed_loader(loader: Any) -> None:
-    """Let a data loader with a generator of its own begin its pass where the global one begins."""
+    """Reset the generators that a data loader owns to the global seed at the start of a pass."""
     for part in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
         if isinstance(generator := getattr(part, "generator", None), torch.Generator):
             generator.manual_seed(torch.initial_seed())
@@ -49,16 +49,16 @@ def seed_loader(loader: Any) -> None:
 
 @contextmanager
 def reproducible(seed: int, *, deterministic: bool = False) -> Generator[None]:
-    """Run with every global generator seeded and torch set to repeat itself; all of it is put back afterwards.
+    """Run with every global generator seeded and torch configured for repeatable results; restore all of it afterwards.
 
-    TF32 and cuDNN's autotuning are off: they trade equal results for speed.
+    TF32 and cuDNN's autotuning are off: they trade reproducibility for speed.
 
     Args:
-        seed: of the generators.
-        deterministic: use deterministic algorithms only; an operation that has none is an error that names it.
+        seed: seed of the generators.
+        deterministic: use only deterministic algorithms; an operation without one raises an error with its name.
     """
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins, by torch before 2.9
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at CUDA initialisation, by torch before 2.9
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn
     flags = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
@@ -73,7 +73,7 @@ def reproducible(seed: int, *, deterministic: bool = False) -> Generator[None]:
         try:
             yield
         finally:
-            if deterministic:  # it imports the compiler, even for False
+            if deterministic:  # the call imports the compiler, even for False
                 torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
             cudnn.benchmark, cudnn.allow_tf32 = flags[:2]
             torch.set_float32_matmul_precision(flags[2])

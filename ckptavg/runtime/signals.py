@@ -1,7 +1,7 @@
-"""What ends a run from outside: a first SIGINT, SIGTERM or SIGUSR1 at the next micro-batch, a second one at once.
+"""Signal handling: the first SIGINT, SIGTERM or SIGUSR1 ends the run at the next micro-batch, a second one at once.
 
-A process has one set of signal handlers, so this module has state: the handler that `install` made. In a program that
-uses ckptavg from Python, and has handlers of its own, there is none, and nothing here has an effect.
+Signal handlers are global to a process, so this module has state: the handler set by `install`. Programs that import
+ckptavg keep their own handlers: `install` is not called, and the functions here have no effect.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Final, TypeVar
 
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, and what schedulers send before they kill
-_POLL: Final = 0.1  # seconds between looks while something else is waited for
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; schedulers send the others before they kill
+_POLL: Final = 0.1  # seconds between checks for a signal while waiting for a future
 _handler: Handler | None = None
 
 _T = TypeVar("_T")
 
 
 class Interruption(BaseException):
-    """A signal asked the run to end; no `Exception`, so that code that is not ours passes it on."""
+    """Raised when a signal ends the run; not an `Exception`, so that third-party code does not catch it."""
 
 
 class Handler:
-    """Answers the signals.
+    """Handler of `SIGNALS`.
 
     Attributes:
-        received: the first signal's number, None before it.
-        waits: whether a signal waits for the next `check`, or is an `Interruption` wherever it comes.
+        received: number of the first signal, None before it.
+        waits: defer a signal to the next `check`, instead of raising `Interruption` wherever it arrives.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Handler:
         self.waits = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Take note of the first signal; a second one will kill, also where Python waits for something in C."""
+        """Record the first signal and restore the default action, so that a second one kills even inside a C call."""
         self.received = number
         for other in SIGNALS:
             signal.signal(other, signal.SIG_DFL)
@@ -46,7 +46,7 @@ class Handler:
 
 
 def install() -> None:
-    """Answer the signals from now on; before torch is imported, which takes long, and SIGUSR1 would kill."""
+    """Install the handler; call it before the slow import of torch, during which SIGUSR1 would kill the process."""
     global _handler
     _handler = Handler()
     for number in SIGNALS:
@@ -54,53 +54,53 @@ def install() -> None:
 
 
 def finish() -> None:
-    """Let a first signal change nothing from now on: the run has ended, and only its exit code is left to give.
+    """Ignore a first signal from now on: the run has ended, and only its exit code is left to return.
 
-    A second signal still ends the process at once, for instance one that waits for a thread of the task.
+    A second signal still kills the process at once, for instance while it waits for a thread of the task.
     """
     if _handler is not None:
         _handler.waits = True
 
 
 def pending() -> bool:
-    """Whether a signal has come."""
+    """Return whether a signal has arrived."""
     return _handler is not None and _handler.received is not None
 
 
 def check() -> None:
-    """Raise `Interruption` if a signal has come: called between micro-batches, and before each read of a file."""
+    """Raise `Interruption` if a signal has arrived; called between micro-batches and before each read of a file."""
     if pending():
         raise Interruption
 
 
 @contextmanager
 def waiting() -> Generator[None]:
-    """Within, a signal waits for the next `check`."""
-    with _answered(waits=True):
+    """Defer signals to the next `check` within the context."""
+    with _handled(waits=True):
         yield
 
 
 @contextmanager
 def at_once() -> Generator[None]:
-    """Within, a signal is an `Interruption` wherever it comes: for waits that never come to a `check`."""
-    with _answered(waits=False):
+    """Raise `Interruption` wherever a signal arrives within the context: for waits that never reach a `check`."""
+    with _handled(waits=False):
         check()
         yield
 
 
 def result(future: Future[_T]) -> _T:
-    """What a thread finds, waited for with an eye on signals."""
+    """Return the result of ``future``, calling `check` while waiting for it."""
     while True:
         try:
             return future.result(_POLL)
         except TimeoutError:
-            if future.done():  # its own
+            if future.done():  # the TimeoutError was raised by the future's own work
                 return future.result()
             check()
 
 
 @contextmanager
-def _answered(*, waits: bool) -> Generator[None]:
+def _handled(*, waits: bool) -> Generator[None]:
     if _handler is None:
         yield
         return

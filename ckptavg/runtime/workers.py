@@ -1,8 +1,8 @@
-"""The workers that ``torchrun`` started for one run, and the one module by which they communicate.
+"""Workers started by ``torchrun`` for one run; all communication between ranks goes through this module.
 
-Every worker runs the whole program with the same settings and the same seed. What is measured is measured in parts and
-put together here, so that all go on with the same numbers and take the same decisions. The first one alone speaks,
-keeps the journal and gives the output its name. A single process is a worker that has nobody to ask.
+Every worker runs the whole program with the same settings and seed. Measurements are split over the ranks and combined
+here, so that all ranks continue with the same numbers and take the same decisions. Only rank 0 prints, writes the
+journal and renames the output. A single process is the only worker of its run and never communicates.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
-TIMEOUT: Final = 1800.0  # seconds, as torch's for gloo
-_GRACE: Final = 2.0  # seconds in which a worker that failed says so, before its silence is what is reported
+TIMEOUT: Final = 1800.0  # seconds, torch's default for gloo
+_GRACE: Final = 2.0  # seconds to wait for the error of a failed worker before a lost connection is reported
 _FAILED: Final = "ckptavg/failed"
 _BROKEN: Final = re.compile(r"/gloo/|NCCL")
-# what torchrun tells its processes, and what none of their children should take for their own
+# variables that torchrun sets for its workers; child processes must not inherit them
 _TORCHRUN: Final = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|GROUP_WORLD_SIZE|ROLE_NAME|MASTER_\w+|TORCHELASTIC_\w+"
 )
@@ -39,16 +39,16 @@ _TORCHRUN: Final = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """One of the processes of a run, and its way to the others.
+    """This process's rank in the run, and its collective operations.
 
-    All methods that communicate are called by all workers, in the same order.
+    All ranks must call every communicating method, in the same order.
 
     Attributes:
-        rank: its number, from 0.
-        world: how many there are.
-        local: how many of them share its machine.
-        gpu: the number of its GPU on that machine; None if it has none.
-        patience: seconds that it waits for the others.
+        rank: rank of this process, from 0.
+        world_size: number of ranks.
+        local_world_size: number of ranks on this machine.
+        gpu: index of this rank's GPU on its machine; None if it has none.
+        timeout: seconds to wait for the other ranks.
     """
 
     rank: int = 0
@@ -60,29 +60,29 @@ class Workers:
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether it is the one that speaks and writes."""
+        """True on rank 0, the only rank that prints and writes the journal."""
         return self.rank == 0
 
     def on_rank_zero(self, work: Callable[[], _T]) -> _T | None:
-        """What ``work`` gives, which the first worker alone does; None for the others, who wait until it is done.
+        """Run ``work`` on rank 0 and return its result there; the other ranks wait for it and return None.
 
-        A `CkptavgError` that it raises is raised by all.
+        A `CkptavgError` raised by ``work`` is raised on all ranks.
         """
         result, error = None, None
         if self.is_rank_zero:
             try:
                 result = work()
-            except CkptavgError as problem:
+            except CkptavgError as caught:
                 if self.world_size == 1:
                     raise
-                error = problem
+                error = caught
         error = self.broadcast(error)
         if error is not None:
             raise error
         return result
 
     def broadcast(self, value: _T) -> _T:
-        """The first worker's ``value``."""
+        """Return the ``value`` of rank 0 on every rank."""
         if self.world_size == 1:
             return value
         import torch
@@ -94,7 +94,7 @@ class Workers:
         return values[0]
 
     def gather(self, value: _T) -> list[_T]:
-        """Every worker's ``value``, by rank."""
+        """Return the ``value`` of every rank, in rank order."""
         if self.world_size == 1:
             return [value]
         from torch import distributed
@@ -105,14 +105,14 @@ class Workers:
         return values
 
     def map_parallel(self, keys: Sequence[_T], work: Callable[[_T], _U]) -> Iterator[tuple[_T, _U]]:
-        """Every key with what ``work`` gives for it, in order; as many at a time as there are workers."""
+        """Yield each key with its result of ``work``, in order; `world_size` keys at a time, one per rank."""
         for start in range(0, len(keys), self.world_size):
-            turn = keys[start : start + self.world_size]
-            found = self.gather(work(turn[self.rank]) if self.rank < len(turn) else None)
-            yield from ((key, one) for key, one in zip(turn, found, strict=False) if one is not None)
+            chunk = keys[start : start + self.world_size]
+            results = self.gather(work(chunk[self.rank]) if self.rank < len(chunk) else None)
+            yield from ((key, result) for key, result in zip(chunk, results, strict=False) if result is not None)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of every worker's ``tensor``, which becomes it; equal on all, and not waited for on a GPU."""
+        """Sum ``tensor`` over all ranks in place and return it; identical on all ranks, asynchronous on a GPU."""
         if self.world_size > 1:
             from torch import distributed
 
@@ -121,26 +121,26 @@ class Workers:
         return tensor
 
     def check_equal(self, what: str, value: object, hint: str) -> None:
-        """Raise TaskError unless all have the same ``value``, told by its text."""
+        """Raise TaskError unless ``repr(value)`` is the same on all ranks; ``what`` names it in the message."""
         texts = self.gather(repr(value))
         odd = next((rank for rank, text in enumerate(texts) if text != texts[0]), None)
         if odd is not None:
-            raise TaskError(f"worker {odd} has other {what} than worker 0", hint=hint)
+            raise TaskError(f"the {what} of worker {odd} differ from those of worker 0", hint=hint)
 
     def environment(self) -> dict[str, str]:
-        """That of a program which this worker starts: it is no worker itself, and has this one's GPU alone."""
+        """Return the environment for a child process: without torchrun's variables, and only this rank's GPU."""
         if self.world_size == 1:
             return dict(os.environ)
         environment = {name: value for name, value in os.environ.items() if not _TORCHRUN.fullmatch(name)}
         if self.gpu is not None:
-            seen = environment.get("CUDA_VISIBLE_DEVICES", "")
-            environment["CUDA_VISIBLE_DEVICES"] = seen.split(",")[self.gpu] if seen else str(self.gpu)
+            visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[self.gpu] if visible else str(self.gpu)
         return environment
 
     def failure(self, error: BaseException) -> BaseException:
-        """What ended the run, as far as it can be told: ``error`` itself, or what made another worker go away.
+        """Return the cause of the failure, if known: ``error`` itself, or the error that ended another rank.
 
-        The first who asks is the one to speak; the others are made silent.
+        The first rank to call this prints the error; the output of the others is suppressed.
         """
         if self.world_size == 1:
             return error
@@ -149,12 +149,12 @@ class Workers:
         shown = error if isinstance(error, CkptavgError) else None
         if isinstance(error, KeyboardInterrupt | Interruption):
             shown = InterruptedRunError("interrupted; nothing was written")
-        mine = json.dumps([self.rank, shown.exit_code if shown else 1, str(shown or error), shown and shown.hint])
+        own = json.dumps([self.rank, shown.exit_code if shown else 1, str(shown or error), shown and shown.hint])
         try:
-            first = self._store.compare_set(_FAILED, "", mine).decode()
-        except RuntimeError:  # whoever started the run is gone too
-            first = mine
-        (restore_streams if first == mine else silence)()
+            first = self._store.compare_set(_FAILED, "", own).decode()
+        except RuntimeError:  # the process that holds the store has exited too
+            first = own
+        (restore_streams if first == own else silence)()
         return error
 
     @contextmanager
@@ -167,18 +167,18 @@ class Workers:
             raise
 
     def _lost_rank_error(self) -> CkptavgError:
-        """What a worker that went away said before; else that it went."""
-        until = time.monotonic() + _GRACE
-        while time.monotonic() < until:
+        """Return the error that a failed rank recorded in the store, or one for a lost connection."""
+        deadline = time.monotonic() + _GRACE
+        while time.monotonic() < deadline:
             try:
                 if self._store.check([_FAILED]):
                     _, code, text, hint = json.loads(self._store.get(_FAILED))
-                    return _error(code, text, hint)
+                    return _rebuilt_error(code, text, hint)
             except RuntimeError:
                 break
             time.sleep(0.05)
         return InterruptedRunError(
-            f"another worker ended, or did not answer for {self.timeout:g} s; nothing was written",
+            f"another worker exited, or did not respond for {self.timeout:g} s; nothing was written",
             hint="run the same command to resume",
         )
 
@@ -187,24 +187,24 @@ ALONE: Final = Workers()
 
 
 def rank() -> int:
-    """This process's number among those that ``torchrun`` started; 0 where it started none."""
-    return int(os.environ["RANK"]) if _world() > 1 else 0
+    """Return this process's rank under ``torchrun``; 0 without it."""
+    return int(os.environ["RANK"]) if _world_size() > 1 else 0
 
 
 @contextmanager
-def joined(device: str, patience: float) -> Generator[Workers]:
-    """This process's place among the workers, which meet here and part at the end.
+def joined(device: str, timeout: float) -> Generator[Workers]:
+    """Join the process group of ``torchrun`` for the duration of the context.
 
-    Where it ends in an error, one of them is left to speak.
+    After an error only one rank prints it.
 
     Args:
-        device: as ``--device`` names it.
-        patience: seconds after which a worker that does not answer is given up.
+        device: value of ``--device``.
+        timeout: seconds after which a rank that does not respond counts as lost.
     Raises:
         UsageError: if there are more workers than GPUs on this machine.
-        InterruptedRunError: if the workers do not find each other, or one of them goes away.
+        InterruptedRunError: if the workers cannot connect, or one of them exits early.
     """
-    if _world() == 1:
+    if _world_size() == 1:
         yield ALONE
         return
     import torch
@@ -214,15 +214,17 @@ def joined(device: str, patience: float) -> Generator[Workers]:
     backend, gpu = "cpu:gloo", None
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
         backend, gpu = "cpu:gloo,cuda:nccl", _gpu(int(os.environ["LOCAL_RANK"]))
-    limit = timedelta(seconds=patience)
+    delta = timedelta(seconds=timeout)
     try:
-        store, number, world = next(rendezvous("env://", timeout=limit))
-        distributed.init_process_group(backend, store=store, rank=number, world_size=world, timeout=limit)
+        store, number, world_size = next(rendezvous("env://", timeout=delta))
+        distributed.init_process_group(backend, store=store, rank=number, world_size=world_size, timeout=delta)
     except RuntimeError as error:
-        what = f"the workers did not find each other: {str(error).splitlines()[0]}"
-        raise InterruptedRunError(what, hint="look at torchrun's --rdzv-endpoint and --nnodes") from error
+        message = f"the workers could not connect: {str(error).splitlines()[0]}"
+        raise InterruptedRunError(message, hint="check torchrun's --rdzv-endpoint and --nnodes") from error
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = Workers(rank=number, world_size=world, local_world_size=local, gpu=gpu, timeout=patience, _store=store)
+    workers = Workers(
+        rank=number, world_size=world_size, local_world_size=local, gpu=gpu, timeout=timeout, _store=store
+    )
     try:
         yield workers
     except BaseException as error:
@@ -234,49 +236,49 @@ def joined(device: str, patience: float) -> Generator[Workers]:
 
 
 def silence() -> None:
-    """Say nothing more, on neither stream."""
-    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  # as long as the process
+    """Discard everything printed to stdout and stderr from now on."""
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  # open until the process exits
 
 
 def restore_streams() -> None:
-    """Say what there is to say again."""
+    """Undo `silence`."""
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def interleave(parts: Sequence[Sequence[_T]]) -> list[_T]:
-    """What workers that took every ``world``-th of a sequence have, in its order."""
+    """Merge per-rank parts of a sequence, of which each rank took every ``world_size``-th item, in its order."""
     longest = max(map(len, parts))
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
 
-def _world() -> int:
+def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def _gpu(number: int) -> int:
-    """The GPU of the worker with this number on its machine, made the one that ``cuda`` stands for."""
+    """Return the GPU of local rank ``number``, after making it the current device of ``cuda``."""
     import torch
 
-    if number >= (there := torch.cuda.device_count()):
+    if number >= (count := torch.cuda.device_count()):
         raise UsageError(
-            f"there is no GPU for worker {number} of this machine, which has {there}",
-            hint=f"torchrun --nproc-per-node {there}, or --device cpu" if there else "--device cpu",
+            f"no GPU for local rank {number}: this machine has {count}",
+            hint=f"use torchrun --nproc-per-node {count}, or --device cpu" if count else "use --device cpu",
         )
     torch.cuda.set_device(number)
     return number
 
 
 def _is_broken(error: BaseException | None) -> bool:
-    """Whether an error is, or comes from, a connection between workers that broke."""
+    """Return whether ``error`` is, or was caused by, a broken connection between ranks."""
     while error is not None and not isinstance(error, InterruptedRunError):
-        known = type(error).__module__.startswith("torch") and type(error).__name__.startswith("Dist")
-        if isinstance(error, RuntimeError) and (known or _BROKEN.search(str(error))):
+        distributed = type(error).__module__.startswith("torch") and type(error).__name__.startswith("Dist")
+        if isinstance(error, RuntimeError) and (distributed or _BROKEN.search(str(error))):
             return True
         error = error.__cause__
     return False
 
 
-def _error(code: int, text: str, hint: str | None) -> CkptavgError:
-    """The error that another worker told."""
+def _rebuilt_error(code: int, text: str, hint: str | None) -> CkptavgError:
+    """Rebuild the error that another rank recorded."""
     kinds = {kind.exit_code: kind for kind in CkptavgError.__subclasses__()}
     return kinds.get(code, CkptavgError)(text, hint=hint)

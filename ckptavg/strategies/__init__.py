@@ -1,7 +1,7 @@
-"""The algorithms. One file a strategy, its name the command's; a module that ends in ``STRATEGY = ...`` is one.
+"""The algorithms: one module per strategy, named like its command, that ends in ``STRATEGY = ...``.
 
-Only `ckptavg.objective`, `ckptavg.coefficients`, `ckptavg.errors` and torch are visible here (and torch inside the
-functions, so that a command's help can be shown without importing it).
+Strategies import only `ckptavg.objective`, `ckptavg.coefficients`, `ckptavg.errors` and torch (torch inside functions,
+so that the help pages load without it).
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from ckptavg.objective import Strategy
 
 @cache
 def strategies() -> dict[str, type[Strategy]]:
-    """Command name → strategy, for every strategy file."""
+    """Return command name → strategy class, for every module of the package."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     return {name: importlib.import_module(f"{__name__}.{name}").STRATEGY for name in names}
 
 
 def from_spec(spec: str) -> Strategy:
-    """The strategy that ``NAME`` or ``NAME:setting=value:setting=value`` describes, such as ``twa:on=train:lr=0.01``.
+    """Return the strategy of ``NAME`` or ``NAME:setting=value:setting=value``, such as ``twa:on=train:lr=0.01``.
 
     Raises:
-        UsageError: if there is no such strategy or setting, or the value is not of its type.
+        UsageError: if the strategy or setting is unknown, or the value has the wrong type.
     """
     name, *given = spec.split(":")
     if name not in strategies():
-        raise UsageError(f"{spec}: there is no strategy {name!r}", hint=f"there are {', '.join(strategies())}")
+        raise UsageError(f"{spec}: there is no strategy {name!r}", hint=f"choose from {', '.join(strategies())}")
     strategy = strategies()[name]
     hints = get_type_hints(strategy)
-    known = [setting.name for setting in fields(strategy)]  # pyright: ignore[reportArgumentType]  # a dataclass
+    names = [setting.name for setting in fields(strategy)]  # pyright: ignore[reportArgumentType]  # a dataclass
     settings: dict[str, Any] = {}
     for item in given:
         key, equals, value = item.partition("=")
         key = key.replace("-", "_")
-        if key not in known:
-            has = f"{name} has {', '.join(known)}" if known else f"{name} has none"
-            raise UsageError(f"{spec}: there is no setting {key!r}", hint=has)
+        if key not in names:
+            hint = f"{name} has {', '.join(names)}" if names else f"{name} has none"
+            raise UsageError(f"{spec}: there is no setting {key!r}", hint=hint)
         try:
             settings[key] = _parsed(value if equals else "true", hints[key])
         except ValueError as error:
@@ -52,7 +52,7 @@ def from_spec(spec: str) -> Strategy:
 
 
 def _parsed(text: str, kind: Any) -> Any:
-    """A setting's value from its text; ValueError where it is not of its type."""
+    """Return a setting's value from its text; raise ValueError if the text is not of type `kind`."""
     if kind is bool:
         if text not in ("true", "false"):
             raise ValueError(text)

@@ -1,4 +1,4 @@
-"""ASWA: walk through the candidates in training order, and average only those that do not make it worse.
+"""ASWA: go through the candidates in training order and average those that do not lower the score.
 
 Shape suffixes: N = candidates.
 """
@@ -16,21 +16,21 @@ from ckptavg.objective import Learned, Objective, Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class ASWA:
-    """Accept each candidate into a running average only if the validation score does not fall.
+    """Accept each candidate into a running average if the validation score does not fall.
 
-    The state is the average w̄ of n candidates and its score v; the first candidate starts it. For every further one:
+    The state is the average w̄ of n candidates and its score v, initially the first candidate. For every further w_i:
 
-    - look ahead: ŵ = (n·w̄ + w_i)/(n + 1), BatchNorm recomputed, scores v̂;
-    - hard update where w_i alone scores above both v̂ and v: w̄ = w_i, n = 1, v its score;
-    - else soft update where v̂ ≥ v: w̄ = ŵ, n = n + 1, v = v̂;
-    - else it is rejected.
+    - look ahead: ŵ = (n·w̄ + w_i)/(n + 1), with BatchNorm recomputed, has score v̂;
+    - hard update if w_i alone scores above both v̂ and v: w̄ = w_i, n = 1, v = score of w_i;
+    - else soft update if v̂ ≥ v: w̄ = ŵ, n = n + 1, v = v̂;
+    - else reject w_i.
 
-    The answer is 1/n for each candidate in w̄. The average is never scored again: v is remembered. With a tolerance t
-    the soft update asks for v̂ ≥ v − t and v stays the highest score so far, so that tolerated losses do not add up.
+    The result is 1/n for each candidate in w̄. The average is never scored again: v is stored. With a tolerance t
+    the soft update requires v̂ ≥ v − t and v stays the highest score so far, so that tolerated losses do not add up.
 
-    What differs from the authors' code: a rejected checkpoint leaves no trace (their image classification restores an
-    alias of the changed weights), v is not measured twice an epoch, and after a hard update n is 1 (their
-    knowledge-graph callback forgets the average at the next soft update). ``--no-hard-updates`` is the rule of their
+    Differences from the authors' code: a rejected checkpoint leaves no trace (their image classification restores an
+    alias of the changed weights), v is measured once per epoch instead of twice, and n is 1 after a hard update (their
+    knowledge-graph callback drops the average at the next soft update). ``--no-hard-updates`` is the rule of their
     image classification.
 
     References:
@@ -39,11 +39,9 @@ class ASWA:
 
     needs_task: ClassVar[bool] = True
 
-    hard_updates: Annotated[bool, "Restart from a candidate that alone scores above the average."] = True
-    tolerance: Annotated[float, "How far below the best score so far an average may fall and still be accepted."] = 0.0
-    early_reject: Annotated[
-        bool, "Stop a score as soon as no remaining example can change the decision; needs the task's metric_bounds."
-    ] = False
+    hard_updates: Annotated[bool, "Restart from a candidate that scores above the average."] = True
+    tolerance: Annotated[float, "Accept an average this far below the best score so far."] = 0.0
+    early_reject: Annotated[bool, "Stop scoring once the decision is certain; needs the task's metric_bounds."] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < float("inf"):
@@ -56,38 +54,40 @@ class ASWA:
             objective.prefetch([Coefficients.uniform([i], n) for i in range(n)])
         chosen: Sequence[int] = (0,)
         v = objective.score(Coefficients.uniform(chosen, n)).value
-        own: list[float | None] = [v]
+        alone: list[float | None] = [v]
         ahead: list[float | None] = [None]
         decisions = ["start"]
         for i in range(1, n):
-            looked, soft = self._above(objective, [*chosen, i], v - self.tolerance, strict=False)
-            bar = max(v, looked) if soft and looked is not None else v
-            alone, hard = self._above(objective, [i], bar, strict=True) if self.hard_updates else (None, False)
-            if hard and alone is not None:
-                chosen, v, decision = (i,), alone, "hard"
+            ahead_score, soft = self._above(objective, [*chosen, i], v - self.tolerance, strict=False)
+            threshold = max(v, ahead_score) if soft and ahead_score is not None else v
+            alone_score, hard = (
+                self._above(objective, [i], threshold, strict=True) if self.hard_updates else (None, False)
+            )
+            if hard and alone_score is not None:
+                chosen, v, decision = (i,), alone_score, "hard"
             elif soft:
-                chosen, v, decision = (*chosen, i), bar, "soft"
+                chosen, v, decision = (*chosen, i), threshold, "soft"
             else:
                 decision = "reject"
-            ahead.append(looked)
-            own.append(alone)
+            ahead.append(ahead_score)
+            alone.append(alone_score)
             decisions.append(decision)
             objective.progress("walking through the candidates", i + 1, n, score=v)
         return Learned(
             coefficients=Coefficients.uniform(chosen, n),
-            columns={"alone": own, "ahead": ahead, "decision": decisions},
+            columns={"alone": alone, "ahead": ahead, "decision": decisions},
         )
 
     def _above(
-        self, objective: Objective, chosen: Sequence[int], bar: float, *, strict: bool
+        self, objective: Objective, chosen: Sequence[int], threshold: float, *, strict: bool
     ) -> tuple[float | None, bool]:
-        """The score of a uniform average (None where it was stopped early) and whether it clears the bar."""
+        """Return the score of a uniform average (None if stopped early) and whether it is above the threshold."""
         coefficients = Coefficients.uniform(chosen, objective.n)
         if self.early_reject:
-            score = objective.score_at_least(coefficients, bar, strict=strict)
+            score = objective.score_at_least(coefficients, threshold, strict=strict)
             return (None, False) if score is None else (score.value, True)
         value = objective.score(coefficients).value
-        return value, value > bar if strict else value >= bar
+        return value, value > threshold if strict else value >= threshold
 
 
 STRATEGY: type[Strategy] = ASWA

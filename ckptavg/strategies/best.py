@@ -1,4 +1,4 @@
-"""The best single candidate: what choosing one checkpoint by validation score gives."""
+"""Best: the single candidate with the highest validation score."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ckptavg.objective import Learned, Objective, Strategy, scored_alone
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
-    """Take the candidate with the highest validation score alone, the later one of equals."""
+    """Take the candidate with the highest validation score; ties go to the later one."""
 
     needs_task: ClassVar[bool] = True
 

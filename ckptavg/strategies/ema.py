@@ -12,10 +12,10 @@ from ckptavg.objective import Learned, Objective, Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class EMA:
-    """Average with exponentially falling weight for older candidates.
+    """Average with exponentially decaying weights for older candidates.
 
-    What the recursion w̄ ← α·w̄ + (1 − α)·w_i gives from w̄ = w_1: β_1 = α^(N−1), β_i = (1 − α)·α^(N−i) for i > 1,
-    which sums to 1. An approximation, on saved checkpoints, of the average that is kept at every training step.
+    The recursion w̄ ← α·w̄ + (1 − α)·w_i from w̄ = w_1 gives β_1 = α^(N−1), β_i = (1 − α)·α^(N−i) for i > 1,
+    which sums to 1. It approximates, on saved checkpoints, the EMA updated at every training step.
 
     References:
         The recursion of ``torch.optim.swa_utils.get_ema_avg_fn``.
@@ -23,7 +23,7 @@ class EMA:
 
     needs_task: ClassVar[bool] = False
 
-    decay: Annotated[float, "How much of the average each further candidate keeps, α."] = 0.9
+    decay: Annotated[float, "Decay α of the average per candidate."] = 0.9
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:

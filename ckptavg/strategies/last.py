@@ -1,4 +1,4 @@
-"""The last candidate, as it is: what there would be without averaging."""
+"""Last: the last candidate, the result without averaging."""
 
 from __future__ import annotations
 

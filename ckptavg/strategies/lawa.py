@@ -21,7 +21,7 @@ class LAWA:
 
     needs_task: ClassVar[bool] = False
 
-    k: Annotated[int, "How many checkpoints to average."] = 5
+    k: Annotated[int, "Number of checkpoints to average."] = 5
 
     def __post_init__(self) -> None:
         if self.k < 1:

@@ -1,4 +1,4 @@
-"""SeWA: which K of the N candidates to average, learned as a probabilistic mask.
+"""SeWA: learn a probabilistic mask that selects the K of N candidates to average.
 
 Shape suffixes: N = candidates, K = chosen, M = Monte Carlo samples.
 """
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
     from ckptavg.surrogate.subsets import Subsets
 
 BLOCK = 256  # steps whose noise is drawn at once
-DRAWS = 8  # masks that are scored between two steps of s, where there is no gradient
-MOVES = 5  # of the quadratic to the best subset so far
-MEMORY = 0.99  # of the running mean of squared gradients, a step
-EDGE = 1e-3  # probabilities closer than this to 0 or 1 are sampled as if they were this far away
+DRAWS = 8  # masks scored per step of s when there is no gradient
+MOVES = 5  # times the quadratic is moved to the best subset so far
+MEMORY = 0.99  # decay per step of the running mean of squared gradients
+EDGE = 1e-3  # distance from 0 and 1 to which sampled probabilities are clamped
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeWA:
     """Select K checkpoints with a mask learned by Gumbel-Softmax, and average them.
 
-    The mask m ∈ {0,1}^N, Σ m_i = K, that minimises F(m) = E_B ℓ(Σ_i m_i w_i / Σ_i m_i; B) is sought by relaxing it to
+    The mask m ∈ {0,1}^N, Σ m_i = K, should minimise F(m) = E_B ℓ(Σ_i m_i w_i / Σ_i m_i; B). It is relaxed to
     m_i ~ Bernoulli(s_i), s ∈ C = {0 ≤ s_i ≤ 1, Σ s_i ≤ K}, from s_i = K/N. Each step draws M binary Concrete samples
     m̃_i = σ((log(s_i/(1−s_i)) + g1 − g0)/τ), g0, g1 ~ Gumbel(0,1), and takes s ← Π_C(s − η·∇_s mean ℓ(w(m̃))). The
-    temperature τ falls linearly. The likeliest masks of K, which have the largest Σ logit s_i (ties to the later), are
-    scored, and the one with the lowest loss is the answer, with coefficients 1/K.
+    temperature τ falls linearly. The most probable masks of K, those with the largest Σ logit s_i (ties to the later),
+    are scored, and the mask with the lowest loss is returned, with coefficients 1/K.
 
     Differs from the paper in three ways. The gradient, less its mean, is divided by the root of the running mean of its
-    squares, and η falls linearly to 0: how much losses differ between candidates is worlds apart from task to task, and
-    one η would be too small here and too large there. The paper takes the K largest s_i as they are (``--verify 1``);
-    the relaxation is off by a little, and a few scores cost next to nothing. It fits the mask on training data
+    squares, and η falls linearly to 0: loss differences between candidates vary by orders of magnitude between tasks,
+    so no single η would suit all of them. The paper takes the K largest s_i without scoring (``--verify 1``); the
+    relaxation is slightly inexact, and a few scores are cheap. The paper fits the mask on training data
     (``--on train``); here validation data is the default, because a mask fitted on noisy training labels learns the
     noise. The authors' public code differs further: one Gumbel instead of two, straight-through always, τ = 1, AdamW on
     logits, no projection.
@@ -55,26 +55,24 @@ class SeWA:
 
     needs_task: ClassVar[bool] = True
 
-    k: Annotated[int | Literal["auto"], "How many checkpoints to average; auto with --solver quadratic."] = 5
-    solver: Annotated[
-        Literal["gumbel", "quadratic"], "Learn the mask step by step, or search the loss to second order in one pass."
-    ] = "gumbel"
-    hessian: Annotated[Hessian, "Curvature of the quadratic solver."] = "auto"
-    verify: Annotated[int, "How many of a solver's best subsets are scored for real."] = 8
-    steps: Annotated[int, "Optimisation steps of the mask."] = 100
-    lr: Annotated[float, "Learning rate η: how far a probability moves in the first steps, about."] = 0.05
-    samples: Annotated[int, "Monte Carlo samples M a step."] = 2
-    tau_start: Annotated[float, "Temperature at the first step."] = 1.0
-    tau_end: Annotated[float, "Temperature at the last step."] = 0.3
-    on: Annotated[Literal["val", "train"] | None, "Data the mask is learned on; default val where the task has it."] = (
-        None
-    )
-    straight_through: Annotated[bool, "Round the sampled mask to 0 or 1 in the forward pass."] = False
-    evaluations: Annotated[int, "Scores to search by where there is no gradient (--score-cmd, --lm-eval)."] = 100
+    k: Annotated[int | Literal["auto"], "Checkpoints to average; auto if quadratic."] = 5
+    solver: Annotated[Literal["gumbel", "quadratic"], "Gradient steps or a quadratic model."] = "gumbel"
+    hessian: Annotated[Hessian, "Second derivatives to use.", "quadratic solver"] = "auto"
+    verify: Annotated[int, "How many of the solver's best subsets to score.", "both solvers"] = 8
+    steps: Annotated[int, "Optimisation steps of the mask.", "gumbel solver"] = 100
+    lr: Annotated[float, "Learning rate η ≈ size of the first steps.", "gumbel solver"] = 0.05
+    samples: Annotated[int, "Monte Carlo samples M per step.", "gumbel solver"] = 2
+    tau_start: Annotated[float, "Temperature at the first step.", "gumbel solver"] = 1.0
+    tau_end: Annotated[float, "Temperature at the last step.", "gumbel solver"] = 0.3
+    on: Annotated[
+        Literal["val", "train"] | None, "Data to learn the mask on; default val if the task has it.", "both solvers"
+    ] = None
+    straight_through: Annotated[bool, "Round the sampled mask to 0 or 1 in the forward pass.", "gumbel solver"] = False
+    evaluations: Annotated[int, "Scores to spend with --score-cmd or --lm-eval.", "search by scores"] = 100
 
     def __post_init__(self) -> None:
         if self.k == "auto" and self.solver != "quadratic":
-            raise UsageError("--k auto needs --solver quadratic, which answers for every K at once")
+            raise UsageError("--k auto needs --solver quadratic, which solves for every K at once")
         for name in ("k", "steps", "samples", "evaluations", "verify"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, not {getattr(self, name)}")
@@ -124,22 +122,20 @@ class SeWA:
         return Learned(coefficients=Coefficients.uniform(chosen, n), columns={"s": s_N.tolist()}, trace={"loss": trace})
 
     def _by_surrogate(self, objective: Objective) -> Learned:
-        """The best of ``verify`` subsets by real loss, each of them the best by the loss to second order when scored.
+        """Return the best of ``verify`` subsets by real loss, each chosen as the best on the quadratic when scored.
 
-        See `ckptavg.surrogate`. With ``--k auto`` the best subset of every size is scored first, and the others are of
-        the size that won; a score is the loss here, which is what the quadratic predicts. Whenever a subset is better
-        than all before it, the quadratic is moved there: value and gradient of the real loss at it, with the second
-        derivatives that are known, for the price of a forward and a backward pass.
-        Around the mean alone, the best subset of a network in a wide valley may be the hundredth of the quadratic.
+        See `ckptavg.surrogate`. With ``--k auto`` the best subset of every size is scored first, and all others have
+        the size that won; subsets are scored by loss, which is what the quadratic predicts. Whenever a subset is better
+        than all before it, the quadratic is recentered there: value and gradient of the real loss at the subset, with
+        the second derivatives kept, at the cost of a forward and a backward pass. Without recentering, the best subset
+        of a network in a wide valley may rank only hundredth on the quadratic around the mean.
         """
         import torch
 
         from ckptavg.surrogate.subsets import best_for_every_k, best_subsets
 
         if not objective.differentiable:
-            raise UsageError(
-                "the quadratic solver needs a loss, and here there are only scores", hint="--solver gumbel"
-            )
+            raise UsageError("the quadratic solver needs a loss, not scores alone", hint="--solver gumbel")
         n = objective.n
         q = objective.surrogate(self.on, self.hessian)
         found = best_for_every_k(q, 1)
@@ -166,10 +162,10 @@ class SeWA:
             chosen = better
         assert chosen is not None
         if auto:
-            chosen = verified.best(verified.scores)  # of another size, if none of these came up to it
+            chosen = verified.best(verified.scores)  # of another size if none of these is better
         notes = [q.note] if q.note else []
         if found[k].proof == "heuristic":
-            notes.append(f"the best subsets of {k} by the quadratic were found by a heuristic, without a proof")
+            notes.append(f"the best subsets of {k} on the quadratic come from a heuristic, without proof of optimality")
         return Learned(
             coefficients=Coefficients.uniform(chosen, n),
             notes=notes,
@@ -177,39 +173,39 @@ class SeWA:
         )
 
     def _by_scores(self, objective: Objective, k: int) -> Learned:
-        """The mask by score-function gradients: as many scores as asked for, of K candidates each.
+        """Learn the mask by score-function gradients from ``evaluations`` scores of K candidates each.
 
         Each step draws `DRAWS` masks m of exactly K candidates (the K largest of logit s_i + Gumbel noise) and takes
         s ← Π_C(s + η·Σ_m A(m)·(m − s)), A(m) being the scores less their mean, the sum brought to a mean square of 1:
-        REINFORCE with s(1−s)∇_s log p(m|s) = m − s as its direction, which does not explode at 0 and 1. The answer is
-        the best mask of all that were scored; the likeliest one is scored last. Source: Williams 1992, Machine
+        REINFORCE with the direction s(1−s)∇_s log p(m|s) = m − s, which stays bounded at 0 and 1. The result is the
+        best of all scored masks; the most probable mask is scored last. Source: Williams 1992, Machine
         Learning 8.
         """
         import torch
 
         n, draws = objective.n, objective.generator
         s_N = torch.full((n,), k / n, dtype=torch.float64)
-        found: dict[tuple[int, ...], float] = {}
+        scored: dict[tuple[int, ...], float] = {}
         trace: list[float] = []
-        while len(found) < min(self.evaluations, math.comb(n, k)) and len(trace) < self.evaluations:
-            rest = self.evaluations - len(found)
+        while len(scored) < min(self.evaluations, math.comb(n, k)) and len(trace) < self.evaluations:
+            rest = self.evaluations - len(scored)
             masks = [self._drawn(s_N, k, draws) for _ in range(min(DRAWS, rest - 1))] or likeliest(s_N, k, 1)
             objective.prefetch([Coefficients.uniform(mask, n) for mask in masks])
-            scores = torch.tensor([self._scored(objective, mask, found) for mask in masks], dtype=torch.float64)
+            scores = torch.tensor([self._scored(objective, mask, scored) for mask in masks], dtype=torch.float64)
             m_MN = torch.zeros(len(masks), n, dtype=torch.float64)
             for row_N, mask in zip(m_MN, masks, strict=True):
                 row_N[list(mask)] = 1
             if (finite := scores[scores.isfinite()]).numel():
-                scores = scores.clamp(min=finite.min())  # −∞ has no distance to anything
+                scores = scores.clamp(min=finite.min())  # −∞ would make every difference infinite
             else:
                 scores = torch.zeros_like(scores)
             ascent_N = (scores - scores.mean()) @ (m_MN - s_N)
             root = ascent_N.square().mean().sqrt().clamp(min=torch.finfo(scores.dtype).tiny)
             s_N = project_capped_simplex(s_N + self.lr * ascent_N / root, k)
-            trace.append(max(found.values()))
-            objective.progress("searching by scores", len(found), self.evaluations, score=trace[-1])
-        self._scored(objective, likeliest(s_N, k, 1)[0], found)
-        chosen = max(found, key=lambda mask: (found[mask], mask))
+            trace.append(max(scored.values()))
+            objective.progress("searching by scores", len(scored), self.evaluations, score=trace[-1])
+        self._scored(objective, likeliest(s_N, k, 1)[0], scored)
+        chosen = max(scored, key=lambda mask: (scored[mask], mask))
         return Learned(
             coefficients=Coefficients.uniform(chosen, n), columns={"s": s_N.tolist()}, trace={"best_score": trace}
         )
@@ -220,13 +216,13 @@ class SeWA:
         noise_N = torch.rand(len(s_N), generator=generator, dtype=s_N.dtype).log().neg().log().neg()
         return tuple(sorted((torch.logit(s_N, eps=EDGE) + noise_N).topk(k).indices.tolist()))
 
-    def _scored(self, objective: Objective, mask: tuple[int, ...], found: dict[tuple[int, ...], float]) -> float:
-        if mask not in found:
-            found[mask] = objective.score(Coefficients.uniform(mask, objective.n)).value
-        return found[mask]
+    def _scored(self, objective: Objective, mask: tuple[int, ...], scored: dict[tuple[int, ...], float]) -> float:
+        if mask not in scored:
+            scored[mask] = objective.score(Coefficients.uniform(mask, objective.n)).value
+        return scored[mask]
 
     def _noise(self, objective: Objective, s_N: Tensor) -> Iterator[Tensor]:
-        """[M, N] of g1 − g0 for step after step; drawn on the CPU, the same for every device, and moved in blocks."""
+        """Yield g1 − g0 as [M, N] for each step; drawn on the CPU so that devices agree, moved in blocks."""
         import torch
 
         while True:
@@ -234,10 +230,10 @@ class SeWA:
             yield from torch.logit(uniform, eps=1e-12).to(s_N)  # the difference of two Gumbels is logistic
 
     def _mixture(self, s_N: Tensor, noise_N: Tensor, tau: float) -> Tensor:
-        """[N], m̃ / Σ m̃ for one binary Concrete sample m̃, differentiable in s."""
+        """Return [N], m̃ / Σ m̃ for one binary Concrete sample m̃, differentiable in s."""
         import torch
 
-        # clamped in value only: a clamp's own gradient is 0 outside, and s_i could never leave 0 or 1 again
+        # clamp the value only: the gradient of a clamp is 0 outside, so s_i could never leave 0 or 1 again
         inner_N = s_N + (s_N.clamp(EDGE, 1 - EDGE) - s_N).detach()
         m_N = torch.sigmoid((torch.logit(inner_N) + noise_N) / tau)
         if self.straight_through:
@@ -247,11 +243,11 @@ class SeWA:
 
 
 class _Verified:
-    """Subsets whose real scores are known, each measured once.
+    """Cache of the real scores of subsets, each measured once.
 
     Args:
-        objective: what scores them.
-        total: how many there will be at most.
+        objective: scores the subsets.
+        total: largest number of subsets, for the progress bar.
     """
 
     def __init__(self, objective: Objective, total: int) -> None:
@@ -260,22 +256,22 @@ class _Verified:
         self._total = total
 
     def loss(self, mask: tuple[int, ...]) -> float:
-        """The loss of the uniform average over ``mask``."""
+        """Return the loss of the uniform average over ``mask``."""
         if mask not in self.scores:
             score = self.scores[mask] = self._objective.score(Coefficients.uniform(mask, self._objective.n))
             self._objective.progress("verifying subsets", len(self.scores), self._total, loss=score.loss or 0.0)
         return self.scores[mask].loss or 0.0
 
     def best(self, masks: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-        """The one with the lowest loss, ties to the later candidates."""
+        """Return the mask with the lowest loss; ties go to the later candidates."""
         return min(masks, key=lambda mask: (self.loss(mask), [-i for i in reversed(mask)]))
 
 
 def likeliest(s_N: Tensor, k: int, count: int) -> list[tuple[int, ...]]:
-    """The ``count`` masks of ``k`` candidates (all, if there are fewer) with the largest Σ logit s_i, best first.
+    """Return the ``count`` masks of ``k`` candidates (all, if fewer) with the largest Σ logit s_i, best first.
 
-    The candidates in falling order of logit s, a mask's successors are those with one of its members put off by one
-    place; every mask is reached from the first, and none is better than the one it comes from.
+    With candidates in falling order of logit s, the successors of a mask move one member one place down; every mask
+    is reachable from the first, and no mask is better than its predecessor.
     """
     import torch
 
@@ -283,22 +279,22 @@ def likeliest(s_N: Tensor, k: int, count: int) -> list[tuple[int, ...]]:
     order = sorted(range(len(values)), key=lambda i: (values[i], s_N[i], i), reverse=True)
     first = tuple(range(k))
     heap, seen = [(0.0, first)], {first}
-    found: list[tuple[int, ...]] = []
-    while heap and len(found) < count:
+    masks: list[tuple[int, ...]] = []
+    while heap and len(masks) < count:
         behind, places = heapq.heappop(heap)
-        found.append(tuple(sorted(order[place] for place in places)))
+        masks.append(tuple(sorted(order[place] for place in places)))
         for j, place in enumerate(places):
             later = (*places[:j], place + 1, *places[j + 1 :])
             if place + 1 < len(order) and place + 1 not in places and later not in seen:
                 seen.add(later)
                 heapq.heappush(heap, (behind + values[order[place]] - values[order[place + 1]], later))
-    return found
+    return masks
 
 
 def _sizes(
     found: Mapping[int, Subsets], scores: Mapping[tuple[int, ...], Score]
 ) -> list[dict[str, float | str | None]]:
-    """For each size the best subset of the quadratic around the mean: its loss there, and the real one if measured."""
+    """Return a row per size: loss of the best subset on the quadratic at the mean, and its real loss if scored."""
     rows: list[dict[str, float | str | None]] = []
     for size, subsets in found.items():
         real = scores.get(subsets.masks[0])
@@ -309,11 +305,11 @@ def _sizes(
 
 
 def project_capped_simplex(s_N: Tensor, k: float) -> Tensor:
-    """Euclidean projection of ``s_N`` onto C = {0 ≤ s ≤ 1, Σ s ≤ k}.
+    """Project ``s_N`` onto C = {0 ≤ s ≤ 1, Σ s ≤ k} in the Euclidean norm.
 
-    It is clamp(s − ν, 0, 1) with ν = 0 where that sums to at most k, and otherwise the ν > 0 at which it sums to k.
-    The sum is piecewise linear in ν with 2N breakpoints s_i and s_i − 1; they are sorted, the sum at each is found,
-    and ν is interpolated exactly between the two that enclose k. O(N²) elementwise and without a host
+    The projection is clamp(s − ν, 0, 1) with ν = 0 if that sums to at most k, else with the ν > 0 that gives sum k.
+    The sum is piecewise linear in ν with 2N breakpoints s_i and s_i − 1; they are sorted, the sum at each is
+    computed, and ν is interpolated exactly between the two that enclose k. O(N²) elementwise and without a host
     synchronisation.
 
     Args:

@@ -1,4 +1,4 @@
-"""Greedy soup: from the best candidate down, keep each that makes the uniform average better.
+"""Greedy soup: from the best candidate down, keep each one that improves the uniform average.
 
 Shape suffixes: N = candidates.
 """
@@ -14,15 +14,15 @@ from ckptavg.objective import Learned, Objective, Strategy, scored_alone
 
 @dataclass(frozen=True, kw_only=True)
 class GreedySoup:
-    """Add candidates in order of their validation score, each only if the average improves strictly.
+    """Add candidates by validation score, each only if the average improves strictly.
 
-    Sorted by score, the later one of equals first, the soup starts as the best candidate; the next enters where
-    the uniform average with it scores above the soup without it. Never below the best single candidate on the data
-    it was made on. N scores of single candidates and N − 1 of soups.
+    Candidates are sorted by score, ties to the later one. The soup starts as the best candidate; each next candidate is
+    added if the uniform average with it scores above the soup without it. On the data used for the choice the soup is
+    never worse than the best single candidate. Costs N scores of single candidates and N − 1 of soups.
 
     References:
         Wortsman et al. 2022, Model Soups: Averaging Weights of Multiple Fine-tuned Models Improves Accuracy without
-        Increasing Inference Time, arXiv:2203.05482, recipe 1. Its authors' code keeps strict improvements only, too.
+        Increasing Inference Time, arXiv:2203.05482, recipe 1. Its authors' code also requires strict improvements.
     """
 
     needs_task: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""TWA: the averaging coefficients themselves are trained.
+"""TWA: train the averaging coefficients.
 
 Shape suffixes: G = groups of tensors (blocks), N = candidates.
 """
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
 
 Constraint: TypeAlias = Literal["affine", "simplex"]
 RATE: Mapping[Split, float] = {"val": 2e-2, "train": 2e-4}
-SEGMENT = 5  # points from the mean to the quadratic's optimum that are scored
-MOVES = 2  # of the quadratic to the best point so far
-FAR = (-1.0, 2.0)  # an affine coefficient outside says that a small data set may have been overfitted
+SEGMENT = 5  # points scored between the mean and the optimum of the quadratic
+MOVES = 2  # times the quadratic is moved to the best point so far
+FAR = (-1.0, 2.0)  # affine coefficients outside hint at overfitting of a small data set
 
 
 @dataclass(frozen=True, kw_only=True)
 class TWA:
-    """Train the coefficients by gradient descent in the subspace that the candidates span.
+    """Train the coefficients by gradient descent in the subspace spanned by the candidates.
 
-    w(x) = w̄ + Σ_i x_i p_i with the mean w̄ and p_i = (w_i − w̄)/‖w_i − w̄‖ (0 where that is 0/0), from x = 0 on. So
+    w(x) = w̄ + Σ_i x_i p_i with the mean w̄ and p_i = (w_i − w̄)/‖w_i − w̄‖ (0 if 0/0), starting at x = 0. So
     β_i = 1/N + x_i/‖w_i − w̄‖ − (1/N)·Σ_j x_j/‖w_j − w̄‖, which sums to 1 and may be negative: the authors' affine form.
     The simplex form is β = softmax(N·x_i/‖w_i − w̄‖), the chart of the convex combinations that agrees with the affine
-    one to first order at x = 0, so that one learning rate means the same in both. Layer-wise, every block of tensors
-    has an x of its own.
+    form to first order at x = 0, so that a learning rate has the same effect in both. Layer-wise, every block of
+    tensors has its own x.
 
-    On validation data (TWA-v, the default where there are some) or training data (TWA-t), with AdamW, a linear
-    warm-up over a fifth of the steps and a cosine to 0. ``--patience`` watches the score on a held-out half of the
-    validation data (on all of it for TWA-t) and gives the coefficients of the best epoch, the mean of all included;
-    without it the last ones are given.
+    Training uses validation data (TWA-v, the default if available) or training data (TWA-t), AdamW, a linear
+    warm-up over a fifth of the steps and a cosine decay to 0. ``--patience`` monitors the score on a held-out half of
+    the validation data (all of it for TWA-t) and returns the coefficients of the best epoch, including the initial
+    mean; otherwise the last coefficients are returned.
 
-    What differs from the authors' code: unless ``--lr`` is given, x is measured in units of the mean distance
+    Differences from the authors' code: unless ``--lr`` is given, x is measured in units of the mean distance
     ‖w_i − w̄‖ (of each block), so that the learning rate does not depend on the scale of the model: 0.02 on validation
-    data, and a hundredth of it on training data, where a longer way fits the noise of the labels
+    data, and a hundredth of that on training data, where larger steps fit the label noise
     (``scripts/benchmark/rates.py``). Clipping and the SAM step act on the gradient of x instead of that of all D
     parameters, and the SAM gradient replaces the plain one instead of being added to it at a tenth.
 
@@ -57,30 +57,29 @@ class TWA:
     needs_task: ClassVar[bool] = True
 
     on: Annotated[
-        Literal["val", "train"] | None, "Data the coefficients are trained on; default val where the task has it."
-    ] = None
-    solver: Annotated[
-        Literal["gradient", "quadratic"], "Train step by step, or solve the loss to second order in one pass."
-    ] = "gradient"
-    hessian: Annotated[Hessian, "Curvature of the quadratic solver."] = "auto"
-    radius: Annotated[float, "Trust region of the quadratic solver: ‖x‖ in mean distances; affine only."] = 1.0
-    constraint: Annotated[Constraint, "Any coefficients that sum to one, or only convex combinations."] = "affine"
-    layerwise: Annotated[bool, "Coefficients of their own for every module."] = False
+        Literal["val", "train"] | None, "Data to fit the coefficients to; default val if the task has it.",
+        "both solvers",
+    ] = None  # fmt: skip
+    solver: Annotated[Literal["gradient", "quadratic"], "Training or a quadratic model."] = "gradient"
+    hessian: Annotated[Hessian, "Second derivatives to use.", "quadratic solver"] = "auto"
+    radius: Annotated[float, "Trust region ‖x‖ in mean distances; affine only.", "quadratic solver"] = 1.0
+    constraint: Annotated[Constraint, "simplex: no negative coefficients."] = "affine"
+    layerwise: Annotated[bool, "Separate coefficients for every module.", "gradient solver"] = False
     block_size: Annotated[
-        int | None, "Layer-wise, in blocks of tensors with more elements than this; 0 is one a tensor."
+        int | None, "Separate coefficients for every N elements; 0: per tensor.", "gradient solver"
     ] = None
-    epochs: Annotated[int, "Passes over the data."] = 10
+    epochs: Annotated[int, "Passes over the data.", "gradient solver"] = 10
     lr: Annotated[
         float | None,
-        "Learning rate of x in the weights' own units, the authors' is 0.001; "
-        "default 0.02 (0.0002 on train) of the candidates' distance from their mean.",
+        "Learning rate of x in weight units (authors: 0.001); default 0.02 (train 0.0002) of the mean distance.",
+        "gradient solver",
     ] = None
-    optimizer: Annotated[Literal["adamw", "sgd"], "Of x; sgd has momentum 0.9."] = "adamw"
-    weight_decay: Annotated[float, "Pull towards the mean of all candidates."] = 0.0
-    clip: Annotated[float | None, "Largest norm of the gradient of x."] = None
-    sam_rho: Annotated[float, "Radius of a sharpness-aware (SAM) step in x; 0 is none."] = 0.0
-    patience: Annotated[int | None, "Stop after so many epochs without a better score on held-out data."] = None
-    evaluations: Annotated[int, "Scores to search by where there is no gradient (--score-cmd, --lm-eval)."] = 100
+    optimizer: Annotated[Literal["adamw", "sgd"], "Optimizer of x; sgd has momentum 0.9.", "gradient solver"] = "adamw"
+    weight_decay: Annotated[float, "Decay towards the mean of all candidates.", "gradient solver"] = 0.0
+    clip: Annotated[float | None, "Largest norm of the gradient of x.", "gradient solver"] = None
+    sam_rho: Annotated[float, "Radius of a sharpness-aware (SAM) step.", "gradient solver"] = 0.0
+    patience: Annotated[int | None, "Stop after N epochs without a better held-out score.", "gradient solver"] = None
+    evaluations: Annotated[int, "Scores to spend with --score-cmd or --lm-eval.", "search by scores"] = 100
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("patience", 1), ("block_size", 0), ("evaluations", 1)):
@@ -102,7 +101,7 @@ class TWA:
         if not objective.differentiable:
             return self._by_scores(objective)
         groups = objective.blocks(self.block_size) if self.layerwise or self.block_size is not None else EVERYTHING
-        fit, watched = self._data(objective)
+        fit, monitored = self._splits(objective)
         distance_GN = objective.distances(groups)
         if self.lr is None:
             mean_G1 = distance_GN.mean(dim=1, keepdim=True)
@@ -116,7 +115,7 @@ class TWA:
         trace: list[float] = []
         best, scores = x_GN.detach().clone(), list[float]()
         if self.patience is not None:
-            scores.append(objective.score(_answer(best, distance_GN, self.constraint, groups), watched).value)
+            scores.append(objective.score(_answer(best, distance_GN, self.constraint, groups), monitored).value)
         for epoch in range(self.epochs):
             for _ in range(per_epoch):
                 losses.append(self._gradient(objective, x_GN, distance_GN, fit, groups))
@@ -130,7 +129,7 @@ class TWA:
             if self.patience is None:
                 best = x_GN.detach()
                 continue
-            value = objective.score(_answer(x_GN, distance_GN, self.constraint, groups), watched).value
+            value = objective.score(_answer(x_GN, distance_GN, self.constraint, groups), monitored).value
             if value > max(scores):
                 best = x_GN.detach().clone()
             scores.append(value)
@@ -140,27 +139,25 @@ class TWA:
         return Learned(
             coefficients=coefficients,
             trace={"loss": trace} | ({"held_out_score": scores} if scores else {}),
-            notes=_far(coefficients),
+            notes=_outliers(coefficients),
         )
 
     def _by_surrogate(self, objective: Objective) -> Learned:
-        """The optimum of the loss to second order around the mean of all, as far towards it as the real loss falls.
+        """Return the best point by real loss on the way from the mean to the optimum of the quadratic.
 
-        Affine in the ball ‖x‖ ≤ radius, or over the simplex; see `ckptavg.surrogate`. Points of the segment from the
-        mean are scored. Then the quadratic is moved to the best of them: value and gradient of the real loss there,
-        with the second derivatives that are known, for the price of a forward and a backward pass. The segment from
-        there to its optimum is scored in turn, until nothing is better, `MOVES` times at most.
+        The optimum is affine in the ball ‖x‖ ≤ radius, or on the simplex; see `ckptavg.surrogate`. Points on the
+        segment from the mean are scored. Then the quadratic is recentered at the best of them: value and gradient of
+        the real loss there, with the second derivatives kept, at the cost of a forward and a backward pass. The segment
+        from there to the new optimum is scored in turn, until no point is better, at most `MOVES` times.
         """
         import torch
 
         from ckptavg.surrogate.optimum import affine_optimum, simplex_optimum
 
         if not objective.differentiable:
-            raise UsageError(
-                "the quadratic solver needs a loss, and here there are only scores", hint="--solver gradient"
-            )
+            raise UsageError("the quadratic solver needs a loss, not scores alone", hint="--solver gradient")
         if self.layerwise or self.block_size is not None:
-            raise UsageError("the quadratic solver has one coefficient a candidate", hint="--solver gradient")
+            raise UsageError("the quadratic solver has one coefficient per candidate", hint="--solver gradient")
         q = objective.surrogate(self.on, self.hessian)
         distance_N = objective.distances(EVERYTHING)[0].to("cpu", torch.float64)
         metric_N = distance_N / distance_N.mean().clamp(min=torch.finfo(torch.float64).tiny)
@@ -171,7 +168,7 @@ class TWA:
             if segment:
                 q = q.recentered(start_N, *objective.gradient(chosen, self.on))
             best_N = simplex_optimum(q) if self.constraint == "simplex" else affine_optimum(q, self.radius, metric_N)
-            # where a later segment starts has been scored
+            # the start of a later segment is already scored
             ways = [i / (SEGMENT - 1) for i in range(min(1, segment), SEGMENT)]
             mixed = [(1 - t) * start_N + t * best_N for t in ways]
             points = [Coefficients((tuple((row_N / row_N.sum()).tolist()),)) for row_N in mixed]
@@ -188,20 +185,20 @@ class TWA:
             start_N = torch.tensor(chosen.values[0], dtype=torch.float64)
         return Learned(
             coefficients=chosen,
-            notes=[*([q.note] if q.note else []), *_far(chosen)],
+            notes=[*([q.note] if q.note else []), *_outliers(chosen)],
             tables={"from the mean to the optimum of the quadratic": rows},
         )
 
     def _by_scores(self, objective: Objective) -> Learned:
-        """The coefficients by CMA-ES on x in units of the distances, from the mean of all: as many scores as asked for.
+        """Search by CMA-ES on x in units of the distances, from the mean of all, with ``evaluations`` scores.
 
-        The answer is the best of all that were scored. Source: Hansen 2016, The CMA Evolution Strategy, a tutorial,
-        arXiv:1604.00772, by its author's library.
+        Returns the best of all scored coefficients. Source: Hansen 2016, The CMA Evolution Strategy, a tutorial,
+        arXiv:1604.00772, implemented by its author's library.
         """
         import torch
 
         if self.layerwise or self.block_size is not None:
-            raise UsageError("coefficients by layer are trained by gradients, and here there are only scores")
+            raise UsageError("layer-wise coefficients need a loss, not scores alone")
         n = objective.n
         seed = int(torch.randint(1, 2**31, (1,), generator=objective.generator))
         best, best_value = Coefficients.uniform(range(n), n), -math.inf
@@ -224,15 +221,15 @@ class TWA:
         cost([0.0] * n)
         search = _cma(n, seed)
         while n > 1 and len(trace) < self.evaluations and not search.stop():
-            drawn = search.ask(min(search.popsize, self.evaluations - len(trace)))
-            objective.prefetch([at(x) for x in drawn])
-            costs = [cost(x) for x in drawn]
+            proposals = search.ask(min(search.popsize, self.evaluations - len(trace)))
+            objective.prefetch([at(x) for x in proposals])
+            costs = [cost(x) for x in proposals]
             if len(costs) == search.popsize:
-                search.tell(drawn, costs)
-        return Learned(coefficients=best, trace={"best_score": trace}, notes=_far(best))
+                search.tell(proposals, costs)
+        return Learned(coefficients=best, trace={"best_score": trace}, notes=_outliers(best))
 
-    def _data(self, objective: Objective) -> tuple[Split, Split]:
-        """What to train on, and what to watch: never the same examples where there is anything to be watched."""
+    def _splits(self, objective: Objective) -> tuple[Split, Split]:
+        """Return the split to train on and the split to monitor, which never share examples if ``patience`` is set."""
         fit = self.on or objective.scored_on
         if self.patience is None or fit != objective.scored_on:
             return fit, objective.scored_on
@@ -241,7 +238,7 @@ class TWA:
     def _optimizer(
         self, x_GN: Tensor, steps: int, lr: float
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-        """AdamW or SGD on x, with a linear warm-up over a fifth of the steps and a cosine to 0."""
+        """Return AdamW or SGD on x, and its schedule: linear warm-up over a fifth of the steps, then a cosine to 0."""
         import torch
 
         optimizer = (
@@ -249,16 +246,18 @@ class TWA:
             if self.optimizer == "adamw"
             else torch.optim.SGD([x_GN], lr=lr, momentum=0.9, weight_decay=self.weight_decay)
         )
-        warm = steps // 5
+        warmup = steps // 5
         return optimizer, torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda step: (
-                (step + 1) / warm if step < warm else (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
+                (step + 1) / warmup
+                if step < warmup
+                else (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
             ),
         )
 
     def _gradient(self, objective: Objective, x_GN: Tensor, distance_GN: Tensor, fit: Split, groups: Groups) -> Tensor:
-        """Put the gradient of the next batch's loss, or of its SAM loss, into x; give the loss at x."""
+        """Set x.grad to the gradient of the loss, or SAM loss, of the next batch; return the loss at x."""
         import torch
 
         def backward(*, again: bool) -> Tensor:
@@ -283,12 +282,12 @@ class TWA:
 
 
 def coefficients_of(x_GN: Tensor, distance_GN: Tensor, constraint: Constraint) -> Tensor:
-    """β from x: 1/N + x_i/‖w_i − w̄‖ − (1/N)·Σ_j x_j/‖w_j − w̄‖, or softmax(N·x_i/‖w_i − w̄‖).
+    """Return β from x: 1/N + x_i/‖w_i − w̄‖ − (1/N)·Σ_j x_j/‖w_j − w̄‖, or softmax(N·x_i/‖w_i − w̄‖).
 
     Args:
-        x_GN: [..., N], the coordinates.
-        distance_GN: [..., N], ‖w_i − w̄‖; where it is 0 so is p_i, and x_i has no effect.
-        constraint: which of the two.
+        x_GN: [..., N], coordinates.
+        distance_GN: [..., N], ‖w_i − w̄‖; where 0, p_i is 0 and x_i has no effect.
+        constraint: affine for the first form, simplex for the second.
     Returns:
         [..., N], each row sums to 1 to rounding, differentiable in x.
     """
@@ -303,15 +302,15 @@ def coefficients_of(x_GN: Tensor, distance_GN: Tensor, constraint: Constraint) -
 
 
 def _cma(n: int, seed: int) -> Any:
-    """CMA-ES over n coordinates of which the mean of all candidates is 0, at first with steps of 1/n."""
+    """Return CMA-ES over n coordinates, started at 0, the mean of all candidates, with steps of 1/n."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it looks for matplotlib
+            warnings.simplefilter("ignore")  # its import probes for matplotlib
             import cma
             import numpy as np
     except ImportError as error:
         raise UsageError("a search by scores needs the package cma", hint="pip install 'ckptavg[score]'") from error
-    normal = np.random.default_rng(seed).standard_normal  # or it would seed the caller's own
+    normal = np.random.default_rng(seed).standard_normal  # by default cma seeds numpy's global generator
     options = {"randn": lambda *shape: normal(shape), "seed": math.nan, "verbose": -9, "verb_log": 0}
     return cma.CMAEvolutionStrategy(n * [0.0], 1 / n, options)
 
@@ -319,21 +318,21 @@ def _cma(n: int, seed: int) -> Any:
 def _answer(x_GN: Tensor, distance_GN: Tensor, constraint: Constraint, groups: Groups) -> Coefficients:
     import torch
 
-    # on the CPU, because a device without float64 could not make rows that sum to 1
+    # on the CPU, because rows cannot sum to 1 on a device without float64
     x, distance = x_GN.detach().to("cpu", torch.float64), distance_GN.to("cpu", torch.float64)
     beta = coefficients_of(x, distance, constraint)
     if not bool(torch.isfinite(beta).all()) or float((beta.sum(dim=-1) - 1).abs().max()) > beta.shape[-1] * 2**-40:
-        raise UsageError("the coefficients grew beyond all measure", hint="choose a smaller --lr, or --clip")
+        raise UsageError("the coefficients diverged", hint="choose a smaller --lr, or --clip")
     return Coefficients(tuple(map(tuple, beta.tolist())), groups)
 
 
-def _far(coefficients: Coefficients) -> list[str]:
+def _outliers(coefficients: Coefficients) -> list[str]:
     far = [c for row in coefficients.values for c in row if not FAR[0] <= c <= FAR[1]]
     if not far:
         return []
     extreme = max(far, key=abs)
     return [
-        f"{len(far)} coefficients lie outside [−1, 2], the farthest is {extreme:.2f}: a sign of overfitting; "
+        f"{len(far)} coefficients lie outside [−1, 2], up to {extreme:.2f}, which suggests overfitting; "
         "try --constraint simplex, --weight-decay or --patience"
     ]
 

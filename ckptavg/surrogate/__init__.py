@@ -1,7 +1,7 @@
-"""A quadratic stand-in for the loss in the space of coefficients, on which every question is answered for nothing.
+"""A quadratic model of the loss in the space of coefficients, which costs no pass over the data to evaluate.
 
-q(β) = F + gᵀΔ + ½ ΔᵀHΔ with Δ = β − β₀ around the mean of all candidates, β₀ = 1/N. Pure mathematics: what builds one
-from a network is `ckptavg.mixture.Mixture.surrogate`.
+q(β) = F + gᵀΔ + ½ ΔᵀHΔ with Δ = β − β₀ around the mean of all candidates, β₀ = 1/N. `Mixture.surrogate` builds
+one from a network; this package is pure mathematics.
 
 Shape suffixes: N = candidates, M = mixtures.
 """
@@ -18,15 +18,15 @@ Curvature: TypeAlias = Literal["exact", "gauss-newton"]
 
 @dataclass(frozen=True)
 class Surrogate:
-    """The loss around the mean of N candidates, to second order.
+    """Second-order model of the loss around the mean of N candidates.
 
     Attributes:
         value: F, the loss at the mean.
         gradient_N: [N] float64 on the CPU, ∂F/∂β.
         hessian_NN: [N, N] float64 on the CPU, symmetric: the second derivatives, or their Gauss–Newton part, which is
-            positive semidefinite where the loss is convex in the model's output.
-        curvature: which of the two.
-        note: why it is not the one that would have been taken first, or ``""``.
+            positive semidefinite if the loss is convex in the model's output.
+        curvature: kind of second derivatives in ``hessian_NN``.
+        note: the reason for not using the preferred curvature, or ``""``.
     """
 
     value: float
@@ -41,12 +41,12 @@ class Surrogate:
         return len(self.gradient_N)
 
     def recentered(self, beta_N: Tensor, value: float, gradient_N: Tensor) -> Surrogate:
-        """The one with the same second derivatives whose value and gradient at ``beta_N`` are these: closer around it.
+        """Return a surrogate with this value and gradient at ``beta_N`` and the same second derivatives.
 
         Args:
             beta_N: [N], coefficients that sum to one.
-            value: the loss there.
-            gradient_N: [N], its gradient there.
+            value: loss at ``beta_N``.
+            gradient_N: [N], gradient of the loss at ``beta_N``.
         """
         off_N = beta_N - 1 / self.n
         bend_N = self.hessian_NN @ off_N
@@ -54,6 +54,6 @@ class Surrogate:
         return replace(self, value=value - float(off_N @ (slope_N + 0.5 * bend_N)), gradient_N=slope_N)
 
     def __call__(self, beta_MN: Tensor) -> Tensor:
-        """[M], q of each row of [M, N] coefficients that sum to one; [] of one row [N]."""
+        """Return q of coefficients that sum to one: [M] for rows [M, N], [] for one row [N]."""
         off_MN = beta_MN - 1 / self.n
         return self.value + off_MN @ self.gradient_N + 0.5 * ((off_MN @ self.hessian_NN) * off_MN).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""Branch and bound over subsets: a search of all of them that can prove the best ones to be the best.
+"""Branch and bound over subsets: an exhaustive search that can prove that the best subsets found are optimal.
 
 Shape suffixes: N = candidates, K = dimensions of the plane Σx = 0, M = nodes.
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 from ckptavg.runtime import signals
 from ckptavg.surrogate.energy import Energy, Shortlist
 
-BATCH = 512  # nodes that are bounded at once
+BATCH = 512  # nodes bounded at once
 TINY = 1e-300
-STEPS = 10  # of the relaxation at each node, from where its parent's ended
+STEPS = 10  # of the relaxation at each node, started at the parent's solution
 
 
 @dataclass(frozen=True)
 class Relaxation:
-    """f(x) = lᵀx + xᵀQx over 0 ≤ x ≤ 1, Σx = k, convex on that plane, and E where x is 0 or 1."""
+    """Convex relaxation f(x) = lᵀx + xᵀQx over 0 ≤ x ≤ 1, Σx = k, equal to E if every x is 0 or 1."""
 
     linear_N: Tensor
     q_NN: Tensor
@@ -30,19 +30,19 @@ class Relaxation:
 
     @staticmethod
     def of(energy: Energy, shift_N: Tensor) -> Relaxation:
-        """With the `convexifier` d moved from the diagonal to the linear term, as x² = x at 0 and 1."""
+        """Move the `convexifier` d from the diagonal to the linear term, as x² = x at 0 and 1."""
         q_NN = energy.hessian_NN - shift_N.diag()
         linear_N = energy.linear_N + shift_N
         largest = max(float(torch.linalg.matrix_norm(q_NN, 2)), float(linear_N.abs().max()), TINY)
         return Relaxation(linear_N, q_NN, energy.k, 0.5 / largest)
 
     def minimum(self) -> Tensor:
-        """[N], nearly where f is least."""
+        """Return [N], an approximate minimiser of f."""
         free_1N = torch.zeros_like(self.linear_N)[None]
         return self.descend(free_1N, free_1N + self.k / free_1N.shape[1], 150)[0]
 
     def descend(self, state_MN: Tensor, z_MN: Tensor, steps: int) -> Tensor:
-        """Accelerated projected gradient from z; ``state`` is 1 where a candidate is in, −1 where out, 0 where free."""
+        """Run accelerated projected gradient from z; ``state`` is 1 for a candidate in, −1 for out, 0 for free."""
         low_MN, high_MN = (state_MN > 0).to(z_MN), (state_MN >= 0).to(z_MN)
         z_MN = last_MN = self._project(z_MN, low_MN, high_MN)
         for step in range(steps):
@@ -53,7 +53,7 @@ class Relaxation:
         return z_MN
 
     def _project(self, z_MN: Tensor, low_MN: Tensor, high_MN: Tensor) -> Tensor:
-        """Nearly onto 0 ≤ z ≤ 1, Σz = k, by Newton's method on the multiplier of the sum."""
+        """Project approximately onto 0 ≤ z ≤ 1, Σz = k, by Newton's method on the multiplier of the sum."""
         shift_M1 = z_MN.new_zeros(len(z_MN), 1)
         for _ in range(5):
             x_MN = torch.clamp(z_MN - shift_M1, low_MN, high_MN)
@@ -62,17 +62,17 @@ class Relaxation:
         return torch.clamp(z_MN - shift_M1, low_MN, high_MN)
 
     def tangent(self, z_MN: Tensor) -> tuple[Tensor, Tensor]:
-        """[M] a and [M, N] γ with f(x) ≥ a + γᵀx where Σx = k: the tangent at z, which need not be in the set."""
-        z_MN = z_MN + (self.k - z_MN.sum(dim=1, keepdim=True)) / z_MN.shape[1]  # or convexity would not be enough
+        """Return the tangent at z, [M] a and [M, N] γ with f(x) ≥ a + γᵀx if Σx = k; z need not be feasible."""
+        z_MN = z_MN + (self.k - z_MN.sum(dim=1, keepdim=True)) / z_MN.shape[1]  # f is convex on the plane only
         pull_MN = z_MN @ self.q_NN
         return -(pull_MN * z_MN).sum(dim=1), self.linear_N + 2 * pull_MN
 
 
 def convexifier(h_NN: Tensor) -> Tensor:
-    """[N], nearly the d with the largest Σ d at which H − diag d is positive semidefinite where Σx = 0.
+    """Return [N], approximately the d with the largest Σ d such that H − diag d is positive semidefinite on Σx = 0.
 
     Σd + μ·log det of H − diag d in that plane is maximised for falling μ by Newton's method, whose damped steps never
-    leave the domain of a self-concordant function. Whatever comes of it is lowered until the promise holds.
+    leave the domain of a self-concordant function. The result is lowered until H − diag d is semidefinite.
 
     References:
         Nesterov and Nemirovskii 1994, Interior-Point Polynomial Algorithms in Convex Programming.
@@ -103,12 +103,12 @@ def convexifier(h_NN: Tensor) -> Tensor:
 
 
 def prove(relaxation: Relaxation, relaxed_N: Tensor, shortlist: Shortlist, limit: int) -> int:
-    """Depth first over who is in and who is out; the number of nodes, more than the limit where it gave up.
+    """Search depth first over candidates in or out; return the number of nodes, above the limit if it gave up.
 
     Otherwise every subset was seen or belongs to a node whose bound is no better than the shortlist, to rounding.
 
-    A node's bound is the minimum over its subsets of a tangent of the relaxation, a sum of its smallest slopes. Where
-    that and the cost of moving one candidate in or out reach the cut, the candidate is fixed.
+    A node's bound is the minimum over its subsets of a tangent of the relaxation, a sum of its smallest slopes. If the
+    bound plus the cost of moving one candidate in or out reaches the cut, that candidate is fixed.
     """
     root_1N = torch.zeros_like(relaxed_N, dtype=torch.int8)[None]
     stack = [(root_1N, relaxed_N[None], torch.full_like(relaxed_N[:1], -math.inf))]
@@ -137,7 +137,7 @@ def prove(relaxation: Relaxation, relaxed_N: Tensor, shortlist: Shortlist, limit
 
 
 def fix(relaxation: Relaxation, shortlist: Shortlist, state_MN: Tensor, z_MN: Tensor) -> tuple[Tensor, Tensor]:
-    """Bound the nodes, see the subset at each bound, and fix whom the bound allows on one side only."""
+    """Bound the nodes, record the subset at each bound, and fix candidates whose other side exceeds the cut."""
     constant_M, slope_MN = relaxation.tangent(z_MN)
     rest_M1 = relaxation.k - (state_MN > 0).sum(dim=1, keepdim=True)
     ordered, place = slope_MN.masked_fill(state_MN != 0, math.inf).sort(dim=1)
@@ -151,7 +151,7 @@ def fix(relaxation: Relaxation, shortlist: Shortlist, state_MN: Tensor, z_MN: Te
 
 
 def _undecided(shortlist: Shortlist, state_MN: Tensor, bound_M: Tensor) -> Tensor:
-    """Which nodes are below the cut and have more than one subset; those with one are seen."""
+    """Return the nodes below the cut with more than one subset; record the subset of nodes with one."""
     rest_M = shortlist.energy.k - (state_MN > 0).sum(dim=1)
     free_M = (state_MN == 0).sum(dim=1)
     live_M = (bound_M < shortlist.cut) & (rest_M >= 0) & (rest_M <= free_M)

@@ -1,4 +1,4 @@
-"""The coefficients at which the surrogate is least: on the plane Σβ = 1, in a trust region on it, on the simplex.
+"""Minimise the surrogate over coefficients: on the plane Σβ = 1, in a trust region on it, or on the simplex.
 
 Shape suffixes: N = candidates, K = coordinates of the plane.
 """
@@ -12,30 +12,30 @@ from torch import Tensor
 
 from ckptavg.surrogate import Surrogate
 
-FLAT = 1e-12  # of the largest curvature: less is none
-LEVEL = 1e-10  # of the gradient's norm: a slope of less along a flat direction is none
-GAP = 1e-13  # of the largest slope and curvature: the duality gap at which the simplex optimum is found
-EXCHANGES = 5000  # of a local search on the simplex
+FLAT = 1e-12  # fraction of the largest curvature that counts as zero
+LEVEL = 1e-10  # fraction of the gradient's norm that counts as zero slope along a flat direction
+GAP = 1e-13  # duality gap of the simplex optimum, as a fraction of the largest slope and curvature
+EXCHANGES = 5000  # limit of the local search on the simplex
 TINY = 1e-300
 
 
 def affine_optimum(q: Surrogate, radius: float | None = None, metric_N: Tensor | None = None) -> Tensor:
-    """The minimiser of q where Σβ = 1, and ‖x‖ ≤ radius in TWA's coordinates β = 1/N + y − mean(y), y_i = x_i/d_i.
+    """Return the minimiser of q with Σβ = 1 and ‖x‖ ≤ radius in TWA's coordinates β = 1/N + y − mean(y), y_i = x_i/d_i.
 
-    In orthonormal coordinates t of the x that matter, in which H is diag λ and g is γ, it is t_i = −γ_i/(λ_i + μ): with
-    μ = 0 where that is a minimum inside the region, and else with the μ > 0, μ ≥ −λ_1 at which ‖t‖ is the radius,
-    found by bisection to the last bit. In the hard case, γ_i = 0 for all λ_i = λ_1 and ‖t‖ too small even at μ = −λ_1,
-    it goes to the border along such an eigenvector, towards the later candidates. Along directions that are flat to
-    rounding (λ_i ≤ 10⁻¹² of the largest, and γ_i ≤ 10⁻¹⁰ of ‖γ‖) it stays at 0.
+    In orthonormal coordinates t of the x that affect β, in which H is diag λ and g is γ, the minimiser is
+    t_i = −γ_i/(λ_i + μ): μ = 0 if that is a minimum inside the region, else the μ > 0, μ ≥ −λ_1 at which ‖t‖ is the
+    radius, found by bisection to the last bit. In the hard case, γ_i = 0 for all λ_i = λ_1 and ‖t‖ too small even at
+    μ = −λ_1, t is extended to the boundary along such an eigenvector, towards the later candidates. Along directions
+    that are flat to rounding (λ_i ≤ 10⁻¹² of the largest, and γ_i ≤ 10⁻¹⁰ of ‖γ‖) t stays at 0.
 
     Args:
         q: the surrogate.
-        radius: in units of x, > 0; without one q must be bounded below.
-        metric_N: [N], d_i ≥ 0, the distances ‖w_i − w̄‖; where 0, x_i has no effect. None is 1 everywhere.
+        radius: in units of x, > 0; if None, q must be bounded below.
+        metric_N: [N], d_i ≥ 0, the distances ‖w_i − w̄‖; where 0, x_i has no effect. None means 1 everywhere.
     Returns:
         [N], sums to 1 to rounding.
     Raises:
-        ValueError: if q is unbounded below and there is no radius; if the radius or the distances are out of range, or
+        ValueError: if q is unbounded below without a radius, if the radius or the distances are out of range, or if
             q is not finite.
     References:
         Moré and Sorensen 1983, Computing a trust region step, SIAM J. Sci. Stat. Comput. 4. The coordinates: TWA
@@ -57,8 +57,8 @@ def affine_optimum(q: Surrogate, radius: float | None = None, metric_N: Tensor |
     if t_K is None or (radius is not None and float(t_K.norm()) > radius):
         if radius is None:
             raise ValueError(
-                "the surrogate falls without bound along a direction in which it is flat or curved downwards, so that "
-                "it has no best coefficients; give a radius, or keep them on the simplex"
+                "the surrogate is unbounded below: it falls without bound along a flat or downward-curved direction; "
+                "give a radius, or use the simplex"
             )
         t_K = _on_the_boundary(lambda_K, gamma_K, radius, axes_NK)
     step_N = axes_NK @ t_K
@@ -66,13 +66,13 @@ def affine_optimum(q: Surrogate, radius: float | None = None, metric_N: Tensor |
 
 
 def simplex_optimum(q: Surrogate) -> Tensor:
-    """The minimiser of q where β ≥ 0 and Σβ = 1.
+    """Return the minimiser of q with β ≥ 0 and Σβ = 1.
 
-    Where H is positive semidefinite on the plane, by a primal-dual interior point method until the duality gap
-    ∇q·β − min_i ∇q_i ≥ q(β) − min q is at most 10⁻¹³ of the largest slope and curvature, or no longer falls (below
-    10⁻¹⁰ in q, then, unless q is that large itself); coefficients that are 0 are then made so exactly. Otherwise a
-    local optimum: the best point that exchanges between two coefficients, each as large as is best, reach from the
-    optimum without H's negative eigenvalues, the mean and the best single candidate; no exchange lowers it further.
+    If H is positive semidefinite on the plane, a primal-dual interior point method runs until the duality gap
+    ∇q·β − min_i ∇q_i ≥ q(β) − min q is at most 10⁻¹³ of the largest slope and curvature, or no longer falls (then
+    below 10⁻¹⁰ in q, unless q itself is that large); zero coefficients are then set to exactly 0. Otherwise the result
+    is a local optimum: the best point reached by optimal exchanges between two coefficients from three starts: the
+    optimum without H's negative eigenvalues, the mean, and the best single candidate. No exchange lowers it further.
 
     Args:
         q: the surrogate.
@@ -96,16 +96,16 @@ def simplex_optimum(q: Surrogate) -> Tensor:
 
 
 def _centred(q: Surrogate) -> tuple[Tensor, Tensor]:
-    """Pg and PHP, P = 1 − 11ᵀ/N: nothing changes where Σβ = 1, and q(β) = F + gᵀβ + ½ βᵀHβ there."""
+    """Return Pg and PHP, P = 1 − 11ᵀ/N: q is unchanged on Σβ = 1, and equals F + gᵀβ + ½ βᵀHβ there."""
     if not bool(torch.isfinite(q.gradient_N).all() and torch.isfinite(q.hessian_NN).all()):
-        raise ValueError("the surrogate has a gradient or second derivatives that are not finite")
+        raise ValueError("the gradient or second derivatives of the surrogate are not finite")
     h_NN = q.hessian_NN - q.hessian_NN.mean(dim=0)
     h_NN = h_NN - h_NN.mean(dim=1, keepdim=True)
     return q.gradient_N - q.gradient_N.mean(), (h_NN + h_NN.T) / 2
 
 
 def _chart(metric_N: Tensor) -> Tensor:
-    """[N, K], β − 1/N from orthonormal coordinates of the x that matter: not of x ∝ d, which leaves β as it is."""
+    """Return [N, K], the map from orthonormal coordinates of x to β − 1/N, without x ∝ d, which does not change β."""
     n = len(metric_N)
     if not bool((metric_N >= 0).all() and torch.isfinite(metric_N).all()):
         raise ValueError("the distances must be finite and at least 0")
@@ -119,7 +119,7 @@ def _chart(metric_N: Tensor) -> Tensor:
 
 
 def _inside(lambda_K: Tensor, gamma_K: Tensor) -> Tensor | None:
-    """The minimiser on the whole plane that is nearest to 0, if there is one."""
+    """Return the minimiser on the whole plane nearest to 0, or None if q has no minimum."""
     flat_K = lambda_K == 0
     if bool((lambda_K < 0).any() or (gamma_K[flat_K] != 0).any()):
         return None
@@ -127,7 +127,7 @@ def _inside(lambda_K: Tensor, gamma_K: Tensor) -> Tensor | None:
 
 
 def _on_the_boundary(lambda_K: Tensor, gamma_K: Tensor, radius: float, axes_NK: Tensor) -> Tensor:
-    """t with ‖t‖ = radius and (λ + μ)t = −γ, the unknown being s = μ − max(0, −λ_1), that s = 0 may be exact."""
+    """Return t with ‖t‖ = radius and (λ + μ)t = −γ; solves for s = μ − max(0, −λ_1), so that s = 0 is exact."""
     above_K = lambda_K - lambda_K[0].clamp(max=0)
     above_K = above_K.masked_fill(above_K <= FLAT * lambda_K.abs().max(), 0)
     lowest_K = above_K == 0
@@ -150,13 +150,13 @@ def _on_the_boundary(lambda_K: Tensor, gamma_K: Tensor, radius: float, axes_NK: 
 
 
 def _gap(g_N: Tensor, h_NN: Tensor, beta_N: Tensor) -> float:
-    """How far q(β) is above the minimum at most, where q is convex."""
+    """Return an upper bound on q(β) − min q for convex q."""
     slope_N = g_N + h_NN @ beta_N
     return float(beta_N @ (slope_N - slope_N.min()))
 
 
 def _interior_point(g_N: Tensor, h_NN: Tensor) -> Tensor:
-    """Newton's method on z = Hβ + g − y ≥ 0, β ≥ 0, β_i z_i = a tenth of what it was; the best β of all."""
+    """Run Newton's method on z = Hβ + g − y ≥ 0, β ≥ 0, β_i z_i = a tenth of its mean; return the best β."""
     n, scale = len(g_N), max(float(g_N.abs().max()), float(h_NN.abs().max()), TINY)
     g_N, h_NN = g_N / scale, h_NN / scale
     beta_N = best_N = torch.full_like(g_N, 1 / n)
@@ -178,27 +178,28 @@ def _interior_point(g_N: Tensor, h_NN: Tensor) -> Tensor:
         beta_N, z_N, y = beta_N + length * dbeta_N, z_N + length * dz_N, y + length * float(dy)
         if not bool(torch.isfinite(beta_N).all() and (beta_N > 0).all() and (z_N > 0).all()):
             break
-        for found_N in (beta_N / beta_N.sum(), _on_support(g_N, h_NN, beta_N >= z_N.clamp(max=float(beta_N.max())))):
-            if bool((found_N >= 0).all()) and (found := _gap(g_N, h_NN, found_N)) < gap:
-                best_N, gap = found_N, found
+        support_N = beta_N >= z_N.clamp(max=float(beta_N.max()))
+        for point_N in (beta_N / beta_N.sum(), _on_support(g_N, h_NN, support_N)):
+            if bool((point_N >= 0).all()) and (point_gap := _gap(g_N, h_NN, point_N)) < gap:
+                best_N, gap = point_N, point_gap
     return best_N
 
 
 def _on_support(g_N: Tensor, h_NN: Tensor, support_N: Tensor) -> Tensor:
-    """The stationary point with these coefficients and no others; of several the shortest."""
+    """Return the stationary point with this support, the one of least norm if there are several."""
     k = int(support_N.sum())
     system = h_NN.new_zeros(k + 1, k + 1)
     system[:k, :k] = h_NN[support_N][:, support_N]
     system[k, :k] = system[:k, k] = 1
     right = torch.cat([-g_N[support_N], g_N.new_ones(1)])
-    answer = torch.linalg.lstsq(system, right[:, None], driver="gelsd").solution[:k, 0]
-    found_N = torch.zeros_like(g_N)
-    found_N[support_N] = answer / answer.sum()
-    return found_N
+    solution = torch.linalg.lstsq(system, right[:, None], driver="gelsd").solution[:k, 0]
+    point_N = torch.zeros_like(g_N)
+    point_N[support_N] = solution / solution.sum()
+    return point_N
 
 
 def _exchange(g_N: Tensor, h_NN: Tensor, beta_N: Tensor) -> Tensor:
-    """Move the best amount from the coefficient to the coefficient where that lowers q most, until it hardly does."""
+    """Repeat the exchange between two coefficients that lowers q most, until the gain is negligible."""
     beta_N, scale = beta_N.clone(), max(float(g_N.abs().max()), float(h_NN.abs().max()), TINY)
     diagonal_N = h_NN.diagonal()
     curve_NN = diagonal_N[:, None] + diagonal_N - 2 * h_NN

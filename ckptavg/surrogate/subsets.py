@@ -1,4 +1,4 @@
-"""The best subsets of every size on the surrogate, with a proof where one can be had.
+"""Find the best subsets of every size on the surrogate, with a proof of optimality if possible.
 
 Shape suffixes: N = candidates, K = chosen, M = masks or nodes, A and B = parts of masks in either half of the
 candidates.
@@ -20,8 +20,8 @@ from ckptavg.surrogate.energy import Energy, Mask, Shortlist
 
 Proof: TypeAlias = Literal["enumerated", "branch and bound", "heuristic"]
 
-ENUMERATED = 2_000_000  # subsets that are all looked at
-NODES = 200_000  # of branch and bound, after which it gives up; a count, not a time, so that runs repeat
+ENUMERATED = 2_000_000  # largest number of subsets to enumerate
+NODES = 200_000  # limit of branch and bound; a count instead of a time, for reproducibility
 CELLS = 2**21  # numbers in a block of the enumeration
 DRAWS = 13  # random starts of the swap search
 
@@ -31,11 +31,11 @@ class Subsets:
     """The best subsets of one size.
 
     Attributes:
-        masks: positions of the chosen candidates, ascending; the best first, distinct. Among masks whose values differ
-            by rounding only, the one with later candidates (the larger tuple) comes first.
+        masks: positions of the chosen candidates, ascending; distinct, best first. Among masks whose values differ
+            by rounding only, the mask with later candidates (the larger tuple) comes first.
         values: q at the uniform average over each.
-        proof: ``enumerated`` and ``branch and bound`` say that no other subset is better than these (to rounding);
-            ``heuristic`` says that none better was found.
+        proof: ``enumerated`` and ``branch and bound`` mean that no other subset is better than these (to rounding);
+            ``heuristic`` means that no better subset was found.
     """
 
     masks: tuple[Mask, ...]
@@ -44,22 +44,22 @@ class Subsets:
 
 
 def best_subsets(q: Surrogate, k: int, count: int) -> Subsets:
-    """The ``count`` subsets S of K candidates with the smallest q at their uniform average.
+    """Return the ``count`` subsets S of K candidates with the smallest q at their uniform average.
 
-    With g and H centred (g ← Pg, H ← PHP, P = 1 − 11ᵀ/N: nothing changes where Σβ = 1), q(1_S/K) = F + E(S)/2K²,
-    E(S) = Σ_{i∈S} 2K·g_i + Σ_{i,j∈S} H_ij; and E of the complement is the same with −g, so at most N/2 are ever chosen.
+    With g and H centred (g ← Pg, H ← PHP, P = 1 − 11ᵀ/N: q is unchanged on Σβ = 1), q(1_S/K) = F + E(S)/2K²,
+    E(S) = Σ_{i∈S} 2K·g_i + Σ_{i,j∈S} H_ij; and E of the complement is the same with −g, so at most N/2 are chosen.
 
-    Up to `ENUMERATED` subsets are all looked at: E splits into a term of the half S ∩ {i < N/2}, one of the other half
-    and their product. Beyond, a swap search finds good ones and branch and bound tries to prove that they are the
-    best. Its lower bounds are relaxations to 0 ≤ x ≤ 1 of xᵀ(H − diag d)x + (2K·g + d)ᵀx, which is E where x is 0 or
-    1, and convex for the d of `convexifier`, whether H is positive semidefinite or not. A search that is not done
-    after `NODES` nodes ends as a heuristic, as happens where very many subsets are nearly as good as the best. Of
-    masks tied with the last one, branch and bound and the heuristic may have seen only some.
+    Up to `ENUMERATED` subsets are enumerated: E splits into a term of the half S ∩ {i < N/2}, a term of the other half
+    and their product. Beyond that, a swap search finds good subsets and branch and bound tries to prove them optimal.
+    Its lower bounds are relaxations to 0 ≤ x ≤ 1 of xᵀ(H − diag d)x + (2K·g + d)ᵀx, which is E if every x is
+    0 or 1, and convex for the d of `convexifier`, whether H is positive semidefinite or not. A search that is not
+    finished after `NODES` nodes ends as a heuristic, for example if very many subsets are nearly optimal. Of masks
+    tied with the last one, branch and bound and the heuristic may have seen only some.
 
     Args:
         q: the surrogate.
         k: K, from 1 to N.
-        count: how many at most, ≥ 1.
+        count: largest number of subsets, ≥ 1.
     Raises:
         ValueError: if k or count is out of range, or q is not finite.
     References:
@@ -67,19 +67,19 @@ def best_subsets(q: Surrogate, k: int, count: int) -> Subsets:
         by a tight convex reformulation: the QCR method, Discrete Applied Mathematics 157 (d by their SDP).
     """
     if not 1 <= k <= q.n:
-        raise ValueError(f"a subset has from 1 to {q.n} of the {q.n} candidates, not {k}")
+        raise ValueError(f"the size of a subset must be between 1 and {q.n}, the number of candidates, not {k}")
     _check(q, count)
     return _best(q, k, count, NODES)[0]
 
 
 def best_for_every_k(q: Surrogate, count: int) -> dict[int, Subsets]:
-    """`best_subsets` of each size from 1 to N, which share the nodes: what one leaves over is for those that follow.
+    """Return `best_subsets` of each size from 1 to N; sizes share the nodes, and unused nodes go to later sizes.
 
-    So the sizes that are hard are more often heuristic here than alone.
+    Hard sizes are therefore more often heuristic here than in `best_subsets`.
 
     Args:
         q: the surrogate.
-        count: how many at most of each size, ≥ 1.
+        count: largest number of subsets per size, ≥ 1.
     Raises:
         ValueError: if count is out of range, or q is not finite.
     """
@@ -95,13 +95,13 @@ def best_for_every_k(q: Surrogate, count: int) -> dict[int, Subsets]:
 
 def _check(q: Surrogate, count: int) -> None:
     if count < 1:
-        raise ValueError(f"at least one subset must be asked for, not {count}")
+        raise ValueError(f"the number of subsets must be at least 1, not {count}")
     if not bool(torch.isfinite(q.gradient_N).all() and torch.isfinite(q.hessian_NN).all()):
-        raise ValueError("the surrogate has a gradient or second derivatives that are not finite")
+        raise ValueError("the gradient or second derivatives of the surrogate are not finite")
 
 
 def _best(q: Surrogate, k: int, count: int, nodes: int, shift_N: Tensor | None = None) -> tuple[Subsets, int]:
-    """The subsets, and how many nodes were used."""
+    """Return the subsets and the number of nodes used."""
     energy = Energy.of(q, k)
     shortlist, used = Shortlist(energy, count), 0
     proof: Proof = "enumerated"
@@ -119,12 +119,12 @@ def _best(q: Surrogate, k: int, count: int, nodes: int, shift_N: Tensor | None =
 
 
 def _enumerate(energy: Energy, shortlist: Shortlist) -> None:
-    """All masks: those with a of the first half's candidates, for each a, in blocks of rows and columns."""
+    """Enumerate all masks: for each a, those with a candidates of the first half, in blocks of rows and columns."""
     l_N, h_NN, first = energy.linear_N, energy.hessian_NN, energy.n // 2
 
     def lists(start: int, stop: int, size: int) -> Tensor:
-        every = torch.tensor(list(itertools.combinations(range(start, stop), size)), dtype=torch.long)
-        return every.flip(0) if energy.left_out else every  # ties go to the last: here those that leave out the first
+        masks = torch.tensor(list(itertools.combinations(range(start, stop), size)), dtype=torch.long)
+        return masks.flip(0) if energy.left_out else masks  # the last mask wins a tie: it leaves out the first ones
 
     def alone(at_MK: Tensor) -> Tensor:
         parts = [
@@ -151,9 +151,9 @@ def _blocks(length: int, size: int) -> list[tuple[int, int]]:
 
 
 def _swap(energy: Energy, relaxed_N: Tensor, shortlist: Shortlist) -> None:
-    """Exchange one candidate for another as long as the best exchange lowers E, from several starts at once.
+    """Exchange one candidate for another while the best exchange lowers E, from several starts at once.
 
-    They are the k largest of the relaxation, the last k, the greedy choice and seeded random ones.
+    The starts are the k largest of the relaxation, the last k, the greedy choice and seeded random masks.
     """
     n, k, h_NN = energy.n, energy.k, energy.hessian_NN
     diagonal_N = h_NN.diagonal()
@@ -178,6 +178,6 @@ def _swap(energy: Energy, relaxed_N: Tensor, shortlist: Shortlist) -> None:
 
 
 def _exchanged(x_MN: Tensor, at_M: Tensor) -> Tensor:
-    """Out with candidate at // N, in with candidate at % N."""
+    """Return the masks with candidate at // N removed and candidate at % N added."""
     n = x_MN.shape[1]
     return x_MN.scatter(1, (at_M // n)[:, None], 0).scatter(1, (at_M % n)[:, None], 1)

@@ -1,4 +1,4 @@
-"""What says how good a model is: the task. One file a kind of task."""
+"""Tasks: the model, data, loss and metric that candidates are scored with. One file per kind of task."""
 
 from __future__ import annotations
 
@@ -14,62 +14,62 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """Model, data, loss and metric of a training job; whatever its code raises comes out as a TaskError."""
+    """Model, data, loss and metric of a training job; exceptions raised by its code are re-raised as TaskError."""
 
     @property
     def source(self) -> str:
-        """Where it comes from, as the report names it."""
+        """Path or module name of the task, as shown in the report."""
         ...
 
     @property
     def metric(self) -> Callable[[nn.Module, Any], Tensor] | None:
-        """One value an example, or a mean; None where the loss is all there is."""
+        """Metric function returning one value per example, or a mean; None if the task has only a loss."""
         ...
 
     @property
     def metric_goal(self) -> str:
-        """``max`` where a larger metric is better, ``min`` where a smaller one is."""
+        """Direction of the metric: ``max`` if larger is better, ``min`` if smaller is."""
         ...
 
     @property
     def metric_bounds(self) -> tuple[float, float] | None:
-        """The least and greatest value the metric can have for an example; None where that is not known."""
+        """Lower and upper bound of the metric for one example; None if unknown."""
         ...
 
     @property
     def corpus(self) -> Callable[[], CorpusMetric] | None:
-        """Makes a metric that is no mean over examples, such as an F1 score; None where there is none."""
+        """Factory of a metric that is not a mean over examples, such as an F1 score; None if the task has none."""
         ...
 
     @property
     def whole(self) -> Callable[[nn.Module, PassProgress], Score] | None:
-        """Scores a model as a whole, where there are no losses of batches; keeps what of it is known already."""
+        """Function that scores a model without per-batch losses and saves its progress; None for batched tasks."""
         ...
 
     def model(self) -> nn.Module:
-        """A model whose state dict has the checkpoints' names and shapes; its values do not matter."""
+        """Return a model whose state dict has the checkpoints' names and shapes; its values do not matter."""
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The mean loss of a batch, or one value for each example [B]."""
+        """Return the mean loss of a batch, or one loss per example [B]."""
         ...
 
     def has(self, split: Split) -> bool:
-        """Whether there is data of this split."""
+        """Return whether the task has data for this split."""
         ...
 
     def batches(self, split: Split) -> Iterator[Any]:
-        """One pass over the data of a split."""
+        """Iterate once over the batches of a split."""
         ...
 
     def examples(self, split: Split) -> int | None:
-        """How many examples a split has, where that is known without reading it."""
+        """Return the number of examples of a split; None if unknown without reading it."""
         ...
 
     def halve(self) -> bool:
-        """Make batches half as large because memory ran out; False where they cannot be."""
+        """Halve the batch size after running out of memory; return False if it cannot be halved."""
         ...
 
     def length(self, split: Split) -> int | None:
-        """How many batches a split has, where that is known without reading it."""
+        """Return the number of batches of a split; None if unknown without reading it."""
         ...

@@ -1,4 +1,4 @@
-"""Batches of a task: any nesting of tensors, of which the first dimension is the examples.
+"""Operations on the batches of a task: any nesting of tensors whose first dimension is the examples.
 
 Shape suffixes: B = examples.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """``batch`` with every tensor on ``device``; anything else is passed on as it is."""
+    """Move the tensors of ``batch``, and objects with a ``to`` method, to ``device``; other leaves are unchanged."""
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -25,7 +25,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def copied(batch: Any, device: torch.device) -> Any:
-    """``batch`` with a copy of every tensor on ``device``, also of those that are there already."""
+    """Return ``batch`` with every tensor copied to ``device``, even if it is already there."""
     return _mapped(
         batch,
         lambda leaf: leaf.to(device, non_blocking=True, copy=True) if isinstance(leaf, Tensor) else leaf,
@@ -34,17 +34,17 @@ def copied(batch: Any, device: torch.device) -> Any:
 
 
 def select(batch: Any, chosen_B: Tensor) -> Any:
-    """The examples of ``batch`` at which the boolean mask ``chosen_B`` is true.
+    """Return the examples of ``batch`` where the boolean mask ``chosen_B`` is true.
 
-    Tensors with B rows and lists of B other things are cut; other tensors, lists, numbers and text belong to all
-    examples and stay.
+    Tensors with B rows and lists of B non-tensor items are filtered; other tensors, lists, numbers and strings are
+    shared by all examples and stay unchanged.
 
     Raises:
-        TypeError: if the batch is of a kind that cannot be cut.
+        TypeError: if the batch contains a type that cannot be split into examples.
     """
     size = len(chosen_B)
 
-    def cut(leaf: Any) -> Any:
+    def filtered(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf[chosen_B.to(leaf.device)] if leaf.ndim and leaf.shape[0] == size else leaf
         if isinstance(leaf, list | tuple) and len(leaf) == size:
@@ -53,41 +53,41 @@ def select(batch: Any, chosen_B: Tensor) -> Any:
             raise TypeError(f"a {type(leaf).__name__} cannot be cut into examples")
         return leaf
 
-    return _mapped(batch, cut, whole=_is_list)
+    return _mapped(batch, filtered, whole=_is_list)
 
 
 def size(batch: Any) -> int:
-    """The number of examples of a batch: the first dimension of the first tensor in it, 1 if there is none."""
+    """Return the number of examples of a batch: the first dimension of its first tensor, or 1 without tensors."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else 1
     return next((size(part) for part in _parts(batch) if has_tensor(part)), 1)
 
 
 def sample(batch: Any) -> bytes:
-    """A few bytes of each example, by which one order of the same examples is told from another; of CPU tensors."""
+    """Return a few values per example as bytes, from CPU tensors only; they identify the order of the examples."""
     count = size(batch)
-    found = b""
+    sampled = b""
     for leaf in leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == count and leaf.device.type == "cpu":
-            few = leaf.reshape(count, leaf[:1].numel())[:, :2]
-            found += repr(few.tolist()).encode()
-    return found
+            first_two = leaf.reshape(count, leaf[:1].numel())[:, :2]
+            sampled += repr(first_two.tolist()).encode()
+    return sampled
 
 
 def has_tensor(part: Any) -> bool:
-    """Whether there is a tensor anywhere in it."""
+    """Return whether ``part`` is a tensor or contains one at any depth."""
     return isinstance(part, Tensor) or any(has_tensor(inner) for inner in _parts(part))
 
 
 def leaves(batch: Any, *, movable: bool = False) -> list[Any]:
-    """Everything in a batch that is no container of tensors, in order; with ``movable``, what has a ``to`` is whole."""
-    found: list[Any] = []
-    _mapped(batch, found.append, whole=lambda part: _is_list(part) or (movable and hasattr(part, "to")))
-    return found
+    """List the leaves of a batch in order; with ``movable``, an object with a ``to`` method is a single leaf."""
+    collected: list[Any] = []
+    _mapped(batch, collected.append, whole=lambda part: _is_list(part) or (movable and hasattr(part, "to")))
+    return collected
 
 
 def _is_list(part: Any) -> bool:
-    """Whether it is a list of no tensors, such as texts."""
+    """Return whether ``part`` is a list or tuple without tensors, such as a list of strings."""
     return isinstance(part, list | tuple) and not has_tensor(part)
 
 
@@ -96,13 +96,13 @@ def _parts(batch: Any) -> Any:
 
 
 def _mapped(batch: Any, change: Callable[[Any], Any], whole: Callable[[Any], bool]) -> Any:
-    """The same nesting with ``change`` of every leaf; a container that is ``whole`` is a leaf."""
+    """Apply ``change`` to every leaf and keep the nesting; a container for which ``whole`` is true is a leaf."""
     if not whole(batch):
         if isinstance(batch, Mapping):
             mapped = {key: _mapped(value, change, whole) for key, value in batch.items()}
             try:
                 return type(batch)(mapped)  # pyright: ignore
-            except TypeError:  # a defaultdict, and others that are made differently
+            except TypeError:  # a defaultdict, or another mapping with a different constructor
                 return mapped
         if isinstance(batch, tuple) and hasattr(batch, "_fields"):
             return type(batch)(*(_mapped(value, change, whole) for value in batch))  # pyright: ignore

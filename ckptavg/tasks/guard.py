@@ -1,7 +1,7 @@
-"""What a task's code does to the process that it runs in, undone whenever it is left, and how long it may take.
+"""Isolation of task code: process-wide settings are restored after each call, and each call has a time limit.
 
-A task file is trusted: it runs as the user's own. But what it sets for itself (a directory, a default dtype, argv) is
-not set for ckptavg, and ckptavg keeps its signals.
+A task file is trusted: it runs with the user's permissions. But settings it makes for itself (working directory,
+default dtype, argv) do not apply to ckptavg, and ckptavg keeps its signal handlers.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from ckptavg.errors import UsageError
 
 
 class TooLongError(BaseException):
-    """The time for a call of the task is over; no Exception, for the task's own handlers are not meant."""
+    """Time limit of a task call exceeded; not an Exception, so the task's own handlers do not catch it."""
 
 
 class _Setting(NamedTuple):
-    """Something of the process that a task may want otherwise."""
+    """Getter and setter of a process-wide setting that task code may change."""
 
     get: Callable[[], Any]
     set: Callable[[Any], Any]
 
 
-def _directory() -> str | None:
-    with suppress(OSError):  # it was removed
+def _working_directory() -> str | None:
+    with suppress(OSError):  # the directory was removed
         return os.getcwd()  # noqa: PTH109  # a plain string is compared at every call
     return None
 
 
-def _enter(folder: str | None) -> None:
+def _change_directory(folder: str | None) -> None:
     if folder is not None:
         os.chdir(folder)
 
@@ -49,27 +49,27 @@ def _signal(number: signal.Signals) -> _Setting:
     return _Setting(lambda: signal.getsignal(number), lambda handler: signal.signal(number, handler))
 
 
-# what stays as the task has set it for its own code: looked at after every call …
+# settings that a task keeps for its own calls: compared after every call …
 _CHEAP: Final = (
-    _Setting(_directory, _enter),
+    _Setting(_working_directory, _change_directory),
     _Setting(torch.get_default_dtype, torch.set_default_dtype),
     _Setting(lambda: sys.argv, _set_argv),
 )
-# … and where looking takes longer, after those that set things up
+# … or, where reading them is slow, only after `thorough` calls (import, model, loaders)
 _COSTLY: Final = (_Setting(torch.get_default_device, torch.set_default_device),)
-# what does not
-_OURS: Final = tuple(map(_signal, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)))
+# settings that are always restored, even for the task's own calls
+_SIGNALS: Final = tuple(map(_signal, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)))
 
 
 class Guard:
-    """The boundary between ckptavg and one task's code; what it finds set when it is made is ckptavg's.
+    """Boundary between ckptavg and one task's code; the settings at construction are ckptavg's.
 
     Args:
-        seconds: that one call may take, None for as long as it wants. A call that waits in C for ever (a deadlocked
-            collective) is not interrupted.
-        argv: what ``sys.argv`` is for the task: ckptavg's own words are no arguments for it.
+        seconds: time limit of one call, None for no limit. A call blocked forever in C (a deadlocked collective) is
+            not interrupted.
+        argv: ``sys.argv`` during task calls: ckptavg's own arguments are not meant for the task.
     Raises:
-        UsageError: if there is a limit in a thread that no signal reaches.
+        UsageError: if a limit is set outside the main thread, the only one that receives signals.
     """
 
     def __init__(self, seconds: float | None, argv: list[str]) -> None:
@@ -77,44 +77,44 @@ class Guard:
         self._main = threading.current_thread() is threading.main_thread()
         if seconds is not None and not self._main:
             raise UsageError("a limit on the time of a task needs the main thread, where signals arrive")
-        self._ours = {setting: setting.get() for setting in (*_CHEAP, *_COSTLY)}
-        self._theirs: dict[_Setting, Any] = {_CHEAP[-1]: argv}
+        self._own_values = {setting: setting.get() for setting in (*_CHEAP, *_COSTLY)}
+        self._task_values: dict[_Setting, Any] = {_CHEAP[-1]: argv}
 
     @contextmanager
     def inside(self, *, thorough: bool = False) -> Generator[None]:
-        """The task's code runs within.
+        """Run task code in this context, with the task's settings and the time limit.
 
         Args:
-            thorough: look at everything afterwards, which takes as long as a small model's loss.
+            thorough: compare all settings afterwards, which takes as long as a small model's loss.
         Raises:
-            TooLongError: when the time is over.
+            TooLongError: if the time limit is exceeded.
         """
-        looked = (*_CHEAP, *_COSTLY) if thorough else (*_CHEAP, *(self._theirs.keys() - set(_CHEAP)))
-        kept = [(setting, setting.get()) for setting in (_OURS if thorough and self._main else ())]
+        checked = (*_CHEAP, *_COSTLY) if thorough else (*_CHEAP, *(self._task_values.keys() - set(_CHEAP)))
+        restored = [(setting, setting.get()) for setting in (_SIGNALS if thorough and self._main else ())]
         grad = torch.is_grad_enabled()
-        for setting, value in self._theirs.items():
+        for setting, value in self._task_values.items():
             setting.set(value)
         try:
-            with self._limited():
+            with self._time_limit():
                 yield
         finally:
-            for setting in looked:
-                if (value := setting.get()) != self._ours[setting]:
-                    self._theirs[setting] = value
-                    setting.set(self._ours[setting])
+            for setting in checked:
+                if (value := setting.get()) != self._own_values[setting]:
+                    self._task_values[setting] = value
+                    setting.set(self._own_values[setting])
                 else:
-                    self._theirs.pop(setting, None)
+                    self._task_values.pop(setting, None)
             torch.set_grad_enabled(grad)
-            for setting, value in kept:
+            for setting, value in restored:
                 if value is not None and setting.get() is not value:
                     setting.set(value)
 
     @contextmanager
-    def _limited(self) -> Generator[None]:
+    def _time_limit(self) -> Generator[None]:
         if self.seconds is None:
             yield
             return
-        before = signal.signal(signal.SIGALRM, _too_long)
+        before = signal.signal(signal.SIGALRM, _raise_too_long)
         signal.setitimer(signal.ITIMER_REAL, self.seconds)
         try:
             yield
@@ -123,5 +123,5 @@ class Guard:
             signal.signal(signal.SIGALRM, before)
 
 
-def _too_long(*_: object) -> None:
+def _raise_too_long(*_: object) -> None:
     raise TooLongError

@@ -1,4 +1,4 @@
-"""A task that keeps a part of one split's examples to itself, and gives them as another split."""
+"""Task wrapper that moves part of one split's examples to another split."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from ckptavg.tasks import batch as batches
 
 
 class HeldOut:
-    """The same task, a fraction of the examples of ``split`` moved to the split ``to``.
+    """Task with a fraction of the examples of ``split`` moved to the split ``to``.
 
-    Which ones is decided for each by a hash of its content and the seed, so the same example is always on the same
-    side, however a loader shuffles, and two equal ones never lie on different sides. Examples that are not the same
-    in every pass (padded to a shuffled batch, randomly transformed) could change sides, which is a TaskError.
+    The side of each example is decided by a hash of its content and the seed, so the same example is always on the
+    same side, however a loader shuffles, and equal examples are never divided. Examples that differ from pass to pass
+    (padded to a shuffled batch, randomly transformed) could change sides, which is a TaskError.
 
     Args:
-        task: the task as it is.
-        split: whose examples are divided.
-        rest: the split under which those that stay are given.
-        to: the split under which the held-out ones are given.
-        fraction: of the examples to hold out, between 0 and 1.
-        seed: of the hash.
+        task: the original task.
+        split: the split to divide.
+        rest: name of the split of the remaining examples.
+        to: name of the split of the held-out examples.
+        fraction: fraction of the examples to hold out, between 0 and 1.
+        seed: seed of the hash.
     """
 
     def __init__(self, task: Task, split: Split, *, rest: Split, to: Split, fraction: float, seed: int) -> None:
         self._task = task
         self._split: Split = split
         self._sides: dict[Split, bool] = {rest: False, to: True}
-        self._below = int(fraction * 2**64)
-        self._key = f"{to} {seed}".encode()  # divided twice, the halves must not follow each other
-        self._all: int | None = None  # the sum of all examples' hashes
+        self._threshold = int(fraction * 2**64)
+        self._key = f"{to} {seed}".encode()  # a second division must be independent of the first
+        self._hash_sum: int | None = None  # of all examples of the first complete pass
         self.source = task.source
         self.metric = task.metric
         self.metric_goal = task.metric_goal
@@ -59,7 +59,7 @@ class HeldOut:
         return getattr(self._task, "notes", ())
 
     def divides(self, split: Split) -> bool:
-        """Whether a split is one of the two parts."""
+        """Return whether ``split`` is one of the two parts."""
         return split in self._sides
 
     def has(self, split: Split) -> bool:
@@ -67,7 +67,7 @@ class HeldOut:
         return split in self._sides or self._task.has(split)
 
     def batches(self, split: Split) -> Iterator[Any]:
-        """See `Task.batches`; what is left of each batch, those without any example left out."""
+        """See `Task.batches`; yields the matching examples of each batch and skips batches without any."""
         if split not in self._sides:
             yield from self._task.batches(split)
             return
@@ -75,30 +75,30 @@ class HeldOut:
         for batch in self._task.batches(self._split):
             hashes = self._hashes(batch)
             total += sum(hashes)
-            held_B = torch.tensor([one < self._below for one in hashes], dtype=torch.bool)
+            held_B = torch.tensor([value < self._threshold for value in hashes], dtype=torch.bool)
             chosen_B = held_B if self._sides[split] else ~held_B
             if chosen_B.all():
                 yield batch
             elif chosen_B.any():
                 yield self._select(batch, chosen_B)
-        if self._all is None:
-            self._all = total
-        elif self._all != total:
+        if self._hash_sum is None:
+            self._hash_sum = total
+        elif self._hash_sum != total:
             raise self._indivisible(
                 "its examples differ from pass to pass (padded to a shuffled batch, or transformed)"
             )
 
     def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]] | None:
-        """See `ckptavg.batches.loader.Feed`; who divides must see all."""
+        """Return the task's own `turns`; None for a divided split, of which every rank must hash all batches."""
         turns = getattr(self._task, "turns", None)
         return None if split in self._sides or turns is None else turns(split, rank, world)
 
     def examples(self, split: Split) -> int | None:
-        """See `Task.examples`; of a part it is known only when it was read."""
+        """See `Task.examples`; None for a part, whose size is unknown before it is read."""
         return None if split in self._sides else self._task.examples(split)
 
     def halve(self) -> bool:
-        """See `Task.halve`; batches are divided as they are, so they keep their size."""
+        """See `Task.halve`; always False, since the division depends on the batches staying the same."""
         return False
 
     def length(self, split: Split) -> int | None:
@@ -106,7 +106,7 @@ class HeldOut:
         return None if split in self._sides else self._task.length(split)
 
     def _hashes(self, batch: Any) -> list[int]:
-        """64 bits of each example's content."""
+        """Return a 64-bit hash of the content of each example."""
         size = batches.size(batch)
         digests = [hashlib.blake2b(key=self._key, digest_size=8) for _ in range(size)]
         empty = digests[0].digest() if digests else b""
@@ -121,7 +121,7 @@ class HeldOut:
                 for digest, item in zip(digests, leaf, strict=True):
                     digest.update(repr(item).encode())
         if digests and digests[0].digest() == empty:
-            raise self._indivisible(f"a {type(batch).__name__} shows no examples")
+            raise self._indivisible(f"no examples were found in a {type(batch).__name__}")
         return [int.from_bytes(digest.digest(), "little") for digest in digests]
 
     def _select(self, batch: Any, chosen_B: Tensor) -> Any:
@@ -130,9 +130,9 @@ class HeldOut:
         except TypeError as error:
             raise self._indivisible(str(error)) from error
 
-    def _indivisible(self, why: str) -> TaskError:
+    def _indivisible(self, reason: str) -> TaskError:
         return TaskError(
-            f"{self._split} data cannot be divided: {why}",
+            f"{self._split} data cannot be divided: {reason}",
             path=self.source,
             hint="give the task a test_dataloader() instead of --holdout, and leave out --patience",
         )

@@ -1,4 +1,4 @@
-"""A task from a Python file or module: the user's own functions, and one line of error when they fail."""
+"""Task from a Python file or module: the user's functions, with each exception reported as a one-line error."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from ckptavg.tasks.guard import Guard
 from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
 from ckptavg.tasks.worker_sampler import rank_loader, without_distributed_sampler
 
-_OF_BATCHES: Final = ("loss", "metric", "predict")
+_BATCH_FUNCTIONS: Final = ("loss", "metric", "predict")
 
 
 class PythonTask:
-    """The functions of a task file; see the README for their names.
+    """Task whose functions come from a Python file or module; docs/scoring.md names them.
 
     Attributes:
-        notes: sentences on its loaders, for the report.
+        notes: remarks about its loaders, for the report.
 
     Args:
-        source: a path that ends in ``.py`` or has a directory in it, or the dotted name of a module.
-        timeout: seconds that importing it, or a call of one of its functions, may take; None for any time.
+        source: a path that ends in ``.py`` or contains a ``/``, or the dotted name of a module.
+        timeout: time limit in seconds of the import and of each call of a task function; None for no limit.
     Raises:
         UsageError: if there is no such file or module.
-        TaskError: if importing it fails, or a function it must have is missing.
+        TaskError: if the import fails, or a required function is missing.
     """
 
     def __init__(self, source: str, timeout: float | None = None) -> None:
         self.source = source
         self._guard = Guard(timeout, [source])
         self.notes: list[str] = []
-        self._at = ""  # which batch is in use, for errors
+        self._at = ""  # the batch being used, for errors
         with self._translate_errors(None, thorough=True):
             self._module = _import(source)
         for name in ("model", "loss"):
@@ -61,7 +61,7 @@ class PythonTask:
         metric: Any = getattr(self._module, "metric", None)
         if is_torchmetric(metric):
             self.corpus = lambda: CorpusMetric(metric, source=source, predict=self._predict())
-            self.corpus()  # one of a kind that cannot be used is refused now
+            self.corpus()  # raises here if the metric cannot be used
         elif metric is not None:
             metric = self._function("metric")
             self.metric = partial(self._metric, metric)
@@ -69,7 +69,7 @@ class PythonTask:
         self.metric_bounds = self._bounds()
         self._loss = self._function("loss")
         self._loaders: dict[Split, Any] = {}
-        self._own: dict[Split, tuple[Any, Any]] = {}  # of `turns`; a worker has the same rank all the time
+        self._rank_loaders: dict[Split, tuple[Any, Any]] = {}  # of `turns`, cached: a process's rank does not change
 
     def model(self) -> nn.Module:
         """See `Task.model`."""
@@ -78,8 +78,10 @@ class PythonTask:
             raise TaskError(f"model() must return a torch.nn.Module, not {type(model).__name__}", path=self.source)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if is_lazy(tensor):
-                what = f"model() must be ready to run, but its {name} has no shape yet: let it see a batch"
-                raise TaskError(what, path=self.source)
+                message = (
+                    f"model() must return an initialized model, but its {name} has no shape yet: run one batch first"
+                )
+                raise TaskError(message, path=self.source)
         return model
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -96,7 +98,9 @@ class PythonTask:
     def _metric(self, function: Callable[..., Any], model: nn.Module, batch: Any) -> Any:
         value = self._call("metric", function, model, batch)
         if value is None:
-            raise TaskError(f"metric() must return a number or one an example, not None{self._where}", path=self.source)
+            raise TaskError(
+                f"metric() must return a number or one per example, not None{self._where}", path=self.source
+            )
         return value
 
     def has(self, split: Split) -> bool:
@@ -104,25 +108,25 @@ class PythonTask:
         return callable(getattr(self._module, f"{split}_dataloader", None))
 
     def batches(self, split: Split) -> Iterator[Any]:
-        """See `Task.batches`; a loader that is an iterator is made anew for each pass."""
-        return self._read(split)
+        """See `Task.batches`; a loader that is an iterator is created again for each pass."""
+        return self._iterate(split)
 
     def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]] | None:
-        """See `ckptavg.batches.loader.Feed`: for a DataLoader of a dataset with indices."""
-        found = self._own.get(split) or rank_loader(self._loader(split), rank, world)
-        if found is None:
+        """Iterate over this rank's batches and the batch sizes of all ranks; None unless the loader draws indices."""
+        rank_batches = self._rank_loaders.get(split) or rank_loader(self._loader(split), rank, world)
+        if rank_batches is None:
             return None
-        loader, sizes = self._own[split] = found
-        return ((batch, sizes.popleft()) for batch in self._read(split, loader, itertools.count(rank + 1, world)))
+        loader, sizes = self._rank_loaders[split] = rank_batches
+        return ((batch, sizes.popleft()) for batch in self._iterate(split, loader, itertools.count(rank + 1, world)))
 
-    def _read(self, split: Split, own: Any = None, numbers: Iterable[int] | None = None) -> Iterator[Any]:
+    def _iterate(self, split: Split, own: Any = None, numbers: Iterable[int] | None = None) -> Iterator[Any]:
         name = f"{split}_dataloader"
         self._at = ""
         whole = self._loader(split) if own is None else self._loaders[split]
         loader = whole if own is None else own
         with self._translate_errors(name, thorough=True):
-            for one in {id(one): one for one in (whole, loader)}.values():  # whose sampler draws the batches
-                seed_loader(one)
+            for seeded in {id(each): each for each in (whole, loader)}.values():  # the sampler belongs to ``whole``
+                seed_loader(seeded)
             batches = iter(loader)
         for number in numbers or itertools.count(1):
             self._at = f"batch {number} of {name}"
@@ -142,7 +146,7 @@ class PythonTask:
         return len(dataset) if hasattr(dataset, "__len__") else None  # pyright: ignore[reportArgumentType]
 
     def halve(self) -> bool:
-        """See `Task.halve`: the sizes of batches are the user's."""
+        """See `Task.halve`; always False, since the task file sets the batch size."""
         return False
 
     def length(self, split: Split) -> int | None:
@@ -155,18 +159,18 @@ class PythonTask:
                 return None
 
     def _predict(self) -> Callable[[nn.Module, Any], Any] | None:
-        """The task's function from a batch to what its torchmetrics metric is updated with."""
+        """Return the task's ``predict``: (model, batch) to the arguments of ``metric.update``; None if not defined."""
         if getattr(self._module, "predict", None) is None:
             return None
         predict = self._function("predict")
         return lambda model, batch: self._call("predict", predict, model, batch)
 
     def _goal(self, metric: Any) -> str:
-        known = metric_goal(metric) if is_torchmetric(metric) else "max"
-        goal = getattr(self._module, "metric_goal", known)
+        default = metric_goal(metric) if is_torchmetric(metric) else "max"
+        goal = getattr(self._module, "metric_goal", default)
         if goal is None:
-            what = f"does not say whether a larger {type(metric).__name__} is better"
-            raise TaskError(what, path=self.source, hint='metric_goal = "max", or "min"')
+            message = f"does not set metric_goal, and {type(metric).__name__} does not declare higher_is_better"
+            raise TaskError(message, path=self.source, hint='set metric_goal = "max" or "min"')
         if goal not in ("max", "min"):
             raise TaskError(f"metric_goal must be 'max' or 'min', not {goal!r}", path=self.source)
         return goal
@@ -195,10 +199,10 @@ class PythonTask:
         return loader
 
     def _count_workers(self, name: str, loader: Any) -> None:
-        """Note more worker processes than a CPU quota allows; torch itself warns where the affinity mask has fewer."""
+        """Add a note if num_workers exceeds the CPU quota; torch itself warns if it exceeds the affinity mask."""
         if isinstance(loader, DataLoader) and processors() < loader.num_workers <= affinity():
-            what = f"{name}() has num_workers={loader.num_workers}, and the CPU quota is {quota():g}"
-            note = f"{what}: use at most {processors()}"
+            excess = f"{name}() has num_workers={loader.num_workers}, and the CPU quota is {quota():g}"
+            note = f"{excess}: use at most {processors()}"
             self.notes += [] if note in self.notes else [note]
 
     def _function(self, name: str) -> Callable[..., Any]:
@@ -212,7 +216,7 @@ class PythonTask:
         return function
 
     def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        with self._translate_errors(name, thorough=name not in _OF_BATCHES):
+        with self._translate_errors(name, thorough=name not in _BATCH_FUNCTIONS):
             return function(*args)
 
     @property
@@ -221,32 +225,32 @@ class PythonTask:
 
     @contextmanager
     def _translate_errors(self, name: str | None, *, thorough: bool = False) -> Generator[None]:
-        """Turn whatever the task's code raises into one line that names the function (None: its import) and the batch.
+        """Turn exceptions of task code into one-line errors with the function (None: the import) and the batch.
 
-        The process is afterwards as it was; see `Guard`.
+        Process-wide settings are restored afterwards; see `Guard`.
         """
         try:
             with self._guard.inside(thorough=thorough):
                 yield
         except (KeyboardInterrupt, GeneratorExit):
             raise
-        except BaseException as error:  # the boundary to code that is not ours
+        except BaseException as error:  # boundary to user code
             if isinstance(error, CkptavgError) or is_out_of_memory(error):
                 raise
-            at = self._at if name in _OF_BATCHES or (name and self._at.endswith(name)) else ""
+            at = self._at if name in _BATCH_FUNCTIONS or (name and self._at.endswith(name)) else ""
             raise task_error(self.source, name, at, error, self._guard.seconds) from error
 
 
 def _stop_workers(batches: Any) -> None:
-    """End the worker processes of a DataLoader's iterator that failed.
+    """Stop the worker processes of a DataLoader iterator that failed.
 
-    The traceback keeps the iterator alive, and while it lives torch's SIGCHLD handler raises the death of a worker in
-    unrelated code.
+    The traceback keeps the iterator alive, and until it is freed torch's SIGCHLD handler raises errors about a dead
+    worker in unrelated code.
     """
-    end = getattr(batches, "_shutdown_workers", None)
-    if callable(end):
-        with suppress(RuntimeError):  # of that handler
-            end()
+    shutdown = getattr(batches, "_shutdown_workers", None)
+    if callable(shutdown):
+        with suppress(RuntimeError):  # raised by that handler
+            shutdown()
 
 
 def _import(source: str) -> ModuleType:
@@ -268,16 +272,16 @@ def _import(source: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a file as ``python path`` would: its own directory first on the path, so its neighbours import."""
+    """Import a file as ``python path`` would: with its directory first on sys.path, so sibling modules import."""
     sys.path.insert(0, str(path.parent))
     name = path.stem
-    known = sys.modules.get(name)
-    if known is not None and getattr(known, "__file__", None) != str(path):
+    loaded = sys.modules.get(name)
+    if loaded is not None and getattr(loaded, "__file__", None) != str(path):
         name = f"ckptavg_task_{path.stem}"  # the name is taken by another module
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # a data loader's worker processes unpickle by it
+    sys.modules[name] = module  # DataLoader worker processes unpickle objects by this name
     try:
         spec.loader.exec_module(module)
     except BaseException:

@@ -1,4 +1,4 @@
-"""A torchmetrics metric as a task's metric: one figure of the whole data, and of resamples of its batches."""
+"""A torchmetrics metric as a task's metric: one value over a whole split, and over resamples of its batches."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ckptavg.errors import CkptavgError, TaskError, is_out_of_memory
 if TYPE_CHECKING:
     from torch import nn
 
-_RTOL: Final = 1e-3  # two orders of adding float32 states differ by far less, also where they cancel to nearly 0
+_RTOL: Final = 1e-3  # summing float32 states in another order differs by far less, even after cancellation to nearly 0
 _ATOL: Final = 1e-6
 
 
 def is_torchmetric(metric: object) -> bool:
-    """Whether ``metric`` is an object of torchmetrics, told without importing it."""
+    """Return whether ``metric`` is a torchmetrics object, without importing torchmetrics."""
     return (
         not isinstance(metric, type)
         and any(kind.__module__.split(".")[0] == "torchmetrics" for kind in type(metric).__mro__)
@@ -28,58 +28,58 @@ def is_torchmetric(metric: object) -> bool:
 
 
 def metric_goal(metric: Any) -> Literal["max", "min"] | None:
-    """The direction that the metric declares with ``higher_is_better``; None where it leaves that open."""
+    """Return the direction that ``higher_is_better`` declares; None if the metric does not declare it."""
     better = getattr(metric, "higher_is_better", None)
     return None if better is None else "max" if better else "min"
 
 
 class CorpusMetric:
-    """A torchmetrics metric over a split, whose states are also kept for each batch.
+    """A torchmetrics metric over a split, with the states of each batch kept as well.
 
-    The figure is the metric's own, from states that have seen all batches in order. For a resample, the states that
+    `compute` is the metric's own value, from states updated with all batches in order. For a resample, the states that
     each of its batches leaves in a fresh metric are merged as torchmetrics merges those of several processes: each by
-    its ``dist_reduce_fx``, applied to the stacked tensors; lists are joined. `update` is called twice a batch for this.
+    its ``dist_reduce_fx``, applied to the stacked tensors; lists are joined. `update` updates twice per batch for this.
 
     Args:
-        metric: what the task file gives; a copy is used, on the device of its arguments.
+        metric: the metric of the task file; it is copied, and the copy moves to the device of its arguments.
         source: the task file, for errors.
         predict: the task's function from model and batch to the tuple of arguments of ``metric.update``; None takes
             batches as pairs (inputs, targets) and calls ``metric.update(model(inputs), targets)``.
     Raises:
-        TaskError: if ``metric`` is a collection of several.
+        TaskError: if ``metric`` is a MetricCollection.
     """
 
     def __init__(
         self, metric: Any, *, source: str, predict: Callable[[nn.Module, Any], tuple[Any, ...]] | None = None
     ) -> None:
         if any(kind.__name__ == "MetricCollection" for kind in type(metric).__mro__):
-            hint = "candidates are compared by one number: give one of its metrics"
+            hint = "candidates are compared by one number: use one of its metrics"
             raise TaskError("metric is a MetricCollection", path=source, hint=hint)
         self._source = source
         self._name = type(metric).__name__
         self._predict = predict
         self._whole: Any = metric.clone()
-        self._part: Any = metric.clone()
-        self._merges = False
-        self._told: list[dict[str, int]] = []
-        self._told_batches = 0
+        self._scratch: Any = metric.clone()
+        self._is_mergeable = False
+        self._saved_lengths: list[dict[str, int]] = []
+        self._saved_batches = 0
         self.reset()
 
     def state_dict(self, *, everything: bool = False) -> dict[str, Any]:
-        """For `restore`: the states of the batches since the last part, or of all; of lists, what is new in them."""
+        """Return the states added since the last call, or all states, for `load_state_dict`; lists as new items."""
         if everything:
-            self._told = []
+            self._saved_lengths = []
         whole = [_state(metric) for metric in _metrics(self._whole)]
-        lengths = [{name: len(state) for name, state in one.items() if isinstance(state, list)} for one in whole]
-        for states, told in zip(whole, self._told, strict=False):
-            for name, length in told.items():
+        lengths = [{name: len(state) for name, state in each.items() if isinstance(state, list)} for each in whole]
+        for states, saved_lengths in zip(whole, self._saved_lengths, strict=False):
+            for name, length in saved_lengths.items():
                 states[name] = states[name][length:]
-        batches, self._told_batches = 0 if not self._told else self._told_batches, self.batches
-        self._told = lengths
-        return {"whole": whole, "batches": self._states[batches:]}
+        start, self._saved_batches = 0 if not self._saved_lengths else self._saved_batches, self.batches
+        self._saved_lengths = lengths
+        return {"whole": whole, "batches": self._states[start:]}
 
     def load_state_dict(self, part: Mapping[str, Any]) -> None:
-        """Add the batches of a part."""
+        """Add the batches of a state that `state_dict` returned."""
         self._states += part["batches"]
         for metric, states in zip(_metrics(self._whole), part["whole"], strict=True):
             for name, state in states.items():
@@ -91,80 +91,80 @@ class CorpusMetric:
 
     @property
     def batches(self) -> int:
-        """How many were added since the last `reset`."""
+        """Number of batches added since the last `reset`."""
         return len(self._states)
 
     def reset(self) -> None:
-        """Forget all batches."""
+        """Remove all batches."""
         self._whole.reset()
         self._states: list[list[Mapping[str, Any]]] = []
-        self._merges = False
-        self._told = []
+        self._is_mergeable = False
+        self._saved_lengths = []
 
     def update(self, model: nn.Module, batch: Any) -> None:
-        """Run the model on a batch and add what it gives.
+        """Run the model on a batch and update the metric with its outputs.
 
         Raises:
-            TaskError: if the batch is no pair and the task has no ``predict``, or model or metric fails.
+            TaskError: if the batch is not a pair and the task has no ``predict``, or the model or metric fails.
         """
         import torch
 
         with torch.no_grad():
             arguments = self._arguments(model, batch)
-            with self._blame(f"{self._name}.update"):
+            with self._translate_errors(f"{self._name}.update"):
                 device = next((value.device for value in arguments if isinstance(value, torch.Tensor)), None)
-                for metric in (self._whole, self._part):
+                for metric in (self._whole, self._scratch):
                     if device is not None and metric.device != device:
                         metric.to(device)
-                self._part.reset()
-                for metric in (self._whole, self._part):
+                self._scratch.reset()
+                for metric in (self._whole, self._scratch):
                     metric.update(*arguments)
-        self._states.append([_state(metric) for metric in _metrics(self._part)])
+        self._states.append([_state(metric) for metric in _metrics(self._scratch)])
 
     def compute(self) -> float:
-        """The figure of all batches so far, as the metric gives it: negate it where its goal is ``min``.
+        """Return the metric's value over all batches so far; the caller negates it if the goal is ``min``.
 
         Raises:
-            TaskError: if there was no batch, or the figure is not one number.
+            TaskError: if there was no batch, or the value is not one number.
         """
         if not self._states:
             raise TaskError("the metric has seen no batches", path=self._source)
-        with self._blame(f"{self._name}.compute"):
+        with self._translate_errors(f"{self._name}.compute"):
             value = self._whole.compute()
-        return self._number(value)
+        return self._to_float(value)
 
     def resampled(self, indices: Sequence[int]) -> float:
-        """The figure of the batches ``indices``, in the order they were added; one may come several times.
+        """Return the metric's value over the batches ``indices``, numbered as added; indices may repeat.
 
-        What torchmetrics warns of here, such as a resample without positives, is not shown.
+        Warnings of torchmetrics, such as for a resample without positives, are suppressed.
 
         Raises:
-            TaskError: if merging the states of all batches does not give what `compute` gives, or as `compute`.
+            TaskError: if merging the states of all batches differs from `compute`, or for the reasons of `compute`.
         """
         if not indices:
-            raise TaskError("a resample needs a batch", path=self._source)
-        if not self._merges:
-            merged, value = self._merged(range(self.batches)), self.compute()
+            raise TaskError("a resample needs at least one batch", path=self._source)
+        if not self._is_mergeable:
+            merged, value = self._compute_merged(range(self.batches)), self.compute()
             if not math.isclose(merged, value, rel_tol=_RTOL, abs_tol=_ATOL):
                 raise TaskError(
                     f"the states of {self._name} cannot be merged: {merged} from its batches, {value} from all at once",
                     path=self._source,
-                    hint="add_state(…, dist_reduce_fx=…) says how, such as 'sum'",
+                    hint="declare how with add_state(…, dist_reduce_fx=…), such as 'sum'",
                 )
-            self._merges = True
-        return self._merged(indices)
+            self._is_mergeable = True
+        return self._compute_merged(indices)
 
-    def _merged(self, indices: Sequence[int]) -> float:
-        with self._blame(f"{self._name}.compute"), warnings.catch_warnings():
+    def _compute_merged(self, indices: Sequence[int]) -> float:
+        with self._translate_errors(f"{self._name}.compute"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for place, metric in enumerate(_metrics(self._part)):
+            for place, metric in enumerate(_metrics(self._scratch)):
                 metric.reset()
                 for name, reduce in metric._reductions.items():
                     states = [_to_device(metric.device, self._states[i][place][name]) for i in indices]
-                    setattr(metric, name, _joined(states, reduce))
+                    setattr(metric, name, _merge_states(states, reduce))
                 metric._update_count = len(indices)
-            value = self._part.compute()
-        if not math.isfinite(number := self._number(value)):
+            value = self._scratch.compute()
+        if not math.isfinite(number := self._to_float(value)):
             raise TaskError(f"the metric is {number}", path=self._source)
         return number
 
@@ -174,9 +174,9 @@ class CorpusMetric:
                 hint = "define predict(model, batch) in the task file, returning the arguments of metric.update"
                 got = f"{len(batch)} items" if isinstance(batch, tuple | list) else f"a {type(batch).__name__}"
                 raise TaskError(f"the metric takes batches (inputs, targets), not {got}", path=self._source, hint=hint)
-            with self._blame("the model"):
+            with self._translate_errors("the model"):
                 return model(batch[0]), batch[1]
-        with self._blame("predict"):
+        with self._translate_errors("predict"):
             arguments = self._predict(model, batch)
         if not isinstance(arguments, tuple):
             got = type(arguments).__name__
@@ -185,53 +185,53 @@ class CorpusMetric:
             )
         return arguments
 
-    def _number(self, value: Any) -> float:
+    def _to_float(self, value: Any) -> float:
         import torch
 
         if isinstance(value, bool | int | float):
             value = torch.tensor(float(value))
         if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.is_complex():
             got = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-            hint = "give it an average over classes or outputs, such as average='macro'"
+            hint = "average it over classes or outputs, such as with average='macro'"
             raise TaskError(f"the metric must compute one number, not {got}", path=self._source, hint=hint)
         return float(value)
 
     @contextmanager
-    def _blame(self, where: str) -> Generator[None]:
+    def _translate_errors(self, where: str) -> Generator[None]:
         try:
             yield
-        except Exception as error:  # the boundary to code that is not ours
+        except Exception as error:  # boundary to user code
             if isinstance(error, CkptavgError) or is_out_of_memory(error):
                 raise
-            what = f"in {where}: {type(error).__name__}: {' '.join(str(error).split())}"
-            raise TaskError(what, path=self._source, hint="-v shows the traceback") from error
+            message = f"in {where}: {type(error).__name__}: {' '.join(str(error).split())}"
+            raise TaskError(message, path=self._source, hint="-v shows the traceback") from error
 
 
 @dataclass(frozen=True)
 class Resampled:
-    """`CorpusMetric.resampled` with the sign that makes larger better, and the metric, whose parts can be kept."""
+    """`CorpusMetric.resampled` times the sign that makes larger better; ``corpus`` gives access to its states."""
 
     corpus: CorpusMetric
     sign: float
 
     def __call__(self, drawn: Sequence[int]) -> float:
-        """The figure of the batches ``drawn``."""
+        """Return the signed value over the batches ``drawn``."""
         return self.sign * self.corpus.resampled(drawn)
 
 
 def _metrics(metric: Any) -> list[Any]:
-    """The metric and those within it, which hold the states of a wrapper or a composition."""
+    """List the metric and its nested metrics, which hold the states of a wrapper or a composition."""
     return [module for module in metric.modules() if is_torchmetric(module)]
 
 
 def _state(metric: Any) -> dict[str, Any]:
-    """What the metric has accumulated; copied, for `reset` empties lists in place, and a metric's own may do more."""
+    """Copy the accumulated states, since `reset` empties lists in place and a custom `reset` may do more."""
     states = {name: getattr(metric, name) for name in metric._reductions}
     return {name: list(state) if isinstance(state, list) else state.clone() for name, state in states.items()}
 
 
 def _to_device(device: Any, state: Any) -> Any:
-    """A state that an earlier run left is on the CPU."""
+    """Move a state to ``device``; states restored from an earlier run are on the CPU."""
     import torch
 
     if isinstance(state, list):
@@ -239,8 +239,8 @@ def _to_device(device: Any, state: Any) -> Any:
     return state.to(device) if isinstance(state, torch.Tensor) else state
 
 
-def _joined(states: list[Any], reduce: Callable[[Any], Any] | None) -> Any:
-    """The state that has seen what each of ``states`` has; None as ``reduce`` leaves tensors stacked."""
+def _merge_states(states: list[Any], reduce: Callable[[Any], Any] | None) -> Any:
+    """Merge per-batch states into one; with ``reduce`` None, tensors stay stacked."""
     import torch
 
     if isinstance(states[0], list):

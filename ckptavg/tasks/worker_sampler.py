@@ -1,4 +1,4 @@
-"""A loader of which one worker reads only what is its own: every so-manyth batch, without loading the others'."""
+"""A DataLoader that loads only this rank's batches: every ``world``-th."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ckptavg.runtime.seeds import reseed
 
 
 class RankBatchSampler(Sampler[list[int]]):
-    """Of another sampler's batches every ``world``-th from number ``rank`` on.
+    """Every ``world``-th batch of another batch sampler, starting with number ``rank``.
 
-    At the end, where some workers have a batch and others have none, these get the last one too. Before each but the
-    pass's first batch random numbers begin anew, as they do where a single process comes to that batch.
+    In an incomplete last turn, ranks without a batch of their own get the last batch again. Random generators are
+    reseeded before every batch but the first of the pass, exactly as a single process does before that batch.
 
     Attributes:
-        sizes: of the batches of all workers, for each turn that was drawn.
+        sizes: batch sizes of all ranks, for each turn that was drawn.
     """
 
     def __init__(self, batches: Any, rank: int, world: int) -> None:
@@ -37,38 +37,38 @@ class RankBatchSampler(Sampler[list[int]]):
             if not turn:
                 return
             self.sizes.append([len(batch) for batch in turn])
-            mine = min(self._rank, len(turn) - 1)
-            if start + mine:
-                reseed(seed, start + mine)
-            yield turn[mine]
+            own = min(self._rank, len(turn) - 1)
+            if start + own:
+                reseed(seed, start + own)
+            yield turn[own]
 
     def __len__(self) -> int:
         return -(-len(self._batches) // self._world)
 
 
 def rank_loader(loader: Any, rank: int, world: int) -> tuple[DataLoader[Any], deque[list[int]]] | None:
-    """A loader of the worker's turns, and their sizes as they are drawn; None where ``loader`` has no indices."""
+    """Return a loader of this rank's batches and its `RankBatchSampler.sizes`; None if ``loader`` has no indices."""
     if type(loader) is not DataLoader or loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
         return None
     turns = RankBatchSampler(loader.batch_sampler, rank, world)
-    return _like(loader, turns), turns.sizes
+    return _with_batch_sampler(loader, turns), turns.sizes
 
 
 def without_distributed_sampler(loader: Any) -> Any:
-    """``loader``, over all data where a DistributedSampler would give one worker a part: they are divided here."""
+    """Replace a DistributedSampler by one over all data: ckptavg divides the batches among ranks itself."""
     if type(loader) is not DataLoader or loader.batch_size is None:
         return loader
     sampler = loader.sampler
     if not isinstance(sampler, DistributedSampler):
         return loader
-    whole: DistributedSampler[Any] = DistributedSampler(
+    all_data: DistributedSampler[Any] = DistributedSampler(
         sampler.dataset, 1, 0, shuffle=sampler.shuffle, seed=sampler.seed, drop_last=sampler.drop_last
     )
-    return _like(loader, BatchSampler(whole, loader.batch_size, loader.drop_last))
+    return _with_batch_sampler(loader, BatchSampler(all_data, loader.batch_size, loader.drop_last))
 
 
-def _like(loader: DataLoader[Any], batches: Any) -> DataLoader[Any]:
-    """The same loader with another batch sampler."""
+def _with_batch_sampler(loader: DataLoader[Any], batches: Any) -> DataLoader[Any]:
+    """Return a copy of the loader with another batch sampler."""
     return DataLoader(
         loader.dataset,
         batch_sampler=batches,

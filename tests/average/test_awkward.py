@@ -1,4 +1,4 @@
-"""Good but awkward inputs are kept right: dtypes, shapes, names, wrappers, containers and layouts, one a case.
+"""Valid but unusual inputs are averaged correctly: dtypes, shapes, names, wrappers, containers and layouts.
 
 Values are small multiples of 1/8 and the candidates' number is a power of two, so means are exact in any dtype and
 the comparison is bitwise.
@@ -61,7 +61,7 @@ def prefixed(prefix: str) -> Write:
 
 
 def lightning(folder: Path, step: int, state: State) -> None:
-    """With what hyperparameters drag in, which torch.load(weights_only=True) refuses."""
+    """Save as Lightning does, with hyperparameter objects that torch.load(weights_only=True) rejects."""
     content = {
         "epoch": step, "global_step": 10 * step, "pytorch-lightning_version": "2.5.0", "state_dict": state,
         "hyper_parameters": {
@@ -98,12 +98,12 @@ def bin_shards(folder: Path, step: int, state: State) -> None:
 def distributed(folder: Path, step: int, state: State) -> None:
     import torch.distributed.checkpoint as dcp
 
-    with warnings.catch_warnings(action="ignore"):  # it says that it is alone
+    with warnings.catch_warnings(action="ignore"):  # about torch.distributed not being initialized
         dcp.save({"model": state}, checkpoint_id=folder / f"step-{step}", no_dist=True)
 
 
 def cached(folder: Path, step: int, state: State) -> None:
-    """As in a Hugging Face cache: a link to a blob named by its SHA-256."""
+    """Save as in a Hugging Face cache: a link to a blob named by its SHA-256."""
     blobs = folder.parent / "blobs"
     blobs.mkdir(exist_ok=True)
     save_file(state, blobs / "new")
@@ -150,7 +150,7 @@ def among_other_files(folder: Path, step: int, state: State) -> None:
 
 
 def turns(first: Write, second: Write) -> Write:
-    """The two of them by turns."""
+    """Alternate between two writers."""
     return lambda folder, step, state: (first if step % 2 else second)(folder, step, state)
 
 
@@ -164,7 +164,7 @@ def tied(folder: Path, step: int, state: State) -> None:
 
 def parameters(folder: Path, step: int, state: State) -> None:
     held = OrderedDict((name, nn.Parameter(t)) if t.is_floating_point() else (name, t) for name, t in state.items())
-    held._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]  # as Module.state_dict() makes it
+    held._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]  # as set by Module.state_dict()
     as_torch(folder, step, held)
 
 
@@ -173,7 +173,7 @@ def transposed(folder: Path, step: int, state: State) -> None:
 
 
 def slices(folder: Path, step: int, state: State) -> None:
-    """Views into a much larger storage, which torch.save drags along."""
+    """Save views into a much larger storage, which torch.save writes in full."""
     whole = torch.full((1000,), 9.0)
     views: State = {}
     at = 100
@@ -207,7 +207,7 @@ def several_runs(folder: Path, step: int, state: State) -> None:
 
 
 class Awkward:
-    """One case: how the states are made and written, and how many."""
+    """A case: functions that create and write the state dicts, and their number."""
 
     def __init__(
         self, write: Write = as_safetensors, state: Callable[[int], State] = plain, count: int = 2, said: str = "",
@@ -310,12 +310,12 @@ def of_layouts() -> Iterator[tuple[str, Awkward]]:
 CASES = dict((*of_values(), *of_names(), *of_containers(), *of_layouts()))
 
 
-def test_there_are_enough():
+def test_there_are_enough_cases():
     assert len(CASES) >= 40
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_kept_right(run: Run, tmp_path: Path, name: str):
+def test_the_input_is_averaged_correctly(run: Run, tmp_path: Path, name: str):
     case = CASES[name]
     folder = tmp_path / "ckpts"
     folder.mkdir()
@@ -334,7 +334,7 @@ def test_it_is_kept_right(run: Run, tmp_path: Path, name: str):
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    """What is no floating point is the last one's."""
+    """Average elementwise; non-floating-point tensors are copied from the last state dict."""
     if not tensors[0].is_floating_point():
         return tensors[-1]
     return torch.stack([tensor.double() for tensor in tensors]).mean(dim=0).to(tensors[0].dtype)

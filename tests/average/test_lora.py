@@ -1,4 +1,4 @@
-"""Adapters that PEFT saved and PEFT loads again, against weights merged by hand in float64.
+"""Adapters saved and loaded by PEFT, against weights merged by hand in float64.
 
 Shape suffixes: K = adapters, r = rank, I = in, O = out.
 """
@@ -31,7 +31,7 @@ from ckptavg.output.safetensors_file import SafetensorsFile
 # PEFT and transformers warn of what these tests do on purpose: nn.Linear beside Conv1D, a model of no repository
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 PREFIX = "base_model.model."
-ROW = (0.7, -0.4, 0.0, 0.7)  # one that extrapolates away from a candidate, and one that is left out
+ROW = (0.7, -0.4, 0.0, 0.7)  # a negative coefficient extrapolates, and a candidate with 0 is left out
 LAYERWISE = Coefficients((ROW, (0.0, 0.0, 0.25, 0.75)), (("",), (f"{PREFIX}transformer.h.1.",)))
 
 
@@ -55,7 +55,7 @@ def logits(model: nn.Module) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration of PEFT, and the scaling it means for each module, said a second time by hand."""
+    """A PEFT configuration, and an independent implementation of its scaling for each module."""
 
     options: Mapping[str, Any]
     scaling: Callable[[str], float]
@@ -96,7 +96,7 @@ def base_of(case: Case) -> nn.Module:
 
 
 def save(case: Case, folder: Path, n: int = 4, dtype: torch.dtype = torch.float64) -> list[Path]:
-    """``n`` adapters with random factors, as PEFT writes them; B too, which PEFT begins at zero."""
+    """Save ``n`` adapters by PEFT with random factors, including B, which PEFT initializes to zero."""
     torch.manual_seed(0)
     options = {"r": 4, "fan_in_fan_out": case.base is gpt2, **case.options}
     model = get_peft_model(base_of(case), LoraConfig(**options))
@@ -140,7 +140,7 @@ def states(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Tensor]]:
 
 
 def updates(state: Mapping[str, Tensor], scaling: Callable[[str], float]) -> dict[str, Tensor]:
-    """s B A of every module, A's name → [O, I], or [O, I, height, width]; the products that the package never makes."""
+    """Return s B A of every module, A's name → [O, I] or [O, I, height, width], which the package never computes."""
     found: dict[str, Tensor] = {}
     for name, a in state.items():
         if ".lora_A." in name or ".lora_embedding_A" in name:
@@ -158,7 +158,7 @@ def weighted(each: Sequence[Mapping[str, Tensor]], coefficients: Coefficients) -
 
 
 def merged(case: Case, checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> nn.Module:
-    """The base model with Σ c_i ΔW_i added, and what was trained beside the factors replaced by its average."""
+    """Return the base model plus Σ c_i ΔW_i, with other trained parameters replaced by their average."""
     model = base_of(case)
     parameters = dict(model.named_parameters())
     each = states(checkpoints)
@@ -179,7 +179,7 @@ def merged(case: Case, checkpoints: Sequence[Checkpoint], coefficients: Coeffici
 
 @pytest.mark.parametrize("coefficients", [Coefficients((ROW,)), LAYERWISE], ids=["one-row", "layer-wise"])
 @pytest.mark.parametrize("name", CASES)
-def test_the_adapter_in_full_gives_the_logits_of_the_merged_average(
+def test_the_full_rank_adapter_has_the_logits_of_the_merged_average(
     name: str, coefficients: Coefficients, adapters: Callable[..., tuple[Checkpoint, ...]], tmp_path: Path
 ):
     case = CASES[name]
@@ -190,8 +190,8 @@ def test_the_adapter_in_full_gives_the_logits_of_the_merged_average(
     assert result.lost == 0
     loaded = PeftModel.from_pretrained(base_of(case), write(result, tmp_path / "out"))
     expected = logits(merged(case, checkpoints, coefficients))
-    assert (expected - logits(base_of(case))).abs().max() > 1e-2  # the adapter does something
-    # all float64, of which sums over at most 128 terms and two layers lose a few hundred units in the last place
+    assert (expected - logits(base_of(case))).abs().max() > 1e-2  # the adapter has an effect
+    # float64 sums over at most 128 terms in two layers lose a few hundred units in the last place
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-11 * float(expected.abs().max()))
 
 
@@ -213,14 +213,14 @@ def test_a_is_stacked_bit_for_bit_and_b_is_rounded_once(
             b = torch.cat([c * state[name].to(torch.float64) for c, state in chosen], dim=1)
             floor = torch.finfo(dtype).smallest_normal
             error = (tensor.to(torch.float64) - b).abs() / b.abs().clamp(min=floor)
-            assert error.max() <= torch.finfo(dtype).eps / 2  # half a unit in the last place of that product
+            assert error.max() <= torch.finfo(dtype).eps / 2  # half a unit in the last place of the product
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_b_does_not_become_float32_on_the_way_to_16_bits(
+def test_b_is_not_rounded_to_float32_before_16_bits(
     dtype: torch.dtype, adapters: Callable[..., tuple[Checkpoint, ...]], tmp_path: Path
 ):
-    """Just above the middle of 1 and 1 + eps lies 1 + eps; float32 cannot see the 2⁻⁴⁰, and a tie goes to 1."""
+    """Values just above the midpoint of 1 and 1 + eps round to 1 + eps; float32 loses the 2⁻⁴⁰, and the tie gives 1."""
     checkpoints, eps = adapters(CASES["plain"], n=2, dtype=dtype), torch.finfo(dtype).eps
     for checkpoint in checkpoints:
         path = checkpoint.path / "adapter_model.safetensors"
@@ -236,7 +236,7 @@ def test_b_does_not_become_float32_on_the_way_to_16_bits(
 
 @pytest.mark.parametrize("rank", [1, 3, 5, 7])
 @pytest.mark.parametrize("name", ["patterns", "rslora-patterns", "convolutions", "embedding"])
-def test_a_rank_keeps_the_largest_singular_values_of_the_whole_average(
+def test_a_rank_keeps_the_largest_singular_values_of_the_average(
     name: str, rank: int, adapters: Callable[..., tuple[Checkpoint, ...]], tmp_path: Path
 ):
     case, coefficients = CASES[name], Coefficients((ROW,))
@@ -253,11 +253,11 @@ def test_a_rank_keeps_the_largest_singular_values_of_the_whole_average(
     for a, full in whole.items():
         u, sigma, vh = torch.linalg.svd(full.flatten(1), full_matrices=False)
         best = (u[:, :rank] * sigma[:rank]) @ vh[:rank]
-        # the truncation is as well conditioned as the gap behind the last value is wide; random factors leave one
+        # truncation is well conditioned if there is a gap after the last singular value, as with random factors
         torch.testing.assert_close(kept[a].flatten(1), best, rtol=0, atol=1e-10 * float(sigma[0]))
         energy, dropped = energy + float(sigma.square().sum()), dropped + float(sigma[rank:].square().sum())
         if len(state[a]) < rank:
-            continue  # 3 × 2 are all there are: as they were
+            continue  # the full rank is 3 × 2: not truncated
         b = a.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")
         sides = state[a].flatten(1).norm(dim=1), state[b].flatten(1).norm(dim=0)
         torch.testing.assert_close(*sides, rtol=1e-10, atol=1e-12)  # split evenly
@@ -265,14 +265,14 @@ def test_a_rank_keeps_the_largest_singular_values_of_the_whole_average(
     assert result.config["r"] == rank and 0 < result.lost < 1
 
 
-def test_a_rank_that_loads_in_peft(adapters: Callable[..., tuple[Checkpoint, ...]], tmp_path: Path):
-    """Rank 7 cuts the modules of rank 3 × 4 and 3 × 6 and leaves those of rank 3 × 2 as they are."""
+def test_an_adapter_of_reduced_rank_loads_in_peft(adapters: Callable[..., tuple[Checkpoint, ...]], tmp_path: Path):
+    """Rank 7 truncates modules of rank 3 × 4 and 3 × 6, but not those of rank 3 × 2."""
     case, coefficients = CASES["rslora-patterns"], Coefficients((ROW,))
     result = lora.exact(adapters(case), coefficients, rank=7)
     folder = write(result, tmp_path / "out")
     model = PeftModel.from_pretrained(base_of(case), folder)
     state = load_file(folder / "adapter_model.safetensors")
-    kept = updates(state, case.scaling)  # every module scales its product as the candidates did
+    kept = updates(state, case.scaling)  # every module keeps the scaling of the candidates
     modules = dict(model.named_modules())
     for name, update in kept.items():
         module = modules[name.removesuffix(".lora_A.weight")]
@@ -282,16 +282,16 @@ def test_a_rank_that_loads_in_peft(adapters: Callable[..., tuple[Checkpoint, ...
         torch.testing.assert_close(delta, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_an_odd_rank_of_adapters_that_began_orthogonal_loads(
+def test_an_odd_rank_of_adapters_with_orthogonal_init_loads(
     adapters: Callable[..., tuple[Checkpoint, ...]], tmp_path: Path
 ):
-    """PEFT begins orthogonally at even ranks only, and it begins before it loads."""
+    """PEFT supports orthogonal initialization at even ranks only, and initializes before it loads."""
     case = CASES["orthogonal"]
     folder = write(lora.exact(adapters(case), Coefficients((ROW,)), rank=5), tmp_path / "out")
     PeftModel.from_pretrained(base_of(case), folder)
 
 
-def test_a_rank_of_all_the_ranks_is_the_full_form(adapters: Callable[..., tuple[Checkpoint, ...]], tmp_path: Path):
+def test_a_rank_above_the_full_rank_truncates_nothing(adapters: Callable[..., tuple[Checkpoint, ...]], tmp_path: Path):
     checkpoints, coefficients = adapters(CASES["patterns"]), Coefficients((ROW,))
     full, bounded = lora.exact(checkpoints, coefficients), lora.exact(checkpoints, coefficients, rank=100)
     assert bounded.lost == 0 and bounded.config == full.config and bounded.specs == full.specs
@@ -302,13 +302,13 @@ def test_a_rank_of_all_the_ranks_is_the_full_form(adapters: Callable[..., tuple[
     assert full.config["r"] == 12 and full.config["lora_alpha"] == 36 and type(full.config["lora_alpha"]) is int
 
 
-def test_more_rank_loses_less(adapters: Callable[..., tuple[Checkpoint, ...]]):
+def test_a_higher_rank_loses_less(adapters: Callable[..., tuple[Checkpoint, ...]]):
     checkpoints = adapters(CASES["plain"])
     losses = [lora.exact(checkpoints, Coefficients((ROW,)), rank=rank).lost for rank in range(1, 13)]
     assert all(more < less for less, more in pairwise(losses)) and losses[-1] == 0
 
 
-def test_one_adapter_alone_is_itself(adapters: Callable[..., tuple[Checkpoint, ...]], tmp_path: Path):
+def test_the_average_of_one_adapter_is_unchanged(adapters: Callable[..., tuple[Checkpoint, ...]], tmp_path: Path):
     checkpoints = adapters(CASES["modules-to-save"], dtype=torch.bfloat16)
     alone = Coefficients.uniform([1], 4)
     result = lora.exact(checkpoints, alone)
@@ -320,7 +320,7 @@ def test_one_adapter_alone_is_itself(adapters: Callable[..., tuple[Checkpoint, .
 
 @pytest.mark.parametrize("coefficients", [Coefficients((ROW,)), LAYERWISE], ids=["one-row", "layer-wise"])
 @pytest.mark.parametrize("name", ["plain", "patterns", "rslora-patterns", "embedding", "convolutions"])
-def test_the_error_of_the_factors_is_that_of_their_products(
+def test_factor_error_matches_the_explicit_products(
     name: str, coefficients: Coefficients, adapters: Callable[..., tuple[Checkpoint, ...]]
 ):
     case = CASES[name]
@@ -335,13 +335,13 @@ def test_the_error_of_the_factors_is_that_of_their_products(
     assert lora.factor_error(checkpoints, coefficients) == pytest.approx((error / norm) ** 0.5, rel=1e-10)
 
 
-def test_equal_adapters_have_no_error_of_factors(adapters: Callable[..., tuple[Checkpoint, ...]]):
+def test_equal_adapters_have_no_factor_error(adapters: Callable[..., tuple[Checkpoint, ...]]):
     (one,) = adapters(CASES["plain"], n=1)
-    # a Gram matrix would leave the square root of the rounding, 1e-8
+    # via a Gram matrix the error would be the square root of the rounding, 1e-8
     assert lora.factor_error([one] * 3, Coefficients(((0.5, 0.3, 0.2),))) < 1e-15
 
 
-def test_adapters_that_were_never_trained_have_no_error(tmp_path: Path):
+def test_untrained_adapters_have_no_factor_error(tmp_path: Path):
     torch.manual_seed(0)
     get_peft_model(base_of(CASES["plain"]), LoraConfig(target_modules=["lm_head"])).save_pretrained(tmp_path / "step-1")
     with discover([tmp_path]) as found:
@@ -350,7 +350,7 @@ def test_adapters_that_were_never_trained_have_no_error(tmp_path: Path):
         assert lora.factor_error(two, half) == 0 and lora.exact(two, half, rank=3).lost == 0
 
 
-def test_the_dtype_of_the_output(adapters: Callable[..., tuple[Checkpoint, ...]]):
+def test_dtype_sets_the_output_dtype(adapters: Callable[..., tuple[Checkpoint, ...]]):
     result = lora.exact(adapters(CASES["plain"], dtype=torch.bfloat16), Coefficients((ROW,)), dtype="float32")
     assert {spec.dtype for spec in result.specs.values()} == {"F32"}
 
@@ -371,7 +371,7 @@ def edit(checkpoint: Checkpoint, **changes: object) -> None:
         ("target_modules", ["lm_head"], ["c_attn", "c_fc", "lm_head"]),
     ],
 )
-def test_disagreeing_adapters_are_named_with_the_key(
+def test_disagreement_names_the_adapter_and_the_key(
     key: str, value: object, usual: object, adapters: Callable[..., tuple[Checkpoint, ...]]
 ):
     checkpoints = adapters(Case({"target_modules": TARGETS}, lambda _: 2.0))
@@ -400,7 +400,7 @@ def test_the_order_of_a_saved_set_does_not_matter(adapters: Callable[..., tuple[
         ("[]", "is not a JSON object"),
         ('{"peft_type": "LORA", "r": 0}', "r must be a positive number, not 0"),
         ('{"peft_type": "LORA", "lora_alpha": 1e999}', "lora_alpha must be a positive number, not inf"),
-        ('{"peft_type": "LORA", "rank_pattern": {"(": 2}}', "rank_pattern: '(' is no regular expression"),
+        ('{"peft_type": "LORA", "rank_pattern": {"(": 2}}', "rank_pattern: '(' is not a regular expression"),
         ('{"peft_type": "LORA", "alpha_pattern": [2]}', "alpha_pattern is not a JSON object"),
     ],
 )
@@ -413,7 +413,7 @@ def test_a_bad_configuration_is_named(text: str, what: str, adapters: Callable[.
     assert str(raised.value).startswith(f"{path}: {what}")
 
 
-def test_no_configuration(adapters: Callable[..., tuple[Checkpoint, ...]]):
+def test_a_missing_configuration_is_refused(adapters: Callable[..., tuple[Checkpoint, ...]]):
     (checkpoint,) = adapters(CASES["plain"], n=1)
     (checkpoint.path / lora_config.CONFIG_NAME).unlink()
     assert lora_config.read_config(checkpoint) is None
@@ -424,12 +424,12 @@ def test_no_configuration(adapters: Callable[..., tuple[Checkpoint, ...]]):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' may change the base model by the rank"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' may change the base model depending on the rank"),
         ({"target_parameters": ["w"]}, "several experts share one tensor"),
         ({"ensure_weight_tying": True}, "tied to another module's"),
     ],
 )
-def test_what_cannot_be_stacked_is_refused(
+def test_adapters_that_cannot_be_stacked_are_refused(
     changes: dict[str, object], why: str, adapters: Callable[..., tuple[Checkpoint, ...]]
 ):
     (checkpoint,) = adapters(CASES["plain"], n=1)
@@ -457,7 +457,7 @@ def test_another_kind_of_adapter_is_refused(tmp_path: Path):
             lora.factor_error(found.checkpoints, Coefficients(((1.0,),)))
 
 
-def test_a_rank_must_be_one(adapters: Callable[..., tuple[Checkpoint, ...]]):
+def test_a_rank_below_one_is_refused(adapters: Callable[..., tuple[Checkpoint, ...]]):
     with pytest.raises(UsageError, match="at least 1, not 0"):
         lora.exact(adapters(CASES["plain"], n=1), Coefficients(((1.0,),)), rank=0)
 
@@ -466,12 +466,12 @@ def test_a_rank_must_be_one(adapters: Callable[..., tuple[Checkpoint, ...]]):
     ("spoil", "what"),
     [
         (lambda a: a.fill_(torch.nan), "128 values are NaN or infinite"),
-        (lambda a: a[:3], r"shape \[3, 32\], but by adapter_config\.json its dimension 0 is the rank 4"),
-        (lambda a: a[:, :0], r"dtype F64 and shape \[4, 0\] are not those of a factor"),
+        (lambda a: a[:3], r"has shape \[3, 32\], but dimension 0 must be the rank 4 in adapter_config\.json"),
+        (lambda a: a[:, :0], r"dtype F64 and shape \[4, 0\] are not those of a LoRA factor"),
     ],
     ids=["nan", "rank", "empty"],
 )
-def test_a_spoilt_factor_is_named(spoil: Callable[[Tensor], Tensor], what: str, tmp_path: Path):
+def test_an_invalid_factor_is_named(spoil: Callable[[Tensor], Tensor], what: str, tmp_path: Path):
     (folder,) = save(CASES["plain"], tmp_path, n=1)
     path, name = folder / "adapter_model.safetensors", f"{PREFIX}transformer.h.0.attn.c_attn.lora_A.weight"
     state = load_file(path)
@@ -491,19 +491,19 @@ def test_a_second_factor_with_a_kernel_is_refused(tmp_path: Path):
     state = load_file(path)
     state[f"{PREFIX}lm_head.lora_B.weight"] = torch.zeros(64, 4, 2)
     save_file(state, path)
-    with discover([folder]) as found, pytest.raises(InputError, match=r"lm_head\.lora_B\.weight: shape \[64, 4, 2\]"):
+    with discover([folder]) as found, pytest.raises(InputError, match=r"lora_B\.weight: has shape \[64, 4, 2\]"):
         lora.exact(found.checkpoints, Coefficients(((1.0,),)))
 
 
 def test_grouped_convolutions_are_refused(tmp_path: Path):
     model = get_peft_model(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), LoraConfig(r=4, target_modules=["0"]))
     model.save_pretrained(tmp_path / "step-1")
-    with discover([tmp_path]) as found, pytest.raises(InputError, match="its dimension 1 is the rank 4"):
+    with discover([tmp_path]) as found, pytest.raises(InputError, match="dimension 1 must be the rank 4"):
         lora.exact(found.checkpoints, Coefficients(((1.0,),)))
 
 
-def test_modules_whose_names_end_alike_keep_their_own_rank(tmp_path: Path):
-    """A pattern matches the end of a name, so ``fc`` is looked for behind ``block.fc``."""
+def test_modules_with_a_common_name_suffix_keep_their_ranks(tmp_path: Path):
+    """A pattern matches the end of a name, so ``fc`` must be listed after ``block.fc``."""
     base = nn.ModuleDict({"fc": nn.Linear(4, 4), "block": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["fc"], rank_pattern={"block.fc": 3}))
@@ -516,7 +516,7 @@ def test_modules_whose_names_end_alike_keep_their_own_rank(tmp_path: Path):
     assert ranks == {f"{PREFIX}fc": 4, f"{PREFIX}block.fc": 6}
 
 
-def test_a_pattern_that_a_later_python_may_read_otherwise_is_nobodys_warning(
+def test_a_deprecated_pattern_syntax_does_not_warn(
     adapters: Callable[..., tuple[Checkpoint, ...]],
 ):
     (checkpoint,) = adapters(CASES["plain"], n=1)

@@ -1,4 +1,4 @@
-"""The average against exact rational arithmetic: within the bound it promises, whatever the chunking."""
+"""The average against exact rational arithmetic: within the documented bound, for any chunking."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS = {
 
 
 def awkward(dtype: torch.dtype, seed: int) -> Tensor:
-    """Random numbers over the whole range, subnormals, zeros of both signs, ties, and pairs that cancel."""
+    """Return random numbers over the whole range, subnormals, zeros of both signs, ties, and pairs that cancel."""
     generator = torch.Generator().manual_seed(seed)
     info = torch.finfo(dtype)
     exponents = torch.empty(200, dtype=torch.float64).uniform_(-12, 12, generator=generator)
@@ -53,7 +53,7 @@ def test_every_element_is_within_the_bound_of_the_exact_sum(tmp_path: Path, dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sixteen_bit_results_are_rounded_once(tmp_path: Path, dtype: torch.dtype):
-    """Half of x + y lies a hair above a tie; by way of float32 the hair is lost and the tie goes down to even."""
+    """Half of x + y is slightly above a tie; via float32 the excess is lost and the tie rounds down to even."""
     step = torch.finfo(dtype).eps
     x = torch.tensor([1 + step, 1 + 3 * step, -1 - step], dtype=torch.float64)
     hair = torch.tensor([2.0**-40, -(2.0**-40), -(2.0**-40)], dtype=torch.float64)
@@ -62,7 +62,7 @@ def test_sixteen_bit_results_are_rounded_once(tmp_path: Path, dtype: torch.dtype
     exact = [exact_sum([0.5, 0.5], values) for values in zip(*(s["w"].tolist() for s in states), strict=True)]
     assert result.tolist() == [float(nearest(value, dtype)) for value in exact]
     twice = torch.tensor([float(value) for value in exact], dtype=torch.float64).to(torch.float32).to(dtype)
-    assert not torch.equal(result, twice)  # the trap is real: torch's own conversion falls into it
+    assert not torch.equal(result, twice)  # the test is effective: torch's own conversion rounds twice
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -116,7 +116,7 @@ def test_equal_coefficients_do_not_overflow_float64(tmp_path: Path):
     assert torch.equal(averaged(stored(tmp_path, [{"w": huge}] * 4), [0.25] * 4)["w"], huge)
 
 
-def test_what_is_not_floating_point_is_taken_from_the_last_selected(tmp_path: Path):
+def test_non_floating_point_tensors_are_copied_from_the_last_selected(tmp_path: Path):
     states = [{"n": torch.tensor(i), "m": torch.tensor([i % 2 == 0]), "w": torch.ones(1) * i} for i in range(4)]
     checkpoints = stored(tmp_path, states)
     result = averaged(checkpoints, [0.5, 0.0, 0.5, 0.0])
@@ -124,7 +124,7 @@ def test_what_is_not_floating_point_is_taken_from_the_last_selected(tmp_path: Pa
     assert not_averaged(checkpoints[0]) == ["m", "n"]
 
 
-def test_one_checkpoint_alone_is_copied_bit_for_bit(tmp_path: Path):
+def test_a_single_checkpoint_is_copied_bit_for_bit(tmp_path: Path):
     states = [{"w": awkward(torch.bfloat16, seed)} for seed in range(2)]
     result = averaged(stored(tmp_path, states), [0.0, 1.0])["w"]
     assert torch.equal(result.view(torch.int16), states[1]["w"].view(torch.int16))
@@ -139,11 +139,11 @@ def test_shapes_of_every_rank_survive(tmp_path: Path):
 
 def test_candidates_with_coefficient_zero_are_not_read(tmp_path: Path):
     checkpoints = stored(tmp_path, [{"w": torch.ones(4) * i} for i in range(3)])
-    checkpoints[1].reader.close()  # reading it now would fail
+    checkpoints[1].reader.close()  # reading it would fail
     assert torch.equal(averaged(checkpoints, [0.5, 0.0, 0.5])["w"], torch.ones(4))
 
 
-def test_groups_have_coefficients_of_their_own():
+def test_groups_have_separate_coefficients():
     table = Coefficients(((0.5, 0.5), (1.0, 0.0), (0.0, 1.0)), (("",), ("layer.", "tied"), ("layer.1.",)))
     assert [table.row(name) for name in ("head", "layer.0.w", "layer.1.w", "tied")] == [
         (0.5, 0.5),
@@ -161,7 +161,7 @@ def test_coefficients_that_do_not_sum_to_one_are_refused(row: tuple[tuple[float,
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_value_that_is_not_finite_names_its_file_and_element(tmp_path: Path, bad: float):
+def test_a_non_finite_value_is_reported_with_file_and_element(tmp_path: Path, bad: float):
     states = [{"w": torch.ones(1000)} for _ in range(3)]
     states[1]["w"][700] = bad
     with pytest.raises(
@@ -172,7 +172,7 @@ def test_a_value_that_is_not_finite_names_its_file_and_element(tmp_path: Path, b
         averaged(stored(tmp_path, states), [0.0, 1.0, 0.0])
 
 
-def test_an_average_that_overflows_the_output_says_so(tmp_path: Path):
+def test_an_overflow_of_the_output_dtype_is_reported(tmp_path: Path):
     checkpoints = stored(tmp_path, [{"w": torch.tensor([60000.0])}, {"w": torch.tensor([80000.0])}])
     with pytest.raises(InputError, match="the average overflows float16") as caught:
         averaged(checkpoints, [0.5, 0.5], "float16")
@@ -215,6 +215,6 @@ def test_memory_does_not_grow_with_candidates_or_model(tmp_path: Path):
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     small = peak("small", 2, 4_000_000)
-    # 16 MB a file; 20 MB is noise of the interpreter, one more copy of anything would be 16 to 80 MB
+    # 16 MB per file; 20 MB is interpreter noise, and one more copy of any tensor would be 16 to 80 MB
     assert peak("more", 8, 4_000_000) < small + 20_000
     assert peak("larger", 2, 20_000_000) < small + 20_000

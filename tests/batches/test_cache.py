@@ -1,4 +1,4 @@
-"""Batches that stay on the device: read once, the same for every mixture, and never spoilt by who uses them."""
+"""Cached batches are read once, equal for every mixture, and unaffected by losses that change them in place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from stored import stored
 from torch import Tensor, nn
 
-from ckptavg.batches import cache as kept_module
+from ckptavg.batches import cache as cache_module
 from ckptavg.batches.cache import BatchCache
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
@@ -26,7 +26,7 @@ def network() -> nn.Module:
 
 
 class Job:
-    """Counts how often it is read; its batches and the noise that its loss adds come from the global generator."""
+    """Task that records each read of a split; its batches and its loss's noise use the global generator."""
 
     source, metric, metric_goal, metric_bounds, corpus, whole = "toy", None, "max", None, None, None
 
@@ -41,7 +41,7 @@ class Job:
         y = batch.pop("y") if self._spoil == "containers" else batch["y"]
         if self._spoil == "tensors":
             batch["x"].mul_(2)
-        elif self._spoil == "memory":  # which autograd does not notice
+        elif self._spoil == "memory":  # unnoticed by autograd
             x = batch["x"].numpy()
             x *= 2
         noise = torch.randn(len(y), 1)
@@ -52,7 +52,7 @@ class Job:
 
     def batches(self, split: Split) -> Iterator[Any]:
         self.read.append(split)
-        buffer = torch.empty(5, 3)  # one for all batches, as a loader that reuses its memory has
+        buffer = torch.empty(5, 3)  # shared by all batches, as in a loader that reuses its memory
         for _ in range(3):
             yield {"x": buffer.copy_(torch.randn(5, 3)), "y": torch.randint(2, (5,)), "names": ["a"] * 5}
 
@@ -80,15 +80,15 @@ def scores(task: Job, checkpoints: tuple[Checkpoint, ...]) -> list[float]:
 @pytest.fixture
 def read_each_time(checkpoints: tuple[Checkpoint, ...], monkeypatch: pytest.MonkeyPatch) -> list[float]:
     with monkeypatch.context() as patch:
-        patch.setattr(kept_module, "HOST", 0)
+        patch.setattr(cache_module, "HOST", 0)
         task = Job()
-        found = scores(task, checkpoints)
+        values = scores(task, checkpoints)
         assert task.read == ["train", "val"] * 4
-    return found
+    return values
 
 
 @pytest.mark.parametrize("spoil", ["", "containers"])
-def test_a_split_is_read_once_and_scores_are_those_of_reading_it_each_time(
+def test_a_split_is_read_once_and_scores_match_reading_it_each_time(
     checkpoints: tuple[Checkpoint, ...], read_each_time: list[float], spoil: str
 ):
     task = Job(spoil)
@@ -101,49 +101,49 @@ def test_a_loss_may_change_its_batch_in_place(
     checkpoints: tuple[Checkpoint, ...], monkeypatch: pytest.MonkeyPatch, spoil: str
 ):
     task = Job(spoil)
-    found = scores(task, checkpoints)
+    values = scores(task, checkpoints)
     assert task.read == ["train", "val"]
-    monkeypatch.setattr(kept_module, "HOST", 0)
-    assert found == scores(Job(spoil), checkpoints)
+    monkeypatch.setattr(cache_module, "HOST", 0)
+    assert values == scores(Job(spoil), checkpoints)
 
 
-def passed(kept: BatchCache, split: Split, *batches: Any) -> list[Any]:
-    """The batches of a pass over a split that has these if it is read."""
-    return [one.batch for one in kept.passed(split, lambda: iter(batches))]
+def read_pass(cache: BatchCache, split: Split, *batches: Any) -> list[Any]:
+    """Return the batches of a pass over a split whose source yields ``batches``."""
+    return [entry.batch for entry in cache.passed(split, lambda: iter(batches))]
 
 
-def test_what_is_too_large_is_read_again_and_takes_no_room(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kept_module, "HOST", 100)
-    kept = BatchCache(CPU)
+def test_a_split_that_is_too_large_is_read_again_and_frees_its_budget(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cache_module, "HOST", 100)
+    cache = BatchCache(CPU)
     for fill in (1, 2, 3):
-        assert [b.tolist() for b in passed(kept, "train", torch.full((10,), fill), torch.full((20,), fill))] == [
+        assert [b.tolist() for b in read_pass(cache, "train", torch.full((10,), fill), torch.full((20,), fill))] == [
             [fill] * 10, [fill] * 20
         ]  # fmt: skip
-    passed(kept, "val", torch.ones(25))
-    assert passed(kept, "val")[0].tolist() == [1.0] * 25
+    read_pass(cache, "val", torch.ones(25))
+    assert read_pass(cache, "val")[0].tolist() == [1.0] * 25
 
 
-def test_a_pass_that_is_not_finished_is_not_kept(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kept_module, "HOST", 100)
-    kept = BatchCache(CPU)
-    for seen in kept.passed("val", lambda: iter([torch.zeros(25), torch.zeros(2)])):
+def test_an_unfinished_pass_is_not_cached(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cache_module, "HOST", 100)
+    cache = BatchCache(CPU)
+    for seen in cache.passed("val", lambda: iter([torch.zeros(25), torch.zeros(2)])):
         assert seen.size == 25
         break
-    assert passed(kept, "val", torch.ones(25))[0].tolist() == passed(kept, "val")[0].tolist() == [1.0] * 25
+    assert read_pass(cache, "val", torch.ones(25))[0].tolist() == read_pass(cache, "val")[0].tolist() == [1.0] * 25
 
 
-def test_what_moves_itself_is_not_kept():
+def test_batches_with_their_own_to_method_are_not_cached():
     class Graph:
         def to(self, device: torch.device) -> Graph:
             return self
 
-    kept = BatchCache(CPU)
+    cache = BatchCache(CPU)
     for graph in (Graph(), Graph()):
-        assert passed(kept, "val", {"graph": graph, "y": torch.ones(2)})[0]["graph"] is graph
+        assert read_pass(cache, "val", {"graph": graph, "y": torch.ones(2)})[0]["graph"] is graph
 
 
-def test_batches_that_become_others_are_forgotten():
-    kept = BatchCache(CPU)
-    passed(kept, "val", torch.ones(2))
-    kept.forget()
-    assert passed(kept, "val", torch.zeros(1))[0].tolist() == passed(kept, "val")[0].tolist() == [0.0]
+def test_forget_drops_cached_batches():
+    cache = BatchCache(CPU)
+    read_pass(cache, "val", torch.ones(2))
+    cache.forget()
+    assert read_pass(cache, "val", torch.zeros(1))[0].tolist() == read_pass(cache, "val")[0].tolist() == [0.0]

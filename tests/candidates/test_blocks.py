@@ -1,4 +1,4 @@
-"""Layer-wise coefficients: the block rule, loss and gradient by block, and the exact average of them."""
+"""Layer-wise coefficients: the block rule, loss and gradient per block, and the exact average."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_a_tied_parameter_is_in_one_block_under_both_names(tmp_path: Path):
     assert found.blocks(None) == (("embed.weight", "head.weight"),)
 
 
-def test_the_longest_prefix_decides():
+def test_the_longest_prefix_wins():
     groups = (("",), ("a.", "b"), ("a.c",))
     assert [group_of(name, groups) for name in ("x", "a.b", "b", "a.c", "a.cd")] == [0, 1, 1, 2, 2]
     with pytest.raises(ValueError, match="covers the tensor x"):
         group_of("x", (("a",),))
 
 
-def test_loss_and_gradient_by_block_are_those_of_plain_torch(checkpoints: tuple[Checkpoint, ...]):
+def test_loss_and_gradient_by_block_match_plain_torch(checkpoints: tuple[Checkpoint, ...]):
     mixture = Mixture(Toy(), checkpoints, device=torch.device("cpu"))
     groups = mixture.blocks(None)
     c = torch.softmax(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=1)
@@ -105,7 +105,7 @@ def test_the_average_by_block_is_exact(checkpoints: tuple[Checkpoint, ...]):
             found = torch.frombuffer(written[name], dtype=torch.float64).view(spec.shape)
             c = torch.tensor(coefficients.row(name), dtype=torch.float64)
             torch.testing.assert_close(found, by_hand(checkpoints, c)[name], rtol=1e-14, atol=1e-15)
-        else:  # integers are those of the last candidate that is in any group
+        else:  # integers come from the last candidate selected in any group
             last = bytearray(spec.nbytes)
             checkpoints[2].read_into(name, 0, memoryview(last))
             assert written[name] == last

@@ -1,4 +1,4 @@
-"""The candidate matrix against plain torch: w(c) is the weighted sum, and the pullback is autograd's gradient."""
+"""The candidate matrix against plain torch: w(c) is the weighted sum, and `pullback` is autograd's gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ckptavg.errors import InputError, TaskError
 
 
 class Tied(nn.Module):
-    """A parameter with two names, a BatchNorm, an integer buffer and a float one that is no statistic."""
+    """Model with a tied parameter, a BatchNorm, an integer buffer, and a float buffer that is not a statistic."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,11 +32,11 @@ class Tied(nn.Module):
 
 
 def ignore(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Progress callback that does nothing."""
 
 
 def states(model: nn.Module, n: int) -> list[dict[str, Tensor]]:
-    """n state dicts of the model with random values; tied names stay one tensor."""
+    """Return n state dicts of the model with random values; tied names share one tensor."""
     result: list[dict[str, Tensor]] = []
     for i in range(n):
         generator = torch.Generator().manual_seed(i)
@@ -57,7 +57,7 @@ def candidates(model: nn.Module, saved: list[dict[str, Tensor]], folder: Path) -
     return Candidates(model, discover([folder]).checkpoints, ignore)
 
 
-def test_materialize_is_the_weighted_sum_of_every_floating_tensor(tmp_path: Path):
+def test_materialize_computes_the_weighted_sum_of_every_floating_tensor(tmp_path: Path):
     model = Tied()
     saved = states(model, 5)
     matrix = candidates(model, saved, tmp_path)
@@ -70,7 +70,7 @@ def test_materialize_is_the_weighted_sum_of_every_floating_tensor(tmp_path: Path
             torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=10 * 1.5 * 2**-24)
 
 
-def test_a_tied_parameter_is_in_the_matrix_once(tmp_path: Path):
+def test_a_tied_parameter_is_stored_once(tmp_path: Path):
     model = Tied()
     matrix = candidates(model, states(model, 3), tmp_path)
     unique = sum(p.numel() for p in model.parameters()) + sum(
@@ -80,7 +80,7 @@ def test_a_tied_parameter_is_in_the_matrix_once(tmp_path: Path):
     assert model.head.weight is model.embed.weight
 
 
-def test_pullback_is_autograds_gradient_with_respect_to_the_coefficients(tmp_path: Path):
+def test_pullback_matches_autograds_gradient_of_the_coefficients(tmp_path: Path):
     model = Tied()
     saved = states(model, 4)
     tokens = torch.arange(7)
@@ -107,7 +107,7 @@ def test_pullback_is_autograds_gradient_with_respect_to_the_coefficients(tmp_pat
     assert torch.equal(matrix.pullback(), torch.zeros(1, 4))
 
 
-def test_integers_are_those_of_the_candidate_asked_for(tmp_path: Path):
+def test_take_integers_copies_those_of_the_given_candidate(tmp_path: Path):
     model = Tied()
     saved = states(model, 3)
     matrix = candidates(model, saved, tmp_path)
@@ -135,15 +135,15 @@ def test_sixteen_bit_candidates_are_summed_in_float32_with_float32_coefficients(
     matrix.materialize(torch.full((5,), 0.2, dtype=torch.float64))
     for name, tensor in model.state_dict().items():
         exact = torch.stack([state[name].double() for state in saved]).mean(dim=0)
-        # half a unit in the last place, plus what five float32 sums of numbers below 2 can add
+        # half a unit in the last place, plus the rounding of five float32 sums of numbers below 2
         torch.testing.assert_close(tensor.double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=10 * 2**-24)
     model.weight.grad.fill_(1)  # pyright: ignore[reportOptionalMemberAccess]
     expected = torch.stack([state["weight"].double().sum() for state in saved])
     torch.testing.assert_close(matrix.pullback()[0].double(), expected, rtol=24 * 2**-24, atol=0)
 
 
-def test_one_of_two_tied_names_in_the_file_is_enough(tmp_path: Path):
-    """Hugging Face drops the other name when it saves."""
+def test_a_file_may_hold_only_one_of_two_tied_names(tmp_path: Path):
+    """Hugging Face saves only one of two tied names."""
     model = Tied()
     saved = [{name: t for name, t in state.items() if name != "embed.weight"} for state in states(model, 2)]
     candidates(model, saved, tmp_path).materialize(torch.tensor([0.0, 1.0]))
@@ -178,7 +178,7 @@ def test_a_model_that_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path: Path, value: float):
+def test_a_non_finite_weight_is_refused_by_name(tmp_path: Path, value: float):
     saved = states(Tied(), 3)
     saved[2]["norm.weight"][1] = value
     with pytest.raises(InputError, match=r"step-2\.pt: norm\.weight: 1 values are NaN or infinite") as caught:
@@ -186,7 +186,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path: Path, value: f
     assert caught.value.hint == "leave it out with --exclude 'step-2.pt', or all bad ones with --skip-bad"
 
 
-def test_load_sets_the_whole_state_from_bytes(tmp_path: Path):
+def test_load_restores_the_whole_state(tmp_path: Path):
     model = Tied()
     candidates(model, states(model, 2), tmp_path)
     other = states(model, 5)[4]
@@ -198,15 +198,15 @@ def test_load_sets_the_whole_state_from_bytes(tmp_path: Path):
     assert all(torch.equal(tensor, other[name]) for name, tensor in again.model.state_dict().items())
 
 
-def test_a_model_that_lies_deeper_in_the_checkpoints_is_told_so(tmp_path: Path):
-    """As in Lightning, where the names begin with the attribute of the module."""
+def test_the_hint_names_the_prefix_of_a_nested_model(tmp_path: Path):
+    """As in Lightning, where names are prefixed with the attribute that holds the module."""
     saved = [{f"net.{name}": tensor for name, tensor in state.items()} for state in states(Tied(), 2)]
     with pytest.raises(TaskError, match="does not fit") as caught:
         candidates(Tied(), saved, tmp_path)
     assert caught.value.hint is not None and "names begin with net., as if" in caught.value.hint
 
 
-def test_a_checkpoint_that_changes_while_it_is_read_is_an_error_that_names_it(tmp_path: Path):
+def test_a_checkpoint_that_changes_while_being_read_is_named(tmp_path: Path):
     for i, state in enumerate(states(Tied(), 2)):
         torch.save(state, tmp_path / f"step-{i}.pt")
     with discover([tmp_path]) as found:

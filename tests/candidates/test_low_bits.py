@@ -1,4 +1,4 @@
-"""Searching among candidates of a few bits: what is written is exact, scores as it lies, and doubts are spoken of."""
+"""Search on quantized candidates: the output is exact, its score is its own, and deviations cause warnings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEW = (32, 4, 1)
 
 @pytest.fixture(scope="session")
 def searched(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], ckptavg.Result]:
-    """Each search at some numbers of bits, SeWA at each, on the last twelve."""
+    """Results of each search on the last twelve candidates at the bits in FEW; SeWA at all in BITS."""
     folder = tmp_path_factory.mktemp("searched")
     return {
         (name, bits): getattr(ckptavg, name.split()[0])(
@@ -52,39 +52,40 @@ def test_from_four_bits_on_the_exact_average_scores_within_the_noise_of_a_search
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["sewa", "twa"])
 @pytest.mark.parametrize("bits", [4, 1])
-def test_there_is_a_warning_where_the_search_saw_another_score_or_little_of_the_differences(
+def test_a_warning_reports_a_wrong_score_or_a_large_rounding_error(
     searched: dict[tuple[str, int], ckptavg.Result], jobs: dict[str, Job], name: str, bits: int
 ):
     result = searched[name, bits]
     coefficients = Coefficients((tuple(one.coefficient for one in result.candidates),))
     with jobs["cnn"].mixture(last=12, bits=bits) as coarse:
-        seen = coarse.score(coefficients)
+        coarse_score = coarse.score(coefficients)
     exact = result.scores["val"]
-    apart = abs(seen.value - exact.value) > exact.noise or abs(seen.loss - exact.loss) > exact.loss_noise
+    value_off = abs(coarse_score.value - exact.value) > exact.noise
+    loss_off = abs(coarse_score.loss - exact.loss) > exact.loss_noise
     warned = any(f"at --bits {bits}" in warning for warning in result.warnings)
-    assert warned == (apart or result.matrix.error > 0.6)
+    assert warned == (value_off or loss_off or result.matrix.error > 0.6)
 
 
-def test_one_bit_is_too_few_and_the_report_says_so(searched: dict[tuple[str, int], ckptavg.Result]):
+def test_the_report_warns_about_one_bit(searched: dict[tuple[str, int], ckptavg.Result]):
     (warning,) = (w for w in searched["twa", 1].warnings if "--bits" in w)
     assert re.search(r"6\d% of the candidates' differences was lost to rounding. Search with more bits", warning)
 
 
-def test_a_score_that_the_search_saw_wrong_is_spoken_of(digits: Path, tmp_path: Path):
+def test_the_report_warns_if_the_exact_average_scores_differently(digits: Path, tmp_path: Path):
     found = ckptavg.sewa(digits, k=2, task=TASK, last=12, bits=1, baselines=False, output=tmp_path / "two")
     (warning,) = (w for w in found.warnings if "--bits" in w)
-    assert re.search(r"did not see the average as it is \(its (loss|score) [+-]0\.\d+ off \(noise 0\.\d+\)", warning)
+    assert re.search(r"misjudged the average \((loss|score) off by [+-]0\.\d+, noise 0\.\d+", warning)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
-def test_the_file_is_the_exact_average_whatever_the_bits(
+def test_the_file_is_the_exact_average_at_any_number_of_bits(
     searched: dict[tuple[str, int], ckptavg.Result], digits: Path, run: Run, name: str
 ):
     result = searched[name, 4]
     assert result.output is not None
     done = run("verify", result.output.path, "--sources", digits)
     assert done.returncode == 0, done.stderr
-    # what the command says of the file is what plain torch says
+    # the reported score of the file equals that of plain torch
     import task as demo_task
 
     model = demo_task.model()
@@ -95,7 +96,7 @@ def test_the_file_is_the_exact_average_whatever_the_bits(
     assert result.scores["val"].metric == pytest.approx(float(hits.mean()), abs=1e-6)
 
 
-def test_the_report_gives_the_memory_and_the_rounding(searched: dict[tuple[str, int], ckptavg.Result]):
+def test_the_report_contains_memory_and_rounding_error(searched: dict[tuple[str, int], ckptavg.Result]):
     parameters = 10_124
     for bits in BITS:
         matrix = searched["sewa", bits].matrix
@@ -106,7 +107,7 @@ def test_the_report_gives_the_memory_and_the_rounding(searched: dict[tuple[str, 
     assert errors[0] == 0 and errors == sorted(errors)
 
 
-def test_scores_are_those_of_the_exact_average_and_remembered_apart(jobs: dict[str, Job]):
+def test_scores_of_the_exact_average_are_cached_separately(jobs: dict[str, Job]):
     both = Coefficients.uniform([1, 4], 5)
     with jobs["cnn"].mixture(last=5) as exact, jobs["cnn"].mixture(last=5, bits=2) as coarse:
         assert coarse.exact_score(both, "val").loss == pytest.approx(exact.score(both).loss, rel=1e-5)
@@ -117,14 +118,14 @@ def test_scores_are_those_of_the_exact_average_and_remembered_apart(jobs: dict[s
         assert coarse.cost().forward_batches == spent
 
 
-def test_auto_takes_the_most_that_fits(monkeypatch: pytest.MonkeyPatch, digits: Path, tmp_path: Path):
+def test_auto_selects_the_most_bits_that_fit(monkeypatch: pytest.MonkeyPatch, digits: Path, tmp_path: Path):
     cpu = torch.device("cpu")
 
     def most(free: int) -> int:
         monkeypatch.setattr(budget, "free_memory", lambda device: free)
         return budget.largest(1000, 4000, 10, 128, cpu, BITS)
 
-    # 2 vectors of the model, and 10 rows; fewer bits need the mean as well
+    # two model-sized vectors and 10 rows; fewer bits need the mean as well
     assert most(round((8000 + 40_000) / 0.7) + 2) == 32 and most(round((8000 + 40_000) / 0.7) - 9) == 16
     sizes = [round((8000 + 4000 + 10_000 * (bits / 8 + 8 / 128)) / 0.7) + 2 for bits in BITS[1:]]
     assert [most(size) for size in sizes] == list(BITS[1:]) and most(0) == 1

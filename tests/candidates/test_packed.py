@@ -1,4 +1,4 @@
-"""The packed matrix against a literal unpacking, and against the dense one on what it unpacks to."""
+"""The packed matrix against a literal unpacking, and against the dense matrix of the unpacked values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def encoded(rows_ND: Tensor, bits: int, group: int) -> Packed:
 
 
 def unpacked(matrix: Packed, bits: int, group: int, size: int) -> Tensor:
-    """[N, D] of zero + scale·code, one element after the other, from the documented layout."""
+    """Decode [N, D] element by element as zero + scale·code, following the documented layout."""
     words, scale, zero = matrix._words_NP, matrix._scale_NH, matrix._zero_NH
     columns = words.shape[1]
     result = torch.empty(len(words), size)
@@ -61,7 +61,7 @@ def decoded(matrix: Packed, start: int, stop: int) -> Tensor:
     st.sampled_from([7, 64, 10**6]),
     st.data(),
 )
-def test_any_run_of_columns_is_what_lies_packed(
+def test_any_run_of_columns_decodes_to_the_packed_values(
     bits: int, n: int, size: int, group: int, at_once: int, data: st.DataObject
 ):
     rows = torch.randn(n, size, generator=torch.Generator().manual_seed(size))
@@ -79,7 +79,7 @@ def test_any_run_of_columns_is_what_lies_packed(
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group", [8, 128])
-def test_rounding_is_to_the_nearest_level_and_the_error_is_what_is_said(bits: int, group: int):
+def test_rounding_is_to_the_nearest_level_and_error_matches(bits: int, group: int):
     rows = torch.randn(3, 1000, generator=torch.Generator().manual_seed(bits))
     matrix = encoded(rows, bits, group)
     d = rows - rows.mean(dim=0)
@@ -90,7 +90,7 @@ def test_rounding_is_to_the_nearest_level_and_the_error_is_what_is_said(bits: in
     assert matrix.error == pytest.approx(float(lost.norm() / d.norm()), rel=1e-3, abs=1e-6)
 
 
-def test_more_bits_and_smaller_groups_lose_less():
+def test_more_bits_and_smaller_groups_reduce_the_error():
     rows = torch.randn(4, 4096, generator=torch.Generator().manual_seed(0))
     assert [encoded(rows, bits, 128).error for bits in BITS] == sorted(
         (encoded(rows, bits, 128).error for bits in BITS), reverse=True
@@ -102,7 +102,7 @@ def test_more_bits_and_smaller_groups_lose_less():
 
 @settings(deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([2, 4, 16]), st.sampled_from([1.0, 5.0]))
-def test_fitting_a_grid_never_makes_it_worse(seed: int, levels: int, tails: float):
+def test_fitting_a_grid_never_increases_the_error(seed: int, levels: int, tails: float):
     draws = torch.Generator().manual_seed(seed)
     d = torch.randn(4, 64, generator=draws, dtype=torch.float64).sinh() ** tails
 
@@ -116,13 +116,13 @@ def test_fitting_a_grid_never_makes_it_worse(seed: int, levels: int, tails: floa
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_equal_values_are_met_exactly(bits: int):
+def test_equal_values_are_represented_exactly(bits: int):
     rows = torch.tensor([[1.0] * 10, [3.0] * 10])
     assert torch.equal(decoded(encoded(rows, bits, 4), 0, 10), torch.tensor([[-1.0] * 10, [1.0] * 10]))
 
 
 @pytest.mark.parametrize(("bits", "bytes_"), [(1, 0.1875), (2, 0.3125), (4, 0.5625), (8, 1.0625), (16, 2.0625)])
-def test_an_element_takes_its_bits_and_its_share_of_a_scale(bits: int, bytes_: float):
+def test_bytes_per_element_are_its_bits_and_its_share_of_the_scale(bits: int, bytes_: float):
     matrix = Packed(3, 128 * 8 * 5, torch.float32, torch.device("cpu"), bits=bits, group=128)
     assert matrix.nbytes == 3 * 128 * 8 * 5 * bytes_
 
@@ -136,7 +136,7 @@ class Net(nn.Module):
 
 
 def both(folder: Path, bits: int, dtype: torch.dtype) -> tuple[Candidates, Candidates]:
-    """Candidates at few bits, and dense ones of the values that those unpack to."""
+    """Return quantized candidates, and dense candidates with the same decoded values."""
     states: list[dict[str, Tensor]] = []
     for seed in range(4):
         draws = torch.Generator().manual_seed(seed)
@@ -156,14 +156,14 @@ def both(folder: Path, bits: int, dtype: torch.dtype) -> tuple[Candidates, Candi
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layerwise", [False, True])
-def test_mixing_and_pulling_back_are_those_of_the_unpacked_candidates(
+def test_materialize_and_pullback_match_the_unpacked_candidates(
     tmp_path: Path, bits: int, dtype: torch.dtype, layerwise: bool
 ):
     packed, dense = both(tmp_path, bits, dtype)
     groups = dense.blocks(None if layerwise else 10**9)
     draws = torch.Generator().manual_seed(7)
     c = torch.softmax(torch.randn(len(groups), 4, generator=draws, dtype=torch.float64), dim=1)
-    # the packed form sums in float32; bfloat16 rounds the mixture, and the copies that the dense one is made of
+    # the packed matrix sums in float32; bfloat16 rounds the mixture and the rows of the dense matrix
     near = {"rtol": 2**-6, "atol": 2**-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     for each in (packed, dense):
         each.materialize(c, groups)
@@ -183,8 +183,8 @@ def test_mixing_and_pulling_back_are_those_of_the_unpacked_candidates(
     )
 
 
-def test_no_matrix_of_floats_is_made(tmp_path: Path):
-    """The one decoded piece is kept: it is much smaller than N·D floats."""
+def test_the_full_matrix_is_never_decoded_at_once(tmp_path: Path):
+    """Only one decoded piece is kept, much smaller than N·D floats."""
     size = 200_000
     states = [{"weight": torch.randn(size // 100, 100, generator=torch.Generator().manual_seed(i))} for i in range(8)]
     packed = Candidates(nn.Linear(100, size // 100, bias=False), stored(tmp_path, states), lambda *_: None, bits=4)

@@ -1,4 +1,4 @@
-"""The memory of learning: said before it is taken, and refused with settings that do fit."""
+"""Memory needed for learning: reported before it is allocated; errors suggest settings that fit."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ LARGE = Plan(
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Device type → bytes that are free there, for a test to set; beside them there is the model."""
-    there = {"cpu": 0, "cuda": 0}
-    monkeypatch.setattr(budget, "free_memory", lambda device: there[device.type])
-    return there
+    """Device type → free bytes in addition to the model, to be set by tests."""
+    free_bytes = {"cpu": 0, "cuda": 0}
+    monkeypatch.setattr(budget, "free_memory", lambda device: free_bytes[device.type])
+    return free_bytes
 
 
-def test_it_is_the_matrix_the_model_and_one_gradient(free: dict[str, int]):
+def test_memory_is_the_matrix_the_model_and_one_gradient(free: dict[str, int]):
     free |= {"cuda": 44 * GB}
     assert LARGE.check() == (
         "learning takes 10 candidates 40.00 GB + model 4.00 GB + gradient 4.00 GB = 48.00 GB on cuda:0; 48.00 GB free"
     )
     free |= {"cuda": 44 * GB - 1}
-    with pytest.raises(OutOfMemoryError, match=r"= 48\.00 GB on cuda:0, but there are 48\.00 GB on cuda:0 and 0\.0 kB"):
+    with pytest.raises(OutOfMemoryError, match=r"= 48\.00 GB on cuda:0, but only 48\.00 GB on cuda:0 and 0\.0 kB"):
         LARGE.check()
 
 
@@ -64,7 +64,7 @@ def test_the_hint_names_the_mildest_settings_that_fit(
     assert refused.value.exit_code == 8
     shown = f"this would fit: {hint}" if hint else "no --bits, --offload or --last would fit"
     assert refused.value.hint == shown
-    # the settings that are named are accepted, and the next milder ones are not
+    # the suggested settings are accepted, and the next milder ones are not
     for option, value in re.findall(r"--(\w+) (\w+)", hint or ""):
         name = {"last": "n"}.get(option, option)
         wanted: Any = value if option == "offload" else int(value)
@@ -75,7 +75,7 @@ def test_the_hint_names_the_mildest_settings_that_fit(
                 replace(LARGE, **{**plan, "n": int(value) + 1}).check()
 
 
-def test_on_a_cpu_offloading_to_its_memory_is_no_way_out(free: dict[str, int]):
+def test_offloading_to_cpu_is_not_suggested_for_a_cpu_model(free: dict[str, int]):
     free |= {"cpu": 20 * GB}
     with pytest.raises(OutOfMemoryError) as refused:
         replace(LARGE, device=CPU).check()
@@ -83,7 +83,7 @@ def test_on_a_cpu_offloading_to_its_memory_is_no_way_out(free: dict[str, int]):
     assert replace(LARGE, device=CPU, offload="cpu").needed == replace(LARGE, device=CPU).needed
 
 
-def test_what_is_planned_is_what_is_taken(tmp_path: Path):
+def test_the_plan_matches_the_allocated_memory(tmp_path: Path):
     from stored import stored
 
     tied = nn.Linear(30, 30, bias=False)
@@ -99,7 +99,7 @@ def test_what_is_planned_is_what_is_taken(tmp_path: Path):
         assert plan.size == 4 * (900 + 4 * 30) and plan.gradient == 4 * (900 + 2 * 30)
 
 
-def test_a_run_says_it_on_stderr_and_ends_with_8_where_it_does_not_fit(
+def test_a_run_prints_the_plan_and_exits_with_8_if_it_does_not_fit(
     run: Run, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     command = ("sewa", digits, "--last", 6, "--k", 2, "--steps", 2, "--task", TASK, "--no-baselines")
@@ -116,6 +116,6 @@ def test_a_run_says_it_on_stderr_and_ends_with_8_where_it_does_not_fit(
     assert run(*command, "-o", "other", "--bits", 8).returncode == 0
 
 
-def test_files_that_the_kernel_keeps_for_a_container_are_no_memory_that_is_taken(tmp_path: Path):
+def test_a_containers_page_cache_counts_as_free_memory(tmp_path: Path):
     (tmp_path / "memory.stat").write_text("anon 5\nactive_file 100\ninactive_file 30\nslab 7\n")
     assert budget._cached(tmp_path / "memory.stat") == 130 and budget._cached(tmp_path / "none") == 0

@@ -1,4 +1,4 @@
-"""Candidates that are streamed: the numbers of the dense matrix, in little memory, and sums that do not drift."""
+"""Streamed candidates: results of the dense matrix in bounded memory, and running sums without drift."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def place(request: pytest.FixtureRequest) -> tuple[str, str]:
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed, "BUFFER", 1)
-    monkeypatch.setattr(streamed, "LEAST", 7)  # columns: pieces end within tensors, and there are many
+    monkeypatch.setattr(streamed, "LEAST", 7)  # columns: many pieces, which end within tensors
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -47,7 +47,7 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 class Tied(nn.Module):
-    """A parameter with two names and an integer buffer."""
+    """Model with a tied parameter and an integer buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Tied(nn.Module):
 
 
 def states(model: nn.Module) -> list[dict[str, Tensor]]:
-    """N state dicts of random values."""
+    """Return N state dicts with random values."""
     found: list[dict[str, Tensor]] = []
     for i in range(N):
         draws = torch.Generator().manual_seed(i)
@@ -73,7 +73,7 @@ def checkpoints(folder: Path, model: nn.Module) -> tuple[Checkpoint, ...]:
 
 
 def ignore(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Progress callback that does nothing."""
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layerwise", [False, True])
-def test_mixtures_and_gradients_are_those_of_the_dense_matrix(
+def test_materialize_and_pullback_match_the_dense_matrix(
     tmp_path: Path, place: tuple[str, str], dtype: torch.dtype, layerwise: bool
 ):
     device, offload = place
@@ -98,7 +98,7 @@ def test_mixtures_and_gradients_are_those_of_the_dense_matrix(
         one.zero_gradient()
         one.model(x.to(there)).float().square().sum().backward()
         found.append((one.pullback(groups).cpu(), one.distances(groups).cpu()))
-    # N products and sums in the dtype that they are done in, in another order perhaps
+    # N products and sums in the compute dtype, possibly in a different order
     eps = torch.finfo(dtype).eps
     for name, expected in weights(dense.model).items():
         torch.testing.assert_close(weights(other.model)[name], expected, rtol=N * eps, atol=N * eps)
@@ -125,8 +125,8 @@ def exact_mean(saved: list[dict[str, Tensor]], chosen: Sequence[int], name: str)
     return [sum(map(Fraction, column), Fraction()) / len(chosen) for column in zip(*rows, strict=True)]
 
 
-def test_a_mean_has_the_same_bits_by_whatever_subsets_it_was_reached(tmp_path: Path):
-    """All 63 subsets in an order that changes few and in one that changes many; with weights of very unlike sizes."""
+def test_the_bits_of_a_mean_do_not_depend_on_the_preceding_subsets(tmp_path: Path):
+    """All 63 subsets, in orders that change few or many rows, with weights of very different magnitudes."""
     draws = torch.Generator().manual_seed(0)
     saved = [
         {name: torch.randn(t.shape, generator=draws) * 10.0 ** torch.randint(-9, 3, t.shape, generator=draws)
@@ -154,7 +154,7 @@ def test_a_mean_has_the_same_bits_by_whatever_subsets_it_was_reached(tmp_path: P
                 assert abs(Fraction(got) - exact) <= bound
 
 
-def test_without_memory_for_a_sum_the_bits_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_bits_are_the_same_if_the_sum_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     files = checkpoints(tmp_path, network())
     kept = Candidates(network(), files, ignore, offload="disk")
     monkeypatch.setattr("ckptavg.candidates.budget.free_memory", lambda device: 0)
@@ -165,16 +165,16 @@ def test_without_memory_for_a_sum_the_bits_are_the_same(tmp_path: Path, monkeypa
         assert all(torch.equal(tensor, weights(anew.model)[name]) for name, tensor in weights(kept.model).items())
 
 
-def test_a_difference_reads_only_the_rows_that_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_new_subset_reads_only_the_rows_that_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     one = Candidates(network(), checkpoints(tmp_path, network()), ignore, offload="disk")
     read: set[int] = set()
     fill = streamed.FileRows.fill
 
-    def noted(self: streamed.FileRows, i: int, start: int, out: Tensor) -> None:
+    def recording(self: streamed.FileRows, i: int, start: int, out: Tensor) -> None:
         read.add(i)
         fill(self, i, start, out)
 
-    monkeypatch.setattr(streamed.FileRows, "fill", noted)
+    monkeypatch.setattr(streamed.FileRows, "fill", recording)
     for chosen, expected in (([0, 2, 3], {0, 2, 3}), ([0, 2, 3, 5], {5}), ([0, 2, 5], {3}), ([0, 2, 5], set()),
                              ([1], {1}), ([0, 1, 2, 3, 4], {0, 2, 3, 4})):  # fmt: skip
         read.clear()
@@ -182,7 +182,7 @@ def test_a_difference_reads_only_the_rows_that_changed(tmp_path: Path, monkeypat
         assert read == expected
 
 
-def test_a_pass_that_fails_leaves_a_sum_that_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_sum_is_recomputed_after_a_failed_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     files = checkpoints(tmp_path, network())
     one, other = (Candidates(network(), files, ignore, offload="disk") for _ in range(2))
     one.average([0, 1, 2])
@@ -201,7 +201,7 @@ def test_a_pass_that_fails_leaves_a_sum_that_is_begun_anew(tmp_path: Path, monke
     assert all(torch.equal(tensor, weights(other.model)[name]) for name, tensor in weights(one.model).items())
 
 
-def test_a_file_that_is_written_to_is_noticed(tmp_path: Path):
+def test_a_modified_file_is_detected(tmp_path: Path):
     files = checkpoints(tmp_path, network())
     one = Candidates(network(), files, ignore, offload="disk")
     with files[4].path.open("r+b") as file:
@@ -237,8 +237,8 @@ print(peak() - before)
 
 @pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_memory_is_that_of_the_model_and_the_buffers_whatever_the_number_of_candidates(tmp_path: Path):
-    """A model of 16 MiB: weights and gradient, a sum of float64, two buffers of 32 MiB, and what torch takes."""
+def test_memory_does_not_depend_on_the_number_of_candidates(tmp_path: Path):
+    """A model of 16 MiB: weights, gradient, a float64 sum, two buffers of 32 MiB, and the overhead of torch."""
     shared = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
     stored(tmp_path, ({"weight": shared + i} for i in range(20)))
 

@@ -92,7 +92,7 @@ def test_the_step_in_a_name_is_the_number_its_framework_means(tmp_path: Path, na
 def test_no_step_anywhere_is_an_error_that_says_so(tmp_path: Path):
     save(tmp_path / "step-1.safetensors", 1)
     save(tmp_path / "final.safetensors", 2)
-    with pytest.raises(InputError, match=r"final\.safetensors: tells no training step") as caught:
+    with pytest.raises(InputError, match=r"final\.safetensors: has no training step") as caught:
         discover([tmp_path])
     assert caught.value.hint and "--exclude" in caught.value.hint
 
@@ -150,8 +150,8 @@ def test_a_sharded_model_is_read_through_its_index(tmp_path: Path):
         ({"fc.weight": "model-00002-of-00002.safetensors"}, "is missing"),
         ({"fc.weight": "../outside.safetensors"}, "not a bare file name"),
         ({"fc.weight": "model.safetensors.index.json"}, "is itself an index"),
-        ({"fc.other": "model-00001-of-00002.safetensors"}, "but it is not"),
-        ({"fc.weight": "model-00001-of-00002.safetensors"}, "not by the index"),
+        ({"fc.other": "model-00001-of-00002.safetensors"}, "which does not have it"),
+        ({"fc.weight": "model-00001-of-00002.safetensors"}, "the index does not place it there"),
         ({}, "no weight_map"),
         ([], "no weight_map"),
         ({"fc.weight": 3}, "must map tensor names to file names"),

@@ -1,4 +1,4 @@
-"""Any arguments: done, or refused with a documented exit code, and what was refused leaves nothing behind."""
+"""Random arguments succeed or fail with a documented exit code, and a failed command leaves no files."""
 
 from __future__ import annotations
 
@@ -33,17 +33,19 @@ ODD = (
     "\x1b[31m", "[/foo]", "é", "\udcff", "x" * 300, "--", "-", "@file", "%s", "{}", "{dir}", "ckpts", "mine.py",
     "/dev/null", "cpu", "meta", "cuda:99", "bfloat16", "int8", "exact", "min", "\n", " ",
 )  # fmt: skip
-FEW = ("0", "1", "2", "-1", "x", "", "nan", "0.5", "²", "auto")  # of what is repeated, or waited for
+FEW = ("0", "1", "2", "-1", "x", "", "nan", "0.5", "²", "auto")  # for options that repeat work or wait
 REPEATED = {"k", "steps", "epochs", "evaluations", "samples", "grid", "verify", "patience", "wait_stable"}
-NOT_RUN = {"lm_eval", "verbose", "help"}  # a large library is loaded; a traceback is what -v is for
+NOT_RUN = {"lm_eval", "verbose", "help"}  # --lm-eval loads a large library; -v prints tracebacks
 SCORED = ("sewa", "twa", "aswa", "soup", "best", "compare", "landscape", "eval")
 
 
 def words(rng: random.Random) -> list[str]:
-    """A command with up to four options of its own, of odd values mostly."""
+    """Return a command with up to four of its options, mostly with odd values."""
     commands: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     name = rng.choice([*sorted(set(commands) - {"demo", "env", "init", "verify"})])
-    options = [one for one in commands[name].params if one.param_type_name == "option" and one.name not in NOT_RUN]
+    options = [
+        param for param in commands[name].params if param.param_type_name == "option" and param.name not in NOT_RUN
+    ]
     found = [name, rng.choice(("ckpts", "ckpts", "ckpts", rng.choice(ODD)))]
     for option in rng.sample(options, min(len(options), rng.randrange(5))):
         found.append(rng.choice([*option.opts, *option.secondary_opts]))
@@ -58,7 +60,7 @@ def words(rng: random.Random) -> list[str]:
         ("--samples", "3"),
         ("--grid", "2"),
     ):
-        if option not in found and any(option in one.opts for one in options):
+        if option not in found and any(option in param.opts for param in options):
             found += [option, value]
     return found
 
@@ -74,7 +76,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", [name for name, one in strategies().items() if "k" in one.__annotations__])
 def test_a_setting_of_one_letter_has_a_short_option(run: Run, tmp_path: Path, name: str) -> None:
-    """The same bytes by ``-k 2``, ``-k2`` and ``--k 2``, others by ``-k 1``."""
+    """``-k 2``, ``-k2`` and ``--k 2`` give the same bytes, ``-k 1`` other bytes."""
     folder(tmp_path)
     for number, words in enumerate((("-k", 2), ("-k2",), ("--k", 2), ("-k", 1))):
         done = run(name, "ckpts", *words, "--task", "mine.py", "-o", f"{number}.safetensors")

@@ -1,4 +1,4 @@
-"""Bad input gets one line naming the file, the tensor and the way out, its exit code, and leaves nothing behind."""
+"""Bad input gives one error line with file, tensor and hint, an exit code, and leaves no files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def val_dataloader(): return DataLoader(TensorDataset(torch.ones(8, 3)), batch_s
 
 
 class Payload:
-    """Runs a command when it is unpickled."""
+    """An object whose unpickling runs a command."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -51,7 +51,7 @@ def ckpts(tmp_path: Path) -> Path:
 
 
 def check(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
-    """One error line with all the parts, an optional hint, no traceback, nothing on stdout."""
+    """Check for one error line with all `parts`, an optional hint, no traceback and an empty stdout."""
     lines = done.stderr.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     assert (done.returncode, done.stdout, len(errors)) == (code, "", 1), done.stderr
@@ -159,7 +159,7 @@ def test_weights_that_are_not_finite(run: Run, ckpts: Path, tmp_path: Path, valu
             "loss() gave nan at step 1 of the search, on batches 1, 2 of the val data",
         ),
         ((".mean(dim=1)", ".sum() / 0"), "loss() gave inf at step 1 of the search"),
-        ((".mean(dim=1)", ".mean(dim=0)"), "loss() must give a scalar or one real number an example [4]"),
+        ((".mean(dim=1)", ".mean(dim=0)"), "loss() must return a scalar or one real number per example [4]"),
         ((".square().mean(dim=1)", ".argmax(dim=1)"), "loss() must return a floating-point tensor, not a torch.int64"),
         (("torch.ones(8, 3)), batch_size=4", "torch.ones(0, 3)), batch_size=4"), "val_dataloader() gave no batches"),
         (("torch.ones(8, 3)", "torch.ones(8, 3), 1"), "in val_dataloader:"),
@@ -206,7 +206,7 @@ def test_a_task_that_lies_among_the_checkpoints_is_not_run(run: Run, ckpts: Path
     check(run("sewa", ".", cwd=ckpts), 2, "./task.py lies among the checkpoints", "hint: if you trust it, name it")
     check(run("sewa", "step-1.safetensors", "step-2.safetensors", cwd=ckpts), 2, "./task.py lies among")
     check(run("sewa", "ckpts"), 2, "needs a task file")
-    done = run("swa", ".", "-o", tmp_path / "out.safetensors", cwd=ckpts)  # can do without
+    done = run("swa", ".", "-o", tmp_path / "out.safetensors", cwd=ckpts)  # needs no task
     assert done.returncode == 0 and "Nothing was scored" in done.stderr
     assert not (tmp_path / "ran").exists()
 
@@ -222,7 +222,7 @@ def test_an_output_that_cannot_be_written(run: Run, ckpts: Path):
     check(run("swa", "ckpts", "-o", "gone/out.safetensors"), 5, "gone: no such directory", "hint: mkdir -p 'gone'")
 
 
-def test_a_device_that_is_not_there(run: Run, ckpts: Path):
+def test_a_missing_device(run: Run, ckpts: Path):
     check(
         run(*SEWA, "--k", 2, "--device", "cuda:7" if not torch.cuda.is_available() else "cuda:99"), 2, "--device cuda"
     )
@@ -249,13 +249,13 @@ def test_names_with_markup_and_control_characters_are_printed_as_they_are(run: R
 
 
 @pytest.mark.thorough
-def test_an_interrupted_run_says_so_and_leaves_nothing(run: Run, ckpts: Path, tmp_path: Path):
+def test_an_interrupted_run_reports_it_and_leaves_only_the_journal(run: Run, ckpts: Path, tmp_path: Path):
     (tmp_path / "mine.py").write_text(
         TINY.replace("def loss(model, batch):", "def loss(model, batch):\n    print('in loss', flush=True)\n   ")
     )
     command = [sys.executable, "-m", "ckptavg", *SEWA, "--k", "2", "--steps", "1000000"]
     for which in (signal.SIGINT, signal.SIGTERM):
-        ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits deaf ears
+        ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit an ignored SIGINT
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         signal.signal(signal.SIGINT, ours)
         assert process.stderr is not None and any("in loss" in line for line in process.stderr)
@@ -264,7 +264,7 @@ def test_an_interrupted_run_says_so_and_leaves_nothing(run: Run, ckpts: Path, tm
         out, err = process.communicate(timeout=300)
         assert process.returncode == 75 and out == ""
         assert "error: interrupted; nothing was written" in err and "Traceback" not in err
-    assert left(tmp_path) == {"ckpts", "mine.py", "out.safetensors.ckptavg"}  # what the next run goes on from
+    assert left(tmp_path) == {"ckpts", "mine.py", "out.safetensors.ckptavg"}  # the journal for the next run
 
 
 def test_memory_that_runs_out_is_its_own_exit_code(run: Run, ckpts: Path, tmp_path: Path):
@@ -280,7 +280,7 @@ def test_a_closed_stdout_is_no_error(ckpts: Path):
     assert (done.stdout, done.stderr) == ("{", "")
 
 
-def test_the_tasks_file_is_found_as_promised(run: Run, ckpts: Path, tmp_path: Path):
+def test_the_order_of_task_files(run: Run, ckpts: Path, tmp_path: Path):
     """--task, then CKPTAVG_TASK, then the configuration, then ./task.py; a module by its dotted name."""
     words = {"option": "first", "environment": "second", "configured": "third", "task": "fourth"}
     for name, word in words.items():
@@ -313,14 +313,14 @@ def test_options_come_from_the_configuration_and_the_environment(run: Run, ckpts
     [
         ("return model", "return float('nan') * model", "sewa --k 2", 7, "loss() gave nan at step 1 of the search"),
         ("return model", "return float('nan') * model", "twa", 7, "loss() gave nan at step 1 of the search"),
-        ("return model", "return model(batch[0]).detach() if 1 else model", "twa", 7, "loss() gives no gradient"),
+        ("return model", "return model(batch[0]).detach() if 1 else model", "twa", 7, "loss() has no gradient"),
         ("return model", "return model", "twa --lr 1e300", 7, "smaller --lr"),
         ("return model", "return model", "twa --on train", 2, "--on train needs train data"),
         ("return model", "return model", "aswa --early-reject", 2, "metric_bounds"),
         ("return model", "return model", "sewa --k 99 --dry-run", 2, "--k 99 asks"),
     ],
 )
-def test_what_a_search_cannot_learn_from_is_said(
+def test_an_unsuitable_task_or_setting_is_reported(
     run: Run, ckpts: Path, tmp_path: Path, old: str, new: str, command: str, code: int, message: str
 ):
     assert old in TINY
@@ -345,7 +345,7 @@ def test_a_list_in_the_configuration_is_a_list_of_strategies(run: Run, ckpts: Pa
     assert [one["name"] for one in json.loads(done.stdout)["strategies"]] == ["last", "swa", "soup"]
 
 
-def test_an_output_does_not_take_the_place_of_a_candidate(run: Run, ckpts: Path, tmp_path: Path):
+def test_an_output_does_not_replace_a_candidate(run: Run, ckpts: Path, tmp_path: Path):
     before = (ckpts / "step-4.safetensors").read_bytes()
     check(run("swa", "ckpts", "-o", "ckpts/step-4.safetensors", "--force"), 6, "step-4.safetensors: is one of the cand")
     assert (ckpts / "step-4.safetensors").read_bytes() == before
@@ -355,7 +355,7 @@ def test_an_output_does_not_take_the_place_of_a_candidate(run: Run, ckpts: Path,
     assert (tmp_path / "step-4" / "model.safetensors").read_bytes() == before
 
 
-def test_what_cannot_be_written_at_the_end_is_said_before_the_work(run: Run, ckpts: Path, tmp_path: Path):
+def test_an_unwritable_report_is_refused_before_the_work(run: Run, ckpts: Path, tmp_path: Path):
     check(run(*SEWA, "--report", "gone/r.json"), 5, "gone: no such directory")
     (tmp_path / "folder").mkdir()
     landscape = ("landscape", "ckpts", "--task", "mine.py", "-o")

@@ -1,4 +1,4 @@
-"""The main job on the demo's checkpoints: what ``ckptavg sewa ./ckpts --k 5`` promises, checked from outside."""
+"""The main job on the demo's checkpoints: the guarantees of ``ckptavg sewa ./ckpts --k 5``, checked independently."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ import ckptavg
 
 @pytest.fixture(scope="session")
 def selected(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> ckptavg.Result:
-    """SeWA's choice of 5 among the last 12."""
+    """Run SeWA to choose 5 of the last 12 checkpoints."""
     output = tmp_path_factory.mktemp("selected") / "averaged.safetensors"
     return ckptavg.sewa(digits, k=5, last=12, task=TASK, output=output)
 
 
 class ByHand:
-    """The demo's evaluation in plain torch: no line of it is shared with the search."""
+    """The demo's evaluation in plain torch, independent of the code of the search."""
 
     def __init__(self, folder: Path) -> None:
         paths = sorted(folder.glob("*.pt"), key=lambda path: int(re.findall(r"\d+", path.name)[0]))
@@ -68,7 +68,7 @@ def test_the_subset_is_within_the_best_one_percent_of_all(digits: Path, selected
     assert len(losses) == 792 and rank < 0.01 * len(losses)
 
 
-def test_the_file_is_the_uniform_average_and_scores_what_the_report_says(digits: Path, selected: ckptavg.Result):
+def test_the_file_is_the_uniform_average_with_the_reported_score(digits: Path, selected: ckptavg.Result):
     assert selected.output is not None
     written = load_file(selected.output.path)
     model = demo_task.model()
@@ -90,7 +90,7 @@ def test_the_file_is_the_uniform_average_and_scores_what_the_report_says(digits:
     assert score.loss == pytest.approx(loss, rel=1e-5) and score.metric == pytest.approx(accuracy, abs=1e-6)
 
 
-def test_batchnorm_statistics_of_the_file_are_those_of_update_bn(digits: Path, selected: ckptavg.Result):
+def test_batchnorm_statistics_match_update_bn(digits: Path, selected: ckptavg.Result):
     assert selected.output is not None
     written = load_file(selected.output.path)
     model = demo_task.model()
@@ -112,8 +112,8 @@ def test_the_average_beats_the_last_and_the_best_single_checkpoint(selected: ckp
 
 def test_the_cost_counts_every_batch(selected: ckptavg.Result):
     assert selected.cost is not None
-    # On 4 validation batches: 12 candidates, the 8 likeliest masks, SWA and LAWA. On 4 test batches: best, last, SWA
-    # and LAWA.
+    # On 4 validation batches: 12 candidates, the 8 most probable masks, SWA and LAWA. On 4 test batches: best, last,
+    # SWA and LAWA.
     # Before each, BatchNorm from 15 training batches. The file itself on both. Learning: 100 steps of 2 samples.
     scored = 12 + 8 + 2
     assert selected.cost.backward_batches == 200
@@ -127,7 +127,7 @@ def test_two_runs_give_identical_bytes(digits: Path, run: Run, tmp_path: Path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_the_command_prints_one_line_on_stdout_and_the_account_on_stderr(digits: Path, run: Run, tmp_path: Path):
+def test_the_command_prints_one_line_on_stdout_and_the_report_on_stderr(digits: Path, run: Run, tmp_path: Path):
     done = run("sewa", digits, "--k", 5, "--task", TASK, "--steps", 30, "--report", "report.json")
     assert (done.returncode, done.stdout) == (0, "averaged.safetensors\n")
     model = demo_task.model()
@@ -142,7 +142,7 @@ def test_the_command_prints_one_line_on_stdout_and_the_account_on_stderr(digits:
         "sha256",
     ):
         assert expected in done.stderr, expected
-    assert "\x1b" not in done.stderr  # no colours and no progress bar off a terminal
+    assert "\x1b" not in done.stderr  # no colours and no progress bar without a terminal
     report = json.loads((tmp_path / "report.json").read_text())
     assert sum(one["coefficient"] for one in report["candidates"]) == pytest.approx(1)
     assert report["output"]["bytes"] == (tmp_path / "averaged.safetensors").stat().st_size
@@ -167,7 +167,7 @@ def test_json_is_the_only_thing_on_stdout(digits: Path, run: Run):
     assert set(report["candidates"][0]) == {"path", "step", "coefficient", "score", "s"}
 
 
-def test_verify_rebuilds_the_file_and_notices_another_one(digits: Path, run: Run, tmp_path: Path):
+def test_verify_rebuilds_the_file_and_detects_a_changed_one(digits: Path, run: Run, tmp_path: Path):
     run("sewa", digits, "--k", 3, "--last", 5, "--task", TASK, "--steps", 5)
     done = run("verify", "averaged.safetensors", "--sources", digits.parent)
     assert (done.returncode, done.stdout) == (0, "averaged.safetensors\n")
@@ -181,16 +181,16 @@ def test_verify_rebuilds_the_file_and_notices_another_one(digits: Path, run: Run
     assert done.returncode == 3 and "no source" in done.stderr
 
 
-def test_eval_of_the_output_gives_the_reports_score(digits: Path, run: Run):
+def test_eval_of_the_output_matches_the_report(digits: Path, run: Run):
     report = json.loads(run("sewa", digits, "--k", 2, "--last", 4, "--task", TASK, "--steps", 5, "--json").stdout)
     (scored,) = json.loads(run("eval", "averaged.safetensors", "--task", TASK, "--json").stdout)
     assert scored["val"] == report["scores"]["val"] and scored["test"] == report["scores"]["test"]
-    done = run("eval", "averaged.safetensors", digits / "step-360.pt", "--task", TASK)  # one has no step
+    done = run("eval", "averaged.safetensors", digits / "step-360.pt", "--task", TASK)  # the output has no step
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
 
 
 def test_never_worse_writes_the_best_single_checkpoint(digits: Path, run: Run, tmp_path: Path):
-    """The mean of two networks trained from different starts is no network: averaging loses, and that is said."""
+    """Averaging networks trained from different starts lowers the score, and the report states it."""
     demo_training.train(tmp_path / "other", seed=1)
     arguments = (
         "sewa",
@@ -220,7 +220,7 @@ def test_never_worse_writes_the_best_single_checkpoint(digits: Path, run: Run, t
 
 
 @pytest.mark.thorough
-def test_a_terminal_shows_the_loss_the_time_left_and_how_sure_the_mask_is(digits: Path, tmp_path: Path):
+def test_a_terminal_shows_the_loss_the_time_left_and_the_certainty_of_the_mask(digits: Path, tmp_path: Path):
     main_end, terminal = pty.openpty()
     command = [
         sys.executable,
@@ -241,7 +241,7 @@ def test_a_terminal_shows_the_loss_the_time_left_and_how_sure_the_mask_is(digits
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=terminal, env=environment)
     os.close(terminal)
     shown = b""
-    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+    with contextlib.suppress(OSError):  # Linux raises it when the other end is closed
         while part := os.read(main_end, 4096):
             shown += part
     os.close(main_end)

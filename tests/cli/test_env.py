@@ -1,4 +1,4 @@
-"""``ckptavg env`` against what the interpreter itself says, with a torch that works and one that does not."""
+"""``ckptavg env`` against the interpreter's own facts, with a working and a broken torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def environment(run: Run, **variables: str) -> dict[str, object]:
     return json.loads(run("env", "--json", **variables).stdout)
 
 
-def test_versions_are_those_of_the_installed_distributions(run: Run):
+def test_versions_match_the_installed_distributions(run: Run):
     facts = environment(run)
     assert facts["ckptavg"] == ckptavg.__version__ == version("ckptavg")
     assert facts["packages"] == {name: version(name) for name in ("torch", "numpy", "safetensors", "typer", "rich")}
@@ -42,7 +42,7 @@ def test_devices_processors_and_threads_are_counted(run: Run):
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs Linux")
-def test_the_file_system_is_that_of_df_and_the_memory_that_of_the_kernel(run: Run, tmp_path: Path):
+def test_the_file_system_matches_df_and_the_memory_matches_the_kernel(run: Run, tmp_path: Path):
     facts = environment(run)
     words = ["df", "--output=fstype", tmp_path]
     kind = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[1]
@@ -66,7 +66,7 @@ def test_variables_are_shown_without_paths_and_commands(run: Run):
 
 @pytest.mark.parametrize("code", ["raise ImportError('libx.so: cannot open')", "raise OSError('libx.so: cannot open')",
                                   "import ctypes; ctypes.CDLL('libx.so')"])  # fmt: skip
-def test_a_torch_that_cannot_be_imported_is_told(tmp_path: Path, code: str):
+def test_a_torch_that_cannot_be_imported_is_reported(tmp_path: Path, code: str):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(code)
     words = [sys.executable, "-m", "ckptavg", "env"]
@@ -84,7 +84,7 @@ def test_the_version_option_agrees(run: Run):
 
 
 def test_a_source_tree_that_is_not_installed_has_a_version(tmp_path: Path):
-    """A copy of the package alone, in an interpreter without site-packages."""
+    """Run a copy of the package in an interpreter without site-packages."""
     (tmp_path / "ckptavg").symlink_to(Path(ckptavg.__file__).parent)
     words = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import ckptavg; "
              "print(ckptavg.__version__)"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a shell, a user or a file system may do to a command: it says so in one line, or does not mind."""
+"""Odd shells, permissions and file systems: a command reports one error line or works."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can run as nobody
 
 @pytest.fixture
 def work(run: Run) -> Iterator[Path]:
-    """A directory that everybody may enter and write, with three checkpoints and a task; all modules are loaded."""
+    """Create a world-writable directory with three checkpoints and a task, and load all modules."""
     folder = Path(tempfile.mkdtemp(prefix="ckptavg-surroundings-"))
     (folder / "ckpts").mkdir()
     for step in (1, 2, 3):
@@ -39,7 +39,7 @@ def work(run: Run) -> Iterator[Path]:
                   folder / "ckpts" / f"step-{step}.safetensors")  # fmt: skip
     (folder / "mine.py").write_text(TASK)
     for words in (SWA, SEWA, ("inspect", "ckpts"), ("init",), ("verify", "averaged.safetensors", "--sources", "ckpts")):
-        run(*words, cwd=folder)  # nobody may not be allowed to read the interpreter's own files
+        run(*words, cwd=folder)  # user nobody may lack permission to read the interpreter's files
     (folder / "averaged.safetensors").unlink()
     (folder / "task.py").unlink()
     for at, _, names in os.walk(folder):
@@ -50,7 +50,7 @@ def work(run: Run) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def said(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
+def check(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert (done.returncode, len(errors)) == (code, int(code != 0)), done.stderr
     assert "Traceback" not in done.stderr and "bug in ckptavg" not in done.stderr
@@ -86,19 +86,19 @@ def said(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None
         ("mine.py", 0o000, SEWA, 7, "mine.py: on import: PermissionError"),
     ],
 )  # fmt: skip
-def test_what_is_not_permitted(work: Path, path: str, mode: int, words: tuple[str, ...], code: int, message: str):
+def test_missing_permissions(work: Path, path: str, mode: int, words: tuple[str, ...], code: int, message: str):
     (work / path).chmod(mode)
-    said(forked(*words, cwd=work, user=NOBODY), code, message)
+    check(forked(*words, cwd=work, user=NOBODY), code, message)
 
 
 @root
-def test_a_directory_that_cannot_be_looked_into_can_be_left_out(work: Path):
-    (work / "ckpts" / "lost+found").mkdir(mode=0o000)  # every file system's own has one
-    said(forked(*SWA, "-o", "a.safetensors", cwd=work, user=NOBODY), 0)
+def test_an_unreadable_directory_can_be_left_out(work: Path):
+    (work / "ckpts" / "lost+found").mkdir(mode=0o000)  # as at the root of a file system
+    check(forked(*SWA, "-o", "a.safetensors", cwd=work, user=NOBODY), 0)
     (work / "ckpts" / "step-4").mkdir(mode=0o000)
-    said(forked(*SWA, "-o", "b.safetensors", cwd=work, user=NOBODY), 3, "ckpts/step-4: permission denied")
-    said(forked(*SWA, "-o", "b.safetensors", "--exclude", "step-4", cwd=work, user=NOBODY), 0)
-    said(forked(*SWA, "-o", "c.safetensors", "--skip-bad", cwd=work, user=NOBODY), 0)
+    check(forked(*SWA, "-o", "b.safetensors", cwd=work, user=NOBODY), 3, "ckpts/step-4: permission denied")
+    check(forked(*SWA, "-o", "b.safetensors", "--exclude", "step-4", cwd=work, user=NOBODY), 0)
+    check(forked(*SWA, "-o", "c.safetensors", "--skip-bad", cwd=work, user=NOBODY), 0)
 
 
 @root
@@ -106,7 +106,7 @@ def test_a_directory_that_cannot_be_looked_into_can_be_left_out(work: Path):
 def test_a_configuration_that_cannot_be_read(work: Path, name: str):
     (work / name).write_text("")
     (work / name).chmod(0)
-    said(forked(*SWA, cwd=work, user=NOBODY), 2, f"{name}: permission denied")
+    check(forked(*SWA, cwd=work, user=NOBODY), 2, f"{name}: permission denied")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_configuration_that_cannot_be_read(work: Path, name: str):
 )  # fmt: skip
 def test_a_configuration_of_the_wrong_kind(run: Run, work: Path, text: str, message: str):
     (work / "pyproject.toml").write_text(text)
-    said(run(*SWA, cwd=work), 2 if message else 0, message)
+    check(run(*SWA, cwd=work), 2 if message else 0, message)
 
 
 # the directory and the output
@@ -137,14 +137,14 @@ def test_a_working_directory_that_was_removed(work: Path, words: tuple[str, ...]
     (work / "gone").mkdir()
     done = forked(*words, cwd=work / "gone", prepare=(work / "gone").rmdir)
     assert done.returncode in (2, 3, 5), done.stderr
-    said(done, done.returncode)
+    check(done, done.returncode)
 
 
 def test_absolute_paths_need_no_working_directory(work: Path):
     for number, words in enumerate(((), ("--task", work / "mine.py"))):
         (work / "gone").mkdir()
         words = ("swa", work / "ckpts", "-o", work / f"{number}.safetensors", *words)
-        said(forked(*words, cwd=work / "gone", prepare=(work / "gone").rmdir), 0)
+        check(forked(*words, cwd=work / "gone", prepare=(work / "gone").rmdir), 0)
 
 
 @pytest.mark.parametrize(
@@ -152,33 +152,33 @@ def test_absolute_paths_need_no_working_directory(work: Path):
     [
         (".", 0, ""), ("./", 0, ""), ("ckpts/..", 0, ""), (" ", 0, ""), ("-", 0, ""), ("[red]", 0, ""),
         ("/", 2, "--output / has no name"), ("//", 2, "has no name"), ("", 2, "--output is empty"),
-        ("mine.py/x", 5, "mine.py: is no directory"), ("mine.py/x/y", 5, "mine.py/x: not a directory"),
+        ("mine.py/x", 5, "mine.py: is not a directory"), ("mine.py/x/y", 5, "mine.py/x: not a directory"),
         ("x" * 300, 5, "file name too long"), ("a/" * 3000, 5, "file name too long"),
-        ("x" * 234, 0, ""), ("x" * 235, 5, "file name too long: 235 bytes, but 234 are possible here"),
+        ("x" * 234, 0, ""), ("x" * 235, 5, "file name too long: 235 bytes, but at most 234 are possible here"),
         ("/dev/null", 6, "exists already"),
         ("no/such/", 5, "no: no such directory"), ("loop/x", 5, "loop"), ("/proc/x", 5, "/proc"),
     ],
 )  # fmt: skip
 def test_outputs_of_every_kind(run: Run, work: Path, output: str, code: int, message: str):
     (work / "loop").symlink_to("loop")
-    said(run(*SWA, "-o", output, cwd=work), code, message)
+    check(run(*SWA, "-o", output, cwd=work), code, message)
     if code == 0:
-        said(run(*SEWA, "-o", output, "--force", cwd=work), 0)
+        check(run(*SEWA, "-o", output, "--force", cwd=work), 0)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 235, "a/" * 3000, "9" * 5000])
-def test_a_report_that_no_file_system_takes_is_refused_at_the_start(run: Run, work: Path, name: str):
-    said(run(*SWA, "--report", name, cwd=work), 5, "file name too long")
+def test_an_invalid_report_path_is_refused_at_the_start(run: Run, work: Path, name: str):
+    check(run(*SWA, "--report", name, cwd=work), 5, "file name too long")
     assert not (work / "averaged.safetensors").exists()
 
 
 @pytest.mark.parametrize(
     "task", ["./ckpts", "ckpts", ".", "..x", "a b", "./" + "x" * 300 + ".py", "os.path", "/dev/null"]
 )
-def test_tasks_that_are_none(run: Run, work: Path, task: str):
+def test_invalid_tasks(run: Run, work: Path, task: str):
     done = run("sewa", "ckpts", "--k", 2, "--task", task, cwd=work)
     assert done.returncode in (2, 7), done.stderr
-    said(done, done.returncode)
+    check(done, done.returncode)
 
 
 # streams
@@ -187,10 +187,8 @@ def test_tasks_that_are_none(run: Run, work: Path, task: str):
 @pytest.mark.thorough
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)])
 @pytest.mark.parametrize("words", [SWA, SEWA, ("best", "ckpts", "--score-cmd", "echo 1; cat; true")])
-def test_streams_that_are_closed_take_nothing_from_the_output(
-    work: Path, closed: tuple[int, ...], words: tuple[str, ...]
-):
-    """The next file that is opened gets the number of a closed one: what is printed would land in it."""
+def test_closed_streams_do_not_corrupt_the_output(work: Path, closed: tuple[int, ...], words: tuple[str, ...]):
+    """The next opened file would get the descriptor of a closed stream, and prints would land in it."""
     done = forked(*words, cwd=work, closed=closed)
     assert done.returncode == 0, done.stderr
     assert set(load_file(work / "averaged.safetensors")) == {"weight", "bias"}
@@ -200,7 +198,7 @@ def test_streams_that_are_closed_take_nothing_from_the_output(
 
 @pytest.mark.parametrize("words", [("inspect", "ckpts"), ("inspect", "ckpts", "--json"), ("--help",), ("--version",),
                                    (*SWA, "--json"), SWA, ("init", "new.py")])  # fmt: skip
-def test_a_reader_that_went_away_is_no_error(work: Path, words: tuple[str, ...]):
+def test_a_closed_pipe_is_no_error(work: Path, words: tuple[str, ...]):
     reader, writer = os.pipe()
     os.close(reader)
     done = forked(*words, cwd=work, stdout=writer)
@@ -209,11 +207,11 @@ def test_a_reader_that_went_away_is_no_error(work: Path, words: tuple[str, ...])
 
 
 @pytest.mark.parametrize("words", [("inspect", "ckpts"), ("--help",), (*SWA, "--json"), SWA, ("init", "new.py")])
-def test_a_stdout_that_is_full_is_said(work: Path, words: tuple[str, ...]):
+def test_a_full_stdout_is_reported(work: Path, words: tuple[str, ...]):
     full = os.open("/dev/full", os.O_WRONLY)
     done = forked(*words, cwd=work, stdout=full)
     os.close(full)
-    said(done, 5, "stdout: cannot be written: no space left on device")
+    check(done, 5, "stdout: cannot be written: no space left on device")
 
 
 @pytest.mark.thorough
@@ -232,12 +230,12 @@ def test_an_environment_of_any_kind(work: Path, environment: dict[str, str | Non
     shown = forked("inspect", "ckpts", "--json", cwd=work, environment=environment)
     assert [one["step"] for one in json.loads(shown.stdout)["candidates"]] == [1, 2, 3]
     done = forked("swa", "gone", "-o", "x", cwd=work, environment=environment)
-    said(done, 3, "gone: no such file")
+    check(done, 3, "gone: no such file")
     assert "\x1b" not in shown.stdout + shown.stderr + done.stderr
 
 
 def test_a_locale_without_utf_8(work: Path):
-    """In a process of its own: the file system's encoding is chosen when the interpreter starts."""
+    """Run in a new process: the file system encoding is chosen when the interpreter starts."""
     name = os.fsdecode("é-权重-9.safetensors".encode())
     save_file({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, work / "ckpts" / "x")
     (work / "ckpts" / "x").rename(work / "ckpts" / name)
@@ -263,7 +261,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_a_name_of_any_kind(work: Path, name: str, encoding: str):
-    """Read, averaged, reported, verified and written under; printed without a control character."""
+    """Read, average, report, verify and write under the name; print it without control characters."""
     save_file({"weight": torch.full((2, 3), 9.0), "bias": torch.zeros(2)}, work / "x")
     (work / "x").rename(work / "ckpts" / name)
     for words in (
@@ -273,24 +271,27 @@ def test_a_name_of_any_kind(work: Path, name: str, encoding: str):
         done = forked(*words, cwd=work, encoding=encoding)
         again = words[-1] == f"./{name}" and (work / name).exists() and done.returncode == 6
         assert done.returncode == 0 or again, done.stderr
-        for text in (done.stdout if words[-2] != "-o" else "", done.stderr):  # that path is for a shell, as it is
+        for text in (
+            done.stdout if words[-2] != "-o" else "",
+            done.stderr,
+        ):  # a path on stdout is unescaped, for a shell
             assert "\x1b" not in text and "\x7f" not in text and "\u202e" not in text
     assert not (work / "ran").exists()
 
 
 def test_a_tensor_of_any_name(run: Run, work: Path):
-    """Markup in it kills no error about it."""
+    """Rich markup in a tensor name does not break the error message."""
     for name in ("[/foo]", "[bold]x", "權重", "a b", "%s{}", "\\"):
         state = {"weight": torch.ones(2, 3), "bias": torch.zeros(2), name: torch.full((2,), float("nan"))}
         for step in (1, 2, 3):
             save_file(state, work / "ckpts" / f"step-{step}.safetensors")
-        said(run(*SWA, cwd=work), 3, f"{name}: 2 values are NaN or infinite")
+        check(run(*SWA, cwd=work), 3, f"{name}: 2 values are NaN or infinite")
 
 
-def test_inspect_lists_a_checkpoint_that_tells_no_step(run: Run, work: Path):
+def test_inspect_lists_a_checkpoint_without_a_step(run: Run, work: Path):
     save_file({"weight": torch.full((2, 3), 9.0), "bias": torch.zeros(2)}, work / "ckpts" / "odd.safetensors")
     done = run("inspect", "ckpts", "--json", cwd=work)
     found = json.loads(done.stdout)
     assert done.returncode == 3 and len(found["candidates"]) == 3
-    assert [one["reason"][:45] for one in found["left_out"]] == ["ckpts/odd.safetensors: tells no training step"]
+    assert [one["reason"][:43] for one in found["left_out"]] == ["ckpts/odd.safetensors: has no training step"]
     assert run(*SWA, cwd=work).returncode == 3

@@ -49,7 +49,7 @@ def test_a_signal_to_one_worker_ends_all_of_them(torchrun: Torchrun, twa: Twa, t
 def test_workers_do_not_wait_for_ever(torchrun: Torchrun, twa: Twa, tmp_path: Path):
     done = torchrun(2, "-m", "ckptavg", *twa, "--worker-timeout", 2, cwd=tmp_path, check=False, HOW="hang")
     assert done.returncode != 0 and done.stdout == ""
-    assert len(said(done)) == 2 and "did not answer for 2 s; nothing was written" in said(done)[0], done.stderr
+    assert len(said(done)) == 2 and "did not respond for 2 s; nothing was written" in said(done)[0], done.stderr
     assert not (tmp_path / "out").exists()
 
 

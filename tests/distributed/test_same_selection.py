@@ -54,6 +54,9 @@ SAME = {
     "bits": "best",
     "compare": "compare,swa,aswa,soup",
 }
+# strategies not listed above must select the same with their defaults
+LISTED = {spec.split(":")[0] for spec in (*LEARNED.values(), *SAME.values())}
+SAME |= {name: name for name in strategies() if name not in LISTED}
 
 
 @pytest.fixture(scope="module")

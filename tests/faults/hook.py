@@ -43,7 +43,7 @@ def installed(hook: Mapping[str, Any]) -> Generator[None]:
     import ckptavg.objective.measurements
 
     if "every" in hook:
-        ckptavg.journal.pass_progress.EVERY = ckptavg.objective.measurements._TOGETHER = hook["every"]  # pyright: ignore
+        ckptavg.journal.pass_progress.EVERY = ckptavg.objective.measurements._FLUSH_INTERVAL = hook["every"]  # pyright: ignore
     if "threads" in hook:
         torch.set_num_threads(hook["threads"])
     if "listing" in hook:

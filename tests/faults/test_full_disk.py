@@ -69,8 +69,8 @@ def test_a_disk_that_fills_up_costs_no_measurement_while_it_runs_and_leaves_no_p
     arguments = ("aswa", ckpts, "--task", "mine.py", "-o", disk / "out")
     done = warm.run(*arguments, cwd=tmp_path, DISK=str(disk))
     assert done.code == 5 and "no space left on device: " in done.err and "bytes are needed" in done.err, done.err
-    assert "the run goes on, but what it measures from now on is lost if it ends early" in done.err
-    assert done.err.count("the run goes on") == 1
+    assert "the run continues, but further measurements are lost if it ends early" in done.err
+    assert done.err.count("the run continues") == 1
     assert {path.name for path in disk.iterdir()} <= {"filler", "out.ckptavg"}
     (disk / "filler").unlink()
     done = warm.run(*arguments, cwd=tmp_path)

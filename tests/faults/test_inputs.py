@@ -53,7 +53,7 @@ def test_what_appears_is_named_and_no_candidate(warm: Warm, ckpts: Path, tmp_pat
     whole = (tmp_path / "out").read_bytes()
     (tmp_path / "out").unlink()
     done = run(warm, tmp_path / "ckpts", tmp_path, f"learn:appear:{files[-1]}:{files[0]}")
-    assert done.code == 0 and "step-99.pt appeared while the run went on" in done.err, done.err
+    assert done.code == 0 and "step-99.pt appeared during the run" in done.err, done.err
     assert (tmp_path / "out").read_bytes() == whole
 
 
@@ -76,4 +76,4 @@ def test_the_directory_itself_may_go(warm: Warm, ckpts: Path, tmp_path: Path):
         "def model(_model=model):\n    shutil.rmtree('ckpts')\n    return _model()\n"
     )
     done = warm.run("best", "ckpts", "--task", "mine.py", "-o", "out", cwd=tmp_path)
-    assert done.code == 0 and "was deleted or renamed while the run went on" in done.err, done.err
+    assert done.code == 0 and "was deleted or renamed during the run" in done.err, done.err

@@ -241,9 +241,9 @@ def test_other_bytes_of_the_same_size_and_time_are_refused(copied: Path, tmp_pat
         journal.begin({"run": 1})
         with (
             RegularFile(path) as file,
-            pytest.raises(OutputExistsError, match=r"another step-3\.pt: SHA-256 \w{16}…, not"),
+            pytest.raises(OutputExistsError, match=r"a different run: step-3\.pt: SHA-256 \w{16}…, not"),
         ):
-            source_digests._known(journal, "file 2 0", file)
+            source_digests._verify(journal, "file 2 0", file)
 
 
 def test_a_file_that_was_copied_before_its_contents_were_known_is_refused(copied: Path, tmp_path: Path):
@@ -256,7 +256,7 @@ def test_a_file_that_was_copied_before_its_contents_were_known_is_refused(copied
     path = copied / "step-3.pt"
     path.write_bytes(path.read_bytes())
     with pytest.raises(
-        OutputExistsError, match=r"step-3\.pt: it was replaced or copied before its contents were known"
+        OutputExistsError, match=r"step-3\.pt: the file was replaced or copied before its SHA-256 was recorded"
     ):
         with_contents(copied, tmp_path / "out", lambda *_: None)
 
@@ -268,7 +268,7 @@ def test_the_tasks_own_modules_belong_to_the_run(warm: Warm, ckpts: Path, tmp_pa
     assert warm.run(*arguments, cwd=tmp_path, STOP="30:SIGTERM").code == 75
     (tmp_path / "helper_of_task.py").write_text("from faults.job import *\nx = 1\n")
     done = warm.run(*arguments, cwd=tmp_path)
-    assert done.code == 6 and "was left by a run with another task helper_of_task.py: " in done.err, done.err
+    assert done.code == 6 and "was left by a different run: task helper_of_task.py: " in done.err, done.err
     assert warm.run(*arguments, "--no-resume", cwd=tmp_path).code == 0
 
 
@@ -306,7 +306,7 @@ def test_a_resumed_run_halves_its_batches_where_the_interrupted_one_had_to(ckpts
         with discover([ckpts]) as found, Journal(tmp_path / output) as journal:
             journal.begin({"run": 1})
             replay = MeasurementLog(journal)
-            mixture = Mixture(Tight(str(TASK)), found.checkpoints, device=torch.device("cpu"), replay=replay)
+            mixture = Mixture(Tight(str(TASK)), found.checkpoints, device=torch.device("cpu"), log=replay)
             seen: list[float] = []
             for _ in range(asked):
                 c_N = mixture.uniform().requires_grad_()
@@ -330,7 +330,7 @@ def test_a_gradient_over_a_whole_split_is_known_to_the_last_bit(ckpts: Path, tmp
                 PythonTask(str(TASK)),
                 candidates.checkpoints,
                 device=torch.device("cpu"),
-                replay=MeasurementLog(journal),
+                log=MeasurementLog(journal),
             )
             loss, gradient_N = mixture.gradient(Coefficients.uniform(range(3), mixture.n))
             return loss, gradient_N.tolist(), mixture.meter["backward_batches"]
@@ -345,7 +345,7 @@ def test_scores_of_other_data_than_the_earlier_runs_are_not_compared(ckpts: Path
         with discover([ckpts]) as found, Journal(tmp_path / "out") as journal:
             journal.begin({"run": 1})
             task = PythonTask(str(TASK))
-            mixture = Mixture(task, found.checkpoints, device=torch.device("cpu"), replay=MeasurementLog(journal))
+            mixture = Mixture(task, found.checkpoints, device=torch.device("cpu"), log=MeasurementLog(journal))
             for i in range(count):
                 mixture.score(Coefficients.uniform([i], mixture.n))
 

@@ -1,4 +1,4 @@
-"""The lock of an output: who has it, who is dead, and what others do to it meanwhile."""
+"""The lock of an output: live and dead owners, and races with other processes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ckptavg.filesystem import lock
 from ckptavg.journal import Journal
 
 
-def dead() -> int:
-    """The id of a process that is no more."""
+def dead_pid() -> int:
+    """Return the id of a process that has exited."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
@@ -28,14 +28,14 @@ def dead() -> int:
     [
         ("", True),
         ("nonsense", True),
-        (f"process {dead()} on {socket.gethostname()} since 2026-01-01 00:00:00 UTC", True),
+        (f"process {dead_pid()} on {socket.gethostname()} since 2026-01-01 00:00:00 UTC", True),
         (f"process {os.getpid()} on {socket.gethostname()} since 2026-01-01 00:00:00 UTC", False),
         (f"process 1 on {socket.gethostname()} since 2026-01-01 00:00:00 UTC", False),
-        (f"process {dead()} on elsewhere since 2026-01-01 00:00:00 UTC", False),
+        (f"process {dead_pid()} on elsewhere since 2026-01-01 00:00:00 UTC", False),
     ],
-    ids=["nobody", "nonsense", "a dead one", "this one", "another living one", "one elsewhere"],
+    ids=["empty", "nonsense", "dead process", "this process", "live process", "other host"],
 )
-def test_without_the_kernels_locks_a_dead_owner_is_known_by_its_id(
+def test_without_kernel_locks_a_dead_owner_is_detected_by_process_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str, free: bool
 ):
     def flock(*_: object) -> None:
@@ -52,16 +52,16 @@ def test_without_the_kernels_locks_a_dead_owner_is_known_by_its_id(
             Journal(tmp_path / "out")
 
 
-def test_an_owner_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch):
+def test_a_process_of_another_user_counts_as_alive(monkeypatch: pytest.MonkeyPatch):
     def kill(*_: object) -> None:
         raise PermissionError
 
     monkeypatch.setattr(lock.os, "kill", kill)
-    assert lock._lives(f"process 5 on {socket.gethostname()} since then")
+    assert lock._is_alive(f"process 5 on {socket.gethostname()} since then")
 
 
-def test_a_lock_that_its_owner_took_away_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The owner is done between our opening of its lock and our taking it."""
+def test_a_lock_file_removed_by_its_owner_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The owner finishes between the opening and the locking of its lock file."""
     path, real = tmp_path / "out.ckptavg" / "lock", lock.hold
     calls: list[int] = []
 
@@ -77,7 +77,7 @@ def test_a_lock_that_its_owner_took_away_is_made_anew(tmp_path: Path, monkeypatc
     lock.release(fd)
 
 
-def test_a_directory_that_its_owner_took_away_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_directory_removed_by_its_owner_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, real = tmp_path / "out.ckptavg" / "lock", os.open
     calls: list[object] = []
 
@@ -92,7 +92,7 @@ def test_a_directory_that_its_owner_took_away_is_made_anew(tmp_path: Path, monke
     assert len(calls) == 2 and path.exists()
 
 
-def test_a_lock_on_a_full_disk_is_nameless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_lock_on_a_full_disk_does_not_name_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def pwrite(*_: object) -> int:
         raise OSError(errno.ENOSPC, "full")
 

@@ -1,4 +1,4 @@
-"""Files, side files and indexes that are not what they should be, before any format looks at them."""
+"""Invalid files, side files and indexes, checked before any format is parsed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _socket(path: Path) -> None:
         (lambda path: (path.write_bytes(b"x"), path.chmod(0)), "permission denied"),
     ],
 )
-def test_what_is_no_regular_file_is_named(
+def test_a_file_that_is_not_regular_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], object], message: str
 ):
     monkeypatch.chdir(tmp_path)  # a socket's path must be short
@@ -49,7 +49,7 @@ def test_what_is_no_regular_file_is_named(
     assert str(caught.value) == f"x: {message}"
 
 
-def test_a_disk_that_cannot_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_read_error_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "x").write_bytes(b"0123456789")
     with RegularFile(tmp_path / "x") as file:
 
@@ -62,7 +62,7 @@ def test_a_disk_that_cannot_read_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert str(caught.value) == f"{tmp_path / 'x'}: input/output error"
 
 
-def test_a_read_that_comes_in_parts_is_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_partial_reads_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "x").write_bytes(bytes(range(100)))
     whole = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, parts, at: whole(fd, [parts[0][:7]], at))
@@ -72,7 +72,7 @@ def test_a_read_that_comes_in_parts_is_put_together(tmp_path: Path, monkeypatch:
             file.read(0, 101)
 
 
-def test_the_listener_is_told_what_was_read_and_where(tmp_path: Path):
+def test_the_listener_receives_offsets_and_bytes(tmp_path: Path):
     (tmp_path / "x").write_bytes(bytes(range(100)))
     heard: list[tuple[int, bytes]] = []
     with RegularFile(tmp_path / "x") as file:
@@ -82,7 +82,7 @@ def test_the_listener_is_told_what_was_read_and_where(tmp_path: Path):
     assert heard == [(5, bytes([5, 6, 7]))]
 
 
-def test_side_files_have_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_side_files_have_a_maximum_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(strict_json, "MAX_SIZE", 9)
     (tmp_path / "x").write_text('{"a": 10}')
     assert read_json(tmp_path / "x") == {"a": 10}
@@ -91,7 +91,7 @@ def test_side_files_have_a_largest_size(tmp_path: Path, monkeypatch: pytest.Monk
         read_json(tmp_path / "x")
 
 
-def test_an_index_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_index_has_a_maximum_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shard_index, "MAX_INDEX", 20)
     (tmp_path / "x.index.json").write_text('{"weight_map": {}}  ')
     with pytest.raises(InputError, match="has no weight_map"):
@@ -101,13 +101,13 @@ def test_an_index_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_reader(tmp_path / "x.index.json")
 
 
-def test_who_waited_for_a_checksum_does_not_find_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_thread_that_waited_for_a_checksum_does_not_recompute_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "x").write_bytes(b"not what was promised")
     with RegularFile(tmp_path / "x") as file:
         records = CheckedRecords(file, {"r": Record(0, 21, 0)}, checked=True)
         with pytest.raises(InputError, match="checksum of record r does not match"):
             records.check("r")
-        answers = iter([False, True])  # another thread found it good while this one waited
+        answers = iter([False, True])  # another thread verified it while this one waited
         monkeypatch.setattr(records, "_is_good", lambda name: next(answers))
         records.check("r")
     assert not list(answers)

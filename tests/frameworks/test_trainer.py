@@ -64,7 +64,7 @@ def test_shards_are_loaded_like_one_file(run: Run, trainer_run: Path, tmp_path: 
     ("options", "message"),
     [
         (("-o", "x.safetensors", "--max-shard-size", "5GB"), "needs a directory"),
-        (("-o", "x/", "--max-shard-size", "much"), "--max-shard-size much is no size"),
+        (("-o", "x/", "--max-shard-size", "much"), "--max-shard-size much is not a size"),
     ],
 )
 def test_sizes_that_are_none_are_refused(run: Run, trainer_run: Path, options: tuple[str, ...], message: str):
@@ -132,7 +132,7 @@ def test_a_model_that_writes_only_its_weights_says_what_is_missing(run: Run, tra
 def test_a_line_that_is_no_json_is_named(run: Run, trainer_run: Path, tmp_path: Path):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": oops}\n')
     done = run("sewa", trainer_run / "run", "--val", "bad.jsonl")
-    assert done.returncode in (2, 3, 7) and "bad.jsonl:2: is no JSON" in done.stderr
+    assert done.returncode in (2, 3, 7) and "bad.jsonl:2: is not JSON" in done.stderr
 
 
 def test_train_and_test_go_with_val(run: Run, trainer_run: Path):

@@ -123,9 +123,9 @@ def _parts() -> Iterator[Case]:
     bare = op.program(op.SHAPES["reduce"]) + bytes(64)
     yield _case("part-bare-pickle", part(bare), "weight: ", payload=True, **more)
     yield _case("part-page", part(PAGE), "weight: ", **more)
-    yield _case("part-dict", part(state()), "weight: holds something else", **more)
+    yield _case("part-dict", part(state()), "weight: holds something other", **more)
     other = archive(op.program(op.tensor((3, 2), (2, 1), op.storage("0", 6))))
-    yield _case("part-other-shape", part(other), r"weight: holds F32 \[3, 2\], but .metadata says", **more)
+    yield _case("part-other-shape", part(other), r"weight: holds F32 \[3, 2\], but .metadata has", **more)
 
 
 def _edits() -> Iterator[Case]:
@@ -136,15 +136,15 @@ def _edits() -> Iterator[Case]:
         ("path-dots", {"relative_path": ".."}, "is not a bare file name"),
         ("path-empty", {"relative_path": ""}, "is not a bare file name"),
         ("path-control", {"relative_path": "a\x1b[1m"}, "is not a bare file name"),
-        ("path-number", {"relative_path": 7}, "does not say where it is stored"),
+        ("path-number", {"relative_path": 7}, "has no storage location"),
         ("path-long", {"relative_path": "权" * 255}, "has a gap|is missing"),
-        ("offset-negative", {"offset": -1}, "does not say where it is stored"),
-        ("offset-2^63", {"offset": 2**63}, "does not say where it is stored"),
+        ("offset-negative", {"offset": -1}, "has no storage location"),
+        ("offset-2^63", {"offset": 2**63}, "has no storage location"),
         ("offset-1", {"offset": 1}, "stores two things|has a gap"),
         ("offset-2^62", {"offset": 2**62}, "has a gap"),
         ("length-zero", {"length": 0}, "is not stored by torch.save|stores two|has a gap"),
         ("length-2^62", {"length": 2**62}, "stores two things|truncated"),
-        ("length-float", {"length": 7.0}, "does not say where it is stored"),
+        ("length-float", {"length": 7.0}, "has no storage location"),
     ):
         yield _case(f"place-{name}", lambda change=change: _changed(lambda m: _place(m, **change)), message)
     for name, edit, message in (
@@ -156,14 +156,14 @@ def _edits() -> Iterator[Case]:
         ("no-parts", lambda m: setattr(_weight(m), "chunks", []), "elements, but its shape"),
         ("parts-none", lambda m: setattr(_weight(m), "chunks", None), "its parts must be a list"),
         ("parts-twice", lambda m: _weight(m).chunks.append(_weight(m).chunks[0]), "elements|overlap"),
-        ("part-outside", lambda m: setattr(_weight(m).chunks[0], "offsets", (1, 0)), "reaches out of its shape"),
+        ("part-outside", lambda m: setattr(_weight(m).chunks[0], "offsets", (1, 0)), "exceeds its shape"),
         ("part-rank", lambda m: setattr(_weight(m).chunks[0], "sizes", (6,)), "offsets and sizes"),
         ("undescribed", lambda m: m.state_dict_metadata.pop("model.weight"), "but not described"),
         ("no-place", lambda m: m.storage_data.clear(), "parts"),
-        ("no-paths", lambda m: setattr(m, "planner_data", 7), "does not say how its state dict was nested"),
+        ("no-paths", lambda m: setattr(m, "planner_data", 7), "has planner data that are not a mapping"),
         ("path-deep", lambda m: m.planner_data.update({"model.weight": ("a",) * 99}), "must be a path of 1 to"),
         ("path-taken", lambda m: m.planner_data.update({"model.weight": ("model", "bias")}), "has the same place"),
-        ("path-inside", lambda m: m.planner_data.update({"model.weight": ("model", "bias", "x")}), "lies inside|same"),
+        ("path-inside", lambda m: m.planner_data.update({"model.weight": ("model", "bias", "x")}), "is inside|same"),
     ):
         yield _case(f"metadata-{name}", lambda edit=edit: _changed(edit), message, at=".metadata")
 
@@ -172,7 +172,7 @@ def _data() -> Iterator[Case]:
     for name, change, message in (
         ("cut", lambda data: data[:-1], "file is truncated"),
         ("half", lambda data: data[: len(data) // 2], "truncated"),
-        ("empty", lambda _: b"", "file is truncated"), ("longer", lambda data: data + b"\0", "but .metadata says"),
+        ("empty", lambda _: b"", "file is truncated"), ("longer", lambda data: data + b"\0", "but .metadata requires"),
     ):  # fmt: skip
         yield _case(f"data-{name}", lambda change=change: {**saved(), _DATA: change(saved()[_DATA])}, message, at=_DATA)
 

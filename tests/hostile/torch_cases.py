@@ -75,13 +75,13 @@ def _archives() -> Iterator[Case]:
     for name, content, message in (
         ("two-pickles", zip_bytes([parts[0], *parts]), "lists archive/data.pkl twice"),
         ("two-records", zip_bytes([*parts, parts[1]]), "lists archive/data/0 twice"),
-        ("no-pickle", zip_bytes(parts[1:]), "is a zip, but not one torch.save wrote"),
+        ("no-pickle", zip_bytes(parts[1:]), "is a zip archive, but not of torch.save"),
         ("no-records", archive(pickle, {}), "weight: its record data/0 is missing"),
-        ("outside", zip_bytes([*parts, Entry("../../etc/cron.d/x", b"x")]), "lies outside of archive/"),
-        ("absolute", zip_bytes([*parts, Entry("/etc/passwd", b"x")]), "lies outside of archive/"),
+        ("outside", zip_bytes([*parts, Entry("../../etc/cron.d/x", b"x")]), "is outside of archive/"),
+        ("absolute", zip_bytes([*parts, Entry("/etc/passwd", b"x")]), "is outside of archive/"),
         ("script", archive(pickle, **{"code/__torch__.py": b"x", "constants.pkl": b"x"}), "is a TorchScript file"),
-        ("numpy", zip_bytes([Entry("arr_0.npy", b"\x93NUMPY")]), "is a zip, but not one torch.save wrote"),
-        ("docx", zip_bytes([Entry("[Content_Types].xml", b"<x/>")]), "is a zip, but not one torch.save wrote"),
+        ("numpy", zip_bytes([Entry("arr_0.npy", b"\x93NUMPY")]), "is a zip archive, but not of torch.save"),
+        ("docx", zip_bytes([Entry("[Content_Types].xml", b"<x/>")]), "is a zip archive, but not of torch.save"),
         ("nothing-in-it", b"PK\3\4" + zip_bytes([]), "zip directory|is a zip, but not"),
         ("big-endian", archive(pickle, byteorder=b"big"), "byte order b'big' is not supported"),
         ("byte-order-middle", archive(pickle, byteorder=b"middle"), "byte order b'middle' is not supported"),
@@ -107,8 +107,8 @@ def _archives() -> Iterator[Case]:
         ("disk", changed(1, central={"disk": 1}), "has a bad entry"),
         ("not-utf8", zip_bytes([*parts, Entry("archive/\udcff", b"x")]), "UTF-8|do not agree"),
         ("nul-in-a-name", zip_bytes([*parts, Entry("archive/a\0b", b"x")]), "has a name with a NUL"),
-        ("control-in-a-name", zip_bytes([*parts, Entry("out\x1b[1m\n", b"x")]), r"lists out\\x1b\[1m\\n, which lies"),
-        ("count-too-small", zip_bytes(parts, here=3, count=3), "bytes behind its 3 entries"),
+        ("control-in-a-name", zip_bytes([*parts, Entry("out\x1b[1m\n", b"x")]), r"lists out\\x1b\[1m\\n, which is"),
+        ("count-too-small", zip_bytes(parts, here=3, count=3), "bytes after its 3 entries"),
         ("count-too-large", zip_bytes(parts, here=9, count=9), "is cut off"),
         ("count-two-ways", zip_bytes(parts, here=3), "one part of a zip archive in several"),
         ("directory-size", zip_bytes(parts, size=7), "but should end at"),
@@ -138,7 +138,9 @@ def _bombs() -> Iterator[Case]:
                 target.writestr(f"archive/{name}", data)
         return buffer.getvalue()
 
-    yield _case("bomb-deflated", lambda: deflated(_parts(pickle, RECORDS, {})), "is compressed, which torch.save never")
+    yield _case(
+        "bomb-deflated", lambda: deflated(_parts(pickle, RECORDS, {})), "is compressed, unlike those of torch.save"
+    )
     yield _case("bomb-pickle", lambda: deflated({"data.pkl": bytes(64 << 20)}), "is compressed")
     yield _case("bomb-storage", lambda: deflated({"data.pkl": pickle, "data/0": bytes(64 << 20)}), "is compressed")
     yield _case("bomb-large-pickle", lambda: archive(bytes(65 << 20), {}), r"data.pkl has \d+ bytes, more than")
@@ -159,7 +161,9 @@ def _bombs() -> Iterator[Case]:
         ("huge-frame", b"\x95" + struct.pack("<Q", 2**63)),
         ("hash-collisions", b"}(" + b"".join(op.number(i * (2**61 - 1)) + b"N" for i in range(50_000)) + b"u"),
     ):  # fmt: skip
-        message = "(memory|deep|cut off|holds itself|over and over|integer|memo|not a state dict|complete|no model"
+        message = (
+            "(memory|deep|cut off|contains itself|counted at each use|integer|memo|not a state dict|complete|no model"
+        )
         message += "|stack|two keys)"
         yield _case(f"bomb-{name}", partial(_whole, body), message, quick=len(body) > 10**6)
 
@@ -202,20 +206,20 @@ def _pickles() -> Iterator[Case]:
         ("protocol-0", b"(dp0\n.", "does not start like a pickle"),
         ("protocol-9", b"\x80\x09}.", "does not start like a pickle|above 5"),
         ("no-stop", b"\x80\x02}", "cut off"),
-        ("nothing", b"\x80\x02.", "takes more from the stack"),
+        ("nothing", b"\x80\x02.", "pops from an empty stack"),
         ("two-values", b"\x80\x02}}.", "ends before it is complete"),
         ("open-mark", b"\x80\x02(}.", "ends before it is complete"),
-        ("unknown-opcode", b"\x80\x02\xff.", "belongs nowhere"),
-        ("text-opcode", b"\x80\x02I1\n.", "belongs nowhere"),
-        ("string-opcode", b"\x80\x02S'a'\n.", "belongs nowhere"),
-        ("pop-nothing", b"\x80\x020.", "takes more from the stack"),
+        ("unknown-opcode", b"\x80\x02\xff.", "is not an opcode"),
+        ("text-opcode", b"\x80\x02I1\n.", "is not an opcode"),
+        ("string-opcode", b"\x80\x02S'a'\n.", "is not an opcode"),
+        ("pop-nothing", b"\x80\x020.", "pops from an empty stack"),
         ("memo-missing", b"\x80\x02h\x05.", "memo 5 is missing"),
         ("not-utf8", b"\x80\x02X\x01\x00\x00\x00\xff.", "is not UTF-8"),
         ("global-without-end", b"\x80\x02c" + b"x" * 5000 + b".", "does not end"),
         ("appends-to-a-number", b"\x80\x02K\x01Na.", "appends to a int"),
         ("sets-in-a-list", b"\x80\x02]NNs.", "sets an item of a list"),
         ("odd-items", b"\x80\x02}(Nu.", "a key without a value"),
-        ("calls-a-number", b"\x80\x02K\x01)R.", "calls what cannot be called"),
+        ("calls-a-number", b"\x80\x02K\x01)R.", "calls something that is not callable"),
         ("state-of-a-number", b"\x80\x02K\x01}b.", "sets the state of a int"),
         ("a-list", b"\x80\x02].", "holds a list, not a state dict"),
         ("none", b"\x80\x02N.", "holds None, not a state dict"),
@@ -233,7 +237,7 @@ def _pickles() -> Iterator[Case]:
         ("empty-key", op.program(op.mapping({"": op.good()["weight"]})), "name must have"),
         ("long-key", op.program(op.mapping({"x" * 5000: op.good()["weight"]})), "name must have"),
         ("a-persistent-number", op.program(b"K\x01Q"), "a persistent id is not a storage's"),
-        ("persistent-text", op.program(b"Px\n"), "belongs nowhere"),
+        ("persistent-text", op.program(b"Px\n"), "is not an opcode"),
     ):
         if message is None:
             yield _case(f"pickle-{name}", archive(body), "wrote", code=0, inspect=0)

@@ -68,7 +68,9 @@ def _indexes() -> Iterator[Case]:
     yield case("shard-empty", sharded(**{SECOND: b""}), "file is empty", at=SECOND)
     yield case("shard-cut", sharded(**{SECOND: _shard("bias")[:-1]}), "file is truncated", at=SECOND)
     yield case("shard-cut-header", sharded(**{SECOND: _shard("bias")[:30]}), "file is truncated", at=SECOND)
-    yield case("shard-of-another", sharded(**{SECOND: _shard("weight")}), "bias: the index says it is in .* but it is")
+    yield case(
+        "shard-of-another", sharded(**{SECOND: _shard("weight")}), "bias: the index places it in .* does not have it"
+    )
     yield case("shard-lfs", sharded(**{SECOND: POINTER}), "is a Git LFS pointer", at=SECOND)
     yield case("shard-page", sharded(**{SECOND: PAGE}), "is a web page", at=SECOND)
     yield case("shard-pickle", sharded(**{SECOND: op.program(op.SHAPES["reduce"])}), "is a pickle", at=SECOND,
@@ -77,14 +79,16 @@ def _indexes() -> Iterator[Case]:
     for name, shard in (("itself", SECOND), ("another", FIRST)):  # an index under a shard's name
         more = {SECOND: sharded({"bias": shard})[INDEX]}
         yield case(f"shard-an-index-of-{name}", sharded(**more), f"shard {SECOND} is itself an index")
-    yield case("map-swapped", sharded({"weight": SECOND, "bias": FIRST}), "the index says it is in")
+    yield case("map-swapped", sharded({"weight": SECOND, "bias": FIRST}), "the index places it in")
     yield case("map-lacks-one", sharded({"weight": FIRST}), "bias: missing, but 2 other", code=4, inspect=0)
     both = container(entries()[0], values(8))
-    yield case("map-lacks-one-of-a-shard", sharded({"weight": FIRST}, **{FIRST: both}), "lies in .* but not by the ind")
-    yield case("map-more", sharded({**MAP, "more": FIRST}), "more: the index says it is in")
+    yield case(
+        "map-lacks-one-of-a-shard", sharded({"weight": FIRST}, **{FIRST: both}), "is in .* does not place it there"
+    )
+    yield case("map-more", sharded({**MAP, "more": FIRST}), "more: the index places it in")
     yield case("map-empty", sharded({}), "has no weight_map")
     yield case("map-a-list", sharded([FIRST]), "has no weight_map")
-    yield case("map-huge", lambda: sharded({f"t{i}": FIRST for i in range(50_000)}), "the index says it is in")
+    yield case("map-huge", lambda: sharded({f"t{i}": FIRST for i in range(50_000)}), "the index places it in")
     for name, content in BAD_JSON.items():
         message = "index is not valid JSON|has no weight_map|empty|not a checkpoint|truncated|web page|LFS|pickle"
         yield case(f"json-{name}", sharded(content), message, payload=name == "pickle")
@@ -142,7 +146,7 @@ def _peft() -> Iterator[Case]:
         ("rank-true", {"r": True}, positive, 3), ("rank-other", {"r": 3}, "r is 3, but|dimension", 4),
         ("alpha-inf", {"lora_alpha": "Infinity"}, positive, 3), ("alpha-null", {"lora_alpha": None}, positive, 3),
         ("pattern-list", {"rank_pattern": ["q"]}, "rank_pattern is not a JSON object", 3),
-        ("pattern-expression", {"rank_pattern": {"(": 2}}, "is no regular expression", 3),
+        ("pattern-expression", {"rank_pattern": {"(": 2}}, "is not a regular expression", 3),
         ("pattern-negative", {"alpha_pattern": {"q": -1}}, positive, 3),
         ("other-base", {"base_model_name_or_path": "y"}, "base_model_name_or_path is", 4),
         ("other-type", {"peft_type": "IA3"}, "peft_type is", 4),

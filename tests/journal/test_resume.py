@@ -1,4 +1,4 @@
-"""An interrupted run goes on where it was: the same bytes, and nothing measured twice."""
+"""Resuming an interrupted run: the same bytes, and no measurement is repeated."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ def test_an_interrupted_run_gives_the_same_bytes_and_measures_nothing_twice(
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
     assert not (tmp_path / "parts.ckptavg").exists()
-    # lost at each stop: the score it fell into (19 batches and those of its BatchNorm), or a second of steps
+    # lost at each stop: the score in progress (19 batches and those of its BatchNorm), or a second of steps
     assert calls(tmp_path / "b") < calls(tmp_path / "a") * (1 + len(stops))
 
 
 @pytest.mark.thorough
-def test_a_killed_run_goes_on(run: Run, digits: Path, stopping: Path, tmp_path: Path):
+def test_a_killed_run_is_resumed(run: Run, digits: Path, stopping: Path, tmp_path: Path):
     base = ("aswa", str(digits), "--last", "4", "--task", "mine.py", "-o", "out")
     demo = str(Path(__file__).parents[2] / "scripts" / "demo")
     environment = {
@@ -106,14 +106,14 @@ def test_the_journal_of_another_run_is_refused_with_the_difference(
     base = ("aswa", digits, "--last", 4, "--task", stopping, "-o", "out")
     assert run(*base, CALLS=str(tmp_path / "a"), STOP="60").returncode == 75
     done = run(*base, "--seed", 3, CALLS=str(tmp_path / "b"))
-    assert done.returncode == 6 and "another seed" in done.stderr and "--no-resume" in done.stderr
+    assert done.returncode == 6 and "a different run: seed" in done.stderr and "--no-resume" in done.stderr
     done = run(*base, "--tolerance", 0.5, CALLS=str(tmp_path / "b"))
-    assert done.returncode == 6 and 'another strategy tolerance: "0.0", not "0.5"' in done.stderr, done.stderr
+    assert done.returncode == 6 and 'a different run: strategy tolerance: "0.0", not "0.5"' in done.stderr, done.stderr
     done = run(*base, "--seed", 3, "--no-resume", CALLS=str(tmp_path / "b"))
     assert done.returncode == 0, done.stderr
 
 
-def test_two_runs_of_one_output_do_not_meet(run: Run, digits: Path, tmp_path: Path):
+def test_concurrent_runs_of_one_output_are_refused(run: Run, digits: Path, tmp_path: Path):
     with Journal(tmp_path / "out") as journal:
         done = run("swa", digits, "-o", "out")
         assert done.returncode == 6 and f"process {os.getpid()}" in done.stderr
@@ -130,7 +130,7 @@ def test_the_journal_can_be_kept(run: Run, digits: Path, stopping: Path, tmp_pat
 
 @examples(60)
 @given(data=st.data())
-def test_a_journal_that_is_cut_or_flipped_never_tells_what_was_not_written(
+def test_a_truncated_or_corrupted_journal_never_returns_wrong_records(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ):
     folder = tmp_path_factory.mktemp("journal")
@@ -150,7 +150,7 @@ def test_a_journal_that_is_cut_or_flipped_never_tells_what_was_not_written(
         try:
             journal.begin({"run": 1})
         except OutputExistsError:
-            return  # its first line was hit, and another record stands there
+            return  # the header was damaged, and another record is taken for it
         for key, value in records.items():
             assert journal.get(key) in (None, value)
         journal.put("more", 1)
@@ -170,12 +170,12 @@ def test_a_journal_of_another_version_is_refused(tmp_path: Path, header: object)
     path.write_bytes(line_of(header))
     with pytest.raises(InputError) as caught:
         Journal(tmp_path / "out")
-    assert str(caught.value) == f"{path}: is of another version of ckptavg" and caught.value.hint == "--no-resume"
+    assert str(caught.value) == f"{path}: is from another version of ckptavg" and caught.value.hint == "--no-resume"
     with Journal(tmp_path / "out", resume=False) as journal:
         journal.begin({})
 
 
-def test_records_that_are_none_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_invalid_records_are_dropped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with Journal(tmp_path / "out") as journal:
         journal.begin({"run": 1})
         journal.put("good", 1)
@@ -184,10 +184,10 @@ def test_records_that_are_none_are_left_out_with_a_warning(tmp_path: Path, caplo
     path.write_bytes(path.read_bytes() + b"".join(map(line_of, bad)) + line_of({"key": "more", "value": None}))
     with Journal(tmp_path / "out") as journal:
         assert (journal.damaged, journal.replayed) == (5, 2) and journal.records == {"good": 1, "more": None}
-    assert f"{path}: 5 lines are damaged; what they told is measured again" in caplog.text
+    assert f"{path}: 5 lines are damaged; their measurements are repeated" in caplog.text
 
 
-def test_a_system_without_fdatasync_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_system_without_fdatasync_is_supported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delattr(os, "fdatasync")  # macOS
     with Journal(tmp_path / "out") as journal:
         journal.begin({"run": 1})
@@ -196,17 +196,17 @@ def test_a_system_without_fdatasync_is_served(tmp_path: Path, monkeypatch: pytes
         assert journal.get("good") == 1
 
 
-def test_what_a_killed_run_left_in_the_folder_is_removed(tmp_path: Path):
+def test_scratch_folders_of_a_killed_run_are_removed(tmp_path: Path):
     scratch = tmp_path / "out.ckptavg" / "scratch-1"
     scratch.mkdir(parents=True)
     (scratch / "row").write_bytes(b"x")
     (tmp_path / "out.ckptavg" / "mine").touch()
     with Journal(tmp_path / "out"):
         assert not scratch.exists()
-    assert [path.name for path in (tmp_path / "out.ckptavg").iterdir()] == ["mine"]  # somebody else's stays
+    assert [path.name for path in (tmp_path / "out.ckptavg").iterdir()] == ["mine"]  # files of other programs stay
 
 
-def test_what_this_run_put_is_told_from_what_an_earlier_one_did(tmp_path: Path):
+def test_records_of_this_run_are_distinguished_from_earlier_ones(tmp_path: Path):
     with Journal(tmp_path / "out") as journal:
         journal.begin({"run": 1})
         journal.put("old", 1)
@@ -221,7 +221,7 @@ def test_what_this_run_put_is_told_from_what_an_earlier_one_did(tmp_path: Path):
         assert copy.folder == journal.folder and (copy.get("new"), copy.get("more")) == (2, None)
 
 
-def test_what_is_written_is_compact_lines_with_checksums(tmp_path: Path):
+def test_records_are_compact_lines_with_checksums(tmp_path: Path):
     with Journal(tmp_path / "out") as journal:
         journal.begin({"run": "ä"})
         journal.put_all({})
@@ -231,7 +231,7 @@ def test_what_is_written_is_compact_lines_with_checksums(tmp_path: Path):
     assert content == b"".join(b"%08x %s\n" % (zlib.crc32(text), text) for text in texts)
 
 
-def test_a_journal_of_which_nothing_was_measured_is_begun_anew(tmp_path: Path):
+def test_a_journal_without_measurements_is_started_over(tmp_path: Path):
     with Journal(tmp_path / "out", keep=True) as journal:
         journal.begin({"run": 1})
         journal.put("file x", "digest")
@@ -266,11 +266,11 @@ def test_the_first_difference_is_named(tmp_path: Path, was: Any, now: Any, messa
         journal.begin(was)
         with pytest.raises(OutputExistsError) as caught:
             journal.begin(now)
-    assert str(caught.value) == f"{tmp_path / 'out.ckptavg'}: was left by a run with another {message}"
-    assert caught.value.hint == "--no-resume begins anew; or choose another -o"
+    assert str(caught.value) == f"{tmp_path / 'out.ckptavg'}: was left by a different run: {message}"
+    assert caught.value.hint == "start over with --no-resume, or choose another -o"
 
 
-def test_after_a_line_that_could_not_be_written_nothing_more_is(
+def test_nothing_is_appended_after_a_failed_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     with Journal(tmp_path / "out") as journal:
@@ -282,7 +282,7 @@ def test_after_a_line_that_could_not_be_written_nothing_more_is(
             journal.put("lost", 2)
         journal.put("lost too", 3)
         assert journal.get("lost") == 2 and (journal.folder / "journal.jsonl").stat().st_size == size
-    assert caplog.text.count("cannot be written: no space left on device; the run goes on") == 1
+    assert caplog.text.count("cannot be written: no space left on device; the run continues") == 1
 
 
 def test_lines_that_are_damaged_are_counted(tmp_path: Path):
@@ -294,4 +294,4 @@ def test_lines_that_are_damaged_are_counted(tmp_path: Path):
     path.write_bytes(head + a.replace(b"1", b"7") + b.replace(b"2", b"7") + c + c[:-3])
     with Journal(tmp_path / "out") as journal:
         assert journal.damaged == 2 and journal.records == {"c": 3} and journal.replayed == 1
-    assert path.read_bytes().endswith(c)  # what was cut off is gone
+    assert path.read_bytes().endswith(c)  # the incomplete line is gone

@@ -1,4 +1,4 @@
-"""BatchNorm's statistics are recomputed as torch.optim.swa_utils.update_bn does, and dropout stays off."""
+"""Recomputed BatchNorm statistics equal those of torch.optim.swa_utils.update_bn, and dropout stays off."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def loader() -> DataLoader[tuple[torch.Tensor, ...]]:
     return DataLoader(TensorDataset(torch.randn(50, 1, 8, 8) * 3 + 1), batch_size=16)
 
 
-def test_recompute_gives_the_bits_of_update_bn():
+def test_recompute_is_bitwise_equal_to_update_bn():
     ours, reference = network().eval(), network()
     reference.load_state_dict(ours.state_dict())
     update_bn(loader(), reference)
@@ -31,7 +31,7 @@ def test_recompute_gives_the_bits_of_update_bn():
         for (images,) in loader():
             ours(images)
 
-    ours.train()(torch.randn(4, 1, 8, 8))  # leave some other statistics behind
+    ours.train()(torch.randn(4, 1, 8, 8))  # start from other statistics
     ours.eval()
     batchnorm.recompute(batchnorm.layers(ours).values(), forward)
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in reference.state_dict().items())
@@ -47,7 +47,7 @@ def test_dropout_stays_off_while_batchnorm_uses_batch_statistics():
         torch.testing.assert_close(model(batch).mean(dim=0), torch.zeros(2), rtol=0, atol=1e-6)
 
 
-def test_a_model_without_batchnorm_is_not_run():
+def test_forward_is_not_called_for_a_model_without_batchnorm():
     def forward() -> None:
         raise AssertionError("was run")
 

@@ -1,4 +1,4 @@
-"""``--score-cmd``: any program scores, here shell and Python that reads the file with safetensors' own library."""
+"""``--score-cmd`` with shell commands, and with a Python script that reads the file with the safetensors library."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ COMMAND = f"{sys.executable} eval.py"
 
 @pytest.fixture
 def ckpts(tmp_path: Path) -> Path:
-    """Eight points around the target that the command measures the distance to."""
+    """Eight points around `TARGET`; the command prints the distance to it."""
     folder = tmp_path / "ckpts"
     folder.mkdir()
     draws = torch.Generator().manual_seed(0)
@@ -62,7 +62,7 @@ def by_hand(ckpts: Path, chosen: tuple[int, ...]) -> float:
     return float((torch.stack([points[i] for i in chosen]).mean(dim=0) - TARGET).square().sum())
 
 
-def test_the_greedy_soup_is_made_by_the_commands_number(run: Run, ckpts: Path, tmp_path: Path):
+def test_greedy_soup_follows_the_score_of_the_command(run: Run, ckpts: Path, tmp_path: Path):
     done = run("soup", "ckpts", "--score-cmd", f"{COMMAND} {{}} | head -1", "--score-goal", "min", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -71,14 +71,14 @@ def test_the_greedy_soup_is_made_by_the_commands_number(run: Run, ckpts: Path, t
     for i in order[1:]:
         if by_hand(ckpts, (*soup, i)) < by_hand(ckpts, tuple(soup)):
             soup.append(i)
-    assert [i for i, one in enumerate(report["candidates"]) if one["coefficient"]] == sorted(soup)
+    assert [i for i, candidate in enumerate(report["candidates"]) if candidate["coefficient"]] == sorted(soup)
     assert report["scores"]["val"]["metric"] == pytest.approx(by_hand(ckpts, tuple(soup)), rel=1e-5)
     assert report["scores"]["val"]["loss"] is None and report["cost"]["evaluations"] >= 15
     assert distance(tmp_path) == pytest.approx(report["scores"]["val"]["metric"], rel=1e-4)
     assert {p.name for p in tmp_path.iterdir()} == {"ckpts", "eval.py", "averaged.safetensors"}
 
 
-def test_a_key_of_a_json_line_is_read_and_a_directory_has_the_config(run: Run, ckpts: Path, tmp_path: Path):
+def test_score_key_reads_a_json_line_and_the_directory_has_the_config(run: Run, ckpts: Path, tmp_path: Path):
     (ckpts / "config.json").write_text('{"mark": 1}')
     command = f"test -f {{dir}}/config.json && {COMMAND} {{dir}}"
     done = run("best", "ckpts", "--score-cmd", command, "--score-key", "results.score")
@@ -88,31 +88,31 @@ def test_a_key_of_a_json_line_is_read_and_a_directory_has_the_config(run: Run, c
 
 
 @pytest.mark.thorough
-def test_the_mask_and_the_coefficients_are_searched_without_gradients(run: Run, ckpts: Path, tmp_path: Path):
+def test_sewa_and_twa_search_without_gradients(run: Run, ckpts: Path, tmp_path: Path):
     more = ("--score-cmd", COMMAND, "--score-key", "results.score", "--evaluations", 12, "--no-baselines")
     first = run("sewa", "ckpts", "--k", 3, *more, "--json")
     assert first.returncode == 0, first.stderr
     report = json.loads(first.stdout)
-    assert sum(one["coefficient"] > 0 for one in report["candidates"]) == 3
+    assert sum(candidate["coefficient"] > 0 for candidate in report["candidates"]) == 3
     assert report["cost"]["evaluations"] <= 12 and report["trace"]["best_score"][-1] <= 0
     second = run("twa", "ckpts", *more, "--force", "--json")
     assert second.returncode == 0, second.stderr
     assert distance(tmp_path) <= by_hand(ckpts, tuple(range(8))) * (1 + 1e-5)
 
 
-def test_strategies_are_compared(run: Run, ckpts: Path):
+def test_compare_with_a_score_command(run: Run, ckpts: Path):
     names = "swa,best,soup,aswa,lawa:k=3"
     done = run("compare", "ckpts", "--score-cmd", COMMAND, "--score-key", "results.score", "--strategies", names)
     assert done.returncode == 0, done.stderr
     assert (
-        "scores" in done.stderr and "an interval takes a loss or metric for each of at least 20 examples" in done.stderr
+        "scores" in done.stderr and "an interval needs a loss or metric for each of at least 20 examples" in done.stderr
     )
-    assert "over last on val data." in done.stderr or "Nothing scores above the last" in done.stderr, done.stderr
+    assert "over last on val data." in done.stderr or "No strategy scores above the last" in done.stderr, done.stderr
 
 
 def test_layer_wise_coefficients_need_gradients(run: Run, ckpts: Path):
     done = run("twa", "ckpts", "--layerwise", "--score-cmd", COMMAND)
-    assert done.returncode == 2 and "by layer are trained by gradients" in done.stderr
+    assert done.returncode == 2 and "layer-wise coefficients need a differentiable loss" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_layer_wise_coefficients_need_gradients(run: Run, ckpts: Path):
         ("sleep 60 #", 7, "--score-cmd took more than 0.5 s"),
     ],
 )
-def test_a_command_that_gives_no_score_is_shown(
+def test_error_shows_the_output_of_a_command_without_score(
     run: Run, ckpts: Path, tmp_path: Path, command: str, code: int, message: str
 ):
     done = run("best", "ckpts", "--score-cmd", command, "--score-timeout", 0.5 if "sleep" in command else 60)
@@ -133,25 +133,25 @@ def test_a_command_that_gives_no_score_is_shown(
     assert {p.name for p in tmp_path.iterdir()} == {"ckpts", "eval.py"}
 
 
-def test_a_key_that_is_missing_is_named(run: Run, ckpts: Path):
+def test_error_names_a_missing_score_key(run: Run, ckpts: Path):
     done = run("best", "ckpts", "--score-cmd", COMMAND, "--score-key", "results.acc")
     assert done.returncode == 7 and "no JSON line with a number at results.acc" in done.stderr
 
 
 @pytest.mark.parametrize("other", [("--task", "x.py"), ("--val", "x.jsonl"), ("--lm-eval", "arc")])
-def test_one_way_to_score_is_enough(run: Run, ckpts: Path, other: tuple[str, str]):
+def test_two_ways_to_score_are_refused(run: Run, ckpts: Path, other: tuple[str, str]):
     done = run("best", "ckpts", "--score-cmd", COMMAND, *other)
-    assert done.returncode == 2 and "both say how a mixture is scored" in done.stderr
+    assert done.returncode == 2 and "each define how a mixture is scored" in done.stderr
 
 
-def test_a_task_file_that_is_only_found_gives_way(run: Run, ckpts: Path, tmp_path: Path):
+def test_score_command_overrides_a_task_file_from_the_environment_or_config(run: Run, ckpts: Path, tmp_path: Path):
     (tmp_path / "task.py").write_text("raise SystemExit('was run')")
     (tmp_path / "ckptavg.toml").write_text('task = "task.py"')
     done = run("best", "ckpts", "--score-cmd", COMMAND, "--score-key", "results.score", CKPTAVG_TASK="task.py")
     assert done.returncode == 0, done.stderr
 
 
-def test_an_interrupted_command_is_ended_with_all_it_started(ckpts: Path, tmp_path: Path):
+def test_an_interrupted_command_is_killed_with_its_child_processes(ckpts: Path, tmp_path: Path):
     marker = tmp_path / "alive"
     script = f"import time\nfor _ in range(600):\n    open({str(marker)!r}, 'a').write('x')\n    time.sleep(0.05)\n"
     (tmp_path / "slow.py").write_text(script)
@@ -179,12 +179,12 @@ def test_an_interrupted_command_is_ended_with_all_it_started(ckpts: Path, tmp_pa
         ("none", []),
     ],
 )
-def test_numbers_in_what_is_printed(text: str, numbers: list[float]):
+def test_numbers_are_parsed_from_output(text: str, numbers: list[float]):
     assert list(map(repr, score_command.numbers(text))) == list(map(repr, map(float, numbers)))
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
-def test_any_number_that_python_prints_is_read_back(value: float):
+def test_any_number_printed_by_python_is_parsed_exactly(value: float):
     assert list(score_command.numbers(f"score: {value!r}\n")) == [value]
 
 
@@ -193,41 +193,41 @@ def test_only_json_objects_have_entries():
     assert list(score_command.entries(text, "a.b")) == [1, 2]
 
 
-class Scored(Quadratic):
-    """The quadratic without its gradient; counts what is asked."""
+class ScoreOnly(Quadratic):
+    """The quadratic without its gradient; records the requested coefficients."""
 
     differentiable = False
 
     def __init__(self, n: int, d: int, seed: int) -> None:
         super().__init__(n, d, seed)
-        self.asked: set[Coefficients] = set()
+        self.requested: set[Coefficients] = set()
 
     def loss(self, *_: object, **__: object) -> torch.Tensor:
         raise AssertionError("there is no loss")
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
-        self.asked.add(coefficients)
+        self.requested.add(coefficients)
         c = torch.tensor(coefficients.values[0], dtype=torch.float64)
         value = -float((c @ self.weights_ND).square().mean())
         return Score(value=value, loss=None, metric=value, examples=None)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_mask_found_by_scores_is_far_above_chance(seed: int):
-    """59 scores of 792 subsets: as many drawn at random have rank 12 of 792 on average."""
+def test_sewa_by_scores_ranks_far_above_chance(seed: int):
+    """59 of 792 subsets are scored; the best of 59 random ones has rank 12 on average."""
     import itertools
 
-    objective = Scored(n=12, d=8, seed=seed)
+    objective = ScoreOnly(n=12, d=8, seed=seed)
     learned = SeWA(k=5, evaluations=60).learn(objective)
     ranked = sorted(itertools.combinations(range(12), 5), key=objective.of_subset)
-    assert ranked.index(learned.coefficients.selected) <= 4 and len(objective.asked) <= 60
+    assert ranked.index(learned.coefficients.selected) <= 4 and len(objective.requested) <= 60
 
 
 @pytest.mark.parametrize("constraint", ["affine", "simplex"])
-def test_coefficients_found_by_scores_come_close_to_those_found_by_gradients(constraint: str):
-    scored = Scored(n=6, d=16, seed=1)
+def test_twa_by_scores_comes_close_to_twa_by_gradients(constraint: str):
+    scored = ScoreOnly(n=6, d=16, seed=1)
     learned = TWA(constraint=constraint, evaluations=200).learn(scored)  # pyright: ignore[reportArgumentType]
-    assert len(scored.asked) <= 200
+    assert len(scored.requested) <= 200
     trained = TWA(constraint=constraint, epochs=300, lr=0.1).learn(Quadratic(n=6, d=16, seed=1))  # pyright: ignore
     mean = scored.score(Coefficients.uniform(range(6), 6)).value
     reached, best = scored.score(learned.coefficients).value, scored.score(trained.coefficients).value
@@ -235,15 +235,15 @@ def test_coefficients_found_by_scores_come_close_to_those_found_by_gradients(con
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 9])
-def test_a_small_budget_is_kept(evaluations: int):
+def test_a_small_evaluation_budget_is_not_exceeded(evaluations: int):
     for strategy in (SeWA(k=2, evaluations=evaluations), TWA(evaluations=evaluations)):
-        objective = Scored(n=6, d=3, seed=0)
+        objective = ScoreOnly(n=6, d=3, seed=0)
         strategy.learn(objective)
-        assert 1 <= len(objective.asked) <= evaluations
+        assert 1 <= len(objective.requested) <= evaluations
 
 
-def test_every_subset_is_scored_where_there_are_few():
-    objective = Scored(n=4, d=3, seed=0)
+def test_every_subset_is_scored_if_the_budget_allows():
+    objective = ScoreOnly(n=4, d=3, seed=0)
     learned = SeWA(k=3, evaluations=100).learn(objective)
     best = min(((0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3)), key=objective.of_subset)
     assert learned.coefficients.selected == best
@@ -251,11 +251,11 @@ def test_every_subset_is_scored_where_there_are_few():
 
 @settings(deadline=None, max_examples=5)
 @given(st.integers(0, 100))
-def test_a_search_by_scores_repeats_itself_and_leaves_numpys_numbers_alone(seed: int):
+def test_search_by_scores_is_deterministic_and_leaves_numpys_generator_alone(seed: int):
     import numpy as np
 
     np.random.seed(7)
-    first, second = (TWA(evaluations=30).learn(Scored(n=4, d=3, seed=seed)) for _ in range(2))
+    first, second = (TWA(evaluations=30).learn(ScoreOnly(n=4, d=3, seed=seed)) for _ in range(2))
     assert first == second
     assert np.random.rand() == np.random.RandomState(7).rand()
 

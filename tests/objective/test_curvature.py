@@ -1,6 +1,6 @@
-"""The surrogate of a network against finite differences, a literal JᵀHJ, and the models that have no such derivative.
+"""Surrogate of a network against finite differences and an explicit JᵀHJ, and models without the derivatives.
 
-Shape suffixes: N = candidates, M = elements of what the model returns.
+Shape suffixes: N = candidates, M = elements of the model's output.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Of six numbers as a sequence of two, by the fused kernel; normalised by LayerNorm."""
+    """Fused attention over six numbers as a sequence of two, normalised by LayerNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,18 +73,18 @@ def batches(*sizes: int) -> list[Batch]:
     ]
 
 
-def candidates(folder: Path, make: Callable[[], nn.Module], n: int = N, **options: Any) -> Candidates:
-    """Random ones, in float64, of a model in eval mode but for BatchNorm."""
+def make_candidates(folder: Path, make: Callable[[], nn.Module], n: int = N, **options: Any) -> Candidates:
+    """Return random float64 candidates of a model in eval mode, with BatchNorm in training mode."""
     models: list[nn.Module] = []
     for seed in range(n + 1):
         torch.manual_seed(seed)
         models.append(make().double())
-    found = Candidates(
+    candidates = Candidates(
         models.pop().eval(), stored(folder, [m.state_dict() for m in models]), lambda *_: None, **options
     )
-    for layer in batchnorm.layers(found.model).values():
+    for layer in batchnorm.layers(candidates.model).values():
         layer.train()
-    return found
+    return candidates
 
 
 def in_float32(folder: Path, make: Callable[[], nn.Module]) -> Candidates:
@@ -93,12 +93,12 @@ def in_float32(folder: Path, make: Callable[[], nn.Module]) -> Candidates:
     return Candidates(make().eval(), stored(folder, states), lambda *_: None)
 
 
-def measured(found: Candidates, data: Sequence[Any], loss: Loss = cross_entropy, **options: Any) -> Surrogate:
-    return surrogate(found, lambda: data, loss, **options)
+def surrogate_of(candidates: Candidates, data: Sequence[Any], loss: Loss = cross_entropy, **options: Any) -> Surrogate:
+    return surrogate(candidates, lambda: data, loss, **options)
 
 
 class _Loss(nn.Module):
-    """So that functional_call reaches a model that another function calls."""
+    """Module whose forward is the loss, so that functional_call reaches the model inside it."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -110,18 +110,18 @@ class _Loss(nn.Module):
 
 
 def literal(
-    found: Candidates, data: Sequence[Any], loss: Loss = cross_entropy, *, whole: bool = False
+    candidates: Candidates, data: Sequence[Any], loss: Loss = cross_entropy, *, whole: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """F as a function of β, differentiable: Σ β_i w_i of the parameters, put into the model; or ``whole`` tensors."""
-    names = [name for name, _ in found.model.named_parameters()]
+    """Return F(β), differentiable: the mean loss at parameters Σ β_i w_i; if ``whole``, the loss tensors instead."""
+    names = [name for name, _ in candidates.model.named_parameters()]
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
-    for one in torch.eye(found.n, dtype=torch.float64):
-        found.materialize(one)
+    for one_hot in torch.eye(candidates.n, dtype=torch.float64):
+        candidates.materialize(one_hot)
         for name in names:
-            rows[name].append(found.model.get_parameter(name).detach().clone())
-    found.materialize(torch.full((found.n,), 1 / found.n, dtype=torch.float64))
+            rows[name].append(candidates.model.get_parameter(name).detach().clone())
+    candidates.materialize(torch.full((candidates.n,), 1 / candidates.n, dtype=torch.float64))
     stacked = {f"model.{name}": torch.stack(values) for name, values in rows.items()}
-    module = _Loss(found.model, loss)
+    module = _Loss(candidates.model, loss)
 
     def mean_loss(beta: Tensor) -> Tensor:
         mixed = {name: torch.einsum("n,n...->...", beta, values) for name, values in stacked.items()}
@@ -136,7 +136,7 @@ def literal(
 
 
 def differences(f: Callable[[Tensor], Tensor], n: int = N) -> tuple[float, Tensor, Tensor]:
-    """F, and g and H on Σ β = 1: of values and of gradients, to fourth order in the step."""
+    """Return F, g and H on Σ β = 1; g from values and H from gradients, to fourth order in the step."""
     middle = torch.full((n,), 1 / n, dtype=torch.float64)
     flat = torch.eye(n, dtype=torch.float64) - 1 / n
     step = 3e-4
@@ -154,9 +154,9 @@ def differences(f: Callable[[Tensor], Tensor], n: int = N) -> tuple[float, Tenso
     return float(f(middle)), g_N, torch.stack([slope(gradient, d) for d in flat])
 
 
-def literal_gauss_newton(found: Candidates, data: Sequence[Any], outputs: Loss, after: Loss) -> Tensor:
-    """Jᵀ(∂²ℓ/∂o²)J from whole matrices; ``outputs`` of model and batch, ``after`` of these and the batch."""
-    n = found.n
+def literal_gauss_newton(candidates: Candidates, data: Sequence[Any], outputs: Loss, after: Loss) -> Tensor:
+    """Return Jᵀ(∂²ℓ/∂o²)J from full matrices; ``outputs(model, batch)`` gives o and ``after(o, batch)`` the loss."""
+    n = candidates.n
     flat, middle = torch.eye(n, dtype=torch.float64) - 1 / n, torch.full((n,), 1 / n, dtype=torch.float64)
     total, examples = torch.zeros(n, n, dtype=torch.float64), 0
     for batch in data:
@@ -164,7 +164,7 @@ def literal_gauss_newton(found: Candidates, data: Sequence[Any], outputs: Loss, 
         def given(o: Tensor, batch: Any = batch) -> Tensor:
             return after(o, batch).mean()  # pyright: ignore
 
-        returned = literal(found, [batch], outputs, whole=True)
+        returned = literal(candidates, [batch], outputs, whole=True)
         o = returned(middle).detach()
         jacobian_MN = torch.autograd.functional.jacobian(returned, middle).reshape(o.numel(), n) @ flat
         bent_MM = torch.autograd.functional.hessian(given, o).reshape(o.numel(), o.numel())
@@ -173,25 +173,25 @@ def literal_gauss_newton(found: Candidates, data: Sequence[Any], outputs: Loss, 
     return total / examples
 
 
-def assert_near(found: Tensor, expected: Tensor, rtol: float) -> None:
-    """Relative to the largest entry."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=rtol * float(expected.abs().max()))
+def assert_near(actual: Tensor, expected: Tensor, rtol: float) -> None:
+    """Compare relative to the largest entry of ``expected``."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_exact_surrogate_is_that_of_finite_differences(tmp_path: Path, name: str):
-    found, data = candidates(tmp_path, NETWORKS[name]), batches(5, 3, 7)
-    value, g_N, h_NN = differences(literal(found, data))
-    result = measured(found, data, hessian="exact")
+def test_exact_surrogate_matches_finite_differences(tmp_path: Path, name: str):
+    candidates, data = make_candidates(tmp_path, NETWORKS[name]), batches(5, 3, 7)
+    value, g_N, h_NN = differences(literal(candidates, data))
+    result = surrogate_of(candidates, data, hessian="exact")
     assert result.curvature == "exact" and bool(result.note) == (name in ("attention", "transformer layer"))
     assert result.value == pytest.approx(value, rel=1e-12)
     assert_near(result.gradient_N, g_N, 1e-8)  # rounding: 1e-16 over the step, and the step to the fourth
     assert_near(result.hessian_NN, h_NN, 1e-8)
 
 
-def test_gauss_newton_is_exact_where_the_model_is_linear(tmp_path: Path):
-    found, data = candidates(tmp_path, NETWORKS["logistic"]), batches(5, 3)
-    exact, other = (measured(found, data, hessian=h) for h in ("exact", "gauss-newton"))
+def test_gauss_newton_is_exact_for_a_linear_model(tmp_path: Path):
+    candidates, data = make_candidates(tmp_path, NETWORKS["logistic"]), batches(5, 3)
+    exact, other = (surrogate_of(candidates, data, hessian=h) for h in ("exact", "gauss-newton"))
     assert_near(other.hessian_NN, exact.hessian_NN, 1e-10)
     assert_near(other.gradient_N, exact.gradient_N, 1e-10)
     assert other.value == exact.value and (exact.curvature, other.curvature) == ("exact", "gauss-newton")
@@ -199,42 +199,46 @@ def test_gauss_newton_is_exact_where_the_model_is_linear(tmp_path: Path):
 
 @pytest.mark.parametrize("kept", [1 << 30, 0])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_gauss_newton_is_j_h_j(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kept: int):
+def test_gauss_newton_is_jt_h_j(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kept: int):
     monkeypatch.setattr(curvature, "_KEPT", kept)
-    found, data = candidates(tmp_path, NETWORKS[name]), batches(5, 3)
-    result = measured(found, data)
+    candidates, data = make_candidates(tmp_path, NETWORKS[name]), batches(5, 3)
+    result = surrogate_of(candidates, data)
     expected = literal_gauss_newton(
-        found, data, lambda model, batch: model(batch[0]), lambda o, batch: nn.functional.cross_entropy(o, batch[1])
+        candidates,
+        data,
+        lambda model, batch: model(batch[0]),
+        lambda o, batch: nn.functional.cross_entropy(o, batch[1]),
     )
     assert result.curvature == "gauss-newton"
     assert_near(result.hessian_NN, expected, 1e-12)
     assert float(torch.linalg.eigvalsh(result.hessian_NN).min()) > -1e-14 * float(expected.trace())
-    assert_near(result.gradient_N, differences(literal(found, data))[1], 1e-8)
+    assert_near(result.gradient_N, differences(literal(candidates, data))[1], 1e-8)
 
 
 @pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
-def test_unequal_batches_count_by_their_size(tmp_path: Path, hessian: str):
-    found, whole = candidates(tmp_path, NETWORKS["mlp"]), batches(9)
+def test_batches_are_weighted_by_their_size(tmp_path: Path, hessian: str):
+    candidates, whole = make_candidates(tmp_path, NETWORKS["mlp"]), batches(9)
     ((x, y),) = whole
     parts = [(x[:2], y[:2]), (x[2:3], y[2:3]), (x[3:], y[3:])]
-    together, apart = (measured(found, data, hessian=hessian) for data in (whole, parts))
+    together, apart = (surrogate_of(candidates, data, hessian=hessian) for data in (whole, parts))
     assert apart.value == pytest.approx(together.value, rel=1e-14)
     assert_near(apart.gradient_N, together.gradient_N, 1e-13)
     assert_near(apart.hessian_NN, together.hessian_NN, 1e-13)
 
 
-def test_it_is_the_derivative_along_coefficients_that_sum_to_one(tmp_path: Path):
+def test_derivatives_are_along_coefficients_that_sum_to_one(tmp_path: Path):
     data = [(x.float(), y) for x, y in batches(5)]
     for hessian in ("exact", "gauss-newton"):
-        found = in_float32(tmp_path / hessian, NETWORKS["mlp"])  # whose mean is rounded, so differences have one too
-        result = measured(found, data, hessian=hessian)
+        # float32 rounds the mean, so the differences d_j do not sum to zero
+        candidates = in_float32(tmp_path / hessian, NETWORKS["mlp"])
+        result = surrogate_of(candidates, data, hessian=hessian)
         assert abs(float(result.gradient_N.sum())) < 1e-15 and float(result.hessian_NN.sum(dim=0).abs().max()) < 1e-15
         assert torch.equal(result.hessian_NN, result.hessian_NN.t())
 
 
 @pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
 @pytest.mark.parametrize("name", ["cnn", "mlp", "transformer"])
-def test_real_trainings_agree_with_the_gradient_of_the_mixture(jobs: dict[str, Job], name: str, hessian: str):
+def test_surrogate_of_real_trainings_matches_the_gradient_of_the_mixture(jobs: dict[str, Job], name: str, hessian: str):
     with jobs[name].mixture(last=6) as mixture:
         expected, value, examples = torch.zeros(6, dtype=torch.float64), 0.0, 0
         data = list(mixture.task.batches("val"))
@@ -247,7 +251,7 @@ def test_real_trainings_agree_with_the_gradient_of_the_mixture(jobs: dict[str, J
             expected, value, examples = expected + size * c.grad, value + size * float(loss.detach()), examples + size
         expected = expected / examples
         with batchnorm.batch_statistics(batchnorm.layers(mixture.model).values()):
-            result = measured(mixture.candidates, data, mixture.task.loss, hessian=hessian)
+            result = surrogate_of(mixture.candidates, data, mixture.task.loss, hessian=hessian)
     assert result.value == pytest.approx(value / examples, rel=1e-5)
     assert_near(result.gradient_N, expected - expected.mean(), 1e-3)  # float32, and expected is a small difference
     lowest = float(torch.linalg.eigvalsh(result.hessian_NN).min())
@@ -256,18 +260,18 @@ def test_real_trainings_agree_with_the_gradient_of_the_mixture(jobs: dict[str, J
 
 @pytest.mark.parametrize("bits", [8, 2])
 @pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
-def test_few_bits_give_the_surrogate_of_the_rounded_candidates(tmp_path: Path, bits: int, hessian: str):
-    coarse = candidates(tmp_path / "stored", NETWORKS["BatchNorm"], bits=bits, group_size=8)
+def test_packed_candidates_give_the_surrogate_of_the_rounded_candidates(tmp_path: Path, bits: int, hessian: str):
+    coarse = make_candidates(tmp_path / "stored", NETWORKS["BatchNorm"], bits=bits, group_size=8)
     rounded: list[dict[str, Tensor]] = []
-    for one in torch.eye(N, dtype=torch.float64):
-        coarse.materialize(one)
+    for one_hot in torch.eye(N, dtype=torch.float64):
+        coarse.materialize(one_hot)
         rounded.append({name: tensor.clone() for name, tensor in coarse.model.state_dict().items()})
-    exact = candidates(tmp_path, NETWORKS["BatchNorm"])
+    exact = make_candidates(tmp_path, NETWORKS["BatchNorm"])
     same = Candidates(exact.model, stored(tmp_path / "rounded", rounded), lambda *_: None)
-    got, expected = (measured(found, batches(5, 4), hessian=hessian) for found in (coarse, same))
+    got, expected = (surrogate_of(candidates, batches(5, 4), hessian=hessian) for candidates in (coarse, same))
     assert_near(got.gradient_N, expected.gradient_N, 1e-5)  # rows are decoded in float32
     assert_near(got.hessian_NN, expected.hessian_NN, 1e-5)
-    assert float((got.hessian_NN - measured(exact, batches(5, 4)).hessian_NN).abs().max()) > 1e-4
+    assert float((got.hessian_NN - surrogate_of(exact, batches(5, 4)).hessian_NN).abs().max()) > 1e-4
 
 
 @pytest.mark.thorough
@@ -281,7 +285,7 @@ def test_gpt2_with_tied_embeddings(tmp_path: Path, hessian: str):
         torch.manual_seed(seed)
         state = GPT2LMHeadModel(config).double().state_dict()
         states.append({name: 5 * tensor for name, tensor in state.items() if name != "lm_head.weight"})
-    found = Candidates(GPT2LMHeadModel(config).double().eval(), stored(tmp_path, states), lambda *_: None)
+    candidates = Candidates(GPT2LMHeadModel(config).double().eval(), stored(tmp_path, states), lambda *_: None)
     tokens = torch.randint(11, (7, 6), generator=torch.Generator().manual_seed(0))
 
     def logits(model: nn.Module, batch: list[Tensor]) -> Tensor:
@@ -294,10 +298,10 @@ def test_gpt2_with_tied_embeddings(tmp_path: Path, hessian: str):
         return after(logits(model, batch), batch)
 
     data = [[tokens[:5]], [tokens[5:]]]
-    value, g_N, h_NN = differences(literal(found, data, loss), 3)
+    value, g_N, h_NN = differences(literal(candidates, data, loss), 3)
     if hessian == "gauss-newton":
-        h_NN = literal_gauss_newton(found, data, logits, after)
-    result = measured(found, data, loss, hessian=hessian)
+        h_NN = literal_gauss_newton(candidates, data, logits, after)
+    result = surrogate_of(candidates, data, loss, hessian=hessian)
     assert result.curvature == hessian and result.value == pytest.approx(value, rel=1e-10)
     assert_near(result.gradient_N, g_N, 1e-7)
     assert_near(result.hessian_NN, h_NN, 1e-7)
@@ -335,17 +339,17 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_what_a_model_returns_may_be_any_nesting(tmp_path: Path, name: str):
+def test_a_model_may_return_any_nesting(tmp_path: Path, name: str):
     wrap, unwrap = OUTPUTS[name]
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return nn.functional.cross_entropy(unwrap(model(batch[0])), batch[1])
 
-    def plainly(model: nn.Module, batch: Batch) -> Tensor:
+    def plain_loss(model: nn.Module, batch: Batch) -> Tensor:
         return nn.functional.cross_entropy(model(batch[0]) * (2 if "place" in name else 1), batch[1])
 
-    plain = measured(candidates(tmp_path / "a", Wrapped), batches(5, 3), plainly)
-    result = measured(candidates(tmp_path / "b", lambda: Wrapped(wrap)), batches(5, 3), loss)
+    plain = surrogate_of(make_candidates(tmp_path / "a", Wrapped), batches(5, 3), plain_loss)
+    result = surrogate_of(make_candidates(tmp_path / "b", lambda: Wrapped(wrap)), batches(5, 3), loss)
     assert result.curvature == "gauss-newton" and not result.note
     assert_near(result.hessian_NN, plain.hessian_NN, 1e-12)
 
@@ -374,20 +378,20 @@ REFUSED: dict[str, tuple[Loss, str]] = {
     "twice": (_called_twice, "calls the model 2 times, not once"),
     "not itself": (_inside, "calls the model 0 times, not once"),
     "penalty": (_penalty, "depends on the weights by more than"),
-    "linear": (_linear, "is linear in what the model returns"),
-    "absolute": (_absolute, "has no curvature in what the model returns"),
+    "linear": (_linear, "is linear in the model's output"),
+    "absolute": (_absolute, "has no curvature in the model's output"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_loss_that_cannot_be_cut_in_two_gets_the_exact_hessian(tmp_path: Path, name: str):
-    loss, why = REFUSED[name]
-    found, data = candidates(tmp_path, Wrapped), batches(5, 3)
-    result = measured(found, data, loss)
-    assert result.curvature == "exact" and why in result.note and "no gauss-newton Hessian" in result.note
-    assert_near(result.hessian_NN, differences(literal(found, data, loss))[2], 1e-7)
-    with pytest.raises(TaskError, match=why) as raised:
-        measured(found, data, loss, hessian="gauss-newton", source="task.py")
+def test_a_loss_that_cannot_be_split_gets_the_exact_hessian(tmp_path: Path, name: str):
+    loss, reason = REFUSED[name]
+    candidates, data = make_candidates(tmp_path, Wrapped), batches(5, 3)
+    result = surrogate_of(candidates, data, loss)
+    assert result.curvature == "exact" and reason in result.note and "no gauss-newton Hessian" in result.note
+    assert_near(result.hessian_NN, differences(literal(candidates, data, loss))[2], 1e-7)
+    with pytest.raises(TaskError, match=reason) as raised:
+        surrogate_of(candidates, data, loss, hessian="gauss-newton", source="task.py")
     assert str(raised.value).startswith("task.py: ") and raised.value.hint == "--hessian exact may be possible"
 
 
@@ -426,53 +430,54 @@ class Neither(NoForwardMode):
         return upstream[0] * ctx.saved_tensors[0].cos()
 
 
-def test_without_a_forward_mode_it_is_exact(tmp_path: Path):
-    found, data = candidates(tmp_path, lambda: Wrapped(NoForwardMode.apply)), batches(5, 3)
-    result = measured(found, data)
+def test_auto_is_exact_without_forward_mode(tmp_path: Path):
+    candidates, data = make_candidates(tmp_path, lambda: Wrapped(NoForwardMode.apply)), batches(5, 3)
+    result = surrogate_of(candidates, data)
     assert result.curvature == "exact" and result.note.startswith("no gauss-newton Hessian: ")
-    assert_near(result.hessian_NN, differences(literal(found, data))[2], 1e-8)
+    assert_near(result.hessian_NN, differences(literal(candidates, data))[2], 1e-8)
 
 
-def test_without_a_double_backward_it_is_gauss_newton(tmp_path: Path):
+def test_auto_is_gauss_newton_without_double_backward(tmp_path: Path):
     made = [
-        candidates(tmp_path / str(i), lambda f=f: Wrapped(f)) for i, f in enumerate((NoDoubleBackward.apply, torch.sin))
+        make_candidates(tmp_path / str(i), lambda f=f: Wrapped(f))
+        for i, f in enumerate((NoDoubleBackward.apply, torch.sin))
     ]
-    result, plain = (measured(found, batches(5, 3)) for found in made)
+    result, plain = (surrogate_of(candidates, batches(5, 3)) for candidates in made)
     assert result.curvature == "gauss-newton" and not result.note
     assert_near(result.hessian_NN, plain.hessian_NN, 1e-12)
     with pytest.raises(TaskError, match=r"no exact Hessian: .*once_differentiable") as raised:
-        measured(made[0], batches(5, 3), hessian="exact")
+        surrogate_of(made[0], batches(5, 3), hessian="exact")
     assert raised.value.hint == "--hessian gauss-newton may be possible"
 
 
-def test_with_neither_there_is_one_line_of_error(tmp_path: Path):
-    found = candidates(tmp_path, lambda: Wrapped(Neither.apply))
+def test_one_line_of_error_without_forward_mode_and_double_backward(tmp_path: Path):
+    candidates = make_candidates(tmp_path, lambda: Wrapped(Neither.apply))
     with pytest.raises(TaskError, match=r"no gauss-newton Hessian: .*; no exact Hessian: ") as raised:
-        measured(found, batches(5))
+        surrogate_of(candidates, batches(5))
     assert "\n" not in str(raised.value) and raised.value.hint is None
 
 
-def test_forward_mode_that_contradicts_backward_mode_is_not_believed(tmp_path: Path):
+def test_gauss_newton_is_refused_if_forward_mode_contradicts_backward_mode(tmp_path: Path):
     def frozen_below(x: Tensor) -> Tensor:
         with torch.no_grad():  # backward mode stops here, forward mode does not
             half = x * 0.5
         return x + half
 
-    found, data = candidates(tmp_path, lambda: Wrapped(frozen_below)), batches(5, 3)
-    result = measured(found, data)
+    candidates, data = make_candidates(tmp_path, lambda: Wrapped(frozen_below)), batches(5, 3)
+    result = surrogate_of(candidates, data)
     assert result.curvature == "exact" and "forward- and backward-mode derivatives of the model disagree" in result.note
 
 
 @pytest.mark.parametrize(("hessian", "op"), [("exact", "backward is not implemented"), ("gauss-newton", "forward AD")])
-def test_fused_attention_is_replaced_and_the_note_says_so(tmp_path: Path, hessian: str, op: str):
-    found = candidates(tmp_path, NETWORKS["attention"])
-    result = measured(found, batches(5), hessian=hessian)
+def test_fused_attention_is_replaced_with_a_note(tmp_path: Path, hessian: str, op: str):
+    candidates = make_candidates(tmp_path, NETWORKS["attention"])
+    result = surrogate_of(candidates, batches(5), hessian=hessian)
     assert result.curvature == hessian and "_flash_attention_" in result.note and op in result.note
     assert result.note.startswith(f"plain kernels for the {hessian} Hessian: ")
     assert torch.backends.mkldnn.set_flags()[0] and torch.backends.mha.get_fastpath_enabled()
 
 
-def test_a_recurrent_network_has_one_too(tmp_path: Path):
+def test_surrogate_of_a_recurrent_network(tmp_path: Path):
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -482,14 +487,14 @@ def test_a_recurrent_network_has_one_too(tmp_path: Path):
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.rnn(x.view(len(x), 2, 3))[0][:, -1])
 
-    found, data = candidates(tmp_path, Recurrent), batches(5, 3)
-    result = measured(found, data, hessian="exact")
-    other = measured(found, data)
+    candidates, data = make_candidates(tmp_path, Recurrent), batches(5, 3)
+    result = surrogate_of(candidates, data, hessian="exact")
+    other = surrogate_of(candidates, data)
     assert other.curvature == "gauss-newton"
     assert_near(other.gradient_N, result.gradient_N, 1e-10)
 
 
-def test_mixed_precision_inside_the_loss_is_that_of_the_second_call_too(tmp_path: Path):
+def test_mixed_precision_inside_the_loss_also_applies_to_the_second_call(tmp_path: Path):
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = model(batch[0].float())
@@ -498,25 +503,25 @@ def test_mixed_precision_inside_the_loss_is_that_of_the_second_call_too(tmp_path
 
     seen: list[torch.dtype] = []
 
-    def seeing(x: Tensor) -> Tensor:
+    def record_dtype(x: Tensor) -> Tensor:
         seen.append(x.dtype)
         return x
 
-    found = in_float32(tmp_path, lambda: Wrapped(seeing))
-    result = measured(found, batches(8, 8), loss)
+    candidates = in_float32(tmp_path, lambda: Wrapped(record_dtype))
+    result = surrogate_of(candidates, batches(8, 8), loss)
     assert set(seen) == {torch.bfloat16} and len(seen) == 2 * (1 + N)
-    plain = measured(found, [(x.float(), y) for x, y in batches(8, 8)])
+    plain = surrogate_of(candidates, [(x.float(), y) for x, y in batches(8, 8)])
     assert result.curvature == "gauss-newton" and not result.note
-    assert_near(result.hessian_NN, plain.hessian_NN, 0.05)  # bfloat16 has eight bits
+    assert_near(result.hessian_NN, plain.hessian_NN, 0.05)  # bfloat16 has an eight-bit significand
 
 
 @pytest.mark.parametrize("kept", [1 << 30, 0])
 @pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
-def test_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hessian: str, kept: int):
+def test_counted_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hessian: str, kept: int):
     monkeypatch.setattr(curvature, "_KEPT", kept)
     spent: Counter[tuple[str, int]] = Counter()
-    measured(
-        candidates(tmp_path, NETWORKS["mlp"]),
+    surrogate_of(
+        make_candidates(tmp_path, NETWORKS["mlp"]),
         batches(5, 3),
         hessian=hessian,
         count=lambda kind, examples: spent.update([(kind, examples)]),
@@ -528,21 +533,21 @@ def test_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hessia
 
 @pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
 def test_the_model_is_left_at_the_mean(tmp_path: Path, hessian: str):
-    found = candidates(tmp_path, NETWORKS["mlp"])
-    found.materialize(torch.full((N,), 1 / N, dtype=torch.float64))
-    before = {name: tensor.clone() for name, tensor in found.model.state_dict().items()}
-    measured(found, batches(5, 3), hessian=hessian)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in found.model.state_dict().items())
+    candidates = make_candidates(tmp_path, NETWORKS["mlp"])
+    candidates.materialize(torch.full((N,), 1 / N, dtype=torch.float64))
+    before = {name: tensor.clone() for name, tensor in candidates.model.state_dict().items()}
+    surrogate_of(candidates, batches(5, 3), hessian=hessian)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in candidates.model.state_dict().items())
 
 
 class Held:
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()  # else an output would hold the node that saves it
+        self.tensor = tensor.detach()  # otherwise an output would keep the node that saves it alive
 
 
 @pytest.mark.parametrize("kept", [1 << 30, 0])
 @pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
-def test_memory_is_that_of_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hessian: str, kept: int):
+def test_memory_holds_the_graph_of_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hessian: str, kept: int):
     monkeypatch.setattr(curvature, "_KEPT", kept)
     living: WeakSet[Held] = WeakSet()
     peaks: list[int] = []
@@ -559,15 +564,15 @@ def test_memory_is_that_of_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyP
             peaks.append(0)
             yield batch
 
-    found = candidates(tmp_path, NETWORKS["mlp"])
+    candidates = make_candidates(tmp_path, NETWORKS["mlp"])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-        watched = surrogate(found, data, cross_entropy, hessian=hessian)  # pyright: ignore[reportArgumentType]
-    assert torch.equal(watched.hessian_NN, measured(found, batches(5, 5, 5, 5), hessian=hessian).hessian_NN)
+        watched = surrogate(candidates, data, cross_entropy, hessian=hessian)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(watched.hessian_NN, surrogate_of(candidates, batches(5, 5, 5, 5), hessian=hessian).hessian_NN)
     assert len(peaks) == 4 and peaks[0] > 0 and len(set(peaks)) == 1
 
 
-def test_a_loss_without_gradient_or_without_a_finite_value_is_an_error(tmp_path: Path):
-    found = candidates(tmp_path, NETWORKS["mlp"])
+def test_a_loss_without_gradient_or_finite_value_is_an_error(tmp_path: Path):
+    candidates = make_candidates(tmp_path, NETWORKS["mlp"])
 
     def detached(model: nn.Module, batch: Batch) -> Tensor:
         return cross_entropy(model, batch).detach()
@@ -575,22 +580,22 @@ def test_a_loss_without_gradient_or_without_a_finite_value_is_an_error(tmp_path:
     def infinite(model: nn.Module, batch: Batch) -> Tensor:
         return cross_entropy(model, batch) * math.inf
 
-    with pytest.raises(TaskError, match=r"^task.py: loss\(\) gives no gradient"):
-        measured(found, batches(5), detached, source="task.py")
+    with pytest.raises(TaskError, match=r"^task.py: loss\(\) has no gradient"):
+        surrogate_of(candidates, batches(5), detached, source="task.py")
     with pytest.raises(TaskError, match=r"loss\(\) gave inf in batch 1, at the mean"):
-        measured(found, batches(5), infinite)
+        surrogate_of(candidates, batches(5), infinite)
 
 
-def test_lack_of_memory_is_passed_on(tmp_path: Path):
+def test_out_of_memory_is_raised_unchanged(tmp_path: Path):
     def greedy(x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
         return x
 
     with pytest.raises(RuntimeError, match="can't allocate"):
-        measured(candidates(tmp_path, lambda: Wrapped(greedy)), batches(5))
+        surrogate_of(make_candidates(tmp_path, lambda: Wrapped(greedy)), batches(5))
 
 
-def test_one_candidate_has_nothing_to_vary(tmp_path: Path):
-    result = measured(candidates(tmp_path, NETWORKS["mlp"], n=1), batches(5))
+def test_surrogate_of_one_candidate_is_flat(tmp_path: Path):
+    result = surrogate_of(make_candidates(tmp_path, NETWORKS["mlp"], n=1), batches(5))
     assert result.gradient_N.tolist() == [0] and result.hessian_NN.tolist() == [[0]]

@@ -1,4 +1,4 @@
-"""The real objective against plain torch: loss, gradient, score, what is remembered and what is counted."""
+"""`Mixture` against plain torch: loss, gradient, score, caching and costs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def data(seed: int, sizes: tuple[int, ...]) -> list[dict[str, Tensor]]:
 
 @dataclass
 class Toy:
-    """A task as a plain object: the protocol is all that is asked for."""
+    """A task as a plain object that implements the protocol."""
 
     splits: Mapping[str, list[dict[str, Tensor]]] = field(
         default_factory=lambda: {"val": data(1, (5, 4)), "train": data(2, (6, 6, 6))}
@@ -80,13 +80,13 @@ def checkpoints(tmp_path: Path) -> tuple[Checkpoint, ...]:
     for seed in range(4):
         torch.manual_seed(seed)
         model = network()
-        model(torch.randn(20, 3, dtype=torch.float64) * (seed + 1))  # running statistics of its own
+        model(torch.randn(20, 3, dtype=torch.float64) * (seed + 1))  # running statistics that differ per checkpoint
         states.append(model.state_dict())
     return stored(tmp_path, states)
 
 
 def by_hand(checkpoints: tuple[Checkpoint, ...], c: Tensor) -> dict[str, Tensor]:
-    """Σ_i c_i w_i of every floating-point entry, differentiable in c."""
+    """Return Σ_i c_i w_i of every floating-point tensor, differentiable in c."""
     result: dict[str, Tensor] = {}
     for name in checkpoints[0].names:
         spec = checkpoints[0].spec(name)
@@ -106,7 +106,7 @@ def reference_model() -> nn.Module:
     return model
 
 
-def test_loss_and_gradient_are_those_of_the_mixture_with_batch_statistics(checkpoints: tuple[Checkpoint, ...]):
+def test_loss_and_gradient_match_torch_with_batch_statistics(checkpoints: tuple[Checkpoint, ...]):
     mixture = Mixture(Toy(), checkpoints, device=CPU)
     task = Toy()
     for batch in task.splits["val"]:
@@ -121,13 +121,13 @@ def test_loss_and_gradient_are_those_of_the_mixture_with_batch_statistics(checkp
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
 
 
-def test_the_score_is_that_of_the_mixture_with_recomputed_statistics(checkpoints: tuple[Checkpoint, ...]):
+def test_score_matches_torch_with_recomputed_statistics(checkpoints: tuple[Checkpoint, ...]):
     mixture = Mixture(Toy(), checkpoints, device=CPU)
     row = (0.25, 0.25, 0.25, 0.25)
     model = network()
     model.load_state_dict({**model.state_dict(), **by_hand(checkpoints, torch.tensor(row, dtype=torch.float64))})
     torch.optim.swa_utils.update_bn([batch["x"] for batch in Toy().splits["train"]], model.eval())
-    # update_bn runs with dropout on; it lies behind BatchNorm here and does not reach it
+    # update_bn runs with dropout on; here it comes after BatchNorm and does not affect it
     model.eval()
     with torch.no_grad():
         parts = [nn.functional.cross_entropy(model(b["x"]), b["y"], reduction="sum") for b in Toy().splits["val"]]
@@ -136,7 +136,7 @@ def test_the_score_is_that_of_the_mixture_with_recomputed_statistics(checkpoints
     assert score.loss == pytest.approx(float(sum(parts)) / 9, rel=1e-12)
 
 
-def test_a_score_does_not_depend_on_what_was_done_before(checkpoints: tuple[Checkpoint, ...]):
+def test_a_score_does_not_depend_on_earlier_calls(checkpoints: tuple[Checkpoint, ...]):
     alone = Coefficients.uniform([1], 4)
     fresh = Mixture(Toy(), checkpoints, device=CPU).score(alone)
     busy = Mixture(Toy(), checkpoints, device=CPU)
@@ -145,11 +145,11 @@ def test_a_score_does_not_depend_on_what_was_done_before(checkpoints: tuple[Chec
     assert busy.score(alone) == fresh
 
 
-def test_a_score_is_remembered_and_costs_nothing_again(checkpoints: tuple[Checkpoint, ...]):
+def test_a_score_is_cached_and_costs_nothing_when_repeated(checkpoints: tuple[Checkpoint, ...]):
     mixture = Mixture(Toy(), checkpoints, device=CPU)
     first = mixture.score(Coefficients.uniform([0], 4))
     spent = mixture.cost().forward_batches
-    assert spent == 2 + 3  # validation batches, and training batches for BatchNorm
+    assert spent == 2 + 3  # validation batches, plus training batches for BatchNorm
     assert mixture.score(Coefficients.uniform([0], 4)) is first and mixture.cost().forward_batches == spent
 
 
@@ -161,14 +161,14 @@ def test_cost_in_epochs_counts_a_backward_as_two_forwards(checkpoints: tuple[Che
     assert (cost.forward_batches, cost.backward_batches, cost.epochs, cost.epochs_of) == (3, 3, 1.0, "train")
 
 
-def test_batches_come_round_again(checkpoints: tuple[Checkpoint, ...]):
+def test_the_stream_of_batches_repeats(checkpoints: tuple[Checkpoint, ...]):
     mixture = Mixture(Toy(), checkpoints, device=CPU)
     losses = [float(mixture.loss(mixture.uniform())) for _ in range(4)]
     assert losses[:2] == losses[2:] and losses[0] != losses[1]
 
 
 @pytest.mark.parametrize(("goal", "sign"), [("max", 1), ("min", -1)])
-def test_the_metric_decides_where_there_is_one(checkpoints: tuple[Checkpoint, ...], goal: str, sign: int):
+def test_the_score_is_the_metric_if_the_task_has_one(checkpoints: tuple[Checkpoint, ...], goal: str, sign: int):
     def hits(model: nn.Module, batch: Any) -> Tensor:
         return (model(batch["x"]).argmax(dim=1) == batch["y"]).double()
 
@@ -183,41 +183,41 @@ def test_a_mean_loss_is_weighted_by_the_size_of_its_batch(checkpoints: tuple[Che
     assert mean.loss == pytest.approx(each.loss, rel=1e-12)
 
 
-def test_without_validation_data_training_data_are_scored_on(checkpoints: tuple[Checkpoint, ...]):
+def test_training_data_are_scored_without_validation_data(checkpoints: tuple[Checkpoint, ...]):
     mixture = Mixture(Toy(splits={"train": data(2, (6, 6))}), checkpoints, device=CPU)
     assert mixture.scored_on == "train" and mixture.score(Coefficients.uniform([0], 4)).examples == 12
 
 
-def test_without_training_data_batchnorm_is_recomputed_on_validation_data(checkpoints: tuple[Checkpoint, ...]):
+def test_batchnorm_is_recomputed_on_validation_data_without_training_data(checkpoints: tuple[Checkpoint, ...]):
     mixture = Mixture(Toy(splits={"val": data(1, (5, 4))}), checkpoints, device=CPU)
     mixture.score(Coefficients.uniform([0], 4))
     assert mixture.batchnorm_from == "val" and mixture.cost().forward_batches == 4
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_score_that_is_not_finite_names_the_mixture(checkpoints: tuple[Checkpoint, ...], bad: float):
-    def spoilt(model: nn.Module, batch: Any) -> Tensor:
+def test_a_nonfinite_score_names_the_mixture(checkpoints: tuple[Checkpoint, ...], bad: float):
+    def nonfinite(model: nn.Module, batch: Any) -> Tensor:
         return torch.full((len(batch["y"]),), bad)
 
-    mixture = Mixture(Toy(metric=spoilt), checkpoints, device=CPU)
+    mixture = Mixture(Toy(metric=nonfinite), checkpoints, device=CPU)
     alone, both = (mixture.score(Coefficients.uniform(chosen, 4)) for chosen in ([2], [0, 2]))
-    said = r"metric\(\) gave (nan|inf) in batch 1 of the val data"
-    assert re.fullmatch(rf"candidate .*step-2\.safetensors: {said}", alone.invalid)
-    assert re.fullmatch(f"the mixture of steps 0, 2: {said}", both.invalid)
+    reason = r"metric\(\) gave (nan|inf) in batch 1 of the val data"
+    assert re.fullmatch(rf"candidate .*step-2\.safetensors: {reason}", alone.invalid)
+    assert re.fullmatch(f"the mixture of steps 0, 2: {reason}", both.invalid)
     assert alone.value == both.value == -float("inf")
-    with pytest.raises(TaskError, match=f"^toy: the average: {said}"):
+    with pytest.raises(TaskError, match=f"^toy: the average: {reason}"):
         mixture.evaluate("val", "the average")
 
 
-def test_progress_is_told_now_and_then_and_at_the_end(checkpoints: tuple[Checkpoint, ...]):
-    heard: list[tuple[str, int, int, Mapping[str, float]]] = []
-    mixture = Mixture(Toy(), checkpoints, device=CPU, watch=lambda *said: heard.append(said))
+def test_progress_is_throttled_but_always_reported_at_the_end(checkpoints: tuple[Checkpoint, ...]):
+    reports: list[tuple[str, int, int, Mapping[str, float]]] = []
+    mixture = Mixture(Toy(), checkpoints, device=CPU, watch=lambda *report: reports.append(report))
     for step in range(1, 1001):
         mixture.progress("learning", step, 1000, loss=torch.tensor(0.5))
-    assert heard[-1] == ("learning", 1000, 1000, {"loss": 0.5}) and len(heard) < 100
+    assert reports[-1] == ("learning", 1000, 1000, {"loss": 0.5}) and len(reports) < 100
 
 
-def test_candidates_are_not_loaded_before_they_are_needed(checkpoints: tuple[Checkpoint, ...]):
+def test_candidates_are_loaded_lazily(checkpoints: tuple[Checkpoint, ...]):
     class Unused(Toy):
         def model(self) -> nn.Module:
             raise AssertionError("was made")
@@ -240,7 +240,7 @@ def test_batches_may_be_any_nesting():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_gives_the_losses_and_gradients_of_the_cpu(checkpoints: tuple[Checkpoint, ...]):
+def test_losses_and_gradients_on_cuda_match_the_cpu(checkpoints: tuple[Checkpoint, ...]):
     results: list[tuple[float, list[float]]] = []
     for device in ("cpu", "cuda"):
         mixture = Mixture(Toy(), checkpoints, device=torch.device(device))

@@ -1,4 +1,4 @@
-"""When a score can be stopped: never where the remaining examples could still lift it."""
+"""A score stops early only if the remaining examples cannot lift it to the threshold."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ units = st.lists(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=6), mi
 
 @settings(deadline=None, max_examples=300)
 @given(units, st.sampled_from([1.0, -1.0]), st.booleans(), st.data())
-def test_hopeless_means_that_the_finished_score_is_below_the_bar(
+def test_cannot_reach_implies_that_the_finished_score_is_below_the_bar(
     passes: list[list[float]], sign: float, whole: bool, data: st.DataObject
 ):
-    """For any metrics within the bounds, sums in any order of roundings, and bars right at the score."""
+    """Hold for any metrics within the bounds, including bars one rounding error away from the score."""
     total = sum(map(len, passes))
 
     def run(bar: float | None) -> tuple[ScoreAccumulator, bool]:
@@ -41,10 +41,10 @@ def test_hopeless_means_that_the_finished_score_is_below_the_bar(
         assert stopped  # at the latest after the last batch
 
 
-def test_it_is_known_as_early_as_it_can_be():
+def test_cannot_reach_is_true_as_early_as_possible():
     tally = ScoreAccumulator(1.0, (0.0, 1.0))
     stops: list[bool] = []
-    for _ in range(4):  # at most 3/4, 2/4, 1/4, 0 are in reach
+    for _ in range(4):  # the score can still reach 3/4, 2/4, 1/4, 0
         tally.add(torch.zeros(25), torch.zeros(25), 25)
         stops.append(tally.cannot_reach(0.6, 100))
     assert stops == [False, True, True, True]
@@ -59,7 +59,7 @@ def test_a_metric_outside_its_bounds_is_an_error():
         tally.score("it", "val")
 
 
-def test_a_mean_stands_for_all_its_examples():
+def test_a_batch_mean_is_weighted_by_its_examples():
     tally = ScoreAccumulator(1.0, None)
     tally.add(torch.tensor(1.0), torch.tensor([1.0, 0.0, 0.0]), 3)
     tally.add(torch.tensor(4.0), torch.tensor([1.0]), 1)
@@ -72,6 +72,6 @@ def test_a_mean_stands_for_all_its_examples():
 
 
 @pytest.mark.parametrize("value", ["text", torch.ones(3), torch.tensor(1j), None])
-def test_what_is_no_number_is_an_error(value: object):
-    with pytest.raises(TaskError, match=r"loss\(\) must give a scalar or one real number an example \[2\]"):
+def test_a_loss_that_is_not_numeric_is_an_error(value: object):
+    with pytest.raises(TaskError, match=r"loss\(\) must return a scalar or one real number per example \[2\]"):
         ScoreAccumulator(1.0, None).add(value, None, 2)

@@ -1,4 +1,4 @@
-"""The SHA-256 of a source, found from what is read of it anyway."""
+"""The SHA-256 of a source, computed from bytes that are read for other purposes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = [(start, min(300_007, len(CONTENT) - start)) for start in range(1_000, l
 
 
 class Counted(RegularFile):
-    """A file that counts the bytes that come from it."""
+    """A file that counts the bytes read from disk."""
 
     count = 0
 
@@ -43,7 +43,7 @@ def read(file: RegularFile, part: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("order", ["forward", "backward", "shuffled", "twice", "with gaps", "nothing"])
-def test_any_order_of_reading_gives_the_sha256(file: Counted, order: str):
+def test_the_sha256_does_not_depend_on_the_order_of_reads(file: Counted, order: str):
     parts = {
         "forward": PARTS,
         "backward": PARTS[::-1],
@@ -67,7 +67,7 @@ def test_reading_forward_reads_nothing_twice(file: Counted):
     assert file.count == len(CONTENT)
 
 
-def test_threads_may_read_at_once(file: Counted):
+def test_threads_may_read_concurrently(file: Counted):
     for _ in range(20):
         with hash_while_reading([file], threads=2) as digest, ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda part: read(file, part), PARTS))
@@ -75,7 +75,7 @@ def test_threads_may_read_at_once(file: Counted):
     file.close()
 
 
-def test_alone_it_reads_the_file(file: Counted):
+def test_without_other_reads_it_reads_the_file(file: Counted):
     with file:
         assert Hash(file).hexdigest() == hashlib.sha256(CONTENT).hexdigest()
 

@@ -1,4 +1,4 @@
-"""The writer: the old file or the whole new one, and no litter, whatever fails and whenever."""
+"""Atomicity of the writer: after any failure, the old or the complete new file and no temporary files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def produce(
     return out
 
 
-def test_the_file_loads_and_its_header_tells_dtype_shape_and_metadata(tmp_path: Path):
+def test_the_file_loads_and_its_header_has_dtype_shape_and_metadata(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     out = produce(path)
     loaded = load_file(path)
@@ -69,7 +69,7 @@ def test_the_digest_is_that_of_the_file(tmp_path: Path):
     assert out.sha256 == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
 
 
-def test_metadata_may_be_found_out_until_the_end_but_not_its_length(tmp_path: Path):
+def test_metadata_may_change_until_commit_but_not_its_length(tmp_path: Path):
     metadata = {"digest": "0" * 4}
     with SafetensorsFile(tmp_path / "x", {}, metadata) as out:
         metadata["digest"] = "beef"
@@ -82,19 +82,19 @@ def test_metadata_may_be_found_out_until_the_end_but_not_its_length(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_equal_inputs_give_equal_bytes_whatever_the_order_of_names(tmp_path: Path):
+def test_bytes_do_not_depend_on_the_order_of_names(tmp_path: Path):
     first, second = tmp_path / "1", tmp_path / "2"
     assert produce(first).sha256 == produce(second, specs=dict(reversed(SPECS.items()))).sha256
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_every_tensor_is_aligned_to_its_elements(tmp_path: Path):
+def test_every_tensor_is_aligned_to_its_element_size(tmp_path: Path):
     produce(tmp_path / "x")
     size = int.from_bytes((tmp_path / "x").read_bytes()[:8], "little")
     assert size % 8 == 0
 
 
-def test_what_was_written_can_be_read_back_and_replaced(tmp_path: Path):
+def test_written_bytes_can_be_read_back_and_replaced(tmp_path: Path):
     with SafetensorsFile(tmp_path / "x", SPECS, {}) as out:
         for name, spec in SPECS.items():
             out.write(name, 0, bytes(spec.nbytes))
@@ -106,7 +106,7 @@ def test_what_was_written_can_be_read_back_and_replaced(tmp_path: Path):
     assert load_file(tmp_path / "x")["b"].flatten().tolist() == list(range(6))
 
 
-def test_what_comes_back_in_parts_is_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_partial_reads_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = os.preadv
     with SafetensorsFile(tmp_path / "x", SPECS, {}) as out:
         out.write("b", 0, bytes(range(24)))
@@ -134,7 +134,7 @@ def test_without_commit_nothing_is_left(tmp_path: Path):
 
 
 class Failing:
-    """Lets n calls through and then fails; stands in for the functions of ``os`` that touch the output."""
+    """Replacement for the functions of ``os`` that modify the output: call number ``after`` fails."""
 
     NAMES = ("open", "posix_fallocate", "pwrite", "fsync", "fstat", "fchmod", "link", "replace", "rename")
 
@@ -181,8 +181,8 @@ def test_a_failure_at_any_call_leaves_the_old_file_and_no_litter(tmp_path: Path,
         if failing.left > 0:
             assert left == {"x": good} and len(good) == whole.size
             return
-        assert left in (old, {"x": good}), after  # whole is allowed: the directory's fsync comes after the name
-    raise AssertionError("never got through")
+        assert left in (old, {"x": good}), after  # the new file is allowed: the directory's fsync follows the rename
+    raise AssertionError("no run succeeded")
 
 
 def test_an_existing_output_is_refused_at_the_start_and_at_the_end(tmp_path: Path):
@@ -198,9 +198,9 @@ def test_an_existing_output_is_refused_at_the_start_and_at_the_end(tmp_path: Pat
     with pytest.raises(OutputExistsError), SafetensorsFile(path, SPECS, {}) as out:
         for name, spec in SPECS.items():
             out.write(name, 0, bytes(spec.nbytes))
-        path.write_bytes(b"precious")  # somebody was faster
+        path.write_bytes(b"precious")  # another process was faster
         out.commit()
-    assert path.read_bytes() == b"precious" and list(tmp_path.iterdir()) == [path]  # no litter
+    assert path.read_bytes() == b"precious" and list(tmp_path.iterdir()) == [path]  # no temporary files
 
 
 def test_a_dangling_link_counts_as_existing(tmp_path: Path):
@@ -226,7 +226,7 @@ def test_a_new_file_has_the_mode_the_umask_gives(tmp_path: Path):
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
 
 
-def test_a_file_system_without_links_is_served_by_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_system_without_links_uses_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def link(*_: object) -> None:
         raise OSError(errno.EPERM, "no links here")
 
@@ -236,7 +236,7 @@ def test_a_file_system_without_links_is_served_by_rename(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(("name", "message"), [("missing/x", "no such directory"), (".", "is a directory")])
-def test_a_destination_that_cannot_be_is_refused_at_the_start(tmp_path: Path, name: str, message: str):
+def test_an_impossible_destination_is_refused_at_the_start(tmp_path: Path, name: str, message: str):
     with pytest.raises(OutputError, match=message):
         preflight(tmp_path / name, force=True)
 
@@ -251,7 +251,7 @@ def _race(path: Path, barrier: Any, wins: Any) -> None:
         wins.value += 1
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # the children touch no thread's locks
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # the children use no locks of other threads
 def test_of_racing_writers_exactly_one_wins(tmp_path: Path):
     context = multiprocessing.get_context("fork")
     for round_ in range(10):
@@ -304,7 +304,7 @@ def test_any_names_shapes_and_dtypes_round_trip_through_the_library(
 
 
 def failing(code: int) -> Callable[..., Any]:
-    """Stands in for a function of ``os`` that the disk does not answer."""
+    """Return a replacement for a function of ``os`` that raises OSError."""
 
     def call(*_: object, **__: object) -> Any:
         raise OSError(code, "x")
@@ -312,7 +312,7 @@ def failing(code: int) -> Callable[..., Any]:
     return call
 
 
-def test_a_range_outside_of_its_tensor_is_a_mistake_of_ours(tmp_path: Path):
+def test_a_range_outside_its_tensor_is_an_assertion_error(tmp_path: Path):
     with SafetensorsFile(tmp_path / "x", SPECS, {}) as out:
         for name, offset, count in (("a", 1, 10), ("a", -1, 1), ("n", 0, 9)):
             with pytest.raises(AssertionError, match=f"{name}: {count} bytes at {offset} do not fit"):
@@ -320,7 +320,7 @@ def test_a_range_outside_of_its_tensor_is_a_mistake_of_ours(tmp_path: Path):
 
 
 @pytest.mark.parametrize("cut", [True, False])
-def test_a_file_that_others_cut_or_cannot_be_read_again_is_refused(
+def test_a_file_that_was_truncated_or_cannot_be_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool
 ):
     with SafetensorsFile(tmp_path / "x", SPECS, {}) as out:
@@ -340,7 +340,7 @@ def test_a_file_that_others_cut_or_cannot_be_read_again_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_may_be_finished_without_a_name(tmp_path: Path):
+def test_a_file_can_be_finalized_without_publishing(tmp_path: Path):
     whole = produce(tmp_path / "whole")
     with SafetensorsFile(tmp_path / "x", SPECS, {"format": "pt"}) as out:
         for name, spec in SPECS.items():
@@ -350,7 +350,7 @@ def test_a_file_may_be_finished_without_a_name(tmp_path: Path):
 
 
 class Two(Workers):
-    """One of two workers, of which the other one says ``heard``."""
+    """One of two ranks; ``heard`` is the value received from the other rank."""
 
     heard: Any = None
 
@@ -364,15 +364,15 @@ class Two(Workers):
         return [value, self.heard]
 
 
-def test_a_worker_that_cannot_see_the_first_ones_file_says_so(tmp_path: Path):
+def test_a_rank_that_cannot_open_rank_zeros_file_is_named(tmp_path: Path):
     second = Two(rank=1, world_size=2)
     second.heard = tmp_path / "temporary"
-    with pytest.raises(OutputError, match="temporary: cannot be opened by worker 1: no such file") as caught:
+    with pytest.raises(OutputError, match="temporary: cannot be opened by rank 1: no such file") as caught:
         SafetensorsFile(tmp_path / "x", SPECS, {}, workers=second)
-    assert caught.value.hint == "the output must lie on a file system that all machines share"
+    assert caught.value.hint == "the output must be on a file system that all machines share"
 
 
-def test_a_disk_that_fails_while_workers_wait_for_each_other_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_error_in_the_barrier_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with SafetensorsFile(tmp_path / "x", SPECS, {}, workers=Two(rank=0, world_size=2)) as out:
         monkeypatch.setattr(safetensors_file.os, "fsync", failing(errno.EIO))
         with pytest.raises(OutputError, match="x: cannot be written: input/output error"):
@@ -380,15 +380,15 @@ def test_a_disk_that_fails_while_workers_wait_for_each_other_is_named(tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
-def test_without_links_a_name_that_exists_is_still_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_links_an_existing_name_is_still_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(safetensors_file.os, "link", failing(errno.EPERM))
     with pytest.raises(OutputExistsError), SafetensorsFile(tmp_path / "x", {}, {}) as out:
-        (tmp_path / "x").write_bytes(b"precious")  # somebody was faster
+        (tmp_path / "x").write_bytes(b"precious")  # another process was faster
         out.commit()
     assert (tmp_path / "x").read_bytes() == b"precious" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_system_that_cannot_reserve_space_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_system_that_cannot_reserve_space_is_supported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     good = produce(tmp_path / "good").sha256
     for code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
         monkeypatch.setattr(safetensors_file.os, "posix_fallocate", failing(code))
@@ -397,20 +397,18 @@ def test_a_system_that_cannot_reserve_space_is_served(tmp_path: Path, monkeypatc
     assert produce(tmp_path / "none").sha256 == good
 
 
-def test_a_directory_that_may_not_be_written_to_is_refused_at_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_directory_without_write_permission_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="file: is no directory"):
+    with pytest.raises(OutputError, match="file: is not a directory"):
         preflight(tmp_path / "file" / "x", force=False)
-    monkeypatch.setattr(safetensors_file.os, "access", lambda path, mode: False)  # root may do anything
+    monkeypatch.setattr(safetensors_file.os, "access", lambda path, mode: False)  # root has all permissions
     with pytest.raises(OutputError) as caught:
         preflight(tmp_path / "x", force=False)
     assert str(caught.value) == f"{tmp_path}: permission denied"
 
 
 @pytest.mark.parametrize("name", ["open", "pwrite", "fsync", "replace"])
-def test_a_small_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+def test_a_small_file_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     (tmp_path / "x").write_bytes(b"precious")
     with monkeypatch.context() as patch:
         patch.setattr(atomic.os, name, failing(errno.ENOSPC))
@@ -421,7 +419,7 @@ def test_a_small_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x": b"new"}
 
 
-def test_a_file_whose_lock_nobody_can_ask_for_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_temporary_whose_lock_cannot_be_checked_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / ".x.1.ckptavg-tmp").touch()
     (tmp_path / ".x.y.1.ckptavg-tmp").touch()
     (tmp_path / ".x.2.ckptavg-tmp").symlink_to("nowhere")
@@ -431,7 +429,7 @@ def test_a_file_whose_lock_nobody_can_ask_for_is_left_alone(tmp_path: Path, monk
     assert not stale_temporaries(tmp_path)
 
 
-def test_shards_are_read_back_where_they_were_written(tmp_path: Path):
+def test_shards_can_be_read_back(tmp_path: Path):
     with ShardedFiles(tmp_path, SPECS, {}, "1KB") as out:
         for number, (name, spec) in enumerate(SPECS.items(), 1):
             out.write(name, 0, bytes([number]) * spec.nbytes)
@@ -440,8 +438,8 @@ def test_shards_are_read_back_where_they_were_written(tmp_path: Path):
     assert back == b"\2" * 10 and not list(tmp_path.iterdir())
 
 
-def test_shards_need_a_size_and_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(UsageError, match="--max-shard-size many is no size such as 5GB or 500MB"):
+def test_shards_need_a_valid_size_and_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UsageError, match="--max-shard-size many is not a size such as 5GB or 500MB"):
         split_names(SPECS, "many")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UsageError) as caught:
@@ -461,7 +459,7 @@ def sharded(folder: Path, **options: Any) -> ShardedFiles:
 BIG = {name: StoredTensor("U8", (600,), "", 0) for name in ("c", "a", "b")}
 
 
-def test_shards_and_their_index_are_what_loaders_expect(tmp_path: Path):
+def test_loaders_accept_shards_and_their_index(tmp_path: Path):
     out = sharded(tmp_path)
     names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [*names, INDEX]
@@ -476,7 +474,7 @@ def test_shards_and_their_index_are_what_loaders_expect(tmp_path: Path):
             assert file.metadata() == {"format": "pt"}
 
 
-def test_shards_that_exist_are_replaced_only_if_that_is_wanted(tmp_path: Path):
+def test_existing_shards_are_replaced_only_with_force(tmp_path: Path):
     sharded(tmp_path)
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(OutputExistsError, match=f"{INDEX}: exists already"):
@@ -491,28 +489,28 @@ def test_shards_that_exist_are_replaced_only_if_that_is_wanted(tmp_path: Path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
 
 
-def test_shards_are_nothing_until_they_are_published(tmp_path: Path):
+def test_unpublished_shards_leave_no_files(tmp_path: Path):
     with ShardedFiles(tmp_path, BIG, {}, "1KB") as out:
         assert out.sha256 == "" and len(list(tmp_path.iterdir())) == 3
         out.barrier()
     assert not list(tmp_path.iterdir())
 
 
-def test_names_leave_room_for_a_temporary_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_name_lengths_leave_room_for_the_temporary_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert atomic.longest_name(tmp_path) == 255 - len("..4194304.ckptavg-tmp")
     monkeypatch.setattr(atomic.os, "pathconf", failing(errno.EINVAL))
     assert atomic.longest_name(tmp_path) == 234
     produce(tmp_path / ("x" * 234))
-    with pytest.raises(OutputError, match="file name too long: 235 bytes, but 234 are possible here"):
+    with pytest.raises(OutputError, match="file name too long: 235 bytes, but at most 234 are possible here"):
         produce(tmp_path / ("é" * 117 + "x"))
 
 
-def test_text_is_written_as_it_is(tmp_path: Path):
+def test_text_is_written_unchanged(tmp_path: Path):
     atomic.write_text(tmp_path / "x", "ä\n")
     assert (tmp_path / "x").read_bytes() == b"\xc3\xa4\n" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_file_that_is_written_together_stays_the_first_ones(tmp_path: Path):
+def test_a_joined_temporary_is_still_owned_by_its_creator(tmp_path: Path):
     first = atomic.Temporary(tmp_path / "x")
     second = atomic.Temporary.joined(first.path)
     second.write(b"ab", 3)
@@ -522,6 +520,6 @@ def test_a_file_that_is_written_together_stays_the_first_ones(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_the_system_says_is_said_in_small_letters():
+def test_os_messages_are_lower_case():
     assert atomic.os_message(OSError(errno.ENOSPC, "x")) == "no space left on device"
     assert atomic.os_message(OSError("x")) == os.strerror(0).lower()

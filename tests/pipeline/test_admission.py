@@ -1,4 +1,4 @@
-"""Bad candidates are refused, left out or averaged as asked; sums that were written down hold; saving is waited for."""
+"""Admission of candidates: bad ones (refused, left out or averaged), unfinished ones and checksum lists."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def state(step: int) -> dict[str, Tensor]:
 
 @pytest.fixture
 def ckpts(tmp_path: Path) -> Path:
-    """step-1, 2, 4 and 5, all good."""
+    """Directory with step-1, 2, 4 and 5, all good."""
     folder = tmp_path / "ckpts"
     folder.mkdir()
     for step in (1, 2, 4, 5):
@@ -60,9 +60,9 @@ def ckpts(tmp_path: Path) -> Path:
 
 
 def with_value(value: float, at: int = 3) -> dict[str, Tensor]:
-    found = state(3)
-    found["weight"].view(-1)[at] = value
-    return found
+    tensors = state(3)
+    tensors["weight"].view(-1)[at] = value
+    return tensors
 
 
 def _truncated(folder: Path) -> None:
@@ -71,7 +71,7 @@ def _truncated(folder: Path) -> None:
 
 
 def _damaged(folder: Path) -> None:
-    """A bit of a torch file's tensor that lies behind what is looked at to tell checkpoints apart."""
+    """Flip a bit of a torch file beyond the bytes that are compared to detect duplicates."""
     torch.save({"weight": torch.ones(2, 3), "bias": torch.ones(2), "more": torch.ones(9000)}, folder / "step-3.pt")
     raw = bytearray((folder / "step-3.pt").read_bytes())
     at = raw.find(torch.ones(8000).numpy().tobytes()) + 30_000
@@ -81,7 +81,7 @@ def _damaged(folder: Path) -> None:
         save_file({**load_file(path), "more": torch.zeros(9000)}, path)
 
 
-def _not_a_bool(folder: Path) -> None:
+def _invalid_bool(folder: Path) -> None:
     for path in [*folder.glob("*.safetensors")]:
         save_file({**load_file(path), "mask": torch.ones(2, dtype=torch.bool)}, path)
     raw = (folder / "step-1.safetensors").read_bytes()
@@ -94,7 +94,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "inf": (lambda f: torch.save(with_value(-float("inf")), f / "step-3.pt"), "weight: 1 values are NaN or infinite"),
     "half": (_truncated, "file is truncated"),
     "checksum": (_damaged, "more: checksum of record"),
-    "bool": (_not_a_bool, "mask: element 1 is the byte 2"),
+    "bool": (_invalid_bool, "mask: element 1 is the byte 2"),
     "empty": (lambda f: (f / "step-3.pt").touch(), "file is empty"),
     "pointer": (lambda f: (f / "step-3.pt").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS"),
     "fifo": (lambda f: os.mkfifo(f / "step-3.pt"), "is a FIFO"),
@@ -118,9 +118,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_candidate_is_refused_or_left_out_as_if_it_were_not_there(
-    run: Run, ckpts: Path, tmp_path: Path, kind: str
-):
+def test_bad_candidate_is_refused_or_left_out_as_if_absent(run: Run, ckpts: Path, tmp_path: Path, kind: str):
     build, message = BAD[kind]
     build(ckpts)
     refused = run("swa", "ckpts", "-o", "refused.safetensors")
@@ -140,7 +138,7 @@ def test_a_bad_candidate_is_refused_or_left_out_as_if_it_were_not_there(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_can_leave_out_what_is_bad(run: Run, ckpts: Path, tmp_path: Path, name: str):
+def test_every_command_can_leave_out_bad_candidates(run: Run, ckpts: Path, tmp_path: Path, name: str):
     _truncated(ckpts)
     save_file(with_value(NAN), ckpts / "step-6.safetensors")
     words = COMMANDS[name]
@@ -155,26 +153,26 @@ def test_every_command_can_leave_out_what_is_bad(run: Run, ckpts: Path, tmp_path
     assert bad == ["ckpts/step-3.safetensors", "ckpts/step-6.safetensors"]
 
 
-def test_the_window_is_of_the_good_ones(run: Run, ckpts: Path, tmp_path: Path):
-    """However late it is seen that one is bad: truncated when opened, NaN when read."""
+def test_window_counts_good_candidates_only(run: Run, ckpts: Path, tmp_path: Path):
+    """Damage may be detected early or late: truncated on opening, NaN on reading."""
     _truncated(ckpts)
     save_file(with_value(NAN), ckpts / "step-6.safetensors")
     done = run("swa", "ckpts", "--last", 2, "--skip-bad", "--json")
     assert [one["step"] for one in json.loads(done.stdout)["candidates"]] == [4, 5]
-    save_file(with_value(NAN), ckpts / "step-0.safetensors")  # outside the window: not even read
+    save_file(with_value(NAN), ckpts / "step-0.safetensors")  # outside the window: not read
     done = run("swa", "ckpts", "--last", 2, "--skip-bad", "--json", "-o", "again.safetensors")
     outside = [one for one in json.loads(done.stdout)["left_out"] if one["path"] == "ckpts/step-0.safetensors"]
     assert [one["reason"] for one in outside] == ["outside the window of steps"]
 
 
-def test_files_that_are_named_are_left_out_too(run: Run, ckpts: Path):
+def test_bad_files_named_explicitly_are_left_out_too(run: Run, ckpts: Path):
     _truncated(ckpts)
     done = run("swa", *sorted(ckpts.iterdir()), ckpts / "step-9.safetensors", "--skip-bad", "--json")
     assert done.returncode == 0 and len(json.loads(done.stdout)["candidates"]) == 4
     assert "step-9.safetensors: no such file" in done.stderr
 
 
-def test_too_few_that_are_good_is_one_error(run: Run, ckpts: Path, tmp_path: Path):
+def test_too_few_good_candidates_is_a_single_error(run: Run, ckpts: Path, tmp_path: Path):
     for path in ckpts.iterdir():
         os.truncate(path, 20)
     done = run("swa", "ckpts", "--skip-bad")
@@ -183,12 +181,12 @@ def test_too_few_that_are_good_is_one_error(run: Run, ckpts: Path, tmp_path: Pat
     save_file(state(1), ckpts / "step-1.safetensors")
     done = run("lawa", "ckpts", "--k", 2, "--skip-bad")
     assert done.returncode == 2 and "--k 2 asks for more checkpoints than the 1 candidates" in done.stderr
-    assert "3 bad ones were left out" in done.stderr
+    assert "3 bad checkpoints were left out" in done.stderr
     assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
-def test_those_who_insist_get_what_ieee_754_gives(run: Run, ckpts: Path, tmp_path: Path, value: float):
+def test_allow_nonfinite_averages_as_in_ieee_754(run: Run, ckpts: Path, tmp_path: Path, value: float):
     save_file(with_value(value, at=4), ckpts / "step-3.safetensors")
     assert run("swa", "ckpts").returncode == 3
     done = run("swa", "ckpts", "--allow-nonfinite")
@@ -206,7 +204,7 @@ def test_those_who_insist_get_what_ieee_754_gives(run: Run, ckpts: Path, tmp_pat
     assert run("verify", "averaged.safetensors", "--sources", "ckpts").returncode == 0
 
 
-def test_the_library_has_the_same_options(ckpts: Path, tmp_path: Path):
+def test_python_api_has_the_same_options(ckpts: Path, tmp_path: Path):
     save_file(with_value(NAN), ckpts / "step-3.safetensors")
     with pytest.raises(InputError, match="NaN"):
         api.run(ckpts, SWA(), output=tmp_path / "a.safetensors")
@@ -216,8 +214,8 @@ def test_the_library_has_the_same_options(ckpts: Path, tmp_path: Path):
     assert len(insisted.candidates) == 5 and load_file(tmp_path / "c.safetensors")["weight"].isnan().sum() == 1
 
 
-def test_a_damaged_copy_is_no_copy(tmp_path: Path):
-    """Two files that agree in what is looked at first: the whole one is a candidate, the other one is bad."""
+def test_damaged_copy_is_not_a_duplicate(tmp_path: Path):
+    """The files agree in the bytes compared first, but only one of them is intact."""
     for step in (1, 2):
         torch.save({"w": torch.arange(9000.0)}, tmp_path / f"step-{step}.pt")
     raw = bytearray((tmp_path / "step-2.pt").read_bytes())
@@ -227,12 +225,12 @@ def test_a_damaged_copy_is_no_copy(tmp_path: Path):
         assert len(found.checkpoints) == 2
 
 
-def test_inspect_lists_what_is_bad(run: Run, ckpts: Path):
+def test_inspect_lists_bad_checkpoints(run: Run, ckpts: Path):
     (ckpts / "step-3.pt").write_bytes(torch_cases.state())
     raw = bytearray(torch_cases.state())
-    raw[raw.find(b"\0\0\0\x3f")] ^= 1  # of the first tensor: seen when checkpoints are told apart
+    raw[raw.find(b"\0\0\0\x3f")] ^= 1  # in the first tensor, which is compared to detect duplicates
     (ckpts / "step-6.pt").write_bytes(raw)
-    _not_a_bool(ckpts)
+    _invalid_bool(ckpts)
     save_file(with_value(NAN) | {"mask": torch.ones(2, dtype=torch.bool)}, ckpts / "step-7.safetensors")
     done = run("inspect", "ckpts", "--json")
     found = json.loads(done.stdout)
@@ -252,7 +250,7 @@ def test_inspect_lists_what_is_bad(run: Run, ckpts: Path):
 
 
 @given(st.text(st.characters(blacklist_characters="/\0"), min_size=1, max_size=30))
-def test_the_way_out_names_the_file_and_no_other(name: str):
+def test_exclude_option_matches_the_file_and_no_other(name: str):
     option, glob = shlex.split(excluding(name))
     assert option == "--exclude" and fnmatchcase(name, glob) and excluding(name).isprintable()
     if name.isprintable():
@@ -262,7 +260,7 @@ def test_the_way_out_names_the_file_and_no_other(name: str):
 @pytest.mark.parametrize(
     "name", ["lr[red]-3.pt", "a'b-3.pt", "a\n\x1b[1m-3.pt", "*-3.pt", "?3.pt", "--k-3.pt", "dir-3"]
 )
-def test_the_hint_works_as_it_is(run: Run, ckpts: Path, name: str):
+def test_exclude_hint_works_in_a_shell(run: Run, ckpts: Path, name: str):
     if name == "dir-3":
         (ckpts / name).mkdir()
         (ckpts / name / "model.safetensors").write_bytes(b"")
@@ -279,7 +277,7 @@ def test_the_hint_works_as_it_is(run: Run, ckpts: Path, name: str):
     assert shlex.split(hint)[1] == "other-3[[]x].safetensors"
 
 
-# what is still being written
+# unfinished checkpoints
 
 
 @pytest.mark.parametrize(
@@ -291,7 +289,7 @@ def test_the_hint_works_as_it_is(run: Run, ckpts: Path, name: str):
         ("step-3/__0_0.distcp", "it has no .metadata"), ("checkpoint-3/optimizer.pt", "it has no trainer_state.json"),
     ],
 )  # fmt: skip
-def test_what_is_not_finished_is_left_out_with_a_line(run: Run, ckpts: Path, name: str, reason: str):
+def test_unfinished_checkpoint_is_left_out_with_one_line(run: Run, ckpts: Path, name: str, reason: str):
     path = ckpts / name
     path.parent.mkdir(exist_ok=True)
     if name.endswith("/"):
@@ -306,14 +304,14 @@ def test_what_is_not_finished_is_left_out_with_a_line(run: Run, ckpts: Path, nam
     assert len(said) == 1 and reason in said[0] and name.split("/")[0] in said[0]
 
 
-def test_a_distributed_checkpoint_without_its_metadata_says_what_is_missing(run: Run, tmp_path: Path):
+def test_error_for_a_distributed_checkpoint_without_metadata(run: Run, tmp_path: Path):
     (tmp_path / "step-3").mkdir()
     (tmp_path / "step-3" / "__0_0.distcp").write_bytes(b"PK")
     done = run("swa", "step-3")
     assert done.returncode == 3 and "step-3: has no .metadata, which is written last" in done.stderr
 
 
-def test_a_file_that_has_just_changed_is_doubted(run: Run, ckpts: Path):
+def test_warns_about_a_recently_changed_file(run: Run, ckpts: Path):
     for path in ckpts.iterdir():
         os.utime(path, (1, 1))
     quiet = run("swa", "ckpts")
@@ -325,10 +323,8 @@ def test_a_file_that_has_just_changed_is_doubted(run: Run, ckpts: Path):
         assert len(said) == 1 and said[0].startswith("ckpts/step-5.safetensors changed ")
 
 
-def test_a_job_that_is_still_saving_is_waited_for(
-    run: Run, ckpts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """The job writes a piece of its checkpoint whenever ckptavg sleeps between two looks."""
+def test_waits_for_a_job_that_is_still_saving(run: Run, ckpts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The job writes a piece of its checkpoint whenever ckptavg sleeps between two checks."""
     save_file(state(3), tmp_path / "whole")
     content = (tmp_path / "whole").read_bytes()
     pieces = [content[start : start + 20] for start in range(0, len(content), 20)]
@@ -346,11 +342,11 @@ def test_a_job_that_is_still_saving_is_waited_for(
     monkeypatch.setattr(stability.time, "sleep", save)
     done = run("swa", "ckpts", "--wait-stable", 0.5, "--json")
     assert done.returncode == 0 and not pieces, done.stderr
-    assert done.stderr.startswith("beginning when no candidate has changed for 0.5 s\n")
+    assert done.stderr.startswith("waiting until no candidate has changed for 0.5 s\n")
     assert [one["step"] for one in json.loads(done.stdout)["candidates"]] == [1, 2, 3, 4, 5]
 
 
-def test_what_has_been_quiet_for_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+def test_does_not_wait_for_old_files(monkeypatch: pytest.MonkeyPatch):
     def no_sleep(_: float) -> None:
         raise AssertionError("it slept")
 
@@ -358,8 +354,8 @@ def test_what_has_been_quiet_for_long_is_not_waited_for(monkeypatch: pytest.Monk
     stability.wait([Path(os.__file__)], Window(), 10.0, None)  # installed longer ago
 
 
-def test_changes_of_every_kind_are_waited_for(ckpts: Path, monkeypatch: pytest.MonkeyPatch):
-    """One change a look, as if by another process; it waits as long as there are some, and a while longer."""
+def test_waits_for_changes_of_every_kind(ckpts: Path, monkeypatch: pytest.MonkeyPatch):
+    """One change per check, as if by another process; the wait ends 5 seconds after the last one."""
     clock = [0.0]
     changes: list[Callable[[], Any]] = [
         lambda: (ckpts / "step-7.safetensors").write_bytes(b"new"),
@@ -371,7 +367,7 @@ def test_changes_of_every_kind_are_waited_for(ckpts: Path, monkeypatch: pytest.M
         lambda: (ckpts / "checkpoint-3").mkdir() or (ckpts / "checkpoint-3" / "optimizer.pt").touch(),
         lambda: Path(shutil.copy(ckpts / "step-4.safetensors", ckpts.parent)).replace(ckpts / "step-4.safetensors"),
     ]
-    of_no_matter: list[Callable[[], Any]] = [
+    irrelevant: list[Callable[[], Any]] = [
         lambda: (ckpts / "events.out.tfevents").write_bytes(b"log" * 9), lambda: (ckpts / "train.log").touch(),
     ]  # fmt: skip
     count = len(changes)
@@ -381,21 +377,21 @@ def test_changes_of_every_kind_are_waited_for(ckpts: Path, monkeypatch: pytest.M
         if changes:
             changes.pop(0)()
             os.utime(ckpts, (1, 1))
-        elif of_no_matter:
-            of_no_matter.pop()()
+        elif irrelevant:
+            irrelevant.pop()()
 
     monkeypatch.setattr(stability.time, "sleep", sleep)
     monkeypatch.setattr(stability.time, "monotonic", lambda: clock[0])
-    told: list[int] = []
-    stability.wait([ckpts], Window(), 5.0, lambda _, done, __, ___: told.append(done))
-    assert not changes and not of_no_matter
-    assert clock[0] == pytest.approx(count + 5.0) and told[-1] == 4
+    progress: list[int] = []
+    stability.wait([ckpts], Window(), 5.0, lambda _, done, __, ___: progress.append(done))
+    assert not changes and not irrelevant
+    assert clock[0] == pytest.approx(count + 5.0) and progress[-1] == 4
 
 
-def test_waiting_ends_with_a_signal(ckpts: Path, tmp_path: Path):
+def test_signal_ends_the_wait(ckpts: Path, tmp_path: Path):
     command = [sys.executable, "-m", "ckptavg", "swa", "ckpts", "--wait-stable", "3600"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None and process.stderr.readline().startswith("beginning when")
+    assert process.stderr is not None and process.stderr.readline().startswith("waiting until")
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=300)
@@ -403,19 +399,19 @@ def test_waiting_ends_with_a_signal(ckpts: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("seconds", ["-1", "nan", "inf"])
-def test_a_wait_is_some_seconds(run: Run, ckpts: Path, seconds: str):
+def test_wait_must_be_finite_and_not_negative(run: Run, ckpts: Path, seconds: str):
     done = run("swa", "ckpts", "--wait-stable", seconds)
     assert done.returncode == 2 and "--wait-stable must be 0 or more seconds" in done.stderr
 
 
-# sums that were written down
+# checksum lists
 
 
 def digest(path: Path) -> str:
     return sha256(path.read_bytes()).hexdigest()
 
 
-def test_with_sums_no_bit_of_a_safetensors_file_can_be_flipped_unseen(tmp_path: Path):
+def test_checksums_detect_every_flipped_bit_of_a_safetensors_file(tmp_path: Path):
     path = tmp_path / "step-1.safetensors"
     save_file(state(1), path)
     (tmp_path / "SHA256SUMS").write_text(f"{digest(path)}  step-1.safetensors\n")
@@ -431,10 +427,10 @@ def test_with_sums_no_bit_of_a_safetensors_file_can_be_flipped_unseen(tmp_path: 
             except InputError:
                 continue
             accepted, unseen = accepted + (check is not None), unseen + (check is None)
-    assert accepted == 0 and unseen > 8 * 32  # of which the weights alone are 256 bits
+    assert accepted == 0 and unseen > 8 * 32  # the weights alone are 256 bits
 
 
-def test_sums_of_sharded_and_nested_files_are_found_beside_them_and_above(run: Run, ckpts: Path):
+def test_checksum_lists_are_found_in_the_directory_and_its_parents(run: Run, ckpts: Path):
     for step in (6, 7):
         (ckpts / f"step-{step}").mkdir()
         save_file(state(step), ckpts / f"step-{step}" / "model.safetensors")
@@ -447,13 +443,15 @@ def test_sums_of_sharded_and_nested_files_are_found_beside_them_and_above(run: R
     assert done.returncode == 3
     assert "error: ckpts/step-7/model.safetensors: its SHA-256 is" in done.stderr
     (ckpts / "step-7" / "SHA256SUMS").write_text(f"SHA256 (model.safetensors) = {digest(ckpts / names[-1]).upper()}\n")
-    assert run("swa", "ckpts", "-o", "more.safetensors").returncode == 0  # the nearer list is the newer one
+    assert (
+        run("swa", "ckpts", "-o", "more.safetensors").returncode == 0
+    )  # the list closest to the file takes precedence
     save_file(state(8), ckpts / "step-8.safetensors")
     done = run("swa", "ckpts", "-o", "most.safetensors")
     assert done.returncode == 0 and "ckpts/step-8.safetensors: not in SHA256SUMS" in done.stderr
 
 
-def test_names_are_escaped_as_sha256sum_does(run: Run, tmp_path: Path):
+def test_names_are_unescaped_like_those_of_sha256sum(run: Run, tmp_path: Path):
     name = "a\\b\nstep-1.safetensors"
     save_file(state(1), tmp_path / name)
     if shutil.which("sha256sum") is None:
@@ -474,20 +472,20 @@ def test_names_are_escaped_as_sha256sum_does(run: Run, tmp_path: Path):
         (b"0" * 64 + b"  a\n" + b"1" * 64 + b"  ./a\n", "line 2 gives ./a another sum"),
     ],
 )
-def test_a_list_that_cannot_be_read_is_refused(run: Run, ckpts: Path, text: bytes, message: str):
+def test_refuses_a_malformed_checksum_list(run: Run, ckpts: Path, text: bytes, message: str):
     (ckpts / "SHA256SUMS").write_bytes(text)
     done = run("swa", "ckpts")
     assert done.returncode == 3 and f"ckpts/SHA256SUMS: {message}" in done.stderr
 
 
-def test_a_list_that_is_no_file_is_refused(run: Run, ckpts: Path):
+def test_refuses_a_checksum_list_that_is_not_a_file(run: Run, ckpts: Path):
     os.mkfifo(ckpts / "SHA256SUMS")
     done = run("swa", "ckpts")
     assert done.returncode == 3 and "ckpts/SHA256SUMS: is a FIFO" in done.stderr
 
 
-def test_a_blob_of_a_hugging_face_cache_must_be_what_it_is_called(run: Run, tmp_path: Path):
-    """models--x/snapshots/REVISION/model.safetensors is a link to ../../blobs/SHA256."""
+def test_hugging_face_cache_blob_must_match_its_name(run: Run, tmp_path: Path):
+    """``models--x/snapshots/REVISION/model.safetensors`` is a link to ``../../blobs/SHA256``."""
     for step in (1, 2):
         blobs, snapshot = (tmp_path / f"models--x-{step}" / name for name in ("blobs", "snapshots/0123"))
         blobs.mkdir(parents=True)

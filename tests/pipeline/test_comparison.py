@@ -1,4 +1,4 @@
-"""``ckptavg compare`` on the demo's checkpoints: every row as if it had run alone, and the winner written."""
+"""``ckptavg compare`` on the demo's checkpoints: every row equals a separate run, and the winner is written."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def compared(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparis
 
 
 @pytest.mark.thorough
-def test_every_strategy_takes_part(compared: Comparison):
+def test_runs_every_strategy_by_default(compared: Comparison):
     assert [one.name for one in compared.contestants] == [*DEFAULT, "twa:on=train"]
-    assert set(DEFAULT) == set(strategies())
+    assert set(DEFAULT) <= set(strategies())  # a new one takes part where --strategies names it
 
 
-def test_the_winner_has_the_best_validation_score_and_is_written(compared: Comparison):
+def test_writes_the_strategy_with_the_best_validation_score(compared: Comparison):
     best = max(one.scores["val"].value for one in compared.contestants)
     winner = next(one for one in compared.contestants if one.name == compared.winner)
     last = next(one for one in compared.contestants if one.name == "last")
     assert winner.scores["val"].value == best >= last.scores["val"].value
     assert compared.result.output is not None and compared.result.strategy == winner.strategy
     assert [one.coefficient for one in compared.result.candidates] == list(winner.coefficients)
-    # the file was scored again, as it lies
+    # the written file was scored again
     assert compared.result.scores["val"].value == pytest.approx(best, abs=1e-6)
     assert compared.result.scores["test"].value == pytest.approx(winner.scores["test"].value, abs=1e-6)
     assert load_file(compared.result.output.path)
@@ -49,7 +49,7 @@ def test_the_winner_has_the_best_validation_score_and_is_written(compared: Compa
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["last", "soup", "aswa", "sewa", "twa:on=train"])
-def test_each_row_is_what_the_strategy_finds_alone(compared: Comparison, digits: Path, tmp_path: Path, name: str):
+def test_each_row_equals_a_separate_run_of_the_strategy(compared: Comparison, digits: Path, tmp_path: Path, name: str):
     """The same coefficients, scores and batches as its own command without baselines."""
     row = next(one for one in compared.contestants if one.name == name)
     settings: dict[str, Any] = {"on": "train"} if ":" in name else {}
@@ -59,11 +59,11 @@ def test_each_row_is_what_the_strategy_finds_alone(compared: Comparison, digits:
     assert alone.settings == row.settings and alone.cost is not None
     assert alone.cost.backward_batches == row.cost.backward_batches
     # alone, the file is scored instead of the selection, and on test data too: 4 + 4 batches, BatchNorm from 15
-    known = name in ("soup", "aswa", "sewa")  # which have scored their answer on the way
-    assert alone.cost.forward_batches == row.cost.forward_batches + (23 if known else 4)
+    cached = name in ("soup", "aswa", "sewa")  # these score their result during the search
+    assert alone.cost.forward_batches == row.cost.forward_batches + (23 if cached else 4)
 
 
-def test_gains_are_over_last_on_the_same_examples(compared: Comparison):
+def test_gains_over_last_use_the_same_examples(compared: Comparison):
     last = next(one for one in compared.contestants if one.name == "last")
     for one in compared.contestants:
         for split, found in one.gains.items():
@@ -74,7 +74,7 @@ def test_gains_are_over_last_on_the_same_examples(compared: Comparison):
     assert swa.gains["test"].separated  # twelve points on four hundred examples
 
 
-def test_the_table_and_the_json_tell_it(digits: Path, run: Run):
+def test_table_and_json_report_every_strategy(digits: Path, run: Run):
     names = "swa,lawa:k=3,twa:epochs=1"
     done = run("compare", digits, "--last", 5, "--task", TASK, "--strategies", names, "--json")
     assert done.returncode == 0
@@ -91,7 +91,7 @@ def test_the_table_and_the_json_tell_it(digits: Path, run: Run):
         assert marked is not None and (marked["mark"] is None) == one["over_last"]["test"]["separated"]
 
 
-def test_a_narrow_terminal_shows_every_score(compared: Comparison):
+def test_narrow_terminal_shows_every_score(compared: Comparison):
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(table.render(compared))
     text = console.export_text()
@@ -100,8 +100,8 @@ def test_a_narrow_terminal_shows_every_score(compared: Comparison):
             assert f"{score.metric:.4f}" in text, text
 
 
-def test_test_data_decide_nothing(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """With test labels all wrong, the coefficients and the winner are the same."""
+def test_test_data_do_not_change_the_decision(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With wrong test labels, the coefficients and the winner are the same."""
     spoilt = (
         TASK.read_text()
         + "\n\n_real = test_dataloader\n\n\ndef test_dataloader():\n"
@@ -121,7 +121,7 @@ def test_test_data_decide_nothing(digits: Path, tmp_path: Path, monkeypatch: pyt
     assert runs[0].contestants[0].scores["test"] != runs[1].contestants[0].scores["test"]
 
 
-def test_validation_data_are_divided_where_there_are_no_test_data(jobs: dict[str, Job], run: Run, tmp_path: Path):
+def test_holdout_splits_the_validation_data_of_a_task_without_test_data(jobs: dict[str, Job], run: Run, tmp_path: Path):
     job = jobs["transformer"]
     base = ("compare", job.folder, "--task", job.task, "--strategies", "swa,aswa", "--json", "--force")
     whole, half = (json.loads(run(*base, *more).stdout) for more in ((), ("--holdout", 0.5)))
@@ -132,9 +132,9 @@ def test_validation_data_are_divided_where_there_are_no_test_data(jobs: dict[str
     assert "test is 50% of the validation data" in text and "seeded hash" in text
 
 
-def test_a_holdout_beside_test_data_is_refused(digits: Path, run: Run):
+def test_refuses_a_holdout_for_a_task_with_test_data(digits: Path, run: Run):
     done = run("compare", digits, "--task", TASK, "--holdout", 0.5)
-    assert done.returncode == 2 and "the task has some" in done.stderr
+    assert done.returncode == 2 and "the task has test data" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -147,30 +147,32 @@ def test_a_holdout_beside_test_data_is_refused(digits: Path, run: Run):
         (("--group-size", "0"), "--group-size must be at least 1"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_runs(digits: Path, run: Run, options: tuple[str, str], message: str):
+def test_invalid_options_are_refused_before_anything_runs(
+    digits: Path, run: Run, options: tuple[str, str], message: str
+):
     done = run("compare", digits, "--task", TASK, *options)
     assert done.returncode == 2 and message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
 
 
-def test_without_a_task_there_is_nothing_to_compare(digits: Path, run: Run):
+def test_refuses_to_compare_without_a_task(digits: Path, run: Run):
     done = run("compare", digits)
     assert done.returncode == 2 and "ckptavg init" in done.stderr
 
 
-def test_few_candidates_make_k_smaller_by_default(digits: Path, tmp_path: Path):
+def test_default_k_is_limited_by_the_number_of_candidates(digits: Path, tmp_path: Path):
     done = ckptavg.compare(digits, task=TASK, last=3, output=tmp_path / "x", strategies=())
     assert {"lawa:k=3", "sewa:k=3"} <= {one.name for one in done.contestants}
     assert from_spec("lawa:k=3")
 
 
-def test_a_dry_run_names_the_strategies(digits: Path, run: Run, tmp_path: Path):
+def test_dry_run_names_the_strategies(digits: Path, run: Run, tmp_path: Path):
     done = run("compare", digits, "--task", TASK, "--dry-run")
     assert (done.returncode, done.stdout) == (0, "") and not list(tmp_path.iterdir())
     assert "would compare last, best, swa, lawa, ema, soup, aswa, sewa, twa, twa:on=train" in done.stderr
 
 
-def test_progress_says_which_strategy_runs_and_what_is_left(digits: Path, tmp_path: Path):
-    said: list[str] = []
+def test_progress_names_the_running_strategy(digits: Path, tmp_path: Path):
+    stages: list[str] = []
     from ckptavg.checkpoints.window import Window
     from ckptavg.options import Options
     from ckptavg.pipeline.comparison import compare
@@ -178,6 +180,6 @@ def test_progress_says_which_strategy_runs_and_what_is_left(digits: Path, tmp_pa
     with torch.random.fork_rng():
         compare(
             [digits], ["swa", "soup"], Options(task=str(TASK), output=tmp_path / "x", window=Window(last=3)),
-            watch=lambda stage, *_: said.append(stage),
+            watch=lambda stage, *_: stages.append(stage),
         )  # fmt: skip
-    assert any("soup: growing the soup" in stage for stage in said)
+    assert any("soup: growing the soup" in stage for stage in stages)

@@ -1,4 +1,4 @@
-"""What the whole run adds to its parts: output directories, plans, the caller's state, the Python API."""
+"""Whole runs: output directories, dry runs, the caller's state and the Python API."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ckpts(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_plain_averages_need_no_task_and_are_what_they_say(run: Run, ckpts: Path, tmp_path: Path):
+def test_plain_averages_without_a_task_match_the_definition(run: Run, ckpts: Path, tmp_path: Path):
     for command, chosen in (("swa", [1, 2, 3, 4]), ("lawa --k 2", [3, 4]), ("last", [4])):
         done = run(*command.split(), "ckpts", "--force")
         assert done.returncode == 0 and "Nothing was scored" in done.stderr
@@ -47,17 +47,17 @@ def test_the_plain_averages_need_no_task_and_are_what_they_say(run: Run, ckpts: 
 
 
 @pytest.mark.parametrize("name", ["aswa", "best", "sewa", "soup", "twa"])
-def test_a_search_without_a_task_is_wrong_usage(run: Run, ckpts: Path, name: str):
+def test_search_without_a_task_is_a_usage_error(run: Run, ckpts: Path, name: str):
     done = run(name, "ckpts")
     assert done.returncode == 2 and "ckptavg init" in done.stderr
 
 
-def test_swa_says_that_batchnorm_statistics_were_averaged(run: Run, digits: Path):
+def test_swa_warns_that_batchnorm_statistics_were_averaged(run: Run, digits: Path):
     done = run("swa", digits)
     assert done.returncode == 0 and "BatchNorm" in done.stderr and "--task" in done.stderr
 
 
-def test_the_metadata_rebuilds_the_file_and_tells_nothing_else(ckpts: Path, tmp_path: Path):
+def test_metadata_holds_the_recipe_and_no_paths(ckpts: Path, tmp_path: Path):
     ckptavg.lawa(ckpts, k=2, output=tmp_path / "out.safetensors")
     with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
         metadata = file.metadata()
@@ -71,7 +71,7 @@ def test_the_metadata_rebuilds_the_file_and_tells_nothing_else(ckpts: Path, tmp_
 
 
 @pytest.mark.parametrize("name", ["out/", "there"])
-def test_an_output_directory_gets_the_model_and_its_companions(run: Run, tmp_path: Path, name: str):
+def test_output_directory_gets_the_model_and_companion_files(run: Run, tmp_path: Path, name: str):
     for step in (10, 20):
         folder = trainer(tmp_path / "run" / f"checkpoint-{step}", step)
         (folder / "tokenizer.json").write_text(str(step))
@@ -86,7 +86,7 @@ def test_an_output_directory_gets_the_model_and_its_companions(run: Run, tmp_pat
     assert (folder / "tokenizer.json").read_text() == "20"
 
 
-def test_an_output_directory_that_cannot_be_finished_is_not_left_behind(ckpts: Path, tmp_path: Path):
+def test_failed_run_leaves_no_output_directory(ckpts: Path, tmp_path: Path):
     state = weights(9)
     state["fc.bias"][0] = float("nan")
     save_file(state, ckpts / "step-9.safetensors")
@@ -97,14 +97,14 @@ def test_an_output_directory_that_cannot_be_finished_is_not_left_behind(ckpts: P
         ckptavg.swa(ckpts, output=f"{tmp_path}/far/out/")
 
 
-def test_a_directory_with_a_sharded_model_is_refused(ckpts: Path, tmp_path: Path):
+def test_refuses_a_directory_with_a_sharded_model(ckpts: Path, tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(OutputError, match=r"model\.safetensors\.index\.json: belongs to a sharded model"):
         ckptavg.swa(ckpts, output=tmp_path / "out")
 
 
-def test_a_sharded_pytorch_model_is_averaged(run: Run, tmp_path: Path):
+def test_averages_a_sharded_pytorch_model(run: Run, tmp_path: Path):
     for step in (1, 2):
         folder = tmp_path / "run" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
@@ -121,7 +121,7 @@ def test_a_sharded_pytorch_model_is_averaged(run: Run, tmp_path: Path):
     assert done.returncode == 0 and "2 tensors agree" in done.stderr
 
 
-def test_a_dry_run_says_what_it_would_do_and_does_nothing(run: Run, digits: Path, tmp_path: Path):
+def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, digits: Path, tmp_path: Path):
     done = run("sewa", digits, "--dry-run", "--task", TASK)
     assert (done.returncode, done.stdout) == (0, "") and not list(tmp_path.iterdir())
     assert (
@@ -130,7 +130,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(run: Run, digits: Path
     )
 
 
-def test_the_callers_random_numbers_and_settings_are_left_alone(digits: Path, tmp_path: Path):
+def test_restores_the_random_state_and_settings_of_the_caller(digits: Path, tmp_path: Path):
     torch.manual_seed(5)
     random.seed(5)
     before = torch.get_rng_state(), random.getstate(), torch.get_num_threads(), torch.backends.cudnn.benchmark
@@ -139,7 +139,7 @@ def test_the_callers_random_numbers_and_settings_are_left_alone(digits: Path, tm
     assert (random.getstate(), torch.get_num_threads(), torch.backends.cudnn.benchmark) == before[1:]
 
 
-def test_the_seed_decides(digits: Path, tmp_path: Path):
+def test_result_depends_on_the_seed_only(digits: Path, tmp_path: Path):
     def probabilities(seed: int) -> list[float]:
         result = ckptavg.sewa(digits, k=2, last=4, steps=5, task=TASK, output=tmp_path / "x", force=True, seed=seed)
         return [one.columns["s"] for one in result.candidates]
@@ -147,7 +147,7 @@ def test_the_seed_decides(digits: Path, tmp_path: Path):
     assert probabilities(0) == probabilities(0) != probabilities(1)
 
 
-def test_the_mask_can_be_learned_on_training_data(digits: Path, tmp_path: Path):
+def test_sewa_can_learn_on_training_data(digits: Path, tmp_path: Path):
     result = ckptavg.sewa(digits, k=2, last=4, steps=5, on="train", task=TASK, output=tmp_path / "x")
     assert result.settings["on"] == "train" and result.scored_on == "val"
 
@@ -161,19 +161,19 @@ def test_every_strategy_is_a_function_with_its_settings_and_the_shared_options(n
     assert "window" not in parameters and function.__doc__
 
 
-def test_no_submodule_takes_the_place_of_a_public_name():
+def test_no_submodule_shadows_a_public_name():
     """Importing ``ckptavg.verify`` would replace the function of that name."""
     public = {name for name in dir(ckptavg) if not name.startswith("_")}
     assert not public & {module.name for module in pkgutil.iter_modules(ckptavg.__path__)}
     assert all(callable(getattr(ckptavg, name)) for name in public)
 
 
-def test_a_strategy_of_ones_own_can_be_run(ckpts: Path, tmp_path: Path):
+def test_run_accepts_a_strategy_object(ckpts: Path, tmp_path: Path):
     result = ckptavg.run(ckpts, LAWA(k=2), output=tmp_path / "x")
     assert result.strategy == "lawa" and [one.coefficient for one in result.candidates] == [0, 0, 0.5, 0.5]
 
 
-def test_the_api_raises_what_the_command_line_says(ckpts: Path, tmp_path: Path):
+def test_api_raises_the_errors_of_the_command_line(ckpts: Path, tmp_path: Path):
     ckptavg.swa(ckpts, output=tmp_path / "x")
     with pytest.raises(OutputExistsError, match="exists already") as caught:
         ckptavg.swa(str(ckpts), output=tmp_path / "x")
@@ -184,7 +184,7 @@ def test_the_api_raises_what_the_command_line_says(ckpts: Path, tmp_path: Path):
         ckptavg.swa(ckpts, nonsense=1)
 
 
-def test_float16_output_of_a_bfloat16_run_is_asked_for_by_dtype(tmp_path: Path):
+def test_dtype_selects_float16_output_of_bfloat16_checkpoints(tmp_path: Path):
     for step in (1, 2):
         save_file({n: t.bfloat16() for n, t in weights(step).items()}, tmp_path / f"step-{step}.safetensors")
     ckptavg.swa(tmp_path, output=tmp_path / "same")

@@ -439,9 +439,9 @@ def test_every_truncation_is_refused(folder: Path) -> None:
     whole = path.read_bytes()
     for length in [*range(0, len(whole), 501), len(whole) - 1]:
         overwrite(path, whole[:length])
-        refused(folder, f"file is truncated: {length} bytes present, but .metadata says {len(whole)}", at=path.name)
+        refused(folder, f"file is truncated: {length} bytes present, but .metadata requires {len(whole)}", at=path.name)
     overwrite(path, whole + b"\0")
-    refused(folder, f"has {len(whole) + 1} bytes, but .metadata says {len(whole)}", at=path.name)
+    refused(folder, f"has {len(whole) + 1} bytes, but .metadata requires {len(whole)}", at=path.name)
 
 
 def test_a_missing_file_is_refused(sharded: Path, tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_a_save_without_metadata_is_refused(folder: Path) -> None:
     (folder / ".metadata").rename(folder / "__0.metadata")
     refused(folder, r"each rank saved its own \.metadata")
     (folder / "__0.metadata").unlink()
-    refused(folder, "has no .metadata, which is written last: the save was interrupted or is going on$")
+    refused(folder, "has no .metadata, which is written last: the save was interrupted or is still running$")
 
 
 def test_metadata_older_than_a_file_is_refused_until_it_is_touched(folder: Path) -> None:
@@ -567,9 +567,9 @@ FORGERIES: Mapping[str, tuple[str, Callable[[Metadata], object]]] = {
     "no name": ("which is not a bare file name", setting(info, "relative_path", "")),
     "parent": ("which is not a bare file name", setting(info, "relative_path", "..")),
     "NUL": ("which is not a bare file name", setting(info, "relative_path", "a\0b")),
-    "a number": ("model.bias: does not say where", setting(info, "relative_path", 3)),
-    "negative start": ("model.bias: does not say where", setting(info, "offset", -1)),
-    "boolean size": ("model.bias: does not say where", setting(info, "length", True)),
+    "a number": ("model.bias: has no storage location", setting(info, "relative_path", 3)),
+    "negative start": ("model.bias: has no storage location", setting(info, "offset", -1)),
+    "boolean size": ("model.bias: has no storage location", setting(info, "length", True)),
     "small part": ("is not stored by torch.save", setting(info, "length", 8)),
     "negative shape": ("model.bias: shape must be", setting(bias, "size", torch.Size([-2]))),
     "no shape": ("model.bias: shape must be", setting(bias, "size", None)),
@@ -579,25 +579,25 @@ FORGERIES: Mapping[str, tuple[str, Callable[[Metadata], object]]] = {
     "no parts": ("its parts have 0 elements", setting(bias, "chunks", [])),
     "parts of nothing": ("must be 1 integers", setting(bias, "chunks", [None])),
     "parts no list": ("its parts must be a list", setting(bias, "chunks", ())),
-    "part outside": (r"part \[2\] at \[1\] reaches out", setting(chunk, "offsets", torch.Size([1]))),
+    "part outside": (r"part \[2\] at \[1\] exceeds its shape", setting(chunk, "offsets", torch.Size([1]))),
     "other rank": ("must be 1 integers", setting(chunk, "sizes", torch.Size([1, 2]))),
     "part twice": ("its parts have 4 elements", lambda m: bias(m).chunks.append(bias(m).chunks[0])),
     "parts not stored": (
-        "its parts are not those that are stored",
+        "its parts differ from those that are stored",
         setting(lambda m: next(index for index in m.storage_data if index.fqn == "model.bias"), "offset", (1,)),
     ),
     "nothing stored": (
-        "its parts are not those that are stored",
+        "its parts differ from those that are stored",
         lambda m: m.storage_data.pop(next(index for index in m.storage_data if index.fqn == "model.bias")),
     ),
     "stored, not described": (
-        "model.bias: something is stored under this name",
+        "model.bias: is stored, but not described",
         lambda m: m.state_dict_metadata.pop("model.bias"),
     ),
     "object without bytes": ("step: is one object, but 0 parts", lambda m: m.storage_data.pop(MetadataIndex("step"))),
     "described as nothing": ("model.bias: shape must be", lambda m: m.state_dict_metadata.update({"model.bias": None})),
     "no storage": ("is not the metadata of", setting(lambda m: m, "storage_data", None)),
-    "paths no dict": ("does not say how its state dict was nested", setting(lambda m: m, "planner_data", [1])),
+    "paths no dict": ("has planner data that are not a mapping", setting(lambda m: m, "planner_data", [1])),
     "path no tuple": ("model.bias: its place in", lambda m: m.planner_data.update({"model.bias": "model.bias"})),
     "path empty": ("model.bias: its place in", lambda m: m.planner_data.update({"model.bias": ()})),
     "path of bytes": ("model.bias: its place in", lambda m: m.planner_data.update({"model.bias": (b"model",)})),
@@ -607,7 +607,7 @@ FORGERIES: Mapping[str, tuple[str, Callable[[Metadata], object]]] = {
         lambda m: m.planner_data.update({"model.bias": ("model", "weight")}),
     ),
     "path through a tensor": (
-        "lies inside of something that is no mapping",
+        "is inside something that is not a mapping",
         lambda m: m.planner_data.update({"model.bias": ("model", "weight", "bias")}),
     ),
 }  # fmt: skip
@@ -657,12 +657,12 @@ def test_a_part_that_is_another_tensor_is_refused(folder: Path) -> None:
         a.offset, b.offset = b.offset, a.offset
 
     rewrite(folder, swap)
-    refused(folder, r"model\.\w+: holds F32 \[2(, 3)?\], but \.metadata says F32", at="__0_0.distcp")
+    refused(folder, r"model\.\w+: holds F32 \[2(, 3)?\], but \.metadata has F32", at="__0_0.distcp")
 
 
 def test_a_part_of_another_dtype_is_refused(folder: Path) -> None:
     rewrite(folder, lambda m: setattr(bias(m).properties, "dtype", torch.int32))
-    refused(folder, r"model\.bias: holds F32 \[2\], but \.metadata says I32 \[2\]", at="__0_0.distcp")
+    refused(folder, r"model\.bias: holds F32 \[2\], but \.metadata has I32 \[2\]", at="__0_0.distcp")
 
 
 def test_a_part_that_is_an_object_is_refused(folder: Path) -> None:
@@ -672,7 +672,7 @@ def test_a_part_that_is_an_object_is_refused(folder: Path) -> None:
 
     stored = info(pickle.loads((folder / ".metadata").read_bytes()))
     rewrite(folder, swap)
-    refused(folder, "model.bias: holds something else than a tensor", at="__0_0.distcp")
+    refused(folder, "model.bias: holds something other than a tensor", at="__0_0.distcp")
 
 
 # ---- what is refused only where it is wanted
@@ -682,7 +682,7 @@ def test_a_part_that_is_an_object_is_refused(folder: Path) -> None:
     ("reason", "change"),
     [
         (
-            r"is stored through a transformation \(zstd\), which is not undone",
+            r"is stored with a transformation \(zstd\), which is not supported",
             lambda m: setattr(info(m), "transform_descriptors", ["zstd"]),
         ),
         ("dtype torch.quint8 is not supported", lambda m: setattr(bias(m).properties, "dtype", torch.quint8)),

@@ -16,7 +16,7 @@ from safetensors.torch import load, save, save_file
 
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
-from ckptavg.readers import ITEM_SIZE, StoredTensor, formats, open_reader, safetensors
+from ckptavg.readers import ITEM_SIZE, StoredTensor, open_reader, safetensors
 
 A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 B = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}
@@ -158,18 +158,6 @@ def test_slices_are_the_elements_in_order(tmp_path: Path):
         out = bytearray(ITEM_SIZE["I32"] * (stop - start))
         reader.read_into(tensor, start, memoryview(out))
         assert torch.frombuffer(out, dtype=torch.int32).tolist() == list(range(start, stop))
-
-
-def test_exactly_one_format_claims_each_file(tmp_path: Path):
-    save_file({"w": torch.ones(1)}, tmp_path / "a")
-    torch.save({"w": torch.ones(1)}, tmp_path / "b")
-    (tmp_path / "c").write_text('\n {"weight_map": {}}')
-    (tmp_path / "d").write_text("text")
-    claims = {
-        path.name: [one.name for one in formats() if one.claims(path.read_bytes()[:4096])]
-        for path in sorted(tmp_path.iterdir())
-    }
-    assert claims == {"a": ["safetensors"], "b": ["torch"], "c": ["sharded"], "d": []}
 
 
 def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

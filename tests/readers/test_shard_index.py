@@ -46,9 +46,9 @@ def test_tensors_come_from_their_files(index: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"a": "3.bin"}, "a: the index says it is in 3.bin, but it is not"),
-        ({"c": None}, "c: lies in 3.bin, but not by the index"),
-        ({"a": "2.safetensors"}, "a: the index says it is in 2.safetensors, but it is not"),
+        ({"a": "3.bin"}, "a: the index places it in 3.bin, which does not have it"),
+        ({"c": None}, "c: is in 3.bin, but the index does not place it there"),
+        ({"a": "2.safetensors"}, "a: the index places it in 2.safetensors, which does not have it"),
         ({"c": "gone.bin"}, "shard gone.bin is missing"),
         ({"c": "../x/3.bin"}, "shard '../x/3.bin' is not a bare file name"),
         ({"c": "model.safetensors.index.json"}, "shard model.safetensors.index.json is itself an index"),

@@ -326,7 +326,7 @@ def test_a_tensor_that_is_not_plain_and_dense_is_refused_and_the_others_are_read
         (nn.Linear(2, 2), r"is a whole-model pickle \(class torch.nn.modules.linear.Linear\); save its state_dict\(\)"),
         (Plain(), r"is a whole-model pickle \(class .*Plain\); save its state_dict\(\)"),
         (argparse.Namespace(a=1), "argparse.Namespace"),
-        (datetime.date(2026, 1, 1), "what datetime.date would return if it were called, which is never done"),
+        (datetime.date(2026, 1, 1), "the result of calling datetime.date, which is never called"),
     ],
     ids=str,
 )
@@ -344,7 +344,7 @@ def test_a_torchscript_file_is_refused(path: Path, sign: str) -> None:
 def test_a_zip_that_torch_did_not_write_is_refused(path: Path) -> None:
     for write in (lambda: np.savez(path.with_suffix(".npz"), a=np.ones(2)), lambda: _docx(path.with_suffix(".npz"))):
         write()
-        refused(path.with_suffix(".npz"), "is a zip, but not one torch.save wrote")
+        refused(path.with_suffix(".npz"), "is a zip archive, but not of torch.save")
 
 
 def _docx(path: Path) -> None:
@@ -391,12 +391,12 @@ ARCHIVES: Mapping[str, tuple[bytes, str]] = {
     "no signature": (zip_bytes([PICKLE, Entry("archive/x", b"", {"signature": 0x02014B51})]), "bad entry"),
     "on another disk": (zip_bytes([PICKLE, Entry("archive/x", b"", {"disk": 1})]), "bad entry"),
     "name longer than the directory": (zip_bytes([PICKLE, Entry("archive/x", b"", {"name_length": 10})]), "bad entry"),
-    "name shorter than it is": (zip_bytes([PICKLE, Entry("archive/x", b"", {"name_length": 8})]), "behind its 2"),
-    "empty name": (zip_bytes([PICKLE, Entry("")]), "lies outside"),
-    "outside of the directory": (zip_bytes([PICKLE, Entry("other/data/0")]), "other/data/0, which lies outside"),
-    "no directory": (zip_bytes([Entry("data.pkl", EMPTY)]), "not one torch.save wrote"),
-    "no name": (zip_bytes([Entry("/data.pkl", EMPTY)]), "not one torch.save wrote"),
-    "no pickle": (zip_bytes([NINES]), "not one torch.save wrote"),
+    "name shorter than it is": (zip_bytes([PICKLE, Entry("archive/x", b"", {"name_length": 8})]), "after its 2"),
+    "empty name": (zip_bytes([PICKLE, Entry("")]), "is outside"),
+    "outside of the directory": (zip_bytes([PICKLE, Entry("other/data/0")]), "other/data/0, which is outside"),
+    "no directory": (zip_bytes([Entry("data.pkl", EMPTY)]), "not of torch.save"),
+    "no name": (zip_bytes([Entry("/data.pkl", EMPTY)]), "not of torch.save"),
+    "no pickle": (zip_bytes([NINES]), "not of torch.save"),
     "no records": (b"PK\3\4" + zip_bytes([])[4:], "truncated"),
     "name with a NUL": (zip_bytes([PICKLE, Entry("archive/data/0\0x")]), "NUL"),
     "name that is not UTF-8": (zip_bytes([PICKLE, Entry("archive/\ud800")]), "not UTF-8"),
@@ -408,7 +408,7 @@ ARCHIVES: Mapping[str, tuple[bytes, str]] = {
     "comment that is missing": (zip_bytes([PICKLE], comment=3), "follow the end"),
     "several disks": (zip_bytes([PICKLE], disk=1), "in several"),
     "fewer here": (zip_bytes([PICKLE, NINES], here=1), "in several"),
-    "fewer entries": (zip_bytes([PICKLE, NINES], here=1, count=1), "behind its 1 entries"),
+    "fewer entries": (zip_bytes([PICKLE, NINES], here=1, count=1), "after its 1 entries"),
     "more entries": (zip_bytes([PICKLE, NINES], here=3, count=3), "is cut off"),
     "directory elsewhere": (zip_bytes([PICKLE], offset=3), "should end at"),
     "directory too large": (zip_bytes([PICKLE], size=0xFFFFFFFE), "is too large|should end at"),
@@ -467,7 +467,7 @@ def test_too_many_entries_are_refused_before_they_are_read(path: Path) -> None:
         ({"signature": b"PK\6\5"}, "bad zip64 end"),
         ({"length": 45}, "bad zip64 end"),
         ({"disk": 1}, "bad zip64 end"),
-        ({"count": 2}, "should agree"),
+        ({"count": 2}, "end records that disagree"),
         ({"at": 1}, "zip64 locator"),
         ({"disks": 2}, "bad zip64 end"),
     ],

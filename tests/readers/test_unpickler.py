@@ -471,13 +471,13 @@ def test_a_shared_container_counts_at_its_deepest() -> None:
 
 @pytest.mark.parametrize("data", [b"]q\0h\0a", b"}q\0" + text("a") + b"h\0s", b"]q\0h\0\x85a"])
 def test_a_container_that_holds_itself_is_refused(data: bytes) -> None:
-    with pytest.raises(PickleError, match="holds itself"):
+    with pytest.raises(PickleError, match="contains itself"):
         tree(b"\x80\x02}" + text("a") + data + b"s.")
 
 
 def test_2_to_the_60_laughs_are_refused() -> None:
     laughs = b"]" + b"".join(b"q" + bytes([i]) + b"0](h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60))
-    with pytest.raises(PickleError, match="over and over"):
+    with pytest.raises(PickleError, match="counted at each use"):
         tree(b"\x80\x02}" + text("a") + laughs + b"s.")
 
 

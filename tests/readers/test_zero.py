@@ -376,8 +376,8 @@ def test_rank_10_follows_rank_9(tmp_path: Path, stage: int):
         ([{"a": [3, 5]}, {"c": [], "d": [2, 3]}], "elements, but by the shapes"),
         ([{"a": [3, -5]}, {"c": [], "d": [2, 3]}], "param_shapes of a must be integers"),
         ([{"a": 3}, {"c": [], "d": [2, 3]}], "param_shapes of a is not a list"),
-        ([{"a": [2**62] * 65}], "a: param_shapes tells more dimensions or elements"),
-        ([{"a": [2**62, 2]}], "a: param_shapes tells more dimensions or elements"),
+        ([{"a": [2**62] * 65}], "a: param_shapes has more dimensions or elements"),
+        ([{"a": [2**62, 2]}], "a: param_shapes has more dimensions or elements"),
         ([3], "has no param_shapes"),
         (3, "param_shapes is not a list"),
     ],
@@ -393,12 +393,12 @@ def test_shapes_that_do_not_fit_the_partitions_are_refused(tmp_path: Path, stage
         ({"module": None}, "has no module"),
         ({"module": {"a": torch.ones(5, 3)}}, r"a: shape \[5, 3\], but by param_shapes \[3, 5\]"),
         ({"param_shapes": [GROUPS[0]]}, "1 groups in param_shapes, but others"),
-        ({"mp_world_size": 2}, "spread over ranks"),
-        ({"ds_autoep_layers": [{}]}, "spread over ranks"),
+        ({"mp_world_size": 2}, "divided among ranks"),
+        ({"ds_autoep_layers": [{}]}, "divided among ranks"),
         ({"frozen_param_shapes": {"z": [2]}}, "z: is missing"),
         ({"frozen_param_shapes": {"z": [2]}, "frozen_param_fragments": {"z": torch.ones(3)}}, "by the shapes 2"),
         ({"shared_params": 3}, "has no shared_params"),
-        ({"param_shapes": [{"a\n": [2]}, {}]}, "no tensor should have this name"),
+        ({"param_shapes": [{"a\n": [2]}, {}]}, "has a name that no tensor may have"),
         ({"buffer_names": 3}, "buffer_names is not a list"),
         ({"shared_params": {"z": "a"}, "module": {"a": torch.ones(5, 3), "n": 3}}, r"a: shape \[5, 3\]"),
     ],
@@ -420,7 +420,7 @@ def test_model_states_that_contradict_themselves_are_refused(tmp_path: Path, cha
         ({"partition_count": 2, "single_partition_of_fp32_groups": [None, None]}, r"groups\[0\]: is missing"),
         ({"partition_count": 2, "single_partition_of_fp32_groups": [torch.ones(12).half()] * 2}, "F16, F32 dtypes"),
         ({"partition_count": 2, "fp32_flat_groups": []}, "fp32_flat_groups is not a list"),
-        ({"partition_count": [2], "ds_zero_partition_groups": [1]}, "spread over ranks"),
+        ({"partition_count": [2], "ds_zero_partition_groups": [1]}, "divided among ranks"),
     ],
 )  # fmt: skip
 def test_optimizer_states_that_are_none_of_zero_are_refused(tmp_path: Path, state: Any, message: str):
@@ -433,7 +433,7 @@ def test_optimizer_states_that_are_none_of_zero_are_refused(tmp_path: Path, stat
     ("paddings", "message"),
     [
         ([[0], [0, 0]], "param_alignment_paddings has other lengths than the groups"),
-        ([[100, 0], [0, 0]], "b: its parts have 0 elements, but its shape 4"),
+        ([[100, 0], [0, 0]], "b: its parts have 0 elements, but its shape has 4"),
         ([[-1, 0], [0, 0]], "param_alignment_paddings must be integers"),
     ],
 )
@@ -463,7 +463,7 @@ def test_a_tensor_that_no_optimizer_knows_must_be_a_buffer(tmp_path: Path):
         ("layer_0_expert_1_mp_rank_00_model_states.pt", "experts"),
         ("expp_rank_0_mp_rank_00_optim_states.pt", "experts"),
         ("zero", "universal checkpoint"),
-        ("bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "are of one rank"),
+        ("bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "are of the same rank"),
         ("zero_pp_rank_2_mp_rank_00_optim_states.pt", "2 ranks wrote the checkpoint"),
     ],
 )
@@ -477,7 +477,7 @@ def test_without_any_optimizer_state_the_checkpoint_is_incomplete(tmp_path: Path
     by_hand(tmp_path / "x", 2, 2, GROUPS)
     for file in (tmp_path / "x").glob("*_optim_states.pt"):
         file.unlink()
-    refused(tmp_path / "x", "optim_states.pt of its ranks are missing")
+    refused(tmp_path / "x", "optim_states.pt of its ranks, which hold the master weights, are missing")
 
 
 def test_only_names_that_deepspeed_gives_are_claimed():

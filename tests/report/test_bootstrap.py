@@ -1,4 +1,4 @@
-"""The paired bootstrap against scipy's."""
+"""Paired bootstrap, compared with scipy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def hits(rate: float, n: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("n", "shift"), [(40, 0.0), (400, 0.05), (400, 0.2)])
-def test_the_interval_is_that_of_scipy(n: int, shift: float):
+def test_interval_matches_scipy(n: int, shift: float):
     a, b = hits(0.7 + shift, n, 1), hits(0.7, n, 2)
     found = gain(score(a), score(b))
     theirs = bootstrap(
@@ -40,29 +40,29 @@ def test_the_interval_is_that_of_scipy(n: int, shift: float):
     assert found.separated == (found.low > 0 or found.high < 0)
 
 
-def test_the_same_examples_are_compared():
-    """Two scores that vary much and differ by a hair on every example are told apart."""
+def test_pairs_the_same_examples():
+    """Two scores with a large variance and a small constant difference are separated."""
     values = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = gain(score(values + 0.01), score(values))
     assert found.separated and found.low == pytest.approx(0.01) == found.high
     assert not gain(score(values), score(values)).separated
 
 
-def test_units_weigh_what_they_stand_for():
+def test_units_are_weighted_by_their_examples():
     values, counts = torch.eye(20).double()[0], torch.ones(20).double()
     counts[0] = 981
     found = gain(score(values, counts), score(torch.zeros(20).double(), counts))
     assert found.value == 0.981 and found.low == 0.0 and 0.99 < (found.high or 0) <= 1.0
 
 
-def test_it_repeats_itself_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch):
+def test_is_deterministic_and_bounds_memory(monkeypatch: pytest.MonkeyPatch):
     a, b = (score(torch.randn(30, generator=torch.Generator().manual_seed(i)).double()) for i in (1, 2))
     whole = gain(a, b, seed=3)
     monkeypatch.setattr("ckptavg.report.bootstrap._AT_ONCE", 100)
     assert gain(a, b, seed=3) == whole != gain(a, b, seed=4)
 
 
-def test_examples_in_another_order_are_not_paired():
+def test_examples_in_a_different_order_are_not_paired():
     values = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     one, other = score(values + 0.01), score(values.flip(0))
     assert other.per_example is not None
@@ -71,6 +71,6 @@ def test_examples_in_another_order_are_not_paired():
     assert gain(one, one).paired
 
 
-def test_few_units_tell_no_interval():
+def test_no_interval_for_few_units():
     found = gain(score(torch.ones(19).double()), score(torch.zeros(19).double()))
     assert (found.value, found.low, found.high) == (1.0, None, None) and not found.separated

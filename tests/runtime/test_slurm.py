@@ -1,4 +1,4 @@
-"""The scripts that docs/slurm.md shows are valid, and requeue a job that was interrupted, and no other."""
+"""Scripts of docs/slurm.md: valid bash that requeues interrupted jobs only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 TEXT = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text(encoding="utf-8")
 JOB, LOOP = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-# stands in for a run: it ends with CODE at once, or with 75 when it gets SIGNAL
+# fake ckptavg: exits with CODE at once, or with 75 on SIGNAL
 FAKE = """#!/bin/bash
 echo "$@" >> "$HERE/asked"
 if [ -n "$SIGNAL" ]; then
@@ -27,7 +27,7 @@ exit "$CODE"
 
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
-    """A directory with the job, and a ckptavg and a scontrol that note what they are asked."""
+    """Directory with the job script and fake ckptavg and scontrol programs that record their arguments."""
     for name, text in (("ckptavg", FAKE), ("scontrol", '#!/bin/bash\necho "$@" > "$HERE/requeued"\n'), ("job", JOB)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -48,14 +48,14 @@ def start(here: Path, script: str, **environment: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("script", [JOB, LOOP], ids=["job", "loop"])
-def test_it_is_bash(script: str):
+def test_scripts_are_valid_bash(script: str):
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
     for option in ("--requeue", "--open-mode=append", "--signal=B:USR1@120"):
         assert option in JOB
 
 
 @pytest.mark.parametrize("code", [0, 1, 6, 7, 75, 137])
-def test_only_an_interrupted_run_is_requeued(here: Path, code: int):
+def test_requeues_only_an_interrupted_run(here: Path, code: int):
     process = start(here, JOB, CODE=str(code))
     out, err = process.communicate()
     assert process.returncode == code and not err
@@ -65,7 +65,7 @@ def test_only_an_interrupted_run_is_requeued(here: Path, code: int):
 
 
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
-def test_the_schedulers_signal_reaches_the_run_which_is_waited_for(here: Path, name: str):
+def test_forwards_the_signal_of_the_scheduler_and_waits_for_the_run(here: Path, name: str):
     process = start(here, JOB, SIGNAL=name)
     while not (here / "ready").exists():
         assert process.poll() is None
@@ -77,7 +77,7 @@ def test_the_schedulers_signal_reaches_the_run_which_is_waited_for(here: Path, n
 
 
 @pytest.mark.parametrize(("codes", "asked", "last"), [("75 75 0", 3, 0), ("75 7", 2, 1)])
-def test_the_loop_runs_until_it_is_not_interrupted(here: Path, codes: str, asked: int, last: int):
+def test_loop_runs_until_not_interrupted(here: Path, codes: str, asked: int, last: int):
     (here / "codes").write_text(codes.replace(" ", "\n") + "\n")
     process = start(here, LOOP)
     process.communicate()

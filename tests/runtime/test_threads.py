@@ -1,4 +1,4 @@
-"""The processors of a process, read from control groups, and OpenMP's settings that follow from them."""
+"""CPU quota from control groups, and the OpenMP settings derived from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ V2 = "31 23 0:29 / {mount} rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
 
 
 def process(folder: Path, cgroup: str, mountinfo: str) -> Path:
-    """A directory as ``/proc/self``; paths in ``mountinfo`` begin in ``folder``."""
+    """Create a directory like ``/proc/self`` in ``folder``."""
     proc = folder / "proc"
     proc.mkdir()
     (proc / "cgroup").write_text(cgroup)
@@ -33,13 +33,13 @@ def group(folder: Path, **files: str) -> None:
         (folder / name.replace("cpu_", "cpu.")).write_text(text)
 
 
-def test_the_least_limit_of_the_ancestors_binds(tmp_path: Path):
+def test_quota_is_the_minimum_over_ancestors(tmp_path: Path):
     mount = tmp_path / "sys"
     group(mount)  # the root has no cpu.max
     group(mount / "a.slice", cpu_max=f"250000 {PERIOD}\n")
     group(mount / "a.slice" / "job", cpu_max=f"max {PERIOD}\n")
     group(mount / "a.slice" / "job" / "step", cpu_max="80000 20000\n")
-    group(mount / "b.slice", cpu_max=f"1000 {PERIOD}\n")  # is no ancestor
+    group(mount / "b.slice", cpu_max=f"1000 {PERIOD}\n")  # not an ancestor
     proc = process(tmp_path, "0::/a.slice/job/step\n", V2.format(mount=mount))
     assert threads.quota(proc) == 2.5
     group(mount / "a.slice" / "job" / "step", cpu_max="30000 20000\n")
@@ -48,15 +48,15 @@ def test_the_least_limit_of_the_ancestors_binds(tmp_path: Path):
 
 @pytest.mark.parametrize(("path", "root"), [("/", "/"), ("/docker/f00", "/docker/f00"), ("/../..", "/"),
                                             ("/elsewhere", "/docker/f00"), ("/../x", "/")])  # fmt: skip
-def test_in_a_container_the_limit_lies_where_its_group_is_mounted(tmp_path: Path, path: str, root: str):
-    """With a namespace of its own, without one, and for a process outside of the namespace or of the mount."""
+def test_quota_in_a_container_is_read_at_the_mount_point(tmp_path: Path, path: str, root: str):
+    """With and without a cgroup namespace, and for a process outside of the namespace or the mount."""
     mount = tmp_path / "sys"
     group(mount, cpu_max="75000 50000\n")
     proc = process(tmp_path, f"0::{path}\n", V2.format(mount=mount).replace(" / ", f" {root} ", 1))
     assert threads.quota(proc) == 1.5
 
 
-def test_version_1_beside_an_empty_version_2(tmp_path: Path):
+def test_cgroup_version_1_with_an_empty_version_2(tmp_path: Path):
     first, second = tmp_path / "a cpu", tmp_path / "unified"
     group(first, cpu_cfs_quota_us="-1\n", cpu_cfs_period_us=f"{PERIOD}\n")
     group(first / "jobs", cpu_cfs_quota_us="300000\n", cpu_cfs_period_us=f"{PERIOD}\n")
@@ -74,14 +74,14 @@ def test_version_1_beside_an_empty_version_2(tmp_path: Path):
 @pytest.mark.parametrize(
     "limit", ["", "max", "max 100000", "-1 100000", "x y", "100000", "100000 0", "\0", "\ud8ff", "1e5 100000"]
 )
-def test_a_limit_of_another_form_is_none(tmp_path: Path, limit: str):
+def test_malformed_limit_is_ignored(tmp_path: Path, limit: str):
     mount = tmp_path / "sys"
     group(mount)
     (mount / "cpu.max").write_bytes(limit.encode("utf-8", "surrogatepass"))
     assert threads.quota(process(tmp_path, "0::/\n", V2.format(mount=mount))) is None
 
 
-def test_what_cannot_be_read_is_no_limit(tmp_path: Path):
+def test_unreadable_limit_is_ignored(tmp_path: Path):
     mount = tmp_path / "sys"
     group(mount / "job", cpu_max="1 1\n")
     assert threads.quota(tmp_path / "gone") is None
@@ -93,17 +93,17 @@ def test_what_cannot_be_read_is_no_limit(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("limit", "used"), [("0.01", 1), ("1", 1), ("1.4", 1), ("1.5", 2), ("2.5", 3), ("1e6", None)])
-def test_a_quota_is_rounded_to_the_nearest(tmp_path: Path, limit: str, used: int | None):
+def test_quota_is_rounded_to_the_nearest_integer(tmp_path: Path, limit: str, used: int | None):
     mount = tmp_path / "sys"
     group(mount, cpu_max=f"{round(float(limit) * PERIOD)} {PERIOD}")
     proc = process(tmp_path, "0::/\n", V2.format(mount=mount))
-    there = threads.affinity()
-    assert threads.processors(proc) == (there if used is None else min(used, there))
+    available = threads.affinity()
+    assert threads.processors(proc) == (available if used is None else min(used, available))
 
 
-# in processes of their own
+# tests in subprocesses
 
-masks = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs affinity masks, which macOS has not")
+masks = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs affinity masks, which macOS lacks")
 FIRST = """
 import os, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv.pop(1))])
@@ -111,9 +111,9 @@ os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv.pop(1))])
 
 
 def clean(**given: str) -> dict[str, str]:
-    """The environment without what decides on threads, and with ``given``."""
-    own = ("OMP_", "GOMP_", "KMP_", "MKL_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+    """Return the environment without thread variables, plus ``given``."""
+    prefixes = ("OMP_", "GOMP_", "KMP_", "MKL_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
     return {**kept, "PYTHONPATH": os.pathsep.join(sys.path), **given}
 
 
@@ -145,24 +145,24 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def in_a_run(work: Path, processors: int, **given: str) -> tuple[int, dict[str, str]]:
-    """torch's threads and the environment, as a task sees them in a run of the command line."""
+def threads_and_environment(work: Path, processors: int, **given: str) -> tuple[int, dict[str, str]]:
+    """Return torch's number of threads and the environment inside a task of a command-line run."""
     child(CLI, processors, "swa", work, "--task", "task.py", "--force", "--quiet", cwd=work, **given)
     count, environment = json.loads((work / "seen.json").read_text())
     return count, environment
 
 
-def by_itself(processors: int, **given: str) -> int:
-    """The threads that torch takes without ckptavg."""
+def threads_without_ckptavg(processors: int, **given: str) -> int:
+    """Return torch's number of threads without ckptavg."""
     return int(child(FIRST + "import torch\nprint(torch.get_num_threads())", processors, **given))
 
 
 @pytest.mark.thorough
 @masks
 @pytest.mark.parametrize("processors", sorted({1, min(2, threads.affinity()), threads.affinity()}))
-def test_a_run_has_as_many_threads_as_its_mask_has_processors(work: Path, processors: int):
-    count, environment = in_a_run(work, processors)
-    alone = by_itself(processors)
+def test_run_uses_as_many_threads_as_its_mask_has_processors(work: Path, processors: int):
+    count, environment = threads_and_environment(work, processors)
+    alone = threads_without_ckptavg(processors)
     assert environment["GOMP_SPINCOUNT"] == "10000"
     assert count == alone or (count < alone and threads.quota() is not None)
     assert count <= processors
@@ -172,15 +172,15 @@ def test_a_run_has_as_many_threads_as_its_mask_has_processors(work: Path, proces
 @masks
 @pytest.mark.parametrize("given", [{"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "5000"}, {"KMP_BLOCKTIME": "3"},
                                    {"OMP_NUM_THREADS": "3"}], ids=str)  # fmt: skip
-def test_what_the_user_has_set_is_left_alone(work: Path, given: dict[str, str]):
-    count, environment = in_a_run(work, 1, **given)
+def test_variables_set_by_the_user_are_kept(work: Path, given: dict[str, str]):
+    count, environment = threads_and_environment(work, 1, **given)
     ours = {name: value for name, value in environment.items() if name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))}
     assert ours == (given if "OMP_NUM_THREADS" not in given else {**given, "GOMP_SPINCOUNT": "10000"})
-    assert count == by_itself(1, **given)
+    assert count == threads_without_ckptavg(1, **given)
 
 
 @pytest.mark.parametrize("given", [{}, {"OMP_NUM_THREADS": "7"}, {"MKL_NUM_THREADS": "7"}], ids=str)
-def test_a_quota_sets_the_number_of_threads_unless_the_user_did(
+def test_quota_sets_the_number_of_threads_unless_set_by_the_user(
     tmp_path: Path, given: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):
     environment = dict(given)
@@ -191,13 +191,13 @@ def test_a_quota_sets_the_number_of_threads_unless_the_user_did(
     assert environment == {"GOMP_SPINCOUNT": "10000", **(given or {"OMP_NUM_THREADS": "1"})}
 
 
-def test_a_scoring_program_has_the_same_settings(work: Path):
+def test_scoring_command_inherits_the_settings(work: Path):
     child(CLI, 1, "swa", work, "--force", "--quiet", "--score-cmd", "env > seen.txt; echo 1; true", cwd=work)
     assert "GOMP_SPINCOUNT=10000\n" in (work / "seen.txt").read_text()
 
 
 @pytest.mark.parametrize("first", ["import torch", "pass"])
-def test_from_python_torch_that_is_loaded_keeps_its_settings(work: Path, first: str):
+def test_python_api_keeps_the_settings_of_a_loaded_torch(work: Path, first: str):
     before = "import torch; before = dict(os.environ), torch.get_num_threads()" if first != "pass" else ""
     code = f"""
 import json, os, sys
@@ -213,7 +213,7 @@ print("GOMP_SPINCOUNT" in os.environ)
 
 
 @pytest.mark.parametrize(("workers", "noted"), [(0, False), (1, False), (2, True)])
-def test_more_loader_processes_than_the_quota_allows_are_noted(
+def test_warns_about_more_loader_processes_than_the_quota_allows(
     work: Path, workers: int, noted: bool, monkeypatch: pytest.MonkeyPatch
 ):
     import ckptavg
@@ -227,5 +227,5 @@ def test_more_loader_processes_than_the_quota_allows_are_noted(
     monkeypatch.setattr(python_file, "affinity", lambda: 2)
     monkeypatch.chdir(work)
     result = ckptavg.swa(work, task=work / "task.py", output=work / "x.safetensors", force=True)
-    said = "val_dataloader() has num_workers=2, and the CPU quota is 1.2: use at most 1"
-    assert [text for text in result.warnings if "num_workers" in text] == ([said] if noted else [])
+    message = "val_dataloader() has num_workers=2, and the CPU quota is 1.2: use at most 1"
+    assert [text for text in result.warnings if "num_workers" in text] == ([message] if noted else [])

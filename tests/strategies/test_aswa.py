@@ -1,4 +1,4 @@
-"""ASWA against a literal twin on three real trajectories, by hand, and with scores that are stopped early."""
+"""ASWA against a literal reference on three real trajectories, by hand, and with early-stopped scores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 
 
 def reference(states: Sequence[State], score: Callable[[State], float], *, hard: bool) -> list[int]:
-    """The accepted list, from methods.md: real weights, a real rollback, no coefficients."""
+    """Return the accepted list by methods.md: real weights, a real rollback, no coefficients."""
     average, n, v, accepted = states[0], 1, score(states[0]), [0]
     for i, w in enumerate(states[1:], 1):
         ahead = {
@@ -40,7 +40,7 @@ def reference(states: Sequence[State], score: Callable[[State], float], *, hard:
 
 
 def scorer(job: Job) -> Callable[[State], float]:
-    """The validation score of a state dict in plain torch, BatchNorm recomputed."""
+    """Return a function that scores a state dict in plain torch, with BatchNorm recomputed."""
     model = job.module.model()
     torch.manual_seed(0)
     training = list(job.module.train_dataloader())
@@ -64,7 +64,7 @@ def scorer(job: Job) -> Callable[[State], float]:
 @pytest.mark.thorough
 @pytest.mark.parametrize("hard", [True, False])
 @pytest.mark.parametrize("name", ["cnn", "mlp", "transformer"])
-def test_the_accepted_list_is_that_of_the_reference(jobs: dict[str, Job], name: str, hard: bool):
+def test_accepted_list_matches_the_reference(jobs: dict[str, Job], name: str, hard: bool):
     job = jobs[name]
     paths = sorted(job.folder.glob("*.pt"), key=lambda path: int(re.findall(r"\d+", path.name)[0]))
     states = [torch.load(path) for path in paths]
@@ -77,7 +77,7 @@ def test_the_accepted_list_is_that_of_the_reference(jobs: dict[str, Job], name: 
     assert set(learned.coefficients.values[0]) <= {0, 1 / len(expected)}
     decisions = learned.columns["decision"]
     assert decisions[0] == "start" and ("hard" in decisions) <= hard and "soft" in decisions
-    assert "reject" in decisions or name == "transformer"  # which gets better all the way
+    assert "reject" in decisions or name == "transformer"  # whose score rises at every candidate
 
 
 class Table:
@@ -96,7 +96,7 @@ class Table:
         return Score(value=value, loss=-value, metric=None, examples=1)
 
     def progress(self, *_: Any, **__: Any) -> None:
-        """Nobody watches."""
+        """Ignore progress."""
 
 
 def aswa(values: dict[tuple[int, ...], float], n: int, **settings: Any) -> tuple[tuple[int, ...], list[Any], Table]:
@@ -108,18 +108,18 @@ def aswa(values: dict[tuple[int, ...], float], n: int, **settings: Any) -> tuple
 def test_each_rule_by_hand():
     values = {
         (0,): 1.0,
-        (0, 1): 1.0, (1,): 1.0,  # a tie is accepted, and is no hard update
-        (0, 1, 2): 0.9, (2,): 0.95,  # rejected: below, and not above alone
-        (0, 1, 3): 1.2, (3,): 1.3,  # hard: alone above both
+        (0, 1): 1.0, (1,): 1.0,  # a tie is a soft update
+        (0, 1, 2): 0.9, (2,): 0.95,  # rejected: the average is below, the candidate not above
+        (0, 1, 3): 1.2, (3,): 1.3,  # hard: the candidate is above both
         (3, 4): 1.4, (4,): 0.1,  # n restarted at 1: the average is of two
-        (3, 4, 5): 1.3, (5,): 1.35,  # alone above the look-ahead, not above the average: rejected
+        (3, 4, 5): 1.3, (5,): 1.35,  # rejected: above the look-ahead, not above the average
     }  # fmt: skip
     chosen, decisions, _ = aswa(values, 6)
     assert decisions == ["start", "soft", "reject", "hard", "soft", "reject"] and chosen == (3, 4)
     values |= {(0, 1, 3, 4): 1.1, (0, 1, 3, 5): 1.3}
     chosen, decisions, table = aswa(values, 6, hard_updates=False)
     assert decisions == ["start", "soft", "reject", "soft", "reject", "soft"] and chosen == (0, 1, 3, 5)
-    assert all(len(asked) > 1 for asked in table.asked[1:])  # nothing alone but the first
+    assert all(len(asked) > 1 for asked in table.asked[1:])  # only the first candidate is scored alone
 
 
 def test_the_average_is_never_scored_again():
@@ -128,7 +128,7 @@ def test_the_average_is_never_scored_again():
     assert sorted(table.asked) == sorted(values)
 
 
-def test_a_tolerance_accepts_a_little_less_but_losses_do_not_add_up():
+def test_tolerated_losses_do_not_add_up():
     values = {(0,): 1.0, (0, 1): 0.95, (1,): 0, (0, 1, 2): 0.92, (2,): 0, (0, 1, 2, 3): 0.89, (3,): 0}
     assert aswa(values, 4, tolerance=0.1)[1] == ["start", "soft", "soft", "reject"]
     values |= {(0, 2): 0.5, (0, 3): 0.5}
@@ -143,7 +143,7 @@ def test_a_tolerance_below_zero_is_refused(tolerance: float):
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10_000), st.integers(1, 7), st.sampled_from([0.0, 0.05]), st.booleans())
-def test_early_rejection_by_an_objective_decides_the_same(seed: int, n: int, tolerance: float, hard: bool):
+def test_early_rejection_by_the_objective_makes_the_same_decisions(seed: int, n: int, tolerance: float, hard: bool):
     full = ASWA(tolerance=tolerance, hard_updates=hard).learn(Quadratic(n=n, d=3, seed=seed))
     early = ASWA(tolerance=tolerance, hard_updates=hard, early_reject=True).learn(Quadratic(n=n, d=3, seed=seed))
     assert full.columns["decision"] == early.columns["decision"] and full.coefficients == early.coefficients

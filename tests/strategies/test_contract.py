@@ -1,4 +1,4 @@
-"""What every strategy promises, and the small ones by hand."""
+"""The contract of every strategy, and the small strategies by hand."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ ALL = sorted(strategies())
 
 
 def quick(name: str) -> Any:
-    """A strategy with settings that five candidates allow."""
+    """Return a strategy with settings valid for five candidates."""
     return from_spec({"sewa": "sewa:k=2:steps=5", "lawa": "lawa:k=2", "twa": "twa:epochs=2"}.get(name, name))
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_rows_sum_to_one_and_repeat_themselves(name: str):
+def test_rows_sum_to_one_and_are_reproducible(name: str):
     first, second = (quick(name).learn(Quadratic(n=5, d=4, seed=1)) for _ in range(2))
-    assert first == second and first.coefficients.n == 5  # Coefficients themselves refuse rows that do not sum to one
+    assert first == second and first.coefficients.n == 5  # Coefficients refuses rows that do not sum to one
     assert all(len(column) == 5 for column in first.columns.values())
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in ("sewa", "lawa")])
-def test_one_candidate_is_taken_as_it_is(name: str):
+def test_a_single_candidate_is_returned(name: str):
     assert quick(name).learn(Quadratic(n=1, d=4, seed=1)).coefficients.values == ((1.0,),)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_candidates_that_are_all_alike_are_no_trouble(name: str):
+def test_identical_candidates_are_allowed(name: str):
     quick(name).learn(Quadratic(n=5, d=3, seed=0, scale=0.0))
 
 
@@ -65,13 +65,13 @@ def test_ema_is_the_recursion_of_torch(decay: float):
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, math.nan])
-def test_a_decay_that_is_none_is_refused(decay: float):
+def test_a_decay_out_of_range_is_refused(decay: float):
     with pytest.raises(UsageError, match="--decay"):
         EMA(decay=decay)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_greedy_soup_is_that_of_the_recipe(seed: int):
+def test_greedy_soup_matches_the_recipe(seed: int):
     objective = Quadratic(n=7, d=4, seed=seed)
     order = sorted(range(7), key=lambda i: (objective.of_subset([i]), -i))
     soup = order[:1]
@@ -83,7 +83,7 @@ def test_the_greedy_soup_is_that_of_the_recipe(seed: int):
     assert learned.columns["decision"] == ["keep" if i in soup else "reject" for i in range(7)]
 
 
-def test_the_best_is_the_later_of_equals():
+def test_best_takes_the_later_of_ties():
     objective = Quadratic(n=4, d=2, seed=0)
     objective.weights_ND[3] = objective.weights_ND[1] = 0.0
     assert Best().learn(objective).coefficients == Coefficients.uniform([3], 4)
@@ -91,7 +91,7 @@ def test_the_best_is_the_later_of_equals():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_selection_on_validation_is_below_the_best_single_candidate(seed: int):
-    """True of the soup and of what ASWA ends in by their rules; of ASWA where hard updates are on."""
+    """Guaranteed by the rules of the soup, and of ASWA with hard updates."""
     objective = Quadratic(n=6, d=3, seed=seed)
     best = objective.score(Best().learn(objective).coefficients).value
     assert objective.score(GreedySoup().learn(objective).coefficients).value >= best
@@ -100,7 +100,7 @@ def test_no_selection_on_validation_is_below_the_best_single_candidate(seed: int
 
 
 @pytest.mark.parametrize("n", [2, 5])
-def test_the_optimum_of_the_simplex_is_not_beaten_by_any_subset(n: int):
+def test_no_subset_beats_the_simplex_optimum(n: int):
     objective = Quadratic(n=n, d=6, seed=9)
     learned = TWA(constraint="simplex", epochs=400, lr=0.1).learn(objective).coefficients
     subsets = itertools.chain.from_iterable(itertools.combinations(range(n), k) for k in range(1, n + 1))
@@ -127,6 +127,6 @@ def test_a_specification_is_a_name_and_settings():
         ("", "no strategy ''"),
     ],
 )
-def test_a_specification_that_means_nothing_is_refused(spec: str, message: str):
+def test_an_invalid_specification_is_refused(spec: str, message: str):
     with pytest.raises(UsageError, match=message):
         from_spec(spec)

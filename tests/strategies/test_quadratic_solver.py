@@ -1,4 +1,4 @@
-"""The quadratic solver of SeWA and TWA where the loss is a quadratic, and on the real networks."""
+"""The quadratic solver of SeWA and TWA on quadratic losses and on real networks."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_auto_takes_the_size_with_the_best_score():
     assert all(row["loss"] == pytest.approx(row["quadratic"]) for row in rows)
 
 
-def test_auto_writes_the_best_of_all_that_were_scored():
-    """Also where the size that was best at first is not that of the best subset."""
+def test_auto_returns_the_best_scored_subset():
+    """Also if the best subset has another size than the first best."""
     found: list[float] = []
 
     class Rough(Quadratic):
@@ -67,7 +67,7 @@ def test_auto_writes_the_best_of_all_that_were_scored():
 
 
 def test_the_best_real_loss_wins_among_the_verified():
-    """A surrogate that is wrong about its first choice is put right by real scores."""
+    """Real scores correct a surrogate whose first choice is wrong."""
 
     class Wrong(Quadratic):
         def score(self, coefficients: Coefficients, on: Any = None) -> Any:
@@ -85,7 +85,7 @@ def test_the_best_real_loss_wins_among_the_verified():
 
 
 class Curved(Quadratic):
-    """ℓ(c) = mean (v² + v⁴), v = Σ_i c_i w_i: no quadratic, so what is known at the mean misleads elsewhere."""
+    """ℓ(c) = mean (v² + v⁴), v = Σ_i c_i w_i: not quadratic, so the surrogate at the mean is wrong elsewhere."""
 
     def loss(self, c_N: Tensor, on: Any = None, **_: Any) -> Tensor:
         v_D = c_N @ self.weights_ND
@@ -104,7 +104,7 @@ class Curved(Quadratic):
         return float(loss.detach()), gradient_N - gradient_N.mean()
 
 
-def test_moving_the_quadratic_finds_the_best_subset_where_the_loss_is_none():
+def test_recentering_finds_the_best_subset_of_a_loss_that_is_not_quadratic():
     moved, still = 0, 0
     for seed in range(12):
         objective = Curved(n=10, d=24, seed=seed)
@@ -120,7 +120,7 @@ def test_moving_the_quadratic_finds_the_best_subset_where_the_loss_is_none():
 
 
 @pytest.mark.parametrize("constraint", ["affine", "simplex"])
-def test_moving_the_quadratic_comes_closer_to_the_optimum(constraint: Any, monkeypatch: pytest.MonkeyPatch):
+def test_recentering_comes_closer_to_the_optimum(constraint: Any, monkeypatch: pytest.MonkeyPatch):
     objective = Curved(n=6, d=16, seed=1, scale=2.0)
     trained = objective.score(TWA(constraint=constraint, epochs=600, lr=0.1).learn(objective).coefficients)
     losses: list[float] = []
@@ -132,7 +132,7 @@ def test_moving_the_quadratic_comes_closer_to_the_optimum(constraint: Any, monke
     assert losses[1] - trained.loss < 0.5 * (losses[0] - trained.loss)
 
 
-def test_a_moved_quadratic_is_exact_where_it_was_moved_to():
+def test_a_recentered_quadratic_is_exact_at_its_new_center():
     objective = Curved(n=5, d=8, seed=3)
     there = Coefficients(((0.5, 0.3, 0.4, -0.3, 0.1),))
     beta_N = torch.tensor(there.values[0], dtype=torch.float64, requires_grad=True)
@@ -162,7 +162,7 @@ def test_a_small_radius_stays_near_the_mean():
     assert 0 < moved[0] < 0.02 < moved[1]
 
 
-def test_where_the_real_loss_rises_the_mean_stays():
+def test_the_mean_is_returned_if_the_real_loss_rises():
     class Rising(Quadratic):
         def score(self, coefficients: Coefficients, on: Any = None) -> Any:
             off = sum((c - 1 / self.n) ** 2 for c in coefficients.values[0])
@@ -181,12 +181,12 @@ def test_where_the_real_loss_rises_the_mean_stays():
         (lambda: TWA(radius=0.0), "--radius must be greater than 0"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings: Any, message: str):
+def test_invalid_settings_are_refused(settings: Any, message: str):
     with pytest.raises(UsageError, match=message):
         settings()
 
 
-def test_without_a_loss_there_is_no_quadratic():
+def test_the_quadratic_solver_needs_a_loss():
     class Scored(Quadratic):
         differentiable = False
 
@@ -220,7 +220,7 @@ def test_the_command_line(digits: Path, run: Run, tmp_path: Path):
     assert solved.returncode == 0 and "from the mean to the optimum" in solved.stderr, solved.stderr
 
 
-def test_the_landscape_tells_how_far_the_quadratic_can_be_trusted(digits: Path, run: Run, tmp_path: Path):
+def test_landscape_reports_the_error_of_the_quadratic(digits: Path, run: Run, tmp_path: Path):
     base = ("landscape", digits, "--task", TASK, "--last", 8)
     done = run(*base, "--samples", 16, "--mixtures", "last,swa,lawa:k=3", "--grid", 4)
     assert (done.returncode, done.stdout) == (0, "landscape.json\n"), done.stderr

@@ -1,4 +1,4 @@
-"""SeWA against brute force, a literal twin of its update rule, and scipy's projection."""
+"""SeWA against brute force, a literal copy of its update rule, and scipy's projection."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_one_step_is_the_literal_update(straight_through: bool):
     gradient -= gradient.mean()
     moved = s - 0.2 * gradient / gradient.square().mean().sqrt()
     low, high = -1.0, 1.0
-    for _ in range(200):  # ν by bisection, as methods.md puts it
+    for _ in range(200):  # ν by bisection, as in methods.md
         nu = (low + high) / 2
         low, high = (nu, high) if (moved - nu).clamp(0, 1).sum() > 2 else (low, nu)
     expected = (moved - max(0.0, high)).clamp(0, 1)
@@ -63,7 +63,7 @@ def test_one_step_is_the_literal_update(straight_through: bool):
 
 
 def test_a_probability_at_the_edge_can_come_back():
-    """A clamp's own gradient would be 0 there, and a candidate once dropped would be lost for good."""
+    """With the gradient of a plain clamp, which is 0 there, a dropped candidate could never return."""
     s = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64, requires_grad=True)
     mixture = SeWA(k=1)._mixture(s, torch.zeros(3, dtype=torch.float64), 1.0)  # pyright: ignore[reportPrivateUsage]
     (gradient,) = torch.autograd.grad(mixture[0], s)
@@ -86,7 +86,7 @@ def test_projection_is_feasible_and_satisfies_the_optimality_conditions(values: 
         return
     assert math.isclose(float(projected.sum()), k, abs_tol=slack)
     inside = (projected > 1e-9) & (projected < 1 - 1e-9)
-    shift = (s - projected)[inside]  # one multiplier ν for all that are strictly inside
+    shift = (s - projected)[inside]  # one multiplier ν for all strictly interior values
     assert len(shift) == 0 or float(shift.max() - shift.min()) < slack
 
 
@@ -107,7 +107,7 @@ def test_projection_agrees_with_scipy():
         torch.testing.assert_close(projected, torch.tensor(solved.x.tolist(), dtype=torch.float64), rtol=0, atol=1e-5)
 
 
-def test_a_cap_that_is_not_positive_is_refused():
+def test_a_nonpositive_cap_is_refused():
     with pytest.raises(ValueError, match="cap"):
         project_capped_simplex(torch.ones(2), 0)
 
@@ -123,7 +123,7 @@ def test_a_cap_that_is_not_positive_is_refused():
         ({"tau_start": float("nan")}, "--tau-start"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings_: dict[str, float], message: str):
+def test_invalid_settings_are_refused(settings_: dict[str, float], message: str):
     with pytest.raises(UsageError, match=message):
         SeWA(**settings_)  # pyright: ignore[reportArgumentType]
 
@@ -134,7 +134,7 @@ def test_fewer_candidates_than_k_is_refused():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_likeliest_masks_come_in_order(seed: int):
+def test_the_most_probable_masks_are_ordered(seed: int):
     s_N = torch.rand(8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     s_N[:2] = s_N[2]  # ties
     logit_N = torch.logit(s_N)
@@ -146,7 +146,7 @@ def test_the_likeliest_masks_come_in_order(seed: int):
     assert likeliest(torch.full((4,), 0.5), 2, 1) == [(2, 3)]
 
 
-def test_the_best_of_the_likeliest_masks_by_its_real_loss_is_taken():
+def test_the_most_probable_mask_with_the_lowest_real_loss_is_chosen():
     objective = Quadratic(n=8, d=6, seed=2)
     found = [SeWA(k=3, steps=2, verify=verify).learn(objective).coefficients for verify in (1, 56)]
     best = min(itertools.combinations(range(8), 3), key=objective.of_subset)

@@ -35,7 +35,7 @@ def test_affine_coefficients_are_the_formula(seed: int, n: int, magnitude: float
     distance = (torch.rand(n, generator=draws, dtype=torch.float64) + 0.1) * 10**magnitude
     beta = coefficients_of(x, distance, "affine")
     y = [a / b for a, b in zip(x.tolist(), distance.tolist(), strict=True)]
-    # each β is a sum of three terms of which the largest is |y|: their roundings, and those of the mean
+    # each β is a sum of three terms, the largest |y|: their roundings and those of the mean
     tolerance = (n + 4) * 2**-53 * (1 / n + 2 * max(map(abs, y)))
     for i in range(n):
         assert abs(beta[i].item() - (1 / n + y[i] - math.fsum(y) / n)) <= tolerance
@@ -43,7 +43,7 @@ def test_affine_coefficients_are_the_formula(seed: int, n: int, magnitude: float
 
 
 def test_affine_coefficients_are_the_mean_and_the_unit_directions():
-    """Σ_i β_i w_i is w̄ + Σ_i x_i p_i, computed with the vectors themselves."""
+    """Check Σ_i β_i w_i = w̄ + Σ_i x_i p_i on explicit vectors."""
     objective = Quadratic(n=6, d=9, seed=0)
     w, mean = objective.weights_ND, objective.weights_ND.mean(dim=0)
     x = torch.randn(6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -61,8 +61,8 @@ def test_simplex_coefficients_are_not_negative_and_sum_to_one(seed: int, n: int,
     torch.testing.assert_close(beta, torch.softmax(n * x, dim=1), rtol=1e-12, atol=0)
 
 
-def test_both_constraints_begin_in_the_same_direction():
-    """One learning rate means the same: ∂β/∂x at x = 0 is one matrix."""
+def test_both_constraints_start_in_the_same_direction():
+    """A learning rate has the same effect in both: ∂β/∂x at x = 0 is the same matrix."""
     distance = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
     zero = torch.zeros(4, dtype=torch.float64)
     affine, simplex = (
@@ -88,7 +88,7 @@ def test_identical_candidates_are_averaged(constraint: Any):
 
 
 def literal(objective: Quadratic, steps: int, lr: float, *, optimizer: str, decay: float, clip: float | None) -> Tensor:
-    """x after some steps on a quadratic: AdamW or SGD, the schedule and the gradient written out."""
+    """Return x after `steps` on a quadratic, with AdamW or SGD, schedule and gradient written out."""
     w, n = objective.weights_ND, objective.n
     mean = w.mean(dim=0)
     p = (w - mean) / (w - mean).norm(dim=1, keepdim=True)
@@ -114,7 +114,7 @@ def literal(objective: Quadratic, steps: int, lr: float, *, optimizer: str, deca
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize(("decay", "clip"), [(0.0, None), (0.1, 0.2)])
-def test_the_trained_coefficients_are_those_of_the_update_written_out(optimizer: Any, decay: float, clip: float | None):
+def test_trained_coefficients_match_the_update_written_out(optimizer: Any, decay: float, clip: float | None):
     objective = Quadratic(n=5, d=7, seed=2)
     settings_ = TWA(epochs=4, lr=0.05, optimizer=optimizer, weight_decay=decay, clip=clip)
     x = literal(objective, 4 * objective.batches("val"), 0.05, optimizer=optimizer, decay=decay, clip=clip)
@@ -127,7 +127,7 @@ def test_the_trained_coefficients_are_those_of_the_update_written_out(optimizer:
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_training_comes_close_to_the_optimum_of_a_quadratic(constraint: Any, layerwise: bool):
     objective = Quadratic(n=8, d=5, seed=4)
-    rate = 0.02 if layerwise else 0.1  # one dimension is a narrow place for a softmax
+    rate = 0.02 if layerwise else 0.1  # a softmax in one dimension needs small steps
     learned = TWA(constraint=constraint, epochs=300, lr=rate, layerwise=layerwise).learn(objective).coefficients
     assert learned.groups == (objective.blocks(None) if layerwise else EVERYTHING)
     start = -objective.score(Coefficients.uniform(range(8), 8)).value
@@ -149,10 +149,10 @@ def test_training_comes_close_to_the_optimum_of_a_quadratic(constraint: Any, lay
 
 
 def test_the_default_rate_does_not_depend_on_the_scale_of_the_weights():
-    """x is measured in units of the mean distance, so a model of larger numbers takes the same way."""
+    """x is measured in units of the mean distance, so scaled weights follow the same trajectory."""
     small, large = (TWA().learn(Quadratic(n=5, d=4, seed=1, scale=scale)) for scale in (1.0, 1000.0))
     for a, b in zip(small.coefficients.values[0], large.coefficients.values[0], strict=True):
-        assert a == pytest.approx(b, abs=1e-7)  # AdamW's ε is of one scale
+        assert a == pytest.approx(b, abs=1e-7)  # AdamW's ε does not scale
     assert small.coefficients != Coefficients.uniform(range(5), 5)
 
 
@@ -187,7 +187,7 @@ class Logistic:
         return Linear(splits={"val": [batch]})
 
     def loss(self, c: np.ndarray) -> tuple[float, np.ndarray]:
-        """In numpy: the mean cross-entropy and its gradient in c."""
+        """Return the mean cross-entropy and its gradient in c, in numpy."""
         x, y = self.x.numpy(), self.y.numpy()
         logits = x @ np.tensordot(c, self.weights, 1).T + c @ self.biases
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -204,7 +204,7 @@ def test_on_a_convex_problem_simplex_twa_reaches_the_optimum_of_slsqp(tmp_path: 
         constraints={"type": "eq", "fun": lambda c: c.sum() - 1, "jac": lambda c: np.ones(7)},
         options={"ftol": 1e-14, "maxiter": 1000},
     )  # fmt: skip
-    assert solved.success and min(solved.x) < 1e-6 < max(solved.x) < 0.99  # on the boundary, at no corner
+    assert solved.success and min(solved.x) < 1e-6 < max(solved.x) < 0.99  # on the boundary, not at a corner
     mixture = Mixture(problem.task(), problem.checkpoints, device=torch.device("cpu"))
     learned = TWA(constraint="simplex", on="val", epochs=800, lr=0.1).learn(mixture).coefficients
     assert mixture.score(learned).loss == pytest.approx(solved.fun, abs=1e-4)
@@ -236,7 +236,7 @@ def test_a_sam_step_uses_the_gradient_at_the_shifted_point_on_the_same_batch():
 
 
 class Held(Quadratic):
-    """Scores on held-out data that follow a script, whatever the coefficients."""
+    """An objective whose held-out scores follow a script and ignore the coefficients."""
 
     def __init__(self, script: list[float]) -> None:
         super().__init__(n=4, d=3, seed=0)
@@ -254,26 +254,26 @@ class Held(Quadratic):
         return Score(value=value, loss=-value, metric=None, examples=1)
 
 
-def test_patience_stops_on_held_out_data_and_gives_the_best_epoch():
-    objective = Held([0.0, 1.0, 3.0, 2.0, 3.0, 9.0])  # equal is not better
+def test_patience_stops_on_held_out_data_and_returns_the_best_epoch():
+    objective = Held([0.0, 1.0, 3.0, 2.0, 3.0, 9.0])  # a tie is not an improvement
     learned = TWA(patience=2, epochs=50, on="val").learn(objective)
     assert learned.trace["held_out_score"] == [0.0, 1.0, 3.0, 2.0, 3.0] and len(learned.trace["loss"]) == 4 * 3
     assert learned.coefficients == objective.watched[2][1]
     assert objective.fitted == {"fit"} and {on for on, _ in objective.watched} == {"held"}
 
 
-def test_training_that_never_helps_gives_the_mean():
+def test_training_without_improvement_returns_the_mean():
     learned = TWA(patience=1).learn(Held([0.0, -1.0]))
     assert learned.coefficients == Coefficients.uniform(range(4), 4)
 
 
-def test_patience_on_training_data_watches_all_validation_data():
+def test_patience_on_training_data_monitors_all_validation_data():
     objective = Held([0.0, 1.0, 0.0])
     TWA(patience=1, on="train").learn(objective)
     assert objective.fitted == {"train"} and {on for on, _ in objective.watched} == {"val"}
 
 
-def test_coefficients_far_out_are_spoken_of():
+def test_coefficients_far_outside_are_reported():
     objective = Quadratic(n=3, d=2, seed=0)
     objective.weights_ND = torch.tensor([[1.0, 1.0], [1.1, 1.0], [1.0, 1.2]], dtype=torch.float64)  # zero is far away
     (note,) = TWA(lr=0.5, epochs=300).learn(objective).notes
@@ -294,20 +294,20 @@ def test_coefficients_far_out_are_spoken_of():
         ({"weight_decay": math.inf}, "--weight-decay"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings_: dict[str, Any], message: str):
+def test_invalid_settings_are_refused(settings_: dict[str, Any], message: str):
     with pytest.raises(UsageError, match=message):
         TWA(**settings_)
 
 
-def test_a_block_size_alone_means_layer_wise():
+def test_a_block_size_implies_layer_wise():
     assert len(TWA(block_size=0, epochs=1).learn(Quadratic(n=3, d=4, seed=0)).coefficients.groups) == 4
 
 
-def test_one_candidate_is_itself():
+def test_a_single_candidate_is_returned():
     assert TWA(epochs=1).learn(Quadratic(n=1, d=4, seed=0)).coefficients.values == ((1.0,),)
 
 
-def test_training_data_are_asked_for_by_name():
+def test_training_batches_come_from_the_training_split():
     seen = SimpleNamespace(on=None)
 
     class Watched(Quadratic):

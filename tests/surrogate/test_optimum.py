@@ -28,7 +28,7 @@ def random_surrogate(n: int, seed: int, *, psd: bool = True, slope: float = 1.0,
 
 
 def moved(q: Surrogate) -> Surrogate:
-    """The same function where Σβ = 1."""
+    """Return the same function on Σβ = 1."""
     v_N = torch.linspace(-1, 2, q.n, dtype=torch.float64)
     return Surrogate(q.value, q.gradient_N + 5, q.hessian_NN + 30 + v_N + v_N[:, None], "exact")
 
@@ -39,7 +39,7 @@ def gap(q: Surrogate, beta_N: Tensor) -> float:
 
 
 def coordinates(beta_N: Tensor, d_N: Tensor) -> Tensor:
-    """The shortest x of these coefficients: x_i = d_i·(β_i − 1/N + c), with the c that makes it least."""
+    """Return the norm-minimal x of these coefficients: x_i = d_i·(β_i − 1/N + c) with the best c."""
     x_N = d_N * (beta_N - 1 / len(d_N))
     return x_N - d_N * (d_N @ x_N) / (d_N @ d_N)
 
@@ -56,12 +56,12 @@ def test_the_affine_optimum_solves_the_kkt_system(n: int):
     assert float(affine_optimum(q).sum()) == pytest.approx(1, abs=1e-12)
 
 
-def test_flat_directions_are_left_alone_and_slopes_along_them_are_an_error():
+def test_flat_directions_stay_at_zero_and_slopes_along_them_are_an_error():
     q = random_surrogate(8, 0, rank=3)
     inside = Surrogate(0.0, q.hessian_NN @ torch.arange(8.0, dtype=torch.float64), q.hessian_NN, "exact")
     beta_N = affine_optimum(inside)
     slope_N = inside.gradient_N + inside.hessian_NN @ (beta_N - 1 / 8)
-    assert slope_N.numpy() == pytest.approx(float(slope_N.mean()), abs=EXACT)  # the same for all: nothing to gain
+    assert slope_N.numpy() == pytest.approx(float(slope_N.mean()), abs=EXACT)  # equal slopes: no exchange lowers q
     for unbounded in (q, random_surrogate(8, 0, psd=False)):
         with pytest.raises(ValueError, match="falls without bound"):
             affine_optimum(unbounded)
@@ -108,7 +108,7 @@ def test_the_trust_region_agrees_with_scipy(psd: bool):
 
 
 @pytest.mark.parametrize("curvature", [-1.0, 0.0])
-def test_the_hard_case_goes_to_the_border_along_the_lowest_curvature(curvature: float):
+def test_the_hard_case_reaches_the_boundary_along_the_lowest_curvature(curvature: float):
     """In the plane's own axes λ = (c, 2, 3) and γ = (0, 1, 1): t = (±√(r² − ‖t'‖²), −1/(2 + μ), −1/(3 + μ))."""
     axes_NK = torch.linalg.svd(torch.ones(1, 4, dtype=torch.float64)).Vh[1:].T
     lambda_K = torch.tensor([curvature, 2.0, 3.0], dtype=torch.float64)
@@ -122,11 +122,11 @@ def test_the_hard_case_goes_to_the_border_along_the_lowest_curvature(curvature: 
     assert t_K.abs().tolist() == pytest.approx(expected, abs=EXACT)
     assert t_K[1] < 0 and t_K[2] < 0
     if curvature < 0:
-        assert t_K[0] * axes_NK[-1, 0] > 0  # of two equally good answers, that of the last candidate
+        assert t_K[0] * axes_NK[-1, 0] > 0  # of two equally good solutions, the one with the last candidate
 
 
 def test_a_candidate_at_the_mean_has_no_coordinate():
-    """d = 0 is what x/d is 0 for: its coefficient follows from the others'."""
+    """With d = 0, x/d counts as 0 and the coefficient follows from the others."""
     q, d_N = random_surrogate(5, 1), torch.tensor([1.0, 2.0, 0.0, 1.0, 0.0], dtype=torch.float64)
     beta_N = affine_optimum(q, metric_N=d_N)
     assert beta_N[2] == pytest.approx(float(beta_N[4]), abs=1e-14)
@@ -147,7 +147,7 @@ def test_a_convex_surrogate_has_no_duality_gap_at_the_simplex_optimum(
     for same in (q, moved(q)):
         beta_N = simplex_optimum(same)
         assert bool((beta_N >= 0).all()) and float(beta_N.sum()) == pytest.approx(1, abs=1e-13)
-        assert gap(q, beta_N) <= 1e-10  # which bounds q(β) − min q
+        assert gap(q, beta_N) <= 1e-10  # an upper bound on q(β) − min q
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -166,7 +166,7 @@ def test_the_simplex_optimum_agrees_with_scipy(seed: int):
     beta_N = simplex_optimum(q)
     assert float(q(beta_N)) == pytest.approx(end.fun, abs=1e-9)
     assert beta_N.numpy() == pytest.approx(end.x, abs=1e-4)
-    assert ((beta_N == 0) == torch.tensor(end.x < 1e-6)).all()  # exactly 0, not small
+    assert ((beta_N == 0) == torch.tensor(end.x < 1e-6)).all()  # exactly 0
 
 
 def test_an_ill_conditioned_simplex_optimum_is_found_to_the_last_digits():
@@ -178,8 +178,8 @@ def test_an_ill_conditioned_simplex_optimum_is_found_to_the_last_digits():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_where_the_curvature_is_indefinite_no_exchange_and_no_simple_start_is_better(seed: int):
-    """With half of the eigenvalues below zero, or a few, so that the answer has one coefficient or several."""
+def test_with_indefinite_curvature_no_exchange_and_no_simple_start_is_better(seed: int):
+    """With half or a few of the eigenvalues below zero, so that one or several coefficients are nonzero."""
     q = random_surrogate(7, seed, psd=seed % 2 == 0, slope=0.1)
     if seed % 2 == 0:
         q = Surrogate(q.value, q.gradient_N, q.hessian_NN - 0.4 * torch.eye(7, dtype=torch.float64), "exact")
@@ -198,7 +198,7 @@ def test_where_the_curvature_is_indefinite_no_exchange_and_no_simple_start_is_be
                 assert float(q(near_N)) >= value - 1e-12
 
 
-def test_bad_questions_are_refused():
+def test_invalid_arguments_are_refused():
     q = random_surrogate(3, 0)
     with pytest.raises(ValueError, match="radius must be greater than 0"):
         affine_optimum(q, 0.0)

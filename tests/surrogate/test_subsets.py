@@ -39,15 +39,13 @@ def ranked(q: Surrogate, k: int) -> list[tuple[int, ...]]:
 
 @pytest.fixture
 def searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is enumerated but the one subset of all."""
+    """Disable enumeration, except for the full set."""
     monkeypatch.setattr(subsets, "ENUMERATED", 1)
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 9), st.data(), st.booleans(), st.sampled_from([0.0, 0.05, 1.0]), st.integers(0, 10**6))
-def test_the_first_ones_of_the_enumeration_are_those_of_brute_force(
-    n: int, data: st.DataObject, psd: bool, slope: float, seed: int
-):
+def test_enumeration_matches_brute_force(n: int, data: st.DataObject, psd: bool, slope: float, seed: int):
     k, count = data.draw(st.integers(1, n)), data.draw(st.integers(1, 20))
     q = random_surrogate(n, seed, psd=psd, slope=slope)
     found, expected = best_subsets(q, k, count), ranked(q, k)[:count]
@@ -58,7 +56,7 @@ def test_the_first_ones_of_the_enumeration_are_those_of_brute_force(
 
 
 @pytest.mark.parametrize("k", [3, 7])
-def test_small_blocks_find_the_same(monkeypatch: pytest.MonkeyPatch, k: int):
+def test_small_blocks_give_the_same_result(monkeypatch: pytest.MonkeyPatch, k: int):
     q = random_surrogate(10, 4)
     whole = best_subsets(q, k, 12)
     monkeypatch.setattr(subsets, "CELLS", 12)
@@ -68,7 +66,7 @@ def test_small_blocks_find_the_same(monkeypatch: pytest.MonkeyPatch, k: int):
 @pytest.mark.usefixtures("searched")
 @pytest.mark.parametrize("psd", [True, False])
 @pytest.mark.parametrize("seed", range(3))
-def test_branch_and_bound_finds_what_brute_force_finds(seed: int, psd: bool):
+def test_branch_and_bound_matches_brute_force(seed: int, psd: bool):
     for n, k, count in ((10, 4, 5), (9, 7, 3), (8, 1, 8), (3, 2, 2), (2, 1, 2), (7, 3, 40)):
         q = random_surrogate(n, seed, psd=psd, slope=0.05)
         found = best_subsets(q, k, count)
@@ -78,8 +76,8 @@ def test_branch_and_bound_finds_what_brute_force_finds(seed: int, psd: bool):
 
 @pytest.mark.usefixtures("searched")
 @pytest.mark.parametrize("k", [7, 13])
-def test_branch_and_bound_finds_what_the_enumeration_finds(monkeypatch: pytest.MonkeyPatch, k: int):
-    """Flat enough (no slope) that the tree is deep, and without the swap search, which would find them by itself."""
+def test_branch_and_bound_matches_the_enumeration(monkeypatch: pytest.MonkeyPatch, k: int):
+    """Zero slope for a deep tree, and no swap search, which alone would find the best subsets."""
     q = random_surrogate(18, 1, slope=0.0)
     monkeypatch.setattr(subsets, "_swap", lambda *_: None)
     found = best_subsets(q, k, 200)
@@ -89,7 +87,7 @@ def test_branch_and_bound_finds_what_the_enumeration_finds(monkeypatch: pytest.M
 
 
 def test_ten_of_forty_are_proven_to_be_the_best_and_a_small_limit_gives_up(monkeypatch: pytest.MonkeyPatch):
-    """847 million subsets; that no exchange of one or two candidates is better is checked from outside."""
+    """847 million subsets; an independent check tries all exchanges of one or two candidates."""
     q = random_surrogate(40, 0, slope=0.3)
     found = best_subsets(q, 10, 1)
     assert found.proof == "branch and bound"
@@ -107,7 +105,7 @@ def test_ten_of_forty_are_proven_to_be_the_best_and_a_small_limit_gives_up(monke
     flat = random_surrogate(40, 0, slope=0.0)
     given_up = best_subsets(flat, 10, 4)
     assert given_up.proof == "heuristic" and len(given_up.masks) == 4
-    assert given_up == best_subsets(flat, 10, 4)  # and the same again
+    assert given_up == best_subsets(flat, 10, 4)  # reproducible
     assert list(given_up.values) == sorted(given_up.values)
 
 
@@ -129,7 +127,7 @@ def test_ties_go_to_the_later_candidates(k: int):
     flat = Surrogate(0.0, torch.zeros(6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64), "exact")
     latest = sorted(itertools.combinations(range(6), k), reverse=True)
     assert best_subsets(flat, k, 4).masks == tuple(latest[:4])
-    # three candidates that are each there twice, at i and i + 3: every choice between twins is a tie
+    # three pairs of identical candidates at i and i + 3: every choice within a pair is a tie
     few = random_surrogate(3, 8)
     q = Surrogate(1.0, few.gradient_N.repeat(2), few.hessian_NN.repeat(2, 2), "exact")
     order = sorted(itertools.combinations(range(6), k), key=lambda mask: (round(at_the_average_of(q, mask), 9),))
@@ -146,10 +144,8 @@ def test_a_flat_surrogate_is_proven_flat():
 
 
 @pytest.mark.parametrize("limit", [1, 10**6])
-def test_what_does_not_matter_where_coefficients_sum_to_one_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, limit: int
-):
-    """A constant in g, and c·11ᵀ + v1ᵀ + 1vᵀ in H, which Δᵀ…Δ is 0 of where ΣΔ = 0."""
+def test_terms_that_vanish_on_the_plane_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, limit: int):
+    """Add a constant to g and c·11ᵀ + v1ᵀ + 1vᵀ to H, for which Δᵀ…Δ = 0 if ΣΔ = 0."""
     monkeypatch.setattr(subsets, "ENUMERATED", limit)
     q = random_surrogate(9, 2)
     v_N = torch.randn(9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -160,7 +156,7 @@ def test_what_does_not_matter_where_coefficients_sum_to_one_changes_nothing(
         assert one.values == pytest.approx(other.values, abs=100 * CLOSE)
 
 
-def test_every_size_is_answered_and_shares_the_nodes(monkeypatch: pytest.MonkeyPatch):
+def test_every_size_is_solved_with_a_shared_node_limit(monkeypatch: pytest.MonkeyPatch):
     q = random_surrogate(9, 6)
     every = best_for_every_k(q, 3)
     assert every == {k: best_subsets(q, k, 3) for k in range(1, 10)}
@@ -171,8 +167,8 @@ def test_every_size_is_answered_and_shares_the_nodes(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_at_any_node_the_bound_holds_and_only_what_is_no_better_is_fixed_away(seed: int):
-    """Two candidates are in, one is out; the cut is set so low that there is something to fix."""
+def test_the_bound_holds_at_any_node_and_fixing_loses_no_better_subset(seed: int):
+    """Two candidates are in and one is out; the cut is low enough to fix others."""
     q, draws = random_surrogate(10, seed, psd=seed % 2 == 0, slope=0.05), torch.Generator().manual_seed(seed)
     energy = Energy.of(q, 5)
     relaxation, shortlist = Relaxation.of(energy, convexifier(energy.hessian_NN)), Shortlist(energy, 2)
@@ -200,7 +196,7 @@ def test_at_any_node_the_bound_holds_and_only_what_is_no_better_is_fixed_away(se
 
 
 @pytest.mark.parametrize("psd", [True, False])
-def test_the_diagonal_that_is_moved_leaves_a_convex_function_and_beats_the_least_eigenvalue(psd: bool):
+def test_the_convexifier_is_valid_and_beats_the_least_eigenvalue(psd: bool):
     h_NN = random_surrogate(12, 3, psd=psd).hessian_NN
     d_N = convexifier(h_NN)
     basis = torch.linalg.svd(torch.ones(1, 12, dtype=torch.float64)).Vh[1:]
@@ -209,12 +205,12 @@ def test_the_diagonal_that_is_moved_leaves_a_convex_function_and_beats_the_least
     assert float(d_N.sum()) > 12 * float(torch.linalg.eigvalsh(basis @ h_NN @ basis.T)[0])
 
 
-def test_bad_questions_are_refused():
+def test_invalid_arguments_are_refused():
     q = random_surrogate(4, 0)
     for k in (0, 5):
-        with pytest.raises(ValueError, match=f"from 1 to 4 of the 4 candidates, not {k}"):
+        with pytest.raises(ValueError, match=f"between 1 and 4, the number of candidates, not {k}"):
             best_subsets(q, k, 1)
-    with pytest.raises(ValueError, match="at least one subset"):
+    with pytest.raises(ValueError, match="the number of subsets must be at least 1"):
         best_for_every_k(q, 0)
     broken = Surrogate(0.0, q.gradient_N, q.hessian_NN * math.nan, "exact")
     with pytest.raises(ValueError, match="not finite"):

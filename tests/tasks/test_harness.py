@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a resident model: against log-likelihoods in plain torch, offline, leaving no trace."""
+"""lm-evaluation-harness on a model in memory: scores against plain torch, offline operation, restored state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ckptavg.score import Score
 from ckptavg.tasks.lm_eval.harness import Harness
 
 pytest.importorskip("lm_eval")
-# what the frameworks themselves warn of: SWIG types without a module, and forks of their own
+# warnings of the frameworks themselves: SWIG types without a module, and their own forks
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"),
@@ -64,7 +64,7 @@ metric_list:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Local tasks, an empty working directory, and no network."""
+    """Create local tasks and an empty working directory, and block the network."""
     import datasets.config
 
     def refuse(*_: object) -> None:
@@ -96,8 +96,8 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<s>", unk_token="<unk>")
 
 
-def network(seed: int) -> Any:
-    """A tiny GPT-2 with weights so large that it has opinions."""
+def tiny_gpt2(seed: int) -> Any:
+    """Build a tiny GPT-2 with large weights, so that its predictions are far from uniform."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
@@ -117,7 +117,7 @@ def log_likelihood(model: Any, tokenizer: Any, context: str, continuation: str) 
 
 
 def by_hand(model: Any, tokenizer: Any) -> tuple[list[float], list[float]]:
-    """acc and acc_norm of each document; the latter divides by the characters of the choice."""
+    """Compute acc and acc_norm of each document; acc_norm divides by the characters of the choice."""
     acc, acc_norm = list[float](), list[float]()
     for doc in DOCS:
         own = [log_likelihood(model, tokenizer, doc["question"], choice) for choice in doc["choices"]]
@@ -127,8 +127,8 @@ def by_hand(model: Any, tokenizer: Any) -> tuple[list[float], list[float]]:
     return acc, acc_norm
 
 
-def test_accuracy_is_that_of_log_likelihoods_by_hand(folder: Path, tokenizer: Any):
-    model = network(0)
+def test_accuracy_matches_log_likelihoods_in_plain_torch(folder: Path, tokenizer: Any):
+    model = tiny_gpt2(0)
     measured = Harness(["tiny_choice"], include_path=folder).score(model, tokenizer)
     acc, acc_norm = by_hand(model, tokenizer)
     assert measured.each is not None and measured.each.values_U.tolist() == acc_norm != acc
@@ -138,23 +138,23 @@ def test_accuracy_is_that_of_log_likelihoods_by_hand(folder: Path, tokenizer: An
     assert measured.each.examples_U.tolist() == [1.0] * 30
 
 
-def test_new_weights_in_the_same_module_score_as_a_fresh_harness_says(folder: Path, tokenizer: Any):
-    model, other = network(0), network(1)
+def test_new_weights_in_the_same_module_score_as_with_a_fresh_harness(folder: Path, tokenizer: Any):
+    model, other = tiny_gpt2(0), tiny_gpt2(1)
     harness = Harness(["tiny_choice", "tiny_shots", "tiny_text"], include_path=folder)
     first = harness.score(model, tokenizer)
     tasks, adapter = harness._tasks, harness._lm
     model.load_state_dict(other.state_dict())
     second = harness.score(model, tokenizer)
-    assert harness._tasks is tasks and harness._lm is adapter  # nothing was built again
+    assert harness._tasks is tasks and harness._lm is adapter  # nothing was rebuilt
     assert second != first
     assert second == Harness(["tiny_choice", "tiny_shots", "tiny_text"], include_path=folder).score(other, tokenizer)
-    model.load_state_dict(network(0).state_dict())
+    model.load_state_dict(tiny_gpt2(0).state_dict())
     assert harness.score(model, tokenizer) == first
     assert harness.score(other, tokenizer) == second  # another module
 
 
-def test_a_perplexity_counts_negatively_and_is_no_mean_over_examples(folder: Path, tokenizer: Any):
-    model = network(0)
+def test_perplexity_is_negated_and_is_not_a_mean_over_examples(folder: Path, tokenizer: Any):
+    model = tiny_gpt2(0)
     measured = Harness(["tiny_text"], include_path=folder).score(model, tokenizer)
     total = sum(log_likelihood(model, tokenizer, "", doc["question"]) for doc in DOCS)
     perplexity = math.exp(-total / sum(len(doc["question"].split()) for doc in DOCS))
@@ -162,21 +162,21 @@ def test_a_perplexity_counts_negatively_and_is_no_mean_over_examples(folder: Pat
     assert measured.each is None and measured.figures["tiny_text"]["word_perplexity"] == -measured.value
 
 
-def test_a_median_is_no_mean_over_examples(folder: Path, tokenizer: Any):
+def test_a_median_is_not_a_mean_over_examples(folder: Path, tokenizer: Any):
     lines = [line.replace("aggregation: mean", "aggregation: median") for line in CHOICE.splitlines(keepends=True)]
     (folder / "median.yaml").write_text(
         "".join(lines).replace("tiny_choice", "tiny_median").replace("FILE", str(folder / "docs.jsonl"))
     )
-    model = network(0)
+    model = tiny_gpt2(0)
     measured = Harness(["tiny_median"], include_path=folder).score(model, tokenizer)
     assert measured.each is None and measured.value == sorted(by_hand(model, tokenizer)[1])[15]
 
 
-def test_tasks_count_alike_however_many_examples_they_have(folder: Path, tokenizer: Any):
+def test_tasks_have_equal_weight_whatever_their_number_of_examples(folder: Path, tokenizer: Any):
     (folder / "few.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in DOCS[:7]))
     few = CHOICE.replace("tiny_choice", "tiny_few").replace("FILE", str(folder / "few.jsonl"))
     (folder / "few.yaml").write_text(few)
-    model = network(0)
+    model = tiny_gpt2(0)
     measured = Harness(["tiny_choice", "tiny_few"], include_path=folder).score(model, tokenizer)
     _, acc_norm = by_hand(model, tokenizer)
     assert measured.value == pytest.approx((sum(acc_norm) / 30 + sum(acc_norm[:7]) / 7) / 2, rel=1e-15)
@@ -188,15 +188,15 @@ def test_tasks_count_alike_however_many_examples_they_have(folder: Path, tokeniz
     assert gain(score, score).value == 0.0
 
 
-def test_a_limit_takes_the_first_examples(folder: Path, tokenizer: Any):
-    model = network(0)
+def test_a_limit_uses_the_first_examples(folder: Path, tokenizer: Any):
+    model = tiny_gpt2(0)
     measured = Harness(["tiny_choice"], include_path=folder, limit=5, batch_size=2).score(model, tokenizer)
     assert measured.each is not None and measured.each.values_U.tolist() == by_hand(model, tokenizer)[1][:5]
     assert measured.examples == 5
 
 
-def test_scoring_leaves_no_trace(folder: Path, tokenizer: Any, capfd: pytest.CaptureFixture[str]):
-    model = network(0).train()
+def test_scoring_restores_the_process_state(folder: Path, tokenizer: Any, capfd: pytest.CaptureFixture[str]):
+    model = tiny_gpt2(0).train()
     model.transformer.h[0].eval()
     modes = {name: module.training for name, module in model.named_modules()}
     parameters = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -215,8 +215,8 @@ def test_scoring_leaves_no_trace(folder: Path, tokenizer: Any, capfd: pytest.Cap
     assert capfd.readouterr() == ("", "")
 
 
-def test_weights_that_the_checkpoints_have_apart_are_not_tied(folder: Path, tokenizer: Any):
-    model = network(0)
+def test_weights_that_are_separate_in_the_checkpoints_are_not_tied(folder: Path, tokenizer: Any):
+    model = tiny_gpt2(0)
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     before = by_hand(model, tokenizer)[1]
     measured = Harness(["tiny_choice"], include_path=folder).score(model, tokenizer)
@@ -225,36 +225,36 @@ def test_weights_that_the_checkpoints_have_apart_are_not_tied(folder: Path, toke
 
 
 @pytest.mark.parametrize("task", ["tiny_choice", "tiny_text"])
-def test_a_model_that_gives_nan_is_an_error_and_no_accuracy(folder: Path, tokenizer: Any, task: str):
-    model = network(0)
+def test_a_model_that_returns_nan_is_an_error(folder: Path, tokenizer: Any, task: str):
+    model = tiny_gpt2(0)
     torch.nn.init.constant_(model.transformer.wte.weight, math.nan)
     with pytest.raises(TaskError, match=f"{task}: a log-likelihood or .* is not finite"):
         Harness([task], include_path=folder).score(model, tokenizer)
 
 
-def test_an_unknown_task_is_one_line_with_those_it_may_have_been(folder: Path):
+def test_an_unknown_task_is_a_one_line_error_with_close_matches(folder: Path):
     with pytest.raises(UsageError) as error:
         Harness(["hellaswagg"], include_path=folder).check()
-    assert str(error.value).startswith("lm-evaluation-harness has no task called hellaswagg; there are hellaswag")
+    assert str(error.value).startswith("lm-evaluation-harness has no task hellaswagg; close matches: hellaswag")
     assert "\n" not in str(error.value)
 
 
-def test_data_that_are_not_there_are_not_fetched(folder: Path, tokenizer: Any):
+def test_missing_data_is_not_downloaded(folder: Path, tokenizer: Any):
     (folder / "hub.yaml").write_text(CHOICE.replace("dataset_path: json", "dataset_path: nobody/nothing"))
     (folder / "choice.yaml").unlink()
     with pytest.raises(TaskError, match="tiny_choice cannot be built") as error:
-        Harness(["tiny_choice"], include_path=folder).score(network(0), tokenizer)
+        Harness(["tiny_choice"], include_path=folder).score(tiny_gpt2(0), tokenizer)
     assert error.value.hint is not None and "lm_eval run --model dummy --tasks tiny_choice" in error.value.hint
 
 
-def test_a_missing_package_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_is_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UsageError) as error:
         Harness(["any"]).check()
     assert error.value.hint == "pip install 'ckptavg[lm-eval]'"
 
 
-def test_what_cannot_be_asked_is_said_at_once(folder: Path, tokenizer: Any):
+def test_invalid_arguments_are_rejected_immediately(folder: Path, tokenizer: Any):
     for arguments in ({"tasks": []}, {"tasks": ["a"], "limit": 0}, {"tasks": ["a"], "include_path": folder / "no"}):
         with pytest.raises(UsageError):
             Harness(**arguments)
@@ -262,10 +262,10 @@ def test_what_cannot_be_asked_is_said_at_once(folder: Path, tokenizer: Any):
     with pytest.raises(UsageError, match="this is a Linear"):
         harness.score(torch.nn.Linear(1, 1), tokenizer)
     with pytest.raises(UsageError, match="no tokenizer was given"):
-        harness.score(network(0), None)
+        harness.score(tiny_gpt2(0), None)
 
 
-def test_importing_the_module_imports_no_framework():
+def test_importing_the_module_does_not_import_a_framework():
     code = "import ckptavg.tasks.lm_eval.harness, sys; print({'torch', 'numpy', 'lm_eval'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
@@ -285,7 +285,7 @@ metric_list:
 
 
 @pytest.mark.parametrize("stops", [(2,), (1, 3), (7, 2)])
-def test_an_interrupted_score_asks_for_the_rest_only(
+def test_an_interrupted_score_requests_only_the_remaining_answers(
     folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...]
 ):
     monkeypatch.setattr(pass_progress, "EVERY", 0.0)
@@ -293,7 +293,7 @@ def test_an_interrupted_score_asks_for_the_rest_only(
     names, kept, forwards = ["tiny_choice", "tiny_shots", "tiny_story"], dict[str, Any](), [0]
 
     def score(stop: int = 0, key: str = "x") -> Any:
-        model, begun = network(0), forwards[0]
+        model, begun = tiny_gpt2(0), forwards[0]
 
         def counted(*_: object) -> None:
             forwards[0] += 1
@@ -313,5 +313,5 @@ def test_an_interrupted_score_asks_for_the_rest_only(
         with pytest.raises(KeyboardInterrupt):
             score(stop)
     assert score() == whole and kept
-    # of texts a batch takes three forward passes, of which all are lost
+    # for texts, a batch takes three forward passes, all of which are lost
     assert needed + len(stops) <= forwards[0] <= needed + 3 * len(stops)

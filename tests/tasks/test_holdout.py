@@ -1,4 +1,4 @@
-"""A part of the examples kept apart: always the same ones, whatever the order and the size of batches."""
+"""HeldOut: the same examples are held out whatever the order and the size of the batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def batched(x: torch.Tensor, y: torch.Tensor, sizes: int) -> list[dict[str, torc
     return [{"x": a, "y": b} for a, b in zip(x.split(sizes), y.split(sizes), strict=True)]
 
 
-def test_the_two_parts_are_all_the_examples_once():
+def test_the_two_parts_partition_the_examples():
     whole = data(1, (70, 50, 3))
     task = held({"val": whole})
     kept, out = rows(task, "val"), rows(task, "test")
@@ -38,7 +38,7 @@ def test_the_two_parts_are_all_the_examples_once():
     assert all(len(batch["x"]) == len(batch["y"]) > 0 for split in ("val", "test") for batch in task.batches(split))
 
 
-def test_order_and_batch_size_do_not_matter():
+def test_the_parts_do_not_depend_on_order_and_batch_size():
     (batch,) = data(1, (60,))
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
     one = held({"val": batched(batch["x"], batch["y"], 60)})
@@ -46,14 +46,14 @@ def test_order_and_batch_size_do_not_matter():
     assert rows(one, "test") == rows(other, "test")
 
 
-def test_equal_examples_lie_on_one_side_and_the_seed_decides_which():
+def test_equal_examples_share_a_side_chosen_by_the_seed():
     (batch,) = data(1, (60,))
     doubled = held({"val": [batch, batch]})
     assert rows(doubled, "test") == sorted(2 * rows(held({"val": [batch]}), "test"))
     assert rows(held({"val": [batch]}, seed=1), "test") != rows(held({"val": [batch]}), "test")
 
 
-def test_a_part_can_be_divided_again_independently():
+def test_a_second_division_is_independent_of_the_first():
     task = held({"val": data(1, (400,))})
     again = HeldOut(task, "val", rest="fit", to="held", fraction=0.5, seed=0)
     assert sorted(rows(again, "fit") + rows(again, "held")) == rows(task, "val")
@@ -62,13 +62,13 @@ def test_a_part_can_be_divided_again_independently():
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.9])
-def test_the_fraction_is_met_about(fraction: float):
+def test_the_fraction_is_approximate(fraction: float):
     assert len(rows(held({"val": data(1, (1000,))}, fraction=fraction), "test")) == pytest.approx(
         1000 * fraction, abs=40
     )
 
 
-def test_every_kind_of_number_and_nesting_is_divided():
+def test_every_dtype_and_nesting_is_divided():
     batch = {
         "x": torch.randn(8, 3).bfloat16(),
         "nested": [torch.arange(8), {"text": list("abcdefgh"), "scalar": torch.tensor(3)}],
@@ -97,16 +97,16 @@ def test_a_batch_that_cannot_be_divided_is_an_error():
     assert caught.value.hint is not None and "test_dataloader()" in caught.value.hint
 
 
-def test_a_batch_that_shows_no_examples_is_an_error():
+def test_a_batch_without_recognizable_examples_is_an_error():
     class Opaque:
         pass
 
-    with pytest.raises(TaskError, match="val data cannot be divided: a Opaque shows no examples"):
+    with pytest.raises(TaskError, match="val data cannot be divided: no examples were found in a Opaque"):
         list(held({"val": [Opaque()]}).batches("val"))
 
 
 def test_examples_that_change_from_pass_to_pass_are_an_error():
-    """Padding to the longest of a shuffled batch gives an example another hash, and so another side."""
+    """Padding to the longest example of a shuffled batch changes an example's hash, and so its side."""
     (batch,) = data(1, (40,))
     changed = {"x": torch.cat([batch["x"], torch.zeros(40, 1)], dim=1), "y": batch["y"]}
     splits = {"val": [batch]}
@@ -118,7 +118,7 @@ def test_examples_that_change_from_pass_to_pass_are_an_error():
         list(task.batches("test"))
 
 
-def test_everything_else_is_the_task():
+def test_everything_else_is_delegated_to_the_task():
     task = held({"val": data(1, (5, 4)), "train": data(2, (6,))})
     assert task.has("test") and task.has("train") and not task.has("held")
     assert task.examples("train") == 6 and task.length("train") == 1
@@ -126,8 +126,8 @@ def test_everything_else_is_the_task():
     assert task.source == "toy" and [len(batch["x"]) for batch in task.batches("train")] == [6]
 
 
-def test_a_stream_that_begins_late_goes_on_where_it_would_have_been(tmp_path: Path):
-    """Also with a last batch of one, which is left out only of a split that is divided itself."""
+def test_a_stream_started_late_continues_at_the_same_batch(tmp_path: Path):
+    """Covers a last batch of one example, which is dropped only from a split that is divided itself."""
     (tmp_path / "odd.py").write_text(
         "import torch\n"
         "def model(): ...\n"

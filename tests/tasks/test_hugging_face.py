@@ -31,12 +31,12 @@ PAIRS = [(text[:15], text[15:60]) for text in TEXTS]
 LIMIT = 48
 LABELS = {"code": 0, "prose": 1, "both": 2}
 IN_PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-ROUNDING = 1e-5  # float32 sums of some 10² terms of order 1, in another order
+ROUNDING = 1e-5  # float32 sums of about 10² terms of order 1, in another order
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whoever looks for a host or connects is caught, even if it catches the error itself."""
+    """Fail the test on any host look-up or connection, even if the caller catches the error."""
     tried: list[Any] = []
 
     def refuse(*arguments: Any, **_: Any) -> None:
@@ -71,7 +71,7 @@ def tokenizer(template: bool) -> Any:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``gpt2``, ``bert``, ``classifier`` and ``vit`` directories, saved as transformers saves them."""
+    """Save ``gpt2``, ``bert``, ``classifier`` and ``vit`` directories with transformers."""
     root = tmp_path_factory.mktemp("hf")
     torch.manual_seed(0)
     layers: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
@@ -120,7 +120,7 @@ def pairs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Three classes of random images, in directories whose order is not the model's."""
+    """Save three classes of random images, in directories ordered differently from the model's classes."""
     from PIL import Image
 
     random = torch.Generator().manual_seed(0)
@@ -136,13 +136,13 @@ def saved(folder: Path, auto: str) -> nn.Module:
     return getattr(transformers, auto).from_pretrained(folder).eval()
 
 
-def measured(task: HuggingFaceTask, model: nn.Module, what: str = "loss") -> Tensor:
+def measured(task: HuggingFaceTask, model: nn.Module, function: str = "loss") -> Tensor:
     with torch.no_grad():
-        return torch.cat([getattr(task, what)(model, batch) for batch in task.batches("val")])
+        return torch.cat([getattr(task, function)(model, batch) for batch in task.batches("val")])
 
 
-def literal(model: nn.Module, ids: list[int], predicted: range) -> float:
-    """−ln p of tokens, averaged one by one from the model's logits on one text without padding."""
+def reference_loss(model: nn.Module, ids: list[int], predicted: range) -> float:
+    """Average −ln p over tokens one by one, from the model's logits on one text without padding."""
     with torch.no_grad():
         logp_TV = model(torch.tensor([ids])).logits[0].double().log_softmax(dim=-1)
     return -sum(float(logp_TV[t - 1, ids[t]]) for t in predicted) / len(predicted)
@@ -153,12 +153,12 @@ def test_the_loss_of_a_text_is_the_mean_over_its_own_tokens(root: Path, texts: P
     model, tokens = saved(root / "gpt2", "GPT2LMHeadModel"), tokenizer(template=False)
     every_ids = [tokens(text)["input_ids"][:LIMIT] for text in TEXTS]
     assert len({len(ids) for ids in every_ids}) > 3  # there is padding
-    expected = [literal(model, ids, range(1, len(ids))) for ids in every_ids]
+    expected = [reference_loss(model, ids, range(1, len(ids))) for ids in every_ids]
     assert measured(task, model).tolist() == pytest.approx(expected, abs=ROUNDING)
     assert (task.metric, task.examples("val"), task.length("val")) == (None, len(TEXTS), 4)
 
 
-def test_of_a_prompt_only_the_completion_is_predicted(root: Path, pairs: Path):
+def test_only_the_completion_of_a_prompt_is_predicted(root: Path, pairs: Path):
     task = HuggingFaceTask(root / "gpt2", val=pairs, batch_size=5)
     model, tokens = saved(root / "gpt2", "GPT2LMHeadModel"), tokenizer(template=False)
     expected: list[float] = []
@@ -167,7 +167,7 @@ def test_of_a_prompt_only_the_completion_is_predicted(root: Path, pairs: Path):
         same = 0
         while same < len(before) and ids[same] == before[same]:
             same += 1
-        expected.append(literal(model, ids, range(same, len(ids))))
+        expected.append(reference_loss(model, ids, range(same, len(ids))))
     assert measured(task, model).tolist() == pytest.approx(expected, abs=ROUNDING)
 
 
@@ -180,7 +180,7 @@ def test_a_prompt_that_is_too_long_keeps_its_end(root: Path, tmp_path: Path):
     assert batch["labels"].tolist() == [[-100] * (20 - len(ids) + 100) + ids[100:]]
 
 
-def test_of_a_conversation_the_last_message_is_predicted(root: Path, tmp_path: Path):
+def test_only_the_last_message_of_a_conversation_is_predicted(root: Path, tmp_path: Path):
     import shutil
 
     folder = shutil.copytree(root / "gpt2", tmp_path / "chat")
@@ -196,7 +196,7 @@ def test_of_a_conversation_the_last_message_is_predicted(root: Path, tmp_path: P
     assert tokens.decode(kept).strip() == "Yes." and tokens.decode(batch["input_ids"][0]).startswith("user: heap?")
 
 
-def test_an_encoder_and_a_decoder_translate(root: Path, pairs: Path):
+def test_the_loss_of_an_encoder_decoder_model(root: Path, pairs: Path):
     task = HuggingFaceTask(root / "t5", val=pairs, batch_size=5)
     model, tokens = saved(root / "t5", "T5ForConditionalGeneration"), tokenizer(template=False)
     expected: list[float] = []
@@ -208,7 +208,7 @@ def test_an_encoder_and_a_decoder_translate(root: Path, pairs: Path):
 
 
 def test_every_pass_masks_the_same_tokens_however_they_are_batched(root: Path, texts: Path):
-    """Every loss is that of one text without padding, at the tokens that carry a label."""
+    """Compare every loss with that of one text without padding, at the labelled tokens."""
     first, second = (HuggingFaceTask(root / "bert", val=texts, batch_size=size) for size in (1, 6))
     model = saved(root / "bert", "BertForMaskedLM")
     one_by_one = measured(first, model)
@@ -229,7 +229,7 @@ def test_every_pass_masks_the_same_tokens_however_they_are_batched(root: Path, t
     assert changed > 0
 
 
-def test_classes_are_named_as_the_model_names_them(root: Path, tmp_path: Path):
+def test_class_names_are_looked_up_in_the_models_configuration(root: Path, tmp_path: Path):
     rows = [{"text": text, "label": list(LABELS)[i % 3]} for i, text in enumerate(TEXTS)]
     task = HuggingFaceTask(root / "classifier", val=lines(tmp_path / "classes.jsonl", rows), batch_size=5)
     model, tokens = saved(root / "classifier", "BertForSequenceClassification"), tokenizer(template=True)
@@ -245,7 +245,7 @@ def test_classes_are_named_as_the_model_names_them(root: Path, tmp_path: Path):
     assert (task.metric_goal, task.metric_bounds) == ("max", (0.0, 1.0))
 
 
-def test_the_metric_after_the_loss_needs_no_second_forward_pass_but_never_uses_an_old_one(root: Path, tmp_path: Path):
+def test_the_metric_reuses_the_logits_of_the_loss_but_never_stale_ones(root: Path, tmp_path: Path):
     data = lines(tmp_path / "classes.jsonl", [{"text": text, "label": 1} for text in TEXTS])
     task = HuggingFaceTask(root / "classifier", val=data)
     model = saved(root / "classifier", "BertForSequenceClassification")
@@ -264,7 +264,7 @@ def test_the_metric_after_the_loss_needs_no_second_forward_pass_but_never_uses_a
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_images_are_processed_and_classified(root: Path, images: Path, tmp_path: Path, listed: bool):
-    """A folder's classes are numbered by the model's names, not by their order on disk."""
+    """Check that a folder's classes are numbered by the model's names, not by their order on disk."""
     from PIL import Image
 
     found = sorted(images.rglob("*.png"))
@@ -324,7 +324,7 @@ def saved_of(path: Path, rows: list[dict[str, Any]]) -> Path:
     ("name", "write"),
     [("d.json", json_of), ("lines.json", lines), ("d.csv", csv_of), ("d.parquet", parquet_of), ("saved", saved_of)],
 )
-def test_every_kind_of_file_gives_the_same_batches(root: Path, tmp_path: Path, name: str, write: Callable[..., Path]):
+def test_every_file_format_yields_the_same_batches(root: Path, tmp_path: Path, name: str, write: Callable[..., Path]):
     rows = [{"text": text, "label": list(LABELS)[i % 3]} for i, text in enumerate(TEXTS)]
     one = HuggingFaceTask(root / "classifier", val=lines(tmp_path / "d.jsonl", rows))
     (tmp_path / "other").mkdir()
@@ -333,10 +333,10 @@ def test_every_kind_of_file_gives_the_same_batches(root: Path, tmp_path: Path, n
     other = HuggingFaceTask(root / "classifier", val=path)
     for ours, theirs in zip(one.batches("val"), other.batches("val"), strict=True):
         assert all(ours[column].equal(theirs[column]) for column in ours)
-    assert sorted(tmp_path.rglob("*")) == before  # nothing is written beside the data
+    assert sorted(tmp_path.rglob("*")) == before  # no file is written beside the data
 
 
-def test_training_data_is_shuffled_by_the_callers_seed_and_other_data_keeps_its_order(root: Path, texts: Path):
+def test_only_training_data_is_shuffled_by_the_callers_seed(root: Path, texts: Path):
     task = HuggingFaceTask(root / "gpt2", val=texts, train=texts, test=texts, batch_size=1)
 
     def order(split: Any, seed: int) -> list[list[int]]:
@@ -348,7 +348,7 @@ def test_training_data_is_shuffled_by_the_callers_seed_and_other_data_keeps_its_
     assert sorted(order("train", 1)) == sorted(order("val", 1))
 
 
-def test_automatic_batches_are_halved_down_to_one_also_during_a_pass(root: Path, texts: Path):
+def test_automatic_batch_sizes_are_halved_down_to_one_even_during_a_pass(root: Path, texts: Path):
     task = HuggingFaceTask(root / "gpt2", val=texts, batch_size=None)
     assert [len(batch["labels"]) for batch in task.batches("val")] == [24]
     assert task.halve() and task.halve() and task.length("val") == 3
@@ -361,7 +361,7 @@ def test_automatic_batches_are_halved_down_to_one_also_during_a_pass(root: Path,
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "classifier", "vit", "t5"])
-def test_the_models_names_are_those_of_the_file(root: Path, images: Path, tmp_path: Path, name: str):
+def test_the_models_tensor_names_match_the_file(root: Path, images: Path, tmp_path: Path, name: str):
     from safetensors.torch import load_file
 
     rows = [{"text": "a heap", "label": 0, "prompt": "a", "completion": " heap"}]
@@ -393,7 +393,7 @@ def test_a_run_of_checkpoints_is_scored_by_the_mean_loss(root: Path, texts: Path
 
 @pytest.fixture
 def adapters(root: Path, tmp_path: Path) -> Path:
-    """Two steps of a LoRA adapter around ``gpt2``, with a tokenizer only beside the base."""
+    """Save two steps of a LoRA adapter of ``gpt2``; only the base model's directory has a tokenizer."""
     import peft
 
     base = saved(root / "gpt2", "GPT2LMHeadModel")
@@ -410,7 +410,7 @@ def adapters(root: Path, tmp_path: Path) -> Path:
 
 
 @IN_PEFT
-def test_of_an_adapter_only_the_adapter_is_state_and_learns(root: Path, adapters: Path, texts: Path):
+def test_only_the_adapter_of_a_peft_model_is_state_and_trainable(root: Path, adapters: Path, texts: Path):
     import peft
     from safetensors.torch import load_file
 
@@ -428,7 +428,7 @@ def test_of_an_adapter_only_the_adapter_is_state_and_learns(root: Path, adapters
 
 
 def broken(root: Path, tmp_path: Path, **changes: Any) -> Path:
-    """A copy of ``gpt2`` with another config.json; None takes an entry out."""
+    """Copy ``gpt2`` with a modified config.json; None removes an entry."""
     folder = tmp_path / "broken"
     folder.mkdir()
     for path in (root / "gpt2").iterdir():
@@ -438,65 +438,65 @@ def broken(root: Path, tmp_path: Path, **changes: Any) -> Path:
     return folder
 
 
-def refused(kind: type[CkptavgError], what: str, hint: str, folder: Path, val: Path, **options: Any) -> None:
-    with pytest.raises(kind, match=what) as caught:
+def refused(kind: type[CkptavgError], message: str, hint: str, folder: Path, val: Path, **options: Any) -> None:
+    with pytest.raises(kind, match=message) as caught:
         list(HuggingFaceTask(folder, val=val, **options).batches("val"))
     assert "\n" not in str(caught.value) and hint in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "what"),
+    ("name", "content", "message"),
     [
-        ("d.jsonl", b'{"text": "a heap"}\n\n{"text": }\n', r"d\.jsonl:3: is no JSON"),
+        ("d.jsonl", b'{"text": "a heap"}\n\n{"text": }\n', r"d\.jsonl:3: is not JSON"),
         ("d.jsonl", b'{"text": "a heap"}\n[1]\n', r"d\.jsonl:2: is a JSON list"),
         ("d.jsonl", b'{"text": "a heap"}\n{"text": "\xff"}\n', r"d\.jsonl:2: is not UTF-8"),
-        ("d.jsonl", b'{"text": "a heap"}\n{"text": 3}\n', r"d\.jsonl:2: `text` must be a str, here is a int"),
-        ("d.jsonl", b'{"text": "a heap"}\n{"other": 3}\n', r"d\.jsonl:2: `text` must be a str, here is nothing"),
+        ("d.jsonl", b'{"text": "a heap"}\n{"text": 3}\n', r"d\.jsonl:2: `text` must be a str, not a int"),
+        ("d.jsonl", b'{"text": "a heap"}\n{"other": 3}\n', r"d\.jsonl:2: `text` must be a str, not nothing"),
         ("d.jsonl", b'{"text": ""}\n', r"d\.jsonl: no text has a token to predict"),
         ("d.jsonl", b'{"prompt": "a", "completion": ""}\n', r"d\.jsonl:1: `completion` has no token"),
         ("d.jsonl", b"\n", r"d\.jsonl: is empty"),
         ("d.json", b"[]", r"d\.json: is empty"),
         ("d.csv", b"text,more\na heap,1\nalone\n", r"d\.csv:3: this line has fewer cells"),
-        ("d.csv", b'text\n"open', r"d\.csv: is no CSV"),
-        ("d.parquet", b"PAR1", r"d\.parquet: is no Parquet file"),
+        ("d.csv", b'text\n"open', r"d\.csv: is not CSV"),
+        ("d.parquet", b"PAR1", r"d\.parquet: is not a Parquet file"),
     ],
 )
-def test_a_damaged_file_is_named_with_the_line(root: Path, tmp_path: Path, name: str, content: bytes, what: str):
+def test_the_error_names_a_damaged_file_and_line(root: Path, tmp_path: Path, name: str, content: bytes, message: str):
     (tmp_path / name).write_bytes(content)
-    refused(InputError, what, "", root / "gpt2", tmp_path / name)
+    refused(InputError, message, "", root / "gpt2", tmp_path / name)
 
 
-def test_other_mistakes_are_a_line_with_a_hint_each(root: Path, texts: Path, tmp_path: Path):
+def test_other_mistakes_are_one_line_errors_with_a_hint(root: Path, texts: Path, tmp_path: Path):
     gpt2, classifier = root / "gpt2", root / "classifier"
     refused(UsageError, "gone.jsonl: no such data file", "--val", gpt2, tmp_path / "gone.jsonl")
     (tmp_path / "d.xml").touch()
-    refused(UsageError, "unknown kind", ".jsonl", gpt2, tmp_path / "d.xml")
+    refused(UsageError, "not of a supported format", ".jsonl", gpt2, tmp_path / "d.xml")
     other = lines(tmp_path / "o.jsonl", [{"input": "a", "output": "b"}])
     refused(TaskError, "columns input, output, but GPT2LMHeadModel learns from prompt and completion", "", gpt2, other)
     label = lines(tmp_path / "l.jsonl", [{"text": "a", "label": "code"}, {"text": "a", "label": "verse"}])
-    refused(InputError, r"l\.jsonl:2: unknown label 'verse'; config.json knows", "", classifier, label)
+    refused(InputError, r"l\.jsonl:2: unknown label 'verse'; config.json defines", "", classifier, label)
     refused(UsageError, "at least 1 example", "", gpt2, texts, batch_size=0)
     refused(TaskError, "has no config.json", "", tmp_path, texts)
 
 
 @pytest.mark.parametrize(
-    ("changes", "what", "hint"),
+    ("changes", "message", "hint"),
     [
         ({"auto_map": {"AutoModelForCausalLM": "x.X"}}, "code of its own", "--trust-remote-code"),
         ({"architectures": None}, "names no architecture", "ckptavg init"),
-        ({"architectures": ["GPT2Model"]}, "GPT2Model is no architecture", "ckptavg init"),
+        ({"architectures": ["GPT2Model"]}, "the architecture GPT2Model is not supported", "ckptavg init"),
         ({"problem_type": "regression"}, "problem_type regression", "ckptavg init"),
         ({"model_type": "unheard-of"}, "config.json: ValueError", "-v"),
         ({"vocab_size": 100}, "more tokens than the model", ""),
     ],
 )
-def test_a_config_that_will_not_do_is_refused(
-    root: Path, texts: Path, tmp_path: Path, changes: dict[str, Any], what: str, hint: str
+def test_an_unsupported_config_is_refused(
+    root: Path, texts: Path, tmp_path: Path, changes: dict[str, Any], message: str, hint: str
 ):
-    refused(TaskError, what, hint, broken(root, tmp_path, **changes), texts)
+    refused(TaskError, message, hint, broken(root, tmp_path, **changes), texts)
 
 
-def test_a_missing_tokenizer_is_asked_for(root: Path, texts: Path, tmp_path: Path):
+def test_a_missing_tokenizer_is_an_error(root: Path, texts: Path, tmp_path: Path):
     folder = broken(root, tmp_path)
     for path in folder.glob("tokenizer*"):
         path.unlink()
@@ -504,14 +504,14 @@ def test_a_missing_tokenizer_is_asked_for(root: Path, texts: Path, tmp_path: Pat
 
 
 @IN_PEFT
-def test_a_base_model_that_is_not_here_is_not_downloaded(adapters: Path, texts: Path):
+def test_a_missing_base_model_is_not_downloaded(adapters: Path, texts: Path):
     config = adapters / "checkpoint-1" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "nobody/nothing"}))
     refused(TaskError, "base model nobody/nothing is not on this machine", "hf download", config.parent, texts)
 
 
 @pytest.mark.parametrize("package", ["transformers", "datasets"])
-def test_a_missing_package_is_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str):
+def test_the_error_names_a_missing_package(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str):
     (tmp_path / "d.jsonl").write_text('{"text": "a heap"}')
     data = parquet_of(tmp_path / "d.parquet", [{"text": "a heap", "label": "code"}])
     data = data if package == "datasets" else tmp_path / "d.jsonl"
@@ -519,7 +519,7 @@ def test_a_missing_package_is_named(root: Path, tmp_path: Path, monkeypatch: pyt
     refused(UsageError, package, "pip install 'ckptavg[hf]'", root / "gpt2", data)
 
 
-def test_what_the_model_raises_is_one_line_but_lack_of_memory_is_not_hidden(root: Path, texts: Path):
+def test_model_exceptions_are_one_line_errors_except_out_of_memory(root: Path, texts: Path):
     task = HuggingFaceTask(root / "gpt2", val=texts)
     batch = next(task.batches("val"))
     with pytest.raises(TaskError, match="loss: TypeError"):
@@ -533,6 +533,6 @@ def test_what_the_model_raises_is_one_line_but_lack_of_memory_is_not_hidden(root
         task.loss(Full(), batch)
 
 
-def test_importing_the_task_imports_no_framework():
+def test_importing_the_task_does_not_import_a_framework():
     code = "import sys, ckptavg.tasks.hugging_face; print({'transformers', 'datasets', 'peft'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

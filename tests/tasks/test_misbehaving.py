@@ -1,4 +1,4 @@
-"""Tasks that misbehave: exit code 7 and one line that names the function and the batch, and the process as it was."""
+"""Faulty tasks: exit code 7, a one-line error naming the function and the batch, and restored process settings."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def ckpts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def process_as_it_was() -> Iterator[None]:
-    """Every test ends with the directory, the dtype and the signals that it began with."""
+def check_process_settings() -> Iterator[None]:
+    """Check that each test restores the working directory, the default dtype and the signal handlers."""
     before = Path.cwd(), torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), sys.argv
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGALRM)]
     yield
@@ -90,17 +90,17 @@ def refused(done: subprocess.CompletedProcess[str], message: str, code: int = 7)
     assert "Traceback" not in done.stderr and "bug in ckptavg" not in done.stderr and len(errors[0]) < 1000
 
 
-def left(folder: Path) -> set[str]:
+def files_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"__pycache__"}
 
 
-# what is raised, in each of the functions
+# exceptions raised in each task function
 
 RAISED = {
     "ValueError('oops')": "ValueError: oops",
     "SystemExit(0)": "SystemExit: 0",
     "type('Stop', (BaseException,), {})('now')": "Stop: now",
-    "type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})()": "Mute: (it cannot say what)",
+    "type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})()": "Mute: (message unavailable: its __str__ failed)",
     "RuntimeError('one\\n  two\\n\\tthree')": "RuntimeError: one two three",
     "AssertionError()": "AssertionError",
     "RuntimeError('x' * 10**6)": "RuntimeError: xxxx",
@@ -119,7 +119,9 @@ PLACES = {
 @pytest.mark.thorough
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("raised", RAISED)
-def test_what_a_function_raises(run: Run, ckpts: Path, tmp_path: Path, place: str, raised: str):
+def test_exceptions_in_a_task_function_are_one_line_errors(
+    run: Run, ckpts: Path, tmp_path: Path, place: str, raised: str
+):
     if place == "the data" and raised == "StopIteration(3)":
         pytest.skip("that is how Python's own loops end")
     old, where = PLACES[place]
@@ -127,7 +129,7 @@ def test_what_a_function_raises(run: Run, ckpts: Path, tmp_path: Path, place: st
     write(tmp_path, (old, new))
     line = TASK[: TASK.index(old)].count("\n") + 1
     refused(run(*SCORE), f"bad_task.py:{line}: in {where} {RAISED[raised]}")
-    assert left(tmp_path) == {"ckpts", "bad_task.py"}
+    assert files_in(tmp_path) == {"ckpts", "bad_task.py"}
 
 
 @pytest.mark.parametrize(
@@ -145,14 +147,14 @@ def test_what_a_function_raises(run: Run, ckpts: Path, tmp_path: Path, place: st
         ("model = 3", "has no function `model`"),
     ],
 )  # fmt: skip
-def test_what_an_import_raises(run: Run, ckpts: Path, tmp_path: Path, code: str, message: str):
+def test_exceptions_on_import_are_one_line_errors(run: Run, ckpts: Path, tmp_path: Path, code: str, message: str):
     (tmp_path / "bad_task.py").write_text(f"\n{code}\n" + (TASK if code != "model = 3" else ""))
     done = run(*SCORE)
     refused(done, message)
     assert "argparse" not in code or "under: if __name__ == '__main__'" in done.stderr
 
 
-def test_ctrl_c_in_the_task_is_an_interruption(run: Run, ckpts: Path, tmp_path: Path):
+def test_ctrl_c_in_the_task_interrupts_the_run(run: Run, ckpts: Path, tmp_path: Path):
     write(tmp_path, (LOSS, "    raise KeyboardInterrupt"))
     refused(run(*SCORE), "interrupted; nothing was written", 75)
 
@@ -162,14 +164,14 @@ def test_ctrl_c_in_the_task_is_an_interruption(run: Run, ckpts: Path, tmp_path: 
 )
 @pytest.mark.parametrize("command", [SEARCH, SCORE, ("eval", "ckpts", "--task", "bad_task.py"), ("swa", *SCORE[1:])])
 @pytest.mark.parametrize("place", [LOSS, MODEL])
-def test_memory_that_runs_out(
+def test_out_of_memory_errors(
     run: Run, ckpts: Path, tmp_path: Path, error: str, command: tuple[str, ...], place: str
 ):  # fmt: skip
     write(tmp_path, (place, f"    raise {error}"))
     refused(run(*command), "out of memory", 8)
 
 
-# what is returned
+# invalid return values
 
 VALUES = {
     "None": "None", "'0.5'": "str", "1j * model(batch).sum()": "complex", "torch.zeros(2)": "[2]",
@@ -180,7 +182,7 @@ VALUES = {
 
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("function", ["loss", "metric"])
-def test_what_is_no_loss_and_no_metric(run: Run, ckpts: Path, tmp_path: Path, function: str, value: str):
+def test_invalid_return_values_of_loss_and_metric(run: Run, ckpts: Path, tmp_path: Path, function: str, value: str):
     write(tmp_path, (LOSS if function == "loss" else METRIC, f"    return {value}"))
     done = run(*SCORE)
     refused(done, f"{function}() must")
@@ -200,7 +202,7 @@ def test_what_is_no_loss_and_no_metric(run: Run, ckpts: Path, tmp_path: Path, fu
         ("return nn.Linear(3, 2).half()", ""),
     ],
 )
-def test_what_is_no_model(run: Run, ckpts: Path, tmp_path: Path, body: str, message: str):
+def test_invalid_return_values_of_model(run: Run, ckpts: Path, tmp_path: Path, body: str, message: str):
     write(tmp_path, (MODEL, f"    {body}"))
     refused(run(*SCORE), message)
 
@@ -232,7 +234,9 @@ def test_what_is_no_model(run: Run, ckpts: Path, tmp_path: Path, body: str, mess
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("command", [SCORE, SEARCH])
-def test_what_is_no_data(run: Run, ckpts: Path, tmp_path: Path, body: str, message: str, command: tuple[str, ...]):
+def test_invalid_return_values_of_val_dataloader(
+    run: Run, ckpts: Path, tmp_path: Path, body: str, message: str, command: tuple[str, ...]
+):
     write(tmp_path, (LOADER, f"    {body}"))
     refused(run(*command), message.replace("metric", "loss") if command is SEARCH else message)
 
@@ -241,14 +245,14 @@ def test_what_is_no_data(run: Run, ckpts: Path, tmp_path: Path, body: str, messa
 @pytest.mark.parametrize(
     "body", ["return [None, None]", "return [[]]", "return [torch.ones(1, 3)]", "return [{}, 'x']"]
 )
-def test_what_is_no_data_to_divide(run: Run, ckpts: Path, tmp_path: Path, body: str, options: tuple[str, ...]):
+def test_data_that_cannot_be_divided(run: Run, ckpts: Path, tmp_path: Path, body: str, options: tuple[str, ...]):
     write(tmp_path, (LOADER, f"    {body}"))
     done = run("twa", *SCORE[1:], "--patience", "1", "--epochs", "1", *options)
     assert done.returncode == 7, done.stderr
     refused(done, "")
 
 
-# numbers that are none
+# non-finite values
 
 
 @pytest.mark.thorough
@@ -258,7 +262,7 @@ def test_what_is_no_data_to_divide(run: Run, ckpts: Path, tmp_path: Path, body: 
 def test_a_candidate_that_scores_nan_is_never_chosen(
     run: Run, ckpts: Path, tmp_path: Path, strategy: str, position: int, function: str
 ):
-    """By the strategies that choose by scores; the others average it as they are told to, or say that they cannot."""
+    """Covers the strategies that choose by score; the others average the candidate as specified, or fail."""
     old = LOSS if function == "loss" else METRIC
     nan = f"    if abs(model.bias[0] - {position + 1}) < 1e-4: return model(batch).mean(dim=1) * float('nan')\n{old}"
     write(tmp_path, (old, nan))
@@ -272,10 +276,10 @@ def test_a_candidate_that_scores_nan_is_never_chosen(
     bad = report["candidates"][position]
     assert bad["score"]["invalid"].endswith(f"{function}() gave nan in batch 1 of the val data")
     assert [one["score"].get("invalid") for i, one in enumerate(report["candidates"]) if i != position] == [None] * 3
-    said = f"step-{position + 1}.safetensors: {function}() gave nan in batch 1 of the val data: it counts as worse"
-    assert any(said in warning for warning in report["warnings"]) and said in done.stderr
+    warning_text = f"step-{position + 1}.safetensors: {function}() gave nan in batch 1 of the val data: ranked below"
+    assert any(warning_text in warning for warning in report["warnings"]) and warning_text in done.stderr
     assert report["best_step"] != position + 1
-    assert "invalid" not in report["scores"]["val"]  # a mixture with it may have a score, and then be chosen
+    assert "invalid" not in report["scores"]["val"]  # mixtures with the bad candidate may be finite
     if name == "best":
         assert bad["coefficient"] == 0.0
 
@@ -284,13 +288,15 @@ def test_a_candidate_that_scores_nan_is_never_chosen(
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("function", ["loss", "metric"])
-def test_the_batch_with_the_nan_is_named(run: Run, ckpts: Path, tmp_path: Path, function: str, batch: int, value: str):
+def test_the_error_names_the_batch_with_the_nan(
+    run: Run, ckpts: Path, tmp_path: Path, function: str, batch: int, value: str
+):
     old = LOSS if function == "loss" else METRIC
     first = 4.0 * (batch - 1)
     write(tmp_path, (old, f"    if batch[0, 0] == {first}: return torch.tensor(float('{value}'))\n{old}"))
     refused(run(*SCORE), f"{function}() gave {value} in batch {batch} of the val data")
     refused(run("eval", *SCORE[1:]), f"{function}() gave {value} in batch {batch} of the val data")
-    assert left(tmp_path) == {"ckpts", "bad_task.py"}
+    assert files_in(tmp_path) == {"ckpts", "bad_task.py"}
 
 
 @pytest.mark.parametrize(("command", "where"), [
@@ -300,14 +306,14 @@ def test_the_batch_with_the_nan_is_named(run: Run, ckpts: Path, tmp_path: Path, 
     ("twa --solver quadratic", "loss() gave nan in batch 2"),
     ("compare --strategies swa,soup", "in batch 2 of the val data"), ("landscape --samples 3", "in batch 2"),
 ])  # fmt: skip
-def test_a_search_names_the_batch_too(run: Run, ckpts: Path, tmp_path: Path, command: str, where: str):
+def test_a_search_error_names_the_batch(run: Run, ckpts: Path, tmp_path: Path, command: str, where: str):
     write(tmp_path, (LOSS, f"    if batch[0, 0] == 4.0: return model(batch).mean() * float('nan')\n{LOSS}"))
     name, *options = command.split()
     refused(run(name, *SCORE[1:], *options), where)
 
 
-def test_searches_by_scores_alone_step_around_nan(ckpts: Path, run: Run, tmp_path: Path):
-    """A score-cmd has no gradient: SeWA and TWA see the scores only, here those of a metric that is often NaN."""
+def test_gradient_free_searches_avoid_nan(ckpts: Path, run: Run, tmp_path: Path):
+    """SeWA and TWA without gradients, as with --score-cmd, on scores that are often NaN."""
     write(tmp_path, (METRIC, f"    if model.bias[0] > 2.4: return torch.tensor(float('nan'))\n{METRIC}"),
           ("def val_dataloader", "class Whole(nn.Module): ...\n\ndef val_dataloader"))  # fmt: skip
     from ckptavg.checkpoints.discover import discover
@@ -324,10 +330,10 @@ def test_searches_by_scores_alone_step_around_nan(ckpts: Path, run: Run, tmp_pat
             mixture = ScoresOnly(task, found.checkpoints, device=torch.device("cpu"))
             learned = strategy.learn(mixture)
             assert not mixture.score(learned.coefficients).invalid
-            assert any(score.invalid for score in mixture._scores._known.values())
+            assert any(score.invalid for score in mixture._scores._scores.values())
 
 
-# what is done to the process
+# changes to process-wide settings
 
 CHANGES = {
     "directory, on import": ("os.chdir('/')\n", ""),
@@ -352,7 +358,7 @@ CHANGES = {
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_a_task_sets_changes_nothing_for_ckptavg(
+def test_task_settings_do_not_affect_ckptavg(
     run: Run, ckpts: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ):
     write(tmp_path)
@@ -360,14 +366,14 @@ def test_what_a_task_sets_changes_nothing_for_ckptavg(
     on_import, in_loss = CHANGES[change]
     write(tmp_path, ("class Data", f"{on_import}\nclass Data"), (LOSS, f"{in_loss}\n{LOSS}"))
     for name, value in dict(os.environ).items():
-        monkeypatch.setenv(name, value)  # so that all of it is put back
+        monkeypatch.setenv(name, value)  # so that monkeypatch restores it
     done = run(*SEARCH, "-o", "out.safetensors", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["output"]["path"] == "out.safetensors"
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
 
 
-def test_a_tasks_own_dtype_device_and_directory_hold_for_its_own_code(run: Run, ckpts: Path, tmp_path: Path):
+def test_a_tasks_dtype_device_and_directory_apply_to_its_own_code(run: Run, ckpts: Path, tmp_path: Path):
     for path in ckpts.iterdir():
         save_file({"weight": torch.ones(2, 3).double(), "bias": torch.full((2,), float(path.stem[-1])).double()}, path)
     (tmp_path / "data").mkdir()
@@ -384,7 +390,7 @@ def test_a_tasks_own_dtype_device_and_directory_hold_for_its_own_code(run: Run, 
     assert done.returncode == 0, done.stderr
 
 
-def test_data_that_change_are_said_to_be_unpaired(run: Run, ckpts: Path, tmp_path: Path):
+def test_changing_data_is_reported_as_unpaired(run: Run, ckpts: Path, tmp_path: Path):
     write(tmp_path, ("        return torch.full((3,), float(i))", "        return torch.full((3,), time.time() + i)"))
     done = run("compare", "ckpts", "--strategies", "swa,best", "--task", "bad_task.py", "--json")
     assert done.returncode == 0, done.stderr
@@ -392,10 +398,10 @@ def test_data_that_change_are_said_to_be_unpaired(run: Run, ckpts: Path, tmp_pat
     assert all(gain["low"] is None or not gain["paired"] for gain in gains)
 
 
-# calls that do not come back, and processes that die
+# hanging calls and dying worker processes
 
 
-SOON = "signal.setitimer(signal.ITIMER_REAL, 0.01); "  # brings the end of the limit forward, however busy the machine
+SOON = "signal.setitimer(signal.ITIMER_REAL, 0.01); "  # makes the time limit expire early, even on a busy machine
 
 
 @pytest.mark.parametrize(
@@ -410,11 +416,13 @@ SOON = "signal.setitimer(signal.ITIMER_REAL, 0.01); "  # brings the end of the l
         ("        if i == 5 and self.broken: ", f"        if i == 5: {SOON}time.sleep(9) #", "val_dataloader, batch"),
     ],
 )  # fmt: skip
-def test_a_call_that_takes_too_long_is_named(run: Run, ckpts: Path, tmp_path: Path, old: str, new: str, where: str):
+def test_the_error_names_a_call_that_takes_too_long(
+    run: Run, ckpts: Path, tmp_path: Path, old: str, new: str, where: str
+):
     write(tmp_path, (old, new))
     done = run(*SCORE, "--task-timeout", "60")
     refused(done, where)
-    assert "--task-timeout" in done.stderr and left(tmp_path) == {"ckpts", "bad_task.py"}
+    assert "--task-timeout" in done.stderr and files_in(tmp_path) == {"ckpts", "bad_task.py"}
 
 
 def test_the_limit_is_in_seconds(run: Run, ckpts: Path, tmp_path: Path):
@@ -422,7 +430,7 @@ def test_the_limit_is_in_seconds(run: Run, ckpts: Path, tmp_path: Path):
     refused(run(*SCORE, "--task-timeout", "0.5"), "took more than 0.5 s")
 
 
-def test_a_limit_that_is_kept_costs_nothing(run: Run, ckpts: Path, tmp_path: Path):
+def test_a_limit_that_is_not_reached_changes_nothing(run: Run, ckpts: Path, tmp_path: Path):
     write(tmp_path)
     assert run(*SEARCH, "-o", "a.safetensors").returncode == 0
     assert run(*SEARCH, "-o", "b.safetensors", "--task-timeout", "60").returncode == 0
@@ -430,7 +438,7 @@ def test_a_limit_that_is_kept_costs_nothing(run: Run, ckpts: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
-def test_a_limit_is_some_seconds(run: Run, ckpts: Path, tmp_path: Path, seconds: str):
+def test_an_invalid_limit_is_refused(run: Run, ckpts: Path, tmp_path: Path, seconds: str):
     write(tmp_path)
     refused(run(*SCORE, "--task-timeout", seconds), "--task-timeout must be greater than 0", 2)
 
@@ -449,15 +457,15 @@ WORKER = "    return DataLoader(Data({}), batch_size=4, num_workers=1, multiproc
         ("lambda: os.kill(os.getpid(), signal.SIGSEGV)", "a worker process"),
     ],
 )
-def test_workers_that_die(run: Run, ckpts: Path, tmp_path: Path, broken: str, message: str):
+def test_dead_workers_are_reported(run: Run, ckpts: Path, tmp_path: Path, broken: str, message: str):
     write(tmp_path, (LOADER, WORKER.format(broken, "")))
     refused(run(*SCORE), message)
-    assert left(tmp_path) == {"ckpts", "bad_task.py"}
+    assert files_in(tmp_path) == {"ckpts", "bad_task.py"}
 
 
 @pytest.mark.thorough
 def test_a_worker_that_dies_before_its_batch_is_fetched_is_reported_as_dead(run: Run, ckpts: Path, tmp_path: Path):
-    """The batch lies in the memory of a worker that has removed its socket and is about to end."""
+    """The batch is in the memory of a worker that has removed its socket and is about to exit."""
     waiting = (
         "class Waiting(DataLoader):\n    def __iter__(self):\n        batches = super().__iter__()\n"
         "        while not batches._worker_result_queue._reader.poll(0.01): pass\n        open('sent', 'w').close()\n"
@@ -474,7 +482,7 @@ def test_a_worker_that_dies_before_its_batch_is_fetched_is_reported_as_dead(run:
     refused(run(*SCORE), "in val_dataloader, batch 1: a worker process died: FileNotFoundError: ")
 
 
-def test_a_file_that_a_pool_of_the_loaders_own_does_not_find_is_no_dead_worker(run: Run, ckpts: Path, tmp_path: Path):
+def test_a_missing_file_in_the_loaders_own_pool_is_not_a_dead_worker(run: Run, ckpts: Path, tmp_path: Path):
     lose = (
         "def lose():\n    from multiprocessing.pool import ThreadPool\n"
         "    with ThreadPool(1) as pool: pool.map(open, ['gone.csv'])\n\ndef val_dataloader"
@@ -485,8 +493,8 @@ def test_a_file_that_a_pool_of_the_loaders_own_does_not_find_is_no_dead_worker(r
     assert "worker process" not in done.stderr
 
 
-def test_a_worker_that_dies_while_the_loss_runs_is_not_the_losss_fault(run: Run, ckpts: Path, tmp_path: Path):
-    """torch tells of it in whatever the process is doing."""
+def test_a_worker_that_dies_during_loss_is_not_blamed_on_loss(run: Run, ckpts: Path, tmp_path: Path):
+    """torch raises the death of a worker in whatever code the process is running."""
     write(tmp_path, (LOADER, WORKER.format("lambda: os.kill(os.getpid(), signal.SIGKILL)", "")),
           (METRIC, f"    time.sleep(1)\n{METRIC}"))  # fmt: skip
     refused(run(*SCORE), "a worker process died: ")
@@ -494,16 +502,16 @@ def test_a_worker_that_dies_while_the_loss_runs_is_not_the_losss_fault(run: Run,
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("options", [", timeout=1", ""])
-def test_workers_that_hang(run: Run, ckpts: Path, tmp_path: Path, options: str):
-    """torch waits for ever unless the loader has a timeout or ckptavg."""
+def test_hanging_workers_are_reported(run: Run, ckpts: Path, tmp_path: Path, options: str):
+    """torch waits forever unless the loader or ckptavg has a timeout."""
     write(tmp_path, (LOADER, WORKER.format("lambda: time.sleep(600)", options)))
     limit = () if options else ("--task-timeout", "3")
     done = run(*SCORE, *limit)
-    refused(done, "in val_dataloader, batch ")  # 2, or on a machine that has no time for the worker the first
+    refused(done, "in val_dataloader, batch ")  # batch 2, or batch 1 if the machine is too busy for the worker
     assert "took more than 3 s" in done.stderr if limit else "timed out after 1" in done.stderr
 
 
-def test_workers_that_print_do_not_spoil_the_report(run: Run, ckpts: Path, tmp_path: Path):
+def test_workers_that_print_do_not_corrupt_the_report(run: Run, ckpts: Path, tmp_path: Path):
     body = WORKER.format("lambda: (print('from a worker', flush=True), os.write(1, b'raw'))", "")
     write(tmp_path, (LOADER, body))
     done = run(*SCORE, "--json")
@@ -512,18 +520,18 @@ def test_workers_that_print_do_not_spoil_the_report(run: Run, ckpts: Path, tmp_p
 
 
 @pytest.mark.thorough
-def test_a_task_that_leaves_the_process_leaves_nothing_half_written(run: Run, ckpts: Path, tmp_path: Path):
+def test_a_task_that_exits_the_process_leaves_no_partial_output(run: Run, ckpts: Path, tmp_path: Path):
     write(tmp_path, (LOSS, "    os._exit(9)"))
     command = [sys.executable, "-m", "ckptavg", *SEARCH]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (9, "")
-    assert left(tmp_path) <= {"ckpts", "bad_task.py", "averaged.safetensors.ckptavg"}
+    assert files_in(tmp_path) <= {"ckpts", "bad_task.py", "averaged.safetensors.ckptavg"}
     write(tmp_path)
     assert run(*SEARCH, "--no-resume").returncode == 0
 
 
 @pytest.mark.thorough
-def test_signals_reach_ckptavg_through_a_task_that_ignores_them(ckpts: Path, tmp_path: Path):
+def test_signals_reach_ckptavg_although_the_task_ignores_them(ckpts: Path, tmp_path: Path):
     write(
         tmp_path,
         ("class Data", "for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)\nclass Data"),

@@ -26,7 +26,7 @@ RESAMPLES = ([0, 1, 2, 3], [3, 3, 0, 1], [2, 1], [1, 1, 1, 1])
 
 
 class Largest(Metric):
-    """States that are reduced by max, min and mean, and a list that is only joined."""
+    """Metric with states reduced by max, min and mean, and a list state that is concatenated."""
 
     higher_is_better = False
 
@@ -46,7 +46,7 @@ class Largest(Metric):
 
 
 class Forgetful(Metric):
-    """Does not say how its states are merged, and so works in one process only."""
+    """Metric without dist_reduce_fx, which therefore works in one process only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Forgetful(Metric):
 
 
 class InPlace(Largest):
-    """Resets its tensors where they are."""
+    """Metric whose `reset` clears its tensors in place."""
 
     def reset(self) -> None:
         self.high.fill_(-torch.inf)
@@ -80,7 +80,7 @@ def classes(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
 
 def binary(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
     labels = torch.randint(2, (size,), generator=generator)
-    labels[:2] = torch.tensor([0, 1])  # both in every batch, else there is no curve
+    labels[:2] = torch.tensor([0, 1])  # both classes in every batch, else the curve is undefined
     return torch.rand(size, generator=generator), labels
 
 
@@ -120,7 +120,7 @@ def filled(name: str) -> tuple[CorpusMetric, list[tuple[Any, Any]]]:
     return corpus, batches
 
 
-def its_own(name: str, batches: list[tuple[Any, Any]]) -> float:
+def reference(name: str, batches: list[tuple[Any, Any]]) -> float:
     metric = CASES[name][0]()
     for batch in batches:
         metric.update(*batch)
@@ -128,40 +128,40 @@ def its_own(name: str, batches: list[tuple[Any, Any]]) -> float:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_figure_is_torchmetrics_own(name: str):
+def test_compute_matches_torchmetrics(name: str):
     corpus, batches = filled(name)
-    assert corpus.compute() == its_own(name, batches)
+    assert corpus.compute() == reference(name, batches)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_resample_is_what_torchmetrics_says_of_those_batches(name: str):
+def test_a_resample_matches_torchmetrics_on_those_batches(name: str):
     corpus, batches = filled(name)
     for indices in RESAMPLES:
-        expected = its_own(name, [batches[i] for i in indices])
+        expected = reference(name, [batches[i] for i in indices])
         # sums of at most 32 float32 numbers in another order; the largest condition number here is Pearson's, about 10
         assert corpus.resampled(indices) == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    assert corpus.compute() == its_own(name, batches)  # resampling changed nothing
+    assert corpus.compute() == reference(name, batches)  # resampling did not change the states
 
 
-def test_a_resample_is_no_mean_of_batch_figures():
+def test_a_resample_is_not_a_mean_of_batch_values():
     corpus, batches = filled("f1-macro")
-    mean = sum(its_own("f1-macro", [batches[i]]) for i in (0, 1)) / 2
+    mean = sum(reference("f1-macro", [batches[i]]) for i in (0, 1)) / 2
     assert abs(corpus.resampled([0, 1]) - mean) > 1e-3
 
 
-def test_reset_forgets_and_the_tasks_own_metric_is_never_touched():
+def test_reset_removes_all_batches_and_the_tasks_metric_is_never_modified():
     metric = MulticlassAccuracy(4)
     corpus = CorpusMetric(metric, source="task.py")
     for seed in range(2):
         corpus.reset()
         batch = classes(torch.Generator().manual_seed(seed), 20)
         corpus.update(nn.Identity(), batch)
-        assert corpus.batches == 1 and corpus.compute() == its_own("accuracy-macro", [batch])
+        assert corpus.batches == 1 and corpus.compute() == reference("accuracy-macro", [batch])
     assert not metric.update_called
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_direction_is_the_metrics(name: str):
+def test_the_goal_follows_higher_is_better(name: str):
     make, _, goal = CASES[name]
     assert metric_goal(make()) == goal
 
@@ -172,17 +172,17 @@ def test_the_model_runs_without_gradients_on_the_inputs_of_a_pair():
     corpus = CorpusMetric(MulticlassAccuracy(4), source="task.py")
     corpus.update(model, [inputs, targets])
     with torch.no_grad():
-        assert corpus.compute() == its_own("accuracy-macro", [(model(inputs), targets)])
+        assert corpus.compute() == reference("accuracy-macro", [(model(inputs), targets)])
 
 
-def test_predict_gives_the_arguments_for_any_batch():
+def test_predict_returns_the_arguments_for_any_batch():
     batch = {"x": torch.randn(6, 4), "y": torch.arange(6) % 4}
     corpus = CorpusMetric(MulticlassAccuracy(4), source="t", predict=lambda model, b: (model(b["x"]), b["y"]))
     corpus.update(nn.Identity(), batch)
-    assert corpus.compute() == its_own("accuracy-macro", [(batch["x"], batch["y"])])
+    assert corpus.compute() == reference("accuracy-macro", [(batch["x"], batch["y"])])
 
 
-def test_detection_looks_at_the_class_and_not_at_the_name():
+def test_detection_uses_the_class_and_not_the_name():
     assert is_torchmetric(MulticlassAccuracy(4)) and is_torchmetric(Largest()) and is_torchmetric(MetricCollection([]))
     assert is_torchmetric(MeanSquaredError() + 1)
     for other in (accuracy, MulticlassAccuracy, nn.Linear(1, 1), lambda model, batch: 0.0, None):
@@ -198,7 +198,7 @@ def failure(metric: Any, batch: Any = None, *, model: Any = None, **options: Any
     return error.value
 
 
-def test_every_failure_is_one_line_about_the_task():
+def test_every_failure_is_a_one_line_task_error():
     assert "metric is a MetricCollection" in str(failure(MetricCollection([MeanSquaredError()])))
     wrong = failure(MeanSquaredError(), {"x": 1})
     assert "not a dict" in str(wrong) and wrong.hint is not None and "define predict(model, batch)" in wrong.hint
@@ -212,14 +212,14 @@ def test_every_failure_is_one_line_about_the_task():
     assert "not a tensor of shape [4]" in str(failure(MulticlassAccuracy(4, average=None), scores))
 
 
-def test_without_batches_there_is_no_figure():
+def test_compute_without_batches_is_an_error():
     corpus = CorpusMetric(MeanSquaredError(), source="task.py")
     for ask in (corpus.compute, lambda: corpus.resampled([])):
         with pytest.raises(TaskError):
             ask()
 
 
-def test_states_that_cannot_be_merged_are_found_out():
+def test_states_that_cannot_be_merged_are_an_error():
     corpus = CorpusMetric(Forgetful(), source="task.py")
     for value in (1.0, 2.0):
         corpus.update(nn.Identity(), (torch.tensor([value]), torch.ones(1)))
@@ -229,7 +229,7 @@ def test_states_that_cannot_be_merged_are_found_out():
     assert error.value.hint is not None and "dist_reduce_fx" in error.value.hint
 
 
-def test_what_torchmetrics_warns_of_in_a_resample_is_not_shown():
+def test_torchmetrics_warnings_in_a_resample_are_suppressed():
     corpus = CorpusMetric(BinaryAUROC(), source="task.py")
     for labels in ([0, 1], [1, 1]):
         corpus.update(nn.Identity(), (torch.tensor([0.2, 0.9]), torch.tensor(labels)))
@@ -238,7 +238,7 @@ def test_what_torchmetrics_warns_of_in_a_resample_is_not_shown():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_the_metric_follows_its_arguments_to_the_device():
+def test_the_metric_moves_to_the_device_of_its_arguments():
     outputs, targets = torch.randn(8, 4, device="cuda"), torch.arange(8, device="cuda") % 4
     for make in (lambda: MulticlassAccuracy(4), lambda: 2 * MeanSquaredError()):
         corpus = CorpusMetric(make(), source="task.py")
@@ -249,6 +249,6 @@ def test_the_metric_follows_its_arguments_to_the_device():
         assert corpus.compute() == float(own.compute()) == pytest.approx(corpus.resampled([0]))
 
 
-def test_importing_the_module_imports_no_framework():
+def test_importing_the_module_does_not_import_a_framework():
     code = "import ckptavg.tasks.torch_metrics, sys; print({'torch', 'torchmetrics'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

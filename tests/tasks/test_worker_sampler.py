@@ -1,4 +1,4 @@
-"""A worker's turns: together, in their order, they are the pass of one process, whatever the loader draws."""
+"""Rank batches: interleaved over ranks, they equal the pass of a single process, whatever the loader draws."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEED = 5
 
 
 class Noisy(Dataset):
-    """Examples that are drawn anew each time they are read."""
+    """Dataset whose examples are drawn at random on every read."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -33,8 +33,8 @@ class Noisy(Dataset):
         return torch.tensor([float(i), float(torch.rand(()))])
 
 
-def pass_of_one(loader: DataLoader) -> list[Any]:
-    """As `ckptavg.batches.loader` reads it: random numbers begin anew before each batch."""
+def single_process_pass(loader: DataLoader) -> list[Any]:
+    """Read a loader as `ckptavg.batches.loader` does: the generators are reseeded before each batch."""
     source = iter_lazily(loader)
 
     def read(number: int) -> Any:
@@ -50,11 +50,11 @@ def iter_lazily(loader: DataLoader) -> Iterator[Any]:
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 30), st.integers(1, 7), st.integers(1, 4), st.booleans(), st.booleans())
-def test_turns_together_are_the_pass(count: int, size: int, world: int, shuffle: bool, drop_last: bool):
+def test_the_batches_of_all_ranks_form_the_pass(count: int, size: int, world: int, shuffle: bool, drop_last: bool):
     def loader() -> DataLoader:
         return DataLoader(Noisy(count), batch_size=size, shuffle=shuffle, drop_last=drop_last)
 
-    whole = pass_of_one(loader())
+    whole = single_process_pass(loader())
     taken: list[list[Any]] = []
     for rank in range(world):
         reseed(SEED, 0)
@@ -62,13 +62,13 @@ def test_turns_together_are_the_pass(count: int, size: int, world: int, shuffle:
         assert found is not None
         own, sizes = found
         taken.append([(batch.tolist(), sizes.popleft()) for batch in own])
-    turns = list(zip(*taken, strict=True))  # nobody is alone with a batch
+    turns = list(zip(*taken, strict=True))  # every rank has a batch in every turn
     assert all(sizes == turn[0][1] for turn in turns for _, sizes in turn)
     together = [batch for turn in turns for batch, _ in turn[: len(turn[0][1])]]
     assert together == whole and [len(batch) for batch in whole] == [size for turn in turns for size in turn[0][1]]
 
 
-def test_a_stream_has_no_turns():
+def test_an_iterable_dataset_has_no_rank_loader():
     class Stream(IterableDataset):
         def __iter__(self) -> Iterator[torch.Tensor]:
             yield torch.zeros(())
@@ -89,7 +89,7 @@ def test_a_distributed_sampler_is_replaced_by_one_over_everything():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_task_file_gives_turns(tmp_path: Path, workers: int):
+def test_a_task_file_provides_rank_batches(tmp_path: Path, workers: int):
     (tmp_path / "mine.py").write_text(
         "import torch\n"
         "def model(): ...\n"
@@ -98,7 +98,7 @@ def test_a_task_file_gives_turns(tmp_path: Path, workers: int):
         f"    return torch.utils.data.DataLoader(torch.arange(10.), batch_size=3, num_workers={workers})\n"
     )
     task = PythonTask(str(tmp_path / "mine.py"))
-    for _ in range(2):  # a second pass begins anew
+    for _ in range(2):  # a second pass starts from the first batch
         found = task.turns("val", 1, 3)
         assert found is not None
         assert [(batch.tolist(), sizes) for batch, sizes in found] == [([3, 4, 5], [3, 3, 3]), ([9], [1])]

@@ -14,8 +14,8 @@ from ckptavg.objective.loss import without_cudnn_recurrence
 
 @contextmanager
 def plain_kernels(model: nn.Module) -> Generator[None]:
-    """Attention and recurrent layers by operations that have derivatives of every kind."""
-    flags = torch.backends.mkldnn.set_flags(False)  # its context manager sets other things too, and warns
+    """Run attention and recurrent layers on kernels with forward-mode and second derivatives."""
+    flags = torch.backends.mkldnn.set_flags(False)  # its context manager also sets other flags, and warns
     try:
         with sdpa_kernel(SDPBackend.MATH), without_cudnn_recurrence(model):
             yield

@@ -1,4 +1,4 @@
-"""The call of a model that a loss makes, cut in two: what it returned, and what the loss makes of that."""
+"""Split a loss at the model's output: from weights to output, and from output to loss."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from ckptavg.errors import is_out_of_memory
 
 
 class UnavailableError(Exception):
-    """This curvature cannot be had, and why; ``operation`` where it is for an operation that lacks a derivative."""
+    """Raised if a curvature is unavailable; ``operation`` if the cause is an operation without the derivative."""
 
-    def __init__(self, why: str, *, operation: bool = False) -> None:
-        super().__init__(why)
+    def __init__(self, reason: str, *, operation: bool = False) -> None:
+        super().__init__(reason)
         self.operation = operation
 
 
 class Call:
-    """The call of the model that a loss makes: what it returned, and the leaves that the loss saw in their place."""
+    """Model call made by a loss: its output tensors, and the leaf tensors that replaced them in the loss."""
 
     def __init__(self) -> None:
         self.calls = 0
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
-        self.places: list[int] = []  # of the outputs among all floating-point tensors returned
+        self.places: list[int] = []  # index of each output among all floating-point tensors returned
         self.outputs: list[Tensor] = []
         self._leaves: list[Tensor] = []
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Let the loss go on from leaves, of which it gets copies, in case it changes them in place."""
+        """Replace the output by leaves; the loss gets copies of them, in case it changes them in place."""
         self.calls += 1
         self.args, self.kwargs = args, kwargs
         kind = next(module.parameters()).device.type
@@ -43,7 +43,7 @@ class Call:
         self.autocast = lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
         place = -1
 
-        def cut(tensor: Tensor) -> Tensor:
+        def detach(tensor: Tensor) -> Tensor:
             nonlocal place
             place += tensor.is_floating_point()
             if not (tensor.is_floating_point() and tensor.requires_grad):
@@ -53,27 +53,27 @@ class Call:
             self._leaves.append(tensor.detach().requires_grad_())
             return self._leaves[-1].clone()
 
-        return _mapped(output, cut)
+        return _mapped(output, detach)
 
     def gradients(self, loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-        """∂ℓ/∂o of the outputs that the loss depends on; the others are dropped."""
+        """Return ∂ℓ/∂o of the outputs that the loss depends on; the others are dropped."""
         if self.calls != 1:
             raise UnavailableError(f"loss() calls the model {self.calls} times, not once")
-        beside = gradients_of(loss, weights)
-        if any(slope is not None for slope in beside):
-            raise UnavailableError("loss() depends on the weights by more than the tensors that the model returns")
+        direct = gradients_of(loss, weights)
+        if any(slope is not None for slope in direct):
+            raise UnavailableError("loss() depends on the weights by more than the model's output")
         with derivatives():
             slopes = gradients_of(loss, self._leaves, again=True)
         used = [k for k, slope in enumerate(slopes) if slope is not None]
         self.places, self.outputs = [self.places[k] for k in used], [self.outputs[k] for k in used]
         self._leaves = [self._leaves[k] for k in used]
-        found = [slope for slope in slopes if slope is not None]
-        if not any(slope.requires_grad for slope in found):
-            raise UnavailableError("loss() is linear in what the model returns, as when that is the loss itself")
-        return found
+        used_slopes = [slope for slope in slopes if slope is not None]
+        if not any(slope.requires_grad for slope in used_slopes):
+            raise UnavailableError("loss() is linear in the model's output, as when the model returns the loss")
+        return used_slopes
 
     def hvp(self, slopes: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
-        """(∂²ℓ/∂o²) u, of each output."""
+        """Return (∂²ℓ/∂o²) u for each output, u being ``tangents``."""
         for leaf in self._leaves:
             leaf.grad = None
         curved = [k for k, slope in enumerate(slopes) if slope.requires_grad]
@@ -83,7 +83,7 @@ class Call:
 
 @contextmanager
 def detach_outputs(model: nn.Module) -> Generator[Call]:
-    """What calls of the model return within is cut off from it, and recorded."""
+    """Detach and record the output of model calls inside the context."""
     call = Call()
     handle = model.register_forward_hook(call.hook, with_kwargs=True)
     try:
@@ -93,13 +93,13 @@ def detach_outputs(model: nn.Module) -> Generator[Call]:
 
 
 def gradients_of(loss: Tensor, of: Sequence[Tensor], *, again: bool = False) -> Sequence[Tensor | None]:
-    """∂ℓ/∂x of each x, None where the loss does not depend on it; to be differentiated ``again``."""
+    """Return ∂ℓ/∂x of each x, None if the loss does not depend on it; ``again`` makes it differentiable."""
     return autograd.grad(loss, of, retain_graph=True, create_graph=again, allow_unused=True)
 
 
 @contextmanager
 def derivatives(*kinds: type[Exception]) -> Generator[None]:
-    """An operation that lacks a derivative makes the curvature unavailable; lack of memory is passed on."""
+    """Convert errors of operations that lack a derivative to UnavailableError; out-of-memory is raised as is."""
     try:
         yield
     except (*kinds, RuntimeError) as error:
@@ -109,20 +109,20 @@ def derivatives(*kinds: type[Exception]) -> Generator[None]:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors in what a model returned, in order."""
-    found: list[Tensor] = []
+    """Return the floating-point tensors in a model's output, in order."""
+    floating: list[Tensor] = []
 
-    def note(tensor: Tensor) -> Tensor:
+    def collect(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
-            found.append(tensor)
+            floating.append(tensor)
         return tensor
 
-    _mapped(output, note)
-    return found
+    _mapped(output, collect)
+    return floating
 
 
 def _mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nesting with ``change`` of every tensor; what is in other objects stays."""
+    """Apply ``change`` to every tensor and keep the nesting; tensors inside other objects are left alone."""
     if isinstance(output, Tensor):
         return change(output)
     if isinstance(output, MutableMapping):  # transformers' ModelOutput too, which sets the attribute with the item

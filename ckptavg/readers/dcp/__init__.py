@@ -1,6 +1,6 @@
-"""What torch.distributed.checkpoint saves: ``.metadata`` and the ``.distcp`` files it names, one or more a rank.
+"""Checkpoints of torch.distributed.checkpoint: ``.metadata`` and its ``.distcp`` files, one or more per rank.
 
-Each part of each tensor is a small ``torch.save`` file inside a ``.distcp`` file; it is opened when it is first read.
+Each part of each tensor is a small ``torch.save`` file inside a ``.distcp`` file; it is opened on first access.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from ckptavg.readers.torch_zip import TorchZipReader
 
 MAX_METADATA: Final = 256 << 20
 METADATA: Final = ".metadata"
-RECORD: Final = "ckptavg.json"  # what ckptavg says of a directory that it wrote
+RECORD: Final = "ckptavg.json"  # metadata in directories that ckptavg wrote
 SUFFIX: Final = ".distcp"
 
-_OPENED: Final = 8  # tensors whose parts stay open
-_LARGE: Final = 1 << 16  # bytes of a run from which on it is read on its own
+_OPENED: Final = 8  # number of tensors whose parts stay open
+_LARGE: Final = 1 << 16  # runs of at least this many bytes are read one by one
 _ALONE: Final = "tensor"
 
 
 class DcpReader:
-    """An open directory of a distributed checkpoint; of its files only ``.metadata`` has been read."""
+    """An open directory of a distributed checkpoint; only ``.metadata`` has been read."""
 
     format = "dcp"
     notes: tuple[str, ...] = ()
@@ -45,17 +45,17 @@ class DcpReader:
         self._opened: OrderedDict[str, dict[int, tuple[TorchZipReader, StoredTensor]]] = OrderedDict()
         self._lock = Lock()
         self._files: dict[str, RegularFile] = {}
-        listing = RegularFile(folder / METADATA)
-        self.files: Sequence[RegularFile] = (listing,)
+        metadata_file = RegularFile(folder / METADATA)
+        self.files: Sequence[RegularFile] = (metadata_file,)
         try:
-            if listing.size > MAX_METADATA:
-                raise InputError(f"has {listing.size} bytes, more than {MAX_METADATA}", path=listing.path)
-            found = parse(listing.read(0, listing.size), listing.path)
-            for name, stored in found.stored.items():
+            if metadata_file.size > MAX_METADATA:
+                raise InputError(f"has {metadata_file.size} bytes, more than {MAX_METADATA}", path=metadata_file.path)
+            parsed = parse(metadata_file.read(0, metadata_file.size), metadata_file.path)
+            for name, stored in parsed.stored.items():
                 self._files[name] = self._open(name, stored)
-                self.files = (listing, *self._files.values())
-            self._tensors = {name: value for name, value in found.values.items() if isinstance(value, SavedTensor)}
-            self.tree: Mapping[str, Node] = _tree(found, listing.path)
+                self.files = (metadata_file, *self._files.values())
+            self._tensors = {name: value for name, value in parsed.values.items() if isinstance(value, SavedTensor)}
+            self.tree: Mapping[str, Node] = _tree(parsed, metadata_file.path)
         except BaseException:
             self.close()
             raise
@@ -82,7 +82,7 @@ class DcpReader:
     def _read_part(
         self, tensor: StoredTensor, number: int, part: Part, begin: int, end: int, start: int, out: memoryview
     ) -> None:
-        """Put elements ``begin`` to ``end`` of a part where they belong in ``out``, which starts at ``start``."""
+        """Copy elements ``begin`` to ``end`` of a part into ``out``, whose first element is the tensor's ``start``."""
         size = ITEM_SIZE[tensor.dtype]
         try:
             reader, alone = self._part(tensor, number, part)
@@ -102,7 +102,7 @@ class DcpReader:
             out[at : at + run.count * size] = block[of : of + run.count * size]
 
     def _part(self, tensor: StoredTensor, number: int, part: Part) -> tuple[TorchZipReader, StoredTensor]:
-        """The open ``torch.save`` file of a part, and the tensor in it; those of the last few tensors are kept."""
+        """Return the ``torch.save`` file of a part and its tensor; files of the last `_OPENED` tensors stay open."""
         with self._lock:
             parts = self._opened.setdefault(tensor.record, {})
             self._opened.move_to_end(tensor.record)
@@ -119,16 +119,16 @@ class DcpReader:
         if isinstance(alone, Refused):
             raise InputError(alone.reason, path=file.path)
         if not isinstance(alone, StoredTensor):
-            raise InputError("holds something else than a tensor", path=file.path)
+            raise InputError("holds something other than a tensor", path=file.path)
         if (alone.dtype, alone.shape) != (tensor.dtype, part.box.sizes):
             raise InputError(
-                f"holds {alone.dtype} {list(alone.shape)}, but {METADATA} says {tensor.dtype} {list(part.box.sizes)}",
+                f"holds {alone.dtype} {list(alone.shape)}, but {METADATA} has {tensor.dtype} {list(part.box.sizes)}",
                 path=file.path,
             )
         return reader, alone
 
     def _open(self, name: str, stored: Sequence[Stored]) -> RegularFile:
-        """Open file ``name`` and see that it is of the same save as ``.metadata`` and holds just what that says."""
+        """Open file ``name``; check that it is of the same save as ``.metadata`` and has exactly its parts."""
         path = self.path / name
         if not os.path.lexists(path):
             raise InputError(f"is missing, but {METADATA} names it", path=path, hint="copy the whole directory")
@@ -145,10 +145,10 @@ class DcpReader:
 def _record(path: Path) -> Mapping[str, str]:
     if not path.is_file():
         return {}
-    found = read_json(path)
-    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+    record = read_json(path)
+    if not isinstance(record, dict) or not all(isinstance(text, str) for text in record.values()):
         raise InputError("is not what ckptavg wrote", path=path)
-    return found
+    return record
 
 
 def _check_newer(metadata: Path, path: Path) -> None:
@@ -156,10 +156,10 @@ def _check_newer(metadata: Path, path: Path) -> None:
     try:
         older = metadata.stat().st_mtime_ns < path.stat().st_mtime_ns
     except OSError:
-        return  # one of them is gone or out of reach, which opening it says
+        return  # one of the files is gone or unreadable: opening it raises the error
     if older:
         raise InputError(
-            f"is older than {path.name}: a later save into this directory was interrupted or is going on",
+            f"is older than {path.name}: a later save into this directory was interrupted or is still running",
             path=metadata,
             hint=f"if the directory was copied without its times, run: touch {metadata}",
         )
@@ -167,31 +167,31 @@ def _check_newer(metadata: Path, path: Path) -> None:
 
 def _check_tiling(file: RegularFile, stored: Sequence[Stored]) -> None:
     end = 0
-    for one in stored:
-        if one.start != end:
-            what = f"has a gap at byte {end}" if one.start > end else f"stores two things at byte {one.start}"
+    for entry in stored:
+        if entry.start != end:
+            what = f"has a gap at byte {end}" if entry.start > end else f"stores two things at byte {entry.start}"
             raise InputError(f"{what}, by {METADATA}", path=file.path)
-        end += one.size
+        end += entry.size
     if file.size < end:
         raise InputError(
-            f"file is truncated: {file.size} bytes present, but {METADATA} says {end} (still being written?)",
+            f"file is truncated: {file.size} bytes present, but {METADATA} requires {end} (still being written?)",
             path=file.path,
         )
     if file.size > end:
-        raise InputError(f"has {file.size} bytes, but {METADATA} says {end}", path=file.path)
+        raise InputError(f"has {file.size} bytes, but {METADATA} requires {end}", path=file.path)
 
 
-def _tree(found: Metadata, path: Path) -> Mapping[str, Node]:
-    """The nested state dict; no two names may have one path, and none may lie inside of a tensor."""
+def _tree(metadata: Metadata, path: Path) -> Mapping[str, Node]:
+    """Return the nested state dict; refuse equal paths of two names, and a path that leads into a tensor."""
     root: dict[str, Any] = {}
-    paths = found.paths or _guessed(found.values)
-    for name, value in found.values.items():
+    paths = metadata.paths or _guessed(metadata.values)
+    for name, value in metadata.values.items():
         *outer, last = paths[name]
         node = root
         for part in outer:
             node = node.setdefault(part, {})
             if type(node) is not dict:
-                raise InputError("lies inside of something that is no mapping", path=path, tensor=name[:100])
+                raise InputError("is inside something that is not a mapping", path=path, tensor=name[:100])
         if last in node:
             raise InputError("has the same place in the state dict as another", path=path, tensor=name[:100])
         node[last] = StoredTensor(value.dtype, value.shape, name, 0) if isinstance(value, SavedTensor) else value
@@ -202,7 +202,7 @@ def _tree(found: Metadata, path: Path) -> Mapping[str, Node]:
 
 
 def _guessed(values: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
-    """Paths for a state dict that was saved flat: the optimizer apart, and the model if everything else is in it."""
+    """Guess paths for a state dict saved flat: split off the optimizer and, if all other names have it, ``model.``."""
     parts = {name: (name.partition(".")[0], name.partition(".")[2]) for name in values}
     apart = {name for name, (head, rest) in parts.items() if rest and head in ("optim", "optimizer")}
     others = [name for name, value in values.items() if name not in apart and value is not None]
@@ -218,7 +218,7 @@ class Dcp:
     name: str = "dcp"
 
     def claims(self, names: frozenset[str]) -> bool:
-        """The metadata, or a rank's file without it: then the save was interrupted."""
+        """Return True if the metadata exists, or a rank's file without it, which an interrupted save leaves."""
         return METADATA in names or any(name.endswith(SUFFIX) for name in names)
 
     def open(self, folder: Path) -> DcpReader:
@@ -228,10 +228,10 @@ class Dcp:
             return DcpReader(folder)
         if any(name.startswith("__") and name.endswith(METADATA) for name in names):
             raise InputError(
-                f"each rank saved its own {METADATA} (use_collectives=False), which is not read", path=folder
+                f"each rank saved its own {METADATA} (use_collectives=False), which is not supported", path=folder
             )
         raise InputError(
-            f"has no {METADATA}, which is written last: the save was interrupted or is going on", path=folder
+            f"has no {METADATA}, which is written last: the save was interrupted or is still running", path=folder
         )
 
 

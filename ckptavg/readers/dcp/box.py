@@ -1,6 +1,6 @@
-"""A rectangular part of a tensor: where its elements are when those of the whole are counted in C order.
+"""Rectangular parts of a tensor: positions of a part's elements in the C order of the whole tensor.
 
-Both are in C order, so any range of the whole meets a box in one range of the box's own elements.
+Both are in C order, so any range of the whole intersects a box in one range of the box's own elements.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ckptavg.readers.pieces import Piece
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """The elements of a tensor of ``shape`` from ``offsets`` on, ``sizes`` in each dimension."""
+    """Elements ``offsets`` to ``offsets + sizes`` of a tensor of ``shape``."""
 
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
@@ -22,31 +22,31 @@ class Box:
 
     @property
     def numel(self) -> int:
-        """The number of elements."""
+        """Number of elements."""
         return math.prod(self.sizes)
 
     @property
     def first(self) -> int:
-        """The number of its first element in the whole."""
+        """Index of its first element in the whole tensor."""
         return _ravel(self.offsets, self.shape)
 
     @property
     def last(self) -> int:
-        """The number of its last element in the whole; the box must not be empty."""
+        """Index of its last element in the whole tensor; the box must not be empty."""
         return _ravel([at + size - 1 for at, size in zip(self.offsets, self.sizes, strict=True)], self.shape)
 
     @property
     def run(self) -> int:
-        """How many of its elements lie together in the whole."""
+        """Number of its elements that are contiguous in the whole tensor."""
         return math.prod(self.sizes[self._inner :])
 
     @property
     def _inner(self) -> int:
-        """The last dimension that it has not all of: from there on its elements lie together."""
+        """Last dimension that the box covers in part; its elements are contiguous from there on."""
         return next((d for d in reversed(range(len(self.shape))) if self.sizes[d] != self.shape[d]), 0)
 
     def before(self, index: int) -> int:
-        """How many of its elements come before element ``index`` of the whole."""
+        """Return the number of its elements before element ``index`` of the whole tensor."""
         if index >= math.prod(self.shape):
             return self.numel
         count, rest = 0, self.numel
@@ -61,9 +61,9 @@ class Box:
         return count
 
     def runs(self, start: int, stop: int) -> Iterator[Piece]:
-        """Its elements from ``start`` to ``stop`` as runs that are contiguous in the whole too, in order.
+        """Yield its elements from ``start`` to ``stop``, in order, as runs that are contiguous in the whole tensor too.
 
-        They are made one by one: a box of one column has as many as rows.
+        A generator, because a box of one column has as many runs as rows.
         """
         inner, length = self._inner, self.run
         while start < stop:
@@ -76,23 +76,23 @@ class Box:
 
 
 def untiled(boxes: Sequence[Box], shape: tuple[int, ...]) -> str | None:
-    """What keeps ``boxes`` from tiling a tensor of ``shape`` (each element in just one of them), or None."""
+    """Return why ``boxes`` do not tile a tensor of ``shape`` (each element in exactly one box), or None if they do."""
     for box in boxes:
         if any(at + size > n for at, size, n in zip(box.offsets, box.sizes, shape, strict=True)):
-            return f"its part {list(box.sizes)} at {list(box.offsets)} reaches out of its shape {list(shape)}"
+            return f"its part {list(box.sizes)} at {list(box.offsets)} exceeds its shape {list(shape)}"
     numel, parts = math.prod(shape), sum(box.numel for box in boxes)
     if numel != parts:
         return f"its parts have {parts} elements, but its shape {list(shape)} has {numel}"
     full = [box for box in boxes if box.numel]
-    # inside, of the same volume and disjoint: then nothing is missing
+    # boxes inside the shape, of the same volume in total and disjoint, cover every element
     d = max(range(len(shape)), key=lambda d: len({box.offsets[d] for box in full}), default=0)
-    met: list[Box] = []
+    open_boxes: list[Box] = []
     for box in sorted(full, key=lambda box: box.offsets[d]) if shape else ():
-        met = [other for other in met if other.offsets[d] + other.sizes[d] > box.offsets[d]]
-        for other in met:
+        open_boxes = [other for other in open_boxes if other.offsets[d] + other.sizes[d] > box.offsets[d]]
+        for other in open_boxes:
             if _overlap(box, other):
                 return f"its parts at {list(other.offsets)} and {list(box.offsets)} overlap"
-        met.append(box)
+        open_boxes.append(box)
     return None
 
 

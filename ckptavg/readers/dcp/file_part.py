@@ -1,4 +1,4 @@
-"""A run of bytes of an open file, read as if it were a file of its own."""
+"""A range of bytes of an open file, with the interface of a file."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from ckptavg.filesystem.regular_file import RegularFile
 
 
 class FilePart(RegularFile):
-    """The ``size`` bytes of ``file`` from ``start`` on; whoever opened the file closes it.
+    """Bytes ``start`` to ``start + size`` of ``file``; the file is not closed with it.
 
-    Nothing is read outside of the part: its neighbours' bytes are never taken for its own.
+    Reads outside of the part are refused, so damage never exposes bytes of a neighbouring part.
     """
 
     def __init__(self, file: RegularFile, start: int, size: int) -> None:
@@ -25,7 +25,7 @@ class FilePart(RegularFile):
         return self._file.inode
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        """See `RegularFile`; an offset counts from the start of the part."""
+        """See `RegularFile`; ``offset`` counts from the start of the part."""
         if offset < 0 or offset + len(out) > self.size:
             raise InputError(
                 f"is damaged: a part of {self.size} bytes should have {offset + len(out)}", path=self._file.path
@@ -37,4 +37,4 @@ class FilePart(RegularFile):
         self._file.check_unchanged()
 
     def close(self) -> None:
-        """Do nothing: other parts are still read."""
+        """Do nothing, because other parts of the file are still in use."""

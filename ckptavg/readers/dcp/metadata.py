@@ -1,7 +1,7 @@
-"""What the ``.metadata`` of torch.distributed.checkpoint says, read inertly: ``dcp.load`` would run what is in it.
+"""Parser of torch.distributed.checkpoint's ``.metadata``; runs nothing, whereas ``dcp.load`` would unpickle it.
 
-It is one pickled ``Metadata``: of every tensor the shape, the dtype and the parts it was saved in; of every part the
-file it lies in, and where; and of every name the path it had in the nested state dict.
+The file is one pickled ``Metadata``: shape, dtype and parts of every tensor; file and byte range of every part; and the
+path of every name in the nested state dict.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from ckptavg.readers.pickle.object_tree import MAX_DEPTH
 from ckptavg.readers.pickle.torch_objects import DTYPES, MAX_RANK
 from ckptavg.readers.pickle.unpickler import Global, Maker, PickleError, load
 
-MAX_PARTS: Final = 1 << 16  # of one tensor
+MAX_PARTS: Final = 1 << 16  # per tensor
 MAX_FILE_NAME: Final = 255
-# a chunk costs about 7 kB of it, and a large cluster's save has 100,000s; a small file needs, and gets, little
+# a chunk costs about 7 kB of the budget and a large cluster saves 100,000s of them; a small file gets a small budget
 _BUDGET: Final = 4 << 30
-_BUDGET_A_BYTE: Final = 64  # of the file: 42 to 48 by torch 2.13
+_BUDGET_A_BYTE: Final = 64  # per byte of the file; files of torch 2.13 need 42 to 48
 _BUDGET_OF_ANY: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Something that was saved, a part of a tensor or an object: ``size`` bytes of ``file`` from ``start`` on.
+    """Location of a part of a tensor or of an object: ``size`` bytes of ``file`` from ``start`` on.
 
     Attributes:
-        offsets: of the part in the tensor; None for an object.
-        transformed: how its bytes were changed, such as compressed; ``""`` if they were not.
+        offsets: position of the part in the tensor; None for an object.
+        transformed: transformation of its bytes, such as compression; ``""`` if there is none.
     """
 
     file: str
@@ -45,7 +45,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a tensor that is not empty; ``first`` and ``last`` are its outermost elements in the whole."""
+    """A non-empty part of a tensor; ``first`` and ``last`` are indices of its outermost elements in the whole."""
 
     box: Box
     stored: Stored
@@ -55,7 +55,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A tensor and the parts that tile it, by their first elements."""
+    """A tensor and the parts that tile it, sorted by their first elements."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -64,12 +64,12 @@ class SavedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """All that is read of it.
+    """Contents of ``.metadata``.
 
     Attributes:
-        values: name → the tensor, why it cannot be read, or None for what is no tensor.
+        values: name → the tensor, the reason why it is not supported, or None for an object that is not a tensor.
         paths: name → its path in the nested state dict; empty if the state dict was saved without nesting.
-        stored: file → what lies in it, in order.
+        stored: file → its parts and objects, in order.
     """
 
     values: Mapping[str, SavedTensor | Refused | None]
@@ -78,17 +78,17 @@ class Metadata:
 
 
 def parse(data: bytes, path: Path) -> Metadata:
-    """What ``data``, the content of ``path``, says.
+    """Parse ``data``, the content of ``path``.
 
     Raises:
-        InputError: naming ``path``, and the tensor where there is one.
+        InputError: if it is damaged; the message has ``path`` and, if known, the tensor.
     """
     try:
-        found = load(data, _MAKERS, _persistent, min(_BUDGET, _BUDGET_OF_ANY + _BUDGET_A_BYTE * len(data)))
+        root = load(data, _MAKERS, _persistent, min(_BUDGET, _BUDGET_OF_ANY + _BUDGET_A_BYTE * len(data)))
     except PickleError as error:
         raise InputError(str(error), path=path) from error
     described, listed, paths = (
-        _field(found, "Metadata", field) for field in ("state_dict_metadata", "storage_data", "planner_data")
+        _field(root, "Metadata", field) for field in ("state_dict_metadata", "storage_data", "planner_data")
     )
     if type(described) is not dict or type(listed) is not dict or not all(type(name) is str for name in described):
         raise InputError("is not the metadata of torch.distributed.checkpoint", path=path)
@@ -96,13 +96,13 @@ def parse(data: bytes, path: Path) -> Metadata:
     stored = _stored(listed, refuse)
     for name in stored:
         if name not in described:
-            refuse("something is stored under this name, but not described", name)
+            refuse("is stored, but not described", name)
     values = {name: _value(name, value, stored.get(name, []), refuse) for name, value in described.items()}
     return Metadata(values, _paths(paths, values, refuse), _by_file(stored))
 
 
 class _Instance:
-    """What stands for an object of one of the metadata's classes: its name and its state; equal to itself only."""
+    """Stand-in for an object of one of the metadata's classes: its class name and state; compares by identity."""
 
     __slots__ = ("kind", "state")
 
@@ -111,12 +111,12 @@ class _Instance:
         self.state: object = None
 
     def set_state(self, state: object) -> None:
-        """Take the fields by name, or in a tuple from a class that pickles itself so."""
+        """Set the fields: a dict by name, or a tuple for classes with a ``__getstate__`` of their own."""
         self.state = state[1] if type(state) is tuple and len(state) == 2 and state[0] is None else state
 
 
 class _Refusal:
-    """Raises InputError about ``path``."""
+    """Function that raises InputError about ``path``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -126,23 +126,23 @@ class _Refusal:
 
 
 def _stored(listed: dict[object, object], refuse: _Refusal) -> dict[str, list[Stored]]:
-    """Name → where its parts, or the object of that name, lie; from ``dict[MetadataIndex, _StorageInfo]``."""
+    """Convert ``dict[MetadataIndex, _StorageInfo]``: name → locations of its parts, or of its object."""
     result: dict[str, list[Stored]] = {}
     for index, info in listed.items():
         name, offsets = _field(index, "MetadataIndex", "fqn"), _field(index, "MetadataIndex", "offset")
         if type(name) is not str or not (offsets is None or _naturals(offsets)):
-            refuse("stores something under no name")
+            refuse("stores something without a name")
         file, start, size, transforms = (
             _field(info, "_StorageInfo", field)
             for field in ("relative_path", "offset", "length", "transform_descriptors")
         )
         span = (start, size)
         if type(file) is not str or not _naturals(span):
-            refuse("does not say where it is stored", name)
+            refuse("has no storage location", name)
         if Path(file).name != file or file in ("", ".", "..") or len(file) > MAX_FILE_NAME or not file.isprintable():
             refuse(f"is stored in {file[:100]!r}, which is not a bare file name", name)
-        known = [one[:40] for one in transforms if type(one) is str] if isinstance(transforms, list | tuple) else []
-        transformed = (", ".join(known[:4]) or "unknown") if transforms else ""
+        names = [text[:40] for text in transforms if type(text) is str] if isinstance(transforms, list | tuple) else []
+        transformed = (", ".join(names[:4]) or "unknown") if transforms else ""
         result.setdefault(name, []).append(Stored(file, span[0], span[1], offsets, transformed))
     return result
 
@@ -174,16 +174,16 @@ def _value(name: str, value: object, stored: Sequence[Stored], refuse: _Refusal)
         return dtype
     transformed = next((part.stored.transformed for part in parts if part.stored.transformed), None)
     if transformed:
-        return Refused(f"is stored through a transformation ({transformed}), which is not undone; save it without")
+        return Refused(f"is stored with a transformation ({transformed}), which is not supported; save it without")
     if any(part.stored.size <= part.box.numel * ITEM_SIZE[dtype] for part in parts):
-        refuse("is not stored by torch.save: SerializationFormat.SAFETENSORS is not read, only TORCH_SAVE", name)
+        refuse("is not stored by torch.save: SerializationFormat.SAFETENSORS is not supported, only TORCH_SAVE", name)
     return SavedTensor(dtype, shape, parts)
 
 
 def _parts(
     name: str, shape: tuple[int, ...], chunks: list[object], stored: Sequence[Stored], refuse: _Refusal
 ) -> tuple[Part, ...]:
-    """The parts by their offsets, which order them by their first elements too."""
+    """Return the parts sorted by their offsets, which also sorts them by their first elements."""
     boxes: list[Box] = []
     for chunk in chunks:
         offsets, sizes = (_field(chunk, "ChunkStorageMetadata", field) for field in ("offsets", "sizes"))
@@ -195,14 +195,14 @@ def _parts(
     boxes.sort(key=lambda box: box.offsets)
     places = sorted(((place.offsets, place) for place in stored if place.offsets is not None), key=lambda pair: pair[0])
     if len(places) != len(stored) or [box.offsets for box in boxes] != [offsets for offsets, _ in places]:
-        refuse("its parts are not those that are stored", name)
+        refuse("its parts differ from those that are stored", name)
     return tuple(
         Part(box, place, box.first, box.last) for box, (_, place) in zip(boxes, places, strict=True) if box.numel
     )
 
 
 def _dtype(properties: object) -> str | Refused:
-    """The dtype that ``TensorProperties`` names: (dtype, layout, requires_grad, memory format, pinned)."""
+    """Return the dtype of a ``TensorProperties``: (dtype, layout, requires_grad, memory format, pinned)."""
     state = properties.state if isinstance(properties, _Instance) else None
     if type(state) is not tuple or len(state) < 2 or not isinstance(state[0], Global):
         return Refused("has no dtype")
@@ -214,11 +214,11 @@ def _dtype(properties: object) -> str | Refused:
 
 
 def _paths(data: object, names: Mapping[str, object], refuse: _Refusal) -> dict[str, tuple[str, ...]]:
-    """Name → path, from the planner's dict of them; empty if it kept none."""
+    """Return name → path from the planner's data; empty if it has none."""
     if not data:
         return {}
     if type(data) is not dict:
-        refuse("does not say how its state dict was nested")
+        refuse("has planner data that are not a mapping from names to paths")
     result: dict[str, tuple[str, ...]] = {}
     for name in names:
         path = data.get(name, (name,))
@@ -230,7 +230,7 @@ def _paths(data: object, names: Mapping[str, object], refuse: _Refusal) -> dict[
 
 
 def _field(value: object, kind: str, name: str) -> object:
-    """Field ``name`` of an object of class ``kind``, or None if it is none or has none."""
+    """Return field ``name`` of an object of class ``kind``, or None if the class differs or the field is missing."""
     state = value.state if isinstance(value, _Instance) and value.kind == kind else None
     return state.get(name) if type(state) is dict else None
 
@@ -246,7 +246,7 @@ def _kind(name: str) -> Maker:
 
 
 def _first(arguments: tuple[object, ...]) -> object:
-    """``torch.Size(tuple)``, ``_get_layout("torch.strided")``: what they are called with says it all."""
+    """Make ``torch.Size(tuple)`` and ``_get_layout("torch.strided")`` their only argument."""
     return arguments[0] if arguments else None
 
 

@@ -1,4 +1,4 @@
-"""From what a pickle described to the `Node` tree of a reader: bounded however often containers are shared."""
+"""Convert the objects of a pickle to the `Node` tree of a reader, bounded even if containers are shared."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ _CONTAINERS: Final = frozenset({dict, list, tuple})
 
 
 def object_tree(value: object) -> tuple[Mapping[str, Node], tuple[str, ...]]:
-    """The tree of the dict ``value``, and the names of the classes whose objects it leaves out.
+    """Return the tree of the dict ``value``, and the names of the classes whose objects it leaves out.
 
-    A key that is no string becomes its ``repr``; a tensor directly under such a key, or under a name that no file
-    should have, is `Refused`. Whatever is neither a tensor, a container, a number nor a string becomes None.
-    Containers that are shared stay shared, but a tree that would be huge without sharing is refused: whoever walks it
-    comes to an end.
+    A key that is not a string becomes its ``repr``; a tensor directly under such a key, or under an improper name, is
+    `Refused`. Objects other than tensors, containers, numbers and strings become None. Shared containers stay shared,
+    but a tree that would be huge without sharing is refused, so that walking it always ends.
 
     Raises:
-        PickleError: if ``value`` is no dict, holds itself, or is nested or shared beyond all measure.
+        PickleError: if ``value`` is not a dict, contains itself, or exceeds the limits on nesting and sharing.
     """
     if type(value) is not dict:
         raise PickleError(_not_a_state_dict(value))
@@ -38,7 +37,7 @@ def object_tree(value: object) -> tuple[Mapping[str, Node], tuple[str, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class _Built:
-    """A container's node, how many nodes it stands for when every path is counted, and how high it is."""
+    """A container's node, the number of nodes below it counted along every path, and its height."""
 
     node: Node
     count: int
@@ -46,23 +45,23 @@ class _Built:
 
 
 class _Builder:
-    """Converts each container once, however many paths lead to it; one that is being converted is None in ``built``."""
+    """Converter that visits each container once; a container in progress is None in ``built``."""
 
     def __init__(self) -> None:
         self.left_out: set[str] = set()
         self.built: dict[int, _Built | None] = {}
 
     def convert(self, container: Any, depth: int) -> _Built:
-        """The node for a dict, list or tuple that lies ``depth`` containers deep."""
-        known = self.built.get(id(container)) if id(container) in self.built else self._convert(container, depth)
-        if known is None:
-            raise PickleError("has a container that holds itself")
-        if depth + known.height > MAX_DEPTH:
+        """Return the node for a dict, list or tuple at nesting depth ``depth``."""
+        built = self.built.get(id(container)) if id(container) in self.built else self._convert(container, depth)
+        if built is None:
+            raise PickleError("has a container that contains itself")
+        if depth + built.height > MAX_DEPTH:
             raise PickleError(f"nests containers more than {MAX_DEPTH} deep")
-        return known
+        return built
 
     def _convert(self, container: Any, depth: int) -> _Built:
-        if depth > MAX_DEPTH:  # before going deeper: this recursion ends here
+        if depth > MAX_DEPTH:  # checked before going deeper, which bounds the recursion
             raise PickleError(f"nests containers more than {MAX_DEPTH} deep")
         if len(self.built) == MAX_CONTAINERS:
             raise PickleError(f"has more than {MAX_CONTAINERS} containers")
@@ -70,7 +69,7 @@ class _Builder:
         mapping = type(container) is dict
         nodes, count, height = self._children(container.values() if mapping else container, depth)
         if count > MAX_NODES:
-            raise PickleError(f"stands for more than {MAX_NODES} values, the same ones over and over")
+            raise PickleError(f"has more than {MAX_NODES} values when shared containers are counted at each use")
         built = self.built[id(container)] = _Built(_named(container, nodes) if mapping else nodes, count, height)
         return built
 
@@ -95,7 +94,7 @@ class _Builder:
 
 
 def _named(keys: Iterable[object], nodes: Iterable[Node]) -> dict[str, Node]:
-    """The mapping from names to ``nodes``; tensors whose names will not do are refused, not dropped."""
+    """Return the mapping from names to ``nodes``; tensors with improper names are refused, not dropped."""
     result: dict[str, Node] = {}
     for key, node in zip(keys, nodes, strict=True):
         name, what = (key, "") if type(key) is str else _spelled(key)
@@ -116,7 +115,7 @@ def _spelled(key: object) -> tuple[str, str]:
 
 
 def is_proper(name: str) -> bool:
-    """Whether a tensor may have this name: not too long, and neither control characters nor halves of a pair in it."""
+    """Return whether a tensor may have this name: not too long, without control characters and lone surrogates."""
     if not 0 < len(name) <= MAX_NAME:
         return False
     return name.isprintable() or not any(
@@ -132,7 +131,7 @@ def _not_a_state_dict(value: object) -> str:
     if isinstance(value, Inert) and not value.called:
         return f"is a whole-model pickle (class {value.name}); save its state_dict()"
     if isinstance(value, Inert):
-        return f"holds what {value.name} would return if it were called, which is never done, not a state dict"
+        return f"holds the result of calling {value.name}, which is never called, not a state dict"
     if isinstance(value, StoredTensor | Refused):
         return "holds a tensor, not a state dict"
     name = {"NoneType": "None", "int": "an int", "Global": "the name of a class or function"}

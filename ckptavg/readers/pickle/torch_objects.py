@@ -1,6 +1,6 @@
-"""What the globals in a ``torch.save`` pickle make: descriptions of tensors, plain containers, numpy's numbers.
+"""Makers for the globals in a ``torch.save`` pickle: tensor descriptions, plain containers, NumPy's numbers.
 
-Nothing here refuses a file. A tensor that cannot be read becomes `Refused` and is an error only where it is wanted.
+Nothing here refuses a file. An unsupported tensor becomes `Refused`, which is an error only if the model contains it.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Storage:
     """A run of bytes that tensors are views of.
 
     Attributes:
-        dtype: of its elements, unless a tensor says otherwise.
-        record: where its bytes are.
-        size: how many they are.
-        refusal: why it cannot be read, or ``""``.
+        dtype: dtype of its elements, unless a tensor has a dtype of its own.
+        record: the record that holds its bytes.
+        size: its size in bytes.
+        refusal: the reason why it is not supported, or ``""``.
     """
 
     dtype: str
@@ -59,19 +59,19 @@ class Storage:
 
 
 class NumpyDtype:
-    """A numpy dtype, of which only plain numbers' are understood; its state tells the byte order."""
+    """A NumPy dtype; only those of plain numbers are supported. Its state has the byte order."""
 
     def __init__(self, code: str) -> None:
         self.code = code
         self.order = ""
 
     def set_state(self, state: object) -> None:
-        """Take the byte order from what BUILD brings: (version, order, ...)."""
+        """Set the byte order from BUILD's argument: (version, order, ...)."""
         order = state[1] if type(state) is tuple and len(state) > 1 else None
         self.order = order if order in ("<", ">") else "<" if order == "|" else ""
 
     def decode(self, raw: bytes) -> float | int | bool | None:
-        """The number ``raw`` holds, or None."""
+        """Return the number in ``raw``, or None if the dtype is not supported."""
         letter = _NUMPY.get(self.code)
         if letter is None or not self.order or len(raw) != struct.calcsize(f"<{letter}"):
             return None
@@ -79,13 +79,13 @@ class NumpyDtype:
 
 
 def storage(persistent_id: object, sizes: Mapping[str, int]) -> Storage:
-    """The storage a persistent id stands for.
+    """Return the storage of a persistent id.
 
     Args:
         persistent_id: ("storage", class, key, location, number of elements).
-        sizes: the bytes of each record.
+        sizes: record → its size in bytes.
     Raises:
-        PickleError: if it is no storage's.
+        PickleError: if it is not the id of a storage.
     """
     if type(persistent_id) is not tuple or len(persistent_id) != 5 or persistent_id[0] != "storage":
         raise PickleError("is damaged: a persistent id is not a storage's")
@@ -139,7 +139,7 @@ def _refuse_bits(metadata: tuple[object, ...]) -> Refused | None:
 
 
 def _view(source: Storage, dtype: str, offset: object, shape: object, stride: object) -> StoredTensor | Refused:
-    """The tensor whose elements lie ``offset`` and multiples of ``stride`` elements into ``source``."""
+    """Return the tensor that starts ``offset`` elements into ``source``; ``stride`` is in elements."""
     if source.refusal:
         return Refused(source.refusal)
     at = (offset,)
@@ -155,7 +155,9 @@ def _checked_view(
         return StoredTensor(dtype, shape, source.record, 0)
     size = ITEM_SIZE[dtype]
     reach = 1
-    for n, step in sorted(((n, step) for n, step in zip(shape, stride, strict=True) if n > 1), key=lambda one: one[1]):
+    for n, step in sorted(
+        ((n, step) for n, step in zip(shape, stride, strict=True) if n > 1), key=lambda pair: pair[1]
+    ):
         if step < reach:
             return Refused(f"shape {list(shape)} with stride {list(stride)} uses some elements more than once")
         reach += (n - 1) * step
@@ -199,12 +201,12 @@ def _from_type(arguments: tuple[object, ...]) -> StoredTensor | Refused:
 
 
 def _new_dict(arguments: tuple[object, ...]) -> object:
-    """OrderedDict(), defaultdict(factory): both are filled later; Counter(dict)."""
+    """Make a dict: OrderedDict() and defaultdict(factory), which are filled later, and Counter(dict)."""
     return arguments[0] if arguments and type(arguments[0]) is dict else {}
 
 
 def _new_list(arguments: tuple[object, ...]) -> object:
-    """set(list), frozenset(list), torch.Size(tuple)."""
+    """Make a list: set(list), frozenset(list), torch.Size(tuple)."""
     return arguments[0] if arguments and type(arguments[0]) in (list, tuple) else []
 
 
@@ -222,7 +224,7 @@ def _numpy_scalar(arguments: tuple[object, ...]) -> object:
 
 
 def _encode(arguments: tuple[object, ...]) -> object:
-    """``_codecs.encode(text, "latin1")``: how protocol 2 writes bytes; kept only where they may be a number's."""
+    """``_codecs.encode(text, "latin1")``, protocol 2's form of bytes; kept only if short enough for a number."""
     text = arguments[0] if arguments else None
     if type(text) is str and len(text) <= 16 and all(ord(char) < 256 for char in text):
         return text.encode("latin1")
@@ -230,12 +232,12 @@ def _encode(arguments: tuple[object, ...]) -> object:
 
 
 def _member(arguments: tuple[object, ...]) -> object:
-    """``getattr(class, name)``: how Python 3.11.0 to 3.11.3 pickle a member of an enumeration."""
+    """``getattr(class, name)``, a member of an enumeration as pickled by Python 3.11.0 to 3.11.3."""
     owner, name = arguments if len(arguments) == 2 else (None, None)
     if not isinstance(owner, Global):
         return Inert("getattr", called=True)
-    known = owner.name == _ZERO_STAGE and type(name) is str and name in _ZERO_STAGES
-    return _ZERO_STAGES[name] if known else Inert(owner.name, called=True)
+    is_stage = owner.name == _ZERO_STAGE and type(name) is str and name in _ZERO_STAGES
+    return _ZERO_STAGES[name] if is_stage else Inert(owner.name, called=True)
 
 
 _TENSORS: Final[Mapping[str, Callable[[tuple[object, ...]], StoredTensor | Refused]]] = {

@@ -1,9 +1,9 @@
 """A pickle interpreter that never imports, calls or hashes anything a pickle names.
 
-It knows containers, numbers and strings. A global is only its name; calling one yields what the caller's ``makers``
-make of that name, or else an `Inert` stand-in that forgets its arguments. Time and memory are bounded by a budget.
+It builds containers, numbers and strings. A global is only a name; calling one gives the result of the caller's maker
+of that name or, without a maker, an `Inert` stand-in that drops the arguments. A budget bounds time and memory.
 
-Protocols 2 to 5 are read, as ``torch.save`` and ``pickle.dump`` write them; the text opcodes of protocol 0 are not.
+Protocols 2 to 5 of ``torch.save`` and ``pickle.dump`` are supported; the text opcodes of protocol 0 are not.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ckptavg.readers import Refused
 
 MAX_INTEGER: Final = 255  # bytes
 MAX_NAME: Final = 1000  # bytes of a global's module or name
-BUDGET: Final = 640 << 20  # what a pickle may cost, text and bytes (which it must hold itself) not counted
+BUDGET: Final = 640 << 20  # cost limit of a pickle; text and bytes, bounded by the size of the pickle, do not count
 
-# What an opcode costs: an upper estimate of the memory CPython needs for what it makes, and enough for any opcode that
-# time is bounded as well, to 10 million of them.
+# Costs of opcodes: upper estimates of the memory of the objects made in CPython, with a minimum that bounds time as
+# well: at most 10 million opcodes.
 _STEP: Final = 64
 _NUMBER: Final = 80
 _TUPLE: Final = 96
@@ -31,30 +31,30 @@ _OBJECT: Final = 256
 _DICT: Final = 272
 _GLOBAL: Final = 512
 
-# integers of more bits share hashes by the million, which would make a dict take for ever
+# larger integers can share hashes by the million, which makes dict insertion quadratic
 _LARGEST_KEY: Final = 2**60
 
 Maker: TypeAlias = Callable[[tuple[object, ...]], object]
 
 
 class PickleError(ValueError):
-    """What is wrong with a pickle, as the end of a sentence that starts with its name."""
+    """A damaged or unsupported pickle; the message continues a sentence that starts with the name of the pickle."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Global:
-    """The name of a class or function, dotted and never looked up."""
+    """Dotted name of a class or function; never looked up."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inert:
-    """What stands where a pickle has an object of a class that is not known; it remembers only the name.
+    """Stand-in for an object of an unknown class; it keeps only the name.
 
     Attributes:
-        name: of the class, or of the function that would have made the object.
-        called: whether it would have been made by calling ``name`` rather than as an instance of a class.
+        name: the class, or the function that unpickling would call.
+        called: whether unpickling would call ``name`` rather than make an instance of it.
     """
 
     name: str
@@ -63,44 +63,44 @@ class Inert:
 
 @runtime_checkable
 class Stateful(Protocol):
-    """What a maker may make when the pickle then sets its state."""
+    """An object made by a maker whose state the pickle may set."""
 
     def set_state(self, state: object) -> None:
-        """Take what the BUILD opcode brings."""
+        """Set the state from the argument of the BUILD opcode."""
         ...
 
 
 def load(
     data: bytes, makers: Mapping[str, Maker], persistent: Callable[[object], object], budget: int | None = None
 ) -> object:
-    """What the pickle ``data`` describes, made of dict, list, tuple, numbers, strings, bytes and stand-ins.
+    """Return the object in the pickle ``data``, made of dict, list, tuple, numbers, strings, bytes and stand-ins.
 
-    Sets are lists in the order of the file. A dict's keys are str, int, float, bool, None, bytes, what is `Stateful`,
-    or `Inert` for any other key.
+    Sets become lists in the order of the file. A dict's keys are str, int, float, bool, None, bytes, `Stateful`, or
+    `Inert` for any other key.
 
     Args:
         data: the pickle.
-        makers: dotted name of a global → what is made when it is called; may refuse by raising PickleError.
-        persistent: what a persistent id stands for; may raise PickleError as well.
-        budget: what it may cost; None is `BUDGET`.
+        makers: dotted name of a global → function of its call's arguments; may raise PickleError.
+        persistent: persistent id → object; may raise PickleError.
+        budget: the cost limit; None is `BUDGET`.
     Raises:
         PickleError: if it is damaged or exceeds a limit.
     """
     machine = _Machine(data, makers, persistent)
     try:
         return machine.run(BUDGET if budget is None else budget)
-    except IndexError as error:  # from the stack and the marks: every read of the data is checked
-        raise PickleError(f"is damaged: byte {machine.position} takes more from the stack than is on it") from error
+    except IndexError as error:  # only the stack and the marks raise it: every read of the data is checked
+        raise PickleError(f"is damaged: byte {machine.position} pops from an empty stack") from error
     except UnicodeDecodeError as error:
         raise PickleError(f"is damaged: the text before byte {machine.position} is not UTF-8") from error
 
 
 class _Machine:
-    """The stack of what follows the last mark, the stacks below the marks, and the memo."""
+    """State of the interpreter: the stack since the last mark, the stacks below the marks, and the memo."""
 
     def __init__(self, data: bytes, makers: Mapping[str, Maker], persistent: Callable[[object], object]) -> None:
         self.data = data
-        self.end = len(data) - 1  # where STOP must be
+        self.end = len(data) - 1  # position of STOP
         self.position = 0
         self.stack: list[object] = []
         self.below: list[list[object]] = []
@@ -109,7 +109,7 @@ class _Machine:
         self.persistent = persistent
 
     def run(self, budget: int) -> object:
-        """What the pickle describes, within ``budget``."""
+        """Execute the pickle within ``budget`` and return its object."""
         data, end, rows = self.data, self.end, _ROWS
         if data[:1] != b"\x80" or data[1:2] not in (b"\2", b"\3", b"\4", b"\5"):
             raise PickleError("is damaged: it does not start like a pickle of protocol 2 to 5")
@@ -120,7 +120,7 @@ class _Machine:
                 _cut_off()
             budget -= cost
             if budget < 0:
-                raise PickleError("takes more memory than any checkpoint's should")
+                raise PickleError("takes more memory than a checkpoint needs")
             if not width:
                 opcode(self, 0)
             elif width == 1:
@@ -135,7 +135,7 @@ class _Machine:
         return value
 
     def take(self, size: int) -> bytes:
-        """The next ``size`` bytes."""
+        """Return the next ``size`` bytes."""
         start = self.position
         self.position = start + size
         if self.position > self.end:
@@ -143,7 +143,7 @@ class _Machine:
         return self.data[start : self.position]
 
     def line(self) -> str:
-        """The text up to the next line feed."""
+        """Return the text up to the next line feed."""
         end = self.data.find(b"\n", self.position, self.position + MAX_NAME + 1)
         if end < 0:
             raise PickleError(f"is damaged: the name at byte {self.position} does not end")
@@ -157,18 +157,18 @@ class _Machine:
         self.stack = []
 
     def since_mark(self) -> list[object]:
-        """Everything since the last mark, which goes."""
+        """Remove the last mark and return the items above it."""
         items = self.stack
         self.stack = self.below.pop()
         return items
 
     def gather(self, kind: Callable[[list[object]], object]) -> None:
-        """Replace everything since the last mark by one list or tuple of it."""
+        """Replace the items above the last mark by one list or tuple of them."""
         items = self.since_mark()
         self.stack.append(kind(items))
 
     def put(self, index: int) -> None:
-        """Remember what is on top of the stack."""
+        """Store the top of the stack in the memo."""
         if index == len(self.memo):
             self.memo.append(self.stack[-1])
         elif index < len(self.memo):
@@ -177,7 +177,7 @@ class _Machine:
             raise PickleError(f"is damaged: memo {index} follows {len(self.memo) - 1}")
 
     def get(self, index: int) -> None:
-        """Push what was remembered."""
+        """Push an entry of the memo."""
         if index >= len(self.memo):
             raise PickleError(f"is damaged: memo {index} is missing")
         self.stack.append(self.memo[index])
@@ -191,7 +191,7 @@ class _Machine:
             raise PickleError(f"is damaged: it appends to a {type(target).__name__}")
 
     def store(self, items: list[object]) -> None:
-        """Set keys and values, in turns, of the dict on top of the stack."""
+        """Set items of the dict on top of the stack from alternating keys and values."""
         target = self.stack[-1]
         if len(items) % 2:
             raise PickleError("is damaged: it has a key without a value")
@@ -208,9 +208,9 @@ class _Machine:
         self.stack.append(Global(f"{module}.{name}"))
 
     def make(self, function: object, arguments: object, *, called: bool) -> None:
-        """Push what stands for ``function(*arguments)``."""
+        """Push the stand-in for ``function(*arguments)``."""
         if type(arguments) is not tuple or not isinstance(function, Global | Inert):
-            raise PickleError("is damaged: it calls what cannot be called")
+            raise PickleError("is damaged: it calls something that is not callable")
         maker = self.makers.get(function.name) if isinstance(function, Global) else None
         self.stack.append(maker(arguments) if maker else _stand_in(function.name, called))
 
@@ -222,23 +222,23 @@ def _cut_off() -> NoReturn:
 def _key(key: object) -> object:
     if key is None or type(key) in (str, float, bool, bytes) or (type(key) is int and abs(key) < _LARGEST_KEY):
         return key
-    if isinstance(key, Stateful):  # what a maker made: equal to itself only, so nothing of the file's is compared
+    if isinstance(key, Stateful):  # made by a maker and compared by identity, so no content of the file is compared
         return key
     return Inert(key.name if isinstance(key, Inert | Global) else type(key).__name__, called=False)
 
 
-@lru_cache(maxsize=64)  # a pickle makes objects of few classes, but of these many
+@lru_cache(maxsize=64)  # a pickle has many objects of few classes
 def _stand_in(name: str, called: bool) -> Inert | Refused:
-    # what may be a tensor must not vanish from a state dict as other objects do
+    # an object that may be a tensor must not be dropped from a state dict as other objects are
     last = name.rpartition(".")[2]
     if last.startswith("_rebuild") or last.endswith(("Tensor", "Parameter", "Storage")):
-        return Refused(f"is made by {name}; only plain dense tensors are read")
+        return Refused(f"is made by {name}; only plain dense tensors are supported")
     return Inert(name, called)
 
 
 def _unknown(m: _Machine, _: int) -> NoReturn:
     at = m.position - 1
-    raise PickleError(f"is damaged: byte {at} is {m.data[at]:#04x}, which belongs nowhere in protocols 2 to 5")
+    raise PickleError(f"is damaged: byte {at} is {m.data[at]:#04x}, which is not an opcode of protocols 2 to 5")
 
 
 def _proto(_: _Machine, version: int) -> None:
@@ -320,13 +320,13 @@ def _build(m: _Machine, _: int) -> None:
     state, target = m.stack.pop(), m.stack[-1]
     if isinstance(target, Stateful):
         target.set_state(state)
-    elif not isinstance(target, dict | Inert | Refused):  # a dict's is OrderedDict's, such as _metadata
+    elif not isinstance(target, dict | Inert | Refused):  # a dict: attributes of an OrderedDict, such as _metadata
         raise PickleError(f"is damaged: it sets the state of a {type(target).__name__}")
 
 
 _Row: TypeAlias = tuple[int, int, Callable[[_Machine, int], object]]
 
-# opcode: (bytes of its operand, an unsigned number n; what it costs; what it does).
+# opcode: (bytes of its operand, an unsigned number n; cost; action)
 _OPCODES: Final[Mapping[int, _Row]] = {
     0x80: (1, _STEP, _proto),
     0x95: (8, _STEP, _frame),
@@ -368,7 +368,7 @@ _OPCODES: Final[Mapping[int, _Row]] = {
     ord("d"): (0, _DICT, _dict),
     ord("s"): (0, _STEP, _set_item),
     ord("u"): (0, _STEP, lambda m, _: m.store(m.since_mark())),
-    0x8F: (0, _LIST, lambda m, _: m.stack.append([])),  # sets are lists: nothing is hashed
+    0x8F: (0, _LIST, lambda m, _: m.stack.append([])),  # sets are read as lists, so nothing is hashed
     0x90: (0, _STEP, lambda m, _: m.extend(m.since_mark())),
     0x91: (0, _LIST, lambda m, _: m.gather(list)),
     ord("c"): (0, _GLOBAL, lambda m, _: m.name(m.line(), m.line())),

@@ -1,6 +1,6 @@
-"""What ``torch.save`` writes since torch 1.6 (.pt, .pth, .ckpt, .bin), read without running any of it.
+"""Files of ``torch.save`` since torch 1.6 (.pt, .pth, .ckpt, .bin), read without running anything in them.
 
-A zip archive of records: ``data.pkl`` describes the objects, ``data/0``, ``data/1``, ... are the storages.
+A zip archive of records: ``data.pkl`` describes the objects; ``data/0``, ``data/1``, ... are the storages.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class TorchZipReader:
     """An open torch file.
 
     Args:
-        file: the file, which the reader then owns.
-        alone: what to call the only entry of the tree if the file is to hold one tensor, not a state dict.
+        file: the file; closed with the reader.
+        alone: for a file of one tensor instead of a state dict, the name of the only entry of the tree.
     """
 
     format = "torch"
@@ -45,7 +45,7 @@ class TorchZipReader:
         self._check_version()
         self.tree: Mapping[str, Node]
         self.tree, left_out = self._objects(alone)
-        notes = () if checked else ("was saved without checksums, so damage to its tensors would go unseen",)
+        notes = () if checked else ("was saved without checksums, so damage to its tensors is undetectable",)
         if left_out:
             notes += (f"left out objects of {len(left_out)} classes: {_listing(left_out)}",)
         self.notes: tuple[str, ...] = notes
@@ -95,24 +95,24 @@ class TorchZipReader:
 
 
 def _records(file: RegularFile) -> dict[str, Record]:
-    """The archive's records by name, without the directory that holds everything in it."""
+    """Return the archive's records by name, without the top-level directory."""
     entries, end = central_directory(file)
     prefix = _prefix(file, entries)
     return {name.removeprefix(prefix): record for name, record in locate(file, entries, end).items()}
 
 
 def _prefix(file: RegularFile, entries: Sequence[Entry]) -> str:
-    """The directory that holds everything in the archive, with its slash."""
+    """Return the archive's top-level directory, with its slash."""
     names = [entry.name for entry in entries]
     prefix = names[0].partition("/")[0] + "/" if names else ""
     inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     if "constants.pkl" in inside or any(name.startswith("code/") for name in inside):
         raise InputError("is a TorchScript file; save its state_dict", path=file.path)
     if len(prefix) < 2 or "data.pkl" not in inside:
-        raise InputError("is a zip, but not one torch.save wrote", path=file.path)
+        raise InputError("is a zip archive, but not of torch.save", path=file.path)
     outside = next((name for name in names if not name.startswith(prefix)), None)
     if outside is not None:
-        raise InputError(f"zip directory lists {outside}, which lies outside of {prefix}", path=file.path)
+        raise InputError(f"zip directory lists {outside}, which is outside of {prefix}", path=file.path)
     return prefix
 
 
@@ -125,9 +125,10 @@ class TorchZip:
     """The format; see `ckptavg.readers.Format`."""
 
     name: str = "torch"
+    suffixes: tuple[str, ...] = (".pt", ".pth", ".pth.tar", ".ckpt", ".bin")
 
     def claims(self, head: bytes) -> bool:
-        """The signature of a zip's first record; whether it is torch's is seen on opening."""
+        """Return True for the signature of a zip's first record; `open` checks whether it is torch's."""
         return head.startswith(b"PK\x03\x04")
 
     def open(self, file: RegularFile) -> TorchZipReader:

@@ -1,4 +1,4 @@
-"""Records whose CRC-32 is checked while they are read: ``torch.load`` never looks at it."""
+"""Records whose CRC-32 is checked while they are read; ``torch.load`` never checks it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLOCK: Final = 1 << 20
 
 @dataclass(slots=True)
 class _Sum:
-    """How far into a record its running checksum has come."""
+    """Running checksum of a record up to ``position``."""
 
     lock: Lock = field(default_factory=Lock)
     position: int = 0
@@ -25,13 +25,13 @@ class _Sum:
 
 
 class CheckedRecords:
-    """Records of one file; reading one front to back checks it at no further cost.
+    """Records of one file; reading a record front to back checks it without extra reads.
 
-    A record that is read in another order is first read through once. Several threads may read at once.
+    Reading in another order first reads the whole record once. Thread-safe.
 
     Args:
         file: the file.
-        records: name → where it lies.
+        records: name → location.
         checked: whether the file has checksums; if not, nothing is checked.
     """
 
@@ -44,7 +44,7 @@ class CheckedRecords:
         self._lock = Lock()
 
     def read(self, name: str) -> bytes:
-        """All of record ``name``, checked."""
+        """Return the whole record ``name``, checked."""
         content = bytearray(self._records[name].size)
         self.read_into(name, 0, memoryview(content), stop=len(content))
         return bytes(content)
@@ -53,12 +53,12 @@ class CheckedRecords:
         """Fill ``out`` with record ``name`` from byte ``start`` on.
 
         Args:
-            name: of the record.
+            name: the record.
             start: the first byte.
             out: contiguous bytes, within the record.
-            stop: where the reader will stop; when it has come there front to back, the record is read to its end.
+            stop: end of the caller's sequential pass; the call that reaches it reads the rest of the record.
         Raises:
-            InputError: if the file was cut, or once all is read, if the checksum does not match.
+            InputError: if the file was truncated or, once the record is complete, its checksum does not match.
         """
         if not self._is_good(name):
             with self._lock:
@@ -99,7 +99,7 @@ class CheckedRecords:
             while running.position < record.size:
                 self._advance(name, running, block[: record.size - running.position])
         if running.crc != record.crc:
-            running.position = running.crc = 0  # so that whoever asks again is told again
+            running.position = running.crc = 0  # so that the next read fails again
             raise InputError(f"checksum of record {name} does not match: the file is damaged", path=self._file.path)
         self._good.add(name)
         with self._lock:

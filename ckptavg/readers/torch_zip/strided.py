@@ -1,4 +1,4 @@
-"""Elements of a tensor that do not lie one behind the other, gathered in C order from as few bytes as is sensible."""
+"""Gather the elements of a non-contiguous tensor in C order, reading few bytes that are not needed."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from ckptavg.readers import ITEM_SIZE, StoredTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LARGE: Final = 16 << 20  # bytes read at once, at most …
-_SMALL: Final = 64 << 10  # … and at least, unless fewer hold everything
-_WASTE: Final = 4  # bytes read for each byte that is used, in what is larger than _SMALL
+_LARGE: Final = 16 << 20  # maximum bytes per read
+_SMALL: Final = 64 << 10  # spans of at most this many bytes are read whole
+_WASTE: Final = 4  # maximum bytes read per byte used, for spans larger than _SMALL
 
 
 def gather(tensor: StoredTensor, start: int, out: memoryview, read_into: Callable[[int, memoryview], None]) -> None:
-    """Fill ``out`` with the elements of ``tensor`` from number ``start`` on, counted in C order.
+    """Fill ``out`` with the elements of ``tensor`` from index ``start`` on, in C order.
 
     Args:
-        tensor: of rank ≥ 1, with strides, no two elements overlapping.
-        start: the first element.
+        tensor: tensor of rank ≥ 1 with strides and without overlapping elements.
+        start: index of the first element.
         out: contiguous bytes, a multiple of the element size, within the tensor; not empty.
-        read_into: fills a buffer with the record's bytes from an offset on.
+        read_into: ``(offset, buffer)`` fills a buffer with the record's bytes from an offset on.
     """
     import torch
 
     size = ITEM_SIZE[tensor.dtype]
     stride = tensor.stride or ()
-    # elements as integers (pairs of them for 16 bytes): no value is ever looked at
+    # elements as integers (as complex128 for 16 bytes): values are copied, never interpreted
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[size]
 
     def fill(target: Tensor, first: int) -> None:
@@ -53,7 +53,7 @@ def gather(tensor: StoredTensor, start: int, out: memoryview, read_into: Callabl
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The elements ``start`` < ``stop`` of an array of rank ≥ 1 as boxes in C order: (first index, shape)."""
+    """Yield elements ``start`` to ``stop`` of an array of rank ≥ 1 as boxes in C order: (first index, shape)."""
     row = math.prod(shape[1:])
     first, skipped = divmod(start, row)
     last, rest = divmod(stop, row)

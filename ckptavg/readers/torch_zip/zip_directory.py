@@ -1,7 +1,7 @@
-"""Where the records of a zip archive lie, by a parser that takes only what ``torch.save`` writes: no second reading.
+"""Strict parser of zip directories that accepts only archives in the form of ``torch.save``.
 
-Two parsers that disagree about one archive are how scanners are deceived, so whatever could be read in two ways
-(a repeated name, records that overlap, bytes behind the end, sizes told differently twice) is refused.
+Archives that two parsers read differently can deceive scanners, so anything ambiguous (a repeated name, overlapping
+records, bytes after the end, two different sizes) is refused.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _LOCAL: Final = struct.Struct("<4s5H3L2H")
 _LONGEST_COMMENT: Final = 0xFFFF
 _DESCRIPTOR, _UTF8 = 1 << 3, 1 << 11
 _ENCRYPTED: Final = 1 | 1 << 6 | 1 << 13
-_MANY: Final = {2: 0xFFFF, 4: 0xFFFFFFFF}  # what a field of 2 or 4 bytes says when the true value is in the zip64 part
+_MANY: Final = {2: 0xFFFF, 4: 0xFFFFFFFF}  # value of a field of 2 or 4 bytes if the true value is in the zip64 part
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A record as the central directory lists it."""
+    """Entry of a record in the central directory."""
 
     name: str
     flags: int
@@ -44,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Where a record's bytes start in the file, how many they are, and their CRC-32."""
+    """Start of a record's bytes in the file, their number, and their CRC-32."""
 
     start: int
     size: int
@@ -52,10 +52,10 @@ class Record:
 
 
 def central_directory(file: RegularFile) -> tuple[Sequence[Entry], int]:
-    """The entries of the central directory that ends ``file``, and where it begins.
+    """Return the entries of the central directory at the end of ``file``, and its offset.
 
     Raises:
-        InputError: if the file is truncated, has bytes behind its end, or the directory is damaged.
+        InputError: if the file is truncated, has bytes after its end, or the directory is damaged.
     """
     count, size, offset = _end(file)
     if count > MAX_ENTRIES or size > MAX_DIRECTORY:
@@ -67,23 +67,23 @@ def central_directory(file: RegularFile) -> tuple[Sequence[Entry], int]:
         entry, position = _entry(file, data, position)
         entries.append(entry)
     if position != size:
-        _damaged(file, f"has {size - position} bytes behind its {count} entries")
+        _damaged(file, f"has {size - position} bytes after its {count} entries")
     if len({entry.name for entry in entries}) < count:
         seen: set[str] = set()
-        twice = next(entry.name for entry in entries if entry.name in seen or seen.add(entry.name))
-        _damaged(file, f"lists {twice} twice")
+        repeated = next(entry.name for entry in entries if entry.name in seen or seen.add(entry.name))
+        _damaged(file, f"lists {repeated} twice")
     return entries, offset
 
 
 def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, Record]:
-    """Record name → where its bytes are, every local header having been compared with its entry.
+    """Return record name → location, after comparing every local header with its entry.
 
     Args:
         file: the archive.
-        entries: of its central directory.
-        end: where the records must have ended.
+        entries: entries of its central directory.
+        end: the offset that no record may exceed.
     Raises:
-        InputError: if a record is compressed, encrypted, out of range, overlapping, or told differently twice.
+        InputError: if a record is compressed, encrypted, out of range or overlapping, or its two headers differ.
     """
     records: dict[str, Record] = {}
     free = 0
@@ -91,7 +91,7 @@ def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, R
         if entry.flags & _ENCRYPTED:
             raise InputError(f"record {entry.name} is encrypted", path=file.path)
         if entry.method != 0:
-            raise InputError(f"record {entry.name} is compressed, which torch.save never does", path=file.path)
+            raise InputError(f"record {entry.name} is compressed, unlike those of torch.save", path=file.path)
         if entry.flags & ~(_DESCRIPTOR | _UTF8) or entry.stored != entry.size:
             _damaged(file, f"has an entry for {entry.name} that contradicts itself")
         if entry.offset < free:
@@ -102,47 +102,47 @@ def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, R
             _damaged(file, f"places {entry.name} beyond the end of the records")
         records[entry.name] = Record(start, entry.size, entry.crc)
     if entries and min(entry.offset for entry in entries) != 0:
-        raise InputError("has bytes before its first record, which torch.save never writes", path=file.path)
+        raise InputError("has bytes before its first record, unlike files of torch.save", path=file.path)
     return records
 
 
 def _end(file: RegularFile) -> tuple[int, int, int]:
-    """The number of entries, and the central directory's size and offset, by the records that end the archive."""
+    """Return the number of entries and the central directory's size and offset, from the archive's end records."""
     at = file.size - _END.size
     tail = file.read(at, _END.size) if at >= 0 else b""
     if tail[:4] != b"PK\x05\x06" or tail[-2:] != b"\0\0":
         _no_end(file)
     _, disk, first_disk, here, count, size, offset, _ = _END.unpack(tail)
-    behind = at
-    found = (here, count, size, offset)
-    located = at - _LOCATOR.size
-    locator = file.read(located, _LOCATOR.size) if located >= 0 else b""
+    directory_end = at
+    short_fields = (here, count, size, offset)
+    locator_at = at - _LOCATOR.size
+    locator = file.read(locator_at, _LOCATOR.size) if locator_at >= 0 else b""
     if locator[:4] == b"PK\x06\x07":
-        _, disk64, behind, disks = _LOCATOR.unpack(locator)
-        if behind + _END64.size != located:
-            _damaged(file, "does not end where its zip64 locator says")
-        signature, length, _, _, disk_a, disk_b, *found64 = _END64.unpack(file.read(behind, _END64.size))
+        _, disk64, directory_end, disks = _LOCATOR.unpack(locator)
+        if directory_end + _END64.size != locator_at:
+            _damaged(file, "does not end at the offset in its zip64 locator")
+        signature, length, _, _, disk_a, disk_b, *fields64 = _END64.unpack(file.read(directory_end, _END64.size))
         if signature != b"PK\x06\x06" or length != _END64.size - 12 or disk64 or disks > 1 or disk_a or disk_b:
             _damaged(file, "has a bad zip64 end")
-        for width, short, true in zip((2, 2, 4, 4), found, found64, strict=True):
+        for width, short, true in zip((2, 2, 4, 4), short_fields, fields64, strict=True):
             if short not in (true, _MANY[width]):
-                _damaged(file, "ends with two numbers that should agree")
-        here, count, size, offset = found64
+                _damaged(file, "has two end records that disagree")
+        here, count, size, offset = fields64
     if disk or first_disk or here != count:
         raise InputError("is one part of a zip archive in several", path=file.path)
-    if offset + size != behind:
-        _damaged(file, f"takes bytes {offset} to {offset + size}, but should end at {behind}")
+    if offset + size != directory_end:
+        _damaged(file, f"takes bytes {offset} to {offset + size}, but should end at {directory_end}")
     return count, size, offset
 
 
 def _no_end(file: RegularFile) -> NoReturn:
-    """Say why ``file`` does not end like a zip archive: more follows, or it is cut off."""
+    """Raise InputError for a file that does not end like a zip archive: bytes follow the end, or it is truncated."""
     window = min(file.size, _END.size + _LONGEST_COMMENT)
     tail = file.read(file.size - window, window)
-    found = tail.rfind(b"PK\x05\x06")
-    behind = window - found - _END.size
-    if found >= 0 and behind >= 0:
-        raise InputError(f"{behind} bytes follow the end of the zip archive, where none belong", path=file.path)
+    end_at = tail.rfind(b"PK\x05\x06")
+    trailing = window - end_at - _END.size
+    if end_at >= 0 and trailing >= 0:
+        raise InputError(f"{trailing} bytes follow the end of the zip archive", path=file.path)
     raise InputError(
         f"file is truncated: {file.size} bytes present, but not the directory that ends a zip archive "
         f"(still being written?)",
@@ -151,7 +151,7 @@ def _no_end(file: RegularFile) -> NoReturn:
 
 
 def _entry(file: RegularFile, data: bytes, position: int) -> tuple[Entry, int]:
-    """The entry at ``position`` of the central directory, and where the next one is."""
+    """Return the entry at ``position`` of the central directory, and the position of the next one."""
     if position + _CENTRAL.size > len(data):
         _damaged(file, "is cut off")
     signature, _, _, flags, method, _, _, crc, stored, size, *lengths, disk, _, _, offset = _CENTRAL.unpack_from(
@@ -175,7 +175,7 @@ def _entry(file: RegularFile, data: bytes, position: int) -> tuple[Entry, int]:
 
 
 def _zip64(file: RegularFile, extra: bytes, fields: tuple[int, int, int]) -> tuple[int, int, int]:
-    """``fields`` with those of 0xFFFFFFFF replaced, in order, by the 8-byte numbers of the zip64 extra field."""
+    """Replace the 0xFFFFFFFF in ``fields``, in order, by the 8-byte numbers of the zip64 extra field."""
     kind, body = 0, b""
     while len(extra) >= 4 and kind != 1:
         kind, length = struct.unpack_from("<2H", extra)
@@ -188,13 +188,13 @@ def _zip64(file: RegularFile, extra: bytes, fields: tuple[int, int, int]) -> tup
 
 
 def _start(file: RegularFile, entry: Entry, end: int) -> int:
-    """Where the bytes of ``entry`` start, its local header having been compared."""
+    """Return the offset of the bytes of ``entry``, after comparing its local header with it."""
     name = entry.name.encode("utf-8")
     if entry.offset + _LOCAL.size + len(name) > end:
         _damaged(file, f"places {entry.name} beyond the end of the records")
     header = file.read(entry.offset, _LOCAL.size + len(name))
     signature, _, flags, method, _, _, crc, stored, size, name_length, extra_length = _LOCAL.unpack_from(header)
-    late = entry.flags & _DESCRIPTOR  # the local header may then leave these out; they follow the bytes
+    late = entry.flags & _DESCRIPTOR  # the local header may leave out CRC and sizes, which then follow the bytes
     agree = (
         signature == b"PK\x03\x04"
         and (flags, method) == (entry.flags, entry.method)

@@ -1,8 +1,8 @@
-"""DeepSpeed's ZeRO checkpoints: master weights that lie flattened and cut in the optimizer states of all ranks.
+"""DeepSpeed's ZeRO checkpoints: master weights, flattened and partitioned, in the optimizer states of all ranks.
 
-ZeRO-1 and 2 lay the parameters of an optimizer's group end to end and give each rank a part of that run. ZeRO-3 cuts
-every parameter into one part a rank, and a rank lays its parts end to end. The model states tell names and shapes in
-the order of the runs, and hold the buffers. Moments are never read.
+ZeRO-1 and 2 concatenate the parameters of an optimizer's group and give each rank a slice of that run. ZeRO-3 cuts
+every parameter into one part per rank, and each rank concatenates its parts. The model states hold names and shapes in
+the order of the runs, and the buffers. Moments are never read.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.readers import ITEM_SIZE, Node, Reader, Refused, StoredTensor, open_reader
 from ckptavg.readers.pieces import Piece, gap, read_pieces
-from ckptavg.readers.zero.entries import as_list, as_mapping, naturals, told_paddings, told_shapes
+from ckptavg.readers.zero.entries import as_list, as_mapping, checked_paddings, checked_shapes, naturals
 
 _NAME: Final = re.compile(r"(?:(?:[a-z]+16_)?zero_pp_rank_([0-9]{1,6})_)?mp_rank_([0-9]{1,6})_(model|optim)_states\.pt")
 _STATE: Final = "optimizer_state_dict"
-_RUNS: Final = "single_partition_of_fp32_groups"  # ZeRO-1 and 2: a tensor a group
-_PARTS: Final = "fp32_flat_groups"  # ZeRO-3: tensors that are one run
+_RUNS: Final = "single_partition_of_fp32_groups"  # ZeRO-1 and 2: one tensor per group
+_PARTS: Final = "fp32_flat_groups"  # ZeRO-3: tensors that form one run
 _FROZEN: Final = "frozen_param_fragments"
-_Part: TypeAlias = tuple[str, str, Node]  # a file, a tensor's name in it, the tensor
-_SEPARATOR: Final = "\0"  # in no file name, so file and record stay apart; a weight that is cut has no file
+_Part: TypeAlias = tuple[str, str, Node]  # file, name of the tensor in it, tensor
+_SEPARATOR: Final = "\0"  # between file and record; no file name contains it. A partitioned weight has no file
 
 
 class ZeroReader:
@@ -39,7 +39,7 @@ class ZeroReader:
         self.format: str = "deepspeed"
         self.metadata: Mapping[str, str] = {}
         self._models, self._optimizers = _ranks(folder)
-        # ZeRO-3's model states have empty tensors in the places of the parameters
+        # ZeRO-3's model states have empty tensors in place of the parameters
         self._is_whole = not self._models[0].startswith("zero_pp_rank_")
         self._origin = "took the weights of the model states; there are no master weights of ZeRO"
         self._readers: dict[str, Reader] = {}
@@ -80,7 +80,7 @@ class ZeroReader:
         return self._readers[name]
 
     def _module(self, tree: Mapping[str, Node]) -> dict[str, Node]:
-        """All weights: trained, frozen, shared, and those that only the model states hold."""
+        """Return all weights: trained, frozen, shared, and those that exist in the model states only."""
         file = self._models[0]
         path = self.path / file
         _refuse_spread(tree, path)
@@ -106,9 +106,10 @@ class ZeroReader:
         return rest | found
 
     def _trained(self, tree: Mapping[str, Node], path: Path) -> dict[str, StoredTensor]:
-        """The parameters that the optimizer knows."""
+        """Return the parameters of the optimizer."""
         groups = [
-            told_shapes(one, "param_shapes", path) for one in as_list(tree.get("param_shapes"), "param_shapes", path)
+            checked_shapes(group, "param_shapes", path)
+            for group in as_list(tree.get("param_shapes"), "param_shapes", path)
         ]
         states = self._states()
         is_cut, stage, world = _PARTS in states[0], states[0].get("zero_stage"), len(states)
@@ -122,7 +123,7 @@ class ZeroReader:
         else:
             if any(len(own) != len(groups) for own in parts):
                 raise InputError(f"has {len(groups)} groups in param_shapes, but others in {_RUNS}", path=path)
-            paddings = told_paddings(states[0], groups, self.path / self._optimizers[0])
+            paddings = checked_paddings(states[0], groups, self.path / self._optimizers[0])
             for i, shapes in enumerate(groups):
                 run = self._run([own[i] for own in parts])
                 found |= self._lay(shapes, [run], paddings[i], 2 * world)
@@ -132,8 +133,8 @@ class ZeroReader:
         return found
 
     def _frozen(self, tree: Mapping[str, Node], path: Path) -> dict[str, StoredTensor]:
-        """The parameters that are not trained, where they have a place of their own; ZeRO-1 gives them none."""
-        shapes = told_shapes(tree.get("frozen_param_shapes") or {}, "frozen_param_shapes", path)
+        """Return the frozen parameters; empty for ZeRO-1, which does not store them separately."""
+        shapes = checked_shapes(tree.get("frozen_param_shapes") or {}, "frozen_param_shapes", path)
         if not shapes:
             return {}
         files = [self._models[rank] for rank in sorted(self._models)]
@@ -145,30 +146,30 @@ class ZeroReader:
         return found
 
     def _states(self) -> list[Mapping[str, Node]]:
-        """What the optimizer of each rank holds."""
+        """Return the optimizer state of each rank."""
         if not self._optimizers:
-            what = "the *_optim_states.pt of its ranks are missing, which hold the master weights"
-            hint = f"for the weights that the model computed with, give {self._models[0]} itself"
+            what = "the *_optim_states.pt of its ranks, which hold the master weights, are missing"
+            hint = f"for the weights of the forward pass, give {self._models[0]} itself"
             raise InputError(what, path=self.path, hint=hint if self._is_whole else None)
         path = self.path / self._optimizers[min(self._optimizers)]
         count = as_mapping(self._open(path.name).tree.get(_STATE), _STATE, path).get("partition_count")
         counts = set(naturals(count if isinstance(count, list) else [count], "partition_count", path))
         world = counts.pop() if counts else 0
         if counts or not world:
-            raise InputError("partition_count is not one number (experts?), which is not read", path=path)
+            raise InputError("partition_count is not one number (experts?), which is not supported", path=path)
         _check_ranks(self._optimizers, world, self.path)
         _check_ranks(self._models, 1 if self._is_whole else world, self.path)
         files = [self._optimizers[rank] for rank in range(world)]
         return [as_mapping(self._open(file).tree.get(_STATE), _STATE, self.path / file) for file in files]
 
     def _parts(self, rank: int, state: Mapping[str, Node], key: str) -> list[_Part]:
-        """A rank's partitions."""
+        """Return the partitions of one rank."""
         file = self._optimizers[rank]
         _refuse_spread(state, self.path / file)
         return [(file, f"{key}[{i}]", node) for i, node in enumerate(as_list(state.get(key), key, self.path / file))]
 
     def _run(self, parts: Sequence[_Part]) -> list[Piece]:
-        """The tensors ``parts`` end to end, which weights are to be cut from."""
+        """Concatenate the tensors ``parts`` into one run, from which weights are cut."""
         run: list[Piece] = []
         end = 0
         for file, what, node in parts:
@@ -184,10 +185,10 @@ class ZeroReader:
     def _lay(
         self, shapes: Mapping[str, Sequence[int]], runs: Sequence[Sequence[Piece]], paddings: Sequence[int], align: int
     ) -> dict[str, StoredTensor]:
-        """Weights that follow each other, whole in the one of ``runs``, or in equal parts (the last cut off) in each.
+        """Locate consecutive weights: whole in a single run, or in equal parts (the last one shorter) in all ``runs``.
 
-        Behind a weight ``paddings`` elements are skipped. What is used of a run, and its length, are equal when rounded
-        up to a multiple of ``align``.
+        After each weight, ``paddings`` elements are skipped. The used part of a run must equal its length when both are
+        rounded up to a multiple of ``align``.
         """
         found: dict[str, StoredTensor] = {}
         dtypes = sorted({self._sources[piece.source][1].dtype for run in runs for piece in run})
@@ -212,7 +213,7 @@ class ZeroReader:
 
 
 def _cut(run: Sequence[Piece], at: int, count: int, start: int) -> Iterator[Piece]:
-    """``count`` elements of ``run`` from ``at`` on, or what there is of them: a weight's from its ``start`` on."""
+    """Yield up to ``count`` elements of ``run`` from ``at`` on as pieces of a weight from its element ``start`` on."""
     i = max(bisect_right(run, at, key=lambda piece: piece.start) - 1, 0)
     while count > 0 and i < len(run):
         skip = at - run[i].start
@@ -223,20 +224,20 @@ def _cut(run: Sequence[Piece], at: int, count: int, start: int) -> Iterator[Piec
 
 
 def _ranks(folder: Path) -> tuple[dict[int, str], dict[int, str]]:
-    """Rank → name of its model states, and of its optimizer's; the rank of whole model states is 0."""
+    """Return files by rank: of model states (rank 0 for whole ones) and of optimizer states."""
     models: dict[int, str] = {}
     optimizers: dict[int, str] = {}
     for name in sorted(entry.name for entry in os.scandir(folder)):
         if name == "zero":
-            raise InputError("is a universal checkpoint of DeepSpeed, which is not read", path=folder)
+            raise InputError("is a universal checkpoint of DeepSpeed, which is not supported", path=folder)
         if name.endswith(("model_states.pt", "optim_states.pt")):
             match = _NAME.fullmatch(name)
             if match is None or int(match[2]):
-                what = "is of model or pipeline parallelism, of experts or of another layout, which is not read"
+                what = "is of model or pipeline parallelism, of experts or of another layout, which is not supported"
                 raise InputError(f"{name} {what}", path=folder)
             states = models if match[3] == "model" else optimizers
             if (other := states.setdefault(int(match[1] or 0), name)) != name:
-                raise InputError(f"{other} and {name} are of one rank", path=folder)
+                raise InputError(f"{other} and {name} are of the same rank", path=folder)
     if 0 not in models:
         raise InputError("the model states of rank 0 are missing", path=folder, hint="copy the whole directory")
     return models, optimizers
@@ -257,7 +258,9 @@ def _refuse_spread(tree: Mapping[str, Node], path: Path) -> None:
     parallel = tree.get("mp_world_size")
     experts = any(tree.get(key) for key in ("ds_autoep_layers", "autoep_layers", "ds_zero_partition_groups"))
     if experts or (type(parallel) is int and parallel > 1):
-        raise InputError("is of a model spread over ranks (experts, model parallelism), which is not read", path=path)
+        raise InputError(
+            "is of a model divided among ranks (experts, model parallelism), which is not supported", path=path
+        )
 
 
 @dataclass(frozen=True)
@@ -267,7 +270,7 @@ class Zero:
     name: str = "zero"
 
     def claims(self, names: frozenset[str]) -> bool:
-        """Model states of any rank, with a name that only DeepSpeed gives."""
+        """Return True for model states of any rank, by their names, which only DeepSpeed uses."""
         return any(re.search(r"mp_rank_[0-9]+_model_states\.pt$", name) for name in names)
 
     def open(self, folder: Path) -> ZeroReader:

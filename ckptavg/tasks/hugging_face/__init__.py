@@ -1,8 +1,8 @@
-"""A task without a task file: the model and tokenizer of a Hugging Face directory, and data files.
+"""Task without a task file: the model and tokenizer of a Hugging Face directory, and data files.
 
-Nothing is downloaded, and code that lies in the directory is run only by leave.
+Nothing is downloaded, and model code in the directory runs only with ``trust_remote_code``.
 
-Shape suffixes: B = examples, T = tokens of the longest of them, V = tokens of the vocabulary, or classes.
+Shape suffixes: B = examples, T = tokens of the longest example, V = tokens of the vocabulary, or classes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ckptavg.tasks.hugging_face.peft_module import Adapter
 from ckptavg.tasks.hugging_face.tokens import IGNORED, UNLIMITED, Example, Tokens, collated, max_tokens, padding
 from ckptavg.tasks.worker_sampler import RankBatchSampler
 
-AUTOMATIC: Final = 32  # examples a batch, where nobody says
-_KEPT: Final = 2 << 30  # bytes of images that are processed once and kept
+AUTOMATIC: Final = 32  # examples per batch, if no batch size is given
+_MAX_CACHED: Final = 2 << 30  # bytes of processed images to keep in memory
 _TOKENIZERS: Final = ("tokenizer*", "*.model", "vocab.*", "tekken.json")
 
 
 class HuggingFaceTask:
-    """Language modelling or classification, as the architecture in config.json and the columns of the data say.
+    """Language modelling or classification, chosen by the architecture in config.json and the columns of the data.
 
     =========================  =======================  ==========================================================
     architecture               columns                  loss of an example
@@ -46,26 +46,26 @@ class HuggingFaceTask:
     image classification       ``image, label``         −ln p of the label; the metric is accuracy
     =========================  =======================  ==========================================================
 
-    Other columns are ignored. The loss has one value an example [B], so every example counts the same, however long
-    it is; perplexities of a corpus, where every token does, differ from it. The tokens are those the tokenizer gives,
-    no end token is added. Which tokens are masked is decided by the text, so every pass masks the same; of them 80 %
-    become the mask, 10 % a random token, and 10 % stay. Padding is on the right and changes no loss.
+    Other columns are ignored. The loss has one value per example [B], so every example has the same weight, whatever
+    its length; corpus perplexity, where every token has the same weight, differs. The tokens are exactly those of the
+    tokenizer; no end token is added. The masked tokens are a function of the text, so every pass masks the same; 80 %
+    of them become the mask, 10 % a random token, and 10 % stay. Padding is on the right and does not affect the loss.
 
-    A text is cut to what the model and its tokenizer take. Of a prompt that is too long, the end is kept. A text of
-    which no token is predicted, such as an empty one, is left out; a completion of that kind is an error.
+    Texts are truncated to the limits of the model and its tokenizer. A prompt that is too long keeps its end. A text
+    without a token to predict, such as an empty one, is skipped; a completion without one is an error.
 
     Args:
-        folder: has config.json (or PEFT's adapter_config.json), and the tokenizer or image processor.
-        val: the data that is learned and scored on; see `ckptavg.tasks.hugging_face.data_files`.
+        folder: directory with config.json (or PEFT's adapter_config.json), and the tokenizer or image processor.
+        val: data to train coefficients and score on; see `ckptavg.tasks.hugging_face.data_files`.
         train: other data, shuffled by torch's global generator for each pass.
         test: data for a final score.
-        batch_size: examples a batch; None begins with 32, and `halve` makes it less.
-        trust_remote_code: run model code that lies in the directory.
-        max_length: tokens to cut a text to, at most.
+        batch_size: examples per batch; None starts with 32, which `halve` reduces.
+        trust_remote_code: run model code in the directory.
+        max_length: maximum number of tokens of a text.
     Raises:
-        UsageError: if a file is missing, of unknown kind, or needs a package that is not installed.
+        UsageError: if a file is missing or its type is not supported, or a required package is not installed.
         InputError: if a data file is damaged or empty.
-        TaskError: if the directory is not one of these models, or the columns are not what it learns from.
+        TaskError: if the directory does not hold one of these models, or the columns do not match it.
     """
 
     def __init__(
@@ -83,22 +83,22 @@ class HuggingFaceTask:
             raise UsageError("a batch needs at least 1 example, and a text at least 2 tokens")
         self.source = str(folder)
         self._folder = folder
-        self._size = batch_size or AUTOMATIC
+        self._batch_size = batch_size or AUTOMATIC
         self._may_halve = batch_size is None
         self._trust = trust_remote_code
         named: dict[Split, Path | None] = {"val": val, "train": train, "test": test}
         self._data = {split: data_files.read(path) for split, path in named.items() if path is not None}
         self._base = base(folder)
-        with self._blame("config.json"), offline():
+        with self._translate_errors("config.json"), offline():
             self._kind = architecture(self._base, self.source, trust=trust_remote_code)
             self._config = self._load("AutoConfig", self._base)
-        self._columns = {split: self._understood(data) for split, data in self._data.items()}
-        with self._blame("tokenizer or image processor"), offline():
+        self._columns = {split: self._matching_columns(data) for split, data in self._data.items()}
+        with self._translate_errors("tokenizer or image processor"), offline():
             if self._kind.name == "image":
-                place = self._beside("image processor", ("*processor_config.json",), "preprocessor_config.json")
+                place = self._locate("image processor", ("*processor_config.json",), "preprocessor_config.json")
                 self._processor = self._load("AutoImageProcessor", place)
             else:
-                self._processor = self._load("AutoTokenizer", self._beside("tokenizer", _TOKENIZERS, "tokenizer.json"))
+                self._processor = self._load("AutoTokenizer", self._locate("tokenizer", _TOKENIZERS, "tokenizer.json"))
                 if self._kind.name == "masked" and self._processor.mask_token_id is None:
                     raise TaskError("its tokenizer has no mask token", path=folder, hint=WRITE_ONE)
                 limit = max_tokens(self._config.get_text_config(), self._processor, max_length)
@@ -110,25 +110,25 @@ class HuggingFaceTask:
         self.metric_bounds: tuple[float, float] | None = None
         if self._kind.name in ("text", "image"):
             if self._config.num_labels < 2:
-                raise TaskError("is a classifier of one class", path=folder, hint=WRITE_ONE)
+                raise TaskError("is a classifier with one class", path=folder, hint=WRITE_ONE)
             self.metric, self.metric_bounds = self._accuracy, (0.0, 1.0)
         self._examples: dict[Split, list[Example]] = {}
         self._pixels: dict[tuple[Split, int], Tensor] = {}
         self._forwarded: tuple[nn.Module, Any, Tensor] | None = None
 
     def model(self) -> nn.Module:
-        """See `Task.model`; in float32, and of an adapter the base with the weights it has."""
-        adapts = self._base != self.source
-        with self._blame("model"), offline():
-            model = build(self._base, self._kind, self._config, trust=self._trust, weights=adapts)
+        """See `Task.model`; in float32, and for an adapter wrapped around its base model with weights."""
+        is_adapter = self._base != self.source
+        with self._translate_errors("model"), offline():
+            model = build(self._base, self._kind, self._config, trust=self._trust, weights=is_adapter)
             for config in (model.config, model.config.get_text_config()):
                 if self._kind.name == "text" and getattr(config, "pad_token_id", None) is None:
-                    config.pad_token_id = padding(self._processor)  # by it causal classifiers find the last token
-            return Adapter(model, self._folder) if adapts else model
+                    config.pad_token_id = padding(self._processor)  # causal classifiers use it to find the last token
+            return Adapter(model, self._folder) if is_adapter else model
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """See `Task.loss`; one value an example [B]."""
-        with self._blame("loss"):
+        """See `Task.loss`; one value per example [B]."""
+        with self._translate_errors("loss"):
             labels = batch["labels"]
             logits = self._logits(model, batch)
             if self.metric is not None:
@@ -142,9 +142,9 @@ class HuggingFaceTask:
             return losses.view(labels.shape).sum(dim=1) / (labels != IGNORED).sum(dim=1)
 
     def halve(self) -> bool:
-        """Make batches half as large, also of a pass under way; False where they cannot be, or the size was given."""
-        halved = self._may_halve and self._size > 1
-        self._size = self._size // 2 if halved else self._size
+        """See `Task.halve`; applies to a pass in progress too, and returns False if the batch size was given."""
+        halved = self._may_halve and self._batch_size > 1
+        self._batch_size = self._batch_size // 2 if halved else self._batch_size
         return halved
 
     def has(self, split: Split) -> bool:
@@ -152,22 +152,24 @@ class HuggingFaceTask:
         return split in self._data
 
     def batches(self, split: Split) -> Iterator[Any]:
-        """See `Task.batches`; in the order of the file, but for training data."""
+        """See `Task.batches`; in file order, except that training data is shuffled."""
         order, start = self._order(split), 0
         while start < len(order):
-            chosen = order[start : start + self._size]
+            chosen = order[start : start + self._batch_size]
             yield self._batch(split, chosen)
             start += len(chosen)
 
     def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]]:
-        """See `ckptavg.batches.loader.Feed`."""
+        """Iterate over this rank's batches, each with the batch sizes of all ranks."""
         order = self._order(split)
-        turns = RankBatchSampler([order[i : i + self._size] for i in range(0, len(order), self._size)], rank, world)
+        turns = RankBatchSampler(
+            [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)], rank, world
+        )
         for chosen in turns:
             yield self._batch(split, chosen), turns.sizes.popleft()
 
     def examples(self, split: Split) -> int | None:
-        """See `Task.examples`; those without a token to predict are not counted."""
+        """See `Task.examples`; texts without a token to predict are not counted."""
         if split not in self._data:
             return None
         return len(self._data[split].rows) if self._kind.name == "image" else len(self._encoded(split))
@@ -175,36 +177,36 @@ class HuggingFaceTask:
     def length(self, split: Split) -> int | None:
         """See `Task.length`."""
         count = self.examples(split)
-        return None if count is None else -(-count // self._size)
+        return None if count is None else -(-count // self._batch_size)
 
     def _order(self, split: Split) -> Sequence[int]:
         count = self.examples(split) or 0
         return torch.randperm(count).tolist() if split == "train" else range(count)
 
     def _batch(self, split: Split, chosen: Sequence[int]) -> Any:
-        with self._blame(f"{split} data"):
+        with self._translate_errors(f"{split} data"):
             return collated([self._example(split, i) for i in chosen], padding(self._processor))
 
     def _accuracy(self, model: nn.Module, batch: Any) -> Tensor:
-        """Whether the most probable class is the label [B]; where the loss was just asked for, by its logits."""
-        with self._blame("metric"):
-            kept, self._forwarded = self._forwarded, None
-            same = kept is not None and kept[0] is model and kept[1] is batch
-            logits = kept[2] if kept is not None and same else self._logits(model, batch)
+        """Return whether the most probable class is the label [B]; reuses the logits if `loss` just computed them."""
+        with self._translate_errors("metric"):
+            last, self._forwarded = self._forwarded, None
+            same = last is not None and last[0] is model and last[1] is batch
+            logits = last[2] if last is not None and same else self._logits(model, batch)
             return (logits.argmax(dim=-1) == batch["labels"]).float()
 
     def _logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """[B, T, V] or [B, V]; a model with a decoder makes its inputs from the labels."""
-        needed = self._kind.name == "seq2seq"
-        return model(**{name: tensor for name, tensor in batch.items() if needed or name != "labels"}).logits
+        """Return logits [B, T, V] or [B, V]; encoder-decoder models derive the decoder inputs from the labels."""
+        needs_labels = self._kind.name == "seq2seq"
+        return model(**{name: tensor for name, tensor in batch.items() if needs_labels or name != "labels"}).logits
 
     def _encoded(self, split: Split) -> list[Example]:
-        """The examples of a text split, which are tokenised once."""
+        """Return the tokenized examples of a text split, cached after the first call."""
         if split not in self._examples:
             data, columns = self._data[split], self._columns[split]
-            with self._blame(f"{split} data"):
-                found = [self._encode(data, i, columns) for i in range(len(data.rows))]
-            self._examples[split] = [example for example in found if example is not None]
+            with self._translate_errors(f"{split} data"):
+                encoded = [self._encode(data, i, columns) for i in range(len(data.rows))]
+            self._examples[split] = [example for example in encoded if example is not None]
             if not self._examples[split]:
                 raise InputError("no text has a token to predict", path=data.path)
         return self._examples[split]
@@ -221,9 +223,9 @@ class HuggingFaceTask:
             example = tokens.conversation(data.value(i, "messages", list))
         else:
             prompt, completion = data.value(i, "prompt", str), data.value(i, "completion", str)
-            translates = self._kind.name == "seq2seq"
+            is_seq2seq = self._kind.name == "seq2seq"
             example = (
-                tokens.translation(prompt, completion) if translates else tokens.completion(prompt, prompt + completion)
+                tokens.translation(prompt, completion) if is_seq2seq else tokens.completion(prompt, prompt + completion)
             )
         if example is None and columns[0] != "text":
             raise InputError(f"`{columns[-1]}` has no token to predict", path=data.where(i))
@@ -239,12 +241,12 @@ class HuggingFaceTask:
         pixels = self._pixels.get((split, i))
         if pixels is None:
             pixels = self._processed(data, i)
-            if (len(self._pixels) + 1) * pixels.nbytes <= _KEPT:
+            if (len(self._pixels) + 1) * pixels.nbytes <= _MAX_CACHED:
                 self._pixels[split, i] = pixels
         return {"pixel_values": pixels, "labels": label}
 
     def _processed(self, data: DataFile, i: int) -> Tensor:
-        """[channels, height, width], of an image or of the path of one, which begins where the data lies."""
+        """Return pixels [channels, height, width] of an image, or of an image path relative to the data file."""
         from PIL import Image
 
         image = data.rows[i]["image"]
@@ -254,7 +256,7 @@ class HuggingFaceTask:
                 image = Image.open(path)
                 image.load()
             except OSError as error:
-                raise InputError(f"is no image that can be read: {error}", path=path) from error
+                raise InputError(f"cannot be read as an image: {error}", path=path) from error
         if not isinstance(image, Image.Image):
             raise InputError("`image` must be an image or the path of one", path=data.where(i))
         grey = getattr(self._config, "num_channels", 3) == 1
@@ -264,39 +266,39 @@ class HuggingFaceTask:
     def _vocabulary(self) -> int:
         return getattr(self._config.get_text_config(), "vocab_size", UNLIMITED)
 
-    def _understood(self, data: DataFile) -> tuple[str, ...]:
-        """The columns that are learned from."""
-        found = list(data.rows[0])
+    def _matching_columns(self, data: DataFile) -> tuple[str, ...]:
+        """Return the columns of ``data`` that this architecture learns from."""
+        available = list(data.rows[0])
         for columns in self._kind.columns:
-            if set(columns) <= set(found):
+            if set(columns) <= set(available):
                 return columns
         raise TaskError(
-            f"has the columns {', '.join(found) or '(none)'}, but {self._config.architectures[0]} learns from "
+            f"has the columns {', '.join(available) or '(none)'}, but {self._config.architectures[0]} learns from "
             + ", or ".join(" and ".join(columns) for columns in self._kind.columns),
             path=data.path,
             hint="rename the columns, or " + WRITE_ONE,
         )
 
-    def _beside(self, what: str, patterns: tuple[str, ...], example: str) -> str:
-        """The directory, else the base model, whichever has such a file."""
+    def _locate(self, subject: str, patterns: tuple[str, ...], example: str) -> str:
+        """Return the directory, or else the base model, that has a file matching ``patterns``."""
         for place in (self.source, self._base):
             folder = Path(place)
             if not is_folder(folder) or any(any(folder.glob(pattern)) for pattern in patterns):
                 return place
-        raise TaskError(f"no {what} in {self._base}", hint=f"copy {example} beside config.json")
+        raise TaskError(f"no {subject} in {self._base}", hint=f"copy {example} beside config.json")
 
     def _load(self, auto: str, place: str, **options: Any) -> Any:
-        found = getattr(transformers(), auto)
-        return found.from_pretrained(place, local_files_only=True, trust_remote_code=self._trust, **options)
+        auto_class = getattr(transformers(), auto)
+        return auto_class.from_pretrained(place, local_files_only=True, trust_remote_code=self._trust, **options)
 
     @contextmanager
-    def _blame(self, what: str) -> Generator[None]:
-        """Turn whatever a framework raises into one line that says about what."""
+    def _translate_errors(self, subject: str) -> Generator[None]:
+        """Turn exceptions of the libraries into one-line errors that begin with ``subject``."""
         try:
             yield
-        except Exception as error:  # the boundary to code that is not ours
+        except Exception as error:  # boundary to third-party code
             if isinstance(error, CkptavgError) or is_out_of_memory(error):
                 raise
-            first = next(iter(str(error).strip().splitlines()), "")
+            first_line = next(iter(str(error).strip().splitlines()), "")
             hint = "-v shows the traceback"
-            raise TaskError(f"{what}: {type(error).__name__}: {first}", path=self.source, hint=hint) from error
+            raise TaskError(f"{subject}: {type(error).__name__}: {first_line}", path=self.source, hint=hint) from error

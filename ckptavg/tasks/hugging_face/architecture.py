@@ -1,4 +1,4 @@
-"""Which model a Hugging Face directory holds, by its config.json, and the library that builds it, kept offline."""
+"""Detection and construction, without network access, of the model in a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ONE_LABEL: Final = "single_label_classification"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of model: what builds it, transformers' table of such classes, and the columns it learns from."""
+    """Kind of model: the auto class that builds it, transformers' table of its classes, and its data columns."""
 
     name: str
     auto: str
@@ -41,15 +41,15 @@ _KINDS: Final = (
 
 
 def architecture(place: str, source: str, *, trust: bool) -> Kind:
-    """The kind of model that config.json says it is.
+    """Return the kind of model declared in config.json.
 
     Args:
-        place: where the model is built from, as `base` says.
-        source: the directory that was named, for errors; of an adapter it is another.
-        trust: whether code that the model brings may be run.
+        place: the model to build, as returned by `base`.
+        source: the directory given by the user, for errors; for an adapter it differs from ``place``.
+        trust: allow model code in the directory to run.
     Raises:
-        TaskError: if it is no language model or classifier, brings code without leave, or is not on this machine.
-        OSError: as transformers, if a config.json cannot be read.
+        TaskError: if it is not a language model or classifier, needs untrusted code, or is not on this machine.
+        OSError: from transformers, if config.json cannot be read.
     """
     library = transformers()
     try:
@@ -62,7 +62,7 @@ def architecture(place: str, source: str, *, trust: bool) -> Kind:
     own_code: Mapping[str, str] = config.get("auto_map") or {}
     if own_code and not trust:
         raise TaskError(
-            "the model brings code of its own, which is not run unasked (`auto_map` in config.json)",
+            "the model needs code of its own, which is not run by default (`auto_map` in config.json)",
             path=place,
             hint="if you trust it: --trust-remote-code",
         )
@@ -71,22 +71,22 @@ def architecture(place: str, source: str, *, trust: bool) -> Kind:
         raise TaskError(f"problem_type {config['problem_type']} is not supported", path=place, hint=WRITE_ONE)
     for kind in _KINDS:
         table = getattr(library.models.auto.modeling_auto, f"MODEL_FOR_{kind.table}_MAPPING_NAMES")
-        known = {each for found in table.values() for each in ((found,) if isinstance(found, str) else found)}
-        if kind.auto in own_code or name in known:
+        classes = {each for entry in table.values() for each in ((entry,) if isinstance(entry, str) else entry)}
+        if kind.auto in own_code or name in classes:
             return kind
-    what = f"{name} is no architecture that is known here" if name else "config.json names no architecture"
-    raise TaskError(what, path=place, hint=f"known are language models and classifiers; else {WRITE_ONE}")
+    message = f"the architecture {name} is not supported" if name else "config.json names no architecture"
+    raise TaskError(message, path=place, hint=f"language models and classifiers are supported; else {WRITE_ONE}")
 
 
 def build(place: str, kind: Kind, config: Any, *, trust: bool, weights: bool = False) -> Any:
-    """The model of ``place`` in float32, without a cache for generation; call it `offline`.
+    """Build the model of ``place`` in float32, without a cache for generation; call within `offline`.
 
     Args:
-        place: its directory, or an id in the local cache.
-        kind: what `architecture` found.
-        config: of transformers.
-        trust: run code that lies in the directory.
-        weights: load them; otherwise they are anything, and the state dict has the names of saved files.
+        place: model directory, or a model id in the local cache.
+        kind: the result of `architecture`.
+        config: the transformers configuration.
+        trust: run model code in the directory.
+        weights: load them; otherwise their values are arbitrary and the state dict has the names of saved files.
     """
     auto = getattr(transformers(), kind.auto)
     if weights:
@@ -96,27 +96,27 @@ def build(place: str, kind: Kind, config: Any, *, trust: bool, weights: bool = F
     else:
         model = auto.from_config(config, trust_remote_code=trust, torch_dtype=torch.float32)
         use_saved_names(model, place)
-    for one in (model.config, model.config.get_text_config()):
-        if hasattr(one, "use_cache"):
-            one.use_cache = False
+    for each in (model.config, model.config.get_text_config()):
+        if hasattr(each, "use_cache"):
+            each.use_cache = False
     return model
 
 
 def use_saved_names(model: nn.Module, source: str) -> None:
-    """Give the state dict the names that `save_pretrained` writes, which since transformers 5 need not be its own.
+    """Rename the state dict to the names that `save_pretrained` writes, which may differ since transformers 5.
 
     Raises:
-        TaskError: naming ``source``, if the files hold tensors that are no parameters of the model.
+        TaskError: naming ``source``, if the files hold tensors that are not parameters of the model.
     """
     revert = getattr(importlib.import_module("transformers.modeling_utils"), "revert_weight_conversion", None)
     if revert is None:
         return
     own = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
-    known = {id(tensor): name for name, tensor in own.items()}
+    own_names = {id(tensor): name for name, tensor in own.items()}
     stored: dict[str, Tensor] = revert(model, own)
-    if not all(id(tensor) in known for tensor in stored.values()):
-        raise TaskError("its files hold the weights in another form than the model", path=source, hint=WRITE_ONE)
-    names = {name: known[id(tensor)] for name, tensor in stored.items()}
+    if not all(id(tensor) in own_names for tensor in stored.values()):
+        raise TaskError("its files store the weights in another layout than the model", path=source, hint=WRITE_ONE)
+    names = {name: own_names[id(tensor)] for name, tensor in stored.items()}
 
     def rename(_: nn.Module, state: dict[str, Tensor], *__: Any) -> dict[str, Tensor]:
         return {name: state[inner] for name, inner in names.items()}
@@ -126,10 +126,10 @@ def use_saved_names(model: nn.Module, source: str) -> None:
 
 
 def base(folder: Path) -> str:
-    """Where the model is built from: the directory itself, or what an adapter in it names.
+    """Return the model to build: the directory itself, or the base model named by an adapter in it.
 
     Raises:
-        TaskError: if there is no config.json, or an adapter's does not name its base.
+        TaskError: if there is no config.json, or adapter_config.json does not name the base model.
     """
     if is_file(folder / "adapter_config.json"):
         config: Any = read_json(folder / "adapter_config.json")
@@ -138,20 +138,20 @@ def base(folder: Path) -> str:
             raise TaskError("adapter_config.json does not name the base model", path=folder)
         return name
     if not is_file(folder / "config.json"):
-        raise TaskError("has no config.json", path=folder, hint="copy the model's beside the weights, or " + WRITE_ONE)
+        raise TaskError("has no config.json", path=folder, hint="copy the model's beside its weights, or " + WRITE_ONE)
     return str(folder)
 
 
 def transformers() -> Any:
-    """The library, which nothing loads before it is needed; see `imported`."""
+    """Import transformers on first use; see `imported`."""
     return imported("transformers", "hf")
 
 
 def imported(module: str, extra: str) -> Any:
-    """A module that an extra of ckptavg installs.
+    """Import and return a module that an extra of ckptavg installs.
 
     Raises:
-        UsageError: naming the extra, if it is not installed.
+        UsageError: naming the extra, if the module is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -161,7 +161,7 @@ def imported(module: str, extra: str) -> Any:
 
 @contextmanager
 def offline() -> Generator[None]:
-    """Without the network, which `local_files_only` leaves to look up other things, and without a word."""
+    """Block network access, which `local_files_only` alone does not, and silence warnings and progress bars."""
     log = transformers().utils.logging
     constants: Any = importlib.import_module("huggingface_hub.constants")
     level, bars, before = log.get_verbosity(), log.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE

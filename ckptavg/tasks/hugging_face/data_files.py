@@ -1,6 +1,6 @@
 """Data files as rows: JSON lines, JSON, CSV, Parquet, a saved `datasets` directory, a folder of images.
 
-Nothing is written anywhere, and nothing but the named path is read.
+Nothing is written, and only the given path is read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Final
 from ckptavg.errors import InputError, UsageError
 
 IMAGES: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_KINDS: Final = "known are .jsonl, .json, .csv, .parquet, a directory of save_to_disk() and a folder of images"
+_KINDS: Final = "supported are .jsonl, .json, .csv, .parquet, a directory of save_to_disk() and a folder of images"
 Row = Mapping[str, Any]
 
 
@@ -27,9 +27,9 @@ class DataFile:
 
     Attributes:
         path: the file or directory.
-        rows: column → value, one an example.
-        lines: the line of the file on which each row is, or empty where it has none.
-        classes: the names of the classes in the order of their numbers, where a label is such a number; else empty.
+        rows: column → value, one mapping per example.
+        lines: the line number of each row in the file; empty if the format has no lines.
+        classes: class names in the order of their indices, if labels are such indices; else empty.
     """
 
     path: Path
@@ -38,26 +38,26 @@ class DataFile:
     classes: Sequence[str] = ()
 
     def where(self, i: int) -> str:
-        """Row ``i`` as an error names it."""
+        """Return the location of row ``i`` for error messages."""
         return f"{self.path}:{self.lines[i]}" if self.lines else f"{self.path}: row {i + 1}"
 
     def value(self, i: int, column: str, kind: type) -> Any:
-        """What row ``i`` has in a column.
+        """Return the value of row ``i`` in ``column``.
 
         Raises:
-            InputError: if it has none, or it is not of this kind.
+            InputError: if the value is missing, or not of type ``kind``.
         """
         value = self.rows[i].get(column)
         if not isinstance(value, kind):
-            found = "nothing" if value is None else f"a {type(value).__name__}"
-            raise InputError(f"`{column}` must be a {kind.__name__}, here is {found}", path=self.where(i))
+            actual = "nothing" if value is None else f"a {type(value).__name__}"
+            raise InputError(f"`{column}` must be a {kind.__name__}, not {actual}", path=self.where(i))
         return value
 
     def label(self, i: int, ids: Mapping[str, int]) -> int:
-        """The class of row ``i`` by the model's own numbers.
+        """Return the class index of row ``i`` in the model's numbering.
 
-        A name is looked up in ``ids``; a number is taken as it is, also where it is written as text. Of a file that
-        names its classes the name counts, and the number only where the model's names are LABEL_0, LABEL_1, ….
+        A name is looked up in ``ids``; a number, even as text, is used as is. If the file names its classes, the name
+        is looked up instead of the number, unless the model's names are the default LABEL_0, LABEL_1, ….
 
         Args:
             i: the row.
@@ -67,25 +67,25 @@ class DataFile:
         """
         label = self.rows[i].get("label")
         if self.classes and isinstance(label, int) and 0 <= label < len(self.classes):
-            nameless = set(ids) == {f"LABEL_{n}" for n in range(len(ids))}
-            label = label if nameless else self.classes[label]
+            is_default = set(ids) == {f"LABEL_{n}" for n in range(len(ids))}
+            label = label if is_default else self.classes[label]
         if isinstance(label, str):
             label = ids.get(label, int(label) if label.isdecimal() and label.isascii() else label)
         if isinstance(label, int) and 0 <= label < len(ids):
             return int(label)
-        known = ", ".join(list(ids)[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        defined = ", ".join(list(ids)[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         raise InputError(
-            f"unknown label {label!r}; config.json knows {known}",
+            f"unknown label {label!r}; config.json defines {defined}",
             path=self.where(i),
             hint="`label2id` in config.json names the classes",
         )
 
 
 def read(path: Path) -> DataFile:
-    """The rows of a file or directory, whose kind its name or contents tell.
+    """Read a file or directory into rows, detecting its format from its name or contents.
 
     Raises:
-        UsageError: if there is no such file, or its kind is unknown.
+        UsageError: if there is no such file, or its format is not supported.
         InputError: if it is damaged or empty.
     """
     if not os.path.lexists(path):
@@ -99,8 +99,8 @@ def read(path: Path) -> DataFile:
     if isinstance(data.rows, list):
         for i, row in enumerate(data.rows):
             if not isinstance(row, dict):
-                what = f"is a JSON {type(row).__name__}, not an object"
-                raise InputError(what, path=data.where(i), hint='such as {"text": "…"}')
+                message = f"is a JSON {type(row).__name__}, not an object"
+                raise InputError(message, path=data.where(i), hint='write objects such as {"text": "…"}')
     return data
 
 
@@ -117,12 +117,12 @@ def _read(path: Path) -> DataFile:
         return _table(path, _csv_lines(path))
     if suffix == ".parquet":
         return _parquet(path)
-    raise UsageError("is of an unknown kind", path=path, hint=_KINDS)
+    raise UsageError("is not of a supported format", path=path, hint=_KINDS)
 
 
 def _table(path: Path, rows: Iterator[tuple[int, Row]]) -> DataFile:
-    found = list(rows)
-    return DataFile(path=path, rows=[row for _, row in found], lines=[line for line, _ in found])
+    numbered = list(rows)
+    return DataFile(path=path, rows=[row for _, row in numbered], lines=[line for line, _ in numbered])
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
@@ -133,7 +133,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _json(path: Path) -> DataFile:
-    """A list of objects; or JSON lines, which often have this name too."""
+    """Read a list of objects, or JSON lines, which often have the suffix .json too."""
     content = path.read_bytes()
     if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         return _table(path, _json_lines(path))
@@ -146,22 +146,23 @@ def _parsed(content: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise InputError(f"is not UTF-8 text: {error.reason}", path=where, hint="save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"is no JSON: {error}", path=where, hint="every line of a .jsonl file is an object") from error
+        hint = "every line of a .jsonl file is an object"
+        raise InputError(f"is not JSON: {error}", path=where, hint=hint) from error
 
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # of a cell; the usual 128 KiB is less than a document
+    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # of a cell; the default of 128 KiB is too short
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             for row in reader:
                 if None in row or None in row.values():
-                    many = f"{'more' if None in row else 'fewer'} cells than the first"
-                    raise InputError(f"this line has {many}", path=f"{path}:{reader.line_num}")
+                    count = f"{'more' if None in row else 'fewer'} cells than the first"
+                    raise InputError(f"this line has {count}", path=f"{path}:{reader.line_num}")
                 yield reader.line_num, row
     except (csv.Error, UnicodeDecodeError) as error:
-        hint = "save it as UTF-8, with a line of names first"
-        raise InputError(f"is no CSV: {error}", path=path, hint=hint) from error
+        hint = "save it as UTF-8, with a header line of column names"
+        raise InputError(f"is not CSV: {error}", path=path, hint=hint) from error
     finally:
         csv.field_size_limit(limit)
 
@@ -174,9 +175,9 @@ def _parquet(path: Path) -> DataFile:
     try:
         with path.open("rb") as file:
             table = parquet.read_table(file)
-        return _arrow(path, datasets.Dataset(table, fingerprint="none"))  # without one, all of it is hashed
+        return _arrow(path, datasets.Dataset(table, fingerprint="none"))  # without one, the whole table is hashed
     except pyarrow.ArrowException as error:
-        raise InputError(f"is no Parquet file: {error}", path=path) from error
+        raise InputError(f"is not a Parquet file: {error}", path=path) from error
 
 
 def _saved(path: Path) -> DataFile:
@@ -188,8 +189,8 @@ def _saved(path: Path) -> DataFile:
     datasets.disable_progress_bars()
     try:
         return _arrow(path, datasets.load_from_disk(str(path)))
-    except Exception as error:  # the boundary to code that is not ours: it raises Arrow's errors, KeyError, ValueError
-        raise InputError(f"is no directory that save_to_disk() wrote: {error}", path=path, hint=_KINDS) from error
+    except Exception as error:  # boundary to third-party code: Arrow errors, KeyError, ValueError
+        raise InputError(f"is not a directory written by save_to_disk(): {error}", path=path, hint=_KINDS) from error
     finally:
         if bars:
             datasets.enable_progress_bars()
@@ -200,7 +201,7 @@ def _arrow(path: Path, rows: Any) -> DataFile:
 
 
 def _image_folder(path: Path) -> DataFile:
-    """A subdirectory a class, numbered in the order of their names, as `datasets` does."""
+    """Read one class per subdirectory, numbered in name order as `datasets` does."""
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     rows = [
         {"image": str(image.relative_to(path)), "label": i}

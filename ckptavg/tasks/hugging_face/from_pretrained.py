@@ -1,4 +1,4 @@
-"""Would ``from_pretrained`` load the output whole? It says nothing of a missing tensor and makes it random."""
+"""Check that ``from_pretrained`` loads every output tensor; it silently initializes missing ones at random."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ckptavg.tasks.hugging_face.architecture import architecture, build, offline
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Refuse tensors that are not those of the model in the config.json beside them.
+    """Compare a checkpoint's tensor names with those of the model in the config.json beside it.
 
-    Nothing is checked without transformers, for adapters, or where the model is none that transformers has itself.
+    Nothing is checked without transformers, for adapters, or if the model is not one of transformers' own.
 
     Raises:
         OutputError: naming a tensor that would be random, or would be ignored.
@@ -35,24 +35,24 @@ def check(checkpoint: Checkpoint) -> None:
     for name, tensor in model.state_dict(keep_vars=True).items():
         tied.setdefault(id(tensor), []).append(name)
     names = set(checkpoint.names)
-    missing = [found[0] for found in tied.values() if not names & set(found)]
-    extra = sorted(names - {name for found in tied.values() for name in found})
-    for what, found, ignored in (
+    missing = [group[0] for group in tied.values() if not names & set(group)]
+    extra = sorted(names - {name for group in tied.values() for name in group})
+    for message, mismatched, attribute in (
         ("is missing: from_pretrained would make it random", missing, "_keys_to_ignore_on_load_missing"),
         ("is not in the model: from_pretrained would leave it out", extra, "_keys_to_ignore_on_load_unexpected"),
     ):
-        patterns: list[str] = list(getattr(model, ignored, None) or [])
-        wrong = [name for name in found if not any(re.search(pattern, name) for pattern in patterns)]
+        patterns: list[str] = list(getattr(model, attribute, None) or [])
+        wrong = [name for name in mismatched if not any(re.search(pattern, name) for pattern in patterns)]
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise OutputError(
-                what + more, path=checkpoint.path, tensor=wrong[0],
-                hint="write a file instead of a directory to have the tensors as they are",
+                message + more, path=checkpoint.path, tensor=wrong[0],
+                hint="write a file instead of a directory to keep the tensors as they are",
             )  # fmt: skip
 
 
 def _skeleton(folder: Path) -> Any:
-    """The model without weights, or None where it is not one of transformers' own."""
+    """Build the model on the meta device; return None if it is not one of transformers' own."""
     try:
         with offline(), torch.device("meta"):
             kind = architecture(str(folder), str(folder), trust=False)

@@ -1,4 +1,4 @@
-"""A PEFT model as a module whose state is the adapter alone."""
+"""Module wrapper of a PEFT model whose state dict is the adapter alone."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ckptavg.tasks.hugging_face.architecture import imported
 
 
 class Adapter(nn.Module):
-    """A PEFT model whose state is the adapter alone, by the names that its file has; the base does not learn.
+    """PEFT model whose state dict has only the adapter's tensors, named as in its file; the base model is frozen.
 
     Args:
-        base: the model, with its weights.
-        folder: of the adapter.
+        base: the base model, with its weights.
+        folder: the adapter's directory.
     Raises:
-        TaskError: if its weights are not parameters of the model, as those of prompt tuning are not.
+        TaskError: if the adapter's weights are not parameters of the model, as for prompt tuning.
     """
 
     def __init__(self, base: nn.Module, folder: Path) -> None:
@@ -35,24 +35,24 @@ class Adapter(nn.Module):
 
             with safe_open(file, "pt") as stored:
                 named = {name: tensor for name, tensor in named.items() if name in set(stored.keys())}
-        known = {id(tensor): name for name, tensor in whole.items()}
-        if not all(id(tensor) in known for tensor in named.values()):
+        inner_names = {id(tensor): name for name, tensor in whole.items()}
+        if not all(id(tensor) in inner_names for tensor in named.values()):
             raise TaskError(
-                "an adapter of this kind cannot be learned on", path=folder, hint="merge it: merge_and_unload"
+                "this kind of adapter cannot be optimized", path=folder, hint="merge it with merge_and_unload()"
             )
-        self._names = {name: known[id(tensor)] for name, tensor in named.items()}
+        self._names = {name: inner_names[id(tensor)] for name, tensor in named.items()}
 
     def forward(self, **inputs: Tensor) -> Any:
-        """What the model gives."""
+        """Run the wrapped model."""
         return self.model(**inputs)
 
     def state_dict(self, *, keep_vars: bool = False, **_: Any) -> dict[str, Tensor]:  # pyright: ignore
-        """The adapter's tensors, not copies of them."""
+        """Return the adapter's tensors by reference, without copies."""
         whole = self.model.state_dict(keep_vars=keep_vars)
         return {name: whole[inner] for name, inner in self._names.items()}
 
     def requires_grad_(self, requires_grad: bool = True) -> Adapter:
-        """Of the adapter alone."""
+        """Set ``requires_grad`` of the adapter's tensors only."""
         for tensor in self.state_dict(keep_vars=True).values():
             tensor.requires_grad_(requires_grad)
         return self

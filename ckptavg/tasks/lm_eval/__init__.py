@@ -1,1 +1,1 @@
-"""Tasks of lm-evaluation-harness, scored on the model where it is."""
+"""Scoring with lm-evaluation-harness on the model in memory, without writing candidates to disk."""

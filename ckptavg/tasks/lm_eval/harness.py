@@ -1,4 +1,4 @@
-"""Scores of a resident language model by lm-evaluation-harness: no candidate is written, reloaded or imported.
+"""Scores of a language model in memory by lm-evaluation-harness: no candidate is written to disk or reloaded.
 
 Shape suffixes: U = units of a score (examples of the harness's tasks).
 """
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessResult:
-    """How good a model is on the harness's tasks.
+    """Result of one score on the harness's tasks.
 
     Attributes:
-        value: the mean over tasks of the main metric, negated where smaller is better.
-        figures: task → metric → figure as the harness reports it; the name of a filter follows after a comma.
-        main: task → the metric that ``value`` is of.
-        examples: how many examples all tasks have together.
-        each: what ``value`` is the weighted mean of, tasks and their examples in order; a task's examples share its
-            weight. None where a main metric is no mean over examples. The losses are the negated values.
+        value: mean over tasks of the main metric, negated where smaller is better.
+        figures: task → metric → value as reported by the harness; a filter name follows after a comma.
+        main: task → the main metric, which enters ``value``.
+        examples: total number of examples of all tasks.
+        each: the per-example values whose weighted mean is ``value``, in the order of tasks and examples; the examples
+            of a task share its weight. None if a main metric is not a mean over examples. Losses are negated values.
     """
 
     value: float
@@ -48,18 +48,18 @@ class HarnessResult:
 
 
 class Harness:
-    """Tasks of lm-evaluation-harness, built once and asked about many candidates.
+    """Tasks of lm-evaluation-harness, built once and evaluated on many candidates.
 
     Prompts and few-shot examples are those of ``lm_eval --seed SEED`` without a chat template, the same for every
-    candidate. The main metric of a task is acc_norm, else acc, else exact_match, else the first it has. Nothing is
-    downloaded: data come from files or the local cache, where the library datasets keeps what it converts.
+    candidate. The main metric of a task is acc_norm, else acc, else exact_match, else its first. Nothing is
+    downloaded: data is read from files or the local cache of the `datasets` library, which also stores conversions.
 
     Args:
         tasks: names of tasks, groups or tags, patterns such as ``arc_*``, or YAML files; each task counts once.
-        include_path: a directory of further YAML files.
-        limit: the first so many examples of each task only.
-        batch_size: of the forward passes.
-        seed: of the few-shot examples, and of whatever else is drawn.
+        include_path: a directory with additional YAML files.
+        limit: use only the first ``limit`` examples of each task.
+        batch_size: batch size of the forward passes.
+        seed: seed of the few-shot examples and of all other random draws.
     Raises:
         UsageError: if no task is named, a number is not positive or there is no such directory.
     """
@@ -75,9 +75,9 @@ class Harness:
     ) -> None:
         if not tasks:
             raise UsageError("no lm-evaluation-harness task is named", hint="`lm_eval ls tasks` lists them")
-        for what, number in (("limit", limit), ("batch size", batch_size)):
+        for name, number in (("limit", limit), ("batch size", batch_size)):
             if number is not None and number < 1:
-                raise UsageError(f"the {what} of lm-evaluation-harness must be at least 1, not {number}")
+                raise UsageError(f"the {name} of lm-evaluation-harness must be at least 1, not {number}")
         if include_path is not None and not is_folder(include_path):
             raise UsageError("no such directory of lm-evaluation-harness tasks", path=include_path)
         self._requested = tasks
@@ -93,10 +93,10 @@ class Harness:
         self._lm: Any = None
 
     def check(self) -> None:
-        """Look the names up; their data are read with the first score.
+        """Look up the task names; their data is read by the first score.
 
         Raises:
-            UsageError: if lm-evaluation-harness is missing, or has no task of a name.
+            UsageError: if lm-evaluation-harness is not installed, or has no task of a given name.
         """
         if self._names:
             return
@@ -111,26 +111,26 @@ class Harness:
         if not set(self._requested) <= set(manager.all_subtasks):  # the harness's 14,000 files take seconds to read
             manager = library.TaskManager(include_path=path)
         for name in self._requested:
-            known = name in manager.task_index or is_file(Path(name))
-            found: list[str] = [name] if known else manager.match_tasks([name])
-            if not found:
+            exact = name in manager.task_index or is_file(Path(name))
+            matches: list[str] = [name] if exact else manager.match_tasks([name])
+            if not matches:
                 close = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=5))
-                what = f"lm-evaluation-harness has no task called {name}" + (f"; there are {close}" if close else "")
-                raise UsageError(what, hint="`lm_eval ls tasks` lists them all")
-            names += found
+                message = f"lm-evaluation-harness has no task {name}" + (f"; close matches: {close}" if close else "")
+                raise UsageError(message, hint="`lm_eval ls tasks` lists them all")
+            names += matches
         self._names, self._manager, self._adapter = list(dict.fromkeys(names)), manager, HFLM
 
     def score(self, model: nn.Module, tokenizer: Any, partial: PassProgress | None = None) -> HarnessResult:
-        """Measure a transformers model where it is, with the weights it has now.
+        """Score a transformers model in memory, with its current weights and on its current device.
 
-        Its parameters, its training mode and all random states are afterwards what they were.
+        Its parameters, its training mode and all random states are restored afterwards.
 
         Args:
-            model: on its device; the same module may come again with other weights in it.
-            tokenizer: of transformers; a copy of it is used.
-            partial: knows what an interrupted run has asked this model already.
+            model: the module on its device; later calls may pass the same module with other weights.
+            tokenizer: a transformers tokenizer, which is copied.
+            partial: the answers that an interrupted run saved for this model.
         Raises:
-            UsageError: if the model is not of transformers, or a task is not known.
+            UsageError: if the model is not a transformers model, or there is no such task.
             TaskError: if a task cannot be built or fails, or a log-likelihood or main metric is not finite.
         """
         self.check()
@@ -144,22 +144,22 @@ class Harness:
 
         try:
             with ExitStack() as after:
-                _restore_afterwards(after, model, self._seed)
-                tasks = self._tasks = self._tasks or self._built()
+                _prepare_process(after, model, self._seed)
+                tasks = self._tasks = self._tasks or self._build_tasks()
                 lm = self._language_model(model, tokenizer)
                 after.enter_context(cached_answers(lm, model, partial or PassProgress()))
                 results = evaluate(lm=lm, task_dict={"tasks": tasks}, limit=self._limit, bootstrap_iters=0)
-                return _measured(tasks, results)
-        except Exception as error:  # the boundary to code that is not ours
+                return _result(tasks, results)
+        except Exception as error:  # boundary to third-party code
             if isinstance(error, CkptavgError) or is_out_of_memory(error):
                 raise
             names = ",".join(self._names)
-            fetch = f"nothing is downloaded here; `lm_eval run --model dummy --tasks {names} --limit 1` does so"
-            what = names if self._tasks else f"{names} cannot be built"
-            what = f"lm-evaluation-harness: {what}: {type(error).__name__}: {' '.join(str(error).split())}"
-            raise TaskError(what, hint="-v shows the traceback" if self._tasks else fetch) from error
+            fetch = f"nothing is downloaded here; `lm_eval run --model dummy --tasks {names} --limit 1` downloads it"
+            subject = names if self._tasks else f"{names} cannot be built"
+            message = f"lm-evaluation-harness: {subject}: {type(error).__name__}: {' '.join(str(error).split())}"
+            raise TaskError(message, hint="-v shows the traceback" if self._tasks else fetch) from error
 
-    def _built(self) -> dict[str, Any]:
+    def _build_tasks(self) -> dict[str, Any]:
         tasks: dict[str, Any] = self._manager.load(self._names)["tasks"]
         for task in tasks.values():
             if task.get_config("num_fewshot") is None:
@@ -169,17 +169,17 @@ class Harness:
         return tasks
 
     def _language_model(self, model: Any, tokenizer: Any) -> Any:
-        """The harness's view of the module, made anew only for another module, device or tokenizer."""
+        """Return the harness's wrapper of the module, recreated only for another module, device or tokenizer."""
         lm = self._lm
         if lm is None or lm.model is not model or lm.device != model.device or self._tokenizer is not tokenizer:
-            logging.disable(logging.WARNING)  # it warns that it was given a module
+            logging.disable(logging.WARNING)  # HFLM warns about receiving a module
             lm = self._adapter(model, tokenizer=copy.deepcopy(tokenizer), batch_size=self._batch_size)
             logging.disable(logging.INFO)
             self._lm, self._tokenizer = lm, tokenizer
         return lm
 
 
-def _measured(tasks: Mapping[str, Any], results: Any) -> HarnessResult:
+def _result(tasks: Mapping[str, Any], results: Any) -> HarnessResult:
     import torch
 
     counts = [int(results["n-samples"][name]["effective"]) for name in tasks]
@@ -187,7 +187,7 @@ def _measured(tasks: Mapping[str, Any], results: Any) -> HarnessResult:
     main: dict[str, str] = {}
     terms: list[float] = []
     each: list[tuple[float, float]] = []
-    whole = True
+    complete = True
     for name, task in tasks.items():
         row = {key: figure for key, figure in results["results"][name].items() if "," in key and "_stderr," not in key}
         figures[name] = {key.removesuffix(",none"): float(row[key]) for key in row if isinstance(row[key], Real)}
@@ -199,9 +199,9 @@ def _measured(tasks: Mapping[str, Any], results: Any) -> HarnessResult:
         terms.append(sign * figures[name][key])
         values = _per_example(task, results["samples"][name], key)
         each += [(sign * value, sum(counts) / len(tasks) / len(values)) for value in values]
-        whole = whole and bool(values)
+        complete = complete and bool(values)
     units = None
-    if whole:
+    if complete:
         values_U, examples_U = torch.tensor(each, dtype=torch.float64).T.contiguous()
         units = PerExample(values_U=values_U, losses_U=-values_U, examples_U=examples_U)
     value = math.fsum(terms) / len(terms)
@@ -209,7 +209,7 @@ def _measured(tasks: Mapping[str, Any], results: Any) -> HarnessResult:
 
 
 def _main_metric(task: Any, figures: Mapping[str, float]) -> str:
-    """The figure that counts; where several filters made one, the first of them."""
+    """Return the key of the main metric; with several filters, that of the first."""
     for metric in ("acc_norm", "acc", "exact_match", *task.aggregation(), *figures):
         for key in figures:
             if metric in (key, key.partition(",")[0]):
@@ -218,14 +218,14 @@ def _main_metric(task: Any, figures: Mapping[str, float]) -> str:
 
 
 def _has_nan(task: Any) -> bool:
-    """Whether a log-likelihood is NaN; accuracy would not show it: the argmax of NaN is the first answer."""
+    """Return whether a log-likelihood is NaN; accuracy would hide it: the argmax of NaN is the first answer."""
     answers = [answer for instance in task.instances for answer in instance.resps]
-    numbers = [answer[0] if isinstance(answer, tuple) else answer for answer in answers]  # with "is greedy", or alone
+    numbers = [answer[0] if isinstance(answer, tuple) else answer for answer in answers]  # tuple: (number, is_greedy)
     return any(isinstance(number, float) and math.isnan(number) for number in numbers)
 
 
 def _per_example(task: Any, samples: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    """What the figure ``key`` is the mean of, in the order of the examples; nothing where it is no mean."""
+    """Return the per-example values whose mean is ``key``, in order; empty if the metric is not a mean."""
     from lm_eval.api.metrics import mean  # pyright: ignore[reportMissingImports]
 
     metric, _, filtered = key.partition(",")
@@ -236,7 +236,7 @@ def _per_example(task: Any, samples: Sequence[Mapping[str, Any]], key: str) -> l
 
 
 def _build_requests_once(task: Any) -> None:
-    """Let later calls take the old answers off and keep the prompts, which do not depend on the weights."""
+    """Reuse the prompts, which do not depend on the weights, in later calls, and only clear the old answers."""
     build = task.build_all_requests
 
     def reuse(**settings: Any) -> None:
@@ -248,8 +248,8 @@ def _build_requests_once(task: Any) -> None:
     task.build_all_requests = reuse
 
 
-def _restore_afterwards(after: ExitStack, model: Any, seed: int) -> None:
-    """Evaluation mode, seeded random states, no network, nothing said but warnings; until ``after`` is closed."""
+def _prepare_process(after: ExitStack, model: Any, seed: int) -> None:
+    """Set evaluation mode, seed, offline mode and log level warning; undo all of it when ``after`` closes."""
     import datasets.config  # pyright: ignore[reportMissingImports]
     import numpy as np
     import torch
@@ -266,19 +266,19 @@ def _restore_afterwards(after: ExitStack, model: Any, seed: int) -> None:
         generator.manual_seed(seed)
     for module in model.modules():
         _replace(after, module, "training", False)
-    # tying would put another parameter in the place of one that the checkpoints have apart
+    # tying would replace a parameter that is separate in the checkpoints
     after.callback(delattr, model, "tie_weights")
     model.tie_weights = lambda: None
     for library in (constants, datasets.config):
         _replace(after, library, "HF_HUB_OFFLINE", True)
     after.callback(logging.disable, logging.root.manager.disable)
     logging.disable(max(logging.INFO, logging.root.manager.disable))
-    start = tqdm.__init__
-    hidden: Any = lambda bar, *args, **kwargs: start(bar, *args, **{**kwargs, "disable": True})  # noqa: E731
-    _replace(after, tqdm, "__init__", hidden)  # the harness has no switch for its progress bars
+    original_init = tqdm.__init__
+    hidden: Any = lambda bar, *args, **kwargs: original_init(bar, *args, **{**kwargs, "disable": True})  # noqa: E731
+    _replace(after, tqdm, "__init__", hidden)  # the harness has no option to disable its progress bars
 
 
 def _replace(after: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Set an attribute of something that is not ours until ``after`` is closed."""
+    """Set an attribute of a third-party object; restore it when ``after`` closes."""
     after.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)

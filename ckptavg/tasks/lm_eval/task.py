@@ -1,4 +1,4 @@
-"""A task that lm-evaluation-harness scores: the model stays where it is, and no candidate is written for it."""
+"""Task scored by lm-evaluation-harness on the model in memory; no candidate is written to disk."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ckptavg.tasks.lm_eval.harness import Harness
 
 
 class LmEvalTask:
-    """The model and tokenizer of a Hugging Face directory, scored as a whole; there is no loss.
+    """Task over the model and tokenizer of a Hugging Face directory, scored as a whole; it has no loss.
 
     Args:
-        folder: has config.json and the tokenizer, or is a PEFT adapter.
-        tasks: names of the harness; see `ckptavg.tasks.lm_eval.harness.Harness`.
-        batch_size: of its forward passes.
-        seed: of its few-shot examples.
-        trust_remote_code: run model code that lies in the directory.
+        folder: directory with config.json and the tokenizer, or a PEFT adapter.
+        tasks: task names of the harness; see `ckptavg.tasks.lm_eval.harness.Harness`.
+        batch_size: batch size of the forward passes.
+        seed: seed of the few-shot examples.
+        trust_remote_code: run model code in the directory.
     Raises:
-        UsageError: if a task is not known, or the harness is not installed.
-        TaskError: if there is no such model or tokenizer.
+        UsageError: if the harness is not installed, or has no such task.
+        TaskError: if the directory has no supported model, or no tokenizer.
     """
 
     metric = None
@@ -47,15 +47,15 @@ class LmEvalTask:
         with offline():
             self._kind = architecture(self._base, self.source, trust=trust_remote_code)
             self._config = self._load("AutoConfig", self._base)
-            own = any(folder.glob("tokenizer*"))
-            self._tokenizer = self._load("AutoTokenizer", str(folder) if own else self._base)
+            has_tokenizer = any(folder.glob("tokenizer*"))
+            self._tokenizer = self._load("AutoTokenizer", str(folder) if has_tokenizer else self._base)
 
     def model(self) -> nn.Module:
         """See `Task.model`."""
-        adapts = self._base != self.source
+        is_adapter = self._base != self.source
         with offline():
-            model = build(self._base, self._kind, self._config, trust=self._trust, weights=adapts)
-            return Adapter(model, self._folder) if adapts else model
+            model = build(self._base, self._kind, self._config, trust=self._trust, weights=is_adapter)
+            return Adapter(model, self._folder) if is_adapter else model
 
     def whole(self, model: nn.Module, partial: PassProgress) -> Score:
         """See `Task.whole`."""
@@ -71,33 +71,33 @@ class LmEvalTask:
         )
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """There is none."""
-        raise TaskError("lm-evaluation-harness gives no loss to learn from", path=self.source)
+        """Raise TaskError: the harness has no loss."""
+        raise TaskError("lm-evaluation-harness has no loss to optimize", path=self.source)
 
     def has(self, split: Split) -> bool:
-        """See `Task.has`: the harness's data are validation data."""
+        """See `Task.has`; the harness's data counts as validation data."""
         return split == "val"
 
     def batches(self, split: Split) -> Iterator[Any]:
-        """There are none."""
+        """See `Task.batches`; always empty."""
         return iter(())
 
     def examples(self, split: Split) -> int | None:
-        """Not known before a score."""
+        """See `Task.examples`; unknown before a score."""
         return None
 
     def length(self, split: Split) -> int | None:
-        """There are no batches."""
+        """See `Task.length`; there are no batches."""
         return None
 
     def halve(self) -> bool:
-        """See `Task.halve`: the harness's own batches are as the user says."""
+        """See `Task.halve`; always False, since the user sets the harness's batch size."""
         return False
 
     def _load(self, auto: str, place: str) -> Any:
         try:
-            found = getattr(transformers(), auto)
-            return found.from_pretrained(place, local_files_only=True, trust_remote_code=self._trust)
+            auto_class = getattr(transformers(), auto)
+            return auto_class.from_pretrained(place, local_files_only=True, trust_remote_code=self._trust)
         except (OSError, ValueError) as error:
-            what = f"{auto}: {str(error).strip().splitlines()[0]}"
-            raise TaskError(what, path=self.source, hint="copy tokenizer.json beside config.json") from error
+            message = f"{auto}: {str(error).strip().splitlines()[0]}"
+            raise TaskError(message, path=self.source, hint="copy tokenizer.json beside config.json") from error
