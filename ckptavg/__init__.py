@@ -45,9 +45,9 @@ def __getattr__(name: str) -> Any:
         if name not in strategies():
             raise AttributeError(f"module 'ckptavg' has no attribute {name!r}")
         module = "api"
-    from ckptavg.runtime.threads import settle
+    from ckptavg.runtime.threads import configure
 
-    settle()
+    configure()
     return getattr(import_module(f"ckptavg.{module}"), name)
 
 

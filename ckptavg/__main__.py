@@ -35,7 +35,7 @@ def main() -> NoReturn:
 def _run() -> NoReturn:
     try:
         signals.install()
-        threads.settle()
+        threads.configure()
         _prepare_streams()
         from ckptavg.cli.app import app
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a small network on scikit-learn's digits, saves 24 checkpoints, and averages the best 5 of them; then all strategies.
-# It works in ./demo at the root of the repository.
+# Train a small network on scikit-learn's digits, save 24 checkpoints, and average the best 5; then run all strategies.
+# All files are written to ./demo at the root of the repository.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

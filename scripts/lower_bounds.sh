@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs the oldest versions that pyproject.toml allows into build/lower-bounds, and runs the quick tests there.
-# Arguments go to pytest. PYTHON=3.12 chooses the interpreter (3.11 by default); UV_TORCH_BACKEND=cpu the build of torch,
-# without which an old one may bring gigabytes of CUDA.
+# Install the oldest versions that pyproject.toml allows into build/lower-bounds, and run the quick tests there.
+# Arguments go to pytest. PYTHON=3.12 selects the interpreter (default 3.11); UV_TORCH_BACKEND=cpu the build of torch,
+# without which an old torch may download gigabytes of CUDA.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,7 +21,7 @@ END
 )
 echo "lower bounds: $oldest" >&2
 uv venv --quiet --clear --seed --python "${PYTHON:-3.11}" build/lower-bounds
-# shellcheck disable=SC2086 # one word a package
+# shellcheck disable=SC2086 # one word per package
 uv pip install --quiet --python build/lower-bounds/bin/python --editable '.[test]' $oldest
 PATH=$PWD/build/lower-bounds/bin:$PATH
 pytest --quick --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

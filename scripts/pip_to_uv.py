@@ -1,6 +1,6 @@
-"""Print shell lines that give uv those of pip's settings that say where packages are: uv reads none of pip's.
+"""Print shell lines that pass pip's package-index settings to uv, which does not read pip's configuration.
 
-Variables of uv that are set already are left alone.
+Variables of uv that are already set are left alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OLDER = {"UV_DEFAULT_INDEX": "UV_INDEX_URL", "UV_INDEX": "UV_EXTRA_INDEX_URL"}
 
 
 def pip_settings() -> dict[str, str]:
-    """Read pip's settings from its files and its variables; the latter win."""
+    """Read pip's settings from its files and its variables; variables take precedence."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     settings: dict[str, str] = {}
@@ -44,7 +44,7 @@ def main() -> None:
             continue
         print(f"export {variable}={shlex.quote((',' if name == 'find-links' else ' ').join(parts))}")
         if variable == "UV_INDEX" and "UV_INDEX_STRATEGY" not in os.environ:
-            print("export UV_INDEX_STRATEGY=unsafe-best-match")  # pip's own: the best version of all indexes
+            print("export UV_INDEX_STRATEGY=unsafe-best-match")  # pip's own strategy: the best version of all indexes
 
 
 if __name__ == "__main__":

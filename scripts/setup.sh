@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Makes .venv at the repository's root, or brings it up to date, with the pinned versions of constraints.txt:
+# Create or update .venv at the repository's root with the pinned versions of constraints.txt:
 #   ./scripts/setup.sh             everything (the extra `dev` of pyproject.toml)
 #   ./scripts/setup.sh demo plot   the core and these extras only
-# A run with nothing new to install does nothing. PYTHON=python3.12 chooses the interpreter when .venv is made.
-# uv installs where it is on PATH or pip can fetch it, else pip. uv gets pip's settings where its own are not given;
-# UV_TORCH_BACKEND=cpu (or cu130, auto, ...) makes it take torch from that index of builds.
+# A run with nothing new to install does nothing. PYTHON=python3.12 selects the interpreter when .venv is created.
+# Installs with uv if it is on PATH or pip can fetch it, else with pip. uv gets pip's settings unless its own are set;
+# UV_TORCH_BACKEND=cpu (or cu130, auto, ...) selects the index of torch builds.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 wishes=("${@:-dev}")
 backend=${UV_TORCH_BACKEND:-}
-stamp=.venv/.ckptavg-installed # two lines: a checksum of the inputs with torch's backend, and the extras that are installed
+stamp=.venv/.ckptavg-installed # two lines: a checksum of the inputs with torch's backend, and the installed extras
 key="$({ pwd && cat pyproject.toml constraints.txt scripts/setup.sh; } | cksum) $backend" # pwd: a venv cannot be moved
 made='' present=''
 [[ ! -x .venv/bin/python || ! -r $stamp ]] || { read -r made && read -r present; } <"$stamp" || true
@@ -22,7 +22,7 @@ satisfied() {
 }
 if satisfied; then exit 0; fi
 
-suitable() { # Python 3.11 or newer, with all that venv needs
+suitable() { # Python 3.11 or newer, with the modules that venv needs
     "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
@@ -46,13 +46,13 @@ find_uv() {
 install() {
     if [[ -n $uv ]]; then
         "$uv" pip install --quiet --python .venv/bin/python "$@" && return
-        [[ -z $backend ]] || return 1 # pip would bring another build of torch
+        [[ -z $backend ]] || return 1 # pip would install another build of torch
         echo "setup: uv could not install this; trying pip" >&2
     fi
     with_pip "$@"
 }
 
-install_torch() { # first and alone: an unpinned one brings gigabytes
+install_torch() { # first and alone: an unpinned torch downloads gigabytes
     find_uv
     if [[ -n $backend && -z $uv ]]; then
         echo "setup: UV_TORCH_BACKEND is set, but there is no uv" >&2
@@ -63,7 +63,7 @@ install_torch() { # first and alone: an unpinned one brings gigabytes
     install --constraint constraints.txt "$(pinned torch)"
 }
 
-make_venv() { # with the first interpreter that the pinned torch exists for
+make_venv() { # with the first interpreter that has a build of the pinned torch
     local name names=(python3.11 python3.12 python3.13 python3.14 python3)
     [[ -z ${PYTHON:-} ]] || names=("$PYTHON")
     for name in "${names[@]}"; do
@@ -76,12 +76,12 @@ make_venv() { # with the first interpreter that the pinned torch exists for
     return 1
 }
 
-usable() { # an old one, a moved one and one without pip are not
+usable() { # false for a .venv that is outdated, was moved or lacks pip
     suitable .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1 \
         && { [[ ! -e .venv/bin/pip ]] || .venv/bin/pip --version >/dev/null 2>&1; }
 }
 
-extras() { # of those present and those wished for: all, and all that they consist of
+extras() { # union of the present and the requested extras, with the extras that they include
     .venv/bin/python - "$@" <<'END'
 import re, sys, tomllib
 with open("pyproject.toml", "rb") as file:
@@ -98,7 +98,7 @@ END
 }
 
 if usable; then
-    wanted=$(extras "$present" "${wishes[*]}") # before anything is installed: one may be misspelt
+    wanted=$(extras "$present" "${wishes[*]}") # before any installation: fails on a misspelt extra
     printf 'unfinished\n%s\n' "$present" >"$stamp"
     install_torch
 else
@@ -108,6 +108,6 @@ fi
 echo "setup: installing ${wanted// /, }" >&2
 install --constraint constraints.txt --editable ".[${wanted// /,}]"
 if [[ " $wanted " == *" frameworks "* ]]; then
-    install --no-deps "$(pinned timm)" # it asks for a torchvision that has no build for every torch
+    install --no-deps "$(pinned timm)" # it requires torchvision, which has no build for every torch
 fi
 printf '%s\n%s\n' "${key% }" "$wanted" >"$stamp"

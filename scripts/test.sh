@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What CI runs: format, lint, types, tests. Other arguments go to pytest: ./scripts/test.sh -k sewa
-# --quick installs little and leaves out what takes long or needs other frameworks: see tests/conftest.py.
+# Run the checks of CI: format, lint, types, tests. Other arguments go to pytest: ./scripts/test.sh -k sewa
+# --quick installs less and skips tests that are slow or need other frameworks: see tests/conftest.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,6 +14,6 @@ echo "== lint"
 echo "== types"
 .venv/bin/basedpyright
 echo "== tests"
-# one more process than processors: tests often wait for a program that they have started
+# one more process than CPUs: tests often wait for a subprocess
 workers=$(.venv/bin/python -c 'from ckptavg.runtime.threads import processors; print(min(4, processors() + 1))')
 .venv/bin/pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"

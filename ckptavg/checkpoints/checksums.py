@@ -58,7 +58,7 @@ class Manifest:
                 )
 
     @property
-    def doubts(self) -> tuple[str, ...]:
+    def warnings(self) -> tuple[str, ...]:
         """Warning about files that are in no list; empty if there are none."""
         if not self.unlisted:
             return ()

@@ -78,7 +78,7 @@ def discover(
                     opened += [candidate] if candidate else []
         kept = _without_copies(opened, left_out, refuse)
         ordered, warnings = _in_order(kept, refuse if bad == "list" else None)
-        ordered, chosen = _sound(ordered, window, check, refuse)
+        ordered, chosen = _with_readable_values(ordered, window, check, refuse)
         chosen_ids = {id(c) for c in chosen}
         outside = [c for c in ordered if id(c) not in chosen_ids]
         left_out += [LeftOut(path=c.path, reason="outside the window of steps") for c in outside]
@@ -173,7 +173,7 @@ def _without_copies(opened: list[_Opened], left_out: list[LeftOut], refuse: _Ref
     return [one for i, one in enumerate(preferred) if i not in found and i not in bad]
 
 
-def _sound(
+def _with_readable_values(
     ordered: list[Checkpoint], window: Window, check: Callable[[Checkpoint], None] | None, refuse: _Refuse
 ) -> tuple[list[Checkpoint], list[Checkpoint]]:
     """Return ``ordered`` without the checkpoints found bad, and the window's selection from it, all of them checked."""

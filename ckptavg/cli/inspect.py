@@ -60,8 +60,8 @@ def command(
         integrity.check(checkpoint)
 
     with discover(ckpts, window, key, bad="list", check=check_data if read_data else None) as found:
-        doubts = (*manifest.doubts, *stability.warnings(found.checkpoints))
-        found = replace(found, warnings=(*found.warnings, *doubts))
+        warnings = (*manifest.warnings, *stability.warnings(found.checkpoints))
+        found = replace(found, warnings=(*found.warnings, *warnings))
         if json:
             print(json_module.dumps(_to_dict(found), indent=2))
         else:

@@ -85,7 +85,7 @@ class MeasurementLog:
         self._pending = []
         self._flushed = time.monotonic()
 
-    def partial(self, key: str) -> PassProgress:
+    def pass_progress(self, key: str) -> PassProgress:
         """Return the progress of the pass with this key."""
         return PassProgress(f"part of {key}", self._journal.get, self._journal.put)
 

@@ -535,7 +535,9 @@ class Mixture:
     def _partial(self, key: str) -> PassProgress:
         """Return the progress of an interrupted run; passes divided among ranks start over."""
         return (
-            PassProgress() if self._log is None or not key or self._workers.world_size > 1 else self._log.partial(key)
+            PassProgress()
+            if self._log is None or not key or self._workers.world_size > 1
+            else self._log.pass_progress(key)
         )
 
     def _scored_exactly(self, coefficients: Coefficients) -> bool:

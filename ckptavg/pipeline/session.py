@@ -198,4 +198,4 @@ def open_candidates(paths: Sequence[Path], options: Options, watch: Watch | None
         allow_nonfinite=options.allow_nonfinite,
     )  # fmt: skip
     unstable = () if options.wait_stable is not None else stability.warnings(found.checkpoints)
-    return replace(found, warnings=(*found.warnings, *manifest.doubts, *unstable))
+    return replace(found, warnings=(*found.warnings, *manifest.warnings, *unstable))

@@ -5,7 +5,7 @@ threads, which are then throttled for a part of each period. In addition, a libg
 spins for 300,000 iterations, 16 ms on the machine of docs/benchmarks.md, before it sleeps. On a busy machine the other
 thread may be queued for that same processor, so that a parallel region of microseconds takes milliseconds.
 
-Both are controlled by environment variables that are read once, when torch is loaded, so `settle` must run before that.
+Both are controlled by environment variables that are read once, when torch is loaded, so `configure` must run before that.
 Variables set by the user, or by a launcher such as ``torchrun``, are kept.
 
 References:
@@ -66,7 +66,7 @@ def processors(proc: Path = _PROC) -> int:
     return affinity() if limit is None else min(affinity(), max(1, math.floor(limit + 0.5)))
 
 
-def settle(environment: MutableMapping[str, str] = os.environ) -> None:
+def configure(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set OpenMP's variables for this process and its children, unless they are set already; see the module docstring.
 
     The number of threads is set only if it is less than the size of the affinity mask, OpenMP's default. Nothing is

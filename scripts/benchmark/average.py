@@ -1,7 +1,7 @@
-"""Averaging beside a copy of the same bytes and beside others: python scripts/benchmark/average.py /tmp/llama
+"""Time averaging against plain copies and other tools: python scripts/benchmark/average.py /tmp/llama
 
-The folder is what make_llama.py wrote. Rounds are interleaved, and the least of each figure is printed, with its ratio
-to `cat` of all inputs and `cp` of one. Seconds of the processor are the steadier figure on a machine that is shared.
+The folder is the output of make_llama.py. Rounds are interleaved; the minimum of each figure is printed, with its ratio
+to `cat` of all inputs plus `cp` of one. CPU seconds are the more stable figure on a shared machine.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-# the averaging itself: opening, reading, summing and writing; neither the start of Python nor SHA-256 nor fsync
+# averaging only: open, read, sum and write, without the start of Python, SHA-256 and fsync
 ITSELF = """
 import resource, sys, time
 from pathlib import Path
@@ -55,7 +55,7 @@ save_file({n: torch.stack([s[n] for s in states]).float().mean(0).bfloat16() for
 
 
 class Used(NamedTuple):
-    """What one run took: seconds by the clock and of the processor, and megabytes at its peak."""
+    """Cost of one run: wall-clock seconds, CPU seconds and peak memory in megabytes."""
 
     seconds: float
     processor: float
@@ -63,7 +63,7 @@ class Used(NamedTuple):
 
 
 def measure(command: str) -> Used:
-    """Run ``command``; one that prints two numbers has measured its seconds itself."""
+    """Run ``command``; if it prints two numbers, they replace the measured seconds."""
     start = time.perf_counter()
     with subprocess.Popen(["/bin/bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
         assert running.stdout
@@ -80,7 +80,7 @@ def measure(command: str) -> Used:
 
 
 def drop_cache(files: list[Path]) -> None:
-    """Take files out of the page cache, where the file system lets go of them."""
+    """Evict files from the page cache, if the file system supports it."""
     for path in files:
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
@@ -89,7 +89,7 @@ def drop_cache(files: list[Path]) -> None:
 
 
 def commands(folder: Path, scratch: Path, options: argparse.Namespace) -> Mapping[str, str]:
-    """What is compared, by the name it is printed under."""
+    """Return the compared commands by the label they are printed under."""
     mergekit, timm, half = options.mergekit, options.timm, options.half
     files = sorted(folder.rglob("*.safetensors"))
     inputs, out = " ".join(shlex.quote(str(path)) for path in files), scratch / "out.safetensors"
@@ -129,10 +129,10 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--half", type=Path, help="as many candidates of half the size, for the memory that they take")
+    parser.add_argument("--half", type=Path, help="as many candidates of half the size, to measure their memory")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of its own environment")
-    parser.add_argument("--timm", help="how to call timm's avg_checkpoints.py, such as 'python avg_checkpoints.py'")
+    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml in its own environment")
+    parser.add_argument("--timm", help="command of timm's avg_checkpoints.py, such as 'python avg_checkpoints.py'")
     options = parser.parse_args()
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": ?")
     print(f"{model.split(': ')[1]}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()},")

@@ -1,11 +1,11 @@
 """Time `ckptavg sewa` on a busy machine: python scripts/benchmark/busy.py
 
-`ckptavg sewa --k 5` on the demo's 24 checkpoints, as whole processes with a warm page cache, on an idle machine and
-beside processes that compute without pause. Each line is a way in which OpenMP's threads wait for one another. Then
-what these ways cost on the idle machine in steps of training, forward and backward: of the demo's network, whose
-parallel regions take microseconds, and of the transformer of step.py. Rounds are interleaved; medians, least and
-greatest are printed, and ratios of medians: of the busy machine to the idle one, and of the idle one to libgomp's own
-way, which was ckptavg's before. The machine should be idle otherwise: the load at the beginning is printed.
+`ckptavg sewa --k 5` runs on the demo's 24 checkpoints, as whole processes with a warm page cache, on an idle machine
+and beside processes that compute without pause. Each line is one wait policy of OpenMP's threads. Then the cost of each
+policy on the idle machine, per training step (forward and backward): for the demo's network, whose parallel regions
+take microseconds, and for the transformer of step.py. Rounds are interleaved; median, minimum and maximum are printed,
+and two ratios of medians: busy to idle, and idle to libgomp's default policy, which ckptavg used before. The machine
+should be idle otherwise: the load at the start is printed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ DEMO = HERE.parent / "demo"
 OWN, BEFORE = "ckptavg's (10000)", "libgomp's (300000)"
 POLICIES: Mapping[str, Mapping[str, str]] = {
     OWN: {},  # see ckptavg/runtime/threads.py
-    BEFORE: {"GOMP_SPINCOUNT": "300000"},  # its default, named: a variable that is set is left alone
+    BEFORE: {"GOMP_SPINCOUNT": "300000"},  # the default, set explicitly: ckptavg leaves a variable alone if it is set
     "GOMP_SPINCOUNT=100000": {"GOMP_SPINCOUNT": "100000"},
     "GOMP_SPINCOUNT=30000": {"GOMP_SPINCOUNT": "30000"},
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
@@ -33,7 +33,7 @@ POLICIES: Mapping[str, Mapping[str, str]] = {
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
 STEPS = {"demo's network": 300, "transformer": 3}
-# ends with the benchmark, however that ends
+# exits with the benchmark, however the benchmark ends
 LOOP = """
 import os
 parent = os.getppid()
@@ -45,7 +45,7 @@ while os.getppid() == parent:
 
 @contextmanager
 def loops(n: int) -> Iterator[None]:
-    """``n`` processes that compute without pause."""
+    """Run ``n`` processes that compute without pause."""
     with ExitStack() as stack:
         for _ in range(n):
             process = subprocess.Popen([sys.executable, "-c", LOOP])
@@ -56,29 +56,29 @@ def loops(n: int) -> Iterator[None]:
 
 
 def environment(policy: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with the settings of ``policy`` alone."""
+    """Return this process's environment with only the settings of ``policy``."""
     known = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     return {**known, **policy}
 
 
 def took(command: list[str], policy: Mapping[str, str], folder: Path) -> float:
-    """Seconds of a whole process."""
+    """Return the seconds that a whole process takes."""
     start = time.perf_counter()
     subprocess.run(command, check=True, cwd=folder, env=environment(policy), stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
 def step_took(network: str, n: int, policy: Mapping[str, str]) -> float:
-    """Milliseconds of a step of ``network``, by a process that takes ``n`` of them."""
+    """Return the milliseconds of one step of ``network``, measured over ``n`` steps in a new process."""
     command = [sys.executable, str(HERE / "busy.py"), "--network", network, "--steps", str(n)]
     return float(subprocess.run(command, check=True, env=environment(policy), capture_output=True, text=True).stdout)
 
 
 def step(network: str, n: int) -> float:
-    """Milliseconds of a forward and a backward pass in this process: the median of ``n``."""
+    """Return the milliseconds of a forward and a backward pass in this process: the median of ``n``."""
     from ckptavg.runtime import threads
 
-    threads.settle()
+    threads.configure()
     sys.path[:0] = [str(DEMO), str(HERE)]
     import torch
 
@@ -98,7 +98,7 @@ def step(network: str, n: int) -> float:
         start = time.perf_counter()
         loss_of(model, batch).mean().backward()
         took.append(1000 * (time.perf_counter() - start))
-    return statistics.median(took[1:])  # the first warms up
+    return statistics.median(took[1:])  # the first step warms up
 
 
 def figures(found: list[float]) -> str:
@@ -108,7 +108,7 @@ def figures(found: list[float]) -> str:
 def whole_runs(options: argparse.Namespace, policies: list[str], folder: Path) -> None:
     command = [sys.executable, "-m", "ckptavg", "sewa", "ckpts", "--k", "5", "--force", "--quiet", "--task"]
     command += [str(DEMO / "task.py"), *options.arguments.split()]
-    took(command, {}, folder)  # warms the cache
+    took(command, {}, folder)  # warms the page cache
     idle: dict[str, list[float]] = {name: [] for name in policies}
     busy: dict[str, list[float]] = {name: [] for name in policies}
     for _ in range(options.rounds):
@@ -129,10 +129,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--loops", type=int, default=4)
     parser.add_argument("--policies", nargs="*", default=list(POLICIES), choices=list(POLICIES))
-    parser.add_argument("--arguments", default="", help="more words for `ckptavg sewa`")
+    parser.add_argument("--arguments", default="", help="more arguments of `ckptavg sewa`")
     parser.add_argument("--networks", nargs="*", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--network", choices=list(STEPS), help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, help="of each network")
+    parser.add_argument("--steps", type=int, help="steps of each network")
     options = parser.parse_args()
     if options.network:
         print(step(options.network, options.steps))

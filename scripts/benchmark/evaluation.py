@@ -1,12 +1,11 @@
-"""What an evaluation costs beside its forward passes: python scripts/benchmark/evaluation.py
+"""Cost of an evaluation besides its forward passes: python scripts/benchmark/evaluation.py
 
-A greedy soup of N checkpoints of a 10-million-parameter transformer, one candidate more at a time. Its mixtures are
-made in three ways: from the matrix in memory, all rows; from the files (--offload disk), the one row that a soup has
-more than the one before; and from the files, all rows of each soup anew. Beside them what one evaluation's forward pass
-over a batch of 4,096 tokens takes. Then the score of a BatchNorm network, its data read for each pass or kept on the
-device.
+A greedy soup of N checkpoints of a 10-million-parameter transformer grows by one candidate at a time. Its mixtures are
+made in three ways: from the matrix in memory, all rows; from the files (--offload disk), only the row that a soup adds
+to the previous one; and from the files, all rows of each soup again. For comparison, the forward pass of one evaluation
+over a batch of 4,096 tokens. Then the score of a BatchNorm network, with data read for each pass or kept on the device.
 
-The least of each figure is printed. Seconds of the processor are the steadier figure on a machine that is shared.
+The minimum of each figure is printed. CPU seconds are the more stable figure on a shared machine.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-from step import VOCABULARY, Clock, Task, Used, clock_of, least, network, write  # first, for how torch is to wait
+from step import VOCABULARY, Clock, Task, Used, clock_of, least, network, write  # first: it sets torch's wait policy
 
 # isort: split
 import torch
@@ -46,7 +45,7 @@ def measured(work: Callable[[], object], now: Clock, rounds: int) -> Used:
 
 
 def grow(candidates: Candidates) -> None:
-    """The mixtures of a soup that takes one candidate more each time, from half of them to all."""
+    """Build the mixtures of a soup that grows by one candidate at a time, from half of the candidates to all."""
     n = candidates.n
     for k in range(n // 2, n + 1):
         if not candidates.average(range(k)):
@@ -67,7 +66,7 @@ def soups(folder: Path, device: torch.device, now: Clock, rounds: int) -> None:
         print("                                     ms  of the processor  of an evaluation of one batch")
         print(f"evaluating 4,096 tokens        {1000 * forward.clock:8.1f}  {1000 * forward.processor:16.1f}")
         kept_sum = Candidates(network().to(device), files, lambda *_: None, offload="disk")
-        with patch.object(budget, "free_memory", return_value=0):  # so that none is kept
+        with patch.object(budget, "free_memory", return_value=0):  # so that no mixture is kept
             anew = Candidates(network().to(device), files, lambda *_: None, offload="disk")
         for what, soup in (
             ("mixing in memory, all rows", mixture.candidates),
@@ -81,7 +80,7 @@ def soups(folder: Path, device: torch.device, now: Clock, rounds: int) -> None:
 
 
 class Images:
-    """A BatchNorm network and images, by a DataLoader."""
+    """A BatchNorm network with images from a DataLoader."""
 
     source, metric, metric_goal, metric_bounds, corpus, whole = "evaluation.py", None, "max", None, None, None
 

@@ -1,9 +1,10 @@
-"""The search's own cost and memory at each number of bits: python scripts/benchmark/lowbit.py
+"""Cost and memory of the search at each bit width: python scripts/benchmark/lowbit.py
 
-N candidates of D float32 parameters. A step is materialize and pullback, what a search adds to forward and backward.
-The reference is the step of the TWA authors' low-bit matrix written from its formula (arXiv:2205.13104v3): one byte a
-code whatever the bits, one scale and zero point for the matrix, and an [N, D] matrix of floats made from it in either
-direction. Prints milliseconds, the ratio to that, bytes an element and candidate, and what rounding loses.
+N candidates of D float32 parameters. A step is materialize and pullback: the cost that a search adds to forward and
+backward. The reference is the step of the TWA authors' low-bit matrix, written from its formula (arXiv:2205.13104v3):
+one byte per code at any bit width, one scale and zero point for the matrix, and an [N, D] matrix of floats expanded
+from it in either direction. Prints milliseconds, the ratio to the reference, bytes per element and candidate, and the
+rounding error.
 """
 
 import argparse
@@ -33,7 +34,7 @@ class Vector(nn.Module):
 
 
 class Authors:
-    """w = w̄ + s·Qᵀx + z·Σx and ∂ℓ/∂x = s·Q g + z·Σg, with Q widened to floats as a whole."""
+    """w = w̄ + s·Qᵀx + z·Σx and ∂ℓ/∂x = s·Q g + z·Σg, with all of Q expanded to floats."""
 
     def __init__(self, p_ND: Tensor) -> None:
         self.centre_D = p_ND.mean(dim=0)
@@ -48,7 +49,7 @@ class Authors:
 
 
 def of_authors(authors: Authors, c_N: Tensor, g_D: Tensor, rounds: int) -> tuple[float, float]:
-    """Milliseconds a step, and bytes an element."""
+    """Return milliseconds per step and bytes per element."""
     took = milliseconds(lambda: authors.step(c_N, g_D), rounds, g_D.device)
     return took, authors.codes_ND.nbytes / (len(c_N) * len(g_D))
 

@@ -1,7 +1,7 @@
 """Write Llama-shaped checkpoints of one training run: python scripts/benchmark/make_llama.py /tmp/llama --layers 12
 
 Names, shapes and dtype are those of transformers' LlamaForCausalLM; every checkpoint is the first plus a small step,
-as late checkpoints of a run are. A ``config.json`` lies beside each, so that tools which ask for one are content.
+like late checkpoints of a run. Each directory also gets the ``config.json`` that some tools require.
 """
 
 import argparse
@@ -18,7 +18,7 @@ CONFIG = {
 
 
 def shapes(layers: int, hidden: int, feed: int, heads: int, groups: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """Name → shape, as LlamaForCausalLM has them."""
+    """Return name → shape, as in LlamaForCausalLM."""
     head = hidden // heads
     block = {
         "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (head * groups, hidden),

@@ -1,8 +1,8 @@
-"""What TWA's learning rate does, for validation and training data: python scripts/benchmark/rates.py
+"""Effect of TWA's learning rate, for validation and training data: python scripts/benchmark/rates.py
 
-The demo's trainings (labels of the training data are noisy, those of validation and test data are not). Prints the
-losses and the test metric of TWA's answer, means over the trainings; the rate is relative to the candidates' mean
-distance from their mean, 0 is that mean (SWA).
+The trainings are the demo's: training labels are noisy, validation and test labels are not. Prints the losses and the
+test metric of TWA's result, averaged over the trainings; the rate is relative to the candidates' mean distance from
+their mean, and 0 is that mean (SWA).
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
 
-import task  # the demo's
+import task  # as in the demo
 import train
 
 from ckptavg.checkpoints.discover import discover

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every figure of docs/benchmarks.md, one table after the other: ./scripts/benchmark/run.sh [--quick]
-# Writes build/benchmark/run.md. About an hour on two idle cores and 10 GB of disk; --quick takes minutes, on a tenth.
-# mergekit and timm get an environment of their own; timm's averaging script is not in its package, so
+# Measure every figure of docs/benchmarks.md, one table after the other: ./scripts/benchmark/run.sh [--quick]
+# Writes build/benchmark/run.md. About an hour on two idle cores and 10 GB of disk; --quick: minutes, a tenth of the size.
+# mergekit and timm get a separate environment; timm's averaging script is not in its package, so
 # TIMM_AVERAGER=path/to/avg_checkpoints.py adds its row.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -20,7 +20,7 @@ if [[ ! -x $peers/bin/mergekit-yaml ]]; then
     "$peers/bin/pip" install --quiet "$(grep '^torch==' constraints.txt)" # first and alone
     "$peers/bin/pip" install --quiet "$(grep '^torch==' constraints.txt)" 'mergekit>=0.1.5'
     "$peers/bin/pip" install --quiet --no-deps "$(grep '^timm==' constraints.txt)" "$(grep '^pillow==' constraints.txt)"
-    "$peers/bin/pip" uninstall --quiet --yes torchvision # one built for another torch stops transformers
+    "$peers/bin/pip" uninstall --quiet --yes torchvision # a build for another torch breaks transformers
 fi
 [[ -d $llama ]] || "$python" scripts/benchmark/make_llama.py "$llama" --layers "$layers"
 [[ -d $llama-half ]] || "$python" scripts/benchmark/make_llama.py "$llama-half" --layers "$((layers / 4))"

@@ -1,10 +1,10 @@
-"""Several workers beside one, by the real torchrun with gloo on this machine: python scripts/benchmark/scaling.py
+"""Compare several workers with one, by the real torchrun with gloo on this machine: python scripts/benchmark/scaling.py
 
-Four tables, each figure beside what docs/scaling.md says it should be: what a worker sends in a step (as the kernel
-counts it, over all connections of the process), the time of scores, the time of an average, and the memory of a search
-with and without --shard. One thread a worker. The file is its own task file, a stack of linear layers. Times are the
-least of three; a busy machine shows in them, not in the bytes. glibc is told to give back at once what is freed;
-otherwise it keeps about a gathered model of it.
+Four tables, each figure beside the value that docs/scaling.md predicts: the bytes that a worker sends per step (counted
+by the kernel over all connections of the process), the time of scores, the time of an average, and the memory of a
+search with and without --shard. One thread per worker. The file is its own task file, a stack of linear layers. Times
+are the minimum of three; a busy machine affects them, not the bytes. glibc is set to return freed memory at once;
+otherwise it retains about the size of a gathered model.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from ckptavg.tasks.python_file import PythonTask
 
 CPU = torch.device("cpu")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-BYTES_SENT = 200  # where the kernel's tcp_info has them
+BYTES_SENT = 200  # offsets in the kernel's tcp_info
 WIDTH, DEPTH = int(os.environ.get("SCALING_WIDTH", "1")), int(os.environ.get("SCALING_DEPTH", "1"))
 
 
@@ -65,7 +65,7 @@ class Size(NamedTuple):
         return self.depth * self.width**2
 
     def place(self, folder: Path) -> Path:
-        """A directory of them, made if it is not there."""
+        """Return a directory of the candidates; create it if it does not exist."""
         place = folder / "x".join(map(str, self))
         if not place.exists():
             place.mkdir()
@@ -79,15 +79,15 @@ class Size(NamedTuple):
 
 @contextmanager
 def mixture(folder: Path, workers: Workers, **options: Any) -> Iterator[Mixture]:
-    """The real objective on the candidates in a directory that `Size.place` made."""
+    """Open the real objective on the candidates in a directory made by `Size.place`."""
     _, os.environ["SCALING_WIDTH"], os.environ["SCALING_DEPTH"] = folder.name.split("x")
     with discover([folder]) as found:
-        task = PythonTask(__file__)  # which reads them
+        task = PythonTask(__file__)  # reads the environment variables
         yield Mixture(task, found.checkpoints, device=CPU, workers=workers, **options)
 
 
 def traffic(folder: Path, workers: Workers, steps: int = 20) -> dict[str, float]:
-    """Bytes that this worker sends in a step of a search."""
+    """Return the bytes that this worker sends per step of a search."""
     with mixture(folder, workers) as mixed:
         mixed.loss(mixed.uniform())
         workers.gather(None)
@@ -98,13 +98,13 @@ def traffic(folder: Path, workers: Workers, steps: int = 20) -> dict[str, float]
 
 
 def memory(folder: Path, workers: Workers, *, shard: bool) -> dict[str, float]:
-    """Bytes that a search takes at its peak, beyond those of the program."""
+    """Return the peak memory of a search in bytes, above the program's own."""
     with (
         tempfile.TemporaryDirectory() as place,
         mixture(Size(2, 4, 2).place(Path(place)), workers, shard=shard) as mixed,
     ):
-        from_spec("sewa:k=1:steps=1").learn(mixed)  # what is imported when it is first used
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        from_spec("sewa:k=1:steps=1").learn(mixed)  # loads the modules that are imported on first use
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     with mixture(folder, workers, shard=shard) as mixed:
         from_spec("sewa:k=2:steps=2").learn(mixed)
@@ -112,7 +112,7 @@ def memory(folder: Path, workers: Workers, *, shard: bool) -> dict[str, float]:
 
 
 def scores(folder: Path, workers: Workers, parallel: Any) -> dict[str, float]:
-    """Seconds in which all candidates are scored."""
+    """Return the seconds it takes to score all candidates."""
     with mixture(folder, workers, parallel=parallel) as mixed:
         mixed.prepare()
         workers.gather(None)
@@ -122,7 +122,7 @@ def scores(folder: Path, workers: Workers, parallel: Any) -> dict[str, float]:
 
 
 def average(folder: Path, workers: Workers) -> dict[str, float]:
-    """Seconds in which the mean of all candidates is written, hashed and flushed to the disk."""
+    """Return the seconds it takes to write, hash and flush the mean of all candidates."""
     with tempfile.TemporaryDirectory() as place:
         workers.gather(None)
         start = time.perf_counter()
@@ -142,7 +142,7 @@ PARTS: dict[str, Callable[[Path, Workers], dict[str, float]]] = {
 
 
 def measured(world: int, *parts: tuple[str, Path], examples: int = 64) -> list[list[dict[str, float]]]:
-    """What each of so many workers measured, for each part and directory."""
+    """Run each part on each directory with that many workers; return the results of each."""
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     words = [f"{part}:{folder}" for part, folder in parts]
     done = subprocess.run(
@@ -159,8 +159,8 @@ def measured(world: int, *parts: tuple[str, Path], examples: int = 64) -> list[l
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help="where candidates are written; default a temporary directory")
-    parser.add_argument("--quick", action="store_true", help="small sizes: they show that it runs")
+    parser.add_argument("--folder", type=Path, help="directory for the candidates; default a temporary one")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to check that it runs")
     options = parser.parse_args()
     if options.measure is None:
         with tempfile.TemporaryDirectory() as place:
@@ -207,7 +207,7 @@ def times(size: Size, folder: Path, parts: Sequence[str], examples: int = 64) ->
 
 
 def _sent() -> int:
-    """The bytes that this process has sent by TCP."""
+    """Return the bytes that this process has sent by TCP."""
     total = 0
     for entry in Path("/proc/self/fd").iterdir():
         try:
@@ -224,7 +224,7 @@ def _sent() -> int:
 
 
 def _status(field: str) -> int:
-    """A figure of this process in bytes."""
+    """Return a field of this process's status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 

@@ -1,10 +1,10 @@
-"""What SeWA's two solvers cost to reach the same loss: PYTHONPATH=scripts python scripts/benchmark/solver.py
+"""Cost of SeWA's two solvers to reach the same loss: PYTHONPATH=scripts python scripts/benchmark/solver.py
 
 One pass of the quadratic solver answers every K; its 8 best subsets of K = 5 are then scored. The Gumbel solver is run
-with ever more steps, each time with several seeds of its noise, until nine in ten of its subsets have a validation loss
-no higher than the quadratic's: nobody knows beforehand which run was the lucky one. Cost is in forward equivalents, as
-passes over the validation data: a forward counts 1, a backward 2, a double backward 4, a forward-mode pass 2; passes
-for BatchNorm statistics, over training data, and the score of the answer are in it. Trainings are those of the study.
+with increasing numbers of steps, each with several noise seeds, until nine in ten of its subsets have a validation loss
+no higher than the quadratic's: a user cannot pick the lucky run in advance. Cost is in forward equivalents, as passes
+over the validation data: a forward counts 1, a backward 2, a double backward 4, a forward-mode pass 2; passes for
+BatchNorm statistics, over training data, and the score of the result are included. Trainings are those of the study.
 """
 
 import argparse
@@ -35,7 +35,7 @@ K = 5
 
 
 class Found(NamedTuple):
-    """A subset's validation loss, and what it cost: passes over the validation data, and seconds."""
+    """Validation loss of a subset, and its cost: passes over the validation data, and seconds."""
 
     loss: float
     passes: float
@@ -43,7 +43,7 @@ class Found(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One training: the quadratic's answer, its seconds for every K without a pass, and the Gumbel's runs by steps."""
+    """One training: the quadratic's result, its seconds for every K without a pass, and the Gumbel runs by steps."""
 
     quadratic: Found
     searched: float
@@ -51,12 +51,12 @@ class Case(NamedTuple):
     gumbel: dict[int, list[Found]]
 
     def reached(self, steps: int) -> int:
-        """How many Gumbel runs were as good."""
+        """Return how many Gumbel runs reached the quadratic's loss."""
         return sum(found.loss <= self.quadratic.loss for found in self.gumbel[steps])
 
 
 def ran(mixture: Mixture, strategy: SeWA, noise: int) -> Found:
-    """Learn from scratch and score the answer; what is remembered is charged as if it were not."""
+    """Learn from scratch and score the result; cached work is charged as if it were not cached."""
     mixture.restart()
     mixture.generator.manual_seed(noise)
     start = time.perf_counter()
@@ -69,7 +69,7 @@ def ran(mixture: Mixture, strategy: SeWA, noise: int) -> Found:
 
 @contextmanager
 def trained(name: str, n: int, seed: int, every: int | None) -> Generator[Mixture]:
-    """A training of the study, as long as it takes for ``n`` checkpoints after a third of it."""
+    """Run a training of the study that is long enough for ``n`` checkpoints after its first third."""
     kind = domain(name)
     every = every or kind.every
     with tempfile.TemporaryDirectory() as scratch:
@@ -84,7 +84,7 @@ def trained(name: str, n: int, seed: int, every: int | None) -> Generator[Mixtur
 
 
 def measure(name: str, n: int, options: argparse.Namespace) -> tuple[list[Case], int]:
-    """All trainings, and how many steps Gumbel needed (0: more than were tried)."""
+    """Measure all trainings, and the steps that Gumbel needed (0: more than were tried)."""
     with ExitStack() as stack:
         mixtures = [stack.enter_context(trained(name, n, seed, options.every)) for seed in range(options.seeds)]
         cases: list[Case] = []

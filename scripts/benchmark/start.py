@@ -1,8 +1,8 @@
-"""How long the command line takes to answer, beside the interpreter and torch: python scripts/benchmark/start.py
+"""Startup time of the command line beside the interpreter's and torch's: python scripts/benchmark/start.py
 
 `ckptavg --help`, and `ckptavg inspect` of 100 safetensors files of 100 tensors each, as whole processes with a warm
-page cache. Rounds are interleaved; the least of each figure is printed, with its ratio to `python -c pass`. Seconds of
-the processor are the steadier figure on a machine that is shared.
+page cache. Rounds are interleaved; the minimum of each figure is printed, with its ratio to `python -c pass`. CPU
+seconds are the more stable figure on a shared machine.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def write(folder: Path) -> None:
 
 
 def took(command: list[str]) -> tuple[float, float]:
-    """Seconds by the clock and of the processor."""
+    """Return wall-clock and CPU seconds."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -50,7 +50,7 @@ def main() -> None:
             f"ckptavg inspect, {FILES} files": [*ckptavg, "inspect", name],
             "python -c 'import torch'": [sys.executable, "-c", "import torch"],
         }
-        runs = {what: [took(command)] for what, command in commands.items()}  # the first warms the cache
+        runs = {what: [took(command)] for what, command in commands.items()}  # the first round warms the page cache
         for _ in range(options.rounds):
             for what, command in commands.items():
                 runs[what].append(took(command))

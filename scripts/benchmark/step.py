@@ -1,11 +1,11 @@
-"""A step of TWA and of SeWA beside a plain SGD step on the same model and batch: python scripts/benchmark/step.py
+"""Compare a step of TWA and of SeWA with a plain SGD step on the same model and batch: python scripts/benchmark/step.py
 
-N checkpoints of a 10-million-parameter transformer are written, and its batch has 4,096 tokens. `twa` and `sewa` run as
-they do for a user, on the real objective; a step of theirs is what passes between two calls of `progress`, on one batch
-(SeWA with one sample). Beside them the steps of the TWA authors' two public codes, written from their formulas
-(arXiv:2205.13104, ICLR 2023 and the journal version). Rounds are interleaved; the least of each figure is printed, with
-its ratio to that of plain SGD. Then where the time of a TWA step goes. Seconds of the processor are the steadier figure
-on a machine that is shared; threads that wait for one another sleep, so that waiting is not counted as work.
+N checkpoints of a 10-million-parameter transformer are written; a batch has 4,096 tokens. `twa` and `sewa` run as they
+do for a user, on the real objective; a step is the time between two calls of `progress`, on one batch (SeWA with one
+sample). Beside them are the steps of the TWA authors' two public codes, written from their formulas (arXiv:2205.13104,
+ICLR 2023 and the journal version). Rounds are interleaved; the minimum of each figure is printed, with its ratio to
+plain SGD. Then the breakdown of a TWA step. CPU seconds are the more stable figure on a shared machine; waiting threads
+sleep, so that waiting is not counted as work.
 """
 
 import argparse
@@ -34,7 +34,7 @@ VOCABULARY, STEPS = 1000, 2
 
 
 class Used(NamedTuple):
-    """Seconds by the clock and of the processor, since some moment."""
+    """Wall-clock and CPU seconds since an arbitrary start."""
 
     clock: float
     processor: float
@@ -57,7 +57,7 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 class Task:
-    """One batch again and again, as a plain object with the attributes of `ckptavg.tasks.Task`."""
+    """A task that repeats one batch: a plain object with the attributes of `ckptavg.tasks.Task`."""
 
     source, metric, metric_goal, metric_bounds, corpus, whole = "step.py", None, "max", None, None, None
 
@@ -100,7 +100,7 @@ def least(used: list[Used]) -> Used:
 
 
 def of_strategy(strategy: TWA | SeWA, mixture: Mixture, now: Clock) -> list[Used]:
-    """What each step took but the first, which warms up."""
+    """Return the time of each step except the first, which warms up."""
     stamps: list[Used] = []
     tell, mixture.progress = mixture.progress, lambda *_, **__: stamps.append(now())  # pyright: ignore
     mixture.restart()
@@ -118,11 +118,11 @@ def of_steps(step: Callable[[], object], now: Clock) -> list[Used]:
 
 
 class Authors:
-    """g ← Pᵀ(P g) in all D parameters, and SGD with momentum on them: the code of ICLR 2023."""
+    """g ← Pᵀ(P g) in all D parameters, then SGD with momentum on them: the code of ICLR 2023."""
 
     def __init__(self, rows_ND: Tensor, model: nn.Module, tokens: Tensor) -> None:
         self._p_ND = rows_ND.clone()
-        for i, row_D in enumerate(self._p_ND):  # Gram-Schmidt, on the weights themselves
+        for i, row_D in enumerate(self._p_ND):  # Gram-Schmidt, in place on the weights
             row_D -= self._p_ND[:i].t() @ (self._p_ND[:i] @ row_D)
             row_D /= row_D.norm()
         self._model, self._tokens = model, tokens
@@ -174,7 +174,7 @@ class AuthorsJournal:
 
 
 def parts_of_a_step(mixture: Mixture, now: Clock, rounds: int) -> Mapping[str, Used]:
-    """The least that each part took, by looking at the clock around it."""
+    """Return the minimum time of each part, timed around it."""
     found: dict[str, list[Used]] = {}
     candidates, task = mixture.candidates, mixture.task
     real = candidates.materialize, task.loss, candidates.pullback
@@ -213,7 +213,7 @@ def write(folder: Path, n: int) -> None:
 
 
 def contenders(mixture: Mixture, tokens: Tensor, now: Clock) -> Mapping[str, Callable[[], list[Used]]]:
-    """Name → what runs a few steps of it."""
+    """Return name → a function that runs a few of its steps."""
     device = tokens.device
     model, its, others = (network().to(device) for _ in range(3))
     sgd = torch.optim.SGD(model.parameters(), lr=0.01)

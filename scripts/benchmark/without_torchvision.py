@@ -1,6 +1,6 @@
-"""Run a script where torchvision is missing: python without_torchvision.py SCRIPT ARGUMENTS
+"""Run a script without torchvision: python without_torchvision.py SCRIPT ARGUMENTS
 
-timm imports torchvision, of which there is no build for every torch; averaging checkpoints needs nothing of it.
+timm imports torchvision, which has no build for every torch; averaging checkpoints does not use it.
 """
 
 import runpy

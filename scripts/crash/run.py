@@ -1,17 +1,17 @@
-"""What is done to real runs from outside, at length: ``run.py kills --count 300`` prints counts, exit 1 if any is bad.
+"""Long fault-injection campaigns on real runs: ``run.py kills --count 300`` prints counts, exit 1 on any violation.
 
-- ``kills``: SIGKILL at random moments, half of them at random system calls of the files that are written (before the
-  call, or in the middle of a write), and then as many stops by SIGINT, SIGTERM and SIGUSR1 as ``--stops`` says. A run
-  is killed up to four times and comes through then. Its bytes must be those of an undisturbed one, what the journal had
-  acknowledged must be in it, at most one evaluation may be repeated for each kill, no temporary file may survive.
+- ``kills``: SIGKILL at random moments, half of them at random system calls of the files being written (before the
+  call, or in the middle of a write), followed by ``--stops`` stops by SIGINT, SIGTERM and SIGUSR1. A run is killed up
+  to four times and then allowed to finish. Its bytes must equal those of an undisturbed run, every record that the
+  journal acknowledged must be in it, at most one evaluation may be repeated per kill, no temporary file may survive.
 - ``points``: SIGKILL, SIGTERM, ENOSPC, EIO, EDQUOT and torn writes at every system call of a whole run with a task.
-- ``disk``: a file system of 1 MiB with less and less space on it; skipped with the reason where none can be mounted.
+- ``disk``: a file system of 1 MiB with less and less free space; skipped with the reason if none can be mounted.
 - ``races``: six runs of one output at once; exactly one wins, the others exit with 6.
 - ``inputs``: twelve changes of a checkpoint, in four formats, at two moments of a run.
-- ``bytes``: runs that must not differ: again, other threads, listings, workers and hash seeds, and resumed ones.
+- ``bytes``: runs that must give equal bytes: repeated, with other threads, listings, workers and hash seeds, resumed.
 
-Runs are forked from a process that has imported torch, which would take most of their time; see `faults.warm`. With
-``--seed`` the same kills are drawn again, but for the moments, which are a clock's.
+Runs are forked from a process that has already imported torch, since the import would dominate their time; see
+`faults.warm`. ``--seed`` repeats the same kills, except for moments that depend on the clock.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ Found = tuple[Mapping[str, int], list[str]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=KINDS)
-    parser.add_argument("--count", type=int, default=300, help="of kills, or rounds of a race")
-    parser.add_argument("--stops", type=int, default=50, help="by a signal that can be answered")
+    parser.add_argument("--count", type=int, default=300, help="number of kills, or rounds of a race")
+    parser.add_argument("--stops", type=int, default=50, help="number of stops by SIGINT, SIGTERM or SIGUSR1")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, Warm(_made(Path(folder) / "said")) as warm:
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def train(folder: Path) -> None:
-    """The candidates; by a process of its own, for this one's forks are to know nothing of autograd."""
+    """Train the candidates in a separate process, so that forks of this one have never run autograd."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])}
     subprocess.run([sys.executable, "-m", "faults.job", folder], env=environment, check=True)
 
@@ -127,7 +127,7 @@ def disk(warm: Warm, folder: Path, options: argparse.Namespace) -> Found:
 
 @contextmanager
 def _mounted(place: Path) -> Iterator[str]:
-    """A small file system, or why there is none."""
+    """Mount a small file system, or return the reason why none can be mounted."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", str(place)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -198,12 +198,12 @@ def bytes_(warm: Warm, folder: Path, options: argparse.Namespace) -> Found:
         outputs.append(folder / f"fresh-{number}")
     distinct = {hashlib.sha256(path.read_bytes()).hexdigest() for path in outputs}
     plain = set[str]()
-    for threads in (1, 2, 4):  # an average alone: what a model computes may depend on threads
+    for threads in (1, 2, 4):  # averages only: a model's arithmetic may depend on threads
         done = warm.run("swa", folder / "ckpts", "-o", f"threads-{threads}", cwd=folder, hook={"threads": threads})
         assert done.code == 0, done.err
         plain.add(hashlib.sha256((folder / f"threads-{threads}").read_bytes()).hexdigest())
     scored = set[str]()
-    for world in (1, 2, 4):  # what scores choose
+    for world in (1, 2, 4):  # selections by scores
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
         command += ["-m", "ckptavg", "aswa", str(folder / "ckpts"), "--task", str(TASK), "-q", "-o", f"world-{world}"]
         paths = {"PYTHONPATH": os.pathsep.join(sys.path[:2]), "OMP_NUM_THREADS": "1"}

@@ -28,7 +28,7 @@ def loss(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
 
 
 def metric(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
-    """Accuracy: 1 for each example that is right."""
+    """Accuracy: 1 for each correctly classified example."""
     images, labels = batch
     return (model(images).argmax(dim=1) == labels).float()
 
@@ -46,7 +46,7 @@ def test_dataloader() -> DataLoader:
 
 
 def _digits(split: str) -> TensorDataset:
-    """One split of the 1797 digits, always the same; only training labels are noisy."""
+    """Return one split of the 1797 digits, always the same; only training labels are noisy."""
     images, labels = load_digits(return_X_y=True)
     random = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(labels), generator=random)[SPLITS[split]]

@@ -1,4 +1,4 @@
-"""Train the demo's network with a constant, high learning rate, and save a checkpoint now and then."""
+"""Train the demo's network with a constant, high learning rate, and save checkpoints at regular intervals."""
 
 from itertools import cycle, islice
 from pathlib import Path
@@ -12,7 +12,7 @@ LR, WEIGHT_DECAY = 0.2, 2e-3
 
 def train(folder: Path, seed: int = 0) -> None:
     """Write 24 checkpoints, ``step-15.pt`` to ``step-360.pt``, into ``folder``."""
-    torch.set_num_threads(1)  # so small a network gains nothing from a second thread, and repeats exactly without
+    torch.set_num_threads(1)  # a network this small gains nothing from a second thread, and is reproducible with one
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     model = task.model()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What a GPU shows, in 6 minutes at most: scripts/gpu/check.sh [--device cpu] [tests] [process] [speed]
-# Each part has a time limit of its own; without a name all are run. Python must have torch, safetensors, typer, rich,
+# Test and measure ckptavg on a GPU, in 6 minutes at most: scripts/gpu/check.sh [--device cpu] [tests] [process] [speed]
+# Each part has its own time limit; without a name all parts run. Python must have torch, safetensors, typer, rich,
 # pytest, hypothesis, scikit-learn and, for one test, torchmetrics; nothing is installed or fetched. Results are written
-# to $OUT (build/gpu) as they come; `python scripts/gpu/report.py` makes docs/gpu.md of them. On a CPU sizes are tiny.
+# to $OUT (build/gpu) as they come; `python scripts/gpu/report.py` writes docs/gpu.md. On a CPU sizes are tiny.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -1,6 +1,6 @@
 """A transformer of the size of GPT-2 medium (0.35 B) in bfloat16, and a task for it on random tokens.
 
-``CKPTAVG_GPU_SIZE`` names the size.
+``CKPTAVG_GPU_SIZE`` selects the size.
 """
 
 import os
@@ -23,7 +23,7 @@ SIZES: Final = {"medium": Size(50257, 1024, 24, 16, 1024), "tiny": Size(64, 16, 
 
 
 class GPT(nn.Module):
-    """Blocks with a causal mask between an embedding and its transpose."""
+    """Causal transformer blocks between an embedding and its transpose."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward network, each behind a LayerNorm."""
+    """Attention and a feed-forward network, each after a LayerNorm."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def network(size: str) -> nn.Module:
 
 
 def environment(size: str) -> dict[str, str]:
-    """What a process needs to have this file as its task."""
+    """Return the environment of a process that uses this file as its task."""
     return {**os.environ, "CKPTAVG_GPU_SIZE": size}
 
 

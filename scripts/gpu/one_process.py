@@ -1,7 +1,7 @@
-"""One process by torchrun: sums by NCCL (gloo on the CPU), and a model that FSDP2 shards over it alone.
+"""Test one process under torchrun: sums by NCCL (gloo on the CPU), and a model that FSDP2 shards over that process.
 
 torchrun --standalone --nproc-per-node 1 scripts/gpu/one_process.py OUT [--device cuda]
-Writes what was compared to OUT/process.jsonl, a JSON line each; ends with 1 where something differs.
+Writes one JSON line per comparison to OUT/process.jsonl; exits with 1 on any difference.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def passed(model: nn.Module, device: torch.device) -> Tensor:
 
 
 def plain(device: torch.device, c_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of a mixture and its gradient in the coefficients."""
+    """Return the loss of a mixture and its gradient in the coefficients."""
     model = network().to(device)
     rows = Candidates(model, [Made(model, i) for i in range(N)], ignore)  # pyright: ignore
     rows.materialize(c_N)
@@ -46,7 +46,7 @@ def plain(device: torch.device, c_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def of_shards(device: torch.device, c_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by FSDP2: the shards of the weights from the flat vector, and those of the gradient in it."""
+    """Return the same by FSDP2: weight shards are copied from the flat vector, gradient shards into it."""
     workers = Workers()
     example = network()
     model = sharded.build(network, device, workers)
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     device = torch.device(options.device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"  # as ckptavg.runtime.workers.joined has it
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"  # as in ckptavg.runtime.workers.joined
     distributed.init_process_group(backend)
     c_N = torch.full((N,), 1 / N, dtype=torch.float64, device=device)
     found: dict[str, float] = {}
@@ -87,7 +87,7 @@ def main() -> None:
     failed = False
     with (options.out / "process.jsonl").open("w") as file:
         for what, difference in found.items():
-            bad = difference > 2**-7  # the last bit of bfloat16
+            bad = difference > 2**-7  # one unit in the last place of bfloat16
             failed |= bad
             line = {"what": what, "backend": backend.split(",")[-1], "difference": difference, "ok": not bad}
             print(json.dumps(line), file=file)

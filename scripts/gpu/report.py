@@ -1,7 +1,7 @@
-"""Makes docs/gpu.md of what scripts/gpu/check.sh left: python scripts/gpu/report.py [OUT] [--to docs/gpu.md]
+"""Write docs/gpu.md from the results of scripts/gpu/check.sh: python scripts/gpu/report.py [OUT] [--to docs/gpu.md]
 
-Without results the page says so. Causes of what was missed are written by hand between the two marks at its end, and
-kept.
+Without results the page is written without figures. Causes of missed goals are written by hand between the two marks
+at its end, and are preserved.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""What a GPU does, each figure beside its floor in the same run: python scripts/gpu/speed.py OUT [--device cuda]
+"""Measure GPU speed, each figure beside its floor in the same run: python scripts/gpu/speed.py OUT [--device cuda]
 
-Writes a JSON line for each figure to OUT/speed.jsonl as it comes. A floor is what the hardware does at best: the copy
-of a large vector from the device to itself, from pinned memory to it, or the model's own passes. ``ratio`` is by the
-floor; for bandwidths a larger one is better, for times a smaller one.
+Appends a JSON line for each figure to OUT/speed.jsonl as soon as it is measured. A floor is the best the hardware can
+do: a copy of a large vector on the device, a copy from pinned memory, or the model's own passes. ``ratio`` is relative
+to the floor; larger is better for bandwidths, smaller for times.
 """
 
 import argparse
@@ -35,18 +35,18 @@ from ckptavg.readers import ITEM_SIZE, StoredTensor
 
 N: Final = 20
 ROUNDS: Final = 5
-SHARE: Final = 0.6  # of the free memory that the largest matrix may take
+SHARE: Final = 0.6  # share of the free memory that the largest matrix may take
 
 
 class Made:
-    """A candidate that lies in no file: row ``i`` of random numbers that repeat themselves, as quick as memory is."""
+    """A candidate without a file: row ``i`` of a repeating block of random numbers, read at memory speed."""
 
     allow_nonfinite = False
 
     def __init__(self, model: nn.Module, i: int) -> None:
         self.step, self.path, self.name = i, f"step-{i}", f"step-{i}"
         self.tensors = {
-            name: StoredTensor("BF16", tuple(tensor.shape), str(tensor.data_ptr()), 0)  # equal where they are tied
+            name: StoredTensor("BF16", tuple(tensor.shape), str(tensor.data_ptr()), 0)  # equal for tied tensors
             for name, tensor in model.state_dict().items()
         }
         draws = torch.Generator().manual_seed(i)
@@ -74,7 +74,7 @@ class Vector(nn.Module):
 
 
 class Figures:
-    """Where figures go, one line each."""
+    """Writer of figures, one JSON line each."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -82,7 +82,7 @@ class Figures:
     def add(
         self, what: str, value: float | None, unit: str, *, floor: float | None = None, goal: str = "", **also: Any
     ) -> None:
-        """``goal`` is a comparison with the ratio, such as ``>= 0.8``; no value is a failure."""
+        """Add a figure; ``goal`` is a comparison with the ratio, such as ``>= 0.8``; a missing value is a failure."""
         ratio = None if value is None or floor is None else value / floor
         line = {"what": what, "value": value, "unit": unit, "floor": floor, "ratio": ratio, "goal": goal, **also}
         with self._path.open("a") as file:
@@ -93,7 +93,7 @@ class Figures:
 
 
 def seconds(work: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
-    """The least of some rounds, after one that warms up."""
+    """Return the minimum of several rounds, after a warm-up round."""
     times: list[float] = []
     for _ in range(rounds + 1):
         synchronize(device)
@@ -116,7 +116,7 @@ def release(device: torch.device) -> None:
 
 
 def ignore(*_: object, **__: object) -> None:
-    """Progress that nobody watches."""
+    """Discard progress."""
 
 
 def candidates(size: int, device: torch.device, n: int = N, **options: Any) -> Candidates:
@@ -125,12 +125,12 @@ def candidates(size: int, device: torch.device, n: int = N, **options: Any) -> C
 
 
 def fitting(elements: int, device: torch.device, bytes_each: float) -> int:
-    """At most ``elements``, and what is ``SHARE`` of the free memory."""
+    """Return ``elements``, or fewer if they would exceed ``SHARE`` of the free memory."""
     return int(min(elements, SHARE * free_memory(device) / bytes_each))
 
 
 def copied(size: int, device: torch.device, source: torch.device) -> float:
-    """Bytes a second that are read and written by a copy; that cross the bus where ``source`` is the host."""
+    """Return the bytes per second that a copy reads and writes, or moves over the bus if ``source`` is on the host."""
     there = torch.empty(size, dtype=torch.uint8, device=device)
     pinned = source.type == "cpu" and device.type == "cuda"
     here = torch.ones(size, dtype=torch.uint8, device=source, pin_memory=pinned)
@@ -139,7 +139,7 @@ def copied(size: int, device: torch.device, source: torch.device) -> float:
 
 
 def products(figures: Figures, size: int, device: torch.device, few: int) -> None:
-    """The two products with the matrix, beside the copy of a vector: in bfloat16, then in few bits."""
+    """Measure both products with the matrix beside the copy of a vector: in bfloat16, then at low bit widths."""
     floor = copied(fitting(4 * size, device, 2), device, device)
     figures.add("copy on the device", floor / 1e9, "GB/s")
     of_matrix(figures, "bfloat16", fitting(size, device, 2 * (N + 3)), device, floor, ">= 0.8")
@@ -155,14 +155,14 @@ def of_matrix(
     rows = candidates(size, device, **options)
     c_N = torch.full((N,), 1 / N, device=device, dtype=torch.float64)
     rows.model.w.grad.normal_()  # pyright: ignore
-    moved = rows.nbytes + size * (2 if rows.exact else 6)  # and the vector, and the mean in float32
+    moved = rows.nbytes + size * (2 if rows.exact else 6)  # plus the vector, and the mean in float32
     for what, work in (("materialize", lambda: rows.materialize(c_N)), ("pullback", rows.pullback)):
         rate = moved / seconds(work, device)
         figures.add(f"{what}, {kind}", rate / 1e9, "GB/s", floor=floor / 1e9, goal=goal, n=N, elements=size)
 
 
 def offloaded(figures: Figures, size: int, device: torch.device) -> None:
-    """Rows in the host's memory beside the bus; a mean that differs from the one before in a row beside its passes."""
+    """Measure rows in host memory beside the bus, and a mean that changes by one row beside its passes."""
     floor = copied(2 * size, device, torch.device("cpu"))
     figures.add("copy from the host", floor / 1e9, "GB/s")
     offload = "cpu" if device.type != "cpu" else "disk"
@@ -198,7 +198,7 @@ class Task(steps.Task):
 
 
 def searches(figures: Figures, size: str, tokens: tuple[int, int], device: torch.device) -> None:
-    """A step of SeWA and TWA beside one of plain SGD on the same model and batch."""
+    """Measure a step of SeWA and TWA beside one of plain SGD on the same model and batch."""
     now = steps.clock_of(device)
     batch = torch.randint(gpt.SIZES[size].vocabulary, tokens, device=device)
     model = gpt.network(size).to(device).eval()
@@ -236,12 +236,12 @@ def searches(figures: Figures, size: str, tokens: tuple[int, int], device: torch
 
 
 def whole(figures: Figures, size: str, out: Path, device: torch.device) -> None:
-    """`ckptavg sewa --k 5` on files, as a user runs it, beside reading them once."""
+    """Measure `ckptavg sewa --k 5` on files, as a user runs it, beside reading them once."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "ckpts"
         folder.mkdir()
         model = gpt.network(size)
-        state = {name: tensor.detach().to(device) for name, tensor in model.named_parameters()}  # tied ones once
+        state = {name: tensor.detach().to(device) for name, tensor in model.named_parameters()}  # tied tensors once
         draws = torch.Generator(device).manual_seed(0)
         for i in range(N):
             near = {
@@ -299,7 +299,7 @@ def main() -> None:
     for what, part in parts.items():
         try:
             part()
-        except Exception as error:  # the other parts can still be measured, and a machine is there for minutes only
+        except Exception as error:  # continue with the other parts: the machine is available for minutes only
             failed = True
             figures.add(what, None, "", failure=f"{type(error).__name__}: {error}")
             release(device)

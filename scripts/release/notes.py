@@ -20,7 +20,7 @@ def read(name: str) -> str:
 
 
 def section(changelog: str, version: str) -> tuple[str, str]:
-    """The date and the text below ``## [version] - date``, up to the next heading of its level."""
+    """Return the date and the text below ``## [version] - date``, up to the next heading of its level."""
     heading = rf"^## \[{re.escape(version)}\] - (\d{{4}}-\d\d-\d\d)( \[YANKED\])?$"
     match = re.search(heading + r"(?P<text>.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL)
     if match is None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs a wheel into a new environment and runs it in an empty directory, where no source of the repository is in reach:
+# Install a wheel into a new environment and run it in an empty directory, without access to the repository's source:
 #   ./scripts/release/try_wheel.sh dist/ckptavg-0.1.0-py3-none-any.whl
-# PYTHON=python3.12 chooses the interpreter. uv installs where it is on PATH, else pip; both heed their own variables.
+# PYTHON=python3.12 selects the interpreter. Installs with uv if on PATH, else with pip; both read their own variables.
 set -euo pipefail
 
 if [[ $# -ne 1 || ! -f $1 ]]; then

@@ -1,12 +1,12 @@
-"""What safety costs: averages with and without SHA-256, checksums, fsync and the looks at whether a file has changed.
+"""Cost of safety: averages with and without SHA-256, checksums, fsync and the checks for changed files.
 
     cost.py --candidates 10 --megabytes 256 --rounds 5
 
-Rounds alternate; medians of wall-clock and of processor seconds are printed as JSON, with the memory that an average
-takes beyond what its process had, and how long files of 100,000 tensors take to open. "Without" replaces, in this
-process, the SHA-256 of sources and output, the CRC-32 of torch's records, fsync and `check_unchanged`; everything else
-is the same code. ``--cold`` takes the candidates out of the page cache before each average, as they are after a long
-training. On a machine that does other things too, the processor's time is the figure to look at.
+Rounds alternate; medians of wall-clock and CPU seconds are printed as JSON, with the memory that an average adds to
+its process's own, and the time to open files of 100,000 tensors. "Without" replaces, in this process, the SHA-256 of
+sources and output, the CRC-32 of torch's records, fsync and `check_unchanged`; all other code is the same. ``--cold``
+evicts the candidates from the page cache before each average, as after a long training. On a shared machine, CPU time
+is the relevant figure.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ckptavg.readers.torch_zip import checked_records  # noqa: E402
 
 @contextmanager
 def careless() -> Iterator[None]:
-    """Without what this measures."""
+    """Disable the measured safety features."""
     with ExitStack() as stack:
         for owner, name, put in (
             (provenance.Hash, "saw", lambda self, offset, data: None),
@@ -55,7 +55,7 @@ def careless() -> Iterator[None]:
 
 
 def make(folder: Path, candidates: int, megabytes: int, kind: str) -> None:
-    """Checkpoints of tensors of 16 MB."""
+    """Write checkpoints of tensors of 16 MB."""
     folder.mkdir()
     draws = torch.Generator().manual_seed(0)
     for step in range(1, candidates + 1):
@@ -68,7 +68,7 @@ def make(folder: Path, candidates: int, megabytes: int, kind: str) -> None:
 
 
 def opened(folder: Path, tensors: int) -> dict[str, float]:
-    """How long a file of so many tensors of two numbers takes to open, in seconds, by format."""
+    """Return the seconds to open a file of ``tensors`` tensors of two numbers, by format."""
     state = {f"layer.{i}.weight": torch.zeros(2) for i in range(tensors)}
     save_file(state, folder / "many.safetensors")
     torch.save(state, folder / "many.pt")
@@ -81,12 +81,12 @@ def opened(folder: Path, tensors: int) -> dict[str, float]:
 
 
 def peak() -> int:
-    """The most memory that this process ever had, in MB."""
+    """Return the peak memory of this process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def measured(folder: Path, output: Path, cold: bool) -> tuple[float, float]:
-    """(wall-clock, processor) seconds of an average."""
+    """Return the (wall-clock, CPU) seconds of an average."""
     for path in folder.iterdir() if cold else ():
         fd = os.open(path, os.O_RDONLY)
         os.fdatasync(fd)
@@ -110,7 +110,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         ckpts, output = Path(folder) / "ckpts", Path(folder) / "out.safetensors"
         maker = Process(target=make, args=(ckpts, options.candidates, options.megabytes, options.kind))
-        maker.start()  # on its own, so that its memory is not ours
+        maker.start()  # in a separate process, so that its memory is not counted in ours
         maker.join()
         before = peak()
         measured(ckpts, output, options.cold)

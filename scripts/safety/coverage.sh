@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Branch coverage of the readers, the writer and the journal by the tests that are about them; prints JSON, and on stderr
-# what is missed. Bombs are left out: measured line by line they take longer than a hostile file may.
+# Measure branch coverage of the readers, the writer and the journal by their own tests; print JSON, and the missed
+# lines on stderr. Bombs are left out: traced line by line they exceed the time limit of a hostile file.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -100,8 +100,8 @@ def run(seed: int, step: int, seconds: float, count: int, only: str) -> tuple[Co
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--count", type=int, default=2**62, help="of each worker")
-    parser.add_argument("--seed", type=int, default=None, help="the first one; by default a new one every time")
+    parser.add_argument("--count", type=int, default=2**62, help="number of seeds of each worker")
+    parser.add_argument("--seed", type=int, default=None, help="first seed; by default a new one every time")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", default="", help="one kind, such as pickle")
     parser.add_argument("--work", type=int, default=0, help=argparse.SUPPRESS)

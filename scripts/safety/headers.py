@@ -173,7 +173,7 @@ def main() -> int:
     sys.setrecursionlimit(1000)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--random", action="store_true", help="without atheris, even where it is installed")
+    parser.add_argument("--random", action="store_true", help="do not use atheris, even if it is installed")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:

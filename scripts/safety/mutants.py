@@ -51,7 +51,7 @@ def choose(names: set[str]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=0, help="how many; 0 is all")
+    parser.add_argument("--sample", type=int, default=0, help="number of mutants; 0 is all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=[], help="patterns of names")
     parser.add_argument("--survivors", action="store_true")

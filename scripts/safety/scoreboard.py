@@ -1,10 +1,10 @@
-"""Runs what the safety scoreboard is made of, and writes docs/safety.md from what came of it.
+"""Run the parts of the safety scoreboard, and write docs/safety.md from their results.
 
-    scoreboard.py run                 every part, as long as a night allows
-    scoreboard.py run --quick kills   some of them, in minutes
-    scoreboard.py write               the page from what the parts have left in docs/safety.json
+    scoreboard.py run                 every part, at overnight length
+    scoreboard.py run --quick kills   selected parts, in minutes
+    scoreboard.py write               the page from the results in docs/safety.json
 
-A part that was never run is said to be not run; one that was run with less than the goal asks says with how much.
+A part that was never run is shown as not run; one that was run with less than the goal requires shows its actual size.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Figures = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """A command, and the same in minutes; the figures are JSON on stdout, or a section of pytest's summary."""
+    """A command, and its shorter version; the figures are JSON on stdout, or a section of pytest's summary."""
 
     full: str
     quick: str
@@ -76,7 +76,7 @@ PARTS: Mapping[str, Part] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the scoreboard: of which part, and how its figures read."""
+    """A line of the scoreboard: the part it belongs to, and the format of its figures."""
 
     number: int
     measure: str
@@ -264,7 +264,7 @@ def main() -> int:
 
 
 def measured(command: str, section: str) -> tuple[dict[str, Any], int]:
-    """Run a command; its figures, with what they were measured on."""
+    """Run a command; return its figures, with the environment they were measured in."""
     words = shlex.split(command)
     given = dict(word.split("=", 1) for word in takewhile(lambda word: re.match(r"[A-Z]+=", word), words))
     words = words[len(given) :]
@@ -279,7 +279,7 @@ def measured(command: str, section: str) -> tuple[dict[str, Any], int]:
 
 
 def summary(text: str, section: str) -> dict[str, int]:
-    """The counts under a heading of pytest's summary, and how many tests passed."""
+    """Return the counts under a heading of pytest's summary, and how many tests passed."""
     ended = {what: int(count) for count, what in re.findall(r"(\d+) (passed|failed)", text)}
     found = re.search(rf"^=+ {section} =+\n(.*)$", text, re.MULTILINE)
     pairs = re.findall(r"([a-zA-Z0-9 ,-]+?) (\d+)(?:, |$)", found[1] if found else "")
@@ -287,7 +287,7 @@ def summary(text: str, section: str) -> dict[str, int]:
 
 
 def versions() -> str:
-    """What the figures depend on."""
+    """Return the versions that the figures depend on."""
 
     def of(package: str) -> str:
         try:
@@ -301,7 +301,7 @@ def versions() -> str:
 
 
 def page(known: Mapping[str, Any]) -> str:
-    """docs/safety.md."""
+    """Return the text of docs/safety.md."""
     lines = ["| # | measure | goal | reached |", "|---|---|---|---|"]
     for row in ROWS:
         found = known.get(row.part)

@@ -1,1 +1,1 @@
-"""Which averaging strategy is worth running, measured: ``./scripts/study/run.sh``."""
+"""Measure which averaging strategy is worth running: ``./scripts/study/run.sh``."""

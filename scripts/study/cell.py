@@ -1,4 +1,4 @@
-"""One cell of the study: train, run all strategies, score all subsets, try the first 60 % alone."""
+"""Measure one cell of the study: train, run all strategies, score all subsets, repeat on the first 60 %."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from study.training import train
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A training and all that is measured on it."""
+    """A training and all of its measurements."""
 
     domain: str
     seed: int
@@ -44,7 +44,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A job whose training is done."""
+    """A job that has been trained."""
 
     job: Job
     folder: Path
@@ -54,12 +54,12 @@ class Trained:
     every: int
 
     def mixture(self, checkpoints: Sequence[Checkpoint]) -> Mixture:
-        """The objective of these candidates."""
+        """Open the objective of these candidates."""
         return Mixture(PythonTask(str(self.task)), checkpoints, device=self.device, seed=self.seed)
 
 
 def measure(cell: Cell, plan: Plan) -> Record:
-    """All that the study says about one training."""
+    """Measure one training for the study."""
     started = time.process_time()
     specs = [*plan.strategies.values(), *plan.sweep.values()]
     with tempfile.TemporaryDirectory(prefix="ckptavg-study-") as root:
@@ -107,7 +107,7 @@ def measure(cell: Cell, plan: Plan) -> Record:
 
 
 def machine(device: torch.device) -> str:
-    """What a result depends on, in words."""
+    """Describe the environment that a result depends on."""
     versions = f"ckptavg {version('ckptavg')}, torch {torch.__version__}, Python {platform.python_version()}"
     chip = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     return f"{versions}, {platform.system()} on {platform.machine()} with {os.cpu_count()} processors{chip}"
@@ -117,7 +117,7 @@ def _train(cell: Cell, plan: Plan, root: Path) -> tuple[Trained, float]:
     kind = domain(cell.domain)
     try:
         job = kind.job(cell.seed, cell.data)
-    except (ValueError, OSError) as error:  # the user's data
+    except (ValueError, OSError) as error:  # data of the user's
         raise UsageError(str(error)) from error
     trained = Trained(
         job=job,
@@ -142,7 +142,7 @@ def _train(cell: Cell, plan: Plan, root: Path) -> tuple[Trained, float]:
 
 
 def _contest(trained: Trained, specs: Sequence[str], window: Window) -> dict[str, StrategyResult]:
-    """Specification → what ckptavg found."""
+    """Return specification → the result of ckptavg."""
     comparison = ckptavg.compare(
         trained.folder,
         strategies=specs,
@@ -190,7 +190,7 @@ def _row(mixture: Mixture, job: Job, label: str, spec: str, contestant: Strategy
 
 
 def _mean(label: str, rows: Sequence[Row]) -> Row:
-    """What choosing without looking gives."""
+    """Return the row of a random choice."""
     return Row(
         label=label,
         spec=f"the mean over {len(rows)} random subsets",
@@ -202,7 +202,7 @@ def _mean(label: str, rows: Sequence[Row]) -> Row:
 
 
 def _best(mixture: Mixture, job: Job, subsets: Subsets, plan: Plan) -> Row:
-    """What choosing perfectly by validation loss gives."""
+    """Return the row of the best choice by validation loss."""
     best = min(subsets.losses, key=subsets.losses.__getitem__)
     row = row_of(mixture, job, "best subset", "all subsets scored", Coefficients.uniform(best, plan.last))
     return replace(row, rank=1, epochs=subsets.epochs, seconds=subsets.seconds)

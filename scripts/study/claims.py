@@ -1,4 +1,4 @@
-"""What the papers claim, repeated in small."""
+"""Reproduce the claims of the papers at small scale."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from study.tables import NONE, digits_of, shown, table
 
 
 def claims(found: Sequence[Setting]) -> list[str]:
-    """The sections, one a claim."""
+    """Return the sections, one per claim."""
     return ["## The papers' claims, in small", *_sewa(found), *_aswa(found), *_twa(found)]
 
 
@@ -39,7 +39,7 @@ def _sewa(found: Sequence[Setting]) -> list[str]:
 
 
 def _same(found: Sequence[Setting]) -> str:
-    """How often each SeWA chose what LAWA takes without looking."""
+    """Count how often each SeWA chose the subset that LAWA takes without scoring."""
     records = [record for one in found for record in one.records]
     labels = [label for label in dict.fromkeys(label for one in found for label in one.labels) if "SeWA" in label]
     counts: list[str] = []
@@ -51,7 +51,7 @@ def _same(found: Sequence[Setting]) -> str:
 
 
 def _ranks(found: Sequence[Setting]) -> list[str]:
-    """How often each SeWA chose the best subset of all by validation loss, and at what price."""
+    """Count how often each SeWA chose the best of all subsets by validation loss, and at what cost."""
     records = [record for one in found for record in one.records]
     labels = [label for label in dict.fromkeys(label for one in found for label in one.labels) if "SeWA" in label]
     rows: list[list[str]] = []
@@ -78,7 +78,7 @@ def _ranks(found: Sequence[Setting]) -> list[str]:
 
 
 def _over_ks(one: Setting) -> Interval | None:
-    inner = one.ks[:-1]  # the last is N, where they are the same
+    inner = one.ks[:-1]  # the last K is N, where both are the same
     pairs = [(one.swept("SeWA", k), one.swept("LAWA", k)) for k in inner]
     if not pairs:
         return None

@@ -1,4 +1,4 @@
-"""A figure for each domain, where there is matplotlib."""
+"""Draw a figure for each domain, if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLOURS: Final = {"constant": "tab:blue", "cosine": "tab:orange"}
 
 
 def draw(found: Sequence[Setting], out: Path) -> list[str]:
-    """Write ``DOMAIN.svg`` for each domain; the names of those that were."""
+    """Write ``DOMAIN.svg`` for each domain; return the names of the domains drawn."""
     try:
         import matplotlib
     except ImportError:
@@ -23,9 +23,9 @@ def draw(found: Sequence[Setting], out: Path) -> list[str]:
         return []
     matplotlib.use("svg")
     names = list(dict.fromkeys(one.name for one in found))
-    # text as text, and names in the file that do not change from run to run
+    # text as text, and deterministic ids in the file
     with matplotlib.rc_context({"svg.hashsalt": "ckptavg", "svg.fonttype": "none"}), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # tight_layout, where a label is too long for its room
+        warnings.simplefilter("ignore", UserWarning)  # tight_layout warns if a label does not fit
         for name in names:
             _figure([one for one in found if one.name == name], out / f"{name}.svg")
     return names
@@ -43,7 +43,7 @@ def _figure(mine: Sequence[Setting], path: Path) -> None:
 
 
 def _differences(axes: Any, mine: Sequence[Setting]) -> None:
-    """Each strategy's test figure less that of SWA."""
+    """Draw each strategy's test figure minus that of SWA."""
     labels = [label for label in mine[0].labels if label != "SWA"]
     for nth, one in enumerate(mine):
         for row, label in enumerate(labels):
@@ -67,7 +67,7 @@ def _differences(axes: Any, mine: Sequence[Setting]) -> None:
 
 
 def _by_k(axes: Any, mine: Sequence[Setting]) -> None:
-    """The test figures of SeWA and LAWA for every K."""
+    """Draw the test figures of SeWA and LAWA for every K."""
     for one in mine:
         for kind, style in (("SeWA", "-o"), ("LAWA", "--x")):
             figures = [(k, fmean(values)) for k in one.ks if (values := one.swept(kind, k))]

@@ -1,7 +1,7 @@
 """Means over seeds with their 95 % intervals.
 
-Seeds differ in initial weights, order of the batches, split of the data and its noise, so an interval is about another
-training of the same kind, not about other examples for this one.
+A seed determines initial weights, order of batches, split of the data and its noise, so an interval covers another
+training of the same kind, not other examples for the same training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """mean ± half, half being t₀.₉₇₅(S − 1)·s/√S over S seeds; None for a single one."""
+    """mean ± half, with half = t₀.₉₇₅(S − 1)·s/√S over S seeds; None for a single seed."""
 
     mean: float
     half: float | None
@@ -24,7 +24,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """The interval of these values, one a seed."""
+        """Return the interval of these values, one per seed."""
         count = len(values)
         if count < 2:
             return cls(mean=fmean(values), half=None, count=count)
@@ -33,17 +33,17 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 or −1 where the interval lies on one side of zero, otherwise 0, as always for fewer than three seeds.
+        """Return 1 or −1 if the interval excludes zero, otherwise 0; always 0 for fewer than three seeds.
 
-        An accuracy is a number of examples, so that two seeds may well differ by the very same, and it would say
-        nothing.
+        An accuracy is a count of examples, so two seeds can differ by exactly the same amount, which would give an
+        interval of zero width.
         """
         if self.half is None or self.count < 3 or abs(self.mean) <= self.half:
             return 0
         return 1 if self.mean > 0 else -1
 
     def __format__(self, spec: str) -> str:
-        """``+1.20 ± 0.30``, bold where zero is outside."""
+        """Format as ``+1.20 ± 0.30``, bold if the interval excludes zero."""
         if self.half is None:
             return f"{self.mean:+{spec}}"
         text = f"{self.mean:+{spec}} ± {self.half:{spec}}"

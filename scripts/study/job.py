@@ -1,4 +1,4 @@
-"""A training job of the study: what a domain gives for one seed, and what its task file shows to ckptavg."""
+"""A training job of the study: model and data of a domain for one seed, and the task file that ckptavg reads."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Job:
     """Model, data and optimizer of one training.
 
     Attributes:
-        model: makes the module; its initial weights come from torch's global generator.
-        loss: one value for each example.
-        train: the batches of an epoch, which may be shuffled by torch's global generator; val and test likewise.
-        optimizer: for the base training.
-        metric: one value for each example, larger is better, or None: then strategies are scored by the loss.
-        figure: a final figure of merit that no strategy sees, larger is better; None takes the test score.
-        clip: largest norm of the gradient in the base training.
+        model: builds the module; its initial weights come from torch's global generator.
+        loss: one value per example.
+        train: the batches of an epoch, optionally shuffled by torch's global generator; val and test likewise.
+        optimizer: optimizer of the base training.
+        metric: one value per example, larger is better; None scores strategies by the loss.
+        figure: final figure of merit, not available to strategies, larger is better; None takes the test score.
+        clip: maximum gradient norm in the base training.
     """
 
     model: Callable[[], nn.Module]
@@ -44,12 +44,12 @@ class Domain:
     """A kind of job.
 
     Attributes:
-        title: a heading.
-        about: one sentence or two: data, model, what is noisy.
-        figure: what the test figure is called, and its unit.
-        scale: that figure is shown multiplied by this.
+        title: heading in the report.
+        about: one or two sentences on data, model and noise.
+        figure: name and unit of the test figure.
+        scale: factor by which the test figure is multiplied for display.
         every: optimizer steps between two checkpoints.
-        job: of a seed, and of a path for domains that read data of the user's.
+        job: builds the job of a seed, and of a path for domains that read data of the user's.
         needs_data: whether it reads data of the user's.
     """
 
@@ -63,7 +63,7 @@ class Domain:
 
 
 class Batches:
-    """Tensors cut into batches: a DataLoader without its cost for each example, which would dwarf these networks."""
+    """Tensors cut into batches: a DataLoader without the cost per example, which would dominate for these networks."""
 
     def __init__(self, *tensors: Tensor, size: int, shuffle: bool = False) -> None:
         self.dataset = TensorDataset(*tensors)
@@ -71,7 +71,7 @@ class Batches:
         self._shuffle = shuffle
 
     def __len__(self) -> int:
-        """A last batch that is not full is left out when shuffled: BatchNorm weighs every batch alike."""
+        """Return the number of batches; shuffling drops an incomplete last batch: BatchNorm weighs batches equally."""
         whole, rest = divmod(len(self.dataset), self._size)
         return whole + bool(rest and not self._shuffle)
 
@@ -88,7 +88,7 @@ def cross_entropy(model: nn.Module, batch: list[Tensor]) -> Tensor:
 
 
 def accuracy(model: nn.Module, batch: list[Tensor]) -> Tensor:
-    """1 for each example that is right."""
+    """Return 1 for each correctly classified example."""
     inputs, labels = batch
     return (model(inputs).argmax(dim=-1) == labels).float()
 

@@ -1,4 +1,4 @@
-"""How much is run: the sizes of the whole study, of the quick one, and of any other."""
+"""Sizes of the whole study, of the quick one, and of any other."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Plan:
     """The sizes of a study.
 
     Attributes:
-        name: of the plan.
+        name: name of the plan.
         seeds: trainings of each domain and schedule.
-        checkpoints: saved in each training, evenly.
-        last: how many of them, from the end, are the candidates: N.
-        k: how many SeWA and LAWA choose: K.
-        ks: the numbers that SeWA and LAWA are compared at.
-        every: a factor for the steps between checkpoints.
-        sewa_steps: of a search by Gumbel-Softmax.
-        twa_epochs: of a search by gradient descent.
-        random: subsets drawn, as what no choice at all would give.
+        checkpoints: number saved in each training, evenly spaced.
+        last: number of final checkpoints that are the candidates: N.
+        k: number that SeWA and LAWA select: K.
+        ks: values of K at which SeWA and LAWA are compared.
+        every: factor for the steps between checkpoints.
+        sewa_steps: steps of a search by Gumbel-Softmax.
+        twa_epochs: epochs of a search by gradient descent.
+        random: number of subsets drawn as the baseline of a random choice.
     """
 
     name: str
@@ -47,20 +47,20 @@ class Plan:
 
     @property
     def early(self) -> int:
-        """How many checkpoints the first 60 % of the training leave."""
+        """Return the number of checkpoints in the first 60 % of the training."""
         return round(0.6 * self.checkpoints)
 
     def sewa(self, k: int) -> str:
-        """The specification of SeWA that chooses ``k``."""
+        """Return the SeWA specification that selects ``k``."""
         return f"sewa:k={k}:steps={self.sewa_steps}"
 
     def twa(self, *settings: str) -> str:
-        """The specification of TWA by gradient descent."""
+        """Return the TWA specification with gradient descent."""
         return ":".join(("twa", *settings, f"epochs={self.twa_epochs}"))
 
     @property
     def strategies(self) -> dict[str, str]:
-        """Label → specification, in the order of the tables."""
+        """Return label → specification, in the order of the tables."""
         return {
             "last": "last",
             "best": "best",
@@ -83,25 +83,25 @@ class Plan:
 
     @property
     def early_strategies(self) -> dict[str, str]:
-        """Those that are tried on the first 60 % of a training."""
+        """Return the strategies that are run on the first 60 % of a training."""
         labels = ("last", "SWA", "TWA-t", "TWA-v", "TWA-v simplex", "TWA-v quadratic", "TWA-v quadratic simplex")
         return {label: self.strategies[label] for label in labels}
 
     @property
     def sweep(self) -> dict[tuple[str, int], str]:
-        """(SeWA or LAWA, K) → specification; all of N candidates are SWA."""
+        """Return (SeWA or LAWA, K) → specification; all N candidates are SWA."""
         kinds = {"SeWA": self.sewa, "LAWA": "lawa:k={}".format}
         return {(kind, k): "swa" if k == self.last else spec(k) for kind, spec in kinds.items() for k in self.ks}
 
 
 def available(specs: Sequence[str]) -> list[str]:
-    """Those that this version of ckptavg knows, each once, in their order."""
+    """Return the distinct specifications that this version of ckptavg supports, in their order."""
     return [spec for spec in dict.fromkeys(specs) if _known(spec)]
 
 
 @cache
 def _code() -> list[str]:
-    """The sources of the trainings, as they were when first asked for: what is running is not what is being edited."""
+    """Return the sources of the trainings, cached at the first call so that later edits do not change the digest."""
     here = Path(__file__).parent
     return [path.read_text(encoding="utf-8") for path in (here / "training.py", *sorted(here.glob("domains/*.py")))]
 
@@ -115,10 +115,10 @@ def _known(spec: str) -> bool:
 
 
 def digest(plan: Plan, data: Path | None = None) -> str:
-    """What tells results apart that cannot stand in one table.
+    """Return a key that differs for results that must not share a table.
 
-    It depends on the sizes (but the number of seeds), the strategies that there are, the code of the trainings, and
-    where data of the user's lie.
+    It depends on the sizes (except the number of seeds), the available strategies, the code of the trainings, and the
+    path of the user's data.
     """
     settings = asdict(plan) | {"seeds": None}
     known = available([*plan.strategies.values(), *plan.sweep.values(), *plan.early_strategies.values()])

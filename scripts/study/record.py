@@ -1,4 +1,4 @@
-"""What one training told: a line of JSON, from which all tables can be made again."""
+"""The results of one training: a line of JSON, from which all tables can be rebuilt."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Row:
     """One strategy on one training.
 
     Attributes:
-        label: its name in the tables.
-        spec: what ckptavg was asked for, or in words what was done.
-        used: candidates with a coefficient other than 0; a mean for what is one.
-        val_loss: on the data that strategies learn from; test_loss on data that none sees.
+        label: name in the tables.
+        spec: specification given to ckptavg, or a description in words.
+        used: number of candidates with a nonzero coefficient; a mean for rows that are means.
+        val_loss: loss on the data that strategies learn from; test_loss is on data that no strategy uses.
         figure: the domain's test figure, larger is better.
         epochs: cost of the search in training epochs, None where it was not measured.
         seconds: likewise.
-        rank: of a uniform average of K among all such by validation loss, 1 is the best.
-        coefficients: one a candidate.
+        rank: rank of a uniform average of K among all of them by validation loss, 1 is the best.
+        coefficients: one per candidate.
     """
 
     label: str
@@ -44,19 +44,19 @@ class Record:
     """One training: domain, seed and schedule.
 
     Attributes:
-        digest: of the plan and the strategies there were.
-        plan: its name.
+        digest: digest of the plan and the available strategies.
+        plan: name of the plan.
         machine: versions and processors.
-        n: candidates.
-        k: how many are chosen of them.
-        subsets: how many ways there are.
+        n: number of candidates.
+        k: number of candidates selected.
+        subsets: number of subsets of that size.
         epochs: of the training; seconds likewise.
-        rows: the strategies, and what random and the best of all choices would give.
-        sweep: SeWA and LAWA at other numbers, by ``label``, with ``used`` of them.
+        rows: the strategies, a random choice and the best of all choices.
+        sweep: SeWA and LAWA at other values of K, by ``label`` and ``used``.
         early: strategies on the first 60 % of the training.
         points: (validation loss, figure) of the single candidates and of random subsets.
-        skipped: specifications that this version of ckptavg does not know.
-        cpu_seconds: that the whole cell took.
+        skipped: specifications that this version of ckptavg does not support.
+        cpu_seconds: CPU time of the whole cell.
     """
 
     digest: str
@@ -79,17 +79,17 @@ class Record:
 
     @property
     def cell(self) -> tuple[str, int, str]:
-        """What is not computed twice."""
+        """Return the key under which a training is computed only once."""
         return self.domain, self.seed, self.schedule
 
     def row(self, label: str, among: Sequence[Row] | None = None) -> Row | None:
-        """The row with a label, if there is one."""
+        """Return the row with a label, or None."""
         return next((row for row in (self.rows if among is None else among) if row.label == label), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A training that could not be measured; the report names it, and the next run tries again."""
+    """A training that could not be measured; the report names it, and the next run retries it."""
 
     digest: str
     domain: str
@@ -99,19 +99,19 @@ class Failure:
 
     @property
     def cell(self) -> tuple[str, int, str]:
-        """What failed."""
+        """Return the key of the failed training."""
         return self.domain, self.seed, self.schedule
 
 
 def append(path: Path, result: Record | Failure) -> None:
-    """Add one line; a line that an interrupted run left half-written is ended first."""
+    """Append one line; terminate a line that an interrupted run left incomplete first."""
     torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
     with path.open("a", encoding="utf-8") as file:
         file.write(("\n" if torn else "") + json.dumps(asdict(result)) + "\n")
 
 
 def read(path: Path) -> list[Record | Failure]:
-    """All that was measured, the last of each digest and cell; half a line is passed over."""
+    """Read all results, the last of each digest and cell; skip an incomplete line."""
     found: dict[tuple[str, ...], Record | Failure] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -120,7 +120,7 @@ def read(path: Path) -> list[Record | Failure]:
             continue
         result = Failure(**stored) if "error" in stored else _record(stored)
         key = result.digest, *map(str, result.cell)
-        found.pop(key, None)  # the order is that of the last lines
+        found.pop(key, None)  # in the order of the last lines
         found[key] = result
     return list(found.values())
 

@@ -1,4 +1,4 @@
-"""The study's Markdown and figures, from the recorded results alone: ``python -m study.report build/study/full``."""
+"""Write the study's Markdown and figures from the recorded results: ``python -m study.report build/study/full``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = "study.md"
 def write(results: Path, out: Path) -> None:
     """Write ``study.md`` and a figure for each domain into ``out``."""
     known = read(results)
-    latest = {one.domain: one.digest for one in known}  # the last of each counts
+    latest = {one.domain: one.digest for one in known}  # the last record of each cell counts
     shown = [one for one in known if one.digest == latest[one.domain]]
     records = [one for one in shown if isinstance(one, Record)]
     failures = [one for one in shown if isinstance(one, Failure)]
@@ -33,13 +33,13 @@ def write(results: Path, out: Path) -> None:
 
 
 def document(found: Sequence[Setting], failures: Sequence[Failure], drawn: Sequence[str], others: int) -> str:
-    """The whole text.
+    """Return the whole text.
 
     Args:
-        found: what was measured.
-        failures: what could not be.
+        found: the results.
+        failures: trainings that could not be measured.
         drawn: domains that have a figure.
-        others: results in the same file that were made with other settings, and are left alone.
+        others: number of results in the same file that were made with other settings, and are left out.
     """
     parts = ["# Which averaging strategy is worth running?", *_about(found)]
     if others:

@@ -102,10 +102,10 @@ def _leave_with_parent() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run.sh", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small trainings and few seeds: minutes, not an hour")
-    parser.add_argument("--domains", default=",".join(DOMAINS), help="which, separated by commas (%(default)s)")
+    parser.add_argument("--domains", default=",".join(DOMAINS), help="comma-separated domains (%(default)s)")
     parser.add_argument("--seeds", type=int, help="trainings of each domain and schedule (full: 8, quick: 3)")
     parser.add_argument("--data", type=Path, help="files for the domains cifar, image-folder and offline-rl")
-    parser.add_argument("--out", type=Path, default=Path("build/study"), help="where results go (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("build/study"), help="directory of the results (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="trainings at a time (%(default)s)")
     return parser
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Which averaging strategy is worth running: trains, measures, and writes build/study/{full,quick}/study.md.
-# About an hour on two cores; --quick takes minutes. What is finished is not computed again.
+# Measure which averaging strategy is worth running: train, measure, and write build/study/{full,quick}/study.md.
+# About an hour on two cores; --quick takes minutes. Finished trainings are not computed again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

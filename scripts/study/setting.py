@@ -1,4 +1,4 @@
-"""All seeds of one domain and schedule, and what the tables ask of them."""
+"""All seeds of one domain and schedule, and the statistics that the tables show."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from study.record import Record, Row
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """The trainings that differ in their seed only.
+    """Trainings that differ only in their seed.
 
     Attributes:
-        name: of the domain.
-        schedule: of the learning rate.
-        records: one a seed.
+        name: name of the domain.
+        schedule: learning-rate schedule.
+        records: one per seed.
     """
 
     name: str
@@ -30,34 +30,34 @@ class Setting:
 
     @property
     def domain(self) -> Domain:
-        """What they are."""
+        """Return the domain of the trainings."""
         return domain(self.name)
 
     @property
     def title(self) -> str:
-        """How a row is headed."""
+        """Return the heading of a row."""
         return f"{self.name}, {self.schedule}"
 
     @property
     def labels(self) -> list[str]:
-        """Of the rows, in their order."""
+        """Return the labels of the rows, in their order."""
         return list(dict.fromkeys(row.label for record in self.records for row in record.rows))
 
     def rows(self, label: str) -> list[Row]:
-        """The rows with that label, one a seed where there is one."""
+        """Return the rows with that label, one per seed that has it."""
         return [row for record in self.records if (row := record.row(label))]
 
     def difference(self, label: str, other: str) -> Interval | None:
-        """How much higher the test figure of one is than another's, paired by seed, in the figure's unit."""
+        """Return the test figure of ``label`` minus that of ``other``, paired by seed, in the figure's unit."""
         pairs = [(record.row(label), record.row(other)) for record in self.records]
         return self._interval(pairs)
 
     def early(self, label: str) -> Interval | None:
-        """How much higher the figure of a strategy on the first 60 % is than that of the whole run's last."""
+        """Return the figure of a strategy on the first 60 % minus that of the whole run's last checkpoint."""
         return self._interval([(record.row(label, record.early), record.row("last")) for record in self.records])
 
     def swept(self, kind: str, k: int) -> list[float]:
-        """The figures of SeWA or LAWA at that number, one a seed, in the figure's unit."""
+        """Return the figures of SeWA or LAWA at that K, one per seed, in the figure's unit."""
         return [
             self.domain.scale * row.figure
             for record in self.records
@@ -67,18 +67,18 @@ class Setting:
 
     @property
     def ks(self) -> list[int]:
-        """The numbers that were tried."""
+        """Return the values of K that were run."""
         return sorted({int(row.used) for record in self.records for row in record.sweep})
 
     def places(self) -> dict[str, float]:
-        """Label → mean place by test figure among what ckptavg ran; 1 is the best, equals share theirs."""
+        """Return label → mean place by test figure among the strategies of ckptavg; 1 is the best, ties share one."""
         labels = [label for label in self.labels if all(row.seconds is not None for row in self.rows(label))]
         labels = [label for label in labels if len(self.rows(label)) == len(self.records) and label != "best subset"]
         places = [rankdata([-row.figure for label in labels if (row := record.row(label))]) for record in self.records]
         return {label: fmean(place[i] for place in places) for i, label in enumerate(labels)}
 
     def agreement(self) -> list[float]:
-        """Spearman's correlation of −validation loss and the figure over mixtures, for each seed that has any."""
+        """Return Spearman's correlation of −validation loss and the figure over mixtures, for each seed with points."""
         found: list[float] = []
         for record in self.records:
             losses, figures = zip(*record.points, strict=True)
@@ -87,7 +87,7 @@ class Setting:
         return found
 
     def picks(self) -> int:
-        """In how many seeds the row with the lowest validation loss has the highest figure, too."""
+        """Return in how many seeds the row with the lowest validation loss also has the highest figure."""
         return sum(
             min(ran, key=lambda row: row.val_loss).figure == max(row.figure for row in ran)
             for record in self.records
@@ -100,7 +100,7 @@ class Setting:
 
 
 def settings(records: Sequence[Record]) -> list[Setting]:
-    """Records by domain and schedule, in the order they first came; seeds in theirs."""
+    """Group records by domain and schedule, in order of first appearance; seeds in theirs."""
     kinds = dict.fromkeys((record.domain, record.schedule) for record in records)
     order = list(dict.fromkeys(name for name, _ in kinds))
     found = [

@@ -1,4 +1,4 @@
-"""Every average of K candidates, scored: how good is a choice, and how much does choosing matter?
+"""Score every average of K candidates: the rank of a selection, and the spread among selections.
 
 Shape suffixes: N = candidates, K = chosen.
 """
@@ -24,7 +24,7 @@ class Subsets:
 
     Attributes:
         losses: subset → loss.
-        seconds: that took; epochs likewise.
+        seconds: time to score them; epochs likewise.
     """
 
     losses: dict[tuple[int, ...], float]
@@ -32,7 +32,7 @@ class Subsets:
     epochs: float | None
 
     def rank(self, coefficients: Sequence[float], k: int) -> int | None:
-        """1 for the best subset; None for what is no uniform average of K."""
+        """Return the rank, 1 for the best subset; None if the mixture is not a uniform average of K."""
         chosen = tuple(i for i, c in enumerate(coefficients) if c != 0)
         if chosen not in self.losses or any(coefficients[i] != 1 / k for i in chosen):
             return None
@@ -52,7 +52,7 @@ def enumerated(mixture: Mixture, k: int) -> Subsets:
 
 
 def figure(mixture: Mixture, job: Job, coefficients: Coefficients) -> float:
-    """The domain's test figure of a mixture."""
+    """Return the domain's test figure of a mixture."""
     if job.figure is None:
         return mixture.score(coefficients, "test").value
     row_GN = mixture.uniform().new_tensor(coefficients.values)
@@ -62,7 +62,7 @@ def figure(mixture: Mixture, job: Job, coefficients: Coefficients) -> float:
 
 
 def row_of(mixture: Mixture, job: Job, label: str, spec: str, coefficients: Coefficients) -> Row:
-    """What a mixture scores."""
+    """Score a mixture and return its row."""
     val, test = mixture.score(coefficients).loss, mixture.score(coefficients, "test").loss
     assert val is not None and test is not None
     return Row(
@@ -77,7 +77,7 @@ def row_of(mixture: Mixture, job: Job, label: str, spec: str, coefficients: Coef
 
 
 def drawn(subsets: Subsets, count: int, seed: int) -> list[tuple[int, ...]]:
-    """Some subsets, all different."""
+    """Draw distinct subsets at random."""
     order = torch.randperm(len(subsets.losses), generator=torch.Generator().manual_seed(seed)).tolist()
     everything = list(subsets.losses)
     return [everything[i] for i in order[:count]]

@@ -1,4 +1,4 @@
-"""The tables of the study in Markdown."""
+"""Tables of the study in Markdown."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ NONE = "–"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first column is text and whose others are figures."""
+    """Return a Markdown table whose first column is text and whose other columns are figures."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def domain_table(one: Setting) -> str:
-    """All strategies on one domain with one schedule."""
+    """Return the table of all strategies on one domain with one schedule."""
     head = ["strategy", "used", "val loss", "test loss", one.domain.figure]
     head += ["Δ to last", "Δ to SWA", "rank", "epochs", "seconds", "of training"]
     return table(head, [_strategy(one, label) for label in one.labels])
@@ -59,17 +59,17 @@ def _cost(one: Setting, rows: Sequence[Row]) -> list[str]:
 
 
 def digits_of(one: Setting) -> int:
-    """After the point: a loss in nats needs more than a percentage."""
+    """Return the number of decimals: a loss in nats needs more than a percentage."""
     return 4 if one.domain.figure.startswith("−") else 2
 
 
 def shown(interval: Interval | None, digits: int) -> str:
-    """An interval, or a dash."""
+    """Format an interval; a dash for None."""
     return NONE if interval is None else f"{interval:.{digits}f}"
 
 
 def overview(found: Sequence[Setting]) -> list[str]:
-    """For each strategy: in how many settings it is surely better or worse, its mean place, and its cost."""
+    """Return, for each strategy, the number of settings with a significant difference, its mean place, and its cost."""
     labels = list(dict.fromkeys(label for one in found for label in one.labels))
     places = [one.places() for one in found]
     rows: list[tuple[float, list[str]]] = []

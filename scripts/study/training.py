@@ -1,4 +1,4 @@
-"""The base training, which leaves a checkpoint every so many steps."""
+"""The base training, which saves a checkpoint at regular intervals."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def train(
 
     Args:
         job: what to train.
-        folder: where checkpoints go; it is made.
-        steps: of the optimizer.
+        folder: directory for the checkpoints; it is created.
+        steps: optimizer steps.
         every: steps between two checkpoints.
-        schedule: of the learning rate: constant, or (1 + cos(π·t/T))/2 of it, which ends at 0.
-        seed: of the initial weights and the order of the batches.
-        device: where to train.
+        schedule: learning-rate schedule: constant, or a factor (1 + cos(π·t/T))/2, which ends at 0.
+        seed: seed of the initial weights and the order of the batches.
+        device: device to train on.
     """
     folder.mkdir(parents=True)
     torch.manual_seed(seed)

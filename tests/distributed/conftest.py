@@ -19,7 +19,7 @@ Torchrun = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def torchrun() -> Torchrun:
-    """Start so many workers, of a script or of ``-m ckptavg``, with one thread each, and wait for them."""
+    """Start that many workers of a script or of ``-m ckptavg``, with one thread each, and wait for them."""
 
     def start(
         world: int, *arguments: object, cwd: Path, check: bool = True, **environment: str
@@ -43,7 +43,7 @@ def torchrun() -> Torchrun:
 
 @pytest.fixture(scope="session")
 def together(torchrun: Torchrun) -> Callable[[int, Sequence[Mapping[str, Any]], Path], list[list[dict[str, Any]]]]:
-    """What each of so many workers found of a plan; see `distributed.program`."""
+    """Carry out a plan on that many workers and return the results by rank; see `distributed.program`."""
 
     def carry_out(world: int, plan: Sequence[Mapping[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
         (folder / "plan").write_text(json.dumps(plan))

@@ -1,4 +1,4 @@
-"""The transformer's task in double precision, with batches that no number of workers divides evenly."""
+"""The transformer's task in double precision, with a number of batches that no world size divides evenly."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What torchrun starts on four ranks: a round trip from FSDP2 through an average to FSDP2.
+"""Program for torchrun on four ranks: a round trip from FSDP2 through an average to FSDP2.
 
-Three checkpoints of one model are saved by 1, 2 and 4 ranks, averaged by all of them into a directory of
-torch.distributed.checkpoint, and that is loaded into the model sharded over two ranks. ``FOLDER/found.json`` tells what
-two ranks have then, gathered, and what it should be.
+Three checkpoints of one model are saved by 1, 2 and 4 ranks, averaged by all four into a directory of
+torch.distributed.checkpoint, which is loaded into the model sharded over two ranks. ``FOLDER/found.json`` has the
+gathered weights of these two ranks and the expected ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ckptavg.strategies import from_spec
 
 
 class Network(nn.Module):
-    """No dimension is divisible by two or four; one weight is tied, one parameter has a single element."""
+    """A model in which neither two nor four divides any dimension; one weight is tied, one parameter has one element."""
 
     def __init__(self) -> None:
         super().__init__()

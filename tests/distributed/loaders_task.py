@@ -1,4 +1,4 @@
-"""The MLP's task with loaders of the awkward kinds: one with its own DistributedSampler, one of an iterable."""
+"""The MLP's task with unusual loaders: one with its own DistributedSampler, one of an IterableDataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network with BatchNorm on two interleaved half circles, and the training that leaves its checkpoints."""
+"""A network with BatchNorm on two interleaved half circles, and the training that saves its checkpoints."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What torchrun starts: several runs, one after the other, by the workers together; what each found goes to a file.
+"""Program for torchrun: carries out several runs in sequence on all ranks, and writes each rank's results to a file.
 
-``torchrun --nproc-per-node 2 program.py PLAN.json FOLDER`` writes ``FOLDER/RANK.json``. The plan has for each run its
-name, checkpoints, strategy, task and options.
+``torchrun --nproc-per-node 2 program.py PLAN.json FOLDER`` writes ``FOLDER/RANK.json``. The plan gives the name,
+checkpoints, strategy, task and options of each run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Plan = Sequence[Mapping[str, Any]]
 
 
 def carry_out(plan: Plan, folder: Path, workers: Workers = ALONE) -> list[dict[str, Any]]:
-    """The report of each run as JSON has it, without what time and place it took."""
+    """Return the report of each run as in its JSON, without times and paths."""
     found: list[dict[str, Any]] = []
     for one in plan:
         options = {"output": folder / f"{one['name']}.safetensors", "workers": workers, **one.get("options", {})}
@@ -43,7 +43,7 @@ def carry_out(plan: Plan, folder: Path, workers: Workers = ALONE) -> list[dict[s
             for each in (done.contestants if isinstance(done, Comparison) else ())
         ]
         shown = to_dict(done.result if isinstance(done, Comparison) else done)
-        shown["warnings"] = [said for said in shown["warnings"] if "--wait-stable" not in said]  # files just written
+        shown["warnings"] = [said for said in shown["warnings"] if "--wait-stable" not in said]  # freshly written files
         if shown["cost"]:
             del shown["cost"]["seconds"]
         if shown["output"]:

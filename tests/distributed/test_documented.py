@@ -1,4 +1,4 @@
-"""docs/scaling.md: what it says to type runs as written, with two workers instead of eight."""
+"""The commands of docs/scaling.md run as written, with two workers instead of eight."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINES = re.findall(r"^    (torchrun .*)$", TEXT, re.MULTILINE)
 
 @pytest.fixture
 def folder(jobs: dict[str, Job], tmp_path: Path) -> Path:
-    """A working directory as the document has it: ./ckpts and ./task.py."""
+    """Return a working directory as in the document: ./ckpts and ./task.py."""
     job = jobs["mlp"]
     shutil.copytree(job.folder, tmp_path / "ckpts")
     shutil.copy(job.task, tmp_path / "task.py")
@@ -33,7 +33,7 @@ def folder(jobs: dict[str, Job], tmp_path: Path) -> Path:
 def test_a_torchrun_line_runs_as_written(torchrun: Torchrun, folder: Path, word: str):
     (line,) = (line for line in LINES if f"ckptavg {word} " in line)
     words = shlex.split(line)
-    assert words[:4] == ["torchrun", "--standalone", "--nproc-per-node", "8"]  # as the fixture has them, but for the 8
+    assert words[:4] == ["torchrun", "--standalone", "--nproc-per-node", "8"]  # as in the fixture, except for the 8
     done = torchrun(2, *words[4:], cwd=folder)
     output = "averaged.safetensors" if "-o" not in words else words[words.index("-o") + 1]
     assert done.stdout == f"{output}\n" and (folder / output).exists()
@@ -48,7 +48,7 @@ def test_every_line_has_options_that_exist(run: Run, folder: Path):
 
 
 def test_the_batch_script_runs_as_written(folder: Path, tmp_path: Path):
-    """Under commands of that name which do on one machine what SLURM's do on many."""
+    """Run under stub commands that do on one machine what SLURM's do on many."""
     (found,) = re.findall(r"^    #!/bin/bash\n(?:    .*\n)+", TEXT, re.MULTILINE)
     script, bin_ = tmp_path / "job.sbatch", tmp_path / "bin"
     script.write_text(textwrap.dedent(found).replace("--nproc-per-node 8", "--nproc-per-node 2"))

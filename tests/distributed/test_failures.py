@@ -1,4 +1,4 @@
-"""What ends one worker ends all of them: one line of error, no output, and the measurements are kept."""
+"""A failure of one worker ends all workers: one line of error, no output, and the measurements are kept."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Twa = tuple[object, ...]
 
 @pytest.fixture
 def twa(jobs: dict[str, Job], tmp_path_factory: pytest.TempPathFactory) -> Twa:
-    """A command; its task lies alone, for what pytest has imported from beside it would count for the journal."""
+    """Return a command; its task is in a directory of its own, since modules that pytest imported beside it would count."""
     task = shutil.copy(Path(__file__).with_name("failing_task.py"), tmp_path_factory.mktemp("task"))
     folder = jobs["transformer"].folder
     return ("twa", folder, "--last", 4, "--epochs", 4, "--patience", 2, "--task", task, "-o", "out")
 
 
 def said(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """What the workers said, without torchrun's own report of which of them failed."""
+    """Return the workers' output without torchrun's own report of the failed rank."""
     return [line for line in done.stderr.splitlines() if line.startswith(("error:", "hint:"))]
 
 
@@ -34,7 +34,7 @@ def test_an_error_of_one_worker_is_told_once(torchrun: Torchrun, twa: Twa, tmp_p
     assert len(said(done)) == 2 and ": in loss, batch " in said(done)[0] and "ValueError: only here" in said(done)[0], (
         done.stderr
     )
-    assert list(tmp_path.iterdir()) == []  # no output, no litter, and no journal of a task that will be another one
+    assert list(tmp_path.iterdir()) == []  # no output, no temporary files, and no journal of a task that will differ next time
 
 
 def test_a_signal_to_one_worker_ends_all_of_them(torchrun: Torchrun, twa: Twa, tmp_path: Path):
@@ -54,7 +54,7 @@ def test_workers_do_not_wait_for_ever(torchrun: Torchrun, twa: Twa, tmp_path: Pa
 
 
 def test_a_killed_worker_ends_the_run_and_one_process_goes_on(torchrun: Torchrun, run: Run, twa: Twa, tmp_path: Path):
-    """Killed while the output is under construction: nothing of that is left, and nothing is measured again."""
+    """Kill a run while its output is being written: no partial output remains, and no measurement is repeated."""
     done = torchrun(2, "-m", "ckptavg", *twa, cwd=tmp_path, check=False, HOW="die at the end")
     assert done.returncode != 0 and done.stdout == ""
     assert len(said(done)) == 2 and "nothing was written" in said(done)[0], done.stderr
@@ -65,6 +65,6 @@ def test_a_killed_worker_ends_the_run_and_one_process_goes_on(torchrun: Torchrun
     assert whole.returncode == 0, whole.stderr
     rest, all_ = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("rest", "whole"))
     assert rest["cost"]["forward_batches"] < all_["cost"]["forward_batches"] / 2
-    # single precision: half a batch and half a batch are not quite a whole one
+    # single precision: the sum of two half batches differs from that of a whole one
     for one, two in zip(rest["candidates"], all_["candidates"], strict=True):
         assert one["coefficient"] == pytest.approx(two["coefficient"], abs=1e-4)

@@ -20,7 +20,7 @@ def folder(torchrun: Torchrun, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_the_average_of_what_1_2_and_4_ranks_saved_is_loaded_by_2(folder: Path):
-    """To the last bit: Σ w/3 in float64, rounded once."""
+    """Equal to the last bit: Σ w/3 in float64, rounded once."""
     report = json.loads((folder / "found.json").read_text())
     assert report["found"] == report["mean"]
     layouts = [len(list((folder / "run" / f"step-{step}").glob("*.distcp"))) for step in (1, 2, 3)]
@@ -49,7 +49,7 @@ def test_a_directory_is_replaced_only_by_force(run: Run, folder: Path, tmp_path:
     done = run("lawa", folder / "run", "--k", 1, "--format", "dcp", "-o", "out", "--force")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no litter
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no temporary files
 
 
 def test_force_replaces_nothing_but_an_earlier_output(run: Run, folder: Path, tmp_path: Path):
@@ -68,7 +68,7 @@ def test_what_a_killed_run_left_is_gone_and_what_it_had_moved_aside_is_back(run:
     arguments = ("swa", folder / "run", "--format", "dcp", "-o", "out")
     assert run(*arguments).returncode == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    (tmp_path / "out").rename(tmp_path / ".out.123.ckptavg-old")  # killed between the two names
+    (tmp_path / "out").rename(tmp_path / ".out.123.ckptavg-old")  # killed between the two renames
     (tmp_path / ".out.123.ckptavg-tmp").mkdir()
     (tmp_path / ".out.123.ckptavg-tmp" / ".metadata").write_bytes(b"")
     (tmp_path / ".out.whole.123.ckptavg-tmp").write_bytes(b"")

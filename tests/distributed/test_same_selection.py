@@ -1,4 +1,4 @@
-"""Workers together find what one process finds: every strategy, whatever they divide."""
+"""Several workers find the same selection as one process: every strategy, for every division of work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distributed import norm_task
 
 HERE = Path(__file__).parent
 Found = Mapping[str, Mapping[str, Any]]
-# what learns by gradients adds float64 numbers in another order; everything else is the same to the last bit
+# learning by gradients sums float64 numbers in another order; all other results are equal to the last bit
 LEARNED = {
     "sewa": "sewa:k=3:steps=6",
     "twa": "twa:epochs=2",
@@ -23,12 +23,12 @@ LEARNED = {
     "twa-patience": "twa:epochs=2:patience=1",
     "twa-quadratic": "twa:solver=quadratic",
     "sewa-quadratic": "sewa:k=3:solver=quadratic",
-    # which ask for the same gradients
+    # strategies that compute the same gradients
     "compare-quadratic": "compare,sewa:k=3:solver=quadratic,sewa:k=3:solver=quadratic:verify=3",
     "whole": "twa:epochs=2:on=train",
     "whole-batchnorm": "sewa:k=2:steps=4",
 }
-# the model and the candidates in shards: also where a module has BatchNorm, or a dimension is odd
+# model and candidates in shards: also with BatchNorm modules and odd dimensions
 SHARDED = {
     "shard-sewa": "sewa:k=3:steps=4",
     "shard-layers": "twa:epochs=1:layerwise",
@@ -61,7 +61,7 @@ SAME |= {name: name for name in strategies() if name not in LISTED}
 
 @pytest.fixture(scope="module")
 def plan(jobs: dict[str, Job], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Most on the transformer in double precision; batches of BatchNorm and of awkward loaders are not divided."""
+    """Return the runs: most on the transformer in double precision; BatchNorm and custom loaders are not divided."""
     norm = tmp_path_factory.mktemp("norm")
     norm_task.train(norm)
     double = jobs["transformer"].folder, HERE / "double_task.py"
@@ -100,7 +100,7 @@ def alone(
     together: Callable[..., list[list[dict[str, Any]]]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Found:
-    """By one process, started as the others are: the last bits of a network's loss depend on who has run before."""
+    """Run in one process that is started like the others: the last bits of a network's loss depend on earlier work."""
     whole = [{**one, "options": {**one["options"], "shard": False}} for one in plan]
     (found,) = together(1, whole, tmp_path_factory.mktemp("alone"))
     return {one["name"]: one for one in found}
@@ -122,7 +122,7 @@ def three(
     together: Callable[..., list[list[dict[str, Any]]]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[Found]:
-    """Some of it by three workers, by whom nothing here can be divided without remainder."""
+    """Run a part of the plan on three workers, which divide nothing here without remainder."""
     wanted = [
         one for one in plan if one["name"] in ("sewa", "twa", "twa-quadratic", "soup-batches", "swa", "shard-layers")
     ]
@@ -142,9 +142,9 @@ def test_every_worker_finds_the_same(ranks: list[Found], three: list[Found]):
 
 @pytest.mark.parametrize("name", SAME)
 def test_a_selection_by_scores_is_that_of_one_process_to_the_last_bit(alone: Found, ranks: list[Found], name: str):
-    """Scores, costs and the file's bytes too."""
+    """Scores, costs and the file's bytes are equal as well."""
     one, two = dict(alone[name]), dict(ranks[0][name])
-    if name == "aswa-early":  # both workers' batches of a turn are done before they know that it was enough
+    if name == "aswa-early":  # the batches of both workers in a turn are done before the threshold test
         assert 0 <= two["cost"]["forward_batches"] - one["cost"]["forward_batches"] <= one["cost"]["evaluations"]
         two["cost"] = one["cost"]
     assert two == one
@@ -157,13 +157,13 @@ def test_what_is_learned_is_what_one_process_learns_to_rounding(
     for found in (ranks[0], three[0]):
         if name in found:
             one, two = alone[name], found[name]
-            # some dozens of steps with sums of float64 (float32 where the loader decides): some hundred ulps
+            # some dozens of steps with sums of float64 (float32 if the loader decides): some hundred ulps
             tolerance = 1e-12 if name not in ("whole", "whole-batchnorm") else 1e-4
             assert flat(coefficients(two)) == pytest.approx(flat(coefficients(one)), rel=tolerance, abs=tolerance)
             assert chosen(two) == chosen(one)
             losses = [split["loss"] for split in (two["scores"]["val"], one["scores"]["val"])]
             assert math.isclose(*losses, rel_tol=tolerance)
-            if "quadratic" not in name:  # a curvature that is given up at the first batch is given up by all workers
+            if "quadratic" not in name:  # a curvature estimate abandoned at the first batch is abandoned by all workers
                 assert two["cost"] == one["cost"]
 
 
@@ -174,7 +174,7 @@ def test_a_sharded_model_gives_what_the_whole_one_gives(
     for found in (ranks[0], three[0]):
         if name in found:
             one, two = alone[name], found[name]
-            # in few bits other elements share a scale: as many, but where shards begin
+            # at low bit widths other elements share a scale: as many, except where shards begin
             tolerance = 1e-12 if "bits" not in name else 0.05
             assert flat(coefficients(two)) == pytest.approx(flat(coefficients(one)), rel=tolerance, abs=tolerance)
             losses = [split["loss"] for split in (two["scores"]["val"], one["scores"]["val"])]
@@ -186,7 +186,7 @@ def test_a_sharded_model_gives_what_the_whole_one_gives(
 def test_a_worker_has_its_part_of_the_candidates(alone: Found, ranks: list[Found]):
     for name in ("shard-sewa", "shard-4-bits"):
         one, two = (found[name]["matrix"]["bytes"] for found in (alone, ranks[0]))
-        assert 0.5 <= two / one < 0.53  # more than half where a dimension is odd, and of what few bits are packed in
+        assert 0.5 <= two / one < 0.53  # more than half if a dimension is odd, and due to packing at low bit widths
 
 
 def test_three_workers_choose_what_one_process_chooses(alone: Found, three: list[Found]):
@@ -202,7 +202,7 @@ def test_the_report_says_which_batches_could_not_be_divided(alone: Found, ranks:
 
 
 def same(found: Found) -> Found:
-    """All but how many bytes of a matrix lie with one worker."""
+    """Compare everything except how many bytes of a matrix one worker holds."""
     return {name: {**one, "matrix": None} for name, one in found.items()}
 
 

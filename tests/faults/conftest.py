@@ -1,4 +1,4 @@
-"""The server of runs, and the counts that are printed at the end."""
+"""The server of runs, and the counts printed at the end."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 
 @pytest.fixture(scope="session")
 def ckpts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The candidates of `faults.job`."""
+    """Return the candidates of `faults.job`."""
     folder = tmp_path_factory.mktemp("job") / "ckpts"
     job.train(folder)
-    for path in folder.iterdir():  # or a warning would say how many seconds ago it was written
+    for path in folder.iterdir():  # otherwise a warning would mention how many seconds ago they were written
         os.utime(path, (0, 0))
     return folder
 
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Counter[str]:
-    """Counts to print."""
+    """Counts for the summary."""
     found = tallied(request.config, "faults")
     found.update(dict.fromkeys(ALWAYS, 0))
     return found

@@ -18,7 +18,7 @@ def written(format: str, ckpts: Path, folder: Path) -> list[Path]:
     """Write all checkpoints of ``ckpts`` into ``folder``.
 
     Returns:
-        Of each a file that holds tensors' data.
+        For each checkpoint, a file that holds tensor data.
     """
     folder.mkdir()
     states = [torch.load(path) for path in sorted(ckpts.glob("*.pt"))]

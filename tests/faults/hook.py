@@ -1,8 +1,8 @@
-"""What is done to a run from inside: a system call fails or is the last one, acknowledgements are noted, a start waits.
+"""Hooks inside a run: a system call fails or is the last one, acknowledgements are logged, a start waits.
 
-The calls are those that the modules below make on ``os``, counted as they come. ``KILL`` ends the process before the
-call, ``TORN`` after half of what it was to write, ``TERM`` sends that signal before it, ``SHORT`` lets a write do half
-of it, as a system may, and an error's name is the error that the call gives.
+The hooked calls are those that the modules below make on ``os``, numbered in order. ``KILL`` ends the process before
+the call, ``TORN`` after half of a write, ``TERM`` sends that signal before it, ``SHORT`` makes a write partial, which
+a system may do, and the name of an error makes the call raise that error.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ CALLS: Final = (
 
 @contextmanager
 def installed(hook: Mapping[str, Any]) -> Generator[None]:
-    """Do to this process what ``hook`` says.
+    """Install the hooks given by ``hook`` in this process.
 
-    Keys: ``fault`` (a call's number from 1 on, and what happens there), ``modules`` (whose calls count), ``calls`` (a
-    file that gets how many there were), ``acknowledged`` (a file that gets the key of each record that the journal says
-    is written), ``every`` (seconds between parts of an evaluation that are kept), ``gate`` (a file that is waited for),
-    ``threads`` (torch's), ``listing`` (the seed of the order in which directories are listed), ``largest`` (bytes that
-    a file may have).
+    Keys: ``fault`` (a call's number from 1 on, and its fault), ``modules`` (whose calls count), ``calls`` (a file that gets
+    the number of calls), ``acknowledged`` (a file that gets the key of each record that the journal reports as written),
+    ``every`` (seconds between saved parts of an evaluation), ``gate`` (a file to wait for), ``threads`` (torch's),
+    ``listing`` (the seed of the order of directory listings), ``largest`` (the maximum size of a file in bytes).
     """
     import torch
 
@@ -66,7 +65,7 @@ def installed(hook: Mapping[str, Any]) -> Generator[None]:
 
 
 class FaultyOS:
-    """``os`` with one fault; everything else is the real thing."""
+    """``os`` with one fault; every other call is passed through."""
 
     def __init__(self, at: int, what: str) -> None:
         self.count = 0
@@ -112,7 +111,7 @@ def _shuffle(rng: random.Random) -> None:
 
 
 class _Listing(list[Any]):
-    """A list that can be used as `os.scandir`'s iterator is."""
+    """A list with the interface of `os.scandir`'s iterator."""
 
     def __enter__(self) -> _Listing:
         return self

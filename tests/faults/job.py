@@ -1,9 +1,10 @@
-"""A training job that tells what is asked of it: two moons, BatchNorm, and a loss with random numbers of its own.
+"""A training job that logs its calls: two moons, BatchNorm, and a loss with its own random numbers.
 
 ``LOG`` names a file that gets a letter for each batch: v for the first of a scoring pass, s for its others, b for
 BatchNorm's, g for a gradient's. ``STOP=N:SIGNAL`` sends this process a signal at the N-th letter it writes; ``WORKERS``
-is the loaders', ``DATA`` the seed of what is validated on, and ``PLAIN`` leaves BatchNorm out. ``MUTATION`` is for
-`faults.mutations`, at the moment ``load``, when the candidates are open and not loaded, or ``learn``, when they are.
+is the loaders' number of workers, ``DATA`` the seed of the validation data, and ``PLAIN`` leaves BatchNorm out.
+``MUTATION`` is for `faults.mutations`, at the moment ``load``, when the candidates are open and not yet loaded, or
+``learn``, when they are loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ckptavg.tasks import template
 
-TRAINING = 10_000  # numbers of examples from here on are training data
+TRAINING = 10_000  # examples from this index on are training data
 metric_bounds = (0.0, 1.0)
 _written = 0
 
@@ -82,7 +83,7 @@ def _tell(letter: str) -> None:
 
 
 def train(folder: Path, checkpoints: int = 8) -> None:
-    """One checkpoint each pass."""
+    """Save one checkpoint per pass."""
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     network = model()

@@ -1,4 +1,4 @@
-"""Runs that are killed or stopped again and again until one comes through, and what may have been lost on the way."""
+"""Runs that are killed or stopped repeatedly until one finishes, and the losses that are permitted on the way."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ COMMANDS = (
     "swa --no-baselines",
 )
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-ENDED = (-9, 75)  # how a run that was killed or stopped may end
+ENDED = (-9, 75)  # exit codes of a killed or stopped run
 
 
 @dataclass(frozen=True)
 class Whole:
-    """What an undisturbed run of a command does."""
+    """Outcome of an undisturbed run of a command."""
 
     command: str
     data: bytes
@@ -44,14 +44,14 @@ class Whole:
 
 @dataclass
 class Campaign:
-    """Kills runs of one job's commands; reproducible but for the moments that a clock decides.
+    """Kills runs of one job's commands; reproducible except for moments that depend on the clock.
 
     Args:
-        warm: starts the runs.
-        folder: scratch.
+        warm: server that starts the runs.
+        folder: scratch directory.
         task: the task file.
         ckpts: the candidates.
-        seed: of which command, which moment and how often.
+        seed: seed of the commands, the moments and the number of kills.
     """
 
     warm: Warm
@@ -79,7 +79,7 @@ class Campaign:
         return found
 
     def run(self, wholes: Sequence[Whole], kills: int, stops: int = 0) -> None:
-        """Kill and stop until that often, each run at most four times, and let it come through then."""
+        """Kill and stop runs until both counts are reached; each run at most four times, and then let it finish."""
         rng = random.Random(self.seed)
         for name, wanted in (("kills", kills), ("stops", stops)):
             while self.counts[name] < wanted:
@@ -97,12 +97,12 @@ class Campaign:
         while ended < times:
             done = self._ended(command, place, whole, rng, hook, log, name)
             self._judge(whole, place, force, done, acknowledged)
-            if done.code not in ENDED:  # it came through before its moment
+            if done.code not in ENDED:  # the run finished before its signal
                 break
             ended += 1
             if _journal(place).exists() or not (place / "out").exists():
                 continue
-            if (place / "out").read_bytes() == whole.data:  # it was done: with --force, the next is another run
+            if (place / "out").read_bytes() == whole.data:  # the run had finished: with --force, the next one starts anew
                 due = _evaluations(log) + whole.evaluations
         else:
             done = self._start(command, place, hook, log).wait()
@@ -118,7 +118,7 @@ class Campaign:
     def _ended(
         self, command: str, place: Path, whole: Whole, rng: random.Random, hook: dict[str, object], log: Path, name: str
     ) -> Done:
-        """A run with a signal at a random moment, or SIGKILL at a random system call of those that write."""
+        """Run with a signal at a random moment, or SIGKILL at a random system call among the writes."""
         if name == "kills" and rng.random() < 0.5:
             fault = [rng.randint(1, whole.calls), rng.choice(("KILL", "KILL", "TORN"))]
             return self._start(command, place, {**hook, "fault": fault}, log).wait()
@@ -139,7 +139,7 @@ class Campaign:
             if done.code == 75 and (left := self._left(place)):
                 self._fault(whole, f"stopped, but left {left}", "temporary files left")
             return
-        # killed between the name and the end, the next run finds that it is done
+        # killed between the rename and the exit: the next run finds the output complete
         if done.code != (6 if not force and "exists already" in done.err and data == whole.data else 0):
             self._fault(whole, f"exit {done.code}: {done.err[-500:]}")
         if data != whole.data:
@@ -152,9 +152,9 @@ class Campaign:
         return sorted({path.name for path in place.iterdir()} - {"out", "log", "acknowledged", "out.ckptavg"})
 
     def _missing(self, whole: Whole, place: Path, done: bool, acknowledged: Path) -> None:
-        """Every record that was acknowledged is in the journal, unless the run was done with it."""
+        """Check that every acknowledged record is in the journal, unless the run has finished and removed it."""
         told = set(acknowledged.read_text().splitlines()) if acknowledged.exists() else set[str]()
-        told = {key for key in told if not key.startswith(SOURCE_PREFIX)}  # alone they are nothing to go on from
+        told = {key for key in told if not key.startswith(SOURCE_PREFIX)}  # these records alone are nothing to resume from
         journal = _journal(place)
         found = set(_keys(journal)) if journal.exists() else set[str]()
         self.phases[_phase(found, place)] += 1
@@ -185,7 +185,7 @@ def _journal(place: Path) -> Path:
 
 
 def _keys(journal: Path) -> Iterator[str]:
-    """The keys in a journal, read without ckptavg; a torn line is none."""
+    """Read the keys of a journal without ckptavg; a torn line has no key."""
     for line in journal.read_bytes().split(b"\n")[1:]:
         sum_, _, text = line.partition(b" ")
         if sum_ == b"%08x" % zlib.crc32(text):

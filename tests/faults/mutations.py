@@ -1,4 +1,4 @@
-"""What may happen to a checkpoint while it is being read: twelve ways in which its file becomes another."""
+"""Twelve changes that may happen to a checkpoint's file while it is being read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _done: list[str] = []
 
 
 def mutate(asked: str) -> None:
-    """Do ``MOMENT:NAME:PATH:OTHER``, once a process."""
+    """Apply ``MOMENT:NAME:PATH:OTHER``, once per process."""
     if asked not in _done:
         _done.append(asked)
         _, name, path, other = asked.split(":")
@@ -37,7 +37,7 @@ def _at(path: Path, position: int, data: bytes) -> None:
 
 
 def _overwrite(path: Path, other: Path) -> None:
-    """One byte of the data."""
+    """Overwrite one byte of the data."""
     position = path.stat().st_size * 3 // 4
     _at(path, position, bytes([path.read_bytes()[position] ^ 1]))
 
@@ -52,7 +52,7 @@ def _zeros(path: Path, other: Path) -> None:
 
 
 def _rewrite(path: Path, other: Path) -> None:
-    """As a training job does that saves over its last checkpoint."""
+    """Save over the file, as a training job does with its last checkpoint."""
     path.write_bytes(other.read_bytes())
 
 
@@ -104,7 +104,7 @@ def _delete(path: Path, other: Path) -> None:
 
 
 def _appear(path: Path, other: Path) -> None:
-    """Another checkpoint."""
+    """Add another checkpoint."""
     path.with_name(f"step-99{path.suffix}").write_bytes(path.read_bytes())
 
 

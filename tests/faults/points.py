@@ -1,4 +1,4 @@
-"""A fault at every system call of a run in turn: what the destination is afterwards, and after the next run."""
+"""A fault at every system call of a run in turn: the state of the destination afterwards, and after the next run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OLD = b"precious"
 
 
 def checkpoints(folder: Path) -> Path:
-    """Three small ones."""
+    """Write three small checkpoints."""
     folder.mkdir(parents=True)
     draws = torch.Generator().manual_seed(0)
     for step in (1, 2, 3):
@@ -29,7 +29,7 @@ def checkpoints(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Point:
-    """What was done to a run at its call number ``at``, and what is wrong with what came of it."""
+    """The fault at call number ``at`` of a run, and the violations in its result."""
 
     what: str
     at: int
@@ -44,14 +44,14 @@ def every_point(
     """Run ``command``, which writes ``out``, with each fault at each call, new and with an old file there.
 
     Args:
-        warm: starts the runs.
-        folder: has the inputs of the command in it.
-        command: without ``-o``.
-        modules: of ckptavg, whose calls count.
-        kinds: of faults, as `faults.hook` knows them.
-        stride: every so many calls only.
-        first: the first of them.
-        **environment: of the runs.
+        warm: server that starts the runs.
+        folder: directory with the inputs of the command.
+        command: arguments without ``-o``.
+        modules: modules of ckptavg whose calls count.
+        kinds: kinds of faults in `faults.hook`.
+        stride: test only every ``stride``-th call.
+        first: number of the first call.
+        **environment: environment of the runs.
     """
     runs = _Runs(warm, folder, command, environment)
     hook = {"modules": modules, "calls": str(folder / "calls")}
@@ -89,7 +89,7 @@ class _Runs:
             (self._folder / "out").write_bytes(OLD)
 
     def faults(self, what: str, force: bool, done: Done) -> Iterator[str]:
-        """What is wrong after the run with the fault, and after the next."""
+        """Return the violations after the run with the fault, and after the next."""
         out = self._folder / "out"
         found = out.read_bytes() if out.exists() else None
         if found not in (self.new, OLD if force else None):
@@ -105,7 +105,7 @@ class _Runs:
         if left and what in ("TERM", "SHORT"):
             yield f"litter: {left}"
         if done.code in (0, 5) and not left:
-            return  # an error that left nothing is as if nothing had been
+            return  # an error that left no file is as if the run had not happened
         again = self.run(force, {})
         if again.code != (6 if found == self.new and not force else 0):
             yield f"the next run: exit {again.code}: {again.err[-300:]}"
@@ -119,5 +119,5 @@ class _Runs:
 
 
 def counted(points: Sequence[Point]) -> Counter[str]:
-    """For the summary."""
+    """Return the counts for the summary."""
     return Counter({"fault points": len(points), "violations": sum(bool(point.wrong) for point in points)})

@@ -1,8 +1,8 @@
-"""A disk whose power goes off: what was not flushed may be there, or not, or in part, in any order.
+"""A model of a disk that loses power: unflushed data may be there, or not, or in part, in any order.
 
-Calls on ``os`` are done and recorded. From the record of the first n of them the states are drawn in which a disk may
-be found afterwards: of a file what was flushed, and of what was written since any pages; of a directory the names that
-were flushed, and of those given, changed and taken since any. That is less order than file systems keep.
+Calls on ``os`` are executed and recorded. The first n records determine the states in which a disk may be found
+afterwards: for a file, the flushed data and any of the pages written since; for a directory, the flushed names and any
+subset of the later creations, renames and removals. Real file systems preserve more order than that.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-PAGE = 256  # bytes; smaller than a real one, so that small files have several
+PAGE = 256  # bytes; smaller than a real page, so that small files have several
 
 
 class Recorder:
     """``os`` with a record of what changes the disk below a directory.
 
     Attributes:
-        record: (what, where, arguments); files are numbered by inode, names are relative to the directory.
+        record: (call, target, arguments); files are numbered by inode, names are relative to the directory.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,7 +52,7 @@ class Recorder:
         return done
 
     def write(self, fd: int, data: Any) -> int:
-        position = os.fstat(fd).st_size  # it appends
+        position = os.fstat(fd).st_size  # appends
         done = os.write(fd, data)
         self._add("write", self._numbers[fd], (position, bytes(data[:done])))
         return done
@@ -94,7 +94,7 @@ class Recorder:
 
 @contextmanager
 def recorded(folder: Path, *modules: Any) -> Generator[Recorder]:
-    """Within, what ``modules`` do by ``os`` below ``folder`` is recorded."""
+    """Context manager that records the calls of ``modules`` on ``os`` below ``folder``."""
     recorder = Recorder(folder)
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:
@@ -103,12 +103,12 @@ def recorded(folder: Path, *modules: Any) -> Generator[Recorder]:
 
 
 def after(record: Iterable[tuple[str, Any, Any]], before: dict[str, bytes], rng: random.Random) -> dict[str, bytes]:
-    """A state of the disk that may be found, name → content.
+    """Draw a possible state of the disk, name → content.
 
     Args:
-        record: what was done.
-        before: what was on the disk before, safely.
-        rng: draws one of the states.
+        record: the recorded calls.
+        before: flushed content of the disk before them.
+        rng: random generator that draws the state.
     """
     names: dict[str, int] = {name: -i for i, name in enumerate(before, 1)}
     known = {-i: data for i, data in enumerate(before.values(), 1)}
@@ -143,7 +143,7 @@ def _change(what: str, where: str, more: Any) -> Callable[[dict[str, int]], obje
 
 
 def _applied(content: bytes, changes: list[tuple[str, Any]], rng: random.Random | None) -> bytes:
-    """The content after all changes, or after any pages of them."""
+    """Return the content after all changes, or after a random subset of their pages."""
     data = bytearray(content)
     for what, more in changes:
         if what == "size":

@@ -25,7 +25,7 @@ HOOKS: tuple[dict[str, int], ...] = (
 
 
 def plain(ckpts: Path, folder: Path) -> Path:
-    """The candidates without BatchNorm, whose statistics are the model's own arithmetic: threads may share that."""
+    """Train candidates without BatchNorm, whose statistics are the model's arithmetic and may depend on threads."""
     (folder / "plain").mkdir()
     for path in ckpts.iterdir():
         state = {name: tensor for name, tensor in torch.load(path).items() if not name.startswith("1.")}

@@ -1,4 +1,4 @@
-"""A disk without space: said before hours of work where it is known; else nothing half-written, and little lost."""
+"""A full disk: detected before hours of work if it is foreseeable; otherwise no partial output and little lost work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZE = 1 << 20
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
+    """Mount a file system of 1 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "none", place], capture_output=True, text=True)
@@ -31,7 +31,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(place: Path, leave: int) -> Path:
-    """Take the space, but for so many bytes."""
+    """Fill the disk except for ``left`` bytes."""
     status = os.statvfs(place)
     (place / "filler").write_bytes(bytes(status.f_bavail * status.f_frsize - leave))
     return place / "filler"

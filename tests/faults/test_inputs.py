@@ -1,4 +1,4 @@
-"""Checkpoints that change, vanish or appear while they are read: named, and never averaged half-old."""
+"""Checkpoints that change, vanish or appear while they are read: named, and never averaged in a mixed state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TASK = Path(job.__file__)
 
 
 def run(warm: Warm, folder: Path, place: Path, asked: str = "") -> Done:
-    """A search on the checkpoints of a directory."""
+    """Run a search on the checkpoints of a directory."""
     arguments = ("soup", folder, "--last", 3, "--task", TASK, "-o", "out", "--no-baselines")
     return warm.run(*arguments, cwd=place, **({"MUTATION": asked} if asked else {}))
 

@@ -1,4 +1,4 @@
-"""Killed at random moments, a run loses nothing that it has measured, and gives the bytes it would have given."""
+"""A run killed at random moments loses no measurement, and gives the bytes of an undisturbed run."""
 
 from __future__ import annotations
 

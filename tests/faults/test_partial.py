@@ -1,4 +1,4 @@
-"""What was measured within a pass is not measured again, and only what was measured on the same data counts."""
+"""Measurements within a pass are not repeated after an interruption, and count only for the same data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TASK = Path(job.__file__)
     [
         ("aswa", (9, 5, 20)),  # within a pass for BatchNorm, a pass over the validation data, and elsewhere
         ("aswa --early-reject", (8, 8)),
-        ("sewa --solver quadratic --k 3 --verify 2", (3, 4)),  # within the curvature's
+        ("sewa --solver quadratic --k 3 --verify 2", (3, 4)),  # within the pass of the curvature
         ("twa --epochs 2 --sam-rho 0.01", (4, 5)),
         ("landscape --samples 3", (3, 30)),
     ],
@@ -55,7 +55,7 @@ def test_a_killed_pass_goes_on_in_its_middle(
     done = warm.run(*arguments, "b", cwd=tmp_path, hook={"every": 0.0}, LOG=str(parts))
     assert done.code == 0, done.err
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    # a killed batch had said that it begins; what was asked of it is all that is lost
+    # the killed batch was logged at its start: only that letter is lost
     assert len(parts.read_text()) == len(whole.read_text()) + len(stops)
 
 
@@ -84,7 +84,7 @@ def test_a_metric_that_is_no_mean_goes_on_too_and_keeps_its_intervals(warm: Warm
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     whole, parts = ([(one["scores"], one["over_last"]) for one in report["strategies"]] for report in reports)
     assert whole == parts
-    # the metric's update is another call of the task's code for each batch, so two letters may be lost at a time
+    # each metric update is another call of the task's code per batch, so two letters may be lost at a time
     assert len(logs[0].read_text()) < len(logs[1].read_text()) <= len(logs[0].read_text()) + 2 * 3
 
 
@@ -102,7 +102,7 @@ def kept(tmp_path: Path) -> dict[str, Any]:
 
 
 def passed(data: list[int], seen: list[int], found: PassProgress, fail: int = -1) -> int:
-    """A sum over data, one after the other, with a checksum of those given."""
+    """Sum over data in order, with a checksum of the examples given."""
     totals = [0, *found.states]
     count = 0
 
@@ -204,7 +204,7 @@ def copied(ckpts: Path, tmp_path: Path) -> Path:
 
 
 def with_contents(folder: Path, output: Path, work: Callable[[Journal, tuple[Checkpoint, ...]], None]) -> None:
-    """What a run does with its candidates' files, and one measurement."""
+    """Run with these contents of the candidates' files, and one measurement."""
     with discover([folder]) as found, Journal(output) as journal:
         journal.begin({"run": 1})
         with source_digests.recording_digests(journal, found.checkpoints):
@@ -212,7 +212,7 @@ def with_contents(folder: Path, output: Path, work: Callable[[Journal, tuple[Che
 
 
 def hashed(journal: Journal, checkpoints: tuple[Checkpoint, ...]) -> None:
-    """Wait until all of them are."""
+    """Wait until all files are hashed."""
     while not all((journal.get(f"file {i} 0") or {}).get("sha256") for i in range(len(checkpoints))):
         time.sleep(0.01)
     journal.put("measured", 1)
@@ -250,7 +250,7 @@ def test_a_file_that_was_copied_before_its_contents_were_known_is_refused(copied
     def early(journal: Journal, checkpoints: tuple[Checkpoint, ...]) -> None:
         hashed(journal, checkpoints)
         found = journal.get("file 2 0")
-        journal.put("file 2 0", {**found, "sha256": None})  # as if it had been killed before
+        journal.put("file 2 0", {**found, "sha256": None})  # as if the run had been killed before
 
     with_contents(copied, tmp_path / "out", early)
     path = copied / "step-3.pt"

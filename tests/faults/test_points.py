@@ -1,4 +1,4 @@
-"""A fault at every system call of the writer: the old file or the whole new one, one line, and no litter."""
+"""A fault at every system call of the writer: the old file or the whole new one, one line, no temporary files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The power goes off at any moment: nothing that is accepted is wrong, and what was promised to be there is there."""
+"""A power cut at any moment: no wrong file is accepted, and every acknowledged file and record is there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ckptavg.output.sharded_files import INDEX, ShardedFiles, sweep
 from ckptavg.readers import StoredTensor, open_reader
 from faults import power
 
-DRAWS = 25  # states of the disk for each moment
+DRAWS = 25  # states of the disk per moment
 SPECS = {name: StoredTensor("F32", (300,), "", 0) for name in ("a", "b", "c", "d")}
 OLD = b"precious"
 
@@ -33,7 +33,7 @@ def save(path: Path, *, force: bool = False) -> None:
 
 
 def careless(path: Path, *, force: bool = False) -> None:
-    """What a library does that renames and does not flush."""
+    """Write like a library that renames without flushing."""
     save(path.with_name("whole"))
     data = path.with_name("whole").read_bytes()
     fd = safetensors_file.os.open(path.with_name("part"), atomic.os.O_RDWR | atomic.os.O_CREAT)
@@ -43,7 +43,7 @@ def careless(path: Path, *, force: bool = False) -> None:
 
 
 def accepted(folder: Path, name: str, data: bytes) -> bool:
-    """Whether a reader takes it."""
+    """Return whether a reader accepts the file."""
     path = folder / name
     path.write_bytes(data)
     try:
@@ -60,7 +60,7 @@ def accepted(folder: Path, name: str, data: bytes) -> bool:
 def violations(
     tmp_path: Path, saved: Callable[..., None], *, force: bool, tally: Counter[str] | None = None
 ) -> list[str]:
-    """Write once, cut the power after each call, and look at the states of the disk."""
+    """Write once, cut the power after each call, and return the violations among the states of the disk."""
     disk, read = tmp_path / "disk", tmp_path / "read"
     disk.mkdir()
     read.mkdir()

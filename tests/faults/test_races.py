@@ -1,4 +1,4 @@
-"""Two runs of one output: one wins, and the others say so before they start to work."""
+"""Two runs of one output: one wins, and the others fail before they start to work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TASK = Path(job.__file__)
 
 
 def race(warm: Warm, ckpts: Path, place: Path) -> list[int]:
-    """Start racers at once, and give their exit codes."""
+    """Start racing runs at once, and return their exit codes."""
     gate = place / "gate"
     racers = [warm.start("swa", ckpts, "-o", "out", cwd=place, hook={"gate": str(gate)}) for _ in range(RACERS)]
     gate.touch()
@@ -63,7 +63,7 @@ def test_an_output_that_came_to_be_while_the_lock_was_waited_for_is_refused(
 
 
 def test_the_lock_of_a_killed_run_is_taken_over_at_once(warm: Warm, ckpts: Path, tmp_path: Path):
-    """Also where its loaders' workers live on for some seconds."""
+    """Also while worker processes of its loaders live on for some seconds."""
     arguments = ("twa", ckpts, "--task", TASK, "--epochs", 2, "-o", "out")
     killed = warm.run(*arguments, cwd=tmp_path, WORKERS="2", LOG=str(tmp_path / "log"), STOP="7:SIGKILL")
     assert killed.code == -9 and "process" in (tmp_path / "out.ckptavg" / "lock").read_text()

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGUSR1: the first ends a run at the next micro-batch with exit code 75, a second one at once."""
+"""SIGINT, SIGTERM and SIGUSR1: the first ends a run at the next micro-batch with exit code 75, a second at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def real(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """A process from its first instruction on, at the head of a group of its own."""
+    """Start a real process from its first instruction, as the leader of its own process group."""
     paths = os.pathsep.join(map(str, (cwd, TESTS.parent, TESTS)))
     return subprocess.Popen(
         [sys.executable, "-m", "ckptavg", *map(str, arguments)], cwd=cwd, text=True, start_new_session=True,
@@ -31,14 +31,14 @@ def real(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[
 
 
 def until(path: Path, size: int, process: subprocess.Popen[str]) -> None:
-    """Wait until a file is so long."""
+    """Wait until a file has that many bytes."""
     while not path.exists() or path.stat().st_size < size:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
 
 
 def alive(group: int) -> list[str]:
-    """The processes of a group, but for those that are dead and only not asked about."""
+    """Return the live processes of a group, without zombies."""
     found: list[str] = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

@@ -1,8 +1,8 @@
-"""``ckptavg`` in processes of its own, without waiting for torch: a server imports it once and forks for each run.
+"""``ckptavg`` in separate processes, without waiting for torch: a server imports it once and forks for each run.
 
-The server has averaged once and never run autograd, so a fork is as good as a fresh process from the entry point on,
-which is `ckptavg.__main__.main` with handlers, arguments, exit codes and all. What comes before it, the interpreter and
-the import of torch, is left to the tests that start real processes.
+The server has averaged once and never run autograd, so a fork is equivalent to a fresh process from the entry point on,
+which is `ckptavg.__main__.main` with its handlers, arguments and exit codes. The earlier part, the interpreter and the
+import of torch, is covered by the tests that start real processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 class Done(NamedTuple):
-    """How a run ended; the code is negative if a signal ended it."""
+    """Outcome of a run; the code is negative if a signal ended it."""
 
     code: int
     out: str
@@ -31,7 +31,7 @@ class Done(NamedTuple):
 
 
 class Child:
-    """A run that goes on."""
+    """A running process."""
 
     def __init__(self, server: Warm, pid: int, said: Path) -> None:
         self.pid = pid
@@ -39,19 +39,19 @@ class Child:
         self._said = said
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal; harmless when the run has ended, for nobody has asked for its end yet."""
+        """Send a signal; harmless after the run has ended, since its process is not yet reaped."""
         os.kill(self.pid, number)
 
     def wait(self) -> Done:
         """Wait for its end."""
         status = self._server.ask({"wait": self.pid})
-        files = [Path(f"{self._said}.{name}") for name in ("out", "err")]  # not there if it was killed at once
+        files = [Path(f"{self._said}.{name}") for name in ("out", "err")]  # missing if the run was killed at once
         texts = [file.read_text(errors="replace") if file.exists() else "" for file in files]
         return Done(os.waitstatus_to_exitcode(status), *texts)
 
 
 class Warm:
-    """The server; a context manager that ends it."""
+    """Client of the server; a context manager that ends it."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
@@ -65,14 +65,14 @@ class Warm:
         )
 
     def start(self, *arguments: object, cwd: Path, hook: Mapping[str, Any] | None = None, **environment: str) -> Child:
-        """Begin ``ckptavg ARGUMENTS`` in ``cwd``; ``hook`` is for `faults.hook.install`."""
+        """Start ``ckptavg ARGUMENTS`` in ``cwd``; ``hook`` is for `faults.hook.install`."""
         self._runs += 1
         said = self._scratch / f"run-{self._runs}"
         asked = {"argv": list(map(str, arguments)), "cwd": str(cwd), "said": str(said), "hook": dict(hook or {})}
         return Child(self, self.ask({**asked, "env": environment}), said)
 
     def run(self, *arguments: object, cwd: Path, hook: Mapping[str, Any] | None = None, **environment: str) -> Done:
-        """`start` and wait."""
+        """Run `start` and wait."""
         return self.start(*arguments, cwd=cwd, hook=hook, **environment).wait()
 
     def ask(self, request: Mapping[str, Any]) -> int:
@@ -90,20 +90,20 @@ class Warm:
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.close()
-        self._process.kill()  # somebody whom this process has forked meanwhile may hold the other end open
+        self._process.kill()  # a process forked from this one meanwhile may hold the other end open
         self._process.wait()
         self._process.stdout.close()
 
 
 def serve() -> None:
-    """Fork for each line, and say how a child ended when asked."""
+    """Fork for each request line, and report how a child ended on request."""
     _warm_up()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
             answer = os.waitpid(request["wait"], 0)[1]
         else:
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has the product's handlers
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has installed the product's handlers
             answer = os.fork()
             if answer == 0:
                 _run(**request)
@@ -113,7 +113,7 @@ def serve() -> None:
 
 
 def _warm_up() -> None:
-    """One average by the command line, so that all there is to import is imported."""
+    """Average once by the command line, so that every module is imported."""
     import torch
     from safetensors.torch import save_file
 

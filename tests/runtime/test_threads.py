@@ -187,7 +187,7 @@ def test_quota_sets_the_number_of_threads_unless_set_by_the_user(
     monkeypatch.setattr(threads, "affinity", lambda: 64)
     monkeypatch.setattr(threads, "processors", lambda: 1)
     monkeypatch.delitem(sys.modules, "torch")
-    threads.settle(environment)
+    threads.configure(environment)
     assert environment == {"GOMP_SPINCOUNT": "10000", **(given or {"OMP_NUM_THREADS": "1"})}
 
 

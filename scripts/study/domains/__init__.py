@@ -1,4 +1,4 @@
-"""The kinds of training that are studied: one file each, which ends in ``DOMAIN = Domain(...)``."""
+"""The kinds of training in the study: one file each, which defines ``DOMAIN = Domain(...)``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ WITH_DATA: Final = ("cifar", "image-folder", "offline-rl")
 
 
 def domain(name: str) -> Domain:
-    """The domain called ``name``.
+    """Return the domain called ``name``.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such domain.
     """
     if name not in (*DOMAINS, *WITH_DATA):
         raise ValueError(f"there is no domain {name!r}; there are {', '.join((*DOMAINS, *WITH_DATA))}")

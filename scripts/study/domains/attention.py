@@ -1,4 +1,4 @@
-"""A pre-norm transformer block written out, so that it can be differentiated twice.
+"""A pre-norm transformer block without fused kernels, so that it can be differentiated twice.
 
 Shape suffixes: B = examples, L = positions, E = width, H = heads, C = width of a head.
 """
@@ -15,7 +15,7 @@ class Block(nn.Module):
     Args:
         width: E.
         heads: H.
-        causal: whether a position sees only those before it.
+        causal: whether a position attends only to itself and earlier positions.
     """
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x_BLE: Tensor, hidden_BL: Tensor | None = None) -> Tensor:
-        """``hidden_BL`` marks positions that nobody may look at."""
+        """Apply the block; ``hidden_BL`` masks positions that must not be attended to."""
         batch, length, width = x_BLE.shape
         split = (batch, length, 3, self.heads, width // self.heads)
         q_BHLC, k_BHLC, v_BHLC = self.qkv(self.norm_in(x_BLE)).view(split).permute(2, 0, 3, 1, 4)

@@ -1,4 +1,4 @@
-"""Behaviour cloning: a pole balanced on a cart after a scripted expert with noisy actions."""
+"""Behaviour cloning: balance a pole on a cart by imitating a scripted expert with noisy actions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from study.domains import cart
 from study.job import Batches, Domain, Job, cross_entropy
 
 NOISE, STEPS, EPISODES = 0.65, 50, 50
-LIMIT = 500  # steps of an episode that is scored
+LIMIT = 500  # steps of a scored episode
 
 
 def model() -> nn.Module:

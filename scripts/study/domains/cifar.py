@@ -1,6 +1,6 @@
-"""CIFAR-10 and CIFAR-100 from their binary versions, for those with a GPU.
+"""CIFAR-10 and CIFAR-100 from their binary versions; needs a GPU in practice.
 
-The python versions are pickles of Python 2, which run what they name when they are loaded; they are not read.
+The python versions are not supported: they are Python 2 pickles, and unpickling can run arbitrary code.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from study.domains.residual import residual_network
 from study.job import Batches, Domain, Job, accuracy, cross_entropy
 
 PIXELS: Final = 3 * 32 * 32
-VAL: Final = 0.1  # of the training images
-# name: (files to train on, files to test on, bytes of label before an image: the last is the class)
+VAL: Final = 0.1  # fraction of the training images
+# name: (training files, test files, label bytes before an image: the last is the class)
 VERSIONS: Final = {
     10: ([f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"], 1),
     100: (["train.bin"], ["test.bin"], 2),
@@ -28,10 +28,10 @@ SPREAD: Final = 0.26
 
 
 def read(path: Path, labels: int) -> tuple[Tensor, Tensor]:
-    """Images [·, 3, 32, 32] uint8 and classes of one file, whose records are ``labels`` bytes and the pixels.
+    """Read images [·, 3, 32, 32] uint8 and classes of one file, whose records are ``labels`` bytes and the pixels.
 
     Raises:
-        ValueError: if it is no whole number of records.
+        ValueError: if the size is no multiple of a record's.
     """
     raw = np.fromfile(path, dtype=np.uint8)
     if len(raw) == 0 or len(raw) % (labels + PIXELS):
@@ -41,10 +41,10 @@ def read(path: Path, labels: int) -> tuple[Tensor, Tensor]:
 
 
 def load(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]:
-    """Training and test data, and the number of classes.
+    """Load training and test data, and the number of classes.
 
     Raises:
-        ValueError: if the folder has neither binary version, or a label that does not exist.
+        ValueError: if the folder has neither binary version, or a label is out of range.
     """
     for classes, (train, test, labels) in VERSIONS.items():
         if all((folder / name).is_file() for name in (*train, *test)):

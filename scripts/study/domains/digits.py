@@ -11,11 +11,11 @@ from torch import Tensor
 from study.job import Batches
 
 NOISE: Final = 0.2
-TRAIN, VAL = 997, 1397  # and the other 400 are for the test
+TRAIN, VAL = 997, 1397  # the other 400 are for the test
 
 
 def digits(seed: int) -> tuple[Batches, Batches, Batches]:
-    """Train, validation and test batches; split and noise are the seed's, only training labels are noisy."""
+    """Return train, validation and test batches; ``seed`` sets the split and noise, only training labels are noisy."""
     pixels, numbers = load_digits(return_X_y=True)
     random = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(numbers), generator=random)

@@ -19,7 +19,7 @@ WIDTH: Final = 32
 
 
 class ViT(nn.Module):
-    """2 × 2 patches of an 8 × 8 image, two blocks, and the mean of their outputs classified."""
+    """Vision transformer: 2 × 2 patches of an 8 × 8 image, two blocks, and a classifier of their mean output."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Folders of images, as ImageNet's: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``, for those with a GPU."""
+"""Folders of images in ImageNet's layout: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``; needs a GPU in practice."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from study.domains.residual import residual_network
 from study.job import Domain, Job, accuracy, cross_entropy
 
 SUFFIXES: Final = (".jpeg", ".jpg", ".png", ".webp")
-VAL: Final = 0.02  # of the training images; the folder val is the test
+VAL: Final = 0.02  # fraction of the training images; the folder val is the test split
 SIZE, WORKERS = 128, 8
 MEAN: Final = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 SPREAD: Final = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Files and classes, read when asked for.
+    """Dataset of image files and classes, which reads an image on access.
 
     Args:
         files: (path, class).
-        size: of the square that is cut from the middle, after the shorter side was scaled to it.
+        size: side of the centre crop, after the shorter side was scaled to it.
     """
 
     def __init__(self, files: Sequence[tuple[Path, int]], size: int) -> None:
@@ -40,7 +40,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.files[index]
         with Image.open(path) as image:
-            image.draft("RGB", (self.size, self.size))  # lets a JPEG be decoded smaller, where it is much larger
+            image.draft("RGB", (self.size, self.size))  # lets the decoder downscale a JPEG that is much larger
             colour = image.convert("RGB")
         scale = self.size / min(colour.size)
         width, height = (max(self.size, round(side * scale)) for side in colour.size)
@@ -51,7 +51,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def listed(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """The images below ``folder``, each with the number of its class, in the order of their names."""
+    """Return the images below ``folder``, each with the number of its class, sorted by name."""
     return [
         (path, label)
         for label, name in enumerate(classes)

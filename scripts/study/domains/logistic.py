@@ -1,4 +1,4 @@
-"""Logistic regression on synthetic data: the convex case, where theory holds.
+"""Logistic regression on synthetic data: the convex case, which the theory covers.
 
 Shape suffixes: B = examples, F = features.
 """

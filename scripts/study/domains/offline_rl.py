@@ -1,6 +1,6 @@
-"""Behaviour cloning on D4RL's files: HDF5, or NPZ with the same names, for those with a GPU.
+"""Behaviour cloning on D4RL's files: HDF5, or NPZ with the same names; needs a GPU in practice.
 
-Shape suffixes: B = steps, S = numbers of a state, A = numbers of an action.
+Shape suffixes: B = steps, S = state dimensions, A = action dimensions.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from study.job import Batches, Domain, Job
 
 NEEDED: Final = ("observations", "actions")
 ENDS: Final = ("terminals", "timeouts")
-VAL, TEST = 0.05, 0.05  # of the episodes
+VAL, TEST = 0.05, 0.05  # fraction of the episodes
 WIDTH: Final = 256
 
 
 def read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays of one file.
+    """Read the arrays of one file.
 
     Raises:
         ValueError: if it is neither kind, cannot be read here, or lacks states or actions.
@@ -48,7 +48,7 @@ def read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def episodes(found: dict[str, np.ndarray[Any, Any]]) -> Tensor:
-    """[B], the number of the episode that each step belongs to."""
+    """Return [B], the episode number of each step."""
     ends_B = np.zeros(len(found["actions"]), dtype=bool)
     for name in ENDS:
         if name in found:

@@ -1,4 +1,4 @@
-"""A residual network for colour images of any size, with BatchNorm."""
+"""A residual network with BatchNorm for colour images of any size."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class Residual(nn.Module):
     """Two convolutions and a shortcut.
 
     Args:
-        width: channels in.
-        out: channels out.
-        stride: of the first convolution.
+        width: input channels.
+        out: output channels.
+        stride: stride of the first convolution.
     """
 
     def __init__(self, width: int, out: int, stride: int) -> None:
@@ -32,7 +32,7 @@ class Residual(nn.Module):
 
 
 def residual_network(classes: int, width: int = 64) -> nn.Module:
-    """A stem and four stages of two blocks, each but the first of half the size and twice the channels."""
+    """Return a stem and four stages of two blocks, each after the first with half the size and twice the channels."""
     layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     into = width
     for stage in range(4):

@@ -1,4 +1,4 @@
-"""Language modelling: the next byte of the standard library's sources.
+"""Language modelling: predict the next byte of the standard library's sources.
 
 Shape suffixes: B = passages, L = bytes, E = width.
 """
@@ -19,7 +19,7 @@ TRAIN, VAL, TEST = 1280, 300, 600
 
 
 class Writer(nn.Module):
-    """Embedded bytes, two causal blocks, and a linear layer."""
+    """Language model: embedded bytes, two causal blocks, and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Writer(nn.Module):
 
 
 def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
-    """Nats per byte, for each passage."""
+    """Return nats per byte for each passage."""
     (passage,) = batch
     logits = model(passage[:, :-1]).flatten(0, 1)
     each = nn.functional.cross_entropy(logits, passage[:, 1:].flatten(), reduction="none")

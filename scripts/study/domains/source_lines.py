@@ -1,4 +1,4 @@
-"""Text classification: which module of the standard library does a line come from?
+"""Text classification: predict the standard-library module of a line.
 
 Shape suffixes: B = lines, L = words, E = width.
 """
@@ -24,7 +24,7 @@ _WORD: Final = re.compile(r"\w+|[^\w\s]")
 
 
 class Reader(nn.Module):
-    """Embedded words, one block, the mean over the words of a line, and a linear layer."""
+    """Text classifier: embedded words, one block, the mean over the words of a line, and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,13 +41,13 @@ class Reader(nn.Module):
 
 
 def _code(line: str) -> list[int]:
-    """Words hashed into 1 … BUCKETS − 1, by a checksum because `hash` differs between runs; 0 is padding."""
+    """Hash words into 1 … BUCKETS − 1, by a checksum because `hash` differs between runs; 0 is padding."""
     words = [1 + zlib.crc32(word.encode()) % (BUCKETS - 1) for word in _WORD.findall(line)[:WORDS]]
     return words + [0] * (WORDS - len(words))
 
 
 def _lines() -> tuple[Tensor, Tensor]:
-    """All lines of a dozen characters or more that only one module has, once each."""
+    """Return all distinct lines of at least a dozen characters that occur in only one module."""
     owned = [sorted({line.strip() for line in text_of(module).splitlines()}) for module in MODULES]
     owners = Counter(line for lines in owned for line in lines)
     found = [(line, label) for label, lines in enumerate(owned) for line in lines]

@@ -1,4 +1,4 @@
-"""Text that every Python brings along: the sources of its standard library."""
+"""Text that is available with every Python: the sources of its standard library."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ MODULES: Final = (
 
 
 def text_of(module: str) -> str:
-    """The source of a standard-library module, which is not imported."""
+    """Return the source of a standard-library module, without importing it."""
     return Path(sysconfig.get_path("stdlib"), f"{module}.py").read_text(encoding="utf-8")
