@@ -5,8 +5,8 @@ threads, which are then throttled for a part of each period. In addition, a libg
 spins for 300,000 iterations, 16 ms on the machine of docs/benchmarks.md, before it sleeps. On a busy machine the other
 thread may be queued for that same processor, so that a parallel region of microseconds takes milliseconds.
 
-Both are controlled by environment variables that are read once, when torch is loaded, so `configure` must run before that.
-Variables set by the user, or by a launcher such as ``torchrun``, are kept.
+Both are controlled by environment variables that are read once, when torch is loaded, so `configure` must run before
+that. Variables set by the user, or by a launcher such as ``torchrun``, are kept.
 
 References:
     libgomp manual, GOMP_SPINCOUNT, OMP_WAIT_POLICY and OMP_NUM_THREADS; `scripts/benchmark/busy.py`.
