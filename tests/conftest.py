@@ -1,4 +1,4 @@
-"""Real small trainings, once a session, and the command line by its entry point."""
+"""Small real trainings, once per session, and the command line by its entry point."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from ckptavg.objective.mixture import Mixture
 from ckptavg.runtime.signals import SIGNALS
 from ckptavg.tasks.python_file import PythonTask
 
-typer.main.get_command = cache(typer.main.get_command)  # Typer makes every command anew in each call, which takes long
-torch.set_num_threads(1)  # the networks are tiny: a second thread only waits, and for long on a busy machine
+typer.main.get_command = cache(typer.main.get_command)  # Typer rebuilds every command in each call, which is slow
+torch.set_num_threads(1)  # the networks are tiny: a second thread only waits, which is slow on a busy machine
 CPU = torch.device("cpu")
 TASK = Path(demo_task.__file__)
 HERE = Path(__file__).parent
@@ -54,12 +54,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out directories and files without a quick test; some import packages that are not installed."""
+    """Ignore directories and files without a quick test; some import packages that are not installed."""
     return True if config.getoption("--quick") and collection_path in THOROUGH else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Single tests marked ``thorough``."""
+    """With ``--quick``, deselect single tests marked ``thorough``."""
     if config.getoption("--quick"):
         left_out = [item for item in items if item.get_closest_marker("thorough")]
         items[:] = [item for item in items if not item.get_closest_marker("thorough")]
@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Thousands of tests are no garbage to look through again and again."""
+    """Freeze the collected tests, so that the garbage collector does not scan them repeatedly."""
     gc.freeze()
 
 
@@ -81,13 +81,13 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
-    """Where tests marked ``gpu`` compute."""
+    """Device of the tests marked ``gpu``."""
     return torch.device(pytestconfig.getoption("--device"))
 
 
 @dataclass(frozen=True)
 class Job:
-    """A task file and the checkpoints that its training left."""
+    """A task file and the checkpoints saved by its training."""
 
     task: Path
     module: ModuleType
@@ -95,7 +95,7 @@ class Job:
 
     @contextmanager
     def mixture(self, *, last: int | None = None, device: torch.device = CPU, **options: Any) -> Iterator[Mixture]:
-        """The real objective on these checkpoints."""
+        """Open the real objective on these checkpoints."""
         with discover([self.folder], Window(last=last)) as found:
             yield Mixture(PythonTask(str(self.task)), found.checkpoints, device=device, **options)
 
@@ -113,7 +113,7 @@ def jobs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Jo
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """``ckptavg`` by its entry point, in an empty directory; in this process, which has torch imported already."""
+    """Run ``ckptavg`` by its entry point in an empty directory, in this process, which has already imported torch."""
 
     def call(*arguments: object, cwd: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
         words = ["ckptavg", *map(str, arguments)]

@@ -1,4 +1,4 @@
-"""``ckptavg`` in a child of this process: as another user, in a directory that is gone, with streams closed."""
+"""Run ``ckptavg`` in a child of this process: as another user, in a deleted directory, with streams closed."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def forked(
     user: int | None = None, encoding: str = "utf-8", environment: dict[str, str | None] | None = None,
     stdout: int | None = None, seconds: int = 300,
 ) -> CompletedProcess[str]:  # fmt: skip
-    """The command's exit code (negative for a signal) and what it wrote, by its entry point.
+    """Run the command by its entry point; return its exit code (negative for a signal) and its output.
 
     Args:
-        *words: its arguments.
-        cwd: where it begins.
-        prepare: is called in the child, in ``cwd``, before the command.
-        closed: of the descriptors 0, 1 and 2.
-        user: whose process it is.
-        encoding: of stdout and stderr.
+        *words: arguments of the command.
+        cwd: initial working directory.
+        prepare: function called in the child, in ``cwd``, before the command.
+        closed: descriptors to close, among 0, 1 and 2.
+        user: user id of the process.
+        encoding: encoding of stdout and stderr.
         environment: variables to set, or to unset (None).
-        stdout: a descriptor instead of a file.
-        seconds: after which it has hung.
+        stdout: descriptor to use instead of a file.
+        seconds: time after which the command counts as hung.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
@@ -82,7 +82,7 @@ def _run(
                 try:
                     stream.flush()
                 except OSError:
-                    code = 120  # as the interpreter's own exit
+                    code = 120  # same as at the interpreter's own exit
     except BaseException as error:
         os.write(2, f"left by {type(error).__name__}: {error}\n".encode("utf-8", "backslashreplace"))
     finally:

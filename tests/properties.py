@@ -1,6 +1,6 @@
-"""How many examples property tests try: in CI always the same; where EXAMPLES is set, new ones and so many times more.
+"""Number of examples of property tests: in CI always the same ones; EXAMPLES=N draws new ones and N times as many.
 
-``EXAMPLES=30 pytest tests/readers tests/hostile`` is for a night.
+``EXAMPLES=30 pytest tests/readers tests/hostile`` takes a night.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TRIED: Counter[str] = Counter()
 
 
 def kept(name: str, factory: pytest.TempPathFactory) -> Path:
-    """A new directory; where FIXTURES is set one below that, which may be full already."""
+    """Return a new directory; with FIXTURES set, a directory below it that may already be filled."""
     if "FIXTURES" not in os.environ:
         return factory.mktemp(name)
     folder = Path(os.environ["FIXTURES"]) / name
@@ -30,7 +30,7 @@ def kept(name: str, factory: pytest.TempPathFactory) -> Path:
 
 
 def examples(count: int) -> Callable[[Any], Any]:
-    """Above ``@given``: try so many, and count them under "property tests" of pytest's summary."""
+    """Decorator above ``@given``: try that many examples, and count them under "property tests" in pytest's summary."""
 
     def decorate(test: Any) -> Any:
         inner = test.hypothesis.inner_test

@@ -1,4 +1,4 @@
-"""A two-line objective with a known optimum: ℓ(c) = mean (Σ_i c_i w_i)². A strategy cannot tell it from a network."""
+"""A two-line objective with a known optimum: ℓ(c) = mean (Σ_i c_i w_i)², with the interface of a network's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Quadratic:
         return 3
 
     def blocks(self, size: int | None) -> Groups:
-        """Every element is a tensor of its own."""
+        """Return the blocks: every element is a separate tensor."""
         return tuple((f"{d}.",) for d in range(self.d))
 
     def distances(self, groups: Groups) -> Tensor:
@@ -44,7 +44,7 @@ class Quadratic:
         return (c_N @ self.weights_ND if len(groups) == 1 else (c_N * self.weights_ND.T).sum(dim=1)).square().mean()
 
     def surrogate(self, on: Split | None = None, hessian: Hessian = "auto") -> Surrogate:
-        """Exact: the loss is a quadratic."""
+        """Return the exact surrogate: the loss is a quadratic."""
         hessian_NN = 2 / self.d * self.weights_ND @ self.weights_ND.T
         mean = self.weights_ND.mean(dim=0)
         return Surrogate(float(mean.square().mean()), 2 / self.d * self.weights_ND @ mean, hessian_NN, "exact")
@@ -58,7 +58,7 @@ class Quadratic:
         return float(self.weights_ND[list(subset)].mean(dim=0).square().mean())
 
     def prefetch(self, coefficients: Sequence[Coefficients], on: Split | None = None) -> None:
-        """One process has nothing to do ahead."""
+        """Do nothing: a single process has no work to do ahead."""
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         c_GN = torch.tensor(coefficients.values, dtype=torch.float64)

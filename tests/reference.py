@@ -1,4 +1,4 @@
-"""Slow and literal oracles: exact rational sums, and the numbers a floating-point format can hold."""
+"""Slow, literal oracles: exact rational sums, and the numbers a floating-point format can represent."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import Tensor
 
 
 def exact_sum(coefficients: Sequence[float], values: Sequence[float]) -> Fraction:
-    """Σ c_i w_i without any rounding."""
+    """Return Σ c_i w_i without any rounding."""
     return sum((Fraction(c) * Fraction(w) for c, w in zip(coefficients, values, strict=True)), Fraction(0))
 
 
 def half_ulp(x: Fraction, dtype: torch.dtype) -> Fraction:
-    """Half the distance between the two numbers of ``dtype`` around ``x``."""
+    """Return half the distance between the two numbers of ``dtype`` around ``x``."""
     info = torch.finfo(dtype)
     digits = round(-math.log2(info.eps))
     least = round(math.log2(info.tiny))
     exponent = least
     if x:
         exponent = max(least, math.floor(math.log2(abs(x.numerator)) - math.log2(x.denominator)))
-        exponent += abs(x) >= Fraction(2) ** (exponent + 1)  # log2 of the big integers may be a hair off
+        exponent += abs(x) >= Fraction(2) ** (exponent + 1)  # log2 of the big integers may be slightly off
         exponent -= abs(x) < Fraction(2) ** exponent and exponent > least
     return Fraction(2) ** (exponent - digits) / 2
 
 
 def bound(coefficients: Sequence[float], values: Sequence[float], dtype: torch.dtype) -> Fraction:
-    """The promise of the output: half a unit in the last place of the exact sum, plus N·2⁻⁵³·Σ|c_i w_i|.
+    """Return the error bound of the output: half a unit in the last place of the exact sum, plus N·2⁻⁵³·Σ|c_i w_i|.
 
-    Below 2⁻¹⁰²² products lose absolute, not relative, precision: half of float64's least number each.
+    Below 2⁻¹⁰²² products lose absolute, not relative, precision: half of float64's smallest number each.
     """
     total = exact_sum([abs(c) for c in coefficients], [abs(w) for w in values])
     return half_ulp(exact_sum(coefficients, values), dtype) + len(values) * (
@@ -40,7 +40,7 @@ def bound(coefficients: Sequence[float], values: Sequence[float], dtype: torch.d
 
 
 def nearest(x: Fraction, dtype: torch.dtype) -> Tensor:
-    """``x`` rounded once to ``dtype``, ties to even, by search among the neighbours of a first guess."""
+    """Return ``x`` rounded once to ``dtype``, ties to even, by search among the neighbours of a first guess."""
     guess = torch.tensor(float(x), dtype=torch.float64).to(dtype)
     around = [
         guess,

@@ -1,4 +1,4 @@
-"""Checkpoints for tests, written by the safetensors library and opened as any others are."""
+"""Checkpoints for tests, written by the safetensors library and opened like any others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ckptavg.coefficients import Coefficients
 
 
 def stored(folder: Path, states: Iterable[Mapping[str, Tensor]]) -> tuple[Checkpoint, ...]:
-    """Write each state as ``step-<i>.safetensors`` and open them all; equal ones too, which discovery would drop."""
+    """Write each state as ``step-<i>.safetensors`` and open all of them, including equal ones, unlike discovery."""
     folder.mkdir(exist_ok=True)
     opened: list[Checkpoint] = []
     for i, state in enumerate(states):
@@ -30,7 +30,7 @@ def stored(folder: Path, states: Iterable[Mapping[str, Tensor]]) -> tuple[Checkp
 def averaged(
     checkpoints: tuple[Checkpoint, ...], row: Iterable[float], dtype: str | None = None, chunk: int = 1 << 18
 ) -> dict[str, Tensor]:
-    """The average as tensors."""
+    """Return the average as tensors."""
     specs = output_specs(checkpoints[0], dtype)
     buffers = {name: bytearray(spec.nbytes) for name, spec in specs.items()}
     for name, offset, data in weighted_average(checkpoints, Coefficients((tuple(row),)), specs, chunk=chunk):

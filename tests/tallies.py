@@ -1,4 +1,4 @@
-"""Counts that are printed at the end under a heading: what was tried and what came of it, by all workers together."""
+"""Counts of all workers, printed under a heading at the end: number of attempts and their outcomes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _TALLIES = pytest.StashKey[dict[str, Counter[str]]]()
 
 
 def tallied(config: pytest.Config, heading: str) -> Counter[str]:
-    """The counts under ``heading``, to add to."""
+    """Return the counts under ``heading``, to add to."""
     return config.stash.setdefault(_TALLIES, {}).setdefault(heading, Counter())
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker of pytest-xdist tells the one who prints."""
+    """Send the counts of a pytest-xdist worker to the controller."""
     if properties.TRIED:
         tallied(session.config, "property tests").update(properties.TRIED)
     told: Any = getattr(session.config, "workeroutput", None)
@@ -27,14 +27,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """What a worker has told."""
+    """Add the counts received from a worker."""
     for heading, counts in getattr(node, "workeroutput", {}).get("tallies", {}).items():
-        for name, count in counts.items():  # also those that are 0
+        for name, count in counts.items():  # keep counts that are 0 as well
             tallied(node.config, heading)[name] += count
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print them."""
+    """Print the counts."""
     for heading, counts in config.stash.get(_TALLIES, {}).items():
         terminalreporter.section(heading)
         terminalreporter.line(", ".join(f"{name} {count}" for name, count in counts.items()))

@@ -1,4 +1,4 @@
-"""The structure that the design draws, read from the source by its syntax tree."""
+"""The structure in the design document, checked against the source's syntax trees."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import ckptavg
 from ckptavg.strategies import strategies
 
 PACKAGE = Path(ckptavg.__file__).parent
-# a module may import from its own line and those below; from top to bottom as in the design
+# a module may import from its own layer and those below; from top to bottom as in the design
 LAYERS = (
     ("__main__",),
     ("cli", "api"),
@@ -42,7 +42,7 @@ def room(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """The modules a file imports, wherever in it; what only the type checker sees does not count."""
+    """Return the modules imported anywhere in a file, except under TYPE_CHECKING."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     unseen = {
         id(inner)
@@ -93,7 +93,7 @@ def test_a_strategy_sees_mathematics_only(name: str):
 
 
 def test_reports_are_made_without_torch():
-    for path in {*(PACKAGE / "report").glob("*.py")} - {PACKAGE / "report" / "bootstrap.py"}:  # which resamples scores
+    for path in {*(PACKAGE / "report").glob("*.py")} - {PACKAGE / "report" / "bootstrap.py"}:  # resampling of scores
         assert not any(module.split(".")[0] == "torch" for module in imported(path))
 
 
@@ -102,7 +102,7 @@ def test_click_is_never_imported():
 
 
 def loaded_by(*arguments: str, cwd: Path | None = None) -> set[str]:
-    """The modules that a command loads, as the interpreter reports them."""
+    """Return the modules that a command loads, as reported by the interpreter."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "ckptavg", *arguments],
         cwd=cwd,
@@ -113,7 +113,7 @@ def loaded_by(*arguments: str, cwd: Path | None = None) -> set[str]:
     return {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
 
 
-# what takes longer to import than a command that only looks should take
+# modules too slow to import for a command that only inspects
 HEAVY = {"torch", "numpy", "transformers", "safetensors", "scipy", "sklearn", "matplotlib", "datasets", "pandas", "cma"}
 
 

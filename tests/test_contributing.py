@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md holds to the letter: its files, added to a copy of the package as printed, pass all checks."""
+"""CONTRIBUTING.md is literally correct: its files, added to a copy of the package as printed, pass all checks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STRATEGY, FORMAT, SAMPLE = "ckptavg/strategies/linear.py", "ckptavg/readers/npy.
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository with the files that the page prints; nothing that exists is changed."""
+    """Copy the repository and add the files that the page prints; existing files are not changed."""
     folder = tmp_path_factory.mktemp("copy")
     for name in ("ckptavg", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -43,7 +43,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def arrays(tmp_path: Path) -> Iterator[Path]:
-    """Two checkpoints that NumPy wrote."""
+    """Write two checkpoints with NumPy."""
     (tmp_path / "ckpts").mkdir()
     for step in (1, 2):
         np.save(tmp_path / "ckpts" / f"step-{step}.npy", np.full((2, 3), step, dtype="<f4"))
@@ -92,7 +92,7 @@ def test_lint_format_and_types_are_clean(copy: Path, tool: str):
 
 @pytest.mark.thorough
 def test_the_contract_and_document_tests_hold_with_the_new_files(copy: Path):
-    """The tests that go over all strategies and formats, and those that compare them with the documents."""
+    """Run the tests that cover all strategies and formats, and those that compare them with the documents."""
     files = [
         "tests/readers/test_contract.py", "tests/strategies/test_contract.py", "tests/test_architecture.py",
         "tests/test_docs.py",

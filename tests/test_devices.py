@@ -1,4 +1,4 @@
-"""On another device the same is found: scripts/gpu/check.sh runs this with ``--device cuda``."""
+"""Results on another device equal those on the CPU: scripts/gpu/check.sh runs this with ``--device cuda``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ckptavg.strategies import from_spec, strategies
 pytestmark = pytest.mark.gpu
 QUICK = {"sewa": "sewa:k=2:steps=10", "lawa": "lawa:k=2", "twa": "twa:epochs=2"}
 NAMES = sorted(strategies())
-# of coefficients learned in float32, whose sums have another order: AdamW divides a gradient by its own size
+# for coefficients learned in float32, whose sums have another order: AdamW divides a gradient by its own size
 BOUND = 1e-3
 MATRICES: Mapping[str, Mapping[str, Any]] = {
     "dense": {},
@@ -97,7 +97,7 @@ def test_the_file_has_the_bytes_of_the_cpus(jobs: dict[str, Job], device: torch.
         if way == "compiled":
             assert results[-1].matrix is not None and results[-1].matrix.compiled, results[-1].notes
     first, second = results
-    if way != "bfloat16":  # where the devices may take another of two that are as good
+    if way != "bfloat16":  # where devices may choose differently between two equally good candidates
         assert [one.coefficient for one in first.candidates] == [one.coefficient for one in second.candidates]
         assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
     assert sum(one.coefficient > 0 for one in second.candidates) == 2
@@ -119,7 +119,7 @@ def test_only_batchnorms_statistics_differ_from_the_cpus_file(
 
 @pytest.mark.thorough
 def test_a_killed_run_goes_on(jobs: dict[str, Job], device: torch.device, tmp_path: Path):
-    """Killed by itself in the middle of its batches, then resumed: the bytes of a run that was not."""
+    """Kill a run from inside in the middle of its batches, then resume it: the bytes of an uninterrupted run."""
     job, task = jobs["mlp"], tmp_path / "mine.py"
     task.write_text(f"""
 import os, signal, sys
@@ -146,7 +146,7 @@ def loss(model, batch):
 
 
 class Waiting(TorchDispatchMode):
-    """Refuses what the host would wait for on a GPU: operations that look at values.
+    """Refuses operations that look at values, for which the host would wait on a GPU.
 
     Samplers draw their indices, and optimizers count their steps, on the host whatever the device.
     """
@@ -184,7 +184,7 @@ def no_waiting(device: torch.device) -> Generator[None]:
     ],
 )  # fmt: skip
 def test_a_step_waits_for_nothing(jobs: dict[str, Job], device: torch.device, spec: str, matrix: str, kind: str):
-    """From the end of the first step, which loads and warms up, to that of the third."""
+    """Check from the end of the first step, which loads and warms up, to the end of the third."""
     with jobs[kind].mixture(last=5, device=device, **MATRICES[matrix]) as mixture:
         steps, forbidden = 0, no_waiting(device)
 
@@ -207,6 +207,6 @@ def test_a_step_waits_for_nothing(jobs: dict[str, Job], device: torch.device, sp
     assert steps >= 3
 
 
-def test_what_waits_is_noticed(device: torch.device):
+def test_a_waiting_operation_is_detected(device: torch.device):
     with no_waiting(device), pytest.raises(RuntimeError, match=r"wait|synchroniz"):
         float(torch.ones(1, device=device).sum())

@@ -1,4 +1,4 @@
-"""README.md and docs/ are true: what they name exists, and all commands, options and report keys are in them."""
+"""README.md and docs/ are correct: every name in them exists, and all commands, options and report keys are in them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ckptavg.surrogate import Surrogate
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-# pages whose commands and options are checked, and options of other programs in them
+# pages whose commands and options are checked, and the options of other programs in them
 USER_PAGES = [
     ROOT / name
     for name in (
@@ -37,7 +37,7 @@ USER_PAGES = [
     )
 ]  # fmt: skip
 FOREIGN = {"--requeue", "--signal", "--open-mode"}
-# a strategy that `compare` does not run by default, such as one being developed, need not be in the pages
+# a strategy that `compare` does not run by default, such as one in development, may be missing from the pages
 DRAFTS = strategies().keys() - set(DEFAULT)
 
 
@@ -49,20 +49,20 @@ README, REFERENCE = text("README.md"), text("docs/reference.md")
 
 
 def section(page: str, heading: str) -> str:
-    """The part of a page below a heading of the second level."""
+    """Return the part of a page below a heading of the second level."""
     return page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
 @pytest.fixture(scope="module")
 def commands() -> dict[str, Any]:
-    """Command name → the parsed command line of the program."""
+    """Return command name → the parsed command line of the program."""
     group: Any = typer.main.get_command(app)
     return group.commands
 
 
 @pytest.fixture(scope="module")
 def options(commands: dict[str, Any]) -> dict[str, set[str]]:
-    """Command name → all of its option names."""
+    """Return command name → all of its option names."""
     return {
         name: {
             option
@@ -77,7 +77,7 @@ def options(commands: dict[str, Any]) -> dict[str, set[str]]:
 
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory that ``ckptavg demo`` makes."""
+    """Return the directory that ``ckptavg demo`` creates."""
     folder = tmp_path_factory.mktemp("docs") / "ckptavg-demo"
     demo.command(folder)
     return folder
@@ -87,12 +87,12 @@ CODE = re.compile(r"^```.*?^```|^ {4}.*?$", re.MULTILINE | re.DOTALL)
 
 
 def spans(page: str) -> Iterator[str]:
-    """The inline code of a page, each span on one line."""
+    """Return the inline code of a page, each span on one line."""
     yield from (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", CODE.sub("", page)))
 
 
 def shown_commands(page: str) -> Iterator[list[str]]:
-    """The arguments of every ``ckptavg`` command in the code blocks of a page."""
+    """Return the arguments of every ``ckptavg`` command in the code blocks of a page."""
     for line in "\n".join(CODE.findall(re.sub(r"\\\n\s*", "", page))).splitlines():
         if match := re.match(r"(?:.*-m |until |.*\$ |.*\$\()? *ckptavg ([a-z]+ .*)", line):
             yield shlex.split(re.split(r"[;)&]", match[1])[0], comments=True)
@@ -208,7 +208,7 @@ def test_every_setting_of_a_strategy_has_help(run: Run, name: str):
 
 
 def test_the_tour_of_the_readme_runs_as_written(run: Run, demo_folder: Path, tmp_path: Path):
-    """Each `$ ckptavg` line of the README, in the directory that `ckptavg demo` makes."""
+    """Run each `$ ckptavg` line of the README in the directory that `ckptavg demo` creates."""
     folder = shutil.copytree(demo_folder, tmp_path / "demo")
     lines = re.findall(r"^    \$ (?:m=\$\()?(ckptavg [^)\n]*)\)?$", README, re.MULTILINE)
     assert len(lines) == 5

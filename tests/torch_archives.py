@@ -1,4 +1,4 @@
-"""Torch files for the readers' tests: made by hand, so that every byte can be wrong, and read back whole."""
+"""Torch files for the readers' tests: built by hand, so that every byte can be wrong, and read back completely."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Entry:
 
 
 def zip_bytes(entries: Iterable[Entry], *, before: bytes = b"", after: bytes = b"", **end: int) -> bytes:
-    """A zip archive, as plain as can be; ``end`` replaces fields of the record that ends it."""
+    """Return a minimal zip archive; ``end`` replaces fields of its end record."""
     body, directory, count = before, b"", 0
     for entry in entries:
         name = entry.name.encode("utf-8", "surrogatepass")
@@ -61,7 +61,7 @@ def zip_bytes(entries: Iterable[Entry], *, before: bytes = b"", after: bytes = b
 
 
 def archive(path: Path, pickle: bytes, records: Mapping[str, bytes] | None = None, **extra: bytes) -> Path:
-    """A torch file of a given ``data.pkl`` and storages."""
+    """Return a torch file with this ``data.pkl`` and these storages."""
     entries = [Entry("archive/data.pkl", pickle)]
     entries += [Entry(f"archive/data/{key}", data) for key, data in (records or {}).items()]
     entries += [Entry(f"archive/{name}", data) for name, data in ({"version": b"3\n"} | extra).items()]
@@ -70,7 +70,7 @@ def archive(path: Path, pickle: bytes, records: Mapping[str, bytes] | None = Non
 
 
 def values(reader: Reader, node: Node | None = None) -> object:
-    """``node``, or the whole tree, with every tensor read: (dtype, shape, bytes)."""
+    """Return ``node``, or the whole tree, with every tensor read: (dtype, shape, bytes)."""
     node = reader.tree if node is None else node
     if isinstance(node, StoredTensor):
         content = bytearray(node.nbytes)
@@ -86,7 +86,7 @@ def values(reader: Reader, node: Node | None = None) -> object:
 
 
 def read(path: Path) -> object:
-    """Everything in the file."""
+    """Read everything in the file."""
     reader = open_reader(path)
     try:
         return values(reader)
@@ -95,7 +95,7 @@ def read(path: Path) -> object:
 
 
 def expected(value: object) -> object:
-    """What `read` should give for what ``torch.load`` gives."""
+    """Return the expected result of `read` for the result of ``torch.load``."""
     if isinstance(value, torch.Tensor):
         plain = value.detach().clone(memory_format=torch.contiguous_format).flatten()
         dtype = next(name for name, dtype in TORCH_DTYPE.items() if dtype == value.dtype)

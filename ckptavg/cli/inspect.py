@@ -70,7 +70,7 @@ def command(
     if bad:
         raise InputError(
             f"{len(bad)} of {len(found.checkpoints) + len(bad)} checkpoints cannot be read",
-            hint="leave them out with --exclude, or all of them with --skip-bad",
+            hint="leave them out with --exclude; the commands that average also have --skip-bad",
         )
     if not found.checkpoints:
         raise InputError("no checkpoints found", path=", ".join(map(str, ckpts)))

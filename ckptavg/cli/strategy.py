@@ -7,6 +7,8 @@ from dataclasses import fields
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+import typer
+
 from ckptavg.cli.command import parameter, run_command, with_signature
 from ckptavg.cli.options import MAIN, option
 from ckptavg.objective import Strategy
@@ -55,4 +57,7 @@ def _panel(hint: Any) -> str:
 
 
 def _number_or_auto(text: str) -> int | str:
-    return "auto" if text == "auto" else int(text)
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"must be a whole number or auto, not {text!r}") from error

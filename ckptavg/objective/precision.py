@@ -84,7 +84,7 @@ class Compiled:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Suppress torch's warnings about its own use of TorchScript."""
+    """Suppress DeprecationWarnings, which torch raises about its own use of TorchScript."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield

@@ -168,7 +168,7 @@ def _columns(batches: Sequence[_Batch]) -> _Columns:
 def _split_batches(
     counts: Sequence[tuple[int, int]], units: Sequence[Tensor], sizes: Sequence[list[int]]
 ) -> list[_Batch]:
-    """Rebuild the batches from `_columns`."""
+    """Invert `_columns`: rebuild the batches from what it returned."""
     columns = [list(column.split(size)) for column, size in zip(units, sizes, strict=False)]
     rows = zip(counts, *columns, strict=True)
     return [_Batch(count, checksum, row[0], row[1] if len(row) > 1 else None) for (count, checksum), *row in rows]

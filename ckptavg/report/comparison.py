@@ -46,7 +46,7 @@ def _table(comparison: Comparison, splits: list[Split]) -> Table:
             f"{split} {'metric' if metric else 'loss'}", justify="right", min_width=len(split), overflow="fold"
         )
     batches = any(contestant.cost.forward_batches for contestant in comparison.contestants)
-    costs = ("passes f+b", "epochs", "seconds") if batches else ("scores", "", "seconds")
+    costs = ("batches f+b", "epochs", "seconds") if batches else ("scores", "", "seconds")
     for heading in (f"over last ({splits[-1]})", "", "used", *costs):
         # on a narrow terminal the interval wraps below its difference
         fixed = not heading.startswith("over last")

@@ -82,7 +82,7 @@ def waiting() -> Generator[None]:
 
 @contextmanager
 def at_once() -> Generator[None]:
-    """Raise `Interruption` wherever a signal arrives within the context: for waits that never reach a `check`."""
+    """Raise `Interruption` as soon as a signal arrives: for waits that never reach a `check`."""
     with _handled(waits=False):
         check()
         yield

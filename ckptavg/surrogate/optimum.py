@@ -127,7 +127,10 @@ def _inside(lambda_K: Tensor, gamma_K: Tensor) -> Tensor | None:
 
 
 def _on_the_boundary(lambda_K: Tensor, gamma_K: Tensor, radius: float, axes_NK: Tensor) -> Tensor:
-    """Return t with ‖t‖ = radius and (λ + μ)t = −γ; solves for s = μ − max(0, −λ_1), so that s = 0 is exact."""
+    """Return t with ‖t‖ = radius and (λ + μ)t = −γ.
+
+    The unknown is s = μ − max(0, −λ_1), λ_1 being the least eigenvalue, so that s = 0 has no rounding error.
+    """
     above_K = lambda_K - lambda_K[0].clamp(max=0)
     above_K = above_K.masked_fill(above_K <= FLAT * lambda_K.abs().max(), 0)
     lowest_K = above_K == 0

@@ -258,7 +258,7 @@ def _import(source: str) -> ModuleType:
     try:
         if source.endswith(".py") or "/" in source:
             if not is_file(path):
-                raise UsageError(f"no such task file: {source}", hint="`ckptavg init` writes one")
+                raise UsageError(f"no such task file: {source}", hint=f"`ckptavg init {source}` writes one")
             return _import_file(path.resolve())
         if not all(map(str.isidentifier, source.split("."))):
             raise UsageError(f"no task file or module is called {source}", hint="`ckptavg init` writes one")

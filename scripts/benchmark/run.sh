@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measure every figure of docs/benchmarks.md, one table after the other: ./scripts/benchmark/run.sh [--quick]
-# Writes build/benchmark/run.md. About an hour on two idle cores and 10 GB of disk; --quick: minutes, a tenth of the size.
+# Writes build/benchmark/run.md. About an hour on two idle cores and 10 GB of disk; --quick: minutes, a tenth of it.
 # mergekit and timm get a separate environment; timm's averaging script is not in its package, so
 # TIMM_AVERAGER=path/to/avg_checkpoints.py adds its row.
 set -euo pipefail

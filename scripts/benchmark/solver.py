@@ -125,11 +125,11 @@ def main() -> None:
             quadratic, gumbel = (median(f.passes for f in some) for some in ([c.quadratic for c in cases], runs))
             seconds = "/".join(f"{median(f.seconds for f in s):.1f}" for s in ([c.quadratic for c in cases], runs))
             proofs = [proof for case in cases for proof in case.proofs]
-            told = ", ".join(f"{proof} {proofs.count(proof) / len(proofs):.0%}" for proof in dict.fromkeys(proofs))
+            shares = ", ".join(f"{proof} {proofs.count(proof) / len(proofs):.0%}" for proof in dict.fromkeys(proofs))
             more = " " if enough else ">"
             good = f"{sum(case.reached(steps) for case in cases)} of {len(runs)}"
             print(f"{name:13} {n:3} {quadratic:9.1f} {more}{gumbel:8.1f} {quadratic / gumbel:6.2f} {steps:6} {good:>8} "
-                  f"{seconds:>14} {median(case.searched for case in cases):10.2f}  {told}", flush=True)  # fmt: skip
+                  f"{seconds:>14} {median(case.searched for case in cases):10.2f}  {shares}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

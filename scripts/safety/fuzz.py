@@ -1,7 +1,8 @@
-"""Damaged checkpoints and random pickles for as long as is wanted: ``fuzz.py --seconds 600`` prints counts.
+"""Read damaged checkpoints and random pickles for a given time: ``fuzz.py --seconds 600`` prints counts.
 
-Workers do it, so that a crash is counted and its seed is printed; ``--seed N --count 1`` does one seed again. Exits 1
-if anything crashed, hung, raised what is no InputError, or let an altered tensor through where there are checksums.
+Inputs are read in worker processes, so that a crash is counted and its seed printed; ``--seed N --count 1`` repeats one
+seed. Exits with 1 on any crash, hang, exception other than InputError, or altered tensor accepted by a format that has
+checksums.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ HANG = 20  # seconds for one mutant
 BAD = ("altered", "error", "crash", "hang")
 
 
-def one(seed: int, folder: Path, only: str = "") -> str:
-    """What came of the mutant or pickle of a seed, as ``kind outcome``."""
+def outcome_of(seed: int, folder: Path, only: str = "") -> str:
+    """Read the mutant or pickle of a seed; return ``kind outcome``."""
     from hostile import mutants, torch_cases
 
     rng = random.Random(seed)
@@ -42,7 +43,7 @@ def one(seed: int, folder: Path, only: str = "") -> str:
 
 
 def work(seed: int, step: int, seconds: float, count: int, only: str) -> None:
-    """A worker: every ``step``-th seed; says which it begins, so that whoever reads knows where it died."""
+    """Run as a worker over every ``step``-th seed; print each seed first, so that a crash can be attributed."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.setrecursionlimit(1000)
@@ -54,8 +55,8 @@ def work(seed: int, step: int, seconds: float, count: int, only: str) -> None:
             sys.stdout.flush()
             signal.alarm(HANG)
             try:
-                outcome = one(seed, Path(folder) / "step-3", only)
-            except Exception as error:  # whatever it is, it is a finding
+                outcome = outcome_of(seed, Path(folder) / "step-3", only)
+            except Exception as error:  # any other exception is a finding
                 outcome = f"any error {type(error).__name__}"
                 traceback.print_exc()
             signal.alarm(0)
@@ -65,7 +66,7 @@ def work(seed: int, step: int, seconds: float, count: int, only: str) -> None:
 
 
 def run(seed: int, step: int, seconds: float, count: int, only: str) -> tuple[Counter[str], list[str]]:
-    """Workers one after the other until the time is up; outcomes and findings."""
+    """Run workers one after the other until the time is up; return outcomes and findings."""
     found: Counter[str] = Counter()
     findings: list[str] = []
     end = time.monotonic() + seconds

@@ -1,8 +1,8 @@
-"""Any bytes into the parsers that are the project's own, steered by coverage: ``headers.py --seconds 600 [CORPUS]``.
+"""Coverage-guided fuzzing of the project's own parsers: ``headers.py --seconds 600 [CORPUS]``.
 
-Under atheris (``pip install atheris``, which has wheels for some versions of Python); more options go to libFuzzer,
-and the directory CORPUS keeps what it learns. Where it is not installed, or with ``--random``, the same function gets
-valid headers damaged at random. What is raised but an InputError is a finding; counts are printed as JSON.
+Uses atheris (``pip install atheris``, which has wheels for some versions of Python); further options go to libFuzzer,
+which saves its corpus in the directory CORPUS. Without atheris, or with ``--random``, the same function gets valid
+headers with random damage. Any exception other than InputError is a finding; counts are printed as JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ with (
     from ckptavg.errors import InputError
     from ckptavg.filesystem.strict_json import read_json
     from ckptavg.readers import open_reader
-    from ckptavg.readers.safetensors import READER as SAFETENSORS  # noqa: F401  # loaded while it can be instrumented
+    from ckptavg.readers.safetensors import READER as SAFETENSORS  # noqa: F401  # imported while it can be instrumented
 
 from hostile import mutants, sharded_cases, torch_cases  # noqa: E402
 from hostile.case import plain, write  # noqa: E402
@@ -74,7 +74,7 @@ def _json(data: bytes, folder: Path) -> object:
 
 
 class _Listed:
-    """As much of a checkpoint as a list of sums is asked about."""
+    """The attributes of a checkpoint that the parser of a list of sums uses."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "step-1.safetensors"
@@ -110,8 +110,8 @@ PARSERS: dict[str, tuple[Parser, Callable[[random.Random], bytes]]] = {
 KINDS = tuple(PARSERS)
 
 
-def one(data: bytes, folder: Path) -> str:
-    """What came of one input: its first byte says which parser gets the rest."""
+def outcome_of(data: bytes, folder: Path) -> str:
+    """Parse one input and return its outcome; the first byte selects the parser of the rest."""
     kind = KINDS[data[0] % len(KINDS)] if data else KINDS[0]
     try:
         PARSERS[kind][0](data[1:], folder)
@@ -121,7 +121,7 @@ def one(data: bytes, folder: Path) -> str:
 
 
 def at_random(seconds: float, seed: int, folder: Path) -> int:
-    """Valid headers, damaged up to four times, for so long; prints counts, and the inputs that raised anything else."""
+    """Parse valid headers, damaged up to four times, for that long; print counts and inputs with other exceptions."""
     rng = random.Random(seed)
     found: Counter[str] = Counter()
     end = time.monotonic() + seconds
@@ -132,8 +132,8 @@ def at_random(seconds: float, seed: int, folder: Path) -> int:
         for _ in range(rng.randrange(5)):
             data = rng.choice(mutants.DAMAGES)(data, rng) if data else data
         try:
-            found[one(bytes([number]) + data, folder)] += 1
-        except Exception as error:  # whatever it is, it is a finding
+            found[outcome_of(bytes([number]) + data, folder)] += 1
+        except Exception as error:  # any other exception is a finding
             findings += 1
             print(f"{KINDS[number]}: {type(error).__name__}: {error}: {data[:2000].hex()}", file=sys.stderr)
     tried = sum(found.values()) + findings
@@ -146,14 +146,14 @@ def at_random(seconds: float, seed: int, folder: Path) -> int:
 
 
 def plant(directory: Path) -> None:
-    """Valid inputs of each parser, to begin with."""
+    """Write valid inputs of each parser as the initial corpus."""
     for number, (kind, (_, make)) in enumerate(PARSERS.items()):
         for seed in range(8):
             (directory / f"{kind.replace(' ', '-')}-{seed}").write_bytes(bytes([number]) + make(random.Random(seed)))
 
 
 def steered(seconds: float, options: list[str], folder: Path) -> int:
-    """libFuzzer on these functions, in a process that it may end; prints how many inputs it tried."""
+    """Run libFuzzer on these parsers, in a process that it may terminate; print how many inputs it tried."""
     known = [one for one in options if Path(one).is_dir()] or [str(folder)]
     plant(Path(known[0]))
     command = [sys.executable, __file__, "--child", f"-max_total_time={seconds:.0f}", "-print_final_stats=1"]
@@ -179,8 +179,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         folder = Path(name)
         if options.child:
-            atheris.Setup([sys.argv[0], *rest], lambda data: one(data, folder))
-            atheris.Fuzz()  # which ends the process
+            atheris.Setup([sys.argv[0], *rest], lambda data: outcome_of(data, folder))
+            atheris.Fuzz()  # terminates the process
         if HAS_ATHERIS and not options.random:
             return steered(options.seconds, rest, folder)
         return at_random(options.seconds, random.SystemRandom().randrange(2**40), folder)

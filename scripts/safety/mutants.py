@@ -1,11 +1,11 @@
-"""Changes readers, writer and journal in one place at a time, and counts the changes that a test notices.
+"""Mutate readers, writer and journal one place at a time, and count the mutants that a test detects.
 
-    mutants.py --sample 1000            of all changes, drawn at random
-    mutants.py --only 'ckptavg.filesystem.lock*'   all changes of some modules
-    mutants.py --survivors              those that nobody noticed, of the last run
+    mutants.py --sample 1000            of all mutants, drawn at random
+    mutants.py --only 'ckptavg.filesystem.lock*'   all mutants of some modules
+    mutants.py --survivors              list the undetected mutants of the last run
 
-By mutmut (``pip install mutmut``), in the folder ``mutants``, by the settings in pyproject.toml. Prints JSON. A change
-that lets tests run for too long is noticed too; one in code that these tests do not run is not.
+Uses mutmut (``pip install mutmut``), in the folder ``mutants``, with the settings in pyproject.toml. Prints JSON. A
+mutant that makes tests time out counts as detected; one in code that these tests do not run counts as undetected.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "mutants"
-SKIPPED = 34  # mutmut's own code
+SKIPPED = 34  # mutmut's own exit code
 
 
 def mutmut(*arguments: str) -> None:
     own = {"PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1", "EXAMPLES": "0.1"}
     environment = {**os.environ, **own, "FIXTURES": str(ROOT / "build" / "fixtures")}
-    FOLDER.mkdir(exist_ok=True)  # before it starts: Python forgets for good what it did not find when it looked first
+    FOLDER.mkdir(exist_ok=True)  # beforehand: Python caches the absence of a directory that an import looked up
     command = [sys.executable, "-m", "mutmut", *arguments]
     subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=True)
 
 
-def found() -> dict[str, int | None]:
-    """Name of a change → what the tests ended with."""
+def exit_codes() -> dict[str, int | None]:
+    """Return name of a mutant → exit code of its tests."""
     known: dict[str, int | None] = {}
     for path in sorted(FOLDER.rglob("*.meta")):
         known |= json.loads(path.read_text())["exit_code_by_key"]
@@ -41,7 +41,7 @@ def found() -> dict[str, int | None]:
 
 
 def choose(names: set[str]) -> None:
-    """Let mutmut think that it has skipped all others, and these are still to be tried."""
+    """Mark all other mutants as skipped and these as pending."""
     for path in FOLDER.rglob("*.meta"):
         known = json.loads(path.read_text())
         codes = known["exit_code_by_key"]
@@ -60,18 +60,18 @@ def main() -> int:
     from mutmut.stats import status_by_exit_code as status
 
     if options.survivors:
-        for name in [name for name, code in found().items() if status[code] in ("survived", "no tests")]:
+        for name in [name for name, code in exit_codes().items() if status[code] in ("survived", "no tests")]:
             subprocess.run([sys.executable, "-m", "mutmut", "show", name], check=True)
         return 0
     mutmut("run", *(options.only or ["ckptavg.filesystem.lock.x_release*"]))
-    names = [*found()] if not options.only else []
+    names = [*exit_codes()] if not options.only else []
     if options.sample:
         names = random.Random(options.seed).sample(names, min(options.sample, len(names)))
     if names:
-        (FOLDER / "mutmut-stats.json").unlink()  # or it would ask pytest for tests by names that pytest does not take
+        (FOLDER / "mutmut-stats.json").unlink()  # otherwise it passes test names to pytest that pytest does not accept
         choose({*names})
         mutmut("run")
-    every = found()
+    every = exit_codes()
     counts = Counter(status[every[name]] for name in (names or [n for n, code in every.items() if code is not None]))
     noticed = counts["killed"] + counts["timeout"] + counts["segfault"]
     tried = counts.total() - counts["not checked"] - counts["skipped"]

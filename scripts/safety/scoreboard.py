@@ -92,14 +92,14 @@ def _count(*names: str) -> Callable[[Figures], str]:
 ROWS = (
     Row(
         1,
-        "Hostile files and directories: one line that names the file, the right exit code, nothing written",
+        "Hostile files and directories: a one-line error that names the file, the right exit code, nothing written",
         "≥ 300 files and ≥ 80 directories, all",
         "corpus",
         _count("files", "directories", "other faults"),
     ),
-    Row(2, "… bad input that is accepted", "0", "corpus", _count("other faults")),
+    Row(2, "… bad input accepted", "0", "corpus", _count("other faults")),
     Row(3, "… crash, hang, > 5 s, > 1 GiB, traceback", "0", "corpus", _count("crashes", "hangs", "tracebacks")),
-    Row(4, "Code that a file brings is run", "0 of ≥ 40 payloads", "corpus", _count("code runs", "payloads")),
+    Row(4, "Code in a file is executed", "0 of ≥ 40 payloads", "corpus", _count("code runs", "payloads")),
     Row(
         5,
         "Damaged files of every format: crash, hang, unclassified error",
@@ -118,14 +118,14 @@ ROWS = (
     Row(8, "Random pickle programs: crashes", "0 of 1,000,000", "pickles", _count("tried", "crash", "hang", "error")),
     Row(
         9,
-        "Property tests: round trips, readers beside other readers, grammar, arguments",
+        "Property tests: round trips, readers against other readers, grammar, arguments",
         "200,000 examples, 0 failures",
         "properties",
         _count("examples", "failed"),
     ),
     Row(
         9,
-        "… any bytes into the parsers, steered by coverage",
+        "… coverage-guided fuzzing of the parsers with arbitrary bytes",
         "an hour, 0 findings",
         "headers",
         lambda found: f"{found['tried']:,} inputs by {found['by']}, {found['findings']} findings",
@@ -155,15 +155,15 @@ ROWS = (
     ),
     Row(
         12,
-        "Power cuts, by a model of a disk that drops what was not flushed",
+        "Power cuts, simulated by a disk model that drops unflushed writes",
         "≥ 20 moments, nothing wrong accepted",
         "power",
         lambda found: f"{found.get('power cuts', 0)} moments × 25 states of the disk, 0 wrong",
     ),
-    Row(13, "Races on one output: winners", "exactly 1 of 6, 50 times", "races", lambda found: _races(found)),
+    Row(13, "Concurrent runs, one output: winners", "exactly 1 of 6, 50 times", "races", lambda found: _races(found)),
     Row(
         14,
-        "Inputs changed during the run: 12 changes × 4 formats",
+        "Inputs modified during the run: 12 modifications × 4 formats",
         "48 of 48 noticed, 0 SIGBUS",
         "inputs",
         lambda found: (
@@ -173,16 +173,16 @@ ROWS = (
     ),
     Row(
         15,
-        "The same bytes: again, 1/2/4 threads, 1/2/4 processes, shuffled listing, 0/2 workers of a loader, hash seeds, "
-        "killed and resumed",
+        "Identical bytes: repeated, 1/2/4 threads, 1/2/4 processes, shuffled listing, 0/2 DataLoader workers, hash "
+        "seeds, killed and resumed",
         "1 output of ≥ 14 runs",
         "bytes",
         lambda found: _distinct(found),
     ),
-    Row(16, "Good but awkward inputs are kept right", "≥ 40 of 40", "awkward", _count("passed")),
+    Row(16, "Valid but unusual inputs are averaged correctly", "≥ 40 of 40", "awkward", _count("passed")),
     Row(
         17,
-        "What safety costs an average, 10 files: processor's time and wall-clock",
+        "Overhead of the safety measures on an average of 10 files: CPU time and wall-clock time",
         "≤ 10 %",
         "cost",
         lambda found: f"{found['processor_cost_percent']} % and {found['wall_cost_percent']} %, from the page cache",
@@ -196,7 +196,7 @@ ROWS = (
     ),
     Row(
         17,
-        "… memory of an average, and opening 100,000 tensors",
+        "… memory of an average, and time to open 100,000 tensors",
         "≤ 2 tensors + 64 MB beyond one model; < 5 s",
         "cost, cold",
         lambda found: (
@@ -206,14 +206,14 @@ ROWS = (
     ),
     Row(
         18,
-        "Branch coverage of readers, writer, journal",
+        "Branch coverage of the readers, the writer and the journal",
         "100 %",
         "coverage",
         lambda found: f"{found['percent_covered']:.1f} %",
     ),
     Row(
         18,
-        "… changes to their code that a test notices (mutation score)",
+        "… changes to their code that a test detects (mutation score)",
         "≥ 90 %",
         "mutants",
         lambda found: _noticed(found),

@@ -12,7 +12,7 @@ from study.tables import NONE, digits_of, shown, table
 
 def claims(found: Sequence[Setting]) -> list[str]:
     """Return the sections, one per claim."""
-    return ["## The papers' claims, in small", *_sewa(found), *_aswa(found), *_twa(found)]
+    return ["## The papers' claims at small scale", *_sewa(found), *_aswa(found), *_twa(found)]
 
 
 def _sewa(found: Sequence[Setting]) -> list[str]:
@@ -25,9 +25,9 @@ def _sewa(found: Sequence[Setting]) -> list[str]:
             rows.append([f"{one.title}: {kind}", *(f"{fmean(f):.{digits}f}" if f else NONE for f in figures), ""])
         rows[-2][-1] = shown(_over_ks(one), digits)
     text = (
-        "Wang et al. (2025) compare K from few to all; their reviewers found SeWA and LAWA alike in the curves. Test "
-        "figure by K, and the mean of SeWA − LAWA over the K between 1 and N, paired by seed. At K = N both are SWA; "
-        "LAWA at K = 1 is the last checkpoint."
+        "Wang et al. (2025) compare values of K up to all candidates; to their reviewers the curves of SeWA and LAWA "
+        "looked alike. Test figure by K, and the mean of SeWA − LAWA over all K < N, paired by seed. At K = N both are "
+        "SWA; LAWA at K = 1 is the last checkpoint."
     )
     return [
         "### SeWA for every K",
@@ -46,8 +46,8 @@ def _same(found: Sequence[Setting]) -> str:
     for label in labels:
         pairs = [(record.row(label), record.row(f"LAWA-{record.k}")) for record in records]
         known = [(a.coefficients, b.coefficients) for a, b in pairs if a is not None and b is not None]
-        counts.append(f"{label} in {sum(a == b for a, b in known)} of {len(known)} trainings")
-    return f"The very subset that LAWA takes was chosen by {', '.join(counts)}."
+        counts.append(f"{label} {sum(a == b for a, b in known)} of {len(known)}")
+    return f"Trainings in which a strategy chose exactly LAWA's subset: {', '.join(counts)}."
 
 
 def _ranks(found: Sequence[Setting]) -> list[str]:
@@ -71,10 +71,10 @@ def _ranks(found: Sequence[Setting]) -> list[str]:
     if not rows:
         return []
     text = (
-        "Of all subsets of K by validation loss, how often the chosen one was the best, or within the best 1 %, and "
-        "what the search cost, in training epochs as a share of what SeWA's cost on the same training (median)."
+        "How often the chosen subset was the best, or within the best 1 %, of all subsets of size K by validation "
+        "loss, and the cost of the search in training epochs relative to SeWA's on the same training (median)."
     )
-    return [text, table(["strategy", "the best", "best 1 %", "cost, of SeWA's"], rows)]
+    return [text, table(["strategy", "best", "best 1 %", "cost relative to SeWA"], rows)]
 
 
 def _over_ks(one: Setting) -> Interval | None:
@@ -97,9 +97,9 @@ def _aswa(found: Sequence[Setting]) -> list[str]:
             row += [shown(one.difference(label, "SWA"), digits), f"{atleast} of {len(pairs)}"]
         rows.append(row)
     text = (
-        "Demir et al. (2024): ASWA is never worse than SWA. Its rule promises that for nothing but the order of "
-        "acceptance on validation data; this is the test figure. (Their public code does not restore a rejected "
-        "average; this is the rule as described.)"
+        "Demir et al. (2024): ASWA is never worse than SWA. The rule guarantees this only for the order of acceptance "
+        "on validation data; this is the test figure. (Their public code does not restore a rejected average; this is "
+        "the rule as described in the paper.)"
     )
     head = ["setting", "ASWA − SWA", "ASWA ≥ SWA", "no hard updates − SWA", "≥ SWA"]
     return ["### ASWA is at least SWA", text, table(head, rows)]
@@ -110,7 +110,8 @@ def _twa(found: Sequence[Setting]) -> list[str]:
     rows = [[one.title, *(shown(one.early(label), digits_of(one)) for label in labels)] for one in found]
     share = "; ".join(dict.fromkeys(f"{r.n} candidates" for one in found for r in one.records))
     text = (
-        "Li et al. (2023): TWA on the checkpoints of the first 60 % of a training has the accuracy of the whole one. "
-        f"Test figure of each strategy on the first 60 % ({share}) less that of the whole training's last checkpoint."
+        "Li et al. (2023): TWA on the checkpoints of the first 60 % of a training reaches the accuracy of the whole "
+        f"training. Test figure of each strategy on the first 60 % ({share}) minus that of the last checkpoint of the "
+        "whole training."
     )
     return ["### The whole training from its first 60 %", text, table(["setting", *labels], rows)]

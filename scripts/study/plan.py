@@ -122,8 +122,8 @@ def digest(plan: Plan, data: Path | None = None) -> str:
     """
     settings = asdict(plan) | {"seeds": None}
     known = available([*plan.strategies.values(), *plan.sweep.values(), *plan.early_strategies.values()])
-    told = json.dumps([settings, known, _code(), data and str(data.resolve())], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+    identity = json.dumps([settings, known, _code(), data and str(data.resolve())], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
 FULL: Final = Plan(name="full", seeds=8, checkpoints=20, last=12, k=5, ks=tuple(range(1, 13)))

@@ -43,7 +43,7 @@ def document(found: Sequence[Setting], failures: Sequence[Failure], drawn: Seque
     """
     parts = ["# Which averaging strategy is worth running?", *_about(found)]
     if others:
-        parts.append(f"{others} results in the same file are of other settings or strategies, and not shown.")
+        parts.append(f"{others} results in the same file have other settings or strategies and are not shown.")
     if failures:
         rows = [[one.domain, str(one.seed), one.schedule, one.error.splitlines()[0]] for one in failures]
         parts += ["## Trainings that failed", table(["domain", "seed", "schedule", "error"], rows)]
@@ -53,7 +53,7 @@ def document(found: Sequence[Setting], failures: Sequence[Failure], drawn: Seque
             mine = [one for one in found if one.name == name]
             parts += [f"## {mine[0].domain.title}", mine[0].domain.about]
             if name in drawn:
-                parts.append(f"![Differences to SWA, and SeWA and LAWA by K]({name}.svg)")
+                parts.append(f"![Differences from SWA, and SeWA and LAWA by K]({name}.svg)")
             for one in mine:
                 parts += [f"### {one.title}", domain_table(one)]
         parts += claims(found)
@@ -69,22 +69,23 @@ def _about(found: Sequence[Setting]) -> list[str]:
     skipped = list(dict.fromkeys(spec for record in records for spec in record.skipped))
     text = [
         f"    {_command(found)}",
-        f"{machines}; one thread a training. {len(records)} trainings: {len(found)} settings (domain and schedule of "
-        f"the learning rate) with {_counts([len(one.records) for one in found])} seeds each. A seed decides the "
-        "initial weights, the order of the batches, the split of the data and its noise.",
+        f"{machines}; one thread per training. {len(records)} trainings: {len(found)} settings (domain and learning "
+        f"rate schedule) with {_counts([len(one.records) for one in found])} seeds each. A seed determines the initial "
+        "weights, the order of the batches, the split of the data and its noise.",
         f"Candidates are the last {first.n} checkpoints of each training. Strategies see training and validation data; "
-        "test figures are looked at when all is decided. `best`, soup and ASWA go by the validation metric where the "
-        "domain has one, SeWA and TWA by the loss. Figures are means over seeds; larger is better. Differences are "
-        "paired by seed, ± is the half-width of a 95 % t-interval over seeds, bold where it leaves out zero (and there "
-        "are three seeds or more): among so many, one in twenty would do so by chance. *rank* is that of a uniform "
-        f"average of {first.k} by validation loss among all {first.subsets} such averages (median, and range). Cost is "
-        "the search and one score of its answer, as if each strategy ran alone: *epochs* of training (a backward "
-        "counted as two forwards), seconds, and these as a percentage of the training's own.",
+        "test figures are computed only after every choice is made. `best`, soup and ASWA use the validation metric "
+        "where the domain has one, SeWA and TWA the loss. Figures are means over seeds; larger is better. Differences "
+        "are paired by seed; ± is the half-width of a 95 % t-interval over seeds, bold where the interval excludes "
+        "zero (and there are at least three seeds): of so many intervals, one in twenty would do so by chance. *rank* "
+        f"is the rank of a uniform average of {first.k} by validation loss among all {first.subsets} such averages "
+        "(median, and range). Cost is that of the search and one score of its result, as if each strategy ran alone: "
+        "in *epochs* of training (a backward pass counts as two forward passes), in seconds, and in percent of the "
+        "seconds of the training.",
     ]
     if skipped:
-        text.append("Unknown to this version of ckptavg, and not run: " + ", ".join(f"`{spec}`" for spec in skipped))
+        text.append("Not supported by this ckptavg, and not run: " + ", ".join(f"`{spec}`" for spec in skipped))
     specs = dict.fromkeys((row.label, row.spec) for record in records for row in record.rows)
-    text.append("What was asked for: " + "; ".join(f"{label} `{spec}`" for label, spec in specs) + ".")
+    text.append("Specifications: " + "; ".join(f"{label} `{spec}`" for label, spec in specs) + ".")
     return text
 
 

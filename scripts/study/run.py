@@ -26,7 +26,7 @@ RESULTS = "results.jsonl"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when all was measured, 1 when a training failed."""
+    """Return 0 if all trainings were measured, 1 if one failed."""
     options = _parser().parse_args(arguments)
     plan = PLANS["quick" if options.quick else "full"]
     plan = replace(plan, seeds=options.seeds or plan.seeds)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(cells: Sequence[Cell], plan: Plan, results: Path, workers: int) -> int:
-    """Measure the cells that ``results`` lacks, and add them there; how many failed."""
+    """Measure the cells missing from ``results`` and append them; return the number of failures."""
     done = {(one.digest, one.cell) for one in read(results) if isinstance(one, Record)}
     missing = [cell for cell in cells if (digest(plan, cell.data), (cell.domain, cell.seed, cell.schedule)) not in done]
     if len(missing) < len(cells):
@@ -77,7 +77,7 @@ def run(cells: Sequence[Cell], plan: Plan, results: Path, workers: int) -> int:
 
 
 def measured(cell: Cell, plan: Plan) -> Record | Failure:
-    """A cell, or why there is none: a training that diverged must not stop the others, nor vanish."""
+    """Measure a cell, or return its failure: a training that diverged must neither stop the others nor be lost."""
     try:
         return measure(cell, plan)
     except CkptavgError as error:
@@ -87,12 +87,12 @@ def measured(cell: Cell, plan: Plan) -> Record | Failure:
 
 
 def _prepare() -> None:
-    torch.set_num_threads(1)  # networks this small gain nothing from a second one, and repeat exactly without
+    torch.set_num_threads(1)  # networks this small gain nothing from a second thread, and are reproducible with one
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
 def _leave_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """Exit with the parent: a worker whose parent was killed would wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -21,7 +21,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def domain_table(one: Setting) -> str:
     """Return the table of all strategies on one domain with one schedule."""
     head = ["strategy", "used", "val loss", "test loss", one.domain.figure]
-    head += ["Δ to last", "Δ to SWA", "rank", "epochs", "seconds", "of training"]
+    head += ["Δ from last", "Δ from SWA", "rank", "epochs", "seconds", "of training"]
     return table(head, [_strategy(one, label) for label in one.labels])
 
 
@@ -84,9 +84,9 @@ def overview(found: Sequence[Setting]) -> list[str]:
     head = ["strategy", "mean place", "above last", "below last", "above SWA", "below SWA", "epochs, median"]
     ran = max(len(place) for place in places)
     text = (
-        f"*Place* is by test figure among the {ran} strategies, averaged over {len(found)} settings and their seeds "
-        "(equals share theirs). *Above* and *below* count the settings in which the 95 % interval of the paired "
-        "difference leaves out zero."
+        f"*Place* is the position by test figure among the {ran} strategies, averaged over {len(found)} settings and "
+        "their seeds (ties share a place). *Above* and *below* count the settings in which the 95 % interval of the "
+        "paired difference excludes zero."
     )
     return [text, table(head, [row for _, row in rows]), *_agreement(found)]
 
@@ -106,9 +106,9 @@ def _agreement(found: Sequence[Setting]) -> list[str]:
         picks = f"{one.picks()} of {len(one.records)}"
         rows.append([one.title, f"{fmean(values):.2f}" if values else NONE, low_high, picks])
     text = (
-        "Does the validation loss, which strategies learn from, say what the test figure will be? Spearman's "
-        "correlation of the two (signs such that 1 is agreement) over single candidates and random subsets, and in how "
-        "many seeds the strategy with the lowest validation loss had the highest test figure."
+        "Does the validation loss, which strategies learn from, predict the test figure? Spearman's correlation of the "
+        "two (with signs such that 1 is agreement) over single candidates and random subsets, and the number of seeds "
+        "in which the strategy with the lowest validation loss had the highest test figure."
     )
     return [
         "### Where validation loss and test figure disagree",

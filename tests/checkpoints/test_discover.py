@@ -1,4 +1,4 @@
-"""A directory becomes checkpoints in training order; everything else is left out with its reason."""
+"""Discovery of checkpoints in training order; every other file is left out with its reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def save(path: Path, seed: int, metadata: Mapping[str, str] | None = None) -> Pa
 
 
 def trainer(folder: Path, step: int, *, complete: bool = True) -> Path:
-    """A checkpoint-N as the Hugging Face Trainer leaves it; trainer_state.json is written last."""
+    """Write a checkpoint-N like the Hugging Face Trainer; trainer_state.json is written last."""
     save(folder / "model.safetensors", step)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         torch.save({"state": {}, "param_groups": []}, folder / name)
@@ -89,7 +89,7 @@ def test_the_step_in_a_name_is_the_number_its_framework_means(tmp_path: Path, na
     assert discover([tmp_path]).checkpoints[0].step == step
 
 
-def test_no_step_anywhere_is_an_error_that_says_so(tmp_path: Path):
+def test_no_step_anywhere_is_an_error(tmp_path: Path):
     save(tmp_path / "step-1.safetensors", 1)
     save(tmp_path / "final.safetensors", 2)
     with pytest.raises(InputError, match=r"final\.safetensors: has no training step") as caught:
@@ -218,7 +218,7 @@ def test_the_model_is_found_under_the_keys_frameworks_use(tmp_path: Path, key: s
     assert (checkpoint.key, checkpoint.names, checkpoint.step) == (key, ("fc.bias", "fc.weight"), 3)
 
 
-def test_key_chooses_and_what_was_not_taken_is_said(tmp_path: Path):
+def test_key_selects_and_the_other_models_are_named(tmp_path: Path):
     torch.save({"state_dict": weights(0), "state_dict_ema": weights(1), "epoch": 3}, tmp_path / "x.pt")
     (raw,) = discover([tmp_path]).checkpoints
     assert raw.key == "state_dict" and "not state_dict_ema" in raw.notes[0]
@@ -287,7 +287,7 @@ def test_several_runs_are_ordered_by_step_and_then_run(tmp_path: Path):
     ]  # fmt: skip
 
 
-def test_one_step_twice_in_a_run_is_doubtful_and_said(tmp_path: Path):
+def test_a_repeated_step_in_a_run_gives_a_warning(tmp_path: Path):
     save(tmp_path / "step-1.safetensors", 1)
     save(tmp_path / "step-1-ema.safetensors", 2)
     assert "occurs more than once" in discover([tmp_path]).warnings[0]
@@ -364,7 +364,7 @@ def test_a_change_after_opening_is_noticed(tmp_path: Path):
 
 
 def test_no_directory_is_listed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It may be remote, and huge."""
+    """The directory may be remote and huge."""
     for step in (10, 20):
         trainer(tmp_path / "run" / f"checkpoint-{step}", step)
     (tmp_path / "run" / "logs").mkdir()

@@ -24,7 +24,7 @@ def loss(model: Any, batch: Any) -> Tensor:
     if how == "signal" and calls == 9:
         os.kill(os.getpid(), signal.SIGTERM)
     if how == "hang" and calls == 9:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # otherwise torchrun would wait half a minute for the batch to end
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # otherwise torchrun waits half a minute for the batch
         time.sleep(1000)
     if how == "die at the end" and any(Path().glob(".out.*.ckptavg-tmp")):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -24,7 +24,7 @@ from ckptavg.strategies import from_spec
 
 
 class Network(nn.Module):
-    """A model in which neither two nor four divides any dimension; one weight is tied, one parameter has one element."""
+    """A model whose dimensions neither two nor four divides; one weight is tied, one parameter has one element."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -64,7 +64,7 @@ def test_force_replaces_nothing_but_an_earlier_output(run: Run, folder: Path, tm
     assert {path.name for path in tmp_path.iterdir()} == {"thesis", "link"}
 
 
-def test_what_a_killed_run_left_is_gone_and_what_it_had_moved_aside_is_back(run: Run, folder: Path, tmp_path: Path):
+def test_remains_of_a_killed_run_are_removed_and_the_old_output_is_restored(run: Run, folder: Path, tmp_path: Path):
     arguments = ("swa", folder / "run", "--format", "dcp", "-o", "out")
     assert run(*arguments).returncode == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

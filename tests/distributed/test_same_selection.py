@@ -151,7 +151,7 @@ def test_a_selection_by_scores_is_that_of_one_process_to_the_last_bit(alone: Fou
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_what_is_learned_is_what_one_process_learns_to_rounding(
+def test_learned_coefficients_are_those_of_one_process_to_rounding(
     alone: Found, ranks: list[Found], three: list[Found], name: str
 ):
     for found in (ranks[0], three[0]):
@@ -194,7 +194,7 @@ def test_three_workers_choose_what_one_process_chooses(alone: Found, three: list
         assert three[0][name] == alone[name]
 
 
-def test_the_report_says_which_batches_could_not_be_divided(alone: Found, ranks: list[Found]):
+def test_the_report_names_batches_that_could_not_be_divided(alone: Found, ranks: list[Found]):
     assert not any("whole batches" in note for note in alone["whole"]["warnings"])
     assert not any("whole batches" in note for note in ranks[0]["twa"]["warnings"])
     (said,) = (note for note in ranks[0]["whole-batchnorm"]["warnings"] if "whole batches" in note)

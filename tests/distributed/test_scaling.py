@@ -15,21 +15,21 @@ PARTS = [("shard", LARGE), ("whole", LARGE), ("traffic", FEW), ("traffic", WIDE)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Size], list[float]]:
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Size], list[float]]:
     """Return the measurements of each of two workers."""
     folder = tmp_path_factory.mktemp("candidates")
     results = measured(2, *((part, size.place(folder)) for part, size in PARTS))
     return {key: [one["bytes"] for one in each] for key, each in zip(PARTS, results, strict=True)}
 
 
-def test_a_step_sends_numbers_for_candidates_and_none_for_parameters(found: dict[tuple[str, Size], list[float]]):
+def test_a_step_sends_numbers_for_candidates_and_none_for_parameters(figures: dict[tuple[str, Size], list[float]]):
     """Compare the bytes that the kernel counted over all connections of the process."""
-    few, wide, many = (found["traffic", size][0] for size in (FEW, WIDE, MANY))
+    few, wide, many = (figures["traffic", size][0] for size in (FEW, WIDE, MANY))
     assert abs(wide - few) < 100  # 1,024 times as many parameters; the rest is gloo's own messages
     assert 8 * 60 <= many - few < 2 * 8 * 60
 
 
-def test_a_shard_takes_half_the_memory(found: dict[tuple[str, Size], list[float]]):
-    whole, part = max(found["whole", LARGE]), max(found["shard", LARGE])
+def test_a_shard_takes_half_the_memory(figures: dict[tuple[str, Size], list[float]]):
+    whole, part = max(figures["whole", LARGE]), max(figures["shard", LARGE])
     assert part <= 0.6 * whole
     assert part > LARGE.n / 2 * 4 * LARGE.parameters  # at least half of the candidates

@@ -31,8 +31,8 @@ CALLS: Final = (
 def installed(hook: Mapping[str, Any]) -> Generator[None]:
     """Install the hooks given by ``hook`` in this process.
 
-    Keys: ``fault`` (a call's number from 1 on, and its fault), ``modules`` (whose calls count), ``calls`` (a file that gets
-    the number of calls), ``acknowledged`` (a file that gets the key of each record that the journal reports as written),
+    Keys: ``fault`` (a call's number from 1 on, and its fault), ``modules`` (whose calls count), ``calls`` (a file that
+    gets the number of calls), ``acknowledged`` (a file that gets the key of each record that the journal acknowledges),
     ``every`` (seconds between saved parts of an evaluation), ``gate`` (a file to wait for), ``threads`` (torch's),
     ``listing`` (the seed of the order of directory listings), ``largest`` (the maximum size of a file in bytes).
     """

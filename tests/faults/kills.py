@@ -102,7 +102,7 @@ class Campaign:
             ended += 1
             if _journal(place).exists() or not (place / "out").exists():
                 continue
-            if (place / "out").read_bytes() == whole.data:  # the run had finished: with --force, the next one starts anew
+            if (place / "out").read_bytes() == whole.data:  # it had finished: with --force, the next run starts anew
                 due = _evaluations(log) + whole.evaluations
         else:
             done = self._start(command, place, hook, log).wait()
@@ -153,13 +153,13 @@ class Campaign:
 
     def _missing(self, whole: Whole, place: Path, done: bool, acknowledged: Path) -> None:
         """Check that every acknowledged record is in the journal, unless the run has finished and removed it."""
-        told = set(acknowledged.read_text().splitlines()) if acknowledged.exists() else set[str]()
-        told = {key for key in told if not key.startswith(SOURCE_PREFIX)}  # these records alone are nothing to resume from
+        keys = set(acknowledged.read_text().splitlines()) if acknowledged.exists() else set[str]()
+        keys = {key for key in keys if not key.startswith(SOURCE_PREFIX)}  # alone, these cannot be resumed from
         journal = _journal(place)
         found = set(_keys(journal)) if journal.exists() else set[str]()
         self.phases[_phase(found, place)] += 1
-        self.counts["acknowledged records"] += len(told)
-        lost = told - found
+        self.counts["acknowledged records"] += len(keys)
+        lost = keys - found
         if lost and not done:
             self._fault(whole, f"lost {sorted(lost)[:3]}", "acknowledged records lost")
 

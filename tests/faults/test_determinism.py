@@ -33,7 +33,9 @@ def plain(ckpts: Path, folder: Path) -> Path:
     return folder / "plain"
 
 
-def test_there_is_one_output_whatever_should_not_matter(warm: Warm, ckpts: Path, tmp_path: Path, tally: Counter[str]):
+def test_threads_order_workers_and_hash_seeds_do_not_change_the_output(
+    warm: Warm, ckpts: Path, tmp_path: Path, tally: Counter[str]
+):
     base = ("sewa", plain(ckpts, tmp_path), "--k", 3, "--steps", 12, "--task", TASK)
     outputs: list[Path] = []
 
@@ -68,7 +70,7 @@ def test_another_count_of_threads_averages_to_the_same_bytes(warm: Warm, ckpts: 
     assert (tmp_path / "out-1").read_bytes() == (tmp_path / "out-3").read_bytes()
 
 
-def test_what_a_loss_draws_depends_on_its_batch_alone():
+def test_random_numbers_of_a_loss_depend_only_on_its_batch():
     drawn = []
     for skipped in (False, True):
         reseed(3, 0)

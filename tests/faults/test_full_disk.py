@@ -81,7 +81,7 @@ def test_a_disk_that_fills_up_costs_no_measurement_while_it_runs_and_leaves_no_p
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_where_nothing_may_be_mounted_a_limit_of_file_sizes_says_the_same(
+def test_a_limit_of_file_sizes_gives_the_same_error_as_a_full_disk(
     warm: Warm, ckpts: Path, tmp_path: Path, force: bool
 ):
     if force:

@@ -35,7 +35,7 @@ def test_a_change_is_noticed(warm: Warm, ckpts: Path, tmp_path: Path, format: st
 
 @pytest.mark.parametrize("format", formats.FORMATS)
 @pytest.mark.parametrize("moment", ["load", "learn"])
-def test_what_is_deleted_is_read_to_its_end_and_named(
+def test_a_deleted_checkpoint_is_read_to_its_end_and_named(
     warm: Warm, ckpts: Path, tmp_path: Path, format: str, moment: str
 ):
     files = formats.written(format, ckpts, tmp_path / "ckpts")
@@ -47,7 +47,7 @@ def test_what_is_deleted_is_read_to_its_end_and_named(
     assert (tmp_path / "out").read_bytes() == whole
 
 
-def test_what_appears_is_named_and_no_candidate(warm: Warm, ckpts: Path, tmp_path: Path):
+def test_a_new_checkpoint_is_named_and_not_a_candidate(warm: Warm, ckpts: Path, tmp_path: Path):
     files = formats.written("torch", ckpts, tmp_path / "ckpts")
     assert run(warm, tmp_path / "ckpts", tmp_path).code == 0
     whole = (tmp_path / "out").read_bytes()
@@ -68,7 +68,7 @@ def test_a_second_link_to_a_file_is_no_change(warm: Warm, ckpts: Path, tmp_path:
     assert done.code == 0 and (tmp_path / "last.safetensors").exists(), done.err
 
 
-def test_the_directory_itself_may_go(warm: Warm, ckpts: Path, tmp_path: Path):
+def test_the_directory_itself_may_be_removed(warm: Warm, ckpts: Path, tmp_path: Path):
     shutil.copytree(ckpts, tmp_path / "ckpts")
     (tmp_path / "mine.py").write_text(
         "from faults.job import *\n"

@@ -150,7 +150,7 @@ def test_a_pass_over_other_data_begins_anew(kept: dict[str, Any], monkeypatch: p
     assert passed(data, [], PassProgress("x", kept.get, kept.__setitem__)) == sum(data)
 
 
-def test_what_cannot_be_written_down_is_not_kept(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+def test_a_sum_that_is_not_serializable_is_not_kept(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pass_progress, "EVERY", 0.0)
     assert list(PassProgress("x", kept.get, kept.__setitem__).remaining([1, 2], int, object)) == [1, 2] and not kept
 
@@ -190,7 +190,7 @@ def test_values_come_back_with_all_their_bits(value: Any):
 
 
 @pytest.mark.parametrize("value", [object(), {"tensor": 1}, {1: 2}, b"x"], ids=lambda value: type(value).__name__)
-def test_what_is_no_json_is_refused(value: Any):
+def test_values_that_are_not_json_are_refused(value: Any):
     with pytest.raises(TypeError):
         encode(value)
 
@@ -218,7 +218,7 @@ def hashed(journal: Journal, checkpoints: tuple[Checkpoint, ...]) -> None:
     journal.put("measured", 1)
 
 
-def test_copies_of_the_candidates_are_as_good(copied: Path, ckpts: Path, tmp_path: Path):
+def test_copies_of_the_candidates_are_accepted(copied: Path, ckpts: Path, tmp_path: Path):
     with_contents(copied, tmp_path / "out", hashed)
     shutil.rmtree(copied)
     shutil.copytree(ckpts, copied)

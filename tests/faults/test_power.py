@@ -130,7 +130,7 @@ def test_shards_whose_index_never_got_its_name_are_swept(tmp_path: Path):
     assert (tmp_path.parent / "far").read_text() == "precious"
 
 
-def test_a_small_file_survives_too(tmp_path: Path, tally: Counter[str]):
+def test_a_small_file_survives_as_well(tmp_path: Path, tally: Counter[str]):
     def saved(path: Path, *, force: bool) -> None:
         write_bytes(path, b"{" + b"x" * 300)
 
@@ -146,15 +146,15 @@ def test_a_small_file_survives_too(tmp_path: Path, tally: Counter[str]):
         tally["power cuts"] += 1
 
 
-def test_what_the_journal_has_acknowledged_is_in_it_whenever_the_power_goes(tmp_path: Path, tally: Counter[str]):
+def test_acknowledged_records_survive_a_power_cut_at_any_moment(tmp_path: Path, tally: Counter[str]):
     disk, rng = tmp_path / "disk", random.Random(0)
     disk.mkdir()
-    told: list[tuple[int, str]] = []
+    acknowledged: list[tuple[int, str]] = []
     with power.recorded(disk, atomic, journal, lock) as recorder, Journal(disk / "out") as kept:
         kept.begin({"run": 1})
         for number in range(8):
             kept.put(f"key {number}", "x" * 20 * number)
-            told.append((len(recorder.record), f"key {number}"))
+            acknowledged.append((len(recorder.record), f"key {number}"))
         content = recorder.record[:]
     name = "out.ckptavg/journal.jsonl"
     for moment in range(len(content) + 1):
@@ -165,7 +165,7 @@ def test_what_the_journal_has_acknowledged_is_in_it_whenever_the_power_goes(tmp_
             if state is not None:
                 (place / "journal.jsonl").write_bytes(state)
             with Journal(place.parent / "out", keep=True) as found:
-                for at, key in told:
+                for at, key in acknowledged:
                     value = found.get(key)
                     assert (
                         value == "x" * 20 * int(key[4:]) if at <= moment else value in (None, "x" * 20 * int(key[4:]))

@@ -27,7 +27,7 @@ def race(warm: Warm, ckpts: Path, place: Path) -> list[int]:
     return sorted(racer.wait().code for racer in racers)
 
 
-def test_of_racing_runs_exactly_one_wins(warm: Warm, ckpts: Path, tmp_path: Path, tally: Counter[str]):
+def test_exactly_one_of_several_racing_runs_wins(warm: Warm, ckpts: Path, tmp_path: Path, tally: Counter[str]):
     for number in range(ROUNDS):
         place = tmp_path / str(number)
         place.mkdir()
@@ -37,7 +37,7 @@ def test_of_racing_runs_exactly_one_wins(warm: Warm, ckpts: Path, tmp_path: Path
         assert {path.name for path in place.iterdir()} == {"gate", "out"} and load_file(place / "out")
 
 
-def test_who_comes_second_does_not_begin(warm: Warm, ckpts: Path, tmp_path: Path):
+def test_the_second_run_does_not_start(warm: Warm, ckpts: Path, tmp_path: Path):
     with Journal(tmp_path / "out"):
         done = warm.run("aswa", ckpts, "--task", TASK, "-o", "out", cwd=tmp_path, LOG=str(tmp_path / "log"))
         assert done.code == 6 and not (tmp_path / "log").exists()

@@ -49,7 +49,7 @@ def alive(group: int) -> list[str]:
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("command", ["aswa", "twa --epochs 3", "sewa --solver quadratic --k 3"])
-def test_the_first_ends_at_the_next_batch_and_the_same_command_goes_on(
+def test_the_first_signal_ends_the_run_at_the_next_batch_and_it_resumes(
     warm: Warm, ckpts: Path, tmp_path: Path, number: signal.Signals, command: str
 ):
     name, *options = command.split()
@@ -67,7 +67,7 @@ def test_the_first_ends_at_the_next_batch_and_the_same_command_goes_on(
     assert {path.name for path in tmp_path.iterdir()} == {"log", "whole", "out"}
 
 
-def test_nothing_that_was_done_when_it_was_stopped_is_done_again(warm: Warm, ckpts: Path, tmp_path: Path):
+def test_completed_work_is_not_repeated_after_a_stop(warm: Warm, ckpts: Path, tmp_path: Path):
     arguments = ("aswa", ckpts, "--task", TASK, "-o")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert warm.run(*arguments, "a", cwd=tmp_path, LOG=str(whole)).code == 0
@@ -78,7 +78,7 @@ def test_nothing_that_was_done_when_it_was_stopped_is_done_again(warm: Warm, ckp
     assert len(parts.read_text()) == len(whole.read_text()), "stopped within a pass, it goes on within it"
 
 
-def test_a_signal_while_torch_is_imported_is_no_death(tmp_path: Path, ckpts: Path):
+def test_a_signal_during_the_import_of_torch_does_not_kill(tmp_path: Path, ckpts: Path):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
         "class Early:\n"
@@ -109,7 +109,7 @@ def loss(model, batch):
 """
 
 
-def test_a_second_ends_at_once_whatever_the_task_does(tmp_path: Path, ckpts: Path, warm: Warm):
+def test_a_second_signal_ends_the_run_at_once(tmp_path: Path, ckpts: Path, warm: Warm):
     (tmp_path / "mine.py").write_text(DEAF)
     process = real("aswa", ckpts, "--task", "mine.py", "-o", "out", cwd=tmp_path)
     until(tmp_path / "deaf", 1, process)
@@ -121,7 +121,7 @@ def test_a_second_ends_at_once_whatever_the_task_does(tmp_path: Path, ckpts: Pat
     assert done.code == 0, done.err
 
 
-def test_a_shell_sees_128_and_the_signal(tmp_path: Path, ckpts: Path):
+def test_the_exit_code_in_a_shell_is_128_plus_the_signal(tmp_path: Path, ckpts: Path):
     twice = "os.kill(os.getpid(), signal.SIGUSR1)\n    " * 2
     (tmp_path / "mine.py").write_text(DEAF.replace("os.kill(os.getpid(), signal.SIGTERM)\n    ", twice))
     command = f"{sys.executable} -m ckptavg aswa {ckpts} --task mine.py; echo $?"

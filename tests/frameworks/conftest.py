@@ -1,4 +1,4 @@
-"""Runs of real frameworks, once a session."""
+"""Runs of real frameworks, each made once per session."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def trainer_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with ``run``, what transformers' Trainer left, and ``val.jsonl`` and ``test.jsonl``."""
+    """A directory with ``run``, the output of transformers' Trainer, and ``val.jsonl`` and ``test.jsonl``."""
     folder = tmp_path_factory.mktemp("trainer")
     gpt2.train(folder)
     return folder

@@ -21,14 +21,14 @@ LINES = [line.strip() for line in Path(textwrap.__file__).read_text().splitlines
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The Trainer warns of pinned memory without a GPU, and of its own deprecations."""
+    """Ignore the Trainer's warnings about pinned memory without a GPU and about its own deprecations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def train(folder: Path) -> None:
-    """A GPT-2 of 40 thousand parameters with tied embeddings, saved six times, and two files of lines beside it."""
+    """Train a GPT-2 of 40 thousand parameters with tied embeddings, save it six times, and write two files of lines."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
     bpe.train_from_iterator(

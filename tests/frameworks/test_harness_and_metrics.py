@@ -30,7 +30,7 @@ metric_list:
 
 @pytest.fixture
 def which_line(tmp_path: Path) -> Path:
-    """A multiple-choice task: which of two ends does a line have?"""
+    """A multiple-choice task: select the end of a line out of two."""
     data = tmp_path / "lines.jsonl"
     rows = [
         {"start": line[:12], "ends": [line[12:], other[12:]], "label": 0}
@@ -57,7 +57,7 @@ def test_the_harness_scores_candidates_where_they_are(run: Run, trainer_run: Pat
 
 
 def test_a_torchmetrics_metric_is_a_metric(run: Run, digits: Path, tmp_path: Path):
-    """The macro F1 of the whole validation set, which is no mean over examples."""
+    """The macro F1 of the whole validation set, which is not a mean over examples."""
     import task as demo_task
 
     (tmp_path / "f1.py").write_text(

@@ -1,4 +1,4 @@
-"""fairseq, torchtune and Composer, which do not install beside this torch: layouts written as their savers do.
+"""fairseq, torchtune and Composer, which cannot be installed with this torch: layouts written as their savers do.
 
 fairseq: ``checkpoint_utils.save_checkpoint``; torchtune: ``FullModelHFCheckpointer.save_checkpoint``;
 Composer: ``CheckpointSaver`` with its default file name ``ep{epoch}-ba{batch}-rank{rank}.pt``.
@@ -62,8 +62,8 @@ def test_fairseq_epochs_and_updates_are_ordered_by_updates(run: Run, tmp_path: P
     torch.save(fairseq(3, 200), folder / "checkpoint2.pt")
     shutil.copy(folder / "checkpoint2.pt", folder / "checkpoint_last.pt")
     shutil.copy(folder / "checkpoint1.pt", folder / "checkpoint_best.pt")
-    said = check(run, folder, tmp_path, [100, 150, 200], 1, 2, 3)
-    assert said.count("holds the same weights as") == 2
+    output = check(run, folder, tmp_path, [100, 150, 200], 1, 2, 3)
+    assert output.count("holds the same weights as") == 2
 
 
 def test_torchtune_epochs(run: Run, tmp_path: Path):
@@ -110,8 +110,8 @@ def test_composer_batches(run: Run, tmp_path: Path):
     for batch in (20, 100, 1000):
         torch.save(composer(batch), folder / f"ep0-ba{batch}-rank0.pt")
     (folder / "latest-rank0.pt").symlink_to("ep0-ba1000-rank0.pt")
-    said = check(run, folder, tmp_path, [20, 100, 1000], 20, 100, 1000)
-    assert "latest-rank0.pt: is a link to" in said
+    output = check(run, folder, tmp_path, [20, 100, 1000], 20, 100, 1000)
+    assert "latest-rank0.pt: is a link to" in output
 
 
 def test_composers_parts_of_several_processes_are_not_taken_for_models(run: Run, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""What Lightning's Trainer leaves, written by it: averaged, loaded back, compared with float64 by hand."""
+"""Checkpoints written by Lightning's Trainer: averaged, loaded back, compared with float64 by hand."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def data() -> DataLoader:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Lightning warns of few workers, of no logger, and of much that is its own."""
+    """Ignore Lightning's warnings about few workers, no logger, and its own deprecations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -91,7 +91,7 @@ def test_an_average_made_in_training_is_named_and_the_raw_weights_can_be_chosen(
     folder = trained(tmp_path / "ckpts", EMAWeightAveraging(decay=0.5))
     one = folder / "epoch=1-step=12.ckpt"
     stored = torch.load(one, weights_only=False)
-    assert "current_model_state" in stored  # what this test is about
+    assert "current_model_state" in stored  # the subject of this test
     done = run("swa", folder)
     assert done.returncode == 0
     assert "took state_dict, which is an average already; the raw weights are current_model_state" in done.stderr

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 @pytest.fixture(scope="module")
 def adapters(trainer_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four adapters of one run on the last checkpoint of another, in checkpoint-N directories."""
+    """Save four adapters of one run on the last checkpoint of another, in checkpoint-N directories."""
     folder = tmp_path_factory.mktemp("peft")
     base = str(steps(trainer_run)[-1])
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of GPT-2's transposed layers
+        warnings.simplefilter("ignore")  # GPT-2's layers are transposed
         config = LoraConfig(
             r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], task_type="CAUSAL_LM", fan_in_fan_out=True
         )
@@ -45,12 +45,12 @@ def adapters(trainer_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def loaded(trainer_run: Path, folder: Path) -> Any:
     base = AutoModelForCausalLM.from_pretrained(steps(trainer_run)[-1])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's own, of transformers' deprecations
+        warnings.simplefilter("ignore")  # PEFT's warning about deprecations of transformers
         return PeftModel.from_pretrained(base, folder)
 
 
 def merged(trainer_run: Path, folder: Path) -> dict[str, Tensor]:
-    """The weights of base and adapter together, in float64."""
+    """Return the merged weights of base and adapter in float64."""
     model = loaded(trainer_run, folder).double().merge_and_unload()
     return {name: tensor.double() for name, tensor in model.state_dict().items()}
 
@@ -62,7 +62,7 @@ def by_hand(trainer_run: Path, adapters: Path) -> Any:
     return model
 
 
-def test_factors_are_averaged_and_their_error_is_told(run: Run, trainer_run: Path, adapters: Path, tmp_path: Path):
+def test_factors_are_averaged_and_their_error_is_reported(run: Run, trainer_run: Path, adapters: Path, tmp_path: Path):
     done = run("swa", adapters, "-o", "out/")
     assert (done.returncode, done.stdout) == (0, "out/adapter_model.safetensors\n"), done.stderr
     assert "averaging the adapter's factors is" in done.stderr and "--adapter exact is not" in done.stderr
@@ -86,7 +86,7 @@ def test_exactly_in_weight_space(run: Run, trainer_run: Path, adapters: Path, tm
     assert checked.returncode == 0, checked.stderr
 
 
-def test_a_reduced_rank_says_what_it_lost_and_is_scored(run: Run, trainer_run: Path, adapters: Path, tmp_path: Path):
+def test_a_reduced_rank_reports_its_loss_and_is_scored(run: Run, trainer_run: Path, adapters: Path, tmp_path: Path):
     val = trainer_run / "val.jsonl"
     done = run("swa", adapters, "-o", "out/", "--adapter", "exact", "--rank", 4, "--val", val)
     assert done.returncode == 0, done.stderr
@@ -135,6 +135,6 @@ def test_ranks_that_cannot_be_are_refused(run: Run, adapters: Path, options: tup
     assert done.returncode == 2 and message in done.stderr
 
 
-def test_what_is_no_adapter_cannot_be_one_exactly(run: Run, trainer_run: Path):
+def test_a_checkpoint_without_adapter_cannot_be_merged_exactly(run: Run, trainer_run: Path):
     done = run("swa", trainer_run / "run", "--adapter", "exact")
     assert done.returncode == 2 and "no adapter_config.json" in done.stderr

@@ -26,7 +26,7 @@ def network() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """A model trained for three saves of a nested state dict, by torch.distributed.checkpoint."""
+    """Save a model as a nested state dict three times in training, by torch.distributed.checkpoint."""
     folder = tmp_path_factory.mktemp("dcp")
     torch.manual_seed(0)
     model = network()
@@ -40,7 +40,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
         moments = {f"state.{i}.{name}": t for i, s in optimizer.state_dict()["state"].items() for name, t in s.items()}
         nested = {"model": model.state_dict(), "optimizer": moments, "train_state": {"step": torch.tensor(step)}}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is one process
+            warnings.simplefilter("ignore")  # a warning that there is only one process
             dcp.save(nested, checkpoint_id=str(folder / f"step-{step}"), no_dist=True)
     return folder, states
 

@@ -1,7 +1,8 @@
-"""What timm's CheckpointSaver leaves, written by it.
+"""Checkpoints written by timm's CheckpointSaver.
 
 timm's package imports torchvision, which has no build for every torch. The saver itself does not need it, so its module
-is imported beside an empty ``timm`` whose ``__path__`` is the real one's, and stand-ins for what it only names.
+is imported beside an empty ``timm`` whose ``__path__`` is the real one's, with stand-ins for names that it only refers
+to.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import nn
 
 
 class StandIn(types.ModuleType):
-    """Has a class of every name, for modules that are imported and not used."""
+    """A module with a class of every name, in place of modules that are imported and not used."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -34,7 +35,7 @@ class StandIn(types.ModuleType):
 
 @pytest.fixture(scope="module")
 def timm_utils() -> Iterator[Any]:
-    """The saver and the EMA of timm."""
+    """Import the saver and the EMA of timm."""
     spec = importlib.util.find_spec("timm")
     assert spec is not None and spec.submodule_search_locations is not None
     root = Path(spec.submodule_search_locations[0])
@@ -58,7 +59,7 @@ def network() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def folder(timm_utils: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four epochs with an EMA; the second is the best."""
+    """Save four epochs with an EMA; the second is the best."""
     folder = tmp_path_factory.mktemp("timm")
     torch.manual_seed(0)
     model = network()

@@ -1,4 +1,4 @@
-"""What transformers' Trainer leaves, written by it: averaged with a validation file alone, and loaded back."""
+"""Checkpoints written by transformers' Trainer: averaged with only a validation file, and loaded back."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_dtype_in_the_config_is_that_of_the_file(run: Run, trainer_run: Path
 
 
 def changed(trainer_run: Path, folder: Path, change: Any) -> Path:
-    """Two of the checkpoints with other tensors."""
+    """Return two of the checkpoints with other tensors."""
     for path in steps(trainer_run)[-2:]:
         there = shutil.copytree(path, folder / path.name)
         state = change(load_file(there / "model.safetensors"))
@@ -100,13 +100,13 @@ def changed(trainer_run: Path, folder: Path, change: Any) -> Path:
         (lambda state: {**state, "lm_head.weight": state["transformer.wte.weight"] + 1}, "lm_head.weight"),
     ],
 )
-def test_what_would_load_as_random_weights_is_refused(
+def test_a_model_that_would_load_with_random_weights_is_refused(
     run: Run, trainer_run: Path, tmp_path: Path, change: Any, message: str
 ):
     folder = changed(trainer_run, tmp_path / "run", change)
     done = run("swa", folder, "-o", "out/")
     assert done.returncode in (3, 5) and message in done.stderr and not (tmp_path / "out").exists()
-    assert run("swa", folder, "-o", "plain.safetensors").returncode == 0  # a file alone promises nothing of the kind
+    assert run("swa", folder, "-o", "plain.safetensors").returncode == 0  # a lone file gives no such guarantee
 
 
 def test_an_output_layer_saved_beside_its_embedding_stays_tied(run: Run, trainer_run: Path, tmp_path: Path):
@@ -121,7 +121,7 @@ def test_an_output_layer_saved_beside_its_embedding_stays_tied(run: Run, trainer
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_a_model_that_writes_only_its_weights_says_what_is_missing(run: Run, trainer_run: Path, tmp_path: Path):
+def test_a_run_without_tokenizer_is_an_error_with_a_remedy(run: Run, trainer_run: Path, tmp_path: Path):
     folder = tmp_path / "run"
     for path in steps(trainer_run)[-2:]:
         shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("tokenizer*", "special*"))

@@ -1,4 +1,4 @@
-"""One hostile input: how it is made, and what the command line must say of it."""
+"""One hostile input: how to build it, and the expected output of the command line."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-GOOD = {"weight": ("F32", [2, 3]), "bias": ("F32", [2])}  # of the checkpoints beside the hostile one
+GOOD = {"weight": ("F32", [2, 3]), "bias": ("F32", [2])}  # steps of the checkpoints beside the hostile one
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "BOOL": 1, "U8": 1, "C64": 8, "F8_E4M3": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is beside two good checkpoints, or alone.
+    """A hostile input beside two good checkpoints, or alone.
 
     Attributes:
-        id: of the case.
+        id: identifier of the case.
         build: writes it into the directory of checkpoints.
-        at: the path below that directory that the line must name.
-        message: a pattern that the error must match; of an input that is read or left out, the whole output.
-        code: the exit code of ``ckptavg swa``.
-        inspect: that of ``ckptavg inspect``, which reads headers only and goes on after a bad file.
-        options: more of ``swa``.
-        alone: whether there are no good checkpoints beside it.
-        tree: whether it is a directory.
-        nobody: whether to run as a user who owns nothing.
-        payload: whether code lies in it.
-        quick: whether only ``inspect`` is run, for what takes long to average.
+        at: path below that directory that the error line must name.
+        message: pattern that the error must match, or the whole output if the input is read or left out.
+        code: exit code of ``ckptavg swa``.
+        inspect: exit code of ``ckptavg inspect``, which reads headers only and goes on after a bad file.
+        options: further options of ``swa``.
+        alone: whether no good checkpoints are beside it.
+        tree: whether the input is a directory.
+        nobody: whether to run as an unprivileged user who owns no files.
+        payload: whether the input contains code.
+        quick: whether only ``inspect`` is run, for inputs that are slow to average.
     """
 
     id: str
@@ -69,7 +69,7 @@ def tree(id: str, files: Mapping[str, bytes] | Callable[[], Mapping[str, bytes]]
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write a directory; ``.metadata`` last, as a save does."""
+    """Write a directory; ``.metadata`` last, like a save does."""
     folder.mkdir()
     for name in sorted(files, key=lambda name: name == ".metadata"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -77,13 +77,13 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def container(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
-    """A safetensors file around a header: JSON text as it is, or what is dumped as such."""
+    """Return a safetensors file with this header: JSON text as it is, any other object dumped as JSON."""
     text = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 def entries(spec: Mapping[str, tuple[str, list[Any]]] = GOOD) -> tuple[dict[str, Any], int]:
-    """The header of tensors that lie one behind the other, and their bytes together."""
+    """Return the header of tensors stored back to back, and their concatenated bytes."""
     header: dict[str, Any] = {}
     end = 0
     for name, (dtype, shape) in spec.items():
@@ -96,11 +96,11 @@ def entries(spec: Mapping[str, tuple[str, list[Any]]] = GOOD) -> tuple[dict[str,
 
 
 def values(count: int, seed: int = 0) -> bytes:
-    """Float32 numbers that are all different."""
+    """Return distinct float32 numbers."""
     return struct.pack(f"<{count}f", *(0.5 + 0.25 * i + seed for i in range(count)))
 
 
 def plain(seed: int = 3) -> bytes:
-    """A good checkpoint."""
+    """Write a good checkpoint."""
     header, _ = entries()
     return container(header, values(8, seed))

@@ -1,4 +1,4 @@
-"""Every case is run once, by workers, before the first test that asks; the counts are printed at the end."""
+"""Run every case once, in workers, before the first test that uses it; print the counts at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADING = "hostile inputs"
 
 @pytest.fixture(scope="session")
 def base() -> Iterator[Path]:
-    """A directory that every user may enter: some cases are run as nobody."""
+    """A directory that every user may enter: some cases run as nobody."""
     folder = Path(tempfile.mkdtemp(prefix="ckptavg-hostile-"))
     folder.chmod(0o711)
     yield folder
@@ -29,7 +29,7 @@ def base() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def answers(request: pytest.FixtureRequest, base: Path) -> dict[str, dict[str, Any]]:
-    """Case → what came of it, for those that were asked for."""
+    """Case → result, for the requested cases."""
     asked = [one for one in request.session.items if isinstance(one, pytest.Function) and "answers" in one.fixturenames]
     cases = [corpus()[str(one.callspec.params["name"])] for one in asked]
     found = run_all(cases, base)
@@ -39,5 +39,5 @@ def answers(request: pytest.FixtureRequest, base: Path) -> dict[str, dict[str, A
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Counter[str]:
-    """Further counts to print."""
+    """Further counts for the summary."""
     return tallied(request.config, HEADING)

@@ -10,7 +10,7 @@ from hostile.case import Case
 
 @cache
 def corpus() -> dict[str, Case]:
-    """Name → case."""
+    """Return name → case."""
     found: dict[str, Case] = {}
     for module in (safetensors_cases, torch_cases, foreign_cases, tree_cases, sharded_cases):
         for case in module.cases():

@@ -1,4 +1,4 @@
-"""Files that are no checkpoint at all, and what is no file: pointers, pages, pictures, devices, loops."""
+"""Files that are not checkpoints, and paths that are not files: pointers, pages, pictures, devices, loops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNKNOWN = "is not a checkpoint in a known format"
 
 
 def cases() -> Iterator[Case]:
-    """All of them."""
+    """Return all cases."""
     yield from (*_contents(), *_special())
 
 
@@ -64,7 +64,7 @@ def _special() -> Iterator[Case]:
     def listening(path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as one:
             here = Path.cwd()
-            os.chdir(path.parent)  # its address has room for 107 bytes
+            os.chdir(path.parent)  # a socket address is limited to 107 bytes
             one.bind(path.name)
             os.chdir(here)
 

@@ -1,4 +1,4 @@
-"""Runs cases in workers, starts a worker again when it dies, and judges what came back."""
+"""Run cases in workers, restart a worker when it dies, and judge the results."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 from hostile.case import Case
 
 WORKERS = 2
-CPU = 5.0  # seconds a command may take; of the processor, at the pace that the limit was set for
+CPU = 5.0  # limit on CPU seconds per command, at the speed of the machine for which the limit was set
 MEMORY = 1 << 30
 _TESTS = Path(__file__).parent.parent
 
 
 def run_all(cases: Sequence[Case], base: Path) -> dict[str, dict[str, Any]]:
-    """Case → what its worker answered, or ``{"signal": ...}`` if the worker died of it."""
+    """Return case → the worker's answer, or ``{"signal": ...}`` if the case killed the worker."""
     with ThreadPoolExecutor(WORKERS) as pool:
         parts = pool.map(lambda part: _run(part, base), [cases[i::WORKERS] for i in range(WORKERS)])
         return {name: answer for part in parts for name, answer in part.items()}
@@ -61,7 +61,7 @@ def _run(cases: Iterable[Case], base: Path) -> dict[str, dict[str, Any]]:
 
 
 def faults(case: Case, answer: dict[str, Any]) -> list[str]:
-    """What is wrong with an answer; empty if all is well."""
+    """Return the violations in an answer; empty if there are none."""
     if "signal" in answer:
         return [("hang" if answer["signal"] == "SIGALRM" else "crash") + f": {answer['signal']}"]
     found: list[str] = []
@@ -92,20 +92,20 @@ def _faults(case: Case, command: str, code: int, run: dict[str, Any]) -> Iterabl
         yield f"{len(errors)} error lines"
     if errors and not (lines[-1] is errors[-1] or (lines[-2] is errors[-1] and lines[-1].startswith("hint: "))):
         yield "more than a hint after the error"
-    yield from _said(case, command, code, run, errors)
+    yield from _line_faults(case, command, code, run, errors)
 
 
-def _said(case: Case, command: str, code: int, run: dict[str, Any], errors: list[str]) -> Iterable[str]:
-    """Is it the right line?"""
+def _line_faults(case: Case, command: str, code: int, run: dict[str, Any], errors: list[str]) -> Iterable[str]:
+    """Yield the ways in which the error line differs from the expected one."""
     if code == 0:
         shown = run["out"] + run["err"]
         if (command == "swa" or case.quick) and not re.search(case.message, shown):
             yield f"{case.message!r} is not in {shown[-500:]!r}"
         return
-    told = [line for line in run["out"].split("\n") if line.startswith("left out ")] + errors
-    line = next((line for line in told if case.at in line), "")
+    lines_with_paths = [line for line in run["out"].split("\n") if line.startswith("left out ")] + errors
+    line = next((line for line in lines_with_paths if case.at in line), "")
     if not line:
-        yield f"{case.at!r} is not named in {told}"
+        yield f"{case.at!r} is not named in {lines_with_paths}"
     elif not re.search(case.message, line):
         yield f"{case.message!r} is not in {line!r}"
     elif len(line) > 1500:
@@ -113,7 +113,7 @@ def _said(case: Case, command: str, code: int, run: dict[str, Any], errors: list
 
 
 def counts(cases: Sequence[Case], answers: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """What the tests print at the end."""
+    """Return the counts that the tests print at the end."""
     wrong = {case.id: faults(case, answers[case.id]) for case in cases}
 
     def having(word: str) -> int:

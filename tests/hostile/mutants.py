@@ -1,4 +1,4 @@
-"""Valid files and directories of every format, damaged at random, and what reading them may come to."""
+"""Valid files and directories of every format, damaged at random, and the permitted outcomes of reading them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hostile import opcodes as op
 from hostile import sharded_cases, torch_cases, tree_cases
 from hostile.case import plain, write
 
-CHECKED = ("torch", "dcp")  # whose checksums let no altered tensor through
+CHECKED = ("torch", "dcp")  # formats whose checksums detect every altered tensor
 Files = Mapping[str, bytes]
 
 
 @cache
 def seeds() -> dict[str, Files]:
-    """Format → the files of a small valid checkpoint; the first name, or the directory, is what is opened."""
+    """Return format → the files of a small valid checkpoint; the first name, or the directory, is opened."""
     zero = sharded_cases.zeros()
     return {
         "safetensors": {"step-3.safetensors": plain()},
@@ -36,13 +36,13 @@ def seeds() -> dict[str, Files]:
 
 
 def opened(kind: str, folder: Path) -> Path:
-    """What of a checkpoint in ``folder`` is opened."""
+    """Return the path that is opened for a checkpoint in ``folder``."""
     name = {"safetensors": "step-3.safetensors", "torch": "step-3.pt", "index": tree_cases.INDEX}.get(kind)
     return folder / name if name else folder
 
 
 def put(kind: str, files: Files, folder: Path) -> Path:
-    """Write a checkpoint; all files get one time, so that no order of writing is seen."""
+    """Write a checkpoint; all files get equal times, so that the order of writing has no effect."""
     path = opened(kind, folder)
     if len(files) == 1 and folder.is_dir():
         path.write_bytes(next(iter(files.values())))
@@ -55,7 +55,7 @@ def put(kind: str, files: Files, folder: Path) -> Path:
 
 
 def read(kind: str, files: Files, folder: Path) -> Any:
-    """Everything in a checkpoint, or the InputError that refuses it.
+    """Read everything in a checkpoint, or return the InputError that refuses it.
 
     Raises:
         AssertionError: if the error is not one line that begins with a file of the checkpoint.
@@ -75,27 +75,27 @@ def read(kind: str, files: Files, folder: Path) -> Any:
 
 @cache
 def truth(kind: str, folder: Path) -> Any:
-    """What the undamaged checkpoint holds."""
+    """Return the content of the undamaged checkpoint."""
     found = read(kind, seeds()[kind], folder)
     assert not isinstance(found, InputError), found
     return found
 
 
 def verdict(kind: str, files: Files, folder: Path) -> str:
-    """``refused``, ``same``, ``renamed`` or ``altered``; anything but an InputError is raised."""
+    """Return ``refused``, ``same``, ``renamed`` or ``altered``; raise anything but an InputError."""
     expected = truth(kind, folder)
     found = read(kind, files, folder)
     if isinstance(found, InputError):
         return "refused"
     if found == expected:
         return "same"
-    if kind == "dcp":  # .metadata has no checksum, so a name may change; the tensors have, so they may not
+    if kind == "dcp":  # .metadata has no checksum, so a name may change; the tensors have checksums, so they may not
         return "altered" if tensors(found) - tensors(expected) else "renamed"
     return "altered"
 
 
 def tensors(found: Any) -> set[Any]:
-    """All tensors in what `read` gave."""
+    """Return all tensors in the result of `read`."""
     if isinstance(found, tuple):
         return {found}
     inner = found.values() if isinstance(found, Mapping) else found if isinstance(found, list) else ()
@@ -103,7 +103,7 @@ def tensors(found: Any) -> set[Any]:
 
 
 def flip(data: bytes, rng: random.Random) -> bytes:
-    """One bit to eight."""
+    """Flip one to eight bits."""
     raw = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 8))):
         raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
@@ -111,25 +111,25 @@ def flip(data: bytes, rng: random.Random) -> bytes:
 
 
 def cut(data: bytes, rng: random.Random) -> bytes:
-    """The beginning."""
+    """Keep only the beginning."""
     return data[: rng.randrange(len(data))]
 
 
 def drop(data: bytes, rng: random.Random) -> bytes:
-    """A run of bytes is gone."""
+    """Drop a run of bytes."""
     at = rng.randrange(len(data))
     return data[:at] + data[at + rng.randrange(1, 64) :]
 
 
 def double(data: bytes, rng: random.Random) -> bytes:
-    """A run of bytes is there twice."""
+    """Duplicate a run of bytes."""
     at = rng.randrange(len(data))
     end = at + rng.randrange(1, 64)
     return data[:end] + data[at:]
 
 
 def splice(data: bytes, rng: random.Random) -> bytes:
-    """A run of bytes comes from elsewhere in the file."""
+    """Copy a run of bytes from elsewhere in the file."""
     size = rng.randrange(1, 64)
     at, other = rng.randrange(len(data)), rng.randrange(len(data))
     run = data[other : other + size]
@@ -137,7 +137,7 @@ def splice(data: bytes, rng: random.Random) -> bytes:
 
 
 def overwrite(data: bytes, rng: random.Random) -> bytes:
-    """Numbers that are edges, where there may be numbers."""
+    """Overwrite bytes with boundary values where there may be numbers."""
     number = rng.choice((0, 1, 0x7F, 0xFF, 0xFFFF, 2**31, 2**32 - 1, 2**63, 2**64 - 1))
     run = number.to_bytes(8, "little")[: rng.choice((1, 2, 4, 8))]
     at = rng.randrange(len(data))
@@ -148,7 +148,7 @@ DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (flip, cut, drop,
 
 
 def damaged(kind: str, rng: random.Random) -> Files:
-    """A checkpoint with one file damaged, once or twice."""
+    """Return a checkpoint with one file damaged, once or twice."""
     files = dict(seeds()[kind])
     name = rng.choice(sorted(files))
     for _ in range(rng.choice((1, 1, 2))):
@@ -158,7 +158,7 @@ def damaged(kind: str, rng: random.Random) -> Files:
 
 
 def program(rng: random.Random) -> bytes:
-    """A random pickle, of opcodes that often fit each other."""
+    """Return a random pickle, of opcodes that often fit each other."""
     atoms = (
         lambda: op.text(rng.choice(("weight", "storage", "cpu", "0", "1", "", "__setstate__"))),
         lambda: op.number(rng.choice((0, 1, 2, 6, 24, -1, 2**31, 2**62, 2**63, 2**200))),

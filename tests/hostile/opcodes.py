@@ -1,6 +1,6 @@
-"""Pickles put together by opcode: tensors, and every way to have code run by whoever unpickles them.
+"""Pickles assembled by opcode: tensors, and every way to run code on unpickling.
 
-Each of them would make a file called ``ran`` in the working directory, or call something that scanners look for.
+Each payload would create a file called ``ran`` in the working directory, or call a function that scanners look for.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ SHAPES: dict[str, bytes] = {
     "function-in-extras": name("torch._utils._rebuild_parameter_with_state") + several(b"N", b"\x89", b"}", _SYSTEM)
     + b"R",
 }  # fmt: skip
-# tensors whose description has code in one of its places
+# tensors with code in one field of their description
 TENSORS: dict[str, bytes] = {
     "hooks": tensor((2, 3), (3, 1), storage("0", 6), hooks=SHAPES["reduce"]),
     "storage": tensor((2, 3), (3, 1), SHAPES["reduce"]),

@@ -1,4 +1,4 @@
-"""Safetensors files: headers, offsets, shapes, dtypes, names and values that should not be."""
+"""Safetensors files with invalid headers, offsets, shapes, dtypes, names and values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DATA = values(8)
 
 
 def cases() -> Iterator[Case]:
-    """All of them."""
+    """Return all cases."""
     for number, case in enumerate((*_cut(), *_lengths(), *_headers(), *_tensors(), *_names(), *_values())):
         assert number < 1000
         yield case

@@ -1,4 +1,4 @@
-"""Directories that several processes wrote: torch.distributed.checkpoint's and DeepSpeed's."""
+"""Directories written by several processes: torch.distributed.checkpoint's and DeepSpeed's."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _PAYLOADS = {"reduce", "stack-global", "object", "instance", "new-object", "new-
 
 
 def cases() -> Iterator[Case]:
-    """All of them."""
+    """Return all cases."""
     yield from (*_dcp(), *_zero())
 
 
 def weights() -> dict[str, torch.Tensor]:
-    """What every checkpoint beside the hostile one has too."""
+    """Return the weights that every checkpoint beside the hostile one has as well."""
     return {"weight": torch.arange(6.0).view(2, 3) + 0.5, "bias": torch.tensor([0.25, -1.0])}
 
 
 @cache
 def saved() -> dict[str, bytes]:
-    """A directory as ``dcp.save`` writes it."""
+    """Return a directory as ``dcp.save`` writes it."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
@@ -60,7 +60,7 @@ def _weight(metadata: Any) -> Any:
 
 
 def _place(metadata: Any, **change: Any) -> None:
-    """Change where the weight lies."""
+    """Change the location of the weight."""
     index = next(index for index in metadata.storage_data if index.fqn == "model.weight")
     for name, value in change.items():
         object.__setattr__(metadata.storage_data[index], name, value)
@@ -107,7 +107,7 @@ def _listings() -> Iterator[Case]:
 
 def _parts() -> Iterator[Case]:
     def part(content: bytes) -> Callable[[], Mapping[str, bytes]]:
-        """The weight's part is ``content``, and all that is in its file."""
+        """Make ``content`` the weight's part, as the only part in its file."""
 
         def files() -> dict[str, bytes]:
             found = _changed(lambda m: _place(m, relative_path="__1_0.distcp", offset=0, length=len(content)))
@@ -201,7 +201,7 @@ def _data() -> Iterator[Case]:
 
 
 def _without_weight(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The other things end to end, since the weight now lies in a file of its own."""
+    """Write the other parts end to end, since the weight now has its own file."""
     metadata = pickle.loads(files[".metadata"])
     data, end = b"", 0
     for info in sorted(metadata.storage_data.values(), key=lambda info: info.offset):
@@ -224,7 +224,7 @@ def _dump(value: object) -> bytes:
 
 @cache
 def zero() -> dict[str, Any]:
-    """What two ranks of ZeRO-2 save, before it is pickled."""
+    """Return the objects that two ranks of ZeRO-2 save, before pickling."""
     named = weights()
     run = torch.cat([tensor.flatten() for tensor in named.values()])
     shapes = [{name: tensor.shape for name, tensor in named.items()}]
@@ -239,7 +239,7 @@ def zero() -> dict[str, Any]:
 def zeros(
     model: Mapping[str, Any] | None = None, optimizer: Mapping[str, Any] | None = None, **files: bytes | None
 ) -> dict[str, bytes]:
-    """The directory, with entries of the model states and of the first optimizer states replaced."""
+    """Return the directory, with entries of the model states and of the first optimizer states replaced."""
     found = zero()
     first = {**found[OPTIMIZERS[0]]["optimizer_state_dict"], **(optimizer or {})}
     states = {MODEL: {**found[MODEL], **(model or {})}, OPTIMIZERS[0]: {"optimizer_state_dict": first}}

@@ -1,4 +1,4 @@
-"""The small text files beside checkpoints, damaged by byte and by value, and what reading them may come to."""
+"""The small text files beside checkpoints, damaged by byte and by value, and the permitted outcomes of reading them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ODD: tuple[Any, ...] = (
 
 @cache
 def seeds() -> dict[str, tuple[Files, str]]:
-    """Kind → the files of a small valid directory, and which of them is damaged."""
+    """Return kind → the files of a small valid directory, and the name of the file to damage."""
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "rank_pattern": {"q": 2},
               "alpha_pattern": {}, "use_rslora": False, "base_model_name_or_path": "x"}  # fmt: skip
     beside = {"step-1.safetensors": plain(1), "step-2.safetensors": plain(2)}
@@ -45,10 +45,10 @@ def seeds() -> dict[str, tuple[Files, str]]:
 
 
 def read(files: Files, folder: Path) -> Any:
-    """The candidates as a run would see them, or the one-line error.
+    """Return the candidates that a run would find, or the one-line error.
 
     Raises:
-        AssertionError: if that is not one printable line about something in the directory.
+        AssertionError: if the error is not one printable line that names a path in the directory.
     """
     shutil.rmtree(folder, ignore_errors=True)
     write(folder, files)
@@ -65,7 +65,7 @@ def read(files: Files, folder: Path) -> Any:
 
 
 def damaged(kind: str, rng: random.Random) -> Files:
-    """The directory with its text file damaged: bytes of it, or where it is JSON a value."""
+    """Damage the text file of the directory: some bytes, or a value if it is JSON."""
     files, name = seeds()[kind]
     data = files[name]
     if name.endswith(".json") and rng.random() < 0.5:
@@ -74,7 +74,7 @@ def damaged(kind: str, rng: random.Random) -> Files:
 
 
 def with_odd_value(value: Any, rng: random.Random) -> Any:
-    """The same JSON with one value, or one key, replaced, removed or added."""
+    """Return the same JSON with one value, or one key, replaced, removed or added."""
     if isinstance(value, dict) and value and rng.random() < 0.8:
         key = rng.choice(sorted(value))
         kept = {other: inner for other, inner in value.items() if other != key}

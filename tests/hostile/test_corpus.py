@@ -1,4 +1,4 @@
-"""Each hostile input gets its exit code and one line that names it, at little cost, and leaves nothing behind."""
+"""Each hostile input gives its exit code and one line that names it, within limits, and leaves no files behind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hostile.jail import faults
 
 
 @pytest.mark.parametrize("name", corpus())
-def test_it_is_one_line_and_nothing_else(answers: dict[str, dict[str, Any]], name: str) -> None:
+def test_a_hostile_input_gives_one_line_and_no_files(answers: dict[str, dict[str, Any]], name: str) -> None:
     case = corpus()[name]
     if case.nobody and os.geteuid():
         pytest.skip("only root can run as nobody")
@@ -46,7 +46,7 @@ def test_there_are_enough_of_every_kind() -> None:
         ({}, ""),
     ],
 )
-def test_the_judge_sees_what_is_wrong(answer: dict[str, Any], expected: str) -> None:
+def test_the_judge_detects_violations(answer: dict[str, Any], expected: str) -> None:
     good = {"code": 3, "out": "", "err": "error: x: bad\nhint: y\n", "seen": [], "cpu": 0.0, "memory": 0}
     run = good | {key: value for key, value in answer.items() if key in good}
     whole = {"runs": [run], "new": [], "gone": [], **{k: v for k, v in answer.items() if k not in good}}

@@ -1,4 +1,4 @@
-"""Valid files of every format, damaged: never a crash, never an unclassified error, never an altered tensor unseen."""
+"""Damaged files of every format: no crash, no unclassified error, no altered tensor undetected."""
 
 from __future__ import annotations
 

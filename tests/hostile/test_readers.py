@@ -1,4 +1,4 @@
-"""Tests of the readers called from Python: each refuses a hostile input by an error of its own."""
+"""Readers called from Python: each refuses a hostile input with its own error."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ckptavg.readers import open_reader
 from hostile.case import Case
 from hostile.corpus import corpus
 
-READ = ("index", "dcp", "zero")  # of directories; others are found out about before anything in them is read
+READ = ("index", "dcp", "zero")  # cases of directories; others are detected before any file in them is read
 SLOW = ("bomb", "deep", "huge", "many", "100000", "million")
-ELSEWHERE = (  # what is found out before a reader opens it, or by who looks for a model or at values in what it read
+ELSEWHERE = (  # cases detected before a reader opens the file, or later, when looking for a model or at values
     "special/name-", "special/link-through", "safetensors/header-empty", "safetensors/header-only", "safetensors/bool-",
     "torch/bool-values", "torch/zip-flipped-weights", "torch/pickle-an-empty-dict", "torch/pickle-numbers",
 )  # fmt: skip
@@ -30,8 +30,8 @@ def _is_for_readers(case: Case) -> bool:
     )
 
 
-def said(path: Path) -> str:
-    """The error; of a file that is read, what is said of the tensors that are refused when they are wanted."""
+def error_of(path: Path) -> str:
+    """Return the error; for a file that is read, the errors of the tensors that are refused on access."""
     try:
         reader = open_reader(path)
         try:
@@ -45,9 +45,9 @@ def said(path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", [name for name, case in corpus().items() if _is_for_readers(case)])
-def test_they_refuse_it(tmp_path: Path, name: str) -> None:
+def test_readers_refuse_hostile_input(tmp_path: Path, name: str) -> None:
     case = corpus()[name]
     case.build(tmp_path)
     path = tmp_path / Path(case.at).parts[0]
-    text = said(next(path.glob("*.index.json"), path) if case.tree else path)
+    text = error_of(next(path.glob("*.index.json"), path) if case.tree else path)
     assert re.search(case.message, text.replace("refused: ", "")), text

@@ -1,4 +1,4 @@
-"""The readers beside the libraries that write the formats: what both read is the same, and ours reads no more."""
+"""The readers compared with the libraries that write the formats: equal results, and no file accepted by ours alone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tensors(draw: Any) -> torch.Tensor:
 
 @examples(80)
 @given(st.dictionaries(names, tensors(), min_size=1, max_size=5), st.sampled_from([2, 4, 5]))
-def test_what_torch_saves_is_read_as_it_reads_it(tmp_path: Path, state: dict[str, Any], protocol: int) -> None:
+def test_torch_files_are_read_as_torch_reads_them(tmp_path: Path, state: dict[str, Any], protocol: int) -> None:
     content = {"state": state, "step": 3, "nested": [{"x": list(state.values())[:1]}, (1.5, None, True, "text")]}
     torch.save(content, tmp_path / "file.pt", pickle_protocol=protocol)
     found: Any = read(tmp_path / "file.pt")
@@ -47,7 +47,7 @@ def test_what_torch_saves_is_read_as_it_reads_it(tmp_path: Path, state: dict[str
 
 @examples(80)
 @given(st.dictionaries(names.filter(lambda name: name != "__metadata__"), tensors(), min_size=1, max_size=5))
-def test_what_safetensors_saves_is_read_as_it_reads_it(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+def test_safetensors_files_are_read_as_the_library_reads_them(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     plain = {name: tensor.contiguous().clone() for name, tensor in state.items() if tensor.dtype != torch.complex128}
     safetensors.torch.save_file(plain, tmp_path / "file.safetensors")
     assert read(tmp_path / "file.safetensors") == expected(safetensors.torch.load_file(tmp_path / "file.safetensors"))
@@ -57,7 +57,7 @@ def test_what_safetensors_saves_is_read_as_it_reads_it(tmp_path: Path, state: di
 def test_a_damaged_safetensors_file_that_is_read_is_one_for_the_library_too(
     tmp_path: Path, by_value: bool, tally: dict[str, int]
 ) -> None:
-    """With the same tensors; the library is less strict, never more."""
+    """Compare the tensors as well; the library may be less strict, never stricter."""
     header, _ = entries()
     path = tmp_path / "step-3.safetensors"
 

@@ -1,4 +1,4 @@
-"""Text files beside checkpoints, damaged: read or refused in one line, never anything else."""
+"""Damaged text files beside checkpoints: read or refused in one line, with no other outcome."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hostile import side_files
 
 
 @pytest.mark.parametrize("kind", side_files.seeds())
-def test_they_are_read_or_refused(kind: str, tmp_path: Path, tally: dict[str, int]) -> None:
+def test_damaged_side_files_are_read_or_refused(kind: str, tmp_path: Path, tally: dict[str, int]) -> None:
     files, _ = side_files.seeds()[kind]
     assert not isinstance(side_files.read(files, tmp_path / "ckpts"), CkptavgError)
 
@@ -45,8 +45,8 @@ def output(run: Run, tmp_path: Path) -> Path:
     return tmp_path / "out.safetensors"
 
 
-def test_what_an_output_says_of_itself_is_believed_as_little(output: Path, tally: dict[str, int]) -> None:
-    """`verify` rebuilds by metadata that anybody may have written."""
+def test_metadata_of_an_output_is_not_trusted(output: Path, tally: dict[str, int]) -> None:
+    """`verify` rebuilds by metadata that may have been forged."""
     with safe_open(output, "pt") as stored:
         metadata = stored.metadata()
     state = load_file(output)
@@ -91,7 +91,7 @@ def test_metadata_that_cannot_be_is_refused(output: Path, change: dict[str, obje
 
 
 def test_a_source_is_no_path(output: Path) -> None:
-    """Its files are looked for under --sources only."""
+    """A source's files are searched for only under --sources."""
     with safe_open(output, "pt") as stored:
         metadata = stored.metadata()
     record = json.loads(metadata["ckptavg"])

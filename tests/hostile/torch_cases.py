@@ -1,4 +1,4 @@
-"""Torch files: archives that are cut, contradict themselves or are bombs, and pickles of anything but a model."""
+"""Torch files: archives that are truncated, inconsistent or bombs, and pickles of objects other than models."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ RECORDS = {"0": values(6), "1": values(2, 6)}
 
 
 def archive(pickle: bytes, records: Mapping[str, bytes] = RECORDS, **extra: bytes) -> bytes:
-    """A torch file."""
+    """Return a torch file."""
     return zip_bytes([Entry(f"archive/{name}", data) for name, data in _parts(pickle, records, extra).items()])
 
 
 def state(items: Mapping[str, bytes] | None = None) -> bytes:
-    """A torch file of a dict; the good tensors if nothing else is said."""
+    """Return a torch file of a dict; by default of the good tensors."""
     return archive(op.program(op.mapping(op.good() if items is None else items), 4))
 
 
 def cases() -> Iterator[Case]:
-    """All of them."""
+    """Return all cases."""
     yield from (*_cut(), *_archives(), *_bombs(), *_pickles(), *_tensors(), *_payloads(), *_legacy())
 
 
@@ -173,7 +173,7 @@ def _whole(body: bytes) -> bytes:
 
 
 def _laughs() -> bytes:
-    """A list that holds one list nine times, and so on: 9^20 values."""
+    """A list that holds one list nine times, recursively: 9^20 values."""
     body = b"]q\x00"
     for i in range(20):
         body += b"0](" + b"h%c" % i * 9 + b"eq%c" % (i + 1)
@@ -181,7 +181,7 @@ def _laughs() -> bytes:
 
 
 def _many_entries(count: int, told: int = 0) -> bytes:
-    """A zip64 archive of empty records, made as fast as can be."""
+    """A zip64 archive of empty records, built quickly."""
     first = Entry("archive/data.pkl")
     head = zip_bytes([first])
     body = bytearray(head[: 30 + len(first.name)])
@@ -316,7 +316,7 @@ def _payloads() -> Iterator[Case]:
             yield _case(f"payload-beside-{name}", state(beside), "wrote .*out.safetensors", code=0, inspect=0,
                         payload=True)  # fmt: skip
     for name, body in op.TENSORS.items():
-        if name == "hooks":  # which are not looked at
+        if name == "hooks":  # fields that are not read
             continue
         message = r"step-3\.pt: (weight: |data.pkl is damaged: a persistent id)"
         yield _case(f"payload-tensor-{name}", state({"weight": body, "bias": op.good()["bias"]}), message, payload=True)

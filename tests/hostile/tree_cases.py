@@ -1,4 +1,4 @@
-"""Directories of Hugging Face, PEFT and the Trainer: indexes that lie, sidecars that are bombs, saves that stopped."""
+"""Directories of Hugging Face, PEFT and the Trainer: inconsistent indexes, oversized sidecars, interrupted saves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 MAP = {"weight": FIRST, "bias": SECOND}
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "base_model_name_or_path": "x"}
 _PAYLOAD = archive(op.program(op.SHAPES["reduce"]))
-# what no parser should be led by
+# values that must not mislead a parser
 BAD_JSON: dict[str, bytes] = {
     "empty": b"", "null-bytes": bytes(64), "cut": b'{"a": [1, 2', "not-utf8": b'{"a": "\xff"}', "a-list": b"[1, 2]",
     "a-number": b"7", "text": b'"x"', "nan": b'{"a": NaN}', "infinity": b'{"a": -Infinity}', "twice": b'{"a":1,"a":2}',
@@ -29,7 +29,7 @@ BAD_JSON: dict[str, bytes] = {
 
 
 def cases() -> Iterator[Case]:
-    """All of them."""
+    """Return all cases."""
     yield from (*_indexes(), *_peft(), *_trainer(), *_folders())
 
 
@@ -39,7 +39,7 @@ def _shard(name: str) -> bytes:
 
 
 def sharded(weight_map: Any = MAP, **files: bytes | None) -> dict[str, bytes]:
-    """A model in two shards; a file that is None is missing."""
+    """Return a model in two shards; a file whose content is None is missing."""
     index = weight_map if isinstance(weight_map, bytes) else json.dumps({"metadata": {}, "weight_map": weight_map})
     found: dict[str, bytes | None] = {FIRST: _shard("weight"), SECOND: _shard("bias")}
     found[INDEX] = index if isinstance(index, bytes) else index.encode()
@@ -114,7 +114,7 @@ def _indexes() -> Iterator[Case]:
 
 
 def adapter(config: bytes | Mapping[str, Any] | None = None, weights: bytes | None = None) -> dict[str, bytes]:
-    """A LoRA adapter's directory."""
+    """Return the directory of a LoRA adapter."""
     spec = {"base_model.model.q.lora_A.weight": ("F32", [2, 3]), "base_model.model.q.lora_B.weight": ("F32", [4, 2])}
     header, size = entries(spec)  # type: ignore[arg-type]
     config = config if isinstance(config, bytes) else json.dumps({**CONFIG, **(config or {})}).encode()
@@ -161,7 +161,7 @@ def _peft() -> Iterator[Case]:
 
 
 def trainer(state: bytes | None = b'{"global_step": 3}', **files: bytes) -> dict[str, bytes]:
-    """What the Trainer saves; every pickle beside the weights runs code."""
+    """Return the files of a Trainer's checkpoint; every pickle beside the weights runs code."""
     run = op.program(op.SHAPES["reduce"])
     beside = dict.fromkeys(("optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth", "scaler.pt"), run)
     found = {"model.safetensors": plain(), "config.json": b"{}", **beside, "trainer_state.json": state, **files}

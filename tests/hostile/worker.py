@@ -1,6 +1,6 @@
-"""A process of its own that runs the command line on hostile inputs, so that a crash or a hang is counted.
+"""A process that runs the command line on hostile inputs, so that a crash or a hang can be counted.
 
-It reads cases' names, one a line, and answers each with ``> NAME`` and then a line of JSON. A signal ends it.
+It reads names of cases, one per line, and answers each with ``> NAME`` and then a line of JSON. A signal ends it.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from typing import Any
 
 import typer.main
 
-HANG = 30  # seconds after which a signal ends the process, whatever it is doing
-MEMORY = 1 << 30  # bytes a run may take more than it has
-USUAL = 0.03  # seconds that `_pace` takes on the machine that the limit on processor time was set for
-_CHEAP = 2.0  # seconds of processor time that are not worth a measurement of the machine
+HANG = 30  # seconds after which a signal ends the process unconditionally
+MEMORY = 1 << 30  # bytes by which a run may exceed its initial memory
+USUAL = 0.03  # seconds that `_pace` takes on the machine for which the limit on CPU time was set
+_CHEAP = 2.0  # CPU seconds below which the speed of the machine is not measured
 _NOBODY = 65534
-# what no reader does; the rest of what code could do is seen by the file it makes
+# calls that no reader makes; other effects of code are detected by the file it creates
 _SUSPECT = frozenset({
     "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "os.kill", "subprocess.Popen",
     "pty.spawn", "pickle.find_class", "socket.connect", "socket.bind", "urllib.Request",
     "webbrowser.open", "ctypes.dlopen", "builtins.input", "builtins.breakpoint",
 })  # fmt: skip
-_DRIVERS = ("libnvidia-ml.so.1", "libamd_smi.so")  # which torch's builds for GPUs load again to count devices
+_DRIVERS = ("libnvidia-ml.so.1", "libamd_smi.so")  # loaded again by torch's GPU builds to count devices
 
 
 class Watcher:
-    """Notes the interpreter's audit events that only code out of a checkpoint would raise."""
+    """Records the interpreter's audit events that only code from a checkpoint would raise."""
 
     def __init__(self) -> None:
         self.on = False
@@ -47,7 +47,7 @@ class Watcher:
 
 
 def run(arguments: list[str], watcher: Watcher) -> dict[str, Any]:
-    """``ckptavg ARGUMENTS`` in this process and directory: its exit code, its output, and what it took."""
+    """Run ``ckptavg ARGUMENTS`` in this process and directory; return its exit code, output, and resource use."""
     from ckptavg.__main__ import main
 
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
@@ -71,7 +71,7 @@ def run(arguments: list[str], watcher: Watcher) -> dict[str, Any]:
         cpu = time.process_time() - cpu
         watcher.on = False
         sys.argv, sys.stdout, sys.stderr = before
-    if cpu > _CHEAP:  # a processor that is slow, or shared with others, is no fault of what ran
+    if cpu > _CHEAP:  # a CPU that is slow or shared does not count against the run
         cpu /= max(1.0, _pace() / USUAL)
     seen, watcher.seen = watcher.seen, []
     texts = [stream.buffer.getvalue().decode("utf-8", "backslashreplace") for stream in (out, err)]  # type: ignore
@@ -83,7 +83,7 @@ def run(arguments: list[str], watcher: Watcher) -> dict[str, Any]:
 
 
 def _pace() -> float:
-    """Seconds of processor time for half a million calls through a table, as a reader of pickles makes them."""
+    """Return CPU seconds for half a million calls through a table, as in a reader of pickles."""
     table, stack = [lambda stack, byte: stack.append(byte)] * 256, []
     start = time.process_time()
     for byte in bytes(range(256)) * 2000:
@@ -99,14 +99,14 @@ def _status(key: str) -> int:
 
 
 def _reset_peak() -> int:
-    """Forget the peak of the resident memory where that is permitted; what is resident now."""
+    """Reset the peak resident memory if permitted; return the current resident memory."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
 def listing(folder: Path) -> list[str]:
-    """Everything below ``folder``; links are not followed."""
+    """List everything below ``folder``, without following links."""
     return sorted(
         os.path.relpath(f"{at}/{name}", folder).encode("utf-8", "backslashreplace").decode()
         for at, folders, files in os.walk(folder)
@@ -152,12 +152,12 @@ def serve(base: Path) -> None:
 
 
 def _build_commands_once() -> None:
-    """Typer makes every command anew in each call, which is two thirds of the time of a run."""
+    """Cache the commands: Typer rebuilds all of them in each call, which is two thirds of the time of a run."""
     typer.main.get_command = cache(typer.main.get_command)
 
 
 def _warm(work: Path, watcher: Watcher, plain: Any) -> None:
-    """Import everything, so that no run is charged for it."""
+    """Import every module, so that no run is charged for the imports."""
     folder = work / str(os.getpid()) / "ckpts"
     folder.mkdir(parents=True)
     for step in (1, 2):

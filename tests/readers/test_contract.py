@@ -50,7 +50,7 @@ def read_or_refused(path: Path) -> object | None:
 
 
 def json_values(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of whatever is a JSON value, nested ones too."""
+    """Yield (start, stop) of every JSON value, including nested ones."""
     text = data.decode("latin1")
     for start in range(len(text)):
         try:
@@ -130,7 +130,7 @@ def test_a_changed_byte_is_read_or_refused(tmp_path: Path, name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_json_of_another_type_is_read_or_refused(tmp_path: Path, name: str):
-    """Such as ``[]`` where a header has ``{...}``; formats without JSON have few bytes that look like it."""
+    """For example ``[]`` where a header has ``{...}``; formats without JSON have few bytes that look like it."""
     path, _ = sample(name, tmp_path)
     data = path.read_bytes()
     for start, stop in json_values(data):

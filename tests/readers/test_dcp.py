@@ -1,4 +1,4 @@
-"""Directories that torch.distributed.checkpoint wrote, by one process and by four, read back without it."""
+"""Directories written by torch.distributed.checkpoint, by one process and by four, read without that library."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RANKS = 4
 
 
 def save(folder: Path, state: dict[str, Any], **options: Any) -> Path:
-    """Save ``state`` as one process does."""
+    """Save ``state`` from one process."""
     return _save(folder, state, DefaultSavePlanner(), **options)
 
 
@@ -63,7 +63,7 @@ def _save(folder: Path, state: dict[str, Any], planner: DefaultSavePlanner, **op
 
 
 def shard(rank: int, folder: Path) -> None:
-    """What rank ``rank`` of four does: save DTensors of every placement, and two trained models."""
+    """Save, as rank ``rank`` of four, DTensors of every placement, and two trained models."""
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
@@ -117,11 +117,11 @@ def shard(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What four processes saved: a directory of directories, and ``expected.pt``."""
+    """Return what four processes saved: a directory of directories, and ``expected.pt``."""
     folder = kept("ranks", tmp_path_factory)
     if any(folder.iterdir()):
         return folder
-    # a process of its own: one that imports torch once, and forks before anything has started a thread
+    # in a separate process, which imports torch once and forks before any thread is started
     subprocess.run(
         [sys.executable, "-W", "ignore", __file__, str(folder)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -141,7 +141,7 @@ def truth(sharded: Path) -> Mapping[str, Mapping[str, Tensor]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small checkpoint with a model, an optimizer and a step."""
+    """Save a small checkpoint with a model, an optimizer and a step."""
     model = nn.Linear(3, 2)
     nn.init.constant_(model.weight, 0.5)
     nn.init.constant_(model.bias, 0.25)
@@ -160,7 +160,7 @@ def read(folder: Path) -> Any:
 
 
 def refused(folder: Path, pattern: str, *, at: str = "", act: Callable[[Path], object] = read) -> None:
-    """Reading ``folder`` is one line that names ``at`` in it and matches ``pattern``."""
+    """Check that reading ``folder`` fails with one line that names ``at`` in it and matches ``pattern``."""
     with pytest.raises(InputError, match=pattern) as caught:
         act(folder)
     assert str(caught.value).startswith(f"{folder / at}: ")
@@ -185,14 +185,14 @@ def rewrite(folder: Path, change: Callable[[Metadata], object]) -> None:
 
 
 def overwrite(path: Path, content: bytes) -> None:
-    """Replace a file's content, not its time."""
+    """Overwrite a file's content, but keep its modification time."""
     status = path.stat()
     path.write_bytes(content)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def data_of(folder: Path, name: str) -> range:
-    """Which bytes of the only file the elements of an unsharded tensor are."""
+    """Return which bytes of the only file hold the elements of an unsharded tensor."""
     reader = FOLDER.open(folder)
     (part,) = reader._tensors[name].parts
     file = (folder / part.stored.file).read_bytes()[part.stored.start :][: part.stored.size]
@@ -217,7 +217,7 @@ def test_every_dtype_and_shape_is_what_was_saved(tmp_path: Path) -> None:
     assert read(save(tmp_path / "all", state)) == expected(state)
 
 
-def test_views_are_what_was_saved(tmp_path: Path) -> None:
+def test_views_equal_the_saved_ones(tmp_path: Path) -> None:
     whole = torch.arange(60.0).view(10, 6)
     image = torch.arange(48.0).view(2, 2, 3, 4).to(memory_format=torch.channels_last)
     state = {"t": whole.t(), "c": whole[:, 1:3], "r": whole[2:4], "x": whole[::3, ::2], "i": image, "w": whole}
@@ -239,7 +239,7 @@ def test_a_state_dict_without_nesting_keeps_its_names(tmp_path: Path, other: str
     assert read(save_flat(tmp_path / "flat", state)) == expected(state)
 
 
-def test_flat_names_of_a_model_and_its_optimizer_are_told_apart(tmp_path: Path) -> None:
+def test_flat_names_of_a_model_and_its_optimizer_are_separated(tmp_path: Path) -> None:
     w = torch.ones(2)
     state = {"model.a.weight": w, "model.b": w, "optim.state.a": w, "optimizer.b": w}
     parts = {"model": {"a.weight": w, "b": w}, "optim": {"state.a": w}, "optimizer": {"b": w}}
@@ -261,7 +261,7 @@ def test_several_files_of_one_process(tmp_path: Path, options: dict[str, Any]) -
     assert len(list(folder.glob("*.distcp"))) > 2
 
 
-def test_what_a_reader_says_of_itself(folder: Path) -> None:
+def test_attributes_of_a_reader(folder: Path) -> None:
     reader = FOLDER.open(folder)
     assert (reader.path, reader.format, reader.metadata, reader.notes) == (folder, "dcp", {}, ())
     assert [file.path.name for file in reader.files] == [".metadata", "__0_0.distcp"]
@@ -757,7 +757,7 @@ def test_a_record_that_ckptavg_did_not_write_is_refused(folder: Path, content: b
     refused(folder, "is not what ckptavg wrote|is not valid JSON", at=dcp_reader.RECORD)
 
 
-def test_files_that_vanish_are_no_older_save(tmp_path: Path) -> None:
+def test_vanished_files_are_not_taken_for_an_older_save(tmp_path: Path) -> None:
     dcp_reader._check_newer(tmp_path / ".metadata", tmp_path / "gone")
 
 

@@ -1,4 +1,4 @@
-"""The strict safetensors header: what the library accepts although its format forbids it is refused here by name."""
+"""The strict safetensors header: content that the library accepts although the format forbids it is refused by name."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_every_truncation_is_refused(tmp_path: Path):
 
 
 def test_every_bit_flip_of_the_header_is_refused_or_read_as_the_library_reads_it(tmp_path: Path):
-    """A flip can give another valid header; it is then caught by the other checkpoints, which disagree."""
+    """A flip can give another valid header; it is then detected by comparison with the other checkpoints."""
     whole = save({"a": torch.arange(3.0), "b": torch.ones(2, 2)})
     header = 8 + int.from_bytes(whole[:8], "little")
     for bit in range(8 * header):

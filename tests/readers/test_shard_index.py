@@ -1,4 +1,4 @@
-"""A model in several files is what its files are together."""
+"""A model in several files equals the union of its files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloa
 
 @pytest.fixture
 def index(tmp_path: Path) -> Path:
-    """Two of safetensors and one of torch, which nobody writes but nothing forbids."""
+    """Write two safetensors files and one torch file, a mix that is unusual but not forbidden."""
     save_file({"a": STATE["a"]}, tmp_path / "1.safetensors", {"format": "pt"})
     save_file({"b": STATE["b"]}, tmp_path / "2.safetensors")
     torch.save({"c": STATE["c"]}, tmp_path / "3.bin")
@@ -55,7 +55,7 @@ def test_tensors_come_from_their_files(index: Path) -> None:
         ({"c": 3}, "weight_map must map tensor names to file names"),
     ],
 )
-def test_an_index_that_says_something_else_is_refused_by_name(index: Path, change: dict[str, object], message: str):
+def test_an_index_that_contradicts_its_files_is_refused_by_name(index: Path, change: dict[str, object], message: str):
     known = json.loads(index.read_text())["weight_map"] | change
     if None in known.values():
         torch.save({"c": STATE["c"], "d": STATE["c"]}, index.parent / "3.bin")

@@ -45,7 +45,7 @@ def saved(path: Path, value: object, **options: Any) -> Path:
 
 
 def refused(path: Path, pattern: str) -> None:
-    """Opening ``path`` is one line that names it and matches ``pattern``."""
+    """Check that opening ``path`` fails with one line that names it and matches ``pattern``."""
     with pytest.raises(InputError, match=pattern) as caught:
         read(path)
     assert str(caught.value).startswith(f"{path}: ")
@@ -126,7 +126,7 @@ def test_a_large_view_of_little_is_read_in_pieces() -> None:
 @examples(60)
 @given(st.data())
 def test_slices_of_large_strided_views_are_what_torch_reads(data: st.DataObject) -> None:
-    # larger than what is read at once, so that pieces are put together
+    # larger than one read, so that pieces are joined
     shape = tuple(data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=4)))
     order = data.draw(st.permutations(range(len(shape))))
     full = torch.arange(2 * int(np.prod(shape)), dtype=torch.int32)
@@ -231,7 +231,7 @@ def test_a_lightning_checkpoint_is_what_torch_load_reads(path: Path, protocol: i
     assert read(path) == expected(everything | {name: everything[name].item() for name in numbers})
 
 
-def test_what_was_left_out_is_noted_by_class(path: Path) -> None:
+def test_omitted_objects_are_noted_by_class(path: Path) -> None:
     state = {"w": torch.ones(2), "a": argparse.Namespace(x=1), "b": [argparse.Namespace(y=1), Mode.TRAIN]}
     [note] = open_reader(saved(path, state)).notes
     assert "2 classes: argparse.Namespace, " in note
@@ -330,7 +330,7 @@ def test_a_tensor_that_is_not_plain_and_dense_is_refused_and_the_others_are_read
     ],
     ids=str,
 )
-def test_what_is_not_a_state_dict_is_said(path: Path, value: object, pattern: str) -> None:
+def test_a_file_without_a_state_dict_is_refused(path: Path, value: object, pattern: str) -> None:
     refused(saved(path, value), pattern)
 
 
@@ -492,7 +492,7 @@ def test_the_zip64_end_must_agree(path: Path, change: Mapping[str, Any], pattern
 
 
 def test_records_beyond_4_gib_are_found(path: Path) -> None:
-    # a sparse file: the record before the small one takes 5 GiB of nothing
+    # a sparse file: the record before the small one is a hole of 5 GiB
     start, large = 5 << 30, (5 << 30) - 200
     reduced = _pickled({"w": ("1", 2, (2,)), "large": ("0", large // 4, (large // 4,))})
     names = [b"a/data.pkl", b"a/data/0", b"a/data/1"]
@@ -528,7 +528,7 @@ def test_records_beyond_4_gib_are_found(path: Path) -> None:
 def _pickled(
     tensors: Mapping[str, tuple[str, int, tuple[int, ...]]], stride: tuple[int, ...] = (1,), offset: int = 0
 ) -> bytes:
-    """data.pkl of float tensors by hand: name → storage key, its number of elements, shape."""
+    """Build data.pkl of float tensors by hand: name → storage key, its number of elements, shape."""
 
     def text(value: str) -> bytes:
         return b"X" + struct.pack("<I", len(value)) + value.encode()
@@ -716,7 +716,7 @@ def test_a_file_without_checksums_is_read_with_a_note(path: Path, without_checks
 
 
 class Counting(RegularFile):
-    """Counts the bytes that are read."""
+    """Counts the bytes read."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -795,7 +795,7 @@ def test_a_slice_of_a_strided_tensor_reads_what_it_spans(counting: Counting, ope
 
 
 def damaged_end(path: Path, size: int) -> Reader:
-    """A file of a view of the first ``size`` elements of a storage of 1000, whose last element was changed."""
+    """Write a view of the first ``size`` elements of a storage of 1000, then change the storage's last element."""
     storage = torch.arange(1000, dtype=torch.int32)
     data = saved(path, {"whole": storage, "view": storage[:size]}).read_bytes()
     last = data.index(struct.pack("<2i", 998, 999)) + 4

@@ -37,19 +37,19 @@ def text(value: str) -> bytes:
 
 
 def storage_id(cls: str, location: str = "cpu") -> bytes:
-    """What a storage of four floats is pickled as."""
+    """Return the persistent id of a storage of four floats."""
     return b"(" + text("storage") + f"ctorch\n{cls}\n".encode() + text("0") + text(location) + b"K\4tQ"
 
 
 STORAGE_0 = storage_id("FloatStorage")
-FLAT = b"K\0K\4\x85K\1\x85"  # offset, shape and stride of all of it
+FLAT = b"K\0K\4\x85K\1\x85"  # offset, shape and stride of the whole storage
 
 
 # ---- what ordinary pickles mean
 
 
 def plain(value: Any) -> Any:
-    """The value as the interpreter spells it: sets and tuples of it compare as lists."""
+    """Return the value in the interpreter's representation: sets and tuples of it compare as lists."""
     if isinstance(value, dict):
         return {key: plain(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
@@ -178,7 +178,7 @@ class Loading(pickle.Unpickler):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_payload_would_run_in_the_pickle_module(name: str, tmp_path: Path, extension: None) -> None:
     marker = tmp_path / "marker"
-    with contextlib.suppress(AttributeError, TypeError, pickle.UnpicklingError):  # what follows the deed may fail
+    with contextlib.suppress(AttributeError, TypeError, pickle.UnpicklingError):  # opcodes after the payload may fail
         protocol = b"\x80\2" if name.startswith("python 2") else b"\x80\4"
         Loading(io.BytesIO(protocol + payloads(marker)[name] + b".")).load()
     assert marker.exists()
@@ -222,7 +222,7 @@ def test_items_and_state_of_an_unknown_object_are_forgotten() -> None:
 
 
 @pytest.mark.parametrize("name", ["_rebuild_sparse_tensor", "_rebuild_qtensor", "DTensor", "FloatTensor"])
-def test_what_may_be_a_tensor_is_refused_and_not_forgotten(name: str) -> None:
+def test_a_possible_tensor_is_refused_and_not_dropped(name: str) -> None:
     value = interpret(b"\x80\x02" + call(f"torch._utils.{name}") + b".")
     assert isinstance(value, Refused)
     assert name in value.reason
@@ -323,7 +323,7 @@ def test_every_truncation_of_a_pickle_is_refused() -> None:
             interpret(data[:size])
 
 
-def test_a_memo_that_is_missing_is_said() -> None:
+def test_a_missing_memo_is_named() -> None:
     interpret(b"\x80\x02Nq\x00h\x00\x86.")
     with pytest.raises(PickleError, match="memo 1 is missing"):
         interpret(b"\x80\x02Nq\x00h\x01\x86.")
@@ -396,7 +396,7 @@ def test_a_malformed_tensor_is_refused(name: str) -> None:
         made("_codecs.encode", text("x" * 17)),
     ],
 )
-def test_what_is_no_plain_number_of_numpys_is_left_out(program: bytes) -> None:
+def test_numpy_scalars_of_other_kinds_are_left_out(program: bytes) -> None:
     assert tree(b"\x80\x02}" + text("epoch") + program + b"s.") == {"epoch": None}
 
 
@@ -433,7 +433,7 @@ def test_a_key_that_cannot_be_one_keeps_a_tensors_place(kind: bytes) -> None:
 
 def test_integers_that_share_one_hash_do_not_make_a_dict_slow() -> None:
     keys = b"".join(b"\x8a\x0b" + (i * (2**61 - 1)).to_bytes(11, "little") + b"N" for i in range(1, 100_000))
-    value = interpret(b"\x80\x02}(" + keys + b"u.")  # quadratic, it would take minutes
+    value = interpret(b"\x80\x02}(" + keys + b"u.")  # would take minutes if quadratic
     assert isinstance(value, dict)
     assert len(value) == 99_999
 
@@ -493,7 +493,7 @@ GREEDY = {
 
 
 @pytest.mark.parametrize("name", GREEDY)
-def test_whatever_is_repeated_runs_out_of_budget(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_repetition_runs_out_of_budget(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpickler, "BUDGET", 1 << 22)
     data = b"\x80\x02cos\nsystem\nq\0" + GREEDY[name] * (1 << 17) + b"."
     tracemalloc.start()
@@ -532,7 +532,7 @@ def joined(*parts: st.SearchStrategy[bytes] | bytes) -> st.SearchStrategy[bytes]
 
 
 def compound(one: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
-    """Programs that push one value, made of programs that do; their types make sense only by chance."""
+    """Compose programs that push one value from smaller ones; their types make sense only by chance."""
     some = st.lists(one, max_size=7).map(b"".join)
     made = st.sampled_from(GLOBALS)
     return st.one_of(
@@ -579,8 +579,8 @@ def test_random_bytes_are_a_mapping_or_a_pickle_error(data: bytes) -> None:
     assert isinstance(value, dict)
 
 
-def test_a_member_of_an_enumeration_is_told_by_its_name_too():
-    """As Python 3.11.0 to 3.11.3 pickle it: by getattr, which is never called."""
+def test_an_enumeration_member_is_also_read_by_name():
+    """As pickled by Python 3.11.0 to 3.11.3: by getattr, which is never called."""
     from ckptavg.readers.pickle.torch_objects import MAKERS
 
     def member(owner: str, name: str) -> bytes:

@@ -1,6 +1,6 @@
-"""ZeRO checkpoints that DeepSpeed itself writes, two processes on the CPU; and by hand what it cannot write here.
+"""ZeRO checkpoints written by DeepSpeed, by two processes on the CPU; written by hand where DeepSpeed cannot run here.
 
-By hand, with ``torch.save`` and laid out as the engine does: more ranks than two, and what is damaged.
+Written by hand, with ``torch.save`` in the engine's layout: more than two ranks, and damaged files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 STEPS = 3
 BF16 = {"bf16": {"enabled": True}}
-# a stage, then what else the configuration says of it
+# stage, then further configuration
 RUNS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "0": (0, {}, {}),
     "0-bf16": (0, {}, BF16),
@@ -52,7 +52,7 @@ ZERO = [name for name, (stage, _, _) in RUNS.items() if stage]
 
 
 class Norm(nn.BatchNorm1d):
-    """In fp32 whatever the parameters are in, as torch asks on the CPU."""
+    """A norm in fp32 whatever the dtype of the parameters, as torch requires on the CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
         mean, var, weight, bias = self.running_mean, self.running_var, self.weight.float(), self.bias.float()
@@ -78,12 +78,12 @@ class Network(nn.Module):
 
 
 def train(out: Path) -> None:
-    """What one of the processes does: every run, its live weights, and what DeepSpeed's own script makes of it."""
+    """Save, as one of the processes, every run, its live weights, and the output of DeepSpeed's own script for it."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    vars(deepspeed.ops)["__compatible_ops__"] = {}  # or it would compile an all-reduce of its own
+    vars(deepspeed.ops)["__compatible_ops__"] = {}  # otherwise it would compile its own all-reduce
     rank = int(os.environ["RANK"])
     meet = f"file://{out}/meet"
     deepspeed.init_distributed("gloo", init_method=meet, rank=rank, world_size=2, auto_mpi_discovery=False)
@@ -103,12 +103,12 @@ def train(out: Path) -> None:
         for key, parameter in network.named_parameters(remove_duplicate=False):
             with deepspeed.zero.GatheredParameters([parameter]):
                 whole = parameter.detach().clone()
-            # in fp32 the parameter itself: with round_robin_gradients, DeepSpeed 0.19 gives another one's values here
+            # in fp32 the parameter itself: with round_robin_gradients, DeepSpeed 0.19 returns another one's values here
             hidden = whole.dtype != torch.float32 and stage and parameter.requires_grad
             live[key] = safe_get_full_fp32_param(parameter) if hidden else whole
         if rank == 0:
             torch.save(live, out / name / "live.pt")
-            if stage and name != "1-bf16-sums-fp32":  # which the script says is no ZeRO checkpoint
+            if stage and name != "1-bf16-sums-fp32":  # which the script does not recognize as a ZeRO checkpoint
                 torch.save(get_fp32_state_dict_from_zero_checkpoint(out / name), out / name / "script.pt")
 
 
@@ -131,11 +131,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank in "01"
     ]
     try:
-        said = [rank.communicate(timeout=300)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], said[0] + said[1]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs[0] + outputs[1]
     return out
 
 
@@ -158,7 +158,7 @@ def window(reader: Reader, tensor: StoredTensor, start: int, count: int) -> Tens
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """Every weight in the directory."""
+    """Return every weight in the directory."""
     reader = open_reader(folder)
     try:
         return {name: window(reader, t, 0, t.numel).view(t.shape) for name, t in module(reader).items()}
@@ -174,7 +174,7 @@ def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
 
 
 def refused(folder: Path, pattern: str) -> None:
-    """Reading ``folder`` is one line that names it and matches ``pattern``."""
+    """Check that reading ``folder`` fails with one line that names it and matches ``pattern``."""
     with pytest.raises(InputError, match=pattern) as caught:
         weights(folder)
     assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
@@ -191,20 +191,20 @@ def test_the_weights_are_the_live_ones_bit_for_bit(written: Path, name: str):
 def test_the_weights_are_those_of_deepspeeds_own_script(written: Path, name: str):
     ours, script = weights(folder_of(written, name)), torch.load(written / name / "script.pt")
     left_out = {name for name in ours if name.startswith("frozen.")} if RUNS[name][0] == 1 else set()
-    assert set(ours) == set(script) | left_out  # for ZeRO-1 the script forgets the frozen ones
+    assert set(ours) == set(script) | left_out  # for ZeRO-1 the script omits the frozen ones
     for key, tensor in script.items():
         assert torch.equal(ours[key].to(tensor.dtype), tensor), key
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", RUNS)
-def test_the_tree_tells_what_was_taken(written: Path, name: str):
+def test_the_tree_names_the_source_of_the_weights(written: Path, name: str):
     reader = open_reader(folder_of(written, name))
     stage, tensors = RUNS[name][0], module(reader)
-    told = stage and name != "1-bf16-sums-fp32"  # BF16_Optimizer does not write its stage
-    assert reader.format == (f"zero-{stage}" if told else "deepspeed")
+    stage_is_stored = stage and name != "1-bf16-sums-fp32"  # BF16_Optimizer does not write its stage
+    assert reader.format == (f"zero-{stage}" if stage_is_stored else "deepspeed")
     assert reader.tree["global_step"] == STEPS and reader.path == folder_of(written, name)
-    named = f"ZeRO-{stage}" if told else "ZeRO"
+    named = f"ZeRO-{stage}" if stage_is_stored else "ZeRO"
     taken = f"took the fp32 master weights of {named} from the optimizer states of 2 ranks"
     assert reader.notes == (
         taken if stage else "took the weights of the model states; there are no master weights of ZeRO",
@@ -237,7 +237,7 @@ def test_any_window_is_that_part_of_the_whole(written: Path):
 
 
 def contents(file: Path, find: Callable[[Mapping[str, Any]], StoredTensor]) -> bytes:
-    """The bytes of one tensor of a torch file."""
+    """Return the bytes of one tensor of a torch file."""
     reader = open_reader(file)
     tensor = find(reader.tree)
     content = bytearray(tensor.nbytes)
@@ -307,7 +307,7 @@ def by_hand(
     frozen: Mapping[str, Shape] = {},
     **changes: Any,
 ) -> dict[str, Tensor]:
-    """Write a checkpoint as the engine lays it out; ``changes`` replace entries of the model states."""
+    """Write a checkpoint in the engine's layout; ``changes`` replace entries of the model states."""
     folder.mkdir(parents=True)
     names = {name: shape for group in [*groups, frozen] for name, shape in group.items()}
     truth = {name: torch.randn(shape) for name, shape in names.items()}
@@ -446,7 +446,7 @@ def test_paddings_that_do_not_fit_are_refused(tmp_path: Path, paddings: list[lis
     refused(tmp_path / "x", message)
 
 
-def test_a_tensor_that_no_optimizer_knows_must_be_a_buffer(tmp_path: Path):
+def test_a_tensor_without_optimizer_state_must_be_a_buffer(tmp_path: Path):
     known = {"module": {"extra": torch.ones(2), "count": 3}, "buffer_names": ["extra"]}
     truth = by_hand(tmp_path / "x", 3, 2, GROUPS, **known)
     (tmp_path / "x" / "notes.txt").touch()
@@ -493,7 +493,7 @@ if __name__ == "__main__":
 @pytest.mark.thorough
 @pytest.mark.parametrize("names", [("1", "2"), ("3", "2-round-robin"), ("1-bf16", "3-bf16")])
 def test_a_run_is_averaged_and_loads_into_the_model(run: Run, written: Path, tmp_path: Path, names: tuple[str, str]):
-    """Two checkpoints of different stages: what was averaged does not depend on how it was cut."""
+    """Two checkpoints of different stages: the average does not depend on how the tensors were partitioned."""
     for step, name in enumerate(names, 1):
         there = tmp_path / "run" / f"global_step{step}"
         shutil.copytree(folder_of(written, name), there)

@@ -1,4 +1,4 @@
-"""The study is a package below scripts/."""
+"""Put the study, a package below scripts/, on the path."""
 
 import sys
 from pathlib import Path

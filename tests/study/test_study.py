@@ -1,4 +1,4 @@
-"""The study on a slice so small that it says nothing, but is measured as the whole one is."""
+"""A slice of the study too small to be meaningful, measured in the same way as the whole."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def record() -> Record:
 
 @pytest.fixture
 def results(tmp_path: Path, record: Record) -> Path:
-    """Two seeds of two schedules, the second of each a copy that is better throughout."""
+    """Return two seeds of two schedules; the second seed of each is a copy with better figures throughout."""
     path = tmp_path / "results.jsonl"
     for seed, schedule in itertools.product((0, 1), ("constant", "cosine")):
         rows = [replace(row, figure=row.figure + 0.01 * seed) for row in record.rows]
@@ -52,7 +52,7 @@ def results(tmp_path: Path, record: Record) -> Path:
     return path
 
 
-def test_a_record_has_every_strategy_that_ckptavg_knows(record: Record):
+def test_a_record_has_every_strategy_of_ckptavg(record: Record):
     assert {row.label for row in record.rows} == {
         *(label for label, spec in TINY.strategies.items() if spec not in record.skipped),
         "random 2",
@@ -62,7 +62,7 @@ def test_a_record_has_every_strategy_that_ckptavg_knows(record: Record):
 
 
 def test_ranks_are_those_of_a_literal_evaluation(record: Record, tmp_path: Path):
-    # logistic regression has no buffers: the average of two state dicts is all there is to it
+    # logistic regression has no buffers: averaging two state dicts is the complete reference
     job = domain("logistic").job(0, None)
     every = 10
     train(job, tmp_path / "c", steps=50, every=every, schedule="constant", seed=0, device=torch.device("cpu"))
@@ -78,7 +78,7 @@ def test_ranks_are_those_of_a_literal_evaluation(record: Record, tmp_path: Path)
     for row in ranked:
         chosen = tuple(i for i, c in enumerate(row.coefficients) if c)
         assert row.rank == 1 + order.index(chosen)
-        assert row.val_loss == pytest.approx(losses[chosen], rel=1e-6)  # float32 forward passes, summed in any order
+        assert row.val_loss == pytest.approx(losses[chosen], rel=1e-6)  # float32 passes, summed in another order
 
 
 def test_a_rank_is_of_what_was_chosen_and_shared_by_equals():
@@ -108,7 +108,7 @@ def test_at_all_candidates_sewa_and_lawa_are_swa(record: Record):
     assert [row.figure for row in record.sweep if row.used == TINY.last] == [swa.figure, swa.figure]
 
 
-def test_the_early_part_uses_no_checkpoint_of_the_rest(record: Record):
+def test_the_early_part_uses_no_later_checkpoint(record: Record):
     # 60 % of 5 checkpoints are 3
     assert {len(row.coefficients) for row in record.early} == {TINY.early} == {3}
 
@@ -147,7 +147,7 @@ def test_other_settings_are_measured_anew(record: Record):
 
 
 class _Refusing:
-    """A pool that takes no work."""
+    """A pool that accepts no work."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -198,7 +198,7 @@ def test_the_report_has_every_strategy_and_claim_and_no_date(results: Path, tmp_
     report.write(results, tmp_path)
     text = (tmp_path / report.NAME).read_text()
     for label in (row.label for row in record.rows):
-        assert text.count(f"| {label} |") >= 2, label  # for each schedule
+        assert text.count(f"| {label} |") >= 2, label  # one per schedule
     for heading in ("SeWA for every K", "ASWA is at least SWA", "first 60 %", "disagree"):
         assert heading in text, heading
     assert "torch" in text and "processors" in text and "./scripts/study/run.sh" in text
@@ -211,7 +211,7 @@ def test_the_report_has_every_strategy_and_claim_and_no_date(results: Path, tmp_
 def test_differences_are_paired_by_seed(results: Path):
     records = [one for one in read(results) if isinstance(one, Record)]
     for one in settings(records):
-        # the second seed is better by the same for all, so that no difference varies
+        # the second seed is better by the same amount for all strategies, so that no difference varies
         for label in one.labels:
             found = one.difference(label, "SWA")
             assert found is not None and found.half == pytest.approx(0, abs=1e-9)

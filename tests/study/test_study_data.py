@@ -1,4 +1,4 @@
-"""Loaders of real data, on small files of the same format."""
+"""Loaders of real data, tested on small files of the same format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from study.job import Job
 
 
 def _learns(job: Job) -> torch.Tensor:
-    """One step forward and backward; the losses of a validation batch."""
+    """Take one step forward and backward; return the losses of a validation batch."""
     model = job.model()
     job.loss(model, next(iter(job.train))).mean().backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -84,7 +84,7 @@ def test_cifars_pickles_are_not_loaded(tmp_path: Path):
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Five red and five blue pictures to train on, two of each to test on, one of them grey and one with alpha."""
+    """Write five red and five blue training images, and two test images each, one of them grey and one with alpha."""
     for part, count in (("train", 5), ("val", 2)):
         for name, colour in (("n01_red", (255, 0, 0)), ("n02_blue", (0, 0, 255))):
             (tmp_path / part / name).mkdir(parents=True)
@@ -102,7 +102,7 @@ def test_a_folder_of_images_is_read_by_class(pictures: Path):
     assert tested.shape == (4, 3, 16, 16) and labels.tolist() == [0, 0, 1, 1]
     colours = (tested * image_folder.SPREAD + image_folder.MEAN).mean(dim=(2, 3))
     assert colours.argmax(dim=1).tolist() == [0, 0, 2, 2]  # red, then blue
-    assert torch.allclose(colours.max(dim=1).values, torch.ones(4), atol=0.02)  # JPEG rounds
+    assert torch.allclose(colours.max(dim=1).values, torch.ones(4), atol=0.02)  # JPEG is lossy
 
 
 def test_training_and_validation_images_are_all_of_train_and_never_the_same(pictures: Path):
@@ -124,7 +124,7 @@ def test_a_folder_without_images_is_refused(tmp_path: Path):
 
 @pytest.fixture
 def steps() -> dict[str, np.ndarray[Any, Any]]:
-    """Four episodes, of 30, 20, 30 and 20 steps: two end by falling, one by the clock, the last with the file."""
+    """Return four episodes of 30, 20, 30 and 20 steps: two end by falling, one by timeout, the last with the file."""
     draws = np.random.default_rng(0)
     ends = {"terminals": np.zeros(100, dtype=bool), "timeouts": np.zeros(100, dtype=bool)}
     ends["terminals"][[29, 79]] = True
@@ -163,10 +163,10 @@ def test_states_are_scaled_by_the_training_part_alone(tmp_path: Path, steps: dic
     job = offline_rl.job(0, _write(tmp_path / "a.npz", steps))
     states = job.train.dataset.tensors[0]  # pyright: ignore
     torch.testing.assert_close(states.mean(dim=0), torch.zeros(5), atol=1e-5, rtol=0)
-    torch.testing.assert_close(states.std(dim=0), torch.ones(5), atol=2e-3, rtol=0)  # 1e-3 is added to it
+    torch.testing.assert_close(states.std(dim=0), torch.ones(5), atol=2e-3, rtol=0)  # 1e-3 is added to the divisor
 
 
-def test_hdf5_without_h5py_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_hdf5_without_h5py_is_an_error_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     real = builtins.__import__
 
     def without(name: str, *rest: Any, **more: Any) -> Any:

@@ -45,7 +45,7 @@ def test_no_example_is_in_two_splits(name: str):
     splits = [{tuple(row.flatten().tolist()) for batch in part for row in batch[0]} for part in (job.val, job.test)]
     trained = {tuple(row.flatten().tolist()) for row in job.train.dataset.tensors[0]}  # pyright: ignore
     common = [splits[0] & trained, splits[1] & trained, splits[0] & splits[1]]
-    # short passages and lines of like words do occur twice in sources
+    # short passages and similar lines do occur twice in sources
     assert max(map(len, common)) <= (0.05 * len(splits[0]) if name.startswith("source") else 0)
 
 
@@ -100,7 +100,7 @@ def test_attention_sees_neither_the_future_nor_padding():
     causal, open_ = Block(8, 2, causal=True).eval(), Block(8, 2, causal=False).eval()
     x = torch.randn(1, 5, 8)
     changed = x.clone()
-    changed[0, 3:] = torch.randn(2, 8)  # a constant added would be lost in LayerNorm
+    changed[0, 3:] = torch.randn(2, 8)  # LayerNorm would cancel an added constant
     torch.testing.assert_close(causal(changed)[0, :3], causal(x)[0, :3])
     hidden = torch.tensor([[False, False, False, True, True]])
     torch.testing.assert_close(open_(changed, hidden)[0, :3], open_(x, hidden)[0, :3])

@@ -188,7 +188,7 @@ def _parameter(arguments: tuple[object, ...]) -> StoredTensor | Refused:
 
 
 def _from_type(arguments: tuple[object, ...]) -> StoredTensor | Refused:
-    """``torch._tensor._rebuild_from_type_v2``: (function, type, arguments, state)."""
+    """Rebuild a tensor from the arguments of ``_rebuild_from_type_v2``: (function, type, arguments, state)."""
     if len(arguments) != 4:
         return Refused(f"is described by {len(arguments)} values, not 4")
     function, cls, inner, _ = arguments

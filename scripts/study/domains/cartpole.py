@@ -51,8 +51,8 @@ DOMAIN = Domain(
     title="Behaviour cloning: cart and pole",
     about=(
         "15 short episodes of a scripted expert, two thirds of whose actions are random; a network of two hidden "
-        "layers, Adam. Strategies see the loss on held-out expert data only; the test figure is the mean return of 50 "
-        "episodes (at most 500) from starts they never see."
+        "layers, Adam. Strategies see only the loss on held-out expert data; the test figure is the mean return (at "
+        "most 500) of 50 episodes from unseen initial states."
     ),
     figure="mean return",
     every=40,
