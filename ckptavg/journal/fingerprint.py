@@ -71,10 +71,10 @@ def _module_paths() -> set[str]:
     paths: set[str] = set()
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
-        if isinstance(file, str) and Path(file).is_absolute():
+        if isinstance(file, str) and os.path.isabs(file):  # noqa: PTH117  # Path is slow
             folder, name = os.path.split(file)
             path = f"{real(folder)}{os.sep}{name}"
-            paths.add(os.path.realpath(path) if os.path.islink(path) else path)  # noqa: PTH114  # Path is slow
+            paths.add(os.path.realpath(path) if os.path.islink(path) else path)  # noqa: PTH114
     return paths
 
 

@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 
 from ckptavg.checkpoints.discover import Discovered
-from ckptavg.errors import (
-    UsageError,
-)
+from ckptavg.errors import UsageError
 from ckptavg.objective.command import CommandEvaluator
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.objective.measurements import MeasurementLog

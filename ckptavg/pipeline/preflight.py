@@ -10,11 +10,7 @@ from ckptavg.candidates import budget
 from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import Discovered
-from ckptavg.errors import (
-    OutputError,
-    OutputExistsError,
-    UsageError,
-)
+from ckptavg.errors import OutputError, OutputExistsError, UsageError
 from ckptavg.filesystem import atomic
 from ckptavg.filesystem.regular_file import is_folder
 from ckptavg.objective import Strategy

@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckptavg.checkpoints.discover import Discovered
-from ckptavg.errors import (
-    UsageError,
-)
+from ckptavg.errors import UsageError
 from ckptavg.filesystem.regular_file import is_file
 from ckptavg.options import Options, config_file
 from ckptavg.tasks import Task

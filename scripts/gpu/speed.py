@@ -29,9 +29,8 @@ import step as steps
 
 from ckptavg.candidates import Candidates
 from ckptavg.candidates.budget import free_memory
-from ckptavg.checkpoints.discover import discover
 from ckptavg.objective.mixture import Mixture
-from ckptavg.readers import ITEM_SIZE, StoredTensor
+from ckptavg.readers import StoredTensor
 
 N: Final = 20
 ROUNDS: Final = 5
@@ -251,14 +250,11 @@ def whole(figures: Figures, size: str, out: Path, device: torch.device) -> None:
             save_file(near, folder / f"step-{i}.safetensors")
         total = sum(file.stat().st_size for file in folder.iterdir())
         start = time.perf_counter()
-        with discover([folder]) as found:
-            buffer = memoryview(bytearray(8 << 20))
-            for checkpoint in found.checkpoints:
-                for tensor, spec in checkpoint.tensors.items():
-                    item = ITEM_SIZE[spec.dtype]
-                    for begin in range(0, spec.numel, len(buffer) // item):
-                        some = min(len(buffer) // item, spec.numel - begin)
-                        checkpoint.read_into(tensor, begin, buffer[: some * item])
+        buffer = bytearray(8 << 20)
+        for path in folder.iterdir():
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
         read = time.perf_counter() - start
         task = f"{Path(__file__).with_name('model.py')}"
         words = ["sewa", str(folder), "--k", "5", "--task", task, "--device", str(device), "-o", f"{name}/average"]
@@ -302,7 +298,7 @@ def main() -> None:
         except Exception as error:  # continue with the other parts: the machine is available for minutes only
             failed = True
             figures.add(what, None, "", failure=f"{type(error).__name__}: {error}")
-            release(device)
+        release(device)
     raise SystemExit(failed)
 
 

@@ -18,7 +18,8 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from ckptavg.runtime.signals import SIGNALS
+
 TESTS = Path(__file__).resolve().parents[1]
 
 
