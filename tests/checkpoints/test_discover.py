@@ -278,9 +278,8 @@ def test_an_impossible_window_is_refused(bad: dict[str, int]):
 
 
 def test_several_runs_are_ordered_by_step_and_then_run(tmp_path: Path):
-    for run in ("a", "b"):
-        for step in (1, 2):
-            save(tmp_path / run / f"step-{step}.safetensors", hash((run, step)) % 1000)
+    for seed, (run, step) in enumerate((run, step) for run in ("a", "b") for step in (1, 2)):
+        save(tmp_path / run / f"step-{step}.safetensors", seed)
     found = discover([tmp_path / "b", tmp_path / "a"])
     assert [(c.step, c.run, c.path.parent.name) for c in found.checkpoints] == [
         (1, 0, "b"), (1, 1, "a"), (2, 0, "b"), (2, 1, "a"),
