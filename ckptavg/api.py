@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ckptavg.checkpoints.window import Window
-from ckptavg.objective import Strategy
-from ckptavg.options import Options
+from ckptavg.declaration import declared, docstring
+from ckptavg.objective import PlainAverage, Strategy
+from ckptavg.options import Options, shared
 from ckptavg.pipeline import run as run_pipeline
 from ckptavg.pipeline.comparison import compare as run_comparison
 from ckptavg.pipeline.landscape import landscape as find_landscape
@@ -29,11 +28,13 @@ def run(ckpts: Paths, strategy: Strategy, **options: Any) -> Result:
     Args:
         ckpts: one or more directories of checkpoints, or checkpoints.
         strategy: such as ``ckptavg.strategies.sewa.SeWA(k=5)``.
-        **options: the attributes of `ckptavg.options.Options` and `ckptavg.checkpoints.window.Window`.
+        **options: the options of the command line, which the signature of ``ckptavg.swa`` lists.
     Raises:
         CkptavgError: with the message and exit code of the command line.
     """
-    return run_pipeline(_paths(ckpts), strategy, _options(ckpts, options, required=strategy.needs_task))
+    return run_pipeline(
+        strategy, _paths(ckpts), _options(ckpts, options, required=not isinstance(strategy, PlainAverage))
+    )
 
 
 def compare(ckpts: Paths, strategies: Sequence[str] = (), **options: Any) -> Comparison:
@@ -46,7 +47,7 @@ def compare(ckpts: Paths, strategies: Sequence[str] = (), **options: Any) -> Com
     Raises:
         CkptavgError: with the message and exit code of the command line.
     """
-    return run_comparison(_paths(ckpts), strategies, _options(ckpts, options, required=True))
+    return run_comparison(_paths(ckpts), _options(ckpts, options, required=True), names=strategies)
 
 
 def landscape(ckpts: Paths, **options: Any) -> Landscape:
@@ -68,29 +69,27 @@ def _paths(ckpts: Paths) -> list[Path]:
 
 
 def _options(ckpts: Paths, options: dict[str, Any], *, required: bool) -> Options:
-    names = {field.name for field in fields(Window)}
-    window = Window(**{name: options.pop(name) for name in names & options.keys()})
     if options.get("task") is not None:
         options["task"] = str(options["task"])
-    return with_task(Options(**options, window=window), _paths(ckpts), required=required)
+    return with_task(Options.of(**options), _paths(ckpts), required=required)
 
 
 def _function(name: str, strategy: type[Strategy]) -> Callable[..., Result]:
-    setting_names = {field.name for field in fields(strategy)}  # pyright: ignore[reportArgumentType]  # a dataclass
+    """Return a strategy's function; its signature and docstring have the strategy's settings and the shared options."""
+    settings = declared(strategy)
 
     def call(ckpts: Paths, **options: Any) -> Result:
-        settings = {key: options.pop(key) for key in setting_names & options.keys()}
-        return run(ckpts, strategy(**settings), **options)
+        own = {setting.name: options.pop(setting.name) for setting in settings if setting.name in options}
+        return run(ckpts, strategy(**own), **options)
 
-    settings = list(inspect.signature(strategy).parameters.values())
-    shared = [
-        p for kind in (Options, Window) for p in inspect.signature(kind).parameters.values() if p.name != "window"
-    ]
     ckpts = inspect.Parameter("ckpts", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Paths)
-    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*settings, *shared)]
+    keywords = [
+        inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.hint)
+        for option in (*settings, *shared())
+    ]
     call.__signature__ = inspect.Signature([ckpts, *keywords])  # pyright: ignore[reportFunctionMemberAccess]
     call.__name__ = call.__qualname__ = name
-    call.__doc__ = strategy.__doc__
+    call.__doc__ = f"{inspect.cleandoc(strategy.__doc__ or '')}\n\n{docstring((*settings, *shared()))}"
     return call
 
 

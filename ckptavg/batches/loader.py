@@ -7,12 +7,13 @@ import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from ckptavg.batches.cache import BatchCache
 from ckptavg.batches.stream import END, BatchStream, LocalShard, share
+from ckptavg.context import Run
 from ckptavg.cost import CostMeter
 from ckptavg.errors import CkptavgError, TaskError, is_out_of_memory
 from ckptavg.runtime import signals
@@ -23,6 +24,8 @@ from ckptavg.tasks import Task
 from ckptavg.tasks import batch as batches
 from ckptavg.tasks.failure import task_error
 from ckptavg.tasks.holdout import HeldOut
+
+_T = TypeVar("_T")
 
 
 class RankBatch(NamedTuple):
@@ -49,27 +52,43 @@ class BatchLoader:
     Args:
         task: the task whose loaders are read.
         scored_on: the split that is halved.
-        device: the device of the batches.
-        seed: the seed of the passes and of the halves.
+        run: the device of the batches, the seed of the passes and of the halves, and the ranks that divide a batch of a
+            stream.
         meter: counts each batch of a pass as forward.
-        workers: the ranks that divide each batch of a stream.
+        needs_two: returns True if a batch of one example is unusable, because BatchNorm needs two.
+        on_halving: called when batches are halved because memory ran out.
     """
 
     def __init__(
-        self, task: Task, scored_on: Split, device: torch.device, seed: int, meter: CostMeter, workers: Workers = ALONE
-    ) -> None:
+        self, task: Task, scored_on: Split, run: Run, meter: CostMeter, *,
+        needs_two: Callable[[], bool] = lambda: False, on_halving: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.scored_on: Split = scored_on
         self._task = task
-        self._device = device
-        self._seed = seed
+        self._device = run.device
+        self._seed = run.seed
         self._meter = meter
-        self._workers = workers
-        self._halves = HeldOut(task, scored_on, rest="fit", to="held", fraction=0.5, seed=seed)
+        self._workers = run.workers
+        self._needs_two = needs_two
+        self._on_halving = on_halving
+        self._halves = HeldOut(task, scored_on, rest="fit", to="held", fraction=0.5, seed=run.seed)
         self._lengths: dict[Split, int] = {}
         self._streams: dict[Split, BatchStream] = {}
-        self._cache = BatchCache(device)
+        self._cache = BatchCache(run.device)
         self.examples: dict[Split, int] = {}  # split → examples of the last whole pass
-        self.order: dict[Split, int] = {}  # split → checksum of the examples of the last pass so far, in order
-        self.needs_two = False  # True if a batch of one example is unusable, because BatchNorm needs two
+
+    def with_memory(self, work: Callable[[], _T]) -> _T:
+        """Run ``work``; if memory runs out, halve the batches and run it again, as long as the task can halve them."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                # with several ranks, one rank cannot halve its batches alone
+                if not (is_out_of_memory(error) and self._workers.world_size == 1 and self._task.halve()):
+                    raise
+            self._on_halving()
+            self.restart(halved=True)
+            torch.cuda.empty_cache()
 
     def restart(self, *, halved: bool = False) -> None:
         """Restart all streams; ``halved`` also drops batch counts and cached batches, as the batches have changed."""
@@ -91,20 +110,20 @@ class BatchLoader:
             raise self.empty(split)
         return self._lengths[split]
 
-    def stream(self, split: Split, divided: Callable[[], bool] = lambda: False) -> BatchStream:
-        """Return an endless stream over a split; if ``divided``, of this rank's part of each batch.
+    def stream(self, split: Split, divides: Callable[[Split], bool] = lambda split: False) -> BatchStream:
+        """Return an endless stream over a split; if it ``divides``, of this rank's part of each batch.
 
         A part is never empty: a rank without examples of a small batch gets one example with weight 0.
         """
         if split not in self._streams:
 
             def start(first: int) -> Iterator[Any]:
-                divided()  # may read data and draw random numbers, so it runs first
+                divides(split)  # may read data and draw random numbers, so it runs first
                 return self._endless(split, first)
 
             def take(batch: Any, number: int) -> LocalShard:
                 with self._translate_errors(split, lambda: number % self.length(split) + 1):
-                    return self._shard(batch, divided=divided())
+                    return self._shard(batch, divided=divides(split))
 
             self._streams[split] = BatchStream(start, take, self._seed)
         return self._streams[split]
@@ -137,13 +156,12 @@ class BatchLoader:
     def _passed(self, split: Split, workers: Workers, *, learnable: bool) -> Iterator[tuple[Any, Sequence[int], int]]:
         """Yield per step: this rank's batch (or the step's last, as padding), all ranks' batch sizes, a checksum."""
         reseed(self._seed, 0)
-        seen = self.order[split] = 0
+        seen = 0
         steps = (self._single_rank if workers.world_size == 1 else self._multi_rank)(split, workers, learnable)
         for number, (batch, sizes, checksum) in enumerate(self._with_translated_errors(split, steps)):
             for size in sizes:
                 seen += size
                 self._meter.count("forward", size)
-            self.order[split] = zlib.crc32(checksum.to_bytes(4), self.order[split])
             # random numbers of a loss must not depend on which rank has the batch, prefetching or caching
             reseed(self._seed, number * workers.world_size + workers.rank + 1)
             yield batch, sizes, checksum
@@ -161,7 +179,7 @@ class BatchLoader:
     def _too_small(self, split: Split, size: int) -> bool:
         """Return True for a one-example remainder of a divided batch, which BatchNorm cannot use."""
         data = self._data(split)
-        return size == 1 and self.needs_two and isinstance(data, HeldOut) and data.divides(split)
+        return size == 1 and self._needs_two() and isinstance(data, HeldOut) and data.divides(split)
 
     def _endless(self, split: Split, first: int) -> Iterator[Any]:
         """Yield batches from number ``first`` on, skipping earlier whole passes unread if their length is known."""

@@ -38,9 +38,15 @@ class BatchStream:
         """Move to the next batch; it is fetched by `share`."""
         self._position += 1
 
+    def current(self) -> int:
+        """Return the number of the current batch: the first one in a stream that was not advanced."""
+        self._position = max(self._position, 0)
+        return self._position
+
     @property
     def share(self) -> LocalShard:
         """This rank's share of the current batch; reseeds the generators, so that later draws repeat on each access."""
+        self.current()
         if self._source is None:
             self._source, self._fetched = self._start(self._position), self._position - 1
         batch: Any = END

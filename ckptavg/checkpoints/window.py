@@ -6,36 +6,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.errors import UsageError
+from ckptavg.declaration import AT_LEAST_1, CANDIDATES, MAIN, Help, Limit, check
+
+if TYPE_CHECKING:
+    from ckptavg.checkpoints.checkpoint import Checkpoint
+
+
+def _filter(text: str, metavar: str, limit: Limit | None = None) -> Help:
+    """Declare a filter; a journal depends on the candidates that are left, and not on how they were chosen."""
+    return Help(CANDIDATES, text, metavar=metavar, limit=limit, changes_measurements=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Filters that select candidates; applied in the order of these attributes.
+    """Filters that select candidates; applied in the order of these attributes."""
 
-    Attributes:
-        include: glob that names must match.
-        exclude: glob that names must not match.
-        start: first training step.
-        stop: last training step, inclusive.
-        every: keep every N-th, counted back from the last.
-        last: keep the last N.
-    """
-
-    include: str | None = None
-    exclude: str | None = None
-    start: int | None = None
-    stop: int | None = None
-    every: int | None = None
-    last: int | None = None
+    include: Annotated[str | None, _filter("Only checkpoints whose name matches this glob.", "GLOB")] = None
+    exclude: Annotated[str | None, _filter("No checkpoints whose name matches this glob.", "GLOB")] = None
+    start: Annotated[int | None, _filter("First training step to use.", "STEP")] = None
+    stop: Annotated[int | None, _filter("Last training step to use.", "STEP")] = None
+    every: Annotated[int | None, _filter("Every N-th checkpoint, counted back from the last.", "N", AT_LEAST_1)] = None
+    last: Annotated[
+        int | None,
+        Help(MAIN, "Use only the last N checkpoints.", metavar="N", limit=AT_LEAST_1, changes_measurements=False),
+    ] = None
 
     def __post_init__(self) -> None:
-        for name in ("every", "last"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} must be at least 1, not {value}")
+        check(self)
 
     def admits(self, name: str) -> bool:
         """Return whether the globs accept ``name`` or one of its components."""

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
-from ckptavg.cli.command import parameter, run_command, with_signature
-from ckptavg.cli.options import MAIN, option
+from ckptavg.cli.command import reporting, run_command
+from ckptavg.declaration import MAIN, Help, declared
 
-Strategies = Annotated[
-    str,
-    option(
-        MAIN,
-        "Strategies, as last,sewa:k=8,twa:on=train:lr=0.01; default: all possible.",
-        metavar="LIST",
-    ),
-]
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    strategies: Annotated[
+        str, Help(MAIN, "Strategies, as last,sewa:k=8,twa:on=train:lr=0.01; default: all possible.", metavar="LIST")
+    ] = ""
 
 
 def _run(**arguments: Any) -> None:
+    from ckptavg.pipeline.comparison import compare
+
     names = [name.strip() for name in arguments.pop("strategies").split(",") if name.strip()]
-
-    def work(*inputs: Any) -> Any:
-        from ckptavg.pipeline.comparison import compare
-
-        paths, options, watch = inputs
-        return compare(paths, names, options, watch)
-
-    run_command(arguments, work, needs_task=True)
+    run_command(arguments, partial(compare, names=names), needs_task=True)
 
 
-command = with_signature(
+command = reporting(
     _run,
     "compare",
     "Run several strategies on the same candidates and write the average that validates best.",
-    [parameter("strategies", Strategies, "")],
+    declared(_Settings),
     without=("never_worse", "baselines"),
 )

@@ -10,7 +10,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ckptavg.cli.options import Json
+from ckptavg.cli.command import command as as_command
+from ckptavg.cli.options import PRINTING
 from ckptavg.runtime import threads, version
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ _SHOWN: Final = re.compile(
 _PLAIN: Final = re.compile(r"(-?[\d.]+([,:]-?[\d.]+)*|auto|cpu|cuda|true|false|active|passive)?", re.IGNORECASE)
 
 
-def command(json: Json = False) -> None:
-    """Print versions, devices, memory, threads, file system and variables for a bug report."""
+def _run(json: bool) -> None:
     facts = _facts()
     if json:
         print(json_module.dumps(facts, indent=2))
@@ -37,6 +37,15 @@ def command(json: Json = False) -> None:
         for line in value if isinstance(value, list) else [value]:
             text = ", ".join(f"{key} {entry}" for key, entry in line.items()) if isinstance(line, dict) else line
             print(f"- {name}: {text or 'none'}")
+
+
+command = as_command(
+    _run,
+    "env",
+    "Print versions, devices, memory, threads, file system and variables for a bug report.",
+    [option for option in PRINTING if option.name == "json"],
+    argument=None,
+)
 
 
 def _facts() -> dict[str, Any]:

@@ -3,54 +3,36 @@
 from __future__ import annotations
 
 import json as json_module
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ckptavg.cli.options import (
-    CANDIDATES,
-    Every,
-    Exclude,
-    Include,
-    Json,
-    Key,
-    LastN,
-    Paths,
-    Quiet,
-    Start,
-    Stop,
-    Verbose,
-    option,
-)
+from ckptavg.checkpoints.window import Window
+from ckptavg.cli.command import command as as_command
+from ckptavg.cli.options import NO_REPORT
+from ckptavg.declaration import CANDIDATES, Help, declared
 from ckptavg.errors import InputError, printable
+from ckptavg.options import shared
 
 if TYPE_CHECKING:
     from ckptavg.checkpoints.checkpoint import Checkpoint
     from ckptavg.checkpoints.discover import Discovered
 
-ReadData = Annotated[bool, option(CANDIDATES, "Read all data: check checksums, SHA256SUMS and NaN.", "--read-data")]
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    read_data: Annotated[
+        bool, Help(CANDIDATES, "Read all data: check checksums, SHA256SUMS and NaN.", "Else only headers are read.")
+    ] = False
 
 
-def command(
-    ckpts: Paths,
-    include: Include = None,
-    exclude: Exclude = None,
-    start: Start = None,
-    stop: Stop = None,
-    every: Every = None,
-    last: LastN = None,
-    key: Key = None,
-    read_data: ReadData = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+def _run(
+    ckpts: list[Path], key: str | None, read_data: bool, json: bool, quiet: bool, verbose: bool, **window: Any
 ) -> None:
-    """List the candidates and the reason for each file left out."""
     from ckptavg.checkpoints import stability
     from ckptavg.checkpoints.checksums import Manifest
     from ckptavg.checkpoints.discover import discover
-    from ckptavg.checkpoints.window import Window
 
-    window = Window(include=include, exclude=exclude, start=start, stop=stop, every=every, last=last)
     manifest = Manifest()
 
     def check_data(checkpoint: Checkpoint) -> None:
@@ -59,7 +41,7 @@ def command(
         manifest.check(checkpoint)
         integrity.check(checkpoint)
 
-    with discover(ckpts, window, key, bad="list", check=check_data if read_data else None) as found:
+    with discover(ckpts, Window(**window), key, bad="list", check=check_data if read_data else None) as found:
         warnings = (*manifest.warnings, *stability.warnings(found.checkpoints))
         found = replace(found, warnings=(*found.warnings, *warnings))
         if json:
@@ -74,6 +56,14 @@ def command(
         )
     if not found.checkpoints:
         raise InputError("no checkpoints found", path=", ".join(map(str, ckpts)))
+
+
+command = as_command(
+    _run,
+    "inspect",
+    "List the candidates and the reason for each file left out.",
+    [*declared(Window), *(option for option in shared() if option.name == "key"), *declared(_Settings), *NO_REPORT],
+)
 
 
 def _dtypes(checkpoint: Checkpoint) -> str:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ckptavg.cli.command import parameter, run_command, with_signature
-from ckptavg.cli.options import MAIN, SEARCH, option
+from ckptavg.cli.command import reporting, run_command
+from ckptavg.declaration import MAIN, SEARCH, Help, declared
 
-Samples = Annotated[int, option(MAIN, "Random mixtures to score.", metavar="N")]
-Mixtures = Annotated[
-    str,
-    option(MAIN, "Three strategies that span a plane to score: last,swa,twa.", metavar="A,B,C"),
-]
-Grid = Annotated[int, option(MAIN, "Points along each side of the plane.", metavar="N")]
-Curvature = Annotated[
-    Literal["auto", "exact", "gauss-newton"], option(SEARCH, "Second derivatives to use.", "--hessian")
-]
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    samples: Annotated[int, Help(MAIN, "Random mixtures to score.", metavar="N")] = 32
+    mixtures: Annotated[
+        str, Help(MAIN, "Three strategies that span a plane to score: last,swa,twa.", metavar="A,B,C")
+    ] = ""
+    grid: Annotated[int, Help(MAIN, "Points along each side of the plane.", metavar="N")] = 9
+    hessian: Annotated[Literal["auto", "exact", "gauss-newton"], Help(SEARCH, "Second derivatives to use.")] = "auto"
 
 
 def _run(**arguments: Any) -> None:
@@ -38,29 +39,14 @@ def _run(**arguments: Any) -> None:
     run_command(arguments, work, needs_task=True)
 
 
-command = with_signature(
+command = reporting(
     _run,
     "landscape",
     "Write a second-order model of the loss around the candidates as JSON.",
-    [
-        parameter("samples", Samples, 32),
-        parameter("mixtures", Mixtures, ""),
-        parameter("grid", Grid, 9),
-        parameter("hessian", Curvature, "auto"),
-    ],
+    declared(_Settings),
     without=(
-        "never_worse",
-        "baselines",
-        "dtype",
-        "max_shard_size",
-        "digests",
-        "format",
-        "shard",
-        "adapter",
-        "rank",
-        "dry_run",
-        "holdout",
-        "precision",
+        "never_worse", "baselines", "dtype", "max_shard_size", "digests", "format", "shard", "adapter", "rank",
+        "dry_run", "holdout", "precision",
     ),
     defaults={"output": "landscape.json"},
-)
+)  # fmt: skip

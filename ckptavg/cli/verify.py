@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json as json_module
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ckptavg.cli.options import Json, Quiet, Verbose
+from ckptavg.cli.command import command as as_command
+from ckptavg.cli.options import NO_REPORT, named
+from ckptavg.declaration import MAIN, Help, declared
 from ckptavg.errors import InputError
 
 
-def command(
-    file: Annotated[Path, typer.Argument(help="An output of ckptavg.", readable=False)],
-    sources: Annotated[
-        Path, typer.Option(help="Directory that contains the source checkpoints.", readable=False)
-    ] = Path(),
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Recompute the average from the sources in its metadata and compare the bytes."""
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    sources: Annotated[Path, Help(MAIN, "Directory that contains the source checkpoints.")] = Path()
+
+
+def _run(file: Path, sources: Path, json: bool, quiet: bool, verbose: bool) -> None:
     from ckptavg.cli.terminal import Screen
     from ckptavg.pipeline.verification import verify
 
@@ -41,3 +40,12 @@ def command(
     )
     if not json:
         print(file)
+
+
+command = as_command(
+    _run,
+    "verify",
+    "Recompute the average from the sources in its metadata and compare the bytes.",
+    [*declared(_Settings), *NO_REPORT],
+    argument=named("file", Annotated[Path, typer.Argument(help="An output of ckptavg.", readable=False)]),
+)

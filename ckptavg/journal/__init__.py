@@ -11,8 +11,9 @@ import json
 import logging
 import os
 import shutil
+import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -22,28 +23,32 @@ from ckptavg.errors import InputError, OutputError, OutputExistsError
 from ckptavg.filesystem.atomic import flush_folder, os_message
 from ckptavg.filesystem.lock import release, take
 
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 SOURCE_PREFIX: Final = "file "  # prefix of keys about input files; a journal with only these cannot be resumed
 SCRATCH: Final = "scratch-"  # prefix of directories that a killed run leaves behind and the next run removes
+_FLUSH_INTERVAL: Final = 1.0  # seconds between writes of deferred records
 _FILE: Final = "journal.jsonl"
 _LOCK: Final = "lock"
 
 
 class ReadOnlyJournal:
-    """Copy of rank 0's journal on the other ranks, which do not write."""
+    """Copy of rank 0's journal on the other ranks, which do not write; empty for a run without one."""
 
-    def __init__(self, records: Mapping[str, Any], folder: Path) -> None:
-        self._records = records
+    def __init__(self, records: Mapping[str, Any] | None = None, folder: Path = Path()) -> None:
+        self._records = records or {}
         self.folder = folder
 
     def get(self, key: str, *, earlier: bool = False) -> Any:
         """See `Journal.get`; all records are from an earlier run."""
         return self._records.get(key)
 
-    def put(self, key: str, value: Any) -> None:
+    def put(self, *_: Any) -> None:
         """Do nothing: only rank 0 writes the journal."""
 
-    def put_all(self, values: Mapping[str, Any]) -> None:
+    put_all = put
+    defer = put
+
+    def flush(self) -> None:
         """Do nothing: only rank 0 writes the journal."""
 
 
@@ -76,6 +81,8 @@ class Journal:
         self._own: set[str] = set()  # keys written by this run
         self._header: Mapping[str, Any] | None = None
         self._writing = Lock()
+        self._pending: list[tuple[str, Callable[[], Any]]] = []
+        self._flushed = time.monotonic()
         self._lost = self._dropped = False
         self._fd = self._lock = -1
         try:
@@ -130,6 +137,21 @@ class Journal:
             self._own.update(values)
             self._append([{"key": key, "value": value} for key, value in values.items()])
 
+    def defer(self, key: str, value: Callable[[], Any]) -> None:
+        """Write a record within about a second; ``value`` returns it later, or None for no record.
+
+        A value that has to be read from a device waits for it: records are written in groups.
+        """
+        self._pending.append((key, value))
+        if time.monotonic() - self._flushed > _FLUSH_INTERVAL:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the deferred records."""
+        pending, self._pending, self._flushed = self._pending, [], time.monotonic()
+        values = {key: value() for key, value in pending}
+        self.put_all({key: value for key, value in values.items() if value is not None})
+
     def done(self) -> None:
         """Remove the journal after the output has been written, unless it is to be kept."""
         if not self._keep:
@@ -149,6 +171,8 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(RuntimeError):  # a device that failed also fails here; the original error is reported
+            self.flush()
         if not self._measured():
             self.drop()
         self._close()

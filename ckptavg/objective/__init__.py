@@ -6,12 +6,14 @@ Shape suffixes: N = candidates, G = groups of tensors, U = units of a score (exa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
-from ckptavg.errors import TaskError
+from ckptavg.errors import TaskError, UsageError
+from ckptavg.score import Score, Split
 
 if TYPE_CHECKING:
     import torch
@@ -19,43 +21,15 @@ if TYPE_CHECKING:
 
     from ckptavg.surrogate import Surrogate
 
-from ckptavg.score import Score, Split
-
-Parallel: TypeAlias = Literal["auto", "batches", "candidates"]
-
 Hessian: TypeAlias = Literal["auto", "exact", "gauss-newton"]
-"""Which second derivative `Objective.surrogate` uses; ``auto`` prefers Gauss–Newton."""
+"""Which second derivative `Losses.surrogate` uses; ``auto`` prefers Gauss–Newton."""
 
 
-class Objective(Protocol):
-    """Loss and score of a mixture of checkpoints as functions of its coefficients alone.
-
-    Files, devices, precision and the model are hidden behind this interface, so strategies are tested on a two-line
-    quadratic in place of a network.
-    """
-
-    @property
-    def n(self) -> int:
-        """The number of candidates N, in training order."""
-        ...
-
-    @property
-    def generator(self) -> torch.Generator:
-        """The seeded generator for all random numbers of a strategy; on the CPU, so results match across devices."""
-        ...
+class Losses(Protocol):
+    """What has gradients: the loss of a mixture as a function of its coefficients, batch by batch or over a split."""
 
     def uniform(self) -> Tensor:
         """Return [N] coefficients of 1/N, on the device and in the dtype that `loss` takes; derive others from them."""
-        ...
-
-    @property
-    def differentiable(self) -> bool:
-        """True if `loss` is available; otherwise strategies must search by `score`."""
-        ...
-
-    @property
-    def scored_on(self) -> Split:
-        """The split that `score` uses: validation data if the task has any, else training data."""
         ...
 
     def batches(self, on: Split) -> int:
@@ -82,7 +56,7 @@ class Objective(Protocol):
 
         Args:
             c_N: [N] coefficients that sum to one, on the device of `uniform`; [G, N] for several groups.
-            on: the split; None is `scored_on`.
+            on: the split; None is `Objective.scored_on`.
             groups: the tensors that each row of coefficients applies to.
             again: reuse the batch of the previous call.
         """
@@ -104,6 +78,34 @@ class Objective(Protocol):
         Raises:
             TaskError: if the loss has no gradient, or is NaN or infinite.
         """
+        ...
+
+
+class Objective(Protocol):
+    """Score and loss of a mixture of checkpoints as functions of its coefficients alone.
+
+    Files, devices, precision and the model are hidden behind this interface, so strategies are tested on a two-line
+    quadratic in place of a network.
+    """
+
+    @property
+    def n(self) -> int:
+        """The number of candidates N, in training order."""
+        ...
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The seeded generator for all random numbers of a strategy; on the CPU, so results match across devices."""
+        ...
+
+    @property
+    def losses(self) -> Losses | None:
+        """The losses and their gradients; None if mixtures have only scores, by which a strategy must search then."""
+        ...
+
+    @property
+    def scored_on(self) -> Split:
+        """The split that `score` uses: validation data if the task has any, else training data."""
         ...
 
     def prefetch(self, coefficients: Sequence[Coefficients], on: Split | None = None) -> None:
@@ -152,43 +154,83 @@ class Learned:
 
 
 class Strategy(Protocol):
-    """A frozen keyword-only dataclass of settings, with a method that chooses the coefficients.
+    """A frozen keyword-only dataclass of settings that inherits from this, with a method that chooses the coefficients.
 
     A field ``name: Annotated[type, "help"] = default`` is also the command's option ``--name``.
     """
 
-    needs_task: ClassVar[bool]
+    def check(self, n: int, splits: Collection[Split], bounded: bool) -> None:
+        """Refuse settings that the candidates or the task cannot satisfy, before hours of work; by default none.
+
+        Args:
+            n: the number of candidates.
+            splits: the splits that have losses; all of them if mixtures have only scores.
+            bounded: True if the metric has known bounds.
+        Raises:
+            UsageError: if the settings do not fit.
+        """
 
     def learn(self, objective: Objective) -> Learned:
-        """Choose coefficients for the N candidates of ``objective``.
-
-        Raises:
-            UsageError: if the settings do not fit the candidates.
-        """
+        """Choose coefficients for the N candidates of ``objective``."""
         ...
 
 
-def check_losses(
-    losses: Sequence[float], objective: Objective, on: Split | None, *, first: int = 0, samples: int = 1
-) -> None:
+class PlainAverage(Strategy):
+    """A strategy whose coefficients depend on nothing but the number of candidates: it needs no task."""
+
+    @abstractmethod
+    def coefficients(self, n: int) -> Coefficients:
+        """Return the coefficients of ``n`` candidates."""
+
+    def learn(self, objective: Objective) -> Learned:
+        """See `Strategy.learn`."""
+        return Learned(coefficients=self.coefficients(objective.n))
+
+
+def check_losses(losses: Sequence[float], batches: int, split: Split, *, first: int = 0, samples: int = 1) -> None:
     """Raise TaskError if a loss is NaN or infinite: coefficients trained on it are worthless.
 
     Args:
         losses: the losses of consecutive steps.
-        objective: the objective that computed them.
-        on: the split they were computed on.
+        batches: the number of batches in a pass over the split.
+        split: the split they were computed on.
         first: the index of the first step, from 0.
         samples: batches per step.
     """
     for step, loss in enumerate(losses, first):
         if not math.isfinite(loss):
-            split, count = on or objective.scored_on, objective.batches(on or objective.scored_on)
-            numbers = sorted({(step * samples + i) % count + 1 for i in range(samples)})
+            numbers = sorted({(step * samples + i) % batches + 1 for i in range(samples)})
             where = f"batch{'es' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))} of the {split} data"
             raise TaskError(
                 f"loss() gave {loss} at step {step + 1} of the search, on {where}",
                 hint=f"look for broken examples in the {split} data, or choose a smaller --lr",
             )
+
+
+def check_number(k: int | Literal["auto"], n: int) -> None:
+    """Raise UsageError if ``--k`` asks for more than the ``n`` candidates."""
+    if k != "auto" and k > n:
+        raise UsageError(
+            f"--k {k} asks for more checkpoints than the {n} candidates there are",
+            hint=f"choose --k {n} or less, or widen the window (--last, --start, --stop, --every)",
+        )
+
+
+def check_split(on: Split | None, splits: Collection[Split]) -> None:
+    """Raise UsageError if ``--on`` names data that the task does not have."""
+    if on is not None and on not in splits:
+        raise UsageError(f"--on {on} needs {on} data, but the task has none", hint=f"add a {on}_dataloader()")
+
+
+def losses_of(objective: Objective) -> Losses:
+    """Return the losses of ``objective`` for a search that needs gradients.
+
+    Raises:
+        UsageError: if mixtures have only scores.
+    """
+    if objective.losses is None:
+        raise UsageError("a command gives a score and no gradient: score with a task file or --val for this")
+    return objective.losses
 
 
 def scored_alone(objective: Objective) -> list[float]:

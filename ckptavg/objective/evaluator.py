@@ -15,13 +15,10 @@ if TYPE_CHECKING:
 
     from ckptavg.coefficients import Coefficients
     from ckptavg.readers import StoredTensor
-from ckptavg.runtime.progress import Watch
 
 
 class Evaluator(Objective, Protocol):
     """Scores mixtures of candidates: `objective.mixture.Mixture` or `objective.command.CommandEvaluator`."""
-
-    watch: Watch | None
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -85,8 +82,12 @@ class Evaluator(Objective, Protocol):
         """Return the score of the output file loaded by `load_output` with these ``coefficients``."""
         ...
 
-    def restart(self) -> None:
-        """Start a new search: reset the random generator and the cost."""
+    def restart(self, search: str = "") -> None:
+        """Start a new search: reset the random generator, the batch streams and the cost.
+
+        ``search`` describes the strategy and its settings: losses of the journal are those of equal searches. Known
+        scores are kept; `cost` charges for them as if they were measured again.
+        """
         ...
 
     def cost(self) -> Cost:

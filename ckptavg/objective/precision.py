@@ -6,14 +6,13 @@ import warnings
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from ckptavg.errors import UsageError, is_out_of_memory
 
-Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 OWN: Final = "float32"  # no autocast: a model of another dtype keeps its own
 
 

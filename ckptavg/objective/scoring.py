@@ -1,81 +1,161 @@
-"""Score a model by the task's loss and metric, in one pass over a split."""
+"""Scores of mixtures by the task's loss and metric, in one pass over a split."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from ckptavg.batches.loader import BatchLoader
-from ckptavg.journal.pass_progress import PassProgress
+from ckptavg.candidates import ReadInto
+from ckptavg.coefficients import Coefficients
+from ckptavg.cost import CostMeter
+from ckptavg.objective.codecs import ScoreCodec, ScoreKey, score_name
+from ckptavg.objective.mixed_model import MixedModel
+from ckptavg.objective.precision import OWN
+from ckptavg.objective.remembered import Remembered
 from ckptavg.objective.score_accumulator import ScoreAccumulator
+from ckptavg.readers import StoredTensor
 from ckptavg.runtime.workers import ALONE, Workers
-from ckptavg.score import Score, Split
-from ckptavg.tasks import Task
+from ckptavg.score import Score, Split, valid
 from ckptavg.tasks.torch_metrics import Resampled
 
 
-class Scorer:
-    """Scores models of one task on batches from a `BatchLoader`."""
+class _BelowError(Exception):
+    """Raised when a score is sure to be below a threshold."""
 
-    def __init__(self, task: Task, loader: BatchLoader) -> None:
-        self._task = task
+
+class Scoring:
+    """Scores of mixtures, remembered, and of the output file; BatchNorm's statistics are recomputed for each.
+
+    Args:
+        mixed: the model, which is set to the mixture that is scored.
+        loader: the batches.
+        meter: counts the evaluations.
+        batchnorm_from: the split that BatchNorm's statistics are recomputed on.
+    """
+
+    def __init__(self, mixed: MixedModel, loader: BatchLoader, meter: CostMeter, batchnorm_from: Split) -> None:
+        self._mixed = mixed
+        self._task = mixed.task
         self._loader = loader
+        self._meter = meter
+        self._batchnorm_from: Split = batchnorm_from
+        self._scores = Remembered(ScoreCodec(mixed.task), mixed.run, meter)
+        self._written = Remembered(ScoreCodec(mixed.task, "written "), mixed.run, meter)
         self._examples: dict[Split, int] = {}  # split → examples of a finished pass
+        search, workers = mixed.search, mixed.run.workers
+        # the ranks that compute one score together, if its batches can be divided
+        self._together = ALONE if search.parallel == "candidates" and not search.shard else workers
+        self._divides = mixed.task.whole is None and mixed.task.corpus is None
 
-    @property
-    def divides(self) -> bool:
-        """True if ranks can divide the batches of a score; False if its metric needs the whole split."""
-        return self._task.whole is None and self._task.corpus is None
+    def find(self, coefficients: Coefficients, split: Split, *, exact: bool = False) -> Score:
+        """Return the score of a mixture: of the candidate matrix, or of the ``exact`` average of the files."""
+        key = self._key(coefficients, split, exact=exact)
+        return self._scores.find(key, partial(self._loader.with_memory, partial(self._measure, key, self._together)))
 
-    def score(
-        self, model: nn.Module, split: Split, what: str, partial: PassProgress, threshold: float | None = None,
-        workers: Workers = ALONE,
-    ) -> Score | None:  # fmt: skip
-        """Score ``model`` on ``split``; return None as soon as the score cannot reach ``threshold``.
+    def find_at_least(self, coefficients: Coefficients, split: Split, threshold: float) -> Score | None:
+        """Return the score, or None as soon as it is sure to be below ``threshold``, which is remembered as well.
+
+        A score that the current strategy has not paid for is measured again: it costs less if it stops early.
+        """
+        key = self._key(coefficients, split, exact=False)
+        if self._scores.paid(key) or self._scores.recorded(key):
+            return self.find(coefficients, split)
+        journal, below = self._mixed.run.journal, f"{score_name(key)} below {threshold.hex()}"
+        if journal.get(below, earlier=True):
+            return None
+        try:
+            with self._meter.pricing(below):
+                score = self._loader.with_memory(partial(self._measure, key, self._together, threshold))
+        except _BelowError:
+            journal.put(below, True)
+            return None
+        self._scores.keep(key, score, price_of=below)
+        return score
+
+    def prefetch(self, coefficients: Sequence[Coefficients], split: Split, *, exact: bool) -> None:
+        """See `Evaluator.prefetch`."""
+        search = self._mixed.search
+        one_rank = self._mixed.run.workers.world_size == 1
+        if one_rank or search.shard or search.parallel == "batches" or self._task.corpus is not None:
+            return
+        # fewer keys than ranks are scored faster one at a time, with all ranks on each
+        whole_rounds = search.parallel == "auto" and self._divides and not self._mixed.norms
+        keys = [self._key(c, split, exact=exact) for c in coefficients]
+        self._scores.prefetch(
+            keys, lambda key: self._loader.with_memory(partial(self._measure, key, ALONE)), whole_rounds=whole_rounds
+        )
+
+    def load_output(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> Mapping[str, Tensor]:
+        """See `Evaluator.load_output`."""
+        self._mixed.load(specs, read_into)
+        self._loader.with_memory(self._recompute_batchnorm)
+        return self._mixed.statistics()
+
+    def score_output(self, coefficients: Coefficients, split: Split) -> Score:
+        """See `Evaluator.score_output`."""
+        measure = partial(self.evaluate, split, "the average")
+        return self._written.find((coefficients, split, True), partial(self._loader.with_memory, measure))
+
+    def evaluate(self, split: Split, what: str) -> Score:
+        """Score the model's current state on one split; ``what`` names it in an error.
+
+        Raises:
+            TaskError: if the score is `Score.invalid`.
+        """
+        return valid(self._pass(split, what, self._together), self._task.source)
+
+    def _key(self, coefficients: Coefficients, split: Split, *, exact: bool) -> ScoreKey:
+        """Return the key of a score; a single checkpoint is read from its file at no extra cost."""
+        if not exact:
+            exact = (len(coefficients.selected) == 1 or self._mixed.candidates.exact) and self._mixed.precision == OWN
+        return coefficients, split, exact
+
+    def _measure(self, key: ScoreKey, workers: Workers, threshold: float | None = None) -> Score:
+        coefficients, split, exact = key
+        self._meter.evaluated()
+        self._mixed.set_to(coefficients, exact=exact or len(coefficients.selected) == 1)
+        with self._mixed.autocast(exact=exact):
+            self._recompute_batchnorm()
+            return self._pass(split, self._mixed.describe(coefficients), workers, threshold)
+
+    def _recompute_batchnorm(self) -> None:
+        self._mixed.recompute_batchnorm(self._loader.learnable(self._batchnorm_from))
+
+    def _pass(self, split: Split, what: str, workers: Workers, threshold: float | None = None) -> Score:
+        """Score the model's current state.
 
         Args:
-            model: the model to score, in its current state.
             split: the split.
             what: the name of the model in an error.
-            partial: the batches that an interrupted run has already scored.
+            workers: the ranks that divide the batches, if they can be divided.
             threshold: a value of `Score`; None always finishes the pass.
-            workers: the ranks that divide the batches, if the score `divides`.
         Raises:
             TaskError: if the split has no batches, or the loss or metric is not a number.
+            _BelowError: as soon as the score cannot reach ``threshold``.
         """
-        task = self._task
-        workers = workers if self.divides else ALONE
+        task, model = self._task, self._mixed.model
         with torch.no_grad():
             if task.whole is not None:
-                return task.whole(model, partial)
+                return task.whole(model)
             sign = -1.0 if task.metric_goal == "min" else 1.0
+            workers = workers if self._divides else ALONE
             tally, corpus = ScoreAccumulator(sign, task.metric_bounds, workers), task.corpus and task.corpus()
-            for saved in partial.states:
-                tally.load_state_dict(saved["tally"])
-                if corpus is not None:
-                    corpus.load_state_dict(saved["corpus"])
-
-            def state() -> Any:
-                return {"tally": tally.state_dict(), "corpus": corpus and corpus.state_dict()}
-
-            remaining = partial.remaining(self._loader.scored(split, workers), lambda: self._loader.order[split], state)
-            for batch, size, checksum, counted in remaining:
+            for batch, size, checksum, counted in self._loader.scored(split, workers):
                 metric = None if task.metric is None else task.metric(model, batch)
                 loss = task.loss(model, batch)
                 if counted:
                     tally.add(loss, metric, size, checksum)
                 if corpus is not None:
                     corpus.update(model, batch)
-                if (
-                    threshold is not None
-                    and split in self._examples
-                    and tally.cannot_reach(threshold, self._examples[split])
-                ):
-                    return None
+                total = self._examples.get(split)
+                if threshold is not None and total and tally.cannot_reach(threshold, total):
+                    raise _BelowError
         score = tally.score(what, split)
         if score is None:
             raise self._loader.empty(split)

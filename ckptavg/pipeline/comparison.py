@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from ckptavg.checkpoints.discover import with_directory_changes
 from ckptavg.cost import Cost
 from ckptavg.errors import UsageError
 from ckptavg.objective import Learned, Strategy
@@ -16,14 +14,14 @@ from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
 from ckptavg.pipeline.preflight import check_space, check_strategy, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
-from ckptavg.pipeline.session import journaled, opened
+from ckptavg.pipeline.session import session
 from ckptavg.pipeline.verdict import Verdict
-from ckptavg.pipeline.writing import name_of, write_output
+from ckptavg.pipeline.writing import write_output
 from ckptavg.report import bootstrap
 from ckptavg.report.result import Comparison, StrategyResult
 from ckptavg.runtime.progress import Watch
 from ckptavg.score import Score, Split, valid
-from ckptavg.strategies import from_spec
+from ckptavg.strategies import from_spec, name_of
 
 REFERENCE: Final = "last"
 DEFAULT: Final = (REFERENCE, "best", "swa", "lawa", "ema", "soup", "aswa", "sewa", "twa")
@@ -41,7 +39,9 @@ class _Run:
     cost: Cost
 
 
-def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch: Watch | None = None) -> Comparison:
+def compare(
+    paths: Sequence[Path], options: Options, watch: Watch | None = None, *, names: Sequence[str] = ()
+) -> Comparison:
     """Run strategies on the checkpoints under ``paths`` and write the average with the best validation score.
 
     Each strategy runs as if alone: with the same random numbers and batches, and charged for every score it requests,
@@ -50,33 +50,27 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
 
     Args:
         paths: directories of checkpoints, or checkpoints.
-        names: strategies with settings, in the syntax of `ckptavg.strategies.from_spec`; empty runs every strategy the
-            task allows.
         options: options shared by all strategies.
         watch: progress callback.
+        names: strategies with settings, in the syntax of `ckptavg.strategies.from_spec`; empty runs every strategy the
+            task allows.
     Raises:
         CkptavgError: on any expected failure; nothing is written then.
     """
-    if not options.ways:
-        raise UsageError(
-            "compare scores every strategy, so it needs a task file, --val or --score-cmd",
-            hint="`ckptavg init` writes ./task.py",
-        )
-    settings = {"name": "compare", "strategies": list(names)}
-    with opened(paths, options, watch) as found, journaled(found, options, settings, watch) as (evaluator, done):
-        assert evaluator is not None  # because options.ways is not empty
+    with session(paths, options, watch) as this:
+        evaluator = this.scored("compare scores every strategy, so it needs a task file, --val or --score-cmd")
         strategies = _parse_strategies(names, evaluator)
         if options.dry_run:
-            plan = [f"would compare {', '.join(strategies)}", *dry_run_plan(found.checkpoints, options)]
-            result = blank_result(found, strategies[REFERENCE], options, plan)
+            plan = [f"would compare {', '.join(strategies)}", *dry_run_plan(this.checkpoints, options)]
+            result = blank_result(this.found, strategies[REFERENCE], options, plan)
             return Comparison(contestants=(), winner="", result=result)
-        check_space(found, options)
+        check_space(this.found, options)
         evaluator.prepare()
         runs: list[_Run] = []
         for name, strategy in strategies.items():
-            if watch is not None:
-                watch("strategies", len(runs), len(strategies), {})
-            runs.append(_run(name, strategy, evaluator, watch))
+            this.run.progress("strategies", len(runs), len(strategies))
+            with this.run.progress.prefixed(name):
+                runs.append(_run(name, strategy, evaluator))
         winner = max(runs, key=lambda run: (run.score.value, -(run.score.loss or 0.0)))
         valid(winner.score)
         evaluator.restart()
@@ -84,10 +78,9 @@ def compare(paths: Sequence[Path], names: Sequence[str], options: Options, watch
             evaluator.prefetch([run.learned.coefficients for run in runs], split, exact=True)
         contestants = [_strategy_result(run, runs, evaluator, options.seed) for run in runs]
         finished = write_output(
-            found.checkpoints, winner.learned.coefficients, winner.strategy, options, evaluator, watch
+            this.checkpoints, winner.learned.coefficients, winner.strategy, options, evaluator, watch
         )
-        done()
-        found = with_directory_changes(found, paths, finished.output.path)
+        found = this.finish(finished.output.path)
         judgement = Verdict(winner.learned.coefficients, verdict=_verdict(winner, contestants, evaluator))
         result = build_result(found, winner.strategy, options, winner.learned, judgement, finished, evaluator)
         return Comparison(contestants=contestants, winner=winner.name, result=replace(result, cost=winner.cost))
@@ -97,36 +90,34 @@ def _parse_strategies(names: Sequence[str], evaluator: Evaluator) -> Mapping[str
     """Return name → strategy, including `last`; all settings are checked before the first strategy runs."""
     n = evaluator.n
     if not names:
-        has_train = evaluator.differentiable and evaluator.has("train") and evaluator.scored_on != "train"
+        has_train = evaluator.losses is not None and evaluator.has("train") and evaluator.scored_on != "train"
         names = [*DEFAULT, *(_ON_TRAIN if has_train else ())]
-        names = [f"{name}:k={n}" if _too_many(from_spec(name), n) else name for name in names]
+        names = [name if _fits(from_spec(name), n) else f"{name}:k={n}" for name in names]
     elif REFERENCE not in names:
         names = [REFERENCE, *names]
     strategies = {name: from_spec(name) for name in names}
     for name, strategy in strategies.items():
-        check_strategy(strategy, n, evaluator, name)
+        try:
+            check_strategy(strategy, n, evaluator)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}", hint=error.hint) from error
     return strategies
 
 
-def _too_many(strategy: Strategy, n: int) -> bool:
-    k: Any = getattr(strategy, "k", 0)
-    return k != "auto" and k > n
+def _fits(strategy: Strategy, n: int) -> bool:
+    """Return whether the default settings fit the number of candidates: K may be larger."""
+    try:
+        strategy.check(n, ("train", "val"), bounded=True)
+    except UsageError:
+        return False
+    return True
 
 
-def _run(name: str, strategy: Strategy, evaluator: Evaluator, watch: Watch | None) -> _Run:
-    evaluator.restart()
-    evaluator.watch = None if watch is None else partial(_prefixed_progress, watch, name)
+def _run(name: str, strategy: Strategy, evaluator: Evaluator) -> _Run:
+    evaluator.restart(repr(strategy))
     learned = strategy.learn(evaluator)
     score = evaluator.exact_score(learned.coefficients, evaluator.scored_on)
-    cost = evaluator.cost()
-    evaluator.watch = watch
-    return _Run(name, strategy, learned, score, cost)
-
-
-def _prefixed_progress(
-    watch: Watch, name: str, stage: str, done: int, total: int, figures: Mapping[str, float]
-) -> None:
-    watch(f"{name}: {stage}", done, total, figures)
+    return _Run(name, strategy, learned, score, evaluator.cost())
 
 
 def _strategy_result(run: _Run, runs: Sequence[_Run], evaluator: Evaluator, seed: int) -> StrategyResult:

@@ -12,13 +12,14 @@ from ckptavg.checkpoints.discover import discover
 from ckptavg.checkpoints.dtypes import FLOATING
 from ckptavg.checkpoints.integrity import not_finite
 from ckptavg.checkpoints.state_dict import check_agreement
+from ckptavg.context import Run
 from ckptavg.errors import TaskError, UsageError
 from ckptavg.objective.mixture import Mixture
 from ckptavg.options import Options
 from ckptavg.pipeline.objective_choice import pick_device
 from ckptavg.pipeline.session import translate_errors
 from ckptavg.pipeline.task_choice import build_task
-from ckptavg.runtime.progress import Watch
+from ckptavg.runtime.progress import Progress, Watch
 from ckptavg.runtime.seeds import reproducible
 from ckptavg.score import Score, Split
 
@@ -49,10 +50,7 @@ def evaluate(
         mixture = Mixture(
             build_task(parsed, checkpoints[0].folder),
             checkpoints[:1],
-            device=pick_device(parsed.device),
-            seed=parsed.seed,
-            watch=watch,
-            workers=parsed.workers,
+            Run(device=pick_device(parsed.device), workers=parsed.workers, seed=parsed.seed, progress=Progress(watch)),
         )
         scored: list[tuple[Path, dict[Split, Score]]] = []
         for i, checkpoint in enumerate(checkpoints):

@@ -19,7 +19,7 @@ from ckptavg.filesystem.atomic import write_text
 from ckptavg.objective import Hessian
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
-from ckptavg.pipeline.session import journaled, opened
+from ckptavg.pipeline.session import session
 from ckptavg.report.result import Landscape, Output, Plane
 from ckptavg.runtime.progress import Watch
 from ckptavg.score import valid
@@ -48,25 +48,17 @@ def landscape(
     Raises:
         CkptavgError: on any expected failure.
     """
-    if not options.ways:
-        raise UsageError(
-            "a landscape consists of losses, so it needs a task file or --val", hint="`ckptavg init` writes ./task.py"
-        )
     if samples < 3 or grid < 2 or len(mixtures) not in (0, 3):
         raise UsageError(
             "a landscape needs --samples of at least 3, --grid of at least 2, and three --mixtures or none"
         )
     if options.destination[1]:
         raise UsageError(f"--output {options.output} is a directory: name the JSON file to write")
-    settings = {"name": "landscape", "samples": samples, "mixtures": list(mixtures), "grid": grid, "hessian": hessian}
-    with (
-        opened(paths, options, watch) as found,
-        journaled(found, options, settings, watch) as (evaluator, done),
-    ):
-        assert evaluator is not None  # because options.ways is not empty
-        if not evaluator.differentiable:
+    with session(paths, options, watch) as this:
+        evaluator = this.scored("a landscape consists of losses, so it needs a task file or --val")
+        if evaluator.losses is None:
             raise UsageError("a landscape needs a loss, but the task has only scores")
-        q = evaluator.surrogate(None, hessian)
+        q = evaluator.losses.surrogate(None, hessian)
         random_MN = _random(samples, evaluator.n, evaluator.generator)
         measured: list[float] = []
         evaluator.prefetch([_at(row_N) for row_N in random_MN], exact=True)
@@ -84,11 +76,11 @@ def landscape(
             r_squared=r_squared(predicted, measured),
             steps=[evaluator.step(i) for i in range(evaluator.n)],
             plane=plane,
-            left_out=found.left_out,
-            warnings=[*found.warnings, *([q.note] if q.note else []), *evaluator.notes],
+            left_out=this.found.left_out,
+            warnings=[*this.found.warnings, *([q.note] if q.note else []), *evaluator.notes],
         )
         output = options.workers.on_rank_zero(lambda: _write(Path(options.output), as_text(result)))
-        done()
+        this.finish(Path(options.output))
         return replace(result, output=output)
 
 

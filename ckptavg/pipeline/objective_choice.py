@@ -2,59 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from ckptavg.checkpoints.discover import Discovered
+from ckptavg.context import Run
 from ckptavg.errors import UsageError
 from ckptavg.objective.command import CommandEvaluator
 from ckptavg.objective.evaluator import Evaluator
-from ckptavg.objective.measurements import MeasurementLog
 from ckptavg.objective.mixture import Mixture
-from ckptavg.objective.precision import precision
+from ckptavg.objective.score_command import ScoreCommand
 from ckptavg.options import Options
 from ckptavg.pipeline.task_choice import task_for
-from ckptavg.runtime.progress import Watch
 
 
-def build_evaluator(
-    found: Discovered, options: Options, watch: Watch | None, log: MeasurementLog | None = None
-) -> Evaluator:
+def build_evaluator(found: Discovered, options: Options, run: Run) -> Evaluator:
     """Build the evaluator that scores mixtures of the candidates; it loads nothing yet."""
     if options.score_cmd is not None:
-        return CommandEvaluator(
-            options.score_cmd,
-            found.checkpoints,
-            key=options.score_key,
-            goal=options.score_goal,
-            timeout=options.score_timeout,
-            dtype=options.dtype,
-            beside=Path() if log is None else log.folder,  # a dry run has no journal folder
-            seed=options.seed,
-            watch=watch,
-            log=log,
-            workers=options.workers,
-        )
-    device = pick_device(options.device)
-    if device.type == "mps" and options.workers.world_size > 1:
+        command = ScoreCommand(options.score_cmd, options.score_key, options.score_timeout)
+        return CommandEvaluator(command, found.checkpoints, run, goal=options.score_goal, dtype=options.dtype)
+    if run.device.type == "mps" and run.workers.world_size > 1:
         raise UsageError("--device mps supports one worker only", hint="use --device cpu")
-    return Mixture(
-        task_for(found, options),
-        found.checkpoints,
-        device=device,
-        seed=options.seed,
-        bits=options.bits,
-        group_size=options.group_size,
-        offload=options.offload,
-        precision=precision(options.precision, device),
-        compiled=options.compile,
-        watch=watch,
-        log=log,
-        workers=options.workers,
-        parallel=options.parallel,
-        shard=options.shard,
-    )
+    return Mixture(task_for(found, options), found.checkpoints, run, options)
 
 
 def pick_device(name: str) -> torch.device:

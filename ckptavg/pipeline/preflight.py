@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from ckptavg.average.weighted_sum import output_specs
 from ckptavg.candidates import budget
-from ckptavg.candidates.plan import Plan
+from ckptavg.candidates.plan import FEWER, Plan
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import Discovered
 from ckptavg.errors import OutputError, OutputExistsError, UsageError
 from ckptavg.filesystem import atomic
 from ckptavg.filesystem.regular_file import is_folder
-from ckptavg.objective import Strategy
+from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.objective.evaluator import Evaluator
-from ckptavg.options import BITS, Options
+from ckptavg.options import Options
 from ckptavg.output import dcp_folder, hugging_face_folder, sharded_files
 from ckptavg.output.destination import preflight
 from ckptavg.pipeline.objective_choice import pick_device
 from ckptavg.score import Split
+from ckptavg.strategies import name_of
 
 _OUTPUT_PREFIXES: Final = ("model", "adapter_model")  # prefixes of the files written into an output directory
 
@@ -61,30 +62,23 @@ def check_space(found: Discovered, options: Options) -> None:
         raise OutputError(f"no space left on device: {needed:,} bytes are needed, {free:,} are free", path=path)
 
 
-def check_strategy(strategy: Strategy, n: int, evaluator: Evaluator | None, name: str = "") -> None:
+def check_strategy(strategy: Strategy, n: int, evaluator: Evaluator | None) -> None:
     """Refuse settings that the candidates or the task cannot satisfy, before hours of work.
 
     Args:
         strategy: strategy with its settings.
         n: number of candidates.
         evaluator: scores mixtures; None without a task.
-        name: name of the strategy, used as a prefix of error messages.
     """
-    prefix = f"{name}: " if name else ""
-    k: Any = getattr(strategy, "k", 0)
-    if k != "auto" and k > n:
+    if evaluator is None and not isinstance(strategy, PlainAverage):
         raise UsageError(
-            f"{prefix}--k {k} asks for more checkpoints than the {n} candidates there are",
-            hint=f"choose --k {n} or less, or widen the window (--last, --start, --stop, --every)",
+            f"{name_of(strategy)} learns from data, so it needs a task file, --val or --score-cmd",
+            hint="`ckptavg init` writes ./task.py",
         )
-    on: Split | None = getattr(strategy, "on", None)
-    if evaluator is not None and on is not None and evaluator.differentiable and not evaluator.has(on):
-        raise UsageError(f"{prefix}--on {on} needs {on} data, but the task has none", hint=f"add a {on}_dataloader()")
-    if evaluator is not None and getattr(strategy, "early_reject", False) and not evaluator.bounded:
-        raise UsageError(
-            f"{prefix}early rejection needs a metric with known bounds",
-            hint="set them in the task file, for an accuracy: metric_bounds = (0.0, 1.0)",
-        )
+    splits: Sequence[Split] = ("train", "val", "test")
+    if evaluator is not None and evaluator.losses is not None:
+        splits = [split for split in splits if evaluator.has(split)]
+    strategy.check(n, splits, evaluator is not None and evaluator.bounded)
 
 
 def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[str]:
@@ -95,7 +89,7 @@ def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[st
     n, elements, device = len(checkpoints), first.numel, pick_device(options.device)
     bits = options.bits
     if bits == "auto":
-        bits = budget.largest(elements, 4 * elements, n, options.group_size, device, BITS)
+        bits = budget.largest(elements, 4 * elements, n, options.group_size, device, (32, *FEWER))
     memory = Plan(
         n=n, elements=elements, size=4 * elements, gradient=4 * elements,
         bits=bits, group_size=options.group_size, offload=options.offload, device=device,

@@ -14,9 +14,10 @@ from ckptavg.objective import Learned, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
 from ckptavg.pipeline.verdict import Verdict
-from ckptavg.pipeline.writing import WrittenOutput, name_of
+from ckptavg.pipeline.writing import WrittenOutput
 from ckptavg.report.result import CandidateResult, Result
 from ckptavg.score import Score
+from ckptavg.strategies import name_of
 
 _MAX_ERROR: Final = 0.5  # relative to the candidates' differences; above it the coefficients may be arbitrary
 

@@ -1,20 +1,23 @@
-"""Start of every run: check the output, open the candidates, resume the journal and build the evaluator."""
+"""Start and end of every run: check the output, open the candidates, resume the journal and build the evaluator."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
+
+import torch
 
 from ckptavg import average
 from ckptavg.checkpoints import integrity, stability
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.checksums import Manifest
-from ckptavg.checkpoints.discover import Discovered, discover
+from ckptavg.checkpoints.discover import Discovered, discover, with_directory_changes
 from ckptavg.checkpoints.state_dict import check_agreement
+from ckptavg.context import Run
 from ckptavg.errors import (
     CkptavgError,
     InterruptedRunError,
@@ -26,31 +29,62 @@ from ckptavg.errors import (
 from ckptavg.journal import Journal, ReadOnlyJournal, source_digests
 from ckptavg.journal.fingerprint import fingerprint
 from ckptavg.objective.evaluator import Evaluator
-from ckptavg.objective.measurements import MeasurementLog
 from ckptavg.objective.precision import precision
 from ckptavg.options import Options
 from ckptavg.output import dcp_folder
 from ckptavg.pipeline.objective_choice import build_evaluator, device_name, pick_device
 from ckptavg.pipeline.preflight import check_output, check_sources
 from ckptavg.runtime import signals
-from ckptavg.runtime.progress import Watch
+from ckptavg.runtime.progress import Progress, Watch
 from ckptavg.runtime.seeds import reproducible
 from ckptavg.tasks.hugging_face import from_pretrained
 
-if TYPE_CHECKING:
-    from ckptavg.runtime.progress import Watch
-
 _MIN_SECONDS_TO_KEEP: Final = 60.0  # an error keeps the journal of a run that measured for longer
-# options that change measurements
-_MEASURED_OPTIONS: Final = (
-    "seed", "deterministic", "bits", "group_size", "offload", "compile", "holdout", "dtype", "key", "adapter", "rank",
-    "batch_size", "score_cmd", "score_key", "score_goal", "lm_eval",
-)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A run in progress.
+
+    Attributes:
+        paths: the paths under which the candidates were found.
+        found: the open candidates.
+        run: device, ranks, seed, progress and journal.
+        evaluator: scores mixtures; None if nothing defines a score.
+    """
+
+    paths: Sequence[Path]
+    found: Discovered
+    run: Run
+    evaluator: Evaluator | None
+
+    @property
+    def checkpoints(self) -> Sequence[Checkpoint]:
+        """The N candidates, in training order."""
+        return self.found.checkpoints
+
+    def scored(self, reason: str) -> Evaluator:
+        """Return the evaluator.
+
+        Raises:
+            UsageError: if there is none; ``reason`` says what needs it.
+        """
+        if self.evaluator is None:
+            raise UsageError(reason, hint="`ckptavg init` writes ./task.py")
+        return self.evaluator
+
+    def finish(self, output: Path) -> Discovered:
+        """Remove the journal once ``output`` is written; return the candidates, with changes of their directory."""
+        if isinstance(self.run.journal, Journal):
+            self.run.journal.done()
+        return with_directory_changes(self.found, self.paths, output)
 
 
 @contextmanager
-def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) -> Generator[Discovered]:
-    """Check the output, seed the run and yield the open candidates under ``paths``.
+def session(paths: Sequence[Path], options: Options, watch: Watch | None = None) -> Generator[Session]:
+    """Check the output, seed the run, open the candidates under ``paths`` and resume the journal of an earlier run.
+
+    A concurrent run with the same output is refused.
 
     Args:
         paths: directories of checkpoints, or checkpoints.
@@ -59,11 +93,13 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
     Raises:
         CkptavgError: on any expected failure, including an out-of-memory error raised within the context.
     """
-    options.workers.on_rank_zero(lambda: check_output(options))
+    workers = options.workers
+    workers.on_rank_zero(lambda: check_output(options))
     with (
         translate_errors(),
         reproducible(options.seed, deterministic=options.deterministic),
         open_candidates(paths, options, watch) as found,
+        ExitStack() as stack,
     ):
         check_agreement(found.checkpoints)
         check_sources(found, options)
@@ -71,71 +107,27 @@ def opened(paths: Sequence[Path], options: Options, watch: Watch | None = None) 
         if options.destination[1]:
             from_pretrained.check(found.checkpoints[-1])
         candidates = [(checkpoint.name, checkpoint.step, checkpoint.size) for checkpoint in found.checkpoints]
-        options.workers.check_equal("options", options, "start all workers with the same command")
-        options.workers.check_equal("candidates", candidates, "put them on a file system that all machines share")
+        workers.check_equal("options", options, "start all workers with the same command")
+        workers.check_equal("candidates", candidates, "put them on a file system that all machines share")
+        start, journal = time.monotonic(), None
         try:
-            yield found
-        except UsageError as error:  # such as --k larger than the number of candidates
-            if bad := sum(file.kind == "bad" for file in found.left_out):
-                error.hint = f"{f'{error.hint}; ' if error.hint else ''}{bad} bad checkpoints were left out"
-            raise
-
-
-@contextmanager
-def journaled(
-    found: Discovered, options: Options, settings: Mapping[str, Any], watch: Watch | None
-) -> Generator[tuple[Evaluator | None, Callable[[], None]]]:
-    """Yield the evaluator, resumed from the journal of an interrupted run, and a function that closes the journal.
-
-    Call the function once the output is written. A concurrent run with the same output is refused.
-
-    Args:
-        found: the candidates.
-        options: options of the run.
-        settings: settings of the strategy or the comparison.
-        watch: progress callback.
-    """
-    if options.dry_run:
-        yield build_evaluator(found, options, watch) if options.ways else None, _nothing
-        return
-    path, folder = options.destination
-    workers = options.workers
-    with ExitStack() as stack:
-
-        def begin() -> Journal:
-            journal = stack.enter_context(Journal(folder or path, resume=options.resume, keep=options.keep_journal))
-            if options.format == "dcp":
-                dcp_folder.sweep(path)
-            check_output(options)  # again: another run may have finished between the first check and the lock
-            return journal
-
-        journal = workers.on_rank_zero(begin)
-        done = journal.done if journal else _nothing
-        if not options.ways:
-            yield None, done
-            return
-        records, location = workers.broadcast((dict(journal.records), journal.folder) if journal else ({}, path))
-        log, start = MeasurementLog(journal or ReadOnlyJournal(records, location)), time.monotonic()
-        try:
-            evaluator = build_evaluator(found, options, watch, log)
-
-            def identify() -> None:
-                assert journal is not None
-                run = {name: getattr(options, name) for name in _MEASURED_OPTIONS} | {"strategy": dict(settings)}
-                run["device"] = "" if options.score_cmd else device_name(pick_device(options.device))
-                run["precision"] = precision(options.precision, pick_device(options.device))
-                data = [options.val, options.train, options.test]
-                journal.begin(fingerprint(found.checkpoints, run, options.task, data))
-                stack.enter_context(source_digests.recording_digests(journal, found.checkpoints))
-
-            workers.on_rank_zero(identify)
-            if watch and journal and journal.replayed:
+            device = torch.device("cpu") if options.score_cmd or not options.ways else pick_device(options.device)
+            run = Run(device=device, workers=workers, seed=options.seed, progress=Progress(watch))
+            if not options.dry_run:
+                journal = workers.on_rank_zero(lambda: stack.enter_context(_open_journal(options)))
+                records = workers.broadcast((dict(journal.records), journal.folder) if journal else ({}, Path()))
+                run = replace(run, journal=journal or ReadOnlyJournal(*records))
+            evaluator = build_evaluator(found, options, run) if options.ways else None
+            if evaluator and not options.dry_run:
+                workers.on_rank_zero(lambda: stack.enter_context(_compared(found, options, run)))
+            if evaluator and journal and journal.replayed:
                 note = "measurements of an interrupted run; the cost counts new measurements only"
-                watch(f"resuming with {journal.replayed} {note}", 0, 0, {})
-            yield evaluator, done
+                run.progress(f"resuming with {journal.replayed} {note}", 0, 0)
+            yield Session(paths=paths, found=found, run=run, evaluator=evaluator)
         except BaseException as error:
-            with suppress(RuntimeError):  # a failed device also fails here; report the original error
-                log.flush()
+            if isinstance(error, UsageError) and (bad := sum(file.kind == "bad" for file in found.left_out)):
+                # such as --k larger than the number of candidates
+                error.hint = f"{f'{error.hint}; ' if error.hint else ''}{bad} bad checkpoints were left out"
             failed = isinstance(error, Exception) and not isinstance(error, InterruptedRunError)
             brief = time.monotonic() - start < _MIN_SECONDS_TO_KEEP
             if journal and failed and brief and not journal.replayed and not signals.pending():
@@ -143,8 +135,32 @@ def journaled(
             raise
 
 
-def _nothing() -> None:
-    """Do nothing: there is no journal to close."""
+def _open_journal(options: Options) -> Journal:
+    path, folder = options.destination
+    journal = Journal(folder or path, resume=options.resume, keep=options.keep_journal)
+    try:
+        if options.format == "dcp":
+            dcp_folder.sweep(path)
+        check_output(options)  # again: another run may have finished between the first check and the lock
+    except BaseException:
+        journal.__exit__()
+        raise
+    return journal
+
+
+@contextmanager
+def _compared(found: Discovered, options: Options, run: Run) -> Generator[None]:
+    """Compare this run with that of the journal, and record the candidates' digests in the context."""
+    assert isinstance(run.journal, Journal)
+    measured = options.measured() | {
+        "device": "" if options.score_cmd else device_name(run.device),
+        "precision": precision(options.precision, run.device),
+    }
+    run.journal.begin(
+        fingerprint(found.checkpoints, measured, options.task, [options.val, options.train, options.test])
+    )
+    with source_digests.recording_digests(run.journal, found.checkpoints):
+        yield
 
 
 @contextmanager

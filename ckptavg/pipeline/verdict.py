@@ -65,7 +65,7 @@ def judge(evaluator: Evaluator, selection: Coefficients, options: VerdictOptions
     if options.baselines:
         k = len(selection.selected)
         plain = {"last": Last(), "swa": SWA()} | ({f"lawa-{k}": LAWA(k=k)} if k < n else {})
-        rivals |= {name: strategy.learn(evaluator).coefficients for name, strategy in plain.items()}
+        rivals |= {name: strategy.coefficients(n) for name, strategy in plain.items()}
     for split in evaluator.splits:
         evaluator.prefetch([*rivals.values(), selection], split, exact=True)
     baselines: dict[str, Mapping[Split, Score]] = {

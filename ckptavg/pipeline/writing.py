@@ -29,7 +29,7 @@ from ckptavg.report.result import Output
 from ckptavg.runtime.progress import Watch
 from ckptavg.runtime.threads import processors
 from ckptavg.score import Score, Split
-from ckptavg.strategies import strategies
+from ckptavg.strategies import name_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,11 +47,6 @@ class WrittenOutput:
     scores: Mapping[Split, Score]
     copied: Sequence[str]
     notes: Sequence[str] = ()
-
-
-def name_of(strategy: Strategy) -> str:
-    """Return the name of the strategy's command."""
-    return next(name for name, cls in strategies().items() if isinstance(strategy, cls))
 
 
 def write_output(

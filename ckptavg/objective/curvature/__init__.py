@@ -30,7 +30,6 @@ from torch.func import functional_call
 from ckptavg.candidates import Candidates
 from ckptavg.candidates.flat import unique_tensors
 from ckptavg.errors import TaskError
-from ckptavg.journal.pass_progress import PassProgress, resumed
 from ckptavg.objective.curvature.kernels import plain_kernels
 from ckptavg.objective.curvature.model_call import (
     Call,
@@ -64,8 +63,6 @@ def surrogate(
     hessian: Hessian = "auto",
     count: Count = lambda kind, examples: None,
     source: str | None = None,
-    order: Callable[[], int] = int,
-    partial: Callable[[str], PassProgress] = lambda name: PassProgress(),
     workers: Workers = ALONE,
 ) -> Surrogate:
     """Expand the mean loss over examples to second order around the mean of the candidates.
@@ -91,8 +88,6 @@ def surrogate(
         hessian: the curvature to compute.
         count: called with each batch that runs ``forward`` or ``backward``.
         source: the task's file, for errors.
-        order: returns a checksum of the examples of the pass so far.
-        partial: returns the progress of an interrupted run with a kind of pass.
         workers: the ranks, each with its own batches; their sums are reduced at the end of the pass.
     Raises:
         TaskError: if the loss has no gradient or is not finite, or the curvature is unavailable.
@@ -103,9 +98,7 @@ def surrogate(
             try:
                 with plain_kernels(candidates.model) if plain else nullcontext(), torch.enable_grad():
                     curvature_pass = _Pass(candidates, loss, curvature, count)
-                    saved = partial(f"{curvature} {plain}")
-                    work = lambda p=curvature_pass, saved=saved: p.run(batches(), saved, order, workers)  # noqa: E731
-                    value, gradient_N, hessian_NN = resumed(saved, work)
+                    value, gradient_N, hessian_NN = curvature_pass.run(batches(), workers)
             except UnavailableError as error:
                 reasons[curvature] = f"no {curvature} Hessian: {error}"
                 if not error.operation:
@@ -151,17 +144,13 @@ class _Pass:
         self._mean = [(tensor, tensor.data.clone()) for tensor in mixed]
         self._mean_of = {id(tensor): mean for tensor, mean in self._mean}
 
-    def run(
-        self, batches: Iterable[Any], partial: PassProgress, order: Callable[[], int], workers: Workers
-    ) -> tuple[float, Tensor, Tensor]:
+    def run(self, batches: Iterable[Any], workers: Workers) -> tuple[float, Tensor, Tensor]:
         """Return F, g [N] and H [N, N] over the batches of all ranks; g and H in float64 on the CPU."""
         n, values = self._candidates.n, list[Tensor]()
         sums: dict[str, Any] = {"examples": 0, "total": self._one_NN.new_zeros(1 + n + n * n)}
-        for state in partial.states[-1:]:
-            sums = {"examples": state["examples"], "total": state["total"].to(self._one_NN)}
         failure: Exception | None = None
         try:
-            for batch in partial.remaining(batches, order, lambda: sums):
+            for batch in batches:
                 size = batch_size(batch)
                 value, gradient_N, hessian_NN = self._measure(batch)
                 values.append(value)

@@ -1,0 +1,32 @@
+"""What every part of a run shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ckptavg.journal import Journal, ReadOnlyJournal
+from ckptavg.runtime.progress import Progress
+from ckptavg.runtime.workers import ALONE, Workers
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The surroundings of a run, made once.
+
+    Attributes:
+        device: the device of the model and the candidates.
+        workers: the ranks that divide the work.
+        seed: the seed of all random numbers; loaders get seeds derived from it, so shuffling repeats.
+        progress: the progress display.
+        journal: measurements of an interrupted run, and of this one; by default none are kept.
+    """
+
+    device: torch.device
+    workers: Workers = ALONE
+    seed: int = 0
+    progress: Progress = field(default_factory=Progress)
+    journal: Journal | ReadOnlyJournal = field(default_factory=ReadOnlyJournal)

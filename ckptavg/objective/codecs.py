@@ -1,0 +1,138 @@
+"""The kinds of measurements, as records of the journal. Numbers are stored exactly."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import fields, replace
+from typing import Any, Final, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ckptavg.coefficients import Coefficients
+from ckptavg.errors import TaskError
+from ckptavg.journal.tensor_json import decode, encode, raw
+from ckptavg.score import PerExample, Score, Split
+from ckptavg.surrogate import Surrogate
+from ckptavg.tasks import Task
+from ckptavg.tasks.torch_metrics import Resampled
+
+ScoreKey: TypeAlias = tuple[Coefficients, Split, bool]
+"""Coefficients, split, and whether the exact average is scored or the mixture of the candidate matrix."""
+_NUMBERS: Final = ("value", "loss", "metric")
+
+
+def score_name(key: ScoreKey) -> str:
+    """Return the journal key of a score: split, exactness, and a digest of the coefficients."""
+    coefficients, split, exact = key
+    text = repr(([[c.hex() for c in row] for row in coefficients.values], coefficients.groups))
+    return f"score {split} {exact} {hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+class ScoreCodec:
+    """A score with the values that its confidence intervals need.
+
+    Args:
+        task: the task, whose metric a score may need to be resampled; None for scores without values per example.
+        prefix: tells scores of the output file, whose dtype may differ from the candidates', from those of mixtures.
+    """
+
+    def __init__(self, task: Task | None, prefix: str = "") -> None:
+        self._task = task
+        self._prefix = prefix
+        # split and exactness → `PerExample.order` of each score of an interrupted run
+        self._orders: dict[tuple[Split, bool], list[int]] = {}
+
+    def name(self, key: ScoreKey) -> str:
+        """See `Codec.name`."""
+        return self._prefix + score_name(key)
+
+    def encode(self, key: ScoreKey, value: Score) -> Any:
+        """See `Codec.encode`.
+
+        Raises:
+            TaskError: if it was computed on other data than the interrupted run's scores that it will be compared with.
+        """
+        each, corpus, orders = value.per_example, None, self._orders.get(key[1:], [])
+        if each is not None and len(orders) > 1 and len(set(orders)) == 1 and orders[0] != each.order:
+            raise TaskError("the data are not those that the interrupted run scored on", hint="--no-resume starts over")
+        if isinstance(value.resampled, Resampled):
+            try:
+                corpus = encode(value.resampled.corpus.state_dict())
+            except TypeError:
+                return None  # the state of its metric cannot be serialised
+        numbers = {name: None if (x := getattr(value, name)) is None else x.hex() for name in _NUMBERS}
+        rest = {"examples": value.examples, "corpus": corpus, "invalid": value.invalid}
+        return numbers | rest | {"each": None if each is None else _each_to_json(each)}
+
+    def decode(self, key: ScoreKey, record: Any) -> Score:
+        """See `Codec.decode`."""
+        each = None if record["each"] is None else _each_from_json(record["each"])
+        if each is not None:
+            self._orders.setdefault(key[1:], []).append(each.order)
+        value, loss, metric = (None if record[name] is None else float.fromhex(record[name]) for name in _NUMBERS)
+        assert value is not None
+        score = Score(
+            value=value, loss=loss, metric=metric, examples=record["examples"], per_example=each,
+            invalid=record["invalid"],
+        )  # fmt: skip
+        if record["corpus"] is None:
+            return score
+        assert self._task is not None and self._task.corpus is not None
+        corpus = self._task.corpus()
+        corpus.load_state_dict(decode(record["corpus"]))
+        sign = -1.0 if self._task.metric_goal == "min" else 1.0
+        return replace(score, resampled=Resampled(corpus, sign), batches=corpus.batches)
+
+
+def _each_to_json(each: PerExample) -> dict[str, Any]:
+    """Return the columns that cannot be derived: values may be −losses, and units single examples."""
+    record: dict[str, Any] = {"losses": encode(each.losses_U), "order": each.order}
+    if raw(each.values_U) != raw(-each.losses_U):
+        record["values"] = encode(each.values_U)
+    if not bool((each.examples_U == 1).all()):
+        record["examples"] = encode(each.examples_U)
+    return record
+
+
+def _each_from_json(record: Any) -> PerExample:
+    losses_U = decode(record["losses"])
+    return PerExample(
+        values_U=decode(record["values"]) if "values" in record else -losses_U,
+        losses_U=losses_U,
+        examples_U=decode(record["examples"]) if "examples" in record else torch.ones_like(losses_U),
+        order=record["order"],
+    )
+
+
+class GradientCodec:
+    """The mean loss of a mixture over a split, and its gradient [N]."""
+
+    def name(self, key: tuple[Coefficients, Split]) -> str:
+        """See `Codec.name`."""
+        return f"gradient {score_name((*key, False))}"
+
+    def encode(self, key: tuple[Coefficients, Split], value: tuple[float, Tensor]) -> Any:
+        """See `Codec.encode`."""
+        return encode(value)
+
+    def decode(self, key: tuple[Coefficients, Split], record: Any) -> tuple[float, Tensor]:
+        """See `Codec.decode`."""
+        loss, gradient_N = decode(record)
+        return loss, gradient_N
+
+
+class SurrogateCodec:
+    """The surrogate on a split, with one kind of second derivatives."""
+
+    def name(self, key: tuple[Split, str]) -> str:
+        """See `Codec.name`."""
+        return f"surrogate {' '.join(key)}"
+
+    def encode(self, key: tuple[Split, str], value: Surrogate) -> Any:
+        """See `Codec.encode`."""
+        return encode({field.name: getattr(value, field.name) for field in fields(value)})
+
+    def decode(self, key: tuple[Split, str], record: Any) -> Surrogate:
+        """See `Codec.decode`."""
+        return Surrogate(**decode(record))

@@ -1,0 +1,177 @@
+"""Losses of mixtures and their derivatives in the coefficients.
+
+Shape suffixes: N = candidates, G = groups of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckptavg.batches import data_parallel
+from ckptavg.batches.loader import BatchLoader
+from ckptavg.batches.stream import LocalShard
+from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
+from ckptavg.cost import CostMeter
+from ckptavg.errors import TaskError, UsageError
+from ckptavg.objective import Hessian, batchnorm, curvature
+from ckptavg.objective.codecs import GradientCodec, SurrogateCodec
+from ckptavg.objective.loss import MixtureLoss, loss_and_gradient
+from ckptavg.objective.loss_log import LossLog
+from ckptavg.objective.mixed_model import MixedModel
+from ckptavg.objective.remembered import Remembered
+from ckptavg.runtime.workers import ALONE
+from ckptavg.score import Split
+from ckptavg.surrogate import Surrogate
+from ckptavg.tasks import batch as batches
+
+
+class Derivatives:
+    """The losses of a task; see `ckptavg.objective.Losses`.
+
+    Attributes:
+        notes: remarks for the report.
+    """
+
+    def __init__(self, mixed: MixedModel, loader: BatchLoader, log: LossLog, meter: CostMeter) -> None:
+        self._mixed = mixed
+        self._loader = loader
+        self._log = log
+        self._meter = meter
+        self._workers = mixed.run.workers
+        self._divided: dict[Split, bool] = {}
+        self._surrogates = Remembered(SurrogateCodec(), mixed.run, meter)
+        self._gradients = Remembered(GradientCodec(), mixed.run, meter)
+        self.notes: list[str] = []
+
+    def uniform(self) -> Tensor:
+        """See `Losses.uniform`."""
+        return self._mixed.uniform()
+
+    def batches(self, on: Split) -> int:
+        """See `Losses.batches`."""
+        return self._loader.length(on)
+
+    def blocks(self, size: int | None) -> Groups:
+        """See `Losses.blocks`."""
+        return self._mixed.candidates.blocks(size)
+
+    def distances(self, groups: Groups) -> Tensor:
+        """See `Losses.distances`."""
+        return self._mixed.candidates.distances(groups).to(self.uniform().dtype)
+
+    def loss(self, c_N: Tensor, on: Split | None = None, *, groups: Groups = EVERYTHING, again: bool = False) -> Tensor:
+        """See `Losses.loss`; runs forward and backward together, so no graph outlives the call."""
+        split = on or self._loader.scored_on
+        if self._log.halved():
+            self._loader.restart(halved=True)
+        if not again:
+            self._loader.stream(split, self._divides).advance()
+        compute = partial(self._step, split=split, groups=groups)
+        return self._loader.with_memory(lambda: MixtureLoss.apply(c_N, compute))  # pyright: ignore
+
+    def surrogate(self, on: Split | None = None, hessian: Hessian = "auto") -> Surrogate:
+        """See `Losses.surrogate`; cached."""
+        self._check_whole()
+        split = on or self._loader.scored_on
+        measure = partial(self._measure_surrogate, split, hessian)
+        return self._surrogates.find((split, hessian), lambda: self._loader.with_memory(measure))
+
+    def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
+        """See `Losses.gradient`; cached. Each rank runs its own batches; 3 + N numbers are summed at the end."""
+        self._check_whole()
+        split = on or self._loader.scored_on
+        measure = partial(self._measure_gradient, coefficients, split)
+        return self._gradients.find((coefficients, split), lambda: self._loader.with_memory(measure))
+
+    def _check_whole(self) -> None:
+        if self._mixed.search.shard:
+            raise UsageError("a sharded model has no second derivatives here", hint="--solver gumbel or gradient")
+
+    def _step(self, c_GN: Tensor, split: Split, groups: Groups) -> tuple[Tensor, Tensor]:
+        """Return the loss on the current batch of a stream, and its gradient."""
+        stream = self._loader.stream(split, self._divides)
+        batch = (split, stream.current(), groups)
+        if recorded := self._log.find(c_GN, batch):
+            return recorded
+        # loading the candidates draws random numbers, so it comes before the batch, which is seeded
+        candidates, norms = self._mixed.candidates, self._mixed.norms
+        share = stream.share
+        self._meter.count("forward", share.size)
+        loss, gradient_GN = loss_and_gradient(
+            self._mixed.task, candidates, norms, c_GN, share, groups, self._mixed.precision, self._workers
+        )
+        self._meter.count("backward", share.size)
+        self._log.keep(c_GN, batch, loss, gradient_GN)
+        return loss, gradient_GN
+
+    def _measure_surrogate(self, split: Split, hessian: Hessian) -> Surrogate:
+        mixed, workers = self._mixed, self._workers
+        counts = torch.zeros(2, 2, dtype=torch.int64)
+        kinds = ("forward", "backward")
+        norms = mixed.norms
+
+        def count(kind: str, examples: int) -> None:
+            counts[kinds.index(kind)] += torch.tensor([1, examples])
+
+        def batches_with_progress() -> Iterator[Any]:
+            for done, batch in enumerate(self._loader.learnable(split, workers), 1):
+                yield batch
+                total = self.batches(split)
+                mixed.run.progress("measuring the curvature", min(total, done * workers.world_size), total)
+
+        with batchnorm.batch_statistics(norms), mixed.plain():
+            surrogate = curvature.surrogate(
+                mixed.candidates, batches_with_progress, mixed.task.loss,
+                hessian=hessian, count=count, source=mixed.task.source, workers=workers,
+            )  # fmt: skip
+        for kind, (number, examples) in zip(kinds, workers.sum(counts).tolist(), strict=True):
+            self._meter.count(kind, examples, number)
+        return surrogate
+
+    def _measure_gradient(self, coefficients: Coefficients, split: Split) -> tuple[float, Tensor]:
+        mixed, c_N = self._mixed, self.uniform().new_tensor(coefficients.values[0])
+        sums, examples, count = torch.zeros_like(torch.cat([c_N, c_N[:1]])), 0, 0
+        for batch in self._loader.learnable(split, self._workers):
+            share = LocalShard(batch, batches.size(batch), 1.0)
+            loss, gradient_N = loss_and_gradient(
+                mixed.task, mixed.candidates, mixed.norms, c_N, share, EVERYTHING, mixed.precision, ALONE
+            )
+            sums += share.size * torch.cat([gradient_N, loss.view(1)])
+            examples, count = examples + share.size, count + 1
+        sums = self._workers.sum(torch.cat([sums, sums.new_tensor([examples, count])]))
+        *totals, examples, count = sums.tolist()
+        self._meter.count("backward", round(examples), round(count))
+        *gradient, value = (total / examples for total in totals)
+        if not math.isfinite(value):
+            message = f"loss() is {value} on the {split} data, of {mixed.describe(coefficients)}"
+            raise TaskError(message, path=mixed.task.source)
+        gradient_N = torch.tensor(gradient, dtype=torch.float64)
+        return value, gradient_N - gradient_N.mean()
+
+    def _divides(self, split: Split) -> bool:
+        """Return whether ranks divide the batches of this split; decided once, on its first batch."""
+        if self._workers.world_size == 1:
+            return False
+        if split not in self._divided:
+            reason = "BatchNorm needs the whole batch" if self._mixed.norms else self._obstacle(split)
+            self._divided[split] = reason is None
+            if reason is not None:
+                self.notes.append(f"every worker ran whole batches of the {split} data, because {reason}")
+        return self._divided[split]
+
+    def _obstacle(self, split: Split) -> str | None:
+        mixed = self._mixed
+        mixed.candidates.materialize(self.uniform())
+        batch = next(self._loader.first(split), None)
+        if batch is None:
+            raise self._loader.empty(split)
+        with mixed.plain():
+            return data_parallel.obstacle(
+                lambda part: mixed.task.loss(mixed.model, part), batch, mixed.run.device, self._workers
+            )

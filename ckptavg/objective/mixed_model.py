@@ -1,0 +1,164 @@
+"""One model that is set to any mixture of the candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ckptavg.average.weighted_sum import output_specs, weighted_average
+from ckptavg.candidates import Candidates, ReadInto, sharded
+from ckptavg.candidates.plan import Plan
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.coefficients import Coefficients
+from ckptavg.context import Run
+from ckptavg.errors import TaskError
+from ckptavg.objective import batchnorm
+from ckptavg.objective.precision import OWN, Compiled, autocast, precision
+from ckptavg.options.search import SearchOptions
+from ckptavg.readers import StoredTensor
+from ckptavg.report.result import MatrixResult
+from ckptavg.runtime.workers import ALONE
+from ckptavg.tasks import Task
+
+
+class MixedModel:
+    """The task's model, and the candidate matrix that its weights are taken from.
+
+    Args:
+        task: the task.
+        checkpoints: the N candidates, in training order.
+        run: the device and the ranks; with ``shard`` each rank has a shard of the model and of every candidate, else
+            it holds all of them.
+        search: how the candidates are kept, and in which precision the model runs in a search.
+    """
+
+    def __init__(self, task: Task, checkpoints: Sequence[Checkpoint], run: Run, search: SearchOptions) -> None:
+        self.task = task
+        self.checkpoints = checkpoints
+        self.run = run
+        self.search = search
+        self.precision = precision(search.precision, run.device)
+        self._compiled: Compiled | None = None
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """Candidate matrix and model; loaded on first use, after the strategy has checked its settings."""
+        run, search, n = self.run, self.search, len(self.checkpoints)
+        torch.manual_seed(run.seed)
+        workers = run.workers if search.shard else ALONE
+        if search.shard:
+            model = sharded.build(self.task.model, run.device, workers)
+        else:
+            model = self.task.model()
+            if empty := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
+                message = f"model() must be ready to run, but its {empty} is on the meta device: allocate it"
+                raise TaskError(message, path=self.task.source)
+            model = model.to(run.device).eval()
+        plan = Plan.of(
+            model, n, bits=search.bits, group_size=search.group_size, offload=search.offload,
+            device=run.device, parts=workers.world_size, sharing=run.workers.local_world_size,
+        )  # fmt: skip
+        memory_use = plan.check()
+        if n > 1:
+            run.progress(memory_use, 0, 0)
+        bits = min(run.workers.gather(plan.bits))  # also a barrier: no rank allocates before all have checked memory
+        candidates = Candidates(
+            model, self.checkpoints, run.progress,
+            bits=bits, group_size=search.group_size, offload=search.offload, workers=workers,
+        )  # fmt: skip
+        for checkpoint in self.checkpoints:
+            checkpoint.check_unchanged()  # now, rather than only at the end of a long search
+        if search.compile:
+            self._compiled = Compiled(model)
+        return candidates
+
+    @property
+    def model(self) -> nn.Module:
+        """Model on the device."""
+        return self.candidates.model
+
+    @cached_property
+    def norms(self) -> Collection[batchnorm.Layer]:
+        """The BatchNorm layers whose statistics are recomputed for every mixture."""
+        return list(batchnorm.layers(self.model).values())
+
+    def set_to(self, coefficients: Coefficients, *, exact: bool) -> None:
+        """Load a mixture: from the files if ``exact``, else from the candidate matrix."""
+        # a row that is not finite makes every product with the matrix non-finite, even with a coefficient of 0
+        if (exact and not self.candidates.exact) or any(checkpoint.allow_nonfinite for checkpoint in self.checkpoints):
+            specs = output_specs(self.checkpoints[0])
+            parts = weighted_average(self.checkpoints, coefficients, specs, only=self.candidates.ranges)
+            self.candidates.assign(specs, parts)
+            return
+        if not (coefficients.uniform_subset and self.candidates.average(coefficients.selected)):
+            self.candidates.materialize(self.uniform().new_tensor(coefficients.values), coefficients.groups)
+        self.candidates.take_integers(coefficients.selected[-1])
+
+    def load(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> None:
+        """Load the weights of a file."""
+        self.candidates.load(specs, read_into)
+
+    def uniform(self) -> Tensor:
+        """See `Losses.uniform`."""
+        dtype = torch.float32 if self.run.device.type == "mps" else torch.float64  # mps has no float64
+        n = len(self.checkpoints)
+        return torch.full((n,), 1 / n, dtype=dtype, device=self.run.device)
+
+    def recompute_batchnorm(self, batches: Iterable[Any]) -> None:
+        """Recompute BatchNorm's statistics at the current weights; the batches are read only if there are any."""
+
+        def forward() -> None:
+            for batch in batches:
+                self.task.loss(self.model, batch)
+
+        with self.plain():  # num_batches_tracked would break a compiled graph in two
+            batchnorm.recompute(self.norms, forward)
+
+    def statistics(self) -> Mapping[str, Tensor]:
+        """Return the running statistics of BatchNorm by state-dict name."""
+        state = self.model.state_dict()
+        return {name: state[name] for name in batchnorm.statistics(self.model)}
+
+    def plain(self) -> AbstractContextManager[None]:
+        """Run the model as it is in the context, not compiled."""
+        return nullcontext() if self._compiled is None else self._compiled.paused()
+
+    def autocast(self, *, exact: bool) -> AbstractContextManager[Any]:
+        """Run the model in the precision of the search, or in its own if ``exact``."""
+        return autocast(OWN if exact else self.precision, self.run.device)
+
+    @property
+    def matrix(self) -> MatrixResult:
+        """Properties of the candidate matrix, for the report."""
+        candidates = self.candidates
+        return MatrixResult(
+            bits=candidates.bits,
+            group_size=None if candidates.exact else self.search.group_size,
+            bytes=candidates.nbytes,
+            error=candidates.error,
+            offload=self.search.offload if candidates.streamed else "none",
+            precision=self.precision,
+            compiled=self._compiled is not None and self._compiled.failure is None,
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks for the report: settings without effect."""
+        notes: list[str] = []
+        if self.search.offload == "cpu" and self.run.device.type == "cpu":
+            notes.append("--offload cpu changes nothing on a CPU: the candidates are in its memory already")
+        if self._compiled is not None and self._compiled.failure is not None:
+            notes.append(f"--compile was given up, and the model ran as it is: {self._compiled.failure}")
+        return notes
+
+    def describe(self, coefficients: Coefficients) -> str:
+        """Return the words for a mixture in an error."""
+        chosen = [self.checkpoints[i] for i in coefficients.selected]
+        if len(chosen) == 1:
+            return f"candidate {chosen[0].path}"
+        return "the mixture of steps " + ", ".join(str(checkpoint.step) for checkpoint in chosen)

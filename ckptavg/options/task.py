@@ -1,0 +1,104 @@
+"""The options that define how a mixture is scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from ckptavg.declaration import AT_LEAST_1, MAIN, POSITIVE, SCORING, Help, Limit, check
+from ckptavg.errors import UsageError
+
+_FRACTION = Limit(lambda value: 0 < value < 1, "between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """One way of scoring mixtures (a task file, Hugging Face data, a command, or lm-evaluation-harness), and its data.
+
+    The task's code and the data are part of a journal's fingerprint by their content.
+    """
+
+    task: Annotated[
+        str | None,
+        Help(
+            MAIN, "Task file or module; else $CKPTAVG_TASK, ./task.py.",
+            "A Python file or dotted module with model, loss and data.", "PATH", changes_measurements=False,
+        ),
+    ] = None  # fmt: skip
+    val: Annotated[
+        Path | str | None,
+        Help(MAIN, "Hugging Face validation data; no task file needed.", metavar="PATH", changes_measurements=False),
+    ] = None
+    score_cmd: Annotated[
+        str | None,
+        Help(
+            MAIN, "Command scoring {} or {dir}: 'python eval.py {}'.",
+            "It prints the score of a file, or of a directory.", "CMD",
+        ),
+    ] = None  # fmt: skip
+    task_timeout: Annotated[
+        float | None,
+        Help(
+            SCORING, "Limit for one call of a task function, such as a loss.", "Also for the import of the task.",
+            "SECONDS", limit=POSITIVE, changes_measurements=False,
+        ),
+    ] = None  # fmt: skip
+    train: Annotated[
+        Path | str | None,
+        Help(
+            SCORING, "Training data, with --val: JSONL, CSV, Parquet, images.",
+            metavar="PATH", changes_measurements=False,
+        ),
+    ] = None  # fmt: skip
+    test: Annotated[
+        Path | str | None,
+        Help(
+            SCORING, "Test data for an unbiased final score, with --val.", metavar="PATH", changes_measurements=False
+        ),
+    ] = None  # fmt: skip
+    holdout: Annotated[
+        float | None,
+        Help(
+            SCORING, "Validation share kept for the final score if no test data.", metavar="FRACTION", limit=_FRACTION
+        ),
+    ] = None  # fmt: skip
+    batch_size: Annotated[
+        int | None,
+        Help(
+            SCORING, "Batch size for --val; default 32, halved if out of memory.", "The default for --lm-eval is 8.",
+            "N", limit=AT_LEAST_1,
+        ),
+    ] = None  # fmt: skip
+    trust_remote_code: Annotated[bool, Help(SCORING, "Run code that the checkpoints' config.json names.")] = False
+    score_key: Annotated[
+        str | None,
+        Help(
+            SCORING, "Key of the score in JSON output; else the last number.",
+            "The last JSON line on the stdout of --score-cmd counts.", "KEY",
+        ),
+    ] = None  # fmt: skip
+    score_goal: Annotated[Literal["max", "min"], Help(SCORING, "Whether a higher or a lower score wins.")] = "max"
+    score_timeout: Annotated[
+        float | None,
+        Help(
+            SCORING, "Limit for one run of --score-cmd.", metavar="SECONDS", limit=POSITIVE, changes_measurements=False
+        ),
+    ] = None  # fmt: skip
+    lm_eval: Annotated[
+        str | None, Help(SCORING, "Score by lm-evaluation-harness tasks, comma-separated.", metavar="TASKS")
+    ] = None
+
+    @property
+    def ways(self) -> list[str]:
+        """The names of the given options that define the score of a mixture."""
+        ways = {"--task": self.task, "--val": self.val, "--score-cmd": self.score_cmd, "--lm-eval": self.lm_eval}
+        return [name for name, value in ways.items() if value is not None]
+
+    def __post_init__(self) -> None:
+        check(self)
+        if len(self.ways) > 1:
+            raise UsageError(f"{' and '.join(self.ways)} each define how a mixture is scored: give only one")
+        for name, value in (("--train", self.train), ("--test", self.test)):
+            if value is not None and self.val is None:
+                raise UsageError(f"{name} goes with --val, which names the data for the search")
