@@ -26,7 +26,9 @@ from tallies import pytest_sessionfinish, pytest_terminal_summary, pytest_testno
 from ckptavg.__main__ import main
 from ckptavg.checkpoints.discover import discover
 from ckptavg.checkpoints.window import Window
+from ckptavg.context import Run as Context
 from ckptavg.objective.mixture import Mixture
+from ckptavg.options.search import SearchOptions
 from ckptavg.runtime.signals import SIGNALS
 from ckptavg.tasks.python_file import PythonTask
 
@@ -94,10 +96,12 @@ class Job:
     folder: Path
 
     @contextmanager
-    def mixture(self, *, last: int | None = None, device: torch.device = CPU, **options: Any) -> Iterator[Mixture]:
-        """Open the real objective on these checkpoints."""
+    def mixture(self, *, last: int | None = None, device: torch.device = CPU, **search: Any) -> Iterator[Mixture]:
+        """Open the real objective on these checkpoints, with these options of a search."""
         with discover([self.folder], Window(last=last)) as found:
-            yield Mixture(PythonTask(str(self.task)), found.checkpoints, device=device, **options)
+            yield Mixture(
+                PythonTask(str(self.task)), found.checkpoints, Context(device=device), SearchOptions(**search)
+            )
 
 
 @pytest.fixture(scope="session")

@@ -73,9 +73,9 @@ def test_batchnorm_has_the_statistics_of_the_cpu(jobs: dict[str, Job], device: t
     found: list[dict[str, torch.Tensor]] = []
     for there in (CPU, device):
         with reproducible(0), jobs["cnn"].mixture(last=3, device=there) as mixture:
-            mixture.candidates.materialize(mixture.uniform())
+            mixture.mixed.candidates.materialize(mixture.losses.uniform())
             mixture.recompute_batchnorm()
-            found.append({name: mixture.model.state_dict()[name].cpu() for name in mixture.statistics})
+            found.append({name: mixture.mixed.model.state_dict()[name].cpu() for name in mixture.statistics})
     assert found[0]
     for name, expected in found[0].items():
         torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-5)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Final
 
 from ckptavg.checkpoints.window import Window
 from ckptavg.declaration import CANDIDATES, MAIN, RUN, WORKERS, Help, Limit, check
 from ckptavg.runtime.workers import ALONE, TIMEOUT, Workers
+
+_DURATION: Final = Limit(lambda value: 0 <= value < math.inf, "0 or more seconds")
+_ABOVE_0: Final = Limit(lambda value: value > 0, "greater than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class RunOptions:
         float | None,
         Help(
             CANDIDATES, "First wait until no checkpoint has changed for SECONDS.", metavar="SECONDS",
-            limit=Limit(lambda value: 0 <= value < math.inf, "0 or more seconds"), changes_measurements=False,
+            limit=_DURATION, changes_measurements=False,
         ),
     ] = None  # fmt: skip
     dry_run: Annotated[
@@ -57,7 +60,7 @@ class RunOptions:
         float,
         Help(
             WORKERS, "Timeout between ranks.", metavar="SECONDS",
-            limit=Limit(lambda value: value > 0, "greater than 0"), changes_measurements=False,
+            limit=_ABOVE_0, changes_measurements=False,
         ),
     ] = TIMEOUT  # fmt: skip
     workers: Workers = field(default=ALONE, repr=False)

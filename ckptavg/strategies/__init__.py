@@ -25,6 +25,11 @@ def strategies() -> dict[str, type[Strategy]]:
     return {name: importlib.import_module(f"{__name__}.{name}").STRATEGY for name in names}
 
 
+def name_of(strategy: Strategy) -> str:
+    """Return the name of the strategy's command."""
+    return next(name for name, cls in strategies().items() if isinstance(strategy, cls))
+
+
 def from_spec(spec: str) -> Strategy:
     """Return the strategy of ``NAME`` or ``NAME:setting=value:setting=value``, such as ``twa:on=train:lr=0.01``.
 

@@ -15,7 +15,7 @@ from ckptavg.objective import Learned, Objective, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class ASWA:
+class ASWA(Strategy):
     """Accept each candidate into a running average if the validation score does not fall.
 
     The state is the average w̄ of n candidates and its score v, initially the first candidate. For every further w_i:
@@ -36,8 +36,6 @@ class ASWA:
     References:
         Demir, Sharma and Ngonga Ngomo 2024, Adaptive Stochastic Weight Averaging, arXiv:2406.19092.
     """
-
-    needs_task: ClassVar[bool] = True
 
     hard_updates: Annotated[bool, "Restart from a candidate that scores above the average."] = True
     tolerance: Annotated[float, "Accept an average this far below the best score so far."] = 0.0

@@ -10,10 +10,8 @@ from ckptavg.objective import Learned, Objective, Strategy, scored_alone
 
 
 @dataclass(frozen=True, kw_only=True)
-class Best:
+class Best(Strategy):
     """Take the candidate with the highest validation score; ties go to the later one."""
-
-    needs_task: ClassVar[bool] = True
 
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""

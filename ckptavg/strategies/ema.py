@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import Learned, Objective, Strategy
+from ckptavg.objective import Learned, Objective, PlainAverage, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class EMA:
+class EMA(PlainAverage):
     """Average with exponentially decaying weights for older candidates.
 
     The recursion w̄ ← α·w̄ + (1 − α)·w_i from w̄ = w_1 gives β_1 = α^(N−1), β_i = (1 − α)·α^(N−i) for i > 1,
@@ -21,19 +21,17 @@ class EMA:
         The recursion of ``torch.optim.swa_utils.get_ema_avg_fn``.
     """
 
-    needs_task: ClassVar[bool] = False
-
     decay: Annotated[float, "Decay α of the average per candidate."] = 0.9
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise UsageError(f"--decay must be at least 0 and less than 1, not {self.decay}")
 
-    def learn(self, objective: Objective) -> Learned:
+    def coefficients(self, n: int) -> Coefficients:
         """See `Strategy.learn`."""
-        n, a = objective.n, self.decay
+        a = self.decay
         row = (a ** (n - 1), *((1 - a) * a ** (n - i) for i in range(2, n + 1)))
-        return Learned(coefficients=Coefficients((row,)))
+        return Coefficients((row,))
 
 
 STRATEGY: type[Strategy] = EMA

@@ -6,18 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import Learned, Objective, Strategy
+from ckptavg.objective import Learned, Objective, PlainAverage, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Last:
+class Last(PlainAverage):
     """Take the last candidate alone."""
 
-    needs_task: ClassVar[bool] = False
-
-    def learn(self, objective: Objective) -> Learned:
+    def coefficients(self, n: int) -> Coefficients:
         """See `Strategy.learn`."""
-        return Learned(coefficients=Coefficients.uniform([objective.n - 1], objective.n))
+        return Coefficients.uniform([n - 1], n)
 
 
 STRATEGY: type[Strategy] = Last

@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import Learned, Objective, Strategy
+from ckptavg.objective import Learned, Objective, PlainAverage, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class LAWA:
+class LAWA(PlainAverage):
     """Average the last K candidates, β_i = 1/K.
 
     References:
@@ -19,20 +19,17 @@ class LAWA:
         arXiv:2209.14981.
     """
 
-    needs_task: ClassVar[bool] = False
-
     k: Annotated[int, "Number of checkpoints to average."] = 5
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise UsageError(f"--k must be at least 1, not {self.k}")
 
-    def learn(self, objective: Objective) -> Learned:
+    def coefficients(self, n: int) -> Coefficients:
         """See `Strategy.learn`."""
-        n = objective.n
         if self.k > n:
             raise UsageError(f"--k {self.k} asks for more checkpoints than the {n} candidates there are")
-        return Learned(coefficients=Coefficients.uniform(range(n - self.k, n), n))
+        return Coefficients.uniform(range(n - self.k, n), n)
 
 
 STRATEGY: type[Strategy] = LAWA

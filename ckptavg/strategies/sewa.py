@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import Hessian, Learned, Objective, Strategy, check_losses
+from ckptavg.objective import losses_of, Hessian, Learned, Objective, Strategy, check_losses
 from ckptavg.score import Score
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ EDGE = 1e-3  # distance from 0 and 1 to which sampled probabilities are clamped
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeWA:
+class SeWA(Strategy):
     """Select K checkpoints with a mask learned by Gumbel-Softmax, and average them.
 
     The mask m ∈ {0,1}^N, Σ m_i = K, should minimise F(m) = E_B ℓ(Σ_i m_i w_i / Σ_i m_i; B). It is relaxed to
@@ -52,8 +52,6 @@ class SeWA:
         Maddison, Mnih and Teh 2017, The Concrete Distribution, arXiv:1611.00712, equation 9. Constraint and
         projection: Zhou et al. 2021, ProbMask, CVPR.
     """
-
-    needs_task: ClassVar[bool] = True
 
     k: Annotated[int | Literal["auto"], "Checkpoints to average; auto if quadratic."] = 5
     solver: Annotated[Literal["gumbel", "quadratic"], "Gradient steps or a quadratic model."] = "gumbel"
@@ -93,16 +91,16 @@ class SeWA:
         if self.solver == "quadratic":
             return self._by_surrogate(objective)
         assert self.k != "auto"
-        if not objective.differentiable:
+        if not (objective.losses is not None):
             return self._by_scores(objective, self.k)
-        s_N = (objective.uniform() * self.k).clamp(max=1)
+        s_N = (losses_of(objective).uniform() * self.k).clamp(max=1)
         losses = torch.empty(self.steps, dtype=s_N.dtype, device=s_N.device)
         square = torch.zeros_like(losses[0])
         for step, noise_MN in zip(range(self.steps), self._noise(objective, s_N), strict=False):
             tau = self.tau_start + (self.tau_end - self.tau_start) * step / max(1, self.steps - 1)
             s_N = s_N.detach().requires_grad_()
             mixtures = [self._mixture(s_N, noise_N, tau) for noise_N in noise_MN]
-            loss = torch.stack([objective.loss(c_N, self.on) for c_N in mixtures])
+            loss = torch.stack([losses_of(objective).loss(c_N, self.on) for c_N in mixtures])
             (gradient_N,) = torch.autograd.grad(loss.mean(), s_N)
             gradient_N = gradient_N - gradient_N.mean()
             square = MEMORY * square + (1 - MEMORY) * gradient_N.square().mean()
@@ -114,7 +112,12 @@ class SeWA:
                 "learning the mask", step + 1, self.steps, loss=losses[step], sure=s_N.topk(self.k).values.mean()
             )
         trace = losses.tolist()
-        check_losses(trace, objective, self.on, samples=self.samples)
+        check_losses(
+            trace,
+            losses_of(objective).batches(self.on or objective.scored_on),
+            self.on or objective.scored_on,
+            samples=self.samples,
+        )
         masks = likeliest(s_N, self.k, self.verify)
         if self.verify > 1:
             objective.prefetch([Coefficients.uniform(mask, n) for mask in masks])
@@ -134,10 +137,10 @@ class SeWA:
 
         from ckptavg.surrogate.subsets import best_for_every_k, best_subsets
 
-        if not objective.differentiable:
+        if not (objective.losses is not None):
             raise UsageError("the quadratic solver needs a loss, not scores alone", hint="--solver gumbel")
         n = objective.n
-        q = objective.surrogate(self.on, self.hessian)
+        q = losses_of(objective).surrogate(self.on, self.hessian)
         found = best_for_every_k(q, 1)
         k, auto = self.k, self.k == "auto"
         verified = _Verified(objective, self.verify + auto * (n - 1))
@@ -156,7 +159,8 @@ class SeWA:
             if better != chosen and moves < MOVES and len(tried) < self.verify:
                 mixture, moves = Coefficients.uniform(better, n), moves + 1
                 q = q.recentered(
-                    torch.tensor(mixture.values[0], dtype=torch.float64), *objective.gradient(mixture, self.on)
+                    torch.tensor(mixture.values[0], dtype=torch.float64),
+                    *losses_of(objective).gradient(mixture, self.on),
                 )
                 near = best_subsets(q, k, self.verify).masks
             chosen = better

@@ -13,7 +13,7 @@ from ckptavg.objective import Learned, Objective, Strategy, scored_alone
 
 
 @dataclass(frozen=True, kw_only=True)
-class GreedySoup:
+class GreedySoup(Strategy):
     """Add candidates by validation score, each only if the average improves strictly.
 
     Candidates are sorted by score, ties to the later one. The soup starts as the best candidate; each next candidate is
@@ -24,8 +24,6 @@ class GreedySoup:
         Wortsman et al. 2022, Model Soups: Averaging Weights of Multiple Fine-tuned Models Improves Accuracy without
         Increasing Inference Time, arXiv:2203.05482, recipe 1. Its authors' code also requires strict improvements.
     """
-
-    needs_task: ClassVar[bool] = True
 
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""

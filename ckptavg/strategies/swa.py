@@ -6,22 +6,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import Learned, Objective, Strategy
+from ckptavg.objective import Learned, Objective, PlainAverage, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class SWA:
+class SWA(PlainAverage):
     """Average all candidates, β_i = 1/N.
 
     References:
         Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization, arXiv:1803.05407.
     """
 
-    needs_task: ClassVar[bool] = False
-
-    def learn(self, objective: Objective) -> Learned:
+    def coefficients(self, n: int) -> Coefficients:
         """See `Strategy.learn`."""
-        return Learned(coefficients=Coefficients.uniform(range(objective.n), objective.n))
+        return Coefficients.uniform(range(n), n)
 
 
 STRATEGY: type[Strategy] = SWA

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.errors import UsageError
-from ckptavg.objective import Hessian, Learned, Objective, Strategy, check_losses
+from ckptavg.objective import losses_of, Hessian, Learned, Objective, Strategy, check_losses
 from ckptavg.score import Split
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ FAR = (-1.0, 2.0)  # affine coefficients outside hint at overfitting of a small 
 
 
 @dataclass(frozen=True, kw_only=True)
-class TWA:
+class TWA(Strategy):
     """Train the coefficients by gradient descent in the subspace spanned by the candidates.
 
     w(x) = w̄ + Σ_i x_i p_i with the mean w̄ and p_i = (w_i − w̄)/‖w_i − w̄‖ (0 if 0/0), starting at x = 0. So
@@ -53,8 +53,6 @@ class TWA:
         arXiv:2010.01412. The simplex form is the learned soup of Wortsman et al. 2022 (arXiv:2203.05482) in other
         units.
     """
-
-    needs_task: ClassVar[bool] = True
 
     on: Annotated[
         Literal["val", "train"] | None, "Data to fit the coefficients to; default val if the task has it.",
@@ -98,16 +96,20 @@ class TWA:
 
         if self.solver == "quadratic":
             return self._by_surrogate(objective)
-        if not objective.differentiable:
+        if not (objective.losses is not None):
             return self._by_scores(objective)
-        groups = objective.blocks(self.block_size) if self.layerwise or self.block_size is not None else EVERYTHING
+        groups = (
+            losses_of(objective).blocks(self.block_size)
+            if self.layerwise or self.block_size is not None
+            else EVERYTHING
+        )
         fit, monitored = self._splits(objective)
-        distance_GN = objective.distances(groups)
+        distance_GN = losses_of(objective).distances(groups)
         if self.lr is None:
             mean_G1 = distance_GN.mean(dim=1, keepdim=True)
             distance_GN = torch.where(mean_G1 > 0, distance_GN / mean_G1, distance_GN)
         x_GN = torch.zeros_like(distance_GN, requires_grad=True)
-        per_epoch = objective.batches(fit)
+        per_epoch = losses_of(objective).batches(fit)
         optimizer, schedule = self._optimizer(
             x_GN, self.epochs * per_epoch, self.lr or RATE[self.on or objective.scored_on]
         )
@@ -125,7 +127,7 @@ class TWA:
                     "training the coefficients", len(losses), self.epochs * per_epoch, epoch=epoch + 1, loss=losses[-1]
                 )
             trace += torch.stack(losses[len(trace) :]).tolist()
-            check_losses(trace[-per_epoch:], objective, fit, first=len(trace) - per_epoch)
+            check_losses(trace[-per_epoch:], losses_of(objective).batches(fit), fit, first=len(trace) - per_epoch)
             if self.patience is None:
                 best = x_GN.detach()
                 continue
@@ -154,19 +156,19 @@ class TWA:
 
         from ckptavg.surrogate.optimum import affine_optimum, simplex_optimum
 
-        if not objective.differentiable:
+        if not (objective.losses is not None):
             raise UsageError("the quadratic solver needs a loss, not scores alone", hint="--solver gradient")
         if self.layerwise or self.block_size is not None:
             raise UsageError("the quadratic solver has one coefficient per candidate", hint="--solver gradient")
-        q = objective.surrogate(self.on, self.hessian)
-        distance_N = objective.distances(EVERYTHING)[0].to("cpu", torch.float64)
+        q = losses_of(objective).surrogate(self.on, self.hessian)
+        distance_N = losses_of(objective).distances(EVERYTHING)[0].to("cpu", torch.float64)
         metric_N = distance_N / distance_N.mean().clamp(min=torch.finfo(torch.float64).tiny)
         rows: list[dict[str, float | str | None]] = []
         start_N = torch.full_like(distance_N, 1 / objective.n)
         chosen, lowest = Coefficients.uniform(range(objective.n), objective.n), math.inf
         for segment in range(1 + MOVES):
             if segment:
-                q = q.recentered(start_N, *objective.gradient(chosen, self.on))
+                q = q.recentered(start_N, *losses_of(objective).gradient(chosen, self.on))
             best_N = simplex_optimum(q) if self.constraint == "simplex" else affine_optimum(q, self.radius, metric_N)
             # the start of a later segment is already scored
             ways = [i / (SEGMENT - 1) for i in range(min(1, segment), SEGMENT)]
@@ -263,7 +265,7 @@ class TWA:
         def backward(*, again: bool) -> Tensor:
             x_GN.grad = None
             c_GN = coefficients_of(x_GN, distance_GN, self.constraint)
-            loss = objective.loss(c_GN if len(groups) > 1 else c_GN[0], fit, groups=groups, again=again)
+            loss = losses_of(objective).loss(c_GN if len(groups) > 1 else c_GN[0], fit, groups=groups, again=again)
             loss.backward()
             return loss.detach()
 

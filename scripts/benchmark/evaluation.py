@@ -29,6 +29,7 @@ from ckptavg.batches import cache
 from ckptavg.candidates import Candidates, budget
 from ckptavg.checkpoints.discover import discover
 from ckptavg.coefficients import Coefficients
+from ckptavg.context import Run
 from ckptavg.objective.mixture import Mixture
 from ckptavg.score import Split
 
@@ -59,17 +60,17 @@ def soups(folder: Path, device: torch.device, now: Clock, rounds: int) -> None:
         files = found.checkpoints
         n, count = len(files), len(files) - len(files) // 2 + 1
         task = Task(tokens)
-        mixture = Mixture(task, files, device=device)  # pyright: ignore
-        mixture.candidates.materialize(mixture.uniform())
+        mixture = Mixture(task, files, Run(device=device))  # pyright: ignore
+        mixture.mixed.candidates.materialize(mixture.losses.uniform())
         forward = measured(lambda: mixture.evaluate("val", "it"), now, rounds)
-        print(f"N = {n}, soups of {n // 2} to {n}, D = {sum(w.numel() for w in mixture.model.parameters()):,}")
+        print(f"N = {n}, soups of {n // 2} to {n}, D = {sum(w.numel() for w in mixture.mixed.model.parameters()):,}")
         print("                                     ms  of the processor  of an evaluation of one batch")
         print(f"evaluating 4,096 tokens        {1000 * forward.clock:8.1f}  {1000 * forward.processor:16.1f}")
         kept_sum = Candidates(network().to(device), files, lambda *_: None, offload="disk")
         with patch.object(budget, "free_memory", return_value=0):  # so that no mixture is kept
             anew = Candidates(network().to(device), files, lambda *_: None, offload="disk")
         for what, soup in (
-            ("mixing in memory, all rows", mixture.candidates),
+            ("mixing in memory, all rows", mixture.mixed.candidates),
             ("from files, by the difference", kept_sum),
             ("from files, anew", anew),
         ):
@@ -123,7 +124,7 @@ def batchnorm(folder: Path, device: torch.device, now: Clock, rounds: int) -> No
     room = cache.HOST
     with discover([folder]) as found:
         for what, cache.HOST in (("read for each pass", 0), ("kept on the device", room)):
-            mixture = Mixture(task, found.checkpoints, device=device)  # pyright: ignore
+            mixture = Mixture(task, found.checkpoints, Run(device=device))  # pyright: ignore
             mixture.score(Coefficients.uniform([0], mixture.n))
             rest = iter(range(1, mixture.n))
             scored = lambda: mixture.score(Coefficients.uniform([next(rest)], mixture.n))  # noqa: B023, E731

@@ -20,6 +20,7 @@ import train
 
 from ckptavg.checkpoints.discover import discover
 from ckptavg.coefficients import EVERYTHING, Coefficients
+from ckptavg.context import Run
 from ckptavg.objective.mixture import Mixture
 from ckptavg.strategies.twa import TWA
 from ckptavg.tasks.python_file import PythonTask
@@ -37,8 +38,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             train.train(Path(folder), seed)
             with discover([Path(folder)]) as found:
-                mixture = Mixture(PythonTask(str(task.__file__)), found.checkpoints, device=torch.device("cpu"))
-                unit = float(mixture.distances(EVERYTHING).mean())
+                mixture = Mixture(PythonTask(str(task.__file__)), found.checkpoints, Run(device=torch.device("cpu")))
+                unit = float(mixture.losses.distances(EVERYTHING).mean())
                 for constraint, on, rate in itertools.product(("affine", "simplex"), ("val", "train"), options.rates):
                     mixture.restart()
                     twa = TWA(on=on, constraint=constraint, epochs=options.epochs, lr=(rate or 1) * unit)  # pyright: ignore

@@ -29,7 +29,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ckptavg.api import run
 from ckptavg.checkpoints.discover import discover
+from ckptavg.context import Run
 from ckptavg.objective.mixture import Mixture
+from ckptavg.options.search import SearchOptions
 from ckptavg.runtime.workers import Workers, joined
 from ckptavg.strategies import from_spec
 from ckptavg.tasks.python_file import PythonTask
@@ -83,17 +85,17 @@ def mixture(folder: Path, workers: Workers, **options: Any) -> Iterator[Mixture]
     _, os.environ["SCALING_WIDTH"], os.environ["SCALING_DEPTH"] = folder.name.split("x")
     with discover([folder]) as found:
         task = PythonTask(__file__)  # reads the environment variables
-        yield Mixture(task, found.checkpoints, device=CPU, workers=workers, **options)
+        yield Mixture(task, found.checkpoints, Run(device=CPU, workers=workers), SearchOptions(**options))
 
 
 def traffic(folder: Path, workers: Workers, steps: int = 20) -> dict[str, float]:
     """Return the bytes that this worker sends per step of a search."""
     with mixture(folder, workers) as mixed:
-        mixed.loss(mixed.uniform())
+        mixed.losses.loss(mixed.losses.uniform())
         workers.gather(None)
         before = _sent()
         for _ in range(steps):
-            mixed.loss(mixed.uniform())
+            mixed.losses.loss(mixed.losses.uniform())
         return {"bytes": (_sent() - before) / steps}
 
 

@@ -25,6 +25,7 @@ from study.training import train
 
 from ckptavg.checkpoints.discover import discover
 from ckptavg.checkpoints.window import Window
+from ckptavg.context import Run
 from ckptavg.objective.mixture import Mixture
 from ckptavg.strategies.sewa import SeWA
 from ckptavg.surrogate.subsets import best_for_every_k
@@ -78,7 +79,7 @@ def trained(name: str, n: int, seed: int, every: int | None) -> Generator[Mixtur
         steps = (n + n // 2) * every
         train(kind.job(seed, None), folder, steps=steps, every=every, schedule="constant", seed=seed, device=device)
         with discover([folder], Window(last=n)) as found:
-            mixture = Mixture(PythonTask(str(task)), found.checkpoints, device=device, seed=seed)
+            mixture = Mixture(PythonTask(str(task)), found.checkpoints, Run(device=device, seed=seed))
             mixture.prepare()
             yield mixture
 
@@ -91,7 +92,7 @@ def measure(name: str, n: int, options: argparse.Namespace) -> tuple[list[Case],
         for mixture in mixtures:
             quadratic = ran(mixture, SeWA(k=K, solver="quadratic"), 0)
             start = time.perf_counter()
-            sizes = best_for_every_k(mixture.surrogate(), 8)
+            sizes = best_for_every_k(mixture.losses.surrogate(), 8)
             cases.append(Case(quadratic, time.perf_counter() - start, [one.proof for one in sizes.values()], {}))
         for steps in STEPS:
             for mixture, case in zip(mixtures, cases, strict=True):

@@ -25,7 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ckptavg.checkpoints.discover import discover
+from ckptavg.context import Run
 from ckptavg.objective.mixture import Mixture
+from ckptavg.options.search import SearchOptions
 from ckptavg.score import Split
 from ckptavg.strategies.sewa import SeWA
 from ckptavg.strategies.twa import TWA
@@ -176,7 +178,7 @@ class AuthorsJournal:
 def parts_of_a_step(mixture: Mixture, now: Clock, rounds: int) -> Mapping[str, Used]:
     """Return the minimum time of each part, timed around it."""
     found: dict[str, list[Used]] = {}
-    candidates, task = mixture.candidates, mixture.task
+    candidates, task = mixture.mixed.candidates, mixture.task
     real = candidates.materialize, task.loss, candidates.pullback
     stamps: list[Used] = []
 
@@ -272,17 +274,15 @@ def main() -> None:
         with discover([Path(name)]) as found:
             torch.manual_seed(0)
             tokens = torch.randint(VOCABULARY, (32, 128), device=device)
-            mixture = Mixture(
-                Task(tokens), found.checkpoints, device=device,  # pyright: ignore
-                precision=options.precision, offload=options.offload, compiled=options.compile,
-            )  # fmt: skip
+            search = SearchOptions(precision=options.precision, offload=options.offload, compile=options.compile)
+            mixture = Mixture(Task(tokens), found.checkpoints, Run(device=device), search)
             works = contenders(mixture, tokens, now)
             times: dict[str, list[Used]] = {what: [] for what in works}
             for _ in range(options.rounds):
                 for what, work in works.items():
                     times[what] += work()
             parts = parts_of_a_step(mixture, now, options.rounds)
-            size = sum(w.numel() for w in mixture.model.parameters())
+            size = sum(w.numel() for w in mixture.mixed.model.parameters())
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     print(f"{machine}, {torch.get_num_threads()} threads, {device}; load {os.getloadavg()[0]:.1f}")
     print(

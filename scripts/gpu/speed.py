@@ -29,6 +29,7 @@ import step as steps
 
 from ckptavg.candidates import Candidates
 from ckptavg.candidates.budget import free_memory
+from ckptavg.context import Run
 from ckptavg.objective.mixture import Mixture
 from ckptavg.readers import StoredTensor
 
@@ -208,11 +209,7 @@ def searches(figures: Figures, size: str, tokens: tuple[int, int], device: torch
         gpt.loss(model, batch).backward()
         sgd.step()
 
-    mixture = Mixture(
-        Task(batch, size),
-        [Made(model, i) for i in range(N)],
-        device=device,  # pyright: ignore
-    )
+    mixture = Mixture(Task(batch, size), [Made(model, i) for i in range(N)], Run(device=device))
     mixture.prepare()
     works = {
         "plain SGD": lambda: steps.of_steps(plain, now),

@@ -20,6 +20,7 @@ from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import discover
 from ckptavg.checkpoints.window import Window
 from ckptavg.coefficients import Coefficients
+from ckptavg.context import Run
 from ckptavg.errors import UsageError
 from ckptavg.objective.mixture import Mixture
 from ckptavg.report.result import StrategyResult
@@ -55,7 +56,7 @@ class Trained:
 
     def mixture(self, checkpoints: Sequence[Checkpoint]) -> Mixture:
         """Open the objective of these candidates."""
-        return Mixture(PythonTask(str(self.task)), checkpoints, device=self.device, seed=self.seed)
+        return Mixture(PythonTask(str(self.task)), checkpoints, Run(device=self.device, seed=self.seed))
 
 
 def measure(cell: Cell, plan: Plan) -> Record:

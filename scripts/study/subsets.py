@@ -55,10 +55,10 @@ def figure(mixture: Mixture, job: Job, coefficients: Coefficients) -> float:
     """Return the domain's test figure of a mixture."""
     if job.figure is None:
         return mixture.score(coefficients, "test").value
-    row_GN = mixture.uniform().new_tensor(coefficients.values)
-    mixture.candidates.materialize(row_GN, EVERYTHING)
+    row_GN = mixture.losses.uniform().new_tensor(coefficients.values)
+    mixture.mixed.candidates.materialize(row_GN, EVERYTHING)
     mixture.recompute_batchnorm()
-    return job.figure(mixture.model)
+    return job.figure(mixture.mixed.model)
 
 
 def row_of(mixture: Mixture, job: Job, label: str, spec: str, coefficients: Coefficients) -> Row:

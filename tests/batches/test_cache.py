@@ -15,6 +15,7 @@ from ckptavg.batches import cache as cache_module
 from ckptavg.batches.cache import BatchCache
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
+from ckptavg.context import Run
 from ckptavg.objective.mixture import Mixture
 from ckptavg.score import Split
 
@@ -73,7 +74,7 @@ def checkpoints(tmp_path: Path) -> tuple[Checkpoint, ...]:
 
 
 def scores(task: Job, checkpoints: tuple[Checkpoint, ...]) -> list[float]:
-    mixture = Mixture(task, checkpoints, device=CPU)  # pyright: ignore[reportArgumentType]
+    mixture = Mixture(task, checkpoints, Run(device=CPU))  # pyright: ignore[reportArgumentType]
     return [mixture.score(Coefficients.uniform(chosen, 4)).value for chosen in ([0], [0, 1], [1, 2, 3], [3])]
 
 

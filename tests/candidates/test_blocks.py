@@ -14,6 +14,7 @@ from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.candidates import Candidates
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients, group_of
+from ckptavg.context import Run
 from ckptavg.objective.mixture import Mixture
 
 
@@ -64,11 +65,11 @@ def test_the_longest_prefix_wins():
 
 
 def test_loss_and_gradient_by_block_match_plain_torch(checkpoints: tuple[Checkpoint, ...]):
-    mixture = Mixture(Toy(), checkpoints, device=torch.device("cpu"))
-    groups = mixture.blocks(None)
+    mixture = Mixture(Toy(), checkpoints, Run(device=torch.device("cpu")))
+    groups = mixture.losses.blocks(None)
     c = torch.softmax(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=1)
     c.requires_grad_()
-    loss = mixture.loss(c, groups=groups)
+    loss = mixture.losses.loss(c, groups=groups)
     (gradient,) = torch.autograd.grad(loss, c)
     batch = Toy().splits["val"][0]
     rows = [by_hand(checkpoints, c[g]) for g in range(3)]
@@ -82,9 +83,9 @@ def test_loss_and_gradient_by_block_match_plain_torch(checkpoints: tuple[Checkpo
 
 
 def test_distances_by_block_are_norms_of_the_parameters(checkpoints: tuple[Checkpoint, ...]):
-    mixture = Mixture(Toy(), checkpoints, device=torch.device("cpu"))
-    groups = mixture.blocks(None)
-    found = mixture.distances(groups)
+    mixture = Mixture(Toy(), checkpoints, Run(device=torch.device("cpu")))
+    groups = mixture.losses.blocks(None)
+    found = mixture.losses.distances(groups)
     alone = [by_hand(checkpoints, torch.eye(3, dtype=torch.float64)[i]) for i in range(3)]
     mean = by_hand(checkpoints, torch.full((3,), 1 / 3, dtype=torch.float64))
     for g, group in enumerate(groups):

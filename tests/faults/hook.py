@@ -33,16 +33,15 @@ def installed(hook: Mapping[str, Any]) -> Generator[None]:
 
     Keys: ``fault`` (a call's number from 1 on, and its fault), ``modules`` (whose calls count), ``calls`` (a file that
     gets the number of calls), ``acknowledged`` (a file that gets the key of each record that the journal acknowledges),
-    ``every`` (seconds between saved parts of an evaluation), ``gate`` (a file to wait for), ``threads`` (torch's),
+    ``every`` (seconds between writes of deferred records), ``gate`` (a file to wait for), ``threads`` (torch's),
     ``listing`` (the seed of the order of directory listings), ``largest`` (the maximum size of a file in bytes).
     """
     import torch
 
-    import ckptavg.journal.pass_progress
-    import ckptavg.objective.measurements
+    import ckptavg.journal
 
     if "every" in hook:
-        ckptavg.journal.pass_progress.EVERY = ckptavg.objective.measurements._FLUSH_INTERVAL = hook["every"]  # pyright: ignore
+        ckptavg.journal._FLUSH_INTERVAL = hook["every"]  # pyright: ignore
     if "threads" in hook:
         torch.set_num_threads(hook["threads"])
     if "listing" in hook:

@@ -1,4 +1,4 @@
-"""Measurements within a pass are not repeated after an interruption, and count only for the same data."""
+"""Finished measurements are not repeated after an interruption, and count only for the same data."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ import torch
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import discover
 from ckptavg.coefficients import Coefficients
+from ckptavg.context import Run
 from ckptavg.errors import OutputExistsError, TaskError
-from ckptavg.journal import Journal, pass_progress, source_digests
-from ckptavg.journal.pass_progress import ChangedDataError, PassProgress, resumed
+from ckptavg.journal import Journal, source_digests
 from ckptavg.journal.tensor_json import decode, encode
-from ckptavg.objective.measurements import MeasurementLog
 from ckptavg.objective.mixture import Mixture
 from ckptavg.readers import RegularFile
 from ckptavg.runtime import signals
@@ -29,7 +28,9 @@ from ckptavg.tasks.python_file import PythonTask
 from faults import job
 from faults.warm import Warm
 
+CPU = torch.device("cpu")
 TASK = Path(job.__file__)
+PASS = 2 * (5 + 5)  # letters of two passes over the validation data with one over the training data before it
 
 
 @pytest.mark.parametrize(
@@ -40,9 +41,10 @@ TASK = Path(job.__file__)
         ("sewa --solver quadratic --k 3 --verify 2", (3, 4)),  # within the pass of the curvature
         ("twa --epochs 2 --sam-rho 0.01", (4, 5)),
         ("landscape --samples 3", (3, 30)),
+        ("compare --strategies swa,soup,aswa:early_reject=true", (3, 30, 40)),
     ],
 )
-def test_a_killed_pass_goes_on_in_its_middle(
+def test_a_killed_run_repeats_only_the_pass_that_was_killed(
     warm: Warm, ckpts: Path, tmp_path: Path, command: str, stops: tuple[int, ...]
 ):
     name, *options = command.split()
@@ -55,8 +57,8 @@ def test_a_killed_pass_goes_on_in_its_middle(
     done = warm.run(*arguments, "b", cwd=tmp_path, hook={"every": 0.0}, LOG=str(parts))
     assert done.code == 0, done.err
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    # the killed batch was logged at its start: only that letter is lost
-    assert len(parts.read_text()) == len(whole.read_text()) + len(stops)
+    # lost at each stop: a pass over the validation data, with the one for BatchNorm before it
+    assert len(parts.read_text()) <= len(whole.read_text()) + len(stops) * PASS
 
 
 CORPUS = """
@@ -76,16 +78,39 @@ def test_a_metric_that_is_no_mean_goes_on_too_and_keeps_its_intervals(warm: Warm
     reports, logs = [], [tmp_path / "whole", tmp_path / "parts"]
     for output, stops, log in (("a", (), logs[0]), ("b", (12, 26, 40), logs[1])):
         for stop in stops:
-            done = warm.run(*arguments, output, cwd=tmp_path, hook={"every": 0.0}, LOG=str(log), STOP=f"{stop}:SIGKILL")
+            done = warm.run(*arguments, output, cwd=tmp_path, LOG=str(log), STOP=f"{stop}:SIGKILL")
             assert done.code == -9, done.err
-        done = warm.run(*arguments, output, cwd=tmp_path, hook={"every": 0.0}, LOG=str(log))
+        done = warm.run(*arguments, output, cwd=tmp_path, LOG=str(log))
         assert done.code == 0, done.err
         reports.append(json.loads(done.out))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     whole, parts = ([(one["scores"], one["over_last"]) for one in report["strategies"]] for report in reports)
     assert whole == parts
-    # each metric update is another call of the task's code per batch, so two letters may be lost at a time
-    assert len(logs[0].read_text()) < len(logs[1].read_text()) <= len(logs[0].read_text()) + 2 * 3
+    # each metric update is another call of the task's code per batch
+    assert len(logs[0].read_text()) < len(logs[1].read_text()) <= len(logs[0].read_text()) + 3 * 2 * PASS
+
+
+def test_a_comparison_goes_on_with_other_strategies(warm: Warm, ckpts: Path, tmp_path: Path):
+    """Scores are remembered by mixture, split and data, and losses by strategy: the list may change."""
+    base = ("compare", ckpts, "--last", 4, "--task", TASK, "--json", "--keep-journal", "-o")
+    logs = {output: tmp_path / f"log-{output}" for output in ("long", "short", "fresh", "other")}
+
+    def run(output: str, strategies: str, log: str) -> dict[str, Any]:
+        done = warm.run(*base, output, "--strategies", strategies, "--force", cwd=tmp_path, LOG=str(logs[log]))
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    run("out", "swa,twa:epochs=2,soup", "long")
+    went_on = run("out", "aswa,soup,twa:epochs=2,twa:epochs=2:on=train", "short")
+    from_start = run("new", "aswa,soup,twa:epochs=2,twa:epochs=2:on=train", "fresh")
+    for report in (went_on, from_start):
+        for one in report["strategies"]:
+            del one["cost"]
+    assert went_on["strategies"] == from_start["strategies"]
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "new").read_bytes()
+    assert len(logs["short"].read_text()) < len(logs["fresh"].read_text()) - len(logs["long"].read_text()) / 2
+    run("out", "swa", "other")
+    assert not logs["other"].exists()  # everything is known
 
 
 def test_validation_data_that_have_changed_are_noticed(warm: Warm, ckpts: Path, tmp_path: Path):
@@ -94,71 +119,6 @@ def test_validation_data_that_have_changed_are_noticed(warm: Warm, ckpts: Path, 
     done = warm.run(*arguments, cwd=tmp_path, DATA="5")
     assert done.code == 7 and "the data are not those that the interrupted run scored on" in done.err, done.err
     assert warm.run(*arguments, cwd=tmp_path).code == 0
-
-
-@pytest.fixture
-def kept(tmp_path: Path) -> dict[str, Any]:
-    return {}
-
-
-def passed(data: list[int], seen: list[int], found: PassProgress, fail: int = -1) -> int:
-    """Sum over data in order, with a checksum of the examples given."""
-    totals = [0, *found.states]
-    count = 0
-
-    def given() -> Any:
-        nonlocal count
-        for one in data:
-            if one == fail:
-                raise Interruption
-            count = count * 31 + one
-            yield one
-
-    for one in found.remaining(given(), lambda: count, lambda: totals[-1], whole=True):
-        seen.append(one)
-        totals.append(totals[-1] + one)
-    return totals[-1]
-
-
-def test_a_pass_leaves_out_what_an_earlier_one_did(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pass_progress, "EVERY", 0.0)
-    seen: list[int] = []
-    with pytest.raises(Interruption):
-        passed([1, 2, 3, 4, 5], seen, PassProgress("x", kept.get, kept.__setitem__), fail=4)
-    assert seen == [1, 2, 3]
-    assert passed([1, 2, 3, 4, 5], seen, PassProgress("x", kept.get, kept.__setitem__)) == 15
-    assert seen == [1, 2, 3, 4, 5]
-    assert passed([1, 2, 3, 4, 5], seen, PassProgress("x", kept.get, kept.__setitem__)) == 15 and len(seen) == 5
-
-
-def test_a_signal_keeps_what_was_not_due(kept: dict[str, Any]):
-    with pytest.raises(Interruption):
-        passed([1, 2, 3], [], PassProgress("x", kept.get, kept.__setitem__), fail=3)
-    assert [part["state"] for part in kept.values()] == [3]
-
-
-@pytest.mark.parametrize("data", [[1, 2, 9, 4, 5], [1, 2]])
-def test_a_pass_over_other_data_begins_anew(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch, data: list[int]):
-    monkeypatch.setattr(pass_progress, "EVERY", 0.0)
-    with pytest.raises(Interruption):
-        passed([1, 2, 3, 4, 5], [], PassProgress("x", kept.get, kept.__setitem__), fail=4)
-    found = PassProgress("x", kept.get, kept.__setitem__)
-    with pytest.raises(ChangedDataError):
-        passed(data, [], found)
-    seen: list[int] = []
-    assert resumed(found, lambda: passed(data, seen, found)) == sum(data) and seen == data
-    assert passed(data, [], PassProgress("x", kept.get, kept.__setitem__)) == sum(data)
-
-
-def test_a_sum_that_is_not_serializable_is_not_kept(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pass_progress, "EVERY", 0.0)
-    assert list(PassProgress("x", kept.get, kept.__setitem__).remaining([1, 2], int, object)) == [1, 2] and not kept
-
-
-def test_nothing_is_kept_where_there_is_no_journal(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pass_progress, "EVERY", 0.0)
-    asked: list[int] = []
-    assert list(PassProgress().remaining([1, 2], int, lambda: asked.append(1))) == [1, 2] and not asked
 
 
 @pytest.mark.parametrize(
@@ -305,13 +265,11 @@ def test_a_resumed_run_halves_its_batches_where_the_interrupted_one_had_to(ckpts
     def losses(output: str, asked: int) -> list[float]:
         with discover([ckpts]) as found, Journal(tmp_path / output) as journal:
             journal.begin({"run": 1})
-            replay = MeasurementLog(journal)
-            mixture = Mixture(Tight(str(TASK)), found.checkpoints, device=torch.device("cpu"), log=replay)
+            mixture = Mixture(Tight(str(TASK)), found.checkpoints, Run(device=CPU, journal=journal))
             seen: list[float] = []
             for _ in range(asked):
-                c_N = mixture.uniform().requires_grad_()
-                seen.append(float(mixture.loss(c_N).detach()))
-            replay.flush()
+                c_N = mixture.losses.uniform().requires_grad_()
+                seen.append(float(mixture.losses.loss(c_N).detach()))
             calls.append(mixture.task.calls)  # pyright: ignore
             return seen
 
@@ -326,13 +284,8 @@ def test_a_gradient_over_a_whole_split_is_known_to_the_last_bit(ckpts: Path, tmp
     def found() -> tuple[float, list[float], float]:
         with discover([ckpts]) as candidates, Journal(tmp_path / "out") as journal:
             journal.begin({"run": 1})
-            mixture = Mixture(
-                PythonTask(str(TASK)),
-                candidates.checkpoints,
-                device=torch.device("cpu"),
-                log=MeasurementLog(journal),
-            )
-            loss, gradient_N = mixture.gradient(Coefficients.uniform(range(3), mixture.n))
+            mixture = Mixture(PythonTask(str(TASK)), candidates.checkpoints, Run(device=CPU, journal=journal))
+            loss, gradient_N = mixture.losses.gradient(Coefficients.uniform(range(3), mixture.n))
             return loss, gradient_N.tolist(), mixture.meter["backward_batches"]
 
     *measured, cost = found()
@@ -345,7 +298,7 @@ def test_scores_of_other_data_than_the_earlier_runs_are_not_compared(ckpts: Path
         with discover([ckpts]) as found, Journal(tmp_path / "out") as journal:
             journal.begin({"run": 1})
             task = PythonTask(str(TASK))
-            mixture = Mixture(task, found.checkpoints, device=torch.device("cpu"), log=MeasurementLog(journal))
+            mixture = Mixture(task, found.checkpoints, Run(device=CPU, journal=journal))
             for i in range(count):
                 mixture.score(Coefficients.uniform([i], mixture.n))
 

@@ -196,7 +196,7 @@ def test_only_json_objects_have_entries():
 class ScoreOnly(Quadratic):
     """The quadratic without its gradient; records the requested coefficients."""
 
-    differentiable = False
+    losses = None
 
     def __init__(self, n: int, d: int, seed: int) -> None:
         super().__init__(n, d, seed)

@@ -243,15 +243,15 @@ def test_surrogate_of_real_trainings_matches_the_gradient_of_the_mixture(jobs: d
         expected, value, examples = torch.zeros(6, dtype=torch.float64), 0.0, 0
         data = list(mixture.task.batches("val"))
         for batch in data:
-            c = mixture.uniform().requires_grad_()
-            loss = mixture.loss(c)
+            c = mixture.losses.uniform().requires_grad_()
+            loss = mixture.losses.loss(c)
             loss.backward()
             assert c.grad is not None
             size = len(batch[0])
             expected, value, examples = expected + size * c.grad, value + size * float(loss.detach()), examples + size
         expected = expected / examples
-        with batchnorm.batch_statistics(batchnorm.layers(mixture.model).values()):
-            result = surrogate_of(mixture.candidates, data, mixture.task.loss, hessian=hessian)
+        with batchnorm.batch_statistics(batchnorm.layers(mixture.mixed.model).values()):
+            result = surrogate_of(mixture.mixed.candidates, data, mixture.task.loss, hessian=hessian)
     assert result.value == pytest.approx(value / examples, rel=1e-5)
     assert_near(result.gradient_N, expected - expected.mean(), 1e-3)  # float32, and expected is a small difference
     lowest = float(torch.linalg.eigvalsh(result.hessian_NN).min())

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
+from ckptavg.context import Run
 from ckptavg.errors import TaskError
 from ckptavg.objective.mixture import Mixture
+from ckptavg.runtime.progress import Progress
 from ckptavg.score import Score, Split
 from ckptavg.tasks.batch import size as batch_size
 from ckptavg.tasks.batch import to_device
@@ -107,11 +109,11 @@ def reference_model() -> nn.Module:
 
 
 def test_loss_and_gradient_match_torch_with_batch_statistics(checkpoints: tuple[Checkpoint, ...]):
-    mixture = Mixture(Toy(), checkpoints, device=CPU)
+    mixture = Mixture(Toy(), checkpoints, Run(device=CPU))
     task = Toy()
     for batch in task.splits["val"]:
         c = torch.tensor([0.1, 0.5, 0.3, 0.1], dtype=torch.float64, requires_grad=True)
-        loss = mixture.loss(c)
+        loss = mixture.losses.loss(c)
         (gradient,) = torch.autograd.grad(2 * loss, c)
         state = {name: t.detach().clone() if "running" in name else t for name, t in by_hand(checkpoints, c).items()}
         logits = torch.func.functional_call(reference_model(), state, (batch["x"],))
@@ -122,7 +124,7 @@ def test_loss_and_gradient_match_torch_with_batch_statistics(checkpoints: tuple[
 
 
 def test_score_matches_torch_with_recomputed_statistics(checkpoints: tuple[Checkpoint, ...]):
-    mixture = Mixture(Toy(), checkpoints, device=CPU)
+    mixture = Mixture(Toy(), checkpoints, Run(device=CPU))
     row = (0.25, 0.25, 0.25, 0.25)
     model = network()
     model.load_state_dict({**model.state_dict(), **by_hand(checkpoints, torch.tensor(row, dtype=torch.float64))})
@@ -138,15 +140,15 @@ def test_score_matches_torch_with_recomputed_statistics(checkpoints: tuple[Check
 
 def test_a_score_does_not_depend_on_earlier_calls(checkpoints: tuple[Checkpoint, ...]):
     alone = Coefficients.uniform([1], 4)
-    fresh = Mixture(Toy(), checkpoints, device=CPU).score(alone)
-    busy = Mixture(Toy(), checkpoints, device=CPU)
+    fresh = Mixture(Toy(), checkpoints, Run(device=CPU)).score(alone)
+    busy = Mixture(Toy(), checkpoints, Run(device=CPU))
     busy.score(Coefficients.uniform([0, 3], 4))
-    busy.loss(busy.uniform())
+    busy.losses.loss(busy.losses.uniform())
     assert busy.score(alone) == fresh
 
 
 def test_a_score_is_cached_and_costs_nothing_when_repeated(checkpoints: tuple[Checkpoint, ...]):
-    mixture = Mixture(Toy(), checkpoints, device=CPU)
+    mixture = Mixture(Toy(), checkpoints, Run(device=CPU))
     first = mixture.score(Coefficients.uniform([0], 4))
     spent = mixture.cost().forward_batches
     assert spent == 2 + 3  # validation batches, plus training batches for BatchNorm
@@ -154,16 +156,16 @@ def test_a_score_is_cached_and_costs_nothing_when_repeated(checkpoints: tuple[Ch
 
 
 def test_cost_in_epochs_counts_a_backward_as_two_forwards(checkpoints: tuple[Checkpoint, ...]):
-    mixture = Mixture(Toy(), checkpoints, device=CPU)
+    mixture = Mixture(Toy(), checkpoints, Run(device=CPU))
     for _ in range(3):
-        mixture.loss(mixture.uniform(), "train")  # one epoch: 3 batches of 6
+        mixture.losses.loss(mixture.losses.uniform(), "train")  # one epoch: 3 batches of 6
     cost = mixture.cost()
     assert (cost.forward_batches, cost.backward_batches, cost.epochs, cost.epochs_of) == (3, 3, 1.0, "train")
 
 
 def test_the_stream_of_batches_repeats(checkpoints: tuple[Checkpoint, ...]):
-    mixture = Mixture(Toy(), checkpoints, device=CPU)
-    losses = [float(mixture.loss(mixture.uniform())) for _ in range(4)]
+    mixture = Mixture(Toy(), checkpoints, Run(device=CPU))
+    losses = [float(mixture.losses.loss(mixture.losses.uniform())) for _ in range(4)]
     assert losses[:2] == losses[2:] and losses[0] != losses[1]
 
 
@@ -172,26 +174,29 @@ def test_the_score_is_the_metric_if_the_task_has_one(checkpoints: tuple[Checkpoi
     def hits(model: nn.Module, batch: Any) -> Tensor:
         return (model(batch["x"]).argmax(dim=1) == batch["y"]).double()
 
-    score = Mixture(Toy(metric=hits, metric_goal=goal), checkpoints, device=CPU).score(Coefficients.uniform([0], 4))
+    score = Mixture(Toy(metric=hits, metric_goal=goal), checkpoints, Run(device=CPU)).score(
+        Coefficients.uniform([0], 4)
+    )
     assert score.metric is not None and score.value == sign * score.metric
 
 
 def test_a_mean_loss_is_weighted_by_the_size_of_its_batch(checkpoints: tuple[Checkpoint, ...]):
     coefficients = Coefficients.uniform([2], 4)
-    each = Mixture(Toy(), checkpoints, device=CPU).score(coefficients)
-    mean = Mixture(Toy(reduction="mean"), checkpoints, device=CPU).score(coefficients)
+    each = Mixture(Toy(), checkpoints, Run(device=CPU)).score(coefficients)
+    mean = Mixture(Toy(reduction="mean"), checkpoints, Run(device=CPU)).score(coefficients)
     assert mean.loss == pytest.approx(each.loss, rel=1e-12)
 
 
 def test_training_data_are_scored_without_validation_data(checkpoints: tuple[Checkpoint, ...]):
-    mixture = Mixture(Toy(splits={"train": data(2, (6, 6))}), checkpoints, device=CPU)
+    mixture = Mixture(Toy(splits={"train": data(2, (6, 6))}), checkpoints, Run(device=CPU))
     assert mixture.scored_on == "train" and mixture.score(Coefficients.uniform([0], 4)).examples == 12
 
 
 def test_batchnorm_is_recomputed_on_validation_data_without_training_data(checkpoints: tuple[Checkpoint, ...]):
-    mixture = Mixture(Toy(splits={"val": data(1, (5, 4))}), checkpoints, device=CPU)
+    mixture = Mixture(Toy(splits={"val": data(1, (5, 4))}), checkpoints, Run(device=CPU))
     mixture.score(Coefficients.uniform([0], 4))
-    assert mixture.batchnorm_from == "val" and mixture.cost().forward_batches == 4
+    cost = mixture.cost()
+    assert cost.epochs_of == "val" and cost.forward_batches == 4
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -199,7 +204,7 @@ def test_a_nonfinite_score_names_the_mixture(checkpoints: tuple[Checkpoint, ...]
     def nonfinite(model: nn.Module, batch: Any) -> Tensor:
         return torch.full((len(batch["y"]),), bad)
 
-    mixture = Mixture(Toy(metric=nonfinite), checkpoints, device=CPU)
+    mixture = Mixture(Toy(metric=nonfinite), checkpoints, Run(device=CPU))
     alone, both = (mixture.score(Coefficients.uniform(chosen, 4)) for chosen in ([2], [0, 2]))
     reason = r"metric\(\) gave (nan|inf) in batch 1 of the val data"
     assert re.fullmatch(rf"candidate .*step-2\.safetensors: {reason}", alone.invalid)
@@ -211,7 +216,7 @@ def test_a_nonfinite_score_names_the_mixture(checkpoints: tuple[Checkpoint, ...]
 
 def test_progress_is_throttled_but_always_reported_at_the_end(checkpoints: tuple[Checkpoint, ...]):
     reports: list[tuple[str, int, int, Mapping[str, float]]] = []
-    mixture = Mixture(Toy(), checkpoints, device=CPU, watch=lambda *report: reports.append(report))
+    mixture = Mixture(Toy(), checkpoints, Run(device=CPU, progress=Progress(lambda *report: reports.append(report))))
     for step in range(1, 1001):
         mixture.progress("learning", step, 1000, loss=torch.tensor(0.5))
     assert reports[-1] == ("learning", 1000, 1000, {"loss": 0.5}) and len(reports) < 100
@@ -222,8 +227,8 @@ def test_candidates_are_loaded_lazily(checkpoints: tuple[Checkpoint, ...]):
         def model(self) -> nn.Module:
             raise AssertionError("was made")
 
-    mixture = Mixture(Unused(), checkpoints, device=CPU)
-    assert mixture.n == 4 and mixture.uniform().tolist() == [0.25] * 4
+    mixture = Mixture(Unused(), checkpoints, Run(device=CPU))
+    assert mixture.n == 4 and mixture.losses.uniform().tolist() == [0.25] * 4
 
 
 def test_batches_may_be_any_nesting():
@@ -243,9 +248,9 @@ def test_batches_may_be_any_nesting():
 def test_losses_and_gradients_on_cuda_match_the_cpu(checkpoints: tuple[Checkpoint, ...]):
     results: list[tuple[float, list[float]]] = []
     for device in ("cpu", "cuda"):
-        mixture = Mixture(Toy(), checkpoints, device=torch.device(device))
-        c = mixture.uniform().requires_grad_()
-        loss = mixture.loss(c)
+        mixture = Mixture(Toy(), checkpoints, Run(device=torch.device(device)))
+        c = mixture.losses.uniform().requires_grad_()
+        loss = mixture.losses.loss(c)
         loss.backward()
         assert c.grad is not None and c.grad.device.type == device
         results.append((float(loss), c.grad.tolist()))

@@ -49,7 +49,7 @@ def test_streamed_candidates_give_the_result_of_the_dense_matrix(jobs: dict[str,
 
 def test_surrogate_of_streamed_candidates_matches_the_dense_matrix(jobs: dict[str, Job]):
     with jobs["mlp"].mixture(last=4) as dense, jobs["mlp"].mixture(last=4, offload="disk") as other:
-        q, expected = other.surrogate(), dense.surrogate()
+        q, expected = other.losses.surrogate(), dense.losses.surrogate()
     torch.testing.assert_close(q.gradient_N, expected.gradient_N, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(q.hessian_NN, expected.hessian_NN, rtol=1e-4, atol=1e-6)
 
@@ -80,18 +80,18 @@ def test_bfloat16_applies_only_to_the_passes_of_the_search(jobs: dict[str, Job])
     """Loss and gradient equal those under torch.autocast; weights and coefficients keep their dtype."""
     job, seen = jobs["mlp"], list[torch.dtype]()
     with job.mixture(last=4) as plain, job.mixture(last=4, precision="bfloat16") as coarse:
-        c = plain.uniform().requires_grad_()
+        c = plain.losses.uniform().requires_grad_()
         (batch,) = [next(iter(plain.task.batches("val")))]
-        coarse.model[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-        (gradient,) = torch.autograd.grad(coarse.loss(c), c)
-        plain.candidates.materialize(c.detach())
-        plain.candidates.zero_gradient()
+        coarse.mixed.model[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+        (gradient,) = torch.autograd.grad(coarse.losses.loss(c), c)
+        plain.mixed.candidates.materialize(c.detach())
+        plain.mixed.candidates.zero_gradient()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = job.module.loss(plain.model, batch).mean()
+            loss = job.module.loss(plain.mixed.model, batch).mean()
         loss.backward()
-        assert torch.equal(gradient, plain.candidates.pullback()[0].double())
+        assert torch.equal(gradient, plain.mixed.candidates.pullback()[0].double())
         assert seen == [torch.bfloat16] and gradient.dtype == torch.float64
-        assert all(tensor.dtype == torch.float32 for tensor in coarse.model.state_dict().values())
+        assert all(tensor.dtype == torch.float32 for tensor in coarse.mixed.model.state_dict().values())
         both = Coefficients.uniform([1, 3], 4)
         assert coarse.exact_score(both, "val") == plain.score(both)
         assert coarse.score(both).loss != plain.score(both).loss
@@ -142,19 +142,21 @@ def test_a_compiled_model_gives_the_same_losses_and_scores(
     import torch._inductor.config as inductor
 
     job, alone = jobs["mlp"], inductor.patch({"compile_threads": 1})
-    with alone, job.mixture(last=4) as plain, job.mixture(last=4, compiled=True) as fast:
+    with alone, job.mixture(last=4) as plain, job.mixture(last=4, compile=True) as fast:
         for chosen in ([0], [1, 3], [0, 1, 2, 3]):
             coefficients = Coefficients.uniform(chosen, 4)
             assert fast.score(coefficients).metric == plain.score(coefficients).metric
             assert fast.score(coefficients).loss == pytest.approx(plain.score(coefficients).loss, rel=1e-5)
-        for c in (plain.uniform(), torch.tensor([0.5, 0.1, 0.1, 0.3], dtype=torch.float64)):
-            gradients = [torch.autograd.grad(mixture.loss(c.requires_grad_()), c)[0] for mixture in (plain, fast)]
+        for c in (plain.losses.uniform(), torch.tensor([0.5, 0.1, 0.1, 0.3], dtype=torch.float64)):
+            gradients = [
+                torch.autograd.grad(mixture.losses.loss(c.requires_grad_()), c)[0] for mixture in (plain, fast)
+            ]
             # float32 sums in another order, of terms that nearly cancel
             torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
         assert not fast.notes and fast.matrix.compiled and not plain.matrix.compiled
         # compiled graphs support neither forward mode nor double backward: the surrogate uses the plain model
-        assert torch.equal(fast.surrogate().hessian_NN, plain.surrogate().hessian_NN)
-        assert fast.model.state_dict().keys() == plain.model.state_dict().keys()
+        assert torch.equal(fast.losses.surrogate().hessian_NN, plain.losses.surrogate().hessian_NN)
+        assert fast.mixed.model.state_dict().keys() == plain.mixed.model.state_dict().keys()
 
 
 @pytest.mark.thorough

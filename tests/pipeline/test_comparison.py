@@ -179,7 +179,7 @@ def test_progress_names_the_running_strategy(digits: Path, tmp_path: Path):
 
     with torch.random.fork_rng():
         compare(
-            [digits], ["swa", "soup"], Options(task=str(TASK), output=tmp_path / "x", window=Window(last=3)),
-            watch=lambda stage, *_: stages.append(stage),
+            [digits], Options(task=str(TASK), output=tmp_path / "x", window=Window(last=3)),
+            lambda stage, *_: stages.append(stage), names=["swa", "soup"],
         )  # fmt: skip
     assert any("soup: growing the soup" in stage for stage in stages)

@@ -188,7 +188,7 @@ def test_invalid_settings_are_refused(settings: Any, message: str):
 
 def test_the_quadratic_solver_needs_a_loss():
     class Scored(Quadratic):
-        differentiable = False
+        losses = None
 
     for strategy in (SeWA(solver="quadratic", k=2), TWA(solver="quadratic")):
         with pytest.raises(UsageError, match="needs a loss"):

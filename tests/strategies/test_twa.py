@@ -19,6 +19,7 @@ from stored import stored
 from torch import Tensor, nn
 
 from ckptavg.coefficients import EVERYTHING, Coefficients
+from ckptavg.context import Run
 from ckptavg.errors import UsageError
 from ckptavg.objective.mixture import Mixture
 from ckptavg.score import Score, Split
@@ -205,7 +206,7 @@ def test_on_a_convex_problem_simplex_twa_reaches_the_optimum_of_slsqp(tmp_path: 
         options={"ftol": 1e-14, "maxiter": 1000},
     )  # fmt: skip
     assert solved.success and min(solved.x) < 1e-6 < max(solved.x) < 0.99  # on the boundary, not at a corner
-    mixture = Mixture(problem.task(), problem.checkpoints, device=torch.device("cpu"))
+    mixture = Mixture(problem.task(), problem.checkpoints, Run(device=torch.device("cpu")))
     learned = TWA(constraint="simplex", on="val", epochs=800, lr=0.1).learn(mixture).coefficients
     assert mixture.score(learned).loss == pytest.approx(solved.fun, abs=1e-4)
     assert np.allclose(learned.values[0], solved.x, atol=1e-2)

@@ -16,6 +16,7 @@ from study.training import train
 from ckptavg.checkpoints.discover import discover
 from ckptavg.checkpoints.window import Window
 from ckptavg.coefficients import Coefficients
+from ckptavg.context import Run
 from ckptavg.objective.mixture import Mixture
 from ckptavg.tasks.python_file import PythonTask
 
@@ -34,7 +35,7 @@ def test_every_domain_is_a_task_that_ckptavg_scores(name: str, tmp_path: Path):
 def _mixture_scores(folder: Path) -> list[float]:
     with discover([folder / "c"], Window()) as found:
         task = PythonTask(str(folder / "study_task.py"))
-        mixture = Mixture(task, found.checkpoints, device=torch.device("cpu"))
+        mixture = Mixture(task, found.checkpoints, Run(device=torch.device("cpu")))
         half = Coefficients.uniform([0, 1], 2)
         return [mixture.score(half, split).value for split in ("train", "val", "test")]
 

@@ -11,6 +11,7 @@ from objective.test_mixture import Toy, data
 
 from ckptavg.batches.loader import BatchLoader
 from ckptavg.batches.stream import BatchStream
+from ckptavg.context import Run
 from ckptavg.cost import CostMeter
 from ckptavg.errors import TaskError
 from ckptavg.tasks.holdout import HeldOut
@@ -138,7 +139,7 @@ def test_a_stream_started_late_continues_at_the_same_batch(tmp_path: Path):
     task = HeldOut(PythonTask(str(tmp_path / "odd.py")), "val", rest="val", to="test", fraction=0.5, seed=0)
 
     def stream(split: Any) -> BatchStream:
-        feed = BatchLoader(task, "val", torch.device("cpu"), 0, CostMeter())
+        feed = BatchLoader(task, "val", Run(device=torch.device("cpu")), CostMeter())
         feed.needs_two = True
         return feed.stream(split)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ckptavg.checkpoints.discover import discover
 from ckptavg.checkpoints.window import Window
+from ckptavg.context import Run
 from ckptavg.errors import CkptavgError, InputError, TaskError, UsageError
 from ckptavg.objective.mixture import Mixture
 from ckptavg.tasks.hugging_face import HuggingFaceTask
@@ -384,8 +385,8 @@ def test_a_run_of_checkpoints_is_scored_by_the_mean_loss(root: Path, texts: Path
     task = HuggingFaceTask(root / "gpt2", val=texts)
     expected = float(measured(task, model).double().mean())
     with discover([tmp_path / "run"], Window()) as found:
-        mixture = Mixture(task, found.checkpoints, device=torch.device("cpu"))
-        loss = mixture.loss(torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True))
+        mixture = Mixture(task, found.checkpoints, Run(device=torch.device("cpu")))
+        loss = mixture.losses.loss(torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True))
         loss.backward()
         mixture.load(found.checkpoints[1].tensors, found.checkpoints[1].read_into)
         assert mixture.evaluate("val", "the last").loss == pytest.approx(expected, abs=ROUNDING)
@@ -422,7 +423,7 @@ def test_only_the_adapter_of_a_peft_model_is_state_and_trainable(root: Path, ada
     last = peft.PeftModel.from_pretrained(saved(root / "gpt2", "GPT2LMHeadModel"), adapters / "checkpoint-2").eval()
     expected = float(measured(task, last).double().mean())
     with discover([adapters], Window()) as found:
-        mixture = Mixture(task, found.checkpoints, device=torch.device("cpu"))
+        mixture = Mixture(task, found.checkpoints, Run(device=torch.device("cpu")))
         mixture.load(found.checkpoints[1].tensors, found.checkpoints[1].read_into)
         assert mixture.evaluate("val", "the last").loss == pytest.approx(expected, abs=ROUNDING)
 

@@ -317,20 +317,21 @@ def test_gradient_free_searches_avoid_nan(ckpts: Path, run: Run, tmp_path: Path)
     write(tmp_path, (METRIC, f"    if model.bias[0] > 2.4: return torch.tensor(float('nan'))\n{METRIC}"),
           ("def val_dataloader", "class Whole(nn.Module): ...\n\ndef val_dataloader"))  # fmt: skip
     from ckptavg.checkpoints.discover import discover
+    from ckptavg.context import Run
     from ckptavg.objective.mixture import Mixture
     from ckptavg.strategies.sewa import SeWA
     from ckptavg.strategies.twa import TWA
 
     class ScoresOnly(Mixture):
-        differentiable = False
+        losses = None
 
     for strategy in (SeWA(k=2, evaluations=6), TWA(evaluations=20)):
         with discover([ckpts]) as found:
             task = PythonTask(str(tmp_path / "bad_task.py"))
-            mixture = ScoresOnly(task, found.checkpoints, device=torch.device("cpu"))
+            mixture = ScoresOnly(task, found.checkpoints, Run(device=torch.device("cpu")))
             learned = strategy.learn(mixture)
             assert not mixture.score(learned.coefficients).invalid
-            assert any(score.invalid for score in mixture._scores._scores.values())
+            assert any(score.invalid for score in mixture._scoring._scores._values.values())
 
 
 # changes to process-wide settings
