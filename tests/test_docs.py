@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -238,3 +239,8 @@ def test_the_template_that_init_writes_runs_as_it_is(run: Run, demo_folder: Path
 def test_the_committed_versions_pin_torch():
     pins = text("constraints.txt")
     assert "torch==2.13.0\n" in pins and "://" not in pins and "@" not in pins
+
+
+def test_the_option_tables_of_the_reference_are_current():
+    module = runpy.run_path(str(ROOT / "scripts" / "reference.py"))
+    assert module["updated"](REFERENCE) == REFERENCE, "run python scripts/reference.py"
