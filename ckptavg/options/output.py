@@ -17,56 +17,32 @@ Dtype: TypeAlias = Literal["float64", "float32", "float16", "bfloat16"]
 class OutputOptions:
     """The options of the output."""
 
-    output: Annotated[
-        Path | str,
-        Help(
-            MAIN, "File to write; a directory/ gets model.safetensors.",
-            "A path that ends in / and an existing directory are directories.", "PATH", "-o",
-            changes_measurements=False,
-        ),
-    ] = "averaged.safetensors"  # the journal lies beside it  # fmt: skip
+    output: Annotated[Path | str, Help(
+        MAIN, "File to write; a directory/ gets model.safetensors.",
+        "A path that ends in / and an existing directory are directories.", "PATH", "-o", changes_measurements=False
+    )] = "averaged.safetensors"  # the journal lies beside it  # fmt: skip
     force: Annotated[bool, Help(MAIN, "Replace an existing output.", changes_measurements=False)] = False
-    never_worse: Annotated[
-        bool,
-        Help(
-            OUTPUT, "Write the best single checkpoint if it scores higher.", "Not in compare.",
-            changes_measurements=False,
-        ),
-    ] = False  # fmt: skip
+    never_worse: Annotated[bool, Help(
+        OUTPUT, "Write the best single checkpoint if it scores higher.", "Not in compare.", changes_measurements=False
+    )] = False  # fmt: skip
     dtype: Annotated[
         Dtype | None, Help(OUTPUT, "float64|float32|float16|bfloat16; default as stored.", metavar="DTYPE")
     ] = None
-    max_shard_size: Annotated[
-        str | None,
-        Help(
-            OUTPUT, "In a directory: files of at most SIZE, such as 5GB.", "An index lists them.", "SIZE",
-            changes_measurements=False,
-        ),
-    ] = None  # fmt: skip
-    format: Annotated[
-        Literal["safetensors", "dcp"],
-        Help(
-            OUTPUT, "dcp: torch.distributed.checkpoint, to train further.", "FSDP can resume training from it.",
-            changes_measurements=False,
-        ),
-    ] = "safetensors"  # fmt: skip
+    max_shard_size: Annotated[str | None, Help(
+        OUTPUT, "In a directory: files of at most SIZE, such as 5GB.", "An index lists them.", "SIZE",
+        changes_measurements=False)] = None  # fmt: skip
+    format: Annotated[Literal["safetensors", "dcp"], Help(
+        OUTPUT, "dcp: torch.distributed.checkpoint, to train further.", "FSDP can resume training from it.",
+        changes_measurements=False)] = "safetensors"  # fmt: skip
     adapter: Annotated[
         Literal["factors", "exact"], Help(OUTPUT, "Average PEFT factors (approximate) or exact weights.")
     ] = "factors"
-    rank: Annotated[
-        int | None,
-        Help(
-            OUTPUT, "Reduce the adapter of --adapter exact to rank N.", "Else it is the sum of the candidates' ranks.",
-            "N", limit=AT_LEAST_1,
-        ),
-    ] = None  # fmt: skip
-    digests: Annotated[
-        bool,
-        Help(
-            RUN, "Store the sources' SHA-256.", "It goes into the metadata, and takes longer than a plain average.",
-            changes_measurements=False,
-        ),
-    ] = True  # fmt: skip
+    rank: Annotated[int | None, Help(
+        OUTPUT, "Reduce the adapter of --adapter exact to rank N.", "Else it is the sum of the candidates' ranks.", "N",
+        limit=AT_LEAST_1)] = None  # fmt: skip
+    digests: Annotated[bool, Help(
+        RUN, "Store the sources' SHA-256.", "It goes into the metadata, and takes longer than a plain average.",
+        changes_measurements=False)] = True  # fmt: skip
 
     @property
     def destination(self) -> tuple[Path, Path | None]:

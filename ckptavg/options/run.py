@@ -22,47 +22,28 @@ class RunOptions:
     key: Annotated[
         str | None, Help(CANDIDATES, "Entry of each file that is the model, such as state_dict_ema.", metavar="KEY")
     ] = None
-    skip_bad: Annotated[
-        bool,
-        Help(
-            CANDIDATES, "Leave out damaged or NaN checkpoints, with a warning each.", "Else they are refused.",
-            changes_measurements=False,
-        ),
-    ] = False  # fmt: skip
+    skip_bad: Annotated[bool, Help(
+        CANDIDATES, "Leave out damaged or NaN checkpoints, with a warning each.", "Else they are refused.",
+        changes_measurements=False)] = False  # fmt: skip
     allow_nonfinite: Annotated[bool, Help(CANDIDATES, "Average NaN and infinite weights instead of refusing them.")] = (
         False
     )
-    wait_stable: Annotated[
-        float | None,
-        Help(
-            CANDIDATES, "First wait until no checkpoint has changed for SECONDS.", metavar="SECONDS",
-            limit=_DURATION, changes_measurements=False,
-        ),
-    ] = None  # fmt: skip
+    wait_stable: Annotated[float | None, Help(
+        CANDIDATES, "First wait until no checkpoint has changed for SECONDS.", metavar="SECONDS", limit=_DURATION,
+        changes_measurements=False)] = None  # fmt: skip
     dry_run: Annotated[
         bool, Help(MAIN, "Show what would be done, and stop.", "Memory included.", changes_measurements=False)
     ] = False
-    resume: Annotated[
-        bool,
-        Help(
-            RUN, "Continue an interrupted run.", "Its measurements are in the journal OUTPUT.ckptavg/.",
-            changes_measurements=False,
-        ),
-    ] = True  # fmt: skip
+    resume: Annotated[bool, Help(
+        RUN, "Continue an interrupted run.", "Its measurements are in the journal OUTPUT.ckptavg/.",
+        changes_measurements=False)] = True  # fmt: skip
     keep_journal: Annotated[bool, Help(RUN, "Keep OUTPUT.ckptavg/ after the run.", changes_measurements=False)] = False
-    baselines: Annotated[
-        bool,
-        Help(
-            RUN, "Score last, SWA and LAWA.", "Also every candidate alone. Not in compare.", changes_measurements=False
-        ),
-    ] = True  # fmt: skip
+    baselines: Annotated[bool, Help(
+        RUN, "Score last, SWA and LAWA.", "Also every candidate alone. Not in compare.", changes_measurements=False
+    )] = True  # fmt: skip
     worker_timeout: Annotated[
-        float,
-        Help(
-            WORKERS, "Timeout between ranks.", metavar="SECONDS",
-            limit=_ABOVE_0, changes_measurements=False,
-        ),
-    ] = TIMEOUT  # fmt: skip
+        float, Help(WORKERS, "Timeout between ranks.", metavar="SECONDS", limit=_ABOVE_0, changes_measurements=False)
+    ] = TIMEOUT
     workers: Workers = field(default=ALONE, repr=False)
 
     def __post_init__(self) -> None:

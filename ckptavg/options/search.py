@@ -25,46 +25,26 @@ class SearchOptions:
     ] = "auto"  # the hardware's name is compared instead
     seed: Annotated[int, Help(SEARCH, "Seed of all random numbers.", metavar="N", limit=_SEEDS)] = 0
     deterministic: Annotated[
-        bool,
-        Help(SEARCH, "Use deterministic algorithms; may be slower.", "torch's results repeat to the bit."),
+        bool, Help(SEARCH, "Use deterministic algorithms; may be slower.", "torch's results repeat to the bit.")
     ] = False
-    bits: Annotated[
-        Bits,
-        Help(SEARCH, "Bits per candidate weight.", "auto takes the most that fit the device."),
-    ] = 32
-    group_size: Annotated[
-        int,
-        Help(
-            SEARCH, "Weights per scale below 32 bits.", "A group also shares a zero point.", "N", limit=AT_LEAST_1
-        ),
-    ] = 128  # fmt: skip
-    offload: Annotated[
-        Offload,
-        Help(SEARCH, "Keep candidates off the device.", "In host memory (cpu) or in the checkpoint files (disk)."),
-    ] = "none"
-    precision: Annotated[
-        Precision,
-        Help(
-            SEARCH, "Autocast for search passes.",
-            "float32 keeps the model's own precision; auto is bfloat16 where a GPU supports it.",
-            changes_measurements=False,
-        ),
-    ] = "float32"  # the precision that it stands for on the device is compared instead  # fmt: skip
+    bits: Annotated[Bits, Help(SEARCH, "Bits per candidate weight.", "auto takes the most that fit the device.")] = 32
+    group_size: Annotated[int, Help(
+        SEARCH, "Weights per scale below 32 bits.", "A group also shares a zero point.", "N", limit=AT_LEAST_1
+    )] = 128  # fmt: skip
+    offload: Annotated[Offload, Help(
+        SEARCH, "Keep candidates off the device.", "In host memory (cpu) or in the checkpoint files (disk)."
+    )] = "none"  # fmt: skip
+    precision: Annotated[Precision, Help(
+        SEARCH, "Autocast for search passes.",
+        "float32 keeps the model's own precision; auto is bfloat16 where a GPU supports it.", changes_measurements=False
+    )] = "float32"  # the precision that it stands for on the device is compared instead  # fmt: skip
     compile: Annotated[bool, Help(SEARCH, "Use torch.compile; pays in long searches.")] = False
-    parallel: Annotated[
-        Parallel,
-        Help(
-            WORKERS, "What ranks divide in a score.",
-            "auto is candidates if several are scored at once, else batches.", changes_measurements=False,
-        ),
-    ] = "auto"  # fmt: skip
-    shard: Annotated[
-        bool,
-        Help(
-            WORKERS, "Shard a model that fits no single device.",
-            "The model and the candidates are divided over the processes (FSDP2).",
-        ),
-    ] = False  # fmt: skip
+    parallel: Annotated[Parallel, Help(
+        WORKERS, "What ranks divide in a score.", "auto is candidates if several are scored at once, else batches.",
+        changes_measurements=False)] = "auto"  # fmt: skip
+    shard: Annotated[bool, Help(
+        WORKERS, "Shard a model that fits no single device.",
+        "The model and the candidates are divided over the processes (FSDP2).")] = False  # fmt: skip
 
     def __post_init__(self) -> None:
         check(self)

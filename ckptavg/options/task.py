@@ -19,72 +19,39 @@ class TaskOptions:
     The task's code and the data are part of a journal's fingerprint by their content.
     """
 
-    task: Annotated[
-        str | None,
-        Help(
-            MAIN, "Task file or module; else $CKPTAVG_TASK, ./task.py.",
-            "A Python file or dotted module with model, loss and data.", "PATH", changes_measurements=False,
-        ),
-    ] = None  # fmt: skip
-    val: Annotated[
-        Path | str | None,
-        Help(MAIN, "Hugging Face validation data; no task file needed.", metavar="PATH", changes_measurements=False),
-    ] = None
-    score_cmd: Annotated[
-        str | None,
-        Help(
-            MAIN, "Command scoring {} or {dir}: 'python eval.py {}'.",
-            "It prints the score of a file, or of a directory.", "CMD",
-        ),
-    ] = None  # fmt: skip
-    task_timeout: Annotated[
-        float | None,
-        Help(
-            SCORING, "Limit for one call of a task function, such as a loss.", "Also for the import of the task.",
-            "SECONDS", limit=POSITIVE, changes_measurements=False,
-        ),
-    ] = None  # fmt: skip
-    train: Annotated[
-        Path | str | None,
-        Help(
-            SCORING, "Training data, with --val: JSONL, CSV, Parquet, images.",
-            metavar="PATH", changes_measurements=False,
-        ),
-    ] = None  # fmt: skip
-    test: Annotated[
-        Path | str | None,
-        Help(
-            SCORING, "Test data for an unbiased final score, with --val.", metavar="PATH", changes_measurements=False
-        ),
-    ] = None  # fmt: skip
-    holdout: Annotated[
-        float | None,
-        Help(
-            SCORING, "Validation share kept for the final score if no test data.", metavar="FRACTION", limit=_FRACTION
-        ),
-    ] = None  # fmt: skip
-    batch_size: Annotated[
-        int | None,
-        Help(
-            SCORING, "Batch size for --val; default 32, halved if out of memory.", "The default for --lm-eval is 8.",
-            "N", limit=AT_LEAST_1,
-        ),
-    ] = None  # fmt: skip
+    task: Annotated[str | None, Help(
+        MAIN, "Task file or module; else $CKPTAVG_TASK, ./task.py.",
+        "A Python file or dotted module with model, loss and data.", "PATH", changes_measurements=False
+    )] = None  # fmt: skip
+    val: Annotated[Path | str | None, Help(
+        MAIN, "Hugging Face validation data; no task file needed.", metavar="PATH", changes_measurements=False
+    )] = None  # fmt: skip
+    score_cmd: Annotated[str | None, Help(
+        MAIN, "Command scoring {} or {dir}: 'python eval.py {}'.", "It prints the score of a file, or of a directory.",
+        "CMD")] = None  # fmt: skip
+    task_timeout: Annotated[float | None, Help(
+        SCORING, "Limit for one call of a task function, such as a loss.", "Also for the import of the task.",
+        "SECONDS", limit=POSITIVE, changes_measurements=False)] = None  # fmt: skip
+    train: Annotated[Path | str | None, Help(
+        SCORING, "Training data, with --val: JSONL, CSV, Parquet, images.", metavar="PATH", changes_measurements=False
+    )] = None  # fmt: skip
+    test: Annotated[Path | str | None, Help(
+        SCORING, "Test data for an unbiased final score, with --val.", metavar="PATH", changes_measurements=False
+    )] = None  # fmt: skip
+    holdout: Annotated[float | None, Help(
+        SCORING, "Validation share kept for the final score if no test data.", metavar="FRACTION", limit=_FRACTION
+    )] = None  # fmt: skip
+    batch_size: Annotated[int | None, Help(
+        SCORING, "Batch size for --val; default 32, halved if out of memory.", "The default for --lm-eval is 8.", "N",
+        limit=AT_LEAST_1)] = None  # fmt: skip
     trust_remote_code: Annotated[bool, Help(SCORING, "Run code that the checkpoints' config.json names.")] = False
-    score_key: Annotated[
-        str | None,
-        Help(
-            SCORING, "Key of the score in JSON output; else the last number.",
-            "The last JSON line on the stdout of --score-cmd counts.", "KEY",
-        ),
-    ] = None  # fmt: skip
+    score_key: Annotated[str | None, Help(
+        SCORING, "Key of the score in JSON output; else the last number.",
+        "The last JSON line on the stdout of --score-cmd counts.", "KEY")] = None  # fmt: skip
     score_goal: Annotated[Literal["max", "min"], Help(SCORING, "Whether a higher or a lower score wins.")] = "max"
-    score_timeout: Annotated[
-        float | None,
-        Help(
-            SCORING, "Limit for one run of --score-cmd.", metavar="SECONDS", limit=POSITIVE, changes_measurements=False
-        ),
-    ] = None  # fmt: skip
+    score_timeout: Annotated[float | None, Help(
+        SCORING, "Limit for one run of --score-cmd.", metavar="SECONDS", limit=POSITIVE, changes_measurements=False
+    )] = None  # fmt: skip
     lm_eval: Annotated[
         str | None, Help(SCORING, "Score by lm-evaluation-harness tasks, comma-separated.", metavar="TASKS")
     ] = None
