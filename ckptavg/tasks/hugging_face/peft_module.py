@@ -15,9 +15,6 @@ from ckptavg.tasks.hugging_face.architecture import imported
 class Adapter(nn.Module):
     """PEFT model whose state dict has only the adapter's tensors, named as in its file; the base model is frozen.
 
-    Args:
-        base: the base model, with its weights.
-        folder: the adapter's directory.
     Raises:
         TaskError: if the adapter's weights are not parameters of the model, as for prompt tuning.
     """
@@ -37,9 +34,8 @@ class Adapter(nn.Module):
                 named = {name: tensor for name, tensor in named.items() if name in set(stored.keys())}
         inner_names = {id(tensor): name for name, tensor in whole.items()}
         if not all(id(tensor) in inner_names for tensor in named.values()):
-            raise TaskError(
-                "this kind of adapter cannot be optimized", path=folder, hint="merge it with merge_and_unload()"
-            )
+            hint = "merge it with merge_and_unload()"
+            raise TaskError("this kind of adapter cannot be optimized", path=folder, hint=hint)
         self._names = {name: inner_names[id(tensor)] for name, tensor in named.items()}
 
     def forward(self, **inputs: Tensor) -> Any:
