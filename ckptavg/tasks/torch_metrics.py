@@ -39,8 +39,7 @@ class CorpusMetric:
     `compute` is the metric's own value, from states updated with all batches in order. For a resample, the states that
     each of its batches leaves in a fresh metric are merged as torchmetrics merges those of several processes: each by
     its ``dist_reduce_fx``, applied to the stacked tensors; lists are joined. `update` updates twice per batch for this.
-    ``Metric.merge_state`` is not used: it refuses metrics whose ``full_state_update`` is not False, and it merges pairs,
-    although a reduction of all states at once may differ.
+    ``Metric.merge_state`` cannot be used: it refuses metrics that do not set ``full_state_update`` to False.
 
     Args:
         metric: the metric of the task file; it is copied, and the copy moves to the device of its arguments.
@@ -208,7 +207,7 @@ def _metrics(metric: Any) -> list[Any]:
 
 
 def _states(metric: Any) -> list[Mapping[str, Any]]:
-    """Copy the states of all metrics in ``metric``: `reset` empties lists in place, and one of the task's may do more."""
+    """Copy the states of all metrics in ``metric``: `reset` empties lists in place, and a custom one may do more."""
     states = [{name: getattr(nested, name) for name in nested._reductions} for nested in _metrics(metric)]
     return [
         {name: list(value) if isinstance(value, list) else value.clone() for name, value in state.items()}
