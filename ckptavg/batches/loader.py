@@ -67,7 +67,6 @@ class BatchLoader:
         self._streams: dict[Split, BatchStream] = {}
         self._cache = BatchCache(device)
         self.examples: dict[Split, int] = {}  # split → examples of the last whole pass
-        self.order: dict[Split, int] = {}  # split → checksum of the examples of the last pass so far, in order
         self.needs_two = False  # True if a batch of one example is unusable, because BatchNorm needs two
 
     def restart(self, *, halved: bool = False) -> None:
@@ -139,13 +138,12 @@ class BatchLoader:
     def _passed(self, split: Split, workers: Workers, *, learnable: bool) -> Iterator[tuple[Any, Sequence[int], int]]:
         """Yield per step: this rank's batch (or the step's last, as padding), all ranks' batch sizes, a checksum."""
         reseed(self._seed, 0)
-        seen = self.order[split] = 0
+        seen = 0
         steps = (self._single_rank if workers.world_size == 1 else self._multi_rank)(split, workers, learnable)
         for number, (batch, sizes, checksum) in enumerate(self._with_translated_errors(split, steps)):
             seen += sum(sizes)
             for size in sizes:
                 self._meter.count("forward", size)
-            self.order[split] = zlib.crc32(checksum.to_bytes(4), self.order[split])
             # random numbers of a loss must not depend on which rank has the batch, prefetching or caching
             reseed(self._seed, number * workers.world_size + workers.rank + 1)
             yield batch, sizes, checksum

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ckptavg.journal.pass_progress import PassProgress
     from ckptavg.score import Score, Split
     from ckptavg.tasks.torch_metrics import CorpusMetric
 
@@ -22,7 +21,7 @@ class Task(Protocol):
         metric_goal: ``max`` if a larger metric is better, ``min`` if a smaller one is.
         metric_bounds: lower and upper bound of the metric for one example; None if unknown.
         corpus: factory of a metric that is not a mean over examples, such as an F1 score; None if the task has none.
-        whole: function that scores a model without per-batch losses and saves its progress; None for batched tasks.
+        whole: function that scores a model without per-batch losses; None for batched tasks.
     """
 
     @property
@@ -36,7 +35,7 @@ class Task(Protocol):
     @property
     def corpus(self) -> Callable[[], CorpusMetric] | None: ...  # noqa: D102
     @property
-    def whole(self) -> Callable[[nn.Module, PassProgress], Score] | None: ...  # noqa: D102
+    def whole(self) -> Callable[[nn.Module], Score] | None: ...  # noqa: D102
 
     def model(self) -> nn.Module:
         """Return a model whose state dict has the checkpoints' names and shapes; its values do not matter."""

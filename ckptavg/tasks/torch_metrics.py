@@ -65,7 +65,7 @@ class CorpusMetric:
         self._states: list[list[Mapping[str, Any]]] = []  # of each batch and nested metric
         self._is_mergeable = False
 
-    def state_dict(self, *, everything: bool = True) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return all states, for `load_state_dict`."""
         return {"whole": _states(self._whole), "batches": self._states}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import pytest
 import torch
 
 from ckptavg.errors import TaskError, UsageError
-from ckptavg.journal import pass_progress
 from ckptavg.report.bootstrap import gain
+from ckptavg.runtime import signals
+from ckptavg.runtime.signals import Handler
 from ckptavg.tasks.lm_eval.harness import Harness
 
 pytest.importorskip("lm_eval")
@@ -272,48 +274,17 @@ def test_importing_the_module_does_not_import_a_framework():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
-STORY = """
-task: tiny_story
-dataset_path: json
-dataset_kwargs: {data_files: {validation: FILE}}
-validation_split: validation
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{question}}"
-generation_kwargs: {max_gen_toks: 3, until: ["never"]}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-"""
-
-
-@pytest.mark.parametrize("stops", [(2,), (1, 3), (7, 2)])
-def test_an_interrupted_score_requests_only_the_remaining_answers(
-    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...]
+def test_a_signal_ends_a_score_before_the_next_forward_pass(
+    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pass_progress, "EVERY", 0.0)
-    (folder / "story.yaml").write_text(STORY.replace("FILE", str(folder / "docs.jsonl")))
-    names, kept, forwards = ["tiny_choice", "tiny_shots", "tiny_story"], dict[str, Any](), [0]
+    model, forwards = tiny_gpt2(0), [0]
 
-    def score(stop: int = 0, key: str = "x") -> Any:
-        model, begun = tiny_gpt2(0), forwards[0]
+    def arrive(*_: object) -> None:
+        forwards[0] += 1
+        monkeypatch.setattr(signals, "_handler", Handler())
+        signals._handler.received = signal.SIGTERM  # pyright: ignore
 
-        def counted(*_: object) -> None:
-            forwards[0] += 1
-            if forwards[0] - begun == stop:
-                raise KeyboardInterrupt
-
-        model.register_forward_pre_hook(counted)
-        found = pass_progress.PassProgress(key, lambda name: json.loads(kept.get(name, "null")), keep)
-        return Harness(names).score(model, tokenizer, found)
-
-    def keep(name: str, value: Any) -> None:
-        kept[name] = json.dumps(value)
-
-    whole = score(key="whole")
-    needed, forwards[0] = forwards[0], 0
-    for stop in stops:
-        with pytest.raises(KeyboardInterrupt):
-            score(stop)
-    assert score() == whole and kept
-    # for texts, a batch takes three forward passes, all of which are lost
-    assert needed + len(stops) <= forwards[0] <= needed + 3 * len(stops)
+    model.register_forward_hook(arrive)
+    with pytest.raises(signals.Interruption):
+        Harness(["tiny_choice"], batch_size=2).score(model, tokenizer)
+    assert forwards == [1] and not model._forward_pre_hooks

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.filesystem.regular_file import is_file
+from ckptavg.runtime import signals
 from ckptavg.score import PerExample, Score
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from ckptavg.journal.pass_progress import PassProgress
 
 
 class Harness:
@@ -58,7 +57,7 @@ class Harness:
         self._tasks: dict[str, Any] = {}
         self._lm: Any = None
 
-    def score(self, model: nn.Module, tokenizer: Any, partial: PassProgress | None = None) -> Score:
+    def score(self, model: nn.Module, tokenizer: Any) -> Score:
         """Score a transformers model in memory, with its current weights and on its current device.
 
         Its parameters, its training mode and all random states are restored afterwards.
@@ -66,7 +65,6 @@ class Harness:
         Args:
             model: the module on its device; later calls may pass the same module with other weights.
             tokenizer: its tokenizer, which is copied.
-            partial: the answers that an interrupted run saved for this model.
         Returns:
             The mean over tasks of the main metric, negated where smaller is better; per-example values whose weighted
             mean it is (the examples of a task share its weight), unless a main metric is not a mean over examples.
@@ -75,15 +73,12 @@ class Harness:
         """
         from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
 
-        from ckptavg.journal.pass_progress import PassProgress
-        from ckptavg.tasks.lm_eval.answer_cache import cached_answers
-
         try:
             with ExitStack() as after:
                 _prepare_process(after, model, self._seed)
+                after.callback(model.register_forward_pre_hook(lambda *_: signals.check()).remove)
                 tasks = self._tasks = self._tasks or self._build_tasks()
                 lm = self._language_model(model, tokenizer)
-                after.enter_context(cached_answers(lm, model, partial or PassProgress()))
                 return _score(tasks, evaluate(lm=lm, task_dict={"tasks": tasks}, bootstrap_iters=0))
         except Exception as error:  # boundary to third-party code
             if isinstance(error, CkptavgError) or is_out_of_memory(error):

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ckptavg.errors import TaskError
-from ckptavg.journal.pass_progress import PassProgress
 from ckptavg.score import Score, Split
 from ckptavg.tasks.hugging_face.architecture import ModelFolder
 from ckptavg.tasks.hugging_face.peft_module import Adapter
@@ -47,9 +46,9 @@ class LmEvalTask:
         """See `Task.model` and `ModelFolder.build`."""
         return self._folder.build()
 
-    def whole(self, model: nn.Module, partial: PassProgress) -> Score:
+    def whole(self, model: nn.Module) -> Score:
         """See `Task.whole`."""
-        return self._harness.score(model.model if isinstance(model, Adapter) else model, self._tokenizer, partial)
+        return self._harness.score(model.model if isinstance(model, Adapter) else model, self._tokenizer)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Raise TaskError: the harness has no loss."""
