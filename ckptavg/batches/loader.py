@@ -46,9 +46,7 @@ class BatchLoader:
     small splits, cached.
 
     Args:
-        task: the task whose loaders are read.
         scored_on: the split that is halved.
-        device: the device of the batches.
         seed: the seed of the passes and of the halves.
         meter: counts each batch of a pass as forward.
         workers: the ranks that divide each batch of a stream.

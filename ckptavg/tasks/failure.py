@@ -24,10 +24,8 @@ def task_error(
     """Return ``task.py:12: in loss, batch 3 of val_dataloader: ValueError: …``, with the innermost line of that file.
 
     Args:
-        source: the task file.
         function: the task function that failed; None for the import of the file.
         at: the batch that was being used or loaded.
-        error: the exception.
         seconds: the time limit, for a `TooLongError`.
     """
     name = Path(source).name

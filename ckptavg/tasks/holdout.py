@@ -24,12 +24,9 @@ class HeldOut:
     (padded to a shuffled batch, randomly transformed) could change sides, which is a TaskError.
 
     Args:
-        task: the original task.
-        split: the split to divide.
         rest: name of the split of the remaining examples.
         to: name of the split of the held-out examples.
         fraction: fraction of the examples to hold out, between 0 and 1.
-        seed: seed of the hash.
     """
 
     def __init__(self, task: Task, split: Split, *, rest: Split, to: Split, fraction: float, seed: int) -> None:

@@ -42,8 +42,7 @@ class CorpusMetric:
     ``Metric.merge_state`` cannot be used: it refuses metrics that do not set ``full_state_update`` to False.
 
     Args:
-        metric: the metric of the task file; it is copied, and the copy moves to the device of its arguments.
-        source: the task file, for errors.
+        metric: the metric of the task file ``source``; it is copied, and the copy moves to the device of its arguments.
         predict: the task's function from model and batch to the tuple of arguments of ``metric.update``; None takes
             batches as pairs (inputs, targets) and calls ``metric.update(model(inputs), targets)``.
     Raises:
@@ -159,10 +158,8 @@ class CorpusMetric:
         with self._translate_errors("predict"):
             arguments = self._predict(model, batch)
         if not isinstance(arguments, tuple):
-            got = type(arguments).__name__
-            raise TaskError(
-                f"predict() must return the arguments of metric.update, a tuple, not {got}", path=self._source
-            )
+            message = "predict() must return the arguments of metric.update, a tuple, not "
+            raise TaskError(message + type(arguments).__name__, path=self._source)
         return arguments
 
     def _value_of(self, metric: Any) -> float:

@@ -68,15 +68,9 @@ class HuggingFaceTask:
     whole = None
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        val: Path,
-        train: Path | None = None,
-        test: Path | None = None,
-        batch_size: int | None = 8,
-        trust_remote_code: bool = False,
-    ) -> None:
+        self, folder: Path, *, val: Path, train: Path | None = None, test: Path | None = None,
+        batch_size: int | None = 8, trust_remote_code: bool = False,
+    ) -> None:  # fmt: skip
         self.source = str(folder)
         self._batch_size = batch_size or AUTOMATIC
         self._may_halve = batch_size is None
@@ -202,10 +196,10 @@ class HuggingFaceTask:
             example = tokens.conversation(data.value(i, "messages", list))
         else:
             prompt, completion = data.value(i, "prompt", str), data.value(i, "completion", str)
-            is_seq2seq = self._kind.name == "seq2seq"
-            example = (
-                tokens.translation(prompt, completion) if is_seq2seq else tokens.completion(prompt, prompt + completion)
-            )
+            if self._kind.name == "seq2seq":
+                example = tokens.translation(prompt, completion)
+            else:
+                example = tokens.completion(prompt, prompt + completion)
         if example is None and columns[0] != "text":
             raise InputError(f"`{columns[-1]}` has no token to predict", path=data.where(i))
         vocabulary = getattr(self._config.get_text_config(), "vocab_size", UNLIMITED)

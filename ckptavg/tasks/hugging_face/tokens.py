@@ -23,12 +23,7 @@ Example = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Builder of examples from texts: ``input_ids`` [T] and ``labels`` [T], `IGNORED` where nothing is predicted.
-
-    Attributes:
-        tokenizer: a transformers tokenizer.
-        limit: maximum number of tokens of a text.
-    """
+    """Builder of examples of at most ``limit`` tokens: ``input_ids`` [T] and ``labels`` [T], `IGNORED` or predicted."""
 
     tokenizer: Any
     limit: int

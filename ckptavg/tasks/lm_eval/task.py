@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ckptavg.errors import TaskError
 from ckptavg.score import Score, Split
-from ckptavg.tasks.hugging_face.architecture import ModelFolder
-from ckptavg.tasks.hugging_face.peft_module import Adapter
+from ckptavg.tasks.hugging_face.architecture import Adapter, ModelFolder
 from ckptavg.tasks.lm_eval.harness import Harness
 
 
@@ -20,9 +19,7 @@ class LmEvalTask:
 
     Args:
         folder: directory with config.json and the tokenizer, or a PEFT adapter.
-        tasks: task names of the harness; see `ckptavg.tasks.lm_eval.harness.Harness`.
-        batch_size: batch size of the forward passes.
-        seed: seed of the few-shot examples.
+        tasks, batch_size, seed: see `ckptavg.tasks.lm_eval.harness.Harness`.
         trust_remote_code: run model code in the directory.
     Raises:
         UsageError: if the harness is not installed, or has no such task.
