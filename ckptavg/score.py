@@ -30,6 +30,7 @@ class Score:
         per_example: the values these are means of, if they were kept.
         resampled: for a metric that is not a mean over examples, returns `value` for a resample of batch indices.
         batches: the number of batches to resample.
+        loss_noise: standard error of ``loss``; ∞ if unknown.
         invalid: the reason this score is unusable: which value was NaN or infinite, and where. ``value`` is then −∞,
             so no other score is lower.
     """
@@ -41,6 +42,7 @@ class Score:
     per_example: PerExample | None = field(default=None, compare=False, repr=False)
     resampled: Callable[[Sequence[int]], float] | None = field(default=None, compare=False, repr=False)
     batches: int = 0
+    loss_noise: float = field(default=math.inf, compare=False, repr=False)
     invalid: str = ""
 
     @property
@@ -48,16 +50,7 @@ class Score:
         """Standard error of ``value``: its typical change under another sample of as many examples; ∞ if unknown."""
         if self.per_example is None or self.resampled is not None:
             return math.inf
-        return _standard_error(self.per_example.values_U, self.per_example.examples_U)
-
-    @property
-    def loss_noise(self) -> float:
-        """Standard error of ``loss``."""
-        return (
-            math.inf
-            if self.per_example is None
-            else _standard_error(self.per_example.losses_U, self.per_example.examples_U)
-        )
+        return standard_error(self.per_example.values_U, self.per_example.examples_U)
 
 
 def valid(score: Score, source: str | None = None) -> Score:
@@ -71,7 +64,7 @@ def valid(score: Score, source: str | None = None) -> Score:
     return score
 
 
-def _standard_error(values_U: Tensor, examples_U: Tensor) -> float:
+def standard_error(values_U: Tensor, examples_U: Tensor) -> float:
     """Return √(Σ w²(x − x̄)²)/Σ w, each weight w being the number of examples in a unit; ∞ for a single unit."""
     if len(values_U) < 2:
         return math.inf
@@ -85,12 +78,10 @@ class PerExample:
 
     Attributes:
         values_U: [U] float64 on the CPU, on the scale of `Score.value`: larger is better.
-        losses_U: [U], the losses.
         examples_U: [U], the number of examples in each unit.
         order: checksum of the examples in order; equal for two scores whose units can be paired.
     """
 
     values_U: Tensor
-    losses_U: Tensor
     examples_U: Tensor
     order: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -36,12 +36,6 @@ class BatchCache:
         self._passes: dict[Split, list[CachedBatch]] = {}
         self._refused: set[Split] = set()
 
-    def forget(self) -> None:
-        """Drop all batches, because the task now yields different ones."""
-        for split in list(self._passes):
-            self._refuse(split, [])
-        self._refused.clear()
-
     def passed(self, split: Split, source: Callable[[], Iterator[Any]]) -> Iterator[CachedBatch]:
         """Yield the batches of one pass over ``split``, read from ``source`` only if they are not cached."""
         if split in self._passes:
@@ -51,30 +45,26 @@ class BatchCache:
         entries: list[CachedBatch] = []
         try:
             for batch in source():
-                yield self._load(split, batch, entries)
+                size, sample = batches.size(batch), batches.sample(batch)
+                if split not in self._refused:
+                    if self._fits(batch):
+                        self._room -= _bytes(batch)
+                        entries.append(CachedBatch(batches.copied(batch, self._device), size, sample))
+                    else:
+                        self._refused.add(split)
+                        self._free(entries)
+                yield CachedBatch(batches.to_device(batch, self._device), size, sample)
             if split not in self._refused:
                 self._passes[split], entries = entries, []
         finally:
             self._free(entries)  # of an unfinished pass
 
-    def _load(self, split: Split, batch: Any, entries: list[CachedBatch]) -> CachedBatch:
-        """Move the batch to the device, and append a copy to ``entries`` if it can be cached and fits."""
-        size, sample = batches.size(batch), batches.sample(batch)
-        if split not in self._refused:
-            if all(map(_plain, batches.leaves(batch, movable=True))) and (nbytes := _bytes(batch)) <= self._room:
-                self._room -= nbytes
-                entries.append(CachedBatch(batches.copied(batch, self._device), size, sample))
-            else:
-                self._refuse(split, entries)
-        return CachedBatch(batches.to_device(batch, self._device), size, sample)
+    def _fits(self, batch: Any) -> bool:
+        return all(map(_plain, batches.leaves(batch, movable=True))) and _bytes(batch) <= self._room
 
-    def _refuse(self, split: Split, entries: list[CachedBatch]) -> None:
-        self._free([*entries, *self._passes.pop(split, ())])
-        entries.clear()
-        self._refused.add(split)
-
-    def _free(self, entries: Sequence[CachedBatch]) -> None:
+    def _free(self, entries: list[CachedBatch]) -> None:
         self._room += sum(_bytes(entry.batch) for entry in entries)
+        entries.clear()
 
 
 def _plain(leaf: Any) -> bool:

@@ -24,7 +24,6 @@ def obstacle(loss: Callable[[Any], Tensor], batch: Any, device: torch.device, wo
     Args:
         loss: returns the loss of a batch at some weights.
         batch: a batch from the loader, the same on all ranks.
-        device: the device of the batches.
         workers: the ranks that would divide it.
     Raises:
         TaskError: if the loss of the whole batch fails.

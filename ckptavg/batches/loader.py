@@ -29,10 +29,9 @@ _T = TypeVar("_T")
 
 
 class RankBatch(NamedTuple):
-    """This rank's batch in a pass divided among ranks.
+    """This rank's batch in a pass divided among ranks, with a checksum of its examples.
 
-    ``checksum`` is that of its examples. ``counted=False`` marks padding that keeps ranks in step and is left out of
-    the score.
+    ``counted=False`` marks padding that keeps ranks in step and is left out of the score.
     """
 
     batch: Any
@@ -50,7 +49,6 @@ class BatchLoader:
     small splits, cached.
 
     Args:
-        task: the task whose loaders are read.
         scored_on: the split that is halved.
         run: the device of the batches, the seed of the passes and of the halves, and the ranks that divide a batch of a
             stream.
@@ -95,7 +93,7 @@ class BatchLoader:
         self._streams = {}
         if halved:
             self._lengths = {}
-            self._cache.forget()
+            self._cache = BatchCache(self._device)
 
     def length(self, split: Split) -> int:
         """Return the number of batches in a pass; counted by reading them once if the loader has no length.
@@ -123,7 +121,10 @@ class BatchLoader:
 
             def take(batch: Any, number: int) -> LocalShard:
                 with self._translate_errors(split, lambda: number % self.length(split) + 1):
-                    return self._shard(batch, divided=divides(split))
+                    size, weight = batches.size(batch), 1.0
+                    if divides(split):
+                        batch, weight = share(batch, self._workers.rank, self._workers.world_size)
+                    return LocalShard(batches.to_device(batch, self._device), size, weight)
 
             self._streams[split] = BatchStream(start, take, self._seed)
         return self._streams[split]
@@ -159,19 +160,13 @@ class BatchLoader:
         seen = 0
         steps = (self._single_rank if workers.world_size == 1 else self._multi_rank)(split, workers, learnable)
         for number, (batch, sizes, checksum) in enumerate(self._with_translated_errors(split, steps)):
+            seen += sum(sizes)
             for size in sizes:
-                seen += size
                 self._meter.count("forward", size)
             # random numbers of a loss must not depend on which rank has the batch, prefetching or caching
             reseed(self._seed, number * workers.world_size + workers.rank + 1)
             yield batch, sizes, checksum
         self.examples[split] = seen
-
-    def _shard(self, batch: Any, *, divided: bool) -> LocalShard:
-        size, weight = batches.size(batch), 1.0
-        if divided:
-            batch, weight = share(batch, self._workers.rank, self._workers.world_size)
-        return LocalShard(batches.to_device(batch, self._device), size, weight)
 
     def _learnable(self, split: Split) -> Iterator[Any]:
         return (b for b in self._data(split).batches(split) if not self._too_small(split, batches.size(b)))
@@ -204,13 +199,11 @@ class BatchLoader:
     def _multi_rank(self, split: Split, workers: Workers, learnable: bool) -> Iterator[tuple[Any, Sequence[int], int]]:
         """Read only this rank's batches if the task has ``turns(split, rank, world)``, else all; yield this rank's."""
         rank_turns = getattr(self._data(split), "turns", None)
-        turns = rank_turns and rank_turns(split, workers.rank, workers.world_size)
-        source = self._learnable(split) if learnable else self._data(split).batches(split)
-        steps = (
-            _seeded(turns, self._seed, workers.world_size)
-            if turns
-            else _rank_batches(_seeded(source, self._seed), workers)
-        )
+        if turns := rank_turns and rank_turns(split, workers.rank, workers.world_size):
+            steps = _seeded(turns, self._seed, workers.world_size)
+        else:
+            source = self._learnable(split) if learnable else self._data(split).batches(split)
+            steps = _rank_batches(_seeded(source, self._seed), workers)
         for batch, sizes in steps:
             yield batches.to_device(batch, self._device), sizes, zlib.crc32(batches.sample(batch))
 
@@ -227,10 +220,8 @@ class BatchLoader:
     def _translate_errors(self, split: Split, number: Callable[[], int]) -> Generator[None]:
         try:
             yield
-        except CkptavgError:
-            raise
         except Exception as error:
-            if is_out_of_memory(error):
+            if isinstance(error, CkptavgError) or is_out_of_memory(error):
                 raise
             raise task_error(self._task.source, f"{split}_dataloader", f"batch {number()}", error) from error
 

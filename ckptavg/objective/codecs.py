@@ -6,12 +6,11 @@ import hashlib
 from dataclasses import fields, replace
 from typing import Any, Final, TypeAlias
 
-import torch
 from torch import Tensor
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import TaskError
-from ckptavg.journal.tensor_json import decode, encode, raw
+from ckptavg.journal.tensor_json import decode, encode
 from ckptavg.score import PerExample, Score, Split
 from ckptavg.surrogate import Surrogate
 from ckptavg.tasks import Task
@@ -19,7 +18,7 @@ from ckptavg.tasks.torch_metrics import Resampled
 
 ScoreKey: TypeAlias = tuple[Coefficients, Split, bool]
 """Coefficients, split, and whether the exact average is scored or the mixture of the candidate matrix."""
-_NUMBERS: Final = ("value", "loss", "metric")
+_NUMBERS: Final = ("value", "loss", "metric", "loss_noise")
 
 
 def score_name(key: ScoreKey) -> str:
@@ -63,19 +62,15 @@ class ScoreCodec:
                 return None  # the state of its metric cannot be serialised
         numbers = {name: None if (x := getattr(value, name)) is None else x.hex() for name in _NUMBERS}
         rest = {"examples": value.examples, "corpus": corpus, "invalid": value.invalid}
-        return numbers | rest | {"each": None if each is None else _each_to_json(each)}
+        return numbers | rest | {"each": each and encode(vars(each))}
 
     def decode(self, key: ScoreKey, record: Any) -> Score:
         """See `Codec.decode`."""
-        each = None if record["each"] is None else _each_from_json(record["each"])
+        each = record["each"] and PerExample(**decode(record["each"]))
         if each is not None:
             self._orders.setdefault(key[1:], []).append(each.order)
-        value, loss, metric = (None if record[name] is None else float.fromhex(record[name]) for name in _NUMBERS)
-        assert value is not None
-        score = Score(
-            value=value, loss=loss, metric=metric, examples=record["examples"], per_example=each,
-            invalid=record["invalid"],
-        )  # fmt: skip
+        numbers: dict[str, Any] = {name: record[name] and float.fromhex(record[name]) for name in _NUMBERS}
+        score = Score(**numbers, examples=record["examples"], per_example=each, invalid=record["invalid"])
         if record["corpus"] is None:
             return score
         assert self._task is not None and self._task.corpus is not None
@@ -83,26 +78,6 @@ class ScoreCodec:
         corpus.load_state_dict(decode(record["corpus"]))
         sign = -1.0 if self._task.metric_goal == "min" else 1.0
         return replace(score, resampled=Resampled(corpus, sign), batches=corpus.batches)
-
-
-def _each_to_json(each: PerExample) -> dict[str, Any]:
-    """Return the columns that cannot be derived: values may be −losses, and units single examples."""
-    record: dict[str, Any] = {"losses": encode(each.losses_U), "order": each.order}
-    if raw(each.values_U) != raw(-each.losses_U):
-        record["values"] = encode(each.values_U)
-    if not bool((each.examples_U == 1).all()):
-        record["examples"] = encode(each.examples_U)
-    return record
-
-
-def _each_from_json(record: Any) -> PerExample:
-    losses_U = decode(record["losses"])
-    return PerExample(
-        values_U=decode(record["values"]) if "values" in record else -losses_U,
-        losses_U=losses_U,
-        examples_U=decode(record["examples"]) if "examples" in record else torch.ones_like(losses_U),
-        order=record["order"],
-    )
 
 
 class GradientCodec:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ckptavg.errors import TaskError
 from ckptavg.runtime.workers import ALONE, Workers, interleave
-from ckptavg.score import PerExample, Score, Split
+from ckptavg.score import PerExample, Score, Split, standard_error
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,11 @@ class ScoreAccumulator:
         if metrics_U is not None and self._bounds is not None:
             self._check_bounds(metrics_U)
         values_U = -losses_U if metrics_U is None else self._sign * metrics_U
-        each = PerExample(values_U=values_U, losses_U=losses_U, examples_U=examples_U, order=order)
-        return Score(value=value, loss=loss, metric=metric, examples=examples, per_example=each)
+        each, noise = (
+            PerExample(values_U=values_U, examples_U=examples_U, order=order),
+            standard_error(losses_U, examples_U),
+        )
+        return Score(value=value, loss=loss, metric=metric, examples=examples, per_example=each, loss_noise=noise)
 
     def _check_bounds(self, metrics_U: Tensor) -> None:
         assert self._bounds is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.objective import Learned, Objective, Strategy, scored_alone

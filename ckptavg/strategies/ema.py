@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import Learned, Objective, PlainAverage, Strategy
+from ckptavg.objective import PlainAverage, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

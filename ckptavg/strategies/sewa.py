@@ -9,11 +9,11 @@ import heapq
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import losses_of, Hessian, Learned, Objective, Strategy, check_losses
+from ckptavg.objective import Hessian, Learned, Objective, Strategy, check_losses, losses_of
 from ckptavg.score import Score
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ Shape suffixes: N = candidates.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.objective import Learned, Objective, Strategy, scored_alone

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import Learned, Objective, PlainAverage, Strategy
+from ckptavg.objective import PlainAverage, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.errors import UsageError
-from ckptavg.objective import losses_of, Hessian, Learned, Objective, Strategy, check_losses
+from ckptavg.objective import Hessian, Learned, Objective, Strategy, check_losses, losses_of
 from ckptavg.score import Split
 
 if TYPE_CHECKING:

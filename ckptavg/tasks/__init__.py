@@ -8,43 +8,34 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ckptavg.journal.pass_progress import PassProgress
     from ckptavg.score import Score, Split
     from ckptavg.tasks.torch_metrics import CorpusMetric
 
 
 class Task(Protocol):
-    """Model, data, loss and metric of a training job; exceptions raised by its code are re-raised as TaskError."""
+    """Model, data, loss and metric of a training job; exceptions raised by its code are re-raised as TaskError.
+
+    Attributes:
+        source: path or module name of the task, as shown in the report.
+        metric: function returning one value per example, or a mean; None if the task has only a loss.
+        metric_goal: ``max`` if a larger metric is better, ``min`` if a smaller one is.
+        metric_bounds: lower and upper bound of the metric for one example; None if unknown.
+        corpus: factory of a metric that is not a mean over examples, such as an F1 score; None if the task has none.
+        whole: function that scores a model without per-batch losses; None for batched tasks.
+    """
 
     @property
-    def source(self) -> str:
-        """Path or module name of the task, as shown in the report."""
-        ...
-
+    def source(self) -> str: ...  # noqa: D102
     @property
-    def metric(self) -> Callable[[nn.Module, Any], Tensor] | None:
-        """Metric function returning one value per example, or a mean; None if the task has only a loss."""
-        ...
-
+    def metric(self) -> Callable[[nn.Module, Any], Tensor] | None: ...  # noqa: D102
     @property
-    def metric_goal(self) -> str:
-        """Direction of the metric: ``max`` if larger is better, ``min`` if smaller is."""
-        ...
-
+    def metric_goal(self) -> str: ...  # noqa: D102
     @property
-    def metric_bounds(self) -> tuple[float, float] | None:
-        """Lower and upper bound of the metric for one example; None if unknown."""
-        ...
-
+    def metric_bounds(self) -> tuple[float, float] | None: ...  # noqa: D102
     @property
-    def corpus(self) -> Callable[[], CorpusMetric] | None:
-        """Factory of a metric that is not a mean over examples, such as an F1 score; None if the task has none."""
-        ...
-
+    def corpus(self) -> Callable[[], CorpusMetric] | None: ...  # noqa: D102
     @property
-    def whole(self) -> Callable[[nn.Module, PassProgress], Score] | None:
-        """Function that scores a model without per-batch losses and saves its progress; None for batched tasks."""
-        ...
+    def whole(self) -> Callable[[nn.Module], Score] | None: ...  # noqa: D102
 
     def model(self) -> nn.Module:
         """Return a model whose state dict has the checkpoints' names and shapes; its values do not matter."""
@@ -66,10 +57,10 @@ class Task(Protocol):
         """Return the number of examples of a split; None if unknown without reading it."""
         ...
 
-    def halve(self) -> bool:
-        """Halve the batch size after running out of memory; return False if it cannot be halved."""
-        ...
-
     def length(self, split: Split) -> int | None:
         """Return the number of batches of a split; None if unknown without reading it."""
+        ...
+
+    def halve(self) -> bool:
+        """Halve the batch size after running out of memory; return False if it cannot be halved."""
         ...

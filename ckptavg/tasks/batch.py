@@ -104,8 +104,7 @@ def _mapped(batch: Any, change: Callable[[Any], Any], whole: Callable[[Any], boo
                 return type(batch)(mapped)  # pyright: ignore
             except TypeError:  # a defaultdict, or another mapping with a different constructor
                 return mapped
-        if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-            return type(batch)(*(_mapped(value, change, whole) for value in batch))  # pyright: ignore
         if isinstance(batch, list | tuple):
-            return type(batch)(_mapped(value, change, whole) for value in batch)  # pyright: ignore
+            items = [_mapped(value, change, whole) for value in batch]
+            return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)  # pyright: ignore
     return change(batch)

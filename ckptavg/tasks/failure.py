@@ -24,10 +24,8 @@ def task_error(
     """Return ``task.py:12: in loss, batch 3 of val_dataloader: ValueError: …``, with the innermost line of that file.
 
     Args:
-        source: the task file.
         function: the task function that failed; None for the import of the file.
         at: the batch that was being used or loaded.
-        error: the exception.
         seconds: the time limit, for a `TooLongError`.
     """
     name = Path(source).name
@@ -50,9 +48,12 @@ def task_error(
         function = at.rpartition(" of ")[2] or function
         message = f"a worker process died: {death}"
         hint = "was it killed for using too much memory? num_workers=0 shows the errors of the dataset itself"
+    message = " ".join(message.split())
+    if len(message) > MOST:
+        message = f"{message[:MOST]} …"
     where = f"{source}:{lines[-1]}" if lines else source
     lead = f"in {function}{at and ', ' + at.removesuffix(f' of {function}')}: " if function else "on import: "
-    return TaskError(lead + _truncated(message), path=where, hint=hint)
+    return TaskError(lead + message, path=where, hint=hint)
 
 
 def _error_message(error: BaseException) -> str:
@@ -80,11 +81,4 @@ def _worker_death(message: str, error: BaseException) -> str | None:
 
 def _in_data_worker(message: str) -> str:
     """Return the last line of a DataLoader worker's traceback embedded in the message; empty if there is none."""
-    if "Original Traceback" not in message:
-        return ""
-    return next((line for line in reversed(message.splitlines()) if line.strip()), "").strip()
-
-
-def _truncated(text: str) -> str:
-    words = " ".join(text.split())
-    return words if len(words) <= MOST else f"{words[:MOST]} …"
+    return message.rstrip().splitlines()[-1].strip() if "Original Traceback" in message else ""

@@ -45,10 +45,6 @@ def _set_argv(words: list[str]) -> None:
     sys.argv = words
 
 
-def _signal(number: signal.Signals) -> _Setting:
-    return _Setting(lambda: signal.getsignal(number), lambda handler: signal.signal(number, handler))
-
-
 # settings that a task keeps for its own calls: compared after every call …
 _CHEAP: Final = (
     _Setting(_working_directory, _change_directory),
@@ -57,8 +53,8 @@ _CHEAP: Final = (
 )
 # … or, where reading them is slow, only after `thorough` calls (import, model, loaders)
 _COSTLY: Final = (_Setting(torch.get_default_device, torch.set_default_device),)
-# settings that are always restored, even for the task's own calls
-_SIGNALS: Final = tuple(map(_signal, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)))
+# handlers are always restored, even for the task's own calls
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 
 
 class Guard:
@@ -90,7 +86,7 @@ class Guard:
             TooLongError: if the time limit is exceeded.
         """
         checked = (*_CHEAP, *_COSTLY) if thorough else (*_CHEAP, *(self._task_values.keys() - set(_CHEAP)))
-        restored = [(setting, setting.get()) for setting in (_SIGNALS if thorough and self._main else ())]
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS} if thorough and self._main else {}
         grad = torch.is_grad_enabled()
         for setting, value in self._task_values.items():
             setting.set(value)
@@ -105,9 +101,9 @@ class Guard:
                 else:
                     self._task_values.pop(setting, None)
             torch.set_grad_enabled(grad)
-            for setting, value in restored:
-                if value is not None and setting.get() is not value:
-                    setting.set(value)
+            for number, handler in handlers.items():
+                if handler is not None and signal.getsignal(number) is not handler:
+                    signal.signal(number, handler)
 
     @contextmanager
     def _time_limit(self) -> Generator[None]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ckptavg.errors import TaskError
+from ckptavg.journal.tensor_json import raw
 from ckptavg.score import Split
 from ckptavg.tasks import Task
 from ckptavg.tasks import batch as batches
@@ -23,12 +24,9 @@ class HeldOut:
     (padded to a shuffled batch, randomly transformed) could change sides, which is a TaskError.
 
     Args:
-        task: the original task.
-        split: the split to divide.
         rest: name of the split of the remaining examples.
         to: name of the split of the held-out examples.
         fraction: fraction of the examples to hold out, between 0 and 1.
-        seed: seed of the hash.
     """
 
     def __init__(self, task: Task, split: Split, *, rest: Split, to: Split, fraction: float, seed: int) -> None:
@@ -80,13 +78,16 @@ class HeldOut:
             if chosen_B.all():
                 yield batch
             elif chosen_B.any():
-                yield self._select(batch, chosen_B)
+                try:
+                    part = batches.select(batch, chosen_B)
+                except TypeError as error:
+                    raise self._indivisible(str(error)) from error
+                yield part
         if self._hash_sum is None:
             self._hash_sum = total
         elif self._hash_sum != total:
-            raise self._indivisible(
-                "its examples differ from pass to pass (padded to a shuffled batch, or transformed)"
-            )
+            reason = "its examples differ from pass to pass (padded to a shuffled batch, or transformed)"
+            raise self._indivisible(reason)
 
     def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]] | None:
         """Return the task's own `turns`; None for a divided split, of which every rank must hash all batches."""
@@ -113,7 +114,7 @@ class HeldOut:
         for leaf in batches.leaves(batch):
             if isinstance(leaf, Tensor):
                 if leaf.ndim and leaf.shape[0] == size:
-                    data = memoryview(_bytes(leaf))
+                    data = memoryview(raw(leaf))
                     row = len(data) // size
                     for i, digest in enumerate(digests):
                         digest.update(data[i * row : (i + 1) * row])
@@ -124,22 +125,6 @@ class HeldOut:
             raise self._indivisible(f"no examples were found in a {type(batch).__name__}")
         return [int.from_bytes(digest.digest(), "little") for digest in digests]
 
-    def _select(self, batch: Any, chosen_B: Tensor) -> Any:
-        try:
-            return batches.select(batch, chosen_B)
-        except TypeError as error:
-            raise self._indivisible(str(error)) from error
-
     def _indivisible(self, reason: str) -> TaskError:
-        return TaskError(
-            f"{self._split} data cannot be divided: {reason}",
-            path=self.source,
-            hint="give the task a test_dataloader() instead of --holdout, and leave out --patience",
-        )
-
-
-def _bytes(tensor: Tensor) -> bytearray:
-    data = bytearray(tensor.nbytes)
-    if data:
-        torch.frombuffer(data, dtype=tensor.dtype).copy_(tensor.flatten())
-    return data
+        hint = "give the task a test_dataloader() instead of --holdout, and leave out --patience"
+        return TaskError(f"{self._split} data cannot be divided: {reason}", path=self.source, hint=hint)

@@ -60,11 +60,12 @@ class PythonTask:
         self.whole = None
         metric: Any = getattr(self._module, "metric", None)
         if is_torchmetric(metric):
-            self.corpus = lambda: CorpusMetric(metric, source=source, predict=self._predict())
+            has_predict = getattr(self._module, "predict", None) is not None
+            predict = partial(self._call, "predict", self._function("predict")) if has_predict else None
+            self.corpus = lambda: CorpusMetric(metric, source=source, predict=predict)
             self.corpus()  # raises here if the metric cannot be used
         elif metric is not None:
-            metric = self._function("metric")
-            self.metric = partial(self._metric, metric)
+            self.metric = partial(self._metric, self._function("metric"))
         self.metric_goal: str = self._goal(metric)
         self.metric_bounds = self._bounds()
         self._loss = self._function("loss")
@@ -78,10 +79,8 @@ class PythonTask:
             raise TaskError(f"model() must return a torch.nn.Module, not {type(model).__name__}", path=self.source)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if is_lazy(tensor):
-                message = (
-                    f"model() must return an initialized model, but its {name} has no shape yet: run one batch first"
-                )
-                raise TaskError(message, path=self.source)
+                lazy = f"its {name} has no shape yet: run one batch first"
+                raise TaskError(f"model() must return an initialized model, but {lazy}", path=self.source)
         return model
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -98,9 +97,8 @@ class PythonTask:
     def _metric(self, function: Callable[..., Any], model: nn.Module, batch: Any) -> Any:
         value = self._call("metric", function, model, batch)
         if value is None:
-            raise TaskError(
-                f"metric() must return a number or one per example, not None{self._where}", path=self.source
-            )
+            message = f"metric() must return a number or one per example, not None{self._where}"
+            raise TaskError(message, path=self.source)
         return value
 
     def has(self, split: Split) -> bool:
@@ -120,14 +118,14 @@ class PythonTask:
         return ((batch, sizes.popleft()) for batch in self._iterate(split, loader, itertools.count(rank + 1, world)))
 
     def _iterate(self, split: Split, own: Any = None, numbers: Iterable[int] | None = None) -> Iterator[Any]:
+        """Iterate over the split's loader, or over ``own``, which shares its sampler."""
         name = f"{split}_dataloader"
         self._at = ""
-        whole = self._loader(split) if own is None else self._loaders[split]
-        loader = whole if own is None else own
+        whole = self._loader(split)
         with self._translate_errors(name, thorough=True):
-            for seeded in {id(each): each for each in (whole, loader)}.values():  # the sampler belongs to ``whole``
-                seed_loader(seeded)
-            batches = iter(loader)
+            for loader in (whole,) if own is None else (whole, own):
+                seed_loader(loader)
+            batches = iter(whole if own is None else own)
         for number in numbers or itertools.count(1):
             self._at = f"batch {number} of {name}"
             with self._translate_errors(name):
@@ -158,13 +156,6 @@ class PythonTask:
             except TypeError:  # an iterator, or a loader of an IterableDataset
                 return None
 
-    def _predict(self) -> Callable[[nn.Module, Any], Any] | None:
-        """Return the task's ``predict``: (model, batch) to the arguments of ``metric.update``; None if not defined."""
-        if getattr(self._module, "predict", None) is None:
-            return None
-        predict = self._function("predict")
-        return lambda model, batch: self._call("predict", predict, model, batch)
-
     def _goal(self, metric: Any) -> str:
         default = metric_goal(metric) if is_torchmetric(metric) else "max"
         goal = getattr(self._module, "metric_goal", default)
@@ -192,27 +183,21 @@ class PythonTask:
         loader = self._loaders.get(split)
         if loader is None:
             loader = self._call(name, self._function(name))
-            self._count_workers(name, loader)
+            # torch itself warns if num_workers exceeds the affinity mask
+            if isinstance(loader, DataLoader) and processors() < loader.num_workers <= affinity():
+                excess = f"{name}() has num_workers={loader.num_workers}, and the CPU quota is {quota():g}"
+                note = f"{excess}: use at most {processors()}"
+                self.notes += [] if note in self.notes else [note]
             loader = without_distributed_sampler(loader)
             if not isinstance(loader, Iterator):
                 self._loaders[split] = loader
         return loader
 
-    def _count_workers(self, name: str, loader: Any) -> None:
-        """Add a note if num_workers exceeds the CPU quota; torch itself warns if it exceeds the affinity mask."""
-        if isinstance(loader, DataLoader) and processors() < loader.num_workers <= affinity():
-            excess = f"{name}() has num_workers={loader.num_workers}, and the CPU quota is {quota():g}"
-            note = f"{excess}: use at most {processors()}"
-            self.notes += [] if note in self.notes else [note]
-
     def _function(self, name: str) -> Callable[..., Any]:
         function = getattr(self._module, name, None)
         if not callable(function):
-            raise TaskError(
-                f"has no function `{name}`",
-                path=self.source,
-                hint="`ckptavg init` writes a task file that has them all",
-            )
+            hint = "`ckptavg init` writes a task file that has them all"
+            raise TaskError(f"has no function `{name}`", path=self.source, hint=hint)
         return function
 
     def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -254,20 +239,20 @@ def _stop_workers(batches: Any) -> None:
 
 
 def _import(source: str) -> ModuleType:
-    path = Path(source)
+    if source.endswith(".py") or "/" in source:
+        if not is_file(Path(source)):
+            raise UsageError(f"no such task file: {source}", hint=f"`ckptavg init {source}` writes one")
+        return _import_file(Path(source).resolve())
+    unknown = UsageError(f"no task file or module is called {source}", hint="`ckptavg init` writes one")
+    if not all(map(str.isidentifier, source.split("."))):
+        raise unknown
+    with suppress(OSError):  # the directory was removed
+        sys.path.insert(0, str(Path.cwd()))
     try:
-        if source.endswith(".py") or "/" in source:
-            if not is_file(path):
-                raise UsageError(f"no such task file: {source}", hint=f"`ckptavg init {source}` writes one")
-            return _import_file(path.resolve())
-        if not all(map(str.isidentifier, source.split("."))):
-            raise UsageError(f"no task file or module is called {source}", hint="`ckptavg init` writes one")
-        with suppress(OSError):  # the directory was removed
-            sys.path.insert(0, str(Path.cwd()))
         return importlib.import_module(source)
     except ModuleNotFoundError as error:
         if error.name == source.partition(".")[0]:
-            raise UsageError(f"no task file or module is called {source}", hint="`ckptavg init` writes one") from error
+            raise unknown from error
         raise
 
 

@@ -39,10 +39,10 @@ class CorpusMetric:
     `compute` is the metric's own value, from states updated with all batches in order. For a resample, the states that
     each of its batches leaves in a fresh metric are merged as torchmetrics merges those of several processes: each by
     its ``dist_reduce_fx``, applied to the stacked tensors; lists are joined. `update` updates twice per batch for this.
+    ``Metric.merge_state`` cannot be used: it refuses metrics that do not set ``full_state_update`` to False.
 
     Args:
-        metric: the metric of the task file; it is copied, and the copy moves to the device of its arguments.
-        source: the task file, for errors.
+        metric: the metric of the task file ``source``; it is copied, and the copy moves to the device of its arguments.
         predict: the task's function from model and batch to the tuple of arguments of ``metric.update``; None takes
             batches as pairs (inputs, targets) and calls ``metric.update(model(inputs), targets)``.
     Raises:
@@ -59,47 +59,26 @@ class CorpusMetric:
         self._name = type(metric).__name__
         self._predict = predict
         self._whole: Any = metric.clone()
+        self._whole.reset()
         self._scratch: Any = metric.clone()
+        self._states: list[list[Mapping[str, Any]]] = []  # of each batch and nested metric
         self._is_mergeable = False
-        self._saved_lengths: list[dict[str, int]] = []
-        self._saved_batches = 0
-        self.reset()
 
-    def state_dict(self, *, everything: bool = False) -> dict[str, Any]:
-        """Return the states added since the last call, or all states, for `load_state_dict`; lists as new items."""
-        if everything:
-            self._saved_lengths = []
-        whole = [_state(metric) for metric in _metrics(self._whole)]
-        lengths = [{name: len(state) for name, state in each.items() if isinstance(state, list)} for each in whole]
-        for states, saved_lengths in zip(whole, self._saved_lengths, strict=False):
-            for name, length in saved_lengths.items():
-                states[name] = states[name][length:]
-        start, self._saved_batches = 0 if not self._saved_lengths else self._saved_batches, self.batches
-        self._saved_lengths = lengths
-        return {"whole": whole, "batches": self._states[start:]}
+    def state_dict(self) -> dict[str, Any]:
+        """Return all states, for `load_state_dict`."""
+        return {"whole": _states(self._whole), "batches": self._states}
 
-    def load_state_dict(self, part: Mapping[str, Any]) -> None:
-        """Add the batches of a state that `state_dict` returned."""
-        self._states += part["batches"]
-        for metric, states in zip(_metrics(self._whole), part["whole"], strict=True):
-            for name, state in states.items():
-                setattr(metric, name, getattr(metric, name) + state if isinstance(state, list) else state)
-            metric._update_count = len(self._states)
-            metric._computed = None
-        self._whole.to(self._whole.device)
-        self.state_dict()
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Set the states that `state_dict` returned, on the CPU."""
+        self._states = saved["batches"]
+        for metric in (self._whole, self._scratch):
+            metric.to("cpu")
+        _load(self._whole, saved["whole"], self.batches)
 
     @property
     def batches(self) -> int:
-        """Number of batches added since the last `reset`."""
+        """Number of batches added."""
         return len(self._states)
-
-    def reset(self) -> None:
-        """Remove all batches."""
-        self._whole.reset()
-        self._states: list[list[Mapping[str, Any]]] = []
-        self._is_mergeable = False
-        self._saved_lengths = []
 
     def update(self, model: nn.Module, batch: Any) -> None:
         """Run the model on a batch and update the metric with its outputs.
@@ -113,13 +92,12 @@ class CorpusMetric:
             arguments = self._arguments(model, batch)
             with self._translate_errors(f"{self._name}.update"):
                 device = next((value.device for value in arguments if isinstance(value, torch.Tensor)), None)
+                self._scratch.reset()
                 for metric in (self._whole, self._scratch):
                     if device is not None and metric.device != device:
                         metric.to(device)
-                self._scratch.reset()
-                for metric in (self._whole, self._scratch):
                     metric.update(*arguments)
-        self._states.append([_state(metric) for metric in _metrics(self._scratch)])
+        self._states.append(_states(self._scratch))
 
     def compute(self) -> float:
         """Return the metric's value over all batches so far; the caller negates it if the goal is ``min``.
@@ -129,9 +107,7 @@ class CorpusMetric:
         """
         if not self._states:
             raise TaskError("the metric has seen no batches", path=self._source)
-        with self._translate_errors(f"{self._name}.compute"):
-            value = self._whole.compute()
-        return self._to_float(value)
+        return self._value_of(self._whole)
 
     def resampled(self, indices: Sequence[int]) -> float:
         """Return the metric's value over the batches ``indices``, numbered as added; indices may repeat.
@@ -155,18 +131,21 @@ class CorpusMetric:
         return self._compute_merged(indices)
 
     def _compute_merged(self, indices: Sequence[int]) -> float:
-        with self._translate_errors(f"{self._name}.compute"), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for place, metric in enumerate(_metrics(self._scratch)):
-                metric.reset()
-                for name, reduce in metric._reductions.items():
-                    states = [_to_device(metric.device, self._states[i][place][name]) for i in indices]
-                    setattr(metric, name, _merge_states(states, reduce))
-                metric._update_count = len(indices)
-            value = self._scratch.compute()
-        if not math.isfinite(number := self._to_float(value)):
-            raise TaskError(f"the metric is {number}", path=self._source)
-        return number
+            with self._translate_errors(f"{self._name}.compute"):
+                merged = [
+                    {
+                        name: _merge_states([self._states[i][place][name] for i in indices], reduce)
+                        for name, reduce in metric._reductions.items()
+                    }
+                    for place, metric in enumerate(_metrics(self._scratch))
+                ]
+                _load(self._scratch, merged, len(indices))
+            value = self._value_of(self._scratch)
+        if not math.isfinite(value):
+            raise TaskError(f"the metric is {value}", path=self._source)
+        return value
 
     def _arguments(self, model: nn.Module, batch: Any) -> tuple[Any, ...]:
         if self._predict is None:
@@ -179,15 +158,15 @@ class CorpusMetric:
         with self._translate_errors("predict"):
             arguments = self._predict(model, batch)
         if not isinstance(arguments, tuple):
-            got = type(arguments).__name__
-            raise TaskError(
-                f"predict() must return the arguments of metric.update, a tuple, not {got}", path=self._source
-            )
+            message = "predict() must return the arguments of metric.update, a tuple, not "
+            raise TaskError(message + type(arguments).__name__, path=self._source)
         return arguments
 
-    def _to_float(self, value: Any) -> float:
+    def _value_of(self, metric: Any) -> float:
         import torch
 
+        with self._translate_errors(f"{self._name}.compute"):
+            value = metric.compute()
         if isinstance(value, bool | int | float):
             value = torch.tensor(float(value))
         if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.is_complex():
@@ -224,19 +203,22 @@ def _metrics(metric: Any) -> list[Any]:
     return [module for module in metric.modules() if is_torchmetric(module)]
 
 
-def _state(metric: Any) -> dict[str, Any]:
-    """Copy the accumulated states, since `reset` empties lists in place and a custom `reset` may do more."""
-    states = {name: getattr(metric, name) for name in metric._reductions}
-    return {name: list(state) if isinstance(state, list) else state.clone() for name, state in states.items()}
+def _states(metric: Any) -> list[Mapping[str, Any]]:
+    """Copy the states of all metrics in ``metric``: `reset` empties lists in place, and a custom one may do more."""
+    states = [{name: getattr(nested, name) for name in nested._reductions} for nested in _metrics(metric)]
+    return [
+        {name: list(value) if isinstance(value, list) else value.clone() for name, value in state.items()}
+        for state in states
+    ]
 
 
-def _to_device(device: Any, state: Any) -> Any:
-    """Move a state to ``device``; states restored from an earlier run are on the CPU."""
-    import torch
-
-    if isinstance(state, list):
-        return [_to_device(device, item) for item in state]
-    return state.to(device) if isinstance(state, torch.Tensor) else state
+def _load(metric: Any, states: Sequence[Mapping[str, Any]], updates: int) -> None:
+    """Set the states of all metrics in ``metric`` to those after a number of updates."""
+    for nested, state in zip(_metrics(metric), states, strict=True):
+        nested.reset()
+        for name, value in state.items():
+            setattr(nested, name, value)
+        nested._update_count = updates
 
 
 def _merge_states(states: list[Any], reduce: Callable[[Any], Any] | None) -> Any:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from ckptavg.runtime.seeds import reseed
+
+_SETTINGS: Final = (
+    "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator",
+    "prefetch_factor", "persistent_workers",
+)  # fmt: skip
 
 
 class RankBatchSampler(Sampler[list[int]]):
@@ -42,9 +47,6 @@ class RankBatchSampler(Sampler[list[int]]):
                 reseed(seed, start + own)
             yield turn[own]
 
-    def __len__(self) -> int:
-        return -(-len(self._batches) // self._world)
-
 
 def rank_loader(loader: Any, rank: int, world: int) -> tuple[DataLoader[Any], deque[list[int]]] | None:
     """Return a loader of this rank's batches and its `RankBatchSampler.sizes`.
@@ -61,8 +63,7 @@ def without_distributed_sampler(loader: Any) -> Any:
     """Replace a DistributedSampler by one over all data: ckptavg divides the batches among ranks itself."""
     if type(loader) is not DataLoader or loader.batch_size is None:
         return loader
-    sampler = loader.sampler
-    if not isinstance(sampler, DistributedSampler):
+    if not isinstance(sampler := loader.sampler, DistributedSampler):
         return loader
     all_data: DistributedSampler[Any] = DistributedSampler(
         sampler.dataset, 1, 0, shuffle=sampler.shuffle, seed=sampler.seed, drop_last=sampler.drop_last
@@ -72,16 +73,5 @@ def without_distributed_sampler(loader: Any) -> Any:
 
 def _with_batch_sampler(loader: DataLoader[Any], batches: Any) -> DataLoader[Any]:
     """Return a copy of the loader with another batch sampler."""
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=batches,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-    )
+    settings: dict[str, Any] = {name: getattr(loader, name) for name in _SETTINGS}
+    return DataLoader(loader.dataset, batch_sampler=batches, **settings)

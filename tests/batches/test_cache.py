@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ckptavg.batches import cache as cache_module
 from ckptavg.batches.cache import BatchCache
+from ckptavg.batches.loader import BatchLoader
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.context import Run
+from ckptavg.cost import CostMeter
 from ckptavg.objective.mixture import Mixture
 from ckptavg.score import Split
 
@@ -143,8 +145,9 @@ def test_batches_with_their_own_to_method_are_not_cached():
         assert read_pass(cache, "val", {"graph": graph, "y": torch.ones(2)})[0]["graph"] is graph
 
 
-def test_forget_drops_cached_batches():
-    cache = BatchCache(CPU)
-    read_pass(cache, "val", torch.ones(2))
-    cache.forget()
-    assert read_pass(cache, "val", torch.zeros(1))[0].tolist() == read_pass(cache, "val")[0].tolist() == [0.0]
+def test_batches_are_read_again_after_they_were_halved():
+    task = Job()
+    loader = BatchLoader(task, "val", Run(device=CPU), CostMeter())  # pyright: ignore[reportArgumentType]
+    for halved, read in ((False, 1), (False, 1), (True, 2), (True, 3)):
+        loader.restart(halved=halved)
+        assert len(list(loader.scored("val"))) == 3 and task.read == ["val"] * read

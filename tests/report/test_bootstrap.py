@@ -17,7 +17,7 @@ from ckptavg.score import PerExample, Score
 def score(values: Tensor, counts: Tensor | None = None) -> Score:
     counts = torch.ones_like(values) if counts is None else counts
     value = float((values * counts).sum() / counts.sum())
-    each = PerExample(values_U=values, losses_U=-values, examples_U=counts)
+    each = PerExample(values_U=values, examples_U=counts)
     return Score(value=value, loss=-value, metric=value, examples=int(counts.sum()), per_example=each)
 
 

@@ -139,8 +139,7 @@ def test_a_stream_started_late_continues_at_the_same_batch(tmp_path: Path):
     task = HeldOut(PythonTask(str(tmp_path / "odd.py")), "val", rest="val", to="test", fraction=0.5, seed=0)
 
     def stream(split: Any) -> BatchStream:
-        feed = BatchLoader(task, "val", Run(device=torch.device("cpu")), CostMeter())
-        feed.needs_two = True
+        feed = BatchLoader(task, "val", Run(device=torch.device("cpu")), CostMeter(), needs_two=lambda: True)
         return feed.stream(split)
 
     for split in ("train", "val"):

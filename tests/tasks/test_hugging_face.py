@@ -23,6 +23,7 @@ from ckptavg.checkpoints.window import Window
 from ckptavg.context import Run
 from ckptavg.errors import CkptavgError, InputError, TaskError, UsageError
 from ckptavg.objective.mixture import Mixture
+from ckptavg.options import Options
 from ckptavg.tasks.hugging_face import HuggingFaceTask
 
 transformers = pytest.importorskip("transformers")
@@ -174,11 +175,11 @@ def test_only_the_completion_of_a_prompt_is_predicted(root: Path, pairs: Path):
 
 def test_a_prompt_that_is_too_long_keeps_its_end(root: Path, tmp_path: Path):
     data = lines(tmp_path / "long.jsonl", [{"prompt": " a" * 100, "completion": " heap"}])
-    task = HuggingFaceTask(root / "gpt2", val=data, max_length=20)
+    task = HuggingFaceTask(root / "gpt2", val=data)
     (batch,) = task.batches("val")
     ids = tokenizer(template=False)(" a" * 100 + " heap")["input_ids"]
-    assert batch["input_ids"].tolist() == [ids[-20:]]
-    assert batch["labels"].tolist() == [[-100] * (20 - len(ids) + 100) + ids[100:]]
+    assert batch["input_ids"].tolist() == [ids[-LIMIT:]]
+    assert batch["labels"].tolist() == [[-100] * (LIMIT - len(ids) + 100) + ids[100:]]
 
 
 def test_only_the_last_message_of_a_conversation_is_predicted(root: Path, tmp_path: Path):
@@ -439,9 +440,9 @@ def broken(root: Path, tmp_path: Path, **changes: Any) -> Path:
     return folder
 
 
-def refused(kind: type[CkptavgError], message: str, hint: str, folder: Path, val: Path, **options: Any) -> None:
+def refused(kind: type[CkptavgError], message: str, hint: str, folder: Path, val: Path) -> None:
     with pytest.raises(kind, match=message) as caught:
-        list(HuggingFaceTask(folder, val=val, **options).batches("val"))
+        list(HuggingFaceTask(folder, val=val).batches("val"))
     assert "\n" not in str(caught.value) and hint in (caught.value.hint or "")
 
 
@@ -476,8 +477,9 @@ def test_other_mistakes_are_one_line_errors_with_a_hint(root: Path, texts: Path,
     refused(TaskError, "columns input, output, but GPT2LMHeadModel learns from prompt and completion", "", gpt2, other)
     label = lines(tmp_path / "l.jsonl", [{"text": "a", "label": "code"}, {"text": "a", "label": "verse"}])
     refused(InputError, r"l\.jsonl:2: unknown label 'verse'; config.json defines", "", classifier, label)
-    refused(UsageError, "at least 1 example", "", gpt2, texts, batch_size=0)
     refused(TaskError, "has no config.json", "", tmp_path, texts)
+    with pytest.raises(UsageError, match="--batch-size must be at least 1"):
+        Options(val=texts, batch_size=0)
 
 
 @pytest.mark.parametrize(

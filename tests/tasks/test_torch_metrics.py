@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ckptavg.errors import TaskError
+from ckptavg.journal.tensor_json import decode, encode
 from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
 
 pytest.importorskip("torchmetrics")
@@ -149,15 +151,25 @@ def test_a_resample_is_not_a_mean_of_batch_values():
     assert abs(corpus.resampled([0, 1]) - mean) > 1e-3
 
 
-def test_reset_removes_all_batches_and_the_tasks_metric_is_never_modified():
+def test_the_tasks_metric_is_never_modified_and_what_it_has_seen_does_not_count():
     metric = MulticlassAccuracy(4)
-    corpus = CorpusMetric(metric, source="task.py")
+    metric.update(*classes(torch.Generator().manual_seed(9), 20))
+    seen = metric.compute()
     for seed in range(2):
-        corpus.reset()
         batch = classes(torch.Generator().manual_seed(seed), 20)
+        corpus = CorpusMetric(metric, source="task.py")
         corpus.update(nn.Identity(), batch)
         assert corpus.batches == 1 and corpus.compute() == reference("accuracy-macro", [batch])
-    assert not metric.update_called
+    assert metric.update_count == 1 and metric.compute() == seen
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_states_that_were_saved_as_json_give_the_same_values(name: str):
+    corpus, _ = filled(name)
+    restored = CorpusMetric(CASES[name][0](), source="task.py")
+    restored.load_state_dict(decode(json.loads(json.dumps(encode(corpus.state_dict())))))
+    assert restored.batches == corpus.batches and restored.compute() == corpus.compute()
+    assert [restored.resampled(indices) for indices in RESAMPLES] == [corpus.resampled(i) for i in RESAMPLES]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,8 +7,7 @@ Shape suffixes: B = examples, T = tokens of the longest example, V = tokens of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,19 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ckptavg.errors import CkptavgError, InputError, TaskError, UsageError, is_out_of_memory
-from ckptavg.filesystem.regular_file import is_folder
+from ckptavg.errors import InputError, TaskError
 from ckptavg.score import Split
 from ckptavg.tasks.hugging_face import data_files
-from ckptavg.tasks.hugging_face.architecture import WRITE_ONE, architecture, base, build, offline, transformers
+from ckptavg.tasks.hugging_face.architecture import WRITE_ONE, ModelFolder, translate_errors
 from ckptavg.tasks.hugging_face.data_files import DataFile
-from ckptavg.tasks.hugging_face.peft_module import Adapter
 from ckptavg.tasks.hugging_face.tokens import IGNORED, UNLIMITED, Example, Tokens, collated, max_tokens, padding
 from ckptavg.tasks.worker_sampler import RankBatchSampler
 
 AUTOMATIC: Final = 32  # examples per batch, if no batch size is given
 _MAX_CACHED: Final = 2 << 30  # bytes of processed images to keep in memory
-_TOKENIZERS: Final = ("tokenizer*", "*.model", "vocab.*", "tekken.json")
 
 
 class HuggingFaceTask:
@@ -61,52 +57,37 @@ class HuggingFaceTask:
         test: data for a final score.
         batch_size: examples per batch; None starts with 32, which `halve` reduces.
         trust_remote_code: run model code in the directory.
-        max_length: maximum number of tokens of a text.
     Raises:
         UsageError: if a file is missing or its type is not supported, or a required package is not installed.
         InputError: if a data file is damaged or empty.
         TaskError: if the directory does not hold one of these models, or the columns do not match it.
     """
 
+    metric_goal = "max"
+    corpus = None
+    whole = None
+
     def __init__(
-        self,
-        folder: Path,
-        *,
-        val: Path,
-        train: Path | None = None,
-        test: Path | None = None,
-        batch_size: int | None = 8,
-        trust_remote_code: bool = False,
-        max_length: int | None = None,
-    ) -> None:
-        if (batch_size is not None and batch_size < 1) or (max_length is not None and max_length < 2):
-            raise UsageError("a batch needs at least 1 example, and a text at least 2 tokens")
+        self, folder: Path, *, val: Path, train: Path | None = None, test: Path | None = None,
+        batch_size: int | None = 8, trust_remote_code: bool = False,
+    ) -> None:  # fmt: skip
         self.source = str(folder)
-        self._folder = folder
         self._batch_size = batch_size or AUTOMATIC
         self._may_halve = batch_size is None
-        self._trust = trust_remote_code
         named: dict[Split, Path | None] = {"val": val, "train": train, "test": test}
         self._data = {split: data_files.read(path) for split, path in named.items() if path is not None}
-        self._base = base(folder)
-        with self._translate_errors("config.json"), offline():
-            self._kind = architecture(self._base, self.source, trust=trust_remote_code)
-            self._config = self._load("AutoConfig", self._base)
+        self._folder = ModelFolder(folder, trust=trust_remote_code)
+        self._kind, self._config = self._folder.kind, self._folder.config
         self._columns = {split: self._matching_columns(data) for split, data in self._data.items()}
-        with self._translate_errors("tokenizer or image processor"), offline():
-            if self._kind.name == "image":
-                place = self._locate("image processor", ("*processor_config.json",), "preprocessor_config.json")
-                self._processor = self._load("AutoImageProcessor", place)
-            else:
-                self._processor = self._load("AutoTokenizer", self._locate("tokenizer", _TOKENIZERS, "tokenizer.json"))
-                if self._kind.name == "masked" and self._processor.mask_token_id is None:
-                    raise TaskError("its tokenizer has no mask token", path=folder, hint=WRITE_ONE)
-                limit = max_tokens(self._config.get_text_config(), self._processor, max_length)
-                self._tokens = Tokens(tokenizer=self._processor, limit=limit)
+        if self._kind.name == "image":
+            self._processor = self._folder.image_processor()
+        else:
+            self._processor = self._folder.tokenizer()
+            if self._kind.name == "masked" and self._processor.mask_token_id is None:
+                raise TaskError("its tokenizer has no mask token", path=folder, hint=WRITE_ONE)
+            limit = max_tokens(self._config.get_text_config(), self._processor)
+            self._tokens = Tokens(tokenizer=self._processor, limit=limit)
         self.metric: Callable[[nn.Module, Any], Tensor] | None = None
-        self.metric_goal = "max"
-        self.corpus = None
-        self.whole = None
         self.metric_bounds: tuple[float, float] | None = None
         if self._kind.name in ("text", "image"):
             if self._config.num_labels < 2:
@@ -117,18 +98,12 @@ class HuggingFaceTask:
         self._forwarded: tuple[nn.Module, Any, Tensor] | None = None
 
     def model(self) -> nn.Module:
-        """See `Task.model`; in float32, and for an adapter wrapped around its base model with weights."""
-        is_adapter = self._base != self.source
-        with self._translate_errors("model"), offline():
-            model = build(self._base, self._kind, self._config, trust=self._trust, weights=is_adapter)
-            for config in (model.config, model.config.get_text_config()):
-                if self._kind.name == "text" and getattr(config, "pad_token_id", None) is None:
-                    config.pad_token_id = padding(self._processor)  # causal classifiers use it to find the last token
-            return Adapter(model, self._folder) if is_adapter else model
+        """See `Task.model` and `ModelFolder.build`."""
+        return self._folder.build(pad_token=padding(self._processor) if self._kind.name == "text" else None)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """See `Task.loss`; one value per example [B]."""
-        with self._translate_errors("loss"):
+        with translate_errors(self.source, "loss"):
             labels = batch["labels"]
             logits = self._logits(model, batch)
             if self.metric is not None:
@@ -161,10 +136,8 @@ class HuggingFaceTask:
 
     def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]]:
         """Iterate over this rank's batches, each with the batch sizes of all ranks."""
-        order = self._order(split)
-        turns = RankBatchSampler(
-            [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)], rank, world
-        )
+        order, size = self._order(split), self._batch_size
+        turns = RankBatchSampler([order[i : i + size] for i in range(0, len(order), size)], rank, world)
         for chosen in turns:
             yield self._batch(split, chosen), turns.sizes.popleft()
 
@@ -184,12 +157,12 @@ class HuggingFaceTask:
         return torch.randperm(count).tolist() if split == "train" else range(count)
 
     def _batch(self, split: Split, chosen: Sequence[int]) -> Any:
-        with self._translate_errors(f"{split} data"):
+        with translate_errors(self.source, f"{split} data"):
             return collated([self._example(split, i) for i in chosen], padding(self._processor))
 
     def _accuracy(self, model: nn.Module, batch: Any) -> Tensor:
         """Return whether the most probable class is the label [B]; reuses the logits if `loss` just computed them."""
-        with self._translate_errors("metric"):
+        with translate_errors(self.source, "metric"):
             last, self._forwarded = self._forwarded, None
             same = last is not None and last[0] is model and last[1] is batch
             logits = last[2] if last is not None and same else self._logits(model, batch)
@@ -204,7 +177,7 @@ class HuggingFaceTask:
         """Return the tokenized examples of a text split, cached after the first call."""
         if split not in self._examples:
             data, columns = self._data[split], self._columns[split]
-            with self._translate_errors(f"{split} data"):
+            with translate_errors(self.source, f"{split} data"):
                 encoded = [self._encode(data, i, columns) for i in range(len(data.rows))]
             self._examples[split] = [example for example in encoded if example is not None]
             if not self._examples[split]:
@@ -223,48 +196,28 @@ class HuggingFaceTask:
             example = tokens.conversation(data.value(i, "messages", list))
         else:
             prompt, completion = data.value(i, "prompt", str), data.value(i, "completion", str)
-            is_seq2seq = self._kind.name == "seq2seq"
-            example = (
-                tokens.translation(prompt, completion) if is_seq2seq else tokens.completion(prompt, prompt + completion)
-            )
+            if self._kind.name == "seq2seq":
+                example = tokens.translation(prompt, completion)
+            else:
+                example = tokens.completion(prompt, prompt + completion)
         if example is None and columns[0] != "text":
             raise InputError(f"`{columns[-1]}` has no token to predict", path=data.where(i))
-        if example is not None and int(example["input_ids"].max()) >= self._vocabulary:
+        vocabulary = getattr(self._config.get_text_config(), "vocab_size", UNLIMITED)
+        if example is not None and int(example["input_ids"].max()) >= vocabulary:
             raise TaskError("the tokenizer has more tokens than the model", path=self.source)
         return example
 
     def _example(self, split: Split, i: int) -> Example:
         if self._kind.name != "image":
             return self._encoded(split)[i]
-        data = self._data[split]
+        data, pixels = self._data[split], self._pixels.get((split, i))
         label = torch.tensor(data.label(i, self._config.label2id))
-        pixels = self._pixels.get((split, i))
         if pixels is None:
-            pixels = self._processed(data, i)
+            image = data.image(i).convert("L" if getattr(self._config, "num_channels", 3) == 1 else "RGB")
+            pixels = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
             if (len(self._pixels) + 1) * pixels.nbytes <= _MAX_CACHED:
                 self._pixels[split, i] = pixels
         return {"pixel_values": pixels, "labels": label}
-
-    def _processed(self, data: DataFile, i: int) -> Tensor:
-        """Return pixels [channels, height, width] of an image, or of an image path relative to the data file."""
-        from PIL import Image
-
-        image = data.rows[i]["image"]
-        if isinstance(image, str):
-            path = (data.path if is_folder(data.path) else data.path.parent) / image
-            try:
-                image = Image.open(path)
-                image.load()
-            except OSError as error:
-                raise InputError(f"cannot be read as an image: {error}", path=path) from error
-        if not isinstance(image, Image.Image):
-            raise InputError("`image` must be an image or the path of one", path=data.where(i))
-        grey = getattr(self._config, "num_channels", 3) == 1
-        return self._processor(images=image.convert("L" if grey else "RGB"), return_tensors="pt")["pixel_values"][0]
-
-    @property
-    def _vocabulary(self) -> int:
-        return getattr(self._config.get_text_config(), "vocab_size", UNLIMITED)
 
     def _matching_columns(self, data: DataFile) -> tuple[str, ...]:
         """Return the columns of ``data`` that this architecture learns from."""
@@ -278,27 +231,3 @@ class HuggingFaceTask:
             path=data.path,
             hint="rename the columns, or " + WRITE_ONE,
         )
-
-    def _locate(self, subject: str, patterns: tuple[str, ...], example: str) -> str:
-        """Return the directory, or else the base model, that has a file matching ``patterns``."""
-        for place in (self.source, self._base):
-            folder = Path(place)
-            if not is_folder(folder) or any(any(folder.glob(pattern)) for pattern in patterns):
-                return place
-        raise TaskError(f"no {subject} in {self._base}", hint=f"copy {example} beside config.json")
-
-    def _load(self, auto: str, place: str, **options: Any) -> Any:
-        auto_class = getattr(transformers(), auto)
-        return auto_class.from_pretrained(place, local_files_only=True, trust_remote_code=self._trust, **options)
-
-    @contextmanager
-    def _translate_errors(self, subject: str) -> Generator[None]:
-        """Turn exceptions of the libraries into one-line errors that begin with ``subject``."""
-        try:
-            yield
-        except Exception as error:  # boundary to third-party code
-            if isinstance(error, CkptavgError) or is_out_of_memory(error):
-                raise
-            first_line = next(iter(str(error).strip().splitlines()), "")
-            hint = "-v shows the traceback"
-            raise TaskError(f"{subject}: {type(error).__name__}: {first_line}", path=self.source, hint=hint) from error

@@ -1,4 +1,4 @@
-"""Detection and construction, without network access, of the model in a Hugging Face directory."""
+"""Detection and construction, without network access, of the model or adapter in a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from ckptavg.errors import TaskError, UsageError
+from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.filesystem.regular_file import is_file, is_folder
 from ckptavg.filesystem.strict_json import read_json
 
 WRITE_ONE: Final = "write a task file: `ckptavg init`"
 _ONE_LABEL: Final = "single_label_classification"
+_TOKENIZERS: Final = ("tokenizer*", "*.model", "vocab.*", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -40,74 +42,161 @@ _KINDS: Final = (
 )
 
 
-def architecture(place: str, source: str, *, trust: bool) -> Kind:
-    """Return the kind of model declared in config.json.
+class ModelFolder:
+    """The model that a directory declares, or the base model that a PEFT adapter in it names.
+
+    Attributes:
+        source: the directory given by the user, for errors.
+        base: the model to build: the directory itself, or the adapter's base model.
+        kind: the kind of model declared in config.json.
+        config: its transformers configuration.
 
     Args:
-        place: the model to build, as returned by `base`.
-        source: the directory given by the user, for errors; for an adapter it differs from ``place``.
+        folder: directory with config.json or adapter_config.json.
         trust: allow model code in the directory to run.
     Raises:
-        TaskError: if it is not a language model or classifier, needs untrusted code, or is not on this machine.
-        OSError: from transformers, if config.json cannot be read.
+        UsageError: if transformers is not installed.
+        TaskError: if there is no language model or classifier, it needs untrusted code or is not on this machine.
     """
-    library = transformers()
-    try:
-        config, _ = library.PretrainedConfig.get_config_dict(place, local_files_only=True)
-    except OSError as error:
-        if place == source or is_folder(Path(place)):
-            raise
-        hint = f"download it: hf download {place}"
-        raise TaskError(f"its base model {place} is not on this machine", path=source, hint=hint) from error
-    own_code: Mapping[str, str] = config.get("auto_map") or {}
-    if own_code and not trust:
-        raise TaskError(
-            "the model needs code of its own, which is not run by default (`auto_map` in config.json)",
-            path=place,
-            hint="if you trust it: --trust-remote-code",
-        )
-    name = (config.get("architectures") or [None])[0]
-    if config.get("problem_type", _ONE_LABEL) not in (None, _ONE_LABEL):
-        raise TaskError(f"problem_type {config['problem_type']} is not supported", path=place, hint=WRITE_ONE)
-    for kind in _KINDS:
-        table = getattr(library.models.auto.modeling_auto, f"MODEL_FOR_{kind.table}_MAPPING_NAMES")
-        classes = {each for entry in table.values() for each in ((entry,) if isinstance(entry, str) else entry)}
-        if kind.auto in own_code or name in classes:
-            return kind
-    message = f"the architecture {name} is not supported" if name else "config.json names no architecture"
-    raise TaskError(message, path=place, hint=f"language models and classifiers are supported; else {WRITE_ONE}")
+
+    def __init__(self, folder: Path, *, trust: bool) -> None:
+        self._folder = folder
+        self._trust = trust
+        self.source = str(folder)
+        self.base = _base(folder)
+        with translate_errors(self.source, "config.json"), offline():
+            self.kind = self._find_kind()
+            self.config = self._load("AutoConfig", self.base)
+
+    def tokenizer(self) -> Any:
+        """Load the tokenizer."""
+        return self._processor("tokenizer", "AutoTokenizer", _TOKENIZERS, "tokenizer.json")
+
+    def image_processor(self) -> Any:
+        """Load the image processor."""
+        patterns = ("*processor_config.json",)
+        return self._processor("image processor", "AutoImageProcessor", patterns, "preprocessor_config.json")
+
+    def build(self, *, pad_token: int | None = None) -> nn.Module:
+        """Build the model in float32, without a cache for generation; an adapter around its base model with weights.
+
+        Otherwise the weights are arbitrary, and the state dict has the names of saved files.
+
+        Args:
+            pad_token: set in a configuration without one; causal classifiers use it to find the last token.
+        """
+        is_adapter = self.base != self.source
+        with translate_errors(self.source, "model"), offline():
+            auto = getattr(transformers(), self.kind.auto)
+            options = {"trust_remote_code": self._trust, "torch_dtype": torch.float32}
+            if is_adapter:
+                model = auto.from_pretrained(self.base, config=self.config, local_files_only=True, **options)
+            else:
+                model = auto.from_config(self.config, **options)
+                _use_saved_names(model, self.base)
+            for config in (model.config, model.config.get_text_config()):
+                if hasattr(config, "use_cache"):
+                    config.use_cache = False
+                if pad_token is not None and getattr(config, "pad_token_id", None) is None:
+                    config.pad_token_id = pad_token
+            return Adapter(model, self._folder) if is_adapter else model
+
+    def _find_kind(self) -> Kind:
+        library = transformers()
+        try:
+            config, _ = library.PretrainedConfig.get_config_dict(self.base, local_files_only=True)
+        except OSError as error:
+            if self.base == self.source or is_folder(Path(self.base)):
+                raise
+            hint = f"download it: hf download {self.base}"
+            message = f"its base model {self.base} is not on this machine"
+            raise TaskError(message, path=self.source, hint=hint) from error
+        own_code: Mapping[str, str] = config.get("auto_map") or {}
+        if own_code and not self._trust:
+            raise TaskError(
+                "the model needs code of its own, which is not run by default (`auto_map` in config.json)",
+                path=self.base,
+                hint="if you trust it: --trust-remote-code",
+            )
+        name = (config.get("architectures") or [None])[0]
+        if config.get("problem_type", _ONE_LABEL) not in (None, _ONE_LABEL):
+            raise TaskError(f"problem_type {config['problem_type']} is not supported", path=self.base, hint=WRITE_ONE)
+        for kind in _KINDS:
+            table = getattr(library.models.auto.modeling_auto, f"MODEL_FOR_{kind.table}_MAPPING_NAMES")
+            classes = {each for entry in table.values() for each in ((entry,) if isinstance(entry, str) else entry)}
+            if kind.auto in own_code or name in classes:
+                return kind
+        message = f"the architecture {name} is not supported" if name else "config.json names no architecture"
+        hint = f"language models and classifiers are supported; else {WRITE_ONE}"
+        raise TaskError(message, path=self.base, hint=hint)
+
+    def _processor(self, subject: str, auto: str, patterns: tuple[str, ...], example: str) -> Any:
+        """Load from the directory, or else from the base model, whichever has a file matching ``patterns``."""
+        with translate_errors(self.source, subject), offline():
+            for place in (self.source, self.base):
+                if not is_folder(Path(place)) or any(any(Path(place).glob(pattern)) for pattern in patterns):
+                    return self._load(auto, place)
+        raise TaskError(f"no {subject} in {self.base}", hint=f"copy {example} beside config.json")
+
+    def _load(self, auto: str, place: str) -> Any:
+        auto_class = getattr(transformers(), auto)
+        return auto_class.from_pretrained(place, local_files_only=True, trust_remote_code=self._trust)
 
 
-def build(place: str, kind: Kind, config: Any, *, trust: bool, weights: bool = False) -> Any:
-    """Build the model of ``place`` in float32, without a cache for generation; call within `offline`.
-
-    Args:
-        place: model directory, or a model id in the local cache.
-        kind: the result of `architecture`.
-        config: the transformers configuration.
-        trust: run model code in the directory.
-        weights: load them; otherwise their values are arbitrary and the state dict has the names of saved files.
-    """
-    auto = getattr(transformers(), kind.auto)
-    if weights:
-        model = auto.from_pretrained(
-            place, config=config, local_files_only=True, trust_remote_code=trust, torch_dtype=torch.float32
-        )
-    else:
-        model = auto.from_config(config, trust_remote_code=trust, torch_dtype=torch.float32)
-        use_saved_names(model, place)
-    for each in (model.config, model.config.get_text_config()):
-        if hasattr(each, "use_cache"):
-            each.use_cache = False
-    return model
-
-
-def use_saved_names(model: nn.Module, source: str) -> None:
-    """Rename the state dict to the names that `save_pretrained` writes, which may differ since transformers 5.
+class Adapter(nn.Module):
+    """PEFT model whose state dict has only the adapter's tensors, named as in its file; the base model is frozen.
 
     Raises:
-        TaskError: naming ``source``, if the files hold tensors that are not parameters of the model.
+        TaskError: if the adapter's weights are not parameters of the model, as for prompt tuning.
     """
+
+    def __init__(self, base: nn.Module, folder: Path) -> None:
+        super().__init__()
+        peft = imported("peft", "peft")
+        self.config = base.config
+        self.model = peft.PeftModel.from_pretrained(base, str(folder), local_files_only=True).requires_grad_(False)
+        whole: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
+        named = peft.get_peft_model_state_dict(self.model, state_dict=whole, save_embedding_layers=True)
+        if is_file(file := folder / "adapter_model.safetensors"):
+            with safe_open(file, "pt") as stored:
+                saved = set(stored.keys())
+            named = {name: tensor for name, tensor in named.items() if name in saved}
+        inner_names = {id(tensor): name for name, tensor in whole.items()}
+        if not all(id(tensor) in inner_names for tensor in named.values()):
+            hint = "merge it with merge_and_unload()"
+            raise TaskError("this kind of adapter cannot be optimized", path=folder, hint=hint)
+        self._names = {name: inner_names[id(tensor)] for name, tensor in named.items()}
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """Run the wrapped model."""
+        return self.model(**inputs)
+
+    def state_dict(self, *, keep_vars: bool = False, **_: Any) -> dict[str, Tensor]:  # pyright: ignore
+        """Return the adapter's tensors by reference, without copies."""
+        whole = self.model.state_dict(keep_vars=keep_vars)
+        return {name: whole[inner] for name, inner in self._names.items()}
+
+    def requires_grad_(self, requires_grad: bool = True) -> Adapter:
+        """Set ``requires_grad`` of the adapter's tensors only."""
+        for tensor in self.state_dict(keep_vars=True).values():
+            tensor.requires_grad_(requires_grad)
+        return self
+
+
+def _base(folder: Path) -> str:
+    if is_file(folder / "adapter_config.json"):
+        config: Any = read_json(folder / "adapter_config.json")
+        name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+        if not isinstance(name, str):
+            raise TaskError("adapter_config.json does not name the base model", path=folder)
+        return name
+    if not is_file(folder / "config.json"):
+        raise TaskError("has no config.json", path=folder, hint="copy the model's beside its weights, or " + WRITE_ONE)
+    return str(folder)
+
+
+def _use_saved_names(model: nn.Module, source: str) -> None:
+    """Rename the state dict to the names that `save_pretrained` writes, which may differ since transformers 5."""
     revert = getattr(importlib.import_module("transformers.modeling_utils"), "revert_weight_conversion", None)
     if revert is None:
         return
@@ -125,23 +214,6 @@ def use_saved_names(model: nn.Module, source: str) -> None:
         model._register_state_dict_hook(rename)  # pyright: ignore[reportPrivateUsage]
 
 
-def base(folder: Path) -> str:
-    """Return the model to build: the directory itself, or the base model named by an adapter in it.
-
-    Raises:
-        TaskError: if there is no config.json, or adapter_config.json does not name the base model.
-    """
-    if is_file(folder / "adapter_config.json"):
-        config: Any = read_json(folder / "adapter_config.json")
-        name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-        if not isinstance(name, str):
-            raise TaskError("adapter_config.json does not name the base model", path=folder)
-        return name
-    if not is_file(folder / "config.json"):
-        raise TaskError("has no config.json", path=folder, hint="copy the model's beside its weights, or " + WRITE_ONE)
-    return str(folder)
-
-
 def transformers() -> Any:
     """Import transformers on first use; see `imported`."""
     return imported("transformers", "hf")
@@ -156,7 +228,20 @@ def imported(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UsageError(f"this directory needs `{module}`", hint=f"pip install 'ckptavg[{extra}]'") from error
+        raise UsageError(f"this task needs `{module}`", hint=f"pip install 'ckptavg[{extra}]'") from error
+
+
+@contextmanager
+def translate_errors(source: str, subject: str) -> Generator[None]:
+    """Turn exceptions of the libraries into one-line errors that begin with ``source`` and ``subject``."""
+    try:
+        yield
+    except Exception as error:  # boundary to third-party code
+        if isinstance(error, CkptavgError) or is_out_of_memory(error):
+            raise
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        message = f"{subject}: {type(error).__name__}: {first_line}"
+        raise TaskError(message, path=source, hint="-v shows the traceback") from error
 
 
 @contextmanager

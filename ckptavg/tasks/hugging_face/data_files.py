@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ckptavg.errors import InputError, UsageError
+from ckptavg.filesystem.regular_file import is_folder
+from ckptavg.tasks.hugging_face.architecture import imported
 
 IMAGES: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _KINDS: Final = "supported are .jsonl, .json, .csv, .parquet, a directory of save_to_disk() and a folder of images"
@@ -53,6 +55,26 @@ class DataFile:
             raise InputError(f"`{column}` must be a {kind.__name__}, not {actual}", path=self.where(i))
         return value
 
+    def image(self, i: int) -> Any:
+        """Return row ``i`` of the column ``image`` as a PIL image; a path is relative to the data file.
+
+        Raises:
+            InputError: if it is no image.
+        """
+        from PIL import Image
+
+        image = self.rows[i]["image"]
+        if isinstance(image, str):
+            path = (self.path if is_folder(self.path) else self.path.parent) / image
+            try:
+                image = Image.open(path)
+                image.load()
+            except OSError as error:
+                raise InputError(f"cannot be read as an image: {error}", path=path) from error
+        if not isinstance(image, Image.Image):
+            raise InputError("`image` must be an image or the path of one", path=self.where(i))
+        return image
+
     def label(self, i: int, ids: Mapping[str, int]) -> int:
         """Return the class index of row ``i`` in the model's numbering.
 
@@ -60,7 +82,6 @@ class DataFile:
         is looked up instead of the number, unless the model's names are the default LABEL_0, LABEL_1, ….
 
         Args:
-            i: the row.
             ids: ``label2id`` of the model's configuration.
         Raises:
             InputError: if the model has no such class.
@@ -105,23 +126,19 @@ def read(path: Path) -> DataFile:
 
 
 def _read(path: Path) -> DataFile:
-    suffix = path.suffix.lower()
     if path.is_dir():
         saved = any((path / name).exists() for name in ("state.json", "dataset_info.json", "dataset_dict.json"))
         return _saved(path) if saved else _image_folder(path)
-    if suffix in (".jsonl", ".ndjson"):
-        return _table(path, _json_lines(path))
-    if suffix == ".json":
-        return _json(path)
-    if suffix == ".csv":
-        return _table(path, _csv_lines(path))
+    suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet(path)
-    raise UsageError("is not of a supported format", path=path, hint=_KINDS)
-
-
-def _table(path: Path, rows: Iterator[tuple[int, Row]]) -> DataFile:
-    numbered = list(rows)
+    if suffix == ".json":  # a list of objects, or JSON lines, which often have this suffix too
+        content = path.read_bytes()
+        if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            return DataFile(path=path, rows=_parsed(content, str(path)))
+    if suffix not in (".jsonl", ".ndjson", ".json", ".csv"):
+        raise UsageError("is not of a supported format", path=path, hint=_KINDS)
+    numbered = list(_csv_lines(path) if suffix == ".csv" else _json_lines(path))
     return DataFile(path=path, rows=[row for _, row in numbered], lines=[line for line, _ in numbered])
 
 
@@ -130,14 +147,6 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, _parsed(line, f"{path}:{number}")
-
-
-def _json(path: Path) -> DataFile:
-    """Read a list of objects, or JSON lines, which often have the suffix .json too."""
-    content = path.read_bytes()
-    if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        return _table(path, _json_lines(path))
-    return DataFile(path=path, rows=_parsed(content, str(path)))
 
 
 def _parsed(content: bytes, where: str) -> Any:
@@ -168,7 +177,7 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _parquet(path: Path) -> DataFile:
-    datasets = _datasets()
+    datasets = imported("datasets", "hf")
     import pyarrow  # pyright: ignore[reportMissingImports]
     from pyarrow import parquet  # pyright: ignore[reportMissingImports]
 
@@ -184,7 +193,7 @@ def _saved(path: Path) -> DataFile:
     if (path / "dataset_dict.json").exists():
         splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         raise UsageError("holds several splits", path=path, hint=f"name one: {path / (splits or ['train'])[0]}")
-    datasets = _datasets()
+    datasets = imported("datasets", "hf")
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -212,11 +221,3 @@ def _image_folder(path: Path) -> DataFile:
     if not rows:
         raise InputError("has no subdirectories with images", path=path, hint=_KINDS)
     return DataFile(path=path, rows=rows, classes=tuple(folder.name for folder in folders))
-
-
-def _datasets() -> Any:
-    try:
-        import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UsageError("this kind of data needs `datasets`", hint="pip install 'ckptavg[hf]'") from error
-    return datasets

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.errors import CkptavgError, OutputError
 from ckptavg.filesystem.regular_file import is_file
-from ckptavg.tasks.hugging_face.architecture import architecture, build, offline, transformers
+from ckptavg.tasks.hugging_face.architecture import ModelFolder
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -28,8 +26,10 @@ def check(checkpoint: Checkpoint) -> None:
         return
     if importlib.util.find_spec("transformers") is None:
         return
-    model = _skeleton(folder)
-    if model is None:
+    try:
+        with torch.device("meta"):
+            model = ModelFolder(folder, trust=False).build()
+    except CkptavgError:
         return
     tied: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -45,18 +45,5 @@ def check(checkpoint: Checkpoint) -> None:
         wrong = [name for name in mismatched if not any(re.search(pattern, name) for pattern in patterns)]
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise OutputError(
-                message + more, path=checkpoint.path, tensor=wrong[0],
-                hint="write a file instead of a directory to keep the tensors as they are",
-            )  # fmt: skip
-
-
-def _skeleton(folder: Path) -> Any:
-    """Build the model on the meta device; return None if it is not one of transformers' own."""
-    try:
-        with offline(), torch.device("meta"):
-            kind = architecture(str(folder), str(folder), trust=False)
-            config = transformers().AutoConfig.from_pretrained(str(folder), local_files_only=True)
-            return build(str(folder), kind, config, trust=False)
-    except (CkptavgError, OSError, ValueError, NotImplementedError, RecursionError):
-        return None
+            hint = "write a file instead of a directory to keep the tensors as they are"
+            raise OutputError(message + more, path=checkpoint.path, tensor=wrong[0], hint=hint)

@@ -23,29 +23,19 @@ Example = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Builder of examples from texts: ``input_ids`` [T] and ``labels`` [T], `IGNORED` where nothing is predicted.
-
-    Attributes:
-        tokenizer: a transformers tokenizer.
-        limit: maximum number of tokens of a text.
-    """
+    """Builder of examples of at most ``limit`` tokens: ``input_ids`` [T] and ``labels`` [T], `IGNORED` or predicted."""
 
     tokenizer: Any
     limit: int
 
-    def ids(self, text: str | None = None, **options: Any) -> list[int]:
-        """Tokenize a text; the tokenizer itself truncates, so a closing special token is kept."""
-        truncation = {"truncation": True, "max_length": self.limit} if self.limit < UNLIMITED else {}
-        return self._raw(text, **truncation, **options)
-
     def text(self, text: str) -> Example | None:
         """Predict every token but the first; None for a text of fewer than two tokens."""
-        ids = self.ids(text)
+        ids = self._truncated(text)
         return _example(ids, ids) if len(ids) > 1 else None
 
     def sequence(self, text: str, label: int) -> Example | None:
         """Predict the class index, ``labels`` []; None if the text has no tokens."""
-        ids = self.ids(text)
+        ids = self._truncated(text)
         return {**_example(ids, ids), "labels": torch.tensor(label)} if ids else None
 
     def completion(self, prompt: str, whole: str, *, special: bool = True) -> Example | None:
@@ -53,7 +43,7 @@ class Tokens:
 
         A completion that is too long is truncated at its end, then a prompt that is too long at its beginning.
         """
-        before, ids = (self._raw(text, add_special_tokens=special) for text in (prompt, whole))
+        before, ids = (self._ids(text, add_special_tokens=special) for text in (prompt, whole))
         start = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), len(before))
         stop = start + min(len(ids) - start, self.limit - 1)
         first = max(0, stop - self.limit)
@@ -68,13 +58,13 @@ class Tokens:
 
     def translation(self, prompt: str, completion: str) -> Example | None:
         """Predict all tokens of the completion with a separate decoder; ``labels`` has the completion's length."""
-        labels = self.ids(text_target=completion) if completion else []
-        ids = self.ids(prompt)
+        labels = self._truncated(text_target=completion) if completion else []
+        ids = self._truncated(prompt)
         return _example(ids, labels) if ids and labels else None
 
     def masked(self, text: str) -> Example | None:
         """Mask and predict 15 % of the non-special tokens, at least one, by random draws seeded with the text."""
-        ids = self.ids(text)
+        ids = self._truncated(text)
         special = self.tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
         plain = torch.tensor([i for i, is_special in enumerate(special) if not is_special])
         if not len(plain):
@@ -90,16 +80,21 @@ class Tokens:
         example["input_ids"][chosen[draw >= 0.9]] = replacement[draw >= 0.9]
         return example
 
-    def _raw(self, text: str | None, **options: Any) -> list[int]:
+    def _truncated(self, text: str | None = None, **options: Any) -> list[int]:
+        """Tokenize a text; the tokenizer itself truncates, so a closing special token is kept."""
+        truncation = {"truncation": True, "max_length": self.limit} if self.limit < UNLIMITED else {}
+        return self._ids(text, **truncation, **options)
+
+    def _ids(self, text: str | None, **options: Any) -> list[int]:
         return self.tokenizer(text, verbose=False, **options)["input_ids"]
 
 
-def max_tokens(config: Any, tokenizer: Any, max_length: int | None) -> int:
-    """Return the smallest token limit of the model's ``config``, its tokenizer and ``max_length``."""
+def max_tokens(config: Any, tokenizer: Any) -> int:
+    """Return the smaller token limit of the model's ``config`` and its tokenizer."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions and config.model_type in _OFFSET:
         positions -= config.pad_token_id + 1
-    return min(n for n in (positions, tokenizer.model_max_length, max_length) if n and n > 0)
+    return min(n for n in (positions, tokenizer.model_max_length) if n and n > 0)
 
 
 def padding(tokenizer: Any) -> int:

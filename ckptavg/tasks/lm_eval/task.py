@@ -9,10 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ckptavg.errors import TaskError
-from ckptavg.journal.pass_progress import PassProgress
 from ckptavg.score import Score, Split
-from ckptavg.tasks.hugging_face.architecture import architecture, base, build, offline, transformers
-from ckptavg.tasks.hugging_face.peft_module import Adapter
+from ckptavg.tasks.hugging_face.architecture import Adapter, ModelFolder
 from ckptavg.tasks.lm_eval.harness import Harness
 
 
@@ -21,9 +19,7 @@ class LmEvalTask:
 
     Args:
         folder: directory with config.json and the tokenizer, or a PEFT adapter.
-        tasks: task names of the harness; see `ckptavg.tasks.lm_eval.harness.Harness`.
-        batch_size: batch size of the forward passes.
-        seed: seed of the few-shot examples.
+        tasks, batch_size, seed: see `ckptavg.tasks.lm_eval.harness.Harness`.
         trust_remote_code: run model code in the directory.
     Raises:
         UsageError: if the harness is not installed, or has no such task.
@@ -39,36 +35,17 @@ class LmEvalTask:
         self, folder: Path, tasks: Sequence[str], *, batch_size: int = 8, seed: int = 0, trust_remote_code: bool = False
     ) -> None:
         self.source = str(folder)
-        self._folder = folder
-        self._trust = trust_remote_code
         self._harness = Harness(tasks, batch_size=batch_size, seed=seed)
-        self._harness.check()
-        self._base = base(folder)
-        with offline():
-            self._kind = architecture(self._base, self.source, trust=trust_remote_code)
-            self._config = self._load("AutoConfig", self._base)
-            has_tokenizer = any(folder.glob("tokenizer*"))
-            self._tokenizer = self._load("AutoTokenizer", str(folder) if has_tokenizer else self._base)
+        self._folder = ModelFolder(folder, trust=trust_remote_code)
+        self._tokenizer = self._folder.tokenizer()
 
     def model(self) -> nn.Module:
-        """See `Task.model`."""
-        is_adapter = self._base != self.source
-        with offline():
-            model = build(self._base, self._kind, self._config, trust=self._trust, weights=is_adapter)
-            return Adapter(model, self._folder) if is_adapter else model
+        """See `Task.model` and `ModelFolder.build`."""
+        return self._folder.build()
 
-    def whole(self, model: nn.Module, partial: PassProgress) -> Score:
+    def whole(self, model: nn.Module) -> Score:
         """See `Task.whole`."""
-        measured = self._harness.score(
-            getattr(model, "model", model) if isinstance(model, Adapter) else model, self._tokenizer, partial
-        )
-        return Score(
-            value=measured.value,
-            loss=None,
-            metric=measured.value,
-            examples=measured.examples,
-            per_example=measured.each,
-        )
+        return self._harness.score(model.model if isinstance(model, Adapter) else model, self._tokenizer)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Raise TaskError: the harness has no loss."""
@@ -93,11 +70,3 @@ class LmEvalTask:
     def halve(self) -> bool:
         """See `Task.halve`; always False, since the user sets the harness's batch size."""
         return False
-
-    def _load(self, auto: str, place: str) -> Any:
-        try:
-            auto_class = getattr(transformers(), auto)
-            return auto_class.from_pretrained(place, local_files_only=True, trust_remote_code=self._trust)
-        except (OSError, ValueError) as error:
-            message = f"{auto}: {str(error).strip().splitlines()[0]}"
-            raise TaskError(message, path=self.source, hint="copy tokenizer.json beside config.json") from error
