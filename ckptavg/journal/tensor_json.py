@@ -1,7 +1,7 @@
 """Encode tensors and containers of tensors as JSON, bit for bit, and decode them.
 
-A tensor is ``[dtypes, shape, text]``: its elements in the last dtype, the k-th bytes of all elements together,
-compressed by zlib, in base 85.
+A tensor is ``[dtypes, shape, text]``: its elements in the last dtype, and in the text for each k the k-th bytes of all
+elements, compressed by zlib, in base 85.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def encode(value: Any) -> Any:
         ):  # float64 that came from a float32 model
             data, kinds = raw(narrow), [value.dtype, narrow.dtype]
         size = kinds[-1].itemsize
-        planes = b"".join(data[k::size] for k in range(size))  # equal exponents lie together, and compress
-        text = base64.b85encode(zlib.compress(planes, 9)).decode()
+        # exponents, which are much alike, lie together and apart from the mantissas, which are not
+        text = " ".join(base64.b85encode(zlib.compress(data[k::size], 9)).decode() for k in range(size))
         return {_TENSOR: [[str(kind).removeprefix("torch.") for kind in kinds], list(value.shape), text]}
     if isinstance(value, Mapping):
         if _TENSOR in value or not all(isinstance(key, str) for key in value):
@@ -62,10 +62,10 @@ def decode(value: Any) -> Any:
             return {key: decode(inner) for key, inner in value.items()}
         names, shape, text = value[_TENSOR]
         kinds = [getattr(torch, name) for name in names]
-        planes, size = zlib.decompress(base64.b85decode(text)), kinds[-1].itemsize
-        data, count = bytearray(len(planes)), len(planes) // size
-        for k in range(size):
-            data[k::size] = planes[k * count : (k + 1) * count]
+        planes = [zlib.decompress(base64.b85decode(part)) for part in text.split(" ")]
+        data = bytearray(len(planes) * len(planes[0]))
+        for k, plane in enumerate(planes):
+            data[k :: len(planes)] = plane
         flat = torch.frombuffer(data, dtype=kinds[-1]) if data else torch.empty(0, dtype=kinds[-1])
         return flat.to(kinds[0]).view(shape)
     return [decode(inner) for inner in value] if isinstance(value, list) else value

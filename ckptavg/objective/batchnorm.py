@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as Layer  # pyright: ignore[reportPrivateUsage]  # as in update_bn
 
 
@@ -39,12 +38,7 @@ def batch_statistics(norms: Collection[Layer]) -> Generator[None]:
             layer.eval()
 
 
-def statistics_of(norms: Collection[Layer]) -> list[dict[str, Tensor]]:
-    """Return the current statistics and batch counts, from which `recompute` can resume."""
-    return [dict(layer.named_buffers(recurse=False)) for layer in norms]
-
-
-def recompute(norms: Collection[Layer], forward: Callable[[], None], state: Any = None) -> None:
+def recompute(norms: Collection[Layer], forward: Callable[[], None]) -> None:
     """Replace the running statistics by their cumulative average over one pass, as torch's ``update_bn`` does.
 
     The average gives every batch equal weight (momentum None). Unlike in ``update_bn``, dropout stays off.
@@ -52,7 +46,6 @@ def recompute(norms: Collection[Layer], forward: Callable[[], None], state: Any 
     Args:
         norms: the BatchNorm layers of a model in eval mode; if there are none, ``forward`` is not called.
         forward: runs the model over every batch.
-        state: the result of `statistics_of` after some of the batches, which ``forward`` then skips.
     References:
         Izmailov et al. 2018 (SWA, arXiv:1803.05407), section 3.2; torch.optim.swa_utils.update_bn.
     """
@@ -62,9 +55,6 @@ def recompute(norms: Collection[Layer], forward: Callable[[], None], state: Any 
     for layer in norms:
         layer.reset_running_stats()
         layer.momentum = None
-    for layer, buffers in zip(norms, state or [], strict=False):
-        for name, value in buffers.items():
-            getattr(layer, name).copy_(value)
     try:
         with torch.no_grad(), batch_statistics(norms):
             forward()

@@ -43,7 +43,6 @@ class ScoreAccumulator:
         self._bounds = bounds
         self._workers = workers
         self._batches: list[_Batch] = []
-        self._saved = 0  # batches that `state_dict` has returned
         self._checked = 0  # batches that `cannot_reach` has seen
         # over those batches of all ranks: sum of sign * metric, and number of examples
         self._sums = torch.zeros(2, dtype=torch.float64)
@@ -63,17 +62,6 @@ class ScoreAccumulator:
         losses_U = _units(loss, count, "loss", number)
         metrics_U = None if metric is None else _units(metric, count, "metric", number)
         self._batches.append(_Batch(count, checksum, losses_U, metrics_U))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the batches added since the last call, for `load_state_dict`; waits for the device."""
-        batches, units, sizes = _columns(self._batches[self._saved :])
-        self._saved = len(self._batches)
-        return {"batches": batches, "units": units, "sizes": sizes}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Add the batches of one `state_dict`."""
-        self._batches += _split_batches(state["batches"], state["units"], state["sizes"])
-        self._saved = len(self._batches)
 
     def cannot_reach(self, threshold: float, total: int) -> bool:
         """Return True if the score stays below ``threshold`` whatever in-bounds values the remaining examples have.
@@ -150,21 +138,14 @@ class ScoreAccumulator:
             raise TaskError(f"metric gave {float(outside[0])}, outside metric_bounds {self._bounds}")
 
 
-def _host(units: Sequence[Tensor]) -> Tensor:
-    """Concatenate on the CPU in float64; values restored from an interrupted run are on the CPU already."""
-    return torch.cat([values.to(units[-1]) for values in units]).to("cpu", torch.float64)
-
-
 _Columns: TypeAlias = tuple[list[tuple[int, int]], list[Tensor], list[list[int]]]
 
 
 def _columns(batches: Sequence[_Batch]) -> _Columns:
     """Flatten batches into counts and checksums, all losses and metrics (CPU, float64), and units per batch."""
-    kinds = [
-        [batch.losses_U for batch in batches],
-        [batch.metrics_U for batch in batches if batch.metrics_U is not None],
-    ]
-    units = [_host(kind) for kind in kinds if kind]
+    metrics = [batch.metrics_U for batch in batches if batch.metrics_U is not None]
+    kinds = [[batch.losses_U for batch in batches], metrics]
+    units = [torch.cat(kind).to("cpu", torch.float64) for kind in kinds if kind]
     return [(batch.count, batch.checksum) for batch in batches], units, [list(map(len, kind)) for kind in kinds]
 
 
