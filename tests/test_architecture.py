@@ -19,15 +19,15 @@ LAYERS = (
     ("__main__",),
     ("cli", "api"),
     ("pipeline",),
-    ("strategies", "options"),
+    ("strategies",),
     ("objective",),
     ("batches",),
-    ("tasks", "report"),
+    ("tasks", "report", "options", "context"),
     ("candidates", "average", "journal", "output"),
     ("checkpoints",),
     ("readers",),
     ("filesystem", "surrogate", "cost"),
-    ("runtime", "score"),
+    ("runtime", "score", "declaration"),
     ("coefficients", "errors"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
