@@ -110,7 +110,7 @@ def test_a_comparison_goes_on_with_other_strategies(warm: Warm, ckpts: Path, tmp
     assert (tmp_path / "out").read_bytes() == (tmp_path / "new").read_bytes()
     assert len(logs["short"].read_text()) < len(logs["fresh"].read_text()) - len(logs["long"].read_text()) / 2
     run("out", "swa", "other")
-    assert not logs["other"].exists()  # everything is known
+    assert len(logs["other"].read_text()) <= PASS  # only the file that was written is scored anew
 
 
 def test_validation_data_that_have_changed_are_noticed(warm: Warm, ckpts: Path, tmp_path: Path):
