@@ -3,8 +3,6 @@
 Shape suffixes: N = candidates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar

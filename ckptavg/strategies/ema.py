@@ -1,7 +1,5 @@
 """EMA: an exponential moving average over the candidates."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 

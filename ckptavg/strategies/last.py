@@ -1,7 +1,5 @@
 """Last: the last candidate, the result without averaging."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

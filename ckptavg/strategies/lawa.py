@@ -1,7 +1,5 @@
 """LAWA: the mean of the last K candidates."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 

@@ -1,7 +1,5 @@
 """SWA: the plain mean of all candidates."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
