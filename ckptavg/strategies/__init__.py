@@ -4,8 +4,6 @@ Strategies import only `ckptavg.objective`, `ckptavg.coefficients`, `ckptavg.err
 `ckptavg.strategies.solvers`, so that the help pages load without torch.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from contextlib import suppress

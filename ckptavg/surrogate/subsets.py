@@ -133,12 +133,10 @@ class Shortlist:
 
     def add(self, energies: Iterable[float], masks: Iterable[Mask]) -> None:
         """Insert masks; energies within rounding of the first of their run tie, and the later candidates win."""
-        listed = {mask for _, mask in self.found}
-        new = {mask: energy for energy, mask in zip(energies, masks, strict=True) if mask not in listed}
+        known = dict(zip(masks, energies, strict=True)) | {mask: energy for energy, mask in self.found}
         ties: list[tuple[float, Mask]] = []
-        queue = sorted([*self.found, *((energy, mask) for mask, energy in new.items()), (math.inf, ())])
         self.found = []
-        for entry in queue:
+        for entry in sorted([*((energy, mask) for mask, energy in known.items()), (math.inf, ())]):
             if ties and entry[0] > ties[0][0] + self.energy.rounding:
                 self.found += sorted(ties, key=lambda tie: self.energy.candidates(tie[1]), reverse=True)
                 ties = []

@@ -17,7 +17,7 @@ Shape suffixes: N = candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, nullcontext
 from typing import Any, Final
 
@@ -38,25 +38,13 @@ from ckptavg.surrogate import Curvature, Surrogate
 from ckptavg.tasks.batch import size as batch_size
 
 _MEASUREMENTS: Final = {"exact": Exact, "gauss-newton": GaussNewton}
-_CURVATURES_TRIED: Final[Mapping[Hessian, tuple[Curvature, ...]]] = {
-    "auto": ("gauss-newton", "exact"),  # Gauss–Newton is positive semidefinite for the usual losses, at half the cost
-    "exact": ("exact",),
-    "gauss-newton": ("gauss-newton",),
-}
 
 
 def surrogate(
-    candidates: Candidates,
-    batches: Callable[[], Iterable[Any]],
-    loss: Loss,
-    *,
-    hessian: Hessian = "auto",
-    count: Count = lambda kind, examples: None,
-    source: str | None = None,
-    order: Callable[[], int] = int,
-    partial: Callable[[str], PassProgress] = lambda name: PassProgress(),
-    workers: Workers = ALONE,
-) -> Surrogate:
+    candidates: Candidates, batches: Callable[[], Iterable[Any]], loss: Loss, *, hessian: Hessian = "auto",
+    count: Count = lambda kind, examples: None, source: str | None = None, order: Callable[[], int] = int,
+    partial: Callable[[str], PassProgress] = lambda name: PassProgress(), workers: Workers = ALONE,
+) -> Surrogate:  # fmt: skip
     """Expand the mean loss over examples to second order around the mean of the candidates.
 
     The model must be in the mode to measure: BatchNorm on batch statistics, dropout off. It is left at the mean.
@@ -66,8 +54,9 @@ def surrogate(
     loss is split in two at its output. Tensors are found in tuples, lists, dicts and dataclasses. Gauss–Newton is
     refused if forward and backward mode give different gradients, as for straight-through estimators.
 
-    ``auto`` uses Gauss–Newton if available. An operation that lacks the required derivative, such as fused attention,
-    is first replaced by a plain kernel that has it.
+    ``auto`` uses Gauss–Newton if available: it is positive semidefinite for the usual losses, at half the cost. An
+    operation that lacks the required derivative, such as fused attention, is first replaced by a plain kernel that has
+    it.
 
     Passes counted per batch, besides the forward pass, which the source of the batches counts: one backward; and per
     candidate two backwards (exact: a double backward costs as much as four forwards), or two forwards (a forward-mode
@@ -84,7 +73,8 @@ def surrogate(
         TaskError: if the loss has no gradient or is not finite, or the curvature is unavailable.
     """
     reasons: dict[str, str] = {}
-    for curvature in _CURVATURES_TRIED[hessian]:
+    tried: tuple[Curvature, ...] = ("gauss-newton", "exact") if hessian == "auto" else (hessian,)
+    for curvature in tried:
         for plain in (False, True):
             try:
                 with _plain_kernels(candidates.model) if plain else nullcontext(), torch.enable_grad():

@@ -44,24 +44,21 @@ class Directions:
     def __init__(self, candidates: Candidates, loss: Loss, count: Count) -> None:
         self._candidates, self._loss, self._count = candidates, loss, count
         self.n, self.model = candidates.n, candidates.model
-        mixed = [tensor for _, tensor in unique_tensors(self.model) if tensor.is_floating_point()]
-        mixed_ids = {id(tensor) for tensor in mixed}
-        self.named = {name: weight for name, weight in self.model.named_parameters() if id(weight) in mixed_ids}
-        self.weights = list(self.named.values())
-        device = self.weights[0].device
+        device = next(self.model.parameters()).device
         dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         self.eye_NN = torch.eye(self.n, dtype=dtype, device=device)
         candidates.materialize(self.eye_NN.new_full((self.n,), 1 / self.n))
         # `.data`, here and where it is restored: autograd must not record a change that is undone before backward
-        self._mean = [(tensor, tensor.data.clone()) for tensor in mixed]
-        self._mean_of = {id(tensor): mean for tensor, mean in self._mean}
+        self._mean = {t: t.data.clone() for _, t in unique_tensors(self.model) if t.is_floating_point()}
+        self.named = {name: weight for name, weight in self.model.named_parameters() if weight in self._mean}
+        self.weights = list(self.named.values())
 
     def __getitem__(self, j: int) -> list[Tensor]:
         """Return d_j."""
         if not self._candidates.average([j]):
             self._candidates.materialize(self.eye_NN[j])
-        direction = [weight.data - self._mean_of[id(weight)] for weight in self.weights]
-        for tensor, mean in self._mean:
+        direction = [weight.data - self._mean[weight] for weight in self.weights]
+        for tensor, mean in self._mean.items():
             tensor.data.copy_(mean)
         return direction
 

@@ -3,8 +3,6 @@
 Shape suffixes: N = candidates, K = chosen, M = Monte Carlo samples.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Iterator
 

@@ -3,8 +3,6 @@
 Shape suffixes: N = candidates, M = masks of a step.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence

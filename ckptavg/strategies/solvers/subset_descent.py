@@ -1,7 +1,5 @@
 """Choose a subset on a quadratic model of the loss, recentered at every subset whose real loss is the lowest so far."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Literal
 

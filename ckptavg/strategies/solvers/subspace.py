@@ -3,8 +3,6 @@
 Shape suffixes: G = groups of tensors (blocks), N = candidates.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Final, Literal
