@@ -159,7 +159,7 @@ class Strategy(Protocol):
     A field ``name: Annotated[type, "help"] = default`` is also the command's option ``--name``.
     """
 
-    def check(self, n: int, splits: Collection[Split], bounded: bool) -> None:
+    def check(self, n: int, splits: Collection[Split], *, bounded: bool) -> None:
         """Refuse settings that the candidates or the task cannot satisfy, before hours of work; by default none.
 
         Args:
@@ -220,17 +220,6 @@ def check_split(on: Split | None, splits: Collection[Split]) -> None:
     """Raise UsageError if ``--on`` names data that the task does not have."""
     if on is not None and on not in splits:
         raise UsageError(f"--on {on} needs {on} data, but the task has none", hint=f"add a {on}_dataloader()")
-
-
-def losses_of(objective: Objective) -> Losses:
-    """Return the losses of ``objective`` for a search that needs gradients.
-
-    Raises:
-        UsageError: if mixtures have only scores.
-    """
-    if objective.losses is None:
-        raise UsageError("a command gives a score and no gradient: score with a task file or --val for this")
-    return objective.losses
 
 
 def scored_alone(objective: Objective) -> list[float]:

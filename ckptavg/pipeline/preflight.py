@@ -78,7 +78,7 @@ def check_strategy(strategy: Strategy, n: int, evaluator: Evaluator | None) -> N
     splits: Sequence[Split] = ("train", "val", "test")
     if evaluator is not None and evaluator.losses is not None:
         splits = [split for split in splits if evaluator.has(split)]
-    strategy.check(n, splits, evaluator is not None and evaluator.bounded)
+    strategy.check(n, splits, bounded=evaluator is not None and evaluator.bounded)
 
 
 def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[str]:

@@ -1,10 +1,8 @@
 """The algorithms: one module per strategy, named like its command, that ends in ``STRATEGY = ...``.
 
-Strategies import only `ckptavg.objective`, `ckptavg.coefficients`, `ckptavg.errors` and torch (torch inside functions,
-so that the help pages load without it).
+Strategies import only `ckptavg.objective`, `ckptavg.coefficients`, `ckptavg.errors` and, inside functions, torch and
+`ckptavg.strategies.solvers`, so that the help pages load without torch.
 """
-
-from __future__ import annotations
 
 import importlib
 import pkgutil
@@ -20,9 +18,10 @@ from ckptavg.objective import Strategy
 
 @cache
 def strategies() -> dict[str, type[Strategy]]:
-    """Return command name → strategy class, for every module of the package."""
+    """Return command name → strategy class, for every module of the package that defines ``STRATEGY``."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    return {name: importlib.import_module(f"{__name__}.{name}").STRATEGY for name in names}
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+    return {name: module.STRATEGY for name, module in modules.items() if hasattr(module, "STRATEGY")}
 
 
 def name_of(strategy: Strategy) -> str:

@@ -3,15 +3,14 @@
 Shape suffixes: N = candidates.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
 from ckptavg.objective import Learned, Objective, Strategy
+from ckptavg.score import Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +43,14 @@ class ASWA(Strategy):
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < float("inf"):
             raise UsageError(f"--tolerance must be at least 0, not {self.tolerance}")
+
+    def check(self, n: int, splits: Collection[Split], *, bounded: bool) -> None:
+        """See `Strategy.check`."""
+        if self.early_reject and not bounded:
+            raise UsageError(
+                "early rejection needs a metric with known bounds",
+                hint="set them in the task file, for an accuracy: metric_bounds = (0.0, 1.0)",
+            )
 
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""

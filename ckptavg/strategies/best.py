@@ -1,7 +1,5 @@
 """Best: the single candidate with the highest validation score."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ckptavg.coefficients import Coefficients

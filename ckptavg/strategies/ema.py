@@ -1,7 +1,5 @@
 """EMA: an exponential moving average over the candidates."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -28,7 +26,7 @@ class EMA(PlainAverage):
             raise UsageError(f"--decay must be at least 0 and less than 1, not {self.decay}")
 
     def coefficients(self, n: int) -> Coefficients:
-        """See `Strategy.learn`."""
+        """See `PlainAverage.coefficients`."""
         a = self.decay
         row = (a ** (n - 1), *((1 - a) * a ** (n - i) for i in range(2, n + 1)))
         return Coefficients((row,))

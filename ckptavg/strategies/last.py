@@ -1,7 +1,5 @@
 """Last: the last candidate, the result without averaging."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ckptavg.coefficients import Coefficients
@@ -13,7 +11,7 @@ class Last(PlainAverage):
     """Take the last candidate alone."""
 
     def coefficients(self, n: int) -> Coefficients:
-        """See `Strategy.learn`."""
+        """See `PlainAverage.coefficients`."""
         return Coefficients.uniform([n - 1], n)
 
 

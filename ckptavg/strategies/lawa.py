@@ -1,13 +1,13 @@
 """LAWA: the mean of the last K candidates."""
 
-from __future__ import annotations
-
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import PlainAverage, Strategy
+from ckptavg.objective import PlainAverage, Strategy, check_number
+from ckptavg.score import Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,12 @@ class LAWA(PlainAverage):
         if self.k < 1:
             raise UsageError(f"--k must be at least 1, not {self.k}")
 
+    def check(self, n: int, splits: Collection[Split], *, bounded: bool) -> None:
+        """See `Strategy.check`."""
+        check_number(self.k, n)
+
     def coefficients(self, n: int) -> Coefficients:
-        """See `Strategy.learn`."""
-        if self.k > n:
-            raise UsageError(f"--k {self.k} asks for more checkpoints than the {n} candidates there are")
+        """See `PlainAverage.coefficients`."""
         return Coefficients.uniform(range(n - self.k, n), n)
 
 

@@ -1,7 +1,5 @@
 """SWA: the plain mean of all candidates."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ckptavg.coefficients import Coefficients
@@ -17,7 +15,7 @@ class SWA(PlainAverage):
     """
 
     def coefficients(self, n: int) -> Coefficients:
-        """See `Strategy.learn`."""
+        """See `PlainAverage.coefficients`."""
         return Coefficients.uniform(range(n), n)
 
 

@@ -27,6 +27,8 @@ class Surrogate:
             positive semidefinite if the loss is convex in the model's output.
         curvature: kind of second derivatives in ``hessian_NN``.
         note: the reason for not using the preferred curvature, or ``""``.
+    Raises:
+        ValueError: if the gradient or second derivatives are not finite.
     """
 
     value: float
@@ -34,6 +36,10 @@ class Surrogate:
     hessian_NN: Tensor
     curvature: Curvature
     note: str = ""
+
+    def __post_init__(self) -> None:
+        if not bool(self.gradient_N.isfinite().all() and self.hessian_NN.isfinite().all()):
+            raise ValueError("the gradient or second derivatives of the surrogate are not finite")
 
     @property
     def n(self) -> int:

@@ -1,4 +1,4 @@
-"""Minimise the surrogate over coefficients: on the plane Σβ = 1, in a trust region on it, or on the simplex.
+"""Minimise the surrogate over coefficients that sum to one: in a trust region, or on the simplex.
 
 Shape suffixes: N = candidates, K = coordinates of the plane.
 """
@@ -19,7 +19,7 @@ EXCHANGES = 5000  # limit of the local search on the simplex
 TINY = 1e-300
 
 
-def affine_optimum(q: Surrogate, radius: float | None = None, metric_N: Tensor | None = None) -> Tensor:
+def affine_optimum(q: Surrogate, radius: float, metric_N: Tensor) -> Tensor:
     """Return the minimiser of q with Σβ = 1 and ‖x‖ ≤ radius in TWA's coordinates β = 1/N + y − mean(y), y_i = x_i/d_i.
 
     In orthonormal coordinates t of the x that affect β, in which H is diag λ and g is γ, the minimiser is
@@ -30,21 +30,16 @@ def affine_optimum(q: Surrogate, radius: float | None = None, metric_N: Tensor |
 
     Args:
         q: the surrogate.
-        radius: in units of x, > 0; if None, q must be bounded below.
-        metric_N: [N], d_i ≥ 0, the distances ‖w_i − w̄‖; where 0, x_i has no effect. None means 1 everywhere.
+        radius: in units of x, > 0.
+        metric_N: [N], d_i ≥ 0, the distances ‖w_i − w̄‖; where 0, x_i has no effect.
     Returns:
         [N], sums to 1 to rounding.
-    Raises:
-        ValueError: if q is unbounded below without a radius, if the radius or the distances are out of range, or if
-            q is not finite.
     References:
         Moré and Sorensen 1983, Computing a trust region step, SIAM J. Sci. Stat. Comput. 4. The coordinates: TWA
         (arXiv:2205.13104).
     """
     g_N, h_NN = _centred(q)
-    if radius is not None and not 0 < radius < math.inf:
-        raise ValueError(f"the radius must be greater than 0, not {radius}")
-    chart_NK = _chart(torch.ones_like(g_N) if metric_N is None else metric_N.to(g_N))
+    chart_NK = _chart(metric_N)
     if chart_NK.shape[1] == 0:
         return torch.full_like(g_N, 1 / q.n)
     lambda_K, vectors_KK = torch.linalg.eigh(chart_NK.T @ h_NN @ chart_NK)
@@ -53,13 +48,9 @@ def affine_optimum(q: Surrogate, radius: float | None = None, metric_N: Tensor |
     flat_K = lambda_K.abs() <= FLAT * lambda_K.abs().max()
     lambda_K = lambda_K.masked_fill(flat_K, 0)
     gamma_K = gamma_K.masked_fill(flat_K & (gamma_K.abs() <= LEVEL * gamma_K.norm()), 0)
-    t_K = _inside(lambda_K, gamma_K)
-    if t_K is None or (radius is not None and float(t_K.norm()) > radius):
-        if radius is None:
-            raise ValueError(
-                "the surrogate is unbounded below: it falls without bound along a flat or downward-curved direction; "
-                "give a radius, or use the simplex"
-            )
+    flat_K = lambda_K == 0
+    t_K = -gamma_K / lambda_K.masked_fill(flat_K, 1)  # if q is bounded below, the minimiser nearest to 0
+    if bool((lambda_K < 0).any() or (gamma_K[flat_K] != 0).any() or t_K.norm() > radius):
         t_K = _on_the_boundary(lambda_K, gamma_K, radius, axes_NK)
     step_N = axes_NK @ t_K
     return 1 / q.n + step_N - step_N.mean()
@@ -78,8 +69,6 @@ def simplex_optimum(q: Surrogate) -> Tensor:
         q: the surrogate.
     Returns:
         [N], ≥ 0, sums to 1 to rounding.
-    Raises:
-        ValueError: if q is not finite.
     References:
         Wright 1997, Primal-Dual Interior-Point Methods, SIAM, chapter 10. The exchanges: Platt 1998, SMO.
     """
@@ -97,8 +86,6 @@ def simplex_optimum(q: Surrogate) -> Tensor:
 
 def _centred(q: Surrogate) -> tuple[Tensor, Tensor]:
     """Return Pg and PHP, P = 1 − 11ᵀ/N: q is unchanged on Σβ = 1, and equals F + gᵀβ + ½ βᵀHβ there."""
-    if not bool(torch.isfinite(q.gradient_N).all() and torch.isfinite(q.hessian_NN).all()):
-        raise ValueError("the gradient or second derivatives of the surrogate are not finite")
     h_NN = q.hessian_NN - q.hessian_NN.mean(dim=0)
     h_NN = h_NN - h_NN.mean(dim=1, keepdim=True)
     return q.gradient_N - q.gradient_N.mean(), (h_NN + h_NN.T) / 2
@@ -106,24 +93,13 @@ def _centred(q: Surrogate) -> tuple[Tensor, Tensor]:
 
 def _chart(metric_N: Tensor) -> Tensor:
     """Return [N, K], the map from orthonormal coordinates of x to β − 1/N, without x ∝ d, which does not change β."""
-    n = len(metric_N)
-    if not bool((metric_N >= 0).all() and torch.isfinite(metric_N).all()):
-        raise ValueError("the distances must be finite and at least 0")
-    moving_N = metric_N > 0
+    n, moving_N = len(metric_N), metric_N > 0
     x_NK = torch.eye(n, dtype=metric_N.dtype)[:, moving_N]
     if bool(moving_N.all()):
         normal_N1 = (metric_N / metric_N.norm())[:, None]
         x_NK = torch.linalg.qr(torch.cat([normal_N1, x_NK], dim=1)).Q[:, 1:n]
     y_NK = x_NK / torch.where(moving_N, metric_N, torch.ones_like(metric_N))[:, None]
     return y_NK - y_NK.mean(dim=0)
-
-
-def _inside(lambda_K: Tensor, gamma_K: Tensor) -> Tensor | None:
-    """Return the minimiser on the whole plane nearest to 0, or None if q has no minimum."""
-    flat_K = lambda_K == 0
-    if bool((lambda_K < 0).any() or (gamma_K[flat_K] != 0).any()):
-        return None
-    return -gamma_K / lambda_K.masked_fill(flat_K, 1)
 
 
 def _on_the_boundary(lambda_K: Tensor, gamma_K: Tensor, radius: float, axes_NK: Tensor) -> Tensor:
@@ -152,20 +128,18 @@ def _on_the_boundary(lambda_K: Tensor, gamma_K: Tensor, radius: float, axes_NK: 
     return -gamma_K / (above_K + high)
 
 
-def _gap(g_N: Tensor, h_NN: Tensor, beta_N: Tensor) -> float:
-    """Return an upper bound on q(β) − min q for convex q."""
-    slope_N = g_N + h_NN @ beta_N
-    return float(beta_N @ (slope_N - slope_N.min()))
-
-
 def _interior_point(g_N: Tensor, h_NN: Tensor) -> Tensor:
     """Run Newton's method on z = Hβ + g − y ≥ 0, β ≥ 0, β_i z_i = a tenth of its mean; return the best β."""
     n, scale = len(g_N), max(float(g_N.abs().max()), float(h_NN.abs().max()), TINY)
     g_N, h_NN = g_N / scale, h_NN / scale
+
+    def gap_at(beta_N: Tensor) -> float:  # an upper bound on q(β) − min q
+        slope_N = g_N + h_NN @ beta_N
+        return float(beta_N @ (slope_N - slope_N.min()))
+
     beta_N = best_N = torch.full_like(g_N, 1 / n)
     slope_N = g_N + h_NN @ beta_N
-    z_N, y = slope_N - slope_N.min() + 1, float(slope_N.min()) - 1
-    gap = _gap(g_N, h_NN, beta_N)
+    z_N, y, gap = slope_N - slope_N.min() + 1, float(slope_N.min()) - 1, gap_at(beta_N)
     for _ in range(100):
         if gap <= GAP:
             break
@@ -183,7 +157,7 @@ def _interior_point(g_N: Tensor, h_NN: Tensor) -> Tensor:
             break
         support_N = beta_N >= z_N.clamp(max=float(beta_N.max()))
         for point_N in (beta_N / beta_N.sum(), _on_support(g_N, h_NN, support_N)):
-            if bool((point_N >= 0).all()) and (point_gap := _gap(g_N, h_NN, point_N)) < gap:
+            if bool((point_N >= 0).all()) and (point_gap := gap_at(point_N)) < gap:
                 best_N, gap = point_N, point_gap
     return best_N
 

@@ -1,13 +1,14 @@
-"""Find the best subsets of every size on the surrogate, with a proof of optimality if possible.
+"""Find the best subsets of one size on the surrogate, by enumeration or by a search over exchanges.
 
-Shape suffixes: N = candidates, K = chosen, M = masks or nodes, A and B = parts of masks in either half of the
-candidates.
+Shape suffixes: N = candidates, K = chosen, M = masks, C = exchanges of a mask, A and B = parts of masks in either half
+of the candidates.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -15,15 +16,13 @@ import torch
 from torch import Tensor
 
 from ckptavg.surrogate import Surrogate
-from ckptavg.surrogate.branch_and_bound import Relaxation, convexifier, prove
-from ckptavg.surrogate.energy import Energy, Mask, Shortlist
 
-Proof: TypeAlias = Literal["enumerated", "branch and bound", "heuristic"]
+Mask: TypeAlias = tuple[int, ...]
 
 ENUMERATED = 2_000_000  # largest number of subsets to enumerate
-NODES = 200_000  # limit of branch and bound; a count instead of a time, for reproducibility
 CELLS = 2**21  # numbers in a block of the enumeration
-DRAWS = 13  # random starts of the swap search
+DRAWS = 30  # random starts of the swap search
+ROUNDING = 2.0**-48  # fraction of the largest possible energy below which differences are ties
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +33,13 @@ class Subsets:
         masks: positions of the chosen candidates, ascending; distinct, best first. Among masks whose values differ
             by rounding only, the mask with later candidates (the larger tuple) comes first.
         values: q at the uniform average over each.
-        proof: ``enumerated`` and ``branch and bound`` mean that no other subset is better than these (to rounding);
-            ``heuristic`` means that no better subset was found.
+        proof: ``enumerated`` means that no other subset is better than these (to rounding), ``heuristic`` that no
+            better subset was found.
     """
 
     masks: tuple[Mask, ...]
     values: tuple[float, ...]
-    proof: Proof
+    proof: Literal["enumerated", "heuristic"]
 
 
 def best_subsets(q: Surrogate, k: int, count: int) -> Subsets:
@@ -50,77 +49,107 @@ def best_subsets(q: Surrogate, k: int, count: int) -> Subsets:
     E(S) = Σ_{i∈S} 2K·g_i + Σ_{i,j∈S} H_ij; and E of the complement is the same with −g, so at most N/2 are chosen.
 
     Up to `ENUMERATED` subsets are enumerated: E splits into a term of the half S ∩ {i < N/2}, a term of the other half
-    and their product. Beyond that, a swap search finds good subsets and branch and bound tries to prove them optimal.
-    Its lower bounds are relaxations to 0 ≤ x ≤ 1 of xᵀ(H − diag d)x + (2K·g + d)ᵀx, which is E if every x is
-    0 or 1, and convex for the d of `convexifier`, whether H is positive semidefinite or not. A search that is not
-    finished after `NODES` nodes ends as a heuristic, for example if very many subsets are nearly optimal. Of masks
-    tied with the last one, branch and bound and the heuristic may have seen only some.
+    and their product. Beyond that, a swap search looks for them, and of masks tied with the last one it may have seen
+    only some. On surrogates of real trainings it found the subsets that enumeration finds
+    (``scripts/benchmark/subsets.py``).
 
     Args:
         q: the surrogate.
         k: K, from 1 to N.
         count: largest number of subsets, ≥ 1.
     Raises:
-        ValueError: if k or count is out of range, or q is not finite.
-    References:
-        Billionnet, Elloumi and Plateau 2009, Improving the performance of standard solvers for quadratic 0-1 programs
-        by a tight convex reformulation: the QCR method, Discrete Applied Mathematics 157 (d by their SDP).
+        ValueError: if k or count is out of range.
     """
     if not 1 <= k <= q.n:
         raise ValueError(f"the size of a subset must be between 1 and {q.n}, the number of candidates, not {k}")
-    _check(q, count)
-    return _best(q, k, count, NODES)[0]
-
-
-def best_for_every_k(q: Surrogate, count: int) -> dict[int, Subsets]:
-    """Return `best_subsets` of each size from 1 to N; sizes share the nodes, and unused nodes go to later sizes.
-
-    Hard sizes are therefore more often heuristic here than in `best_subsets`.
-
-    Args:
-        q: the surrogate.
-        count: largest number of subsets per size, ≥ 1.
-    Raises:
-        ValueError: if count is out of range, or q is not finite.
-    """
-    _check(q, count)
-    found: dict[int, Subsets] = {}
-    nodes, hard = NODES, sum(math.comb(q.n, k) > ENUMERATED for k in range(1, q.n + 1))
-    shift_N = convexifier(Energy.of(q, 1).hessian_NN) if hard else None
-    for k in range(1, q.n + 1):
-        found[k], used = _best(q, k, count, nodes // max(1, hard), shift_N)
-        nodes, hard = nodes - used, hard - (found[k].proof != "enumerated")
-    return found
-
-
-def _check(q: Surrogate, count: int) -> None:
     if count < 1:
         raise ValueError(f"the number of subsets must be at least 1, not {count}")
-    if not bool(torch.isfinite(q.gradient_N).all() and torch.isfinite(q.hessian_NN).all()):
-        raise ValueError("the gradient or second derivatives of the surrogate are not finite")
+    energy, few = Energy.of(q, k), math.comb(q.n, k) <= ENUMERATED
+    shortlist = (_enumerate if few else _swap)(energy, count)
+    return Subsets(
+        masks=tuple(energy.candidates(chosen) for _, chosen in shortlist.found),
+        values=tuple(q.value + value / (2 * k * k) for value, _ in shortlist.found),
+        proof="enumerated" if few else "heuristic",
+    )
 
 
-def _best(q: Surrogate, k: int, count: int, nodes: int, shift_N: Tensor | None = None) -> tuple[Subsets, int]:
-    """Return the subsets and the number of nodes used."""
-    energy = Energy.of(q, k)
-    shortlist, used = Shortlist(energy, count), 0
-    proof: Proof = "enumerated"
-    if math.comb(q.n, k) <= ENUMERATED:
-        _enumerate(energy, shortlist)
-    else:
-        relaxation = Relaxation.of(energy, convexifier(energy.hessian_NN) if shift_N is None else shift_N)
-        relaxed_N = relaxation.minimum()
-        _swap(energy, relaxed_N, shortlist)
-        used = prove(relaxation, relaxed_N, shortlist, nodes)
-        proof = "branch and bound" if used <= nodes else "heuristic"
-    masks = [energy.candidates(chosen) for _, chosen in shortlist.found]
-    values = [q.value + value / (2 * k * k) for value, _ in shortlist.found]
-    return Subsets(masks=tuple(masks), values=tuple(values), proof=proof), min(used, nodes)
+@dataclass(frozen=True)
+class Energy:
+    """E(S) = Σ_{i∈S} l_i + Σ_{i,j∈S} H_ij of ``k`` candidates: the chosen or the left-out ones, whichever are fewer.
+
+    Attributes:
+        linear_N: [N], l = ±2K·g, centred; K candidates are chosen.
+        hessian_NN: [N, N], centred.
+        k: the size of S.
+        left_out: whether S holds the candidates left out.
+        rounding: energies that differ by less count as equal.
+    """
+
+    linear_N: Tensor
+    hessian_NN: Tensor
+    k: int
+    left_out: bool
+    rounding: float
+
+    @staticmethod
+    def of(q: Surrogate, k: int) -> Energy:
+        """Return the energy of subsets of k candidates; q at their uniform average is F + E/2k²."""
+        g_N, h_NN, left_out = q.gradient_N, q.hessian_NN, 2 * k > q.n
+        size = q.n - k if left_out else k
+        scale = size * 2 * k * float(g_N.abs().max()) + size * size * float(h_NN.abs().max())
+        linear_N = (-2 * k if left_out else 2 * k) * (g_N - g_N.mean())
+        mean_N = h_NN.mean(dim=0)
+        centred_NN = h_NN - mean_N - mean_N[:, None] + mean_N.mean()
+        return Energy(linear_N, centred_NN, size, left_out, ROUNDING * scale + 1e-300)
+
+    @property
+    def n(self) -> int:
+        """The number of candidates."""
+        return len(self.linear_N)
+
+    def __call__(self, x_MN: Tensor) -> Tensor:
+        """Return [M], E of each row of [M, N]."""
+        return x_MN @ self.linear_N + ((x_MN @ self.hessian_NN) * x_MN).sum(dim=-1)
+
+    def candidates(self, chosen: Mask) -> Mask:
+        """Return the averaged candidates of a mask."""
+        return tuple(i for i in range(self.n) if i not in chosen) if self.left_out else chosen
 
 
-def _enumerate(energy: Energy, shortlist: Shortlist) -> None:
+class Shortlist:
+    """The ``count`` best masks seen so far."""
+
+    def __init__(self, energy: Energy, count: int) -> None:
+        self.energy, self.count = energy, count
+        self.found: list[tuple[float, Mask]] = []
+
+    def least(self, e_M: Tensor) -> Tensor:
+        """Return the positions of the ``count`` smallest energies that would be listed; the last of ties."""
+        last = float(e_M.kthvalue(min(self.count, len(e_M))).values)
+        if len(self.found) == self.count:
+            last = min(last, self.found[-1][0])
+        tied_M = ((e_M >= last) & (e_M <= last + self.energy.rounding)).nonzero()[-self.count :, 0]
+        return torch.cat([(e_M < last).nonzero()[:, 0], tied_M])
+
+    def add(self, energies: Iterable[float], masks: Iterable[Mask]) -> None:
+        """Insert masks; energies within rounding of the first of their run tie, and the later candidates win."""
+        known = dict(zip(masks, energies, strict=True)) | {mask: energy for energy, mask in self.found}
+        ties: list[tuple[float, Mask]] = []
+        self.found = []
+        for entry in sorted([*((energy, mask) for mask, energy in known.items()), (math.inf, ())]):
+            if ties and entry[0] > ties[0][0] + self.energy.rounding:
+                self.found += sorted(ties, key=lambda tie: self.energy.candidates(tie[1]), reverse=True)
+                ties = []
+                if len(self.found) >= self.count:
+                    break
+            ties.append(entry)
+        del self.found[self.count :]
+
+
+def _enumerate(energy: Energy, count: int) -> Shortlist:
     """Enumerate all masks: for each a, those with a candidates of the first half, in blocks of rows and columns."""
     l_N, h_NN, first = energy.linear_N, energy.hessian_NN, energy.n // 2
+    shortlist = Shortlist(energy, count)
 
     def lists(start: int, stop: int, size: int) -> Tensor:
         masks = torch.tensor(list(itertools.combinations(range(start, stop), size)), dtype=torch.long)
@@ -143,38 +172,46 @@ def _enumerate(energy: Energy, shortlist: Shortlist) -> None:
                 e_AB = e_A[top:bottom, None] + e_B[low:high] + field_AN[:, columns_BK[low:high]].sum(dim=-1)
                 at_M = shortlist.least(e_AB.flatten())
                 chosen = torch.cat([rows_AK[top + at_M // (high - low)], columns_BK[low + at_M % (high - low)]], dim=1)
-                shortlist.add(e_AB.flatten()[at_M].tolist(), [tuple(mask) for mask in chosen.tolist()])
+                shortlist.add(e_AB.flatten()[at_M].tolist(), map(tuple, chosen.tolist()))
+    return shortlist
 
 
 def _blocks(length: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(length, start + size)) for start in range(0, length, size)]
 
 
-def _swap(energy: Energy, relaxed_N: Tensor, shortlist: Shortlist) -> None:
+def _swap(energy: Energy, count: int) -> Shortlist:
     """Exchange one candidate for another while the best exchange lowers E, from several starts at once.
 
-    The starts are the k largest of the relaxation, the last k, the greedy choice and seeded random masks.
+    The starts are the last k, the greedy choice and seeded random masks. The search then goes on from every listed
+    mask, until the list has all masks that are better than its last and one exchange from another in it.
     """
     n, k, h_NN = energy.n, energy.k, energy.hessian_NN
     diagonal_N = h_NN.diagonal()
-    greedy_N = torch.zeros_like(relaxed_N)
+    greedy_N = torch.zeros_like(diagonal_N)
     for size in range(1, k + 1):
         gain_N = energy.linear_N * (size / k) + 2 * h_NN @ greedy_N + diagonal_N
         greedy_N[gain_N.masked_fill(greedy_N > 0, math.inf).argmin()] = 1
-    later_N = torch.arange(n).to(relaxed_N) * (-1 if energy.left_out else 1)
-    random_MN = torch.rand(DRAWS, n, generator=torch.Generator().manual_seed(0), dtype=relaxed_N.dtype)
-    order_MN = torch.cat([torch.stack([relaxed_N, later_N, greedy_N]), random_MN])
+    later_N = torch.arange(n).to(greedy_N) * (-1 if energy.left_out else 1)
+    random_MN = torch.rand(DRAWS, n, generator=torch.Generator().manual_seed(0), dtype=greedy_N.dtype)
+    order_MN = torch.cat([torch.stack([later_N, greedy_N]), random_MN])
     x_MN = torch.zeros_like(order_MN).scatter(1, order_MN.topk(k).indices, 1)
-    shortlist.see(x_MN)
+    shortlist, expanded = Shortlist(energy, count), set[Mask]()
     while len(x_MN):
         field_MN, chosen_MN = energy.linear_N + 2 * x_MN @ h_NN, x_MN > 0
         change_MNN = (diagonal_N - field_MN)[:, :, None] + (diagonal_N + field_MN)[:, None, :] - 2 * h_NN
         change_MNN.masked_fill_(~chosen_MN[:, :, None] | chosen_MN[:, None, :], math.inf)
-        at_M = shortlist.least((energy(x_MN)[:, None, None] + change_MNN).flatten())
-        shortlist.see(_exchanged(x_MN[at_M // n**2], at_M % n**2))
-        lowest_M, at_M = change_MNN.flatten(1).min(dim=1)
-        moving_M = lowest_M < -energy.rounding
-        x_MN = _exchanged(x_MN[moving_M], at_M[moving_M])
+        change_MC, at_MC = change_MNN.flatten(1).topk(min(count, k * (n - k)), largest=False)
+        near_MN = _exchanged(x_MN.repeat_interleave(at_MC.shape[1], dim=0), at_MC.flatten())
+        seen_MN = torch.cat([x_MN, near_MN])
+        shortlist.add(energy(seen_MN).tolist(), map(tuple, seen_MN.nonzero()[:, 1].view(-1, k).tolist()))
+        falling_M = change_MC[:, 0] < -energy.rounding
+        x_MN = _exchanged(x_MN[falling_M], at_MC[falling_M, 0]).unique(dim=0)
+        if not len(x_MN):
+            new = [mask for _, mask in shortlist.found if mask not in expanded]
+            expanded.update(new)
+            x_MN = x_MN.new_zeros(len(new), n).scatter(1, torch.tensor(new, dtype=torch.long).view(-1, k), 1)
+    return shortlist
 
 
 def _exchanged(x_MN: Tensor, at_M: Tensor) -> Tensor:

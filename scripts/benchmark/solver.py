@@ -28,7 +28,7 @@ from ckptavg.checkpoints.window import Window
 from ckptavg.context import Run
 from ckptavg.objective.mixture import Mixture
 from ckptavg.strategies.sewa import SeWA
-from ckptavg.surrogate.subsets import best_for_every_k
+from ckptavg.surrogate.subsets import best_subsets
 from ckptavg.tasks.python_file import PythonTask
 
 STEPS = (25, 50, 100, 200, 400)
@@ -92,8 +92,8 @@ def measure(name: str, n: int, options: argparse.Namespace) -> tuple[list[Case],
         for mixture in mixtures:
             quadratic = ran(mixture, SeWA(k=K, solver="quadratic"), 0)
             start = time.perf_counter()
-            sizes = best_for_every_k(mixture.losses.surrogate(), 8)
-            cases.append(Case(quadratic, time.perf_counter() - start, [one.proof for one in sizes.values()], {}))
+            proofs = [best_subsets(mixture.losses.surrogate(), k, 8).proof for k in range(1, n + 1)]
+            cases.append(Case(quadratic, time.perf_counter() - start, proofs, {}))
         for steps in STEPS:
             for mixture, case in zip(mixtures, cases, strict=True):
                 case.gumbel[steps] = [ran(mixture, SeWA(k=K, steps=steps), noise) for noise in range(options.noise)]

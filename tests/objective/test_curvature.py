@@ -23,8 +23,8 @@ from torch.func import functional_call
 
 from ckptavg.candidates import Candidates
 from ckptavg.errors import TaskError
-from ckptavg.objective import batchnorm, curvature
-from ckptavg.objective.curvature import surrogate
+from ckptavg.objective import batchnorm
+from ckptavg.objective.curvature import gauss_newton, surrogate
 from ckptavg.surrogate import Surrogate
 
 N = 4
@@ -200,7 +200,7 @@ def test_gauss_newton_is_exact_for_a_linear_model(tmp_path: Path):
 @pytest.mark.parametrize("kept", [1 << 30, 0])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gauss_newton_is_jt_h_j(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kept: int):
-    monkeypatch.setattr(curvature, "_KEPT", kept)
+    monkeypatch.setattr(gauss_newton, "_KEPT", kept)
     candidates, data = make_candidates(tmp_path, NETWORKS[name]), batches(5, 3)
     result = surrogate_of(candidates, data)
     expected = literal_gauss_newton(
@@ -518,7 +518,7 @@ def test_mixed_precision_inside_the_loss_also_applies_to_the_second_call(tmp_pat
 @pytest.mark.parametrize("kept", [1 << 30, 0])
 @pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
 def test_counted_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hessian: str, kept: int):
-    monkeypatch.setattr(curvature, "_KEPT", kept)
+    monkeypatch.setattr(gauss_newton, "_KEPT", kept)
     spent: Counter[tuple[str, int]] = Counter()
     surrogate_of(
         make_candidates(tmp_path, NETWORKS["mlp"]),
@@ -548,7 +548,7 @@ class Held:
 @pytest.mark.parametrize("kept", [1 << 30, 0])
 @pytest.mark.parametrize("hessian", ["exact", "gauss-newton"])
 def test_memory_holds_the_graph_of_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hessian: str, kept: int):
-    monkeypatch.setattr(curvature, "_KEPT", kept)
+    monkeypatch.setattr(gauss_newton, "_KEPT", kept)
     living: WeakSet[Held] = WeakSet()
     peaks: list[int] = []
 

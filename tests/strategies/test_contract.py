@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import Job
 from quadratic import Quadratic
 from torch.optim.swa_utils import get_ema_avg_fn
 
+import ckptavg.strategies as package
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
 from ckptavg.strategies import from_spec, strategies
@@ -22,6 +24,11 @@ from ckptavg.strategies.soup import GreedySoup
 from ckptavg.strategies.twa import TWA
 
 ALL = sorted(strategies())
+
+
+def test_the_strategies_are_the_modules_that_define_one():
+    files = Path(next(iter(package.__path__))).glob("*.py")
+    assert {file.stem for file in files if "\nSTRATEGY: " in file.read_text()} == set(ALL)
 
 
 def quick(name: str) -> Any:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.strategies import twa
 from ckptavg.strategies.sewa import SeWA
+from ckptavg.strategies.solvers import subspace
 from ckptavg.strategies.twa import TWA
 from ckptavg.surrogate import Surrogate
 from ckptavg.surrogate.subsets import best_subsets
@@ -124,8 +124,8 @@ def test_recentering_comes_closer_to_the_optimum(constraint: Any, monkeypatch: p
     objective = Curved(n=6, d=16, seed=1, scale=2.0)
     trained = objective.score(TWA(constraint=constraint, epochs=600, lr=0.1).learn(objective).coefficients)
     losses: list[float] = []
-    for moves in (0, twa.MOVES):
-        monkeypatch.setattr(twa, "MOVES", moves)
+    for moves in (0, subspace.MOVES):
+        monkeypatch.setattr(subspace, "MOVES", moves)
         learned = TWA(solver="quadratic", constraint=constraint, radius=100.0).learn(objective)
         losses.append(objective.score(learned.coefficients).loss or 0.0)
     assert trained.loss is not None and losses[1] < losses[0]

@@ -11,15 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, autograd, nn
 
-from ckptavg.errors import is_out_of_memory
-
-
-class UnavailableError(Exception):
-    """Raised if a curvature is unavailable; ``operation`` if the cause is an operation without the derivative."""
-
-    def __init__(self, reason: str, *, operation: bool = False) -> None:
-        super().__init__(reason)
-        self.operation = operation
+from ckptavg.objective.curvature.directions import UnavailableError, derivatives, gradients_of
 
 
 class Call:
@@ -90,22 +82,6 @@ def detach_outputs(model: nn.Module) -> Generator[Call]:
         yield call
     finally:
         handle.remove()
-
-
-def gradients_of(loss: Tensor, of: Sequence[Tensor], *, again: bool = False) -> Sequence[Tensor | None]:
-    """Return ∂ℓ/∂x of each x, None if the loss does not depend on it; ``again`` makes it differentiable."""
-    return autograd.grad(loss, of, retain_graph=True, create_graph=again, allow_unused=True)
-
-
-@contextmanager
-def derivatives(*kinds: type[Exception]) -> Generator[None]:
-    """Convert errors of operations that lack a derivative to UnavailableError; out-of-memory is raised as is."""
-    try:
-        yield
-    except (*kinds, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UnavailableError(str(error).partition("\n")[0] or type(error).__name__, operation=True) from error
 
 
 def tensors(output: Any) -> list[Tensor]:

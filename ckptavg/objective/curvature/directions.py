@@ -1,0 +1,108 @@
+"""Products of a model's derivatives with the directions from the mean of the candidates to each of them.
+
+Shape suffixes: N = candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, autograd, nn
+
+from ckptavg.candidates import Candidates
+from ckptavg.candidates.flat import unique_tensors
+from ckptavg.errors import is_out_of_memory
+from ckptavg.tasks.batch import size as batch_size
+
+Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
+Count: TypeAlias = Callable[[str, int], None]
+
+
+class UnavailableError(Exception):
+    """Raised if a curvature is unavailable; ``operation`` if the cause is an operation without the derivative."""
+
+    def __init__(self, reason: str, *, operation: bool = False) -> None:
+        super().__init__(reason)
+        self.operation = operation
+
+
+class NoGradientError(Exception):
+    """Raised if the loss has no usable gradient, so that neither curvature is available."""
+
+
+class Directions:
+    """The directions d_j = w_j − w̄ as tangents of the weights, in a model that is set to the mean w̄ and stays there.
+
+    Attributes:
+        named: the model's parameters that the candidates have, by name; ``weights`` without the names.
+        eye_NN: the identity, in the dtype and on the device of all sums.
+    """
+
+    def __init__(self, candidates: Candidates, loss: Loss, count: Count) -> None:
+        self._candidates, self._loss, self._count = candidates, loss, count
+        self.n, self.model = candidates.n, candidates.model
+        device = next(self.model.parameters()).device
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+        self.eye_NN = torch.eye(self.n, dtype=dtype, device=device)
+        candidates.materialize(self.eye_NN.new_full((self.n,), 1 / self.n))
+        # `.data`, here and where it is restored: autograd must not record a change that is undone before backward
+        self._mean = {t: t.data.clone() for _, t in unique_tensors(self.model) if t.is_floating_point()}
+        self.named = {name: weight for name, weight in self.model.named_parameters() if weight in self._mean}
+        self.weights = list(self.named.values())
+
+    def __getitem__(self, j: int) -> list[Tensor]:
+        """Return d_j."""
+        if not self._candidates.average([j]):
+            self._candidates.materialize(self.eye_NN[j])
+        direction = [weight.data - self._mean[weight] for weight in self.weights]
+        for tensor, mean in self._mean.items():
+            tensor.data.copy_(mean)
+        return direction
+
+    def loss(self, batch: Any) -> Tensor:
+        """Return the differentiable mean loss of a batch at the mean."""
+        loss = self._loss(self.model, batch).mean()
+        if not loss.requires_grad:
+            raise NoGradientError("loss() has no gradient: does it use no_grad, detach or item()?")
+        return loss
+
+    def count(self, batch: Any, **passes: int) -> None:
+        """Record the number of ``forward`` and ``backward`` passes over a batch."""
+        for kind, number in passes.items():
+            for _ in range(number):
+                self._count(kind, batch_size(batch))
+
+    def vjp(self, outputs: Sequence[Tensor | None], cotangents: Sequence[Tensor]) -> Tensor:
+        """Return [N], ⟨w_i, Σ_k (∂outputs_k/∂w)ᵀ cotangents_k⟩."""
+        self._candidates.zero_gradient()
+        # no `inputs` argument: it would bypass the nodes with which `once_differentiable` raises
+        autograd.backward([output for output in outputs if output is not None], list(cotangents), retain_graph=True)
+        return self._candidates.pullback()[0].to(self.eye_NN)
+
+    def dot(self, left: Sequence[Tensor | None], right: Sequence[Tensor]) -> Tensor:
+        """Return Σ_k ⟨left_k, right_k⟩."""
+        total = self.eye_NN.new_zeros(())
+        for a, b in zip(left, right, strict=True):
+            if a is not None:
+                wide = torch.promote_types(b.dtype, torch.float32)
+                total += torch.dot(a.detach().flatten().to(wide), b.flatten().to(wide))
+        return total
+
+
+def gradients_of(loss: Tensor, of: Sequence[Tensor], *, again: bool = False) -> Sequence[Tensor | None]:
+    """Return ∂ℓ/∂x of each x, None if the loss does not depend on it; ``again`` makes it differentiable."""
+    return autograd.grad(loss, of, retain_graph=True, create_graph=again, allow_unused=True)
+
+
+@contextmanager
+def derivatives(*kinds: type[Exception]) -> Generator[None]:
+    """Convert errors of operations that lack a derivative to UnavailableError; out-of-memory is raised as is."""
+    try:
+        yield
+    except (*kinds, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnavailableError(str(error).partition("\n")[0] or type(error).__name__, operation=True) from error

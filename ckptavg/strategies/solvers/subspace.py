@@ -1,0 +1,188 @@
+"""Optimise mixtures in the subspace that the candidates span: by training, or on a quadratic model of the loss.
+
+Shape suffixes: G = groups of tensors (blocks), N = candidates.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
+from ckptavg.errors import UsageError
+from ckptavg.objective import Hessian, Learned, Losses, Objective, check_losses
+from ckptavg.score import Split
+from ckptavg.surrogate.optimum import affine_optimum, simplex_optimum
+
+RATE: Final = {"val": 2e-2, "train": 2e-4}  # in units of the mean distance
+SEGMENT = 5  # points scored between the mean and the optimum of the quadratic
+MOVES = 2  # times the quadratic is moved to the best point so far
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """The coordinates x of mixtures around the mean, in which the mean is 0.
+
+    Attributes:
+        distance_GN: [..., N], ‖w_i − w̄‖; where 0, p_i is 0 and x_i has no effect.
+        simplex: no coefficient is negative.
+        groups: the tensors that each row applies to.
+    """
+
+    distance_GN: Tensor
+    simplex: bool
+    groups: Groups = EVERYTHING
+
+    def coefficients(self, x_GN: Tensor) -> Tensor:
+        """Return β from x: 1/N + x_i/‖w_i − w̄‖ − (1/N)·Σ_j x_j/‖w_j − w̄‖, or softmax(N·x_i/‖w_i − w̄‖).
+
+        Args:
+            x_GN: [..., N], coordinates.
+        Returns:
+            [..., N], each row sums to 1 to rounding, differentiable in x.
+        """
+        n, distance_GN = x_GN.shape[-1], self.distance_GN
+        inverse_GN = torch.where(distance_GN > 0, 1 / distance_GN, torch.zeros_like(distance_GN))
+        y_GN = x_GN * inverse_GN
+        return torch.softmax(n * y_GN, dim=-1) if self.simplex else 1 / n + y_GN - y_GN.mean(dim=-1, keepdim=True)
+
+    def mixture(self, x_GN: Tensor) -> Coefficients:
+        """Return the coefficients at x, [G, N].
+
+        Raises:
+            UsageError: if they are not finite, or so large that they do not sum to 1.
+        """
+        # on the CPU, because rows cannot sum to 1 on a device without float64
+        host = Subspace(self.distance_GN.to("cpu", torch.float64), self.simplex)
+        beta = host.coefficients(x_GN.detach().to("cpu", torch.float64))
+        if not bool(torch.isfinite(beta).all()) or float((beta.sum(dim=-1) - 1).abs().max()) > beta.shape[-1] * 2**-40:
+            raise UsageError("the coefficients diverged", hint="choose a smaller --lr, or --clip")
+        return Coefficients(tuple(map(tuple, beta.tolist())), self.groups)
+
+
+def train(
+    objective: Objective, losses: Losses, *, on: Split | None, groups: Groups, simplex: bool, epochs: int,
+    lr: float | None, optimizer: Literal["adamw", "sgd"], weight_decay: float, clip: float | None, sam_rho: float,
+    patience: int | None,
+) -> Learned:  # fmt: skip
+    """Train the coordinates from the mean; the settings are those of `ckptavg.strategies.twa.TWA`.
+
+    Raises:
+        TaskError: if a loss is not finite.
+        UsageError: if the coefficients diverge.
+    """
+    fit, monitored = on or objective.scored_on, objective.scored_on
+    rate = lr or RATE[fit]
+    if patience is not None and fit == monitored:
+        fit, monitored = "fit", "held"  # these share no examples
+    distance_GN = losses.distances(groups)
+    if lr is None:
+        mean_G1 = distance_GN.mean(dim=1, keepdim=True)
+        distance_GN = torch.where(mean_G1 > 0, distance_GN / mean_G1, distance_GN)
+    subspace = Subspace(distance_GN, simplex, groups)
+    x_GN = torch.zeros_like(distance_GN, requires_grad=True)
+    per_epoch = losses.batches(fit)
+    descent = (
+        torch.optim.AdamW([x_GN], lr=rate, weight_decay=weight_decay)
+        if optimizer == "adamw"
+        else torch.optim.SGD([x_GN], lr=rate, momentum=0.9, weight_decay=weight_decay)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(descent, lambda step: _warm_up_and_cosine(step, epochs * per_epoch))
+    steps: list[Tensor] = []
+    trace: list[float] = []
+    best, scores = x_GN.detach().clone(), list[float]()
+    if patience is not None:
+        scores.append(objective.score(subspace.mixture(best), monitored).value)
+    for epoch in range(epochs):
+        for _ in range(per_epoch):
+            steps.append(_backward(losses, subspace, x_GN, fit, sam_rho))
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_([x_GN], clip)
+            descent.step()
+            schedule.step()
+            objective.progress(
+                "training the coefficients", len(steps), epochs * per_epoch, epoch=epoch + 1, loss=steps[-1]
+            )
+        trace += torch.stack(steps[len(trace) :]).tolist()
+        check_losses(trace[-per_epoch:], per_epoch, fit, first=len(trace) - per_epoch)
+        if patience is None:
+            best = x_GN.detach()
+            continue
+        value = objective.score(subspace.mixture(x_GN), monitored).value
+        if value > max(scores):
+            best = x_GN.detach().clone()
+        scores.append(value)
+        if len(scores) - 1 - scores.index(max(scores)) >= patience:
+            break
+    curves = {"loss": trace} | ({"held_out_score": scores} if scores else {})
+    return Learned(coefficients=subspace.mixture(best), trace=curves)
+
+
+def _warm_up_and_cosine(step: int, steps: int) -> float:
+    """Return the factor of the learning rate: linear over a fifth of the steps, then a cosine to 0."""
+    warmup = steps // 5
+    return (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def _backward(losses: Losses, subspace: Subspace, x_GN: Tensor, fit: Split, sam_rho: float) -> Tensor:
+    """Set x.grad to the gradient of the loss, or SAM loss, of the next batch; return the loss at x."""
+
+    def backward(*, again: bool) -> Tensor:
+        x_GN.grad = None
+        c_GN = subspace.coefficients(x_GN)
+        groups = subspace.groups
+        loss = losses.loss(c_GN if len(groups) > 1 else c_GN[0], fit, groups=groups, again=again)
+        loss.backward()
+        return loss.detach()
+
+    loss = backward(again=False)
+    if sam_rho:
+        assert x_GN.grad is not None
+        shift_GN = sam_rho * x_GN.grad / x_GN.grad.norm().clamp(min=torch.finfo(x_GN.dtype).tiny)
+        with torch.no_grad():
+            x_GN += shift_GN
+        backward(again=True)
+        with torch.no_grad():
+            x_GN -= shift_GN
+    return loss
+
+
+def descend(
+    objective: Objective, losses: Losses, *, on: Split | None, hessian: Hessian, simplex: bool, radius: float
+) -> Learned:
+    """Return the best point by real loss on the way from the mean to the optimum of the quadratic.
+
+    The optimum is affine in the ball ‖x‖ ≤ radius, or on the simplex; see `ckptavg.surrogate`. Points on the segment
+    from the mean are scored. Then the quadratic is recentered at the best of them: value and gradient of the real loss
+    there, with the second derivatives kept, at the cost of a forward and a backward pass. The segment from there to the
+    new optimum is scored in turn, until no point is better, at most `MOVES` times.
+    """
+    n, q = objective.n, losses.surrogate(on, hessian)
+    distance_N = losses.distances(EVERYTHING)[0].to("cpu", torch.float64)
+    metric_N = distance_N / distance_N.mean().clamp(min=torch.finfo(torch.float64).tiny)
+    rows: list[dict[str, float | str | None]] = []
+    start_N = torch.full_like(distance_N, 1 / n)
+    chosen, lowest = Coefficients.uniform(range(n), n), math.inf
+    for segment in range(1 + MOVES):
+        if segment:
+            q = q.recentered(start_N, *losses.gradient(chosen, on))
+        best_N = simplex_optimum(q) if simplex else affine_optimum(q, radius, metric_N)
+        # the start of a later segment is already scored
+        ways = [i / (SEGMENT - 1) for i in range(min(1, segment), SEGMENT)]
+        mixed = [(1 - t) * start_N + t * best_N for t in ways]
+        points = [Coefficients((tuple((row_N / row_N.sum()).tolist()),)) for row_N in mixed]
+        objective.prefetch(points)
+        better = False
+        for t, row_N, point in zip(ways, mixed, points, strict=True):
+            loss = objective.score(point).loss or 0.0
+            rows.append({"segment": segment + 1, "of the way": t, "quadratic": float(q(row_N)), "loss": loss})
+            objective.progress("verifying along the segment", len(rows), SEGMENT + MOVES * (SEGMENT - 1), loss=loss)
+            if loss < lowest:
+                chosen, lowest, better = point, loss, t > 0
+        if not better:
+            break
+        start_N = torch.tensor(chosen.values[0], dtype=torch.float64)
+    notes = [q.note] if q.note else []
+    return Learned(coefficients=chosen, notes=notes, tables={"from the mean to the optimum of the quadratic": rows})
