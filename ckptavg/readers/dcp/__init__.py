@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final
@@ -16,7 +15,7 @@ from typing import Any, Final
 from ckptavg.errors import InputError, printable
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.filesystem.strict_json import read_json
-from ckptavg.readers import ITEM_SIZE, Node, Refused, StoredTensor
+from ckptavg.readers import ITEM_SIZE, FolderFormat, Node, Refused, StoredTensor, entries
 from ckptavg.readers.dcp.file_part import FilePart
 from ckptavg.readers.dcp.metadata import Metadata, Part, SavedTensor, Stored, parse
 from ckptavg.readers.pickle.object_tree import object_tree
@@ -26,7 +25,6 @@ from ckptavg.readers.torch_zip import TorchZipReader
 MAX_METADATA: Final = 256 << 20
 METADATA: Final = ".metadata"
 RECORD: Final = "ckptavg.json"  # metadata in directories that ckptavg wrote
-SUFFIX: Final = ".distcp"
 
 _OPENED: Final = 8  # number of tensors whose parts stay open
 _LARGE: Final = 1 << 16  # runs of at least this many bytes are read one by one
@@ -46,14 +44,18 @@ class DcpReader:
         self._lock = Lock()
         self._files: dict[str, RegularFile] = {}
         metadata_file = RegularFile(folder / METADATA)
-        self.files: Sequence[RegularFile] = (metadata_file,)
+        self.files: list[RegularFile] = [metadata_file]
         try:
             if metadata_file.size > MAX_METADATA:
                 raise InputError(f"has {metadata_file.size} bytes, more than {MAX_METADATA}", path=metadata_file.path)
             parsed = parse(metadata_file.read(0, metadata_file.size), metadata_file.path)
             for name, stored in parsed.stored.items():
-                self._files[name] = self._open(name, stored)
-                self.files = (metadata_file, *self._files.values())
+                if not os.path.lexists(folder / name):
+                    what = f"is missing, but {METADATA} names it"
+                    raise InputError(what, path=folder / name, hint="copy the whole directory")
+                file = self._files[name] = RegularFile(folder / name)
+                self.files.append(file)
+                _check_file(file, stored, metadata_file)
             self._tensors = {name: value for name, value in parsed.values.items() if isinstance(value, SavedTensor)}
             self.tree: Mapping[str, Node] = _tree(parsed, metadata_file.path)
         except BaseException:
@@ -87,9 +89,9 @@ class DcpReader:
         try:
             reader, alone = self._part(tensor, number, part)
             if part.box.run * size >= _LARGE or part.box.run >= end - begin:
-                for run in part.box.runs(begin, end):
-                    at = (run.start - start) * size
-                    reader.read_into(alone, run.at, out[at : at + run.count * size])
+                for whole, own, count in part.box.runs(begin, end):
+                    at = (whole - start) * size
+                    reader.read_into(alone, own, out[at : at + count * size])
                 return
             block = memoryview(bytearray((end - begin) * size))
             reader.read_into(alone, begin, block)
@@ -97,9 +99,9 @@ class DcpReader:
             path = self._files[part.stored.file].path
             what = str(error).removeprefix(f"{printable(str(path))}: ")
             raise InputError(what, path=path, tensor=tensor.record, hint=error.hint) from error
-        for run in part.box.runs(begin, end):
-            at, of = (run.start - start) * size, (run.at - begin) * size
-            out[at : at + run.count * size] = block[of : of + run.count * size]
+        for whole, own, count in part.box.runs(begin, end):
+            at, of = (whole - start) * size, (own - begin) * size
+            out[at : at + count * size] = block[of : of + count * size]
 
     def _part(self, tensor: StoredTensor, number: int, part: Part) -> tuple[TorchZipReader, StoredTensor]:
         """Return the ``torch.save`` file of a part and its tensor; files of the last `_OPENED` tensors stay open."""
@@ -127,20 +129,6 @@ class DcpReader:
             )
         return reader, alone
 
-    def _open(self, name: str, stored: Sequence[Stored]) -> RegularFile:
-        """Open file ``name``; check that it is of the same save as ``.metadata`` and has exactly its parts."""
-        path = self.path / name
-        if not os.path.lexists(path):
-            raise InputError(f"is missing, but {METADATA} names it", path=path, hint="copy the whole directory")
-        file = RegularFile(path)
-        try:
-            _check_newer(self.path / METADATA, path)
-            _check_tiling(file, stored)
-        except BaseException:
-            file.close()
-            raise
-        return file
-
 
 def _record(path: Path) -> Mapping[str, str]:
     if not path.is_file():
@@ -151,21 +139,15 @@ def _record(path: Path) -> Mapping[str, str]:
     return record
 
 
-def _check_newer(metadata: Path, path: Path) -> None:
-    """Raise InputError if a file was written after ``.metadata``, which is written last."""
-    try:
-        older = metadata.stat().st_mtime_ns < path.stat().st_mtime_ns
-    except OSError:
-        return  # one of the files is gone or unreadable: opening it raises the error
-    if older:
+def _check_file(file: RegularFile, stored: Sequence[Stored], metadata: RegularFile) -> None:
+    """Raise InputError unless ``file`` is of the same save as ``.metadata`` and has exactly the parts ``stored``."""
+    (_, _, completed, _), (_, _, written, _) = metadata.identity, file.identity
+    if completed < written:  # .metadata is written last
         raise InputError(
-            f"is older than {path.name}: a later save into this directory was interrupted or is still running",
-            path=metadata,
-            hint=f"if the directory was copied without its times, run: touch {metadata}",
+            f"is older than {file.path.name}: a later save into this directory was interrupted or is still running",
+            path=metadata.path,
+            hint=f"if the directory was copied without its times, run: touch {metadata.path}",
         )
-
-
-def _check_tiling(file: RegularFile, stored: Sequence[Stored]) -> None:
     end = 0
     for entry in stored:
         if entry.start != end:
@@ -211,28 +193,20 @@ def _guessed(values: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
     return {name: parts[name] if name in apart else (name,) for name in values}
 
 
-@dataclass(frozen=True)
-class Dcp:
-    """The format; see `ckptavg.readers.FolderFormat`."""
-
-    name: str = "dcp"
-
-    def claims(self, names: frozenset[str]) -> bool:
-        """Return True if the metadata exists, or a rank's file without it, which an interrupted save leaves."""
-        return METADATA in names or any(name.endswith(SUFFIX) for name in names)
-
-    def open(self, folder: Path) -> DcpReader:
-        """See `ckptavg.readers.FolderFormat`."""
-        names = {entry.name for entry in os.scandir(folder)}
-        if METADATA in names:
-            return DcpReader(folder)
-        if any(name.startswith("__") and name.endswith(METADATA) for name in names):
-            raise InputError(
-                f"each rank saved its own {METADATA} (use_collectives=False), which is not supported", path=folder
-            )
-        raise InputError(
-            f"has no {METADATA}, which is written last: the save was interrupted or is still running", path=folder
-        )
+def _claims(names: frozenset[str]) -> bool:
+    """Return True if the metadata exists, or a rank's file without it, which an interrupted save leaves."""
+    return METADATA in names or any(name.endswith(".distcp") for name in names)
 
 
-FOLDER = Dcp()
+def _open(folder: Path) -> DcpReader:
+    names = entries(folder)
+    if METADATA in names:
+        return DcpReader(folder)
+    if any(name.startswith("__") and name.endswith(METADATA) for name in names):
+        what = f"each rank saved its own {METADATA} (use_collectives=False), which is not supported"
+        raise InputError(what, path=folder)
+    what = f"has no {METADATA}, which is written last: the save was interrupted or is still running"
+    raise InputError(what, path=folder)
+
+
+FOLDER: Final = FolderFormat(_claims, _open)

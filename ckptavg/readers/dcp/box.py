@@ -9,8 +9,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ckptavg.readers.pieces import Piece
-
 
 @dataclass(frozen=True, slots=True)
 class Box:
@@ -50,8 +48,7 @@ class Box:
         if index >= math.prod(self.shape):
             return self.numel
         count, rest = 0, self.numel
-        wanted = zip(_unravel(index, self.shape), self.offsets, self.sizes, strict=True)
-        for at, offset, size in wanted:
+        for at, offset, size in zip(_unravel(index, self.shape), self.offsets, self.sizes, strict=True):
             if at < offset:
                 return count
             if at >= offset + size:
@@ -60,10 +57,11 @@ class Box:
             count += (at - offset) * rest
         return count
 
-    def runs(self, start: int, stop: int) -> Iterator[Piece]:
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield its elements from ``start`` to ``stop``, in order, as runs that are contiguous in the whole tensor too.
 
-        A generator, because a box of one column has as many runs as rows.
+        Each is (first index in the whole tensor, first index in the box, number of elements). A generator, because a
+        box of one column has as many runs as rows.
         """
         inner, length = self._inner, self.run
         while start < stop:
@@ -71,7 +69,7 @@ class Box:
             outer = [at + o for at, o in zip(_unravel(row, self.sizes[:inner]), self.offsets[:inner], strict=True)]
             at = _ravel([*outer, *self.offsets[inner:]], self.shape)
             count = min(length - skip, stop - start)
-            yield Piece(at + skip, count, "", start)
+            yield at + skip, start, count
             start += count
 
 
@@ -90,15 +88,11 @@ def untiled(boxes: Sequence[Box], shape: tuple[int, ...]) -> str | None:
     for box in sorted(full, key=lambda box: box.offsets[d]) if shape else ():
         open_boxes = [other for other in open_boxes if other.offsets[d] + other.sizes[d] > box.offsets[d]]
         for other in open_boxes:
-            if _overlap(box, other):
+            sides = zip(box.offsets, box.sizes, other.offsets, other.sizes, strict=True)
+            if all(at < other_at + n and other_at < at + size for at, size, other_at, n in sides):
                 return f"its parts at {list(other.offsets)} and {list(box.offsets)} overlap"
         open_boxes.append(box)
     return None
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    sides = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
-    return all(at < other + n and other < at + size for at, size, other, n in sides)
 
 
 def _ravel(position: Sequence[int], shape: Sequence[int]) -> int:

@@ -19,11 +19,6 @@ class FilePart(RegularFile):
         self._file = file
         self._from = start
 
-    @property
-    def inode(self) -> tuple[int, int]:
-        """See `RegularFile`."""
-        return self._file.inode
-
     def read_into(self, offset: int, out: memoryview) -> None:
         """See `RegularFile`; ``offset`` counts from the start of the part."""
         if offset < 0 or offset + len(out) > self.size:
@@ -31,10 +26,6 @@ class FilePart(RegularFile):
                 f"is damaged: a part of {self.size} bytes should have {offset + len(out)}", path=self._file.path
             )
         self._file.read_into(self._from + offset, out)
-
-    def check_unchanged(self) -> None:
-        """See `RegularFile`."""
-        self._file.check_unchanged()
 
     def close(self) -> None:
         """Do nothing, because other parts of the file are still in use."""

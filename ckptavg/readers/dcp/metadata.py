@@ -7,16 +7,18 @@ path of every name in the nested state dict.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Final, NoReturn, TypeGuard
+from typing import Final, NoReturn, TypeAlias
 
 from ckptavg.errors import InputError
-from ckptavg.readers import ITEM_SIZE, Refused
+from ckptavg.readers import ITEM_SIZE, MAX_RANK, Refused, naturals
 from ckptavg.readers.dcp.box import Box, untiled
 from ckptavg.readers.pickle.object_tree import MAX_DEPTH
-from ckptavg.readers.pickle.torch_objects import DTYPES, MAX_RANK
+from ckptavg.readers.pickle.torch_objects import DTYPES, MAKERS, first
 from ckptavg.readers.pickle.unpickler import Global, Maker, PickleError, load
 
 MAX_PARTS: Final = 1 << 16  # per tensor
@@ -25,6 +27,7 @@ MAX_FILE_NAME: Final = 255
 _BUDGET: Final = 4 << 30
 _BUDGET_A_BYTE: Final = 64  # per byte of the file; files of torch 2.13 need 42 to 48
 _BUDGET_OF_ANY: Final = 64 << 20
+_Refuse: TypeAlias = Callable[..., NoReturn]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +90,21 @@ def parse(data: bytes, path: Path) -> Metadata:
         root = load(data, _MAKERS, _persistent, min(_BUDGET, _BUDGET_OF_ANY + _BUDGET_A_BYTE * len(data)))
     except PickleError as error:
         raise InputError(str(error), path=path) from error
-    described, listed, paths = (
-        _field(root, "Metadata", field) for field in ("state_dict_metadata", "storage_data", "planner_data")
-    )
+    described, listed, paths = _fields(root, "Metadata", "state_dict_metadata", "storage_data", "planner_data")
     if type(described) is not dict or type(listed) is not dict or not all(type(name) is str for name in described):
         raise InputError("is not the metadata of torch.distributed.checkpoint", path=path)
-    refuse = _Refusal(path)
+
+    def refuse(what: str, name: str | None = None) -> NoReturn:
+        raise InputError(what, path=path, tensor=None if name is None else name[:100] or '""')
+
     stored = _stored(listed, refuse)
     for name in stored:
         if name not in described:
             refuse("is stored, but not described", name)
     values = {name: _value(name, value, stored.get(name, []), refuse) for name, value in described.items()}
-    return Metadata(values, _paths(paths, values, refuse), _by_file(stored))
+    ordered = sorted((place for places in stored.values() for place in places), key=attrgetter("file", "start", "size"))
+    by_file = {file: list(places) for file, places in groupby(ordered, key=attrgetter("file"))}
+    return Metadata(values, _paths(paths, values, refuse), by_file)
 
 
 class _Instance:
@@ -115,29 +121,19 @@ class _Instance:
         self.state = state[1] if type(state) is tuple and len(state) == 2 and state[0] is None else state
 
 
-class _Refusal:
-    """Function that raises InputError about ``path``."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __call__(self, what: str, name: str | None = None) -> NoReturn:
-        raise InputError(what, path=self.path, tensor=None if name is None else name[:100] or '""')
-
-
-def _stored(listed: dict[object, object], refuse: _Refusal) -> dict[str, list[Stored]]:
+def _stored(listed: dict[object, object], refuse: _Refuse) -> dict[str, list[Stored]]:
     """Convert ``dict[MetadataIndex, _StorageInfo]``: name → locations of its parts, or of its object."""
     result: dict[str, list[Stored]] = {}
     for index, info in listed.items():
-        name, offsets = _field(index, "MetadataIndex", "fqn"), _field(index, "MetadataIndex", "offset")
-        if type(name) is not str or not (offsets is None or _naturals(offsets)):
+        name, offset = _fields(index, "MetadataIndex", "fqn", "offset")
+        offsets = naturals(offset)
+        if type(name) is not str or (offset is not None and offsets is None):
             refuse("stores something without a name")
-        file, start, size, transforms = (
-            _field(info, "_StorageInfo", field)
-            for field in ("relative_path", "offset", "length", "transform_descriptors")
+        file, *span, transforms = _fields(
+            info, "_StorageInfo", "relative_path", "offset", "length", "transform_descriptors"
         )
-        span = (start, size)
-        if type(file) is not str or not _naturals(span):
+        span = naturals(span, list)
+        if type(file) is not str or span is None:
             refuse("has no storage location", name)
         if Path(file).name != file or file in ("", ".", "..") or len(file) > MAX_FILE_NAME or not file.isprintable():
             refuse(f"is stored in {file[:100]!r}, which is not a bare file name", name)
@@ -147,24 +143,14 @@ def _stored(listed: dict[object, object], refuse: _Refusal) -> dict[str, list[St
     return result
 
 
-def _by_file(stored: Mapping[str, Sequence[Stored]]) -> dict[str, list[Stored]]:
-    result: dict[str, list[Stored]] = {}
-    for place in (place for places in stored.values() for place in places):
-        result.setdefault(place.file, []).append(place)
-    for places in result.values():
-        places.sort(key=lambda place: (place.start, place.size))
-    return dict(sorted(result.items()))
-
-
-def _value(name: str, value: object, stored: Sequence[Stored], refuse: _Refusal) -> SavedTensor | Refused | None:
+def _value(name: str, value: object, stored: Sequence[Stored], refuse: _Refuse) -> SavedTensor | Refused | None:
     if isinstance(value, _Instance) and value.kind == "BytesStorageMetadata":
         if len(stored) != 1 or stored[0].offsets is not None:
             refuse(f"is one object, but {len(stored)} parts of it are stored", name)
         return None
-    shape, chunks, properties = (
-        _field(value, "TensorStorageMetadata", field) for field in ("size", "chunks", "properties")
-    )
-    if not _naturals(shape) or math.prod(shape) >= 2**63:
+    size, chunks, properties = _fields(value, "TensorStorageMetadata", "size", "chunks", "properties")
+    shape = naturals(size)
+    if shape is None or math.prod(shape) >= 2**63:
         refuse(f"shape must be up to {MAX_RANK} integers from 0 to 2^63 - 1", name)
     if type(chunks) is not list or len(chunks) > MAX_PARTS:
         refuse(f"its parts must be a list of up to {MAX_PARTS}", name)
@@ -181,13 +167,13 @@ def _value(name: str, value: object, stored: Sequence[Stored], refuse: _Refusal)
 
 
 def _parts(
-    name: str, shape: tuple[int, ...], chunks: list[object], stored: Sequence[Stored], refuse: _Refusal
+    name: str, shape: tuple[int, ...], chunks: list[object], stored: Sequence[Stored], refuse: _Refuse
 ) -> tuple[Part, ...]:
     """Return the parts sorted by their offsets, which also sorts them by their first elements."""
     boxes: list[Box] = []
     for chunk in chunks:
-        offsets, sizes = (_field(chunk, "ChunkStorageMetadata", field) for field in ("offsets", "sizes"))
-        if not _naturals(offsets) or not _naturals(sizes) or not len(offsets) == len(sizes) == len(shape):
+        offsets, sizes = map(naturals, _fields(chunk, "ChunkStorageMetadata", "offsets", "sizes"))
+        if offsets is None or sizes is None or not len(offsets) == len(sizes) == len(shape):
             refuse(f"offsets and sizes of its parts must be {len(shape)} integers from 0 to 2^63 - 1", name)
         boxes.append(Box(shape, offsets, sizes))
     if wrong := untiled(boxes, shape):
@@ -213,7 +199,7 @@ def _dtype(properties: object) -> str | Refused:
     return DTYPES[state[0].name]
 
 
-def _paths(data: object, names: Mapping[str, object], refuse: _Refusal) -> dict[str, tuple[str, ...]]:
+def _paths(data: object, names: Mapping[str, object], refuse: _Refuse) -> dict[str, tuple[str, ...]]:
     """Return name → path from the planner's data; empty if it has none."""
     if not data:
         return {}
@@ -229,29 +215,14 @@ def _paths(data: object, names: Mapping[str, object], refuse: _Refusal) -> dict[
     return result
 
 
-def _field(value: object, kind: str, name: str) -> object:
-    """Return field ``name`` of an object of class ``kind``, or None if the class differs or the field is missing."""
+def _fields(value: object, kind: str, *names: str) -> list[object]:
+    """Return fields of an object of class ``kind``: None if the class differs or the field is missing."""
     state = value.state if isinstance(value, _Instance) and value.kind == kind else None
-    return state.get(name) if type(state) is dict else None
-
-
-def _naturals(value: object) -> TypeGuard[tuple[int, ...]]:
-    if type(value) is not tuple or len(value) > MAX_RANK:
-        return False
-    return all(type(item) is int and 0 <= item < 2**63 for item in value)
+    return [state.get(name) if type(state) is dict else None for name in names]
 
 
 def _kind(name: str) -> Maker:
     return lambda _: _Instance(name)
-
-
-def _first(arguments: tuple[object, ...]) -> object:
-    """Make ``torch.Size(tuple)`` and ``_get_layout("torch.strided")`` their only argument."""
-    return arguments[0] if arguments else None
-
-
-def _dict(_: tuple[object, ...]) -> object:
-    return {}
 
 
 def _persistent(_: object) -> NoReturn:
@@ -266,8 +237,6 @@ _MAKERS: Final[Mapping[str, Maker]] = {
     **{f"torch.distributed.checkpoint.metadata.{name}": _kind(name) for name in _CLASSES},
     "torch.distributed._shard.sharded_tensor.metadata.TensorProperties": _kind("TensorProperties"),  # torch < 2.4
     "torch.distributed.checkpoint.filesystem._StorageInfo": _kind("_StorageInfo"),
-    "torch.Size": _first,
-    "torch.serialization._get_layout": _first,
-    "collections.OrderedDict": _dict,
-    "collections.defaultdict": _dict,
+    "torch.serialization._get_layout": first,
+    **{name: MAKERS[name] for name in ("torch.Size", "collections.OrderedDict", "collections.defaultdict")},
 }

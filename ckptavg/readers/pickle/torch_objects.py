@@ -8,12 +8,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, TypeGuard
+from operator import itemgetter
+from typing import Any, Final
 
-from ckptavg.readers import ITEM_SIZE, Refused, StoredTensor
+from ckptavg.readers import ITEM_SIZE, MAX_RANK, Refused, StoredTensor, naturals
 from ckptavg.readers.pickle.unpickler import Global, Inert, Maker, PickleError
-
-MAX_RANK: Final = 64
 
 _STORAGES: Final[Mapping[str, str]] = {
     "torch.DoubleStorage": "F64", "torch.FloatStorage": "F32", "torch.HalfStorage": "F16",
@@ -55,7 +54,7 @@ class Storage:
     dtype: str
     record: str
     size: int
-    refusal: str = ""
+    refusal: str
 
 
 class NumpyDtype:
@@ -78,7 +77,7 @@ class NumpyDtype:
         return struct.unpack(self.order + letter, raw)[0]
 
 
-def storage(persistent_id: object, sizes: Mapping[str, int]) -> Storage:
+def storage(persistent_id: Any, sizes: Mapping[str, int]) -> Storage:
     """Return the storage of a persistent id.
 
     Args:
@@ -87,23 +86,23 @@ def storage(persistent_id: object, sizes: Mapping[str, int]) -> Storage:
     Raises:
         PickleError: if it is not the id of a storage.
     """
-    if type(persistent_id) is not tuple or len(persistent_id) != 5 or persistent_id[0] != "storage":
-        raise PickleError("is damaged: a persistent id is not a storage's")
-    _, cls, key, location, numel = persistent_id
+    is_id = type(persistent_id) is tuple and len(persistent_id) == 5 and persistent_id[0] == "storage"
+    _, cls, key, location, numel = persistent_id if is_id else (None,) * 5
     if not isinstance(cls, Global) or type(key) is not str or type(numel) is not int:
         raise PickleError("is damaged: a persistent id is not a storage's")
     record = f"data/{key[:100]}"
     size = sizes.get(record, 0)
-    dtype = _STORAGES.get(cls.name)
-    if dtype is None:
-        return Storage("U8", record, size, f"its storage is a {cls.name}, which is not supported")
-    if location == "meta":
-        return Storage(dtype, record, size, "is a meta tensor, which has no values")
-    if record not in sizes:
-        return Storage(dtype, record, size, f"its record {record} is missing")
-    if numel * ITEM_SIZE[dtype] != size:
-        return Storage(dtype, record, size, f"needs {numel} elements of {dtype}, but record {record} has {size} bytes")
-    return Storage(dtype, record, size)
+    dtype = _STORAGES.get(cls.name, "")
+    refusal = ""
+    if not dtype:
+        refusal = f"its storage is a {cls.name}, which is not supported"
+    elif location == "meta":
+        refusal = "is a meta tensor, which has no values"
+    elif record not in sizes:
+        refusal = f"its record {record} is missing"
+    elif numel * ITEM_SIZE[dtype] != size:
+        refusal = f"needs {numel} elements of {dtype}, but record {record} has {size} bytes"
+    return Storage(dtype, record, size, refusal)
 
 
 def _tensor(arguments: tuple[object, ...]) -> StoredTensor | Refused:
@@ -142,42 +141,27 @@ def _view(source: Storage, dtype: str, offset: object, shape: object, stride: ob
     """Return the tensor that starts ``offset`` elements into ``source``; ``stride`` is in elements."""
     if source.refusal:
         return Refused(source.refusal)
-    at = (offset,)
-    if not (_naturals(shape) and _naturals(stride) and _naturals(at)) or len(shape) != len(stride):
+    sizes, steps, at = naturals(shape), naturals(stride), naturals((offset,))
+    if sizes is None or steps is None or at is None or len(sizes) != len(steps):
         return Refused(f"shape and stride must be up to {MAX_RANK} integers from 0 to 2^63 - 1")
-    return _checked_view(source, dtype, at[0], shape, stride)
-
-
-def _checked_view(
-    source: Storage, dtype: str, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
-) -> StoredTensor | Refused:
-    if 0 in shape:
-        return StoredTensor(dtype, shape, source.record, 0)
-    size = ITEM_SIZE[dtype]
-    reach = 1
-    for n, step in sorted(
-        ((n, step) for n, step in zip(shape, stride, strict=True) if n > 1), key=lambda pair: pair[1]
-    ):
-        if step < reach:
-            return Refused(f"shape {list(shape)} with stride {list(stride)} uses some elements more than once")
-        reach += (n - 1) * step
-    if (offset + reach) * size > source.size:
-        return Refused(
-            f"shape {list(shape)} with stride {list(stride)} from element {offset} needs {(offset + reach) * size} "
-            f"bytes, but record {source.record} has {source.size}"
-        )
-    dense, expected = True, 1
-    for n, step in zip(reversed(shape), reversed(stride), strict=True):
-        dense = dense and (n == 1 or step == expected)
+    if 0 in sizes:
+        return StoredTensor(dtype, sizes, source.record, 0)
+    size, span = ITEM_SIZE[dtype], 1
+    what = f"shape {list(sizes)} with stride {list(steps)}"
+    dimensions = [(n, step) for n, step in zip(sizes, steps, strict=True) if n > 1]
+    for n, step in sorted(dimensions, key=itemgetter(1)):
+        if step < span:
+            return Refused(f"{what} uses some elements more than once")
+        span += (n - 1) * step
+    if (needed := (at[0] + span) * size) > source.size:
+        held = f"record {source.record} has {source.size}"
+        return Refused(f"{what} from element {offset} needs {needed} bytes, but {held}")
+    is_dense, expected = True, 1
+    for n, step in reversed(dimensions):
+        is_dense = is_dense and step == expected
         expected *= n
-    strided = None if dense else tuple(1 if n == 1 else step for n, step in zip(shape, stride, strict=True))
-    return StoredTensor(dtype, shape, source.record, offset * size, strided)
-
-
-def _naturals(value: object) -> TypeGuard[tuple[int, ...]]:
-    if type(value) is not tuple or len(value) > MAX_RANK:
-        return False
-    return all(type(item) is int and 0 <= item < 2**63 for item in value)
+    strided = None if is_dense else tuple(1 if n == 1 else step for n, step in zip(sizes, steps, strict=True))
+    return StoredTensor(dtype, sizes, source.record, at[0] * size, strided)
 
 
 def _parameter(arguments: tuple[object, ...]) -> StoredTensor | Refused:
@@ -198,6 +182,11 @@ def _from_type(arguments: tuple[object, ...]) -> StoredTensor | Refused:
     if maker is None or type(inner) is not tuple:
         return Refused("is not made like a plain dense tensor")
     return maker(inner)
+
+
+def first(arguments: tuple[object, ...]) -> object:
+    """Return the only argument."""
+    return arguments[0] if arguments else None
 
 
 def _new_dict(arguments: tuple[object, ...]) -> object:
@@ -261,7 +250,7 @@ MAKERS: Final[Mapping[str, Maker]] = {
     "_codecs.encode": _encode,
     "builtins.getattr": _member,
     "__builtin__.getattr": _member,
-    _ZERO_STAGE: lambda arguments: arguments[0] if arguments else None,  # its number
+    _ZERO_STAGE: first,  # its number
     "numpy.dtype": _numpy_dtype,
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy._core.multiarray.scalar": _numpy_scalar,

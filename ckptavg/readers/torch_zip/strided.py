@@ -54,19 +54,10 @@ def gather(tensor: StoredTensor, start: int, out: memoryview, read_into: Callabl
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Yield elements ``start`` to ``stop`` of an array of rank ≥ 1 as boxes in C order: (first index, shape)."""
-    row = math.prod(shape[1:])
-    first, skipped = divmod(start, row)
-    last, rest = divmod(stop, row)
-    if first == last:
-        for corner, inner in boxes(shape[1:], skipped, rest):
-            yield (first, *corner), (1, *inner)
-        return
-    if skipped:
-        for corner, inner in boxes(shape[1:], skipped, row):
-            yield (first, *corner), (1, *inner)
-        first += 1
-    if first < last:
-        yield (first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:])
-    if rest:
-        for corner, inner in boxes(shape[1:], 0, rest):
-            yield (last, *corner), (1, *inner)
+    rows = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    while start < stop:
+        corner = tuple(start // row % n for row, n in zip(rows, shape, strict=True))
+        d = next(d for d, row in enumerate(rows) if start % row == 0 and start + row <= stop)
+        count = min(shape[d] - corner[d], (stop - start) // rows[d])
+        yield corner, (*(1,) * d, count, *shape[d + 1 :])
+        start += count * rows[d]

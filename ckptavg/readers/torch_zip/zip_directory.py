@@ -7,6 +7,7 @@ records, bytes after the end, two different sizes) is refused.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -42,15 +43,6 @@ class Entry:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """Start of a record's bytes in the file, their number, and their CRC-32."""
-
-    start: int
-    size: int
-    crc: int
-
-
 def central_directory(file: RegularFile) -> tuple[Sequence[Entry], int]:
     """Return the entries of the central directory at the end of ``file``, and its offset.
 
@@ -68,15 +60,14 @@ def central_directory(file: RegularFile) -> tuple[Sequence[Entry], int]:
         entries.append(entry)
     if position != size:
         _damaged(file, f"has {size - position} bytes after its {count} entries")
-    if len({entry.name for entry in entries}) < count:
-        seen: set[str] = set()
-        repeated = next(entry.name for entry in entries if entry.name in seen or seen.add(entry.name))
-        _damaged(file, f"lists {repeated} twice")
+    for name, times in Counter(entry.name for entry in entries).items():
+        if times > 1:
+            _damaged(file, f"lists {name} twice")
     return entries, offset
 
 
-def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, Record]:
-    """Return record name → location, after comparing every local header with its entry.
+def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, int]:
+    """Return record name → offset of its bytes, after comparing every local header with its entry.
 
     Args:
         file: the archive.
@@ -85,7 +76,7 @@ def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, R
     Raises:
         InputError: if a record is compressed, encrypted, out of range or overlapping, or its two headers differ.
     """
-    records: dict[str, Record] = {}
+    starts: dict[str, int] = {}
     free = 0
     for entry in sorted(entries, key=attrgetter("offset")):
         if entry.flags & _ENCRYPTED:
@@ -96,14 +87,13 @@ def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, R
             _damaged(file, f"has an entry for {entry.name} that contradicts itself")
         if entry.offset < free:
             _damaged(file, f"places {entry.name} over another record")
-        start = _start(file, entry, end)
-        free = start + entry.size
+        starts[entry.name] = _start(file, entry, end)
+        free = starts[entry.name] + entry.size
         if free > end:
             _damaged(file, f"places {entry.name} beyond the end of the records")
-        records[entry.name] = Record(start, entry.size, entry.crc)
     if entries and min(entry.offset for entry in entries) != 0:
         raise InputError("has bytes before its first record, unlike files of torch.save", path=file.path)
-    return records
+    return starts
 
 
 def _end(file: RegularFile) -> tuple[int, int, int]:
@@ -112,9 +102,8 @@ def _end(file: RegularFile) -> tuple[int, int, int]:
     tail = file.read(at, _END.size) if at >= 0 else b""
     if tail[:4] != b"PK\x05\x06" or tail[-2:] != b"\0\0":
         _no_end(file)
-    _, disk, first_disk, here, count, size, offset, _ = _END.unpack(tail)
+    _, disk, first_disk, *fields, _ = _END.unpack(tail)
     directory_end = at
-    short_fields = (here, count, size, offset)
     locator_at = at - _LOCATOR.size
     locator = file.read(locator_at, _LOCATOR.size) if locator_at >= 0 else b""
     if locator[:4] == b"PK\x06\x07":
@@ -124,10 +113,11 @@ def _end(file: RegularFile) -> tuple[int, int, int]:
         signature, length, _, _, disk_a, disk_b, *fields64 = _END64.unpack(file.read(directory_end, _END64.size))
         if signature != b"PK\x06\x06" or length != _END64.size - 12 or disk64 or disks > 1 or disk_a or disk_b:
             _damaged(file, "has a bad zip64 end")
-        for width, short, true in zip((2, 2, 4, 4), short_fields, fields64, strict=True):
+        for width, short, true in zip((2, 2, 4, 4), fields, fields64, strict=True):
             if short not in (true, _MANY[width]):
                 _damaged(file, "has two end records that disagree")
-        here, count, size, offset = fields64
+        fields = fields64
+    here, count, size, offset = fields
     if disk or first_disk or here != count:
         raise InputError("is one part of a zip archive in several", path=file.path)
     if offset + size != directory_end:
