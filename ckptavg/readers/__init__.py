@@ -4,8 +4,6 @@ A reader reads headers when it is opened and tensors on request. It never import
 names. Finding the model in its tree is the job of `ckptavg.checkpoints.state_dict`.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib
 import math

@@ -1,7 +1,5 @@
 """Reader of one file in which every tensor lies in C order without gaps, such as safetensors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

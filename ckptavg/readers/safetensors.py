@@ -1,7 +1,5 @@
 """A ``.safetensors`` file, its header checked strictly: the library accepts duplicate keys and unknown fields."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -40,10 +38,8 @@ def _header(file: RegularFile) -> tuple[dict[str, Any], int]:
     if size > MAX_HEADER:
         raise InputError(f"header length {size} is larger than the {MAX_HEADER} bytes allowed", path=file.path)
     if 8 + size > file.size:
-        raise InputError(
-            f"file is truncated: {file.size} bytes present, the header alone needs {8 + size} (still being written?)",
-            path=file.path,
-        )
+        needed = f"the header alone needs {8 + size} (still being written?)"
+        raise InputError(f"file is truncated: {file.size} bytes present, {needed}", path=file.path)
     try:
         header = strict_json(file.read(8, size).decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -84,10 +80,8 @@ def _check_tiling(file: RegularFile, data: int, tensors: Mapping[str, StoredTens
         end += size
     present = file.size - data
     if present < end:
-        raise InputError(
-            f"file is truncated: {present} bytes of tensors present, the header needs {end} (still being written?)",
-            path=file.path,
-        )
+        needed = f"the header needs {end} (still being written?)"
+        raise InputError(f"file is truncated: {present} bytes of tensors present, {needed}", path=file.path)
     if present > end:
         raise InputError(f"{present - end} bytes follow the last tensor", path=file.path)
 

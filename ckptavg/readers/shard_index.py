@@ -1,7 +1,5 @@
 """A model in several files: ``model.safetensors.index.json`` and ``pytorch_model.bin.index.json``."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -34,10 +34,9 @@ from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.readers import Node, StoredTensor
 from ckptavg.readers import dcp as dcp_reader
-from ckptavg.readers.dcp import FOLDER, DcpReader
+from ckptavg.readers.dcp import FOLDER, DcpReader, FilePart
 from ckptavg.readers.dcp import metadata as dcp_metadata
 from ckptavg.readers.dcp.box import Box, untiled
-from ckptavg.readers.dcp.file_part import FilePart
 from ckptavg.readers.pickle import object_tree
 from ckptavg.readers.torch_zip import TorchZipReader
 

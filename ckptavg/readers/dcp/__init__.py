@@ -3,8 +3,6 @@
 Each part of each tensor is a small ``torch.save`` file inside a ``.distcp`` file; it is opened on first access.
 """
 
-from __future__ import annotations
-
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -16,7 +14,6 @@ from ckptavg.errors import InputError, printable
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.filesystem.strict_json import read_json
 from ckptavg.readers import ITEM_SIZE, FolderFormat, Node, Refused, StoredTensor, entries
-from ckptavg.readers.dcp.file_part import FilePart
 from ckptavg.readers.dcp.metadata import Metadata, Part, SavedTensor, Stored, parse
 from ckptavg.readers.pickle.object_tree import object_tree
 from ckptavg.readers.pickle.unpickler import PickleError
@@ -48,7 +45,11 @@ class DcpReader:
         try:
             if metadata_file.size > MAX_METADATA:
                 raise InputError(f"has {metadata_file.size} bytes, more than {MAX_METADATA}", path=metadata_file.path)
-            parsed = parse(metadata_file.read(0, metadata_file.size), metadata_file.path)
+            try:
+                parsed = parse(metadata_file.read(0, metadata_file.size))
+                self.tree: Mapping[str, Node] = _tree(parsed)
+            except PickleError as error:
+                raise InputError(str(error), path=metadata_file.path) from error
             for name, stored in parsed.stored.items():
                 if not os.path.lexists(folder / name):
                     what = f"is missing, but {METADATA} names it"
@@ -57,7 +58,6 @@ class DcpReader:
                 self.files.append(file)
                 _check_file(file, stored, metadata_file)
             self._tensors = {name: value for name, value in parsed.values.items() if isinstance(value, SavedTensor)}
-            self.tree: Mapping[str, Node] = _tree(parsed, metadata_file.path)
         except BaseException:
             self.close()
             raise
@@ -123,11 +123,33 @@ class DcpReader:
         if not isinstance(alone, StoredTensor):
             raise InputError("holds something other than a tensor", path=file.path)
         if (alone.dtype, alone.shape) != (tensor.dtype, part.box.sizes):
-            raise InputError(
-                f"holds {alone.dtype} {list(alone.shape)}, but {METADATA} has {tensor.dtype} {list(part.box.sizes)}",
-                path=file.path,
-            )
+            listed = f"{METADATA} has {tensor.dtype} {list(part.box.sizes)}"
+            raise InputError(f"holds {alone.dtype} {list(alone.shape)}, but {listed}", path=file.path)
         return reader, alone
+
+
+class FilePart(RegularFile):
+    """Bytes ``start`` to ``start + size`` of ``file``; the file is not closed with it.
+
+    Reads outside of the part are refused, so damage never exposes bytes of a neighbouring part.
+    """
+
+    def __init__(self, file: RegularFile, start: int, size: int) -> None:
+        assert start >= 0 and start + size <= file.size
+        self.path = file.path
+        self.size = size
+        self._file = file
+        self._from = start
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """See `RegularFile`; ``offset`` counts from the start of the part."""
+        if offset < 0 or offset + len(out) > self.size:
+            what = f"is damaged: a part of {self.size} bytes should have {offset + len(out)}"
+            raise InputError(what, path=self.path)
+        self._file.read_into(self._from + offset, out)
+
+    def close(self) -> None:
+        """Do nothing, because other parts of the file are still in use."""
 
 
 def _record(path: Path) -> Mapping[str, str]:
@@ -141,8 +163,7 @@ def _record(path: Path) -> Mapping[str, str]:
 
 def _check_file(file: RegularFile, stored: Sequence[Stored], metadata: RegularFile) -> None:
     """Raise InputError unless ``file`` is of the same save as ``.metadata`` and has exactly the parts ``stored``."""
-    (_, _, completed, _), (_, _, written, _) = metadata.identity, file.identity
-    if completed < written:  # .metadata is written last
+    if metadata.identity[2] < file.identity[2]:  # by time of modification: .metadata is written last
         raise InputError(
             f"is older than {file.path.name}: a later save into this directory was interrupted or is still running",
             path=metadata.path,
@@ -155,15 +176,13 @@ def _check_file(file: RegularFile, stored: Sequence[Stored], metadata: RegularFi
             raise InputError(f"{what}, by {METADATA}", path=file.path)
         end += entry.size
     if file.size < end:
-        raise InputError(
-            f"file is truncated: {file.size} bytes present, but {METADATA} requires {end} (still being written?)",
-            path=file.path,
-        )
+        what = f"file is truncated: {file.size} bytes present, but {METADATA} requires {end} (still being written?)"
+        raise InputError(what, path=file.path)
     if file.size > end:
         raise InputError(f"has {file.size} bytes, but {METADATA} requires {end}", path=file.path)
 
 
-def _tree(metadata: Metadata, path: Path) -> Mapping[str, Node]:
+def _tree(metadata: Metadata) -> Mapping[str, Node]:
     """Return the nested state dict; refuse equal paths of two names, and a path that leads into a tensor."""
     root: dict[str, Any] = {}
     paths = metadata.paths or _guessed(metadata.values)
@@ -173,14 +192,11 @@ def _tree(metadata: Metadata, path: Path) -> Mapping[str, Node]:
         for part in outer:
             node = node.setdefault(part, {})
             if type(node) is not dict:
-                raise InputError("is inside something that is not a mapping", path=path, tensor=name[:100])
+                raise PickleError(f"{name[:100]}: is inside something that is not a mapping")
         if last in node:
-            raise InputError("has the same place in the state dict as another", path=path, tensor=name[:100])
+            raise PickleError(f"{name[:100]}: has the same place in the state dict as another")
         node[last] = StoredTensor(value.dtype, value.shape, name, 0) if isinstance(value, SavedTensor) else value
-    try:
-        return object_tree(root)[0]
-    except PickleError as error:
-        raise InputError(str(error), path=path) from error
+    return object_tree(root)[0]
 
 
 def _guessed(values: Mapping[str, object]) -> dict[str, tuple[str, ...]]:

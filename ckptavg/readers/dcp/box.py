@@ -3,8 +3,6 @@
 Both are in C order, so any range of the whole intersects a box in one range of the box's own elements.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

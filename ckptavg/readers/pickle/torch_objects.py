@@ -3,8 +3,6 @@
 Nothing here refuses a file. An unsupported tensor becomes `Refused`, which is an error only if the model contains it.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -57,24 +55,18 @@ class Storage:
     refusal: str
 
 
-class NumpyDtype:
-    """A NumPy dtype; only those of plain numbers are supported. Its state has the byte order."""
+class _NumpyDtype:
+    """A NumPy dtype; ``format`` is that of the module struct, ``""`` if it is not one of plain numbers."""
 
     def __init__(self, code: str) -> None:
-        self.code = code
-        self.order = ""
+        self.letter = _NUMPY.get(code, "")
+        self.format = ""
 
     def set_state(self, state: object) -> None:
         """Set the byte order from BUILD's argument: (version, order, ...)."""
         order = state[1] if type(state) is tuple and len(state) > 1 else None
-        self.order = order if order in ("<", ">") else "<" if order == "|" else ""
-
-    def decode(self, raw: bytes) -> float | int | bool | None:
-        """Return the number in ``raw``, or None if the dtype is not supported."""
-        letter = _NUMPY.get(self.code)
-        if letter is None or not self.order or len(raw) != struct.calcsize(f"<{letter}"):
-            return None
-        return struct.unpack(self.order + letter, raw)[0]
+        order = order if order in ("<", ">") else "<" if order == "|" else ""
+        self.format = order + self.letter if order and self.letter else ""
 
 
 def storage(persistent_id: Any, sizes: Mapping[str, int]) -> Storage:
@@ -130,7 +122,7 @@ def _tensor_v3(arguments: tuple[object, ...]) -> StoredTensor | Refused:
 
 
 def _refuse_bits(metadata: tuple[object, ...]) -> Refused | None:
-    flags = metadata[0] if metadata else None
+    flags = first(metadata)
     if not flags:
         return None
     names = ", ".join(str(name)[:20] for name in list(flags)[:4]) if isinstance(flags, dict) else type(flags).__name__
@@ -147,15 +139,14 @@ def _view(source: Storage, dtype: str, offset: object, shape: object, stride: ob
     if 0 in sizes:
         return StoredTensor(dtype, sizes, source.record, 0)
     size, span = ITEM_SIZE[dtype], 1
-    what = f"shape {list(sizes)} with stride {list(steps)}"
     dimensions = [(n, step) for n, step in zip(sizes, steps, strict=True) if n > 1]
     for n, step in sorted(dimensions, key=itemgetter(1)):
         if step < span:
-            return Refused(f"{what} uses some elements more than once")
+            return Refused(f"shape {list(sizes)} with stride {list(steps)} uses some elements more than once")
         span += (n - 1) * step
     if (needed := (at[0] + span) * size) > source.size:
-        held = f"record {source.record} has {source.size}"
-        return Refused(f"{what} from element {offset} needs {needed} bytes, but {held}")
+        what = f"shape {list(sizes)} with stride {list(steps)} from element {offset}"
+        return Refused(f"{what} needs {needed} bytes, but record {source.record} has {source.size}")
     is_dense, expected = True, 1
     for n, step in reversed(dimensions):
         is_dense = is_dense and step == expected
@@ -200,21 +191,21 @@ def _new_list(arguments: tuple[object, ...]) -> object:
 
 
 def _numpy_dtype(arguments: tuple[object, ...]) -> object:
-    code = arguments[0] if arguments else None
-    return NumpyDtype(code) if type(code) is str else Inert("numpy.dtype", called=True)
+    code = first(arguments)
+    return _NumpyDtype(code) if type(code) is str else Inert("numpy.dtype", called=True)
 
 
 def _numpy_scalar(arguments: tuple[object, ...]) -> object:
-    if len(arguments) == 2 and isinstance(arguments[0], NumpyDtype) and type(arguments[1]) is bytes:
-        number = arguments[0].decode(arguments[1])
-        if number is not None:
-            return number
+    dtype, raw = arguments if len(arguments) == 2 else (None, None)
+    kind = dtype.format if isinstance(dtype, _NumpyDtype) else ""
+    if kind and type(raw) is bytes and len(raw) == struct.calcsize(kind):
+        return struct.unpack(kind, raw)[0]
     return Inert("numpy.generic", called=True)
 
 
 def _encode(arguments: tuple[object, ...]) -> object:
     """``_codecs.encode(text, "latin1")``, protocol 2's form of bytes; kept only if short enough for a number."""
-    text = arguments[0] if arguments else None
+    text = first(arguments)
     if type(text) is str and len(text) <= 16 and all(ord(char) < 256 for char in text):
         return text.encode("latin1")
     return Inert("bytes", called=False)

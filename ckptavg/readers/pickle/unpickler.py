@@ -6,8 +6,6 @@ of that name or, without a maker, an `Inert` stand-in that drops the arguments. 
 Protocols 2 to 5 of ``torch.save`` and ``pickle.dump`` are supported; the text opcodes of protocol 0 are not.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

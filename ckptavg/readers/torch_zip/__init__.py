@@ -3,8 +3,6 @@
 A zip archive of records: ``data.pkl`` describes the objects; ``data/0``, ``data/1``, ... are the storages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final

@@ -1,7 +1,5 @@
 """Records whose CRC-32 is checked while they are read; ``torch.load`` never checks it."""
 
-from __future__ import annotations
-
 import zlib
 from dataclasses import dataclass, field
 from threading import Lock

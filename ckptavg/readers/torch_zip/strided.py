@@ -1,15 +1,10 @@
 """Gather the elements of a non-contiguous tensor in C order, reading few bytes that are not needed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ckptavg.readers import ITEM_SIZE, StoredTensor
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _LARGE: Final = 16 << 20  # maximum bytes per read
 _SMALL: Final = 64 << 10  # spans of at most this many bytes are read whole
@@ -32,7 +27,7 @@ def gather(tensor: StoredTensor, start: int, out: memoryview, read_into: Callabl
     # elements as integers (as complex128 for 16 bytes): values are copied, never interpreted
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[size]
 
-    def fill(target: Tensor, first: int) -> None:
+    def fill(target: torch.Tensor, first: int) -> None:
         shape = tuple(target.shape)
         span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         if span * size <= _LARGE and (span * size <= _SMALL or span <= _WASTE * target.numel()):

@@ -4,8 +4,6 @@ Archives that two parsers read differently can deceive scanners, so anything amb
 records, bytes after the end, two different sizes) is refused.
 """
 
-from __future__ import annotations
-
 import struct
 from collections import Counter
 from collections.abc import Sequence
@@ -133,11 +131,8 @@ def _no_end(file: RegularFile) -> NoReturn:
     trailing = window - end_at - _END.size
     if end_at >= 0 and trailing >= 0:
         raise InputError(f"{trailing} bytes follow the end of the zip archive", path=file.path)
-    raise InputError(
-        f"file is truncated: {file.size} bytes present, but not the directory that ends a zip archive "
-        f"(still being written?)",
-        path=file.path,
-    )
+    missing = "the directory that ends a zip archive (still being written?)"
+    raise InputError(f"file is truncated: {file.size} bytes present, but not {missing}", path=file.path)
 
 
 def _entry(file: RegularFile, data: bytes, position: int) -> tuple[Entry, int]:

@@ -5,8 +5,6 @@ every parameter into one part per rank, and each rank concatenates its parts. Th
 the order of the runs, and the buffers. Moments are never read.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -234,9 +232,8 @@ def _refuse_spread(tree: Mapping[str, Node], path: Path) -> None:
     parallel = tree.get("mp_world_size")
     experts = any(tree.get(key) for key in ("ds_autoep_layers", "autoep_layers", "ds_zero_partition_groups"))
     if experts or (type(parallel) is int and parallel > 1):
-        raise InputError(
-            "is of a model divided among ranks (experts, model parallelism), which is not supported", path=path
-        )
+        what = "is of a model divided among ranks (experts, model parallelism), which is not supported"
+        raise InputError(what, path=path)
 
 
 def _claims(names: frozenset[str]) -> bool:

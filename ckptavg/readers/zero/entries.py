@@ -1,7 +1,5 @@
 """Checked access to entries of DeepSpeed's model and optimizer states."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Mapping, Sequence

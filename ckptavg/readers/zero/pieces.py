@@ -1,7 +1,5 @@
 """A tensor stored in pieces: runs of its elements in C order, each a part of another tensor."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
