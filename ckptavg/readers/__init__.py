@@ -92,18 +92,12 @@ class Reader(Protocol):
         notes: remarks about the file for the user.
     """
 
-    @property
-    def path(self) -> Path: ...  # noqa: D102
-    @property
-    def format(self) -> str: ...  # noqa: D102
-    @property
-    def tree(self) -> Mapping[str, Node]: ...  # noqa: D102
-    @property
-    def metadata(self) -> Mapping[str, str]: ...  # noqa: D102
-    @property
-    def files(self) -> Sequence[RegularFile]: ...  # noqa: D102
-    @property
-    def notes(self) -> tuple[str, ...]: ...  # noqa: D102
+    path: Path
+    format: str
+    tree: Mapping[str, Node]
+    metadata: Mapping[str, str]
+    files: Sequence[RegularFile]
+    notes: tuple[str, ...]
 
     def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
         """Fill ``out`` with the elements of ``tensor`` from index ``start`` on, in C order, little-endian.

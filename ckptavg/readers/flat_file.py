@@ -11,7 +11,7 @@ class FlatFile:
     """An open file whose tensors are contiguous; see `ckptavg.readers.Reader`.
 
     Args:
-        file: the file; closed with the reader.
+        file: closed with the reader.
         format: the name of its format.
         tree: its tensors and other contents; each tensor's ``offset`` counts from ``data``.
         metadata: key-value pairs of the header, if the format has them.

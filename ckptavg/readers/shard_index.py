@@ -9,7 +9,7 @@ from typing import Any, Final
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.filesystem.strict_json import strict_json
-from ckptavg.readers import Format, Reader, StoredTensor, claim, open_reader
+from ckptavg.readers import Format, Node, Reader, StoredTensor, claim, open_reader
 
 MAX_INDEX: Final = 64 << 20
 _SEPARATOR: Final = "\0"  # between shard and record; no file name contains it
@@ -29,9 +29,13 @@ class ShardIndexReader:
             for shard in sorted(set(weight_map.values())):
                 self._shards[shard] = self._open(shard)
                 self.files = (*self.files, *self._shards[shard].files)
-            self.tree: Mapping[str, StoredTensor] = {
-                name: self._tensor(name, shard) for name, shard in weight_map.items()
-            }
+            tree: dict[str, Node] = {}
+            for name, shard in weight_map.items():
+                tensor = self._shards[shard].tree.get(name)
+                if not isinstance(tensor, StoredTensor):
+                    what = f"the index places it in {shard}, which does not have it"
+                    raise InputError(what, path=self.path, tensor=name)
+                tree[name] = replace(tensor, record=f"{shard}{_SEPARATOR}{tensor.record}")
             for shard, reader in self._shards.items():
                 for name, node in reader.tree.items():
                     if isinstance(node, StoredTensor) and weight_map.get(name) != shard:
@@ -40,6 +44,7 @@ class ShardIndexReader:
         except BaseException:
             self.close()
             raise
+        self.tree: Mapping[str, Node] = tree
         first = next(iter(self._shards.values()))
         self.metadata: Mapping[str, str] = first.metadata
         self.format: str = f"{first.format}, {len(self._shards)} shards"
@@ -64,12 +69,6 @@ class ShardIndexReader:
             if claim(file) is READER:  # by content, not by name: an index as a shard could form a cycle
                 raise InputError(f"shard {shard} is itself an index", path=self.path)
         return open_reader(path)
-
-    def _tensor(self, name: str, shard: str) -> StoredTensor:
-        tensor = self._shards[shard].tree.get(name)
-        if not isinstance(tensor, StoredTensor):
-            raise InputError(f"the index places it in {shard}, which does not have it", path=self.path, tensor=name)
-        return replace(tensor, record=f"{shard}{_SEPARATOR}{tensor.record}")
 
 
 def _weight_map(file: RegularFile) -> dict[str, str]:

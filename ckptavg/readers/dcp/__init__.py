@@ -41,7 +41,8 @@ class DcpReader:
         self._lock = Lock()
         self._files: dict[str, RegularFile] = {}
         metadata_file = RegularFile(folder / METADATA)
-        self.files: list[RegularFile] = [metadata_file]
+        files = [metadata_file]
+        self.files: Sequence[RegularFile] = files
         try:
             if metadata_file.size > MAX_METADATA:
                 raise InputError(f"has {metadata_file.size} bytes, more than {MAX_METADATA}", path=metadata_file.path)
@@ -55,7 +56,7 @@ class DcpReader:
                     what = f"is missing, but {METADATA} names it"
                     raise InputError(what, path=folder / name, hint="copy the whole directory")
                 file = self._files[name] = RegularFile(folder / name)
-                self.files.append(file)
+                files.append(file)
                 _check_file(file, stored, metadata_file)
             self._tensors = {name: value for name, value in parsed.values.items() if isinstance(value, SavedTensor)}
         except BaseException:
@@ -68,9 +69,9 @@ class DcpReader:
         stop = start + len(out) // size
         assert start >= 0 and stop <= tensor.numel
         for number, part in enumerate(self._tensors[tensor.record].parts):
-            if part.last < start:
+            if part.box.last < start:
                 continue
-            if part.first >= stop:
+            if part.box.first >= stop:
                 break
             begin, end = part.box.before(start), part.box.before(stop)
             if begin < end:

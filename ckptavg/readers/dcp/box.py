@@ -5,41 +5,28 @@ Both are in C order, so any range of the whole intersects a box in one range of 
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
 class Box:
-    """Elements ``offsets`` to ``offsets + sizes`` of a tensor of ``shape``."""
+    """Elements ``offsets`` to ``offsets + sizes`` of a tensor of ``shape``.
 
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
+    Attributes:
+        numel: number of elements.
+        first: index of its first element in the whole tensor.
+        last: index of its last element in the whole tensor, unless the box is empty.
+        run: number of its elements that are contiguous in the whole tensor.
+    """
 
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.sizes)
+    __slots__ = ("_inner", "first", "last", "numel", "offsets", "run", "shape", "sizes")
 
-    @property
-    def first(self) -> int:
-        """Index of its first element in the whole tensor."""
-        return _ravel(self.offsets, self.shape)
-
-    @property
-    def last(self) -> int:
-        """Index of its last element in the whole tensor; the box must not be empty."""
-        return _ravel([at + size - 1 for at, size in zip(self.offsets, self.sizes, strict=True)], self.shape)
-
-    @property
-    def run(self) -> int:
-        """Number of its elements that are contiguous in the whole tensor."""
-        return math.prod(self.sizes[self._inner :])
-
-    @property
-    def _inner(self) -> int:
-        """Last dimension that the box covers in part; its elements are contiguous from there on."""
-        return next((d for d in reversed(range(len(self.shape))) if self.sizes[d] != self.shape[d]), 0)
+    def __init__(self, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+        self.shape, self.offsets, self.sizes = shape, offsets, sizes
+        self.numel = math.prod(sizes)
+        self.first = _ravel(offsets, shape)
+        self.last = _ravel([at + size - 1 for at, size in zip(offsets, sizes, strict=True)], shape)
+        # the last dimension that it covers in part; its elements are contiguous from there on
+        self._inner = next((d for d in reversed(range(len(shape))) if sizes[d] != shape[d]), 0)
+        self.run = math.prod(sizes[self._inner :])
 
     def before(self, index: int) -> int:
         """Return the number of its elements before element ``index`` of the whole tensor."""

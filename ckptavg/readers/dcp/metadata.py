@@ -44,12 +44,10 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A non-empty part of a tensor; ``first`` and ``last`` are indices of its outermost elements in the whole."""
+    """A non-empty part of a tensor."""
 
     box: Box
     stored: Stored
-    first: int
-    last: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +167,7 @@ def _parts(name: str, shape: tuple[int, ...], chunks: list[object], stored: Sequ
     places = sorted((place for place in stored if place.offsets is not None), key=attrgetter("offsets"))
     if len(places) != len(stored) or [box.offsets for box in boxes] != [place.offsets for place in places]:
         _refuse(name, "its parts differ from those that are stored")
-    pairs = zip(boxes, places, strict=True)
-    return tuple(Part(box, place, box.first, box.last) for box, place in pairs if box.numel)
+    return tuple(Part(box, place) for box, place in zip(boxes, places, strict=True) if box.numel)
 
 
 def _dtype(properties: object) -> str | Refused:

@@ -88,20 +88,19 @@ def _named(keys: Iterable[object], nodes: Iterable[Node]) -> dict[str, Node]:
     """Return the mapping from names to ``nodes``; tensors with improper names are refused, not dropped."""
     result: dict[str, Node] = {}
     for key, node in zip(keys, nodes, strict=True):
-        name, what = (key, "") if type(key) is str else _spelled(key)
+        if type(key) is str:
+            name, what = key, ""
+        elif isinstance(key, Inert):
+            name, what = f"<{key.name}>", f"its key is a {key.name}, not a name"
+        else:
+            name = repr(key[:100] if isinstance(key, bytes) else key)
+            what = f"its key is a {type(key).__name__}, not a name, so this is no state dict"
         if type(node) is StoredTensor or type(node) is Refused:
             if not what and not is_proper(name):
                 name, what = name[:100], f"a tensor's name must have 1 to {MAX_NAME} characters, all of them printable"
             node = Refused(what) if what else node
         result[name] = Refused("two keys have this name") if name in result else node
     return result
-
-
-def _spelled(key: object) -> tuple[str, str]:
-    if isinstance(key, Inert):
-        return f"<{key.name}>", f"its key is a {key.name}, not a name"
-    spelled = repr(key[:100] if isinstance(key, bytes) else key)
-    return spelled, f"its key is a {type(key).__name__}, not a name, so this is no state dict"
 
 
 def is_proper(name: str) -> bool:

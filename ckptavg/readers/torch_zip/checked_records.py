@@ -13,17 +13,9 @@ _BLOCK: Final = 1 << 20
 
 @dataclass(slots=True, eq=False)
 class CheckedRecord:
-    """Record of a file; reading it front to back checks it without extra reads.
+    """The ``size`` bytes of ``file`` from ``start`` on; reading them front to back checks them without extra reads.
 
     Reading in another order first reads the whole record once. Thread-safe.
-
-    Attributes:
-        file: the file.
-        name: its name in the file.
-        start: offset of its first byte in the file.
-        size: number of bytes.
-        crc: the CRC-32 that they should have.
-        is_good: whether they have it, or the file is without checksums and nothing is checked.
     """
 
     file: RegularFile
@@ -31,7 +23,7 @@ class CheckedRecord:
     start: int
     size: int
     crc: int
-    is_good: bool
+    is_good: bool  # the checksum was found to match, or the file has none
     _lock: Lock = field(default_factory=Lock)
     _position: int = 0  # end of the bytes that the running checksum covers
     _running: int = 0

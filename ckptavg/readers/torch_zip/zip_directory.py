@@ -47,21 +47,38 @@ def central_directory(file: RegularFile) -> tuple[Sequence[Entry], int]:
     Raises:
         InputError: if the file is truncated, has bytes after its end, or the directory is damaged.
     """
-    count, size, offset = _end(file)
-    if count > MAX_ENTRIES or size > MAX_DIRECTORY:
-        raise InputError(f"zip directory of {count} entries in {size} bytes is too large", path=file.path)
-    data = file.read(offset, size)
+    count, length, begin = _end(file)
+    if count > MAX_ENTRIES or length > MAX_DIRECTORY:
+        raise InputError(f"zip directory of {count} entries in {length} bytes is too large", path=file.path)
+    data = file.read(begin, length)
     entries: list[Entry] = []
     position = 0
     for _ in range(count):
-        entry, position = _entry(file, data, position)
-        entries.append(entry)
-    if position != size:
-        _damaged(file, f"has {size - position} bytes after its {count} entries")
+        name_at = position + _CENTRAL.size
+        if name_at > length:
+            _damaged(file, "is cut off")
+        header = _CENTRAL.unpack_from(data, position)
+        signature, _, _, flags, method, _, _, crc, stored, size, *lengths, disk, _, _, offset = header
+        extra_at = name_at + lengths[0]
+        comment_at = extra_at + lengths[1]
+        position = comment_at + lengths[2]
+        if signature != b"PK\x01\x02" or position > length or disk != 0:
+            _damaged(file, "has a bad entry")
+        try:
+            name = data[name_at:extra_at].decode("utf-8")
+        except UnicodeDecodeError:
+            _damaged(file, "has a name that is not UTF-8")
+        if "\0" in name:
+            _damaged(file, "has a name with a NUL in it")
+        if 0xFFFFFFFF in (stored, size, offset):
+            size, stored, offset = _zip64(file, data[extra_at:comment_at], (size, stored, offset))
+        entries.append(Entry(name, flags, method, crc, stored, size, offset))
+    if position != length:
+        _damaged(file, f"has {length - position} bytes after its {count} entries")
     for name, times in Counter(entry.name for entry in entries).items():
         if times > 1:
             _damaged(file, f"lists {name} twice")
-    return entries, offset
+    return entries, begin
 
 
 def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, int]:
@@ -133,30 +150,6 @@ def _no_end(file: RegularFile) -> NoReturn:
         raise InputError(f"{trailing} bytes follow the end of the zip archive", path=file.path)
     missing = "the directory that ends a zip archive (still being written?)"
     raise InputError(f"file is truncated: {file.size} bytes present, but not {missing}", path=file.path)
-
-
-def _entry(file: RegularFile, data: bytes, position: int) -> tuple[Entry, int]:
-    """Return the entry at ``position`` of the central directory, and the position of the next one."""
-    if position + _CENTRAL.size > len(data):
-        _damaged(file, "is cut off")
-    signature, _, _, flags, method, _, _, crc, stored, size, *lengths, disk, _, _, offset = _CENTRAL.unpack_from(
-        data, position
-    )
-    name_at = position + _CENTRAL.size
-    extra_at = name_at + lengths[0]
-    comment_at = extra_at + lengths[1]
-    following = comment_at + lengths[2]
-    if signature != b"PK\x01\x02" or following > len(data) or disk != 0:
-        _damaged(file, "has a bad entry")
-    try:
-        name = data[name_at:extra_at].decode("utf-8")
-    except UnicodeDecodeError:
-        _damaged(file, "has a name that is not UTF-8")
-    if "\0" in name:
-        _damaged(file, "has a name with a NUL in it")
-    if 0xFFFFFFFF in (stored, size, offset):
-        size, stored, offset = _zip64(file, data[extra_at:comment_at], (size, stored, offset))
-    return Entry(name, flags, method, crc, stored, size, offset), following
 
 
 def _zip64(file: RegularFile, extra: bytes, fields: tuple[int, int, int]) -> tuple[int, int, int]:

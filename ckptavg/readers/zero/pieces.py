@@ -40,14 +40,7 @@ def cut(run: Sequence[Piece], at: int, count: int, start: int) -> Iterator[Piece
 
 
 def read_pieces(pieces: Sequence[Piece], item: int, start: int, out: memoryview) -> None:
-    """Fill ``out`` with the elements from index ``start`` on.
-
-    Args:
-        pieces: the whole tensor, sorted by start, without gaps.
-        item: bytes per element.
-        start: index of the first element to read.
-        out: buffer of a multiple of ``item`` bytes.
-    """
+    """Fill ``out`` with elements of ``item`` bytes from index ``start`` on; ``pieces`` are sorted and without a gap."""
     stop = start + len(out) // item
     i = bisect_right(pieces, start, key=lambda piece: piece.start) - 1
     while start < stop:
