@@ -12,7 +12,6 @@ class FlatFile:
 
     Args:
         file: closed with the reader.
-        format: the name of its format.
         tree: its tensors and other contents; each tensor's ``offset`` counts from ``data``.
         metadata: key-value pairs of the header, if the format has them.
         data: the byte of the file at which offset 0 lies.

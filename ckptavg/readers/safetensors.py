@@ -21,7 +21,19 @@ def _claims(head: bytes) -> bool:
 
 
 def _open(file: RegularFile) -> FlatFile:
-    header, data = _header(file)
+    size = int.from_bytes(file.read(0, 8), "little")
+    data = 8 + size  # the byte at which the tensors begin
+    if size > MAX_HEADER:
+        raise InputError(f"header length {size} is larger than the {MAX_HEADER} bytes allowed", path=file.path)
+    if data > file.size:
+        needed = f"the header alone needs {data} (still being written?)"
+        raise InputError(f"file is truncated: {file.size} bytes present, {needed}", path=file.path)
+    try:
+        header: Any = strict_json(file.read(8, size).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"header is not valid JSON: {error}", path=file.path) from error
+    if not isinstance(header, dict):
+        raise InputError("header is not a JSON object", path=file.path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError("__metadata__ must map strings to strings", path=file.path)
@@ -30,23 +42,6 @@ def _open(file: RegularFile) -> FlatFile:
     tensors = {name: _tensor(file.path, name, field) for name, field in header.items()}
     _check_tiling(file, data, tensors)
     return FlatFile(file, READER.name, tensors, metadata=metadata, data=data)
-
-
-def _header(file: RegularFile) -> tuple[dict[str, Any], int]:
-    """Return the parsed header and the byte at which the tensors' data begin."""
-    size = int.from_bytes(file.read(0, 8), "little")
-    if size > MAX_HEADER:
-        raise InputError(f"header length {size} is larger than the {MAX_HEADER} bytes allowed", path=file.path)
-    if 8 + size > file.size:
-        needed = f"the header alone needs {8 + size} (still being written?)"
-        raise InputError(f"file is truncated: {file.size} bytes present, {needed}", path=file.path)
-    try:
-        header = strict_json(file.read(8, size).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"header is not valid JSON: {error}", path=file.path) from error
-    if not isinstance(header, dict):
-        raise InputError("header is not a JSON object", path=file.path)
-    return header, 8 + size
 
 
 def _tensor(path: Path, name: str, field: Any) -> StoredTensor:

@@ -193,12 +193,12 @@ def overwrite(path: Path, content: bytes) -> None:
 def data_of(folder: Path, name: str) -> range:
     """Return which bytes of the only file hold the elements of an unsharded tensor."""
     reader = FOLDER.open(folder)
-    (part,) = reader._tensors[name].parts
-    file = (folder / part.stored.file).read_bytes()[part.stored.start :][: part.stored.size]
+    ((_, stored),) = reader._tensors[name].parts
+    file = (folder / stored.file).read_bytes()[stored.start :][: stored.size]
     whole = values(reader, StoredTensor(reader._tensors[name].dtype, reader._tensors[name].shape, name, 0))
     assert isinstance(whole, tuple)
     assert file.count(whole[2]) == 1
-    start = part.stored.start + file.index(whole[2])
+    start = stored.start + file.index(whole[2])
     reader.close()
     return range(start, start + len(whole[2]))
 

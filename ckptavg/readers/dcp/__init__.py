@@ -14,7 +14,7 @@ from ckptavg.errors import InputError, printable
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.filesystem.strict_json import read_json
 from ckptavg.readers import ITEM_SIZE, FolderFormat, Node, Refused, StoredTensor, entries
-from ckptavg.readers.dcp.metadata import Metadata, Part, SavedTensor, Stored, parse
+from ckptavg.readers.dcp.metadata import Metadata, SavedTensor, Stored, parse
 from ckptavg.readers.pickle.object_tree import object_tree
 from ckptavg.readers.pickle.unpickler import PickleError
 from ckptavg.readers.torch_zip import TorchZipReader
@@ -68,65 +68,63 @@ class DcpReader:
         size = ITEM_SIZE[tensor.dtype]
         stop = start + len(out) // size
         assert start >= 0 and stop <= tensor.numel
-        for number, part in enumerate(self._tensors[tensor.record].parts):
-            if part.box.last < start:
+        for number, (box, _) in enumerate(self._tensors[tensor.record].parts):
+            if box.last < start:
                 continue
-            if part.box.first >= stop:
+            if box.first >= stop:
                 break
-            begin, end = part.box.before(start), part.box.before(stop)
+            begin, end = box.before(start), box.before(stop)
             if begin < end:
-                self._read_part(tensor, number, part, begin, end, start, out)
+                self._read_part(tensor, number, begin, end, start, out)
 
     def close(self) -> None:
         """See `ckptavg.readers.Reader`."""
         for file in self.files:
             file.close()
 
-    def _read_part(
-        self, tensor: StoredTensor, number: int, part: Part, begin: int, end: int, start: int, out: memoryview
-    ) -> None:
+    def _read_part(self, tensor: StoredTensor, number: int, begin: int, end: int, start: int, out: memoryview) -> None:
         """Copy elements ``begin`` to ``end`` of a part into ``out``, whose first element is the tensor's ``start``."""
         size = ITEM_SIZE[tensor.dtype]
+        box, place = self._tensors[tensor.record].parts[number]
         try:
-            reader, alone = self._part(tensor, number, part)
-            if part.box.run * size >= _LARGE or part.box.run >= end - begin:
-                for whole, own, count in part.box.runs(begin, end):
+            reader, alone = self._part(tensor, number)
+            if box.run * size >= _LARGE or box.run >= end - begin:
+                for whole, own, count in box.runs(begin, end):
                     at = (whole - start) * size
                     reader.read_into(alone, own, out[at : at + count * size])
                 return
             block = memoryview(bytearray((end - begin) * size))
             reader.read_into(alone, begin, block)
         except InputError as error:
-            path = self._files[part.stored.file].path
+            path = self._files[place.file].path
             what = str(error).removeprefix(f"{printable(str(path))}: ")
             raise InputError(what, path=path, tensor=tensor.record, hint=error.hint) from error
-        for whole, own, count in part.box.runs(begin, end):
+        for whole, own, count in box.runs(begin, end):
             at, of = (whole - start) * size, (own - begin) * size
             out[at : at + count * size] = block[of : of + count * size]
 
-    def _part(self, tensor: StoredTensor, number: int, part: Part) -> tuple[TorchZipReader, StoredTensor]:
+    def _part(self, tensor: StoredTensor, number: int) -> tuple[TorchZipReader, StoredTensor]:
         """Return the ``torch.save`` file of a part and its tensor; files of the last `_OPENED` tensors stay open."""
         with self._lock:
             parts = self._opened.setdefault(tensor.record, {})
             self._opened.move_to_end(tensor.record)
             while len(self._opened) > _OPENED:
                 self._opened.popitem(last=False)
-            if number not in parts:
-                parts[number] = self._open_part(tensor, part)
+            if number in parts:
+                return parts[number]
+            box, place = self._tensors[tensor.record].parts[number]
+            file = self._files[place.file]
+            reader = TorchZipReader(FilePart(file, place.start, place.size), alone=_ALONE)
+            alone = reader.tree[_ALONE]
+            if isinstance(alone, Refused):
+                raise InputError(alone.reason, path=file.path)
+            if not isinstance(alone, StoredTensor):
+                raise InputError("holds something other than a tensor", path=file.path)
+            if (alone.dtype, alone.shape) != (tensor.dtype, box.sizes):
+                listed = f"{METADATA} has {tensor.dtype} {list(box.sizes)}"
+                raise InputError(f"holds {alone.dtype} {list(alone.shape)}, but {listed}", path=file.path)
+            parts[number] = reader, alone
             return parts[number]
-
-    def _open_part(self, tensor: StoredTensor, part: Part) -> tuple[TorchZipReader, StoredTensor]:
-        file = self._files[part.stored.file]
-        reader = TorchZipReader(FilePart(file, part.stored.start, part.stored.size), alone=_ALONE)
-        alone = reader.tree[_ALONE]
-        if isinstance(alone, Refused):
-            raise InputError(alone.reason, path=file.path)
-        if not isinstance(alone, StoredTensor):
-            raise InputError("holds something other than a tensor", path=file.path)
-        if (alone.dtype, alone.shape) != (tensor.dtype, part.box.sizes):
-            listed = f"{METADATA} has {tensor.dtype} {list(part.box.sizes)}"
-            raise InputError(f"holds {alone.dtype} {list(alone.shape)}, but {listed}", path=file.path)
-        return reader, alone
 
 
 class FilePart(RegularFile):

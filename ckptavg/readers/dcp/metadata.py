@@ -28,35 +28,22 @@ _BUDGET_OF_ANY: Final = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Location of a part of a tensor or of an object: ``size`` bytes of ``file`` from ``start`` on.
-
-    Attributes:
-        offsets: position of the part in the tensor; None for an object.
-        transformed: transformation of its bytes, such as compression; ``""`` if there is none.
-    """
+    """Location of a part of a tensor or of an object: ``size`` bytes of ``file`` from ``start`` on."""
 
     file: str
     start: int
     size: int
-    offsets: tuple[int, ...] | None
-    transformed: str
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A non-empty part of a tensor."""
-
-    box: Box
-    stored: Stored
+    offsets: tuple[int, ...] | None  # position of the part in the tensor; None for an object
+    transformed: str  # transformation of the bytes, such as compression, or ""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A tensor and the parts that tile it, sorted by their first elements."""
+    """A tensor and the parts that tile it: those that are not empty, sorted by their first elements."""
 
     dtype: str
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[tuple[Box, Stored], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,15 +132,17 @@ def _value(name: str, value: object, stored: Sequence[Stored]) -> SavedTensor | 
     dtype = _dtype(properties)
     if isinstance(dtype, Refused):
         return dtype
-    transformed = next((part.stored.transformed for part in parts if part.stored.transformed), None)
+    transformed = next((place.transformed for _, place in parts if place.transformed), None)
     if transformed:
         return Refused(f"is stored with a transformation ({transformed}), which is not supported; save it without")
-    if any(part.stored.size <= part.box.numel * ITEM_SIZE[dtype] for part in parts):
+    if any(place.size <= box.numel * ITEM_SIZE[dtype] for box, place in parts):
         _refuse(name, "is not stored by torch.save: SerializationFormat.SAFETENSORS is not supported, only TORCH_SAVE")
     return SavedTensor(dtype, shape, parts)
 
 
-def _parts(name: str, shape: tuple[int, ...], chunks: list[object], stored: Sequence[Stored]) -> tuple[Part, ...]:
+def _parts(
+    name: str, shape: tuple[int, ...], chunks: list[object], stored: Sequence[Stored]
+) -> tuple[tuple[Box, Stored], ...]:
     """Return the parts sorted by their offsets, which also sorts them by their first elements."""
     boxes: list[Box] = []
     for chunk in chunks:
@@ -167,7 +156,7 @@ def _parts(name: str, shape: tuple[int, ...], chunks: list[object], stored: Sequ
     places = sorted((place for place in stored if place.offsets is not None), key=attrgetter("offsets"))
     if len(places) != len(stored) or [box.offsets for box in boxes] != [place.offsets for place in places]:
         _refuse(name, "its parts differ from those that are stored")
-    return tuple(Part(box, place) for box, place in zip(boxes, places, strict=True) if box.numel)
+    return tuple((box, place) for box, place in zip(boxes, places, strict=True) if box.numel)
 
 
 def _dtype(properties: object) -> str | Refused:

@@ -40,19 +40,12 @@ _NUMPY: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """A run of bytes that tensors are views of.
+    """The ``size`` bytes of ``record`` that tensors are views of."""
 
-    Attributes:
-        dtype: dtype of its elements, unless a tensor has a dtype of its own.
-        record: the record that holds its bytes.
-        size: its size in bytes.
-        refusal: the reason why it is not supported, or ``""``.
-    """
-
-    dtype: str
+    dtype: str  # of the elements, unless a tensor has a dtype of its own
     record: str
     size: int
-    refusal: str
+    refusal: str  # the reason why it is not supported, or ""
 
 
 class _NumpyDtype:
@@ -231,18 +224,11 @@ MAKERS: Final[Mapping[str, Maker]] = {
     **_TENSORS,
     "torch._tensor._rebuild_from_type_v2": _from_type,
     "torch.Size": _new_list,
-    "collections.OrderedDict": _new_dict,
-    "collections.defaultdict": _new_dict,
-    "collections.Counter": _new_dict,
-    "builtins.set": _new_list,
-    "builtins.frozenset": _new_list,
-    "__builtin__.set": _new_list,
-    "__builtin__.frozenset": _new_list,
+    **dict.fromkeys(("collections.OrderedDict", "collections.defaultdict", "collections.Counter"), _new_dict),
+    **dict.fromkeys(("builtins.set", "builtins.frozenset", "__builtin__.set", "__builtin__.frozenset"), _new_list),
+    **dict.fromkeys(("builtins.getattr", "__builtin__.getattr"), _member),
     "_codecs.encode": _encode,
-    "builtins.getattr": _member,
-    "__builtin__.getattr": _member,
     _ZERO_STAGE: first,  # its number
     "numpy.dtype": _numpy_dtype,
-    "numpy.core.multiarray.scalar": _numpy_scalar,
-    "numpy._core.multiarray.scalar": _numpy_scalar,
+    **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), _numpy_scalar),
 }

@@ -48,15 +48,10 @@ class Global:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inert:
-    """Stand-in for an object of an unknown class; it keeps only the name.
-
-    Attributes:
-        name: the class, or the function that unpickling would call.
-        called: whether unpickling would call ``name`` rather than make an instance of it.
-    """
+    """Stand-in for an object of an unknown class, or for the result of a function; it keeps only the name."""
 
     name: str
-    called: bool
+    called: bool  # whether unpickling would call ``name`` rather than make an instance of it
 
 
 @runtime_checkable
@@ -77,7 +72,6 @@ def load(
     `Inert` for any other key.
 
     Args:
-        data: the pickle.
         makers: dotted name of a global → function of its call's arguments; may raise PickleError.
         persistent: persistent id → object; may raise PickleError.
         budget: the cost limit; None is `BUDGET`.

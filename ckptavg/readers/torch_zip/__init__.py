@@ -84,20 +84,17 @@ class TorchZipReader:
             raise InputError(f"data.pkl {error}", path=self.path) from error
 
     def _check_version(self) -> None:
-        order = self._small("byteorder", b"little")  # torch < 2.1 wrote none
+        texts = {"byteorder": b"little", "version": b"3"}  # if there is no such record; torch < 2.1 wrote no byte order
+        for name in texts:
+            if record := self._records.get(name):
+                if record.size > 16:
+                    raise InputError(f"record {name} has {record.size} bytes, far too many", path=self.path)
+                texts[name] = record.read()
+        order, version = texts["byteorder"], texts["version"].strip()
         if order != b"little":
             raise InputError(f"byte order {order!r} is not supported, only little", path=self.path)
-        version = self._small("version", b"3").strip()
         if not version.isdigit() or not 1 <= int(version) <= MAX_VERSION:
             raise InputError(f"archive version {version!r} is not supported, only 1 to {MAX_VERSION}", path=self.path)
-
-    def _small(self, name: str, default: bytes) -> bytes:
-        record = self._records.get(name)
-        if record is None:
-            return default
-        if record.size > 16:
-            raise InputError(f"record {name} has {record.size} bytes, far too many", path=self.path)
-        return record.read()
 
 
 def _prefix(file: RegularFile, entries: Sequence[Entry]) -> str:

@@ -99,9 +99,9 @@ class ZeroReader:
         listed = as_list(self._model.tree.get("param_shapes"), "param_shapes", path)
         groups = [checked_shapes(group, "param_shapes", path) for group in listed]
         states = self._states()
-        optimizer, state = states[0]
-        key = _PARTS if _PARTS in state else _RUNS
-        stage, world = state.get("zero_stage"), len(states)
+        optimizer, first = states[0]
+        key = _PARTS if _PARTS in first else _RUNS
+        stage, world = first.get("zero_stage"), len(states)
         if type(stage) is int and stage in ((3,) if key == _PARTS else (1, 2)):
             self.format = f"zero-{stage}"
         parts: list[list[_Source]] = []
@@ -116,7 +116,7 @@ class ZeroReader:
         else:
             if any(len(own) != len(groups) for own in parts):
                 raise InputError(f"has {len(groups)} groups in param_shapes, but others in {_RUNS}", path=path)
-            paddings = checked_paddings(states[0][1], groups, optimizer.path)
+            paddings = checked_paddings(first, groups, optimizer.path)
             for i, shapes in enumerate(groups):
                 found |= self._lay(shapes, [_run([own[i] for own in parts])], paddings[i], 2 * world)
         kinds = " and ".join(sorted({tensor.dtype.lower().replace("f32", "fp32") for tensor in found.values()}))
