@@ -51,8 +51,8 @@ class TorchZipReader:
         if unchecked:
             self.notes += ("was saved without checksums, so damage to its tensors is undetectable",)
         if left_out:
-            names = [name[:100] for name in left_out[:_LISTED]] + ["..."] * (len(left_out) > _LISTED)
-            self.notes += (f"left out objects of {len(left_out)} classes: {', '.join(names)}",)
+            listed = ", ".join(name[:100] for name in left_out[:_LISTED]) + (", ..." if len(left_out) > _LISTED else "")
+            self.notes += (f"left out objects of {len(left_out)} classes: {listed}",)
 
     def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
         """See `ckptavg.readers.Reader`."""
