@@ -4,19 +4,18 @@ A reader reads headers when it is opened and tensors on request. It never import
 names. Finding the model in its tree is the job of `ckptavg.checkpoints.state_dict`.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib
 import math
 import os
 import pkgutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Final, Protocol, TypeAlias
+from types import ModuleType
+from typing import Any, Final, Protocol, TypeAlias
 
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile, is_folder
@@ -28,6 +27,7 @@ ITEM_SIZE: Final[Mapping[str, int]] = {
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8, "C128": 16,
 }  # fmt: skip
 HEAD_SIZE: Final = 4096
+MAX_RANK: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,16 @@ class Refused:
 Node: TypeAlias = "StoredTensor | Refused | Mapping[str, Node] | Sequence[Node] | str | int | float | bool | None"
 
 
+def naturals(value: Any, kind: type = tuple, most: int = MAX_RANK) -> tuple[int, ...] | None:
+    """Return ``value`` as a tuple if it is a ``kind`` of up to ``most`` integers from 0 to 2^63 - 1, otherwise None."""
+    if type(value) is not kind or len(value) > most:
+        return None
+    for item in value:
+        if type(item) is not int or not 0 <= item < 2**63:
+            return None
+    return tuple(value)
+
+
 class Reader(Protocol):
     """An open file of one format; only its headers have been read.
 
@@ -82,18 +92,12 @@ class Reader(Protocol):
         notes: remarks about the file for the user.
     """
 
-    @property
-    def path(self) -> Path: ...  # noqa: D102
-    @property
-    def format(self) -> str: ...  # noqa: D102
-    @property
-    def tree(self) -> Mapping[str, Node]: ...  # noqa: D102
-    @property
-    def metadata(self) -> Mapping[str, str]: ...  # noqa: D102
-    @property
-    def files(self) -> Sequence[RegularFile]: ...  # noqa: D102
-    @property
-    def notes(self) -> tuple[str, ...]: ...  # noqa: D102
+    path: Path
+    format: str
+    tree: Mapping[str, Node]
+    metadata: Mapping[str, str]
+    files: Sequence[RegularFile]
+    notes: tuple[str, ...]
 
     def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
         """Fill ``out`` with the elements of ``tensor`` from index ``start`` on, in C order, little-endian.
@@ -112,60 +116,43 @@ class Reader(Protocol):
         ...
 
 
-class Format(Protocol):
+@dataclass(frozen=True)
+class Format:
     """A format of single files, registered by a module of this package as ``READER``.
 
     Attributes:
         name: what `ckptavg inspect` calls it.
         suffixes: endings of file names that mark a checkpoint, such as ``.pt``; files with other names are recognized
             by their first bytes.
+        claims: whether a file that starts with these bytes (up to `HEAD_SIZE`) has this format; at most one format
+            claims any file.
+        open: reads the headers of a file, which the reader owns from then on; raises InputError with the file and, if
+            known, the tensor, if it is damaged.
     """
 
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def suffixes(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    def claims(self, head: bytes) -> bool:
-        """Return True if a file that starts with ``head`` (up to `HEAD_SIZE` bytes) has this format.
-
-        At most one format claims any file.
-        """
-        ...
-
-    def open(self, file: RegularFile) -> Reader:
-        """Read the headers of ``file``; the reader owns the file from then on.
-
-        Raises:
-            InputError: if the file is damaged; the message has the file and, if known, the tensor.
-        """
-        ...
+    name: str
+    suffixes: tuple[str, ...]
+    claims: Callable[[bytes], bool]
+    open: Callable[[RegularFile], Reader]
 
 
-class FolderFormat(Protocol):
-    """A format of directories whose files form one checkpoint, registered by a module as ``FOLDER``."""
+@dataclass(frozen=True)
+class FolderFormat:
+    """A format of directories whose files form one checkpoint, registered by a module as ``FOLDER``.
 
-    @property
-    def name(self) -> str: ...  # noqa: D102
+    Attributes:
+        claims: whether a directory with these entries has this format; at most one format claims it.
+        open: as in `Format`; the reader's ``path`` is the directory.
+    """
 
-    def claims(self, names: frozenset[str]) -> bool:
-        """Return True if a directory with these entries has this format; at most one format claims it."""
-        ...
-
-    def open(self, folder: Path) -> Reader:
-        """Read the headers of the files in ``folder``; the reader's ``path`` is the folder.
-
-        Raises:
-            InputError: if a file is damaged; the message has the file and, if known, the tensor.
-        """
-        ...
+    claims: Callable[[frozenset[str]], bool]
+    open: Callable[[Path], Reader]
 
 
 @cache
 def formats() -> tuple[Format, ...]:
     """Return every registered format, in the order of the module names."""
-    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
-    return tuple(module.READER for module in modules if hasattr(module, "READER"))
+    return tuple(module.READER for module in _modules() if hasattr(module, "READER"))
 
 
 @cache
@@ -177,8 +164,11 @@ def suffixes() -> tuple[str, ...]:
 @cache
 def folder_formats() -> tuple[FolderFormat, ...]:
     """Return every registered format of directories, in the order of the module names."""
-    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
-    return tuple(module.FOLDER for module in modules if hasattr(module, "FOLDER"))
+    return tuple(module.FOLDER for module in _modules() if hasattr(module, "FOLDER"))
+
+
+def _modules() -> list[ModuleType]:
+    return [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
 
 
 def entries(folder: Path) -> frozenset[str]:
@@ -204,28 +194,6 @@ def claim(file: RegularFile) -> Format | None:
     return next((candidate for candidate in formats() if candidate.claims(head)), None)
 
 
-def open_reader(path: Path) -> Reader:
-    """Open ``path`` with the format that claims its first bytes or, for a directory, its entries.
-
-    Raises:
-        InputError: if it is neither a regular file nor such a directory, no format claims it, or its headers are bad.
-    """
-    folder_format = claim_folder(entries(path)) if is_folder(path) else None
-    if folder_format is not None:
-        with _gc_paused():
-            return folder_format.open(path)
-    file = RegularFile(path)
-    try:
-        file_format = claim(file)
-        if file_format is None:
-            raise InputError(unknown(file.read(0, min(HEAD_SIZE, file.size))), path=path)
-        with _gc_paused():
-            return file_format.open(file)
-    except BaseException:
-        file.close()
-        raise
-
-
 @contextmanager
 def _gc_paused() -> Generator[None]:
     """Pause garbage collection: a header becomes up to a million containers, and none of them is garbage."""
@@ -238,7 +206,26 @@ def _gc_paused() -> Generator[None]:
             gc.enable()
 
 
-def unknown(head: bytes) -> str:
+@_gc_paused()
+def open_reader(path: Path) -> Reader:
+    """Open ``path`` with the format that claims its first bytes or, for a directory, its entries.
+
+    Raises:
+        InputError: if it is neither a regular file nor such a directory, no format claims it, or its headers are bad.
+    """
+    if is_folder(path) and (folder_format := claim_folder(entries(path))):
+        return folder_format.open(path)
+    file = RegularFile(path)
+    try:
+        if file_format := claim(file):
+            return file_format.open(file)
+        raise InputError(_unknown(file.read(0, min(HEAD_SIZE, file.size))), path=path)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _unknown(head: bytes) -> str:
     """Describe a file that starts with ``head`` and that no format claims."""
     if not head:
         return "file is empty (0 bytes)"

@@ -1,7 +1,5 @@
 """Reader of one file in which every tensor lies in C order without gaps, such as safetensors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,8 +11,7 @@ class FlatFile:
     """An open file whose tensors are contiguous; see `ckptavg.readers.Reader`.
 
     Args:
-        file: the file; closed with the reader.
-        format: the name of its format.
+        file: closed with the reader.
         tree: its tensors and other contents; each tensor's ``offset`` counts from ``data``.
         metadata: key-value pairs of the header, if the format has them.
         data: the byte of the file at which offset 0 lies.

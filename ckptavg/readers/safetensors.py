@@ -1,65 +1,47 @@
 """A ``.safetensors`` file, its header checked strictly: the library accepts duplicate keys and unknown fields."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.filesystem.strict_json import strict_json
-from ckptavg.readers import ITEM_SIZE, Format, StoredTensor
+from ckptavg.readers import ITEM_SIZE, MAX_RANK, Format, StoredTensor, naturals
 from ckptavg.readers.flat_file import FlatFile
 from ckptavg.readers.pickle.object_tree import MAX_NAME, is_proper
 
 MAX_HEADER: Final = 16 << 20
 MAX_TENSORS: Final = 1_000_000
-MAX_RANK: Final = 64
 
 
-@dataclass(frozen=True)
-class Safetensors:
-    """The format; see `ckptavg.readers.Format`."""
-
-    name: str = "safetensors"
-    suffixes: tuple[str, ...] = (".safetensors",)
-
-    def claims(self, head: bytes) -> bool:
-        """Return True for eight bytes of length and an opening brace (JSON has no NULs; a small length has)."""
-        return head[8:9] == b"{" and (head[:1] != b"{" or 0 in head[:8])
-
-    def open(self, file: RegularFile) -> FlatFile:
-        """See `ckptavg.readers.Format`."""
-        header, data = _header(file)
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise InputError("__metadata__ must map strings to strings", path=file.path)
-        if len(header) > MAX_TENSORS:
-            raise InputError(f"{len(header)} tensors, more than {MAX_TENSORS}", path=file.path)
-        tensors = {name: _tensor(file.path, name, field) for name, field in header.items()}
-        _check_tiling(file, data, tensors)
-        return FlatFile(file, self.name, tensors, metadata=metadata, data=data)
+def _claims(head: bytes) -> bool:
+    """Return True for eight bytes of length and an opening brace (JSON has no NULs; a small length has)."""
+    return head[8:9] == b"{" and (head[:1] != b"{" or 0 in head[:8])
 
 
-def _header(file: RegularFile) -> tuple[dict[str, Any], int]:
-    """Return the parsed header and the byte at which the tensors' data begin."""
+def _open(file: RegularFile) -> FlatFile:
     size = int.from_bytes(file.read(0, 8), "little")
+    data = 8 + size  # the byte at which the tensors begin
     if size > MAX_HEADER:
         raise InputError(f"header length {size} is larger than the {MAX_HEADER} bytes allowed", path=file.path)
-    if 8 + size > file.size:
-        raise InputError(
-            f"file is truncated: {file.size} bytes present, the header alone needs {8 + size} (still being written?)",
-            path=file.path,
-        )
+    if data > file.size:
+        needed = f"the header alone needs {data} (still being written?)"
+        raise InputError(f"file is truncated: {file.size} bytes present, {needed}", path=file.path)
     try:
-        header = strict_json(file.read(8, size).decode("utf-8"))
+        header: Any = strict_json(file.read(8, size).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"header is not valid JSON: {error}", path=file.path) from error
     if not isinstance(header, dict):
         raise InputError("header is not a JSON object", path=file.path)
-    return header, 8 + size
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputError("__metadata__ must map strings to strings", path=file.path)
+    if len(header) > MAX_TENSORS:
+        raise InputError(f"{len(header)} tensors, more than {MAX_TENSORS}", path=file.path)
+    tensors = {name: _tensor(file.path, name, field) for name, field in header.items()}
+    _check_tiling(file, data, tensors)
+    return FlatFile(file, READER.name, tensors, metadata=metadata, data=data)
 
 
 def _tensor(path: Path, name: str, field: Any) -> StoredTensor:
@@ -70,26 +52,17 @@ def _tensor(path: Path, name: str, field: Any) -> StoredTensor:
         refuse(f"a tensor's name must have 1 to {MAX_NAME} characters and no control characters")
     if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
         refuse("its header entry must have exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
+    dtype, shape, offsets = field["dtype"], naturals(field["shape"], list), naturals(field["data_offsets"], list)
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
         refuse(f"dtype {repr(dtype)[:40]} is not supported; supported are {', '.join(ITEM_SIZE)}")
-    if not _naturals(shape) or len(shape) > MAX_RANK:
+    if shape is None:
         refuse(f"shape must be a list of at most {MAX_RANK} integers from 0 to 2^63 - 1")
-    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
         refuse("data_offsets must be two integers, begin <= end")
-    tensor = StoredTensor(dtype, tuple(shape), "", offsets[0])
+    tensor = StoredTensor(dtype, shape, "", offsets[0])
     if (size := tensor.nbytes) != offsets[1] - offsets[0]:
-        refuse(f"{dtype} {shape} takes {size} bytes, but data_offsets span {offsets[1] - offsets[0]}")
+        refuse(f"{dtype} {list(shape)} takes {size} bytes, but data_offsets span {offsets[1] - offsets[0]}")
     return tensor
-
-
-def _naturals(value: Any) -> bool:
-    if not isinstance(value, list):
-        return False
-    for item in value:  # a loop, because a file has two of these for each of its tensors  # noqa: SIM110
-        if type(item) is not int or not 0 <= item < 2**63:
-            return False
-    return True
 
 
 def _check_tiling(file: RegularFile, data: int, tensors: Mapping[str, StoredTensor]) -> None:
@@ -102,12 +75,10 @@ def _check_tiling(file: RegularFile, data: int, tensors: Mapping[str, StoredTens
         end += size
     present = file.size - data
     if present < end:
-        raise InputError(
-            f"file is truncated: {present} bytes of tensors present, the header needs {end} (still being written?)",
-            path=file.path,
-        )
+        needed = f"the header needs {end} (still being written?)"
+        raise InputError(f"file is truncated: {present} bytes of tensors present, {needed}", path=file.path)
     if present > end:
         raise InputError(f"{present - end} bytes follow the last tensor", path=file.path)
 
 
-READER: Format = Safetensors()
+READER: Final = Format("safetensors", (".safetensors",), _claims, _open)

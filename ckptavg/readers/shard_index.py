@@ -1,17 +1,15 @@
 """A model in several files: ``model.safetensors.index.json`` and ``pytorch_model.bin.index.json``."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.filesystem.strict_json import strict_json
-from ckptavg.readers import Reader, StoredTensor, claim, open_reader
+from ckptavg.readers import Format, Node, Reader, StoredTensor, claim, open_reader
 
 MAX_INDEX: Final = 64 << 20
 _SEPARATOR: Final = "\0"  # between shard and record; no file name contains it
@@ -24,20 +22,29 @@ class ShardIndexReader:
 
     def __init__(self, file: RegularFile) -> None:
         self.path: Path = file.path
+        self.files: Sequence[RegularFile] = (file,)
         weight_map = _weight_map(file)
         self._shards: dict[str, Reader] = {}
         try:
             for shard in sorted(set(weight_map.values())):
                 self._shards[shard] = self._open(shard)
-            self.tree: Mapping[str, StoredTensor] = {
-                name: self._tensor(name, shard) for name, shard in weight_map.items()
-            }
-            self._check_covered(weight_map)
+                self.files = (*self.files, *self._shards[shard].files)
+            tree: dict[str, Node] = {}
+            for name, shard in weight_map.items():
+                tensor = self._shards[shard].tree.get(name)
+                if not isinstance(tensor, StoredTensor):
+                    what = f"the index places it in {shard}, which does not have it"
+                    raise InputError(what, path=self.path, tensor=name)
+                tree[name] = replace(tensor, record=f"{shard}{_SEPARATOR}{tensor.record}")
+            for shard, reader in self._shards.items():
+                for name, node in reader.tree.items():
+                    if isinstance(node, StoredTensor) and weight_map.get(name) != shard:
+                        what = f"is in {shard}, but the index does not place it there"
+                        raise InputError(what, path=self.path, tensor=name)
         except BaseException:
             self.close()
             raise
-        shards = [part for reader in self._shards.values() for part in reader.files]
-        self.files: Sequence[RegularFile] = (file, *shards)
+        self.tree: Mapping[str, Node] = tree
         first = next(iter(self._shards.values()))
         self.metadata: Mapping[str, str] = first.metadata
         self.format: str = f"{first.format}, {len(self._shards)} shards"
@@ -49,9 +56,7 @@ class ShardIndexReader:
 
     def close(self) -> None:
         """See `ckptavg.readers.Reader`."""
-        for reader in self._shards.values():
-            reader.close()
-        for file in getattr(self, "files", ()):
+        for file in self.files:
             file.close()
 
     def _open(self, shard: str) -> Reader:
@@ -61,23 +66,9 @@ class ShardIndexReader:
         if not os.path.lexists(path):
             raise InputError(f"shard {shard[:255]} is missing", path=self.path, hint="copy the whole directory")
         with RegularFile(path) as file:
-            if isinstance(claim(file), ShardIndex):  # by content, not by name: an index as a shard could form a cycle
+            if claim(file) is READER:  # by content, not by name: an index as a shard could form a cycle
                 raise InputError(f"shard {shard} is itself an index", path=self.path)
         return open_reader(path)
-
-    def _tensor(self, name: str, shard: str) -> StoredTensor:
-        tensor = self._shards[shard].tree.get(name)
-        if not isinstance(tensor, StoredTensor):
-            raise InputError(f"the index places it in {shard}, which does not have it", path=self.path, tensor=name)
-        return replace(tensor, record=f"{shard}{_SEPARATOR}{tensor.record}")
-
-    def _check_covered(self, weight_map: Mapping[str, str]) -> None:
-        for shard, reader in self._shards.items():
-            for name, node in reader.tree.items():
-                if isinstance(node, StoredTensor) and weight_map.get(name) != shard:
-                    raise InputError(
-                        f"is in {shard}, but the index does not place it there", path=self.path, tensor=name
-                    )
 
 
 def _weight_map(file: RegularFile) -> dict[str, str]:
@@ -95,20 +86,9 @@ def _weight_map(file: RegularFile) -> dict[str, str]:
     return weight_map
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """The format; see `ckptavg.readers.Format`."""
-
-    name: str = "sharded"
-    suffixes: tuple[str, ...] = (".index.json",)
-
-    def claims(self, head: bytes) -> bool:
-        """Return True for JSON text: an opening brace after white space, and no NUL."""
-        return head.lstrip()[:1] == b"{" and 0 not in head[:16]
-
-    def open(self, file: RegularFile) -> ShardIndexReader:
-        """See `ckptavg.readers.Format`."""
-        return ShardIndexReader(file)
+def _claims(head: bytes) -> bool:
+    """Return True for JSON text: an opening brace after white space, and no NUL."""
+    return head.lstrip()[:1] == b"{" and 0 not in head[:16]
 
 
-READER = ShardIndex()
+READER: Final = Format("sharded", (".index.json",), _claims, ShardIndexReader)

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,7 @@ from ckptavg.filesystem import strict_json
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.filesystem.strict_json import read_json
 from ckptavg.readers import open_reader, shard_index
-from ckptavg.readers.torch_zip.checked_records import CheckedRecords
-from ckptavg.readers.torch_zip.zip_directory import Record
+from ckptavg.readers.torch_zip.checked_records import CheckedRecord
 
 
 def _socket(path: Path) -> None:
@@ -101,13 +101,17 @@ def test_an_index_has_a_maximum_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_reader(tmp_path / "x.index.json")
 
 
-def test_a_thread_that_waited_for_a_checksum_does_not_recompute_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_thread_that_waited_for_a_checksum_does_not_recompute_it(tmp_path: Path):
     (tmp_path / "x").write_bytes(b"not what was promised")
-    with RegularFile(tmp_path / "x") as file:
-        records = CheckedRecords(file, {"r": Record(0, 21, 0)}, checked=True)
-        with pytest.raises(InputError, match="checksum of record r does not match"):
-            records.check("r")
-        answers = iter([False, True])  # another thread verified it while this one waited
-        monkeypatch.setattr(records, "_is_good", lambda name: next(answers))
-        records.check("r")
-    assert not list(answers)
+    with RegularFile(tmp_path / "x") as file, ThreadPoolExecutor(2) as pool:
+        record = CheckedRecord(file, "r", 0, 21, 0, False)
+        for compute in (record.check, record.read):
+            record.is_good = False
+            with pytest.raises(InputError, match="checksum of record r does not match"):
+                compute()
+            with record._lock:
+                waiting = pool.submit(compute)
+                with pytest.raises(TimeoutError):
+                    waiting.result(timeout=0.05)
+                record.is_good = True  # as if this thread had verified it meanwhile
+            assert waiting.result() in (None, b"not what was promised")

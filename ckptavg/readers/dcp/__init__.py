@@ -3,12 +3,9 @@
 Each part of each tensor is a small ``torch.save`` file inside a ``.distcp`` file; it is opened on first access.
 """
 
-from __future__ import annotations
-
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final
@@ -16,9 +13,8 @@ from typing import Any, Final
 from ckptavg.errors import InputError, printable
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.filesystem.strict_json import read_json
-from ckptavg.readers import ITEM_SIZE, Node, Refused, StoredTensor
-from ckptavg.readers.dcp.file_part import FilePart
-from ckptavg.readers.dcp.metadata import Metadata, Part, SavedTensor, Stored, parse
+from ckptavg.readers import ITEM_SIZE, FolderFormat, Node, Refused, StoredTensor, entries
+from ckptavg.readers.dcp.metadata import Metadata, SavedTensor, Stored, parse
 from ckptavg.readers.pickle.object_tree import object_tree
 from ckptavg.readers.pickle.unpickler import PickleError
 from ckptavg.readers.torch_zip import TorchZipReader
@@ -26,7 +22,6 @@ from ckptavg.readers.torch_zip import TorchZipReader
 MAX_METADATA: Final = 256 << 20
 METADATA: Final = ".metadata"
 RECORD: Final = "ckptavg.json"  # metadata in directories that ckptavg wrote
-SUFFIX: Final = ".distcp"
 
 _OPENED: Final = 8  # number of tensors whose parts stay open
 _LARGE: Final = 1 << 16  # runs of at least this many bytes are read one by one
@@ -46,16 +41,24 @@ class DcpReader:
         self._lock = Lock()
         self._files: dict[str, RegularFile] = {}
         metadata_file = RegularFile(folder / METADATA)
-        self.files: Sequence[RegularFile] = (metadata_file,)
+        files = [metadata_file]
+        self.files: Sequence[RegularFile] = files
         try:
             if metadata_file.size > MAX_METADATA:
                 raise InputError(f"has {metadata_file.size} bytes, more than {MAX_METADATA}", path=metadata_file.path)
-            parsed = parse(metadata_file.read(0, metadata_file.size), metadata_file.path)
+            try:
+                parsed = parse(metadata_file.read(0, metadata_file.size))
+                self.tree: Mapping[str, Node] = _tree(parsed)
+            except PickleError as error:
+                raise InputError(str(error), path=metadata_file.path) from error
             for name, stored in parsed.stored.items():
-                self._files[name] = self._open(name, stored)
-                self.files = (metadata_file, *self._files.values())
+                if not os.path.lexists(folder / name):
+                    what = f"is missing, but {METADATA} names it"
+                    raise InputError(what, path=folder / name, hint="copy the whole directory")
+                file = self._files[name] = RegularFile(folder / name)
+                files.append(file)
+                _check_file(file, stored, metadata_file)
             self._tensors = {name: value for name, value in parsed.values.items() if isinstance(value, SavedTensor)}
-            self.tree: Mapping[str, Node] = _tree(parsed, metadata_file.path)
         except BaseException:
             self.close()
             raise
@@ -65,81 +68,87 @@ class DcpReader:
         size = ITEM_SIZE[tensor.dtype]
         stop = start + len(out) // size
         assert start >= 0 and stop <= tensor.numel
-        for number, part in enumerate(self._tensors[tensor.record].parts):
-            if part.last < start:
+        for number, (box, _) in enumerate(self._tensors[tensor.record].parts):
+            if box.last < start:
                 continue
-            if part.first >= stop:
+            if box.first >= stop:
                 break
-            begin, end = part.box.before(start), part.box.before(stop)
+            begin, end = box.before(start), box.before(stop)
             if begin < end:
-                self._read_part(tensor, number, part, begin, end, start, out)
+                self._read_part(tensor, number, begin, end, start, out)
 
     def close(self) -> None:
         """See `ckptavg.readers.Reader`."""
         for file in self.files:
             file.close()
 
-    def _read_part(
-        self, tensor: StoredTensor, number: int, part: Part, begin: int, end: int, start: int, out: memoryview
-    ) -> None:
+    def _read_part(self, tensor: StoredTensor, number: int, begin: int, end: int, start: int, out: memoryview) -> None:
         """Copy elements ``begin`` to ``end`` of a part into ``out``, whose first element is the tensor's ``start``."""
         size = ITEM_SIZE[tensor.dtype]
+        box, place = self._tensors[tensor.record].parts[number]
         try:
-            reader, alone = self._part(tensor, number, part)
-            if part.box.run * size >= _LARGE or part.box.run >= end - begin:
-                for run in part.box.runs(begin, end):
-                    at = (run.start - start) * size
-                    reader.read_into(alone, run.at, out[at : at + run.count * size])
+            reader, alone = self._part(tensor, number)
+            if box.run * size >= _LARGE or box.run >= end - begin:
+                for whole, own, count in box.runs(begin, end):
+                    at = (whole - start) * size
+                    reader.read_into(alone, own, out[at : at + count * size])
                 return
             block = memoryview(bytearray((end - begin) * size))
             reader.read_into(alone, begin, block)
         except InputError as error:
-            path = self._files[part.stored.file].path
+            path = self._files[place.file].path
             what = str(error).removeprefix(f"{printable(str(path))}: ")
             raise InputError(what, path=path, tensor=tensor.record, hint=error.hint) from error
-        for run in part.box.runs(begin, end):
-            at, of = (run.start - start) * size, (run.at - begin) * size
-            out[at : at + run.count * size] = block[of : of + run.count * size]
+        for whole, own, count in box.runs(begin, end):
+            at, of = (whole - start) * size, (own - begin) * size
+            out[at : at + count * size] = block[of : of + count * size]
 
-    def _part(self, tensor: StoredTensor, number: int, part: Part) -> tuple[TorchZipReader, StoredTensor]:
+    def _part(self, tensor: StoredTensor, number: int) -> tuple[TorchZipReader, StoredTensor]:
         """Return the ``torch.save`` file of a part and its tensor; files of the last `_OPENED` tensors stay open."""
         with self._lock:
             parts = self._opened.setdefault(tensor.record, {})
             self._opened.move_to_end(tensor.record)
             while len(self._opened) > _OPENED:
                 self._opened.popitem(last=False)
-            if number not in parts:
-                parts[number] = self._open_part(tensor, part)
+            if number in parts:
+                return parts[number]
+            box, place = self._tensors[tensor.record].parts[number]
+            file = self._files[place.file]
+            reader = TorchZipReader(FilePart(file, place.start, place.size), alone=_ALONE)
+            alone = reader.tree[_ALONE]
+            if isinstance(alone, Refused):
+                raise InputError(alone.reason, path=file.path)
+            if not isinstance(alone, StoredTensor):
+                raise InputError("holds something other than a tensor", path=file.path)
+            if (alone.dtype, alone.shape) != (tensor.dtype, box.sizes):
+                listed = f"{METADATA} has {tensor.dtype} {list(box.sizes)}"
+                raise InputError(f"holds {alone.dtype} {list(alone.shape)}, but {listed}", path=file.path)
+            parts[number] = reader, alone
             return parts[number]
 
-    def _open_part(self, tensor: StoredTensor, part: Part) -> tuple[TorchZipReader, StoredTensor]:
-        file = self._files[part.stored.file]
-        reader = TorchZipReader(FilePart(file, part.stored.start, part.stored.size), alone=_ALONE)
-        alone = reader.tree[_ALONE]
-        if isinstance(alone, Refused):
-            raise InputError(alone.reason, path=file.path)
-        if not isinstance(alone, StoredTensor):
-            raise InputError("holds something other than a tensor", path=file.path)
-        if (alone.dtype, alone.shape) != (tensor.dtype, part.box.sizes):
-            raise InputError(
-                f"holds {alone.dtype} {list(alone.shape)}, but {METADATA} has {tensor.dtype} {list(part.box.sizes)}",
-                path=file.path,
-            )
-        return reader, alone
 
-    def _open(self, name: str, stored: Sequence[Stored]) -> RegularFile:
-        """Open file ``name``; check that it is of the same save as ``.metadata`` and has exactly its parts."""
-        path = self.path / name
-        if not os.path.lexists(path):
-            raise InputError(f"is missing, but {METADATA} names it", path=path, hint="copy the whole directory")
-        file = RegularFile(path)
-        try:
-            _check_newer(self.path / METADATA, path)
-            _check_tiling(file, stored)
-        except BaseException:
-            file.close()
-            raise
-        return file
+class FilePart(RegularFile):
+    """Bytes ``start`` to ``start + size`` of ``file``; the file is not closed with it.
+
+    Reads outside of the part are refused, so damage never exposes bytes of a neighbouring part.
+    """
+
+    def __init__(self, file: RegularFile, start: int, size: int) -> None:
+        assert start >= 0 and start + size <= file.size
+        self.path = file.path
+        self.size = size
+        self._file = file
+        self._from = start
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """See `RegularFile`; ``offset`` counts from the start of the part."""
+        if offset < 0 or offset + len(out) > self.size:
+            what = f"is damaged: a part of {self.size} bytes should have {offset + len(out)}"
+            raise InputError(what, path=self.path)
+        self._file.read_into(self._from + offset, out)
+
+    def close(self) -> None:
+        """Do nothing, because other parts of the file are still in use."""
 
 
 def _record(path: Path) -> Mapping[str, str]:
@@ -151,21 +160,14 @@ def _record(path: Path) -> Mapping[str, str]:
     return record
 
 
-def _check_newer(metadata: Path, path: Path) -> None:
-    """Raise InputError if a file was written after ``.metadata``, which is written last."""
-    try:
-        older = metadata.stat().st_mtime_ns < path.stat().st_mtime_ns
-    except OSError:
-        return  # one of the files is gone or unreadable: opening it raises the error
-    if older:
+def _check_file(file: RegularFile, stored: Sequence[Stored], metadata: RegularFile) -> None:
+    """Raise InputError unless ``file`` is of the same save as ``.metadata`` and has exactly the parts ``stored``."""
+    if metadata.identity[2] < file.identity[2]:  # by time of modification: .metadata is written last
         raise InputError(
-            f"is older than {path.name}: a later save into this directory was interrupted or is still running",
-            path=metadata,
-            hint=f"if the directory was copied without its times, run: touch {metadata}",
+            f"is older than {file.path.name}: a later save into this directory was interrupted or is still running",
+            path=metadata.path,
+            hint=f"if the directory was copied without its times, run: touch {metadata.path}",
         )
-
-
-def _check_tiling(file: RegularFile, stored: Sequence[Stored]) -> None:
     end = 0
     for entry in stored:
         if entry.start != end:
@@ -173,15 +175,13 @@ def _check_tiling(file: RegularFile, stored: Sequence[Stored]) -> None:
             raise InputError(f"{what}, by {METADATA}", path=file.path)
         end += entry.size
     if file.size < end:
-        raise InputError(
-            f"file is truncated: {file.size} bytes present, but {METADATA} requires {end} (still being written?)",
-            path=file.path,
-        )
+        what = f"file is truncated: {file.size} bytes present, but {METADATA} requires {end} (still being written?)"
+        raise InputError(what, path=file.path)
     if file.size > end:
         raise InputError(f"has {file.size} bytes, but {METADATA} requires {end}", path=file.path)
 
 
-def _tree(metadata: Metadata, path: Path) -> Mapping[str, Node]:
+def _tree(metadata: Metadata) -> Mapping[str, Node]:
     """Return the nested state dict; refuse equal paths of two names, and a path that leads into a tensor."""
     root: dict[str, Any] = {}
     paths = metadata.paths or _guessed(metadata.values)
@@ -191,14 +191,11 @@ def _tree(metadata: Metadata, path: Path) -> Mapping[str, Node]:
         for part in outer:
             node = node.setdefault(part, {})
             if type(node) is not dict:
-                raise InputError("is inside something that is not a mapping", path=path, tensor=name[:100])
+                raise PickleError(f"{name[:100]}: is inside something that is not a mapping")
         if last in node:
-            raise InputError("has the same place in the state dict as another", path=path, tensor=name[:100])
+            raise PickleError(f"{name[:100]}: has the same place in the state dict as another")
         node[last] = StoredTensor(value.dtype, value.shape, name, 0) if isinstance(value, SavedTensor) else value
-    try:
-        return object_tree(root)[0]
-    except PickleError as error:
-        raise InputError(str(error), path=path) from error
+    return object_tree(root)[0]
 
 
 def _guessed(values: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
@@ -211,28 +208,20 @@ def _guessed(values: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
     return {name: parts[name] if name in apart else (name,) for name in values}
 
 
-@dataclass(frozen=True)
-class Dcp:
-    """The format; see `ckptavg.readers.FolderFormat`."""
-
-    name: str = "dcp"
-
-    def claims(self, names: frozenset[str]) -> bool:
-        """Return True if the metadata exists, or a rank's file without it, which an interrupted save leaves."""
-        return METADATA in names or any(name.endswith(SUFFIX) for name in names)
-
-    def open(self, folder: Path) -> DcpReader:
-        """See `ckptavg.readers.FolderFormat`."""
-        names = {entry.name for entry in os.scandir(folder)}
-        if METADATA in names:
-            return DcpReader(folder)
-        if any(name.startswith("__") and name.endswith(METADATA) for name in names):
-            raise InputError(
-                f"each rank saved its own {METADATA} (use_collectives=False), which is not supported", path=folder
-            )
-        raise InputError(
-            f"has no {METADATA}, which is written last: the save was interrupted or is still running", path=folder
-        )
+def _claims(names: frozenset[str]) -> bool:
+    """Return True if the metadata exists, or a rank's file without it, which an interrupted save leaves."""
+    return METADATA in names or any(name.endswith(".distcp") for name in names)
 
 
-FOLDER = Dcp()
+def _open(folder: Path) -> DcpReader:
+    names = entries(folder)
+    if METADATA in names:
+        return DcpReader(folder)
+    if any(name.startswith("__") and name.endswith(METADATA) for name in names):
+        what = f"each rank saved its own {METADATA} (use_collectives=False), which is not supported"
+        raise InputError(what, path=folder)
+    what = f"has no {METADATA}, which is written last: the save was interrupted or is still running"
+    raise InputError(what, path=folder)
+
+
+FOLDER: Final = FolderFormat(_claims, _open)

@@ -3,55 +3,37 @@
 Both are in C order, so any range of the whole intersects a box in one range of the box's own elements.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-
-from ckptavg.readers.pieces import Piece
 
 
-@dataclass(frozen=True, slots=True)
 class Box:
-    """Elements ``offsets`` to ``offsets + sizes`` of a tensor of ``shape``."""
+    """Elements ``offsets`` to ``offsets + sizes`` of a tensor of ``shape``.
 
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
+    Attributes:
+        numel: number of elements.
+        first: index of its first element in the whole tensor.
+        last: index of its last element in the whole tensor, unless the box is empty.
+        run: number of its elements that are contiguous in the whole tensor.
+    """
 
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.sizes)
+    __slots__ = ("_inner", "first", "last", "numel", "offsets", "run", "shape", "sizes")
 
-    @property
-    def first(self) -> int:
-        """Index of its first element in the whole tensor."""
-        return _ravel(self.offsets, self.shape)
-
-    @property
-    def last(self) -> int:
-        """Index of its last element in the whole tensor; the box must not be empty."""
-        return _ravel([at + size - 1 for at, size in zip(self.offsets, self.sizes, strict=True)], self.shape)
-
-    @property
-    def run(self) -> int:
-        """Number of its elements that are contiguous in the whole tensor."""
-        return math.prod(self.sizes[self._inner :])
-
-    @property
-    def _inner(self) -> int:
-        """Last dimension that the box covers in part; its elements are contiguous from there on."""
-        return next((d for d in reversed(range(len(self.shape))) if self.sizes[d] != self.shape[d]), 0)
+    def __init__(self, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+        self.shape, self.offsets, self.sizes = shape, offsets, sizes
+        self.numel = math.prod(sizes)
+        self.first = _ravel(offsets, shape)
+        self.last = _ravel([at + size - 1 for at, size in zip(offsets, sizes, strict=True)], shape)
+        # the last dimension that it covers in part; its elements are contiguous from there on
+        self._inner = next((d for d in reversed(range(len(shape))) if sizes[d] != shape[d]), 0)
+        self.run = math.prod(sizes[self._inner :])
 
     def before(self, index: int) -> int:
         """Return the number of its elements before element ``index`` of the whole tensor."""
         if index >= math.prod(self.shape):
             return self.numel
         count, rest = 0, self.numel
-        wanted = zip(_unravel(index, self.shape), self.offsets, self.sizes, strict=True)
-        for at, offset, size in wanted:
+        for at, offset, size in zip(_unravel(index, self.shape), self.offsets, self.sizes, strict=True):
             if at < offset:
                 return count
             if at >= offset + size:
@@ -60,10 +42,11 @@ class Box:
             count += (at - offset) * rest
         return count
 
-    def runs(self, start: int, stop: int) -> Iterator[Piece]:
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield its elements from ``start`` to ``stop``, in order, as runs that are contiguous in the whole tensor too.
 
-        A generator, because a box of one column has as many runs as rows.
+        Each is (first index in the whole tensor, first index in the box, number of elements). A generator, because a
+        box of one column has as many runs as rows.
         """
         inner, length = self._inner, self.run
         while start < stop:
@@ -71,7 +54,7 @@ class Box:
             outer = [at + o for at, o in zip(_unravel(row, self.sizes[:inner]), self.offsets[:inner], strict=True)]
             at = _ravel([*outer, *self.offsets[inner:]], self.shape)
             count = min(length - skip, stop - start)
-            yield Piece(at + skip, count, "", start)
+            yield at + skip, start, count
             start += count
 
 
@@ -90,15 +73,11 @@ def untiled(boxes: Sequence[Box], shape: tuple[int, ...]) -> str | None:
     for box in sorted(full, key=lambda box: box.offsets[d]) if shape else ():
         open_boxes = [other for other in open_boxes if other.offsets[d] + other.sizes[d] > box.offsets[d]]
         for other in open_boxes:
-            if _overlap(box, other):
+            sides = zip(box.offsets, box.sizes, other.offsets, other.sizes, strict=True)
+            if all(at < other_at + n and other_at < at + size for at, size, other_at, n in sides):
                 return f"its parts at {list(other.offsets)} and {list(box.offsets)} overlap"
         open_boxes.append(box)
     return None
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    sides = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
-    return all(at < other + n and other < at + size for at, size, other, n in sides)
 
 
 def _ravel(position: Sequence[int], shape: Sequence[int]) -> int:

@@ -4,19 +4,18 @@ The file is one pickled ``Metadata``: shape, dtype and parts of every tensor; fi
 path of every name in the nested state dict.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Final, NoReturn, TypeGuard
+from typing import Final, NoReturn
 
-from ckptavg.errors import InputError
-from ckptavg.readers import ITEM_SIZE, Refused
+from ckptavg.readers import ITEM_SIZE, MAX_RANK, Refused, naturals
 from ckptavg.readers.dcp.box import Box, untiled
 from ckptavg.readers.pickle.object_tree import MAX_DEPTH
-from ckptavg.readers.pickle.torch_objects import DTYPES, MAX_RANK
+from ckptavg.readers.pickle.torch_objects import DTYPES, MAKERS, first
 from ckptavg.readers.pickle.unpickler import Global, Maker, PickleError, load
 
 MAX_PARTS: Final = 1 << 16  # per tensor
@@ -29,37 +28,22 @@ _BUDGET_OF_ANY: Final = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Location of a part of a tensor or of an object: ``size`` bytes of ``file`` from ``start`` on.
-
-    Attributes:
-        offsets: position of the part in the tensor; None for an object.
-        transformed: transformation of its bytes, such as compression; ``""`` if there is none.
-    """
+    """Location of a part of a tensor or of an object: ``size`` bytes of ``file`` from ``start`` on."""
 
     file: str
     start: int
     size: int
-    offsets: tuple[int, ...] | None
-    transformed: str
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A non-empty part of a tensor; ``first`` and ``last`` are indices of its outermost elements in the whole."""
-
-    box: Box
-    stored: Stored
-    first: int
-    last: int
+    offsets: tuple[int, ...] | None  # position of the part in the tensor; None for an object
+    transformed: str  # transformation of the bytes, such as compression, or ""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A tensor and the parts that tile it, sorted by their first elements."""
+    """A tensor and the parts that tile it: those that are not empty, sorted by their first elements."""
 
     dtype: str
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[tuple[Box, Stored], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,28 +61,24 @@ class Metadata:
     stored: Mapping[str, Sequence[Stored]]
 
 
-def parse(data: bytes, path: Path) -> Metadata:
-    """Parse ``data``, the content of ``path``.
+def parse(data: bytes) -> Metadata:
+    """Parse ``data``, the content of ``.metadata``.
 
     Raises:
-        InputError: if it is damaged; the message has ``path`` and, if known, the tensor.
+        PickleError: if it is damaged; the message has the tensor, if known.
     """
-    try:
-        root = load(data, _MAKERS, _persistent, min(_BUDGET, _BUDGET_OF_ANY + _BUDGET_A_BYTE * len(data)))
-    except PickleError as error:
-        raise InputError(str(error), path=path) from error
-    described, listed, paths = (
-        _field(root, "Metadata", field) for field in ("state_dict_metadata", "storage_data", "planner_data")
-    )
+    root = load(data, _MAKERS, _persistent, min(_BUDGET, _BUDGET_OF_ANY + _BUDGET_A_BYTE * len(data)))
+    described, listed, paths = _fields(root, "Metadata", "state_dict_metadata", "storage_data", "planner_data")
     if type(described) is not dict or type(listed) is not dict or not all(type(name) is str for name in described):
-        raise InputError("is not the metadata of torch.distributed.checkpoint", path=path)
-    refuse = _Refusal(path)
-    stored = _stored(listed, refuse)
+        raise PickleError("is not the metadata of torch.distributed.checkpoint")
+    stored = _stored(listed)
     for name in stored:
         if name not in described:
-            refuse("is stored, but not described", name)
-    values = {name: _value(name, value, stored.get(name, []), refuse) for name, value in described.items()}
-    return Metadata(values, _paths(paths, values, refuse), _by_file(stored))
+            _refuse(name, "is stored, but not described")
+    values = {name: _value(name, value, stored.get(name, [])) for name, value in described.items()}
+    ordered = sorted((place for places in stored.values() for place in places), key=attrgetter("file", "start", "size"))
+    by_file = {file: list(places) for file, places in groupby(ordered, key=attrgetter("file"))}
+    return Metadata(values, _paths(paths, values), by_file)
 
 
 class _Instance:
@@ -115,90 +95,68 @@ class _Instance:
         self.state = state[1] if type(state) is tuple and len(state) == 2 and state[0] is None else state
 
 
-class _Refusal:
-    """Function that raises InputError about ``path``."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __call__(self, what: str, name: str | None = None) -> NoReturn:
-        raise InputError(what, path=self.path, tensor=None if name is None else name[:100] or '""')
-
-
-def _stored(listed: dict[object, object], refuse: _Refusal) -> dict[str, list[Stored]]:
+def _stored(listed: dict[object, object]) -> dict[str, list[Stored]]:
     """Convert ``dict[MetadataIndex, _StorageInfo]``: name → locations of its parts, or of its object."""
     result: dict[str, list[Stored]] = {}
     for index, info in listed.items():
-        name, offsets = _field(index, "MetadataIndex", "fqn"), _field(index, "MetadataIndex", "offset")
-        if type(name) is not str or not (offsets is None or _naturals(offsets)):
-            refuse("stores something without a name")
-        file, start, size, transforms = (
-            _field(info, "_StorageInfo", field)
-            for field in ("relative_path", "offset", "length", "transform_descriptors")
+        name, offset = _fields(index, "MetadataIndex", "fqn", "offset")
+        offsets = naturals(offset)
+        if type(name) is not str or (offset is not None and offsets is None):
+            raise PickleError("stores something without a name")
+        file, start, size, transforms = _fields(
+            info, "_StorageInfo", "relative_path", "offset", "length", "transform_descriptors"
         )
-        span = (start, size)
-        if type(file) is not str or not _naturals(span):
-            refuse("has no storage location", name)
+        span = naturals((start, size))
+        if type(file) is not str or span is None:
+            _refuse(name, "has no storage location")
         if Path(file).name != file or file in ("", ".", "..") or len(file) > MAX_FILE_NAME or not file.isprintable():
-            refuse(f"is stored in {file[:100]!r}, which is not a bare file name", name)
+            _refuse(name, f"is stored in {file[:100]!r}, which is not a bare file name")
         names = [text[:40] for text in transforms if type(text) is str] if isinstance(transforms, list | tuple) else []
         transformed = (", ".join(names[:4]) or "unknown") if transforms else ""
         result.setdefault(name, []).append(Stored(file, span[0], span[1], offsets, transformed))
     return result
 
 
-def _by_file(stored: Mapping[str, Sequence[Stored]]) -> dict[str, list[Stored]]:
-    result: dict[str, list[Stored]] = {}
-    for place in (place for places in stored.values() for place in places):
-        result.setdefault(place.file, []).append(place)
-    for places in result.values():
-        places.sort(key=lambda place: (place.start, place.size))
-    return dict(sorted(result.items()))
-
-
-def _value(name: str, value: object, stored: Sequence[Stored], refuse: _Refusal) -> SavedTensor | Refused | None:
+def _value(name: str, value: object, stored: Sequence[Stored]) -> SavedTensor | Refused | None:
     if isinstance(value, _Instance) and value.kind == "BytesStorageMetadata":
         if len(stored) != 1 or stored[0].offsets is not None:
-            refuse(f"is one object, but {len(stored)} parts of it are stored", name)
+            _refuse(name, f"is one object, but {len(stored)} parts of it are stored")
         return None
-    shape, chunks, properties = (
-        _field(value, "TensorStorageMetadata", field) for field in ("size", "chunks", "properties")
-    )
-    if not _naturals(shape) or math.prod(shape) >= 2**63:
-        refuse(f"shape must be up to {MAX_RANK} integers from 0 to 2^63 - 1", name)
+    size, chunks, properties = _fields(value, "TensorStorageMetadata", "size", "chunks", "properties")
+    shape = naturals(size)
+    if shape is None or math.prod(shape) >= 2**63:
+        _refuse(name, f"shape must be up to {MAX_RANK} integers from 0 to 2^63 - 1")
     if type(chunks) is not list or len(chunks) > MAX_PARTS:
-        refuse(f"its parts must be a list of up to {MAX_PARTS}", name)
-    parts = _parts(name, shape, chunks, stored, refuse)
+        _refuse(name, f"its parts must be a list of up to {MAX_PARTS}")
+    parts = _parts(name, shape, chunks, stored)
     dtype = _dtype(properties)
     if isinstance(dtype, Refused):
         return dtype
-    transformed = next((part.stored.transformed for part in parts if part.stored.transformed), None)
+    transformed = next((place.transformed for _, place in parts if place.transformed), None)
     if transformed:
         return Refused(f"is stored with a transformation ({transformed}), which is not supported; save it without")
-    if any(part.stored.size <= part.box.numel * ITEM_SIZE[dtype] for part in parts):
-        refuse("is not stored by torch.save: SerializationFormat.SAFETENSORS is not supported, only TORCH_SAVE", name)
+    if any(place.size <= box.numel * ITEM_SIZE[dtype] for box, place in parts):
+        _refuse(name, "is not stored by torch.save: SerializationFormat.SAFETENSORS is not supported, only TORCH_SAVE")
     return SavedTensor(dtype, shape, parts)
 
 
 def _parts(
-    name: str, shape: tuple[int, ...], chunks: list[object], stored: Sequence[Stored], refuse: _Refusal
-) -> tuple[Part, ...]:
+    name: str, shape: tuple[int, ...], chunks: list[object], stored: Sequence[Stored]
+) -> tuple[tuple[Box, Stored], ...]:
     """Return the parts sorted by their offsets, which also sorts them by their first elements."""
     boxes: list[Box] = []
     for chunk in chunks:
-        offsets, sizes = (_field(chunk, "ChunkStorageMetadata", field) for field in ("offsets", "sizes"))
-        if not _naturals(offsets) or not _naturals(sizes) or not len(offsets) == len(sizes) == len(shape):
-            refuse(f"offsets and sizes of its parts must be {len(shape)} integers from 0 to 2^63 - 1", name)
+        offsets, sizes = map(naturals, _fields(chunk, "ChunkStorageMetadata", "offsets", "sizes"))
+        if offsets is None or sizes is None or not len(offsets) == len(sizes) == len(shape):
+            _refuse(name, f"offsets and sizes of its parts must be {len(shape)} integers from 0 to 2^63 - 1")
         boxes.append(Box(shape, offsets, sizes))
     if wrong := untiled(boxes, shape):
-        refuse(wrong, name)
+        _refuse(name, wrong)
     boxes.sort(key=lambda box: box.offsets)
-    places = sorted(((place.offsets, place) for place in stored if place.offsets is not None), key=lambda pair: pair[0])
-    if len(places) != len(stored) or [box.offsets for box in boxes] != [offsets for offsets, _ in places]:
-        refuse("its parts differ from those that are stored", name)
-    return tuple(
-        Part(box, place, box.first, box.last) for box, (_, place) in zip(boxes, places, strict=True) if box.numel
-    )
+    places = sorted((place for place in stored if place.offsets is not None), key=attrgetter("offsets"))
+    if len(places) != len(stored) or [box.offsets for box in boxes] != [place.offsets for place in places]:
+        _refuse(name, "its parts differ from those that are stored")
+    return tuple((box, place) for box, place in zip(boxes, places, strict=True) if box.numel)
 
 
 def _dtype(properties: object) -> str | Refused:
@@ -213,45 +171,34 @@ def _dtype(properties: object) -> str | Refused:
     return DTYPES[state[0].name]
 
 
-def _paths(data: object, names: Mapping[str, object], refuse: _Refusal) -> dict[str, tuple[str, ...]]:
+def _paths(data: object, names: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
     """Return name → path from the planner's data; empty if it has none."""
     if not data:
         return {}
     if type(data) is not dict:
-        refuse("has planner data that are not a mapping from names to paths")
+        raise PickleError("has planner data that are not a mapping from names to paths")
     result: dict[str, tuple[str, ...]] = {}
     for name in names:
         path = data.get(name, (name,))
         proper = type(path) is tuple and 0 < len(path) <= MAX_DEPTH
         if not proper or not all(type(part) in (str, int) for part in path):
-            refuse(f"its place in the state dict must be a path of 1 to {MAX_DEPTH} names", name)
+            _refuse(name, f"its place in the state dict must be a path of 1 to {MAX_DEPTH} names")
         result[name] = tuple(str(part) for part in path)
     return result
 
 
-def _field(value: object, kind: str, name: str) -> object:
-    """Return field ``name`` of an object of class ``kind``, or None if the class differs or the field is missing."""
+def _fields(value: object, kind: str, *names: str) -> list[object]:
+    """Return fields of an object of class ``kind``: None if the class differs or the field is missing."""
     state = value.state if isinstance(value, _Instance) and value.kind == kind else None
-    return state.get(name) if type(state) is dict else None
+    return [state.get(name) if type(state) is dict else None for name in names]
 
 
-def _naturals(value: object) -> TypeGuard[tuple[int, ...]]:
-    if type(value) is not tuple or len(value) > MAX_RANK:
-        return False
-    return all(type(item) is int and 0 <= item < 2**63 for item in value)
+def _refuse(name: str, what: str) -> NoReturn:
+    raise PickleError((name[:100] or '""') + f": {what}")
 
 
 def _kind(name: str) -> Maker:
     return lambda _: _Instance(name)
-
-
-def _first(arguments: tuple[object, ...]) -> object:
-    """Make ``torch.Size(tuple)`` and ``_get_layout("torch.strided")`` their only argument."""
-    return arguments[0] if arguments else None
-
-
-def _dict(_: tuple[object, ...]) -> object:
-    return {}
 
 
 def _persistent(_: object) -> NoReturn:
@@ -266,8 +213,6 @@ _MAKERS: Final[Mapping[str, Maker]] = {
     **{f"torch.distributed.checkpoint.metadata.{name}": _kind(name) for name in _CLASSES},
     "torch.distributed._shard.sharded_tensor.metadata.TensorProperties": _kind("TensorProperties"),  # torch < 2.4
     "torch.distributed.checkpoint.filesystem._StorageInfo": _kind("_StorageInfo"),
-    "torch.Size": _first,
-    "torch.serialization._get_layout": _first,
-    "collections.OrderedDict": _dict,
-    "collections.defaultdict": _dict,
+    "torch.serialization._get_layout": first,
+    **{name: MAKERS[name] for name in ("torch.Size", "collections.OrderedDict", "collections.defaultdict")},
 }

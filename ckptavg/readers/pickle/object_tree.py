@@ -1,7 +1,5 @@
 """Convert the objects of a pickle to the `Node` tree of a reader, bounded even if containers are shared."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -30,9 +28,9 @@ def object_tree(value: object) -> tuple[Mapping[str, Node], tuple[str, ...]]:
     """
     if type(value) is not dict:
         raise PickleError(_not_a_state_dict(value))
-    builder = _Builder()
-    tree: Any = builder.convert(value, 1).node
-    return tree, tuple(sorted(builder.left_out))
+    converter = _Converter()
+    tree: Any = converter.convert(value, 1).node
+    return tree, tuple(sorted(converter.left_out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +42,8 @@ class _Built:
     height: int
 
 
-class _Builder:
-    """Converter that visits each container once; a container in progress is None in ``built``."""
+class _Converter:
+    """Visits each container once; a container in progress is None in ``built``."""
 
     def __init__(self) -> None:
         self.left_out: set[str] = set()
@@ -53,65 +51,56 @@ class _Builder:
 
     def convert(self, container: Any, depth: int) -> _Built:
         """Return the node for a dict, list or tuple at nesting depth ``depth``."""
-        built = self.built.get(id(container)) if id(container) in self.built else self._convert(container, depth)
+        if depth <= MAX_DEPTH and id(container) not in self.built:  # the depth bounds the recursion
+            if len(self.built) == MAX_CONTAINERS:
+                raise PickleError(f"has more than {MAX_CONTAINERS} containers")
+            self.built[id(container)] = None
+            self.built[id(container)] = self._build(container, depth)
+        built = self.built.get(id(container))
+        if depth + (built.height if built else 0) > MAX_DEPTH:
+            raise PickleError(f"nests containers more than {MAX_DEPTH} deep")
         if built is None:
             raise PickleError("has a container that contains itself")
-        if depth + built.height > MAX_DEPTH:
-            raise PickleError(f"nests containers more than {MAX_DEPTH} deep")
         return built
 
-    def _convert(self, container: Any, depth: int) -> _Built:
-        if depth > MAX_DEPTH:  # checked before going deeper, which bounds the recursion
-            raise PickleError(f"nests containers more than {MAX_DEPTH} deep")
-        if len(self.built) == MAX_CONTAINERS:
-            raise PickleError(f"has more than {MAX_CONTAINERS} containers")
-        self.built[id(container)] = None
-        mapping = type(container) is dict
-        nodes, count, height = self._children(container.values() if mapping else container, depth)
-        if count > MAX_NODES:
-            raise PickleError(f"has more than {MAX_NODES} values when shared containers are counted at each use")
-        built = self.built[id(container)] = _Built(_named(container, nodes) if mapping else nodes, count, height)
-        return built
-
-    def _children(self, values: Iterable[object], depth: int) -> tuple[list[Node], int, int]:
+    def _build(self, container: Any, depth: int) -> _Built:
         nodes: list[Any] = []
         count, height = 1, 0
-        for value in values:
-            kind = type(value)
-            if kind in _LEAVES:
-                nodes.append(value)
-                count += 1
-            elif kind in _CONTAINERS:
+        for value in container.values() if type(container) is dict else container:
+            if type(value) in _CONTAINERS:
                 built = self.convert(value, depth + 1)
                 nodes.append(built.node)
                 count += built.count
                 height = max(height, built.height + 1)
+                continue
+            count += 1
+            if type(value) in _LEAVES:
+                nodes.append(value)
             else:
-                self.left_out.add(_class(value))
                 nodes.append(None)
-                count += 1
-        return nodes, count, height
+                self.left_out.add(value.name if isinstance(value, Inert | Global) else type(value).__name__)
+        if count > MAX_NODES:
+            raise PickleError(f"has more than {MAX_NODES} values when shared containers are counted at each use")
+        return _Built(_named(container, nodes) if type(container) is dict else nodes, count, height)
 
 
 def _named(keys: Iterable[object], nodes: Iterable[Node]) -> dict[str, Node]:
     """Return the mapping from names to ``nodes``; tensors with improper names are refused, not dropped."""
     result: dict[str, Node] = {}
     for key, node in zip(keys, nodes, strict=True):
-        name, what = (key, "") if type(key) is str else _spelled(key)
+        if type(key) is str:
+            name, what = key, ""
+        elif isinstance(key, Inert):
+            name, what = f"<{key.name}>", f"its key is a {key.name}, not a name"
+        else:
+            name = repr(key[:100] if isinstance(key, bytes) else key)
+            what = f"its key is a {type(key).__name__}, not a name, so this is no state dict"
         if type(node) is StoredTensor or type(node) is Refused:
             if not what and not is_proper(name):
                 name, what = name[:100], f"a tensor's name must have 1 to {MAX_NAME} characters, all of them printable"
             node = Refused(what) if what else node
         result[name] = Refused("two keys have this name") if name in result else node
     return result
-
-
-def _spelled(key: object) -> tuple[str, str]:
-    if isinstance(key, Inert):
-        return f"<{key.name}>", f"its key is a {key.name}, not a name"
-    return repr(
-        key[:100] if isinstance(key, bytes) else key
-    ), f"its key is a {type(key).__name__}, not a name, so this is no state dict"
 
 
 def is_proper(name: str) -> bool:
@@ -121,10 +110,6 @@ def is_proper(name: str) -> bool:
     return name.isprintable() or not any(
         ord(char) < 32 or 127 <= ord(char) < 160 or "\ud800" <= char <= "\udfff" for char in name
     )
-
-
-def _class(value: object) -> str:
-    return value.name if isinstance(value, Inert | Global) else type(value).__name__
 
 
 def _not_a_state_dict(value: object) -> str:

@@ -3,17 +3,14 @@
 Nothing here refuses a file. An unsupported tensor becomes `Refused`, which is an error only if the model contains it.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, TypeGuard
+from operator import itemgetter
+from typing import Any, Final
 
-from ckptavg.readers import ITEM_SIZE, Refused, StoredTensor
+from ckptavg.readers import ITEM_SIZE, MAX_RANK, Refused, StoredTensor, naturals
 from ckptavg.readers.pickle.unpickler import Global, Inert, Maker, PickleError
-
-MAX_RANK: Final = 64
 
 _STORAGES: Final[Mapping[str, str]] = {
     "torch.DoubleStorage": "F64", "torch.FloatStorage": "F32", "torch.HalfStorage": "F16",
@@ -43,42 +40,29 @@ _NUMPY: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """A run of bytes that tensors are views of.
+    """The ``size`` bytes of ``record`` that tensors are views of."""
 
-    Attributes:
-        dtype: dtype of its elements, unless a tensor has a dtype of its own.
-        record: the record that holds its bytes.
-        size: its size in bytes.
-        refusal: the reason why it is not supported, or ``""``.
-    """
-
-    dtype: str
+    dtype: str  # of the elements, unless a tensor has a dtype of its own
     record: str
     size: int
-    refusal: str = ""
+    refusal: str  # the reason why it is not supported, or ""
 
 
-class NumpyDtype:
-    """A NumPy dtype; only those of plain numbers are supported. Its state has the byte order."""
+class _NumpyDtype:
+    """A NumPy dtype; ``format`` is that of the module struct, ``""`` if it is not one of plain numbers."""
 
     def __init__(self, code: str) -> None:
-        self.code = code
-        self.order = ""
+        self.letter = _NUMPY.get(code, "")
+        self.format = ""
 
     def set_state(self, state: object) -> None:
         """Set the byte order from BUILD's argument: (version, order, ...)."""
         order = state[1] if type(state) is tuple and len(state) > 1 else None
-        self.order = order if order in ("<", ">") else "<" if order == "|" else ""
-
-    def decode(self, raw: bytes) -> float | int | bool | None:
-        """Return the number in ``raw``, or None if the dtype is not supported."""
-        letter = _NUMPY.get(self.code)
-        if letter is None or not self.order or len(raw) != struct.calcsize(f"<{letter}"):
-            return None
-        return struct.unpack(self.order + letter, raw)[0]
+        order = order if order in ("<", ">") else "<" if order == "|" else ""
+        self.format = order + self.letter if order and self.letter else ""
 
 
-def storage(persistent_id: object, sizes: Mapping[str, int]) -> Storage:
+def storage(persistent_id: Any, sizes: Mapping[str, int]) -> Storage:
     """Return the storage of a persistent id.
 
     Args:
@@ -87,23 +71,23 @@ def storage(persistent_id: object, sizes: Mapping[str, int]) -> Storage:
     Raises:
         PickleError: if it is not the id of a storage.
     """
-    if type(persistent_id) is not tuple or len(persistent_id) != 5 or persistent_id[0] != "storage":
-        raise PickleError("is damaged: a persistent id is not a storage's")
-    _, cls, key, location, numel = persistent_id
+    is_id = type(persistent_id) is tuple and len(persistent_id) == 5 and persistent_id[0] == "storage"
+    _, cls, key, location, numel = persistent_id if is_id else (None,) * 5
     if not isinstance(cls, Global) or type(key) is not str or type(numel) is not int:
         raise PickleError("is damaged: a persistent id is not a storage's")
     record = f"data/{key[:100]}"
     size = sizes.get(record, 0)
-    dtype = _STORAGES.get(cls.name)
-    if dtype is None:
-        return Storage("U8", record, size, f"its storage is a {cls.name}, which is not supported")
-    if location == "meta":
-        return Storage(dtype, record, size, "is a meta tensor, which has no values")
-    if record not in sizes:
-        return Storage(dtype, record, size, f"its record {record} is missing")
-    if numel * ITEM_SIZE[dtype] != size:
-        return Storage(dtype, record, size, f"needs {numel} elements of {dtype}, but record {record} has {size} bytes")
-    return Storage(dtype, record, size)
+    dtype = _STORAGES.get(cls.name, "")
+    refusal = ""
+    if not dtype:
+        refusal = f"its storage is a {cls.name}, which is not supported"
+    elif location == "meta":
+        refusal = "is a meta tensor, which has no values"
+    elif record not in sizes:
+        refusal = f"its record {record} is missing"
+    elif numel * ITEM_SIZE[dtype] != size:
+        refusal = f"needs {numel} elements of {dtype}, but record {record} has {size} bytes"
+    return Storage(dtype, record, size, refusal)
 
 
 def _tensor(arguments: tuple[object, ...]) -> StoredTensor | Refused:
@@ -131,7 +115,7 @@ def _tensor_v3(arguments: tuple[object, ...]) -> StoredTensor | Refused:
 
 
 def _refuse_bits(metadata: tuple[object, ...]) -> Refused | None:
-    flags = metadata[0] if metadata else None
+    flags = first(metadata)
     if not flags:
         return None
     names = ", ".join(str(name)[:20] for name in list(flags)[:4]) if isinstance(flags, dict) else type(flags).__name__
@@ -142,42 +126,26 @@ def _view(source: Storage, dtype: str, offset: object, shape: object, stride: ob
     """Return the tensor that starts ``offset`` elements into ``source``; ``stride`` is in elements."""
     if source.refusal:
         return Refused(source.refusal)
-    at = (offset,)
-    if not (_naturals(shape) and _naturals(stride) and _naturals(at)) or len(shape) != len(stride):
+    sizes, steps, at = naturals(shape), naturals(stride), naturals((offset,))
+    if sizes is None or steps is None or at is None or len(sizes) != len(steps):
         return Refused(f"shape and stride must be up to {MAX_RANK} integers from 0 to 2^63 - 1")
-    return _checked_view(source, dtype, at[0], shape, stride)
-
-
-def _checked_view(
-    source: Storage, dtype: str, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
-) -> StoredTensor | Refused:
-    if 0 in shape:
-        return StoredTensor(dtype, shape, source.record, 0)
-    size = ITEM_SIZE[dtype]
-    reach = 1
-    for n, step in sorted(
-        ((n, step) for n, step in zip(shape, stride, strict=True) if n > 1), key=lambda pair: pair[1]
-    ):
-        if step < reach:
-            return Refused(f"shape {list(shape)} with stride {list(stride)} uses some elements more than once")
-        reach += (n - 1) * step
-    if (offset + reach) * size > source.size:
-        return Refused(
-            f"shape {list(shape)} with stride {list(stride)} from element {offset} needs {(offset + reach) * size} "
-            f"bytes, but record {source.record} has {source.size}"
-        )
-    dense, expected = True, 1
-    for n, step in zip(reversed(shape), reversed(stride), strict=True):
-        dense = dense and (n == 1 or step == expected)
+    if 0 in sizes:
+        return StoredTensor(dtype, sizes, source.record, 0)
+    size, span = ITEM_SIZE[dtype], 1
+    dimensions = [(n, step) for n, step in zip(sizes, steps, strict=True) if n > 1]
+    for n, step in sorted(dimensions, key=itemgetter(1)):
+        if step < span:
+            return Refused(f"shape {list(sizes)} with stride {list(steps)} uses some elements more than once")
+        span += (n - 1) * step
+    if (needed := (at[0] + span) * size) > source.size:
+        what = f"shape {list(sizes)} with stride {list(steps)} from element {offset}"
+        return Refused(f"{what} needs {needed} bytes, but record {source.record} has {source.size}")
+    is_dense, expected = True, 1
+    for n, step in reversed(dimensions):
+        is_dense = is_dense and step == expected
         expected *= n
-    strided = None if dense else tuple(1 if n == 1 else step for n, step in zip(shape, stride, strict=True))
-    return StoredTensor(dtype, shape, source.record, offset * size, strided)
-
-
-def _naturals(value: object) -> TypeGuard[tuple[int, ...]]:
-    if type(value) is not tuple or len(value) > MAX_RANK:
-        return False
-    return all(type(item) is int and 0 <= item < 2**63 for item in value)
+    strided = None if is_dense else tuple(1 if n == 1 else step for n, step in zip(sizes, steps, strict=True))
+    return StoredTensor(dtype, sizes, source.record, at[0] * size, strided)
 
 
 def _parameter(arguments: tuple[object, ...]) -> StoredTensor | Refused:
@@ -200,6 +168,11 @@ def _from_type(arguments: tuple[object, ...]) -> StoredTensor | Refused:
     return maker(inner)
 
 
+def first(arguments: tuple[object, ...]) -> object:
+    """Return the only argument."""
+    return arguments[0] if arguments else None
+
+
 def _new_dict(arguments: tuple[object, ...]) -> object:
     """Make a dict: OrderedDict() and defaultdict(factory), which are filled later, and Counter(dict)."""
     return arguments[0] if arguments and type(arguments[0]) is dict else {}
@@ -211,21 +184,21 @@ def _new_list(arguments: tuple[object, ...]) -> object:
 
 
 def _numpy_dtype(arguments: tuple[object, ...]) -> object:
-    code = arguments[0] if arguments else None
-    return NumpyDtype(code) if type(code) is str else Inert("numpy.dtype", called=True)
+    code = first(arguments)
+    return _NumpyDtype(code) if type(code) is str else Inert("numpy.dtype", called=True)
 
 
 def _numpy_scalar(arguments: tuple[object, ...]) -> object:
-    if len(arguments) == 2 and isinstance(arguments[0], NumpyDtype) and type(arguments[1]) is bytes:
-        number = arguments[0].decode(arguments[1])
-        if number is not None:
-            return number
+    dtype, raw = arguments if len(arguments) == 2 else (None, None)
+    kind = dtype.format if isinstance(dtype, _NumpyDtype) else ""
+    if kind and type(raw) is bytes and len(raw) == struct.calcsize(kind):
+        return struct.unpack(kind, raw)[0]
     return Inert("numpy.generic", called=True)
 
 
 def _encode(arguments: tuple[object, ...]) -> object:
     """``_codecs.encode(text, "latin1")``, protocol 2's form of bytes; kept only if short enough for a number."""
-    text = arguments[0] if arguments else None
+    text = first(arguments)
     if type(text) is str and len(text) <= 16 and all(ord(char) < 256 for char in text):
         return text.encode("latin1")
     return Inert("bytes", called=False)
@@ -251,18 +224,11 @@ MAKERS: Final[Mapping[str, Maker]] = {
     **_TENSORS,
     "torch._tensor._rebuild_from_type_v2": _from_type,
     "torch.Size": _new_list,
-    "collections.OrderedDict": _new_dict,
-    "collections.defaultdict": _new_dict,
-    "collections.Counter": _new_dict,
-    "builtins.set": _new_list,
-    "builtins.frozenset": _new_list,
-    "__builtin__.set": _new_list,
-    "__builtin__.frozenset": _new_list,
+    **dict.fromkeys(("collections.OrderedDict", "collections.defaultdict", "collections.Counter"), _new_dict),
+    **dict.fromkeys(("builtins.set", "builtins.frozenset", "__builtin__.set", "__builtin__.frozenset"), _new_list),
+    **dict.fromkeys(("builtins.getattr", "__builtin__.getattr"), _member),
     "_codecs.encode": _encode,
-    "builtins.getattr": _member,
-    "__builtin__.getattr": _member,
-    _ZERO_STAGE: lambda arguments: arguments[0] if arguments else None,  # its number
+    _ZERO_STAGE: first,  # its number
     "numpy.dtype": _numpy_dtype,
-    "numpy.core.multiarray.scalar": _numpy_scalar,
-    "numpy._core.multiarray.scalar": _numpy_scalar,
+    **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), _numpy_scalar),
 }

@@ -6,8 +6,6 @@ of that name or, without a maker, an `Inert` stand-in that drops the arguments. 
 Protocols 2 to 5 of ``torch.save`` and ``pickle.dump`` are supported; the text opcodes of protocol 0 are not.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,15 +48,10 @@ class Global:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inert:
-    """Stand-in for an object of an unknown class; it keeps only the name.
-
-    Attributes:
-        name: the class, or the function that unpickling would call.
-        called: whether unpickling would call ``name`` rather than make an instance of it.
-    """
+    """Stand-in for an object of an unknown class, or for the result of a function; it keeps only the name."""
 
     name: str
-    called: bool
+    called: bool  # whether unpickling would call ``name`` rather than make an instance of it
 
 
 @runtime_checkable
@@ -79,7 +72,6 @@ def load(
     `Inert` for any other key.
 
     Args:
-        data: the pickle.
         makers: dotted name of a global → function of its call's arguments; may raise PickleError.
         persistent: persistent id → object; may raise PickleError.
         budget: the cost limit; None is `BUDGET`.
@@ -151,8 +143,7 @@ class _Machine:
         self.position += 1
         return line.decode("utf-8")
 
-    def mark(self) -> None:
-        """Start a new stack."""
+    def mark(self, _: int) -> None:
         self.below.append(self.stack)
         self.stack = []
 
@@ -168,7 +159,6 @@ class _Machine:
         self.stack.append(kind(items))
 
     def put(self, index: int) -> None:
-        """Store the top of the stack in the memo."""
         if index == len(self.memo):
             self.memo.append(self.stack[-1])
         elif index < len(self.memo):
@@ -177,7 +167,6 @@ class _Machine:
             raise PickleError(f"is damaged: memo {index} follows {len(self.memo) - 1}")
 
     def get(self, index: int) -> None:
-        """Push an entry of the memo."""
         if index >= len(self.memo):
             raise PickleError(f"is damaged: memo {index} is missing")
         self.stack.append(self.memo[index])
@@ -214,6 +203,59 @@ class _Machine:
         maker = self.makers.get(function.name) if isinstance(function, Global) else None
         self.stack.append(maker(arguments) if maker else _stand_in(function.name, called))
 
+    def proto(self, version: int) -> None:
+        if version > 5:
+            raise PickleError("is damaged: it is of a protocol above 5")
+
+    def frame(self, size: int) -> None:
+        if size > self.end + 1 - self.position:
+            _cut_off()
+
+    def long(self, size: int) -> None:
+        if size > MAX_INTEGER:
+            raise PickleError(f"has an integer of {size} bytes, more than {MAX_INTEGER}")
+        self.stack.append(int.from_bytes(self.take(size), "little", signed=True))
+
+    def text(self, size: int) -> None:
+        self.stack.append(self.take(size).decode("utf-8", "surrogatepass"))
+
+    def pack(self, size: int) -> None:
+        if len(self.stack) < size:
+            raise IndexError
+        items = tuple(self.stack[-size:])
+        del self.stack[-size:]
+        self.stack.append(items)
+
+    def new_dict(self, _: int) -> None:
+        items = self.since_mark()
+        self.stack.append({})
+        self.store(items)
+
+    def new_object_with_keywords(self, _: int) -> None:
+        self.stack.pop()
+        self.make(self.stack.pop(-2), self.stack.pop(), called=False)
+
+    def obj(self, _: int) -> None:
+        cls, *arguments = self.since_mark() or [None]
+        self.make(cls, tuple(arguments), called=False)
+
+    def inst(self, _: int) -> None:
+        arguments = tuple(self.since_mark())
+        self.name(self.line(), self.line())
+        self.make(self.stack.pop(), arguments, called=False)
+
+    def build(self, _: int) -> None:
+        """Set the state of the object on top of the stack; of a dict, attributes of an OrderedDict: _metadata."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Stateful):
+            target.set_state(state)
+        elif not isinstance(target, dict | Inert | Refused):
+            raise PickleError(f"is damaged: it sets the state of a {type(target).__name__}")
+
+    def unknown(self, _: int) -> NoReturn:
+        at = self.position - 1
+        raise PickleError(f"is damaged: byte {at} is {self.data[at]:#04x}, which is not an opcode of protocols 2 to 5")
+
 
 def _cut_off() -> NoReturn:
     raise PickleError("is damaged: it is cut off")
@@ -236,152 +278,64 @@ def _stand_in(name: str, called: bool) -> Inert | Refused:
     return Inert(name, called)
 
 
-def _unknown(m: _Machine, _: int) -> NoReturn:
-    at = m.position - 1
-    raise PickleError(f"is damaged: byte {at} is {m.data[at]:#04x}, which is not an opcode of protocols 2 to 5")
-
-
-def _proto(_: _Machine, version: int) -> None:
-    if version > 5:
-        raise PickleError("is damaged: it is of a protocol above 5")
-
-
-def _frame(m: _Machine, size: int) -> None:
-    if size > m.end + 1 - m.position:
-        _cut_off()
-
-
-def _long(m: _Machine, size: int) -> None:
-    if size > MAX_INTEGER:
-        raise PickleError(f"has an integer of {size} bytes, more than {MAX_INTEGER}")
-    m.stack.append(int.from_bytes(m.take(size), "little", signed=True))
-
-
-def _text(m: _Machine, size: int) -> None:
-    m.stack.append(m.take(size).decode("utf-8", "surrogatepass"))
-
-
-def _tuple(m: _Machine, size: int) -> None:
-    if len(m.stack) < size:
-        raise IndexError
-    items = tuple(m.stack[-size:])
-    del m.stack[-size:]
-    m.stack.append(items)
-
-
-def _append(m: _Machine, _: int) -> None:
-    item = m.stack.pop()
-    m.extend([item])
-
-
-def _set_item(m: _Machine, _: int) -> None:
-    value, key = m.stack.pop(), m.stack.pop()
-    m.store([key, value])
-
-
-def _dict(m: _Machine, _: int) -> None:
-    items = m.since_mark()
-    m.stack.append({})
-    m.store(items)
-
-
-def _stack_global(m: _Machine, _: int) -> None:
-    name, module = m.stack.pop(), m.stack.pop()
-    m.name(module, name)
-
-
-def _reduce(m: _Machine, _: int) -> None:
-    arguments, function = m.stack.pop(), m.stack.pop()
-    m.make(function, arguments, called=True)
-
-
-def _new_object(m: _Machine, _: int) -> None:
-    arguments, cls = m.stack.pop(), m.stack.pop()
-    m.make(cls, arguments, called=False)
-
-
-def _new_object_with_keywords(m: _Machine, _: int) -> None:
-    m.stack.pop()
-    _new_object(m, 0)
-
-
-def _object(m: _Machine, _: int) -> None:
-    cls, *arguments = m.since_mark() or [None]
-    m.make(cls, tuple(arguments), called=False)
-
-
-def _instance(m: _Machine, _: int) -> None:
-    arguments = tuple(m.since_mark())
-    m.name(m.line(), m.line())
-    m.make(m.stack.pop(), arguments, called=False)
-
-
-def _build(m: _Machine, _: int) -> None:
-    state, target = m.stack.pop(), m.stack[-1]
-    if isinstance(target, Stateful):
-        target.set_state(state)
-    elif not isinstance(target, dict | Inert | Refused):  # a dict: attributes of an OrderedDict, such as _metadata
-        raise PickleError(f"is damaged: it sets the state of a {type(target).__name__}")
-
-
 _Row: TypeAlias = tuple[int, int, Callable[[_Machine, int], object]]
 
 # opcode: (bytes of its operand, an unsigned number n; cost; action)
 _OPCODES: Final[Mapping[int, _Row]] = {
-    0x80: (1, _STEP, _proto),
-    0x95: (8, _STEP, _frame),
-    ord("("): (0, _LIST, lambda m, _: m.mark()),
-    ord("0"): (0, _STEP, lambda m, _: m.stack.pop()),
-    ord("1"): (0, _STEP, lambda m, _: m.since_mark()),
-    ord("2"): (0, _STEP, lambda m, _: m.stack.append(m.stack[-1])),
+    0x80: (1, _STEP, _Machine.proto),
+    0x95: (8, _STEP, _Machine.frame),
+    ord("("): (0, _LIST, _Machine.mark),
+    ord("0"): (0, _STEP, lambda machine, _: machine.stack.pop()),
+    ord("1"): (0, _STEP, lambda machine, _: machine.since_mark()),
+    ord("2"): (0, _STEP, lambda machine, _: machine.stack.append(machine.stack[-1])),
     ord("q"): (1, _STEP, _Machine.put),
     ord("r"): (4, _STEP, _Machine.put),
-    0x94: (0, _STEP, lambda m, _: m.memo.append(m.stack[-1])),
+    0x94: (0, _STEP, lambda machine, _: machine.memo.append(machine.stack[-1])),
     ord("h"): (1, _STEP, _Machine.get),
     ord("j"): (4, _STEP, _Machine.get),
-    ord("N"): (0, _STEP, lambda m, _: m.stack.append(None)),
-    0x88: (0, _STEP, lambda m, _: m.stack.append(True)),
-    0x89: (0, _STEP, lambda m, _: m.stack.append(False)),
-    ord("K"): (1, _STEP, lambda m, n: m.stack.append(n)),
-    ord("M"): (2, _NUMBER, lambda m, n: m.stack.append(n)),
-    ord("J"): (4, _NUMBER, lambda m, n: m.stack.append(n - (1 << 32) if n >> 31 else n)),
-    0x8A: (1, _NUMBER, _long),
-    0x8B: (4, _NUMBER, _long),
-    ord("G"): (8, _NUMBER, lambda m, n: m.stack.append(struct.unpack(">d", n.to_bytes(8, "little"))[0])),
-    ord("X"): (4, _STRING, _text),
-    0x8C: (1, _STRING, _text),
-    0x8D: (8, _STRING, _text),
-    ord("B"): (4, _STRING, lambda m, n: m.stack.append(m.take(n))),
-    ord("C"): (1, _STRING, lambda m, n: m.stack.append(m.take(n))),
-    0x8E: (8, _STRING, lambda m, n: m.stack.append(m.take(n))),
-    0x96: (8, _STRING, lambda m, n: m.stack.append(m.take(n))),
-    ord(")"): (0, _STEP, lambda m, _: m.stack.append(())),
-    0x85: (0, _TUPLE, lambda m, _: _tuple(m, 1)),
-    0x86: (0, _TUPLE, lambda m, _: _tuple(m, 2)),
-    0x87: (0, _TUPLE, lambda m, _: _tuple(m, 3)),
-    ord("t"): (0, _TUPLE, lambda m, _: m.gather(tuple)),
-    ord("]"): (0, _LIST, lambda m, _: m.stack.append([])),
-    ord("l"): (0, _LIST, lambda m, _: m.gather(list)),
-    ord("a"): (0, _STEP, _append),
-    ord("e"): (0, _STEP, lambda m, _: m.extend(m.since_mark())),
-    ord("}"): (0, _DICT, lambda m, _: m.stack.append({})),
-    ord("d"): (0, _DICT, _dict),
-    ord("s"): (0, _STEP, _set_item),
-    ord("u"): (0, _STEP, lambda m, _: m.store(m.since_mark())),
-    0x8F: (0, _LIST, lambda m, _: m.stack.append([])),  # sets are read as lists, so nothing is hashed
-    0x90: (0, _STEP, lambda m, _: m.extend(m.since_mark())),
-    0x91: (0, _LIST, lambda m, _: m.gather(list)),
-    ord("c"): (0, _GLOBAL, lambda m, _: m.name(m.line(), m.line())),
-    0x93: (0, _GLOBAL, _stack_global),
-    0x82: (1, _GLOBAL, lambda m, n: m.stack.append(Global(f"extension {n}"))),
-    0x83: (2, _GLOBAL, lambda m, n: m.stack.append(Global(f"extension {n}"))),
-    0x84: (4, _GLOBAL, lambda m, n: m.stack.append(Global(f"extension {n}"))),
-    ord("R"): (0, _OBJECT, _reduce),
-    0x81: (0, _OBJECT, _new_object),
-    0x92: (0, _OBJECT, _new_object_with_keywords),
-    ord("o"): (0, _OBJECT, _object),
-    ord("i"): (0, _GLOBAL + _OBJECT, _instance),
-    ord("b"): (0, _STEP, _build),
-    ord("Q"): (0, _OBJECT, lambda m, _: m.stack.append(m.persistent(m.stack.pop()))),
+    ord("N"): (0, _STEP, lambda machine, _: machine.stack.append(None)),
+    0x88: (0, _STEP, lambda machine, _: machine.stack.append(True)),
+    0x89: (0, _STEP, lambda machine, _: machine.stack.append(False)),
+    ord("K"): (1, _STEP, lambda machine, n: machine.stack.append(n)),
+    ord("M"): (2, _NUMBER, lambda machine, n: machine.stack.append(n)),
+    ord("J"): (4, _NUMBER, lambda machine, n: machine.stack.append(n - (1 << 32) if n >> 31 else n)),
+    0x8A: (1, _NUMBER, _Machine.long),
+    0x8B: (4, _NUMBER, _Machine.long),
+    ord("G"): (8, _NUMBER, lambda machine, n: machine.stack.extend(struct.unpack(">d", n.to_bytes(8, "little")))),
+    ord("X"): (4, _STRING, _Machine.text),
+    0x8C: (1, _STRING, _Machine.text),
+    0x8D: (8, _STRING, _Machine.text),
+    ord("B"): (4, _STRING, lambda machine, n: machine.stack.append(machine.take(n))),
+    ord("C"): (1, _STRING, lambda machine, n: machine.stack.append(machine.take(n))),
+    0x8E: (8, _STRING, lambda machine, n: machine.stack.append(machine.take(n))),
+    0x96: (8, _STRING, lambda machine, n: machine.stack.append(machine.take(n))),
+    ord(")"): (0, _STEP, lambda machine, _: machine.stack.append(())),
+    0x85: (0, _TUPLE, lambda machine, _: machine.pack(1)),
+    0x86: (0, _TUPLE, lambda machine, _: machine.pack(2)),
+    0x87: (0, _TUPLE, lambda machine, _: machine.pack(3)),
+    ord("t"): (0, _TUPLE, lambda machine, _: machine.gather(tuple)),
+    ord("]"): (0, _LIST, lambda machine, _: machine.stack.append([])),
+    ord("l"): (0, _LIST, lambda machine, _: machine.gather(list)),
+    ord("a"): (0, _STEP, lambda machine, _: machine.extend([machine.stack.pop()])),
+    ord("e"): (0, _STEP, lambda machine, _: machine.extend(machine.since_mark())),
+    ord("}"): (0, _DICT, lambda machine, _: machine.stack.append({})),
+    ord("d"): (0, _DICT, _Machine.new_dict),
+    ord("s"): (0, _STEP, lambda machine, _: machine.store([machine.stack.pop(-2), machine.stack.pop()])),
+    ord("u"): (0, _STEP, lambda machine, _: machine.store(machine.since_mark())),
+    0x8F: (0, _LIST, lambda machine, _: machine.stack.append([])),  # sets are read as lists, so nothing is hashed
+    0x90: (0, _STEP, lambda machine, _: machine.extend(machine.since_mark())),
+    0x91: (0, _LIST, lambda machine, _: machine.gather(list)),
+    ord("c"): (0, _GLOBAL, lambda machine, _: machine.name(machine.line(), machine.line())),
+    0x93: (0, _GLOBAL, lambda machine, _: machine.name(machine.stack.pop(-2), machine.stack.pop())),
+    0x82: (1, _GLOBAL, lambda machine, n: machine.stack.append(Global(f"extension {n}"))),
+    0x83: (2, _GLOBAL, lambda machine, n: machine.stack.append(Global(f"extension {n}"))),
+    0x84: (4, _GLOBAL, lambda machine, n: machine.stack.append(Global(f"extension {n}"))),
+    ord("R"): (0, _OBJECT, lambda machine, _: machine.make(machine.stack.pop(-2), machine.stack.pop(), called=True)),
+    0x81: (0, _OBJECT, lambda machine, _: machine.make(machine.stack.pop(-2), machine.stack.pop(), called=False)),
+    0x92: (0, _OBJECT, _Machine.new_object_with_keywords),
+    ord("o"): (0, _OBJECT, _Machine.obj),
+    ord("i"): (0, _GLOBAL + _OBJECT, _Machine.inst),
+    ord("b"): (0, _STEP, _Machine.build),
+    ord("Q"): (0, _OBJECT, lambda machine, _: machine.stack.append(machine.persistent(machine.stack.pop()))),
 }
-_ROWS: Final[Sequence[_Row]] = [_OPCODES.get(code, (0, _STEP, _unknown)) for code in range(256)]
+_ROWS: Final[Sequence[_Row]] = [_OPCODES.get(code, (0, _STEP, _Machine.unknown)) for code in range(256)]

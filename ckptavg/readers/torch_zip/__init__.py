@@ -3,25 +3,23 @@
 A zip archive of records: ``data.pkl`` describes the objects; ``data/0``, ``data/1``, ... are the storages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
-from ckptavg.readers import ITEM_SIZE, Node, StoredTensor
+from ckptavg.readers import ITEM_SIZE, Format, Node, StoredTensor
 from ckptavg.readers.pickle.object_tree import object_tree
 from ckptavg.readers.pickle.torch_objects import MAKERS, storage
 from ckptavg.readers.pickle.unpickler import PickleError, load
-from ckptavg.readers.torch_zip.checked_records import CheckedRecords
+from ckptavg.readers.torch_zip.checked_records import CheckedRecord
 from ckptavg.readers.torch_zip.strided import gather
-from ckptavg.readers.torch_zip.zip_directory import Entry, Record, central_directory, locate
+from ckptavg.readers.torch_zip.zip_directory import Entry, central_directory, locate
 
 MAX_PICKLE: Final = 64 << 20
 MAX_VERSION: Final = 10  # of the archive; torch 2.13 writes 3
+_LISTED: Final = 6  # maximum number of classes in a note
 
 
 class TorchZipReader:
@@ -38,17 +36,23 @@ class TorchZipReader:
         self.path: Path = file.path
         self.files: Sequence[RegularFile] = (file,)
         self.metadata: Mapping[str, str] = {}
-        records = _records(file)
-        checked = any(record.crc for record in records.values())
-        self._sizes = {name: record.size for name, record in records.items()}
-        self._records = CheckedRecords(file, records, checked=checked)
+        entries, end = central_directory(file)
+        prefix = _prefix(file, entries)
+        starts = locate(file, entries, end)
+        unchecked = not any(entry.crc for entry in entries)
+        self._records: dict[str, CheckedRecord] = {}
+        for entry in entries:
+            name = entry.name.removeprefix(prefix)
+            self._records[name] = CheckedRecord(file, name, starts[entry.name], entry.size, entry.crc, unchecked)
         self._check_version()
         self.tree: Mapping[str, Node]
         self.tree, left_out = self._objects(alone)
-        notes = () if checked else ("was saved without checksums, so damage to its tensors is undetectable",)
+        self.notes: tuple[str, ...] = ()
+        if unchecked:
+            self.notes += ("was saved without checksums, so damage to its tensors is undetectable",)
         if left_out:
-            notes += (f"left out objects of {len(left_out)} classes: {_listing(left_out)}",)
-        self.notes: tuple[str, ...] = notes
+            listed = ", ".join(name[:100] for name in left_out[:_LISTED]) + (", ..." if len(left_out) > _LISTED else "")
+            self.notes += (f"left out objects of {len(left_out)} classes: {listed}",)
 
     def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
         """See `ckptavg.readers.Reader`."""
@@ -56,12 +60,12 @@ class TorchZipReader:
         assert start >= 0 and start * size + len(out) <= tensor.nbytes
         if not len(out):
             return
+        record = self._records[tensor.record]
         if tensor.stride is None:
-            at = tensor.offset + start * size
-            self._records.read_into(tensor.record, at, out, stop=tensor.offset + tensor.nbytes)
+            record.read_into(tensor.offset + start * size, out, stop=tensor.offset + tensor.nbytes)
             return
-        self._records.check(tensor.record)
-        gather(tensor, start, out, lambda at, block: self._records.read_into(tensor.record, at, block, stop=0))
+        record.check()
+        gather(tensor, start, out, lambda at, block: record.read_into(at, block, stop=0))
 
     def close(self) -> None:
         """See `ckptavg.readers.Reader`."""
@@ -69,36 +73,28 @@ class TorchZipReader:
             file.close()
 
     def _objects(self, alone: str | None) -> tuple[Mapping[str, Node], tuple[str, ...]]:
-        if self._sizes["data.pkl"] > MAX_PICKLE:
-            raise InputError(f"data.pkl has {self._sizes['data.pkl']} bytes, more than {MAX_PICKLE}", path=self.path)
-        data = self._records.read("data.pkl")
+        data = self._records["data.pkl"]
+        if data.size > MAX_PICKLE:
+            raise InputError(f"data.pkl has {data.size} bytes, more than {MAX_PICKLE}", path=self.path)
+        sizes = {name: record.size for name, record in self._records.items()}
         try:
-            value = load(data, MAKERS, lambda key: storage(key, self._sizes))
+            value = load(data.read(), MAKERS, lambda key: storage(key, sizes))
             return object_tree(value if alone is None else {alone: value})
         except PickleError as error:
             raise InputError(f"data.pkl {error}", path=self.path) from error
 
     def _check_version(self) -> None:
-        order = self._small("byteorder", b"little")  # torch < 2.1 wrote none
+        texts = {"byteorder": b"little", "version": b"3"}  # if there is no such record; torch < 2.1 wrote no byte order
+        for name in texts:
+            if record := self._records.get(name):
+                if record.size > 16:
+                    raise InputError(f"record {name} has {record.size} bytes, far too many", path=self.path)
+                texts[name] = record.read()
+        order, version = texts["byteorder"], texts["version"].strip()
         if order != b"little":
             raise InputError(f"byte order {order!r} is not supported, only little", path=self.path)
-        version = self._small("version", b"3").strip()
         if not version.isdigit() or not 1 <= int(version) <= MAX_VERSION:
             raise InputError(f"archive version {version!r} is not supported, only 1 to {MAX_VERSION}", path=self.path)
-
-    def _small(self, name: str, default: bytes) -> bytes:
-        if name not in self._sizes:
-            return default
-        if self._sizes[name] > 16:
-            raise InputError(f"record {name} has {self._sizes[name]} bytes, far too many", path=self.path)
-        return self._records.read(name)
-
-
-def _records(file: RegularFile) -> dict[str, Record]:
-    """Return the archive's records by name, without the top-level directory."""
-    entries, end = central_directory(file)
-    prefix = _prefix(file, entries)
-    return {name.removeprefix(prefix): record for name, record in locate(file, entries, end).items()}
 
 
 def _prefix(file: RegularFile, entries: Sequence[Entry]) -> str:
@@ -116,24 +112,9 @@ def _prefix(file: RegularFile, entries: Sequence[Entry]) -> str:
     return prefix
 
 
-def _listing(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(name[:100] for name in names[:most]) + (", ..." if len(names) > most else "")
+def _claims(head: bytes) -> bool:
+    """Return True for the signature of a zip's first record; `TorchZipReader` checks whether it is torch's."""
+    return head.startswith(b"PK\x03\x04")
 
 
-@dataclass(frozen=True)
-class TorchZip:
-    """The format; see `ckptavg.readers.Format`."""
-
-    name: str = "torch"
-    suffixes: tuple[str, ...] = (".pt", ".pth", ".pth.tar", ".ckpt", ".bin")
-
-    def claims(self, head: bytes) -> bool:
-        """Return True for the signature of a zip's first record; `open` checks whether it is torch's."""
-        return head.startswith(b"PK\x03\x04")
-
-    def open(self, file: RegularFile) -> TorchZipReader:
-        """See `ckptavg.readers.Format`."""
-        return TorchZipReader(file)
-
-
-READER = TorchZip()
+READER: Final = Format("torch", (".pt", ".pth", ".pth.tar", ".ckpt", ".bin"), _claims, TorchZipReader)

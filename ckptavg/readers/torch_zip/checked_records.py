@@ -1,106 +1,78 @@
 """Records whose CRC-32 is checked while they are read; ``torch.load`` never checks it."""
 
-from __future__ import annotations
-
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Final
 
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
-from ckptavg.readers.torch_zip.zip_directory import Record
 
 _BLOCK: Final = 1 << 20
 
 
-@dataclass(slots=True)
-class _Sum:
-    """Running checksum of a record up to ``position``."""
-
-    lock: Lock = field(default_factory=Lock)
-    position: int = 0
-    crc: int = 0
-
-
-class CheckedRecords:
-    """Records of one file; reading a record front to back checks it without extra reads.
+@dataclass(slots=True, eq=False)
+class CheckedRecord:
+    """The ``size`` bytes of ``file`` from ``start`` on; reading them front to back checks them without extra reads.
 
     Reading in another order first reads the whole record once. Thread-safe.
-
-    Args:
-        file: the file.
-        records: name → location.
-        checked: whether the file has checksums; if not, nothing is checked.
     """
 
-    def __init__(self, file: RegularFile, records: Mapping[str, Record], *, checked: bool) -> None:
-        self._file = file
-        self._records = records
-        self._checked = checked
-        self._good: set[str] = set()
-        self._running: dict[str, _Sum] = {}
-        self._lock = Lock()
+    file: RegularFile
+    name: str
+    start: int
+    size: int
+    crc: int
+    is_good: bool  # the checksum was found to match, or the file has none
+    _lock: Lock = field(default_factory=Lock)
+    _position: int = 0  # end of the bytes that the running checksum covers
+    _running: int = 0
 
-    def read(self, name: str) -> bytes:
-        """Return the whole record ``name``, checked."""
-        content = bytearray(self._records[name].size)
-        self.read_into(name, 0, memoryview(content), stop=len(content))
+    def read(self) -> bytes:
+        """Return all bytes, checked."""
+        content = bytearray(self.size)
+        self.read_into(0, memoryview(content), stop=self.size)
         return bytes(content)
 
-    def read_into(self, name: str, start: int, out: memoryview, *, stop: int) -> None:
-        """Fill ``out`` with record ``name`` from byte ``start`` on.
+    def read_into(self, start: int, out: memoryview, *, stop: int) -> None:
+        """Fill ``out`` with the bytes from ``start`` on.
 
         Args:
-            name: the record.
             start: the first byte.
             out: contiguous bytes, within the record.
             stop: end of the caller's sequential pass; the call that reaches it reads the rest of the record.
         Raises:
             InputError: if the file was truncated or, once the record is complete, its checksum does not match.
         """
-        if not self._is_good(name):
+        if not self.is_good:
             with self._lock:
-                running = self._running.setdefault(name, _Sum())
-            with running.lock:
                 if start == 0:
-                    running.position = running.crc = 0  # a new pass from the front
-                if start == running.position and not self._is_good(name):
-                    self._advance(name, running, out)
-                    if running.position >= stop:
-                        self._finish(name, running)
+                    self._position = self._running = 0  # a new pass from the front
+                if start == self._position and not self.is_good:
+                    self._advance(out)
+                    if self._position >= stop:
+                        self._finish()
                     return
-            self.check(name)
-        self._file.read_into(self._records[name].start + start, out)
+            self.check()
+        self.file.read_into(self.start + start, out)
 
-    def check(self, name: str) -> None:
-        """Raise InputError unless the checksum of record ``name`` matches its bytes, or it has none."""
-        if self._is_good(name):
-            return
+    def check(self) -> None:
+        """Raise InputError unless the checksum matches, or the file has none."""
         with self._lock:
-            running = self._running.setdefault(name, _Sum())
-        with running.lock:
-            if not self._is_good(name):
-                self._finish(name, running)
+            if not self.is_good:
+                self._finish()
 
-    def _is_good(self, name: str) -> bool:
-        return name in self._good or not self._checked
+    def _advance(self, out: memoryview) -> None:
+        self.file.read_into(self.start + self._position, out)
+        self._running = zlib.crc32(out, self._running)
+        self._position += len(out)
 
-    def _advance(self, name: str, running: _Sum, out: memoryview) -> None:
-        self._file.read_into(self._records[name].start + running.position, out)
-        running.crc = zlib.crc32(out, running.crc)
-        running.position += len(out)
-
-    def _finish(self, name: str, running: _Sum) -> None:
-        record = self._records[name]
-        if running.position < record.size:
-            block = memoryview(bytearray(min(_BLOCK, record.size - running.position)))
-            while running.position < record.size:
-                self._advance(name, running, block[: record.size - running.position])
-        if running.crc != record.crc:
-            running.position = running.crc = 0  # so that the next read fails again
-            raise InputError(f"checksum of record {name} does not match: the file is damaged", path=self._file.path)
-        self._good.add(name)
-        with self._lock:
-            self._running.pop(name, None)
+    def _finish(self) -> None:
+        if self._position < self.size:
+            block = memoryview(bytearray(min(_BLOCK, self.size - self._position)))
+            while self._position < self.size:
+                self._advance(block[: self.size - self._position])
+        if self._running != self.crc:
+            self._position = self._running = 0  # so that the next read fails again
+            raise InputError(f"checksum of record {self.name} does not match: the file is damaged", path=self.file.path)
+        self.is_good = True

@@ -1,15 +1,10 @@
 """Gather the elements of a non-contiguous tensor in C order, reading few bytes that are not needed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ckptavg.readers import ITEM_SIZE, StoredTensor
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _LARGE: Final = 16 << 20  # maximum bytes per read
 _SMALL: Final = 64 << 10  # spans of at most this many bytes are read whole
@@ -32,7 +27,7 @@ def gather(tensor: StoredTensor, start: int, out: memoryview, read_into: Callabl
     # elements as integers (as complex128 for 16 bytes): values are copied, never interpreted
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[size]
 
-    def fill(target: Tensor, first: int) -> None:
+    def fill(target: torch.Tensor, first: int) -> None:
         shape = tuple(target.shape)
         span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         if span * size <= _LARGE and (span * size <= _SMALL or span <= _WASTE * target.numel()):
@@ -54,19 +49,10 @@ def gather(tensor: StoredTensor, start: int, out: memoryview, read_into: Callabl
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Yield elements ``start`` to ``stop`` of an array of rank ≥ 1 as boxes in C order: (first index, shape)."""
-    row = math.prod(shape[1:])
-    first, skipped = divmod(start, row)
-    last, rest = divmod(stop, row)
-    if first == last:
-        for corner, inner in boxes(shape[1:], skipped, rest):
-            yield (first, *corner), (1, *inner)
-        return
-    if skipped:
-        for corner, inner in boxes(shape[1:], skipped, row):
-            yield (first, *corner), (1, *inner)
-        first += 1
-    if first < last:
-        yield (first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:])
-    if rest:
-        for corner, inner in boxes(shape[1:], 0, rest):
-            yield (last, *corner), (1, *inner)
+    rows = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    while start < stop:
+        corner = tuple(start // row % n for row, n in zip(rows, shape, strict=True))
+        d = next(d for d, row in enumerate(rows) if start % row == 0 and start + row <= stop)
+        count = min(shape[d] - corner[d], (stop - start) // rows[d])
+        yield corner, (*(1,) * d, count, *shape[d + 1 :])
+        start += count * rows[d]

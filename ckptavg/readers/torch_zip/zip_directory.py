@@ -4,9 +4,8 @@ Archives that two parsers read differently can deceive scanners, so anything amb
 records, bytes after the end, two different sizes) is refused.
 """
 
-from __future__ import annotations
-
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -42,41 +41,48 @@ class Entry:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """Start of a record's bytes in the file, their number, and their CRC-32."""
-
-    start: int
-    size: int
-    crc: int
-
-
 def central_directory(file: RegularFile) -> tuple[Sequence[Entry], int]:
     """Return the entries of the central directory at the end of ``file``, and its offset.
 
     Raises:
         InputError: if the file is truncated, has bytes after its end, or the directory is damaged.
     """
-    count, size, offset = _end(file)
-    if count > MAX_ENTRIES or size > MAX_DIRECTORY:
-        raise InputError(f"zip directory of {count} entries in {size} bytes is too large", path=file.path)
-    data = file.read(offset, size)
+    count, length, begin = _end(file)
+    if count > MAX_ENTRIES or length > MAX_DIRECTORY:
+        raise InputError(f"zip directory of {count} entries in {length} bytes is too large", path=file.path)
+    data = file.read(begin, length)
     entries: list[Entry] = []
     position = 0
     for _ in range(count):
-        entry, position = _entry(file, data, position)
-        entries.append(entry)
-    if position != size:
-        _damaged(file, f"has {size - position} bytes after its {count} entries")
-    if len({entry.name for entry in entries}) < count:
-        seen: set[str] = set()
-        repeated = next(entry.name for entry in entries if entry.name in seen or seen.add(entry.name))
-        _damaged(file, f"lists {repeated} twice")
-    return entries, offset
+        name_at = position + _CENTRAL.size
+        if name_at > length:
+            _damaged(file, "is cut off")
+        header = _CENTRAL.unpack_from(data, position)
+        signature, _, _, flags, method, _, _, crc, stored, size, *lengths, disk, _, _, offset = header
+        extra_at = name_at + lengths[0]
+        comment_at = extra_at + lengths[1]
+        position = comment_at + lengths[2]
+        if signature != b"PK\x01\x02" or position > length or disk != 0:
+            _damaged(file, "has a bad entry")
+        try:
+            name = data[name_at:extra_at].decode("utf-8")
+        except UnicodeDecodeError:
+            _damaged(file, "has a name that is not UTF-8")
+        if "\0" in name:
+            _damaged(file, "has a name with a NUL in it")
+        if 0xFFFFFFFF in (stored, size, offset):
+            size, stored, offset = _zip64(file, data[extra_at:comment_at], (size, stored, offset))
+        entries.append(Entry(name, flags, method, crc, stored, size, offset))
+    if position != length:
+        _damaged(file, f"has {length - position} bytes after its {count} entries")
+    for name, times in Counter(entry.name for entry in entries).items():
+        if times > 1:
+            _damaged(file, f"lists {name} twice")
+    return entries, begin
 
 
-def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, Record]:
-    """Return record name → location, after comparing every local header with its entry.
+def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, int]:
+    """Return record name → offset of its bytes, after comparing every local header with its entry.
 
     Args:
         file: the archive.
@@ -85,7 +91,7 @@ def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, R
     Raises:
         InputError: if a record is compressed, encrypted, out of range or overlapping, or its two headers differ.
     """
-    records: dict[str, Record] = {}
+    starts: dict[str, int] = {}
     free = 0
     for entry in sorted(entries, key=attrgetter("offset")):
         if entry.flags & _ENCRYPTED:
@@ -96,14 +102,13 @@ def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, R
             _damaged(file, f"has an entry for {entry.name} that contradicts itself")
         if entry.offset < free:
             _damaged(file, f"places {entry.name} over another record")
-        start = _start(file, entry, end)
-        free = start + entry.size
+        starts[entry.name] = _start(file, entry, end)
+        free = starts[entry.name] + entry.size
         if free > end:
             _damaged(file, f"places {entry.name} beyond the end of the records")
-        records[entry.name] = Record(start, entry.size, entry.crc)
     if entries and min(entry.offset for entry in entries) != 0:
         raise InputError("has bytes before its first record, unlike files of torch.save", path=file.path)
-    return records
+    return starts
 
 
 def _end(file: RegularFile) -> tuple[int, int, int]:
@@ -112,9 +117,8 @@ def _end(file: RegularFile) -> tuple[int, int, int]:
     tail = file.read(at, _END.size) if at >= 0 else b""
     if tail[:4] != b"PK\x05\x06" or tail[-2:] != b"\0\0":
         _no_end(file)
-    _, disk, first_disk, here, count, size, offset, _ = _END.unpack(tail)
+    _, disk, first_disk, *fields, _ = _END.unpack(tail)
     directory_end = at
-    short_fields = (here, count, size, offset)
     locator_at = at - _LOCATOR.size
     locator = file.read(locator_at, _LOCATOR.size) if locator_at >= 0 else b""
     if locator[:4] == b"PK\x06\x07":
@@ -124,10 +128,11 @@ def _end(file: RegularFile) -> tuple[int, int, int]:
         signature, length, _, _, disk_a, disk_b, *fields64 = _END64.unpack(file.read(directory_end, _END64.size))
         if signature != b"PK\x06\x06" or length != _END64.size - 12 or disk64 or disks > 1 or disk_a or disk_b:
             _damaged(file, "has a bad zip64 end")
-        for width, short, true in zip((2, 2, 4, 4), short_fields, fields64, strict=True):
+        for width, short, true in zip((2, 2, 4, 4), fields, fields64, strict=True):
             if short not in (true, _MANY[width]):
                 _damaged(file, "has two end records that disagree")
-        here, count, size, offset = fields64
+        fields = fields64
+    here, count, size, offset = fields
     if disk or first_disk or here != count:
         raise InputError("is one part of a zip archive in several", path=file.path)
     if offset + size != directory_end:
@@ -143,35 +148,8 @@ def _no_end(file: RegularFile) -> NoReturn:
     trailing = window - end_at - _END.size
     if end_at >= 0 and trailing >= 0:
         raise InputError(f"{trailing} bytes follow the end of the zip archive", path=file.path)
-    raise InputError(
-        f"file is truncated: {file.size} bytes present, but not the directory that ends a zip archive "
-        f"(still being written?)",
-        path=file.path,
-    )
-
-
-def _entry(file: RegularFile, data: bytes, position: int) -> tuple[Entry, int]:
-    """Return the entry at ``position`` of the central directory, and the position of the next one."""
-    if position + _CENTRAL.size > len(data):
-        _damaged(file, "is cut off")
-    signature, _, _, flags, method, _, _, crc, stored, size, *lengths, disk, _, _, offset = _CENTRAL.unpack_from(
-        data, position
-    )
-    name_at = position + _CENTRAL.size
-    extra_at = name_at + lengths[0]
-    comment_at = extra_at + lengths[1]
-    following = comment_at + lengths[2]
-    if signature != b"PK\x01\x02" or following > len(data) or disk != 0:
-        _damaged(file, "has a bad entry")
-    try:
-        name = data[name_at:extra_at].decode("utf-8")
-    except UnicodeDecodeError:
-        _damaged(file, "has a name that is not UTF-8")
-    if "\0" in name:
-        _damaged(file, "has a name with a NUL in it")
-    if 0xFFFFFFFF in (stored, size, offset):
-        size, stored, offset = _zip64(file, data[extra_at:comment_at], (size, stored, offset))
-    return Entry(name, flags, method, crc, stored, size, offset), following
+    missing = "the directory that ends a zip archive (still being written?)"
+    raise InputError(f"file is truncated: {file.size} bytes present, but not {missing}", path=file.path)
 
 
 def _zip64(file: RegularFile, extra: bytes, fields: tuple[int, int, int]) -> tuple[int, int, int]:
