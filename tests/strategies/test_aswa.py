@@ -160,7 +160,7 @@ def test_stopping_early_changes_no_decision_and_saves_batches(
     for early in (False, True):
         with jobs["mlp"].mixture() as mixture:
             shuffled = [mixture.checkpoints[i] for i in order]
-            mixture = type(mixture)(mixture.task, shuffled, device=torch.device("cpu"))
+            mixture = type(mixture)(mixture.task, shuffled, mixture.run)
             learned = ASWA(tolerance=tolerance, hard_updates=hard, early_reject=early).learn(mixture)
             found.append(((learned.coefficients, learned.columns["decision"]), mixture.cost().forward_batches))
     assert found[0][0] == found[1][0] and found[1][1] <= found[0][1]

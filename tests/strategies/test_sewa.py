@@ -126,7 +126,7 @@ def test_invalid_settings_are_refused(settings_: dict[str, float], message: str)
 
 def test_fewer_candidates_than_k_is_refused():
     with pytest.raises(UsageError, match="--k 5 asks for more checkpoints than the 3 candidates"):
-        SeWA(k=5).learn(Quadratic(n=3, d=2, seed=0))
+        SeWA(k=5).check(3, ("val",), bounded=False)
 
 
 @pytest.mark.parametrize("seed", range(5))
