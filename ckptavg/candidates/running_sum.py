@@ -12,6 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from ckptavg.candidates import budget
 from ckptavg.candidates.flat import Slot, overlapping
 from ckptavg.candidates.streamed import Streamed
 
@@ -27,31 +28,29 @@ class RunningSum:
     same bits regardless of the preceding subsets, also in a resumed run. It is within N·2⁻⁵⁰·max|w| of the exact mean
     before it is rounded to the model's dtype.
 
-    Memory: 8 bytes per element on the host; without ``keep`` every subset is summed from scratch, to the same bits.
+    Memory: 8 bytes per element on the host; if that is more than half of the free memory, the sum is not kept, and
+    every subset is summed from scratch, to the same bits.
 
     Args:
         matrix: the rows.
-        slots: position of each tensor in a row.
-        n: number of rows.
-        size: D.
-        keep: whether to keep the sum in memory.
+        slots: position of each tensor in a row, in order; together they are the whole row.
     """
 
-    def __init__(self, matrix: Streamed, slots: Sequence[Slot], n: int, size: int, *, keep: bool) -> None:
+    def __init__(self, matrix: Streamed, slots: Sequence[Slot]) -> None:
         self._matrix = matrix
         self._slots = slots
-        self._n = n
-        self._size = size
+        self._size = slots[-1].start + slots[-1].numel
         self._largest = [0.0] * len(slots)
-        self._sum_D = torch.zeros(size, dtype=torch.float64) if keep else None
+        keep = 16 * self._size < budget.free_memory(torch.device("cpu"))
+        self._sum_D = torch.zeros(self._size, dtype=torch.float64) if keep else None
         self._summed: frozenset[int] = frozenset()
-        self._total, self._term = torch.empty(2, min(size, _CHUNK), dtype=torch.float64)
+        self._total, self._term = torch.empty(2, min(self._size, _CHUNK), dtype=torch.float64)
 
     def observe(self, row_D: Tensor) -> None:
         """Update max|w| from a row; must be called for every row before the first `mean`."""
         parts = [row_D[slot.start :][: slot.numel] for slot in self._slots]
         largest = torch.stack([part.abs().max() if len(part) else part.new_zeros(()) for part in parts]).tolist()
-        self._largest = [max(pair) for pair in zip(self._largest, largest, strict=True)]
+        self._largest = list(map(max, self._largest, largest))
 
     def mean(self, chosen: Sequence[int], out_D: Tensor) -> None:
         """Write the mean of the rows ``chosen`` to ``out_D``, of any dtype and on any device."""
@@ -62,7 +61,7 @@ class RunningSum:
         changed = sorted(wanted ^ before)
         for rows, part in self._matrix.on_host(changed, 0, self._size):
             for k, begin, end in overlapping(self._slots, part.start, part.stop):
-                shift = math.ldexp(1.5, math.frexp(2 * self._n * self._largest[k])[1])
+                shift = math.ldexp(1.5, math.frexp(2 * self._matrix.n * self._largest[k])[1])
                 for start in range(begin, end, _CHUNK):
                     stop = min(start + _CHUNK, end)
                     total_C, term_C = self._total[: stop - start], self._term[: stop - start]

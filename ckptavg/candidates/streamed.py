@@ -6,15 +6,16 @@ Shape suffixes: N = candidates, R = selected rows, D = elements of one dtype, C 
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from itertools import pairwise
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from ckptavg.candidates.flat import Slot, overlapping, present, read
+from ckptavg.candidates.flat import Slot
+from ckptavg.candidates.loading import read_columns
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.runtime.threads import processors
 
@@ -23,126 +24,80 @@ LEAST: Final = 1 << 12  # minimum columns per piece, regardless of the number of
 _READERS: Final = 4  # rows read in parallel; more do not increase disk or memory throughput
 
 
-class Rows(Protocol):
-    """Storage of N rows of D elements off the device."""
+class HostRows:
+    """N rows of D elements in the host's memory, in the dtype of ``example_D``."""
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the rows in host memory, in bytes."""
-        ...
+    def __init__(self, n: int, example_D: Tensor) -> None:
+        self._rows_ND = torch.empty(n, len(example_D), dtype=example_D.dtype)
+        self.readers = min(_READERS, processors())  # number of rows filled in parallel
 
-    @property
-    def readers(self) -> int:
-        """Number of rows filled in parallel."""
-        ...
-
-    def row(self, i: int) -> Tensor:
-        """Return the [D] buffer that row ``i`` is loaded into."""
-        ...
+    def store(self, i: int, row_D: Tensor) -> None:
+        """Keep row ``i``."""
+        self._rows_ND[i] = row_D
 
     def fill(self, i: int, start: int, out_C: Tensor) -> None:
         """Copy columns of row ``i`` from ``start`` into ``out_C`` on the host; called from several threads."""
-        ...
-
-    def finished(self) -> None:
-        """Called at the end of a pass over the columns."""
-        ...
-
-
-class HostRows:
-    """Rows in the host's memory."""
-
-    def __init__(self, n: int, size: int, dtype: torch.dtype) -> None:
-        self._rows_ND = torch.empty(n, size, dtype=dtype)
-        self.readers = min(_READERS, processors())
-
-    @property
-    def nbytes(self) -> int:
-        """See `Rows.nbytes`."""
-        return self._rows_ND.nbytes
-
-    def row(self, i: int) -> Tensor:
-        """See `Rows.row`."""
-        return self._rows_ND[i]
-
-    def fill(self, i: int, start: int, out_C: Tensor) -> None:
-        """See `Rows.fill`."""
         # not copy_, which would use torch's intra-op threads
         ctypes.memmove(out_C.data_ptr(), self._rows_ND[i, start:].data_ptr(), out_C.nbytes)
 
-    def finished(self) -> None:
-        """See `Rows.finished`."""
+    def check_unchanged(self) -> None:
+        """Do nothing: only files can change."""
 
 
 class FileRows:
-    """Rows in the checkpoint files, read by ``pread`` in every pass: a memory map raises SIGBUS if a file shrinks.
+    """N rows in the checkpoint files, read by ``pread`` in every pass: a memory map raises SIGBUS if a file shrinks.
 
     Args:
         checkpoints: the N candidates, open.
         slots: position of each tensor in a row.
-        weights_D: [D], buffer for checking each row once at load time: the model's weights, not yet in use.
     """
 
-    nbytes = 0
     readers = _READERS  # on one processor too: readers mostly wait for the disk
 
-    def __init__(self, checkpoints: Sequence[Checkpoint], slots: Sequence[Slot], weights_D: Tensor) -> None:
+    def __init__(self, checkpoints: Sequence[Checkpoint], slots: Sequence[Slot]) -> None:
         self._checkpoints = checkpoints
         self._slots = slots
-        self._weights_D = weights_D
 
-    def row(self, i: int) -> Tensor:
-        """See `Rows.row`; one buffer for all rows."""
-        return self._weights_D
+    def store(self, i: int, row_D: Tensor) -> None:
+        """Do nothing: row ``i`` is in its file."""
 
     def fill(self, i: int, start: int, out_C: Tensor) -> None:
-        """See `Rows.fill`."""
-        checkpoint = self._checkpoints[i]
-        for k, begin, end in overlapping(self._slots, start, start + len(out_C)):
-            slot = self._slots[k]
-            name = present(slot.names, checkpoint.tensors)
-            out = out_C[begin - start : end - start]
-            read(checkpoint.spec(name), name, checkpoint.read_into, out, slot.first + begin - slot.start)
+        """See `HostRows.fill`."""
+        read_columns(self._slots, self._checkpoints[i].tensors, self._checkpoints[i].read_into, start, out_C)
 
-    def finished(self) -> None:
-        """See `Rows.finished`; raises InputError if a file changed during the pass."""
+    def check_unchanged(self) -> None:
+        """Raise InputError if a file changed since it was opened."""
         for checkpoint in self._checkpoints:
             checkpoint.check_unchanged()
 
 
 class Streamed:
-    """The matrix [N, D] with at most two pieces on the device; see `ckptavg.candidates.Matrix`.
+    """The matrix [N, D] with at most two pieces on the device of ``example_D``; see `ckptavg.candidates.matrix.Matrix`.
 
     While one piece is processed, threads read the next into the other buffer. On CUDA, buffers are pinned and a side
     stream overlaps copies with compute; the host waits for a copy only before reusing its buffer.
     """
 
-    mean_D = None
+    mean_D: Tensor | None = None
     squared_errors = torch.zeros(2)
 
-    def __init__(self, rows: Rows, n: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, rows: HostRows | FileRows, n: int, example_D: Tensor) -> None:
         self.rows = rows
-        self._n = n
-        self._columns = columns(n, size, dtype.itemsize)
+        self.n = n
+        device, dtype = example_D.device, example_D.dtype
         side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._lanes = [_Lane(n * self._columns, dtype, device, side) for _ in range(2)]
+        numel = n * columns(n, len(example_D), dtype.itemsize)
+        self._lanes = [_Lane(numel, dtype, device, side) for _ in range(2)]
+        self.nbytes = sum(lane.host.nbytes for lane in self._lanes)
         self._pool = ThreadPoolExecutor(rows.readers, thread_name_prefix="candidates")
 
-    @property
-    def nbytes(self) -> int:
-        """See `Matrix.nbytes`; the size of the buffers."""
-        return sum(lane.nbytes for lane in self._lanes)
-
-    def row(self, i: int) -> Tensor:
-        """See `Matrix.row`."""
-        return self.rows.row(i)
-
-    def encode(self, i: int) -> None:
-        """See `Matrix.encode`; rows are stored as loaded."""
+    def encode(self, i: int, row_D: Tensor) -> None:
+        """See `Matrix.encode`."""
+        self.rows.store(i, row_D)
 
     def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
         """See `Matrix.column_blocks`."""
-        for lane, host_NC, part in self._read(range(self._n), start, stop):
+        for lane, host_NC, part in self._read(range(self.n), start, stop):
             piece_NC = lane.on_device(host_NC)
             yield (piece_NC if piece_NC.itemsize >= 4 else piece_NC.to(torch.float32)), part
             lane.mark_used()
@@ -153,36 +108,30 @@ class Streamed:
             yield host_RC, part
 
     def _read(self, rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[_Lane, Tensor, slice]]:
-        """Yield (lane, host buffer, columns) of each piece while the next one is being read."""
+        """Yield (lane, host buffer, columns) of each piece while the next one is being read into the other lane."""
         width = len(self._lanes[0].host) // max(1, len(rows))
-        edges = [*range(start, stop, width), stop]
-        parts = [slice(*edge) for edge in pairwise(edges)]
-        pending: list[Future[None]] = []
-        ahead = self._start(0, parts, rows, pending)
+        started: deque[tuple[_Lane, Tensor, slice, list[Future[None]]]] = deque()
         try:
-            for k, part in enumerate(parts):
-                piece_RC, reading = ahead
-                ahead = self._start(k + 1, parts, rows, pending)
-                for future in reading:
-                    future.result()
-                yield self._lanes[k % 2], piece_RC, part
-            self.rows.finished()
+            for k, begin in enumerate(range(start, stop + width, width)):
+                if begin < stop:
+                    lane, part = self._lanes[k % 2], slice(begin, min(begin + width, stop))
+                    lane.wait_until_copied()
+                    length = part.stop - begin
+                    piece_RC = lane.host[: len(rows) * length].view(len(rows), length)
+                    fills = [
+                        self._pool.submit(self.rows.fill, i, begin, out_C)
+                        for i, out_C in zip(rows, piece_RC, strict=True)
+                    ]
+                    started.append((lane, piece_RC, part, fills))
+                if k > 0:
+                    lane, piece_RC, part, fills = started[0]
+                    for fill in fills:
+                        fill.result()
+                    yield lane, piece_RC, part
+                    started.popleft()
+            self.rows.check_unchanged()
         finally:
-            wait(pending)  # otherwise an abandoned pass would write into the buffers of the next
-
-    def _start(
-        self, k: int, parts: Sequence[slice], rows: Sequence[int], pending: list[Future[None]]
-    ) -> tuple[Tensor, list[Future[None]]]:
-        """Start reading piece ``k``, if it exists, into the buffer of piece ``k - 2``."""
-        lane = self._lanes[k % 2]
-        if k >= len(parts):
-            return lane.host, []
-        lane.wait_until_copied()
-        start, width = parts[k].start, parts[k].stop - parts[k].start
-        piece_RC = lane.host[: len(rows) * width].view(len(rows), width)
-        reading = [self._pool.submit(self.rows.fill, i, start, out_C) for i, out_C in zip(rows, piece_RC, strict=True)]
-        pending[:] = [future for future in pending if not future.done()] + reading
-        return piece_RC, reading
+            wait([fill for *_, fills in started for fill in fills])  # an abandoned pass must not write into the next
 
 
 def columns(n: int, size: int, itemsize: int) -> int:
@@ -198,13 +147,8 @@ class _Lane:
         self._staged = None if device.type == "cpu" else torch.empty(numel, dtype=dtype, device=device)
         self._device = device
         self._side = side
-        self._copied = torch.cuda.Event() if side else None
-        self._used = torch.cuda.Event() if side else None
+        self._copied, self._used = (torch.cuda.Event(), torch.cuda.Event()) if side else (None, None)
         self.mark_used()  # by earlier work on the same memory
-
-    @property
-    def nbytes(self) -> int:
-        return self.host.nbytes
 
     def on_device(self, host: Tensor) -> Tensor:
         """Return the host buffer's contents on the device."""
