@@ -78,19 +78,17 @@ def plan_output(
             config=exact.config,
             notes=notes,
         )
+    config, notes = lora_config.read_config(first), list[str]()
+    is_lora = config is not None and config.peft_type == "LORA"
+    if is_lora and len(coefficients.selected) > 1 and not first.allow_nonfinite:
+        error = lora.factor_error(checkpoints, coefficients)
+        notes = [
+            f"averaging the adapter's factors is {error:.1%} off the average of its weights; --adapter exact is not"
+        ]
     specs = output_specs(first, dtype)
     return PlannedOutput(
         specs=specs,
         parts=weighted_average(checkpoints, coefficients, specs, only=part(first, workers.rank, workers.world_size)),
         not_averaged=not_averaged(first),
-        notes=_factor_warnings(checkpoints, coefficients),
+        notes=notes,
     )
-
-
-def _factor_warnings(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> list[str]:
-    """Return a warning with the relative error of averaging LoRA factors instead of their products."""
-    config = lora_config.read_config(checkpoints[0])
-    if config is None or config.peft_type != "LORA" or len(coefficients.selected) < 2 or checkpoints[0].allow_nonfinite:
-        return []
-    error = lora.factor_error(checkpoints, coefficients)
-    return [f"averaging the adapter's factors is {error:.1%} off the average of its weights; --adapter exact is not"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +13,7 @@ _SHARE: Final = 0.7  # fraction of free memory to use; the rest is left for acti
 
 
 def largest(
-    elements: int, size: int, n: int, group_size: int, device: torch.device, bits: Iterable[int], sharing: int = 1
+    elements: int, size: int, n: int, group_size: int, device: torch.device, bits: Sequence[int], sharing: int = 1
 ) -> int:
     """Return the largest of ``bits`` at which N candidates, their mean and a gradient take at most 70 % of free memory.
 
@@ -28,11 +28,7 @@ def largest(
     """
     free = free_memory(device) / (sharing if device.type == "cpu" else 1)
     limit = _SHARE * free - 2 * size
-    choice = 0
-    for choice in bits:
-        if matrix_bytes(elements, size, n, group_size, choice) <= limit:
-            break
-    return choice
+    return next((b for b in bits if matrix_bytes(elements, size, n, group_size, b) <= limit), bits[-1])
 
 
 def matrix_bytes(elements: int, size: int, n: int, group_size: int, bits: int) -> int:

@@ -54,10 +54,10 @@ class Plan:
     ) -> Plan:  # fmt: skip
         """Plan for a model on its device, or for one of its ``parts`` shards; "auto" selects the most bits that fit."""
         floats = [tensor for _, tensor in unique_tensors(model) if tensor.is_floating_point()]
-        elements, size = sum(tensor.numel() for tensor in floats), sum(tensor.nbytes for tensor in floats)
-        gradient = sum(tensor.nbytes for tensor in floats if isinstance(tensor, nn.Parameter))
+        elements = sum(tensor.numel() for tensor in floats) // parts
+        size = sum(tensor.nbytes for tensor in floats) // parts
+        gradient = sum(tensor.nbytes for tensor in floats if isinstance(tensor, nn.Parameter)) // parts
         present = sum(tensor.nbytes for tensor in floats if not tensor.is_meta)
-        elements, size, gradient = elements // parts, size // parts, gradient // parts
         if bits == "auto":
             bits = budget.largest(elements, size, n, group_size, device, (EXACT, *FEWER), sharing)
         return cls(
@@ -90,9 +90,8 @@ class Plan:
 
     def __str__(self) -> str:
         """Format the breakdown as one line."""
-        storage = f" streamed ({self.offload})" if self.streamed else ""
-        if self.bits != EXACT:
-            storage = f" at {self.bits} bits"
+        streamed = f" streamed ({self.offload})" if self.streamed else ""
+        storage = f" at {self.bits} bits" if self.bits != EXACT else streamed
         parts = f"{self.n} candidates{storage} {sized(self.matrix)} + model {sized(self.size)}"
         host = f", and {sized(self.on_host)} in the host's memory" if self.on_host else ""
         return f"{parts} + gradient {sized(self.gradient)} = {sized(self.needed)} on {self.device}{host}"
@@ -108,13 +107,13 @@ class Plan:
             return f"learning takes {self}; {sized(available[self.device])} free"
         free = " and ".join(f"{sized(size)} on {device}" for device, size in available.items())
         mildest = [
-            next(((setting, plan) for setting, plan in kind if plan._fits(available)), None)
-            for kind in self._smaller_plans()
+            next((f"{setting} ({sized(plan.needed)})" for setting, plan in plans if plan._fits(available)), None)
+            for plans in self._smaller_plans()
         ]
-        fitting = [f"{choice[0]} ({sized(choice[1].needed)})" for choice in mildest if choice]
+        fitting = ", ".join(filter(None, mildest))
         raise OutOfMemoryError(
             f"learning takes {self}, but only {free} is free",
-            hint=f"this would fit: {', '.join(fitting)}" if fitting else "no --bits, --offload or --last would fit",
+            hint=f"this would fit: {fitting}" if fitting else "no --bits, --offload or --last would fit",
         )
 
     def _available(self) -> dict[torch.device, int]:
