@@ -18,7 +18,6 @@ from ckptavg.candidates.loading import ReadInto, Specs, check_names, read, read_
 from ckptavg.candidates.matrix import Dense, Matrix
 from ckptavg.candidates.packed import Packed
 from ckptavg.candidates.plan import EXACT, Offload
-from ckptavg.candidates.running_sum import RunningSum
 from ckptavg.candidates.sharded import flatten_shards
 from ckptavg.candidates.streamed import FileRows, HostRows, Streamed
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -88,21 +87,19 @@ class Candidates:
             else:
                 self._integers.append((names, tensor, []))
         self._blocks: list[tuple[Flat, Matrix]] = []
-        self._sums: list[RunningSum] = []
         for tensors in by_dtype.values():
             flat = flatten(tensors) if workers.world_size == 1 else flatten_shards(model, tensors, workers)
-            on_device = offload == "none" or (offload == "cpu" and flat.weights_D.device.type == "cpu")
-            if not on_device:
-                in_files = offload == "disk"
-                rows = FileRows(checkpoints, flat.slots) if in_files else HostRows(self.n, flat.weights_D)
-                matrix = Streamed(rows, self.n, flat.weights_D)
-                self._sums.append(RunningSum(matrix, flat.slots))
+            weights_D = flat.weights_D
+            if offload == "disk":
+                matrix = Streamed(FileRows(checkpoints, flat.slots), self.n, weights_D, flat.slots)
+            elif offload == "cpu" and weights_D.device.type != "cpu":
+                matrix = Streamed(HostRows(self.n, weights_D), self.n, weights_D, flat.slots)
             elif self.exact:
-                matrix = Dense(self.n, flat.weights_D)
+                matrix = Dense(self.n, weights_D)
             else:
-                matrix = Packed(self.n, flat.weights_D, bits=bits, group=group_size)
+                matrix = Packed(self.n, weights_D, bits=bits, group=group_size)
             self._blocks.append((flat, matrix))
-        self.streamed = bool(self._sums)
+        self.streamed = any(isinstance(matrix, Streamed) for _, matrix in self._blocks)
         self.nbytes = sum(matrix.nbytes for _, matrix in self._blocks)
         self.ranges = {name: range(tensor.numel()) for names, tensor, _ in self._integers for name in names}
         for flat, _ in self._blocks:
@@ -144,9 +141,10 @@ class Candidates:
             False, with the model unchanged, if the matrix is on the device: there `materialize` is faster than
             maintaining a running sum (``scripts/benchmark/evaluation.py``).
         """
-        for (flat, _), running in zip(self._blocks, self._sums, strict=False):
-            running.mean(chosen, flat.weights_D)
-            flat.push()
+        for flat, matrix in self._blocks:
+            if isinstance(matrix, Streamed):
+                matrix.average(chosen, flat.weights_D)
+                flat.push()
         return self.streamed
 
     def zero_gradient(self) -> None:
@@ -238,11 +236,8 @@ class Candidates:
                 mean_D.add_(read_row(checkpoint, flat), alpha=1 / self.n)
             progress("averaging candidates", i + 1, self.n)
         for i, checkpoint in enumerate(checkpoints):
-            for k, (flat, matrix) in enumerate(self._blocks):
-                row_D = read_row(checkpoint, flat)
-                matrix.encode(i, row_D)
-                if self._sums:
-                    self._sums[k].observe(row_D)
+            for flat, matrix in self._blocks:
+                matrix.encode(i, read_row(checkpoint, flat))
             for names, tensor, values in self._integers:
                 values.append(torch.empty_like(tensor))
                 read(names, checkpoint.tensors, checkpoint.read_into, values[-1])

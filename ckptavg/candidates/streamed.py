@@ -6,15 +6,17 @@ Shape suffixes: N = candidates, R = selected rows, D = elements of one dtype, C 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ckptavg.candidates.flat import Slot
+from ckptavg.candidates import budget
+from ckptavg.candidates.flat import Slot, overlapping
 from ckptavg.candidates.loading import read_columns
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.runtime.threads import processors
@@ -22,10 +24,13 @@ from ckptavg.runtime.threads import processors
 BUFFER: Final = 32 << 20  # bytes per piece over all rows; there are two buffers of this size
 LEAST: Final = 1 << 12  # minimum columns per piece, regardless of the number of rows
 _READERS: Final = 4  # rows read in parallel; more do not increase disk or memory throughput
+_CHUNK: Final = 1 << 18  # elements of a running sum updated at once, which fit a CPU's cache
+
+Piece: TypeAlias = "tuple[_Lane, Tensor, slice]"  # lane, its rows [R, C] in host memory, columns
 
 
 class HostRows:
-    """N rows of D elements in the host's memory, in the dtype of ``example_D``."""
+    """N rows of D elements in the host's memory."""
 
     def __init__(self, n: int, example_D: Tensor) -> None:
         self._rows_ND = torch.empty(n, len(example_D), dtype=example_D.dtype)
@@ -45,12 +50,7 @@ class HostRows:
 
 
 class FileRows:
-    """N rows in the checkpoint files, read by ``pread`` in every pass: a memory map raises SIGBUS if a file shrinks.
-
-    Args:
-        checkpoints: the N candidates, open.
-        slots: position of each tensor in a row.
-    """
+    """N rows in the checkpoint files, read by ``pread`` in every pass: a memory map raises SIGBUS if a file shrinks."""
 
     readers = _READERS  # on one processor too: readers mostly wait for the disk
 
@@ -72,7 +72,7 @@ class FileRows:
 
 
 class Streamed:
-    """The matrix [N, D] with at most two pieces on the device of ``example_D``; see `ckptavg.candidates.matrix.Matrix`.
+    """The matrix [N, D] with at most two pieces on the device; see `ckptavg.candidates.matrix.Matrix`.
 
     While one piece is processed, threads read the next into the other buffer. On CUDA, buffers are pinned and a side
     stream overlaps copies with compute; the host waits for a copy only before reusing its buffer.
@@ -81,36 +81,37 @@ class Streamed:
     mean_D: Tensor | None = None
     squared_errors = torch.zeros(2)
 
-    def __init__(self, rows: HostRows | FileRows, n: int, example_D: Tensor) -> None:
-        self.rows = rows
-        self.n = n
+    def __init__(self, rows: HostRows | FileRows, n: int, example_D: Tensor, slots: Sequence[Slot]) -> None:
+        self._rows = rows
+        self._n = n
         device, dtype = example_D.device, example_D.dtype
         side = torch.cuda.Stream(device) if device.type == "cuda" else None
         numel = n * columns(n, len(example_D), dtype.itemsize)
         self._lanes = [_Lane(numel, dtype, device, side) for _ in range(2)]
         self.nbytes = sum(lane.host.nbytes for lane in self._lanes)
         self._pool = ThreadPoolExecutor(rows.readers, thread_name_prefix="candidates")
+        self._sum = RunningSum(n, len(example_D), slots)
 
     def encode(self, i: int, row_D: Tensor) -> None:
         """See `Matrix.encode`."""
-        self.rows.store(i, row_D)
+        self._rows.store(i, row_D)
+        self._sum.observe(row_D)
 
     def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
         """See `Matrix.column_blocks`."""
-        for lane, host_NC, part in self._read(range(self.n), start, stop):
+        for lane, host_NC, part in self._read(range(self._n), start, stop):
             piece_NC = lane.on_device(host_NC)
             yield (piece_NC if piece_NC.itemsize >= 4 else piece_NC.to(torch.float32)), part
             lane.mark_used()
 
-    def on_host(self, rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
-        """Yield ([R, C], columns) of selected rows, on the host and in their dtype; valid until the next piece."""
-        for _, host_RC, part in self._read(rows, start, stop):
-            yield host_RC, part
+    def average(self, chosen: Sequence[int], out_D: Tensor) -> None:
+        """Write the mean of the rows ``chosen`` to ``out_D``; see `RunningSum`."""
+        self._sum.mean(chosen, lambda rows: self._read(rows, 0, len(out_D)), out_D)
 
-    def _read(self, rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[_Lane, Tensor, slice]]:
-        """Yield (lane, host buffer, columns) of each piece while the next one is being read into the other lane."""
+    def _read(self, rows: Sequence[int], start: int, stop: int) -> Iterator[Piece]:
+        """Yield the pieces of some rows, each while the next one is read into the other lane."""
         width = len(self._lanes[0].host) // max(1, len(rows))
-        started: deque[tuple[_Lane, Tensor, slice, list[Future[None]]]] = deque()
+        started: deque[tuple[Piece, list[Future[None]]]] = deque()
         try:
             for k, begin in enumerate(range(start, stop + width, width)):
                 if begin < stop:
@@ -119,24 +120,73 @@ class Streamed:
                     length = part.stop - begin
                     piece_RC = lane.host[: len(rows) * length].view(len(rows), length)
                     fills = [
-                        self._pool.submit(self.rows.fill, i, begin, out_C)
+                        self._pool.submit(self._rows.fill, i, begin, out_C)
                         for i, out_C in zip(rows, piece_RC, strict=True)
                     ]
-                    started.append((lane, piece_RC, part, fills))
+                    started.append(((lane, piece_RC, part), fills))
                 if k > 0:
-                    lane, piece_RC, part, fills = started[0]
+                    piece, fills = started[0]
                     for fill in fills:
                         fill.result()
-                    yield lane, piece_RC, part
+                    yield piece
                     started.popleft()
-            self.rows.check_unchanged()
+            self._rows.check_unchanged()
         finally:
-            wait([fill for *_, fills in started for fill in fills])  # an abandoned pass must not write into the next
+            wait([fill for _, fills in started for fill in fills])  # an abandoned pass must not write into the next
 
 
-def columns(n: int, size: int, itemsize: int) -> int:
-    """Return the number of columns per piece of N rows."""
-    return max(1, min(size, max(LEAST, BUFFER // (n * itemsize))))
+class RunningSum:
+    """Σ_{i ∈ S} w_i for a subset S that changes by a few candidates at a time.
+
+    Only the rows in which a subset differs from the previous one are read. Each term is first rounded to a multiple of
+    q = 2^e·2⁻⁵², where 2^e > 2N·max|w| is a power of two per tensor and the maximum is over all candidates. Every sum
+    of such terms is representable in float64, so additions and subtractions are exact: the mean of a subset has the
+    same bits regardless of the preceding subsets, also in a resumed run. It is within N·2⁻⁵⁰·max|w| of the exact mean
+    before it is rounded to the model's dtype.
+
+    Memory: 8 bytes per element on the host; if that is more than half of the free memory, the sum is not kept, and
+    every subset is summed from scratch, to the same bits.
+    """
+
+    def __init__(self, n: int, size: int, slots: Sequence[Slot]) -> None:
+        self._n = n
+        self._slots = slots
+        self._largest = [0.0] * len(slots)
+        keep = 16 * size < budget.free_memory(torch.device("cpu"))
+        self._sum_D = torch.zeros(size, dtype=torch.float64) if keep else None
+        self._summed: frozenset[int] = frozenset()
+        self._total, self._term = torch.empty(2, min(size, _CHUNK), dtype=torch.float64)
+
+    def observe(self, row_D: Tensor) -> None:
+        """Update max|w| from a row; must be called for every row before the first `mean`."""
+        parts = [row_D[slot.start :][: slot.numel] for slot in self._slots]
+        largest = torch.stack([part.abs().max() if len(part) else part.new_zeros(()) for part in parts]).tolist()
+        self._largest = list(map(max, self._largest, largest))
+
+    def mean(self, chosen: Sequence[int], read: Callable[[Sequence[int]], Iterator[Piece]], out_D: Tensor) -> None:
+        """Write the mean of the rows ``chosen`` to ``out_D``, of any dtype and on any device; ``read`` yields rows."""
+        wanted, before = frozenset(chosen), self._summed
+        if len(wanted ^ before) > len(wanted):
+            before = frozenset[int]()
+        self._summed = frozenset()  # until the pass completes: an interrupted one leaves the sum partly updated
+        changed = sorted(wanted ^ before)
+        for _, rows, part in read(changed):
+            for k, begin, end in overlapping(self._slots, part.start, part.stop):
+                shift = math.ldexp(1.5, math.frexp(2 * self._n * self._largest[k])[1])
+                for start in range(begin, end, _CHUNK):
+                    stop = min(start + _CHUNK, end)
+                    total_C, term_C = self._total[: stop - start], self._term[: stop - start]
+                    if self._sum_D is not None:
+                        total_C = self._sum_D[start:stop]
+                    if not before:
+                        total_C.zero_()
+                    for i, row_C in zip(changed, rows, strict=True):
+                        # adding 1.5·2⁵²·q rounds a number to a multiple of q
+                        term_C.copy_(row_C[start - part.start : stop - part.start]).add_(shift).sub_(shift)
+                        total_C.add_(term_C, alpha=1 if i in wanted else -1)
+                    out_D[start:stop] = torch.div(total_C, len(wanted), out=term_C).to(out_D.dtype)
+        if self._sum_D is not None:
+            self._summed = wanted
 
 
 class _Lane:
@@ -173,3 +223,8 @@ class _Lane:
         """Block until the host buffer may be overwritten."""
         if self._copied is not None:
             self._copied.synchronize()
+
+
+def columns(n: int, size: int, itemsize: int) -> int:
+    """Return the number of columns per piece of N rows."""
+    return max(1, min(size, max(LEAST, BUFFER // (n * itemsize))))
