@@ -64,25 +64,22 @@ def temporary_file(path: Path, data: bytes) -> Generator[Callable[[], None]]:
         OutputError: if it cannot be written.
     """
 
-    def publish() -> None:
+    with contextlib.ExitStack() as stack:
         try:
-            os.replace(file.path, path)  # noqa: PTH105
-        except OSError as error:
-            raise_output_error(path, error, len(data))
-
-    try:
-        file = Temporary(path)
-    except OSError as error:
-        raise_output_error(path, error, len(data))
-    try:
-        try:
+            file = Temporary(path)
+            stack.callback(file.remove)
             file.write(data, 0)
             os.fsync(file.fd)
         except OSError as error:
             raise_output_error(path, error, len(data))
+
+        def publish() -> None:
+            try:
+                os.replace(file.path, path)  # noqa: PTH105
+            except OSError as error:
+                raise_output_error(path, error, len(data))
+
         yield publish
-    finally:
-        file.remove()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
