@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
 from ckptavg.average import lora, lora_config
-from ckptavg.average.weighted_sum import Part, not_averaged, output_specs, part, weighted_average
+from ckptavg.average.weighted_sum import PlannedOutput, not_averaged, output_specs, part, weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError, UsageError
-from ckptavg.readers import StoredTensor
 from ckptavg.runtime.workers import ALONE, Workers
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedOutput:
-    """Content of the output.
-
-    Attributes:
-        specs: name → dtype and shape.
-        parts: (name, offset, bytes) of all tensors; can be iterated once.
-        not_averaged: the tensors copied from the last selected candidate.
-        config: the ``adapter_config.json`` of an exact adapter, otherwise None.
-        notes: messages for the user.
-    """
-
-    specs: Mapping[str, StoredTensor]
-    parts: Iterator[Part]
-    not_averaged: Sequence[str]
-    config: Mapping[str, Any] | None = None
-    notes: Sequence[str] = ()
 
 
 def check(checkpoints: Sequence[Checkpoint], mode: Literal["factors", "exact"]) -> None:
@@ -68,16 +48,7 @@ def plan_output(
     first = checkpoints[0]
     if mode == "exact":
         exact = lora.exact(checkpoints, coefficients, rank, dtype)
-        notes = [f"the adapter has rank {exact.config['r']}: it is the average in weight space"]
-        if exact.lost:
-            notes = [f"the adapter was reduced to rank {rank}, which lost {exact.lost:.1%} of the average"]
-        return PlannedOutput(
-            specs=exact.specs,
-            parts=exact.parts if workers.is_rank_zero else iter(()),
-            not_averaged=not_averaged(first),
-            config=exact.config,
-            notes=notes,
-        )
+        return exact if workers.is_rank_zero else replace(exact, parts=iter(()))
     config, notes = lora_config.read_config(first), list[str]()
     is_lora = config is not None and config.peft_type == "LORA"
     if is_lora and len(coefficients.selected) > 1 and not first.allow_nonfinite:

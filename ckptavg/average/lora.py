@@ -12,37 +12,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ckptavg.average.lora_config import CONFIG_NAME, FACTOR_A, Config, check, obstacle, partner, stacked_config
-from ckptavg.average.weighted_sum import Part, output_specs, overflow_error, rounded_to_odd, weighted_average
+from ckptavg.average.weighted_sum import (
+    Part,
+    PlannedOutput,
+    not_averaged,
+    output_specs,
+    overflow_error,
+    rounded_to_odd,
+    weighted_average,
+)
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import FLOATING, TORCH
 from ckptavg.checkpoints.integrity import is_finite, not_finite
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError, UsageError
 from ckptavg.readers import StoredTensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exact:
-    """An exactly averaged adapter, before it is written.
-
-    Attributes:
-        specs: name → dtype and shape, for the writer.
-        parts: its bytes, as yielded by `ckptavg.average.weighted_sum.weighted_average`; can be iterated once.
-        config: its ``adapter_config.json``.
-        lost: ‖ΔW − truncated ΔW‖ / ‖ΔW‖, Frobenius norms over all modules; 0 for the full rank.
-    """
-
-    specs: Mapping[str, StoredTensor]
-    parts: Iterator[Part] = field(repr=False)
-    config: Mapping[str, Any]
-    lost: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +74,7 @@ def factor_error(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) 
 
 def exact(
     checkpoints: Sequence[Checkpoint], coefficients: Coefficients, rank: int | None = None, dtype: str | None = None
-) -> Exact:
+) -> PlannedOutput:
     """Build one adapter whose product is ΔW = Σ_i c_i s B_i A_i in every module.
 
     At full rank, A [K r, I] stacks the A_i, bit for bit, and B [O, K r] concatenates the c_i B_i, where each element is
@@ -119,11 +109,18 @@ def exact(
         a, b = specs[m.a], specs[m.b]
         specs[m.a] = replace(a, shape=(ranks[m.name], *a.shape[1:]))
         specs[m.b] = replace(b, shape=(b.shape[0], ranks[m.name], *b.shape[2:]))
-    return Exact(
+    new_config = stacked_config(config, min(k * config.r, rank or k * config.r), ranks)
+    lost = _lost(checkpoints, coefficients, modules, ranks)
+    note = f"the adapter has rank {new_config['r']}: it is the average in weight space"
+    if lost:
+        note = f"the adapter was reduced to rank {rank}, which lost {lost:.1%} of the average"
+    return PlannedOutput(
         specs=specs,
         parts=_parts(checkpoints, coefficients, modules, ranks, specs),
-        config=stacked_config(config, min(k * config.r, rank or k * config.r), ranks),
-        lost=_lost(checkpoints, coefficients, modules, ranks),
+        not_averaged=not_averaged(first),
+        config=new_config,
+        lost=lost,
+        notes=[note],
     )
 
 

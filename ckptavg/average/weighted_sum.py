@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import cycle
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,6 +37,27 @@ class Part(NamedTuple):
     name: str
     offset: int
     data: memoryview
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedOutput:
+    """Content of the output.
+
+    Attributes:
+        specs: name → dtype and shape.
+        parts: the bytes of all tensors; can be iterated once.
+        not_averaged: the tensors copied from the last selected candidate.
+        config: the ``adapter_config.json`` of an exact adapter, otherwise None.
+        lost: ‖ΔW − truncated ΔW‖ / ‖ΔW‖ of an exact adapter, Frobenius norms over all modules; 0 for the full rank.
+        notes: messages for the user.
+    """
+
+    specs: Mapping[str, StoredTensor]
+    parts: Iterator[Part] = field(repr=False)
+    not_averaged: Sequence[str]
+    config: Mapping[str, Any] | None = None
+    lost: float = 0.0
+    notes: Sequence[str] = ()
 
 
 def output_specs(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, StoredTensor]:
