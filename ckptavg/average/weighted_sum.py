@@ -41,23 +41,14 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedOutput:
-    """Content of the output.
+    """Content of the output."""
 
-    Attributes:
-        specs: name → dtype and shape.
-        parts: the bytes of all tensors; can be iterated once.
-        not_averaged: the tensors copied from the last selected candidate.
-        config: the ``adapter_config.json`` of an exact adapter, otherwise None.
-        lost: ‖ΔW − truncated ΔW‖ / ‖ΔW‖ of an exact adapter, Frobenius norms over all modules; 0 for the full rank.
-        notes: messages for the user.
-    """
-
-    specs: Mapping[str, StoredTensor]
-    parts: Iterator[Part] = field(repr=False)
-    not_averaged: Sequence[str]
-    config: Mapping[str, Any] | None = None
-    lost: float = 0.0
-    notes: Sequence[str] = ()
+    specs: Mapping[str, StoredTensor]  # name → dtype and shape
+    parts: Iterator[Part] = field(repr=False)  # the bytes of all tensors; can be iterated once
+    not_averaged: Sequence[str]  # the tensors copied from the last selected candidate
+    config: Mapping[str, Any] | None = None  # the adapter_config.json of an exact adapter
+    lost: float = 0.0  # ‖ΔW − truncated ΔW‖ / ‖ΔW‖ of an exact adapter, Frobenius norms over all modules
+    notes: Sequence[str] = ()  # messages for the user
 
 
 def output_specs(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, StoredTensor]:

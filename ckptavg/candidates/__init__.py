@@ -19,7 +19,7 @@ from ckptavg.candidates.matrix import Dense, Matrix
 from ckptavg.candidates.packed import Packed
 from ckptavg.candidates.plan import EXACT, Offload
 from ckptavg.candidates.sharded import flatten_shards
-from ckptavg.candidates.streamed import FileRows, HostRows, Streamed
+from ckptavg.candidates.streamed import Streamed
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.coefficients import EVERYTHING, Groups
@@ -39,14 +39,6 @@ class Candidates:
 
     With a sharded model each rank holds the columns of its own shards: ``materialize`` needs no communication, and
     ``pullback`` returns this rank's partial sum.
-
-    Attributes:
-        n: number of candidates N.
-        exact: whether the matrix keeps the model's dtype.
-        streamed: whether the matrix is kept off the device.
-        nbytes: size of the matrix on this device, in bytes.
-        error: the largest ‖d̂ − d‖/‖d‖ over dtypes: the quantization error of the differences from the mean.
-        ranges: element range of each tensor that this rank holds.
 
     Args:
         model: the task's model, on its device; its parameters' storage is replaced.
@@ -75,7 +67,7 @@ class Candidates:
         self.model = model
         self.n = len(checkpoints)
         self.bits = bits
-        self.exact = bits == EXACT
+        self.exact = bits == EXACT  # the matrix has the model's dtype
         self._workers = workers
         self._unique = unique_tensors(model)
         check_names(self._unique, checkpoints[0].tensors)
@@ -89,18 +81,16 @@ class Candidates:
         self._blocks: list[tuple[Flat, Matrix]] = []
         for tensors in by_dtype.values():
             flat = flatten(tensors) if workers.world_size == 1 else flatten_shards(model, tensors, workers)
-            weights_D = flat.weights_D
-            if offload == "disk":
-                matrix = Streamed(FileRows(checkpoints, flat.slots), self.n, weights_D, flat.slots)
-            elif offload == "cpu" and weights_D.device.type != "cpu":
-                matrix = Streamed(HostRows(self.n, weights_D), self.n, weights_D, flat.slots)
+            if offload == "disk" or (offload == "cpu" and flat.weights_D.device.type != "cpu"):
+                matrix = Streamed(checkpoints, flat, in_files=offload == "disk")
             elif self.exact:
-                matrix = Dense(self.n, weights_D)
+                matrix = Dense(self.n, flat.weights_D)
             else:
-                matrix = Packed(self.n, weights_D, bits=bits, group=group_size)
+                matrix = Packed(self.n, flat.weights_D, bits=bits, group=group_size)
             self._blocks.append((flat, matrix))
-        self.streamed = any(isinstance(matrix, Streamed) for _, matrix in self._blocks)
-        self.nbytes = sum(matrix.nbytes for _, matrix in self._blocks)
+        self.streamed = any(isinstance(matrix, Streamed) for _, matrix in self._blocks)  # kept off the device
+        self.nbytes = sum(matrix.nbytes for _, matrix in self._blocks)  # of the matrix on this device
+        # element range of each tensor that this rank holds
         self.ranges = {name: range(tensor.numel()) for names, tensor, _ in self._integers for name in names}
         for flat, _ in self._blocks:
             for slot in flat.slots:
@@ -108,6 +98,7 @@ class Candidates:
         self._load(checkpoints, progress)
         squared_errors = [matrix.squared_errors.cpu().double() for _, matrix in self._blocks]
         error, norm = workers.sum(torch.stack(squared_errors)).T
+        # the largest ‖d̂ − d‖/‖d‖ over dtypes: the quantization error of the differences from the mean
         self.error = float((error / norm).nan_to_num(0.0).max().sqrt())
         model.requires_grad_(True)
 

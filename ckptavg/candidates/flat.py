@@ -19,36 +19,22 @@ from ckptavg.coefficients import Groups, group_of
 
 @dataclass(frozen=True)
 class Slot:
-    """Position of one unique tensor of the model, or of this rank's shard of it, in the flat vector.
+    """Position of one unique tensor of the model, or of this rank's shard of it, in the flat vector."""
 
-    Attributes:
-        names: its names, more than one if tied.
-        start: index of its first element in the vector.
-        numel: number of its elements in the vector.
-        first: index of the first of these elements in the full tensor.
-    """
-
-    names: tuple[str, ...]
-    start: int
-    numel: int
-    first: int = 0
+    names: tuple[str, ...]  # more than one if tied
+    start: int  # index of its first element in the vector
+    numel: int  # number of its elements in the vector
+    first: int = 0  # index of the first of these elements in the full tensor
 
 
 @dataclass(frozen=True)
 class Flat:
-    """Parameters, buffers and gradients of one dtype.
-
-    Attributes:
-        weights_D: the values.
-        gradient_Q: the gradient, accumulated by backward passes.
-        slots: position of each tensor.
-        shards: the sharded parameters, each with its view into ``weights_D``.
-    """
+    """Parameters, buffers and gradients of one dtype."""
 
     weights_D: Tensor
-    gradient_Q: Tensor
-    slots: tuple[Slot, ...]
-    shards: tuple[tuple[nn.Parameter, Tensor], ...] = ()
+    gradient_Q: Tensor  # accumulated by backward passes
+    slots: tuple[Slot, ...]  # position of each tensor
+    shards: tuple[tuple[nn.Parameter, Tensor], ...] = ()  # sharded parameters, each with its view into weights_D
 
     def push(self) -> None:
         """Copy values to shards that are not views into ``weights_D``: FSDP2 pads a shard shorter than the others."""

@@ -15,18 +15,11 @@ COLUMNS: Final = 1 << 20  # columns of a 16-bit matrix converted to float32 at a
 
 
 class Matrix(Protocol):
-    """N encoded rows of D elements, w_i = mean + row i, decoded one piece at a time.
+    """N encoded rows of D elements, w_i = mean + row i, decoded one piece at a time."""
 
-    Attributes:
-        mean_D: [D], the vector that rows are stored relative to; None means zero. It is set before rows are encoded.
-        nbytes: size of the rows on the device in bytes, without the mean.
-        squared_errors: [2], the encoding error ‖d̂ − d‖² and ‖d‖² over all rows, where d is a row's difference from the
-            mean.
-    """
-
-    mean_D: Tensor | None
-    nbytes: int
-    squared_errors: Tensor
+    mean_D: Tensor | None  # [D], the vector that rows are stored relative to, set before `encode`; None means zero
+    nbytes: int  # size of the rows on the device, without the mean
+    squared_errors: Tensor  # [2], ‖d̂ − d‖² of the encoding and ‖d‖² over all rows; d is the difference from the mean
 
     def encode(self, i: int, row_D: Tensor) -> None:
         """Store row ``i``; ``row_D`` [D] may be overwritten afterwards."""

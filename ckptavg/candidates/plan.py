@@ -21,31 +21,18 @@ _HOST: Final = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Memory needed for learning: the candidate matrix, the model and one gradient.
+    """Memory needed for learning: the candidate matrix, the model and one gradient."""
 
-    Attributes:
-        n: number of candidates.
-        elements: number of floating-point elements in the model; tied tensors count once.
-        size: their size in bytes.
-        gradient: size of the parameters among them in bytes.
-        bits: bits per element of the matrix.
-        group_size: elements that share a scale and a zero point if ``bits`` < 32.
-        offload: where the matrix is kept instead of on the device.
-        device: device of the model.
-        present: bytes of the model that are already allocated.
-        sharing: number of processes that share the host memory.
-    """
-
-    n: int
-    elements: int
-    size: int
-    gradient: int
-    bits: int
-    group_size: int
-    offload: Offload
-    device: torch.device
-    present: int = 0
-    sharing: int = 1
+    n: int  # number of candidates
+    elements: int  # floating-point elements of the model; tied tensors count once
+    size: int  # of these elements, in bytes
+    gradient: int  # size of the parameters among them, in bytes
+    bits: int  # per element of the matrix
+    group_size: int  # elements that share a scale and a zero point if bits < 32
+    offload: Offload  # where the matrix is kept instead of on the device
+    device: torch.device  # of the model
+    present: int = 0  # bytes of the model that are already allocated
+    sharing: int = 1  # processes that share the host memory
 
     @classmethod
     def of(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ckptavg.candidates.flat import Flat, flatten, unique_tensors
-from ckptavg.errors import TaskError, UsageError
+from ckptavg.errors import TaskError
 from ckptavg.runtime.workers import Workers
 
 
@@ -23,19 +23,14 @@ def build(make: Callable[[], nn.Module], device: torch.device, workers: Workers)
 
     Parameters stay on the meta device until `flatten_shards` allocates them; buffers are replicated on every rank.
 
-    Args:
-        make: returns the model.
-        device: this rank's device.
-        workers: all ranks; their process group must be initialized.
+    The ranks' process group must be initialized.
+
     Raises:
-        UsageError: if this torch has no FSDP2.
         TaskError: if a parameter is not in the state dict, or FSDP2 cannot shard one.
     """
-    try:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-    except ImportError as error:
-        raise UsageError("--shard needs torch 2.6 or newer") from error
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     with parameters_on_meta():
         model = make()
     in_state_dict = {id(tensor) for _, tensor in unique_tensors(model)}
@@ -60,9 +55,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     Models of transformers list the class names of their blocks in ``_no_split_modules``. In other models, a block is an
     entry of a ModuleList or Sequential that holds another entry of the same class; only the outermost are returned.
     """
-    no_split: set[str] = {
-        name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()
-    }
+    no_split = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     outermost: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:

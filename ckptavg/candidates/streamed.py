@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ckptavg.candidates import budget
-from ckptavg.candidates.flat import Slot, overlapping
+from ckptavg.candidates.flat import Flat, Slot, overlapping
 from ckptavg.candidates.loading import read_columns
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.runtime.threads import processors
@@ -29,77 +29,46 @@ _CHUNK: Final = 1 << 18  # elements of a running sum updated at once, which fit 
 Piece: TypeAlias = "tuple[_Lane, Tensor, slice]"  # lane, its rows [R, C] in host memory, columns
 
 
-class HostRows:
-    """N rows of D elements in the host's memory."""
-
-    def __init__(self, n: int, example_D: Tensor) -> None:
-        self._rows_ND = torch.empty(n, len(example_D), dtype=example_D.dtype)
-        self.readers = min(_READERS, processors())  # number of rows filled in parallel
-
-    def store(self, i: int, row_D: Tensor) -> None:
-        """Keep row ``i``."""
-        self._rows_ND[i] = row_D
-
-    def fill(self, i: int, start: int, out_C: Tensor) -> None:
-        """Copy columns of row ``i`` from ``start`` into ``out_C`` on the host; called from several threads."""
-        # not copy_, which would use torch's intra-op threads
-        ctypes.memmove(out_C.data_ptr(), self._rows_ND[i, start:].data_ptr(), out_C.nbytes)
-
-    def check_unchanged(self) -> None:
-        """Do nothing: only files can change."""
-
-
-class FileRows:
-    """N rows in the checkpoint files, read by ``pread`` in every pass: a memory map raises SIGBUS if a file shrinks."""
-
-    readers = _READERS  # on one processor too: readers mostly wait for the disk
-
-    def __init__(self, checkpoints: Sequence[Checkpoint], slots: Sequence[Slot]) -> None:
-        self._checkpoints = checkpoints
-        self._slots = slots
-
-    def store(self, i: int, row_D: Tensor) -> None:
-        """Do nothing: row ``i`` is in its file."""
-
-    def fill(self, i: int, start: int, out_C: Tensor) -> None:
-        """See `HostRows.fill`."""
-        read_columns(self._slots, self._checkpoints[i].tensors, self._checkpoints[i].read_into, start, out_C)
-
-    def check_unchanged(self) -> None:
-        """Raise InputError if a file changed since it was opened."""
-        for checkpoint in self._checkpoints:
-            checkpoint.check_unchanged()
-
-
 class Streamed:
     """The matrix [N, D] with at most two pieces on the device; see `ckptavg.candidates.matrix.Matrix`.
 
     While one piece is processed, threads read the next into the other buffer. On CUDA, buffers are pinned and a side
     stream overlaps copies with compute; the host waits for a copy only before reusing its buffer.
+
+    Args:
+        checkpoints: the N candidates, open.
+        flat: the model's tensors of one dtype.
+        in_files: read rows from the checkpoint files in every pass, by ``pread``, because a memory map raises SIGBUS if
+            a file shrinks; otherwise they are kept in host memory.
     """
 
     mean_D: Tensor | None = None
     squared_errors = torch.zeros(2)
 
-    def __init__(self, rows: HostRows | FileRows, n: int, example_D: Tensor, slots: Sequence[Slot]) -> None:
-        self._rows = rows
-        self._n = n
-        device, dtype = example_D.device, example_D.dtype
+    def __init__(self, checkpoints: Sequence[Checkpoint], flat: Flat, *, in_files: bool) -> None:
+        n, size = len(checkpoints), len(flat.weights_D)
+        dtype, device = flat.weights_D.dtype, flat.weights_D.device
+        self._checkpoints = checkpoints
+        self._slots = flat.slots
+        self._rows_ND = None if in_files else torch.empty(n, size, dtype=dtype)
+        self._sum = RunningSum(n, size, flat.slots)
         side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        numel = n * columns(n, len(example_D), dtype.itemsize)
+        numel = n * columns(n, size, dtype.itemsize)
         self._lanes = [_Lane(numel, dtype, device, side) for _ in range(2)]
         self.nbytes = sum(lane.host.nbytes for lane in self._lanes)
-        self._pool = ThreadPoolExecutor(rows.readers, thread_name_prefix="candidates")
-        self._sum = RunningSum(n, len(example_D), slots)
+        # on one processor too, readers mostly wait for the disk
+        readers = _READERS if in_files else min(_READERS, processors())
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="candidates")
 
     def encode(self, i: int, row_D: Tensor) -> None:
         """See `Matrix.encode`."""
-        self._rows.store(i, row_D)
         self._sum.observe(row_D)
+        if self._rows_ND is not None:
+            self._rows_ND[i] = row_D
 
     def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
         """See `Matrix.column_blocks`."""
-        for lane, host_NC, part in self._read(range(self._n), start, stop):
+        for lane, host_NC, part in self._read(range(len(self._checkpoints)), start, stop):
             piece_NC = lane.on_device(host_NC)
             yield (piece_NC if piece_NC.itemsize >= 4 else piece_NC.to(torch.float32)), part
             lane.mark_used()
@@ -120,8 +89,7 @@ class Streamed:
                     length = part.stop - begin
                     piece_RC = lane.host[: len(rows) * length].view(len(rows), length)
                     fills = [
-                        self._pool.submit(self._rows.fill, i, begin, out_C)
-                        for i, out_C in zip(rows, piece_RC, strict=True)
+                        self._pool.submit(self._fill, i, begin, out_C) for i, out_C in zip(rows, piece_RC, strict=True)
                     ]
                     started.append(((lane, piece_RC, part), fills))
                 if k > 0:
@@ -130,9 +98,17 @@ class Streamed:
                         fill.result()
                     yield piece
                     started.popleft()
-            self._rows.check_unchanged()
+            for checkpoint in self._checkpoints if self._rows_ND is None else ():
+                checkpoint.check_unchanged()
         finally:
             wait([fill for _, fills in started for fill in fills])  # an abandoned pass must not write into the next
+
+    def _fill(self, i: int, start: int, out_C: Tensor) -> None:
+        """Copy columns of row ``i`` from ``start`` into ``out_C`` on the host; called from several threads."""
+        if self._rows_ND is None:
+            read_columns(self._slots, self._checkpoints[i].tensors, self._checkpoints[i].read_into, start, out_C)
+        else:  # not copy_, which would use torch's intra-op threads
+            ctypes.memmove(out_C.data_ptr(), self._rows_ND[i, start:].data_ptr(), out_C.nbytes)
 
 
 class RunningSum:

@@ -17,13 +17,6 @@ from ckptavg.runtime import signals
 class RegularFile:
     """A regular file opened without blocking, with checks for concurrent changes.
 
-    Attributes:
-        size: size in bytes.
-        identity: inode, size, mtime and ctime; if all are equal, the content is taken to be unchanged.
-        changed: modification time when the file was opened, in seconds since the epoch.
-        sha256: SHA-256 of its bytes in hexadecimal, once computed.
-        listener: callback ``(offset, data)`` for every read; it must not keep ``data``.
-
     Args:
         path: the file; links are followed.
     Raises:
@@ -43,9 +36,11 @@ class RegularFile:
             kind = kinds.get(stat.S_IFMT(status.st_mode), "device")
             raise InputError(f"is a {kind}, not a regular file", path=path)
         self.size = status.st_size
+        # if all of these are equal, the content is taken to be unchanged
         self.identity = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        self.changed = status.st_mtime_ns / 1e9
-        self.sha256: str | None = None
+        self.changed = status.st_mtime_ns / 1e9  # modification time when it was opened, in seconds since the epoch
+        self.sha256: str | None = None  # in hexadecimal, once computed
+        # called with the offset and the data of every read; it must not keep the data
         self.listener: Callable[[int, memoryview], None] | None = None
         self._status = status
         with suppress(OSError, AttributeError):  # optional: reduces the time of an average from disk to 0.9 ×
