@@ -1,7 +1,5 @@
 """Compute the output's bytes: the weighted average, or a LoRA adapter that is exact in weight space."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal

@@ -8,25 +8,16 @@ References:
     (s = α/√r).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
+from ckptavg.average import weighted_sum
 from ckptavg.average.lora_config import CONFIG_NAME, FACTOR_A, Config, check, obstacle, partner, stacked_config
-from ckptavg.average.weighted_sum import (
-    Part,
-    PlannedOutput,
-    not_averaged,
-    output_specs,
-    overflow_error,
-    rounded_to_odd,
-    weighted_average,
-)
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import FLOATING, TORCH
 from ckptavg.checkpoints.integrity import is_finite, not_finite
@@ -37,13 +28,25 @@ from ckptavg.readers import StoredTensor
 
 @dataclass(frozen=True, kw_only=True)
 class _Module:
-    """A module of the base model: the names of its factors A and B, their rank ``r`` and the scaling s of B A."""
+    """A module of the base model: the names of its factors A and B, their rank ``r`` and the scaling s of B A.
+
+    ``terms`` are the non-zero coefficients and their candidates.
+    """
 
     name: str
     a: str
     b: str
     r: int
     scaling: float
+    terms: Sequence[tuple[float, Checkpoint]]
+
+    def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return c_K and the stacked factors A_RI and B_OR, in float64."""
+        return (
+            torch.tensor([c for c, _ in self.terms], dtype=torch.float64),
+            torch.cat([_read(source, self.a) for _, source in self.terms]),
+            torch.cat([_read(source, self.b) for _, source in self.terms], dim=1),
+        )
 
 
 def factor_error(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> float:
@@ -61,8 +64,8 @@ def factor_error(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) 
         DisagreementError: see `check`.
     """
     squared_error = squared_norm = 0.0
-    for module in _modules(checkpoints[0], check(checkpoints)):
-        c_K, a_RI, b_OR = _stacked(checkpoints, coefficients, module)
+    for module in _modules(checkpoints, coefficients, check(checkpoints)):
+        c_K, a_RI, b_OR = module.stacked()
         r_B, r_A = _triangles(a_RI, b_OR)
         identity = torch.eye(module.r, dtype=torch.float64)
         difference = r_B @ torch.kron(torch.outer(c_K, c_K) - torch.diag(c_K), identity) @ r_A.T
@@ -74,7 +77,7 @@ def factor_error(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) 
 
 def exact(
     checkpoints: Sequence[Checkpoint], coefficients: Coefficients, rank: int | None = None, dtype: str | None = None
-) -> PlannedOutput:
+) -> weighted_sum.PlannedOutput:
     """Build one adapter whose product is ΔW = Σ_i c_i s B_i A_i in every module.
 
     At full rank, A [K r, I] stacks the A_i, bit for bit, and B [O, K r] concatenates the c_i B_i, where each element is
@@ -102,76 +105,60 @@ def exact(
         raise InputError(
             f"exact averaging is not possible: {reason}", path=first.path, hint="average the factors: --adapter factors"
         )
-    modules, k = _modules(first, config), len(coefficients.selected)
+    modules, k = _modules(checkpoints, coefficients, config), len(coefficients.selected)
     ranks = {module.name: min(k * module.r, rank or k * module.r) for module in modules}
-    specs = output_specs(first, dtype)
+    specs = weighted_sum.output_specs(first, dtype)
+    rest = {name: range(spec.numel) for name, spec in specs.items()}
     for m in modules:
         a, b = specs[m.a], specs[m.b]
         specs[m.a] = replace(a, shape=(ranks[m.name], *a.shape[1:]))
         specs[m.b] = replace(b, shape=(b.shape[0], ranks[m.name], *b.shape[2:]))
+        del rest[m.a], rest[m.b]
     new_config = stacked_config(config, min(k * config.r, rank or k * config.r), ranks)
-    lost = _lost(checkpoints, coefficients, modules, ranks)
+    full_rank = all(ranks[module.name] == k * module.r for module in modules)
+    lost = 0.0 if full_rank else _lost(modules, ranks)
     note = f"the adapter has rank {new_config['r']}: it is the average in weight space"
     if lost:
         note = f"the adapter was reduced to rank {rank}, which lost {lost:.1%} of the average"
-    return PlannedOutput(
+    others = weighted_sum.weighted_average(checkpoints, coefficients, specs, only=rest)
+    return weighted_sum.PlannedOutput(
         specs=specs,
-        parts=_parts(checkpoints, coefficients, modules, ranks, specs),
-        not_averaged=not_averaged(first),
+        parts=chain(_factors(first, modules, ranks, specs), others),
+        not_averaged=weighted_sum.not_averaged(first),
         config=new_config,
         lost=lost,
         notes=[note],
     )
 
 
-def _parts(
-    checkpoints: Sequence[Checkpoint], coefficients: Coefficients, modules: Sequence[_Module],
-    ranks: Mapping[str, int], specs: Mapping[str, StoredTensor],
-) -> Iterator[Part]:  # fmt: skip
-    rest = {name: range(spec.numel) for name, spec in specs.items()}
+def _factors(
+    first: Checkpoint, modules: Sequence[_Module], ranks: Mapping[str, int], specs: Mapping[str, StoredTensor]
+) -> Iterator[weighted_sum.Part]:
     for module in modules:
-        c_K, a_RI, b_OR = _stacked(checkpoints, coefficients, module)
+        c_K, a_RI, b_OR = module.stacked()
         b_OR, rank = b_OR * c_K.repeat_interleave(module.r), ranks[module.name]
         if rank < len(a_RI):
             a_RI, b_OR = _nearest(a_RI, b_OR, rank)
         # zeros, if a coefficient group selects fewer candidates or B A has a lower rank
         padding = (0, 0, 0, rank - len(a_RI))
-        factors = {module.a: nn.functional.pad(a_RI, padding), module.b: nn.functional.pad(b_OR.T, padding).T}
-        for name, factor in factors.items():
+        padded = {module.a: nn.functional.pad(a_RI, padding), module.b: nn.functional.pad(b_OR.T, padding).T}
+        for name, factor in padded.items():
             data = bytearray(specs[name].nbytes)
             result = torch.frombuffer(data, dtype=TORCH[specs[name].dtype])
-            result.copy_((factor if result.itemsize > 2 else rounded_to_odd(factor)).flatten())
+            result.copy_((factor if result.itemsize > 2 else weighted_sum.rounded_to_odd(factor)).flatten())
             if not is_finite(result):
-                raise overflow_error(checkpoints[0], name, result)
-            del rest[name]
-            yield Part(name, 0, memoryview(data))
-    yield from weighted_average(checkpoints, coefficients, specs, only=rest)
+                raise weighted_sum.overflow_error(first, name, result)
+            yield weighted_sum.Part(name, 0, memoryview(data))
 
 
-def _lost(
-    checkpoints: Sequence[Checkpoint], coefficients: Coefficients, modules: Sequence[_Module], ranks: Mapping[str, int]
-) -> float:
-    if all(ranks[module.name] == len(coefficients.selected) * module.r for module in modules):
-        return 0.0
+def _lost(modules: Sequence[_Module], ranks: Mapping[str, int]) -> float:
     dropped = total = 0.0
     for module in modules:
-        c_K, a_RI, b_OR = _stacked(checkpoints, coefficients, module)
+        c_K, a_RI, b_OR = module.stacked()
         r_B, r_A = _triangles(a_RI, b_OR * c_K.repeat_interleave(module.r))
         energies = (module.scaling * torch.linalg.svdvals(r_B @ r_A.T)).square()
         dropped, total = dropped + float(energies[ranks[module.name] :].sum()), total + float(energies.sum())
     return _ratio(dropped, total)
-
-
-def _stacked(
-    checkpoints: Sequence[Checkpoint], coefficients: Coefficients, module: _Module
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the non-zero coefficients and the stacked factors of their candidates: c_K, A_RI, B_OR in float64."""
-    terms = [(c, source) for c, source in zip(coefficients.row(module.a), checkpoints, strict=True) if c != 0]
-    return (
-        torch.tensor([c for c, _ in terms], dtype=torch.float64),
-        torch.cat([_read(source, module.a) for _, source in terms]),
-        torch.cat([_read(source, module.b) for _, source in terms], dim=1),
-    )
 
 
 def _triangles(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +185,8 @@ def _read(source: Checkpoint, name: str) -> Tensor:
     return stored.to(torch.float64).view(spec.shape).flatten(1)
 
 
-def _modules(checkpoint: Checkpoint, config: Config) -> list[_Module]:
+def _modules(checkpoints: Sequence[Checkpoint], coefficients: Coefficients, config: Config) -> list[_Module]:
+    checkpoint = checkpoints[0]
     if config.peft_type != "LORA":
         raise InputError(f"its peft_type is {config.peft_type}, not LORA", path=config.path)
     modules: list[_Module] = []
@@ -216,7 +204,8 @@ def _modules(checkpoint: Checkpoint, config: Config) -> list[_Module]:
                 wanted = f"dimension {dimension} must be the rank {r} in {CONFIG_NAME}"
                 message = f"has shape {list(spec.shape)}, but {wanted}"
                 raise InputError(message, path=checkpoint.path, tensor=factor)
-        modules.append(_Module(name=name, a=a, b=b, r=r, scaling=config.scaling(name)))
+        terms = [(c, source) for c, source in zip(coefficients.row(a), checkpoints, strict=True) if c != 0]
+        modules.append(_Module(name=name, a=a, b=b, r=r, scaling=config.scaling(name), terms=terms))
     if not modules:
         raise InputError("it has no LoRA factors", path=checkpoint.path)
     return modules

@@ -1,7 +1,5 @@
 """Read, compare and rewrite the LoRA settings of ``adapter_config.json``."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -4,8 +4,6 @@ Shape suffixes: N = candidates, G = groups of tensors, D = elements of one dtype
 buffers), Q = the parameters among them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final

@@ -1,7 +1,5 @@
 """Choose the number of bits per element so that the candidate matrix fits the device."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +16,7 @@ def largest(
     """Return the largest of ``bits`` at which N candidates, their mean and a gradient take at most 70 % of free memory.
 
     Args:
-        elements: number of floating-point elements in the model.
-        size: their size in bytes.
-        n: the number of candidates.
-        group_size: elements that share a scale and a zero point.
-        device: device of the matrix.
+        elements, size, n, group_size, device: see `ckptavg.candidates.plan.Plan`.
         bits: candidate values in descending order; the last one is returned if nothing fits.
         sharing: number of processes that share the host memory.
     """

@@ -3,8 +3,6 @@
 Shape suffixes: D = elements of one dtype (parameters first, then floating-point buffers), Q = parameters among them.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

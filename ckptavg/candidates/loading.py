@@ -3,8 +3,6 @@
 Shape suffixes: D = elements of one dtype, C = some of them, consecutive.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final

@@ -3,8 +3,6 @@
 Shape suffixes: N = candidates, D = elements of one dtype, C = columns of a block.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Final, Protocol
 

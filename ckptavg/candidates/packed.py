@@ -4,8 +4,6 @@ Shape suffixes: N = candidates, D = elements of one dtype (padded to P·F here),
 K = elements per group, H = groups.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Final
 

@@ -1,9 +1,7 @@
 """Estimate the memory that learning needs before it is allocated, and suggest settings that fit."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, Self, TypeAlias
 
 import torch
 from torch import nn
@@ -38,7 +36,7 @@ class Plan:
     def of(
         cls, model: nn.Module, n: int, *, bits: int | Literal["auto"], group_size: int, offload: Offload,
         device: torch.device, parts: int = 1, sharing: int = 1,
-    ) -> Plan:  # fmt: skip
+    ) -> Self:  # fmt: skip
         """Plan for a model on its device, or for one of its ``parts`` shards; "auto" selects the most bits that fit."""
         floats = [tensor for _, tensor in unique_tensors(model) if tensor.is_floating_point()]
         elements = sum(tensor.numel() for tensor in floats) // parts
@@ -113,7 +111,7 @@ class Plan:
     def _fits(self, available: dict[torch.device, int]) -> bool:
         return self.needed <= available[self.device] and self.on_host <= available.get(_HOST, 0)
 
-    def _smaller_plans(self) -> list[list[tuple[str, Plan]]]:
+    def _smaller_plans(self) -> list[list[tuple[str, Self]]]:
         """Return (setting, plan) pairs that need less memory, one list per option, mildest change first."""
         targets: tuple[Offload, ...] = ("disk",) if self.device.type == "cpu" else ("cpu", "disk")
         on_device = self.offload == "none"

@@ -3,8 +3,6 @@
 Shape suffixes: D = elements of one dtype on one rank, Q = parameters among them.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Shape suffixes: N = candidates, R = selected rows, D = elements of one dtype, C = columns of a piece.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 from collections import deque

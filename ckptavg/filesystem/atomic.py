@@ -4,14 +4,11 @@ A file is written next to its destination under a temporary name and renamed las
 its writer is alive, so the next run can recognize and remove those of killed runs.
 """
 
-from __future__ import annotations
-
-import contextlib
 import errno
 import os
 import re
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -20,17 +17,13 @@ from ckptavg.filesystem import lock
 
 
 class Temporary:
-    """A new temporary file next to ``destination``, open and locked.
-
-    Raises:
-        OSError: if it cannot be created.
-    """
+    """A new temporary file next to ``destination``, open and locked; raises OSError if it cannot be created."""
 
     def __init__(self, destination: Path) -> None:
         self._owned = True
         self.path = destination.with_name(f".{destination.name}.{os.getpid()}.ckptavg-tmp")
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with contextlib.suppress(OSError):  # a file system without locks: no run will remove it either
+        with suppress(OSError):  # a file system without locks: no run will remove it either
             lock.hold(self.fd)
 
     @classmethod
@@ -50,9 +43,9 @@ class Temporary:
     def remove(self) -> None:
         """Close the file and unlink the temporary name; if that fails, the next run removes it."""
         if self._owned:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.unlink(self.path)  # noqa: PTH108
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             lock.release(self.fd)
 
 
@@ -63,8 +56,7 @@ def temporary_file(path: Path, data: bytes) -> Generator[Callable[[], None]]:
     Raises:
         OutputError: if it cannot be written.
     """
-
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         try:
             file = Temporary(path)
             stack.callback(file.remove)
@@ -83,11 +75,7 @@ def temporary_file(path: Path, data: bytes) -> Generator[Callable[[], None]]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file atomically, replacing an existing one.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
+    """Write a small file atomically, replacing an existing one; raises OutputError if it cannot be written."""
     with temporary_file(path, data) as publish:
         publish()
     flush_folder(path)
@@ -123,11 +111,7 @@ def longest_name(folder: Path) -> int:
 
 
 def flush_folder(path: Path) -> None:
-    """Fsync the directory of a file, so that its name survives a power cut.
-
-    Raises:
-        OutputError: if the directory cannot be flushed.
-    """
+    """Fsync the directory of a file, so that its name survives a power cut; raises OutputError if that fails."""
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

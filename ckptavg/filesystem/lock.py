@@ -1,7 +1,5 @@
 """Locks on open files, released by the kernel whenever their process dies."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import re

@@ -1,7 +1,5 @@
 """Read regular files by ``pread`` only: unlike a memory map, this cannot raise SIGBUS if a file shrinks."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

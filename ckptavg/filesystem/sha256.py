@@ -1,7 +1,5 @@
 """Compute SHA-256 digests of open files from bytes that are read for other purposes."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor

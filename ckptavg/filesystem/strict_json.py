@@ -1,7 +1,5 @@
 """Read small JSON files that accompany checkpoints; their content is untrusted."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Final, NoReturn
