@@ -102,9 +102,8 @@ def exact(
         raise UsageError(f"the rank of an adapter must be at least 1, not {rank}")
     config, first = check(checkpoints), checkpoints[0]
     if reason := obstacle(first, config):
-        raise InputError(
-            f"exact averaging is not possible: {reason}", path=first.path, hint="average the factors: --adapter factors"
-        )
+        hint = "average the factors: --adapter factors"
+        raise InputError(f"exact averaging is not possible: {reason}", path=first.path, hint=hint)
     modules, k = _modules(checkpoints, coefficients, config), len(coefficients.selected)
     ranks = {module.name: min(k * module.r, rank or k * module.r) for module in modules}
     specs = weighted_sum.output_specs(first, dtype)

@@ -23,10 +23,8 @@ from ckptavg.runtime.threads import processors
 
 CHUNK: Final = 1 << 18  # elements: least CPU time of 2¹⁶ to 2¹⁹ in scripts/benchmark's reference case
 _CUT: Final = (1 << 39) - 1  # mask of the float64 significand bits after the first 14
-
-
+# name → range of element indices in C order; tensors that are not listed have no elements
 Ranges: TypeAlias = Mapping[str, range]
-"""Name → range of element indices in C order; tensors that are not listed have no elements."""
 
 
 class Part(NamedTuple):
@@ -60,11 +58,8 @@ def output_specs(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, 
     for name in checkpoint.names:
         spec = checkpoint.spec(name)
         if spec.dtype not in TORCH:
-            raise InputError(
-                f"dtype {spec.dtype} cannot be averaged; convert it to one of {', '.join(FLOATING)} first",
-                path=checkpoint.path,
-                tensor=name,
-            )
+            message = f"dtype {spec.dtype} cannot be averaged; convert it to one of {', '.join(FLOATING)} first"
+            raise InputError(message, path=checkpoint.path, tensor=name)
         specs[name] = StoredTensor(override if override and spec.dtype in FLOATING else spec.dtype, spec.shape, "", 0)
     return specs
 
@@ -86,14 +81,9 @@ class _Run(NamedTuple):
 
 
 def weighted_average(
-    checkpoints: Sequence[Checkpoint],
-    coefficients: Coefficients,
-    specs: Mapping[str, StoredTensor],
-    *,
-    only: Ranges | None = None,
-    chunk: int = CHUNK,
-    threads: int | None = None,
-) -> Iterator[Part]:
+    checkpoints: Sequence[Checkpoint], coefficients: Coefficients, specs: Mapping[str, StoredTensor], *,
+    only: Ranges | None = None, chunk: int = CHUNK, threads: int | None = None,
+) -> Iterator[Part]:  # fmt: skip
     """Yield all bytes of Σ_i c_i w_i, tensor by tensor in the order of the first file.
 
     Each product and each sum is one float64 operation, in the order of the candidates, and the total is rounded once

@@ -52,16 +52,9 @@ class Candidates:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        checkpoints: Sequence[Checkpoint],
-        progress: Callable[[str, int, int], None],
-        *,
-        bits: int = EXACT,
-        group_size: int = 128,
-        offload: Offload = "none",
-        workers: Workers = ALONE,
-    ) -> None:
+        self, model: nn.Module, checkpoints: Sequence[Checkpoint], progress: Callable[[str, int, int], None], *,
+        bits: int = EXACT, group_size: int = 128, offload: Offload = "none", workers: Workers = ALONE,
+    ) -> None:  # fmt: skip
         self.model = model
         self.n = len(checkpoints)
         self.bits = bits

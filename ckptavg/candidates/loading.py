@@ -31,11 +31,8 @@ def read_row(checkpoint: Checkpoint, flat: Flat) -> Tensor:
     if not checkpoint.allow_nonfinite and len(row_D) and not is_finite(row_D):
         bad = next(s for s in flat.slots if s.numel and not is_finite(row_D[s.start :][: s.numel]))
         name = _present(bad.names, checkpoint.tensors)
-        raise not_finite(checkpoint, name) or InputError(
-            f"its values overflow {str(row_D.dtype).removeprefix('torch.')}, its dtype in the task's model",
-            path=checkpoint.path,
-            tensor=name,
-        )
+        message = f"its values overflow {str(row_D.dtype).removeprefix('torch.')}, its dtype in the task's model"
+        raise not_finite(checkpoint, name) or InputError(message, path=checkpoint.path, tensor=name)
     return row_D
 
 
@@ -104,8 +101,5 @@ def _check_tied(checkpoint: Checkpoint, slot: Slot) -> None:
         contents.append(bytearray(slot.numel * ITEM_SIZE[checkpoint.spec(name).dtype]))
         checkpoint.read_into(name, slot.first, memoryview(contents[-1]))
     if any(content != contents[0] for content in contents):
-        raise InputError(
-            f"is tied to {stored[0]} in the task's model, but the file holds other values",
-            path=checkpoint.path,
-            tensor=stored[-1],
-        )
+        message = f"is tied to {stored[0]} in the task's model, but the file holds other values"
+        raise InputError(message, path=checkpoint.path, tensor=stored[-1])

@@ -87,7 +87,10 @@ class Plan:
         Raises:
             OutOfMemoryError: if memory is insufficient, with the settings that would fit.
         """
-        available = self._available()
+        host = budget.free_memory(_HOST) // self.sharing
+        available = {self.device: self.present + host}  # the model already occupies its own
+        if self.device.type != "cpu":
+            available = {self.device: self.present + budget.free_memory(self.device), _HOST: host}
         if self._fits(available):
             return f"learning takes {self}; {sized(available[self.device])} free"
         free = " and ".join(f"{sized(size)} on {device}" for device, size in available.items())
@@ -100,13 +103,6 @@ class Plan:
             f"learning takes {self}, but only {free} is free",
             hint=f"this would fit: {fitting}" if fitting else "no --bits, --offload or --last would fit",
         )
-
-    def _available(self) -> dict[torch.device, int]:
-        """Return device → bytes available, including those the model already occupies."""
-        host = budget.free_memory(_HOST) // self.sharing
-        if self.device.type == "cpu":
-            return {self.device: host + self.present}
-        return {self.device: budget.free_memory(self.device) + self.present, _HOST: host}
 
     def _fits(self, available: dict[torch.device, int]) -> bool:
         return self.needed <= available[self.device] and self.on_host <= available.get(_HOST, 0)

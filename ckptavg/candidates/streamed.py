@@ -175,7 +175,6 @@ class _Lane:
         self.mark_used()  # by earlier work on the same memory
 
     def on_device(self, host: Tensor) -> Tensor:
-        """Return the host buffer's contents on the device."""
         if self._staged is None:
             return host
         staged = self._staged[: host.numel()].view(host.shape)
