@@ -37,7 +37,6 @@ def plan_output(
 
     Args:
         checkpoints: all candidates, open.
-        coefficients: their coefficients.
         dtype: dtype of the output's floating-point tensors; None keeps the candidates' dtypes.
         mode: how adapters are averaged; see `ckptavg.average.lora`.
         rank: rank of an exact adapter; None keeps the full rank.

@@ -97,7 +97,6 @@ def weighted_average(
 
     Args:
         checkpoints: N open candidates with equal names, shapes and dtypes.
-        coefficients: their coefficients.
         specs: the output's specs, from `output_specs`.
         only: the elements to average; None means all.
         chunk: elements per chunk.

@@ -97,9 +97,7 @@ class Candidates:
     def materialize(self, c_GN: Tensor, groups: Groups = EVERYTHING) -> None:
         """Set the model's floating-point state to w = Σ_i c_i w_i.
 
-        Args:
-            c_GN: [G, N], each row sums to one; or [N].
-            groups: name prefixes of the tensors that each row applies to.
+        Each row of c_GN, [G, N] or [N], sums to one; it applies to the tensors whose names begin with its group's.
         """
         c_GN = c_GN.view(len(groups), self.n)
         for flat, matrix in self._blocks:

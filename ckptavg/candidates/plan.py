@@ -82,11 +82,7 @@ class Plan:
         return f"{parts} + gradient {sized(self.gradient)} = {sized(self.needed)} on {self.device}{host}"
 
     def check(self) -> str:
-        """Return the breakdown and the free memory as one line.
-
-        Raises:
-            OutOfMemoryError: if memory is insufficient, with the settings that would fit.
-        """
+        """Return breakdown and free memory as one line; raises OutOfMemoryError, which names settings that fit."""
         host = budget.free_memory(_HOST) // self.sharing
         available = {self.device: self.present + host}  # the model already occupies its own
         if self.device.type != "cpu":

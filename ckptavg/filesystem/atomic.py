@@ -53,8 +53,7 @@ class Temporary:
 def temporary_file(path: Path, data: bytes) -> Generator[Callable[[], None]]:
     """Write a small file under a temporary name, flushed; yields a function that renames it, replacing ``path``.
 
-    Raises:
-        OutputError: if it cannot be written.
+    Both raise OutputError if it cannot be written.
     """
     with ExitStack() as stack:
         try:
@@ -87,11 +86,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def stale_temporaries(folder: Path, name: str | None = None) -> list[Path]:
-    """List temporary files whose writers are dead.
+    """List the temporary files in ``folder`` whose writers are dead, of the destination ``name`` or of any.
 
-    Args:
-        folder: the directory to search; the list is empty if it cannot be read.
-        name: file name of their destination; None matches any.
+    The list is empty if the directory cannot be read.
     """
     pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.\d+\.ckptavg-tmp", re.DOTALL)
     try:

@@ -13,11 +13,7 @@ from ckptavg.errors import OutputExistsError
 
 
 def hold(fd: int) -> bool:
-    """Lock an open file for this process; returns False if another process holds the lock.
-
-    Raises:
-        OSError: if the file system has no locks.
-    """
+    """Lock an open file; returns False if another process holds the lock, raises OSError if there are no locks here."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

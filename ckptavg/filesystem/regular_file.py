@@ -13,10 +13,8 @@ from ckptavg.runtime import signals
 
 
 class RegularFile:
-    """A regular file opened without blocking, with checks for concurrent changes.
+    """A regular file opened without blocking, with checks for concurrent changes; links are followed.
 
-    Args:
-        path: the file; links are followed.
     Raises:
         InputError: if it is missing, unreadable or not a regular file (a FIFO would hang an ordinary ``open``).
     """
@@ -56,11 +54,7 @@ class RegularFile:
         return bytes(buffer)
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill ``out`` (contiguous bytes) with the bytes at ``offset``, and pass them to the listener.
-
-        Raises:
-            InputError: if the file ends before ``out`` is full.
-        """
+        """Fill ``out`` with the bytes at ``offset`` and call the listener; raises InputError if it ends before."""
         self.fill(offset, out)
         if self.listener is not None:
             self.listener(offset, out)

@@ -57,9 +57,7 @@ def sha256(file: RegularFile, stop: Event | None = None) -> str:
 class Hash:
     """Incremental SHA-256 of an open file, from bytes read by other code; reads the remaining bytes itself.
 
-    Args:
-        file: the file; `update` may be its listener.
-        stop: if set, `hexdigest` stops reading.
+    `update` may be the file's listener. `hexdigest` stops reading as soon as ``stop`` is set.
     """
 
     def __init__(self, file: RegularFile, stop: Event | None = None) -> None:
