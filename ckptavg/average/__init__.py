@@ -1,37 +1,15 @@
 """Compute the output's bytes: the weighted average, or a LoRA adapter that is exact in weight space."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
 from ckptavg.average import lora, lora_config
-from ckptavg.average.weighted_sum import Part, not_averaged, output_specs, part, weighted_average
+from ckptavg.average.weighted_sum import PlannedOutput, not_averaged, output_specs, part, weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError, UsageError
-from ckptavg.readers import StoredTensor
 from ckptavg.runtime.workers import ALONE, Workers
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedOutput:
-    """Content of the output.
-
-    Attributes:
-        specs: name → dtype and shape.
-        parts: (name, offset, bytes) of all tensors; can be iterated once.
-        not_averaged: the tensors copied from the last selected candidate.
-        config: the ``adapter_config.json`` of an exact adapter, otherwise None.
-        notes: messages for the user.
-    """
-
-    specs: Mapping[str, StoredTensor]
-    parts: Iterator[Part]
-    not_averaged: Sequence[str]
-    config: Mapping[str, Any] | None = None
-    notes: Sequence[str] = ()
 
 
 def check(checkpoints: Sequence[Checkpoint], mode: Literal["factors", "exact"]) -> None:
@@ -59,7 +37,6 @@ def plan_output(
 
     Args:
         checkpoints: all candidates, open.
-        coefficients: their coefficients.
         dtype: dtype of the output's floating-point tensors; None keeps the candidates' dtypes.
         mode: how adapters are averaged; see `ckptavg.average.lora`.
         rank: rank of an exact adapter; None keeps the full rank.
@@ -68,29 +45,18 @@ def plan_output(
     first = checkpoints[0]
     if mode == "exact":
         exact = lora.exact(checkpoints, coefficients, rank, dtype)
-        notes = [f"the adapter has rank {exact.config['r']}: it is the average in weight space"]
-        if exact.lost:
-            notes = [f"the adapter was reduced to rank {rank}, which lost {exact.lost:.1%} of the average"]
-        return PlannedOutput(
-            specs=exact.specs,
-            parts=exact.parts if workers.is_rank_zero else iter(()),
-            not_averaged=not_averaged(first),
-            config=exact.config,
-            notes=notes,
-        )
+        return exact if workers.is_rank_zero else replace(exact, parts=iter(()))
+    config, notes = lora_config.read_config(first), list[str]()
+    is_lora = config is not None and config.peft_type == "LORA"
+    if is_lora and len(coefficients.selected) > 1 and not first.allow_nonfinite:
+        error = lora.factor_error(checkpoints, coefficients)
+        notes = [
+            f"averaging the adapter's factors is {error:.1%} off the average of its weights; --adapter exact is not"
+        ]
     specs = output_specs(first, dtype)
     return PlannedOutput(
         specs=specs,
         parts=weighted_average(checkpoints, coefficients, specs, only=part(first, workers.rank, workers.world_size)),
         not_averaged=not_averaged(first),
-        notes=_factor_warnings(checkpoints, coefficients),
+        notes=notes,
     )
-
-
-def _factor_warnings(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> list[str]:
-    """Return a warning with the relative error of averaging LoRA factors instead of their products."""
-    config = lora_config.read_config(checkpoints[0])
-    if config is None or config.peft_type != "LORA" or len(coefficients.selected) < 2 or checkpoints[0].allow_nonfinite:
-        return []
-    error = lora.factor_error(checkpoints, coefficients)
-    return [f"averaging the adapter's factors is {error:.1%} off the average of its weights; --adapter exact is not"]

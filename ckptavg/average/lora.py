@@ -8,18 +8,16 @@ References:
     (s = α/√r).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ckptavg.average import weighted_sum
 from ckptavg.average.lora_config import CONFIG_NAME, FACTOR_A, Config, check, obstacle, partner, stacked_config
-from ckptavg.average.weighted_sum import Part, output_specs, rounded_to_odd, weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import FLOATING, TORCH
 from ckptavg.checkpoints.integrity import is_finite, not_finite
@@ -29,30 +27,26 @@ from ckptavg.readers import StoredTensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exact:
-    """An exactly averaged adapter, before it is written.
-
-    Attributes:
-        specs: name → dtype and shape, for the writer.
-        parts: its bytes, as yielded by `ckptavg.average.weighted_sum.weighted_average`; can be iterated once.
-        config: its ``adapter_config.json``.
-        lost: ‖ΔW − truncated ΔW‖ / ‖ΔW‖, Frobenius norms over all modules; 0 for the full rank.
-    """
-
-    specs: Mapping[str, StoredTensor]
-    parts: Iterator[Part] = field(repr=False)
-    config: Mapping[str, Any]
-    lost: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Module:
-    """A module of the base model and the names of its factors A and B, both of rank ``r``."""
+    """A module of the base model: the names of its factors A and B, their rank ``r`` and the scaling s of B A.
+
+    ``terms`` are the non-zero coefficients and their candidates.
+    """
 
     name: str
     a: str
     b: str
     r: int
+    scaling: float
+    terms: Sequence[tuple[float, Checkpoint]]
+
+    def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return c_K and the stacked factors A_RI and B_OR, in float64."""
+        return (
+            torch.tensor([c for c, _ in self.terms], dtype=torch.float64),
+            torch.cat([_read(source, self.a) for _, source in self.terms]),
+            torch.cat([_read(source, self.b) for _, source in self.terms], dim=1),
+        )
 
 
 def factor_error(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> float:
@@ -69,25 +63,21 @@ def factor_error(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) 
         InputError: if they are not LoRA adapters, or a factor is NaN or infinite.
         DisagreementError: see `check`.
     """
-    config = check(checkpoints)
-    modules = _modules(checkpoints[0], config)
-    total = _Sum(checkpoints=checkpoints, coefficients=coefficients, config=config, modules=modules)
     squared_error = squared_norm = 0.0
-    for module in modules:
-        c_K, a_RI, b_OR = total.stacked(module)
+    for module in _modules(checkpoints, coefficients, check(checkpoints)):
+        c_K, a_RI, b_OR = module.stacked()
         r_B, r_A = _triangles(a_RI, b_OR)
         identity = torch.eye(module.r, dtype=torch.float64)
         difference = r_B @ torch.kron(torch.outer(c_K, c_K) - torch.diag(c_K), identity) @ r_A.T
         exact_core = r_B @ torch.kron(torch.diag(c_K), identity) @ r_A.T
-        s2 = config.scaling(module.name) ** 2
-        squared_error += s2 * float(difference.square().sum())
-        squared_norm += s2 * float(exact_core.square().sum())
+        squared_error += module.scaling**2 * float(difference.square().sum())
+        squared_norm += module.scaling**2 * float(exact_core.square().sum())
     return _ratio(squared_error, squared_norm)
 
 
 def exact(
     checkpoints: Sequence[Checkpoint], coefficients: Coefficients, rank: int | None = None, dtype: str | None = None
-) -> Exact:
+) -> weighted_sum.PlannedOutput:
     """Build one adapter whose product is ΔW = Σ_i c_i s B_i A_i in every module.
 
     At full rank, A [K r, I] stacks the A_i, bit for bit, and B [O, K r] concatenates the c_i B_i, where each element is
@@ -112,63 +102,62 @@ def exact(
         raise UsageError(f"the rank of an adapter must be at least 1, not {rank}")
     config, first = check(checkpoints), checkpoints[0]
     if reason := obstacle(first, config):
-        raise InputError(
-            f"exact averaging is not possible: {reason}", path=first.path, hint="average the factors: --adapter factors"
-        )
-    modules, k = _modules(first, config), len(coefficients.selected)
+        hint = "average the factors: --adapter factors"
+        raise InputError(f"exact averaging is not possible: {reason}", path=first.path, hint=hint)
+    modules, k = _modules(checkpoints, coefficients, config), len(coefficients.selected)
     ranks = {module.name: min(k * module.r, rank or k * module.r) for module in modules}
-    specs = output_specs(first, dtype)
+    specs = weighted_sum.output_specs(first, dtype)
+    rest = {name: range(spec.numel) for name, spec in specs.items()}
     for m in modules:
         a, b = specs[m.a], specs[m.b]
         specs[m.a] = replace(a, shape=(ranks[m.name], *a.shape[1:]))
         specs[m.b] = replace(b, shape=(b.shape[0], ranks[m.name], *b.shape[2:]))
-    total = _Sum(checkpoints=checkpoints, coefficients=coefficients, config=config, modules=modules)
+        del rest[m.a], rest[m.b]
     new_config = stacked_config(config, min(k * config.r, rank or k * config.r), ranks)
-    return Exact(specs=specs, parts=total.parts(ranks, specs), config=new_config, lost=total.lost(ranks))
+    full_rank = all(ranks[module.name] == k * module.r for module in modules)
+    lost = 0.0 if full_rank else _lost(modules, ranks)
+    note = f"the adapter has rank {new_config['r']}: it is the average in weight space"
+    if lost:
+        note = f"the adapter was reduced to rank {rank}, which lost {lost:.1%} of the average"
+    others = weighted_sum.weighted_average(checkpoints, coefficients, specs, only=rest)
+    return weighted_sum.PlannedOutput(
+        specs=specs,
+        parts=chain(_factors(first, modules, ranks, specs), others),
+        not_averaged=weighted_sum.not_averaged(first),
+        config=new_config,
+        lost=lost,
+        notes=[note],
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sum:
-    """Σ_i c_i s B_i A_i, computed one module at a time."""
+def _factors(
+    first: Checkpoint, modules: Sequence[_Module], ranks: Mapping[str, int], specs: Mapping[str, StoredTensor]
+) -> Iterator[weighted_sum.Part]:
+    for module in modules:
+        c_K, a_RI, b_OR = module.stacked()
+        b_OR, rank = b_OR * c_K.repeat_interleave(module.r), ranks[module.name]
+        if rank < len(a_RI):
+            a_RI, b_OR = _nearest(a_RI, b_OR, rank)
+        # zeros, if a coefficient group selects fewer candidates or B A has a lower rank
+        padding = (0, 0, 0, rank - len(a_RI))
+        padded = {module.a: nn.functional.pad(a_RI, padding), module.b: nn.functional.pad(b_OR.T, padding).T}
+        for name, factor in padded.items():
+            data = bytearray(specs[name].nbytes)
+            result = torch.frombuffer(data, dtype=TORCH[specs[name].dtype])
+            result.copy_((factor if result.itemsize > 2 else weighted_sum.rounded_to_odd(factor)).flatten())
+            if not is_finite(result):
+                raise weighted_sum.overflow_error(first, name, result)
+            yield weighted_sum.Part(name, 0, memoryview(data))
 
-    checkpoints: Sequence[Checkpoint]
-    coefficients: Coefficients
-    config: Config
-    modules: Sequence[_Module]
 
-    def stacked(self, module: _Module) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the non-zero coefficients and the stacked factors of their candidates: c_K, A_RI, B_OR in float64."""
-        row = self.coefficients.row(module.a)
-        terms = [(c, source) for c, source in zip(row, self.checkpoints, strict=True) if c != 0]
-        return (
-            torch.tensor([c for c, _ in terms], dtype=torch.float64),
-            torch.cat([_read(source, module.a) for _, source in terms]),
-            torch.cat([_read(source, module.b) for _, source in terms], dim=1),
-        )
-
-    def parts(self, ranks: Mapping[str, int], specs: Mapping[str, StoredTensor]) -> Iterator[Part]:
-        for module in self.modules:
-            c_K, a_RI, b_OR = self.stacked(module)
-            b_OR, rank = b_OR * c_K.repeat_interleave(module.r), ranks[module.name]
-            if rank < len(a_RI):
-                a_RI, b_OR = _nearest(a_RI, b_OR, rank)
-            for name, factor in ((module.a, _padded(a_RI, rank)), (module.b, _padded(b_OR.T, rank).T)):
-                yield Part(name, 0, _rounded(factor, specs[name], self.checkpoints[0], name))
-        factors = {name for module in self.modules for name in (module.a, module.b)}
-        rest = [name for name in specs if name not in factors]
-        others = [replace(c, tensors={name: c.tensors[name] for name in rest}) for c in self.checkpoints]
-        yield from weighted_average(others, self.coefficients, specs)
-
-    def lost(self, ranks: Mapping[str, int]) -> float:
-        if all(ranks[module.name] == len(self.coefficients.selected) * module.r for module in self.modules):
-            return 0.0
-        dropped = total = 0.0
-        for module in self.modules:
-            c_K, a_RI, b_OR = self.stacked(module)
-            r_B, r_A = _triangles(a_RI, b_OR * c_K.repeat_interleave(module.r))
-            energies = (self.config.scaling(module.name) * torch.linalg.svdvals(r_B @ r_A.T)).square()
-            dropped, total = dropped + float(energies[ranks[module.name] :].sum()), total + float(energies.sum())
-        return _ratio(dropped, total)
+def _lost(modules: Sequence[_Module], ranks: Mapping[str, int]) -> float:
+    dropped = total = 0.0
+    for module in modules:
+        c_K, a_RI, b_OR = module.stacked()
+        r_B, r_A = _triangles(a_RI, b_OR * c_K.repeat_interleave(module.r))
+        energies = (module.scaling * torch.linalg.svdvals(r_B @ r_A.T)).square()
+        dropped, total = dropped + float(energies[ranks[module.name] :].sum()), total + float(energies.sum())
+    return _ratio(dropped, total)
 
 
 def _triangles(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,50 +179,35 @@ def _read(source: Checkpoint, name: str) -> Tensor:
     buffer = bytearray(spec.nbytes)
     source.read_into(name, 0, memoryview(buffer))
     stored = torch.frombuffer(buffer, dtype=TORCH[spec.dtype])
-    if error := None if is_finite(stored) else not_finite(source, name):
+    if not is_finite(stored) and (error := not_finite(source, name)):
         raise error
     return stored.to(torch.float64).view(spec.shape).flatten(1)
 
 
-def _rounded(factor: Tensor, spec: StoredTensor, first: Checkpoint, name: str) -> memoryview:
-    buffer = bytearray(spec.nbytes)
-    result = torch.frombuffer(buffer, dtype=TORCH[spec.dtype])
-    wide = result.dtype in (torch.float64, torch.float32)
-    result.copy_((factor if wide else rounded_to_odd(factor)).flatten())
-    if not result.isfinite().all():
-        message = f"the average overflows {str(result.dtype).removeprefix('torch.')}"
-        raise InputError(message, path=first.path, tensor=name, hint="write it with --dtype bfloat16 or float32")
-    return memoryview(buffer)
-
-
-def _padded(rows: Tensor, count: int) -> Tensor:
-    """Zero-pad ``rows`` to ``count``, if a coefficient group selects fewer candidates or B A has a lower rank."""
-    return torch.cat([rows, rows.new_zeros(count - len(rows), rows.shape[1])]) if len(rows) < count else rows
-
-
-def _modules(checkpoint: Checkpoint, config: Config) -> list[_Module]:
+def _modules(checkpoints: Sequence[Checkpoint], coefficients: Coefficients, config: Config) -> list[_Module]:
+    checkpoint = checkpoints[0]
     if config.peft_type != "LORA":
         raise InputError(f"its peft_type is {config.peft_type}, not LORA", path=config.path)
-    modules = [_module(checkpoint, config, a, match[1]) for a in checkpoint.names if (match := FACTOR_A.fullmatch(a))]
+    modules: list[_Module] = []
+    for a, name in ((a, match[1]) for a in checkpoint.names if (match := FACTOR_A.fullmatch(a))):
+        b, r = partner(a), config.rank(name)
+        if b not in checkpoint.tensors:
+            raise InputError(f"is missing, but {a} is present", path=checkpoint.path, tensor=b)
+        for factor, dimension in ((a, 0), (b, 1)):
+            spec = checkpoint.spec(factor)
+            if spec.dtype not in FLOATING or len(spec.shape) < 2 or not spec.numel:
+                message = f"dtype {spec.dtype} and shape {list(spec.shape)} are not those of a LoRA factor"
+                raise InputError(f"{message} (saved from a shard?)", path=checkpoint.path, tensor=factor)
+            # in a grouped convolution each output of B uses only a part of the rank
+            if spec.shape[dimension] != r or (dimension and spec.numel != spec.shape[0] * r):
+                wanted = f"dimension {dimension} must be the rank {r} in {CONFIG_NAME}"
+                message = f"has shape {list(spec.shape)}, but {wanted}"
+                raise InputError(message, path=checkpoint.path, tensor=factor)
+        terms = [(c, source) for c, source in zip(coefficients.row(a), checkpoints, strict=True) if c != 0]
+        modules.append(_Module(name=name, a=a, b=b, r=r, scaling=config.scaling(name), terms=terms))
     if not modules:
         raise InputError("it has no LoRA factors", path=checkpoint.path)
     return modules
-
-
-def _module(checkpoint: Checkpoint, config: Config, a: str, name: str) -> _Module:
-    b, r = partner(a), config.rank(name)
-    if b not in checkpoint.tensors:
-        raise InputError(f"is missing, but {a} is present", path=checkpoint.path, tensor=b)
-    for factor, dimension in ((a, 0), (b, 1)):
-        spec = checkpoint.spec(factor)
-        if spec.dtype not in FLOATING or len(spec.shape) < 2 or not spec.numel:
-            message = f"dtype {spec.dtype} and shape {list(spec.shape)} are not those of a LoRA factor"
-            raise InputError(f"{message} (saved from a shard?)", path=checkpoint.path, tensor=factor)
-        # in a grouped convolution each output of B uses only a part of the rank
-        if spec.shape[dimension] != r or (dimension and spec.numel != spec.shape[0] * r):
-            message = f"has shape {list(spec.shape)}, but dimension {dimension} must be the rank {r} in {CONFIG_NAME}"
-            raise InputError(message, path=checkpoint.path, tensor=factor)
-    return _Module(name=name, a=a, b=b, r=r)
 
 
 def _ratio(part: float, whole: float) -> float:

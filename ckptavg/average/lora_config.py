@@ -1,7 +1,5 @@
 """Read, compare and rewrite the LoRA settings of ``adapter_config.json``."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -60,11 +58,7 @@ class Config:
 
 
 def read_config(checkpoint: Checkpoint) -> Config | None:
-    """Read the ``adapter_config.json`` next to the weights; returns None if it does not exist.
-
-    Raises:
-        InputError: naming the file, if it is not strict JSON, or a rank, α or pattern is invalid.
-    """
+    """Read the ``adapter_config.json`` next to the weights, if there is one; raises InputError if it is invalid."""
     path = checkpoint.folder / CONFIG_NAME
     if not os.path.lexists(path):
         return None

@@ -3,13 +3,12 @@
 Shape suffixes: N = candidates.
 """
 
-from __future__ import annotations
-
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import cycle
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,10 +23,8 @@ from ckptavg.runtime.threads import processors
 
 CHUNK: Final = 1 << 18  # elements: least CPU time of 2¹⁶ to 2¹⁹ in scripts/benchmark's reference case
 _CUT: Final = (1 << 39) - 1  # mask of the float64 significand bits after the first 14
-
-
+# name → range of element indices in C order; tensors that are not listed have no elements
 Ranges: TypeAlias = Mapping[str, range]
-"""Name → range of element indices in C order; tensors that are not listed have no elements."""
 
 
 class Part(NamedTuple):
@@ -36,6 +33,18 @@ class Part(NamedTuple):
     name: str
     offset: int
     data: memoryview
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedOutput:
+    """Content of the output."""
+
+    specs: Mapping[str, StoredTensor]  # name → dtype and shape
+    parts: Iterator[Part] = field(repr=False)  # the bytes of all tensors; can be iterated once
+    not_averaged: Sequence[str]  # the tensors copied from the last selected candidate
+    config: Mapping[str, Any] | None = None  # the adapter_config.json of an exact adapter
+    lost: float = 0.0  # ‖ΔW − truncated ΔW‖ / ‖ΔW‖ of an exact adapter, Frobenius norms over all modules
+    notes: Sequence[str] = ()  # messages for the user
 
 
 def output_specs(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, StoredTensor]:
@@ -49,11 +58,8 @@ def output_specs(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, 
     for name in checkpoint.names:
         spec = checkpoint.spec(name)
         if spec.dtype not in TORCH:
-            raise InputError(
-                f"dtype {spec.dtype} cannot be averaged; convert it to one of {', '.join(FLOATING)} first",
-                path=checkpoint.path,
-                tensor=name,
-            )
+            message = f"dtype {spec.dtype} cannot be averaged; convert it to one of {', '.join(FLOATING)} first"
+            raise InputError(message, path=checkpoint.path, tensor=name)
         specs[name] = StoredTensor(override if override and spec.dtype in FLOATING else spec.dtype, spec.shape, "", 0)
     return specs
 
@@ -64,24 +70,20 @@ def not_averaged(checkpoint: Checkpoint) -> list[str]:
 
 
 class _Run(NamedTuple):
-    """Consecutive elements of one tensor that are averaged at once."""
+    """Consecutive elements of one tensor, of ``dtype``, that are averaged at once into dtype ``target``."""
 
     name: str
     start: int
     numel: int
     terms: Sequence[tuple[float, Checkpoint]]
+    dtype: str
     target: str
 
 
 def weighted_average(
-    checkpoints: Sequence[Checkpoint],
-    coefficients: Coefficients,
-    specs: Mapping[str, StoredTensor],
-    *,
-    only: Ranges | None = None,
-    chunk: int = CHUNK,
-    threads: int | None = None,
-) -> Iterator[Part]:
+    checkpoints: Sequence[Checkpoint], coefficients: Coefficients, specs: Mapping[str, StoredTensor], *,
+    only: Ranges | None = None, chunk: int = CHUNK, threads: int | None = None,
+) -> Iterator[Part]:  # fmt: skip
     """Yield all bytes of Σ_i c_i w_i, tensor by tensor in the order of the first file.
 
     Each product and each sum is one float64 operation, in the order of the candidates, and the total is rounded once
@@ -95,7 +97,6 @@ def weighted_average(
 
     Args:
         checkpoints: N open candidates with equal names, shapes and dtypes.
-        coefficients: their coefficients.
         specs: the output's specs, from `output_specs`.
         only: the elements to average; None means all.
         chunk: elements per chunk.
@@ -106,7 +107,7 @@ def weighted_average(
     """
     before = torch.get_num_threads()
     threads = threads or min(before, processors())
-    batches = _batches(_runs(checkpoints, coefficients, specs, only, chunk), chunk)
+    batches = _batches(checkpoints, coefficients, specs, only, chunk)
     torch.set_num_threads(1)  # a chunk is too small to split: 3 × slower with 2 threads on a busy machine
     try:
         with ThreadPoolExecutor(threads) as pool:
@@ -143,32 +144,27 @@ def _in_order(checkpoint: Checkpoint) -> list[str]:
     return sorted(specs, key=lambda name: (specs[name].record, specs[name].offset, name))
 
 
-def _runs(
+def _batches(
     checkpoints: Sequence[Checkpoint], coefficients: Coefficients, specs: Mapping[str, StoredTensor],
     only: Ranges | None, chunk: int,
-) -> Iterator[_Run]:  # fmt: skip
-    first = checkpoints[0]
-    for name in _in_order(first):
-        spec = first.spec(name)
+) -> Iterator[list[_Run]]:  # fmt: skip
+    """Yield runs in batches of at most one chunk, since a task per small tensor would cost more than its sum."""
+    batch: list[_Run] = []
+    numel = 0
+    for name in _in_order(checkpoints[0]):
+        spec = checkpoints[0].spec(name)
         elements = range(spec.numel) if only is None else only.get(name, range(0))
         if spec.dtype in FLOATING:
             terms = [(c, checkpoints[i]) for i, c in enumerate(coefficients.row(name)) if c != 0]
         else:
             terms = [(1.0, checkpoints[coefficients.selected[-1]])]
         for start in range(elements.start, elements.stop, chunk):
-            yield _Run(name, start, min(chunk, elements.stop - start), terms, specs[name].dtype)
-
-
-def _batches(runs: Iterable[_Run], chunk: int) -> Iterator[list[_Run]]:
-    """Group runs into batches of at most one chunk, since a task per small tensor would cost more than its sum."""
-    batch: list[_Run] = []
-    numel = 0
-    for run in runs:
-        if numel + run.numel > chunk:
-            yield batch
-            batch, numel = [], 0
-        batch.append(run)
-        numel += run.numel
+            run = _Run(name, start, min(chunk, elements.stop - start), terms, spec.dtype, specs[name].dtype)
+            if numel + run.numel > chunk:
+                yield batch
+                batch, numel = [], 0
+            batch.append(run)
+            numel += run.numel
     if batch:
         yield batch
 
@@ -177,10 +173,8 @@ class _Sums:
     """Working buffers of one thread, allocated once."""
 
     def __init__(self, chunk: int) -> None:
-        self._total = torch.empty(chunk, dtype=torch.float64)
-        self._term = torch.empty(chunk, dtype=torch.float64)
-        self._input = bytearray(8 * chunk)
-        self._output = memoryview(bytearray(8 * chunk))
+        self._total, self._term = torch.empty(2, chunk, dtype=torch.float64)
+        self._input, self._output = (memoryview(bytearray(8 * chunk)) for _ in range(2))
 
     def parts(self, batch: Sequence[_Run]) -> list[Part]:
         """Average a batch of runs of at most one chunk in total, and return their bytes."""
@@ -190,24 +184,29 @@ class _Sums:
             size = ITEM_SIZE[run.target]
             data, free = free[: run.numel * size], free[run.numel * 8 :]
             source = run.terms[0][1]
-            copied = run.target == source.spec(run.name).dtype and [c for c, _ in run.terms] == [1.0]
+            copied = run.target == run.dtype and [c for c, _ in run.terms] == [1.0]
             if copied:
                 source.read_into(run.name, run.start, data)
             if run.target in FLOATING:
                 result = torch.frombuffer(data, dtype=TORCH[run.target])
                 if not copied:
                     self._add(run, result)
-                self._check_finite(run, result)
+                if not source.allow_nonfinite and not is_finite(result):  # only then are candidates read again
+                    errors = filter(None, (not_finite(candidate, run.name) for _, candidate in run.terms))
+                    raise next(errors, None) or overflow_error(run.terms[-1][1], run.name, result)
             parts.append(Part(run.name, run.start * size, data))
         return parts
 
     def _add(self, run: _Run, result: Tensor) -> None:
         """Compute Σ_i c_i w_i over a run of elements and round it once into ``result``."""
         total, term = self._total[: run.numel], self._term[: run.numel]
-        c_0, source = run.terms[0]
-        equal = all(c == c_0 for c, _ in run.terms) and source.spec(run.name).dtype != "F64"
+        data = self._input[: run.numel * ITEM_SIZE[run.dtype]]
+        values = torch.frombuffer(data, dtype=TORCH[run.dtype])
+        c_0 = run.terms[0][0]
+        equal = all(c == c_0 for c, _ in run.terms) and run.dtype != "F64"
         for i, (c, source) in enumerate(run.terms):
-            addend = (total if i == 0 else term).copy_(self._read(source, run))
+            source.read_into(run.name, run.start, data)
+            addend = (total if i == 0 else term).copy_(values)
             # multiply and add separately: with a fused operation, bits would depend on where the chunk ends
             if not equal:
                 addend.mul_(c)
@@ -217,24 +216,12 @@ class _Sums:
             total.mul_(c_0)
         result.copy_(total if result.itemsize > 2 else rounded_to_odd(total, out=term))
 
-    def _check_finite(self, run: _Run, result: Tensor) -> None:
-        """Raise InputError naming the non-finite candidate if ``result`` is not finite; no extra reads otherwise."""
-        if run.terms[0][1].allow_nonfinite or is_finite(result):
-            return
-        for _, source in run.terms:
-            if error := not_finite(source, run.name):
-                raise error
-        raise InputError(
-            f"the average overflows {str(result.dtype).removeprefix('torch.')}",
-            path=run.terms[-1][1].path,
-            tensor=run.name,
-            hint="write it with --dtype bfloat16 or float32",
-        )
 
-    def _read(self, source: Checkpoint, run: _Run) -> Tensor:
-        dtype = source.spec(run.name).dtype
-        source.read_into(run.name, run.start, memoryview(self._input)[: run.numel * ITEM_SIZE[dtype]])
-        return torch.frombuffer(self._input, dtype=TORCH[dtype], count=run.numel)
+def overflow_error(checkpoint: Checkpoint, name: str, result: Tensor) -> InputError:
+    """Return the error for a non-finite average of finite values."""
+    message = f"the average overflows {str(result.dtype).removeprefix('torch.')}"
+    hint = "write it with --dtype bfloat16 or float32"
+    return InputError(message, path=checkpoint.path, tensor=name, hint=hint)
 
 
 def rounded_to_odd(x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -4,29 +4,23 @@ Shape suffixes: N = candidates, G = groups of tensors, D = elements of one dtype
 buffers), Q = the parameters among them.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from ckptavg.candidates import budget
-from ckptavg.candidates.dense import Dense
-from ckptavg.candidates.flat import Flat, ReadInto, check_names, flatten, present, read, unique_tensors
-from ckptavg.candidates.loading import read_row
-from ckptavg.candidates.matrix import Matrix
+from ckptavg.candidates.flat import Flat, flatten, unique_tensors
+from ckptavg.candidates.loading import ReadInto, Specs, check_names, read, read_columns, read_row
+from ckptavg.candidates.matrix import Dense, Matrix
 from ckptavg.candidates.packed import Packed
 from ckptavg.candidates.plan import EXACT, Offload
-from ckptavg.candidates.running_sum import RunningSum
 from ckptavg.candidates.sharded import flatten_shards
-from ckptavg.candidates.streamed import FileRows, HostRows, Streamed
+from ckptavg.candidates.streamed import Streamed
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.coefficients import EVERYTHING, Groups
-from ckptavg.readers import StoredTensor
 from ckptavg.runtime.workers import ALONE, Workers
 
 _DISTANCE_COLUMNS: Final = 1 << 20  # columns per step of `Candidates.distances`
@@ -58,21 +52,14 @@ class Candidates:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        checkpoints: Sequence[Checkpoint],
-        progress: Callable[[str, int, int], None],
-        *,
-        bits: int = EXACT,
-        group_size: int = 128,
-        offload: Offload = "none",
-        workers: Workers = ALONE,
-    ) -> None:
+        self, model: nn.Module, checkpoints: Sequence[Checkpoint], progress: Callable[[str, int, int], None], *,
+        bits: int = EXACT, group_size: int = 128, offload: Offload = "none", workers: Workers = ALONE,
+    ) -> None:  # fmt: skip
         self.model = model
-        self._workers = workers
         self.n = len(checkpoints)
         self.bits = bits
-        self.exact = bits == EXACT
+        self.exact = bits == EXACT  # the matrix has the model's dtype
+        self._workers = workers
         self._unique = unique_tensors(model)
         check_names(self._unique, checkpoints[0].tensors)
         by_dtype: dict[torch.dtype, list[tuple[tuple[str, ...], Tensor]]] = {}
@@ -83,45 +70,34 @@ class Candidates:
             else:
                 self._integers.append((names, tensor, []))
         self._blocks: list[tuple[Flat, Matrix]] = []
-        self._sums: list[RunningSum] = []
         for tensors in by_dtype.values():
             flat = flatten(tensors) if workers.world_size == 1 else flatten_shards(model, tensors, workers)
-            device = flat.weights_D.device
-            if offload == "disk" or (offload == "cpu" and device.type != "cpu"):
-                matrix = self._streamed(flat, checkpoints if offload == "disk" else None)
+            if offload == "disk" or (offload == "cpu" and flat.weights_D.device.type != "cpu"):
+                matrix = Streamed(checkpoints, flat, in_files=offload == "disk")
             elif self.exact:
-                matrix = Dense(self.n, len(flat.weights_D), flat.weights_D.dtype, device)
+                matrix = Dense(self.n, flat.weights_D)
             else:
-                size, dtype = len(flat.weights_D), flat.weights_D.dtype
-                matrix = Packed(self.n, size, dtype, device, bits=bits, group=group_size)
+                matrix = Packed(self.n, flat.weights_D, bits=bits, group=group_size)
             self._blocks.append((flat, matrix))
+        self.streamed = any(isinstance(matrix, Streamed) for _, matrix in self._blocks)  # kept off the device
+        self.nbytes = sum(matrix.nbytes for _, matrix in self._blocks)  # of the matrix on this device
+        # element range of each tensor that this rank holds
+        self.ranges = {name: range(tensor.numel()) for names, tensor, _ in self._integers for name in names}
+        for flat, _ in self._blocks:
+            for slot in flat.slots:
+                self.ranges |= dict.fromkeys(slot.names, range(slot.first, slot.first + slot.numel))
         self._load(checkpoints, progress)
-        self.error = self._relative_rounding_error()
+        squared_errors = [matrix.squared_errors.cpu().double() for _, matrix in self._blocks]
+        error, norm = workers.sum(torch.stack(squared_errors)).T
+        # the largest ‖d̂ − d‖/‖d‖ over dtypes: the quantization error of the differences from the mean
+        self.error = float((error / norm).nan_to_num(0.0).max().sqrt())
         model.requires_grad_(True)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the candidate matrix on this device, in bytes."""
-        return sum(matrix.nbytes for _, matrix in self._blocks)
-
-    @property
-    def streamed(self) -> bool:
-        """True if the matrix is kept off the device."""
-        return bool(self._sums)
-
-    @property
-    def ranges(self) -> Mapping[str, range]:
-        """Element range of each tensor that this rank holds."""
-        local = {name: slot.range for flat, _ in self._blocks for slot in flat.slots for name in slot.names}
-        return local | {name: range(tensor.numel()) for names, tensor, _ in self._integers for name in names}
 
     @torch.no_grad()
     def materialize(self, c_GN: Tensor, groups: Groups = EVERYTHING) -> None:
         """Set the model's floating-point state to w = Σ_i c_i w_i.
 
-        Args:
-            c_GN: [G, N], each row sums to one; or [N].
-            groups: name prefixes of the tensors that each row applies to.
+        Each row of c_GN, [G, N] or [N], sums to one; it applies to the tensors whose names begin with its group's.
         """
         c_GN = c_GN.view(len(groups), self.n)
         for flat, matrix in self._blocks:
@@ -145,9 +121,10 @@ class Candidates:
             False, with the model unchanged, if the matrix is on the device: there `materialize` is faster than
             maintaining a running sum (``scripts/benchmark/evaluation.py``).
         """
-        for (flat, _), running in zip(self._blocks, self._sums, strict=False):
-            running.mean(chosen, flat.weights_D)
-            flat.push()
+        for flat, matrix in self._blocks:
+            if isinstance(matrix, Streamed):
+                matrix.average(chosen, flat.weights_D)
+                flat.push()
         return self.streamed
 
     def zero_gradient(self) -> None:
@@ -202,49 +179,28 @@ class Candidates:
             tensor.copy_(values[i])
 
     @torch.no_grad()
-    def load(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> None:
+    def load(self, specs: Specs, read_into: ReadInto) -> None:
         """Load the model's whole state from another source, such as the output file before it is published."""
         for flat, _ in self._blocks:
-            for slot in flat.slots:
-                name = present(slot.names, specs)
-                read(specs[name], name, read_into, flat.weights_D[slot.start :][: slot.numel], slot.first)
+            read_columns(flat.slots, specs, read_into, 0, flat.weights_D)
             flat.push()
         for names, tensor, _ in self._integers:
-            name = present(names, specs)
-            read(specs[name], name, read_into, tensor)
+            read(names, specs, read_into, tensor)
 
     @torch.no_grad()
-    def assign(self, specs: Mapping[str, StoredTensor], parts: Iterable[tuple[str, int, memoryview]]) -> None:
+    def assign(self, specs: Specs, parts: Iterable[tuple[str, int, memoryview]]) -> None:
         """Load the model's whole state from ``(name, byte offset, bytes)`` parts of its tensors."""
-        places = {name: (flat, slot) for flat, _ in self._blocks for slot in flat.slots for name in slot.names}
-        whole = {name: tensor for names, tensor, _ in self._integers for name in names}
+        targets = {name: (tensor.view(-1), 0) for names, tensor, _ in self._integers for name in names}
+        for flat, _ in self._blocks:
+            for slot in flat.slots:
+                targets |= dict.fromkeys(slot.names, (flat.weights_D, slot.start - slot.first))
         for name, offset, data in parts:
             values = torch.frombuffer(data, dtype=TORCH[specs[name].dtype])
-            start = offset // values.itemsize
-            if name in whole:
-                whole[name].view(-1)[start : start + len(values)] = values
-                continue
-            flat, slot = places[name]
-            start += slot.start - slot.first
-            flat.weights_D[start : start + len(values)] = values
+            vector, shift = targets[name]
+            start = offset // values.itemsize + shift
+            vector[start : start + len(values)] = values
         for flat, _ in self._blocks:
             flat.push()
-
-    def _relative_rounding_error(self) -> float:
-        """Return the largest ‖d̂ − d‖/‖d‖ over dtypes: the quantization error of the differences from the mean."""
-        error, norm = self._workers.sum(
-            torch.stack([matrix.squared_errors.cpu().double() for _, matrix in self._blocks])
-        ).T
-        return float((error / norm).nan_to_num(0.0).max().sqrt())
-
-    def _streamed(self, flat: Flat, checkpoints: Sequence[Checkpoint] | None) -> Streamed:
-        """Create a matrix kept in the files of ``checkpoints``, or in host memory if None, and its running sum."""
-        size, dtype, device = len(flat.weights_D), flat.weights_D.dtype, flat.weights_D.device
-        rows = FileRows(checkpoints, flat.slots, flat.weights_D) if checkpoints else HostRows(self.n, size, dtype)
-        matrix = Streamed(rows, self.n, size, dtype, device)
-        host_free = budget.free_memory(torch.device("cpu"))
-        self._sums.append(RunningSum(matrix, flat.slots, self.n, size, keep=16 * size < host_free))
-        return matrix
 
     def _zeros(self, groups: Groups) -> Tensor:
         widest = max((flat.gradient_Q.dtype for flat, _ in self._blocks), key=lambda dtype: dtype.itemsize)
@@ -254,26 +210,19 @@ class Candidates:
     @torch.no_grad()
     def _load(self, checkpoints: Sequence[Checkpoint], progress: Callable[[str, int, int], None]) -> None:
         """Read every row; twice if rows are stored as differences from their mean, which the first pass computes."""
-        n = len(checkpoints)
-        if not self.exact:
-            for i, checkpoint in enumerate(checkpoints):
-                for flat, matrix in self._blocks:
-                    assert matrix.mean_D is not None
-                    matrix.mean_D.add_(read_row(checkpoint, flat, matrix.row(i)), alpha=1 / n)
-                progress("averaging candidates", i + 1, n)
+        means = [(flat, matrix.mean_D) for flat, matrix in self._blocks if matrix.mean_D is not None]
+        for i, checkpoint in enumerate(checkpoints if means else ()):
+            for flat, mean_D in means:
+                mean_D.add_(read_row(checkpoint, flat), alpha=1 / self.n)
+            progress("averaging candidates", i + 1, self.n)
         for i, checkpoint in enumerate(checkpoints):
-            for k, (flat, matrix) in enumerate(self._blocks):
-                row_D = read_row(checkpoint, flat, matrix.row(i))
-                matrix.encode(i)
-                if self._sums:
-                    self._sums[k].observe(row_D)
+            for flat, matrix in self._blocks:
+                matrix.encode(i, read_row(checkpoint, flat))
             for names, tensor, values in self._integers:
-                value = torch.empty_like(tensor)
-                name = present(names, checkpoint.tensors)
-                read(checkpoint.spec(name), name, checkpoint.read_into, value)
-                values.append(value)
+                values.append(torch.empty_like(tensor))
+                read(names, checkpoint.tensors, checkpoint.read_into, values[-1])
             checkpoint.check_unchanged()
-            progress("reading candidates", i + 1, n)
+            progress("reading candidates", i + 1, self.n)
 
 
 def _column_runs(flat: Flat, matrix: Matrix, groups: Groups, stop: int) -> Iterator[tuple[Tensor, slice, int]]:

@@ -1,9 +1,7 @@
 """Choose the number of bits per element so that the candidate matrix fits the device."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,26 +11,18 @@ _SHARE: Final = 0.7  # fraction of free memory to use; the rest is left for acti
 
 
 def largest(
-    elements: int, size: int, n: int, group_size: int, device: torch.device, bits: Iterable[int], sharing: int = 1
+    elements: int, size: int, n: int, group_size: int, device: torch.device, bits: Sequence[int], sharing: int = 1
 ) -> int:
     """Return the largest of ``bits`` at which N candidates, their mean and a gradient take at most 70 % of free memory.
 
     Args:
-        elements: number of floating-point elements in the model.
-        size: their size in bytes.
-        n: the number of candidates.
-        group_size: elements that share a scale and a zero point.
-        device: device of the matrix.
+        elements, size, n, group_size, device: see `ckptavg.candidates.plan.Plan`.
         bits: candidate values in descending order; the last one is returned if nothing fits.
         sharing: number of processes that share the host memory.
     """
     free = free_memory(device) / (sharing if device.type == "cpu" else 1)
     limit = _SHARE * free - 2 * size
-    choice = 0
-    for choice in bits:
-        if matrix_bytes(elements, size, n, group_size, choice) <= limit:
-            break
-    return choice
+    return next((b for b in bits if matrix_bytes(elements, size, n, group_size, b) <= limit), bits[-1])
 
 
 def matrix_bytes(elements: int, size: int, n: int, group_size: int, bits: int) -> int:

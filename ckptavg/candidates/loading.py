@@ -1,31 +1,105 @@
-"""Read one candidate into a row of the matrix.
+"""Read a model's state from a checkpoint into flat vectors.
 
-Shape suffix: D = elements of one dtype.
+Shape suffixes: D = elements of one dtype, C = some of them, consecutive.
 """
 
-from __future__ import annotations
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from ckptavg.candidates.flat import Flat, check_tied, present, read
+from ckptavg.candidates.flat import Flat, Slot, overlapping
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.integrity import not_finite
-from ckptavg.errors import InputError
+from ckptavg.checkpoints.dtypes import FLOATING, TORCH
+from ckptavg.checkpoints.integrity import is_finite, not_finite
+from ckptavg.errors import InputError, TaskError
+from ckptavg.readers import ITEM_SIZE, StoredTensor
+
+_CHUNK: Final = 8 << 20  # bytes per read
+Specs = Mapping[str, StoredTensor]
+ReadInto = Callable[[str, int, memoryview], None]
 
 
-def read_row(checkpoint: Checkpoint, flat: Flat, row_D: Tensor) -> Tensor:
-    """Read a checkpoint into ``row_D``, tensor by tensor; raises InputError for non-finite values."""
+def read_row(checkpoint: Checkpoint, flat: Flat) -> Tensor:
+    """Read a checkpoint into the model's weights of one dtype, and return these; raises InputError if not finite."""
     for slot in flat.slots:
-        name = present(slot.names, checkpoint.tensors)
-        check_tied(checkpoint, slot.names, slot.range)
-        read(checkpoint.spec(name), name, checkpoint.read_into, row_D[slot.start :][: slot.numel], slot.first)
-    if not checkpoint.allow_nonfinite and not torch.isfinite(row_D).all():
-        bad = next(s for s in flat.slots if not torch.isfinite(row_D[s.start :][: s.numel]).all())
-        name = present(bad.names, checkpoint.tensors)
-        raise not_finite(checkpoint, name) or InputError(
-            f"its values overflow {str(row_D.dtype).removeprefix('torch.')}, its dtype in the task's model",
-            path=checkpoint.path,
-            tensor=name,
-        )
+        _check_tied(checkpoint, slot)
+    row_D = flat.weights_D
+    read_columns(flat.slots, checkpoint.tensors, checkpoint.read_into, 0, row_D)
+    if not checkpoint.allow_nonfinite and len(row_D) and not is_finite(row_D):
+        bad = next(s for s in flat.slots if s.numel and not is_finite(row_D[s.start :][: s.numel]))
+        name = _present(bad.names, checkpoint.tensors)
+        message = f"its values overflow {str(row_D.dtype).removeprefix('torch.')}, its dtype in the task's model"
+        raise not_finite(checkpoint, name) or InputError(message, path=checkpoint.path, tensor=name)
     return row_D
+
+
+def read_columns(slots: Sequence[Slot], specs: Specs, read_into: ReadInto, start: int, out_C: Tensor) -> None:
+    """Read the elements of a flat vector from ``start`` on into ``out_C``, of any device and dtype."""
+    for k, begin, end in overlapping(slots, start, start + len(out_C)):
+        first = slots[k].first + begin - slots[k].start
+        read(slots[k].names, specs, read_into, out_C[begin - start : end - start], first)
+
+
+def read(names: tuple[str, ...], specs: Specs, read_into: ReadInto, out: Tensor, first: int = 0) -> None:
+    """Read the elements of a tensor from index ``first`` into ``out`` (any shape, device and dtype, contiguous).
+
+    Data pass through one small buffer, or directly into ``out`` if it is on the host and has the file's dtype.
+    """
+    name, flat = _present(names, specs), out.view(-1)
+    count, item, dtype = flat.numel(), ITEM_SIZE[specs[name].dtype], TORCH[specs[name].dtype]
+    if not count:
+        return
+    if flat.device.type == "cpu" and flat.dtype == dtype:  # the view is valid as long as ``out`` is alive
+        read_into(name, first, memoryview((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr())).cast("B"))
+        return
+    buffer = bytearray(min(count * item, _CHUNK))
+    for start in range(0, count, _CHUNK // item):
+        length = min(_CHUNK // item, count - start)
+        read_into(name, first + start, memoryview(buffer)[: length * item])
+        flat[start : start + length] = torch.frombuffer(buffer, dtype=dtype, count=length)
+
+
+def check_names(unique: list[tuple[tuple[str, ...], Tensor]], specs: Specs) -> None:
+    """Check that the model's names, shapes and kinds of dtype (floating point or not) match the checkpoints'."""
+    extra = sorted(specs.keys() - {name for names, _ in unique for name in names})
+    missing = [names[0] for names, _ in unique if specs.keys().isdisjoint(names)]
+    if extra or missing:
+        lists = [
+            f"{label} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            for label, names in (("it lacks", extra), ("only it has", missing))
+            if names
+        ]
+        hint = "make model() the module whose state_dict() was saved, or choose the right part with --key"
+        prefix = next((name.removesuffix(missing[0]) for name in extra if missing and name.endswith(missing[0])), "")
+        if prefix and {f"{prefix}{name}" for name in missing} <= set(extra):
+            hint = f"the checkpoints' names begin with {prefix}, as if model() were an attribute of what was saved"
+        raise TaskError(f"the task's model() does not fit the checkpoints: {'; '.join(lists)}", hint=hint)
+    for names, tensor in unique:
+        name = _present(names, specs)
+        stored, mine = list(specs[name].shape), list(tensor.shape)
+        if stored != mine:
+            raise TaskError(f"the task's model() has {name} of shape {mine}, the checkpoints {stored}")
+        if (specs[name].dtype in FLOATING) != tensor.is_floating_point():
+            raise TaskError(f"the task's model() has {name} as {tensor.dtype}, the checkpoints as {specs[name].dtype}")
+
+
+def _present(names: tuple[str, ...], specs: Specs) -> str:
+    """Return the first of a tensor's names that is in the file."""
+    return next(name for name in names if name in specs)
+
+
+def _check_tied(checkpoint: Checkpoint, slot: Slot) -> None:
+    """Check that names tied in the model hold equal values in the file."""
+    stored = [name for name in slot.names if name in checkpoint.tensors]
+    if len({checkpoint.spec(name) for name in stored}) < 2:
+        return
+    contents: list[bytearray] = []
+    for name in stored:
+        contents.append(bytearray(slot.numel * ITEM_SIZE[checkpoint.spec(name).dtype]))
+        checkpoint.read_into(name, slot.first, memoryview(contents[-1]))
+    if any(content != contents[0] for content in contents):
+        message = f"is tied to {stored[0]} in the task's model, but the file holds other values"
+        raise InputError(message, path=checkpoint.path, tensor=stored[-1])

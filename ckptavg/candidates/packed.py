@@ -4,13 +4,11 @@ Shape suffixes: N = candidates, D = elements of one dtype (padded to P·F here),
 K = elements per group, H = groups.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # rounds of fitting the grid; from 8 bits on, fitting does not improve on the group's minimum and maximum
 _ROUNDS: Final = {1: 8, 2: 8, 4: 4, 8: 0, 16: 0}
@@ -36,57 +34,41 @@ class Packed:
         Lloyd 1982, Least squares quantization in PCM; low-bit projection matrices for TWA: arXiv:2205.13104v3.
     """
 
-    def __init__(self, n: int, size: int, dtype: torch.dtype, device: torch.device, *, bits: int, group: int) -> None:
+    def __init__(self, n: int, example_D: Tensor, *, bits: int, group: int) -> None:
         self._bits = bits
         self._group = group
         self._fields = max(1, 8 // bits)
-        self._columns = -(-size // (group * self._fields)) * group
-        words = torch.int16 if bits == 16 else torch.uint8
+        self._columns = -(-len(example_D) // (group * self._fields)) * group
+        device, words = example_D.device, torch.int16 if bits == 16 else torch.uint8
         self._words_NP = torch.empty(n, self._columns, dtype=words, device=device)
         self._scale_NH = torch.empty(n, self._columns * self._fields // group, device=device)
         self._zero_NH = torch.empty_like(self._scale_NH)
-        self._row_D = torch.empty(size, dtype=dtype, device=device)
-        self.mean_D = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        self.squared_errors = torch.zeros(2, device=device)  # see `Matrix.squared_errors`
+        self._mean_D = torch.zeros_like(example_D, dtype=torch.promote_types(example_D.dtype, torch.float32))
+        self.mean_D: Tensor | None = self._mean_D
+        self.nbytes = self._words_NP.nbytes + self._scale_NH.nbytes + self._zero_NH.nbytes
+        self.squared_errors = torch.zeros(2, device=device)
         self._workspace: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """See `Matrix.nbytes`."""
-        return self._words_NP.nbytes + self._scale_NH.nbytes + self._zero_NH.nbytes
-
-    @property
-    def error(self) -> float:
-        """‖d̂ − d‖/‖d‖ over all rows, where d is a row's difference from the mean."""
-        error, norm = self.squared_errors.tolist()
-        return (error / norm) ** 0.5 if norm else 0.0
-
-    def row(self, i: int) -> Tensor:
-        """See `Matrix.row`; one buffer for all rows."""
-        return self._row_D
-
-    def encode(self, i: int) -> None:
+    def encode(self, i: int, row_D: Tensor) -> None:
         """See `Matrix.encode`; the difference from the mean is encoded."""
-        fields_FP = self._words_NP.new_zeros(self._fields, self._columns)
+        words_P = self._words_NP[i].zero_()
         scale_FH, zero_FH = self._scale_NH[i].view(self._fields, -1), self._zero_NH[i].view(self._fields, -1)
         step = max(1, _ENCODED // self._group) * self._group
         for f in range(self._fields):
             for start in range(0, self._columns, step):
                 stop = min(start + step, self._columns)
                 groups = slice(start // self._group, stop // self._group)
-                first = f * self._columns + start
-                d_HK = self._difference(first, first + stop - start).view(-1, self._group)
+                columns = slice(f * self._columns + start, f * self._columns + stop)
+                d = (row_D[columns] - self._mean_D[columns]).to(torch.float32)
+                d_HK = nn.functional.pad(d, (0, stop - start - len(d))).view(-1, self._group)
                 codes_HK, scale_FH[f, groups], zero_FH[f, groups] = fit(d_HK, 2**self._bits, _ROUNDS[self._bits])
                 decoded_HK = torch.addcmul(zero_FH[f, groups].unsqueeze(1), codes_HK, scale_FH[f, groups].unsqueeze(1))
-                error = (decoded_HK - d_HK).flatten()[: max(0, len(self._row_D) - first)]  # without padding
+                error = decoded_HK.flatten()[: len(d)] - d  # without padding
                 self.squared_errors += torch.stack([error.square().sum(), d_HK.square().sum()])
-                fields_FP[f, start:stop] = self._stored(codes_HK.flatten())
+                offset = 2**15 if self._bits == 16 else 0  # int16 holds codes from -2¹⁵ on
+                words_P[start:stop] |= (codes_HK.flatten() - offset).to(words_P.dtype) << (self._bits * f)
         if self._bits == 16:
-            zero_FH += scale_FH * 2**15  # the offset that `_stored` subtracts from codes
-        packed_P = self._words_NP[i]
-        packed_P.copy_(fields_FP[0])
-        for f in range(1, self._fields):
-            packed_P |= fields_FP[f] << (self._bits * f)
+            zero_FH += scale_FH * 2**15
 
     def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
         """See `Matrix.column_blocks`; yields differences from the mean, decoded to float32 in one workspace."""
@@ -98,38 +80,20 @@ class Packed:
             self._workspace = self._scale_NH.new_empty(n * width), self._words_NP.new_empty(n * width)
         while start < stop:
             f, first = divmod(start, self._columns)
-            begin = first - first % self._group
-            last = min(begin + step, self._columns, stop - f * self._columns)
-            end = min(-(-last // self._group) * self._group, self._columns)
-            piece = self._decoded(f, begin, end)[:, first - begin : last - begin]
-            yield piece, slice(start, start + last - first)
+            begin, offset = first // self._group, f * self._columns // self._group  # groups
+            last = min(begin * self._group + step, self._columns, stop - f * self._columns)
+            end = -(-last // self._group)
+            columns, groups = slice(begin * self._group, end * self._group), slice(offset + begin, offset + end)
+            packed = self._words_NP[:, columns]
+            values, words = (buffer[: packed.numel()].view_as(packed) for buffer in self._workspace)
+            if self._fields > 1:
+                packed = torch.bitwise_right_shift(packed, self._bits * f, out=words)
+                if f < self._fields - 1:
+                    packed.bitwise_and_(2**self._bits - 1)
+            by_group = values.copy_(packed).view(n, -1, self._group)
+            by_group.mul_(self._scale_NH[:, groups].unsqueeze(2)).add_(self._zero_NH[:, groups].unsqueeze(2))
+            yield values[:, first - columns.start : last - columns.start], slice(start, start + last - first)
             start += last - first
-
-    def _difference(self, start: int, stop: int) -> Tensor:
-        """Return columns of (row − mean) in float32, zero-padded beyond the end."""
-        inside = slice(min(start, len(self._row_D)), min(stop, len(self._row_D)))
-        d = (self._row_D[inside] - self.mean_D[inside]).to(torch.float32)
-        return torch.nn.functional.pad(d, (0, stop - start - len(d)))
-
-    def _stored(self, codes: Tensor) -> Tensor:
-        return (codes - 2**15 if self._bits == 16 else codes).to(self._words_NP.dtype)
-
-    def _decoded(self, f: int, begin: int, end: int) -> Tensor:
-        """Decode columns ``begin`` to ``end`` (whole groups) of field ``f`` to [N, end − begin]."""
-        assert self._workspace is not None
-        n, width = len(self._words_NP), end - begin
-        values, words = (buffer[: n * width].view(n, width) for buffer in self._workspace)
-        packed = self._words_NP[:, begin:end]
-        if self._fields > 1:
-            packed = torch.bitwise_right_shift(packed, self._bits * f, out=words)
-            if f < self._fields - 1:
-                packed.bitwise_and_(2**self._bits - 1)
-        values.copy_(packed)
-        first = f * self._columns // self._group
-        groups = slice(first + begin // self._group, first + end // self._group)
-        by_group = values.view(n, -1, self._group)
-        by_group.mul_(self._scale_NH[:, groups].unsqueeze(2)).add_(self._zero_NH[:, groups].unsqueeze(2))
-        return values
 
 
 def fit(d_HK: Tensor, levels: int, rounds: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,9 +1,7 @@
 """Estimate the memory that learning needs before it is allocated, and suggest settings that fit."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, Self, TypeAlias
 
 import torch
 from torch import nn
@@ -21,43 +19,30 @@ _HOST: Final = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Memory needed for learning: the candidate matrix, the model and one gradient.
+    """Memory needed for learning: the candidate matrix, the model and one gradient."""
 
-    Attributes:
-        n: number of candidates.
-        elements: number of floating-point elements in the model; tied tensors count once.
-        size: their size in bytes.
-        gradient: size of the parameters among them in bytes.
-        bits: bits per element of the matrix.
-        group_size: elements that share a scale and a zero point if ``bits`` < 32.
-        offload: where the matrix is kept instead of on the device.
-        device: device of the model.
-        present: bytes of the model that are already allocated.
-        sharing: number of processes that share the host memory.
-    """
-
-    n: int
-    elements: int
-    size: int
-    gradient: int
-    bits: int
-    group_size: int
-    offload: Offload
-    device: torch.device
-    present: int = 0
-    sharing: int = 1
+    n: int  # number of candidates
+    elements: int  # floating-point elements of the model; tied tensors count once
+    size: int  # of these elements, in bytes
+    gradient: int  # size of the parameters among them, in bytes
+    bits: int  # per element of the matrix
+    group_size: int  # elements that share a scale and a zero point if bits < 32
+    offload: Offload  # where the matrix is kept instead of on the device
+    device: torch.device  # of the model
+    present: int = 0  # bytes of the model that are already allocated
+    sharing: int = 1  # processes that share the host memory
 
     @classmethod
     def of(
         cls, model: nn.Module, n: int, *, bits: int | Literal["auto"], group_size: int, offload: Offload,
         device: torch.device, parts: int = 1, sharing: int = 1,
-    ) -> Plan:  # fmt: skip
+    ) -> Self:  # fmt: skip
         """Plan for a model on its device, or for one of its ``parts`` shards; "auto" selects the most bits that fit."""
         floats = [tensor for _, tensor in unique_tensors(model) if tensor.is_floating_point()]
-        elements, size = sum(tensor.numel() for tensor in floats), sum(tensor.nbytes for tensor in floats)
-        gradient = sum(tensor.nbytes for tensor in floats if isinstance(tensor, nn.Parameter))
+        elements = sum(tensor.numel() for tensor in floats) // parts
+        size = sum(tensor.nbytes for tensor in floats) // parts
+        gradient = sum(tensor.nbytes for tensor in floats if isinstance(tensor, nn.Parameter)) // parts
         present = sum(tensor.nbytes for tensor in floats if not tensor.is_meta)
-        elements, size, gradient = elements // parts, size // parts, gradient // parts
         if bits == "auto":
             bits = budget.largest(elements, size, n, group_size, device, (EXACT, *FEWER), sharing)
         return cls(
@@ -90,44 +75,35 @@ class Plan:
 
     def __str__(self) -> str:
         """Format the breakdown as one line."""
-        storage = f" streamed ({self.offload})" if self.streamed else ""
-        if self.bits != EXACT:
-            storage = f" at {self.bits} bits"
+        streamed = f" streamed ({self.offload})" if self.streamed else ""
+        storage = f" at {self.bits} bits" if self.bits != EXACT else streamed
         parts = f"{self.n} candidates{storage} {sized(self.matrix)} + model {sized(self.size)}"
         host = f", and {sized(self.on_host)} in the host's memory" if self.on_host else ""
         return f"{parts} + gradient {sized(self.gradient)} = {sized(self.needed)} on {self.device}{host}"
 
     def check(self) -> str:
-        """Return the breakdown and the free memory as one line.
-
-        Raises:
-            OutOfMemoryError: if memory is insufficient, with the settings that would fit.
-        """
-        available = self._available()
+        """Return breakdown and free memory as one line; raises OutOfMemoryError, which names settings that fit."""
+        host = budget.free_memory(_HOST) // self.sharing
+        available = {self.device: self.present + host}  # the model already occupies its own
+        if self.device.type != "cpu":
+            available = {self.device: self.present + budget.free_memory(self.device), _HOST: host}
         if self._fits(available):
             return f"learning takes {self}; {sized(available[self.device])} free"
         free = " and ".join(f"{sized(size)} on {device}" for device, size in available.items())
         mildest = [
-            next(((setting, plan) for setting, plan in kind if plan._fits(available)), None)
-            for kind in self._smaller_plans()
+            next((f"{setting} ({sized(plan.needed)})" for setting, plan in plans if plan._fits(available)), None)
+            for plans in self._smaller_plans()
         ]
-        fitting = [f"{choice[0]} ({sized(choice[1].needed)})" for choice in mildest if choice]
+        fitting = ", ".join(filter(None, mildest))
         raise OutOfMemoryError(
             f"learning takes {self}, but only {free} is free",
-            hint=f"this would fit: {', '.join(fitting)}" if fitting else "no --bits, --offload or --last would fit",
+            hint=f"this would fit: {fitting}" if fitting else "no --bits, --offload or --last would fit",
         )
-
-    def _available(self) -> dict[torch.device, int]:
-        """Return device → bytes available, including those the model already occupies."""
-        host = budget.free_memory(_HOST) // self.sharing
-        if self.device.type == "cpu":
-            return {self.device: host + self.present}
-        return {self.device: budget.free_memory(self.device) + self.present, _HOST: host}
 
     def _fits(self, available: dict[torch.device, int]) -> bool:
         return self.needed <= available[self.device] and self.on_host <= available.get(_HOST, 0)
 
-    def _smaller_plans(self) -> list[list[tuple[str, Plan]]]:
+    def _smaller_plans(self) -> list[list[tuple[str, Self]]]:
         """Return (setting, plan) pairs that need less memory, one list per option, mildest change first."""
         targets: tuple[Offload, ...] = ("disk",) if self.device.type == "cpu" else ("cpu", "disk")
         on_device = self.offload == "none"

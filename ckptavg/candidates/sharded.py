@@ -3,17 +3,16 @@
 Shape suffixes: D = elements of one dtype on one rank, Q = parameters among them.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ckptavg.candidates.flat import Flat, Slot, flatten, unique_tensors
-from ckptavg.errors import TaskError, UsageError
+from ckptavg.candidates.flat import Flat, flatten, unique_tensors
+from ckptavg.errors import TaskError
 from ckptavg.runtime.workers import Workers
 
 
@@ -22,19 +21,14 @@ def build(make: Callable[[], nn.Module], device: torch.device, workers: Workers)
 
     Parameters stay on the meta device until `flatten_shards` allocates them; buffers are replicated on every rank.
 
-    Args:
-        make: returns the model.
-        device: this rank's device.
-        workers: all ranks; their process group must be initialized.
+    The ranks' process group must be initialized.
+
     Raises:
-        UsageError: if this torch has no FSDP2.
         TaskError: if a parameter is not in the state dict, or FSDP2 cannot shard one.
     """
-    try:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-    except ImportError as error:
-        raise UsageError("--shard needs torch 2.6 or newer") from error
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     with parameters_on_meta():
         model = make()
     in_state_dict = {id(tensor) for _, tensor in unique_tensors(model)}
@@ -59,9 +53,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     Models of transformers list the class names of their blocks in ``_no_split_modules``. In other models, a block is an
     entry of a ModuleList or Sequential that holds another entry of the same class; only the outermost are returned.
     """
-    no_split: set[str] = {
-        name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()
-    }
+    no_split = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     outermost: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
@@ -83,41 +75,34 @@ def flatten_shards(model: nn.Module, tensors: list[tuple[tuple[str, ...], Tensor
 
     local_tensors: list[tuple[tuple[str, ...], Tensor]] = []
     first: dict[tuple[str, ...], int] = {}
-    shards: dict[int, tuple[DTensor, nn.Parameter]] = {}
+    shards: list[tuple[DTensor, nn.Parameter]] = []
     for names, tensor in tensors:
         if isinstance(tensor, DTensor):
             scalar = torch.empty((), dtype=tensor.dtype, device=tensor.device_mesh.device_type)
             local = nn.Parameter(scalar.expand(tensor.to_local().shape))
             rows = -(-tensor.shape[0] // workers.world_size)  # rows per rank, as torch.chunk splits them
             first[names] = min(rows * workers.rank, tensor.shape[0]) * tensor[0].numel()
-            shards[id(tensor)] = tensor, local
-            local_tensors.append((names, local))
+            shards.append((tensor, local))
         else:
-            local_tensors.append((names, tensor))
+            local = tensor
+        local_tensors.append((names, local))
     flat = flatten(local_tensors)
     whole: dict[int, nn.Parameter] = {}
-    for key, (tensor, local) in shards.items():
-
-        def as_dtensor(shard: Tensor, tensor: DTensor = tensor) -> DTensor:
-            return DTensor.from_local(
-                shard,
-                tensor.device_mesh,
-                tensor.placements,
-                run_check=False,
-                shape=tensor.shape,
-                stride=tensor.stride(),
-            )
-
+    for tensor, local in shards:
+        mesh, shape, stride = tensor.device_mesh, tensor.shape, tensor.stride()
         assert local.grad is not None
-        whole[key] = nn.Parameter(as_dtensor(local.data))
-        whole[key].grad = as_dtensor(local.grad)
+        parameter, gradient = (
+            DTensor.from_local(shard, mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+            for shard in (local.data, local.grad)
+        )
+        whole[id(tensor)] = nn.Parameter(parameter)
+        whole[id(tensor)].grad = gradient
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in whole:
                 setattr(module, name, whole[id(parameter)])
-    slots = tuple(Slot(slot.names, slot.start, slot.numel, first.get(slot.names, 0)) for slot in flat.slots)
-    pairs = tuple((whole[key], shards[key][1].data) for key in whole)
-    return Flat(flat.weights_D, flat.gradient_Q, slots, pairs)
+    slots = tuple(replace(slot, first=first.get(slot.names, 0)) for slot in flat.slots)
+    return replace(flat, slots=slots, shards=tuple((whole[id(tensor)], local.data) for tensor, local in shards))
 
 
 @contextmanager

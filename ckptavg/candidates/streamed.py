@@ -3,191 +3,164 @@
 Shape suffixes: N = candidates, R = selected rows, D = elements of one dtype, C = columns of a piece.
 """
 
-from __future__ import annotations
-
 import ctypes
-from collections.abc import Iterator, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from itertools import pairwise
-from typing import Final, Protocol
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ckptavg.candidates.flat import Slot, overlapping, present, read
+from ckptavg.candidates import budget
+from ckptavg.candidates.flat import Flat, Slot, overlapping
+from ckptavg.candidates.loading import read_columns
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.runtime.threads import processors
 
 BUFFER: Final = 32 << 20  # bytes per piece over all rows; there are two buffers of this size
 LEAST: Final = 1 << 12  # minimum columns per piece, regardless of the number of rows
 _READERS: Final = 4  # rows read in parallel; more do not increase disk or memory throughput
+_CHUNK: Final = 1 << 18  # elements of a running sum updated at once, which fit a CPU's cache
 
-
-class Rows(Protocol):
-    """Storage of N rows of D elements off the device."""
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the rows in host memory, in bytes."""
-        ...
-
-    @property
-    def readers(self) -> int:
-        """Number of rows filled in parallel."""
-        ...
-
-    def row(self, i: int) -> Tensor:
-        """Return the [D] buffer that row ``i`` is loaded into."""
-        ...
-
-    def fill(self, i: int, start: int, out_C: Tensor) -> None:
-        """Copy columns of row ``i`` from ``start`` into ``out_C`` on the host; called from several threads."""
-        ...
-
-    def finished(self) -> None:
-        """Called at the end of a pass over the columns."""
-        ...
-
-
-class HostRows:
-    """Rows in the host's memory."""
-
-    def __init__(self, n: int, size: int, dtype: torch.dtype) -> None:
-        self._rows_ND = torch.empty(n, size, dtype=dtype)
-        self.readers = min(_READERS, processors())
-
-    @property
-    def nbytes(self) -> int:
-        """See `Rows.nbytes`."""
-        return self._rows_ND.nbytes
-
-    def row(self, i: int) -> Tensor:
-        """See `Rows.row`."""
-        return self._rows_ND[i]
-
-    def fill(self, i: int, start: int, out_C: Tensor) -> None:
-        """See `Rows.fill`."""
-        # not copy_, which would use torch's intra-op threads
-        ctypes.memmove(out_C.data_ptr(), self._rows_ND[i, start:].data_ptr(), out_C.nbytes)
-
-    def finished(self) -> None:
-        """See `Rows.finished`."""
-
-
-class FileRows:
-    """Rows in the checkpoint files, read by ``pread`` in every pass: a memory map raises SIGBUS if a file shrinks.
-
-    Args:
-        checkpoints: the N candidates, open.
-        slots: position of each tensor in a row.
-        weights_D: [D], buffer for checking each row once at load time: the model's weights, not yet in use.
-    """
-
-    nbytes = 0
-    readers = _READERS  # on one processor too: readers mostly wait for the disk
-
-    def __init__(self, checkpoints: Sequence[Checkpoint], slots: Sequence[Slot], weights_D: Tensor) -> None:
-        self._checkpoints = checkpoints
-        self._slots = slots
-        self._weights_D = weights_D
-
-    def row(self, i: int) -> Tensor:
-        """See `Rows.row`; one buffer for all rows."""
-        return self._weights_D
-
-    def fill(self, i: int, start: int, out_C: Tensor) -> None:
-        """See `Rows.fill`."""
-        checkpoint = self._checkpoints[i]
-        for k, begin, end in overlapping(self._slots, start, start + len(out_C)):
-            slot = self._slots[k]
-            name = present(slot.names, checkpoint.tensors)
-            out = out_C[begin - start : end - start]
-            read(checkpoint.spec(name), name, checkpoint.read_into, out, slot.first + begin - slot.start)
-
-    def finished(self) -> None:
-        """See `Rows.finished`; raises InputError if a file changed during the pass."""
-        for checkpoint in self._checkpoints:
-            checkpoint.check_unchanged()
+Piece: TypeAlias = "tuple[_Lane, Tensor, slice]"  # lane, its rows [R, C] in host memory, columns
 
 
 class Streamed:
-    """The matrix [N, D] with at most two pieces on the device; see `ckptavg.candidates.Matrix`.
+    """The matrix [N, D] with at most two pieces on the device; see `ckptavg.candidates.matrix.Matrix`.
 
     While one piece is processed, threads read the next into the other buffer. On CUDA, buffers are pinned and a side
     stream overlaps copies with compute; the host waits for a copy only before reusing its buffer.
+
+    Args:
+        checkpoints: the N candidates, open.
+        flat: the model's tensors of one dtype.
+        in_files: read rows from the checkpoint files in every pass, by ``pread``, because a memory map raises SIGBUS if
+            a file shrinks; otherwise they are kept in host memory.
     """
 
-    mean_D = None
+    mean_D: Tensor | None = None
     squared_errors = torch.zeros(2)
 
-    def __init__(self, rows: Rows, n: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.rows = rows
-        self._n = n
-        self._columns = columns(n, size, dtype.itemsize)
+    def __init__(self, checkpoints: Sequence[Checkpoint], flat: Flat, *, in_files: bool) -> None:
+        n, size = len(checkpoints), len(flat.weights_D)
+        dtype, device = flat.weights_D.dtype, flat.weights_D.device
+        self._checkpoints = checkpoints
+        self._slots = flat.slots
+        self._rows_ND = None if in_files else torch.empty(n, size, dtype=dtype)
+        self._sum = RunningSum(n, size, flat.slots)
         side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._lanes = [_Lane(n * self._columns, dtype, device, side) for _ in range(2)]
-        self._pool = ThreadPoolExecutor(rows.readers, thread_name_prefix="candidates")
+        numel = n * columns(n, size, dtype.itemsize)
+        self._lanes = [_Lane(numel, dtype, device, side) for _ in range(2)]
+        self.nbytes = sum(lane.host.nbytes for lane in self._lanes)
+        # on one processor too, readers mostly wait for the disk
+        readers = _READERS if in_files else min(_READERS, processors())
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="candidates")
 
-    @property
-    def nbytes(self) -> int:
-        """See `Matrix.nbytes`; the size of the buffers."""
-        return sum(lane.nbytes for lane in self._lanes)
-
-    def row(self, i: int) -> Tensor:
-        """See `Matrix.row`."""
-        return self.rows.row(i)
-
-    def encode(self, i: int) -> None:
-        """See `Matrix.encode`; rows are stored as loaded."""
+    def encode(self, i: int, row_D: Tensor) -> None:
+        """See `Matrix.encode`."""
+        self._sum.observe(row_D)
+        if self._rows_ND is not None:
+            self._rows_ND[i] = row_D
 
     def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
         """See `Matrix.column_blocks`."""
-        for lane, host_NC, part in self._read(range(self._n), start, stop):
+        for lane, host_NC, part in self._read(range(len(self._checkpoints)), start, stop):
             piece_NC = lane.on_device(host_NC)
             yield (piece_NC if piece_NC.itemsize >= 4 else piece_NC.to(torch.float32)), part
             lane.mark_used()
 
-    def on_host(self, rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
-        """Yield ([R, C], columns) of selected rows, on the host and in their dtype; valid until the next piece."""
-        for _, host_RC, part in self._read(rows, start, stop):
-            yield host_RC, part
+    def average(self, chosen: Sequence[int], out_D: Tensor) -> None:
+        """Write the mean of the rows ``chosen`` to ``out_D``; see `RunningSum`."""
+        self._sum.mean(chosen, lambda rows: self._read(rows, 0, len(out_D)), out_D)
 
-    def _read(self, rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[_Lane, Tensor, slice]]:
-        """Yield (lane, host buffer, columns) of each piece while the next one is being read."""
+    def _read(self, rows: Sequence[int], start: int, stop: int) -> Iterator[Piece]:
+        """Yield the pieces of some rows, each while the next one is read into the other lane."""
         width = len(self._lanes[0].host) // max(1, len(rows))
-        edges = [*range(start, stop, width), stop]
-        parts = [slice(*edge) for edge in pairwise(edges)]
-        pending: list[Future[None]] = []
-        ahead = self._start(0, parts, rows, pending)
+        started: deque[tuple[Piece, list[Future[None]]]] = deque()
         try:
-            for k, part in enumerate(parts):
-                piece_RC, reading = ahead
-                ahead = self._start(k + 1, parts, rows, pending)
-                for future in reading:
-                    future.result()
-                yield self._lanes[k % 2], piece_RC, part
-            self.rows.finished()
+            for k, begin in enumerate(range(start, stop + width, width)):
+                if begin < stop:
+                    lane, part = self._lanes[k % 2], slice(begin, min(begin + width, stop))
+                    lane.wait_until_copied()
+                    length = part.stop - begin
+                    piece_RC = lane.host[: len(rows) * length].view(len(rows), length)
+                    fills = [
+                        self._pool.submit(self._fill, i, begin, out_C) for i, out_C in zip(rows, piece_RC, strict=True)
+                    ]
+                    started.append(((lane, piece_RC, part), fills))
+                if k > 0:
+                    piece, fills = started[0]
+                    for fill in fills:
+                        fill.result()
+                    yield piece
+                    started.popleft()
+            for checkpoint in self._checkpoints if self._rows_ND is None else ():
+                checkpoint.check_unchanged()
         finally:
-            wait(pending)  # otherwise an abandoned pass would write into the buffers of the next
+            wait([fill for _, fills in started for fill in fills])  # an abandoned pass must not write into the next
 
-    def _start(
-        self, k: int, parts: Sequence[slice], rows: Sequence[int], pending: list[Future[None]]
-    ) -> tuple[Tensor, list[Future[None]]]:
-        """Start reading piece ``k``, if it exists, into the buffer of piece ``k - 2``."""
-        lane = self._lanes[k % 2]
-        if k >= len(parts):
-            return lane.host, []
-        lane.wait_until_copied()
-        start, width = parts[k].start, parts[k].stop - parts[k].start
-        piece_RC = lane.host[: len(rows) * width].view(len(rows), width)
-        reading = [self._pool.submit(self.rows.fill, i, start, out_C) for i, out_C in zip(rows, piece_RC, strict=True)]
-        pending[:] = [future for future in pending if not future.done()] + reading
-        return piece_RC, reading
+    def _fill(self, i: int, start: int, out_C: Tensor) -> None:
+        """Copy columns of row ``i`` from ``start`` into ``out_C`` on the host; called from several threads."""
+        if self._rows_ND is None:
+            read_columns(self._slots, self._checkpoints[i].tensors, self._checkpoints[i].read_into, start, out_C)
+        else:  # not copy_, which would use torch's intra-op threads
+            ctypes.memmove(out_C.data_ptr(), self._rows_ND[i, start:].data_ptr(), out_C.nbytes)
 
 
-def columns(n: int, size: int, itemsize: int) -> int:
-    """Return the number of columns per piece of N rows."""
-    return max(1, min(size, max(LEAST, BUFFER // (n * itemsize))))
+class RunningSum:
+    """Σ_{i ∈ S} w_i for a subset S that changes by a few candidates at a time.
+
+    Only the rows in which a subset differs from the previous one are read. Each term is first rounded to a multiple of
+    q = 2^e·2⁻⁵², where 2^e > 2N·max|w| is a power of two per tensor and the maximum is over all candidates. Every sum
+    of such terms is representable in float64, so additions and subtractions are exact: the mean of a subset has the
+    same bits regardless of the preceding subsets, also in a resumed run. It is within N·2⁻⁵⁰·max|w| of the exact mean
+    before it is rounded to the model's dtype.
+
+    Memory: 8 bytes per element on the host; if that is more than half of the free memory, the sum is not kept, and
+    every subset is summed from scratch, to the same bits.
+    """
+
+    def __init__(self, n: int, size: int, slots: Sequence[Slot]) -> None:
+        self._n = n
+        self._slots = slots
+        self._largest = [0.0] * len(slots)
+        keep = 16 * size < budget.free_memory(torch.device("cpu"))
+        self._sum_D = torch.zeros(size, dtype=torch.float64) if keep else None
+        self._summed: frozenset[int] = frozenset()
+        self._total, self._term = torch.empty(2, min(size, _CHUNK), dtype=torch.float64)
+
+    def observe(self, row_D: Tensor) -> None:
+        """Update max|w| from a row; must be called for every row before the first `mean`."""
+        parts = [row_D[slot.start :][: slot.numel] for slot in self._slots]
+        largest = torch.stack([part.abs().max() if len(part) else part.new_zeros(()) for part in parts]).tolist()
+        self._largest = list(map(max, self._largest, largest))
+
+    def mean(self, chosen: Sequence[int], read: Callable[[Sequence[int]], Iterator[Piece]], out_D: Tensor) -> None:
+        """Write the mean of the rows ``chosen`` to ``out_D``, of any dtype and on any device; ``read`` yields rows."""
+        wanted, before = frozenset(chosen), self._summed
+        if len(wanted ^ before) > len(wanted):
+            before = frozenset[int]()
+        self._summed = frozenset()  # until the pass completes: an interrupted one leaves the sum partly updated
+        changed = sorted(wanted ^ before)
+        for _, rows, part in read(changed):
+            for k, begin, end in overlapping(self._slots, part.start, part.stop):
+                shift = math.ldexp(1.5, math.frexp(2 * self._n * self._largest[k])[1])
+                for start in range(begin, end, _CHUNK):
+                    stop = min(start + _CHUNK, end)
+                    total_C, term_C = self._total[: stop - start], self._term[: stop - start]
+                    if self._sum_D is not None:
+                        total_C = self._sum_D[start:stop]
+                    if not before:
+                        total_C.zero_()
+                    for i, row_C in zip(changed, rows, strict=True):
+                        # adding 1.5·2⁵²·q rounds a number to a multiple of q
+                        term_C.copy_(row_C[start - part.start : stop - part.start]).add_(shift).sub_(shift)
+                        total_C.add_(term_C, alpha=1 if i in wanted else -1)
+                    out_D[start:stop] = torch.div(total_C, len(wanted), out=term_C).to(out_D.dtype)
+        if self._sum_D is not None:
+            self._summed = wanted
 
 
 class _Lane:
@@ -198,16 +171,10 @@ class _Lane:
         self._staged = None if device.type == "cpu" else torch.empty(numel, dtype=dtype, device=device)
         self._device = device
         self._side = side
-        self._copied = torch.cuda.Event() if side else None
-        self._used = torch.cuda.Event() if side else None
+        self._copied, self._used = (torch.cuda.Event(), torch.cuda.Event()) if side else (None, None)
         self.mark_used()  # by earlier work on the same memory
 
-    @property
-    def nbytes(self) -> int:
-        return self.host.nbytes
-
     def on_device(self, host: Tensor) -> Tensor:
-        """Return the host buffer's contents on the device."""
         if self._staged is None:
             return host
         staged = self._staged[: host.numel()].view(host.shape)
@@ -229,3 +196,8 @@ class _Lane:
         """Block until the host buffer may be overwritten."""
         if self._copied is not None:
             self._copied.synchronize()
+
+
+def columns(n: int, size: int, itemsize: int) -> int:
+    """Return the number of columns per piece of N rows."""
+    return max(1, min(size, max(LEAST, BUFFER // (n * itemsize))))

@@ -4,14 +4,11 @@ A file is written next to its destination under a temporary name and renamed las
 its writer is alive, so the next run can recognize and remove those of killed runs.
 """
 
-from __future__ import annotations
-
-import contextlib
 import errno
 import os
 import re
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -20,17 +17,13 @@ from ckptavg.filesystem import lock
 
 
 class Temporary:
-    """A new temporary file next to ``destination``, open and locked.
-
-    Raises:
-        OSError: if it cannot be created.
-    """
+    """A new temporary file next to ``destination``, open and locked; raises OSError if it cannot be created."""
 
     def __init__(self, destination: Path) -> None:
         self._owned = True
         self.path = destination.with_name(f".{destination.name}.{os.getpid()}.ckptavg-tmp")
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with contextlib.suppress(OSError):  # a file system without locks: no run will remove it either
+        with suppress(OSError):  # a file system without locks: no run will remove it either
             lock.hold(self.fd)
 
     @classmethod
@@ -50,9 +43,9 @@ class Temporary:
     def remove(self) -> None:
         """Close the file and unlink the temporary name; if that fails, the next run removes it."""
         if self._owned:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.unlink(self.path)  # noqa: PTH108
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             lock.release(self.fd)
 
 
@@ -60,37 +53,28 @@ class Temporary:
 def temporary_file(path: Path, data: bytes) -> Generator[Callable[[], None]]:
     """Write a small file under a temporary name, flushed; yields a function that renames it, replacing ``path``.
 
-    Raises:
-        OutputError: if it cannot be written.
+    Both raise OutputError if it cannot be written.
     """
-
-    def publish() -> None:
+    with ExitStack() as stack:
         try:
-            os.replace(file.path, path)  # noqa: PTH105
-        except OSError as error:
-            raise_output_error(path, error, len(data))
-
-    try:
-        file = Temporary(path)
-    except OSError as error:
-        raise_output_error(path, error, len(data))
-    try:
-        try:
+            file = Temporary(path)
+            stack.callback(file.remove)
             file.write(data, 0)
             os.fsync(file.fd)
         except OSError as error:
             raise_output_error(path, error, len(data))
+
+        def publish() -> None:
+            try:
+                os.replace(file.path, path)  # noqa: PTH105
+            except OSError as error:
+                raise_output_error(path, error, len(data))
+
         yield publish
-    finally:
-        file.remove()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file atomically, replacing an existing one.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
+    """Write a small file atomically, replacing an existing one; raises OutputError if it cannot be written."""
     with temporary_file(path, data) as publish:
         publish()
     flush_folder(path)
@@ -102,11 +86,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def stale_temporaries(folder: Path, name: str | None = None) -> list[Path]:
-    """List temporary files whose writers are dead.
+    """List the temporary files in ``folder`` whose writers are dead, of the destination ``name`` or of any.
 
-    Args:
-        folder: the directory to search; the list is empty if it cannot be read.
-        name: file name of their destination; None matches any.
+    The list is empty if the directory cannot be read.
     """
     pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.\d+\.ckptavg-tmp", re.DOTALL)
     try:
@@ -126,11 +108,7 @@ def longest_name(folder: Path) -> int:
 
 
 def flush_folder(path: Path) -> None:
-    """Fsync the directory of a file, so that its name survives a power cut.
-
-    Raises:
-        OutputError: if the directory cannot be flushed.
-    """
+    """Fsync the directory of a file, so that its name survives a power cut; raises OutputError if that fails."""
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -1,27 +1,19 @@
 """Locks on open files, released by the kernel whenever their process dies."""
 
-from __future__ import annotations
-
 import fcntl
 import os
+import re
 import socket
 import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Final
 
 from ckptavg.errors import OutputExistsError
 
-_SINCE: Final = "%Y-%m-%d %H:%M:%S UTC"
-
 
 def hold(fd: int) -> bool:
-    """Lock an open file for this process; returns False if another process holds the lock.
-
-    Raises:
-        OSError: if the file system has no locks.
-    """
+    """Lock an open file; returns False if another process holds the lock, raises OSError if there are no locks here."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -68,34 +60,26 @@ def take(path: Path, output: Path) -> int:
                 f"another run is writing it ({owner or 'another process'})", path=output,
                 hint="wait for it, or choose another -o",
             )  # fmt: skip
-        if _is_same_file(path, fd):
-            owner = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime(_SINCE, time.gmtime())}\n"
-            with suppress(OSError):  # on a full disk the owner is not recorded
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, owner.encode(), 0)
-            return fd
+        with suppress(FileNotFoundError):  # the owner has just finished and removed the file
+            if os.path.samestat(path.stat(), os.fstat(fd)):
+                since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+                with suppress(OSError):  # on a full disk the owner is not recorded
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+                return fd
         release(fd)
 
 
-def _is_same_file(path: Path, fd: int) -> bool:
-    with suppress(FileNotFoundError):
-        return os.path.samestat(path.stat(), os.fstat(fd))
-    return False
-
-
 def _is_alive(owner: str) -> bool:
-    words = owner.split()
-    if len(words) < 4 or not words[1].isdecimal():
-        return False  # no owner recorded
-    if words[3] != socket.gethostname():
-        return True
-    try:
-        os.kill(int(words[1]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    recorded = re.match(r"process (\d+) on (\S+)", owner)
+    if recorded and recorded[2] == socket.gethostname():
+        try:
+            os.kill(int(recorded[1]), 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+    return recorded is not None
 
 
 @cache
@@ -104,9 +88,8 @@ def _held() -> set[int]:
     held: set[int] = set()
 
     def forget() -> None:
-        for fd in held:
-            os.close(fd)
-        held.clear()
+        while held:
+            os.close(held.pop())
 
     os.register_at_fork(after_in_child=forget)
     return held

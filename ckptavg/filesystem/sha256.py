@@ -1,7 +1,5 @@
 """Compute SHA-256 digests of open files from bytes that are read for other purposes."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,8 +35,7 @@ def hash_while_reading(files: Iterable[RegularFile], threads: int) -> Generator[
     def digest(file: RegularFile) -> str:
         if file.sha256 is None:
             with ThreadPoolExecutor(threads) as pool:
-                for unhashed, hexdigest in zip(hashes, pool.map(Hash.hexdigest, hashes.values()), strict=True):
-                    unhashed.sha256 = hexdigest
+                list(pool.map(Hash.hexdigest, hashes.values()))
         assert file.sha256 is not None
         return file.sha256
 
@@ -54,20 +51,13 @@ def hash_while_reading(files: Iterable[RegularFile], threads: int) -> Generator[
 
 def sha256(file: RegularFile, stop: Event | None = None) -> str:
     """Return the SHA-256 of an open file in hexadecimal, computed once; empty if ``stop`` was set in the meantime."""
-    if file.sha256 is None:
-        hexdigest = Hash(file, stop).hexdigest()
-        if stop and stop.is_set():
-            return ""
-        file.sha256 = hexdigest
-    return file.sha256
+    return file.sha256 or Hash(file, stop).hexdigest()
 
 
 class Hash:
     """Incremental SHA-256 of an open file, from bytes read by other code; reads the remaining bytes itself.
 
-    Args:
-        file: the file; `update` may be its listener.
-        stop: if set, `hexdigest` stops reading and its result is invalid.
+    `update` may be the file's listener. `hexdigest` stops reading as soon as ``stop`` is set.
     """
 
     def __init__(self, file: RegularFile, stop: Event | None = None) -> None:
@@ -86,10 +76,13 @@ class Hash:
                 self._done = offset + len(data)
 
     def hexdigest(self) -> str:
-        """Return the SHA-256 of the whole file."""
+        """Return the SHA-256 of the whole file and record it in ``file.sha256``; empty if ``stop`` was set."""
         with self._lock:
             self._read_to(self._file.size)
-        return self._sha256.hexdigest()
+        if self._stop and self._stop.is_set():
+            return ""
+        self._file.sha256 = self._sha256.hexdigest()
+        return self._file.sha256
 
     def _read_to(self, offset: int) -> None:
         buffer = memoryview(bytearray(min(_CHUNK, max(0, offset - self._done))))

@@ -1,7 +1,5 @@
 """Read small JSON files that accompany checkpoints; their content is untrusted."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -36,11 +34,11 @@ def strict_json(text: str) -> Any:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            seen: set[str] = set()
-            duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise ValueError(f"key {duplicate!r} occurs twice")
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ValueError(f"key {key!r} occurs twice")
+            result[key] = value
         return result
 
     def constant(name: str) -> NoReturn:

@@ -168,13 +168,13 @@ def test_bits_are_the_same_if_the_sum_is_not_kept(tmp_path: Path, monkeypatch: p
 def test_a_new_subset_reads_only_the_rows_that_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     one = Candidates(network(), checkpoints(tmp_path, network()), ignore, offload="disk")
     read: set[int] = set()
-    fill = streamed.FileRows.fill
+    fill = streamed.Streamed._fill
 
-    def recording(self: streamed.FileRows, i: int, start: int, out: Tensor) -> None:
+    def recording(self: streamed.Streamed, i: int, start: int, out: Tensor) -> None:
         read.add(i)
         fill(self, i, start, out)
 
-    monkeypatch.setattr(streamed.FileRows, "fill", recording)
+    monkeypatch.setattr(streamed.Streamed, "_fill", recording)
     for chosen, expected in (([0, 2, 3], {0, 2, 3}), ([0, 2, 3, 5], {5}), ([0, 2, 5], {3}), ([0, 2, 5], set()),
                              ([1], {1}), ([0, 1, 2, 3, 4], {0, 2, 3, 4})):  # fmt: skip
         read.clear()
@@ -186,15 +186,15 @@ def test_the_sum_is_recomputed_after_a_failed_pass(tmp_path: Path, monkeypatch: 
     files = checkpoints(tmp_path, network())
     one, other = (Candidates(network(), files, ignore, offload="disk") for _ in range(2))
     one.average([0, 1, 2])
-    fill, calls = streamed.FileRows.fill, itertools.count()
+    fill, calls = streamed.Streamed._fill, itertools.count()
 
-    def broken(self: streamed.FileRows, i: int, start: int, out: Tensor) -> None:
+    def broken(self: streamed.Streamed, i: int, start: int, out: Tensor) -> None:
         if next(calls) == 3:
             raise InputError("is gone")
         fill(self, i, start, out)
 
     with monkeypatch.context() as patch, pytest.raises(InputError, match="is gone"):
-        patch.setattr(streamed.FileRows, "fill", broken)
+        patch.setattr(streamed.Streamed, "_fill", broken)
         one.average([0, 1, 2, 3])
     for each in (one, other):
         each.average([0, 1, 2, 3])

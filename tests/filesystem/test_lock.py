@@ -60,8 +60,11 @@ def test_a_process_of_another_user_counts_as_alive(monkeypatch: pytest.MonkeyPat
     assert lock._is_alive(f"process 5 on {socket.gethostname()} since then")
 
 
-def test_a_lock_file_removed_by_its_owner_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The owner finishes between the opening and the locking of its lock file."""
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lock_file_removed_by_its_owner_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+):
+    """The owner finishes between the opening and the locking of its lock file, and another run may create one."""
     path, real = tmp_path / "out.ckptavg" / "lock", lock.hold
     calls: list[int] = []
 
@@ -69,6 +72,8 @@ def test_a_lock_file_removed_by_its_owner_is_created_again(tmp_path: Path, monke
         calls.append(fd)
         if len(calls) == 1:
             path.unlink()
+            if replaced:
+                path.touch()
         return real(fd)
 
     monkeypatch.setattr(lock, "hold", hold)
