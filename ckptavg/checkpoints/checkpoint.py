@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from ckptavg.errors import InputError, excluding, printable
 from ckptavg.filesystem.regular_file import is_folder
-from ckptavg.readers import Reader, StoredTensor
+from ckptavg.readers import ITEM_SIZE, Reader, StoredTensor
+
+_CHUNK: Final = 1 << 20  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,3 +106,15 @@ class Checkpoint:
     def size(self) -> int:
         """Total size of its files in bytes."""
         return sum(file.size for file in self.reader.files)
+
+
+def chunks(
+    spec: StoredTensor, name: str, read_into: Callable[[str, int, memoryview], None]
+) -> Iterator[tuple[int, bytearray]]:
+    """Yield (index of the first element, bytes) of a tensor in order; each chunk is valid until the next."""
+    item, chunk = ITEM_SIZE[spec.dtype], bytearray()
+    for start in range(0, spec.numel, _CHUNK // item):
+        size = min(_CHUNK, spec.nbytes - start * item)
+        chunk = chunk if len(chunk) == size else bytearray(size)
+        read_into(name, start, memoryview(chunk))
+        yield start, chunk

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -32,7 +33,7 @@ class Manifest:
 
     def __init__(self) -> None:
         self.unlisted: list[Path] = []
-        self._cache: dict[Path, Mapping[str, str] | None] = {}
+        self._sums = cache(_read)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Compare each file of ``checkpoint`` with its sum in the nearest list: that of its directory, of a parent
@@ -42,20 +43,15 @@ class Manifest:
             InputError: if a sum differs, or a list is not in the format of sha256sum.
         """
         for file in checkpoint.reader.files:
-            lists = {
-                os.path.relpath(file.path, folder): sums
-                for folder in self._folders(checkpoint, file.path)
-                if (sums := self._sums(folder)) is not None
-            }
-            expected = next((sums[name] for name, sums in lists.items() if name in sums), None)
+            folders, top = list(file.path.parents), checkpoint.path.parent
+            folders = folders[: folders.index(top) + 1] if top in folders else folders[:1]
+            lists = {os.path.relpath(file.path, folder): self._sums(folder) for folder in folders}
+            expected = next((sums[name] for name, sums in lists.items() if sums and name in sums), None)
             if expected is None:
-                self.unlisted += [file.path] if lists else []
+                self.unlisted += [file.path] if any(sums is not None for sums in lists.values()) else []
             elif (actual := sha256(file)) != expected:
-                raise InputError(
-                    f"its SHA-256 is {actual[:16]}…, but by {NAME} {expected[:16]}…: damaged, or changed since",
-                    path=file.path,
-                    hint=checkpoint.hint,
-                )
+                what = f"its SHA-256 is {actual[:16]}…, but by {NAME} {expected[:16]}…: damaged, or changed since"
+                raise InputError(what, path=file.path, hint=checkpoint.hint)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -64,17 +60,6 @@ class Manifest:
             return ()
         more = f" and {len(self.unlisted) - 1} more" if len(self.unlisted) > 1 else ""
         return (f"{self.unlisted[0]}{more}: not in {NAME}, so not compared with it",)
-
-    def _folders(self, checkpoint: Checkpoint, path: Path) -> list[Path]:
-        top = checkpoint.path.parent
-        folders = list(path.parents)
-        return folders[: folders.index(top) + 1] if top in folders else folders[:1]
-
-    def _sums(self, folder: Path) -> Mapping[str, str] | None:
-        if folder not in self._cache:
-            path = folder / NAME
-            self._cache[folder] = _read(path) if os.path.lexists(path) else None
-        return self._cache[folder]
 
 
 def agreed(file: RegularFile, found: str) -> str:
@@ -90,9 +75,11 @@ def agreed(file: RegularFile, found: str) -> str:
     return found
 
 
-def _read(path: Path) -> Mapping[str, str]:
-    """Parse ``SHA256SUMS``: name relative to its directory → SHA-256."""
-    sums: dict[str, str] = {}
+def _read(folder: Path) -> Mapping[str, str] | None:
+    """Parse a directory's ``SHA256SUMS``, if it has one: name relative to the directory → SHA-256."""
+    path, sums = folder / NAME, dict[str, str]()
+    if not os.path.lexists(path):
+        return None
     with RegularFile(path) as file:
         if file.size > MAX_SIZE:
             raise InputError(f"{file.size} bytes, more than {MAX_SIZE}", path=path)

@@ -6,17 +6,16 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.listing import LeftOut, list_checkpoints
 from ckptavg.checkpoints.window import Window
 from ckptavg.filesystem.regular_file import is_folder
 from ckptavg.runtime import signals
-
-if TYPE_CHECKING:
-    from ckptavg.checkpoints.checkpoint import Checkpoint
-    from ckptavg.runtime.progress import Watch
+from ckptavg.runtime.progress import Watch
 
 SETTLED: Final = 60.0  # seconds without a change after which a file counts as complete
 _LOOK_EVERY: Final = 1.0  # seconds
@@ -65,11 +64,9 @@ def _state(paths: Sequence[Path], window: Window) -> dict[Path, tuple[int, int, 
         wanted = [place.path for place in list_checkpoints(path, order, left_out) if window.admits(place.name)]
         wanted += [one.path for one in left_out if one.kind == "warning" and window.admits(one.path.name)]
         for file in (file for place in wanted for file in _files(place)):
-            try:
+            with suppress(OSError):  # gone meanwhile, or not to be opened either
                 status = file.stat()
-            except OSError:
-                continue  # gone meanwhile, or not to be opened either
-            found[file] = (status.st_ino, status.st_size, status.st_ctime_ns)
+                found[file] = (status.st_ino, status.st_size, status.st_ctime_ns)
     return found
 
 
