@@ -9,12 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.checkpoint import Checkpoint, chunks
 from ckptavg.errors import InputError, OutputError
 from ckptavg.filesystem.atomic import flush_folder, write_bytes
 from ckptavg.filesystem.regular_file import is_file, is_folder
 from ckptavg.filesystem.strict_json import read_json
-from ckptavg.readers import ITEM_SIZE, StoredTensor, entries
+from ckptavg.readers import StoredTensor, entries
 
 PATTERNS: Final = (
     "config.json", "generation_config.json", "*_config.json", "preprocessor_config.json", "tokenizer*", "vocab*",
@@ -23,7 +23,6 @@ PATTERNS: Final = (
 _ADAPTER: Final = "adapter_config.json"
 _HEADS: Final = ("lm_head", "embed_out", "output_layer", "cls.predictions.decoder")
 _EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in")
-_CHUNK: Final = 1 << 20  # elements per comparison
 
 
 def check(folder: Path) -> None:
@@ -33,11 +32,8 @@ def check(folder: Path) -> None:
         OutputError: naming the index.
     """
     for index in sorted(folder.glob("*.index.json")):
-        raise OutputError(
-            "belongs to a sharded model that loaders would mix with the new file",
-            path=index,
-            hint="choose an empty directory",
-        )
+        message = "belongs to a sharded model that loaders would mix with the new file"
+        raise OutputError(message, path=index, hint="choose an empty directory")
 
 
 @contextmanager
@@ -80,26 +76,25 @@ def check_tied(
         OutputError: naming the two tensors.
     """
     config = _read_json(checkpoint.folder / "config.json")
-    text: Any = config.get("text_config")
-    if not (config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))):
+    parts: tuple[Any, ...] = (config, config.get("text_config"))
+    if not any(isinstance(part, dict) and part.get("tie_word_embeddings") for part in parts):
         return
     heads = [name for name in specs if name.rpartition(".")[0].endswith(_HEADS) and name.endswith(".weight")]
-    inputs = [name for name in specs if name.removesuffix(".weight").endswith(_EMBEDDINGS)]
-    for head in heads:
-        for table in inputs:
-            if specs[head].shape == specs[table].shape and not _equal(specs[head], head, table, read_into):
-                raise OutputError(f"{head} and {table} differ, but config.json ties them", path=checkpoint.path)
+    tables = [name for name in specs if name.removesuffix(".weight").endswith(_EMBEDDINGS)]
+    for head, table in ((head, table) for head in heads for table in tables if specs[head].shape == specs[table].shape):
+        pairs = zip(*(chunks(specs[head], name, read_into) for name in (head, table)), strict=True)
+        if any(ours != others for ours, others in pairs):
+            raise OutputError(f"{head} and {table} differ, but config.json ties them", path=checkpoint.path)
 
 
 def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str, Any] | None = None) -> list[str]:
     """Copy the companion files of ``checkpoint`` into ``folder``, each atomically; existing files are kept.
 
-    The dtype in config.json, which transformers uses for loading, is set to that of the file.
-
     Args:
         checkpoint: the checkpoint whose files are copied.
         folder: the destination.
-        dtype: dtype of the file's floating-point tensors, such as ``bfloat16``; comma-separated if there are several.
+        dtype: dtype of the file's floating-point tensors, such as ``bfloat16``, which transformers reads in config.json
+            and loads; comma-separated if there are several.
         adapter: content of adapter_config.json, if it differs from the candidates'.
     Returns:
         The names copied.
@@ -159,14 +154,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except InputError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _equal(spec: StoredTensor, first: str, second: str, read_into: Callable[[str, int, memoryview], None]) -> bool:
-    item = ITEM_SIZE[spec.dtype]
-    for start in range(0, spec.numel, _CHUNK):
-        buffers = [bytearray(min(_CHUNK, spec.numel - start) * item) for _ in range(2)]
-        for name, buffer in zip((first, second), buffers, strict=True):
-            read_into(name, start, memoryview(buffer))
-        if buffers[0] != buffers[1]:
-            return False
-    return True

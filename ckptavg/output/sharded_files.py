@@ -34,40 +34,27 @@ class ShardedFiles:
         self, folder: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], largest: str,
         *, force: bool = False, workers: Workers = ALONE,
     ) -> None:  # fmt: skip
-        """Reserve the space of all shards.
+        """Reserve the space of all shards; other arguments and errors are those of `SafetensorsFile`.
 
         Args:
             folder: the output directory; it must exist.
-            specs: name → dtype and shape.
-            metadata: metadata of every shard.
             largest: maximum size of a shard, such as ``5GB``.
-            force: replace existing files.
-            workers: the ranks that write the files together; see `SafetensorsFile`.
         Raises:
             UsageError: if ``largest`` is not a size, or huggingface_hub is missing.
-            OutputExistsError, OutputError: see `SafetensorsFile`.
         """
         self.path = folder / INDEX
         self.sha256 = ""
         workers.on_rank_zero(lambda: preflight(self.path, force))
         split = split_names(specs, largest)
-        self._index = json.dumps(
-            {"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2, sort_keys=True
-        )
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        self._index = json.dumps(index, indent=2, sort_keys=True).encode()
         self._file_of: Mapping[str, str] = split.tensor_to_filename
+        self._files: dict[str, SafetensorsFile] = {}
         with ExitStack() as stack:
-            self._files = {
-                name: stack.enter_context(
-                    SafetensorsFile(
-                        folder / name,
-                        {tensor: specs[tensor] for tensor in tensors},
-                        metadata,
-                        force=force,
-                        workers=workers,
-                    )
-                )
-                for name, tensors in split.filename_to_tensors.items()
-            }
+            for name, tensors in split.filename_to_tensors.items():
+                inside = {tensor: specs[tensor] for tensor in tensors}
+                shard = SafetensorsFile(folder / name, inside, metadata, force=force, workers=workers)
+                self._files[name] = stack.enter_context(shard)
             self._stack = stack.pop_all()
         self.size = sum(file.size for file in self._files.values()) + len(self._index)
 
@@ -84,20 +71,19 @@ class ShardedFiles:
         for file in self._files.values():
             file.barrier()
 
-    def publish(self) -> None:
-        """Rename all files, the index last: no loader finds a model without it. Called by rank 0 only.
+    def publish(self, metadata: Mapping[str, str] | None = None) -> None:
+        """Rename all files, the index last: no loader finds a model without it; see `SafetensorsFile.publish`.
 
         The index is first written under a temporary name, in which `sweep` finds the shards that a killed run renamed.
         """
-        index = self._index.encode()
-        with temporary_file(self.path, index) as publish, ExitStack() as undo:
+        with temporary_file(self.path, self._index) as publish, ExitStack() as undo:
             for file in self._files.values():
-                file.publish()
+                file.publish(metadata)
                 undo.callback(file.path.unlink, missing_ok=True)
             flush_folder(self.path)
             publish()
             undo.pop_all()
-        self.sha256 = hashlib.sha256(index).hexdigest()
+        self.sha256 = hashlib.sha256(self._index).hexdigest()
 
     def __enter__(self) -> Self:
         return self
