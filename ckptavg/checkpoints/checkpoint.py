@@ -34,8 +34,8 @@ class Checkpoint:
 
     path: Path
     name: str
-    step: int
-    step_from: str
+    step: int = 0
+    step_from: str = ""
     run: int = 0
     format: str
     key: str
@@ -67,7 +67,13 @@ class Checkpoint:
         try:
             self.reader.read_into(self.tensors[name], start, out)
         except InputError as error:
-            raise self._with_tensor(error, name) from error
+            what = str(error)
+            error.hint = printable(error.hint or self.hint)
+            for path in (printable(str(file.path)) for file in self.reader.files):
+                if what.startswith(f"{path}: ") and printable(name) not in what:
+                    what = what.removeprefix(f"{path}: ")
+                    raise InputError(what, path=path, tensor=name, hint=error.hint) from error
+            raise
         if self.tensors[name].dtype == "BOOL" and (rest := bytes(out).lstrip(b"\0\1")):
             at = start + len(out) - len(rest)
             what = f"element {at} is the byte {rest[0]}, neither 0 nor 1 as a BOOL must be"
@@ -82,15 +88,6 @@ class Checkpoint:
     def hint(self) -> str:
         """Hint for an error message about this checkpoint."""
         return f"leave it out with {self.excluding}, or all bad ones with --skip-bad"
-
-    def _with_tensor(self, error: InputError, name: str) -> InputError:
-        """Return ``error`` with the tensor's name after the file's, unless it has one already, and with a hint."""
-        what, hint = str(error), error.hint or self.hint
-        for path in (printable(str(file.path)) for file in self.reader.files):
-            if what.startswith(f"{path}: ") and printable(name) not in what:
-                return InputError(what.removeprefix(f"{path}: "), path=path, tensor=name, hint=hint)
-        error.hint = printable(hint)
-        return error
 
     def check_unchanged(self) -> None:
         """Raise InputError if one of its files changed since it was opened."""

@@ -19,8 +19,8 @@ from ckptavg.filesystem.sha256 import sha256
 
 NAME: Final = "SHA256SUMS"
 MAX_SIZE: Final = 64 << 20
-_GNU: Final = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)  # the format of sha256sum …
-_BSD: Final = re.compile(r"(\\?)SHA256 \((.+)\) = ([0-9a-fA-F]{64})", re.DOTALL)  # … and with --tag
+_GNU: Final = re.compile(r"(\\?)(?P<sum>[0-9a-fA-F]{64}) [ *](?P<name>.+)", re.DOTALL)  # the format of sha256sum …
+_BSD: Final = re.compile(r"(\\?)SHA256 \((?P<name>.+)\) = (?P<sum>[0-9a-fA-F]{64})", re.DOTALL)  # … and with --tag
 _ESCAPES: Final = {"\\n": "\n", "\\r": "\r", "\\\\": "\\"}
 
 
@@ -88,14 +88,12 @@ def _read(folder: Path) -> Mapping[str, str] | None:
         line = line.removesuffix("\r")
         if not line.strip() or line.startswith("#"):
             continue
-        if match := _GNU.fullmatch(line):
-            escaped, digest, name = match.groups()
-        elif match := _BSD.fullmatch(line):
-            escaped, name, digest = match.groups()
-        else:
+        match = _GNU.fullmatch(line) or _BSD.fullmatch(line)
+        if not match:
             raise InputError(f"line {number} is not as sha256sum writes it", path=path)
-        if escaped:
+        name, digest = match["name"], match["sum"].lower()
+        if match[1]:
             name = re.sub(r"\\[nr\\]", lambda found: _ESCAPES[found[0]], name)
-        if sums.setdefault(os.path.normpath(name), digest.lower()) != digest.lower():
+        if sums.setdefault(os.path.normpath(name), digest) != digest:
             raise InputError(f"line {number} gives {name[:255]} another sum than one above", path=path)
     return sums

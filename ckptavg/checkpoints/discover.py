@@ -97,12 +97,9 @@ def discover(
 
 
 def with_directory_changes(found: Discovered, paths: Sequence[Path], output: Path) -> Discovered:
-    """Return ``found``, the result of `discover`, with a warning for each checkpoint that appeared or vanished since.
+    """Return the result of `discover` for ``paths`` with a warning for each checkpoint that appeared or vanished since.
 
-    Args:
-        found: the candidates.
-        paths: the paths given to `discover`.
-        output: the output's path, which gets no warning.
+    ``output``, the output's path, gets no warning.
     """
     known = {one.path for one in (*found.checkpoints, *found.left_out)} | {output, output.parent}
     news = [
@@ -145,8 +142,6 @@ def _open(place: CheckpointPath, key: str | None, *, allow_nonfinite: bool) -> _
     checkpoint = Checkpoint(
         path=place.path,
         name=place.weights.name if place.path == place.weights else f"{place.name}/{place.weights.name}",
-        step=0,
-        step_from="",
         run=0 if place.explicit else place.order,
         format=reader.format,
         key=chosen,

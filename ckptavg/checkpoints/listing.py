@@ -17,13 +17,9 @@ from ckptavg.filesystem.regular_file import RegularFile, is_folder
 from ckptavg.readers import claim, claim_folder, entries, suffixes
 
 WEIGHT_NAMES: Final = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "adapter_model.safetensors", "adapter_model.bin",
+)  # fmt: skip
 SIDE_FILES: Final = {
     "optimizer*": "an optimizer's state",
     "optim.*": "an optimizer's state",
@@ -34,10 +30,7 @@ SIDE_FILES: Final = {
     "training_args.bin": "the trainer's arguments",
     "SHA256SUMS": "what the checkpoints' sums must be",
 }
-SIDE_FOLDERS: Final = {
-    "recipe_state": "a recipe's state",
-    "lost+found": "the file system's own",
-}  # the first is torchtune's
+SIDE_FOLDERS: Final = {"recipe_state": "a recipe's state", "lost+found": "the file system's own"}  # first: torchtune
 # patterns of unfinished files, of a job that is running or has died
 TEMPORARY: Final = ("tmp-*", "tmp_*", "*.tmp", ".tmp*", "*.part", "*.incomplete", "*.ckptavg-tmp")
 # the Trainer writes trainer_state.json last, so a directory with these and without it was interrupted
@@ -80,12 +73,9 @@ class CheckpointPath:
 
 
 def list_checkpoints(path: Path, order: int, left_out: list[LeftOut]) -> Sequence[CheckpointPath]:
-    """Return the checkpoints under one of the given paths.
+    """Return the checkpoints under ``path``, a directory of checkpoints or a checkpoint, the ``order``-th given.
 
-    Args:
-        path: a directory of checkpoints, or a checkpoint.
-        order: the index of ``path`` among the given paths.
-        left_out: list to which entries that are not checkpoints are appended.
+    Entries that are not checkpoints are appended to ``left_out``.
     """
     if not is_folder(path):
         return [CheckpointPath(path=path, weights=path, name=path.name, order=order, explicit=True)]
@@ -100,14 +90,15 @@ def list_checkpoints(path: Path, order: int, left_out: list[LeftOut]) -> Sequenc
 
 
 def _listed(folder: Path, inside: frozenset[str], order: int, left_out: list[LeftOut]) -> Iterator[CheckpointPath]:
-    names = sorted((name for name in inside if not name.startswith(".") or _is_temporary(name)), key=natural)
+    temporary = {name for name in inside if any(fnmatchcase(name, pattern) for pattern in TEMPORARY)}
+    names = sorted((name for name in inside if not name.startswith(".") or name in temporary), key=natural)
     # a Trainer's directory is incomplete without trainer_state.json
     states = (folder / name / "trainer_state.json" for name in names if name.startswith("checkpoint-"))
     trainer = any(map(os.path.lexists, states))
     for name in names:
         path = folder / name
         try:
-            if _is_temporary(name):
+            if name in temporary:
                 raise SkipFile("temporary: still being written, or abandoned", "warning")
             weights = _weights_in(path, trainer) if is_folder(path) else _weights_file(path)
         except SkipFile as other:
@@ -116,10 +107,6 @@ def _listed(folder: Path, inside: frozenset[str], order: int, left_out: list[Lef
         except InputError:
             weights = path  # unreadable: opening it raises the error, unless a filter leaves it out
         yield CheckpointPath(path=path, weights=weights, name=name, order=order)
-
-
-def _is_temporary(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in TEMPORARY)
 
 
 class SkipFile(Exception):

@@ -31,7 +31,7 @@ def wait(paths: Sequence[Path], window: Window, seconds: float, watch: Watch | N
         paths: as in `ckptavg.checkpoints.discover.discover`.
         window: its globs select the names that count.
         seconds: required time without a change.
-        watch: progress callback; gets the time since the last change.
+        watch: called with the time since the last change.
     """
     seen = _state(paths, window)
     newest = max((changed for _, _, changed in seen.values()), default=0) / 1e9

@@ -28,9 +28,7 @@ def steps_inside(reader: Reader) -> dict[str, int]:
         value = _updates(reader) if key == "num_updates" else reader.tree.get(key)
         if isinstance(value, bool) or value is None:
             value = reader.metadata.get(key)
-        if isinstance(value, int) and not isinstance(value, bool):
-            steps[key] = value
-        elif isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:
+        if type(value) is int or (isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value)):
             steps[key] = int(value)
     return steps
 
@@ -69,11 +67,7 @@ def common_kind(steps: Sequence[Mapping[str, int]], runs: Sequence[int]) -> str 
     """Return the kind of step to order checkpoints by, one of `STEP_KEYS` or ``name``.
 
     This is the first that all checkpoints have and that is distinct within each run, else the first that all have,
-    else None.
-
-    Args:
-        steps: for each checkpoint, kind → number.
-        runs: for each checkpoint, the run it belongs to.
+    else None. ``steps`` has kind → number and ``runs`` the run of each checkpoint.
     """
     shared = [kind for kind in (*STEP_KEYS, "name") if steps and all(kind in one for one in steps)]
     for kind in shared:

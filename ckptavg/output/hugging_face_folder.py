@@ -64,14 +64,10 @@ def file_name(checkpoint: Checkpoint) -> str:
 def check_tied(
     checkpoint: Checkpoint, specs: Mapping[str, StoredTensor], read_into: Callable[[str, int, memoryview], None]
 ) -> None:
-    """Check that the output layer equals the embedding if config.json ties them.
+    """Check that a file's output layer equals its embedding if the config.json of ``checkpoint`` ties them.
 
     transformers would silently untie the model.
 
-    Args:
-        checkpoint: the checkpoint with the config.json.
-        specs: specs of the file's tensors.
-        read_into: reads elements of the file.
     Raises:
         OutputError: naming the two tensors.
     """
@@ -93,8 +89,8 @@ def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str,
     Args:
         checkpoint: the checkpoint whose files are copied.
         folder: the destination.
-        dtype: dtype of the file's floating-point tensors, such as ``bfloat16``, which transformers reads in config.json
-            and loads; comma-separated if there are several.
+        dtype: dtype of the output's floating-point tensors, put into config.json because transformers loads the model
+            in it; comma-separated if there are several, which changes nothing.
         adapter: content of adapter_config.json, if it differs from the candidates'.
     Returns:
         The names copied.
@@ -111,8 +107,11 @@ def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str,
             data = path.read_bytes()
         except OSError as error:
             raise OutputError(f"cannot copy {path.name} here: {error.strerror}", path=folder) from error
-        if path.name == "config.json":
-            data = _with_dtype(path, dtype) or data
+        if path.name == "config.json" and "," not in dtype:
+            config = _read_json(path)
+            outdated = [key for key in ("dtype", "torch_dtype") if config.get(key, dtype) != dtype]
+            if outdated:
+                data = (json.dumps(config | dict.fromkeys(outdated, dtype), indent=2) + "\n").encode()
         if path.name == _ADAPTER and adapter is not None:
             data = (json.dumps(adapter, indent=2, sort_keys=True) + "\n").encode()
         write_bytes(folder / path.name, data)
@@ -137,20 +136,9 @@ def copies(
         raise
 
 
-def _with_dtype(path: Path, dtype: str) -> bytes | None:
-    """Return config.json with its dtype set to that of the file, or None if no change is needed."""
-    config = _read_json(path)
-    names = [key for key in ("dtype", "torch_dtype") if key in config]
-    if "," in dtype or not names or all(config[key] == dtype for key in names):
-        return None
-    config |= dict.fromkeys(names, dtype)
-    return (json.dumps(config, indent=2) + "\n").encode()
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; returns an empty dict if the file is missing, invalid or not an object."""
-    try:
-        value = read_json(path)
-    except InputError:
-        return {}
-    return value if isinstance(value, dict) else {}
+    with suppress(InputError):
+        if isinstance(value := read_json(path), dict):
+            return value
+    return {}

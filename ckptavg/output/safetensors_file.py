@@ -69,12 +69,9 @@ class SafetensorsFile:
             self._join(shared)
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
-        """Write bytes of a tensor, in any order; exactly the same range may be written again.
+        """Write elements of tensor ``name``, little-endian, at a byte offset within it.
 
-        Args:
-            name: the tensor.
-            offset: byte offset within the tensor.
-            data: elements, little-endian.
+        Ranges may come in any order; exactly the same range may be written again.
         """
         if not 0 <= offset <= offset + len(data) <= self._specs[name].nbytes:
             raise AssertionError(f"{name}: {len(data)} bytes at {offset} do not fit {self._specs[name]}")
@@ -110,11 +107,7 @@ class SafetensorsFile:
             self._join(self._open.path)
 
     def commit(self) -> None:
-        """Publish the file and fsync its directory, so that the name survives a power cut.
-
-        Raises:
-            OutputError: if the directory cannot be flushed; the file is complete and has its name.
-        """
+        """Publish the file and flush its directory; see `ckptavg.filesystem.atomic.flush_folder`."""
         self.publish()
         flush_folder(self.path)
 

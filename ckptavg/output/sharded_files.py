@@ -17,6 +17,7 @@ from ckptavg.readers import StoredTensor
 from ckptavg.runtime.workers import ALONE, Workers
 
 INDEX: Final = "model.safetensors.index.json"
+_PATTERN: Final = "model{suffix}.safetensors"
 
 
 class ShardedFiles:
@@ -95,9 +96,7 @@ class ShardedFiles:
 def sweep(folder: Path, name: str | None = None) -> None:
     """Remove leftovers of killed runs: temporary files, and shards whose index was not renamed.
 
-    Args:
-        folder: the output directory, or the directory of the output file.
-        name: name of the output, if it is a file.
+    ``folder`` is the output directory or, with ``name``, the directory of an output file of that name.
     """
     for path in stale_temporaries(folder, name):
         if name is None and path.name.startswith(f".{INDEX}.") and not (folder / INDEX).exists():
@@ -120,10 +119,7 @@ def split_names(specs: Mapping[str, StoredTensor], largest: str) -> Any:
         raise UsageError("--max-shard-size needs huggingface_hub", hint="pip install 'ckptavg[hf]'") from error
     try:
         return split_state_dict_into_shards_factory(
-            dict(specs),
-            get_storage_size=lambda spec: spec.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=largest,
+            dict(specs), get_storage_size=lambda spec: spec.nbytes, filename_pattern=_PATTERN, max_shard_size=largest
         )
     except ValueError as error:
         raise UsageError(f"--max-shard-size {largest} is not a size such as 5GB or 500MB") from error

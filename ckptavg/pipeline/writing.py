@@ -67,9 +67,9 @@ def write_output(
 
     Args:
         checkpoints: all candidates, open.
-        coefficients: coefficients of the candidates.
-        strategy: strategy that found them, for the metadata.
-        options: options of the run.
+        coefficients: their coefficients.
+        strategy: found them, for the metadata.
+        options: the destination and its form.
         evaluator: scores the file; None without a task.
         watch: progress callback.
     """
@@ -78,11 +78,11 @@ def write_output(
     plan = plan_output(
         checkpoints, coefficients, dtype=options.dtype, mode=options.adapter, rank=options.rank, workers=workers
     )
-    specs, source = plan.specs, checkpoints[coefficients.selected[-1]]
+    specs, selected = plan.specs, [checkpoints[i] for i in coefficients.selected]
+    used = checkpoints if evaluator else selected
     path, folder = options.destination
     if folder:
-        path = folder / hugging_face_folder.file_name(source)
-    used = checkpoints if evaluator else [checkpoints[i] for i in coefficients.selected]
+        path = folder / hugging_face_folder.file_name(selected[-1])
     if {name: spec.shape for name, spec in specs.items()} != {n: t.shape for n, t in checkpoints[0].tensors.items()}:
         evaluator = None  # the output is an adapter with another rank than the model's
     recomputed = sorted(set(evaluator.statistics) & specs.keys()) if evaluator else []
@@ -92,7 +92,7 @@ def write_output(
         dtype=options.dtype, adapter=options.adapter, rank=options.rank, not_averaged=plan.not_averaged,
         recomputed=recomputed,
     )  # fmt: skip
-    files = [file for i in coefficients.selected for file in checkpoints[i].reader.files] if options.digests else []
+    files = [file for checkpoint in selected for file in checkpoint.reader.files] if options.digests else []
     files = files[workers.rank :: workers.world_size]
     placeholder = "0" * 64 if options.digests else ""
     scores: dict[Split, Score] = {}
@@ -118,16 +118,15 @@ def write_output(
 
         def publish() -> tuple[list[str], str, int]:
             if folder:
-                hugging_face_folder.check_tied(source, specs, out.read_into)
-            with hugging_face_folder.copies(source, folder, dtype, plan.config) as copied:
+                hugging_face_folder.check_tied(selected[-1], specs, out.read_into)
+            with hugging_face_folder.copies(selected[-1], folder, dtype, plan.config) as copied:
                 out.publish(metadata)
             flush_folder(out.path)
             return copied, out.sha256, out.size
 
         copied, sha256, size = workers.broadcast(workers.on_rank_zero(publish)) or ([], "", 0)
-    output = Output(
-        path=out.path, sha256=sha256, bytes=size, dtype=dtype, not_averaged=plan.not_averaged, recomputed=recomputed
-    )
+    kept = plan.not_averaged
+    output = Output(path=out.path, sha256=sha256, bytes=size, dtype=dtype, not_averaged=kept, recomputed=recomputed)
     return WrittenOutput(output=output, scores=scores, copied=copied, notes=plan.notes)
 
 
