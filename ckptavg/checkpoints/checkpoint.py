@@ -24,10 +24,8 @@ class Checkpoint:
         step: the training step, in the unit of ``step_from``.
         step_from: the source of the step, such as ``global_step`` or ``name``.
         run: index of the given directory it belongs to, from 0.
-        format: the name of the format.
         key: the sub-dictionary that holds the model, ``""`` for the whole file.
         tensors: state-dict name → tensor; a wrapper's prefix such as ``module.`` is removed.
-        reader: the open file that the tensors are read from.
         notes: remarks for the user about how the file was read.
         allow_nonfinite: whether NaN and infinite weights are accepted; otherwise reading them is an error.
     """
@@ -69,7 +67,7 @@ class Checkpoint:
         except InputError as error:
             what = str(error)
             error.hint = printable(error.hint or self.hint)
-            for path in (printable(str(file.path)) for file in self.reader.files):
+            for path in (printable(str(file.path)) for file in self.reader.files):  # the tensor goes after the file
                 if what.startswith(f"{path}: ") and printable(name) not in what:
                     what = what.removeprefix(f"{path}: ")
                     raise InputError(what, path=path, tensor=name, hint=error.hint) from error

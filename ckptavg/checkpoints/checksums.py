@@ -63,11 +63,7 @@ class Manifest:
 
 
 def agreed(file: RegularFile, found: str) -> str:
-    """Return ``found``, the SHA-256 of ``file``, after comparing it with the blob's name in a Hugging Face cache.
-
-    Raises:
-        InputError: if the file is such a blob and its name is a different SHA-256.
-    """
+    """Return ``found``, the SHA-256 of ``file``; raise InputError for a Hugging Face cache's blob of another name."""
     blob = file.path.resolve()
     if found and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != found:
         what = f"its SHA-256 is {found[:16]}…, but in the cache it is called {blob.name[:16]}…: damaged"

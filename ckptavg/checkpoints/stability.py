@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -63,15 +63,9 @@ def _state(paths: Sequence[Path], window: Window) -> dict[Path, tuple[int, int, 
     for order, path in enumerate(paths):
         wanted = [place.path for place in list_checkpoints(path, order, left_out) if window.admits(place.name)]
         wanted += [one.path for one in left_out if one.kind == "warning" and window.admits(one.path.name)]
-        for file in (file for place in wanted for file in _files(place)):
+        inside = (Path(folder) / name for place in wanted for folder, _, names in os.walk(place) for name in names)
+        for file in (*(place for place in wanted if not is_folder(place)), *inside):
             with suppress(OSError):  # gone meanwhile, or not to be opened either
                 status = file.stat()
                 found[file] = (status.st_ino, status.st_size, status.st_ctime_ns)
     return found
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if not is_folder(path):
-        yield path
-    for folder, _, names in os.walk(path):
-        yield from (Path(folder) / name for name in names)

@@ -16,13 +16,11 @@ PREFIXES: Final = ("module.", "_orig_mod.")
 
 
 def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, StoredTensor], tuple[str, ...]]:
-    """Return the model's state dict in ``reader``.
+    """Return the key of the model's state dict (``""`` for the whole file), name → tensor, and notes for the user.
 
     Args:
         reader: an open file.
-        key: its location given by the user (dots separate levels), or None to search `MODEL_KEYS`, then the top level.
-    Returns:
-        The key it was found under (``""`` for the whole file), state-dict name → tensor, and notes for the user.
+        key: the key given by the user (dots separate levels), or None to search `MODEL_KEYS`, then the top level.
     Raises:
         InputError: if there is no state dict, or one of its tensors is not supported.
     """

@@ -31,7 +31,6 @@ class DcpFolder:
     rank saves its share of the tensors, and the directory is renamed to its final name.
 
     Attributes:
-        path: the directory.
         size: total size of its files in bytes, once published.
         sha256: SHA-256 of the safetensors file with the same content, once saved.
     """
@@ -68,11 +67,7 @@ class DcpFolder:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def save(self, metadata: Mapping[str, str]) -> None:
-        """Save all tensors in DCP format, still under the temporary name; called by all ranks.
-
-        Raises:
-            OutputError: if writing fails.
-        """
+        """Save all tensors in DCP format, still under the temporary name; called by all ranks."""
         from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -108,11 +103,7 @@ class DcpFolder:
     def publish(self, metadata: Mapping[str, str]) -> None:
         """Flush the saved files to disk, with ``metadata`` in a JSON file, and rename the directory.
 
-        Called by rank 0 only.
-
-        Raises:
-            OutputExistsError: if the destination was created in the meantime and ``force`` was not given.
-            OutputError: if writing fails.
+        Called by rank 0 only; for errors see `SafetensorsFile.publish`.
         """
         old = self._temporary.with_suffix(".ckptavg-old")
         try:

@@ -26,11 +26,7 @@ _EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "shared", "embed
 
 
 def check(folder: Path) -> None:
-    """Check that a directory holds no sharded model, whose index some loaders would prefer to the new file.
-
-    Raises:
-        OutputError: naming the index.
-    """
+    """Raise OutputError if a directory holds a sharded model, whose index some loaders would prefer to the new file."""
     for index in sorted(folder.glob("*.index.json")):
         message = "belongs to a sharded model that loaders would mix with the new file"
         raise OutputError(message, path=index, hint="choose an empty directory")
@@ -64,12 +60,9 @@ def file_name(checkpoint: Checkpoint) -> str:
 def check_tied(
     checkpoint: Checkpoint, specs: Mapping[str, StoredTensor], read_into: Callable[[str, int, memoryview], None]
 ) -> None:
-    """Check that a file's output layer equals its embedding if the config.json of ``checkpoint`` ties them.
+    """Raise OutputError if a file's output layer and embedding differ, but the config.json of ``checkpoint`` ties them.
 
     transformers would silently untie the model.
-
-    Raises:
-        OutputError: naming the two tensors.
     """
     config = _read_json(checkpoint.folder / "config.json")
     parts: tuple[Any, ...] = (config, config.get("text_config"))

@@ -25,7 +25,7 @@ def metadata(
 
     Args:
         checkpoints: all candidates.
-        coefficients: their coefficients.
+        coefficients: those of the candidates.
         digest: returns the hexadecimal SHA-256 of a source file, or "".
         recipe: the other entries: strategy (name of the command) and its settings; dtype, adapter and rank as
             requested; not_averaged, the tensors copied from the last selected candidate; recomputed, those computed

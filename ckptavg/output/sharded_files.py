@@ -21,9 +21,7 @@ _PATTERN: Final = "model{suffix}.safetensors"
 
 
 class ShardedFiles:
-    """Several `ckptavg.output.safetensors_file.SafetensorsFile` that form one output; the index is renamed last.
-
-    Tensors are assigned to files by huggingface_hub's splitter.
+    """Several `ckptavg.output.safetensors_file.SafetensorsFile` that form one output, split by huggingface_hub.
 
     Attributes:
         path: the index.
@@ -108,11 +106,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 def split_names(specs: Mapping[str, StoredTensor], largest: str) -> Any:
-    """Split the tensors into shards and return huggingface_hub's StateDictSplit.
-
-    Raises:
-        UsageError: if ``largest`` is not a size, or huggingface_hub is missing.
-    """
+    """Return huggingface_hub's StateDictSplit; for errors see `ShardedFiles`."""
     try:
         from huggingface_hub import split_state_dict_into_shards_factory  # pyright: ignore[reportMissingImports]
     except ImportError as error:

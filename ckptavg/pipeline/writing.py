@@ -67,11 +67,8 @@ def write_output(
 
     Args:
         checkpoints: all candidates, open.
-        coefficients: their coefficients.
-        strategy: found them, for the metadata.
-        options: the destination and its form.
+        strategy: the one that found the coefficients, for the metadata.
         evaluator: scores the file; None without a task.
-        watch: progress callback.
     """
     workers = options.workers
     workers.check_equal("coefficients", coefficients, "does the task depend on the rank?")
