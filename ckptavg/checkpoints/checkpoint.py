@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from ckptavg.errors import InputError, excluding, printable
 from ckptavg.filesystem.regular_file import is_folder
-from ckptavg.readers import Reader, StoredTensor
+from ckptavg.readers import ITEM_SIZE, Reader, StoredTensor
+
+_CHUNK: Final = 1 << 20  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +24,16 @@ class Checkpoint:
         step: the training step, in the unit of ``step_from``.
         step_from: the source of the step, such as ``global_step`` or ``name``.
         run: index of the given directory it belongs to, from 0.
-        format: the name of the format.
         key: the sub-dictionary that holds the model, ``""`` for the whole file.
         tensors: state-dict name → tensor; a wrapper's prefix such as ``module.`` is removed.
-        reader: the open file that the tensors are read from.
         notes: remarks for the user about how the file was read.
         allow_nonfinite: whether NaN and infinite weights are accepted; otherwise reading them is an error.
     """
 
     path: Path
     name: str
-    step: int
-    step_from: str
+    step: int = 0
+    step_from: str = ""
     run: int = 0
     format: str
     key: str
@@ -64,7 +65,13 @@ class Checkpoint:
         try:
             self.reader.read_into(self.tensors[name], start, out)
         except InputError as error:
-            raise self._with_tensor(error, name) from error
+            what = str(error)
+            error.hint = printable(error.hint or self.hint)
+            for path in (printable(str(file.path)) for file in self.reader.files):  # the tensor goes after the file
+                if what.startswith(f"{path}: ") and printable(name) not in what:
+                    what = what.removeprefix(f"{path}: ")
+                    raise InputError(what, path=path, tensor=name, hint=error.hint) from error
+            raise
         if self.tensors[name].dtype == "BOOL" and (rest := bytes(out).lstrip(b"\0\1")):
             at = start + len(out) - len(rest)
             what = f"element {at} is the byte {rest[0]}, neither 0 nor 1 as a BOOL must be"
@@ -80,15 +87,6 @@ class Checkpoint:
         """Hint for an error message about this checkpoint."""
         return f"leave it out with {self.excluding}, or all bad ones with --skip-bad"
 
-    def _with_tensor(self, error: InputError, name: str) -> InputError:
-        """Return ``error`` with the tensor's name after the file's, unless it has one already, and with a hint."""
-        what, hint = str(error), error.hint or self.hint
-        for path in (printable(str(file.path)) for file in self.reader.files):
-            if what.startswith(f"{path}: ") and printable(name) not in what:
-                return InputError(what.removeprefix(f"{path}: "), path=path, tensor=name, hint=hint)
-        error.hint = printable(hint)
-        return error
-
     def check_unchanged(self) -> None:
         """Raise InputError if one of its files changed since it was opened."""
         for file in self.reader.files:
@@ -103,3 +101,15 @@ class Checkpoint:
     def size(self) -> int:
         """Total size of its files in bytes."""
         return sum(file.size for file in self.reader.files)
+
+
+def chunks(
+    spec: StoredTensor, name: str, read_into: Callable[[str, int, memoryview], None]
+) -> Iterator[tuple[int, bytearray]]:
+    """Yield (index of the first element, bytes) of a tensor in order; each chunk is valid until the next."""
+    item, chunk = ITEM_SIZE[spec.dtype], bytearray()
+    for start in range(0, spec.numel, _CHUNK // item):
+        size = min(_CHUNK, spec.nbytes - start * item)
+        chunk = chunk if len(chunk) == size else bytearray(size)
+        read_into(name, start, memoryview(chunk))
+        yield start, chunk

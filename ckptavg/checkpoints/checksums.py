@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -18,8 +19,8 @@ from ckptavg.filesystem.sha256 import sha256
 
 NAME: Final = "SHA256SUMS"
 MAX_SIZE: Final = 64 << 20
-_GNU: Final = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)  # the format of sha256sum …
-_BSD: Final = re.compile(r"(\\?)SHA256 \((.+)\) = ([0-9a-fA-F]{64})", re.DOTALL)  # … and with --tag
+_GNU: Final = re.compile(r"(\\?)(?P<sum>[0-9a-fA-F]{64}) [ *](?P<name>.+)", re.DOTALL)  # the format of sha256sum …
+_BSD: Final = re.compile(r"(\\?)SHA256 \((?P<name>.+)\) = (?P<sum>[0-9a-fA-F]{64})", re.DOTALL)  # … and with --tag
 _ESCAPES: Final = {"\\n": "\n", "\\r": "\r", "\\\\": "\\"}
 
 
@@ -32,7 +33,7 @@ class Manifest:
 
     def __init__(self) -> None:
         self.unlisted: list[Path] = []
-        self._cache: dict[Path, Mapping[str, str] | None] = {}
+        self._sums = cache(_read)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Compare each file of ``checkpoint`` with its sum in the nearest list: that of its directory, of a parent
@@ -42,20 +43,15 @@ class Manifest:
             InputError: if a sum differs, or a list is not in the format of sha256sum.
         """
         for file in checkpoint.reader.files:
-            lists = {
-                os.path.relpath(file.path, folder): sums
-                for folder in self._folders(checkpoint, file.path)
-                if (sums := self._sums(folder)) is not None
-            }
-            expected = next((sums[name] for name, sums in lists.items() if name in sums), None)
+            folders, top = list(file.path.parents), checkpoint.path.parent
+            folders = folders[: folders.index(top) + 1] if top in folders else folders[:1]
+            lists = {os.path.relpath(file.path, folder): self._sums(folder) for folder in folders}
+            expected = next((sums[name] for name, sums in lists.items() if sums and name in sums), None)
             if expected is None:
-                self.unlisted += [file.path] if lists else []
+                self.unlisted += [file.path] if any(sums is not None for sums in lists.values()) else []
             elif (actual := sha256(file)) != expected:
-                raise InputError(
-                    f"its SHA-256 is {actual[:16]}…, but by {NAME} {expected[:16]}…: damaged, or changed since",
-                    path=file.path,
-                    hint=checkpoint.hint,
-                )
+                what = f"its SHA-256 is {actual[:16]}…, but by {NAME} {expected[:16]}…: damaged, or changed since"
+                raise InputError(what, path=file.path, hint=checkpoint.hint)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -65,24 +61,9 @@ class Manifest:
         more = f" and {len(self.unlisted) - 1} more" if len(self.unlisted) > 1 else ""
         return (f"{self.unlisted[0]}{more}: not in {NAME}, so not compared with it",)
 
-    def _folders(self, checkpoint: Checkpoint, path: Path) -> list[Path]:
-        top = checkpoint.path.parent
-        folders = list(path.parents)
-        return folders[: folders.index(top) + 1] if top in folders else folders[:1]
-
-    def _sums(self, folder: Path) -> Mapping[str, str] | None:
-        if folder not in self._cache:
-            path = folder / NAME
-            self._cache[folder] = _read(path) if os.path.lexists(path) else None
-        return self._cache[folder]
-
 
 def agreed(file: RegularFile, found: str) -> str:
-    """Return ``found``, the SHA-256 of ``file``, after comparing it with the blob's name in a Hugging Face cache.
-
-    Raises:
-        InputError: if the file is such a blob and its name is a different SHA-256.
-    """
+    """Return ``found``, the SHA-256 of ``file``; raise InputError for a Hugging Face cache's blob of another name."""
     blob = file.path.resolve()
     if found and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != found:
         what = f"its SHA-256 is {found[:16]}…, but in the cache it is called {blob.name[:16]}…: damaged"
@@ -90,9 +71,11 @@ def agreed(file: RegularFile, found: str) -> str:
     return found
 
 
-def _read(path: Path) -> Mapping[str, str]:
-    """Parse ``SHA256SUMS``: name relative to its directory → SHA-256."""
-    sums: dict[str, str] = {}
+def _read(folder: Path) -> Mapping[str, str] | None:
+    """Parse a directory's ``SHA256SUMS``, if it has one: name relative to the directory → SHA-256."""
+    path, sums = folder / NAME, dict[str, str]()
+    if not os.path.lexists(path):
+        return None
     with RegularFile(path) as file:
         if file.size > MAX_SIZE:
             raise InputError(f"{file.size} bytes, more than {MAX_SIZE}", path=path)
@@ -101,14 +84,12 @@ def _read(path: Path) -> Mapping[str, str]:
         line = line.removesuffix("\r")
         if not line.strip() or line.startswith("#"):
             continue
-        if match := _GNU.fullmatch(line):
-            escaped, digest, name = match.groups()
-        elif match := _BSD.fullmatch(line):
-            escaped, name, digest = match.groups()
-        else:
+        match = _GNU.fullmatch(line) or _BSD.fullmatch(line)
+        if not match:
             raise InputError(f"line {number} is not as sha256sum writes it", path=path)
-        if escaped:
+        name, digest = match["name"], match["sum"].lower()
+        if match[1]:
             name = re.sub(r"\\[nr\\]", lambda found: _ESCAPES[found[0]], name)
-        if sums.setdefault(os.path.normpath(name), digest.lower()) != digest.lower():
+        if sums.setdefault(os.path.normpath(name), digest) != digest:
             raise InputError(f"line {number} gives {name[:255]} another sum than one above", path=path)
     return sums

@@ -58,6 +58,7 @@ def discover(
     window = window or Window()
     left_out: list[LeftOut] = []
     opened: list[_Opened] = []
+    chosen: Sequence[Checkpoint] = ()
 
     def refuse(error: CkptavgError, path: Path) -> None:
         if bad == "refuse":
@@ -71,37 +72,36 @@ def discover(
                     left_out.append(LeftOut(path=place.path, reason="left out by --include or --exclude"))
                     continue
                 try:
-                    candidate = _open(place, key, left_out, allow_nonfinite=allow_nonfinite)
+                    opened.append(_open(place, key, allow_nonfinite=allow_nonfinite))
+                except SkipFile as other:
+                    left_out.append(LeftOut(path=place.path, reason=str(other), kind=other.kind))
                 except CkptavgError as error:
-                    refuse(_with_hint(error, place), place.path)
-                else:
-                    opened += [candidate] if candidate else []
-        kept = _without_copies(opened, left_out, refuse)
-        ordered, warnings = _in_order(kept, refuse if bad == "list" else None)
-        ordered, chosen = _with_readable_values(ordered, window, check, refuse)
-        chosen_ids = {id(c) for c in chosen}
-        outside = [c for c in ordered if id(c) not in chosen_ids]
-        left_out += [LeftOut(path=c.path, reason="outside the window of steps") for c in outside]
-    except BaseException:
-        for one in opened:
-            one.checkpoint.reader.close()
-        raise
-    for checkpoint in outside:
-        checkpoint.reader.close()
+                    if error.hint is None and not place.explicit:
+                        error.hint = f"leave it out with {excluding(place.name)}, or all bad ones with --skip-bad"
+                    refuse(error, place.path)
+        ordered, warnings = _in_order(_without_copies(opened, left_out, refuse), refuse if bad == "list" else None)
+        ordered, chosen = _with_readable_values(ordered, window, check or (lambda _: None), refuse)
+    finally:
+        kept = {id(checkpoint.reader) for checkpoint in chosen}
+        for reader in (candidate.checkpoint.reader for candidate in opened):
+            if id(reader) not in kept:
+                reader.close()
+    outside = (checkpoint.path for checkpoint in ordered if id(checkpoint.reader) not in kept)
+    left_out += [LeftOut(path=path, reason="outside the window of steps") for path in outside]
     if not chosen and bad != "list":
-        raise InputError(_nothing(left_out), path=", ".join(map(str, paths)), hint=_nothing_hint(paths))
-    return Discovered(checkpoints=tuple(chosen), left_out=tuple(left_out), warnings=warnings)
+        shown = "; ".join(one.line for one in left_out[:3]) + ("; …" if len(left_out) > 3 else "")
+        reason = f"; {len(left_out)} left out ({shown})" if left_out else ": the directory is empty"
+        hint = f"`ckptavg inspect {paths[0]}` lists the files and why each was left out"
+        raise InputError(f"no checkpoints found{reason}", path=", ".join(map(str, paths)), hint=hint)
+    return Discovered(checkpoints=tuple(chosen), left_out=tuple(left_out), warnings=tuple(warnings))
 
 
 def with_directory_changes(found: Discovered, paths: Sequence[Path], output: Path) -> Discovered:
-    """Return ``found`` with a warning for each checkpoint that appeared or vanished since the directories were listed.
+    """Return the result of `discover` for ``paths`` with a warning for each checkpoint that appeared or vanished since.
 
-    Args:
-        found: the result of `discover`.
-        paths: the paths given to `discover`.
-        output: the output's path, which gets no warning.
+    ``output``, the output's path, gets no warning.
     """
-    known = {c.path for c in found.checkpoints} | {one.path for one in found.left_out} | {output, output.parent}
+    known = {one.path for one in (*found.checkpoints, *found.left_out)} | {output, output.parent}
     news = [
         f"{file.path} was deleted or renamed during the run; it was read to the end all the same"
         for checkpoint in found.checkpoints
@@ -122,7 +122,7 @@ class _Opened:
     place: CheckpointPath
 
 
-def _open(place: CheckpointPath, key: str | None, left_out: list[LeftOut], *, allow_nonfinite: bool) -> _Opened | None:
+def _open(place: CheckpointPath, key: str | None, *, allow_nonfinite: bool) -> _Opened:
     reader = open_reader(place.weights)
     try:
         if not place.explicit and "ckptavg" in reader.metadata:
@@ -133,21 +133,15 @@ def _open(place: CheckpointPath, key: str | None, left_out: list[LeftOut], *, al
         steps = steps_inside(reader)
         if place.path != place.weights and "global_step" not in steps:
             steps |= trainer_step(place.path / "trainer_state.json")
-    except SkipFile as other:
+    except BaseException as error:
         reader.close()
-        if place.explicit:
-            raise InputError(f"is {other}, not a model", path=place.path) from other
-        left_out.append(LeftOut(path=place.path, reason=str(other), kind=other.kind))
-        return None
-    except BaseException:
-        reader.close()
+        if isinstance(error, SkipFile) and place.explicit:
+            raise InputError(f"is {error}, not a model", path=place.path) from error
         raise
     named = step_in_name(place.name)
     checkpoint = Checkpoint(
         path=place.path,
         name=place.weights.name if place.path == place.weights else f"{place.name}/{place.weights.name}",
-        step=0,
-        step_from="",
         run=0 if place.explicit else place.order,
         format=reader.format,
         key=chosen,
@@ -162,53 +156,46 @@ def _open(place: CheckpointPath, key: str | None, left_out: list[LeftOut], *, al
 def _without_copies(opened: list[_Opened], left_out: list[LeftOut], refuse: _Refuse) -> list[_Opened]:
     """Drop copies of other checkpoints, keeping the one with a step in its name; refuse bad checkpoints."""
     preferred = sorted(opened, key=lambda o: ("name" not in o.steps, o.checkpoint.run, natural(o.checkpoint.name)))
-    found, bad = duplicates.find([one.checkpoint for one in preferred])
+    copies, bad = duplicates.find([one.checkpoint for one in preferred])
     for i, error in bad.items():
         refuse(error, preferred[i].checkpoint.path)
-        preferred[i].checkpoint.reader.close()
-    for i, (original, how) in found.items():
-        copy, other = preferred[i].checkpoint, preferred[original].checkpoint
-        copy.reader.close()
-        left_out.append(LeftOut(path=copy.path, reason=f"{how} {other.path}", kind="warning"))
-    return [one for i, one in enumerate(preferred) if i not in found and i not in bad]
+    for i, (original, relation) in copies.items():
+        reason = f"{relation} {preferred[original].checkpoint.path}"
+        left_out.append(LeftOut(path=preferred[i].checkpoint.path, reason=reason, kind="warning"))
+    return [one for i, one in enumerate(preferred) if i not in copies and i not in bad]
 
 
 def _with_readable_values(
-    ordered: list[Checkpoint], window: Window, check: Callable[[Checkpoint], None] | None, refuse: _Refuse
+    ordered: list[Checkpoint], window: Window, check: Callable[[Checkpoint], None], refuse: _Refuse
 ) -> tuple[list[Checkpoint], list[Checkpoint]]:
     """Return ``ordered`` without the checkpoints found bad, and the window's selection from it, all of them checked."""
     checked: set[int] = set()
     while True:
-        chosen = window.select(ordered)
-        dropped: set[int] = set()
-        for candidate in (c for c in chosen if check and id(c) not in checked):
+        chosen, bad = window.select(ordered), set[int]()
+        for candidate in (c for c in chosen if id(c) not in checked):
+            checked.add(id(candidate))
             try:
-                assert check is not None
                 check(candidate)
             except CkptavgError as error:
                 refuse(error, candidate.path)
-                candidate.reader.close()
-                dropped.add(id(candidate))
-            checked.add(id(candidate))
-        if not dropped:
+                bad.add(id(candidate))
+        if not bad:
             return ordered, chosen
-        ordered = [c for c in ordered if id(c) not in dropped]
+        ordered = [c for c in ordered if id(c) not in bad]
 
 
-def _in_order(opened: list[_Opened], refuse: _Refuse | None) -> tuple[list[Checkpoint], tuple[str, ...]]:
+def _in_order(opened: list[_Opened], refuse: _Refuse | None) -> tuple[list[Checkpoint], Sequence[str]]:
     """Return the checkpoints in training order with steps of one kind, and warnings about the order.
 
     A checkpoint that has no kind of step in common with the others is passed to ``refuse``, or raised without it.
     """
-    kind, distinct = common_kind([one.steps for one in opened], [one.checkpoint.run for one in opened])
+    kind = common_kind([one.steps for one in opened], [one.checkpoint.run for one in opened])
     if kind is not None:
         stepped = [replace(one.checkpoint, step=one.steps[kind], step_from=kind) for one in opened]
         ordered = sorted(stepped, key=lambda c: (c.step, c.run, natural(c.name)))
-        twice = next((b for a, b in pairwise(ordered) if (a.step, a.run) == (b.step, b.run)), None)
-        doubt = (
-            f"{twice.path}: step {twice.step} occurs more than once; are these raw and EMA weights?" if twice else ""
-        )
-        return ordered, (() if distinct else (doubt,))
+        twice = [b for a, b in pairwise(ordered) if (a.step, a.run) == (b.step, b.run)][:1]
+        doubt = "occurs more than once; are these raw and EMA weights?"
+        return ordered, [f"{one.path}: step {one.step} {doubt}" for one in twice]
     if all(one.place.explicit for one in opened) and not any(one.steps for one in opened):
         given = sorted(opened, key=lambda one: one.place.order)
         return [replace(one.checkpoint, step=i, step_from="order given") for i, one in enumerate(given, 1)], ()
@@ -221,22 +208,4 @@ def _in_order(opened: list[_Opened], refuse: _Refuse | None) -> tuple[list[Check
     if refuse is None:
         raise error
     refuse(error, odd.checkpoint.path)
-    odd.checkpoint.reader.close()
     return _in_order([one for one in opened if one is not odd], refuse)
-
-
-def _with_hint(error: CkptavgError, place: CheckpointPath) -> CkptavgError:
-    if error.hint is None and not place.explicit:
-        error.hint = f"leave it out with {excluding(place.name)}, or all bad ones with --skip-bad"
-    return error
-
-
-def _nothing(left_out: Sequence[LeftOut]) -> str:
-    if not left_out:
-        return "no checkpoints found: the directory is empty"
-    shown = "; ".join(one.line for one in left_out[:3])
-    return f"no checkpoints found; {len(left_out)} left out ({shown}{'; …' if len(left_out) > 3 else ''})"
-
-
-def _nothing_hint(paths: Sequence[Path]) -> str:
-    return f"`ckptavg inspect {paths[0]}` lists the files and why each was left out"

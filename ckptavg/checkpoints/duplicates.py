@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
-from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.checkpoint import Checkpoint, chunks
 from ckptavg.errors import InputError
 from ckptavg.readers import ITEM_SIZE
 
 SAMPLES: Final = 64  # number of tensors, spread over the state dict, that are sampled
 HEAD: Final = 4 << 10  # bytes hashed at the beginning of each sampled tensor
-CHUNK: Final = 1 << 20
 
 
 def find(checkpoints: Sequence[Checkpoint]) -> tuple[dict[int, tuple[int, str]], dict[int, InputError]]:
@@ -64,19 +63,9 @@ def digest(checkpoint: Checkpoint) -> bytes:
 def _same_tensors(a: Checkpoint, b: Checkpoint) -> bool:
     """Return whether checkpoints of equal names, dtypes and shapes have equal bytes; stop at the first difference."""
     with suppress(InputError):
-        return _equal(a, b)
-    return False
-
-
-def _equal(a: Checkpoint, b: Checkpoint) -> bool:
-    mine, other = memoryview(bytearray(CHUNK)), memoryview(bytearray(CHUNK))
-    for name in a.names:
-        tensor = a.spec(name)
-        item = ITEM_SIZE[tensor.dtype]
-        for start in range(0, tensor.nbytes, CHUNK):
-            size = min(CHUNK, tensor.nbytes - start)
-            a.read_into(name, start // item, mine[:size])
-            b.read_into(name, start // item, other[:size])
-            if mine[:size] != other[:size]:
+        for name in a.names:
+            mine, others = chunks(a.spec(name), name, a.read_into), chunks(b.spec(name), name, b.read_into)
+            if any(x != y for x, y in zip(mine, others, strict=True)):
                 return False
-    return True
+        return True
+    return False

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Final
 
 import torch
 from torch import Tensor
 
-from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.checkpoint import Checkpoint, chunks
 from ckptavg.checkpoints.dtypes import FLOATING, TORCH
 from ckptavg.errors import InputError
-from ckptavg.readers import ITEM_SIZE
-
-_CHUNK: Final = 4 << 20  # bytes read at a time
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -25,14 +20,11 @@ def check(checkpoint: Checkpoint) -> None:
             ``allow_nonfinite``, or the file changed since it was opened.
     """
     first_names = {checkpoint.spec(name): name for name in reversed(checkpoint.names)}  # tied tensors once
-    for name in sorted(
-        first_names.values(), key=lambda name: (checkpoint.spec(name).record, checkpoint.spec(name).offset)
-    ):
-        floating = checkpoint.spec(name).dtype in FLOATING
-        for _, values in _chunks(checkpoint, name):
-            if not floating or checkpoint.allow_nonfinite or is_finite(values):
-                continue
-            if error := not_finite(checkpoint, name):
+    for spec, name in sorted(first_names.items(), key=lambda item: (item[0].record, item[0].offset)):
+        checked = spec.dtype in FLOATING and not checkpoint.allow_nonfinite
+        for _, chunk in chunks(spec, name, checkpoint.read_into):
+            finite = not checked or is_finite(torch.frombuffer(chunk, dtype=TORCH[spec.dtype]))
+            if error := None if finite else not_finite(checkpoint, name):
                 raise error
     checkpoint.check_unchanged()
 
@@ -45,8 +37,9 @@ def is_finite(values: Tensor) -> bool:
 def not_finite(checkpoint: Checkpoint, name: str) -> InputError | None:
     """Return the error for a tensor with NaN or infinite values: their number and the first; None if it has none."""
     count, first = 0, -1
-    for start, values in _chunks(checkpoint, name):
-        bad = ~values.isfinite()
+    spec = checkpoint.spec(name)
+    for start, chunk in chunks(spec, name, checkpoint.read_into):
+        bad = ~torch.frombuffer(chunk, dtype=TORCH[spec.dtype]).isfinite()
         if first < 0 and bad.any():
             first = start + int(bad.int().argmax())
         count += int(bad.sum())
@@ -54,18 +47,3 @@ def not_finite(checkpoint: Checkpoint, name: str) -> InputError | None:
         return None
     what = f"{count} values are NaN or infinite, the first at element {first}"
     return InputError(what, path=checkpoint.path, tensor=name, hint=checkpoint.hint)
-
-
-def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
-    """Yield (index of the first element, elements) of a tensor in order; each chunk is valid until the next.
-
-    A tensor whose dtype torch lacks is read as bytes, for its checksum.
-    """
-    spec = checkpoint.spec(name)
-    item = ITEM_SIZE[spec.dtype]
-    buffer = bytearray(min(spec.nbytes, _CHUNK))
-    for start in range(0, spec.numel, _CHUNK // item):
-        count = min(_CHUNK // item, spec.numel - start)
-        checkpoint.read_into(name, start, memoryview(buffer)[: count * item])
-        dtype = TORCH.get(spec.dtype)
-        yield start, torch.frombuffer(buffer, dtype=dtype or torch.uint8, count=count if dtype else count * item)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
@@ -17,13 +17,9 @@ from ckptavg.filesystem.regular_file import RegularFile, is_folder
 from ckptavg.readers import claim, claim_folder, entries, suffixes
 
 WEIGHT_NAMES: Final = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "adapter_model.safetensors", "adapter_model.bin",
+)  # fmt: skip
 SIDE_FILES: Final = {
     "optimizer*": "an optimizer's state",
     "optim.*": "an optimizer's state",
@@ -34,10 +30,7 @@ SIDE_FILES: Final = {
     "training_args.bin": "the trainer's arguments",
     "SHA256SUMS": "what the checkpoints' sums must be",
 }
-SIDE_FOLDERS: Final = {
-    "recipe_state": "a recipe's state",
-    "lost+found": "the file system's own",
-}  # recipe_state: torchtune
+SIDE_FOLDERS: Final = {"recipe_state": "a recipe's state", "lost+found": "the file system's own"}  # first: torchtune
 # patterns of unfinished files, of a job that is running or has died
 TEMPORARY: Final = ("tmp-*", "tmp_*", "*.tmp", ".tmp*", "*.part", "*.incomplete", "*.ckptavg-tmp")
 # the Trainer writes trainer_state.json last, so a directory with these and without it was interrupted
@@ -48,7 +41,7 @@ _RANK: Final = re.compile(r"(.*rank)(\d+)(\.pt)")  # Composer writes one file pe
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """A file or directory that is not a candidate, and why; ``kind`` is info, warning or bad."""
+    """A file or directory that is not a candidate, and the reason; ``kind`` is info, warning or bad."""
 
     path: Path
     reason: str
@@ -79,39 +72,33 @@ class CheckpointPath:
     explicit: bool = False
 
 
-def list_checkpoints(path: Path, order: int, left_out: list[LeftOut]) -> Iterator[CheckpointPath]:
-    """Yield the checkpoints under one of the given paths.
+def list_checkpoints(path: Path, order: int, left_out: list[LeftOut]) -> Sequence[CheckpointPath]:
+    """Return the checkpoints under ``path``, a directory of checkpoints or a checkpoint, the ``order``-th given.
 
-    Args:
-        path: a directory of checkpoints, or a checkpoint.
-        order: the index of ``path`` among the given paths.
-        left_out: list to which entries that are not checkpoints are appended.
+    Entries that are not checkpoints are appended to ``left_out``.
     """
     if not is_folder(path):
-        yield CheckpointPath(path=path, weights=path, name=path.name, order=order, explicit=True)
-        return
+        return [CheckpointPath(path=path, weights=path, name=path.name, order=order, explicit=True)]
     names = entries(path)
+    itself = CheckpointPath(path=path, weights=path, name=path.resolve().name, order=order, explicit=True)
     if claim_folder(names):
-        yield CheckpointPath(path=path, weights=path, name=path.resolve().name, order=order, explicit=True)
-        return
+        return [itself]
     places = list(_listed(path, names, order, left_out))
     if len(places) == 1 and places[0].path.parent == path and places[0].path.name in WEIGHT_NAMES:
-        # the directory is itself one checkpoint, such as ./run/checkpoint-500
-        name = path.resolve().name
-        yield CheckpointPath(path=path, weights=places[0].weights, name=name, order=order, explicit=True)
-    else:
-        yield from places
+        return [replace(itself, weights=places[0].weights)]  # such as ./run/checkpoint-500
+    return places
 
 
 def _listed(folder: Path, inside: frozenset[str], order: int, left_out: list[LeftOut]) -> Iterator[CheckpointPath]:
-    names = sorted((name for name in inside if not name.startswith(".") or _is_temporary(name)), key=natural)
+    temporary = {name for name in inside if any(fnmatchcase(name, pattern) for pattern in TEMPORARY)}
+    names = sorted((name for name in inside if not name.startswith(".") or name in temporary), key=natural)
     # a Trainer's directory is incomplete without trainer_state.json
     states = (folder / name / "trainer_state.json" for name in names if name.startswith("checkpoint-"))
     trainer = any(map(os.path.lexists, states))
     for name in names:
         path = folder / name
         try:
-            if _is_temporary(name):
+            if name in temporary:
                 raise SkipFile("temporary: still being written, or abandoned", "warning")
             weights = _weights_in(path, trainer) if is_folder(path) else _weights_file(path)
         except SkipFile as other:
@@ -120,10 +107,6 @@ def _listed(folder: Path, inside: frozenset[str], order: int, left_out: list[Lef
         except InputError:
             weights = path  # unreadable: opening it raises the error, unless a filter leaves it out
         yield CheckpointPath(path=path, weights=weights, name=name, order=order)
-
-
-def _is_temporary(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in TEMPORARY)
 
 
 class SkipFile(Exception):
@@ -138,29 +121,25 @@ def _weights_file(path: Path) -> Path:
     for pattern, reason in SIDE_FILES.items():
         if fnmatchcase(path.name, pattern):
             raise SkipFile(reason)
-    if rank := _RANK.fullmatch(path.name):
-        _check_rank(path, *rank.groups())
+    if match := _RANK.fullmatch(path.name):
+        stem, rank, suffix = match.groups()
+        if int(rank):
+            raise SkipFile(f"what process {rank} saved")
+        if os.path.lexists(path.parent / f"{stem}1{suffix}"):
+            raise SkipFile("one part of a model that several processes saved; gather it into one first", "warning")
     if path.name.endswith(suffixes()):
-        if _SHARD.search(path.name) and not path.name.endswith(".json"):
-            index = _SHARD.sub(".", path.name) + ".index.json"
-            indexed = os.path.lexists(path.parent / index)
-            raise SkipFile(
-                f"a shard of {index}" if indexed else "a shard without its index", "info" if indexed else "warning"
-            )
-        return path
+        if path.name.endswith(".json") or not _SHARD.search(path.name):
+            return path
+        index = _SHARD.sub(".", path.name) + ".index.json"
+        if os.path.lexists(path.parent / index):
+            raise SkipFile(f"a shard of {index}")
+        raise SkipFile("a shard without its index", "warning")
     # an unusual name: the first bytes decide; JSON is excluded, because config.json looks like an index
     with suppress(InputError), RegularFile(path) as file:
         file_format = claim(file)
         if file_format and file_format.name != "sharded":
             return path
     raise SkipFile("not a checkpoint")
-
-
-def _check_rank(path: Path, stem: str, rank: str, suffix: str) -> None:
-    if int(rank):
-        raise SkipFile(f"what process {rank} saved")
-    if os.path.lexists(path.parent / f"{stem}1{suffix}"):
-        raise SkipFile("one part of a model that several processes saved; gather it into one first", "warning")
 
 
 def _weights_in(folder: Path, trainer: bool) -> Path:
@@ -177,7 +156,7 @@ def _weights_in(folder: Path, trainer: bool) -> Path:
     for name in WEIGHT_NAMES:
         if name in names:
             return folder / name
-    others = [*_weight_files(folder, names), *_parts(folder, names)]
+    others = list(_models_in(folder, names))
     if len(others) == 1:
         return others[0]
     if by_trainer:
@@ -185,16 +164,13 @@ def _weights_in(folder: Path, trainer: bool) -> Path:
     raise SkipFile(f"a directory with {len(others)} weight files" if others else "a directory without weights")
 
 
-def _weight_files(folder: Path, names: frozenset[str]) -> Iterator[Path]:
-    for name in sorted(names):
-        if name.endswith(suffixes()) and not is_folder(folder / name):
-            with suppress(SkipFile):
-                yield _weights_file(folder / name)
-
-
-def _parts(folder: Path, names: frozenset[str]) -> Iterator[Path]:
-    """Yield subdirectories that hold a model, such as ``pytorch_model_fsdp_0`` or ``global_step500``."""
+def _models_in(folder: Path, names: frozenset[str]) -> Iterator[Path]:
+    """Yield weight files, and subdirectories that hold a model, such as ``pytorch_model_fsdp_0``."""
     for name in sorted(names):
         path = folder / name
-        if not name.startswith("optim") and is_folder(path) and claim_folder(entries(path)):
-            yield path
+        if is_folder(path):
+            if not name.startswith("optim") and claim_folder(entries(path)):
+                yield path
+        elif name.endswith(suffixes()):
+            with suppress(SkipFile):
+                yield _weights_file(path)

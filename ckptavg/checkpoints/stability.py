@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.listing import LeftOut, list_checkpoints
 from ckptavg.checkpoints.window import Window
 from ckptavg.filesystem.regular_file import is_folder
 from ckptavg.runtime import signals
-
-if TYPE_CHECKING:
-    from ckptavg.checkpoints.checkpoint import Checkpoint
-    from ckptavg.runtime.progress import Watch
+from ckptavg.runtime.progress import Watch
 
 SETTLED: Final = 60.0  # seconds without a change after which a file counts as complete
 _LOOK_EVERY: Final = 1.0  # seconds
@@ -32,7 +31,7 @@ def wait(paths: Sequence[Path], window: Window, seconds: float, watch: Watch | N
         paths: as in `ckptavg.checkpoints.discover.discover`.
         window: its globs select the names that count.
         seconds: required time without a change.
-        watch: progress callback; gets the time since the last change.
+        watch: called with the time since the last change.
     """
     seen = _state(paths, window)
     newest = max((changed for _, _, changed in seen.values()), default=0) / 1e9
@@ -64,17 +63,9 @@ def _state(paths: Sequence[Path], window: Window) -> dict[Path, tuple[int, int, 
     for order, path in enumerate(paths):
         wanted = [place.path for place in list_checkpoints(path, order, left_out) if window.admits(place.name)]
         wanted += [one.path for one in left_out if one.kind == "warning" and window.admits(one.path.name)]
-        for file in (file for place in wanted for file in _files(place)):
-            try:
+        inside = (Path(folder) / name for place in wanted for folder, _, names in os.walk(place) for name in names)
+        for file in (*(place for place in wanted if not is_folder(place)), *inside):
+            with suppress(OSError):  # gone meanwhile, or not to be opened either
                 status = file.stat()
-            except OSError:
-                continue  # gone meanwhile, or not to be opened either
-            found[file] = (status.st_ino, status.st_size, status.st_ctime_ns)
+                found[file] = (status.st_ino, status.st_size, status.st_ctime_ns)
     return found
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if not is_folder(path):
-        yield path
-    for folder, _, names in os.walk(path):
-        yield from (Path(folder) / name for name in names)

@@ -16,24 +16,18 @@ PREFIXES: Final = ("module.", "_orig_mod.")
 
 
 def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, StoredTensor], tuple[str, ...]]:
-    """Return the model's state dict in ``reader``.
+    """Return the key of the model's state dict (``""`` for the whole file), name → tensor, and notes for the user.
 
     Args:
         reader: an open file.
-        key: its location given by the user (dots separate levels), or None to search `MODEL_KEYS`, then the top level.
-    Returns:
-        The key it was found under (``""`` for the whole file), state-dict name → tensor, and notes for the user.
+        key: the key given by the user (dots separate levels), or None to search `MODEL_KEYS`, then the top level.
     Raises:
         InputError: if there is no state dict, or one of its tensors is not supported.
     """
     tree = reader.tree
     found = [name for name in MODEL_KEYS if holds_tensors(_descend(tree, name))]
-    if key is not None:
-        chosen, node = key, _descend(tree, key)
-    elif found:
-        chosen, node = found[0], _descend(tree, found[0])
-    else:
-        chosen, node = "", tree
+    chosen = key if key is not None else found[0] if found else ""
+    node = _descend(tree, chosen)
     if not isinstance(node, Mapping) or not holds_tensors(node):
         looked = f"at --key {key}" if key is not None else f"under {', '.join(MODEL_KEYS)} and at the top"
         inner = [str(name) for name, child in tree.items() if isinstance(child, Mapping)]
@@ -87,16 +81,13 @@ def check_agreement(checkpoints: Sequence[Checkpoint]) -> None:
         what = f"missing, but {others} it"
     elif name not in there:
         what = f"{others} no such tensor"
+    elif here[name][1] != there[name][1]:
+        what = f"shape {list(here[name][1])}, but {others} {list(there[name][1])}"
     else:
-        (dtype, shape), (usual_dtype, usual_shape) = here[name], there[name]
-        what = (
-            f"shape {list(shape)}, but {others} {list(usual_shape)}"
-            if shape != usual_shape
-            else f"dtype {dtype}, but {others} {usual_dtype}"
-        )
+        what = f"dtype {here[name][0]}, but {others} {there[name][0]}"
     more = f" (and {len(differing) - 1} more differences)" if len(differing) > 1 else ""
-    path = checkpoints[odd].path
-    raise DisagreementError(what + more, path=path, tensor=name, hint=f"leave it out with {checkpoints[odd].excluding}")
+    path, hint = checkpoints[odd].path, f"leave it out with {checkpoints[odd].excluding}"
+    raise DisagreementError(what + more, path=path, tensor=name, hint=hint)
 
 
 def _descend(tree: Mapping[str, Node], key: str) -> Node:

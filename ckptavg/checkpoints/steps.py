@@ -12,14 +12,12 @@ from ckptavg.filesystem.strict_json import read_json
 from ckptavg.readers import Reader
 
 STEP_KEYS: Final = ("global_step", "num_updates", "batch_idx_train", "iter_num", "iteration", "step", "epoch")
-_NAMED_STEP: Final = tuple(
-    re.compile(pattern)
-    for pattern in (
-        r"step[-_=]?([0-9]+)",
-        r"(?:iter|iteration)[-_=]?([0-9]+)",
-        r"(?:^|[-_])ba([0-9]+)",
-        r"ep(?:och)?[-_=]?([0-9]+)",
-    )
+_NAMED_STEPS: Final = (
+    r"step[-_=]?([0-9]+)",
+    r"(?:iter|iteration)[-_=]?([0-9]+)",
+    r"(?:^|[-_])ba([0-9]+)",
+    r"ep(?:och)?[-_=]?([0-9]+)",
+    r"([0-9]+)",
 )
 
 
@@ -30,9 +28,7 @@ def steps_inside(reader: Reader) -> dict[str, int]:
         value = _updates(reader) if key == "num_updates" else reader.tree.get(key)
         if isinstance(value, bool) or value is None:
             value = reader.metadata.get(key)
-        if isinstance(value, int) and not isinstance(value, bool):
-            steps[key] = value
-        elif isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:
+        if type(value) is int or (isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value)):
             steps[key] = int(value)
     return steps
 
@@ -46,8 +42,8 @@ def _updates(reader: Reader) -> object:
 
 def step_in_name(name: str) -> int | None:
     """Return the training step in a name: the number after ``step``, ``iter``, ``ba`` or ``epoch``, or the last one."""
-    for pattern in (*_NAMED_STEP, re.compile(r"([0-9]+)")):
-        if numbers := pattern.findall(name.lower()):
+    for pattern in _NAMED_STEPS:
+        if numbers := re.findall(pattern, name.lower()):
             return int(numbers[-1][:18])
     return None
 
@@ -67,18 +63,14 @@ def natural(name: str) -> tuple[tuple[int, str] | tuple[int, int, str], ...]:
     return tuple((1, int(part), part) if part.isascii() and part.isdigit() else (0, part) for part in parts)
 
 
-def common_kind(steps: Sequence[Mapping[str, int]], runs: Sequence[int]) -> tuple[str | None, bool]:
-    """Return the kind of step to order checkpoints by, and whether it is distinct within each run.
+def common_kind(steps: Sequence[Mapping[str, int]], runs: Sequence[int]) -> str | None:
+    """Return the kind of step to order checkpoints by, one of `STEP_KEYS` or ``name``.
 
-    Args:
-        steps: for each checkpoint, kind → number; the kinds are `STEP_KEYS` and ``name``.
-        runs: for each checkpoint, the run it belongs to.
-    Returns:
-        The first kind that all checkpoints have and that is distinct within each run, else the first that all have,
-        else None.
+    This is the first that all checkpoints have and that is distinct within each run, else the first that all have,
+    else None. ``steps`` has kind → number and ``runs`` the run of each checkpoint.
     """
     shared = [kind for kind in (*STEP_KEYS, "name") if steps and all(kind in one for one in steps)]
     for kind in shared:
         if len({(run, one[kind]) for run, one in zip(runs, steps, strict=True)}) == len(steps):
-            return kind, True
-    return (shared[0] if shared else None), False
+            return kind
+    return shared[0] if shared else None

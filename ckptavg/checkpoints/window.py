@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -44,13 +45,10 @@ class Window:
 
     def select(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         """Return the checkpoints that the step and count filters keep, in the given order."""
-        kept = [
-            c
-            for c in checkpoints
-            if (self.start is None or c.step >= self.start) and (self.stop is None or c.step <= self.stop)
-        ]
-        kept = kept[:: -(self.every or 1)]
-        return kept[: self.last][::-1]
+        start = -math.inf if self.start is None else self.start
+        stop = math.inf if self.stop is None else self.stop
+        kept = [checkpoint for checkpoint in checkpoints if start <= checkpoint.step <= stop]
+        return kept[:: -(self.every or 1)][: self.last][::-1]
 
 
 def _matches(name: str, glob: str) -> bool:

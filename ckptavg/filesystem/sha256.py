@@ -12,16 +12,6 @@ from ckptavg.filesystem.regular_file import RegularFile
 _CHUNK: Final = 1 << 20
 
 
-def no_digest(_: RegularFile) -> str:
-    """Return an empty string, for callers that need no SHA-256."""
-    return ""
-
-
-def placeholder_digest(_: RegularFile) -> str:
-    """Return a placeholder with the length of a SHA-256."""
-    return "0" * 64
-
-
 @contextmanager
 def hash_while_reading(files: Iterable[RegularFile], threads: int) -> Generator[Callable[[RegularFile], str]]:
     """Hash open files while the body reads them, so that no byte is read from disk twice.

@@ -48,11 +48,7 @@ def preflight(path: Path, force: bool) -> None:
 
 
 def check_parent(path: Path) -> None:
-    """Check that the destination's directory exists and is writable, and that the file name is not too long for it.
-
-    Raises:
-        OutputError: naming the directory, or the destination.
-    """
+    """Raise OutputError unless the destination's directory exists, is writable and allows so long a file name."""
     try:
         folder = stat.S_ISDIR(path.parent.stat().st_mode)
     except FileNotFoundError as error:

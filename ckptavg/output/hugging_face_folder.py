@@ -9,12 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.checkpoint import Checkpoint, chunks
 from ckptavg.errors import InputError, OutputError
 from ckptavg.filesystem.atomic import flush_folder, write_bytes
 from ckptavg.filesystem.regular_file import is_file, is_folder
 from ckptavg.filesystem.strict_json import read_json
-from ckptavg.readers import ITEM_SIZE, StoredTensor, entries
+from ckptavg.readers import StoredTensor, entries
 
 PATTERNS: Final = (
     "config.json", "generation_config.json", "*_config.json", "preprocessor_config.json", "tokenizer*", "vocab*",
@@ -23,21 +23,13 @@ PATTERNS: Final = (
 _ADAPTER: Final = "adapter_config.json"
 _HEADS: Final = ("lm_head", "embed_out", "output_layer", "cls.predictions.decoder")
 _EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in")
-_CHUNK: Final = 1 << 20  # elements per comparison
 
 
 def check(folder: Path) -> None:
-    """Check that a directory holds no sharded model, whose index some loaders would prefer to the new file.
-
-    Raises:
-        OutputError: naming the index.
-    """
+    """Raise OutputError if a directory holds a sharded model, whose index some loaders would prefer to the new file."""
     for index in sorted(folder.glob("*.index.json")):
-        raise OutputError(
-            "belongs to a sharded model that loaders would mix with the new file",
-            path=index,
-            hint="choose an empty directory",
-        )
+        message = "belongs to a sharded model that loaders would mix with the new file"
+        raise OutputError(message, path=index, hint="choose an empty directory")
 
 
 @contextmanager
@@ -68,38 +60,30 @@ def file_name(checkpoint: Checkpoint) -> str:
 def check_tied(
     checkpoint: Checkpoint, specs: Mapping[str, StoredTensor], read_into: Callable[[str, int, memoryview], None]
 ) -> None:
-    """Check that the output layer equals the embedding if config.json ties them.
+    """Raise OutputError if a file's output layer and embedding differ, but the config.json of ``checkpoint`` ties them.
 
     transformers would silently untie the model.
-
-    Args:
-        checkpoint: the checkpoint with the config.json.
-        specs: specs of the file's tensors.
-        read_into: reads elements of the file.
-    Raises:
-        OutputError: naming the two tensors.
     """
     config = _read_json(checkpoint.folder / "config.json")
-    text: Any = config.get("text_config")
-    if not (config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))):
+    parts: tuple[Any, ...] = (config, config.get("text_config"))
+    if not any(isinstance(part, dict) and part.get("tie_word_embeddings") for part in parts):
         return
     heads = [name for name in specs if name.rpartition(".")[0].endswith(_HEADS) and name.endswith(".weight")]
-    inputs = [name for name in specs if name.removesuffix(".weight").endswith(_EMBEDDINGS)]
-    for head in heads:
-        for table in inputs:
-            if specs[head].shape == specs[table].shape and not _equal(specs[head], head, table, read_into):
-                raise OutputError(f"{head} and {table} differ, but config.json ties them", path=checkpoint.path)
+    tables = [name for name in specs if name.removesuffix(".weight").endswith(_EMBEDDINGS)]
+    for head, table in ((head, table) for head in heads for table in tables if specs[head].shape == specs[table].shape):
+        pairs = zip(*(chunks(specs[head], name, read_into) for name in (head, table)), strict=True)
+        if any(ours != others for ours, others in pairs):
+            raise OutputError(f"{head} and {table} differ, but config.json ties them", path=checkpoint.path)
 
 
 def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str, Any] | None = None) -> list[str]:
     """Copy the companion files of ``checkpoint`` into ``folder``, each atomically; existing files are kept.
 
-    The dtype in config.json, which transformers uses for loading, is set to that of the file.
-
     Args:
         checkpoint: the checkpoint whose files are copied.
         folder: the destination.
-        dtype: dtype of the file's floating-point tensors, such as ``bfloat16``; comma-separated if there are several.
+        dtype: dtype of the output's floating-point tensors, put into config.json because transformers loads the model
+            in it; comma-separated if there are several, which changes nothing.
         adapter: content of adapter_config.json, if it differs from the candidates'.
     Returns:
         The names copied.
@@ -116,8 +100,11 @@ def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str,
             data = path.read_bytes()
         except OSError as error:
             raise OutputError(f"cannot copy {path.name} here: {error.strerror}", path=folder) from error
-        if path.name == "config.json":
-            data = _with_dtype(path, dtype) or data
+        if path.name == "config.json" and "," not in dtype:
+            config = _read_json(path)
+            outdated = [key for key in ("dtype", "torch_dtype") if config.get(key, dtype) != dtype]
+            if outdated:
+                data = (json.dumps(config | dict.fromkeys(outdated, dtype), indent=2) + "\n").encode()
         if path.name == _ADAPTER and adapter is not None:
             data = (json.dumps(adapter, indent=2, sort_keys=True) + "\n").encode()
         write_bytes(folder / path.name, data)
@@ -142,31 +129,9 @@ def copies(
         raise
 
 
-def _with_dtype(path: Path, dtype: str) -> bytes | None:
-    """Return config.json with its dtype set to that of the file, or None if no change is needed."""
-    config = _read_json(path)
-    names = [key for key in ("dtype", "torch_dtype") if key in config]
-    if "," in dtype or not names or all(config[key] == dtype for key in names):
-        return None
-    config |= dict.fromkeys(names, dtype)
-    return (json.dumps(config, indent=2) + "\n").encode()
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; returns an empty dict if the file is missing, invalid or not an object."""
-    try:
-        value = read_json(path)
-    except InputError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _equal(spec: StoredTensor, first: str, second: str, read_into: Callable[[str, int, memoryview], None]) -> bool:
-    item = ITEM_SIZE[spec.dtype]
-    for start in range(0, spec.numel, _CHUNK):
-        buffers = [bytearray(min(_CHUNK, spec.numel - start) * item) for _ in range(2)]
-        for name, buffer in zip((first, second), buffers, strict=True):
-            read_into(name, start, memoryview(buffer))
-        if buffers[0] != buffers[1]:
-            return False
-    return True
+    with suppress(InputError):
+        if isinstance(value := read_json(path), dict):
+            return value
+    return {}

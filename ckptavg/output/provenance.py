@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -16,17 +16,7 @@ SCHEMA: Final = 1
 
 
 def metadata(
-    checkpoints: Sequence[Checkpoint],
-    coefficients: Coefficients,
-    strategy: str,
-    settings: Mapping[str, Any],
-    *,
-    dtype: str | None,
-    adapter: str = "factors",
-    rank: int | None = None,
-    not_averaged: Sequence[str],
-    recomputed: Sequence[str],
-    digest: Callable[[RegularFile], str],
+    checkpoints: Sequence[Checkpoint], coefficients: Coefficients, digest: Callable[[RegularFile], str], **recipe: Any
 ) -> dict[str, str]:
     """Build the output's safetensors metadata: ``format`` for loaders, everything else as JSON under ``ckptavg``.
 
@@ -35,28 +25,17 @@ def metadata(
 
     Args:
         checkpoints: all candidates.
-        coefficients: their coefficients.
-        strategy: name of the command.
-        settings: settings of the command.
-        dtype: the requested dtype, or None for the candidates' dtypes.
-        adapter: how adapters were averaged.
-        rank: the rank that an exact adapter was reduced to.
-        not_averaged: the tensors copied from the last selected candidate.
-        recomputed: the tensors recomputed from data (BatchNorm statistics).
+        coefficients: those of the candidates.
         digest: returns the hexadecimal SHA-256 of a source file, or "".
+        recipe: the other entries: strategy (name of the command) and its settings; dtype, adapter and rank as
+            requested; not_averaged, the tensors copied from the last selected candidate; recomputed, those computed
+            from data (BatchNorm statistics).
     """
     selected = [(checkpoints[i], coefficients.candidate(i)) for i in coefficients.selected]
-    record = {
+    record = recipe | {
         "schema": SCHEMA,
         "version": version.own(),
-        "strategy": strategy,
-        "settings": dict(settings),
-        "dtype": dtype,
-        "adapter": adapter,
-        "rank": rank,
-        "groups": [list(prefixes) for prefixes in coefficients.groups],
-        "not_averaged": list(not_averaged),
-        "recomputed": list(recomputed),
+        "groups": coefficients.groups,
         "sources": [
             {
                 "name": checkpoint.name,

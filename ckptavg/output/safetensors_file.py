@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Self
 
@@ -25,15 +26,16 @@ from ckptavg.runtime import signals
 from ckptavg.runtime.workers import ALONE, Workers
 
 _CHUNK: Final = 1 << 20
+_CHANGED: Final = "another program changed the file while it was written"
 _NO_LINK: Final = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)  # file systems without hard links
 
 
 class SafetensorsFile:
-    """An output under construction; a context manager that leaves nothing behind unless `commit` was called.
+    """An output under construction; a context manager that leaves nothing behind unless `publish` was called.
 
     Attributes:
         size: size of the file in bytes.
-        sha256: SHA-256 of the file, once committed.
+        sha256: SHA-256 of the file, once published.
     """
 
     def __init__(
@@ -45,8 +47,7 @@ class SafetensorsFile:
         Args:
             path: the destination; its directory must exist.
             specs: name → dtype and shape.
-            metadata: the header's ``__metadata__``, read at `commit`: until then values may change, but not their
-                length.
+            metadata: the header's ``__metadata__``, or placeholders of the same length for that given to `publish`.
             force: replace an existing file.
             workers: the ranks that write it together, each its own ranges; this constructor, `barrier` and `finalize`
                 must be called by all of them.
@@ -59,29 +60,23 @@ class SafetensorsFile:
         self._workers = workers
         self._force = force
         self._specs = specs
-        self._metadata = metadata
-        _, self._offsets, self.size = _layout(specs, metadata)
+        self._header, self._offsets, self.size = _layout(specs, metadata)
         self._missing = sum(spec.nbytes for spec in specs.values())
         self._written: set[tuple[str, int, int]] = set()
         self._file: Temporary | None = None
         shared = workers.broadcast(workers.on_rank_zero(self._create))
         if shared and not workers.is_rank_zero:
-            self._file = self._joined(shared)
+            self._join(shared)
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
-        """Write bytes of a tensor, in any order; exactly the same range may be written again.
+        """Write elements of tensor ``name``, little-endian, at a byte offset within it.
 
-        Args:
-            name: the tensor.
-            offset: byte offset within the tensor.
-            data: elements, little-endian.
+        Ranges may come in any order; exactly the same range may be written again.
         """
         if not 0 <= offset <= offset + len(data) <= self._specs[name].nbytes:
             raise AssertionError(f"{name}: {len(data)} bytes at {offset} do not fit {self._specs[name]}")
-        try:
+        with self._os_errors():
             self._open.write(data, self._offsets[name] + offset)
-        except OSError as error:
-            raise_output_error(self.path, error, self.size)
         if self._missing and (part := (name, offset, len(data))) not in self._written:
             self._written.add(part)
             self._missing -= len(data)
@@ -91,12 +86,10 @@ class SafetensorsFile:
         position = self._offsets[name] + start * ITEM_SIZE[self._specs[name].dtype]
         done = 0
         while done < len(out):
-            try:
+            with self._os_errors():
                 count = os.preadv(self._open.fd, [out[done:]], position + done)
-            except OSError as error:
-                raise_output_error(self.path, error, self.size)
             if not count:
-                raise _changed_error(self.path)
+                raise OutputError(_CHANGED, path=self.path)
             done += count
 
     def barrier(self) -> None:
@@ -107,70 +100,44 @@ class SafetensorsFile:
         if self._workers.world_size == 1:
             return
         total = sum(spec.nbytes for spec in self._specs.values())
-        try:
+        with self._os_errors():
             os.fsync(self._open.fd)
-        except OSError as error:
-            raise_output_error(self.path, error, self.size)
         self._missing = total - sum(total - missing for missing in self._workers.gather(self._missing))
         if not self._workers.is_rank_zero:
-            path = self._open.path
-            self.close()
-            self._file = self._joined(path)
+            self._join(self._open.path)
 
     def commit(self) -> None:
-        """Publish the file and fsync its directory, so that the name survives a power cut.
-
-        Raises:
-            OutputError: if the directory cannot be flushed; the file is complete and has its name.
-        """
+        """Publish the file and flush its directory; see `ckptavg.filesystem.atomic.flush_folder`."""
         self.publish()
         flush_folder(self.path)
 
-    def publish(self) -> None:
+    def publish(self, metadata: Mapping[str, str] | None = None) -> None:
         """Write the header, flush the file to disk and rename it; called by rank 0 only.
 
+        Args:
+            metadata: the final metadata, as long as the constructor's; None if it has not changed.
         Raises:
             OutputExistsError: if the destination was created in the meantime and ``force`` was not given.
             OutputError: if writing fails.
         """
-        file = self._finished()
-        try:
+        with self._os_errors():
+            file = self._with_header(metadata)
             with ThreadPoolExecutor(1) as pool:
                 flushed = pool.submit(os.fsync, file.fd)  # the disk writes while the processor hashes
                 self.sha256 = _digest(file.fd)
                 flushed.result()
             if os.fstat(file.fd).st_size != self.size:
-                raise _changed_error(self.path)
-            self._publish(file)
-        except FileExistsError as error:
-            raise exists_error(self.path) from error
-        except OSError as error:
-            raise_output_error(self.path, error, self.size)
+                raise OutputError(_CHANGED, path=self.path)
+            self._rename(file)
 
-    def finalize(self) -> str:
+    def finalize(self, metadata: Mapping[str, str] | None = None) -> str:
         """Complete the file under its temporary name and return its SHA-256; called by all ranks."""
 
         def digest() -> str:
-            file = self._finished()
-            try:
-                return _digest(file.fd)
-            except OSError as error:
-                raise_output_error(self.path, error, self.size)
+            with self._os_errors():
+                return _digest(self._with_header(metadata).fd)
 
         return self._workers.broadcast(self._workers.on_rank_zero(digest)) or ""
-
-    def _finished(self) -> Temporary:
-        """Write the header and return the file."""
-        if self._missing:
-            raise AssertionError(f"{self._missing} bytes were not written")
-        header, offsets, size = _layout(self._specs, self._metadata)
-        if (offsets, size) != (self._offsets, self.size):
-            raise AssertionError("the metadata has changed its length")
-        try:
-            self._open.write(header, 0)
-        except OSError as error:
-            raise_output_error(self.path, error, self.size)
-        return self._open
 
     def close(self) -> None:
         """Remove the temporary file if it still exists."""
@@ -189,28 +156,46 @@ class SafetensorsFile:
         assert self._file is not None, "the file is closed"
         return self._file
 
+    @contextmanager
+    def _os_errors(self) -> Generator[None]:
+        """Raise OutputError with the path, and the space needed if the disk is full, in place of OSError."""
+        try:
+            yield
+        except OSError as error:
+            raise_output_error(self.path, error, self.size)
+
     def _create(self) -> Path:
         preflight(self.path, self._force)
-        try:
+        with self._os_errors():
             self._file = Temporary(self.path)
-            _reserve(self._file.fd, self.size)
-        except BaseException as error:
-            self.close()
-            if isinstance(error, OSError):
-                raise_output_error(self.path, error, self.size)
-            raise
+            try:
+                _reserve(self._file.fd, self.size)
+            except BaseException:
+                self.close()
+                raise
         return self._file.path
 
-    def _joined(self, path: Path) -> Temporary:
-        """Open the temporary file created by rank 0."""
+    def _join(self, path: Path) -> None:
+        """Open the temporary file created by rank 0, anew if it is open."""
+        self.close()
         try:
-            return Temporary.joined(path)
+            self._file = Temporary.joined(path)
         except OSError as error:
             message = f"cannot be opened by rank {self._workers.rank}: {os_message(error)}"
             hint = "the output must be on a file system that all machines share"
             raise OutputError(message, path=path, hint=hint) from error
 
-    def _publish(self, file: Temporary) -> None:
+    def _with_header(self, metadata: Mapping[str, str] | None) -> Temporary:
+        """Write the header and return the file."""
+        if self._missing:
+            raise AssertionError(f"{self._missing} bytes were not written")
+        header = self._header if metadata is None else _layout(self._specs, metadata)[0]
+        if len(header) != len(self._header):
+            raise AssertionError("the metadata has changed its length")
+        self._open.write(header, 0)
+        return self._open
+
+    def _rename(self, file: Temporary) -> None:
         if self._force:
             if self.path.exists():
                 os.fchmod(file.fd, stat.S_IMODE(self.path.stat().st_mode))
@@ -219,15 +204,11 @@ class SafetensorsFile:
         try:
             os.link(file.path, self.path)  # unlike rename, refuses an existing name atomically
         except OSError as error:
+            if isinstance(error, FileExistsError) or os.path.lexists(self.path):
+                raise exists_error(self.path) from error
             if error.errno not in _NO_LINK:
                 raise
-            if os.path.lexists(self.path):
-                raise FileExistsError from error
             os.rename(file.path, self.path)  # noqa: PTH104
-
-
-def _changed_error(path: Path) -> OutputError:
-    return OutputError("another program changed the file while it was written", path=path)
 
 
 def _layout(specs: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:

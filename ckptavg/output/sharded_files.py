@@ -17,12 +17,11 @@ from ckptavg.readers import StoredTensor
 from ckptavg.runtime.workers import ALONE, Workers
 
 INDEX: Final = "model.safetensors.index.json"
+_PATTERN: Final = "model{suffix}.safetensors"
 
 
 class ShardedFiles:
-    """Several `ckptavg.output.safetensors_file.SafetensorsFile` that form one output; the index is renamed last.
-
-    Tensors are assigned to files by huggingface_hub's splitter.
+    """Several `ckptavg.output.safetensors_file.SafetensorsFile` that form one output, split by huggingface_hub.
 
     Attributes:
         path: the index.
@@ -34,40 +33,27 @@ class ShardedFiles:
         self, folder: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], largest: str,
         *, force: bool = False, workers: Workers = ALONE,
     ) -> None:  # fmt: skip
-        """Reserve the space of all shards.
+        """Reserve the space of all shards; other arguments and errors are those of `SafetensorsFile`.
 
         Args:
             folder: the output directory; it must exist.
-            specs: name → dtype and shape.
-            metadata: metadata of every shard.
             largest: maximum size of a shard, such as ``5GB``.
-            force: replace existing files.
-            workers: the ranks that write the files together; see `SafetensorsFile`.
         Raises:
             UsageError: if ``largest`` is not a size, or huggingface_hub is missing.
-            OutputExistsError, OutputError: see `SafetensorsFile`.
         """
         self.path = folder / INDEX
         self.sha256 = ""
         workers.on_rank_zero(lambda: preflight(self.path, force))
         split = split_names(specs, largest)
-        self._index = json.dumps(
-            {"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2, sort_keys=True
-        )
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        self._index = json.dumps(index, indent=2, sort_keys=True).encode()
         self._file_of: Mapping[str, str] = split.tensor_to_filename
+        self._files: dict[str, SafetensorsFile] = {}
         with ExitStack() as stack:
-            self._files = {
-                name: stack.enter_context(
-                    SafetensorsFile(
-                        folder / name,
-                        {tensor: specs[tensor] for tensor in tensors},
-                        metadata,
-                        force=force,
-                        workers=workers,
-                    )
-                )
-                for name, tensors in split.filename_to_tensors.items()
-            }
+            for name, tensors in split.filename_to_tensors.items():
+                inside = {tensor: specs[tensor] for tensor in tensors}
+                shard = SafetensorsFile(folder / name, inside, metadata, force=force, workers=workers)
+                self._files[name] = stack.enter_context(shard)
             self._stack = stack.pop_all()
         self.size = sum(file.size for file in self._files.values()) + len(self._index)
 
@@ -84,20 +70,19 @@ class ShardedFiles:
         for file in self._files.values():
             file.barrier()
 
-    def publish(self) -> None:
-        """Rename all files, the index last: no loader finds a model without it. Called by rank 0 only.
+    def publish(self, metadata: Mapping[str, str] | None = None) -> None:
+        """Rename all files, the index last: no loader finds a model without it; see `SafetensorsFile.publish`.
 
         The index is first written under a temporary name, in which `sweep` finds the shards that a killed run renamed.
         """
-        index = self._index.encode()
-        with temporary_file(self.path, index) as publish, ExitStack() as undo:
+        with temporary_file(self.path, self._index) as publish, ExitStack() as undo:
             for file in self._files.values():
-                file.publish()
+                file.publish(metadata)
                 undo.callback(file.path.unlink, missing_ok=True)
             flush_folder(self.path)
             publish()
             undo.pop_all()
-        self.sha256 = hashlib.sha256(index).hexdigest()
+        self.sha256 = hashlib.sha256(self._index).hexdigest()
 
     def __enter__(self) -> Self:
         return self
@@ -109,9 +94,7 @@ class ShardedFiles:
 def sweep(folder: Path, name: str | None = None) -> None:
     """Remove leftovers of killed runs: temporary files, and shards whose index was not renamed.
 
-    Args:
-        folder: the output directory, or the directory of the output file.
-        name: name of the output, if it is a file.
+    ``folder`` is the output directory or, with ``name``, the directory of an output file of that name.
     """
     for path in stale_temporaries(folder, name):
         if name is None and path.name.startswith(f".{INDEX}.") and not (folder / INDEX).exists():
@@ -123,21 +106,14 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 def split_names(specs: Mapping[str, StoredTensor], largest: str) -> Any:
-    """Split the tensors into shards and return huggingface_hub's StateDictSplit.
-
-    Raises:
-        UsageError: if ``largest`` is not a size, or huggingface_hub is missing.
-    """
+    """Return huggingface_hub's StateDictSplit; for errors see `ShardedFiles`."""
     try:
         from huggingface_hub import split_state_dict_into_shards_factory  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UsageError("--max-shard-size needs huggingface_hub", hint="pip install 'ckptavg[hf]'") from error
     try:
         return split_state_dict_into_shards_factory(
-            dict(specs),
-            get_storage_size=lambda spec: spec.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=largest,
+            dict(specs), get_storage_size=lambda spec: spec.nbytes, filename_pattern=_PATTERN, max_shard_size=largest
         )
     except ValueError as error:
         raise UsageError(f"--max-shard-size {largest} is not a size such as 5GB or 500MB") from error

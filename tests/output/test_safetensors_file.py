@@ -69,17 +69,26 @@ def test_the_digest_is_that_of_the_file(tmp_path: Path):
     assert out.sha256 == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
 
 
-def test_metadata_may_change_until_commit_but_not_its_length(tmp_path: Path):
+def test_publish_replaces_the_metadata_by_others_of_the_same_length(tmp_path: Path):
+    metadata, final = {"digest": "0" * 4}, {"digest": "beef"}
+    with SafetensorsFile(tmp_path / "x", {}, metadata) as out:
+        sha256 = out.finalize(final)
+        out.publish(final)
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        assert file.metadata() == final and out.sha256 == sha256
+    for act in (SafetensorsFile.publish, SafetensorsFile.finalize):
+        with pytest.raises(AssertionError, match="length"), SafetensorsFile(tmp_path / "y", {}, metadata) as out:
+            act(out, {"digest": "beef or pork"})
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_the_caller_does_with_its_metadata_afterwards_changes_no_file(tmp_path: Path):
     metadata = {"digest": "0" * 4}
     with SafetensorsFile(tmp_path / "x", {}, metadata) as out:
         metadata["digest"] = "beef"
         out.commit()
     with safe_open(tmp_path / "x", framework="pt") as file:
-        assert file.metadata() == {"digest": "beef"}
-    with pytest.raises(AssertionError, match="length"), SafetensorsFile(tmp_path / "y", {}, metadata) as out:
-        metadata["digest"] = "beef or pork"
-        out.commit()
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+        assert file.metadata() == {"digest": "0" * 4}
 
 
 def test_bytes_do_not_depend_on_the_order_of_names(tmp_path: Path):
