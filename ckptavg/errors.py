@@ -97,6 +97,5 @@ def excluding(name: str) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether ``error`` means host or device memory ran out; does not import torch."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in names:
-        return True
-    return type(error) is RuntimeError and "DefaultCPUAllocator: can't alloc" in str(error)
+    on_host = type(error) is RuntimeError and "DefaultCPUAllocator: can't alloc" in str(error)
+    return on_host or isinstance(error, MemoryError) or "OutOfMemoryError" in names

@@ -34,9 +34,7 @@ _PROC: Final = Path("/proc/self")
 
 def affinity() -> int:
     """Return the number of processors in this process's affinity mask; all of the machine where masks do not exist."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quota(proc: Path = _PROC) -> float | None:
@@ -48,8 +46,7 @@ def quota(proc: Path = _PROC) -> float | None:
     Args:
         proc: directory of the process in ``/proc``.
     """
-    limits = [limit for folder in _groups(proc) if (limit := _limit(folder)) is not None]
-    return min(limits, default=None)
+    return min((limit for folder in _groups(proc) if (limit := _limit(folder)) is not None), default=None)
 
 
 def processors(proc: Path = _PROC) -> int:
@@ -82,7 +79,10 @@ def configure(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _groups(proc: Path) -> Iterator[Path]:
-    """Yield the directories of this process's control groups with a CPU controller, each with its ancestors."""
+    """Yield the directories of this process's control groups with a CPU controller, each with its ancestors.
+
+    They end at the mount point, which stands for a group of another namespace.
+    """
     paths: dict[str, str] = {}  # controller → group; version 2 has the controller ""
     for line in _read(proc / "cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
@@ -94,21 +94,10 @@ def _groups(proc: Path) -> Iterator[Path]:
             continue
         controller = "" if kind[0] == "cgroup2" else "cpu"
         if controller in paths and (not controller or controller in kind[2].split(",")):
-            yield from _upwards(Path(_unescaped(mount[4])), _unescaped(mount[3]), paths[controller])
-
-
-def _upwards(mounted: Path, root: str, path: str) -> Iterator[Path]:
-    """Yield the directory of group ``path`` and its parents, up to ``mounted``, the mount point of group ``root``.
-
-    A group outside ``root`` belongs to another namespace; the mount point itself is used for it.
-    """
-    group = PurePosixPath(path)
-    below = group.relative_to(root) if group.is_relative_to(root) and ".." not in group.parts else PurePosixPath()
-    folder = mounted / below
-    yield folder
-    for _ in below.parts:
-        folder = folder.parent
-        yield folder
+            mounted, root, group = Path(_unescaped(mount[4])), _unescaped(mount[3]), PurePosixPath(paths[controller])
+            inside = group.is_relative_to(root) and ".." not in group.parts
+            below = group.relative_to(root) if inside else PurePosixPath()
+            yield from (mounted / part for part in (below, *below.parents))
 
 
 def _limit(folder: Path) -> float | None:

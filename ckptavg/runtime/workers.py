@@ -69,15 +69,11 @@ class Workers:
         A `CkptavgError` raised by ``work`` is raised on all ranks.
         """
         result, error = None, None
-        if self.is_rank_zero:
-            try:
-                result = work()
-            except CkptavgError as caught:
-                if self.world_size == 1:
-                    raise
-                error = caught
-        error = self.broadcast(error)
-        if error is not None:
+        try:
+            result = work() if self.is_rank_zero else None
+        except CkptavgError as caught:
+            error = caught
+        if (error := self.broadcast(error)) is not None:
             raise error
         return result
 
@@ -142,8 +138,6 @@ class Workers:
 
         The first rank to call this prints the error; the output of the others is suppressed.
         """
-        if self.world_size == 1:
-            return error
         if _is_broken(error):
             error = self._lost_rank_error()
         shown = error if isinstance(error, CkptavgError) else None
@@ -154,7 +148,10 @@ class Workers:
             first = self._store.compare_set(_FAILED, "", own).decode()
         except RuntimeError:  # the process that holds the store has exited too
             first = own
-        (restore_streams if first == own else silence)()
+        if first == own:
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            silence()
         return error
 
     @contextmanager
@@ -173,7 +170,8 @@ class Workers:
             try:
                 if self._store.check([_FAILED]):
                     _, code, text, hint = json.loads(self._store.get(_FAILED))
-                    return _rebuilt_error(code, text, hint)
+                    kinds = {kind.exit_code: kind for kind in CkptavgError.__subclasses__()}
+                    return kinds.get(code, CkptavgError)(text, hint=hint)
             except RuntimeError:
                 break
             time.sleep(0.05)
@@ -193,9 +191,7 @@ def rank() -> int:
 
 @contextmanager
 def joined(device: str, timeout: float) -> Generator[Workers]:
-    """Join the process group of ``torchrun`` for the duration of the context.
-
-    After an error only one rank prints it.
+    """Join the process group of ``torchrun`` for the duration of the context; after an error only one rank prints it.
 
     Args:
         device: value of ``--device``.
@@ -216,15 +212,13 @@ def joined(device: str, timeout: float) -> Generator[Workers]:
         backend, gpu = "cpu:gloo,cuda:nccl", _gpu(int(os.environ["LOCAL_RANK"]))
     delta = timedelta(seconds=timeout)
     try:
-        store, number, world_size = next(rendezvous("env://", timeout=delta))
-        distributed.init_process_group(backend, store=store, rank=number, world_size=world_size, timeout=delta)
+        store, rank, world_size = next(rendezvous("env://", timeout=delta))
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=delta)
     except RuntimeError as error:
         message = f"the workers could not connect: {str(error).splitlines()[0]}"
         raise InterruptedRunError(message, hint="check torchrun's --rdzv-endpoint and --nnodes") from error
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = Workers(
-        rank=number, world_size=world_size, local_world_size=local, gpu=gpu, timeout=timeout, _store=store
-    )
+    workers = Workers(rank=rank, world_size=world_size, local_world_size=local, gpu=gpu, timeout=timeout, _store=store)
     try:
         yield workers
     except BaseException as error:
@@ -238,11 +232,6 @@ def joined(device: str, timeout: float) -> Generator[Workers]:
 def silence() -> None:
     """Discard everything printed to stdout and stderr from now on."""
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  # open until the process exits
-
-
-def restore_streams() -> None:
-    """Undo `silence`."""
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def interleave(parts: Sequence[Sequence[_T]]) -> list[_T]:
@@ -276,9 +265,3 @@ def _is_broken(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-def _rebuilt_error(code: int, text: str, hint: str | None) -> CkptavgError:
-    """Rebuild the error that another rank recorded."""
-    kinds = {kind.exit_code: kind for kind in CkptavgError.__subclasses__()}
-    return kinds.get(code, CkptavgError)(text, hint=hint)
