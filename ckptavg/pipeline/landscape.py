@@ -6,7 +6,7 @@ Shape suffixes: N = candidates, M = mixtures.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,32 +49,25 @@ def landscape(
         CkptavgError: on any expected failure.
     """
     if not options.ways:
-        raise UsageError(
-            "a landscape consists of losses, so it needs a task file or --val", hint="`ckptavg init` writes ./task.py"
-        )
+        message = "a landscape consists of losses, so it needs a task file or --val"
+        raise UsageError(message, hint="`ckptavg init` writes ./task.py")
     if samples < 3 or grid < 2 or len(mixtures) not in (0, 3):
-        raise UsageError(
-            "a landscape needs --samples of at least 3, --grid of at least 2, and three --mixtures or none"
-        )
+        required = "--samples of at least 3, --grid of at least 2, and three --mixtures or none"
+        raise UsageError(f"a landscape needs {required}")
     if options.destination[1]:
         raise UsageError(f"--output {options.output} is a directory: name the JSON file to write")
     settings = {"name": "landscape", "samples": samples, "mixtures": list(mixtures), "grid": grid, "hessian": hessian}
-    with (
-        opened(paths, options, watch) as found,
-        journaled(found, options, settings, watch) as (evaluator, done),
-    ):
+    with opened(paths, options, watch) as found, journaled(found, options, settings, watch) as (evaluator, done):
         assert evaluator is not None  # because options.ways is not empty
         if not evaluator.differentiable:
             raise UsageError("a landscape needs a loss, but the task has only scores")
         q = evaluator.surrogate(None, hessian)
         random_MN = _random(samples, evaluator.n, evaluator.generator)
         measured: list[float] = []
-        evaluator.prefetch([_at(row_N) for row_N in random_MN], exact=True)
-        for row_N in random_MN:
-            measured.append(_loss(evaluator, row_N))
+        for loss in _losses(evaluator, random_MN):
+            measured.append(loss)
             evaluator.progress("scoring random mixtures", len(measured), samples)
         predicted: list[float] = q(random_MN).tolist()
-        plane = _plane(evaluator, mixtures, grid) if mixtures else None
         result = Landscape(
             surrogate=q,
             eigenvalues=eigenvalues(q),
@@ -83,7 +76,7 @@ def landscape(
             spearman=spearman(predicted, measured),
             r_squared=r_squared(predicted, measured),
             steps=[evaluator.step(i) for i in range(evaluator.n)],
-            plane=plane,
+            plane=_plane(evaluator, mixtures, grid) if mixtures else None,
             left_out=found.left_out,
             warnings=[*found.warnings, *([q.note] if q.note else []), *evaluator.notes],
         )
@@ -94,10 +87,9 @@ def landscape(
 
 def eigenvalues(q: Surrogate) -> list[float]:
     """Return the N − 1 eigenvalues of H on the directions with Σ = 0, ascending."""
-    n = q.n
-    if n == 1:
+    if q.n == 1:
         return []
-    centre_NN = torch.eye(n, dtype=torch.float64) - 1 / n
+    centre_NN = torch.eye(q.n, dtype=torch.float64) - 1 / q.n
     values = torch.linalg.eigvalsh(centre_NN @ q.hessian_NN @ centre_NN).tolist()
     values.remove(min(values, key=abs))  # the eigenvalue 0 of the direction (1, …, 1)
     return values
@@ -105,7 +97,9 @@ def eigenvalues(q: Surrogate) -> list[float]:
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Return the rank correlation; ties share their mean rank."""
-    return _pearson(_ranks(a), _ranks(b))
+    x, y = _centred_ranks(a), _centred_ranks(b)
+    size = x.norm() * y.norm()
+    return float(x @ y / size) if size > 0 else 0.0
 
 
 def r_squared(predicted: Sequence[float], measured: Sequence[float]) -> float:
@@ -115,33 +109,28 @@ def r_squared(predicted: Sequence[float], measured: Sequence[float]) -> float:
     return float(1 - (m - p).square().sum() / total) if total > 0 else 0.0
 
 
-def _ranks(values: Sequence[float]) -> Tensor:
+def _centred_ranks(values: Sequence[float]) -> Tensor:
     v = torch.tensor(values, dtype=torch.float64)
-    return (v[:, None] > v[None]).sum(dim=1) + ((v[:, None] == v[None]).sum(dim=1) - 1) / 2
-
-
-def _pearson(a: Tensor, b: Tensor) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    size = a.norm() * b.norm()
-    return float(a @ b / size) if size > 0 else 0.0
+    ranks = (v[:, None] > v[None]).sum(dim=1) + ((v[:, None] == v[None]).sum(dim=1) - 1) / 2
+    return ranks - ranks.mean()
 
 
 def _random(count: int, n: int, generator: torch.Generator) -> Tensor:
     """Draw [M, N] coefficients, flat Dirichlet over a random half of the candidates."""
     draws_MN = torch.rand(count, n, generator=generator, dtype=torch.float64)
-    chosen_MN = draws_MN >= draws_MN.sort(dim=1, descending=True).values[:, max(1, n // 2) - 1 : max(1, n // 2)]
+    chosen_MN = draws_MN >= draws_MN.topk(max(1, n // 2), dim=1).values[:, -1:]
     weights_MN = -torch.rand(count, n, generator=generator, dtype=torch.float64).log() * chosen_MN
     return weights_MN / weights_MN.sum(dim=1, keepdim=True)
 
 
-def _at(row_N: Tensor) -> Coefficients:
-    return Coefficients((tuple((row_N / row_N.sum()).tolist()),))
-
-
-def _loss(evaluator: Evaluator, row_N: Tensor) -> float:
-    loss = valid(evaluator.exact_score(_at(row_N), evaluator.scored_on)).loss
-    assert loss is not None  # the evaluator is differentiable
-    return loss
+def _losses(evaluator: Evaluator, rows: Iterable[Tensor]) -> Iterator[float]:
+    """Yield the losses at rows of N coefficients."""
+    mixtures = [Coefficients((tuple((row_N / row_N.sum()).tolist()),)) for row_N in rows]
+    evaluator.prefetch(mixtures, exact=True)
+    for mixture in mixtures:
+        loss = valid(evaluator.exact_score(mixture, evaluator.scored_on)).loss
+        assert loss is not None  # the evaluator is differentiable
+        yield loss
 
 
 def _plane(evaluator: Evaluator, mixtures: Sequence[str], grid: int) -> Plane:
@@ -155,9 +144,7 @@ def _plane(evaluator: Evaluator, mixtures: Sequence[str], grid: int) -> Plane:
     sides = torch.linspace(-0.25, 1.25, grid, dtype=torch.float64).tolist()
     losses: list[list[float]] = []
     for v in sides:
-        row = [a_N + u * (b_N - a_N) + v * (c_N - a_N) for u in sides]
-        evaluator.prefetch([_at(point_N) for point_N in row], exact=True)
-        losses.append([_loss(evaluator, point_N) for point_N in row])
+        losses.append(list(_losses(evaluator, (a_N + u * (b_N - a_N) + v * (c_N - a_N) for u in sides))))
         evaluator.progress("scoring the plane", len(losses), grid)
     first, second, third = mixtures
     return Plane(names=(first, second, third), u=sides, v=sides, losses=losses)

@@ -47,37 +47,25 @@ def build_result(
     invalid = [f"{score.invalid}: ranked below every valid score" for score in judgement.singles if score.invalid]
     notes = evaluator.notes if evaluator else ()
     warnings = [*invalid, *learned.notes, *notes, *_warnings(found.checkpoints[0], coefficients, evaluator, finished)]
-    result = blank_result(found, strategy, options, warnings)
+    blank = blank_result(found, strategy, options, warnings)
+    candidates = [
+        replace(
+            candidate,
+            coefficient=coefficients.candidate(i),
+            score=judgement.singles[i] if judgement.singles else None,
+            columns={name: values[i] for name, values in learned.columns.items()},
+        )
+        for i, candidate in enumerate(blank.candidates)
+    ]
     result = replace(
-        result,
-        candidates=[
-            replace(
-                candidate,
-                coefficient=coefficients.candidate(i),
-                score=judgement.singles[i] if judgement.singles else None,
-                columns={name: values[i] for name, values in learned.columns.items()},
-            )
-            for i, candidate in enumerate(result.candidates)
-        ],
-        groups=coefficients.groups,
-        trace=learned.trace,
-        tables=learned.tables,
-        output=finished.output,
-    )
+        blank, candidates=candidates, groups=coefficients.groups, trace=learned.trace, tables=learned.tables,
+        output=finished.output, scores=finished.scores, baselines=judgement.baselines, best_step=judgement.best_step,
+        verdict=judgement.verdict, replaced=judgement.replaced, worse=judgement.worse,
+    )  # fmt: skip
     if evaluator is None:
         return result
     return replace(
-        result,
-        scores=finished.scores,
-        baselines=judgement.baselines,
-        best_step=judgement.best_step,
-        scored_on=evaluator.scored_on,
-        holdout=options.holdout,
-        verdict=judgement.verdict,
-        replaced=judgement.replaced,
-        worse=judgement.worse,
-        cost=evaluator.cost(),
-        matrix=evaluator.matrix,
+        result, scored_on=evaluator.scored_on, holdout=options.holdout, cost=evaluator.cost(), matrix=evaluator.matrix
     )
 
 
@@ -88,10 +76,10 @@ def _warnings(
     warnings += finished.notes
     if evaluator is not None and not finished.scores:
         unscored = "the output was not scored, because its rank differs from the candidates'"
-        return [*warnings, f"{unscored}: run `ckptavg eval` with its own config"]
-    if evaluator is not None and evaluator.matrix is not None:
-        return warnings + _rounding_warnings(evaluator, coefficients, finished.scores[evaluator.scored_on])
-    if len(coefficients.selected) > 1 and any(name.endswith("running_var") for name in first.names):
+        warnings.append(f"{unscored}: run `ckptavg eval` with its own config")
+    elif evaluator is not None and evaluator.matrix is not None:
+        warnings += _rounding_warnings(evaluator, coefficients, finished.scores[evaluator.scored_on])
+    elif len(coefficients.selected) > 1 and any(name.endswith("running_var") for name in first.names):
         warnings.append(
             "BatchNorm statistics were averaged, which is wrong for a mixture; with a task file they are recomputed"
         )
@@ -121,11 +109,9 @@ def _rounding_warnings(evaluator: Evaluator, coefficients: Coefficients, exact: 
 
 def _notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """Return each distinct note of the readers once, with the first checkpoint that has it and the number of others."""
-    first: dict[str, Path] = {}
-    count: dict[str, int] = {}
+    paths: dict[str, list[Path]] = {}
     for checkpoint in checkpoints:
         for note in checkpoint.notes:
-            first.setdefault(note, checkpoint.path)
-            count[note] = count.get(note, 0) + 1
-    more = {note: f" and {n - 1} more" if n > 1 else "" for note, n in count.items()}
-    return [f"{path}{more[note]}: {note}" for note, path in first.items()]
+            paths.setdefault(note, []).append(checkpoint.path)
+    more = {note: f" and {len(same) - 1} more" if len(same) > 1 else "" for note, same in paths.items()}
+    return [f"{same[0]}{more[note]}: {note}" for note, same in paths.items()]
