@@ -13,8 +13,6 @@ class CkptavgError(Exception):
 
     Args:
         what: the problem in one line, with the actual and the expected value.
-        path: the file concerned.
-        tensor: the tensor concerned.
         hint: the next command or change to try.
     """
 

@@ -121,11 +121,7 @@ def _figure(name: str, value: float) -> str:
 
 
 def check_text(path: Path) -> None:
-    """Refuse a path that `write_text` could not write, before hours of work are spent.
-
-    Raises:
-        OutputError: if `ckptavg.output.destination.preflight` refuses the path.
-    """
+    """Raise OutputError for a path that `write_text` could not write, before hours of work are spent."""
     from ckptavg.output.destination import preflight
 
     with suppress(OSError):
@@ -135,11 +131,7 @@ def check_text(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically; write to a pipe or a device directly.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
+    """Write a small file atomically, or to a pipe or a device directly; raise OutputError if this fails."""
     try:
         target = path.resolve()
     except OSError as error:  # the working directory was removed

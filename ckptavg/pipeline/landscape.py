@@ -39,11 +39,9 @@ def landscape(
     Args:
         paths: directories of checkpoints, or checkpoints.
         options: options of the run; ``output`` is the JSON file, which holds everything that is returned.
-        watch: progress callback.
         samples: number of random mixtures to score.
         mixtures: three strategies in the syntax of `ckptavg.strategies.from_spec`, whose plane is scored too.
         grid: points of the plane along each side.
-        hessian: kind of curvature.
         as_text: converts the landscape to the text of the file.
     Raises:
         CkptavgError: on any expected failure.

@@ -15,7 +15,7 @@ from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
 from ckptavg.pipeline.verdict import Verdict
 from ckptavg.pipeline.writing import WrittenOutput, name_of
-from ckptavg.report.result import CandidateResult, Result
+from ckptavg.report.result import CandidateResult, MatrixResult, Result
 from ckptavg.score import Score
 
 _MAX_ERROR: Final = 0.5  # relative to the candidates' differences; above it the coefficients may be arbitrary
@@ -77,8 +77,10 @@ def _warnings(
     if evaluator is not None and not finished.scores:
         unscored = "the output was not scored, because its rank differs from the candidates'"
         warnings.append(f"{unscored}: run `ckptavg eval` with its own config")
-    elif evaluator is not None and evaluator.matrix is not None:
-        warnings += _rounding_warnings(evaluator, coefficients, finished.scores[evaluator.scored_on])
+    elif evaluator is not None and (matrix := evaluator.matrix) is not None:
+        if matrix.group_size is not None or matrix.precision != "float32":
+            exact = finished.scores[evaluator.scored_on]
+            warnings += _rounding_warnings(matrix, evaluator.score(coefficients), exact)
     elif len(coefficients.selected) > 1 and any(name.endswith("running_var") for name in first.names):
         warnings.append(
             "BatchNorm statistics were averaged, which is wrong for a mixture; with a task file they are recomputed"
@@ -86,23 +88,19 @@ def _warnings(
     return warnings
 
 
-def _rounding_warnings(evaluator: Evaluator, coefficients: Coefficients, exact: Score) -> list[str]:
+def _rounding_warnings(matrix: MatrixResult, searched: Score, exact: Score) -> list[str]:
     """Warn if the search's score is off from the exact average's by more than noise, or rounding lost too much."""
-    matrix = evaluator.matrix
-    if matrix is None or (matrix.group_size is None and matrix.precision == "float32"):
-        return []
-    searched, lost = evaluator.score(coefficients), matrix.error
     gaps = {"score": (searched.value - exact.value, exact.noise)}
     if searched.loss is not None and exact.loss is not None:
         gaps["loss"] = (searched.loss - exact.loss, exact.loss_noise)
     wide = [f"{name} off by {gap:+.4f}, noise {noise:.4f}" for name, (gap, noise) in gaps.items() if abs(gap) > noise]
-    if not wide and lost <= _MAX_ERROR:
+    if not wide and matrix.error <= _MAX_ERROR:
         return []
     problem = f"the search misjudged the average ({'; '.join(wide)})" if wide else "the search was too coarse"
     if matrix.group_size is None:
         return [f"at --precision {matrix.precision} {problem}. Search with --precision float32"]
     return [
-        f"at --bits {matrix.bits} {problem}: {lost:.0%} of the candidates' differences was lost to rounding. "
+        f"at --bits {matrix.bits} {problem}: {matrix.error:.0%} of the candidates' differences was lost to rounding. "
         "Search with more bits"
     ]
 

@@ -37,7 +37,6 @@ def judge(evaluator: Evaluator, selection: Coefficients, options: Options) -> Ve
 
     Args:
         evaluator: scores mixtures; cached scores cost nothing.
-        selection: coefficients from the strategy.
         options: ``never_worse`` replaces the selection by the best single candidate if that scores higher.
     Raises:
         TaskError: if the coefficients to write have no valid score, or no single candidate has one.

@@ -20,17 +20,13 @@ _AT_ONCE: Final = 1 << 22  # draws held in memory
 
 
 def gain(score: Score, reference: Score, *, seed: int = 0) -> Gain:
-    """Return ``score`` − ``reference`` with the percentile interval of the paired bootstrap.
+    """Return ``score`` − ``reference``, both on the same data, with the percentile interval of the paired bootstrap.
 
     Units are paired if both scores were measured on the same examples in the same order; otherwise each score is
     resampled on its own. Each resample draws U units with replacement and takes the mean of their differences, weighted
     by the number of examples in a unit; the interval covers the middle 95 % of 2000 resamples. With fewer than 20 units
     there is no interval. A metric that is no mean over examples is recomputed on 400 resamples of the batches.
 
-    Args:
-        score: score on some data.
-        reference: score on the same data.
-        seed: seed of the resampling.
     References:
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; paired over test examples: Koehn 2004,
         Statistical Significance Tests for Machine Translation Evaluation.

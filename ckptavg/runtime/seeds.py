@@ -44,11 +44,8 @@ def seed_loader(loader: Any) -> None:
 def reproducible(seed: int, *, deterministic: bool = False) -> Generator[None]:
     """Run with every global generator seeded and torch configured for repeatable results; restore all of it afterwards.
 
-    TF32 and cuDNN's autotuning are off: they trade reproducibility for speed.
-
-    Args:
-        seed: seed of the generators.
-        deterministic: use only deterministic algorithms; an operation without one raises an error with its name.
+    TF32 and cuDNN's autotuning are off: they trade reproducibility for speed. If ``deterministic``, an operation
+    without a deterministic algorithm raises an error with its name.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at CUDA initialisation, by torch before 2.9

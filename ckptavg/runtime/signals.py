@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Generator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from types import FrameType
-from typing import Final, TypeVar
+from typing import Final
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; schedulers send the others before they kill
-_POLL: Final = 0.1  # seconds between checks for a signal while waiting for a future
-
-_T = TypeVar("_T")
 
 
 class Interruption(BaseException):
@@ -77,12 +73,11 @@ def check() -> None:
 @contextmanager
 def waiting(*, waits: bool = True) -> Generator[None]:
     """Defer signals to the next `check` within the context."""
-    handler, before = _handler, _handler.waits
-    handler.waits = waits
+    before, _handler.waits = _handler.waits, waits
     try:
         yield
     finally:
-        handler.waits = before
+        _handler.waits = before
 
 
 @contextmanager
@@ -91,14 +86,3 @@ def at_once() -> Generator[None]:
     with waiting(waits=False):
         check()
         yield
-
-
-def result(future: Future[_T]) -> _T:
-    """Return the result of ``future``, calling `check` while waiting for it."""
-    while True:
-        try:
-            return future.result(_POLL)
-        except TimeoutError:
-            if future.done():  # the TimeoutError was raised by the future's own work
-                return future.result()
-            check()

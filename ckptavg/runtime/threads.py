@@ -30,6 +30,7 @@ _WAITING: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LI
 # each of these sets the number of torch's threads
 _COUNTS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _PROC: Final = Path("/proc/self")
+_ESCAPE: Final = re.compile(r"\\([0-7]{3})")  # mountinfo writes a space in a path as \040
 
 
 def affinity() -> int:
@@ -42,9 +43,6 @@ def quota(proc: Path = _PROC) -> float | None:
 
     The quota is the minimum of the limits of the group and its ancestors, as far as they are mounted: ``cpu.max`` in
     version 2, ``cpu.cfs_quota_us`` / ``cpu.cfs_period_us`` in version 1. A limit that cannot be read is ignored.
-
-    Args:
-        proc: directory of the process in ``/proc``.
     """
     return min((limit for folder in _groups(proc) if (limit := _limit(folder)) is not None), default=None)
 
@@ -55,9 +53,6 @@ def processors(proc: Path = _PROC) -> int:
     A half is rounded up. Two threads took 0.7 × the time of one for matrix products with 1.5 processors, and 0.9 × with
     1.2; for training steps of a small network, whose parallel regions wait for threads throttled until the next period,
     1.1 × with either (docs/benchmarks.md).
-
-    Args:
-        proc: see `quota`.
     """
     limit = quota(proc)
     return affinity() if limit is None else min(affinity(), max(1, math.floor(limit + 0.5)))
@@ -89,12 +84,13 @@ def _groups(proc: Path) -> Iterator[Path]:
         paths |= dict.fromkeys(controllers.split(","), path)
     for line in _read(proc / "mountinfo").splitlines():
         fields, _, rest = line.partition(" - ")
-        mount, kind = fields.split(), rest.split()
+        mount = [_ESCAPE.sub(lambda octal: chr(int(octal[1], 8)), field) for field in fields.split()]
+        kind = rest.split()
         if len(mount) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
             continue
         controller = "" if kind[0] == "cgroup2" else "cpu"
         if controller in paths and (not controller or controller in kind[2].split(",")):
-            mounted, root, group = Path(_unescaped(mount[4])), _unescaped(mount[3]), PurePosixPath(paths[controller])
+            mounted, root, group = Path(mount[4]), mount[3], PurePosixPath(paths[controller])
             inside = group.is_relative_to(root) and ".." not in group.parts
             below = group.relative_to(root) if inside else PurePosixPath()
             yield from (mounted / part for part in (below, *below.parents))
@@ -115,8 +111,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
     except (OSError, ValueError):
         return ""
-
-
-def _unescaped(text: str) -> str:
-    """Decode a path of mountinfo, which escapes spaces as ``\\040``."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

@@ -44,7 +44,6 @@ class Workers:
     All ranks must call every communicating method, in the same order.
 
     Attributes:
-        rank: rank of this process, from 0.
         world_size: number of ranks.
         local_world_size: number of ranks on this machine.
         gpu: index of this rank's GPU on its machine; None if it has none.
@@ -81,12 +80,11 @@ class Workers:
         """Return the ``value`` of rank 0 on every rank."""
         if self.world_size == 1:
             return value
-        import torch
         from torch import distributed
 
         values = [value]
         with self._translate_broken_connection():
-            distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+            distributed.broadcast_object_list(values, src=0)
         return values[0]
 
     def gather(self, value: _T) -> list[_T]:
@@ -209,7 +207,11 @@ def joined(device: str, timeout: float) -> Generator[Workers]:
 
     backend, gpu = "cpu:gloo", None
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-        backend, gpu = "cpu:gloo,cuda:nccl", _gpu(int(os.environ["LOCAL_RANK"]))
+        backend, gpu = "cpu:gloo,cuda:nccl", int(os.environ["LOCAL_RANK"])
+        if gpu >= (count := torch.cuda.device_count()):
+            hint = f"use torchrun --nproc-per-node {count}, or --device cpu" if count else "use --device cpu"
+            raise UsageError(f"no GPU for local rank {gpu}: this machine has {count}", hint=hint)
+        torch.cuda.set_device(gpu)
     delta = timedelta(seconds=timeout)
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=delta))
@@ -242,19 +244,6 @@ def interleave(parts: Sequence[Sequence[_T]]) -> list[_T]:
 
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-
-
-def _gpu(number: int) -> int:
-    """Return the GPU of local rank ``number``, after making it the current device of ``cuda``."""
-    import torch
-
-    if number >= (count := torch.cuda.device_count()):
-        raise UsageError(
-            f"no GPU for local rank {number}: this machine has {count}",
-            hint=f"use torchrun --nproc-per-node {count}, or --device cpu" if count else "use --device cpu",
-        )
-    torch.cuda.set_device(number)
-    return number
 
 
 def _is_broken(error: BaseException | None) -> bool:
