@@ -78,8 +78,11 @@ def landscape(
             left_out=found.left_out,
             warnings=[*found.warnings, *([q.note] if q.note else []), *evaluator.notes],
         )
-        output = options.workers.on_rank_zero(lambda: _write(Path(options.output), as_text(result)))
+        text, path = as_text(result), Path(options.output)
+        options.workers.on_rank_zero(lambda: write_text(path, text))
         done()
+        data = text.encode()
+        output = Output(path=path, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), dtype="JSON")
         return replace(result, output=output)
 
 
@@ -146,9 +149,3 @@ def _plane(evaluator: Evaluator, mixtures: Sequence[str], grid: int) -> Plane:
         evaluator.progress("scoring the plane", len(losses), grid)
     first, second, third = mixtures
     return Plane(names=(first, second, third), u=sides, v=sides, losses=losses)
-
-
-def _write(path: Path, text: str) -> Output:
-    write_text(path, text)
-    data = text.encode()
-    return Output(path=path, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), dtype="JSON")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -16,36 +16,8 @@ from ckptavg.report.result import Landscape, Plane
 _SHADES = " ░▒▓█"
 
 
-def render(landscape: Landscape) -> Group:
-    """Render the quadratic, its prediction quality and the plane as text."""
-    return Group(*_parts(landscape))
-
-
-def draw(plane: Plane, path: Path) -> bool:
-    """Draw the plane as a PNG at ``path``; return False if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure: Any
-    axes: Any
-    figure, axes = pyplot.subplots(figsize=(6, 5), layout="constrained")
-    filled = axes.contourf(plane.u, plane.v, plane.losses, levels=20, cmap="viridis_r")
-    axes.contour(plane.u, plane.v, plane.losses, levels=20, colors="black", linewidths=0.3)
-    for name, (u, v) in zip(plane.names, ((0, 0), (1, 0), (0, 1)), strict=True):
-        axes.plot(u, v, "o", color="white", markeredgecolor="black")
-        axes.annotate(name, (u, v), textcoords="offset points", xytext=(6, 6), color="black")
-    axes.set(xlabel=f"from {plane.names[0]} to {plane.names[1]}", ylabel=f"from {plane.names[0]} to {plane.names[2]}")
-    figure.colorbar(filled, label="validation loss")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return True
-
-
-def _parts(landscape: Landscape) -> Iterator[RenderableType]:
+def render(landscape: Landscape) -> Iterator[RenderableType]:
+    """Yield the quadratic, its prediction quality and the plane as text."""
     q, values, plane, output = landscape.surrogate, landscape.eigenvalues, landscape.plane, landscape.output
     yield Text(f"loss at the mean of {q.n} candidates: {q.value:.4f}; curvature: {q.curvature}")
     if values:
@@ -70,3 +42,27 @@ def _map(plane: Plane) -> Table:
         shades = (_SHADES[round((high - loss) / (high - low or 1) * (len(_SHADES) - 1))] * 2 for loss in row)
         table.add_row("".join(shades))
     return table
+
+
+def draw(plane: Plane, path: Path) -> bool:
+    """Draw the plane as a PNG at ``path``; return False if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure: Any
+    axes: Any
+    figure, axes = pyplot.subplots(figsize=(6, 5), layout="constrained")
+    filled = axes.contourf(plane.u, plane.v, plane.losses, levels=20, cmap="viridis_r")
+    axes.contour(plane.u, plane.v, plane.losses, levels=20, colors="black", linewidths=0.3)
+    for name, (u, v) in zip(plane.names, ((0, 0), (1, 0), (0, 1)), strict=True):
+        axes.plot(u, v, "o", color="white", markeredgecolor="black")
+        axes.annotate(name, (u, v), textcoords="offset points", xytext=(6, 6), color="black")
+    axes.set(xlabel=f"from {plane.names[0]} to {plane.names[1]}", ylabel=f"from {plane.names[0]} to {plane.names[2]}")
+    figure.colorbar(filled, label="validation loss")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return True

@@ -22,7 +22,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 def render(report: Result | Comparison | Landscape) -> Group:
     """Render the whole report, from the candidates to the written file."""
     if isinstance(report, Landscape):
-        return landscape.render(report)
+        return Group(*landscape.render(report))
     if isinstance(report, Comparison) and report.contestants:
         return Group(_candidates(report.result), Text(), *comparison_table(report), *_foot(report.result))
     return Group(*_parts(report.result if isinstance(report, Comparison) else report))
