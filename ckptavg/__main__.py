@@ -50,20 +50,15 @@ def _run() -> NoReturn:
             _exit_if_stdout_failed(exit_request.__context__)
         signals.finish()
         raise
-    except OSError as error:
-        _exit_if_stdout_failed(error)
-        _fail_with_a_bug(error)
     except Exception as error:  # the outermost boundary: an exception that gets here is a bug in ckptavg
+        if isinstance(error, OSError):
+            _exit_if_stdout_failed(error)
         if is_out_of_memory(error):
             _fail(OutOfMemoryError("out of memory", hint="-v shows where; fewer candidates need less memory"), error)
-        _fail_with_a_bug(error)
+        message = f"this is a bug in ckptavg: {type(error).__name__}: {error}"
+        _fail(CkptavgError(message, hint="run it again with -v and report what it prints"), error)
     signals.finish()
     sys.exit(0)
-
-
-def _fail_with_a_bug(error: Exception) -> NoReturn:
-    message = f"this is a bug in ckptavg: {type(error).__name__}: {error}"
-    _fail(CkptavgError(message, hint="run it again with -v and report what it prints"), error)
 
 
 def _exit_if_stdout_failed(error: OSError) -> None:
@@ -80,24 +75,20 @@ def _exit_if_stdout_failed(error: OSError) -> None:
 
 
 def _prepare_streams() -> None:
-    """Make stdout and stderr safe to print to; ranks other than 0 print nothing."""
-    _open_streams()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # pyright: ignore  # a file name may be any bytes
-    if rank():
-        os.dup2(2, 1)  # stdout carries data; output of a task or of its child processes goes to stderr
-        silence()
-
-
-def _open_streams() -> None:
-    """Reopen closed standard streams on /dev/null, or the next file opened would receive their output."""
+    """Make the standard streams safe to use; ranks other than 0 print nothing."""
+    # reopen closed ones on /dev/null, or the next file opened would receive their output
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # pyright: ignore  # a file name may be any bytes
+    if rank():
+        os.dup2(2, 1)  # stdout carries data; output of a task or of its child processes goes to stderr
+        silence()
 
 
 def _fail(shown: CkptavgError, cause: BaseException) -> NoReturn:
@@ -117,14 +108,13 @@ def _configured() -> dict[str, dict[str, Any]]:
 
     values = config_file.read(Path())
     options_of = {
-        name: set(command.callback.__annotations__) - {"task"}  # pyright: ignore  # `find_task` looks it up
+        str(command.name): set(command.callback.__annotations__) - {"task"}  # pyright: ignore  # `find_task` looks it up
         for command in app.registered_commands
-        for name in [command.name]
     }
     unknown = values.keys() - {"task"} - set().union(*options_of.values())
     if unknown:
         raise UsageError(f"{config_file.NAMES}: unknown options: {', '.join(map(printable, sorted(unknown)))}")
-    return {str(name): {key: values[key] for key in values.keys() & options} for name, options in options_of.items()}
+    return {name: {key: values[key] for key in values.keys() & options} for name, options in options_of.items()}
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ class CkptavgError(Exception):
 
     Args:
         what: the problem in one line, with the actual and the expected value.
-        path: the file concerned.
-        tensor: the tensor concerned.
         hint: the next command or change to try.
     """
 
@@ -97,6 +95,5 @@ def excluding(name: str) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether ``error`` means host or device memory ran out; does not import torch."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in names:
-        return True
-    return type(error) is RuntimeError and "DefaultCPUAllocator: can't alloc" in str(error)
+    on_host = type(error) is RuntimeError and "DefaultCPUAllocator: can't alloc" in str(error)
+    return on_host or isinstance(error, MemoryError) or "OutOfMemoryError" in names

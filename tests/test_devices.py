@@ -98,9 +98,7 @@ def test_the_file_has_the_bytes_of_the_cpus(jobs: dict[str, Job], device: torch.
             assert results[-1].matrix is not None and results[-1].matrix.compiled, results[-1].notes
     first, second = results
     if way != "bfloat16":  # where devices may choose differently between two equally good candidates
-        assert [one.coefficient for one in first.candidates] == [
-            one.coefficient for one in second.candidates
-        ]
+        assert [one.coefficient for one in first.candidates] == [one.coefficient for one in second.candidates]
         assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
     assert sum(one.coefficient > 0 for one in second.candidates) == 2
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ckptavg.cli.init import template
+from ckptavg.cli.init import TEMPLATE
 from ckptavg.errors import OutputError, OutputExistsError
 
 
@@ -24,13 +24,13 @@ def command(
         (folder / "ckpts").mkdir(parents=True)
     except OSError as error:
         raise OutputError(f"cannot be made: {error.strerror}", path=folder) from error
-    write_text(folder / "task.py", template())
+    write_text(folder / "task.py", TEMPLATE.read_text(encoding="utf-8"))
     _train(folder / "ckpts")
     Screen().print(f"Now:  cd {folder} && ckptavg sewa ./ckpts --k 5")
     print(folder)
 
 
-def _train(folder: Path, checkpoints: int = 20) -> None:
+def _train(folder: Path) -> None:
     """Save one checkpoint per epoch of SGD with a constant, high learning rate: the setting that averaging is for.
 
     The update is written out because `torch.optim` imports torch's compiler, which takes longer than the training.
@@ -43,7 +43,7 @@ def _train(folder: Path, checkpoints: int = 20) -> None:
     with reproducible(0):
         model = task.model()
         momentum = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-        for epoch in range(1, checkpoints + 1):
+        for epoch in range(1, 21):
             for batch in task.train_dataloader():
                 model.zero_grad()
                 task.loss(model, batch).mean().backward()

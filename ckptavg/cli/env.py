@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from rich.filesize import decimal
+
 from ckptavg.cli.command import command as as_command
 from ckptavg.cli.options import PRINTING
 from ckptavg.runtime import threads, version
@@ -50,6 +52,7 @@ command = as_command(
 
 def _facts() -> dict[str, Any]:
     torch, build = _torch()
+    limit = threads.quota()
     return {
         "ckptavg": version.own(),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
@@ -58,10 +61,18 @@ def _facts() -> dict[str, Any]:
         "optional packages": {name: number for name in _OPTIONAL if (number := version.installed(name))},
         "torch build": build,
         "devices": [f"cpu: {_processor()}", *(_accelerators(torch) if torch else ())],
-        "threads": _threads(torch),
+        "threads": {
+            **({"torch": torch.get_num_threads()} if torch else {}),
+            "affinity": threads.affinity(),
+            **({} if limit is None else {"quota": limit}),
+        },
         "memory": _memory(),
         "working directory": _file_system(),
-        "variables": _variables(),
+        "variables": {  # without paths and commands
+            name: value if _PLAIN.fullmatch(value) else "(set)"
+            for name, value in sorted(os.environ.items())
+            if _SHOWN.fullmatch(name)
+        },
     }
 
 
@@ -79,9 +90,9 @@ def _torch() -> tuple[ModuleType | None, str]:
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} logical cores"
+    model = re.search(r"^model name\s*: (.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    name = model[1] if model else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} logical cores"
 
 
 def _accelerators(torch: ModuleType) -> list[str]:
@@ -89,28 +100,21 @@ def _accelerators(torch: ModuleType) -> list[str]:
     try:
         lines: list[str] = []
         for index in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(index)
+            free, total = map(decimal, torch.cuda.mem_get_info(index))
             major, minor = torch.cuda.get_device_capability(index)
             name = torch.cuda.get_device_name(index)
-            lines.append(f"cuda:{index}: {name}, {_gb(total)}, {_gb(free)} free, capability {major}.{minor}")
+            lines.append(f"cuda:{index}: {name}, {total}, {free} free, capability {major}.{minor}")
         if torch.backends.mps.is_available():
-            lines.append(f"mps: {_gb(torch.mps.recommended_max_memory())}")
+            lines.append(f"mps: {decimal(torch.mps.recommended_max_memory())}")
         return lines
     except (RuntimeError, AssertionError) as error:
         return [f"accelerator: {(str(error).splitlines() or [type(error).__name__])[0]}"]
 
 
-def _threads(torch: ModuleType | None) -> dict[str, float]:
-    """Return the thread count of torch, the processor count of the affinity mask, and the CPU quota if one is set."""
-    limit = threads.quota()
-    counts = {"torch": torch.get_num_threads()} if torch else {}
-    return counts | {"affinity": threads.affinity()} | ({} if limit is None else {"quota": limit})
-
-
 def _memory() -> str:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = decimal(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     available = re.search(r"MemAvailable:\s*(\d+)", _read("/proc/meminfo"))
-    return _gb(total) + (f", {_gb(1024 * int(available[1]))} available" if available else "")
+    return f"{total}, {decimal(1024 * int(available[1]))} available" if available else total
 
 
 def _file_system() -> str:
@@ -122,21 +126,8 @@ def _file_system() -> str:
     mounts = re.findall(r"^(?:\S+ ){4}(\S+) .*? - (\S+)", _read("/proc/self/mountinfo"), re.MULTILINE)
     above = [(len(point), kind) for point, kind in mounts if here.is_relative_to(point)]
     kind = max(above, key=lambda mount: mount[0])[1] if above else "file system of unknown type"
-    return f"{kind}, {_gb(usage.free)} free of {_gb(usage.total)}"
-
-
-def _variables() -> dict[str, str]:
-    """Return the variables that affect a run; "(set)" replaces values other than numbers and known words."""
-    return {
-        name: value if _PLAIN.fullmatch(value) else "(set)"
-        for name, value in sorted(os.environ.items())
-        if _SHOWN.fullmatch(name)
-    }
+    return f"{kind}, {decimal(usage.free)} free of {decimal(usage.total)}"
 
 
 def _read(path: str) -> str:
     return Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).exists() else ""
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from ckptavg.errors import OutputExistsError
+
+TEMPLATE: Final = Path(__file__).parents[1] / "tasks" / "template.py"
 
 
 def command(
@@ -20,11 +22,6 @@ def command(
 
     if os.path.lexists(path) and not force:
         raise OutputExistsError("exists already", path=path, hint="--force replaces it")
-    write_text(path, template())
+    write_text(path, TEMPLATE.read_text(encoding="utf-8"))
     Screen().print("Fill in model(), loss() and the loaders, then: ckptavg sewa ./ckpts --k 5")
     print(path)
-
-
-def template() -> str:
-    """Return the text of the template."""
-    return (Path(__file__).parent.parent / "tasks" / "template.py").read_text(encoding="utf-8")

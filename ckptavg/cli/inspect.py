@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +33,7 @@ def _run(
     from ckptavg.checkpoints import stability
     from ckptavg.checkpoints.checksums import Manifest
     from ckptavg.checkpoints.discover import discover
+    from ckptavg.report.as_json import plain
 
     manifest = Manifest()
 
@@ -42,16 +44,17 @@ def _run(
         integrity.check(checkpoint)
 
     with discover(ckpts, Window(**window), key, bad="list", check=check_data if read_data else None) as found:
-        warnings = (*manifest.warnings, *stability.warnings(found.checkpoints))
-        found = replace(found, warnings=(*found.warnings, *warnings))
+        warnings = (*found.warnings, *manifest.warnings, *stability.warnings(found.checkpoints))
+        found = replace(found, warnings=warnings)
+        rows = [_row(checkpoint) for checkpoint in found.checkpoints]
         if json:
-            print(json_module.dumps(_to_dict(found), indent=2))
+            report = {"candidates": rows, "left_out": plain(found.left_out), "warnings": found.warnings}
+            print(json_module.dumps(report, indent=2))
         else:
-            _show(found, quiet=quiet)
-    bad = [file for file in found.left_out if file.kind == "bad"]
-    if bad:
+            _show(found, rows, quiet=quiet)
+    if bad := sum(file.kind == "bad" for file in found.left_out):
         raise InputError(
-            f"{len(bad)} of {len(found.checkpoints) + len(bad)} checkpoints cannot be read",
+            f"{bad} of {len(found.checkpoints) + bad} checkpoints cannot be read",
             hint="leave them out with --exclude; the commands that average also have --skip-bad",
         )
     if not found.checkpoints:
@@ -66,33 +69,23 @@ command = as_command(
 )
 
 
-def _dtypes(checkpoint: Checkpoint) -> str:
-    return ", ".join(sorted({tensor.dtype for tensor in checkpoint.tensors.values()}))
-
-
-def _to_dict(found: Discovered) -> dict[str, Any]:
+def _row(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
-        "candidates": [
-            {
-                "path": str(checkpoint.path),
-                "step": checkpoint.step,
-                "step_from": checkpoint.step_from,
-                "format": checkpoint.format,
-                "key": checkpoint.key,
-                "tensors": len(checkpoint.tensors),
-                "parameters": checkpoint.numel,
-                "dtype": _dtypes(checkpoint),
-                "bytes": checkpoint.size,
-                "notes": list(checkpoint.notes),
-            }
-            for checkpoint in found.checkpoints
-        ],
-        "left_out": [{"path": str(file.path), "reason": file.reason, "kind": file.kind} for file in found.left_out],
-        "warnings": list(found.warnings),
+        "path": str(checkpoint.path),
+        "step": checkpoint.step,
+        "step_from": checkpoint.step_from,
+        "format": checkpoint.format,
+        "key": checkpoint.key,
+        "tensors": len(checkpoint.tensors),
+        "parameters": checkpoint.numel,
+        "dtype": ", ".join(sorted({tensor.dtype for tensor in checkpoint.tensors.values()})),
+        "bytes": checkpoint.size,
+        "notes": checkpoint.notes,
     }
 
 
-def _show(found: Discovered, *, quiet: bool) -> None:
+def _show(found: Discovered, rows: Sequence[dict[str, Any]], *, quiet: bool) -> None:
+    from rich.filesize import decimal
     from rich.table import Table
     from rich.text import Text
 
@@ -100,24 +93,20 @@ def _show(found: Discovered, *, quiet: bool) -> None:
 
     screen = console()
     table = Table(box=None, pad_edge=False)
-    keyed = any(checkpoint.key for checkpoint in found.checkpoints)
-    table.add_column("candidate", no_wrap=True)
-    for heading in ("step", "format", *(("key",) if keyed else ()), "tensors", "parameters", "dtype", "size"):
+    headings = ["candidate", "step", "format", "key", "tensors", "parameters", "dtype", "size"]
+    if not any(row["key"] for row in rows):
+        headings.remove("key")
+    for heading in headings:
         right = heading in ("step", "tensors", "parameters", "size")
         table.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    for checkpoint in found.checkpoints:
-        key = (checkpoint.key or "·",) if keyed else ()
-        cells = (
-            checkpoint.path.name,
-            checkpoint.step,
-            checkpoint.format,
-            *key,
-            len(checkpoint.tensors),
-            f"{checkpoint.numel:,}",
-            _dtypes(checkpoint),
-            _size(checkpoint.size),
-        )
-        table.add_row(*(Text(printable(str(cell))) for cell in cells))
+    for checkpoint, row in zip(found.checkpoints, rows, strict=True):
+        cells = row | {
+            "candidate": checkpoint.path.name,
+            "key": checkpoint.key or "·",
+            "parameters": f"{checkpoint.numel:,}",
+            "size": decimal(checkpoint.size),
+        }
+        table.add_row(*(Text(printable(str(cells[heading]))) for heading in headings))
     screen.print(table)
     if quiet:
         return
@@ -126,19 +115,8 @@ def _show(found: Discovered, *, quiet: bool) -> None:
     styles = {"bad": "red", "warning": "yellow"}
     for file in found.left_out:
         name = "" if file.kind == "bad" else f"{file.path.name}: "  # an error message starts with its file
-        screen.print(
-            Text(printable(f"left out {name}{file.reason}"), style=styles.get(file.kind, "dim")), soft_wrap=True
-        )
-    for note in dict.fromkeys(
-        (*found.warnings, *(note for checkpoint in found.checkpoints for note in checkpoint.notes))
-    ):
+        text = Text(printable(f"left out {name}{file.reason}"), style=styles.get(file.kind, "dim"))
+        screen.print(text, soft_wrap=True)
+    notes = (note for checkpoint in found.checkpoints for note in checkpoint.notes)
+    for note in dict.fromkeys((*found.warnings, *notes)):
         screen.print(Text(printable(note), style="yellow"), soft_wrap=True)
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
+from rich.text import Text
 
 from ckptavg.errors import InterruptedRunError, OutputError, printable
 from ckptavg.filesystem import atomic
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from ckptavg.report.result import Landscape, Result
+    from ckptavg.runtime.progress import Watch
 
 WIDE = 200  # columns without a terminal, so that names in a log are not cut
 _STDOUT, _STDERR = 1, 2
-Watch = Callable[[str, int, int, Mapping[str, float]], None]
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -64,18 +65,12 @@ class Screen:
 
     def warn(self, result: Result | Landscape) -> None:
         """Print the warnings and the files left out; routine exclusions only with ``-v``."""
-        for file in result.left_out:
-            if file.kind != "info" or self._verbose:
-                self._warning(f"left out {file.line}")
-        for warning in result.warnings:
-            self._warning(warning)
-
-    def _warning(self, text: str) -> None:
-        if not self._quiet:
-            self._console.print(printable(text), style="yellow", markup=False)
+        left_out = (f"left out {file.line}" for file in result.left_out if file.kind != "info" or self._verbose)
+        for warning in (*left_out, *result.warnings):
+            self.print(Text(printable(warning), style="yellow"))
 
     def _remark(self, text: str) -> None:
-        self._console.print(printable(text), style="dim", markup=False, soft_wrap=True)
+        self._console.print(Text(printable(text), style="dim"), soft_wrap=True)
 
     @contextmanager
     def watching(self) -> Generator[Watch | None]:
@@ -87,9 +82,8 @@ class Screen:
             if isinstance(error, Exception) and not signals.pending():
                 raise
             # also if a worker process received the signal and its death was noticed first
-            raise InterruptedRunError(
-                "interrupted; nothing was written", hint="run the same command to resume"
-            ) from error
+            hint = "run the same command to resume"
+            raise InterruptedRunError("interrupted; nothing was written", hint=hint) from error
 
     @contextmanager
     def _bars(self) -> Generator[Watch | None]:
@@ -127,11 +121,7 @@ def _figure(name: str, value: float) -> str:
 
 
 def check_text(path: Path) -> None:
-    """Refuse a path that `write_text` could not write, before hours of work are spent.
-
-    Raises:
-        OutputError: if `ckptavg.output.destination.preflight` refuses the path.
-    """
+    """Raise OutputError for a path that `write_text` could not write, before hours of work are spent."""
     from ckptavg.output.destination import preflight
 
     with suppress(OSError):
@@ -141,11 +131,7 @@ def check_text(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically; write to a pipe or a device directly.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
+    """Write a small file atomically, or to a pipe or a device directly; raise OutputError if this fails."""
     try:
         target = path.resolve()
     except OSError as error:  # the working directory was removed

@@ -26,18 +26,13 @@ def _run(file: Path, sources: Path, json: bool, quiet: bool, verbose: bool) -> N
 
     verified = verify(file, sources)
     if json:
-        lists = {"agree": list(verified.agree), "differ": list(verified.differ), "unchecked": list(verified.unchecked)}
-        print(json_module.dumps({"path": str(file), **lists}, indent=2))
-    if verified.differ:
-        raise InputError(
-            f"{len(verified.differ)} tensors are not the average of the sources", path=file, tensor=verified.differ[0]
-        )
-    recomputed = (
-        f"; {len(verified.unchecked)} were recomputed from data and cannot be checked" if verified.unchecked else ""
-    )
-    Screen(quiet=quiet).print(
-        f"{len(verified.agree)} tensors agree byte for byte with the average of the sources{recomputed}"
-    )
+        print(json_module.dumps({"path": str(file), **vars(verified)}, indent=2))
+    if differ := verified.differ:
+        raise InputError(f"{len(differ)} tensors are not the average of the sources", path=file, tensor=differ[0])
+    unchecked = len(verified.unchecked)
+    recomputed = f"; {unchecked} were recomputed from data and cannot be checked" if unchecked else ""
+    agree = f"{len(verified.agree)} tensors agree byte for byte with the average of the sources"
+    Screen(quiet=quiet).print(agree + recomputed)
     if not json:
         print(file)
 

@@ -6,7 +6,7 @@ Shape suffixes: N = candidates, M = mixtures.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ckptavg.filesystem.atomic import write_text
 from ckptavg.objective import Hessian
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
+from ckptavg.pipeline.preflight import check_strategy
 from ckptavg.pipeline.session import session
 from ckptavg.report.result import Landscape, Output, Plane
 from ckptavg.runtime.progress import Watch
@@ -39,19 +40,16 @@ def landscape(
     Args:
         paths: directories of checkpoints, or checkpoints.
         options: options of the run; ``output`` is the JSON file, which holds everything that is returned.
-        watch: progress callback.
         samples: number of random mixtures to score.
         mixtures: three strategies in the syntax of `ckptavg.strategies.from_spec`, whose plane is scored too.
         grid: points of the plane along each side.
-        hessian: kind of curvature.
         as_text: converts the landscape to the text of the file.
     Raises:
         CkptavgError: on any expected failure.
     """
     if samples < 3 or grid < 2 or len(mixtures) not in (0, 3):
-        raise UsageError(
-            "a landscape needs --samples of at least 3, --grid of at least 2, and three --mixtures or none"
-        )
+        required = "--samples of at least 3, --grid of at least 2, and three --mixtures or none"
+        raise UsageError(f"a landscape needs {required}")
     if options.destination[1]:
         raise UsageError(f"--output {options.output} is a directory: name the JSON file to write")
     with session(paths, options, watch) as this:
@@ -61,12 +59,10 @@ def landscape(
         q = evaluator.losses.surrogate(None, hessian)
         random_MN = _random(samples, evaluator.n, evaluator.generator)
         measured: list[float] = []
-        evaluator.prefetch([_at(row_N) for row_N in random_MN], exact=True)
-        for row_N in random_MN:
-            measured.append(_loss(evaluator, row_N))
+        for loss in _losses(evaluator, random_MN):
+            measured.append(loss)
             evaluator.progress("scoring random mixtures", len(measured), samples)
         predicted: list[float] = q(random_MN).tolist()
-        plane = _plane(evaluator, mixtures, grid) if mixtures else None
         result = Landscape(
             surrogate=q,
             eigenvalues=eigenvalues(q),
@@ -75,21 +71,23 @@ def landscape(
             spearman=spearman(predicted, measured),
             r_squared=r_squared(predicted, measured),
             steps=[evaluator.step(i) for i in range(evaluator.n)],
-            plane=plane,
+            plane=_plane(evaluator, mixtures, grid) if mixtures else None,
             left_out=this.found.left_out,
             warnings=[*this.found.warnings, *([q.note] if q.note else []), *evaluator.notes],
         )
-        output = options.workers.on_rank_zero(lambda: _write(Path(options.output), as_text(result)))
-        this.finish(Path(options.output))
+        text, path = as_text(result), Path(options.output)
+        options.workers.on_rank_zero(lambda: write_text(path, text))
+        this.finish(path)
+        data = text.encode()
+        output = Output(path=path, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), dtype="JSON")
         return replace(result, output=output)
 
 
 def eigenvalues(q: Surrogate) -> list[float]:
     """Return the N − 1 eigenvalues of H on the directions with Σ = 0, ascending."""
-    n = q.n
-    if n == 1:
+    if q.n == 1:
         return []
-    centre_NN = torch.eye(n, dtype=torch.float64) - 1 / n
+    centre_NN = torch.eye(q.n, dtype=torch.float64) - 1 / q.n
     values = torch.linalg.eigvalsh(centre_NN @ q.hessian_NN @ centre_NN).tolist()
     values.remove(min(values, key=abs))  # the eigenvalue 0 of the direction (1, …, 1)
     return values
@@ -97,7 +95,9 @@ def eigenvalues(q: Surrogate) -> list[float]:
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Return the rank correlation; ties share their mean rank."""
-    return _pearson(_ranks(a), _ranks(b))
+    x, y = _centred_ranks(a), _centred_ranks(b)
+    size = x.norm() * y.norm()
+    return float(x @ y / size) if size > 0 else 0.0
 
 
 def r_squared(predicted: Sequence[float], measured: Sequence[float]) -> float:
@@ -107,39 +107,36 @@ def r_squared(predicted: Sequence[float], measured: Sequence[float]) -> float:
     return float(1 - (m - p).square().sum() / total) if total > 0 else 0.0
 
 
-def _ranks(values: Sequence[float]) -> Tensor:
+def _centred_ranks(values: Sequence[float]) -> Tensor:
     v = torch.tensor(values, dtype=torch.float64)
-    return (v[:, None] > v[None]).sum(dim=1) + ((v[:, None] == v[None]).sum(dim=1) - 1) / 2
-
-
-def _pearson(a: Tensor, b: Tensor) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    size = a.norm() * b.norm()
-    return float(a @ b / size) if size > 0 else 0.0
+    ranks = (v[:, None] > v[None]).sum(dim=1) + ((v[:, None] == v[None]).sum(dim=1) - 1) / 2
+    return ranks - ranks.mean()
 
 
 def _random(count: int, n: int, generator: torch.Generator) -> Tensor:
     """Draw [M, N] coefficients, flat Dirichlet over a random half of the candidates."""
     draws_MN = torch.rand(count, n, generator=generator, dtype=torch.float64)
-    chosen_MN = draws_MN >= draws_MN.sort(dim=1, descending=True).values[:, max(1, n // 2) - 1 : max(1, n // 2)]
+    chosen_MN = draws_MN >= draws_MN.topk(max(1, n // 2), dim=1).values[:, -1:]
     weights_MN = -torch.rand(count, n, generator=generator, dtype=torch.float64).log() * chosen_MN
     return weights_MN / weights_MN.sum(dim=1, keepdim=True)
 
 
-def _at(row_N: Tensor) -> Coefficients:
-    return Coefficients((tuple((row_N / row_N.sum()).tolist()),))
-
-
-def _loss(evaluator: Evaluator, row_N: Tensor) -> float:
-    loss = valid(evaluator.exact_score(_at(row_N), evaluator.scored_on)).loss
-    assert loss is not None  # the evaluator is differentiable
-    return loss
+def _losses(evaluator: Evaluator, rows: Iterable[Tensor]) -> Iterator[float]:
+    """Yield the losses at rows of N coefficients."""
+    mixtures = [Coefficients((tuple((row_N / row_N.sum()).tolist()),)) for row_N in rows]
+    evaluator.prefetch(mixtures, exact=True)
+    for mixture in mixtures:
+        loss = valid(evaluator.exact_score(mixture, evaluator.scored_on)).loss
+        assert loss is not None  # the evaluator is differentiable
+        yield loss
 
 
 def _plane(evaluator: Evaluator, mixtures: Sequence[str], grid: int) -> Plane:
     rows: list[Tensor] = []
     for spec in mixtures:
-        coefficients = from_spec(spec).learn(evaluator).coefficients
+        strategy = from_spec(spec)
+        check_strategy(strategy, evaluator.n, evaluator)
+        coefficients = strategy.learn(evaluator).coefficients
         if len(coefficients.groups) > 1:
             raise UsageError(f"{spec}: mixtures with coefficients per layer are not supported")
         rows.append(torch.tensor(coefficients.values[0], dtype=torch.float64))
@@ -147,15 +144,7 @@ def _plane(evaluator: Evaluator, mixtures: Sequence[str], grid: int) -> Plane:
     sides = torch.linspace(-0.25, 1.25, grid, dtype=torch.float64).tolist()
     losses: list[list[float]] = []
     for v in sides:
-        row = [a_N + u * (b_N - a_N) + v * (c_N - a_N) for u in sides]
-        evaluator.prefetch([_at(point_N) for point_N in row], exact=True)
-        losses.append([_loss(evaluator, point_N) for point_N in row])
+        losses.append(list(_losses(evaluator, (a_N + u * (b_N - a_N) + v * (c_N - a_N) for u in sides))))
         evaluator.progress("scoring the plane", len(losses), grid)
     first, second, third = mixtures
     return Plane(names=(first, second, third), u=sides, v=sides, losses=losses)
-
-
-def _write(path: Path, text: str) -> Output:
-    write_text(path, text)
-    data = text.encode()
-    return Output(path=path, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), dtype="JSON")

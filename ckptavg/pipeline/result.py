@@ -15,7 +15,7 @@ from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
 from ckptavg.pipeline.verdict import Verdict
 from ckptavg.pipeline.writing import WrittenOutput
-from ckptavg.report.result import CandidateResult, Result
+from ckptavg.report.result import CandidateResult, MatrixResult, Result
 from ckptavg.score import Score
 from ckptavg.strategies import name_of
 
@@ -48,37 +48,25 @@ def build_result(
     invalid = [f"{score.invalid}: ranked below every valid score" for score in judgement.singles if score.invalid]
     notes = evaluator.notes if evaluator else ()
     warnings = [*invalid, *learned.notes, *notes, *_warnings(found.checkpoints[0], coefficients, evaluator, finished)]
-    result = blank_result(found, strategy, options, warnings)
+    blank = blank_result(found, strategy, options, warnings)
+    candidates = [
+        replace(
+            candidate,
+            coefficient=coefficients.candidate(i),
+            score=judgement.singles[i] if judgement.singles else None,
+            columns={name: values[i] for name, values in learned.columns.items()},
+        )
+        for i, candidate in enumerate(blank.candidates)
+    ]
     result = replace(
-        result,
-        candidates=[
-            replace(
-                candidate,
-                coefficient=coefficients.candidate(i),
-                score=judgement.singles[i] if judgement.singles else None,
-                columns={name: values[i] for name, values in learned.columns.items()},
-            )
-            for i, candidate in enumerate(result.candidates)
-        ],
-        groups=coefficients.groups,
-        trace=learned.trace,
-        tables=learned.tables,
-        output=finished.output,
-    )
+        blank, candidates=candidates, groups=coefficients.groups, trace=learned.trace, tables=learned.tables,
+        output=finished.output, scores=finished.scores, baselines=judgement.baselines, best_step=judgement.best_step,
+        verdict=judgement.verdict, replaced=judgement.replaced, worse=judgement.worse,
+    )  # fmt: skip
     if evaluator is None:
         return result
     return replace(
-        result,
-        scores=finished.scores,
-        baselines=judgement.baselines,
-        best_step=judgement.best_step,
-        scored_on=evaluator.scored_on,
-        holdout=options.holdout,
-        verdict=judgement.verdict,
-        replaced=judgement.replaced,
-        worse=judgement.worse,
-        cost=evaluator.cost(),
-        matrix=evaluator.matrix,
+        result, scored_on=evaluator.scored_on, holdout=options.holdout, cost=evaluator.cost(), matrix=evaluator.matrix
     )
 
 
@@ -89,44 +77,40 @@ def _warnings(
     warnings += finished.notes
     if evaluator is not None and not finished.scores:
         unscored = "the output was not scored, because its rank differs from the candidates'"
-        return [*warnings, f"{unscored}: run `ckptavg eval` with its own config"]
-    if evaluator is not None and evaluator.matrix is not None:
-        return warnings + _rounding_warnings(evaluator, coefficients, finished.scores[evaluator.scored_on])
-    if len(coefficients.selected) > 1 and any(name.endswith("running_var") for name in first.names):
+        warnings.append(f"{unscored}: run `ckptavg eval` with its own config")
+    elif evaluator is not None and (matrix := evaluator.matrix) is not None:
+        if matrix.group_size is not None or matrix.precision != "float32":
+            exact = finished.scores[evaluator.scored_on]
+            warnings += _rounding_warnings(matrix, evaluator.score(coefficients), exact)
+    elif len(coefficients.selected) > 1 and any(name.endswith("running_var") for name in first.names):
         warnings.append(
             "BatchNorm statistics were averaged, which is wrong for a mixture; with a task file they are recomputed"
         )
     return warnings
 
 
-def _rounding_warnings(evaluator: Evaluator, coefficients: Coefficients, exact: Score) -> list[str]:
+def _rounding_warnings(matrix: MatrixResult, searched: Score, exact: Score) -> list[str]:
     """Warn if the search's score is off from the exact average's by more than noise, or rounding lost too much."""
-    matrix = evaluator.matrix
-    if matrix is None or (matrix.group_size is None and matrix.precision == "float32"):
-        return []
-    searched, lost = evaluator.score(coefficients), matrix.error
     gaps = {"score": (searched.value - exact.value, exact.noise)}
     if searched.loss is not None and exact.loss is not None:
         gaps["loss"] = (searched.loss - exact.loss, exact.loss_noise)
     wide = [f"{name} off by {gap:+.4f}, noise {noise:.4f}" for name, (gap, noise) in gaps.items() if abs(gap) > noise]
-    if not wide and lost <= _MAX_ERROR:
+    if not wide and matrix.error <= _MAX_ERROR:
         return []
     problem = f"the search misjudged the average ({'; '.join(wide)})" if wide else "the search was too coarse"
     if matrix.group_size is None:
         return [f"at --precision {matrix.precision} {problem}. Search with --precision float32"]
     return [
-        f"at --bits {matrix.bits} {problem}: {lost:.0%} of the candidates' differences was lost to rounding. "
+        f"at --bits {matrix.bits} {problem}: {matrix.error:.0%} of the candidates' differences was lost to rounding. "
         "Search with more bits"
     ]
 
 
 def _notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """Return each distinct note of the readers once, with the first checkpoint that has it and the number of others."""
-    first: dict[str, Path] = {}
-    count: dict[str, int] = {}
+    paths: dict[str, list[Path]] = {}
     for checkpoint in checkpoints:
         for note in checkpoint.notes:
-            first.setdefault(note, checkpoint.path)
-            count[note] = count.get(note, 0) + 1
-    more = {note: f" and {n - 1} more" if n > 1 else "" for note, n in count.items()}
-    return [f"{path}{more[note]}: {note}" for note, path in first.items()]
+            paths.setdefault(note, []).append(checkpoint.path)
+    more = {note: f" and {len(same) - 1} more" if len(same) > 1 else "" for note, same in paths.items()}
+    return [f"{same[0]}{more[note]}: {note}" for note, same in paths.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.score import Score, Split, valid
@@ -14,15 +14,7 @@ from ckptavg.strategies.swa import SWA
 
 if TYPE_CHECKING:
     from ckptavg.objective.evaluator import Evaluator
-
-
-class VerdictOptions(Protocol):
-    """Options of the verdict; see `ckptavg.options.Options`."""
-
-    @property
-    def never_worse(self) -> bool: ...  # noqa: D102
-    @property
-    def baselines(self) -> bool: ...  # noqa: D102
+    from ckptavg.options import Options
 
 
 @dataclass(frozen=True)
@@ -38,14 +30,13 @@ class Verdict:
     replaced: bool = False
 
 
-def judge(evaluator: Evaluator, selection: Coefficients, options: VerdictOptions) -> Verdict:
+def judge(evaluator: Evaluator, selection: Coefficients, options: Options) -> Verdict:
     """Score the selection, every candidate alone, and unless disabled last, SWA and LAWA with as many candidates.
 
     All scores are of exact averages, whatever the precision of the search.
 
     Args:
         evaluator: scores mixtures; cached scores cost nothing.
-        selection: coefficients from the strategy.
         options: ``never_worse`` replaces the selection by the best single candidate if that scores higher.
     Raises:
         TaskError: if the coefficients to write have no valid score, or no single candidate has one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ckptavg.filesystem import sha256
 from ckptavg.filesystem.regular_file import RegularFile, is_file, is_folder
 from ckptavg.filesystem.strict_json import strict_json
 from ckptavg.output import provenance
-from ckptavg.readers import Reader, StoredTensor, open_reader
+from ckptavg.readers import Reader, open_reader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,7 @@ def verify(file: Path, sources: Path) -> Verification:
         InputError: if ``file`` is not an output of ckptavg, or a source is missing or has another SHA-256.
     """
     with ExitStack() as stack:
-        output = open_reader(file)
-        stack.callback(output.close)
+        output = stack.enter_context(closing(open_reader(file)))
         record = _record(output)
         checkpoints: list[Checkpoint] = []
         for source in record["sources"]:
@@ -58,26 +57,21 @@ def verify(file: Path, sources: Path) -> Verification:
             checkpoints += found.checkpoints
         check_agreement(checkpoints)
         coefficients = _coefficients(record, checkpoints[0], file)
-        plan = plan_output(
-            checkpoints, coefficients, dtype=record["dtype"],
-            mode=record.get("adapter", "factors"), rank=record.get("rank"),
-        )  # fmt: skip
-        specs = plan.specs
+        mode = record.get("adapter", "factors")
+        plan = plan_output(checkpoints, coefficients, dtype=record["dtype"], mode=mode, rank=record.get("rank"))
         _, stored, _ = model_tensors(output, None)
-        if {name: (t.dtype, t.shape) for name, t in stored.items()} != {
-            n: (t.dtype, t.shape) for n, t in specs.items()
-        }:
+        expected, actual = ({name: (t.dtype, t.shape) for name, t in ts.items()} for ts in (plan.specs, stored))
+        if actual != expected:
             raise InputError("its tensors differ from its sources in name, dtype or shape", path=file)
         differ: set[str] = set()
         for name, offset, data in plan.parts:
-            if name not in differ and _bytes(output, stored[name], offset, len(data)) != data:
+            tensor, written = stored[name], memoryview(bytearray(len(data)))
+            output.read_into(tensor, offset * tensor.numel // max(1, tensor.nbytes), written)
+            if written != data:
                 differ.add(name)
-        unchecked = sorted(record["recomputed"])
-        return Verification(
-            agree=sorted(specs.keys() - differ - set(unchecked)),
-            differ=sorted(differ - set(unchecked)),
-            unchecked=unchecked,
-        )
+        unchecked = set(record["recomputed"])
+        agree = plan.specs.keys() - differ - unchecked
+        return Verification(agree=sorted(agree), differ=sorted(differ - unchecked), unchecked=sorted(unchecked))
 
 
 def _record(output: Reader) -> Mapping[str, Any]:
@@ -152,9 +146,8 @@ def _locate(source: Mapping[str, Any], folder: Path, output: Path) -> Path:
         raise InputError("no such directory", path=folder)
     same_name = sorted(Path(parent) / name.name for parent, dirs, files in os.walk(folder) if name.name in dirs + files)
     if not same_name:
-        raise InputError(
-            f"no source {name} under {folder}", path=output, hint="pass the directory of the sources with --sources"
-        )
+        hint = "pass the directory of the sources with --sources"
+        raise InputError(f"no source {name} under {folder}", path=output, hint=hint)
     for path in same_name:
         home = path if is_folder(path) else path.parent
         if all(_has_digest(home / part, digest) for part, digest in digests.items()):
@@ -167,9 +160,3 @@ def _has_digest(path: Path, digest: str) -> bool:
         return False
     with RegularFile(path) as file:
         return not digest or sha256.sha256(file) == digest
-
-
-def _bytes(reader: Reader, tensor: StoredTensor, offset: int, size: int) -> memoryview:
-    data = bytearray(size)
-    reader.read_into(tensor, offset * tensor.numel // max(1, tensor.nbytes), memoryview(data))
-    return memoryview(data)

@@ -12,13 +12,13 @@ from typing import Final, TypeAlias
 import torch
 
 from ckptavg.average import PlannedOutput, plan_output
-from ckptavg.candidates.flat import memory_of
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.checksums import agreed
 from ckptavg.checkpoints.dtypes import TORCH, dtype_names
 from ckptavg.coefficients import Coefficients
 from ckptavg.filesystem.atomic import flush_folder
 from ckptavg.filesystem.sha256 import hash_while_reading
+from ckptavg.journal.tensor_json import raw
 from ckptavg.objective import Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
@@ -98,8 +98,7 @@ def write_output(
         if evaluator:
             state = evaluator.load_output(coefficients, specs, out.read_into)
             for name in recomputed if workers.is_rank_zero else ():
-                values = state[name].to("cpu", TORCH[specs[name].dtype]).contiguous()
-                out.write(name, 0, memory_of(values))
+                out.write(name, 0, memoryview(raw(state[name].to(TORCH[specs[name].dtype]))))
             scores = {split: evaluator.score_output(coefficients, split) for split in evaluator.splits}
         digests = ChainMap(*workers.gather({file.path: digest(file) for file in files}))
         metadata = describe(lambda file: agreed(file, digests[file.path]) if options.digests else "")

@@ -20,64 +20,48 @@ _AT_ONCE: Final = 1 << 22  # draws held in memory
 
 
 def gain(score: Score, reference: Score, *, seed: int = 0) -> Gain:
-    """Return ``score`` − ``reference`` with the percentile interval of the paired bootstrap.
+    """Return ``score`` − ``reference``, both on the same data, with the percentile interval of the paired bootstrap.
 
     Units are paired if both scores were measured on the same examples in the same order; otherwise each score is
     resampled on its own. Each resample draws U units with replacement and takes the mean of their differences, weighted
     by the number of examples in a unit; the interval covers the middle 95 % of 2000 resamples. With fewer than 20 units
-    there is no interval.
+    there is no interval. A metric that is no mean over examples is recomputed on 400 resamples of the batches.
 
-    Args:
-        score: score on some data.
-        reference: score on the same data.
-        seed: seed of the resampling.
     References:
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; paired over test examples: Koehn 2004,
         Statistical Significance Tests for Machine Translation Evaluation.
     """
+    generator = torch.Generator().manual_seed(seed)
+    value = score.value - reference.value
+    own, other = score.per_example, reference.per_example
+    paired = True
     if score.resampled is not None and reference.resampled is not None and score.batches >= FEWEST:
-        return _corpus_gain(score, reference, seed)
-    if (
-        score.resampled is not None
-        or score.per_example is None
-        or reference.per_example is None
-        or len(score.per_example.values_U) < FEWEST
-    ):
-        return Gain(value=score.value - reference.value, low=None, high=None, units=0)
-    generator = torch.Generator().manual_seed(seed)
-    paired = score.per_example.order == reference.per_example.order and len(score.per_example.values_U) == len(
-        reference.per_example.values_U
-    )
-    if paired:
-        weight_U = score.per_example.examples_U
-        means_R = _means(score.per_example.values_U - reference.per_example.values_U, weight_U, generator)
+        units = score.batches
+        gains: list[float] = []
+        for _ in range(CORPUS_RESAMPLES):
+            drawn: list[int] = torch.randint(units, (units,), generator=generator).tolist()
+            gains.append(score.resampled(drawn) - reference.resampled(drawn))
+        gains_R = torch.tensor(gains, dtype=torch.float64)
+    elif score.resampled is not None or own is None or other is None or len(own.values_U) < FEWEST:
+        return Gain(value=value, low=None, high=None, units=0)
     else:
-        means_R = _means(score.per_example.values_U, score.per_example.examples_U, generator)
-        means_R -= _means(reference.per_example.values_U, reference.per_example.examples_U, generator)
-    low, high = torch.quantile(means_R, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    units = len(score.per_example.values_U)
-    return Gain(value=score.value - reference.value, low=low, high=high, units=units, paired=paired)
-
-
-def _corpus_gain(score: Score, reference: Score, seed: int) -> Gain:
-    """Resample the same batches for both scores and recompute the metric on each resample."""
-    assert score.resampled is not None and reference.resampled is not None
-    generator = torch.Generator().manual_seed(seed)
-    gains: list[float] = []
-    for _ in range(CORPUS_RESAMPLES):
-        drawn: list[int] = torch.randint(score.batches, (score.batches,), generator=generator).tolist()
-        gains.append(score.resampled(drawn) - reference.resampled(drawn))
-    bounds = torch.quantile(torch.tensor(gains, dtype=torch.float64), torch.tensor([0.025, 0.975], dtype=torch.float64))
-    low, high = bounds.tolist()
-    return Gain(value=score.value - reference.value, low=low, high=high, units=score.batches)
+        units = len(own.values_U)
+        paired = own.order == other.order and units == len(other.values_U)
+        if paired:
+            gains_R = _means(own.values_U - other.values_U, own.examples_U, generator)
+        else:
+            gains_R = _means(own.values_U, own.examples_U, generator)
+            gains_R -= _means(other.values_U, other.examples_U, generator)
+    low, high = torch.quantile(gains_R, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Gain(value=value, low=low, high=high, units=units, paired=paired)
 
 
 def _means(values_U: Tensor, weight_U: Tensor, generator: torch.Generator) -> Tensor:
     """Return the weighted means of the resamples, [R]."""
     units = len(values_U)
+    step = max(1, _AT_ONCE // units)
     means: list[Tensor] = []
-    for done in range(0, RESAMPLES, max(1, _AT_ONCE // units)):
-        count = min(max(1, _AT_ONCE // units), RESAMPLES - done)
-        drawn_RU = torch.randint(units, (count, units), generator=generator)
+    for done in range(0, RESAMPLES, step):
+        drawn_RU = torch.randint(units, (min(step, RESAMPLES - done), units), generator=generator)
         means.append((values_U * weight_U)[drawn_RU].sum(dim=1) / weight_U[drawn_RU].sum(dim=1))
     return torch.cat(means)

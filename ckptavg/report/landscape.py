@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -16,9 +16,32 @@ from ckptavg.report.result import Landscape, Plane
 _SHADES = " ░▒▓█"
 
 
-def render(landscape: Landscape) -> Group:
-    """Render the quadratic, its prediction quality and the plane as text."""
-    return Group(*_parts(landscape))
+def render(landscape: Landscape) -> Iterator[RenderableType]:
+    """Yield the quadratic, its prediction quality and the plane as text."""
+    q, values, plane, output = landscape.surrogate, landscape.eigenvalues, landscape.plane, landscape.output
+    yield Text(f"loss at the mean of {q.n} candidates: {q.value:.4f}; curvature: {q.curvature}")
+    if values:
+        below = sum(value < 0 for value in values)
+        negative = f", {below} of them below 0" if below else ""
+        yield Text(f"eigenvalues from {values[0]:.4g} to {values[-1]:.4g}{negative}")
+    fit = f"Spearman {landscape.spearman:.3f}, R² {landscape.r_squared:.3f}"
+    yield Text(f"on {len(landscape.measured)} random mixtures: {fit}", style="bold")
+    if plane is not None:
+        yield Text()
+        yield _map(plane)
+    if output is not None:
+        yield Text(f"wrote {output.path}: {output.bytes:,} bytes", style="dim")
+
+
+def _map(plane: Plane) -> Table:
+    low, high = min(map(min, plane.losses)), max(map(max, plane.losses))
+    across, up = plane.names[1:]
+    title = f"loss from {low:.4f} ({_SHADES[-1]}) to {high:.4f} (blank); across to {across}, up to {up}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False, padding=0)
+    for row in reversed(plane.losses):
+        shades = (_SHADES[round((high - loss) / (high - low or 1) * (len(_SHADES) - 1))] * 2 for loss in row)
+        table.add_row("".join(shades))
+    return table
 
 
 def draw(plane: Plane, path: Path) -> bool:
@@ -43,36 +66,3 @@ def draw(plane: Plane, path: Path) -> bool:
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return True
-
-
-def _parts(landscape: Landscape) -> Iterator[RenderableType]:
-    q, values = landscape.surrogate, landscape.eigenvalues
-    yield Text(f"loss at the mean of {q.n} candidates: {q.value:.4f}; curvature: {q.curvature}")
-    if values:
-        below = sum(value < 0 for value in values)
-        yield Text(
-            f"eigenvalues from {values[0]:.4g} to {values[-1]:.4g}" + (f", {below} of them below 0" if below else "")
-        )
-    yield Text(
-        f"on {len(landscape.measured)} random mixtures: "
-        f"Spearman {landscape.spearman:.3f}, R² {landscape.r_squared:.3f}",
-        style="bold",
-    )
-    if landscape.plane is not None:
-        yield Text()
-        yield _map(landscape.plane)
-    if landscape.output is not None:
-        yield Text(f"wrote {landscape.output.path}: {landscape.output.bytes:,} bytes", style="dim")
-
-
-def _map(plane: Plane) -> Table:
-    flat = [loss for row in plane.losses for loss in row]
-    low, high = min(flat), max(flat)
-    title = (
-        f"loss from {low:.4f} ({_SHADES[-1]}) to {high:.4f} (blank); across to {plane.names[1]}, up to {plane.names[2]}"
-    )
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False, padding=0)
-    for row in reversed(plane.losses):
-        shades = (_SHADES[round((high - loss) / (high - low or 1) * (len(_SHADES) - 1))] * 2 for loss in row)
-        table.add_row("".join(shades))
-    return table

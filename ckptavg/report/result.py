@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ckptavg.checkpoints.listing import LeftOut
 from ckptavg.coefficients import EVERYTHING, Groups
@@ -14,6 +14,8 @@ from ckptavg.score import Score, Split
 
 if TYPE_CHECKING:
     from ckptavg.surrogate import Surrogate
+
+Row: TypeAlias = Mapping[str, float | str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class CandidateResult:
     step: int
     coefficient: float | tuple[float, ...]
     score: Score | None = None
-    columns: Mapping[str, float | str | None] = field(default_factory=dict[str, float | str | None])
+    columns: Row = field(default_factory=dict[str, float | str | None])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +86,16 @@ class Result:
     left_out: Sequence[LeftOut] = ()
     scores: Mapping[Split, Score] = field(default_factory=dict[Split, Score])
     baselines: Mapping[str, Mapping[Split, Score]] = field(default_factory=dict[str, Mapping[Split, Score]])
-    best_step: int | None = None
     scored_on: Split = "val"
+    groups: Groups = EVERYTHING
+    holdout: float | None = None
+    best_step: int | None = None
     verdict: str = ""
     worse: bool = False
     replaced: bool = False
-    groups: Groups = EVERYTHING
-    holdout: float | None = None
-    matrix: MatrixResult | None = None
     cost: Cost | None = None
-    tables: Mapping[str, Sequence[Mapping[str, float | str | None]]] = field(
-        default_factory=dict[str, Sequence[Mapping[str, float | str | None]]]
-    )
+    matrix: MatrixResult | None = None
+    tables: Mapping[str, Sequence[Row]] = field(default_factory=dict[str, Sequence[Row]])
     trace: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     warnings: Sequence[str] = ()
     output: Output | None = None

@@ -13,7 +13,7 @@ from ckptavg.cost import Cost
 from ckptavg.errors import printable
 from ckptavg.report import landscape
 from ckptavg.report.comparison import comparison_table
-from ckptavg.report.result import CandidateResult, Comparison, Landscape, MatrixResult, Output, Result
+from ckptavg.report.result import CandidateResult, Comparison, Landscape, MatrixResult, Output, Result, Row
 from ckptavg.score import Score, Split
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -22,7 +22,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 def render(report: Result | Comparison | Landscape) -> Group:
     """Render the whole report, from the candidates to the written file."""
     if isinstance(report, Landscape):
-        return landscape.render(report)
+        return Group(*landscape.render(report))
     if isinstance(report, Comparison) and report.contestants:
         return Group(_candidates(report.result), Text(), *comparison_table(report), *_foot(report.result))
     return Group(*_parts(report.result if isinstance(report, Comparison) else report))
@@ -50,48 +50,40 @@ def _parts(result: Result) -> Iterator[RenderableType]:
 
 def _foot(result: Result) -> Iterator[Text]:
     """Yield the notes below the tables: data of the scores, candidate matrix, written file."""
-    if result.scores:
-        yield from (Text(line, style="dim") for line in _fineprint(result))
-    if result.matrix:
-        yield from (Text(line, style="dim") for line in _matrix(result.matrix))
-    if result.output:
-        yield from (Text(line, style="dim") for line in _output(result.output))
+    lines = [*_fineprint(result)] if result.scores else []
+    lines += _matrix(result.matrix) if result.matrix else ()
+    lines += _output(result.output) if result.output else ()
+    yield from (Text(line, style="dim") for line in lines)
 
 
 def _candidates(result: Result) -> Table:
     columns = list(dict.fromkeys(name for candidate in result.candidates for name in candidate.columns))
-    scores = [candidate.score for candidate in result.candidates if candidate.score]
-    loss = any(score.loss is not None for score in scores)
-    metric = any(score.metric is not None for score in scores)
+    scores = [candidate.score for candidate in result.candidates]
+    kinds = [kind for kind in ("metric", "loss") if any(getattr(score, kind, None) is not None for score in scores)]
     table = Table(title=f"{len(result.candidates)} candidates", title_justify="left", box=None, pad_edge=False)
-    for heading in ("candidate", "step", *columns, *(("metric",) if metric else ()), *(("loss",) if loss else ()), ""):
+    for heading in ("candidate", "step", *columns, *kinds, ""):
         table.add_column(heading, justify="left" if heading in ("candidate", "") else "right", no_wrap=True)
     for candidate in result.candidates:
-        chosen = candidate.coefficient not in (0.0, ()) and result.output is not None
+        coefficients = _coefficients(candidate)
+        chosen = result.output is not None and candidate.coefficient != 0
+        several = f" … {max(coefficients):.3f}" if len(coefficients) > 1 else ""
         table.add_row(
             escape(printable(candidate.path.name)),
             str(candidate.step),
             *(_cell(candidate.columns[name]) for name in columns),
-            *((_number(candidate.score and candidate.score.metric),) if metric else ()),
-            *((_number(candidate.score and candidate.score.loss),) if loss else ()),
-            _mark(candidate) if chosen else "",
+            *(_cell(getattr(candidate.score, kind, None)) for kind in kinds),
+            f"● {min(coefficients):.3f}{several}" if chosen else "",
             style=None if chosen or result.output is None else "dim",
         )
     return table
 
 
+def _coefficients(candidate: CandidateResult) -> Sequence[float]:
+    return candidate.coefficient if isinstance(candidate.coefficient, tuple) else (candidate.coefficient,)
+
+
 def _cell(value: float | str | None) -> str:
-    return value if isinstance(value, str) else _number(value)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _mark(candidate: CandidateResult) -> str:
-    if not isinstance(candidate.coefficient, tuple):
-        return f"● {candidate.coefficient:.3f}"
-    return f"● {min(candidate.coefficient):.3f} … {max(candidate.coefficient):.3f}"
+    return value if isinstance(value, str) else "" if value is None else f"{value:.4f}"
 
 
 def _blocks(result: Result) -> Table:
@@ -99,16 +91,17 @@ def _blocks(result: Result) -> Table:
     rows = list(zip(*map(_coefficients, result.candidates), strict=True))
     low, high = min(map(min, rows)), max(map(max, rows))
     table = Table(title=f"{len(rows)} blocks", title_justify="left", box=None, pad_edge=False)
-    for heading in ("tensors", "least", "greatest", f"coefficients, ▁ is {low:.3f}, █ is {high:.3f}"):
-        number = heading in ("least", "greatest")
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True, min_width=8 if number else None)
+    table.add_column("tensors", no_wrap=True)
+    table.add_column("least", justify="right", no_wrap=True, min_width=8)
+    table.add_column("greatest", justify="right", no_wrap=True, min_width=8)
+    table.add_column(f"coefficients, ▁ is {low:.3f}, █ is {high:.3f}", no_wrap=True)
     for names, row in zip(result.groups, rows, strict=True):
         bars = (_BARS[round((c - low) / (high - low or 1) * (len(_BARS) - 1))] for c in row)
         table.add_row(escape(_listing(names)), f"{min(row):.3f}", f"{max(row):.3f}", "".join(bars))
     return table
 
 
-def _rows(title: str, rows: Sequence[Mapping[str, float | str | None]]) -> Table:
+def _rows(title: str, rows: Sequence[Row]) -> Table:
     """Build one of the strategy's own tables."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
@@ -120,33 +113,35 @@ def _rows(title: str, rows: Sequence[Mapping[str, float | str | None]]) -> Table
     return table
 
 
-def _coefficients(candidate: CandidateResult) -> Sequence[float]:
-    return candidate.coefficient if isinstance(candidate.coefficient, tuple) else (candidate.coefficient,)
-
-
 def _scores(result: Result) -> Table:
     written = "written: best single" if result.replaced else result.strategy
     rows: dict[str, Mapping[Split, Score]] = {written: result.scores}
     for name, scores in result.baselines.items():
         if name.partition("-")[0] != result.strategy:  # not lawa-5 beside lawa
             rows[f"best single (step {result.best_step})" if name == "best" else name] = scores
+    columns: list[tuple[Split, str]] = [
+        (split, kind)
+        for split, score in result.scores.items()
+        for kind in ("metric", "loss")
+        if getattr(score, kind) is not None
+    ]
     table = Table(box=None, pad_edge=False)
     table.add_column("scores", no_wrap=True)
-    for split in result.scores:
-        for kind in _kinds(result.scores[split]):
-            table.add_column(f"{split} {kind}", justify="right")
+    for split, kind in columns:
+        table.add_column(f"{split} {kind}", justify="right")
     for name, scores in rows.items():
-        cells: list[str] = []
-        for split in result.scores:
-            score = scores.get(split)
-            cells += (_number(score and getattr(score, kind)) for kind in _kinds(result.scores[split]))
+        cells = (_cell(getattr(scores.get(split), kind, None)) for split, kind in columns)
         table.add_row(name, *cells, style="bold" if name == written else None)
     return table
 
 
-def _kinds(score: Score) -> list[str]:
-    """Return the kinds of figures that a score has."""
-    return [kind for kind in ("metric", "loss") if getattr(score, kind) is not None]
+def _fineprint(result: Result) -> Iterator[str]:
+    if result.holdout is not None:
+        yield f"test is {result.holdout:.0%} of the validation data: chosen by a seeded hash, kept out of the search."
+    if result.scored_on == "train":
+        yield "Scored on training data: the task has no val_dataloader()."
+    elif "test" not in result.scores:
+        yield "The selection was made on this data, so its score is optimistic: use test data for an unbiased one."
 
 
 def _matrix(matrix: MatrixResult) -> Iterator[str]:
@@ -161,29 +156,20 @@ def _matrix(matrix: MatrixResult) -> Iterator[str]:
         yield f"searched with --precision {matrix.precision}; all scores use the model's own precision"
 
 
-def _fineprint(result: Result) -> Iterator[str]:
-    if result.holdout is not None:
-        yield f"test is {result.holdout:.0%} of the validation data: chosen by a seeded hash, kept out of the search."
-    if result.scored_on == "train":
-        yield "Scored on training data: the task has no val_dataloader()."
-    elif "test" not in result.scores:
-        yield "The selection was made on this data, so its score is optimistic: use test data for an unbiased one."
-
-
-def _cost(cost: Cost) -> str:
-    epochs = "" if cost.epochs is None else f" = {cost.epochs:.1f} epochs of the {cost.epochs_of} data"
-    if not cost.forward_batches:
-        return f"cost: {cost.evaluations} mixtures scored, {cost.seconds:.1f} s"
-    batches = f"{cost.forward_batches} forward and {cost.backward_batches} backward batches"
-    return f"cost: {batches}{epochs}, {cost.seconds:.1f} s"
-
-
 def _output(output: Output) -> Iterator[str]:
     yield f"wrote {printable(str(output.path))}: {output.bytes:,} bytes, {output.dtype}, sha256 {output.sha256[:16]}…"
     if output.recomputed:
         yield f"recomputed from data: {_listing(output.recomputed)}"
     if output.not_averaged:
         yield f"not averaged, copied from the last selected candidate: {_listing(output.not_averaged)}"
+
+
+def _cost(cost: Cost) -> str:
+    if not cost.forward_batches:
+        return f"cost: {cost.evaluations} mixtures scored, {cost.seconds:.1f} s"
+    epochs = "" if cost.epochs is None else f" = {cost.epochs:.1f} epochs of the {cost.epochs_of} data"
+    batches = f"{cost.forward_batches} forward and {cost.backward_batches} backward batches"
+    return f"cost: {batches}{epochs}, {cost.seconds:.1f} s"
 
 
 def _listing(names: Sequence[str]) -> str:

@@ -15,20 +15,11 @@ import torch
 LACKING: Final = "does not have a deterministic implementation"  # torch's message, after the operation's name
 
 
-def seed_all(seed: int) -> None:
-    """Seed the global generators of torch, Python and, if imported, numpy, which loaders may shuffle with."""
-    torch.manual_seed(seed)
-    _seed_others(seed)
-
-
-def _seed_others(seed: int) -> None:
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
-
-
 def reseed(seed: int, number: int) -> None:
-    """Seed as `seed_all` for micro-batch ``number``, in microseconds, so its draws depend on no other micro-batch."""
+    """Seed the global generators for micro-batch ``number``, in microseconds, so its draws depend on no other.
+
+    These are torch's, Python's and, if imported, numpy's, which loaders may shuffle with.
+    """
     if number:
         seed = int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:6])
     torch.default_generator.manual_seed(seed)
@@ -37,7 +28,9 @@ def reseed(seed: int, number: int) -> None:
             generator.manual_seed(seed)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
-    _seed_others(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
 
 
 def seed_loader(loader: Any) -> None:
@@ -51,11 +44,8 @@ def seed_loader(loader: Any) -> None:
 def reproducible(seed: int, *, deterministic: bool = False) -> Generator[None]:
     """Run with every global generator seeded and torch configured for repeatable results; restore all of it afterwards.
 
-    TF32 and cuDNN's autotuning are off: they trade reproducibility for speed.
-
-    Args:
-        seed: seed of the generators.
-        deterministic: use only deterministic algorithms; an operation without one raises an error with its name.
+    TF32 and cuDNN's autotuning are off: they trade reproducibility for speed. If ``deterministic``, an operation
+    without a deterministic algorithm raises an error with its name.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at CUDA initialisation, by torch before 2.9
@@ -65,7 +55,8 @@ def reproducible(seed: int, *, deterministic: bool = False) -> Generator[None]:
     state = random.getstate()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-        seed_all(seed)
+        torch.manual_seed(seed)  # also of devices that are initialised later
+        reseed(seed, 0)
         cudnn.benchmark, cudnn.allow_tf32 = False, False
         torch.set_float32_matmul_precision("highest")
         if deterministic:

@@ -1,23 +1,18 @@
 """Signal handling: the first SIGINT, SIGTERM or SIGUSR1 ends the run at the next micro-batch, a second one at once.
 
-Signal handlers are global to a process, so this module has state: the handler set by `install`. Programs that import
-ckptavg keep their own handlers: `install` is not called, and the functions here have no effect.
+Signal handlers are global to a process, so this module has one handler. Programs that import ckptavg keep their own:
+`install` is not called, so no signal ever reaches it.
 """
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Generator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from types import FrameType
-from typing import Final, TypeVar
+from typing import Final
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; schedulers send the others before they kill
-_POLL: Final = 0.1  # seconds between checks for a signal while waiting for a future
-_handler: Handler | None = None
-
-_T = TypeVar("_T")
 
 
 class Interruption(BaseException):
@@ -45,6 +40,9 @@ class Handler:
             raise Interruption
 
 
+_handler = Handler()
+
+
 def install() -> None:
     """Install the handler; call it before the slow import of torch, during which SIGUSR1 would kill the process."""
     global _handler
@@ -58,13 +56,12 @@ def finish() -> None:
 
     A second signal still kills the process at once, for instance while it waits for a thread of the task.
     """
-    if _handler is not None:
-        _handler.waits = True
+    _handler.waits = True
 
 
 def pending() -> bool:
     """Return whether a signal has arrived."""
-    return _handler is not None and _handler.received is not None
+    return _handler.received is not None
 
 
 def check() -> None:
@@ -74,39 +71,18 @@ def check() -> None:
 
 
 @contextmanager
-def waiting() -> Generator[None]:
+def waiting(*, waits: bool = True) -> Generator[None]:
     """Defer signals to the next `check` within the context."""
-    with _handled(waits=True):
+    before, _handler.waits = _handler.waits, waits
+    try:
         yield
+    finally:
+        _handler.waits = before
 
 
 @contextmanager
 def at_once() -> Generator[None]:
     """Raise `Interruption` as soon as a signal arrives: for waits that never reach a `check`."""
-    with _handled(waits=False):
+    with waiting(waits=False):
         check()
         yield
-
-
-def result(future: Future[_T]) -> _T:
-    """Return the result of ``future``, calling `check` while waiting for it."""
-    while True:
-        try:
-            return future.result(_POLL)
-        except TimeoutError:
-            if future.done():  # the TimeoutError was raised by the future's own work
-                return future.result()
-            check()
-
-
-@contextmanager
-def _handled(*, waits: bool) -> Generator[None]:
-    if _handler is None:
-        yield
-        return
-    handler, before = _handler, _handler.waits
-    handler.waits = waits
-    try:
-        yield
-    finally:
-        handler.waits = before

@@ -30,13 +30,12 @@ _WAITING: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LI
 # each of these sets the number of torch's threads
 _COUNTS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _PROC: Final = Path("/proc/self")
+_ESCAPE: Final = re.compile(r"\\([0-7]{3})")  # mountinfo writes a space in a path as \040
 
 
 def affinity() -> int:
     """Return the number of processors in this process's affinity mask; all of the machine where masks do not exist."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quota(proc: Path = _PROC) -> float | None:
@@ -44,12 +43,8 @@ def quota(proc: Path = _PROC) -> float | None:
 
     The quota is the minimum of the limits of the group and its ancestors, as far as they are mounted: ``cpu.max`` in
     version 2, ``cpu.cfs_quota_us`` / ``cpu.cfs_period_us`` in version 1. A limit that cannot be read is ignored.
-
-    Args:
-        proc: directory of the process in ``/proc``.
     """
-    limits = [limit for folder in _groups(proc) if (limit := _limit(folder)) is not None]
-    return min(limits, default=None)
+    return min((limit for folder in _groups(proc) if (limit := _limit(folder)) is not None), default=None)
 
 
 def processors(proc: Path = _PROC) -> int:
@@ -58,9 +53,6 @@ def processors(proc: Path = _PROC) -> int:
     A half is rounded up. Two threads took 0.7 × the time of one for matrix products with 1.5 processors, and 0.9 × with
     1.2; for training steps of a small network, whose parallel regions wait for threads throttled until the next period,
     1.1 × with either (docs/benchmarks.md).
-
-    Args:
-        proc: see `quota`.
     """
     limit = quota(proc)
     return affinity() if limit is None else min(affinity(), max(1, math.floor(limit + 0.5)))
@@ -82,33 +74,26 @@ def configure(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _groups(proc: Path) -> Iterator[Path]:
-    """Yield the directories of this process's control groups with a CPU controller, each with its ancestors."""
+    """Yield the directories of this process's control groups with a CPU controller, each with its ancestors.
+
+    They end at the mount point, which stands for a group of another namespace.
+    """
     paths: dict[str, str] = {}  # controller → group; version 2 has the controller ""
     for line in _read(proc / "cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         paths |= dict.fromkeys(controllers.split(","), path)
     for line in _read(proc / "mountinfo").splitlines():
         fields, _, rest = line.partition(" - ")
-        mount, kind = fields.split(), rest.split()
+        mount = [_ESCAPE.sub(lambda octal: chr(int(octal[1], 8)), field) for field in fields.split()]
+        kind = rest.split()
         if len(mount) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
             continue
         controller = "" if kind[0] == "cgroup2" else "cpu"
         if controller in paths and (not controller or controller in kind[2].split(",")):
-            yield from _upwards(Path(_unescaped(mount[4])), _unescaped(mount[3]), paths[controller])
-
-
-def _upwards(mounted: Path, root: str, path: str) -> Iterator[Path]:
-    """Yield the directory of group ``path`` and its parents, up to ``mounted``, the mount point of group ``root``.
-
-    A group outside ``root`` belongs to another namespace; the mount point itself is used for it.
-    """
-    group = PurePosixPath(path)
-    below = group.relative_to(root) if group.is_relative_to(root) and ".." not in group.parts else PurePosixPath()
-    folder = mounted / below
-    yield folder
-    for _ in below.parts:
-        folder = folder.parent
-        yield folder
+            mounted, root, group = Path(mount[4]), mount[3], PurePosixPath(paths[controller])
+            inside = group.is_relative_to(root) and ".." not in group.parts
+            below = group.relative_to(root) if inside else PurePosixPath()
+            yield from (mounted / part for part in (below, *below.parents))
 
 
 def _limit(folder: Path) -> float | None:
@@ -126,8 +111,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
     except (OSError, ValueError):
         return ""
-
-
-def _unescaped(text: str) -> str:
-    """Decode a path of mountinfo, which escapes spaces as ``\\040``."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

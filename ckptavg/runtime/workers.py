@@ -44,7 +44,6 @@ class Workers:
     All ranks must call every communicating method, in the same order.
 
     Attributes:
-        rank: rank of this process, from 0.
         world_size: number of ranks.
         local_world_size: number of ranks on this machine.
         gpu: index of this rank's GPU on its machine; None if it has none.
@@ -69,15 +68,11 @@ class Workers:
         A `CkptavgError` raised by ``work`` is raised on all ranks.
         """
         result, error = None, None
-        if self.is_rank_zero:
-            try:
-                result = work()
-            except CkptavgError as caught:
-                if self.world_size == 1:
-                    raise
-                error = caught
-        error = self.broadcast(error)
-        if error is not None:
+        try:
+            result = work() if self.is_rank_zero else None
+        except CkptavgError as caught:
+            error = caught
+        if (error := self.broadcast(error)) is not None:
             raise error
         return result
 
@@ -85,12 +80,11 @@ class Workers:
         """Return the ``value`` of rank 0 on every rank."""
         if self.world_size == 1:
             return value
-        import torch
         from torch import distributed
 
         values = [value]
         with self._translate_broken_connection():
-            distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+            distributed.broadcast_object_list(values, src=0)
         return values[0]
 
     def gather(self, value: _T) -> list[_T]:
@@ -142,8 +136,6 @@ class Workers:
 
         The first rank to call this prints the error; the output of the others is suppressed.
         """
-        if self.world_size == 1:
-            return error
         if _is_broken(error):
             error = self._lost_rank_error()
         shown = error if isinstance(error, CkptavgError) else None
@@ -154,7 +146,10 @@ class Workers:
             first = self._store.compare_set(_FAILED, "", own).decode()
         except RuntimeError:  # the process that holds the store has exited too
             first = own
-        (restore_streams if first == own else silence)()
+        if first == own:
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            silence()
         return error
 
     @contextmanager
@@ -173,7 +168,8 @@ class Workers:
             try:
                 if self._store.check([_FAILED]):
                     _, code, text, hint = json.loads(self._store.get(_FAILED))
-                    return _rebuilt_error(code, text, hint)
+                    kinds = {kind.exit_code: kind for kind in CkptavgError.__subclasses__()}
+                    return kinds.get(code, CkptavgError)(text, hint=hint)
             except RuntimeError:
                 break
             time.sleep(0.05)
@@ -193,9 +189,7 @@ def rank() -> int:
 
 @contextmanager
 def joined(device: str, timeout: float) -> Generator[Workers]:
-    """Join the process group of ``torchrun`` for the duration of the context.
-
-    After an error only one rank prints it.
+    """Join the process group of ``torchrun`` for the duration of the context; after an error only one rank prints it.
 
     Args:
         device: value of ``--device``.
@@ -213,18 +207,20 @@ def joined(device: str, timeout: float) -> Generator[Workers]:
 
     backend, gpu = "cpu:gloo", None
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-        backend, gpu = "cpu:gloo,cuda:nccl", _gpu(int(os.environ["LOCAL_RANK"]))
+        backend, gpu = "cpu:gloo,cuda:nccl", int(os.environ["LOCAL_RANK"])
+        if gpu >= (count := torch.cuda.device_count()):
+            hint = f"use torchrun --nproc-per-node {count}, or --device cpu" if count else "use --device cpu"
+            raise UsageError(f"no GPU for local rank {gpu}: this machine has {count}", hint=hint)
+        torch.cuda.set_device(gpu)
     delta = timedelta(seconds=timeout)
     try:
-        store, number, world_size = next(rendezvous("env://", timeout=delta))
-        distributed.init_process_group(backend, store=store, rank=number, world_size=world_size, timeout=delta)
+        store, rank, world_size = next(rendezvous("env://", timeout=delta))
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=delta)
     except RuntimeError as error:
         message = f"the workers could not connect: {str(error).splitlines()[0]}"
         raise InterruptedRunError(message, hint="check torchrun's --rdzv-endpoint and --nnodes") from error
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = Workers(
-        rank=number, world_size=world_size, local_world_size=local, gpu=gpu, timeout=timeout, _store=store
-    )
+    workers = Workers(rank=rank, world_size=world_size, local_world_size=local, gpu=gpu, timeout=timeout, _store=store)
     try:
         yield workers
     except BaseException as error:
@@ -240,11 +236,6 @@ def silence() -> None:
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  # open until the process exits
 
 
-def restore_streams() -> None:
-    """Undo `silence`."""
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def interleave(parts: Sequence[Sequence[_T]]) -> list[_T]:
     """Merge per-rank parts of a sequence, of which each rank took every ``world_size``-th item, in its order."""
     longest = max(map(len, parts))
@@ -255,19 +246,6 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
-def _gpu(number: int) -> int:
-    """Return the GPU of local rank ``number``, after making it the current device of ``cuda``."""
-    import torch
-
-    if number >= (count := torch.cuda.device_count()):
-        raise UsageError(
-            f"no GPU for local rank {number}: this machine has {count}",
-            hint=f"use torchrun --nproc-per-node {count}, or --device cpu" if count else "use --device cpu",
-        )
-    torch.cuda.set_device(number)
-    return number
-
-
 def _is_broken(error: BaseException | None) -> bool:
     """Return whether ``error`` is, or was caused by, a broken connection between ranks."""
     while error is not None and not isinstance(error, InterruptedRunError):
@@ -276,9 +254,3 @@ def _is_broken(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-def _rebuilt_error(code: int, text: str, hint: str | None) -> CkptavgError:
-    """Rebuild the error that another rank recorded."""
-    kinds = {kind.exit_code: kind for kind in CkptavgError.__subclasses__()}
-    return kinds.get(code, CkptavgError)(text, hint=hint)

@@ -1,0 +1,98 @@
+"""JSON of a report against a literal: scripts depend on every key and on their order."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from ckptavg.checkpoints.listing import LeftOut
+from ckptavg.cost import Cost
+from ckptavg.report.as_json import to_json
+from ckptavg.report.result import CandidateResult, Comparison, Gain, MatrixResult, Output, Result, StrategyResult
+from ckptavg.runtime import version
+from ckptavg.score import PerExample, Score
+
+COST = Cost(forward_batches=4, backward_batches=2, evaluations=3, seconds=1.23456, epochs=None, epochs_of="train")
+EACH = PerExample(values_U=torch.ones(2), losses_U=torch.ones(2), examples_U=torch.ones(2))
+GOOD = Score(value=0.5, loss=0.25, metric=0.5, examples=2, per_example=EACH, resampled=lambda _: 0.0, batches=30)
+BAD = Score(value=-math.inf, loss=math.nan, metric=None, examples=None, invalid="loss is nan")
+COST_JSON = {"forward_batches": 4, "backward_batches": 2, "evaluations": 3, "seconds": 1.235, "epochs": None,
+             "epochs_of": "train"}  # fmt: skip
+GOOD_JSON = {"loss": 0.25, "metric": 0.5, "examples": 2}
+BAD_JSON = {"loss": None, "metric": None, "examples": None, "invalid": "loss is nan"}
+RESULT = Result(
+    strategy="sewa",
+    settings={"k": 2, "betas": (0.9, 0.99)},
+    seed=7,
+    candidates=[
+        CandidateResult(path=Path("a/1.pt"), step=1, coefficient=0.0, score=BAD, columns={"s": math.inf, "said": "no"}),
+        CandidateResult(path=Path("a/2.pt"), step=2, coefficient=(0.25, 0.75)),
+    ],
+    left_out=[LeftOut(path=Path("a/x"), reason="not a checkpoint")],
+    scores={"val": GOOD},
+    baselines={"best": {"val": GOOD, "test": BAD}},
+    scored_on="val",
+    groups=(("a.", "b."), ("",)),
+    holdout=0.5,
+    best_step=2,
+    verdict="Better.",
+    worse=True,
+    replaced=True,
+    cost=COST,
+    matrix=MatrixResult(bits=4, group_size=128, bytes=10, error=0.1),
+    tables={"subsets": [{"loss": math.nan, "real": 1}]},
+    trace={"loss": (1.0, math.nan)},
+    warnings=("w",),
+    output=Output(path=Path("o"), sha256="ab", bytes=9, dtype="float32", not_averaged=["n"]),
+)
+RESULT_JSON = {
+    "strategy": "sewa",
+    "settings": {"k": 2, "betas": [0.9, 0.99]},
+    "seed": 7,
+    "version": version.own(),
+    "candidates": [
+        {"path": "a/1.pt", "step": 1, "coefficient": 0.0, "score": BAD_JSON, "s": None, "said": "no"},
+        {"path": "a/2.pt", "step": 2, "coefficient": [0.25, 0.75], "score": None},
+    ],
+    "left_out": [{"path": "a/x", "reason": "not a checkpoint", "kind": "info"}],
+    "scores": {"val": GOOD_JSON, "baselines": {"best": {"val": GOOD_JSON, "test": BAD_JSON}}},
+    "groups": [["a.", "b."], [""]],
+    "holdout": 0.5,
+    "best_step": 2,
+    "verdict": "Better.",
+    "worse": True,
+    "replaced": True,
+    "cost": COST_JSON,
+    "matrix": {"bits": 4, "group_size": 128, "bytes": 10, "error": 0.1, "offload": "none", "precision": "float32",
+               "compiled": False},
+    "tables": {"subsets": [{"loss": None, "real": 1}]},
+    "trace": {"loss": [1.0, None]},
+    "warnings": ["w"],
+    "output": {"path": "o", "sha256": "ab", "bytes": 9, "dtype": "float32", "not_averaged": ["n"], "recomputed": []},
+}  # fmt: skip
+
+
+def test_a_report_has_its_keys_in_their_order():
+    assert to_json(RESULT) == json.dumps(RESULT_JSON, indent=2)
+    empty = json.loads(to_json(Result(strategy="swa", settings={}, seed=0, candidates=[])))
+    assert list(empty) == list(RESULT_JSON)
+    assert [empty[key] for key in ("cost", "matrix", "output")] == [None, None, None]
+
+
+def test_a_comparison_has_every_contestant_after_the_winners_report():
+    gain = Gain(value=0.1, low=0.05, high=0.2, units=30, paired=False)
+    contestant = StrategyResult(
+        name="sewa:k=2", strategy="sewa", settings={"k": 2}, coefficients=[0.0, (0.5, 0.5)], groups=(("",),), used=1,
+        scores={"val": GOOD}, gains={"val": gain}, cost=COST, notes=("n",),
+    )  # fmt: skip
+    expected = {
+        "name": "sewa:k=2", "strategy": "sewa", "settings": {"k": 2}, "coefficients": [0.0, [0.5, 0.5]],
+        "groups": [[""]], "used": 1, "scores": {"val": GOOD_JSON},
+        "over_last": {"val": {"value": 0.1, "low": 0.05, "high": 0.2, "separated": True, "units": 30, "paired": False}},
+        "cost": COST_JSON, "notes": ["n"],
+    }  # fmt: skip
+    comparison = Comparison(contestants=[contestant], winner="sewa:k=2", result=RESULT)
+    assert to_json(comparison) == json.dumps({**RESULT_JSON, "winner": "sewa:k=2", "strategies": [expected]}, indent=2)
