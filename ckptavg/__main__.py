@@ -1,7 +1,5 @@
 """Entry point of the command line, and the only place where errors are formatted."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

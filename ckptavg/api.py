@@ -1,7 +1,5 @@
 """Python API: one function per strategy, with its own settings and the shared options."""
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Callable, Sequence

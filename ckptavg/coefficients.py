@@ -3,12 +3,10 @@
 Shape suffixes: G = groups of tensors, N = candidates.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, Self, TypeAlias
 
 Groups: TypeAlias = tuple[tuple[str, ...], ...]
 EVERYTHING: Final[Groups] = (("",),)
@@ -49,7 +47,7 @@ class Coefficients:
                 raise ValueError(f"coefficients must be finite and sum to 1, not {math.fsum(row)}")
 
     @classmethod
-    def uniform(cls, chosen: Sequence[int], n: int) -> Coefficients:
+    def uniform(cls, chosen: Sequence[int], n: int) -> Self:
         """Return 1/K for each of the K candidates ``chosen``, 0 for the rest of the ``n``."""
         return cls((tuple(1 / len(chosen) if i in chosen else 0.0 for i in range(n)),))
 

@@ -1,7 +1,5 @@
 """Cost of a search: batches, examples and seconds, including what its cached scores cost to measure."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Generator, Hashable

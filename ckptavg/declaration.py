@@ -4,8 +4,6 @@ An option is a field ``name: Annotated[TYPE, Help(panel, text)] = default`` of a
 ``__post_init__`` calls `check`. A strategy may write ``Annotated[TYPE, "text"]``, with its panel as a second text.
 """
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Callable, Iterable

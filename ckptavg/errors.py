@@ -1,7 +1,5 @@
 """Errors that a user can act on, one class per exit code; formatted only in `ckptavg.__main__`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import ClassVar, Final
 

@@ -1,7 +1,5 @@
 """Cache of batches on the device: the first pass over a split reads its data, later passes reuse the batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 

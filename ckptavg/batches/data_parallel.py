@@ -1,7 +1,5 @@
 """Check whether ranks can divide the examples of a batch: its loss must equal the mean of its parts' losses."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Batches of a task for a search: on the device, counted, in a seeded order, and endless if requested."""
 
-from __future__ import annotations
-
 import itertools
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence

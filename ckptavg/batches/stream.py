@@ -1,7 +1,5 @@
 """Endless stream of batches for a search."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 

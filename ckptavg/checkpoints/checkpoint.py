@@ -1,7 +1,5 @@
 """Checkpoint: the training step, the state dict's names and shapes, and access to the bytes of its tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

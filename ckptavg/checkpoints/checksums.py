@@ -3,8 +3,6 @@
 safetensors has no checksum, so a changed weight is undetectable without such a sum.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Find checkpoints in directories, in training order, with a reason for every file that is left out."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress

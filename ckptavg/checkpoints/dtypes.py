@@ -1,7 +1,5 @@
 """Map between safetensors' dtype names and torch's dtypes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Final
 

@@ -1,7 +1,5 @@
 """Find copies among checkpoints: equal inodes, or tensors of equal content."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from contextlib import suppress

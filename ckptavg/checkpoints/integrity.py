@@ -1,7 +1,5 @@
 """Full check of a checkpoint: checksums, booleans, and no NaN or infinite weight."""
 
-from __future__ import annotations
-
 import math
 
 import torch

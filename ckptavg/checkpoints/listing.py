@@ -1,7 +1,5 @@
 """List the checkpoints of a directory by names and first bytes, with a reason for every other entry."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Sequence

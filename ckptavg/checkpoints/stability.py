@@ -1,7 +1,5 @@
 """Wait until a running job has stopped writing checkpoints, and warn about files that changed recently."""
 
-from __future__ import annotations
-
 import math
 import os
 import time

@@ -1,7 +1,5 @@
 """Find the model's state dict in a checkpoint, remove wrappers' prefixes, and check that all candidates agree."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final

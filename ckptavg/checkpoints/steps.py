@@ -1,7 +1,5 @@
 """Training step of a checkpoint: from its contents, then from its name, never from its modification time."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The application: one command per strategy, generated from its dataclass, and the commands that examine files."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """``ckptavg compare``: compare strategies on the user's own candidates and task."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """``ckptavg demo``: train the template's task, to have checkpoints on which to try the commands."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated

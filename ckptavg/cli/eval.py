@@ -1,7 +1,5 @@
 """``ckptavg eval``: score checkpoint files as they are."""
 
-from __future__ import annotations
-
 import json as json_module
 from pathlib import Path
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """The layout of a command's help page: no type beside flags, and one panel where options are few."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup

@@ -1,7 +1,5 @@
 """``ckptavg init``: write a commented task file that runs unchanged."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated, Final

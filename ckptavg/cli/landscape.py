@@ -1,7 +1,5 @@
 """``ckptavg landscape``: a second-order model of the loss around the candidates, and the error of that model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal

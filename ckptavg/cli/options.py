@@ -1,7 +1,5 @@
 """Declared options as parameters of a Typer command."""
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import dataclass
 from functools import partial

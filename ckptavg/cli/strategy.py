@@ -1,7 +1,5 @@
 """Generate a strategy's command from the fields of its dataclass and the options that all strategies share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """``ckptavg verify``: check that a file is the average its metadata describes."""
 
-from __future__ import annotations
-
 import json as json_module
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ flushed. The first line identifies the run. Strategies are deterministic functio
 measurements, so a resumed run starts from the beginning and replays measurements from the journal.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

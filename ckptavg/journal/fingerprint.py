@@ -1,7 +1,5 @@
 """Fingerprint of a run: a journal can be resumed only if its fingerprint is equal."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import sys

@@ -5,8 +5,6 @@ unchanged inode, size and times is taken to have the same content; any other is 
 is used. Files hashed here are not hashed again when the average is written.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager

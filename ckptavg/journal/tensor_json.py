@@ -4,8 +4,6 @@ A tensor is ``[dtypes, shape, text]``: its elements in the last dtype, and in th
 elements, compressed by zlib, in base 85.
 """
 
-from __future__ import annotations
-
 import base64
 import zlib
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Recompute BatchNorm's running statistics, because a checkpoint's own are wrong for any mixture of weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 

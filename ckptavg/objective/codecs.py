@@ -1,7 +1,5 @@
 """The kinds of measurements, as records of the journal. Numbers are stored exactly."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import fields, replace
 from typing import Any, Final, TypeAlias

@@ -1,7 +1,5 @@
 """Scores from a shell command: each mixture is written to disk, and the command prints its score."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -3,8 +3,6 @@
 Shape suffixes: N = candidates, G = groups of tensors.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from functools import partial

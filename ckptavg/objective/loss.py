@@ -3,8 +3,6 @@
 Shape suffixes: N = candidates, G = groups of tensors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """Losses and gradients of a search in the journal."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

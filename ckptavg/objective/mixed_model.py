@@ -1,7 +1,5 @@
 """One model that is set to any mixture of the candidates."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Evaluator of a PyTorch task: scores and losses of mixtures, and the cost of a search."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Precision and compilation of the model's passes during a search."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

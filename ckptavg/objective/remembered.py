@@ -1,7 +1,5 @@
 """Measurements that are made once: kept in memory, written to the journal, and charged on every request."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar

@@ -3,8 +3,6 @@
 Shape suffixes: U = units (examples, or batches if the task returns only their mean).
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Sequence

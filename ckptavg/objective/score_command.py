@@ -1,7 +1,5 @@
 """A shell command that prints the score of a model on disk."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

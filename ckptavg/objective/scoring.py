@@ -1,7 +1,5 @@
 """Scores of mixtures by the task's loss and metric, in one pass over a split."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,9 +1,7 @@
 """The options that commands share, each declared once: see `ckptavg.declaration`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from ckptavg.checkpoints.window import Window
 from ckptavg.declaration import Option, declared
@@ -37,7 +35,7 @@ class Options(RunOptions, SearchOptions, OutputOptions, TaskOptions):
             raise UsageError(f"{unused} applies to a model that ckptavg runs, but --score-cmd runs its own")
 
     @classmethod
-    def of(cls, **values: Any) -> Options:
+    def of(cls, **values: Any) -> Self:
         """Return the options from their names on the command line, where those of `Window` are options like others."""
         window = {field.name: values.pop(field.name) for field in fields(Window) if field.name in values}
         return cls(**values, window=Window(**window))

@@ -1,7 +1,5 @@
 """Read options from ``ckptavg.toml`` or ``pyproject.toml`` in the working directory."""
 
-from __future__ import annotations
-
 import os
 import tomllib
 from pathlib import Path

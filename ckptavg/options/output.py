@@ -1,7 +1,5 @@
 """The options of the output: its place, its form, and what may replace it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias

@@ -1,7 +1,5 @@
 """The options of a run: what it reads, repeats and reports."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Final

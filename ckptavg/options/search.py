@@ -1,7 +1,5 @@
 """The options of a search: where the candidates are kept, and how the model runs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal, TypeAlias
 

@@ -1,7 +1,5 @@
 """The options that define how a mixture is scored."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal

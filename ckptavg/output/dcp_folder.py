@@ -1,7 +1,5 @@
 """Write the output as a torch.distributed.checkpoint (DCP) directory, from which FSDP can resume training."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Resolve the output path and check that it can be written."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

@@ -1,7 +1,5 @@
 """Copy the companion files of a Hugging Face model: config, tokenizer, processor."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress

@@ -1,7 +1,5 @@
 """Record how to reproduce the output in its metadata, without timestamps, host names or absolute paths."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, Final

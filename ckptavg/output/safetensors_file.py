@@ -5,8 +5,6 @@ and renamed only when it is complete and flushed: a reader sees either the old f
 is written last, because some of its values, such as digests, are only computed in the meantime.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Write a model as several safetensors files and an index, in the layout of Hugging Face loaders."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Main pipeline: one line per stage of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

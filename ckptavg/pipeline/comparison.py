@@ -1,7 +1,5 @@
 """Comparison of several strategies on the same candidates and the same evaluator."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

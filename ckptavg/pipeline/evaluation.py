@@ -1,7 +1,5 @@
 """Scoring of checkpoints and averages as stored on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial

@@ -3,8 +3,6 @@
 Shape suffixes: N = candidates, M = mixtures.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace

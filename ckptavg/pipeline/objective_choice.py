@@ -1,7 +1,5 @@
 """Choose the device and the evaluator that scores mixtures."""
 
-from __future__ import annotations
-
 import torch
 
 from ckptavg.checkpoints.discover import Discovered

@@ -1,7 +1,5 @@
 """Checks before a run: output, disk space and strategy settings; also the plan of a dry run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Final
 

@@ -1,7 +1,5 @@
 """Build the `Result` of a run from what its stages returned."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path

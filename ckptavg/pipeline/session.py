@@ -1,7 +1,5 @@
 """Start and end of every run: check the output, open the candidates, resume the journal and build the evaluator."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager

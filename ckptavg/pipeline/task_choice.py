@@ -1,7 +1,5 @@
 """Choice of the task file; a task file that lies among the checkpoints is never run unless named."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Verification: rebuild an output from the sources in its metadata, and compare bytes."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing

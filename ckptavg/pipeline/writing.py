@@ -1,7 +1,5 @@
 """Write the output: average exactly, recompute BatchNorm, score the file as written, then rename it into place."""
 
-from __future__ import annotations
-
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Report as one JSON object, the stable interface for scripts."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 Shape suffixes: U = units (examples, or batches where the task gives means only), R = resamples.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 import torch

@@ -1,7 +1,5 @@
 """Comparison report for a terminal: one row per strategy, with the winner marked."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from rich.console import RenderableType

@@ -1,7 +1,5 @@
 """Landscape report for a terminal, and its plane as an image."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path

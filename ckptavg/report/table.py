@@ -1,7 +1,5 @@
 """Report for a terminal: candidates, scores, verdict and cost."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType

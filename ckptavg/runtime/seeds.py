@@ -1,7 +1,5 @@
 """Reproducible random numbers: seed the global generators, and restore the caller's state afterwards."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random

@@ -4,8 +4,6 @@ Signal handlers are global to a process, so this module has one handler. Program
 `install` is not called, so no signal ever reaches it.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Generator
 from contextlib import contextmanager

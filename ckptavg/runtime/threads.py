@@ -12,8 +12,6 @@ References:
     libgomp manual, GOMP_SPINCOUNT, OMP_WAIT_POLICY and OMP_NUM_THREADS; `scripts/benchmark/busy.py`.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -6,10 +6,8 @@ one from a network; this package is pure mathematics.
 Shape suffixes: N = candidates, M = mixtures.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 from torch import Tensor
 
@@ -46,7 +44,7 @@ class Surrogate:
         """The number of candidates."""
         return len(self.gradient_N)
 
-    def recentered(self, beta_N: Tensor, value: float, gradient_N: Tensor) -> Surrogate:
+    def recentered(self, beta_N: Tensor, value: float, gradient_N: Tensor) -> Self:
         """Return a surrogate with this value and gradient at ``beta_N`` and the same second derivatives.
 
         Args:

@@ -3,8 +3,6 @@
 Shape suffixes: N = candidates, K = coordinates of the plane.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

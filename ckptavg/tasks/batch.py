@@ -3,8 +3,6 @@
 Shape suffixes: B = examples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Format an exception raised by task code as one line: file and line, function, batch and message."""
 
-from __future__ import annotations
-
 import re
 import traceback
 from pathlib import Path

@@ -4,8 +4,6 @@ A task file is trusted: it runs with the user's permissions. But settings it mak
 default dtype, argv) do not apply to ckptavg, and ckptavg keeps its signal handlers.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Task wrapper that moves part of one split's examples to another split."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Task from a Python file or module: the user's functions, with each exception reported as a one-line error."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import itertools

@@ -1,7 +1,5 @@
 """A DataLoader that loads only this rank's batches: every ``world``-th."""
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from collections.abc import Iterator

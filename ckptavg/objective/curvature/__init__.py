@@ -14,8 +14,6 @@ the size of the model.
 Shape suffixes: N = candidates.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, nullcontext

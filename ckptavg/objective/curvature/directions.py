@@ -3,8 +3,6 @@
 Shape suffixes: N = candidates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias

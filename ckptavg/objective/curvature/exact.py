@@ -3,8 +3,6 @@
 Shape suffixes: N = candidates.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

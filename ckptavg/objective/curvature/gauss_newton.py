@@ -3,8 +3,6 @@
 Shape suffixes: N = candidates, M = elements of one output tensor of the model.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Split a loss at the model's output: from weights to output, and from output to loss."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable, Generator, MutableMapping, Sequence

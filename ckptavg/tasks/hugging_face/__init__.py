@@ -5,8 +5,6 @@ Nothing is downloaded, and model code in the directory runs only with ``trust_re
 Shape suffixes: B = examples, T = tokens of the longest example, V = tokens of the vocabulary, or classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final

@@ -3,8 +3,6 @@
 Nothing is written, and only the given path is read.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import os

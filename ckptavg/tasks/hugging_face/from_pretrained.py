@@ -1,7 +1,5 @@
 """Check that ``from_pretrained`` loads every output tensor; it silently initializes missing ones at random."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 

@@ -3,8 +3,6 @@
 Shape suffixes: B = examples, T = tokens of a text, or of the longest text of a batch.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from typing import Any, Final

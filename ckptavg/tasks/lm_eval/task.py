@@ -1,7 +1,5 @@
 """Task scored by lm-evaluation-harness on the model in memory; no candidate is written to disk."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
