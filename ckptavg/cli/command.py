@@ -47,10 +47,7 @@ def command(
 
 
 def run_command(
-    arguments: dict[str, Any],
-    work: Callable[[list[Path], Options, Watch | None], Report],
-    *,
-    needs_task: bool,
+    arguments: dict[str, Any], work: Callable[[list[Path], Options, Watch | None], Report], *, needs_task: bool
 ) -> None:
     """Run `work` with the shared options of a command, then print its report and write it to ``--report``."""
     from ckptavg.cli import terminal

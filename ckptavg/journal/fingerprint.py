@@ -16,10 +16,7 @@ from ckptavg.filesystem.regular_file import is_file
 
 
 def fingerprint(
-    checkpoints: Sequence[Checkpoint],
-    settings: Mapping[str, Any],
-    task: str | None,
-    data: Sequence[Path | str | None],
+    checkpoints: Sequence[Checkpoint], settings: Mapping[str, Any], task: str | None, data: Sequence[Path | str | None]
 ) -> dict[str, Any]:
     """Return the first line of a journal; errors name the entries in which two of them differ.
 

@@ -16,14 +16,7 @@ from ckptavg.checkpoints.checksums import Manifest
 from ckptavg.checkpoints.discover import Discovered, discover, with_directory_changes
 from ckptavg.checkpoints.state_dict import check_agreement
 from ckptavg.context import Run
-from ckptavg.errors import (
-    CkptavgError,
-    InterruptedRunError,
-    OutOfMemoryError,
-    TaskError,
-    UsageError,
-    is_out_of_memory,
-)
+from ckptavg.errors import CkptavgError, InterruptedRunError, OutOfMemoryError, TaskError, UsageError, is_out_of_memory
 from ckptavg.journal import Journal, ReadOnlyJournal, source_digests
 from ckptavg.journal.fingerprint import fingerprint
 from ckptavg.objective.evaluator import Evaluator
