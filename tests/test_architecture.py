@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import TASK
 
 import ckptavg
 
@@ -140,3 +141,43 @@ def test_importing_the_package_loads_no_torch():
         text=True,
     )
     assert done.stdout == "False\n"
+
+
+LONG = {"unpickler.py"}  # one concept, kept whole
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_constructors_are_short(path: Path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 300 or path.name in LONG
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            assert len(node.args.args) + len(node.args.kwonlyargs) <= 8, node.lineno  # self and seven more
+
+
+WALK = """
+import os, sys, traceback
+from ckptavg.objective.scoring import Scoring
+
+def seen(*_, **__):
+    print(*(f.filename.rpartition("ckptavg/")[2] + ":" + f.name for f in traceback.extract_stack()[:-1]
+            if "/ckptavg/" in f.filename), flush=True)
+    os._exit(0)
+
+Scoring._measure = seen
+from ckptavg.__main__ import main
+main()
+"""
+
+
+def test_few_functions_lie_between_the_command_line_and_the_first_score(digits: Path, tmp_path: Path):
+    """The page's list of them is the list that a run goes through."""
+    words = ["sewa", digits, "--k", "5", "--last", "7", "--steps", "2", "--task", TASK]
+    done = subprocess.run(
+        [sys.executable, "-c", WALK, *map(str, words)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    parsed, *between = [frame for frame in done.stdout.split() if not frame.startswith("__main__")]
+    assert parsed == "cli/strategy.py:run" and len(between) <= 8, between
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\d+\. `([\w/]+\.py)`: `(\w+)`", page, re.MULTILINE)
+    assert [f"{file}:{name}" for file, name in listed] == between
