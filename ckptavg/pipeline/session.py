@@ -188,7 +188,7 @@ def open_candidates(paths: Sequence[Path], options: Options, watch: Watch | None
         InputError: if there are no candidates, or one is bad and ``skip_bad`` is not set.
     """
     if options.wait_stable is not None:
-        stability.wait(paths, options.window, options.wait_stable, watch)
+        stability.wait(paths, options, options.wait_stable, watch)
     manifest, checked = Manifest(), 0
 
     def check(checkpoint: Checkpoint) -> None:
@@ -201,7 +201,7 @@ def open_candidates(paths: Sequence[Path], options: Options, watch: Watch | None
                 watch("checking candidates", checked, checked, {})
 
     found = discover(
-        paths, options.window, options.key, bad="skip" if options.skip_bad else "refuse", check=check,
+        paths, options, options.key, bad="skip" if options.skip_bad else "refuse", check=check,
         allow_nonfinite=options.allow_nonfinite,
     )  # fmt: skip
     unstable = () if options.wait_stable is not None else stability.warnings(found.checkpoints)
