@@ -68,7 +68,7 @@ def landscape(
             measured=measured,
             spearman=spearman(predicted, measured),
             r_squared=r_squared(predicted, measured),
-            steps=[evaluator.step(i) for i in range(evaluator.n)],
+            steps=[checkpoint.step for checkpoint in this.checkpoints],
             plane=_plane(evaluator, mixtures, grid) if mixtures else None,
             left_out=this.found.left_out,
             warnings=[*this.found.warnings, *([q.note] if q.note else []), *evaluator.notes],
