@@ -8,12 +8,11 @@ from typing import Any
 
 from ckptavg.declaration import declared, docstring
 from ckptavg.objective import PlainAverage, Strategy
-from ckptavg.options import Options, shared
+from ckptavg.options import Options
 from ckptavg.pipeline import run as run_pipeline
 from ckptavg.pipeline.comparison import compare as run_comparison
 from ckptavg.pipeline.landscape import landscape as find_landscape
 from ckptavg.pipeline.task_choice import with_task
-from ckptavg.report import as_json
 from ckptavg.report.result import Comparison, Landscape, Result
 from ckptavg.strategies import strategies
 
@@ -30,9 +29,8 @@ def run(ckpts: Paths, strategy: Strategy, **options: Any) -> Result:
     Raises:
         CkptavgError: with the message and exit code of the command line.
     """
-    return run_pipeline(
-        strategy, _paths(ckpts), _options(ckpts, options, required=not isinstance(strategy, PlainAverage))
-    )
+    shared = _options(ckpts, options, required=not isinstance(strategy, PlainAverage))
+    return run_pipeline(strategy, _paths(ckpts), shared)
 
 
 def compare(ckpts: Paths, strategies: Sequence[str] = (), **options: Any) -> Comparison:
@@ -59,7 +57,7 @@ def landscape(ckpts: Paths, **options: Any) -> Landscape:
     """
     settings = {name: options.pop(name) for name in ("samples", "mixtures", "grid", "hessian") if name in options}
     shared = _options(ckpts, {"output": "landscape.json", **options}, required=True)
-    return find_landscape(_paths(ckpts), shared, as_text=as_json.to_json, **settings)
+    return find_landscape(_paths(ckpts), shared, **settings)
 
 
 def _paths(ckpts: Paths) -> list[Path]:
@@ -69,12 +67,12 @@ def _paths(ckpts: Paths) -> list[Path]:
 def _options(ckpts: Paths, options: dict[str, Any], *, required: bool) -> Options:
     if options.get("task") is not None:
         options["task"] = str(options["task"])
-    return with_task(Options.of(**options), _paths(ckpts), required=required)
+    return with_task(Options(**options), _paths(ckpts), required=required)
 
 
 def _function(name: str, strategy: type[Strategy]) -> Callable[..., Result]:
     """Return a strategy's function; its signature and docstring have the strategy's settings and the shared options."""
-    settings = declared(strategy)
+    settings, parameters = declared(strategy), (*declared(strategy), *declared(Options))
 
     def call(ckpts: Paths, **options: Any) -> Result:
         own = {setting.name: options.pop(setting.name) for setting in settings if setting.name in options}
@@ -83,11 +81,11 @@ def _function(name: str, strategy: type[Strategy]) -> Callable[..., Result]:
     ckpts = inspect.Parameter("ckpts", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Paths)
     keywords = [
         inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.hint)
-        for option in (*settings, *shared())
+        for option in parameters
     ]
     call.__signature__ = inspect.Signature([ckpts, *keywords])  # pyright: ignore[reportFunctionMemberAccess]
     call.__name__ = call.__qualname__ = name
-    call.__doc__ = f"{inspect.cleandoc(strategy.__doc__ or '')}\n\n{docstring((*settings, *shared()))}"
+    call.__doc__ = f"{inspect.cleandoc(strategy.__doc__ or '')}\n\n{docstring(parameters)}"
     return call
 
 

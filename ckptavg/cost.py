@@ -43,10 +43,10 @@ class CostMeter:
 
     @contextmanager
     def pricing(self, key: Hashable) -> Generator[None]:
-        """Record the cost inside the context as the price of ``key``."""
+        """Record the cost inside the context as the price of ``key``, unless it has one, and mark it as paid."""
         before = self._now()
         yield
-        self._prices[key] = {name: value - before.get(name, 0) for name, value in self._now().items()}
+        self._prices.setdefault(key, {name: value - before.get(name, 0) for name, value in self._now().items()})
         self._charged.add(key)
 
     @contextmanager
@@ -72,11 +72,6 @@ class CostMeter:
     def charged(self, key: Hashable) -> bool:
         """Return whether this account has paid for ``key``."""
         return key in self._charged
-
-    def alias(self, key: Hashable, other: Hashable) -> None:
-        """Use the price of ``key`` for ``other`` too, unless it has one, and mark ``other`` as paid."""
-        self._prices.setdefault(other, self._prices[key])
-        self._charged.add(other)
 
     def __getitem__(self, name: str) -> float:
         return self._now().get(name, 0) - self._before.get(name, 0) + self._borrowed.get(name, 0)

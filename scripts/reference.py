@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ckptavg.cli.options import PRINTING
 from ckptavg.declaration import PANELS, Option, declared
-from ckptavg.options import shared
+from ckptavg.options import Options
 from ckptavg.strategies import strategies
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
@@ -37,7 +37,7 @@ def settings() -> str:
 
 def panels() -> str:
     """Return one table for each panel of shared options."""
-    options = (*shared(), *PRINTING)
+    options = (*declared(Options), *PRINTING)
     return "\n".join(
         f"### {f'Advanced: {panel}' if panel else 'Main options'}\n\n"
         + table(("option", "default", "meaning"), (cells(o) for o in options if o.help.panel == panel))

@@ -74,7 +74,7 @@ def test_batchnorm_has_the_statistics_of_the_cpu(jobs: dict[str, Job], device: t
     for there in (CPU, device):
         with reproducible(0), jobs["cnn"].mixture(last=3, device=there) as mixture:
             mixture.mixed.candidates.materialize(mixture.losses.uniform())
-            mixture.recompute_batchnorm()
+            mixture.scoring.recompute_batchnorm()
             found.append({name: mixture.mixed.model.state_dict()[name].cpu() for name in mixture.statistics})
     assert found[0]
     for name, expected in found[0].items():

@@ -1,13 +1,16 @@
 """The application: one command per strategy, generated from its dataclass, and the commands that examine files."""
 
 import importlib
-from typing import Annotated
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, Final
 
 import typer
 
-from ckptavg.cli import compare
+from ckptavg.cli.command import reports, run_command
 from ckptavg.cli.help_page import Command, Group
-from ckptavg.cli.strategy import command
+from ckptavg.declaration import declared
+from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.runtime import version
 from ckptavg.strategies import strategies
 
@@ -19,17 +22,32 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_OTHERS: Final = {
+    "Average": ("compare",), "Examine": ("inspect", "eval", "verify", "landscape", "env"), "Start": ("init", "demo"),
+}  # fmt: skip
+
+
+def _command(strategy: type[Strategy]) -> Callable[..., None]:
+    """Return the function behind ``ckptavg NAME``: main settings come first, and each solver's settings together."""
+    settings = sorted(declared(strategy), key=lambda setting: setting.help.panel)
+
+    def run(**arguments: Any) -> None:
+        chosen = strategy(**{setting.name: arguments.pop(setting.name) for setting in settings})
+        from ckptavg.pipeline import run as run_pipeline
+
+        run_command(arguments, partial(run_pipeline, chosen), needs_task=not issubclass(strategy, PlainAverage))
+
+    run.__doc__ = (strategy.__doc__ or "").strip().splitlines()[0]
+    return reports(settings)(run)
+
 
 _settings = {"cls": Command, "context_settings": app.info.context_settings}
 for _name, _strategy in strategies().items():
-    app.command(_name, rich_help_panel="Average", **_settings)(command(_name, _strategy))  # pyright: ignore
-app.command("compare", rich_help_panel="Average", cls=Command)(compare.command)
-for _name in ("inspect", "eval", "verify", "landscape", "env"):
-    _module = importlib.import_module(f"ckptavg.cli.{_name}")
-    app.command(_name, rich_help_panel="Examine", cls=Command)(_module.command)
-for _name in ("init", "demo"):
-    _module = importlib.import_module(f"ckptavg.cli.{_name}")
-    app.command(_name, rich_help_panel="Start", cls=Command)(_module.command)
+    app.command(_name, rich_help_panel="Average", **_settings)(_command(_strategy))  # pyright: ignore
+for _panel, _names in _OTHERS.items():
+    for _name in _names:
+        _module = importlib.import_module(f"ckptavg.cli.{_name}")
+        app.command(_name, rich_help_panel=_panel, cls=Command)(_module.command)
 
 
 def _show_version(requested: bool) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.filesize import decimal
 
-from ckptavg.cli.command import command as as_command
-from ckptavg.cli.options import PRINTING
+from ckptavg.cli.command import takes
+from ckptavg.cli.options import SHARED
 from ckptavg.runtime import threads, version
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ _SHOWN: Final = re.compile(
 _PLAIN: Final = re.compile(r"(-?[\d.]+([,:]-?[\d.]+)*|auto|cpu|cuda|true|false|active|passive)?", re.IGNORECASE)
 
 
-def _run(json: bool) -> None:
+@takes(SHARED["json"], argument=None)
+def command(json: bool) -> None:
+    """Print versions, devices, memory, threads, file system and variables for a bug report."""
     facts = _facts()
     if json:
         print(json_module.dumps(facts, indent=2))
@@ -39,15 +41,6 @@ def _run(json: bool) -> None:
         for line in value if isinstance(value, list) else [value]:
             text = ", ".join(f"{key} {entry}" for key, entry in line.items()) if isinstance(line, dict) else line
             print(f"- {name}: {text or 'none'}")
-
-
-command = as_command(
-    _run,
-    "env",
-    "Print versions, devices, memory, threads, file system and variables for a bug report.",
-    [option for option in PRINTING if option.name == "json"],
-    argument=None,
-)
 
 
 def _facts() -> dict[str, Any]:

@@ -4,11 +4,10 @@ import json as json_module
 from pathlib import Path
 from typing import Any, Final
 
-from ckptavg.cli.command import command as as_command
-from ckptavg.cli.options import NO_REPORT
+from ckptavg.cli.command import takes
+from ckptavg.cli.options import NO_REPORT, SHARED
 from ckptavg.errors import printable
 from ckptavg.filesystem.regular_file import is_folder
-from ckptavg.options import shared
 from ckptavg.runtime.workers import joined
 
 _OPTIONS: Final = (
@@ -17,7 +16,9 @@ _OPTIONS: Final = (
 )  # fmt: skip
 
 
-def _run(ckpts: list[Path], json: bool, quiet: bool, verbose: bool, task: str | None, **options: Any) -> None:
+@takes(*(SHARED[name] for name in _OPTIONS), *NO_REPORT)
+def command(ckpts: list[Path], json: bool, quiet: bool, verbose: bool, task: str | None, **options: Any) -> None:
+    """Score files on the task's validation and test data, with their BatchNorm statistics."""
     from rich.table import Table
     from rich.text import Text
 
@@ -34,16 +35,11 @@ def _run(ckpts: list[Path], json: bool, quiet: bool, verbose: bool, task: str | 
     if not workers.is_rank_zero:
         return
     if json:
-        rows = [
-            {
-                "path": str(path),
-                **{
-                    split: {"loss": score.loss, "metric": score.metric, "examples": score.examples}
-                    for split, score in scores.items()
-                },
-            }
-            for path, scores in scored
-        ]
+        fields = ("loss", "metric", "examples")
+        rows: list[dict[str, Any]] = []
+        for path, scores in scored:
+            by_split = {split: {name: getattr(score, name) for name in fields} for split, score in scores.items()}
+            rows.append({"path": str(path), **by_split})
         print(json_module.dumps(rows, indent=2))
         return
     table = Table(box=None, pad_edge=False)
@@ -55,11 +51,3 @@ def _run(ckpts: list[Path], json: bool, quiet: bool, verbose: bool, task: str | 
         figures = [figure for score in scores.values() for figure in (score.metric, score.loss)]
         table.add_row(Text(printable(str(path))), *("" if x is None else f"{x:.4f}" for x in figures))
     console().print(table)
-
-
-command = as_command(
-    _run,
-    "eval",
-    "Score files on the task's validation and test data, with their BatchNorm statistics.",
-    [*sorted((o for o in shared() if o.name in _OPTIONS), key=lambda o: _OPTIONS.index(o.name)), *NO_REPORT],
-)

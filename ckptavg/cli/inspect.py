@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ckptavg.checkpoints.window import Window
-from ckptavg.cli.command import command as as_command
-from ckptavg.cli.options import NO_REPORT
-from ckptavg.declaration import CANDIDATES, Help, declared
+from ckptavg.cli.command import takes
+from ckptavg.cli.options import NO_REPORT, SHARED
+from ckptavg.declaration import CANDIDATES, Help, Option, declared
 from ckptavg.errors import InputError, printable
-from ckptavg.options import shared
 
 if TYPE_CHECKING:
     from ckptavg.checkpoints.checkpoint import Checkpoint
     from ckptavg.checkpoints.discover import Discovered
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    read_data: Annotated[
-        bool, Help(CANDIDATES, "Read all data: check checksums, SHA256SUMS and NaN.", "Else only headers are read.")
-    ] = False
+_HELP: Final = Help(CANDIDATES, "Read all data: check checksums, SHA256SUMS and NaN.", "Else only headers are read.")
+_READ_DATA: Final = Option("read_data", bool, False, _HELP)
 
 
-def _run(
+@takes(*declared(Window), SHARED["key"], _READ_DATA, *NO_REPORT)
+def command(
     ckpts: list[Path], key: str | None, read_data: bool, json: bool, quiet: bool, verbose: bool, **window: Any
 ) -> None:
+    """List the candidates and the reason for each file left out."""
     from ckptavg.checkpoints import stability
     from ckptavg.checkpoints.checksums import Manifest
     from ckptavg.checkpoints.discover import discover
@@ -44,8 +41,8 @@ def _run(
         integrity.check(checkpoint)
 
     with discover(ckpts, Window(**window), key, bad="list", check=check_data if read_data else None) as found:
-        warnings = (*found.warnings, *manifest.warnings, *stability.warnings(found.checkpoints))
-        found = replace(found, warnings=warnings)
+        more = (*manifest.warnings, *stability.warnings(found.checkpoints))
+        found = replace(found, warnings=(*found.warnings, *more))
         rows = [_row(checkpoint) for checkpoint in found.checkpoints]
         if json:
             report = {"candidates": rows, "left_out": plain(found.left_out), "warnings": found.warnings}
@@ -61,27 +58,14 @@ def _run(
         raise InputError("no checkpoints found", path=", ".join(map(str, ckpts)))
 
 
-command = as_command(
-    _run,
-    "inspect",
-    "List the candidates and the reason for each file left out.",
-    [*declared(Window), *(option for option in shared() if option.name == "key"), *declared(_Settings), *NO_REPORT],
-)
-
-
 def _row(checkpoint: Checkpoint) -> dict[str, Any]:
+    dtypes = sorted({tensor.dtype for tensor in checkpoint.tensors.values()})
     return {
-        "path": str(checkpoint.path),
-        "step": checkpoint.step,
-        "step_from": checkpoint.step_from,
-        "format": checkpoint.format,
-        "key": checkpoint.key,
-        "tensors": len(checkpoint.tensors),
-        "parameters": checkpoint.numel,
-        "dtype": ", ".join(sorted({tensor.dtype for tensor in checkpoint.tensors.values()})),
-        "bytes": checkpoint.size,
+        "path": str(checkpoint.path), "step": checkpoint.step, "step_from": checkpoint.step_from,
+        "format": checkpoint.format, "key": checkpoint.key, "tensors": len(checkpoint.tensors),
+        "parameters": checkpoint.numel, "dtype": ", ".join(dtypes), "bytes": checkpoint.size,
         "notes": checkpoint.notes,
-    }
+    }  # fmt: skip
 
 
 def _show(found: Discovered, rows: Sequence[dict[str, Any]], *, quiet: bool) -> None:
@@ -100,12 +84,8 @@ def _show(found: Discovered, rows: Sequence[dict[str, Any]], *, quiet: bool) -> 
         right = heading in ("step", "tensors", "parameters", "size")
         table.add_column(heading, justify="right" if right else "left", no_wrap=True)
     for checkpoint, row in zip(found.checkpoints, rows, strict=True):
-        cells = row | {
-            "candidate": checkpoint.path.name,
-            "key": checkpoint.key or "·",
-            "parameters": f"{checkpoint.numel:,}",
-            "size": decimal(checkpoint.size),
-        }
+        cells = row | {"candidate": checkpoint.path.name, "key": checkpoint.key or "·"}
+        cells |= {"parameters": f"{checkpoint.numel:,}", "size": decimal(checkpoint.size)}
         table.add_row(*(Text(printable(str(cells[heading]))) for heading in headings))
     screen.print(table)
     if quiet:

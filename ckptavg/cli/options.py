@@ -1,7 +1,6 @@
 """Declared options as parameters of a Typer command."""
 
 import inspect
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Union, get_args, get_origin
@@ -9,22 +8,17 @@ from typing import Annotated, Any, Final, Union, get_args, get_origin
 import typer
 
 from ckptavg.declaration import RUN, Help, Option, declared
+from ckptavg.options import Options
 
 CKPTS: Final = typer.Argument(metavar="CKPTS", help="Checkpoint directories, or single checkpoints.", readable=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Printing:
-    """What a command prints, and where."""
-
-    json: Annotated[bool, Help(RUN, "Print the report as JSON on stdout.")] = False
-    report: Annotated[Path | None, Help(RUN, "Also write the report to a file.", "As JSON.", "FILE.json")] = None
-    quiet: Annotated[bool, Help(RUN, "Print only errors and the result.", short="-q")] = False
-    verbose: Annotated[bool, Help(RUN, "Print more detail, and tracebacks.", short="-v")] = False
-
-
-PRINTING: Final = declared(Printing)
+PRINTING: Final = (
+    Option("json", bool, False, Help(RUN, "Print the report as JSON on stdout.")),
+    Option("report", Path, None, Help(RUN, "Also write the report to a file.", "As JSON.", "FILE.json")),
+    Option("quiet", bool, False, Help(RUN, "Print only errors and the result.", short="-q")),
+    Option("verbose", bool, False, Help(RUN, "Print more detail, and tracebacks.", short="-v")),
+)
 NO_REPORT: Final = tuple(option for option in PRINTING if option.name != "report")
+SHARED: Final = {option.name: option for option in (*declared(Options), *PRINTING)}
 
 
 def parameter(option: Option) -> inspect.Parameter:
@@ -49,9 +43,7 @@ def parameter(option: Option) -> inspect.Parameter:
         help=option.help.text,
         rich_help_panel=f"Advanced: {option.help.panel}" if option.help.panel else None,  # "Options", the first one
         envvar=None if option.name == "task" else f"CKPTAVG_{option.name.upper()}",
-        show_envvar=False,
-        readable=False,
-        **more,
+        show_envvar=False, readable=False, **more,
     )  # fmt: skip
     return named(option.name, Annotated[kind, info], option.default)
 

@@ -1,24 +1,23 @@
 """``ckptavg verify``: check that a file is the average its metadata describes."""
 
 import json as json_module
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
-from ckptavg.cli.command import command as as_command
+from ckptavg.cli.command import takes
 from ckptavg.cli.options import NO_REPORT, named
-from ckptavg.declaration import MAIN, Help, declared
+from ckptavg.declaration import MAIN, Help, Option
 from ckptavg.errors import InputError
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    sources: Annotated[Path, Help(MAIN, "Directory that contains the source checkpoints.")] = Path()
+_FILE: Final = named("file", Annotated[Path, typer.Argument(help="An output of ckptavg.", readable=False)])
+_SOURCES: Final = Option("sources", Path, Path(), Help(MAIN, "Directory that contains the source checkpoints."))
 
 
-def _run(file: Path, sources: Path, json: bool, quiet: bool, verbose: bool) -> None:
+@takes(_SOURCES, *NO_REPORT, argument=_FILE)
+def command(file: Path, sources: Path, json: bool, quiet: bool, verbose: bool) -> None:
+    """Recompute the average from the sources in its metadata and compare the bytes."""
     from ckptavg.cli.terminal import Screen
     from ckptavg.pipeline.verification import verify
 
@@ -33,12 +32,3 @@ def _run(file: Path, sources: Path, json: bool, quiet: bool, verbose: bool) -> N
     Screen(quiet=quiet).print(agree + recomputed)
     if not json:
         print(file)
-
-
-command = as_command(
-    _run,
-    "verify",
-    "Recompute the average from the sources in its metadata and compare the bytes.",
-    [*declared(_Settings), *NO_REPORT],
-    argument=named("file", Annotated[Path, typer.Argument(help="An output of ckptavg.", readable=False)]),
-)

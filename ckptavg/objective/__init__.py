@@ -32,7 +32,7 @@ class Losses(Protocol):
         """Return [N] coefficients of 1/N, on the device and in the dtype that `loss` takes; derive others from them."""
         ...
 
-    def batches(self, on: Split) -> int:
+    def batches(self, split: Split) -> int:
         """Return the number of batches in one pass over a split."""
         ...
 
@@ -86,31 +86,21 @@ class Objective(Protocol):
 
     Files, devices, precision and the model are hidden behind this interface, so strategies are tested on a two-line
     quadratic in place of a network.
+
+    Attributes:
+        n: the number of candidates N, in training order.
+        generator: seeded, for all random numbers of a strategy; on the CPU, so results match across devices.
+        losses: the losses and their gradients; None if mixtures have only scores, by which a strategy must search then.
+        scored_on: the split that `score` uses: validation data if the task has any, else training data.
     """
 
-    @property
-    def n(self) -> int:
-        """The number of candidates N, in training order."""
-        ...
-
-    @property
-    def generator(self) -> torch.Generator:
-        """The seeded generator for all random numbers of a strategy; on the CPU, so results match across devices."""
-        ...
-
-    @property
-    def losses(self) -> Losses | None:
-        """The losses and their gradients; None if mixtures have only scores, by which a strategy must search then."""
-        ...
-
-    @property
-    def scored_on(self) -> Split:
-        """The split that `score` uses: validation data if the task has any, else training data."""
-        ...
+    n: int
+    generator: torch.Generator
+    losses: Losses | None
+    scored_on: Split
 
     def prefetch(self, coefficients: Sequence[Coefficients], on: Split | None = None) -> None:
         """Announce scores that will be requested whatever their values, so that several ranks score in parallel."""
-        ...
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """Return the score on ``on`` (None is `scored_on`), BatchNorm recomputed; cached, so repeated calls are free.
@@ -129,7 +119,6 @@ class Objective(Protocol):
 
     def progress(self, stage: str, done: int, total: int, **metrics: Tensor | float) -> None:
         """Report progress; cheap enough to call every step, since metrics are read only a few times a second."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ckptavg.average.weighted_sum import output_specs, weighted_average
+from ckptavg.candidates import ReadInto
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import dtype_names
 from ckptavg.coefficients import Coefficients
 from ckptavg.context import Run
 from ckptavg.cost import SECONDS, Cost, CostMeter
 from ckptavg.journal import SCRATCH
+from ckptavg.objective import Losses
 from ckptavg.objective.codecs import ScoreCodec, ScoreKey
 from ckptavg.objective.remembered import Remembered
 from ckptavg.objective.score_command import ScoreCommand
@@ -41,7 +43,7 @@ class CommandEvaluator:
         dtype: the dtype of the mixtures, as in `ckptavg.average.weighted_sum.output_specs`.
     """
 
-    losses = None
+    losses: Losses | None = None
     scored_on: Split = "val"
     splits: tuple[Split, ...] = ("val",)
     bounded = False
@@ -53,20 +55,13 @@ class CommandEvaluator:
         self, command: ScoreCommand, checkpoints: Sequence[Checkpoint], run: Run, *,
         goal: Literal["max", "min"] = "max", dtype: str | None = None,
     ) -> None:  # fmt: skip
-        self._command = command
-        self._checkpoints = checkpoints
-        self._run = run
+        self._command, self._checkpoints, self._run = command, checkpoints, run
         self._sign = 1.0 if goal == "max" else -1.0
-        self._dtype = dtype
+        self._specs = output_specs(checkpoints[0], dtype)
         self._meter = CostMeter()
         self._scores = Remembered(ScoreCodec(None), run, self._meter)
-        self.progress = run.progress
+        self.n, self.progress = len(checkpoints), run.progress
         self.restart()
-
-    @property
-    def n(self) -> int:
-        """Number of candidates N."""
-        return len(self._checkpoints)
 
     def has(self, split: Split) -> bool:
         """See `Evaluator.has`."""
@@ -79,10 +74,6 @@ class CommandEvaluator:
 
     def prepare(self) -> None:
         """Do nothing, as there is nothing to load; see `Evaluator.prepare`."""
-
-    def step(self, i: int) -> int:
-        """Return the training step of candidate ``i``."""
-        return self._checkpoints[i].step
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """See `Objective.score`; the number that the command prints for the average, cached."""
@@ -103,12 +94,7 @@ class CommandEvaluator:
         """See `Evaluator.exact_score`; every score of a command is exact."""
         return self.score(coefficients)
 
-    def load_output(
-        self,
-        coefficients: Coefficients,
-        specs: Mapping[str, StoredTensor],
-        read_into: Callable[[str, int, memoryview], None],
-    ) -> Mapping[str, Tensor]:
+    def load_output(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> Mapping[str, Tensor]:
         """See `Evaluator.load_output`; nothing is recomputed, since the output file equals the one that was scored."""
         return {}
 
@@ -119,16 +105,11 @@ class CommandEvaluator:
     def cost(self) -> Cost:
         """See `Evaluator.cost`."""
         return Cost(
-            forward_batches=0,
-            backward_batches=0,
-            evaluations=round(self._meter["evaluations"]),
-            seconds=self._meter[SECONDS],
-            epochs=None,
-            epochs_of="val",
-        )
+            forward_batches=0, backward_batches=0, evaluations=round(self._meter["evaluations"]),
+            seconds=self._meter[SECONDS], epochs=None, epochs_of="val",
+        )  # fmt: skip
 
     def _measure_once(self, coefficients: Coefficients) -> Score:
-        """Score an average on rank 0, for all ranks."""
         workers = self._run.workers
         score = workers.broadcast(workers.on_rank_zero(lambda: self._measure(coefficients)))
         assert score is not None
@@ -140,14 +121,13 @@ class CommandEvaluator:
         folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=self._run.journal.folder))
         try:
             path = folder / "model.safetensors"
-            specs = output_specs(self._checkpoints[0], self._dtype)
-            with SafetensorsFile(path, specs, {"format": "pt"}) as out:
-                for name, offset, data in weighted_average(self._checkpoints, coefficients, specs):
-                    out.write(name, offset, data)
+            with SafetensorsFile(path, self._specs, {"format": "pt"}) as out:
+                for part in weighted_average(self._checkpoints, coefficients, self._specs):
+                    out.write(*part)
                 out.commit()
             if self._command.needs_directory:
                 source = self._checkpoints[coefficients.selected[-1]]
-                hugging_face_folder.copy(source, folder, dtype_names(spec.dtype for spec in specs.values()))
+                hugging_face_folder.copy(source, folder, dtype_names(spec.dtype for spec in self._specs.values()))
             number = self._command.run(path, self._run.workers.environment())
         finally:
             shutil.rmtree(folder, ignore_errors=True)

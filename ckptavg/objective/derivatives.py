@@ -37,23 +37,13 @@ class Derivatives:
     """
 
     def __init__(self, mixed: MixedModel, loader: BatchLoader, log: LossLog, meter: CostMeter) -> None:
-        self._mixed = mixed
-        self._loader = loader
-        self._log = log
-        self._meter = meter
+        self._mixed, self._loader, self._log, self._meter = mixed, loader, log, meter
         self._workers = mixed.run.workers
         self._divided: dict[Split, bool] = {}
         self._surrogates = Remembered(SurrogateCodec(), mixed.run, meter)
         self._gradients = Remembered(GradientCodec(), mixed.run, meter)
         self.notes: list[str] = []
-
-    def uniform(self) -> Tensor:
-        """See `Losses.uniform`."""
-        return self._mixed.uniform()
-
-    def batches(self, on: Split) -> int:
-        """See `Losses.batches`."""
-        return self._loader.length(on)
+        self.uniform, self.batches = mixed.uniform, loader.length
 
     def blocks(self, size: int | None) -> Groups:
         """See `Losses.blocks`."""
@@ -76,16 +66,14 @@ class Derivatives:
     def surrogate(self, on: Split | None = None, hessian: Hessian = "auto") -> Surrogate:
         """See `Losses.surrogate`; cached."""
         self._check_whole()
-        split = on or self._loader.scored_on
-        measure = partial(self._measure_surrogate, split, hessian)
-        return self._surrogates.find((split, hessian), lambda: self._loader.with_memory(measure))
+        key = (on or self._loader.scored_on, hessian)
+        return self._surrogates.find(key, lambda: self._loader.with_memory(partial(self._measure_surrogate, *key)))
 
     def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
         """See `Losses.gradient`; cached. Each rank runs its own batches; 3 + N numbers are summed at the end."""
         self._check_whole()
-        split = on or self._loader.scored_on
-        measure = partial(self._measure_gradient, coefficients, split)
-        return self._gradients.find((coefficients, split), lambda: self._loader.with_memory(measure))
+        key = (coefficients, on or self._loader.scored_on)
+        return self._gradients.find(key, lambda: self._loader.with_memory(partial(self._measure_gradient, *key)))
 
     def _check_whole(self) -> None:
         if self._mixed.search.shard:
@@ -98,21 +86,17 @@ class Derivatives:
         if recorded := self._log.find(c_GN, batch):
             return recorded
         # loading the candidates draws random numbers, so it comes before the batch, which is seeded
-        candidates, norms = self._mixed.candidates, self._mixed.norms
+        self._mixed.candidates  # noqa: B018
         share = stream.share
         self._meter.count("forward", share.size)
-        loss, gradient_GN = loss_and_gradient(
-            self._mixed.task, candidates, norms, c_GN, share, groups, self._mixed.precision, self._workers
-        )
+        loss, gradient_GN = loss_and_gradient(self._mixed, c_GN, share, groups, self._workers)
         self._meter.count("backward", share.size)
         self._log.keep(c_GN, batch, loss, gradient_GN)
         return loss, gradient_GN
 
     def _measure_surrogate(self, split: Split, hessian: Hessian) -> Surrogate:
-        mixed, workers = self._mixed, self._workers
-        counts = torch.zeros(2, 2, dtype=torch.int64)
-        kinds = ("forward", "backward")
-        norms = mixed.norms
+        mixed, workers, norms = self._mixed, self._workers, self._mixed.norms
+        counts, kinds = torch.zeros(2, 2, dtype=torch.int64), ("forward", "backward")
 
         def count(kind: str, examples: int) -> None:
             counts[kinds.index(kind)] += torch.tensor([1, examples])
@@ -137,9 +121,7 @@ class Derivatives:
         sums, examples, count = torch.zeros_like(torch.cat([c_N, c_N[:1]])), 0, 0
         for batch in self._loader.learnable(split, self._workers):
             share = LocalShard(batch, batches.size(batch), 1.0)
-            loss, gradient_N = loss_and_gradient(
-                mixed.task, mixed.candidates, mixed.norms, c_N, share, EVERYTHING, mixed.precision, ALONE
-            )
+            loss, gradient_N = loss_and_gradient(mixed, c_N, share, EVERYTHING, ALONE)
             sums += share.size * torch.cat([gradient_N, loss.view(1)])
             examples, count = examples + share.size, count + 1
         sums = self._workers.sum(torch.cat([sums, sums.new_tensor([examples, count])]))
@@ -164,12 +146,10 @@ class Derivatives:
         return self._divided[split]
 
     def _obstacle(self, split: Split) -> str | None:
-        mixed = self._mixed
-        mixed.candidates.materialize(self.uniform())
-        batch = next(self._loader.first(split), None)
+        mixed, batch = self._mixed, next(self._loader.first(split), None)
         if batch is None:
             raise self._loader.empty(split)
+        mixed.candidates.materialize(self.uniform())
         with mixed.plain():
-            return data_parallel.obstacle(
-                lambda part: mixed.task.loss(mixed.model, part), batch, mixed.run.device, self._workers
-            )
+            loss = partial(mixed.task.loss, mixed.model)
+            return data_parallel.obstacle(loss, batch, mixed.run.device, self._workers)

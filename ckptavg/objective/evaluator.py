@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ckptavg.cost import Cost
@@ -13,73 +13,52 @@ from ckptavg.score import Score, Split
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ckptavg.candidates import ReadInto
     from ckptavg.coefficients import Coefficients
     from ckptavg.readers import StoredTensor
 
 
 class Evaluator(Objective, Protocol):
-    """Scores mixtures of candidates: `objective.mixture.Mixture` or `objective.command.CommandEvaluator`."""
+    """Scores mixtures of candidates: `objective.mixture.Mixture` or `objective.command.CommandEvaluator`.
+
+    Attributes:
+        splits: splits of the final scores, `scored_on` first.
+        bounded: True if scores have known bounds, so that scoring can stop early.
+        statistics: names of the tensors recomputed from data for every mixture: BatchNorm's running statistics.
+        matrix: properties of the candidate matrix that was searched; None if there is no matrix.
+        notes: remarks on the measurements for the report, one sentence each.
+    """
+
+    splits: tuple[Split, ...]
+    bounded: bool
 
     @property
-    def splits(self) -> tuple[Split, ...]:
-        """Splits of the final scores, `scored_on` first."""
-        ...
-
+    def statistics(self) -> Collection[str]: ...  # noqa: D102
     @property
-    def bounded(self) -> bool:
-        """True if scores have known bounds, so that scoring can stop early."""
-        ...
+    def matrix(self) -> MatrixResult | None: ...  # noqa: D102
+    @property
+    def notes(self) -> Sequence[str]: ...  # noqa: D102
 
     def has(self, split: Split) -> bool:
         """Return whether ``split`` exists."""
         ...
 
-    @property
-    def statistics(self) -> Collection[str]:
-        """Names of the tensors recomputed from data for every mixture: BatchNorm's running statistics."""
-        ...
-
-    @property
-    def matrix(self) -> MatrixResult | None:
-        """Properties of the candidate matrix that was searched; None if there is no matrix."""
-        ...
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """Remarks on the measurements for the report, one sentence each."""
-        ...
-
-    def step(self, i: int) -> int:
-        """Return the training step of candidate ``i``."""
-        ...
-
     def prepare(self) -> None:
         """Load model and candidates, so that no strategy is charged for loading."""
-        ...
 
     def prefetch(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
         """See `Objective.prefetch`; ``exact`` announces calls of `exact_score`."""
-        ...
 
     def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
         """Return the score of the exact average of the files, whatever the precision of the search; cached."""
         ...
 
-    def load_output(
-        self,
-        coefficients: Coefficients,
-        specs: Mapping[str, StoredTensor],
-        read_into: Callable[[str, int, memoryview], None],
-    ) -> Mapping[str, Tensor]:
-        """Load the output file, the average with ``coefficients``, before it is finished.
-
-        Returns:
-            Its recomputed `statistics`, to be written into it.
-        """
+    def load_output(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> Mapping[str, Tensor]:
+        """Load the output file before it is finished; return tensors by name, recomputed `statistics` among them."""
         ...
 
     def score_output(self, coefficients: Coefficients, split: Split) -> Score:
-        """Return the score of the output file loaded by `load_output` with these ``coefficients``."""
+        """Return the score of the output file loaded by `load_output`, the average with ``coefficients``."""
         ...
 
     def restart(self, search: str = "") -> None:
@@ -88,7 +67,6 @@ class Evaluator(Objective, Protocol):
         ``search`` describes the strategy and its settings: losses of the journal are those of equal searches. Known
         scores are kept; `cost` charges for them as if they were measured again.
         """
-        ...
 
     def cost(self) -> Cost:
         """Return the cost since the start, or since the last `restart`."""

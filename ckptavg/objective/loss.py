@@ -3,7 +3,7 @@
 Shape suffixes: N = candidates, G = groups of tensors.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ckptavg.batches.stream import LocalShard
-from ckptavg.candidates import Candidates
 from ckptavg.coefficients import Groups
 from ckptavg.errors import TaskError, is_out_of_memory
 from ckptavg.objective import batchnorm
+from ckptavg.objective.mixed_model import MixedModel
 from ckptavg.objective.precision import autocast
 from ckptavg.runtime.workers import Workers
-from ckptavg.tasks import Task
 
 
 class MixtureLoss(torch.autograd.Function):
@@ -38,12 +37,11 @@ class MixtureLoss(torch.autograd.Function):
 
 
 def loss_and_gradient(
-    task: Task, candidates: Candidates, norms: Collection[batchnorm.Layer], c_GN: Tensor, share: LocalShard,
-    groups: Groups, precision: str, workers: Workers,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    mixed: MixedModel, c_GN: Tensor, share: LocalShard, groups: Groups, workers: Workers
+) -> tuple[Tensor, Tensor]:
     """Return the mean loss at c on a batch, and ∂ℓ/∂c in the shape of c; BatchNorm uses the batch's own statistics.
 
-    Only the model's forward pass runs in ``precision``; mixture and pullback keep the precision of the candidates.
+    Only the forward pass runs in the model's precision; mixture and pullback keep the precision of the candidates.
 
     With ℓ_r the loss of rank r's share and u_r its weight, ℓ = Σ_r u_r ℓ_r / Σ_r u_r and ∂ℓ/∂c likewise: an all-reduce
     of 2 + G·N float64 numbers, and nothing of the size of the model.
@@ -51,11 +49,12 @@ def loss_and_gradient(
     Raises:
         TaskError: if the loss has no gradient.
     """
+    task, candidates, model = mixed.task, mixed.candidates, mixed.model
     candidates.materialize(c_GN, groups)
     candidates.zero_gradient()
-    with torch.enable_grad(), batchnorm.batch_statistics(norms), without_cudnn_recurrence(candidates.model):
-        with autocast(precision, c_GN.device):
-            loss = task.loss(candidates.model, share.batch).mean()
+    with torch.enable_grad(), batchnorm.batch_statistics(mixed.norms), without_cudnn_recurrence(model):
+        with autocast(mixed.precision, c_GN.device):
+            loss = task.loss(model, share.batch).mean()
         if not loss.requires_grad:
             raise TaskError("loss() has no gradient: does it use no_grad, detach or item()?", path=task.source)
         try:

@@ -1,24 +1,22 @@
 """One model that is set to any mixture of the candidates."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ckptavg.average.weighted_sum import output_specs, weighted_average
-from ckptavg.candidates import Candidates, ReadInto, sharded
+from ckptavg.candidates import Candidates, sharded
 from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.context import Run
 from ckptavg.errors import TaskError
 from ckptavg.objective import batchnorm
-from ckptavg.objective.precision import OWN, Compiled, autocast, precision
+from ckptavg.objective.precision import Compiled, precision
 from ckptavg.options.search import SearchOptions
-from ckptavg.readers import StoredTensor
 from ckptavg.report.result import MatrixResult
 from ckptavg.runtime.workers import ALONE
 from ckptavg.tasks import Task
@@ -97,52 +95,26 @@ class MixedModel:
             self.candidates.materialize(self.uniform().new_tensor(coefficients.values), coefficients.groups)
         self.candidates.take_integers(coefficients.selected[-1])
 
-    def load(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> None:
-        """Load the weights of a file."""
-        self.candidates.load(specs, read_into)
-
     def uniform(self) -> Tensor:
         """See `Losses.uniform`."""
         dtype = torch.float32 if self.run.device.type == "mps" else torch.float64  # mps has no float64
         n = len(self.checkpoints)
         return torch.full((n,), 1 / n, dtype=dtype, device=self.run.device)
 
-    def recompute_batchnorm(self, batches: Iterable[Any]) -> None:
-        """Recompute BatchNorm's statistics at the current weights; the batches are read only if there are any."""
-
-        def forward() -> None:
-            for batch in batches:
-                self.task.loss(self.model, batch)
-
-        with self.plain():  # num_batches_tracked would break a compiled graph in two
-            batchnorm.recompute(self.norms, forward)
-
-    def statistics(self) -> Mapping[str, Tensor]:
-        """Return the running statistics of BatchNorm by state-dict name."""
-        state = self.model.state_dict()
-        return {name: state[name] for name in batchnorm.statistics(self.model)}
-
     def plain(self) -> AbstractContextManager[None]:
         """Run the model as it is in the context, not compiled."""
         return nullcontext() if self._compiled is None else self._compiled.paused()
-
-    def autocast(self, *, exact: bool) -> AbstractContextManager[Any]:
-        """Run the model in the precision of the search, or in its own if ``exact``."""
-        return autocast(OWN if exact else self.precision, self.run.device)
 
     @property
     def matrix(self) -> MatrixResult:
         """Properties of the candidate matrix, for the report."""
         candidates = self.candidates
         return MatrixResult(
-            bits=candidates.bits,
-            group_size=None if candidates.exact else self.search.group_size,
-            bytes=candidates.nbytes,
-            error=candidates.error,
-            offload=self.search.offload if candidates.streamed else "none",
-            precision=self.precision,
+            bits=candidates.bits, group_size=None if candidates.exact else self.search.group_size,
+            bytes=candidates.nbytes, error=candidates.error,
+            offload=self.search.offload if candidates.streamed else "none", precision=self.precision,
             compiled=self._compiled is not None and self._compiled.failure is None,
-        )
+        )  # fmt: skip
 
     @property
     def notes(self) -> list[str]:

@@ -1,12 +1,10 @@
 """Evaluator of a PyTorch task: scores and losses of mixtures, and the cost of a search."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
-from torch import Tensor
 
 from ckptavg.batches.loader import BatchLoader
-from ckptavg.candidates import ReadInto
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.context import Run
@@ -17,7 +15,6 @@ from ckptavg.objective.loss_log import LossLog
 from ckptavg.objective.mixed_model import MixedModel
 from ckptavg.objective.scoring import Scoring
 from ckptavg.options.search import SearchOptions
-from ckptavg.readers import StoredTensor
 from ckptavg.report.result import MatrixResult
 from ckptavg.score import Score, Split
 from ckptavg.tasks import Task
@@ -36,12 +33,12 @@ class Mixture:
     def __init__(
         self, task: Task, checkpoints: Sequence[Checkpoint], run: Run, search: SearchOptions | None = None
     ) -> None:
-        self.task = task
-        self.checkpoints = checkpoints
-        self.run = run
+        self.task, self.run = task, run
+        self.n = len(checkpoints)
         self.scored_on: Split = "val" if task.has("val") else "train"
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
         self._batchnorm_from: Split = "train" if task.has("train") else self.scored_on
+        self.bounded = task.metric is not None and task.metric_bounds is not None
         self.meter = CostMeter()
         self._log = LossLog(run.journal)
         self.mixed = MixedModel(task, checkpoints, run, search or SearchOptions())
@@ -51,8 +48,12 @@ class Mixture:
         )  # fmt: skip
         for _ in range(self._log.halvings):
             task.halve()  # as often as in the interrupted run, so that results are the same
-        self._scoring = Scoring(self.mixed, self._loader, self.meter, self._batchnorm_from)
+        self.scoring = Scoring(self.mixed, self._loader, self.meter, self._batchnorm_from)
         self._derivatives = Derivatives(self.mixed, self._loader, self._log, self.meter)
+        self.losses: Losses | None = self._derivatives if task.whole is None else None
+        # the methods of `Evaluator` that need nothing else
+        self.has, self.progress = task.has, run.progress
+        self.load_output, self.score_output = self.scoring.load_output, self.scoring.score_output
         self.restart()
 
     def restart(self, search: str = "") -> None:
@@ -61,25 +62,6 @@ class Mixture:
         self._loader.restart()
         self._log.restart(search)
         self.meter.restart()
-
-    @property
-    def n(self) -> int:
-        """Number of candidates N."""
-        return len(self.checkpoints)
-
-    @property
-    def losses(self) -> Losses | None:
-        """See `Objective.losses`."""
-        return self._derivatives if self.task.whole is None else None
-
-    @property
-    def bounded(self) -> bool:
-        """See `Evaluator.bounded`."""
-        return self.task.metric is not None and self.task.metric_bounds is not None
-
-    def has(self, split: Split) -> bool:
-        """See `Evaluator.has`."""
-        return self.task.has(split)
 
     @property
     def statistics(self) -> Collection[str]:
@@ -96,52 +78,26 @@ class Mixture:
         """See `Evaluator.notes`."""
         return [*getattr(self.task, "notes", ()), *self._derivatives.notes, *self.mixed.notes]
 
-    def step(self, i: int) -> int:
-        """Return the training step of candidate ``i``."""
-        return self.checkpoints[i].step
-
     def prepare(self) -> None:
         """See `Evaluator.prepare`."""
         self.mixed.candidates  # noqa: B018  # loads them
 
     def prefetch(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
         """See `Evaluator.prefetch`."""
-        self._scoring.prefetch(coefficients, on or self.scored_on, exact=exact)
+        self.scoring.prefetch(coefficients, on or self.scored_on, exact=exact)
 
     def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
         """See `Objective.score`."""
-        return self._scoring.find(coefficients, on or self.scored_on)
+        return self.scoring.find(coefficients, on or self.scored_on)
 
     def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
         """See `Evaluator.exact_score`; scores again only if the candidate matrix is not exact."""
-        return self._scoring.find(coefficients, split, exact=True)
+        return self.scoring.find(coefficients, split, exact=True)
 
     def score_at_least(self, coefficients: Coefficients, threshold: float, *, strict: bool) -> Score | None:
         """See `Objective.score_at_least`."""
-        score = self._scoring.find_at_least(coefficients, self.scored_on, threshold)
+        score = self.scoring.find_at_least(coefficients, self.scored_on, threshold)
         return score if score and (score.value > threshold if strict else score.value >= threshold) else None
-
-    def load_output(
-        self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto
-    ) -> Mapping[str, Tensor]:
-        """See `Evaluator.load_output`."""
-        return self._scoring.load_output(specs, read_into)
-
-    def score_output(self, coefficients: Coefficients, split: Split) -> Score:
-        """See `Evaluator.score_output`."""
-        return self._scoring.score_output(coefficients, split)
-
-    def load(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> None:
-        """Load the weights of a file into the model."""
-        self.mixed.load(specs, read_into)
-
-    def evaluate(self, split: Split, what: str) -> Score:
-        """Score the model's current state; see `Scoring.evaluate`."""
-        return self._scoring.evaluate(split, what)
-
-    def progress(self, stage: str, done: int, total: int, **metrics: Tensor | float) -> None:
-        """See `Objective.progress`."""
-        self.run.progress(stage, done, total, **metrics)
 
     def cost(self) -> Cost:
         """See `Evaluator.cost`."""
@@ -150,8 +106,6 @@ class Mixture:
         return Cost(
             forward_batches=round(self.meter["forward_batches"]),
             backward_batches=round(self.meter["backward_batches"]),
-            evaluations=round(self.meter["evaluations"]),
-            seconds=self.meter[SECONDS],
-            epochs=work / (3 * size) if size else None,
-            epochs_of=self._batchnorm_from,
-        )
+            evaluations=round(self.meter["evaluations"]), seconds=self.meter[SECONDS],
+            epochs=work / (3 * size) if size else None, epochs_of=self._batchnorm_from,
+        )  # fmt: skip

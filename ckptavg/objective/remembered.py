@@ -13,19 +13,15 @@ _Key = TypeVar("_Key", contravariant=True)
 
 
 class Codec(Protocol[_Key, _V]):
-    """How one kind of measurement is written to the journal; it is all that a new kind needs."""
+    """How one kind of measurement is written to the journal; it is all that a new kind needs.
 
-    def name(self, key: _Key) -> str:
-        """Return the journal key of a measurement; unique over all kinds."""
-        ...
+    ``name`` returns the journal key of a measurement, unique over all kinds; ``encode`` a JSON record of its value, bit
+    for bit, or None if it cannot be recorded; ``decode`` the value of a record.
+    """
 
-    def encode(self, key: _Key, value: _V) -> Any:
-        """Return a JSON record of the value, bit for bit; None if it cannot be recorded."""
-        ...
-
-    def decode(self, key: _Key, record: Any) -> _V:
-        """Return the value of a record."""
-        ...
+    def name(self, key: _Key) -> str: ...  # noqa: D102
+    def encode(self, key: _Key, value: _V) -> Any: ...  # noqa: D102
+    def decode(self, key: _Key, record: Any) -> _V: ...  # noqa: D102
 
 
 class Remembered(Generic[_K, _V]):
@@ -45,21 +41,22 @@ class Remembered(Generic[_K, _V]):
 
     def find(self, key: _K, measure: Callable[[], _V]) -> _V:
         """Return the value from memory, else from an interrupted run's journal, else from ``measure``."""
-        if self.known(key):
-            self._meter.charge((self, key))
-        else:
-            with self._meter.pricing((self, key)):
-                value = measure()
-            self.keep(key, value)
+        if not self.known(key):
+            return self.measure(key, measure)
+        self._meter.charge((self, key))
         return self._values[key]
+
+    def measure(self, key: _K, measure: Callable[[], _V]) -> _V:
+        """Return the value from ``measure``, even if it is known, and keep it."""
+        with self._meter.pricing((self, key)):
+            value = measure()
+        self.keep(key, value)
+        return value
 
     def prefetch(self, keys: Iterable[_K], measure: Callable[[_K], _V], *, whole_rounds: bool = False) -> None:
         """Measure the keys that are not known yet, one on each rank at a time.
 
-        Args:
-            keys: the keys that will be requested.
-            measure: measures one of them.
-            whole_rounds: leave out the last keys if there are fewer of them than ranks.
+        ``whole_rounds`` leaves out the last keys if there are fewer of them than ranks.
         """
         workers = self._run.workers
         missing = [key for key in dict.fromkeys(keys) if not self.known(key)]
@@ -92,10 +89,8 @@ class Remembered(Generic[_K, _V]):
         """Return whether the current strategy has been charged for the value."""
         return self._meter.charged((self, key))
 
-    def keep(self, key: _K, value: _V, price_of: Hashable = None) -> None:
-        """Keep a measured value, whose price was recorded as that of ``price_of`` if it was not measured by `find`."""
+    def keep(self, key: _K, value: _V) -> None:
+        """Keep a measured value in memory and in the journal."""
         self._values[key] = value
-        if price_of is not None:
-            self._meter.alias(price_of, (self, key))
         self._run.journal.defer(self.codec.name(key), partial(self.codec.encode, key, value))
         self._run.journal.flush()

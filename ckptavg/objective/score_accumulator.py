@@ -19,8 +19,6 @@ from ckptavg.score import PerExample, Score, Split, standard_error
 
 @dataclass(frozen=True)
 class _Batch:
-    """Losses and metrics of one batch."""
-
     count: int
     checksum: int
     losses_U: Tensor
@@ -37,9 +35,7 @@ class ScoreAccumulator:
     """
 
     def __init__(self, sign: float, bounds: tuple[float, float] | None, workers: Workers = ALONE) -> None:
-        self._sign = sign
-        self._bounds = bounds
-        self._workers = workers
+        self._sign, self._bounds, self._workers = sign, bounds, workers
         self._batches: list[_Batch] = []
         self._checked = 0  # batches that `cannot_reach` has seen
         # over those batches of all ranks: sum of sign * metric, and number of examples
@@ -51,8 +47,6 @@ class ScoreAccumulator:
         Args:
             loss: the mean loss, or one value per example.
             metric: likewise; None if the task has no metric.
-            count: the number of examples.
-            checksum: a checksum of the examples.
         Raises:
             TaskError: if either is neither a scalar nor one number per example.
         """
@@ -94,7 +88,7 @@ class ScoreAccumulator:
         Raises:
             TaskError: if a metric is outside its bounds.
         """
-        batches = interleave([_split_batches(*columns) for columns in self._workers.gather(_columns(self._batches))])
+        batches = interleave(list(map(_split_batches, self._workers.gather(_columns(self._batches)))))
         if not batches:
             return None
         losses = [batch.losses_U for batch in batches]
@@ -105,10 +99,8 @@ class ScoreAccumulator:
             losses, metrics = ([units.mean().view(1) for units in kind] for kind in (losses, metrics))
             sizes = [1] * len(losses)
         losses_U, metrics_U = torch.cat(losses), torch.cat(metrics) if metrics else None
-        examples_U = torch.tensor(
-            [batch.count / size for batch, size in zip(batches, sizes, strict=True) for _ in range(size)],
-            dtype=torch.float64,
-        )
+        counts = [batch.count / size for batch, size in zip(batches, sizes, strict=True) for _ in range(size)]
+        examples_U = torch.tensor(counts, dtype=torch.float64)
         examples = sum(batch.count for batch in batches)
         order = 0
         for batch in batches:
@@ -122,10 +114,8 @@ class ScoreAccumulator:
         if metrics_U is not None and self._bounds is not None:
             self._check_bounds(metrics_U)
         values_U = -losses_U if metrics_U is None else self._sign * metrics_U
-        each, noise = (
-            PerExample(values_U=values_U, examples_U=examples_U, order=order),
-            standard_error(losses_U, examples_U),
-        )
+        each = PerExample(values_U=values_U, examples_U=examples_U, order=order)
+        noise = standard_error(losses_U, examples_U)
         return Score(value=value, loss=loss, metric=metric, examples=examples, per_example=each, loss_noise=noise)
 
     def _check_bounds(self, metrics_U: Tensor) -> None:
@@ -147,12 +137,11 @@ def _columns(batches: Sequence[_Batch]) -> _Columns:
     return [(batch.count, batch.checksum) for batch in batches], units, [list(map(len, kind)) for kind in kinds]
 
 
-def _split_batches(
-    counts: Sequence[tuple[int, int]], units: Sequence[Tensor], sizes: Sequence[list[int]]
-) -> list[_Batch]:
-    """Invert `_columns`: rebuild the batches from what it returned."""
-    columns = [list(column.split(size)) for column, size in zip(units, sizes, strict=False)]
-    rows = zip(counts, *columns, strict=True)
+def _split_batches(columns: _Columns) -> list[_Batch]:
+    """Invert `_columns`."""
+    counts, units, sizes = columns
+    kinds = [list(column.split(size)) for column, size in zip(units, sizes, strict=False)]
+    rows = zip(counts, *kinds, strict=True)
     return [_Batch(count, checksum, row[0], row[1] if len(row) > 1 else None) for (count, checksum), *row in rows]
 
 
@@ -172,7 +161,6 @@ def _units(value: Any, count: int, function: str, number: int) -> Tensor:
         got = f"a {type(value).__name__}"
         if isinstance(value, Tensor):
             got = f"a {'complex ' if value.is_complex() else ''}tensor of shape {list(value.shape)}"
-        raise TaskError(
-            f"{function}() must return a scalar or one real number per example [{count}], not {got}, for batch {number}"
-        )
+        wanted = f"a scalar or one real number per example [{count}]"
+        raise TaskError(f"{function}() must return {wanted}, not {got}, for batch {number}")
     return value.detach().flatten().to(torch.float32 if value.device.type == "mps" else torch.float64)

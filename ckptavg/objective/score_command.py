@@ -34,8 +34,7 @@ class ScoreCommand:
 
     def __init__(self, command: str, key: str | None = None, timeout: float | None = None) -> None:
         self._command = command if _FILE in command or _DIRECTORY in command else f"{command} {_FILE}"
-        self._key = key
-        self._timeout = timeout
+        self._key, self._timeout = key, timeout
 
     @property
     def needs_directory(self) -> bool:
@@ -62,9 +61,8 @@ class ScoreCommand:
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             if isinstance(error, subprocess.TimeoutExpired):
-                raise TaskError(
-                    f"--score-cmd took more than {self._timeout:g} s", hint="raise the limit with --score-timeout"
-                ) from error
+                message = f"--score-cmd took more than {self._timeout:g} s"
+                raise TaskError(message, hint="raise the limit with --score-timeout") from error
             raise
         if process.returncode:
             raise TaskError(f"--score-cmd failed with exit code {process.returncode}: {_tail(err)}", hint=command)

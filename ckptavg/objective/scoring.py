@@ -12,9 +12,10 @@ from ckptavg.batches.loader import BatchLoader
 from ckptavg.candidates import ReadInto
 from ckptavg.coefficients import Coefficients
 from ckptavg.cost import CostMeter
+from ckptavg.objective import batchnorm
 from ckptavg.objective.codecs import ScoreCodec, ScoreKey, score_name
 from ckptavg.objective.mixed_model import MixedModel
-from ckptavg.objective.precision import OWN
+from ckptavg.objective.precision import OWN, autocast
 from ckptavg.objective.remembered import Remembered
 from ckptavg.objective.score_accumulator import ScoreAccumulator
 from ckptavg.readers import StoredTensor
@@ -38,23 +39,21 @@ class Scoring:
     """
 
     def __init__(self, mixed: MixedModel, loader: BatchLoader, meter: CostMeter, batchnorm_from: Split) -> None:
-        self._mixed = mixed
-        self._task = mixed.task
-        self._loader = loader
-        self._meter = meter
+        self._mixed, self._task = mixed, mixed.task
+        self._loader, self._meter = loader, meter
         self._batchnorm_from: Split = batchnorm_from
         self._scores = Remembered(ScoreCodec(mixed.task), mixed.run, meter)
         self._written = Remembered(ScoreCodec(mixed.task, "written "), mixed.run, meter)
         self._examples: dict[Split, int] = {}  # split → examples of a finished pass
-        search, workers = mixed.search, mixed.run.workers
         # the ranks that compute one score together, if its batches can be divided
-        self._together = ALONE if search.parallel == "candidates" and not search.shard else workers
+        candidates_only = mixed.search.parallel == "candidates" and not mixed.search.shard
+        self._together = ALONE if candidates_only else mixed.run.workers
         self._divides = mixed.task.whole is None and mixed.task.corpus is None
 
     def find(self, coefficients: Coefficients, split: Split, *, exact: bool = False) -> Score:
         """Return the score of a mixture: of the candidate matrix, or of the ``exact`` average of the files."""
         key = self._key(coefficients, split, exact=exact)
-        return self._scores.find(key, partial(self._loader.with_memory, partial(self._measure, key, self._together)))
+        return self._scores.find(key, partial(self._measure, key, self._together))
 
     def find_at_least(self, coefficients: Coefficients, split: Split, threshold: float) -> Score | None:
         """Return the score, or None as soon as it is sure to be below ``threshold``, which is remembered as well.
@@ -68,32 +67,26 @@ class Scoring:
         if journal.get(below, earlier=True):
             return None
         try:
-            with self._meter.pricing(below):
-                score = self._loader.with_memory(partial(self._measure, key, self._together, threshold))
+            return self._scores.measure(key, partial(self._measure, key, self._together, threshold))
         except _BelowError:
             journal.put(below, True)
             return None
-        self._scores.keep(key, score, price_of=below)
-        return score
 
     def prefetch(self, coefficients: Sequence[Coefficients], split: Split, *, exact: bool) -> None:
         """See `Evaluator.prefetch`."""
-        search = self._mixed.search
-        one_rank = self._mixed.run.workers.world_size == 1
+        search, one_rank = self._mixed.search, self._mixed.run.workers.world_size == 1
         if one_rank or search.shard or search.parallel == "batches" or self._task.corpus is not None:
             return
         # fewer keys than ranks are scored faster one at a time, with all ranks on each
         whole_rounds = search.parallel == "auto" and self._divides and not self._mixed.norms
         keys = [self._key(c, split, exact=exact) for c in coefficients]
-        self._scores.prefetch(
-            keys, lambda key: self._loader.with_memory(partial(self._measure, key, ALONE)), whole_rounds=whole_rounds
-        )
+        self._scores.prefetch(keys, lambda key: self._measure(key, ALONE), whole_rounds=whole_rounds)
 
     def load_output(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> Mapping[str, Tensor]:
         """See `Evaluator.load_output`."""
-        self._mixed.load(specs, read_into)
-        self._loader.with_memory(self._recompute_batchnorm)
-        return self._mixed.statistics()
+        self._mixed.candidates.load(specs, read_into)
+        self._loader.with_memory(self.recompute_batchnorm)
+        return self._mixed.model.state_dict()
 
     def score_output(self, coefficients: Coefficients, split: Split) -> Score:
         """See `Evaluator.score_output`."""
@@ -115,28 +108,29 @@ class Scoring:
         return coefficients, split, exact
 
     def _measure(self, key: ScoreKey, workers: Workers, threshold: float | None = None) -> Score:
-        coefficients, split, exact = key
-        self._meter.evaluated()
-        self._mixed.set_to(coefficients, exact=exact or len(coefficients.selected) == 1)
-        with self._mixed.autocast(exact=exact):
-            self._recompute_batchnorm()
-            return self._pass(split, self._mixed.describe(coefficients), workers, threshold)
+        mixed, (coefficients, split, exact) = self._mixed, key
 
-    def _recompute_batchnorm(self) -> None:
-        self._mixed.recompute_batchnorm(self._loader.learnable(self._batchnorm_from))
+        def attempt() -> Score:
+            self._meter.evaluated()
+            mixed.set_to(coefficients, exact=exact or len(coefficients.selected) == 1)
+            with autocast(OWN if exact else mixed.precision, mixed.run.device):
+                self.recompute_batchnorm()
+                return self._pass(split, mixed.describe(coefficients), workers, threshold)
+
+        return self._loader.with_memory(attempt)
+
+    def recompute_batchnorm(self) -> None:
+        """Recompute BatchNorm's statistics at the model's current weights; reads batches only if there are any."""
+
+        def forward() -> None:
+            for batch in self._loader.learnable(self._batchnorm_from):
+                self._task.loss(self._mixed.model, batch)
+
+        with self._mixed.plain():  # num_batches_tracked would break a compiled graph in two
+            batchnorm.recompute(self._mixed.norms, forward)
 
     def _pass(self, split: Split, what: str, workers: Workers, threshold: float | None = None) -> Score:
-        """Score the model's current state.
-
-        Args:
-            split: the split.
-            what: the name of the model in an error.
-            workers: the ranks that divide the batches, if they can be divided.
-            threshold: a value of `Score`; None always finishes the pass.
-        Raises:
-            TaskError: if the split has no batches, or the loss or metric is not a number.
-            _BelowError: as soon as the score cannot reach ``threshold``.
-        """
+        """Score the model's current state; raises _BelowError as soon as the score cannot reach ``threshold``."""
         task, model = self._task, self._mixed.model
         with torch.no_grad():
             if task.whole is not None:

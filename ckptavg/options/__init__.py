@@ -1,51 +1,65 @@
 """The options that commands share, each declared once: see `ckptavg.declaration`."""
 
-from dataclasses import dataclass, fields
-from typing import Any, Final, Self
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Final
 
 from ckptavg.checkpoints.window import Window
-from ckptavg.declaration import Option, declared
+from ckptavg.declaration import CANDIDATES, MAIN, RUN, WORKERS, Help, Limit, declared
 from ckptavg.errors import UsageError
 from ckptavg.options.output import OutputOptions
-from ckptavg.options.run import RunOptions
 from ckptavg.options.search import SearchOptions
 from ckptavg.options.task import TaskOptions
+from ckptavg.runtime.workers import ALONE, TIMEOUT, Workers
 
-_PARTS: Final = (TaskOptions, OutputOptions, SearchOptions, RunOptions)
+_DURATION: Final = Limit(lambda value: 0 <= value < math.inf, "0 or more seconds")
+_ABOVE_0: Final = Limit(lambda value: value > 0, "greater than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunOptions, SearchOptions, OutputOptions, TaskOptions):
-    """All options that commands share."""
+class Options(SearchOptions, OutputOptions, Window, TaskOptions):
+    """All options that commands share. The candidates themselves are part of a journal's fingerprint."""
+
+    key: Annotated[
+        str | None, Help(CANDIDATES, "Entry of each file that is the model, such as state_dict_ema.", metavar="KEY")
+    ] = None
+    skip_bad: Annotated[bool, Help(
+        CANDIDATES, "Leave out damaged or NaN checkpoints, with a warning each.", "Else they are refused.",
+        changes_measurements=False)] = False  # fmt: skip
+    allow_nonfinite: Annotated[bool, Help(CANDIDATES, "Average NaN and infinite weights instead of refusing them.")] = (
+        False
+    )
+    wait_stable: Annotated[float | None, Help(
+        CANDIDATES, "First wait until no checkpoint has changed for SECONDS.", metavar="SECONDS", limit=_DURATION,
+        changes_measurements=False)] = None  # fmt: skip
+    dry_run: Annotated[
+        bool, Help(MAIN, "Show what would be done, and stop.", "Memory included.", changes_measurements=False)
+    ] = False
+    resume: Annotated[bool, Help(
+        RUN, "Continue an interrupted run.", "Its measurements are in the journal OUTPUT.ckptavg/.",
+        changes_measurements=False)] = True  # fmt: skip
+    keep_journal: Annotated[bool, Help(RUN, "Keep OUTPUT.ckptavg/ after the run.", changes_measurements=False)] = False
+    baselines: Annotated[bool, Help(
+        RUN, "Score last, SWA and LAWA.", "Also every candidate alone. Not in compare.", changes_measurements=False
+    )] = True  # fmt: skip
+    worker_timeout: Annotated[
+        float, Help(WORKERS, "Timeout between ranks.", metavar="SECONDS", limit=_ABOVE_0, changes_measurements=False)
+    ] = TIMEOUT
+    workers: Workers = field(default=ALONE, repr=False)
 
     def __post_init__(self) -> None:
-        for part in _PARTS:
+        for part in (TaskOptions, OutputOptions, SearchOptions):
             part.__post_init__(self)
         if self.shard and self.workers.world_size == 1:
             raise UsageError("--shard needs several workers", hint="torchrun --nproc-per-node 8 -m ckptavg ...")
         if self.shard and (self.score_cmd is not None or self.lm_eval is not None):
             raise UsageError("--shard needs a loss: a task file or --val")
-        given = {
-            "--offload": self.offload != "none",
-            "--precision": self.precision != "float32",
-            "--compile": self.compile,
-        }
-        if self.score_cmd is not None and any(given.values()):
-            unused = ", ".join(name for name, asked in given.items() if asked)
-            raise UsageError(f"{unused} applies to a model that ckptavg runs, but --score-cmd runs its own")
-
-    @classmethod
-    def of(cls, **values: Any) -> Self:
-        """Return the options from their names on the command line, where those of `Window` are options like others."""
-        window = {field.name: values.pop(field.name) for field in fields(Window) if field.name in values}
-        return cls(**values, window=Window(**window))
+        defaults = {"offload": "none", "precision": "float32", "compile": False}
+        unused = [f"--{name}" for name, default in defaults.items() if getattr(self, name) != default]
+        if self.score_cmd is not None and unused:
+            message = f"{', '.join(unused)} applies to a model that ckptavg runs, but --score-cmd runs its own"
+            raise UsageError(message)
 
     def measured(self) -> dict[str, Any]:
         """Return the options that a measurement depends on, by name."""
-        return {o.name: getattr(self, o.name) for o in shared() if o.help.changes_measurements}
-
-
-def shared() -> tuple[Option, ...]:
-    """Return the options of `Options` and `Window`, in the order of a help page."""
-    parts = (TaskOptions, Window, OutputOptions, SearchOptions, RunOptions)
-    return tuple(option for part in parts for option in declared(part))
+        return {o.name: getattr(self, o.name) for o in declared(Options) if o.help.changes_measurements}

@@ -22,19 +22,17 @@ def run(strategy: Strategy, paths: Sequence[Path], options: Options, watch: Watc
         CkptavgError: on any expected failure; nothing is written then.
     """
     with session(paths, options, watch) as this:
-        found, evaluator, checkpoints = this.found, this.evaluator, this.checkpoints
+        evaluator, checkpoints = this.evaluator, this.checkpoints
         check_strategy(strategy, len(checkpoints), evaluator)
         if options.dry_run:
-            return blank_result(found, strategy, options, dry_run_plan(checkpoints, options))
-        check_space(found, options)
+            return blank_result(this.found, strategy, options, dry_run_plan(checkpoints, options))
+        check_space(checkpoints[0], options)
         if isinstance(strategy, PlainAverage):
             learned = Learned(coefficients=strategy.coefficients(len(checkpoints)))
         else:
             assert evaluator is not None  # see `check_strategy`
             evaluator.restart(repr(strategy))
             learned = strategy.learn(evaluator)
-        judgement = judge(evaluator, learned.coefficients, options) if evaluator else Verdict(learned.coefficients)
-        source = Best() if judgement.replaced else strategy
-        finished = write_output(checkpoints, judgement.coefficients, source, options, evaluator, watch)
-        found = this.finish(finished.output.path)
-        return build_result(found, strategy, options, learned, judgement, finished, evaluator)
+        verdict = judge(this, evaluator, learned.coefficients) if evaluator else Verdict(learned.coefficients)
+        written = write_output(this, verdict.coefficients, Best() if verdict.replaced else strategy)
+        return build_result(this, strategy, learned, verdict, written)

@@ -13,7 +13,7 @@ from ckptavg.options import Options
 from ckptavg.pipeline.preflight import check_space, check_strategy, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
 from ckptavg.pipeline.session import session
-from ckptavg.pipeline.verdict import Verdict
+from ckptavg.pipeline.verdict import Verdict, scores_of
 from ckptavg.pipeline.writing import write_output
 from ckptavg.report import bootstrap
 from ckptavg.report.result import Comparison, StrategyResult
@@ -28,7 +28,7 @@ _ON_TRAIN: Final = ("twa:on=train",)  # added if the task has training data as w
 
 @dataclass(frozen=True)
 class _Run:
-    """Finished run of a strategy: its result, its validation score and its cost."""
+    """Finished run of a strategy, with its validation score."""
 
     name: str
     strategy: Strategy
@@ -47,9 +47,6 @@ def compare(
     go to the lower loss, then to the earlier strategy in the list. Test data are used only after the decision.
 
     Args:
-        paths: directories of checkpoints, or checkpoints.
-        options: options shared by all strategies.
-        watch: progress callback.
         names: strategies with settings, in the syntax of `ckptavg.strategies.from_spec`; empty runs every strategy the
             task allows.
     Raises:
@@ -62,7 +59,7 @@ def compare(
             plan = [f"would compare {', '.join(strategies)}", *dry_run_plan(this.checkpoints, options)]
             result = blank_result(this.found, strategies[REFERENCE], options, plan)
             return Comparison(contestants=(), winner="", result=result)
-        check_space(this.found, options)
+        check_space(this.checkpoints[0], options)
         evaluator.prepare()
         runs: list[_Run] = []
         for name, strategy in strategies.items():
@@ -74,13 +71,12 @@ def compare(
         evaluator.restart()
         for split in evaluator.splits:
             evaluator.prefetch([run.learned.coefficients for run in runs], split, exact=True)
-        contestants = [_strategy_result(run, runs, evaluator, options.seed) for run in runs]
-        finished = write_output(
-            this.checkpoints, winner.learned.coefficients, winner.strategy, options, evaluator, watch
-        )
-        found = this.finish(finished.output.path)
-        judgement = Verdict(winner.learned.coefficients, verdict=_verdict(winner, contestants, evaluator))
-        result = build_result(found, winner.strategy, options, winner.learned, judgement, finished, evaluator)
+        reference = next(scores_of(run.learned.coefficients, evaluator) for run in runs if run.name == REFERENCE)
+        contestants = [_strategy_result(run, reference, evaluator, options.seed) for run in runs]
+        written = write_output(this, winner.learned.coefficients, winner.strategy)
+        verdict = _verdict(contestants[runs.index(winner)], evaluator)
+        judgement = Verdict(winner.learned.coefficients, verdict=verdict)
+        result = build_result(this, winner.strategy, winner.learned, judgement, written)
         return Comparison(contestants=contestants, winner=winner.name, result=replace(result, cost=winner.cost))
 
 
@@ -118,33 +114,25 @@ def _run(name: str, strategy: Strategy, evaluator: Evaluator) -> _Run:
     return _Run(name, strategy, learned, score, evaluator.cost())
 
 
-def _strategy_result(run: _Run, runs: Sequence[_Run], evaluator: Evaluator, seed: int) -> StrategyResult:
+def _strategy_result(run: _Run, reference: Mapping[Split, Score], evaluator: Evaluator, seed: int) -> StrategyResult:
     coefficients = run.learned.coefficients
-    reference = next(other for other in runs if other.name == REFERENCE).learned.coefficients
-    scores: dict[Split, Score] = {split: evaluator.exact_score(coefficients, split) for split in evaluator.splits}
+    scores = scores_of(coefficients, evaluator)
     return StrategyResult(
-        name=run.name,
-        strategy=name_of(run.strategy),
+        name=run.name, strategy=name_of(run.strategy),
         settings=asdict(run.strategy),  # pyright: ignore[reportArgumentType]  # every strategy is a dataclass
         coefficients=[coefficients.candidate(i) for i in range(evaluator.n)],
-        groups=coefficients.groups,
-        used=len(coefficients.selected),
-        scores=scores,
-        gains={
-            split: bootstrap.gain(score, evaluator.exact_score(reference, split), seed=seed)
-            for split, score in scores.items()
-        },
-        cost=run.cost,
-        notes=run.learned.notes,
-    )
+        groups=coefficients.groups, used=len(coefficients.selected), scores=scores,
+        gains={split: bootstrap.gain(score, reference[split], seed=seed) for split, score in scores.items()},
+        cost=run.cost, notes=run.learned.notes,
+    )  # fmt: skip
 
 
-def _verdict(winner: _Run, contestants: Sequence[StrategyResult], evaluator: Evaluator) -> str:
-    split: Split = evaluator.splits[-1]
+def _verdict(winner: StrategyResult, evaluator: Evaluator) -> str:
+    split = evaluator.splits[-1]
     if winner.name == REFERENCE:
         return "No strategy scores above the last candidate on validation data, so the last candidate was written."
     won = f"{winner.name} wins on {evaluator.scored_on} data"
-    gain = next(contestant for contestant in contestants if contestant.name == winner.name).gains[split]
+    gain = winner.gains[split]
     if gain.low is None:
         return f"{won}: {gain.value:+.4f} over last on {split} data."
     interval = f"{gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] over last on {split} data"

@@ -14,7 +14,7 @@ from ckptavg.context import Run
 from ckptavg.errors import TaskError, UsageError
 from ckptavg.objective.mixture import Mixture
 from ckptavg.options import Options
-from ckptavg.pipeline.objective_choice import pick_device
+from ckptavg.pipeline.preflight import pick_device
 from ckptavg.pipeline.session import translate_errors
 from ckptavg.pipeline.task_choice import build_task
 from ckptavg.runtime.progress import Progress, Watch
@@ -44,19 +44,16 @@ def evaluate(
         found = [stack.enter_context(discover([file], key=parsed.key)) for file in files]
         checkpoints = [checkpoint for discovered in found for checkpoint in discovered.checkpoints]
         check_agreement(checkpoints)
+        device, progress = pick_device(parsed.device), Progress(watch)
+        run = Run(device=device, workers=parsed.workers, seed=parsed.seed, progress=progress)
         # a matrix of one candidate is enough: every file is loaded directly into the model
-        mixture = Mixture(
-            build_task(parsed, checkpoints[0].folder),
-            checkpoints[:1],
-            Run(device=pick_device(parsed.device), workers=parsed.workers, seed=parsed.seed, progress=Progress(watch)),
-        )
+        mixture = Mixture(build_task(parsed, checkpoints[0].folder), checkpoints[:1], run)
         scored: list[tuple[Path, dict[Split, Score]]] = []
         for i, checkpoint in enumerate(checkpoints):
-            mixture.load(checkpoint.tensors, checkpoint.read_into)
+            mixture.mixed.candidates.load(checkpoint.tensors, checkpoint.read_into)
+            score = partial(mixture.scoring.evaluate, what=str(checkpoint.path))
             try:
-                scores: dict[Split, Score] = {
-                    split: mixture.evaluate(split, str(checkpoint.path)) for split in mixture.splits
-                }
+                scores: dict[Split, Score] = {split: score(split) for split in mixture.splits}
             except TaskError as error:
                 floating = [name for name in checkpoint.names if checkpoint.spec(name).dtype in FLOATING]
                 if bad := next(filter(None, map(partial(not_finite, checkpoint), floating)), None):
@@ -64,5 +61,5 @@ def evaluate(
                     raise bad from error
                 raise
             scored.append((checkpoint.path, scores))
-            mixture.progress("scoring", i + 1, len(checkpoints))
+            progress("scoring", i + 1, len(checkpoints))
         return scored

@@ -4,7 +4,7 @@ Shape suffixes: N = candidates, M = mixtures.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
 from ckptavg.pipeline.preflight import check_strategy
 from ckptavg.pipeline.session import session
+from ckptavg.report.as_json import to_json
 from ckptavg.report.result import Landscape, Output, Plane
 from ckptavg.runtime.progress import Watch
 from ckptavg.score import valid
@@ -27,8 +28,8 @@ from ckptavg.surrogate import Surrogate
 
 
 def landscape(
-    paths: Sequence[Path], options: Options, watch: Watch | None = None, *, samples: int = 32,
-    mixtures: Sequence[str] = (), grid: int = 9, hessian: Hessian = "auto", as_text: Callable[[Landscape], str],
+    paths: Sequence[Path], options: Options, watch: Watch | None = None, *,
+    samples: int = 32, mixtures: Sequence[str] = (), grid: int = 9, hessian: Hessian = "auto",
 ) -> Landscape:  # fmt: skip
     """Build q on the candidates under ``paths``, compare it with measured losses, and write both as JSON.
 
@@ -41,7 +42,6 @@ def landscape(
         samples: number of random mixtures to score.
         mixtures: three strategies in the syntax of `ckptavg.strategies.from_spec`, whose plane is scored too.
         grid: points of the plane along each side.
-        as_text: converts the landscape to the text of the file.
     Raises:
         CkptavgError: on any expected failure.
     """
@@ -68,12 +68,12 @@ def landscape(
             measured=measured,
             spearman=spearman(predicted, measured),
             r_squared=r_squared(predicted, measured),
-            steps=[evaluator.step(i) for i in range(evaluator.n)],
+            steps=[checkpoint.step for checkpoint in this.checkpoints],
             plane=_plane(evaluator, mixtures, grid) if mixtures else None,
             left_out=this.found.left_out,
             warnings=[*this.found.warnings, *([q.note] if q.note else []), *evaluator.notes],
         )
-        text, path = as_text(result), Path(options.output)
+        text, path = to_json(result), Path(options.output)
         options.workers.on_rank_zero(lambda: write_text(path, text))
         this.finish(path)
         data = text.encode()

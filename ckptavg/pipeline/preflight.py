@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Final
 
+import torch
+
 from ckptavg.average.weighted_sum import output_specs
 from ckptavg.candidates import budget
 from ckptavg.candidates.plan import FEWER, Plan
@@ -16,7 +18,6 @@ from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
 from ckptavg.output import dcp_folder, hugging_face_folder, sharded_files
 from ckptavg.output.destination import preflight
-from ckptavg.pipeline.objective_choice import pick_device
 from ckptavg.score import Split
 from ckptavg.strategies import name_of
 
@@ -46,14 +47,10 @@ def check_sources(found: Discovered, options: Options) -> None:
             raise OutputExistsError("is one of the candidates", path=file.path, hint="choose another -o")
 
 
-def check_space(found: Discovered, options: Options) -> None:
-    """Refuse an output that does not fit on the disk, before hours of work for it.
-
-    Raises:
-        OutputError: with the bytes needed and the bytes free.
-    """
+def check_space(first: Checkpoint, options: Options) -> None:
+    """Refuse an output, shaped like the ``first`` candidate, that does not fit on the disk."""
     path, folder = options.destination
-    needed = sum(spec.nbytes for spec in output_specs(found.checkpoints[0], options.dtype).values())
+    needed = sum(spec.nbytes for spec in output_specs(first, options.dtype).values())
     needed *= 2 if options.format == "dcp" else 1  # see `ckptavg.output.dcp_folder.DcpFolder`
     free = atomic.free(path.parent if folder is None or is_folder(folder) else folder.parent)
     if options.adapter != "exact" and needed > free:
@@ -61,30 +58,34 @@ def check_space(found: Discovered, options: Options) -> None:
 
 
 def check_strategy(strategy: Strategy, n: int, evaluator: Evaluator | None) -> None:
-    """Refuse settings that the candidates or the task cannot satisfy, before hours of work.
-
-    Args:
-        strategy: strategy with its settings.
-        n: number of candidates.
-        evaluator: scores mixtures; None without a task.
-    """
+    """Refuse settings that the ``n`` candidates or the task, if there is one, cannot satisfy."""
     if evaluator is None and not isinstance(strategy, PlainAverage):
-        raise UsageError(
-            f"{name_of(strategy)} learns from data, so it needs a task file, --val or --score-cmd",
-            hint="`ckptavg init` writes ./task.py",
-        )
+        message = f"{name_of(strategy)} learns from data, so it needs a task file, --val or --score-cmd"
+        raise UsageError(message, hint="`ckptavg init` writes ./task.py")
     splits: Sequence[Split] = ("train", "val", "test")
     if evaluator is not None and evaluator.losses is not None:
         splits = [split for split in splits if evaluator.has(split)]
     strategy.check(n, splits, bounded=evaluator is not None and evaluator.bounded)
 
 
+def pick_device(name: str) -> torch.device:
+    """Return the device for ``--device name``; raise UsageError if it does not exist or cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        message = f"--device {name}: {str(error).splitlines()[0]}"
+        raise UsageError(message, hint="use --device cpu, or auto for the best available") from error
+    return device
+
+
 def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[str]:
     """Describe the reads, writes and memory of a run, one line each."""
-    first = checkpoints[0]
-    path, _ = options.destination
+    n, first = len(checkpoints), checkpoints[0]
     written = sum(spec.nbytes for spec in output_specs(first, options.dtype).values())
-    n, elements, device = len(checkpoints), first.numel, pick_device(options.device)
+    elements, device = first.numel, pick_device(options.device)
     bits = options.bits
     if bits == "auto":
         bits = budget.largest(elements, 4 * elements, n, options.group_size, device, (32, *FEWER))
@@ -93,6 +94,6 @@ def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[st
         bits=bits, group_size=options.group_size, offload=options.offload, device=device,
     )  # fmt: skip
     return [
-        f"would read {n} candidates of {first.size:,} bytes and write {written:,} bytes to {path}",
+        f"would read {n} candidates of {first.size:,} bytes and write {written:,} bytes to {options.destination[0]}",
         f"memory for learning with a float32 model: {memory}",
     ]

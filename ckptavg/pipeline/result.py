@@ -11,6 +11,7 @@ from ckptavg.coefficients import Coefficients
 from ckptavg.objective import Learned, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
+from ckptavg.pipeline.session import Session
 from ckptavg.pipeline.verdict import Verdict
 from ckptavg.pipeline.writing import WrittenOutput
 from ckptavg.report.result import CandidateResult, MatrixResult, Result
@@ -33,29 +34,22 @@ def blank_result(found: Discovered, strategy: Strategy, options: Options, warnin
 
 
 def build_result(
-    found: Discovered,
-    strategy: Strategy,
-    options: Options,
-    learned: Learned,
-    judgement: Verdict,
-    finished: WrittenOutput,
-    evaluator: Evaluator | None,
+    this: Session, strategy: Strategy, learned: Learned, judgement: Verdict, finished: WrittenOutput
 ) -> Result:
-    """Build the result of a finished run."""
-    coefficients = judgement.coefficients
+    """Finish the run, and build its result."""
+    found = this.finish(finished.output.path)
+    coefficients, evaluator, options = judgement.coefficients, this.evaluator, this.options
     invalid = [f"{score.invalid}: ranked below every valid score" for score in judgement.singles if score.invalid]
     notes = evaluator.notes if evaluator else ()
     warnings = [*invalid, *learned.notes, *notes, *_warnings(found.checkpoints[0], coefficients, evaluator, finished)]
     blank = blank_result(found, strategy, options, warnings)
     candidates = [
         replace(
-            candidate,
-            coefficient=coefficients.candidate(i),
-            score=judgement.singles[i] if judgement.singles else None,
+            candidate, coefficient=coefficients.candidate(i), score=judgement.singles[i] if judgement.singles else None,
             columns={name: values[i] for name, values in learned.columns.items()},
         )
         for i, candidate in enumerate(blank.candidates)
-    ]
+    ]  # fmt: skip
     result = replace(
         blank, candidates=candidates, groups=coefficients.groups, trace=learned.trace, tables=learned.tables,
         output=finished.output, scores=finished.scores, baselines=judgement.baselines, best_step=judgement.best_step,
@@ -81,9 +75,8 @@ def _warnings(
             exact = finished.scores[evaluator.scored_on]
             warnings += _rounding_warnings(matrix, evaluator.score(coefficients), exact)
     elif len(coefficients.selected) > 1 and any(name.endswith("running_var") for name in first.names):
-        warnings.append(
-            "BatchNorm statistics were averaged, which is wrong for a mixture; with a task file they are recomputed"
-        )
+        wrong = "BatchNorm statistics were averaged, which is wrong for a mixture"
+        warnings.append(f"{wrong}; with a task file they are recomputed")
     return warnings
 
 
@@ -98,10 +91,8 @@ def _rounding_warnings(matrix: MatrixResult, searched: Score, exact: Score) -> l
     problem = f"the search misjudged the average ({'; '.join(wide)})" if wide else "the search was too coarse"
     if matrix.group_size is None:
         return [f"at --precision {matrix.precision} {problem}. Search with --precision float32"]
-    return [
-        f"at --bits {matrix.bits} {problem}: {matrix.error:.0%} of the candidates' differences was lost to rounding. "
-        "Search with more bits"
-    ]
+    lost = f"{matrix.error:.0%} of the candidates' differences was lost to rounding"
+    return [f"at --bits {matrix.bits} {problem}: {lost}. Search with more bits"]
 
 
 def _notes(checkpoints: Sequence[Checkpoint]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -19,12 +19,15 @@ from ckptavg.context import Run
 from ckptavg.errors import CkptavgError, InterruptedRunError, OutOfMemoryError, TaskError, UsageError, is_out_of_memory
 from ckptavg.journal import Journal, ReadOnlyJournal, source_digests
 from ckptavg.journal.fingerprint import fingerprint
+from ckptavg.objective.command import CommandEvaluator
 from ckptavg.objective.evaluator import Evaluator
+from ckptavg.objective.mixture import Mixture
 from ckptavg.objective.precision import precision
+from ckptavg.objective.score_command import ScoreCommand
 from ckptavg.options import Options
 from ckptavg.output import dcp_folder
-from ckptavg.pipeline.objective_choice import build_evaluator, device_name, pick_device
-from ckptavg.pipeline.preflight import check_output, check_sources
+from ckptavg.pipeline.preflight import check_output, check_sources, pick_device
+from ckptavg.pipeline.task_choice import task_for
 from ckptavg.runtime import signals
 from ckptavg.runtime.progress import Progress, Watch
 from ckptavg.runtime.seeds import reproducible
@@ -39,12 +42,14 @@ class Session:
 
     Attributes:
         paths: the paths under which the candidates were found.
+        options: options of the run.
         found: the open candidates.
         run: device, ranks, seed, progress and journal.
         evaluator: scores mixtures; None if nothing defines a score.
     """
 
     paths: Sequence[Path]
+    options: Options
     found: Discovered
     run: Run
     evaluator: Evaluator | None
@@ -55,11 +60,7 @@ class Session:
         return self.found.checkpoints
 
     def scored(self, reason: str) -> Evaluator:
-        """Return the evaluator.
-
-        Raises:
-            UsageError: if there is none; ``reason`` says what needs it.
-        """
+        """Return the evaluator, or raise UsageError if there is none: ``reason`` says what needs it."""
         if self.evaluator is None:
             raise UsageError(reason, hint="`ckptavg init` writes ./task.py")
         return self.evaluator
@@ -77,10 +78,6 @@ def session(paths: Sequence[Path], options: Options, watch: Watch | None = None)
 
     A concurrent run with the same output is refused.
 
-    Args:
-        paths: directories of checkpoints, or checkpoints.
-        options: options of the run.
-        watch: progress callback.
     Raises:
         CkptavgError: on any expected failure, including an out-of-memory error raised within the context.
     """
@@ -89,7 +86,7 @@ def session(paths: Sequence[Path], options: Options, watch: Watch | None = None)
     with (
         translate_errors(),
         reproducible(options.seed, deterministic=options.deterministic),
-        open_candidates(paths, options, watch) as found,
+        _open_candidates(paths, options, watch) as found,
         ExitStack() as stack,
     ):
         check_agreement(found.checkpoints)
@@ -108,13 +105,13 @@ def session(paths: Sequence[Path], options: Options, watch: Watch | None = None)
                 journal = workers.on_rank_zero(lambda: stack.enter_context(_open_journal(options)))
                 records = workers.broadcast((dict(journal.records), journal.folder) if journal else ({}, Path()))
                 run = replace(run, journal=journal or ReadOnlyJournal(*records))
-            evaluator = build_evaluator(found, options, run) if options.ways else None
+            evaluator = _evaluator(found, options, run) if options.ways else None
             if evaluator and not options.dry_run:
                 workers.on_rank_zero(lambda: stack.enter_context(_compared(found, options, run)))
             if evaluator and journal and journal.replayed:
                 note = "measurements of an interrupted run; the cost counts new measurements only"
                 run.progress(f"resuming with {journal.replayed} {note}", 0, 0)
-            yield Session(paths=paths, found=found, run=run, evaluator=evaluator)
+            yield Session(paths=paths, options=options, found=found, run=run, evaluator=evaluator)
         except BaseException as error:
             if isinstance(error, UsageError) and (bad := sum(file.kind == "bad" for file in found.left_out)):
                 # such as --k larger than the number of candidates
@@ -139,29 +136,32 @@ def _open_journal(options: Options) -> Journal:
     return journal
 
 
-@contextmanager
-def _compared(found: Discovered, options: Options, run: Run) -> Generator[None]:
+def _evaluator(found: Discovered, options: Options, run: Run) -> Evaluator:
+    """Return the evaluator that scores mixtures of the candidates; it loads nothing yet."""
+    if options.score_cmd is not None:
+        command = ScoreCommand(options.score_cmd, options.score_key, options.score_timeout)
+        return CommandEvaluator(command, found.checkpoints, run, goal=options.score_goal, dtype=options.dtype)
+    if run.device.type == "mps" and run.workers.world_size > 1:
+        raise UsageError("--device mps supports one worker only", hint="use --device cpu")
+    return Mixture(task_for(found, options), found.checkpoints, run, options)
+
+
+def _compared(found: Discovered, options: Options, run: Run) -> AbstractContextManager[None]:
     """Compare this run with that of the journal, and record the candidates' digests in the context."""
     assert isinstance(run.journal, Journal)
+    device = run.device
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type  # rounding depends on it
     measured = options.measured() | {
-        "device": "" if options.score_cmd else device_name(run.device),
-        "precision": precision(options.precision, run.device),
-    }
-    run.journal.begin(
-        fingerprint(found.checkpoints, measured, options.task, [options.val, options.train, options.test])
-    )
-    with source_digests.recording_digests(run.journal, found.checkpoints):
-        yield
+        "device": "" if options.score_cmd else hardware, "precision": precision(options.precision, device)
+    }  # fmt: skip
+    data = [options.val, options.train, options.test]
+    run.journal.begin(fingerprint(found.checkpoints, measured, options.task, data))
+    return source_digests.recording_digests(run.journal, found.checkpoints)
 
 
 @contextmanager
 def translate_errors() -> Generator[None]:
-    """Translate out-of-memory errors and dead data loader workers, which are not bugs in ckptavg.
-
-    Raises:
-        OutOfMemoryError: in place of the error that torch or Python raises.
-        TaskError: if a data loader worker died.
-    """
+    """Translate out-of-memory errors and dead data loader workers, which are not bugs in ckptavg."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -172,23 +172,15 @@ def translate_errors() -> Generator[None]:
             raise TaskError(message, hint="it may have run out of memory; num_workers=0 shows other errors") from error
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError(
-            f"out of memory: {str(error).splitlines()[0] if str(error) else 'the host has none left'}",
-            hint="use --bits 4 or auto, --offload, fewer candidates (--last, --every) or smaller batches in the task",
-        ) from error
+        message = f"out of memory: {str(error).splitlines()[0] if str(error) else 'the host has none left'}"
+        hint = "use --bits 4 or auto, --offload, fewer candidates (--last, --every) or smaller batches in the task"
+        raise OutOfMemoryError(message, hint=hint) from error
 
 
-def open_candidates(paths: Sequence[Path], options: Options, watch: Watch | None = None) -> Discovered:
-    """Open the candidates under ``paths``.
-
-    With ``skip_bad`` every candidate is read completely before any is used, so that no damage is found after the
-    candidates have been chosen.
-
-    Raises:
-        InputError: if there are no candidates, or one is bad and ``skip_bad`` is not set.
-    """
+def _open_candidates(paths: Sequence[Path], options: Options, watch: Watch | None) -> Discovered:
+    """Open the candidates; with ``skip_bad`` each is read completely, so that no damage is found after the choice."""
     if options.wait_stable is not None:
-        stability.wait(paths, options.window, options.wait_stable, watch)
+        stability.wait(paths, options, options.wait_stable, watch)
     manifest, checked = Manifest(), 0
 
     def check(checkpoint: Checkpoint) -> None:
@@ -201,7 +193,7 @@ def open_candidates(paths: Sequence[Path], options: Options, watch: Watch | None
                 watch("checking candidates", checked, checked, {})
 
     found = discover(
-        paths, options.window, options.key, bad="skip" if options.skip_bad else "refuse", check=check,
+        paths, options, options.key, bad="skip" if options.skip_bad else "refuse", check=check,
         allow_nonfinite=options.allow_nonfinite,
     )  # fmt: skip
     unstable = () if options.wait_stable is not None else stability.warnings(found.checkpoints)

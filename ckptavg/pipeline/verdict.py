@@ -14,7 +14,7 @@ from ckptavg.strategies.swa import SWA
 
 if TYPE_CHECKING:
     from ckptavg.objective.evaluator import Evaluator
-    from ckptavg.options import Options
+    from ckptavg.pipeline.session import Session
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,18 @@ class Verdict:
     replaced: bool = False
 
 
-def judge(evaluator: Evaluator, selection: Coefficients, options: Options) -> Verdict:
+def judge(this: Session, evaluator: Evaluator, selection: Coefficients) -> Verdict:
     """Score the selection, every candidate alone, and unless disabled last, SWA and LAWA with as many candidates.
 
-    All scores are of exact averages, whatever the precision of the search.
+    All scores are of exact averages, whatever the precision of the search. ``--never-worse`` replaces the selection by
+    the best single candidate if that scores higher.
 
-    Args:
-        evaluator: scores mixtures; cached scores cost nothing.
-        options: ``never_worse`` replaces the selection by the best single candidate if that scores higher.
     Raises:
         TaskError: if the coefficients to write have no valid score, or no single candidate has one.
     """
+    options, n = this.options, evaluator.n
     if not (options.baselines or options.never_worse):
         return Verdict(selection, verdict="Not compared with anything (--no-baselines).")
-    n = evaluator.n
     alone = [Coefficients.uniform([i], n) for i in range(n)]
     evaluator.prefetch(alone, evaluator.scored_on, exact=True)
     singles: list[Score] = []
@@ -59,20 +57,15 @@ def judge(evaluator: Evaluator, selection: Coefficients, options: Options) -> Ve
         rivals |= {name: strategy.coefficients(n) for name, strategy in plain.items()}
     for split in evaluator.splits:
         evaluator.prefetch([*rivals.values(), selection], split, exact=True)
-    baselines: dict[str, Mapping[Split, Score]] = {
-        name: {split: evaluator.exact_score(coefficients, split) for split in evaluator.splits}
-        for name, coefficients in rivals.items()
-    }
+    baselines = {name: scores_of(coefficients, evaluator) for name, coefficients in rivals.items()}
     chosen = evaluator.exact_score(selection, evaluator.scored_on)
-    step = evaluator.step(best)
-    worse = chosen.value < singles[best].value
-    if not (worse and options.never_worse):
-        valid(chosen)
+    step, worse = this.checkpoints[best].step, chosen.value < singles[best].value
     figures = f"{_figure(chosen)}, the best single candidate (step {step}) {_figure(singles[best])}"
     if worse and options.never_worse:
         verdict = f"The selection scores below a single candidate: {figures}. That checkpoint was written instead."
-        baselines["selection"] = {split: evaluator.exact_score(selection, split) for split in evaluator.splits}
+        baselines["selection"] = scores_of(selection, evaluator)
         return Verdict(alone[best], singles, baselines, step, verdict, worse, replaced=True)
+    valid(chosen)
     if worse:
         verdict = f"WORSE than a single candidate: the selection scores {figures}. --never-worse would write that one."
     elif chosen.value == singles[best].value:
@@ -83,6 +76,11 @@ def judge(evaluator: Evaluator, selection: Coefficients, options: Options) -> Ve
     if plain := [name for name in above if name not in ("best", "last")]:
         verdict += f" Plain {' and '.join(plain)} scored higher than the selection, without any search."
     return Verdict(selection, singles, baselines, step, verdict, worse)
+
+
+def scores_of(coefficients: Coefficients, evaluator: Evaluator) -> Mapping[Split, Score]:
+    """Return the exact scores on the evaluator's splits."""
+    return {split: evaluator.exact_score(coefficients, split) for split in evaluator.splits}
 
 
 def _figure(score: Score) -> str:

@@ -18,20 +18,20 @@ from ckptavg.filesystem.atomic import flush_folder
 from ckptavg.filesystem.sha256 import hash_while_reading
 from ckptavg.journal.tensor_json import raw
 from ckptavg.objective import Strategy
-from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
 from ckptavg.output import hugging_face_folder, provenance
 from ckptavg.output.dcp_folder import DcpFolder
 from ckptavg.output.safetensors_file import SafetensorsFile
 from ckptavg.output.sharded_files import ShardedFiles, split_names
+from ckptavg.pipeline.session import Session
 from ckptavg.readers import StoredTensor
 from ckptavg.report.result import Output
-from ckptavg.runtime.progress import Watch
+from ckptavg.runtime.progress import Progress
 from ckptavg.runtime.threads import processors
 from ckptavg.score import Score, Split
 from ckptavg.strategies import name_of
 
-MEGABYTE: Final = 10**6
+_MEGABYTE: Final = 10**6
 _File: TypeAlias = SafetensorsFile | ShardedFiles | DcpFolder
 
 
@@ -45,25 +45,13 @@ class WrittenOutput:
     notes: Sequence[str] = ()
 
 
-def write_output(
-    checkpoints: Sequence[Checkpoint],
-    coefficients: Coefficients,
-    strategy: Strategy,
-    options: Options,
-    evaluator: Evaluator | None,
-    watch: Watch | None,
-) -> WrittenOutput:
-    """Write the average of ``checkpoints`` to the destination in ``options``, completely or not at all.
+def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) -> WrittenOutput:
+    """Write the average that ``strategy`` chose to the run's destination, completely or not at all.
 
     It is streamed into a temporary file next to the destination, which is renamed once it is complete and scored. In a
     directory the model's files are renamed last, so that a killed run leaves nothing that looks like a model.
-
-    Args:
-        checkpoints: all candidates, open.
-        strategy: the one that found the coefficients, for the metadata.
-        evaluator: scores the file; None without a task.
     """
-    workers = options.workers
+    checkpoints, evaluator, options, workers = this.checkpoints, this.evaluator, this.options, this.run.workers
     workers.check_equal("coefficients", coefficients, "does the task depend on the rank?")
     plan = plan_output(
         checkpoints, coefficients, dtype=options.dtype, mode=options.adapter, rank=options.rank, workers=workers
@@ -91,10 +79,10 @@ def write_output(
         _open_output(path, specs, describe(lambda _: placeholder), options, checkpoints[0]) as out,
         hash_while_reading(files, min(torch.get_num_threads(), processors())) as digest,
     ):
-        _stream(plan, out, watch)
+        _stream(plan, out, this.run.progress)
         out.barrier()
         if evaluator:
-            state = evaluator.load_output(coefficients, specs, out.read_into)
+            state = evaluator.load_output(specs, out.read_into)
             for name in recomputed if workers.is_rank_zero else ():
                 out.write(name, 0, memoryview(raw(state[name].to(TORCH[specs[name].dtype]))))
             scores = {split: evaluator.score_output(coefficients, split) for split in evaluator.splits}
@@ -119,13 +107,12 @@ def write_output(
     return WrittenOutput(output=output, scores=scores, copied=copied, notes=plan.notes)
 
 
-def _stream(plan: PlannedOutput, out: _File, watch: Watch | None) -> None:
+def _stream(plan: PlannedOutput, out: _File, progress: Progress) -> None:
     done, total = 0, sum(spec.nbytes for spec in plan.specs.values())
     for name, offset, data in plan.parts:
         out.write(name, offset, data)
         done += len(data)
-        if watch:
-            watch("averaging, MB", done // MEGABYTE, -(-total // MEGABYTE), {})
+        progress("averaging, MB", done // _MEGABYTE, -(-total // _MEGABYTE))
 
 
 def _open_output(

@@ -62,7 +62,7 @@ def soups(folder: Path, device: torch.device, now: Clock, rounds: int) -> None:
         task = Task(tokens)
         mixture = Mixture(task, files, Run(device=device))  # pyright: ignore
         mixture.mixed.candidates.materialize(mixture.losses.uniform())
-        forward = measured(lambda: mixture.evaluate("val", "it"), now, rounds)
+        forward = measured(lambda: mixture.scoring.evaluate("val", "it"), now, rounds)
         print(f"N = {n}, soups of {n // 2} to {n}, D = {sum(w.numel() for w in mixture.mixed.model.parameters()):,}")
         print("                                     ms  of the processor  of an evaluation of one batch")
         print(f"evaluating 4,096 tokens        {1000 * forward.clock:8.1f}  {1000 * forward.processor:16.1f}")

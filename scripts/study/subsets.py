@@ -57,7 +57,7 @@ def figure(mixture: Mixture, job: Job, coefficients: Coefficients) -> float:
         return mixture.score(coefficients, "test").value
     row_GN = mixture.losses.uniform().new_tensor(coefficients.values)
     mixture.mixed.candidates.materialize(row_GN, EVERYTHING)
-    mixture.recompute_batchnorm()
+    mixture.scoring.recompute_batchnorm()
     return job.figure(mixture.mixed.model)
 
 

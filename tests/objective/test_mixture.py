@@ -211,7 +211,7 @@ def test_a_nonfinite_score_names_the_mixture(checkpoints: tuple[Checkpoint, ...]
     assert re.fullmatch(f"the mixture of steps 0, 2: {reason}", both.invalid)
     assert alone.value == both.value == -float("inf")
     with pytest.raises(TaskError, match=f"^toy: the average: {reason}"):
-        mixture.evaluate("val", "the average")
+        mixture.scoring.evaluate("val", "the average")
 
 
 def test_progress_is_throttled_but_always_reported_at_the_end(checkpoints: tuple[Checkpoint, ...]):

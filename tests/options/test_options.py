@@ -18,7 +18,7 @@ from conftest import Run
 import ckptavg
 from ckptavg.declaration import PANELS, declared
 from ckptavg.errors import UsageError
-from ckptavg.options import Options, shared
+from ckptavg.options import Options
 from ckptavg.options.search import SearchOptions
 from ckptavg.options.task import TaskOptions
 
@@ -72,10 +72,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_option_is_tried_below():
-    names = [option.name for option in shared()]
+    names = [option.name for option in declared(Options)]
     assert sorted([*FREE, *REFUSED, *STORED]) == sorted(names) and len(set(names)) == len(names)
     compared_by_content = {"task", *DATA, "last", "precision"}
-    for option in shared():
+    for option in declared(Options):
         changes = option.name in {*REFUSED, *STORED} - compared_by_content
         assert option.help.changes_measurements == changes, option.name
         assert option.help.panel in PANELS
@@ -189,6 +189,6 @@ def test_an_option_is_validated_where_it_is_declared(option: Any):
 
 
 def test_docstrings_and_signatures_have_every_option():
-    for option in shared():
+    for option in declared(Options):
         assert option.name in inspect.signature(ckptavg.twa).parameters
         assert f"\n    {option.name}: {option.help.text[:20]}" in str(ckptavg.twa.__doc__), option.name

@@ -173,13 +173,12 @@ def test_dry_run_names_the_strategies(digits: Path, run: Run, tmp_path: Path):
 
 def test_progress_names_the_running_strategy(digits: Path, tmp_path: Path):
     stages: list[str] = []
-    from ckptavg.checkpoints.window import Window
     from ckptavg.options import Options
     from ckptavg.pipeline.comparison import compare
 
     with torch.random.fork_rng():
         compare(
-            [digits], Options(task=str(TASK), output=tmp_path / "x", window=Window(last=3)),
+            [digits], Options(task=str(TASK), output=tmp_path / "x", last=3),
             lambda stage, *_: stages.append(stage), names=["swa", "soup"],
         )  # fmt: skip
     assert any("soup: growing the soup" in stage for stage in stages)

@@ -159,7 +159,7 @@ def test_stopping_early_changes_no_decision_and_saves_batches(
     found: list[tuple[Any, int]] = []
     for early in (False, True):
         with jobs["mlp"].mixture() as mixture:
-            shuffled = [mixture.checkpoints[i] for i in order]
+            shuffled = [mixture.mixed.checkpoints[i] for i in order]
             mixture = type(mixture)(mixture.task, shuffled, mixture.run)
             learned = ASWA(tolerance=tolerance, hard_updates=hard, early_reject=early).learn(mixture)
             found.append(((learned.coefficients, learned.columns["decision"]), mixture.cost().forward_batches))

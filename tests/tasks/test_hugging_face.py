@@ -389,8 +389,8 @@ def test_a_run_of_checkpoints_is_scored_by_the_mean_loss(root: Path, texts: Path
         mixture = Mixture(task, found.checkpoints, Run(device=torch.device("cpu")))
         loss = mixture.losses.loss(torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True))
         loss.backward()
-        mixture.load(found.checkpoints[1].tensors, found.checkpoints[1].read_into)
-        assert mixture.evaluate("val", "the last").loss == pytest.approx(expected, abs=ROUNDING)
+        mixture.mixed.candidates.load(found.checkpoints[1].tensors, found.checkpoints[1].read_into)
+        assert mixture.scoring.evaluate("val", "the last").loss == pytest.approx(expected, abs=ROUNDING)
 
 
 @pytest.fixture
@@ -425,8 +425,8 @@ def test_only_the_adapter_of_a_peft_model_is_state_and_trainable(root: Path, ada
     expected = float(measured(task, last).double().mean())
     with discover([adapters], Window()) as found:
         mixture = Mixture(task, found.checkpoints, Run(device=torch.device("cpu")))
-        mixture.load(found.checkpoints[1].tensors, found.checkpoints[1].read_into)
-        assert mixture.evaluate("val", "the last").loss == pytest.approx(expected, abs=ROUNDING)
+        mixture.mixed.candidates.load(found.checkpoints[1].tensors, found.checkpoints[1].read_into)
+        assert mixture.scoring.evaluate("val", "the last").loss == pytest.approx(expected, abs=ROUNDING)
 
 
 def broken(root: Path, tmp_path: Path, **changes: Any) -> Path:
