@@ -14,7 +14,7 @@ from ckptavg.tasks import Task
 from ckptavg.tasks import batch as batches
 
 
-class HeldOut:
+class HeldOut(Task):
     """Task with a fraction of the examples of ``split`` moved to the split ``to``.
 
     The side of each example is decided by a hash of its content and the seed, so the same example is always on the
@@ -34,12 +34,8 @@ class HeldOut:
         self._threshold = int(fraction * 2**64)
         self._key = f"{to} {seed}".encode()  # a second division must be independent of the first
         self._hash_sum: int | None = None  # of all examples of the first complete pass
-        self.source = task.source
-        self.metric = task.metric
-        self.metric_goal = task.metric_goal
-        self.metric_bounds = task.metric_bounds
-        self.corpus = task.corpus
-        self.whole = task.whole
+        self.source, self.corpus, self.whole = task.source, task.corpus, task.whole
+        self.metric, self.metric_goal, self.metric_bounds = task.metric, task.metric_goal, task.metric_bounds
 
     def model(self) -> nn.Module:
         """See `Task.model`."""
@@ -95,10 +91,6 @@ class HeldOut:
     def examples(self, split: Split) -> int | None:
         """See `Task.examples`; None for a part, whose size is unknown before it is read."""
         return None if split in self._sides else self._task.examples(split)
-
-    def halve(self) -> bool:
-        """See `Task.halve`; always False, since the division depends on the batches staying the same."""
-        return False
 
     def length(self, split: Split) -> int | None:
         """See `Task.length`."""

@@ -20,6 +20,7 @@ from ckptavg.filesystem.regular_file import is_file
 from ckptavg.runtime.seeds import seed_loader
 from ckptavg.runtime.threads import affinity, processors, quota
 from ckptavg.score import Split
+from ckptavg.tasks import Task
 from ckptavg.tasks.failure import task_error
 from ckptavg.tasks.guard import Guard
 from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
@@ -28,7 +29,7 @@ from ckptavg.tasks.worker_sampler import rank_loader, without_distributed_sample
 _BATCH_FUNCTIONS: Final = ("loss", "metric", "predict")
 
 
-class PythonTask:
+class PythonTask(Task):
     """Task whose functions come from a Python file or module; docs/scoring.md names them.
 
     Attributes:
@@ -53,9 +54,6 @@ class PythonTask:
             self._function(name)
         if not self.has("val") and not self.has("train"):
             self._function("val_dataloader")
-        self.metric: Callable[[nn.Module, Any], Tensor] | None = None
-        self.corpus: Callable[[], CorpusMetric] | None = None
-        self.whole = None
         metric: Any = getattr(self._module, "metric", None)
         if is_torchmetric(metric):
             has_predict = getattr(self._module, "predict", None) is not None
@@ -64,7 +62,7 @@ class PythonTask:
             self.corpus()  # raises here if the metric cannot be used
         elif metric is not None:
             self.metric = partial(self._metric, self._function("metric"))
-        self.metric_goal: str = self._goal(metric)
+        self.metric_goal = self._goal(metric)
         self.metric_bounds = self._bounds()
         self._loss = self._function("loss")
         self._loaders: dict[Split, Any] = {}
@@ -140,10 +138,6 @@ class PythonTask:
         """See `Task.examples`."""
         dataset = getattr(self._loader(split), "dataset", None) if self.has(split) else None
         return len(dataset) if hasattr(dataset, "__len__") else None  # pyright: ignore[reportArgumentType]
-
-    def halve(self) -> bool:
-        """See `Task.halve`; always False, since the task file sets the batch size."""
-        return False
 
     def length(self, split: Split) -> int | None:
         """See `Task.length`."""

@@ -5,7 +5,7 @@ Nothing is downloaded, and model code in the directory runs only with ``trust_re
 Shape suffixes: B = examples, T = tokens of the longest example, V = tokens of the vocabulary, or classes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ckptavg.errors import InputError, TaskError
 from ckptavg.score import Split
+from ckptavg.tasks import Task
 from ckptavg.tasks.hugging_face import data_files
 from ckptavg.tasks.hugging_face.architecture import WRITE_ONE, ModelFolder, translate_errors
 from ckptavg.tasks.hugging_face.data_files import DataFile
@@ -25,7 +26,7 @@ AUTOMATIC: Final = 32  # examples per batch, if no batch size is given
 _MAX_CACHED: Final = 2 << 30  # bytes of processed images to keep in memory
 
 
-class HuggingFaceTask:
+class HuggingFaceTask(Task):
     """Language modelling or classification, chosen by the architecture in config.json and the columns of the data.
 
     =========================  =======================  ==========================================================
@@ -61,10 +62,6 @@ class HuggingFaceTask:
         TaskError: if the directory does not hold one of these models, or the columns do not match it.
     """
 
-    metric_goal = "max"
-    corpus = None
-    whole = None
-
     def __init__(
         self, folder: Path, *, val: Path, train: Path | None = None, test: Path | None = None,
         batch_size: int | None = 8, trust_remote_code: bool = False,
@@ -85,8 +82,6 @@ class HuggingFaceTask:
                 raise TaskError("its tokenizer has no mask token", path=folder, hint=WRITE_ONE)
             limit = max_tokens(self._config.get_text_config(), self._processor)
             self._tokens = Tokens(tokenizer=self._processor, limit=limit)
-        self.metric: Callable[[nn.Module, Any], Tensor] | None = None
-        self.metric_bounds: tuple[float, float] | None = None
         if self._kind.name in ("text", "image"):
             if self._config.num_labels < 2:
                 raise TaskError("is a classifier with one class", path=folder, hint=WRITE_ONE)
