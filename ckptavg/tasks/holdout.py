@@ -19,7 +19,8 @@ class HeldOut(Task):
 
     The side of each example is decided by a hash of its content and the seed, so the same example is always on the
     same side, however a loader shuffles, and equal examples are never divided. Examples that differ from pass to pass
-    (padded to a shuffled batch, randomly transformed) could change sides, which is a TaskError.
+    (padded to a shuffled batch, randomly transformed) could change sides, which is a TaskError; for the same reason
+    batches are not halved.
 
     Args:
         rest: name of the split of the remaining examples.
@@ -77,11 +78,11 @@ class HeldOut(Task):
                 except TypeError as error:
                     raise self._indivisible(str(error)) from error
                 yield part
-        if self._hash_sum is None:
-            self._hash_sum = total
-        elif self._hash_sum != total:
-            reason = "its examples differ from pass to pass (padded to a shuffled batch, or transformed)"
-            raise self._indivisible(reason)
+        self._hash_sum = total if self._hash_sum is None else self._hash_sum
+        if self._hash_sum != total:
+            raise self._indivisible(
+                "its examples differ from pass to pass (padded to a shuffled batch, or transformed)"
+            )
 
     def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]] | None:
         """Return the task's own `turns`; None for a divided split, of which every rank must hash all batches."""
@@ -89,7 +90,7 @@ class HeldOut(Task):
         return None if split in self._sides or turns is None else turns(split, rank, world)
 
     def examples(self, split: Split) -> int | None:
-        """See `Task.examples`; None for a part, whose size is unknown before it is read."""
+        """See `Task.examples`; the size of a part is unknown before it is read."""
         return None if split in self._sides else self._task.examples(split)
 
     def length(self, split: Split) -> int | None:
@@ -102,12 +103,11 @@ class HeldOut(Task):
         digests = [hashlib.blake2b(key=self._key, digest_size=8) for _ in range(size)]
         empty = digests[0].digest() if digests else b""
         for leaf in batches.leaves(batch):
-            if isinstance(leaf, Tensor):
-                if leaf.ndim and leaf.shape[0] == size:
-                    data = memoryview(raw(leaf))
-                    row = len(data) // size
-                    for i, digest in enumerate(digests):
-                        digest.update(data[i * row : (i + 1) * row])
+            if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == size:
+                data = memoryview(raw(leaf))
+                row = len(data) // size
+                for i, digest in enumerate(digests):
+                    digest.update(data[i * row : (i + 1) * row])
             elif isinstance(leaf, list | tuple) and len(leaf) == size:
                 for digest, item in zip(digests, leaf, strict=True):
                     digest.update(repr(item).encode())

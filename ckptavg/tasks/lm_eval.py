@@ -64,7 +64,7 @@ class LmEvalTask(Task):
         self._tasks: dict[str, Any] = {}
         self._lm: Any = None
         self._folder = ModelFolder(folder, trust=trust_remote_code)
-        self._tokenizer = self._folder.tokenizer()
+        self._tokenizer = self._folder.processor()
 
     def model(self) -> nn.Module:
         """See `Task.model` and `ModelFolder.build`."""

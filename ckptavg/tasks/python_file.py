@@ -50,8 +50,7 @@ class PythonTask(Task):
         self._at = ""  # the batch being used, for errors
         with self._translate_errors(None, thorough=True):
             self._module = _import(source)
-        for name in ("model", "loss"):
-            self._function(name)
+        self._model, self._loss = self._function("model"), self._function("loss")
         if not self.has("val") and not self.has("train"):
             self._function("val_dataloader")
         metric: Any = getattr(self._module, "metric", None)
@@ -64,13 +63,12 @@ class PythonTask(Task):
             self.metric = partial(self._metric, self._function("metric"))
         self.metric_goal = self._goal(metric)
         self.metric_bounds = self._bounds()
-        self._loss = self._function("loss")
         self._loaders: dict[Split, Any] = {}
         self._rank_loaders: dict[Split, tuple[Any, Any]] = {}  # of `turns`, cached: a process's rank does not change
 
     def model(self) -> nn.Module:
         """See `Task.model`."""
-        model = self._call("model", self._function("model"))
+        model = self._call("model", self._model)
         if not isinstance(model, nn.Module):
             raise TaskError(f"model() must return a torch.nn.Module, not {type(model).__name__}", path=self.source)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -130,7 +128,10 @@ class PythonTask(Task):
                 except StopIteration:
                     return
                 except Exception:
-                    _stop_workers(batches)
+                    # the traceback keeps a DataLoader's iterator alive, and until it is freed torch's SIGCHLD handler
+                    # raises errors about a dead worker in unrelated code, or in this call
+                    with suppress(AttributeError, RuntimeError):
+                        batches._shutdown_workers()  # pyright: ignore
                     raise
             yield batch
 
@@ -216,18 +217,6 @@ class PythonTask(Task):
                 raise
             at = self._at if name in _BATCH_FUNCTIONS or (name and self._at.endswith(name)) else ""
             raise task_error(self.source, name, at, error, self._guard.seconds) from error
-
-
-def _stop_workers(batches: Any) -> None:
-    """Stop the worker processes of a DataLoader iterator that failed.
-
-    The traceback keeps the iterator alive, and until it is freed torch's SIGCHLD handler raises errors about a dead
-    worker in unrelated code.
-    """
-    shutdown = getattr(batches, "_shutdown_workers", None)
-    if callable(shutdown):
-        with suppress(RuntimeError):  # raised by that handler
-            shutdown()
 
 
 def _import(source: str) -> ModuleType:

@@ -16,7 +16,7 @@ from ckptavg.runtime import version
 from ckptavg.score import PerExample, Score
 
 COST = Cost(forward_batches=4, backward_batches=2, evaluations=3, seconds=1.23456, epochs=None, epochs_of="train")
-EACH = PerExample(values_U=torch.ones(2), losses_U=torch.ones(2), examples_U=torch.ones(2))
+EACH = PerExample(values_U=torch.ones(2), examples_U=torch.ones(2))
 GOOD = Score(value=0.5, loss=0.25, metric=0.5, examples=2, per_example=EACH, resampled=lambda _: 0.0, batches=30)
 BAD = Score(value=-math.inf, loss=math.nan, metric=None, examples=None, invalid="loss is nan")
 COST_JSON = {"forward_batches": 4, "backward_batches": 2, "evaluations": 3, "seconds": 1.235, "epochs": None,

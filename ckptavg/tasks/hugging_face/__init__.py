@@ -74,10 +74,8 @@ class HuggingFaceTask(Task):
         self._folder = ModelFolder(folder, trust=trust_remote_code)
         self._kind, self._config = self._folder.kind, self._folder.config
         self._columns = {split: self._matching_columns(data) for split, data in self._data.items()}
-        if self._kind.name == "image":
-            self._processor = self._folder.image_processor()
-        else:
-            self._processor = self._folder.tokenizer()
+        self._processor = self._folder.processor(image=self._kind.name == "image")
+        if self._kind.name != "image":
             if self._kind.name == "masked" and self._processor.mask_token_id is None:
                 raise TaskError("its tokenizer has no mask token", path=folder, hint=WRITE_ONE)
             limit = max_tokens(self._config.get_text_config(), self._processor)
@@ -111,9 +109,10 @@ class HuggingFaceTask(Task):
 
     def halve(self) -> bool:
         """See `Task.halve`; applies to a pass in progress too, and returns False if the batch size was given."""
-        halved = self._may_halve and self._batch_size > 1
-        self._batch_size = self._batch_size // 2 if halved else self._batch_size
-        return halved
+        if not self._may_halve or self._batch_size == 1:
+            return False
+        self._batch_size //= 2
+        return True
 
     def has(self, split: Split) -> bool:
         """See `Task.has`."""
@@ -158,7 +157,7 @@ class HuggingFaceTask(Task):
         with translate_errors(self.source, "metric"):
             last, self._forwarded = self._forwarded, None
             same = last is not None and last[0] is model and last[1] is batch
-            logits = last[2] if last is not None and same else self._logits(model, batch)
+            logits = last[2] if last and same else self._logits(model, batch)
             return (logits.argmax(dim=-1) == batch["labels"]).float()
 
     def _logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
