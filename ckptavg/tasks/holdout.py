@@ -30,6 +30,7 @@ class HeldOut(Task):
 
     def __init__(self, task: Task, split: Split, *, rest: Split, to: Split, fraction: float, seed: int) -> None:
         self._task = task
+        self.notes: Sequence[str] = getattr(task, "notes", ())  # a list that grows
         self._split: Split = split
         self._sides: dict[Split, bool] = {rest: False, to: True}
         self._threshold = int(fraction * 2**64)
@@ -45,11 +46,6 @@ class HeldOut(Task):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """See `Task.loss`."""
         return self._task.loss(model, batch)
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """See `ckptavg.tasks.python_file.PythonTask`."""
-        return getattr(self._task, "notes", ())
 
     def divides(self, split: Split) -> bool:
         """Return whether ``split`` is one of the two parts."""

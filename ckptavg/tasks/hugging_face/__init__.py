@@ -213,13 +213,9 @@ class HuggingFaceTask(Task):
 
     def _matching_columns(self, data: DataFile) -> tuple[str, ...]:
         """Return the columns of ``data`` that this architecture learns from."""
-        available = list(data.rows[0])
         for columns in self._kind.columns:
-            if set(columns) <= set(available):
+            if set(columns) <= set(data.rows[0]):
                 return columns
-        raise TaskError(
-            f"has the columns {', '.join(available) or '(none)'}, but {self._config.architectures[0]} learns from "
-            + ", or ".join(" and ".join(columns) for columns in self._kind.columns),
-            path=data.path,
-            hint="rename the columns, or " + WRITE_ONE,
-        )
+        available, needed = ", ".join(data.rows[0]), ", or ".join(map(" and ".join, self._kind.columns))
+        message = f"has the columns {available or '(none)'}, but {self._config.architectures[0]} learns from {needed}"
+        raise TaskError(message, path=data.path, hint=f"rename the columns, or {WRITE_ONE}")
