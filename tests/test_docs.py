@@ -22,7 +22,7 @@ from ckptavg.cli.app import app
 from ckptavg.errors import CkptavgError
 from ckptavg.options import config_file
 from ckptavg.pipeline.comparison import DEFAULT
-from ckptavg.report.as_json import comparison_to_dict, landscape_to_dict, to_dict
+from ckptavg.report.as_json import to_dict
 from ckptavg.report.result import Comparison, Landscape, Result
 from ckptavg.strategies import strategies
 from ckptavg.surrogate import Surrogate
@@ -175,7 +175,7 @@ def test_every_key_of_a_report_is_in_the_reference():
     landscape = Landscape(
         surrogate=q, eigenvalues=(), predicted=(), measured=(), spearman=0.0, r_squared=0.0, steps=(), plane=None
     )
-    for key in {**to_dict(result), **comparison_to_dict(comparison), **landscape_to_dict(landscape)}:
+    for key in {**to_dict(result), **to_dict(comparison), **to_dict(landscape)}:
         assert f"`{key}`" in listed, key
 
 

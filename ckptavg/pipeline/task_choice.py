@@ -81,7 +81,7 @@ def build_task(options: Options, folder: Path) -> Task:
             trust_remote_code=options.trust_remote_code,
         )
     if options.lm_eval is not None:
-        from ckptavg.tasks.lm_eval.task import LmEvalTask
+        from ckptavg.tasks.lm_eval import LmEvalTask
 
         names = [name.strip() for name in options.lm_eval.split(",") if name.strip()]
         return LmEvalTask(

@@ -13,9 +13,20 @@ from ckptavg.runtime import version
 from ckptavg.score import Score
 
 
-def to_dict(result: Result) -> dict[str, Any]:
-    """Convert a report to values of JSON: the fields of `Result` in their order, as listed in docs/reference.md."""
-    data = plain(result)
+def to_dict(report: Result | Comparison | Landscape) -> dict[str, Any]:
+    """Convert a report to values of JSON, as listed in docs/reference.md: the fields of `Result` in their order.
+
+    A comparison is the winner's report, with every contestant under ``strategies``.
+    """
+    if isinstance(report, Landscape):
+        return _landscape(report)
+    if isinstance(report, Comparison):
+        strategies = [
+            {"over_last" if name == "gains" else name: value for name, value in plain(contestant).items()}
+            for contestant in report.contestants
+        ]
+        return {**to_dict(report.result), "winner": report.winner, "strategies": strategies}
+    data = plain(report)
     del data["scored_on"]
     data["scores"]["baselines"] = data.pop("baselines")
     for candidate in data["candidates"]:
@@ -24,17 +35,7 @@ def to_dict(result: Result) -> dict[str, Any]:
     return {**run, "version": version.own(), **data}
 
 
-def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
-    """Convert a comparison: the winner's report, plus every contestant under ``strategies``."""
-    strategies = [
-        {"over_last" if name == "gains" else name: value for name, value in plain(contestant).items()}
-        for contestant in comparison.contestants
-    ]
-    return {**to_dict(comparison.result), "winner": comparison.winner, "strategies": strategies}
-
-
-def landscape_to_dict(landscape: Landscape) -> dict[str, Any]:
-    """Convert a landscape to values of JSON."""
+def _landscape(landscape: Landscape) -> dict[str, Any]:
     q, plane = landscape.surrogate, landscape.plane
     data = {
         "steps": landscape.steps,
@@ -56,23 +57,17 @@ def landscape_to_dict(landscape: Landscape) -> dict[str, Any]:
 
 def to_json(report: Result | Comparison | Landscape) -> str:
     """Format a report as JSON text."""
-    if isinstance(report, Landscape):
-        data = landscape_to_dict(report)
-    else:
-        data = comparison_to_dict(report) if isinstance(report, Comparison) else to_dict(report)
-    return json.dumps(data, indent=2, ensure_ascii=True, allow_nan=False)
+    return json.dumps(to_dict(report), indent=2, allow_nan=False)
 
 
 def plain(value: Any) -> Any:
     """Convert dataclasses to dictionaries by field, and what they hold to values of JSON; None for NaN and infinity."""
     if isinstance(value, Score):  # its values per example stay out
-        figures = {"loss": value.loss, "metric": value.metric, "examples": value.examples}
-        value = {**figures, "invalid": value.invalid} if value.invalid else figures
+        names = ("loss", "metric", "examples", *(("invalid",) if value.invalid else ()))
+        value = {name: getattr(value, name) for name in names}
     elif isinstance(value, Gain):
-        value = {
-            "value": value.value, "low": value.low, "high": value.high, "separated": value.separated,
-            "units": value.units, "paired": value.paired,
-        }  # fmt: skip
+        names = ("value", "low", "high", "separated", "units", "paired")
+        value = {name: getattr(value, name) for name in names}
     elif isinstance(value, Cost):
         value = {**vars(value), "seconds": round(value.seconds, 3)}
     elif is_dataclass(value):

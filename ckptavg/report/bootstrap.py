@@ -35,10 +35,8 @@ def gain(score: Score, reference: Score, *, seed: int = 0) -> Gain:
     paired = True
     if score.resampled is not None and reference.resampled is not None and score.batches >= FEWEST:
         units = score.batches
-        gains: list[float] = []
-        for _ in range(CORPUS_RESAMPLES):
-            drawn: list[int] = torch.randint(units, (units,), generator=generator).tolist()
-            gains.append(score.resampled(drawn) - reference.resampled(drawn))
+        draws = [torch.randint(units, (units,), generator=generator).tolist() for _ in range(CORPUS_RESAMPLES)]
+        gains = [score.resampled(drawn) - reference.resampled(drawn) for drawn in draws]
         gains_R = torch.tensor(gains, dtype=torch.float64)
     elif score.resampled is not None or own is None or other is None or len(own.values_U) < FEWEST:
         return Gain(value=value, low=None, high=None, units=0)

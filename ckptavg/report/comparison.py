@@ -15,19 +15,14 @@ def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
     contestants = comparison.contestants
     judged, score = list(contestants[0].scores.items())[-1]
     gain = contestants[0].gains[judged]
-    yield _table(comparison)
-    yield Text()
-    yield Text(comparison.result.verdict, style="bold")
+    yield from (_table(comparison), Text(), Text(comparison.result.verdict, style="bold"))
     legend = f"over last: on {judged} data"
     if gain.low is None:
         yield Text(f"{legend}; an interval needs a loss or metric for each of at least 20 examples.", style="dim")
         return
-    yield Text(
-        f"{legend}, in brackets the paired-bootstrap 95 % interval over {gain.units:,} "
-        f"{'examples' if gain.units == score.examples else 'batches'}; "
-        "≈ marks a difference whose interval includes zero.",
-        style="dim",
-    )
+    units = f"{gain.units:,} {'examples' if gain.units == score.examples else 'batches'}"
+    interval = f"in brackets the paired-bootstrap 95 % interval over {units}"
+    yield Text(f"{legend}, {interval}; ≈ marks a difference whose interval includes zero.", style="dim")
     if not all(contestant.gains[judged].paired for contestant in contestants):
         yield Text("The loader changes the order of its examples between passes: not paired.", style="yellow")
     yield Text("epochs and seconds: cost of the search, as if the strategy had run alone.", style="dim")

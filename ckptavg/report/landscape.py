@@ -25,8 +25,7 @@ def render(landscape: Landscape) -> Iterator[RenderableType]:
     fit = f"Spearman {landscape.spearman:.3f}, R² {landscape.r_squared:.3f}"
     yield Text(f"on {len(landscape.measured)} random mixtures: {fit}", style="bold")
     if plane is not None:
-        yield Text()
-        yield _map(plane)
+        yield from (Text(), _map(plane))
     if output is not None:
         yield Text(f"wrote {output.path}: {output.bytes:,} bytes", style="dim")
 
@@ -51,9 +50,8 @@ def draw(plane: Plane, path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure: Any
-    axes: Any
-    figure, axes = pyplot.subplots(figsize=(6, 5), layout="constrained")
+    subplots: Any = pyplot.subplots
+    figure, axes = subplots(figsize=(6, 5), layout="constrained")
     filled = axes.contourf(plane.u, plane.v, plane.losses, levels=20, cmap="viridis_r")
     axes.contour(plane.u, plane.v, plane.losses, levels=20, colors="black", linewidths=0.3)
     for name, (u, v) in zip(plane.names, ((0, 0), (1, 0), (0, 1)), strict=True):

@@ -107,8 +107,7 @@ class Gain:
 
     Attributes:
         value: difference of the means.
-        low: lower end of its paired-bootstrap 95 % interval, None if there is nothing to resample.
-        high: upper end of the interval.
+        low, high: its paired-bootstrap 95 % interval, None if there is nothing to resample.
         units: number of examples (or batches, where the task gives means only) that were resampled.
         paired: whether both scores saw the examples in the same order, so that differences could be resampled.
     """
@@ -153,8 +152,7 @@ class Comparison:
     """Result of several strategies on the same candidates.
 
     Attributes:
-        winner: name of the strategy with the highest validation score.
-        result: result of the winner.
+        winner: name of the strategy with the highest validation score; ``result`` is its.
     """
 
     contestants: Sequence[StrategyResult]
@@ -168,9 +166,7 @@ class Plane:
 
     Attributes:
         names: names of the three mixtures.
-        u: values of u, along columns.
-        v: values of v, along rows.
-        losses: one row per v.
+        losses: one row per v, one column per u.
     """
 
     names: tuple[str, str, str]
@@ -185,8 +181,7 @@ class Landscape:
 
     Attributes:
         eigenvalues: eigenvalues of the quadratic's H, ascending.
-        predicted: losses of random mixtures as the quadratic predicts them.
-        measured: measured losses of the same mixtures.
+        predicted, measured: losses of random mixtures, by the quadratic and by passes over the data.
     """
 
     surrogate: Surrogate

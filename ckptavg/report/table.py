@@ -11,10 +11,11 @@ from ckptavg.cost import Cost
 from ckptavg.errors import printable
 from ckptavg.report import landscape
 from ckptavg.report.comparison import comparison_table
-from ckptavg.report.result import CandidateResult, Comparison, Landscape, MatrixResult, Output, Result, Row
+from ckptavg.report.result import CandidateResult, Comparison, Landscape, Result, Row
 from ckptavg.score import Score, Split
 
 _BARS = "▁▂▃▄▅▆▇█"
+_KINDS = ("metric", "loss")
 
 
 def render(report: Result | Comparison | Landscape) -> Group:
@@ -29,15 +30,11 @@ def render(report: Result | Comparison | Landscape) -> Group:
 def _parts(result: Result) -> Iterator[RenderableType]:
     yield _candidates(result)
     if len(result.groups) > 1:
-        yield Text()
-        yield _blocks(result)
+        yield from (Text(), _blocks(result))
     for title, rows in result.tables.items():
-        yield Text()
-        yield _rows(title, rows)
+        yield from (Text(), _rows(title, rows))
     if result.scores:
-        yield Text()
-        yield _scores(result)
-        yield Text()
+        yield from (Text(), _scores(result), Text())
         yield Text(result.verdict, style="bold red" if result.worse else "bold")
     elif result.output:
         yield Text("Nothing was scored: there is no task (--task).", style="bold")
@@ -46,18 +43,14 @@ def _parts(result: Result) -> Iterator[RenderableType]:
     yield from _foot(result)
 
 
-def _foot(result: Result) -> Iterator[Text]:
-    """Yield the notes below the tables: data of the scores, candidate matrix, written file."""
-    lines = [*_fineprint(result)] if result.scores else []
-    lines += _matrix(result.matrix) if result.matrix else ()
-    lines += _output(result.output) if result.output else ()
-    yield from (Text(line, style="dim") for line in lines)
+def _foot(result: Result) -> list[Text]:
+    return [Text(note, style="dim") for note in _notes(result)]
 
 
 def _candidates(result: Result) -> Table:
     columns = list(dict.fromkeys(name for candidate in result.candidates for name in candidate.columns))
     scores = [candidate.score for candidate in result.candidates]
-    kinds = [kind for kind in ("metric", "loss") if any(getattr(score, kind, None) is not None for score in scores)]
+    kinds = [kind for kind in _KINDS if any(getattr(score, kind, None) is not None for score in scores)]
     table = Table(title=f"{len(result.candidates)} candidates", title_justify="left", box=None, pad_edge=False)
     for heading in ("candidate", "step", *columns, *kinds, ""):
         table.add_column(heading, justify="left" if heading in ("candidate", "") else "right", no_wrap=True)
@@ -100,7 +93,6 @@ def _blocks(result: Result) -> Table:
 
 
 def _rows(title: str, rows: Sequence[Row]) -> Table:
-    """Build one of the strategy's own tables."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in columns:
@@ -118,10 +110,7 @@ def _scores(result: Result) -> Table:
         if name.partition("-")[0] != result.strategy:  # not lawa-5 beside lawa
             rows[f"best single (step {result.best_step})" if name == "best" else name] = scores
     columns: list[tuple[Split, str]] = [
-        (split, kind)
-        for split, score in result.scores.items()
-        for kind in ("metric", "loss")
-        if getattr(score, kind) is not None
+        (split, kind) for split, score in result.scores.items() for kind in _KINDS if getattr(score, kind) is not None
     ]
     table = Table(box=None, pad_edge=False)
     table.add_column("scores", no_wrap=True)
@@ -133,33 +122,35 @@ def _scores(result: Result) -> Table:
     return table
 
 
-def _fineprint(result: Result) -> Iterator[str]:
-    if result.holdout is not None:
-        yield f"test is {result.holdout:.0%} of the validation data: chosen by a seeded hash, kept out of the search."
-    if result.scored_on == "train":
-        yield "Scored on training data: the task has no val_dataloader()."
-    elif "test" not in result.scores:
-        yield "The selection was made on this data, so its score is optimistic: use test data for an unbiased one."
-
-
-def _matrix(matrix: MatrixResult) -> Iterator[str]:
-    if matrix.group_size is not None:
-        yield (
-            f"searched at {matrix.bits} bits: the candidate matrix took {matrix.bytes:,} bytes, "
-            f"and rounding lost {matrix.error:.1%} of the candidates' differences; all scores are of exact averages"
-        )
-    if matrix.offload != "none":
-        yield f"searched with --offload {matrix.offload}: candidates streamed through buffers of {matrix.bytes:,} bytes"
-    if matrix.precision != "float32":
-        yield f"searched with --precision {matrix.precision}; all scores use the model's own precision"
-
-
-def _output(output: Output) -> Iterator[str]:
-    yield f"wrote {printable(str(output.path))}: {output.bytes:,} bytes, {output.dtype}, sha256 {output.sha256[:16]}…"
-    if output.recomputed:
-        yield f"recomputed from data: {_listing(output.recomputed)}"
-    if output.not_averaged:
-        yield f"not averaged, copied from the last selected candidate: {_listing(output.not_averaged)}"
+def _notes(result: Result) -> Iterator[str]:
+    """Yield the lines below the tables: data of the scores, candidate matrix, written file."""
+    matrix, output = result.matrix, result.output
+    if result.scores:
+        if result.holdout is not None:
+            percent = f"{result.holdout:.0%}"
+            yield f"test is {percent} of the validation data: chosen by a seeded hash, kept out of the search."
+        if result.scored_on == "train":
+            yield "Scored on training data: the task has no val_dataloader()."
+        elif "test" not in result.scores:
+            yield "The selection was made on this data, so its score is optimistic: use test data for an unbiased one."
+    if matrix:
+        size = f"{matrix.bytes:,} bytes"
+        if matrix.group_size is not None:
+            yield (
+                f"searched at {matrix.bits} bits: the candidate matrix took {size}, and rounding lost "
+                f"{matrix.error:.1%} of the candidates' differences; all scores are of exact averages"
+            )
+        if matrix.offload != "none":
+            yield f"searched with --offload {matrix.offload}: candidates streamed through buffers of {size}"
+        if matrix.precision != "float32":
+            yield f"searched with --precision {matrix.precision}; all scores use the model's own precision"
+    if output:
+        path = printable(str(output.path))
+        yield f"wrote {path}: {output.bytes:,} bytes, {output.dtype}, sha256 {output.sha256[:16]}…"
+        if output.recomputed:
+            yield f"recomputed from data: {_listing(output.recomputed)}"
+        if output.not_averaged:
+            yield f"not averaged, copied from the last selected candidate: {_listing(output.not_averaged)}"
 
 
 def _cost(cost: Cost) -> str:

@@ -1,4 +1,4 @@
-"""The algorithms: one module per strategy, named like its command, that ends in ``STRATEGY = ...``.
+"""The algorithms: one module per strategy, named like its command, with one class that inherits from `Strategy`.
 
 Strategies import only `ckptavg.objective`, `ckptavg.coefficients`, `ckptavg.errors` and, inside functions, torch and
 `ckptavg.strategies.solvers`, so that the help pages load without torch.
@@ -7,21 +7,25 @@ Strategies import only `ckptavg.objective`, `ckptavg.coefficients`, `ckptavg.err
 import importlib
 import pkgutil
 from contextlib import suppress
-from dataclasses import fields
 from functools import cache
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
+from ckptavg.declaration import declared
 from ckptavg.errors import UsageError
 from ckptavg.objective import Strategy
 
 
 @cache
 def strategies() -> dict[str, type[Strategy]]:
-    """Return command name → strategy class, for every module of the package that defines ``STRATEGY``."""
+    """Return command name → strategy class, for every module of the package that defines one."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
-    return {name: module.STRATEGY for name, module in modules.items() if hasattr(module, "STRATEGY")}
+    modules = {name: vars(importlib.import_module(f"{__name__}.{name}")) for name in names}
+    return {
+        name: cls
+        for name, module in modules.items()
+        for cls in module.values()
+        if isinstance(cls, type) and Strategy in cls.__mro__ and cls.__module__ == module["__name__"]
+    }
 
 
 def name_of(strategy: Strategy) -> str:
@@ -39,17 +43,16 @@ def from_spec(spec: str) -> Strategy:
     if name not in strategies():
         raise UsageError(f"{spec}: there is no strategy {name!r}", hint=f"choose from {', '.join(strategies())}")
     strategy = strategies()[name]
-    hints = get_type_hints(strategy)
-    names = [setting.name for setting in fields(strategy)]  # pyright: ignore[reportArgumentType]  # a dataclass
+    kinds = {option.name: option.kind for option in declared(strategy)}
     settings: dict[str, Any] = {}
     for item in given:
         key, equals, value = item.partition("=")
         key = key.replace("-", "_")
-        if key not in names:
-            hint = f"{name} has {', '.join(names)}" if names else f"{name} has none"
+        if key not in kinds:
+            hint = f"{name} has {', '.join(kinds) or 'none'}"
             raise UsageError(f"{spec}: there is no setting {key!r}", hint=hint)
         try:
-            settings[key] = _parsed(value if equals else "true", hints[key])
+            settings[key] = _parsed(value if equals else "true", kinds[key])
         except ValueError as error:
             raise UsageError(f"{spec}: {key} cannot be {value!r}") from error
     return strategy(**settings)
@@ -67,8 +70,7 @@ def _parsed(text: str, kind: Any) -> Any:
         if text not in get_args(kind):
             raise ValueError(text)
         return text
-    for option in get_args(kind):  # X | None, int | Literal["auto"]
-        if option is not NoneType:
-            with suppress(ValueError):
-                return _parsed(text, option)
+    for option in get_args(kind):  # int | Literal["auto"]
+        with suppress(ValueError):
+            return _parsed(text, option)
     raise ValueError(text)

@@ -47,10 +47,8 @@ class ASWA(Strategy):
     def check(self, n: int, splits: Collection[Split], *, bounded: bool) -> None:
         """See `Strategy.check`."""
         if self.early_reject and not bounded:
-            raise UsageError(
-                "early rejection needs a metric with known bounds",
-                hint="set them in the task file, for an accuracy: metric_bounds = (0.0, 1.0)",
-            )
+            hint = "set them in the task file, for an accuracy: metric_bounds = (0.0, 1.0)"
+            raise UsageError("early rejection needs a metric with known bounds", hint=hint)
 
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""
@@ -78,10 +76,8 @@ class ASWA(Strategy):
             alone.append(alone_score)
             decisions.append(decision)
             objective.progress("walking through the candidates", i + 1, n, score=v)
-        return Learned(
-            coefficients=Coefficients.uniform(chosen, n),
-            columns={"alone": alone, "ahead": ahead, "decision": decisions},
-        )
+        columns = {"alone": alone, "ahead": ahead, "decision": decisions}
+        return Learned(coefficients=Coefficients.uniform(chosen, n), columns=columns)
 
     def _above(
         self, objective: Objective, chosen: Sequence[int], threshold: float, *, strict: bool
@@ -93,6 +89,3 @@ class ASWA(Strategy):
             return (None, False) if score is None else (score.value, True)
         value = objective.score(coefficients).value
         return value, value > threshold if strict else value >= threshold
-
-
-STRATEGY: type[Strategy] = ASWA

@@ -34,13 +34,6 @@ class GreedySoup(Strategy):
             if tried[i] > value:
                 chosen, value = [*chosen, i], tried[i]
             objective.progress("growing the soup", done, len(others), score=value)
-        return Learned(
-            coefficients=Coefficients.uniform(chosen, n),
-            columns={
-                "with it": [tried[i] for i in range(n)],
-                "decision": ["keep" if i in chosen else "reject" for i in range(n)],
-            },
-        )
-
-
-STRATEGY: type[Strategy] = GreedySoup
+        decisions = ["keep" if i in chosen else "reject" for i in range(n)]
+        columns = {"with it": [tried[i] for i in range(n)], "decision": decisions}
+        return Learned(coefficients=Coefficients.uniform(chosen, n), columns=columns)

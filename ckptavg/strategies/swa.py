@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import PlainAverage, Strategy
+from ckptavg.objective import PlainAverage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,3 @@ class SWA(PlainAverage):
     def coefficients(self, n: int) -> Coefficients:
         """See `PlainAverage.coefficients`."""
         return Coefficients.uniform(range(n), n)
-
-
-STRATEGY: type[Strategy] = SWA

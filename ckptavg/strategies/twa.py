@@ -115,6 +115,3 @@ class TWA(Strategy):
             "try --constraint simplex, --weight-decay or --patience"
         )
         return replace(learned, notes=[*learned.notes, note])
-
-
-STRATEGY: type[Strategy] = TWA

@@ -24,18 +24,12 @@ class Task(Protocol):
         whole: function that scores a model without per-batch losses; None for batched tasks.
     """
 
-    @property
-    def source(self) -> str: ...  # noqa: D102
-    @property
-    def metric(self) -> Callable[[nn.Module, Any], Tensor] | None: ...  # noqa: D102
-    @property
-    def metric_goal(self) -> str: ...  # noqa: D102
-    @property
-    def metric_bounds(self) -> tuple[float, float] | None: ...  # noqa: D102
-    @property
-    def corpus(self) -> Callable[[], CorpusMetric] | None: ...  # noqa: D102
-    @property
-    def whole(self) -> Callable[[nn.Module], Score] | None: ...  # noqa: D102
+    source: str
+    metric: Callable[[nn.Module, Any], Tensor] | None = None
+    metric_goal: str = "max"
+    metric_bounds: tuple[float, float] | None = None
+    corpus: Callable[[], CorpusMetric] | None = None
+    whole: Callable[[nn.Module], Score] | None = None
 
     def model(self) -> nn.Module:
         """Return a model whose state dict has the checkpoints' names and shapes; its values do not matter."""
@@ -55,12 +49,10 @@ class Task(Protocol):
 
     def examples(self, split: Split) -> int | None:
         """Return the number of examples of a split; None if unknown without reading it."""
-        ...
 
     def length(self, split: Split) -> int | None:
         """Return the number of batches of a split; None if unknown without reading it."""
-        ...
 
     def halve(self) -> bool:
         """Halve the batch size after running out of memory; return False if it cannot be halved."""
-        ...
+        return False

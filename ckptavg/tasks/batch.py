@@ -16,19 +16,18 @@ def to_device(batch: Any, device: torch.device) -> Any:
     def move(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.to(device, non_blocking=True)
-        moved = getattr(leaf, "to", None)
-        return leaf if moved is None else moved(device)
+        return leaf.to(device) if hasattr(leaf, "to") else leaf
 
     return _mapped(batch, move, whole=lambda part: hasattr(part, "to"))
 
 
 def copied(batch: Any, device: torch.device) -> Any:
     """Return ``batch`` with every tensor copied to ``device``, even if it is already there."""
-    return _mapped(
-        batch,
-        lambda leaf: leaf.to(device, non_blocking=True, copy=True) if isinstance(leaf, Tensor) else leaf,
-        whole=_is_list,
-    )
+
+    def copy(leaf: Any) -> Any:
+        return leaf.to(device, non_blocking=True, copy=True) if isinstance(leaf, Tensor) else leaf
+
+    return _mapped(batch, copy, whole=_is_list)
 
 
 def select(batch: Any, chosen_B: Tensor) -> Any:

@@ -31,9 +31,9 @@ def task_error(
     message, hint = _error_message(error), "-v shows the traceback"
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename).name == name:
         lines.append(error.lineno)
-    if inner := _in_data_worker(message):  # the worker's traceback is in the message
+    if "Original Traceback" in message:  # that of a DataLoader worker
         lines += [int(line) for line in re.findall(rf'File "[^"]*\b{re.escape(name)}", line (\d+)', message)]
-        message = f"{inner} (in a worker process)"
+        message = f"{message.rstrip().splitlines()[-1].strip()} (in a worker process)"
     if isinstance(error, TooLongError):
         message, hint = f"took more than {seconds:g} s", "raise the limit with --task-timeout"
     elif isinstance(error, SystemExit) and function is None:
@@ -55,7 +55,6 @@ def task_error(
 
 
 def _error_message(error: BaseException) -> str:
-    """Return ``Type: message``, or the type alone if the message is empty."""
     try:
         text = str(error)
     except Exception:  # the exception class is the task's, and its __str__ may fail in any way
@@ -75,8 +74,3 @@ def _worker_death(message: str, error: BaseException) -> str | None:
     frames = traceback.extract_tb(error.__traceback__) if gone else []
     fetching = any(frame.filename == reductions.__file__ for frame in frames)
     return message if fetching or _LOST_MEMORY.search(message) else None
-
-
-def _in_data_worker(message: str) -> str:
-    """Return the last line of a DataLoader worker's traceback embedded in the message; empty if there is none."""
-    return message.rstrip().splitlines()[-1].strip() if "Original Traceback" in message else ""

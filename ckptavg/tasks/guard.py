@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -21,9 +22,7 @@ class TooLongError(BaseException):
     """Time limit of a task call exceeded; not an Exception, so the task's own handlers do not catch it."""
 
 
-class _Setting(NamedTuple):
-    """Getter and setter of a process-wide setting that task code may change."""
-
+class _Setting(NamedTuple):  # of the process, that task code may change
     get: Callable[[], Any]
     set: Callable[[Any], Any]
 
@@ -39,15 +38,11 @@ def _change_directory(folder: str | None) -> None:
         os.chdir(folder)
 
 
-def _set_argv(words: list[str]) -> None:
-    sys.argv = words
-
-
 # settings that a task keeps for its own calls: compared after every call …
 _CHEAP: Final = (
     _Setting(_working_directory, _change_directory),
     _Setting(torch.get_default_dtype, torch.set_default_dtype),
-    _Setting(lambda: sys.argv, _set_argv),
+    _Setting(lambda: sys.argv, partial(setattr, sys, "argv")),
 )
 # … or, where reading them is slow, only after `thorough` calls (import, model, loaders)
 _COSTLY: Final = (_Setting(torch.get_default_device, torch.set_default_device),)

@@ -14,12 +14,13 @@ from ckptavg.tasks import Task
 from ckptavg.tasks import batch as batches
 
 
-class HeldOut:
+class HeldOut(Task):
     """Task with a fraction of the examples of ``split`` moved to the split ``to``.
 
     The side of each example is decided by a hash of its content and the seed, so the same example is always on the
     same side, however a loader shuffles, and equal examples are never divided. Examples that differ from pass to pass
-    (padded to a shuffled batch, randomly transformed) could change sides, which is a TaskError.
+    (padded to a shuffled batch, randomly transformed) could change sides, which is a TaskError; for the same reason
+    batches are not halved.
 
     Args:
         rest: name of the split of the remaining examples.
@@ -29,17 +30,14 @@ class HeldOut:
 
     def __init__(self, task: Task, split: Split, *, rest: Split, to: Split, fraction: float, seed: int) -> None:
         self._task = task
+        self.notes: Sequence[str] = getattr(task, "notes", ())  # a list that grows
         self._split: Split = split
         self._sides: dict[Split, bool] = {rest: False, to: True}
         self._threshold = int(fraction * 2**64)
         self._key = f"{to} {seed}".encode()  # a second division must be independent of the first
         self._hash_sum: int | None = None  # of all examples of the first complete pass
-        self.source = task.source
-        self.metric = task.metric
-        self.metric_goal = task.metric_goal
-        self.metric_bounds = task.metric_bounds
-        self.corpus = task.corpus
-        self.whole = task.whole
+        self.source, self.corpus, self.whole = task.source, task.corpus, task.whole
+        self.metric, self.metric_goal, self.metric_bounds = task.metric, task.metric_goal, task.metric_bounds
 
     def model(self) -> nn.Module:
         """See `Task.model`."""
@@ -48,11 +46,6 @@ class HeldOut:
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """See `Task.loss`."""
         return self._task.loss(model, batch)
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """See `ckptavg.tasks.python_file.PythonTask`."""
-        return getattr(self._task, "notes", ())
 
     def divides(self, split: Split) -> bool:
         """Return whether ``split`` is one of the two parts."""
@@ -81,11 +74,11 @@ class HeldOut:
                 except TypeError as error:
                     raise self._indivisible(str(error)) from error
                 yield part
-        if self._hash_sum is None:
-            self._hash_sum = total
-        elif self._hash_sum != total:
-            reason = "its examples differ from pass to pass (padded to a shuffled batch, or transformed)"
-            raise self._indivisible(reason)
+        self._hash_sum = total if self._hash_sum is None else self._hash_sum
+        if self._hash_sum != total:
+            raise self._indivisible(
+                "its examples differ from pass to pass (padded to a shuffled batch, or transformed)"
+            )
 
     def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]] | None:
         """Return the task's own `turns`; None for a divided split, of which every rank must hash all batches."""
@@ -93,12 +86,8 @@ class HeldOut:
         return None if split in self._sides or turns is None else turns(split, rank, world)
 
     def examples(self, split: Split) -> int | None:
-        """See `Task.examples`; None for a part, whose size is unknown before it is read."""
+        """See `Task.examples`; the size of a part is unknown before it is read."""
         return None if split in self._sides else self._task.examples(split)
-
-    def halve(self) -> bool:
-        """See `Task.halve`; always False, since the division depends on the batches staying the same."""
-        return False
 
     def length(self, split: Split) -> int | None:
         """See `Task.length`."""
@@ -110,12 +99,11 @@ class HeldOut:
         digests = [hashlib.blake2b(key=self._key, digest_size=8) for _ in range(size)]
         empty = digests[0].digest() if digests else b""
         for leaf in batches.leaves(batch):
-            if isinstance(leaf, Tensor):
-                if leaf.ndim and leaf.shape[0] == size:
-                    data = memoryview(raw(leaf))
-                    row = len(data) // size
-                    for i, digest in enumerate(digests):
-                        digest.update(data[i * row : (i + 1) * row])
+            if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == size:
+                data = memoryview(raw(leaf))
+                row = len(data) // size
+                for i, digest in enumerate(digests):
+                    digest.update(data[i * row : (i + 1) * row])
             elif isinstance(leaf, list | tuple) and len(leaf) == size:
                 for digest, item in zip(digests, leaf, strict=True):
                     digest.update(repr(item).encode())

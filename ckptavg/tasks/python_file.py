@@ -20,6 +20,7 @@ from ckptavg.filesystem.regular_file import is_file
 from ckptavg.runtime.seeds import seed_loader
 from ckptavg.runtime.threads import affinity, processors, quota
 from ckptavg.score import Split
+from ckptavg.tasks import Task
 from ckptavg.tasks.failure import task_error
 from ckptavg.tasks.guard import Guard
 from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
@@ -28,7 +29,7 @@ from ckptavg.tasks.worker_sampler import rank_loader, without_distributed_sample
 _BATCH_FUNCTIONS: Final = ("loss", "metric", "predict")
 
 
-class PythonTask:
+class PythonTask(Task):
     """Task whose functions come from a Python file or module; docs/scoring.md names them.
 
     Attributes:
@@ -49,13 +50,9 @@ class PythonTask:
         self._at = ""  # the batch being used, for errors
         with self._translate_errors(None, thorough=True):
             self._module = _import(source)
-        for name in ("model", "loss"):
-            self._function(name)
+        self._model, self._loss = self._function("model"), self._function("loss")
         if not self.has("val") and not self.has("train"):
             self._function("val_dataloader")
-        self.metric: Callable[[nn.Module, Any], Tensor] | None = None
-        self.corpus: Callable[[], CorpusMetric] | None = None
-        self.whole = None
         metric: Any = getattr(self._module, "metric", None)
         if is_torchmetric(metric):
             has_predict = getattr(self._module, "predict", None) is not None
@@ -64,15 +61,14 @@ class PythonTask:
             self.corpus()  # raises here if the metric cannot be used
         elif metric is not None:
             self.metric = partial(self._metric, self._function("metric"))
-        self.metric_goal: str = self._goal(metric)
+        self.metric_goal = self._goal(metric)
         self.metric_bounds = self._bounds()
-        self._loss = self._function("loss")
         self._loaders: dict[Split, Any] = {}
         self._rank_loaders: dict[Split, tuple[Any, Any]] = {}  # of `turns`, cached: a process's rank does not change
 
     def model(self) -> nn.Module:
         """See `Task.model`."""
-        model = self._call("model", self._function("model"))
+        model = self._call("model", self._model)
         if not isinstance(model, nn.Module):
             raise TaskError(f"model() must return a torch.nn.Module, not {type(model).__name__}", path=self.source)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -132,7 +128,10 @@ class PythonTask:
                 except StopIteration:
                     return
                 except Exception:
-                    _stop_workers(batches)
+                    # the traceback keeps a DataLoader's iterator alive, and until it is freed torch's SIGCHLD handler
+                    # raises errors about a dead worker in unrelated code, or in this call
+                    with suppress(AttributeError, RuntimeError):
+                        batches._shutdown_workers()  # pyright: ignore
                     raise
             yield batch
 
@@ -140,10 +139,6 @@ class PythonTask:
         """See `Task.examples`."""
         dataset = getattr(self._loader(split), "dataset", None) if self.has(split) else None
         return len(dataset) if hasattr(dataset, "__len__") else None  # pyright: ignore[reportArgumentType]
-
-    def halve(self) -> bool:
-        """See `Task.halve`; always False, since the task file sets the batch size."""
-        return False
 
     def length(self, split: Split) -> int | None:
         """See `Task.length`."""
@@ -222,18 +217,6 @@ class PythonTask:
                 raise
             at = self._at if name in _BATCH_FUNCTIONS or (name and self._at.endswith(name)) else ""
             raise task_error(self.source, name, at, error, self._guard.seconds) from error
-
-
-def _stop_workers(batches: Any) -> None:
-    """Stop the worker processes of a DataLoader iterator that failed.
-
-    The traceback keeps the iterator alive, and until it is freed torch's SIGCHLD handler raises errors about a dead
-    worker in unrelated code.
-    """
-    shutdown = getattr(batches, "_shutdown_workers", None)
-    if callable(shutdown):
-        with suppress(RuntimeError):  # raised by that handler
-            shutdown()
 
 
 def _import(source: str) -> ModuleType:

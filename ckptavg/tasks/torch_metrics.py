@@ -1,18 +1,16 @@
 """A torchmetrics metric as a task's metric: one value over a whole split, and over resamples of its batches."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
+
+import torch
+from torch import nn
 
 from ckptavg.errors import CkptavgError, TaskError, is_out_of_memory
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _RTOL: Final = 1e-3  # summing float32 states in another order differs by far less, even after cancellation to nearly 0
 _ATOL: Final = 1e-6
@@ -55,9 +53,7 @@ class CorpusMetric:
         if any(kind.__name__ == "MetricCollection" for kind in type(metric).__mro__):
             hint = "candidates are compared by one number: use one of its metrics"
             raise TaskError("metric is a MetricCollection", path=source, hint=hint)
-        self._source = source
-        self._name = type(metric).__name__
-        self._predict = predict
+        self._source, self._name, self._predict = source, type(metric).__name__, predict
         self._whole: Any = metric.clone()
         self._whole.reset()
         self._scratch: Any = metric.clone()
@@ -86,8 +82,6 @@ class CorpusMetric:
         Raises:
             TaskError: if the batch is not a pair and the task has no ``predict``, or the model or metric fails.
         """
-        import torch
-
         with torch.no_grad():
             arguments = self._arguments(model, batch)
             with self._translate_errors(f"{self._name}.update"):
@@ -158,13 +152,11 @@ class CorpusMetric:
         with self._translate_errors("predict"):
             arguments = self._predict(model, batch)
         if not isinstance(arguments, tuple):
-            message = "predict() must return the arguments of metric.update, a tuple, not "
-            raise TaskError(message + type(arguments).__name__, path=self._source)
+            message = f"predict() must return the arguments of metric.update, a tuple, not {type(arguments).__name__}"
+            raise TaskError(message, path=self._source)
         return arguments
 
     def _value_of(self, metric: Any) -> float:
-        import torch
-
         with self._translate_errors(f"{self._name}.compute"):
             value = metric.compute()
         if isinstance(value, bool | int | float):
@@ -198,8 +190,7 @@ class Resampled:
         return self.sign * self.corpus.resampled(drawn)
 
 
-def _metrics(metric: Any) -> list[Any]:
-    """List the metric and its nested metrics, which hold the states of a wrapper or a composition."""
+def _metrics(metric: Any) -> list[Any]:  # nested ones hold the states of a wrapper or a composition
     return [module for module in metric.modules() if is_torchmetric(module)]
 
 
@@ -213,7 +204,6 @@ def _states(metric: Any) -> list[Mapping[str, Any]]:
 
 
 def _load(metric: Any, states: Sequence[Mapping[str, Any]], updates: int) -> None:
-    """Set the states of all metrics in ``metric`` to those after a number of updates."""
     for nested, state in zip(_metrics(metric), states, strict=True):
         nested.reset()
         for name, value in state.items():
@@ -222,9 +212,6 @@ def _load(metric: Any, states: Sequence[Mapping[str, Any]], updates: int) -> Non
 
 
 def _merge_states(states: list[Any], reduce: Callable[[Any], Any] | None) -> Any:
-    """Merge per-batch states into one; with ``reduce`` None, tensors stay stacked."""
-    import torch
-
     if isinstance(states[0], list):
         return [item for state in states for item in state]
     if getattr(reduce, "__name__", "") == "dim_zero_cat":

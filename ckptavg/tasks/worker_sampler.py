@@ -27,9 +27,7 @@ class RankBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, batches: Any, rank: int, world: int) -> None:
-        self._batches = batches
-        self._rank = rank
-        self._world = world
+        self._batches, self._rank, self._world = batches, rank, world
         self.sizes: deque[list[int]] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -59,10 +57,13 @@ def rank_loader(loader: Any, rank: int, world: int) -> tuple[DataLoader[Any], de
 
 def without_distributed_sampler(loader: Any) -> Any:
     """Replace a DistributedSampler by one over all data: ckptavg divides the batches among ranks itself."""
-    if type(loader) is not DataLoader or loader.batch_size is None:
+    if (
+        type(loader) is not DataLoader
+        or loader.batch_size is None
+        or not isinstance(loader.sampler, DistributedSampler)
+    ):
         return loader
-    if not isinstance(sampler := loader.sampler, DistributedSampler):
-        return loader
+    sampler = loader.sampler
     all_data: DistributedSampler[Any] = DistributedSampler(
         sampler.dataset, 1, 0, shuffle=sampler.shuffle, seed=sampler.seed, drop_last=sampler.drop_last
     )
@@ -70,6 +71,5 @@ def without_distributed_sampler(loader: Any) -> Any:
 
 
 def _with_batch_sampler(loader: DataLoader[Any], batches: Any) -> DataLoader[Any]:
-    """Return a copy of the loader with another batch sampler."""
     settings: dict[str, Any] = {name: getattr(loader, name) for name in _SETTINGS}
     return DataLoader(loader.dataset, batch_sampler=batches, **settings)

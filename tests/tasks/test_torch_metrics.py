@@ -261,6 +261,6 @@ def test_the_metric_moves_to_the_device_of_its_arguments():
         assert corpus.compute() == float(own.compute()) == pytest.approx(corpus.resampled([0]))
 
 
-def test_importing_the_module_does_not_import_a_framework():
-    code = "import ckptavg.tasks.torch_metrics, sys; print({'torch', 'torchmetrics'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+def test_importing_the_module_does_not_import_torchmetrics():
+    code = "import ckptavg.tasks.torch_metrics, sys; print('torchmetrics' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -5,7 +5,7 @@ Nothing is downloaded, and model code in the directory runs only with ``trust_re
 Shape suffixes: B = examples, T = tokens of the longest example, V = tokens of the vocabulary, or classes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ckptavg.errors import InputError, TaskError
 from ckptavg.score import Split
+from ckptavg.tasks import Task
 from ckptavg.tasks.hugging_face import data_files
 from ckptavg.tasks.hugging_face.architecture import WRITE_ONE, ModelFolder, translate_errors
 from ckptavg.tasks.hugging_face.data_files import DataFile
@@ -25,7 +26,7 @@ AUTOMATIC: Final = 32  # examples per batch, if no batch size is given
 _MAX_CACHED: Final = 2 << 30  # bytes of processed images to keep in memory
 
 
-class HuggingFaceTask:
+class HuggingFaceTask(Task):
     """Language modelling or classification, chosen by the architecture in config.json and the columns of the data.
 
     =========================  =======================  ==========================================================
@@ -61,10 +62,6 @@ class HuggingFaceTask:
         TaskError: if the directory does not hold one of these models, or the columns do not match it.
     """
 
-    metric_goal = "max"
-    corpus = None
-    whole = None
-
     def __init__(
         self, folder: Path, *, val: Path, train: Path | None = None, test: Path | None = None,
         batch_size: int | None = 8, trust_remote_code: bool = False,
@@ -77,16 +74,12 @@ class HuggingFaceTask:
         self._folder = ModelFolder(folder, trust=trust_remote_code)
         self._kind, self._config = self._folder.kind, self._folder.config
         self._columns = {split: self._matching_columns(data) for split, data in self._data.items()}
-        if self._kind.name == "image":
-            self._processor = self._folder.image_processor()
-        else:
-            self._processor = self._folder.tokenizer()
+        self._processor = self._folder.processor(image=self._kind.name == "image")
+        if self._kind.name != "image":
             if self._kind.name == "masked" and self._processor.mask_token_id is None:
                 raise TaskError("its tokenizer has no mask token", path=folder, hint=WRITE_ONE)
             limit = max_tokens(self._config.get_text_config(), self._processor)
             self._tokens = Tokens(tokenizer=self._processor, limit=limit)
-        self.metric: Callable[[nn.Module, Any], Tensor] | None = None
-        self.metric_bounds: tuple[float, float] | None = None
         if self._kind.name in ("text", "image"):
             if self._config.num_labels < 2:
                 raise TaskError("is a classifier with one class", path=folder, hint=WRITE_ONE)
@@ -116,9 +109,10 @@ class HuggingFaceTask:
 
     def halve(self) -> bool:
         """See `Task.halve`; applies to a pass in progress too, and returns False if the batch size was given."""
-        halved = self._may_halve and self._batch_size > 1
-        self._batch_size = self._batch_size // 2 if halved else self._batch_size
-        return halved
+        if not self._may_halve or self._batch_size == 1:
+            return False
+        self._batch_size //= 2
+        return True
 
     def has(self, split: Split) -> bool:
         """See `Task.has`."""
@@ -163,7 +157,7 @@ class HuggingFaceTask:
         with translate_errors(self.source, "metric"):
             last, self._forwarded = self._forwarded, None
             same = last is not None and last[0] is model and last[1] is batch
-            logits = last[2] if last is not None and same else self._logits(model, batch)
+            logits = last[2] if last and same else self._logits(model, batch)
             return (logits.argmax(dim=-1) == batch["labels"]).float()
 
     def _logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -219,13 +213,9 @@ class HuggingFaceTask:
 
     def _matching_columns(self, data: DataFile) -> tuple[str, ...]:
         """Return the columns of ``data`` that this architecture learns from."""
-        available = list(data.rows[0])
         for columns in self._kind.columns:
-            if set(columns) <= set(available):
+            if set(columns) <= set(data.rows[0]):
                 return columns
-        raise TaskError(
-            f"has the columns {', '.join(available) or '(none)'}, but {self._config.architectures[0]} learns from "
-            + ", or ".join(" and ".join(columns) for columns in self._kind.columns),
-            path=data.path,
-            hint="rename the columns, or " + WRITE_ONE,
-        )
+        available, needed = ", ".join(data.rows[0]), ", or ".join(map(" and ".join, self._kind.columns))
+        message = f"has the columns {available or '(none)'}, but {self._config.architectures[0]} learns from {needed}"
+        raise TaskError(message, path=data.path, hint=f"rename the columns, or {WRITE_ONE}")

@@ -20,7 +20,14 @@ from ckptavg.filesystem.strict_json import read_json
 
 WRITE_ONE: Final = "write a task file: `ckptavg init`"
 _ONE_LABEL: Final = "single_label_classification"
-_TOKENIZERS: Final = ("tokenizer*", "*.model", "vocab.*", "tekken.json")
+# name, auto class, file names, and the file that a hint asks for
+_TOKENIZER: Final = (
+    "tokenizer",
+    "AutoTokenizer",
+    ("tokenizer*", "*.model", "vocab.*", "tekken.json"),
+    "tokenizer.json",
+)
+_IMAGES: Final = ("image processor", "AutoImageProcessor", ("*processor_config.json",), "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,7 @@ class ModelFolder:
     Attributes:
         source: the directory given by the user, for errors.
         base: the model to build: the directory itself, or the adapter's base model.
-        kind: the kind of model declared in config.json.
-        config: its transformers configuration.
+        kind, config: what its config.json declares.
 
     Args:
         folder: directory with config.json or adapter_config.json.
@@ -60,22 +66,20 @@ class ModelFolder:
     """
 
     def __init__(self, folder: Path, *, trust: bool) -> None:
-        self._folder = folder
-        self._trust = trust
-        self.source = str(folder)
-        self.base = _base(folder)
+        self._folder, self._trust = folder, trust
+        self.source, self.base = str(folder), _base(folder)
         with translate_errors(self.source, "config.json"), offline():
             self.kind = self._find_kind()
             self.config = self._load("AutoConfig", self.base)
 
-    def tokenizer(self) -> Any:
-        """Load the tokenizer."""
-        return self._processor("tokenizer", "AutoTokenizer", _TOKENIZERS, "tokenizer.json")
-
-    def image_processor(self) -> Any:
-        """Load the image processor."""
-        patterns = ("*processor_config.json",)
-        return self._processor("image processor", "AutoImageProcessor", patterns, "preprocessor_config.json")
+    def processor(self, *, image: bool = False) -> Any:
+        """Load the tokenizer, or the image processor, from the directory or else the base model that has its files."""
+        subject, auto, patterns, example = _IMAGES if image else _TOKENIZER
+        with translate_errors(self.source, subject), offline():
+            for place in (self.source, self.base):
+                if not is_folder(Path(place)) or any(any(Path(place).glob(pattern)) for pattern in patterns):
+                    return self._load(auto, place)
+        raise TaskError(f"no {subject} in {self.base}", hint=f"copy {example} beside config.json")
 
     def build(self, *, pad_token: int | None = None) -> nn.Module:
         """Build the model in float32, without a cache for generation; an adapter around its base model with weights.
@@ -87,7 +91,7 @@ class ModelFolder:
         """
         is_adapter = self.base != self.source
         with translate_errors(self.source, "model"), offline():
-            auto = getattr(transformers(), self.kind.auto)
+            auto = getattr(imported("transformers"), self.kind.auto)
             options = {"trust_remote_code": self._trust, "torch_dtype": torch.float32}
             if is_adapter:
                 model = auto.from_pretrained(self.base, config=self.config, local_files_only=True, **options)
@@ -102,22 +106,20 @@ class ModelFolder:
             return Adapter(model, self._folder) if is_adapter else model
 
     def _find_kind(self) -> Kind:
-        library = transformers()
+        library = imported("transformers")
         try:
             config, _ = library.PretrainedConfig.get_config_dict(self.base, local_files_only=True)
         except OSError as error:
             if self.base == self.source or is_folder(Path(self.base)):
                 raise
             hint = f"download it: hf download {self.base}"
-            message = f"its base model {self.base} is not on this machine"
-            raise TaskError(message, path=self.source, hint=hint) from error
+            raise TaskError(
+                f"its base model {self.base} is not on this machine", path=self.source, hint=hint
+            ) from error
         own_code: Mapping[str, str] = config.get("auto_map") or {}
         if own_code and not self._trust:
-            raise TaskError(
-                "the model needs code of its own, which is not run by default (`auto_map` in config.json)",
-                path=self.base,
-                hint="if you trust it: --trust-remote-code",
-            )
+            message = "the model needs code of its own, which is not run by default (`auto_map` in config.json)"
+            raise TaskError(message, path=self.base, hint="if you trust it: --trust-remote-code")
         name = (config.get("architectures") or [None])[0]
         if config.get("problem_type", _ONE_LABEL) not in (None, _ONE_LABEL):
             raise TaskError(f"problem_type {config['problem_type']} is not supported", path=self.base, hint=WRITE_ONE)
@@ -130,16 +132,8 @@ class ModelFolder:
         hint = f"language models and classifiers are supported; else {WRITE_ONE}"
         raise TaskError(message, path=self.base, hint=hint)
 
-    def _processor(self, subject: str, auto: str, patterns: tuple[str, ...], example: str) -> Any:
-        """Load from the directory, or else from the base model, whichever has a file matching ``patterns``."""
-        with translate_errors(self.source, subject), offline():
-            for place in (self.source, self.base):
-                if not is_folder(Path(place)) or any(any(Path(place).glob(pattern)) for pattern in patterns):
-                    return self._load(auto, place)
-        raise TaskError(f"no {subject} in {self.base}", hint=f"copy {example} beside config.json")
-
     def _load(self, auto: str, place: str) -> Any:
-        auto_class = getattr(transformers(), auto)
+        auto_class = getattr(imported("transformers"), auto)
         return auto_class.from_pretrained(place, local_files_only=True, trust_remote_code=self._trust)
 
 
@@ -214,13 +208,8 @@ def _use_saved_names(model: nn.Module, source: str) -> None:
         model._register_state_dict_hook(rename)  # pyright: ignore[reportPrivateUsage]
 
 
-def transformers() -> Any:
-    """Import transformers on first use; see `imported`."""
-    return imported("transformers", "hf")
-
-
-def imported(module: str, extra: str) -> Any:
-    """Import and return a module that an extra of ckptavg installs.
+def imported(module: str, extra: str = "hf") -> Any:
+    """Import on first use and return a module that an extra of ckptavg installs.
 
     Raises:
         UsageError: naming the extra, if the module is not installed.
@@ -247,7 +236,7 @@ def translate_errors(source: str, subject: str) -> Generator[None]:
 @contextmanager
 def offline() -> Generator[None]:
     """Block network access, which `local_files_only` alone does not, and silence warnings and progress bars."""
-    log = transformers().utils.logging
+    log = imported("transformers").utils.logging
     constants: Any = importlib.import_module("huggingface_hub.constants")
     level, bars, before = log.get_verbosity(), log.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE
     log.set_verbosity_error()

@@ -26,7 +26,6 @@ class DataFile:
     """The examples of one split.
 
     Attributes:
-        path: the file or directory.
         rows: column → value, one mapping per example.
         lines: the line number of each row in the file; empty if the format has no lines.
         classes: class names in the order of their indices, if labels are such indices; else empty.
@@ -38,15 +37,11 @@ class DataFile:
     classes: Sequence[str] = ()
 
     def where(self, i: int) -> str:
-        """Return the location of row ``i`` for error messages."""
+        """Return the location of row ``i`` for errors."""
         return f"{self.path}:{self.lines[i]}" if self.lines else f"{self.path}: row {i + 1}"
 
     def value(self, i: int, column: str, kind: type) -> Any:
-        """Return the value of row ``i`` in ``column``.
-
-        Raises:
-            InputError: if the value is missing, or not of type ``kind``.
-        """
+        """Return the value of row ``i`` in ``column``; InputError if it is missing or not of type ``kind``."""
         value = self.rows[i].get(column)
         if not isinstance(value, kind):
             actual = "nothing" if value is None else f"a {type(value).__name__}"
@@ -54,11 +49,7 @@ class DataFile:
         return value
 
     def image(self, i: int) -> Any:
-        """Return row ``i`` of the column ``image`` as a PIL image; a path is relative to the data file.
-
-        Raises:
-            InputError: if it is no image.
-        """
+        """Return the PIL image of row ``i``, else an InputError; a path is relative to the data file."""
         from PIL import Image
 
         image = self.rows[i]["image"]
@@ -76,11 +67,10 @@ class DataFile:
     def label(self, i: int, ids: Mapping[str, int]) -> int:
         """Return the class index of row ``i`` in the model's numbering.
 
-        A name is looked up in ``ids``; a number, even as text, is used as is. If the file names its classes, the name
-        is looked up instead of the number, unless the model's names are the default LABEL_0, LABEL_1, ….
+        A name is looked up in ``ids``, the configuration's ``label2id``; a number, even as text, is used as is. If the
+        file names its classes, the name is looked up instead of the number, unless the model's names are the default
+        LABEL_0, LABEL_1, ….
 
-        Args:
-            ids: ``label2id`` of the model's configuration.
         Raises:
             InputError: if the model has no such class.
         """
@@ -93,11 +83,8 @@ class DataFile:
         if isinstance(label, int) and 0 <= label < len(ids):
             return int(label)
         defined = ", ".join(list(ids)[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-        raise InputError(
-            f"unknown label {label!r}; config.json defines {defined}",
-            path=self.where(i),
-            hint="`label2id` in config.json names the classes",
-        )
+        message = f"unknown label {label!r}; config.json defines {defined}"
+        raise InputError(message, path=self.where(i), hint="`label2id` in config.json names the classes")
 
 
 def read(path: Path) -> DataFile:
@@ -115,11 +102,10 @@ def read(path: Path) -> DataFile:
         raise InputError(error.strerror or str(error), path=path) from error
     if not len(data.rows):
         raise InputError("is empty", path=path, hint="there must be at least one example")
-    if isinstance(data.rows, list):
-        for i, row in enumerate(data.rows):
-            if not isinstance(row, dict):
-                message = f"is a JSON {type(row).__name__}, not an object"
-                raise InputError(message, path=data.where(i), hint='write objects such as {"text": "…"}')
+    for i, row in enumerate(data.rows if isinstance(data.rows, list) else ()):
+        if not isinstance(row, dict):
+            message = f"is a JSON {type(row).__name__}, not an object"
+            raise InputError(message, path=data.where(i), hint='write objects such as {"text": "…"}')
     return data
 
 
@@ -136,15 +122,12 @@ def _read(path: Path) -> DataFile:
             return DataFile(path=path, rows=_parsed(content, str(path)))
     if suffix not in (".jsonl", ".ndjson", ".json", ".csv"):
         raise UsageError("is not of a supported format", path=path, hint=_KINDS)
-    numbered = list(_csv_lines(path) if suffix == ".csv" else _json_lines(path))
+    if suffix == ".csv":
+        numbered = list(_csv_lines(path))
+    else:
+        with path.open("rb") as file:
+            numbered = [(i, _parsed(line, f"{path}:{i}")) for i, line in enumerate(file, 1) if line.strip()]
     return DataFile(path=path, rows=[row for _, row in numbered], lines=[line for line, _ in numbered])
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, _parsed(line, f"{path}:{number}")
 
 
 def _parsed(content: bytes, where: str) -> Any:
@@ -175,7 +158,7 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _parquet(path: Path) -> DataFile:
-    datasets = imported("datasets", "hf")
+    datasets = imported("datasets")
     import pyarrow  # pyright: ignore[reportMissingImports]
     from pyarrow import parquet  # pyright: ignore[reportMissingImports]
 
@@ -191,7 +174,7 @@ def _saved(path: Path) -> DataFile:
     if (path / "dataset_dict.json").exists():
         splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         raise UsageError("holds several splits", path=path, hint=f"name one: {path / (splits or ['train'])[0]}")
-    datasets = imported("datasets", "hf")
+    datasets = imported("datasets")
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

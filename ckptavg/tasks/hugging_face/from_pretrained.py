@@ -19,10 +19,8 @@ def check(checkpoint: Checkpoint) -> None:
     Raises:
         OutputError: naming a tensor that would be random, or would be ignored.
     """
-    folder = checkpoint.folder
-    if not is_file(folder / "config.json") or is_file(folder / "adapter_config.json"):
-        return
-    if importlib.util.find_spec("transformers") is None:
+    folder, unavailable = checkpoint.folder, importlib.util.find_spec("transformers") is None
+    if unavailable or not is_file(folder / "config.json") or is_file(folder / "adapter_config.json"):
         return
     try:
         with torch.device("meta"):

@@ -41,7 +41,8 @@ class Tokens:
 
         A completion that is too long is truncated at its end, then a prompt that is too long at its beginning.
         """
-        before, ids = (self._ids(text, add_special_tokens=special) for text in (prompt, whole))
+        options = {"verbose": False, "add_special_tokens": special}
+        before, ids = (self.tokenizer(text, **options)["input_ids"] for text in (prompt, whole))
         start = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), len(before))
         stop = start + min(len(ids) - start, self.limit - 1)
         first = max(0, stop - self.limit)
@@ -81,10 +82,7 @@ class Tokens:
     def _truncated(self, text: str | None = None, **options: Any) -> list[int]:
         """Tokenize a text; the tokenizer itself truncates, so a closing special token is kept."""
         truncation = {"truncation": True, "max_length": self.limit} if self.limit < UNLIMITED else {}
-        return self._ids(text, **truncation, **options)
-
-    def _ids(self, text: str | None, **options: Any) -> list[int]:
-        return self.tokenizer(text, verbose=False, **options)["input_ids"]
+        return self.tokenizer(text, verbose=False, **truncation, **options)["input_ids"]
 
 
 def max_tokens(config: Any, tokenizer: Any) -> int:
@@ -103,19 +101,14 @@ def padding(tokenizer: Any) -> int:
 
 def collated(examples: list[Example], pad: int) -> dict[str, Tensor]:
     """Collate a batch [B, T], padded on the right: causal models ignore that padding and positions do not shift."""
-    fill = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED}
-    columns = {name: [example[name] for example in examples] for name in examples[0]}
-    return {
-        name: pad_sequence(tensors, batch_first=True, padding_value=fill[name])
-        if tensors[0].ndim == 1
-        else torch.stack(tensors)
-        for name, tensors in columns.items()
-    }
+    fill = {"input_ids": pad, "labels": IGNORED}
+    batch: dict[str, Tensor] = {}
+    for name, value in examples[0].items():
+        rows = [example[name] for example in examples]
+        batch[name] = torch.stack(rows) if value.ndim != 1 else pad_sequence(rows, True, fill.get(name, 0))
+    return batch
 
 
 def _example(ids: list[int], labels: list[int]) -> Example:
-    return {
-        "input_ids": torch.tensor(ids),
-        "attention_mask": torch.ones(len(ids), dtype=torch.long),
-        "labels": torch.tensor(labels),
-    }
+    mask = torch.ones(len(ids), dtype=torch.long)
+    return {"input_ids": torch.tensor(ids), "attention_mask": mask, "labels": torch.tensor(labels)}

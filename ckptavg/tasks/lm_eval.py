@@ -1,46 +1,51 @@
-"""Scores of a language model in memory by lm-evaluation-harness: no candidate is written to disk or reloaded.
+"""Task scored by lm-evaluation-harness on the model in memory: no candidate is written to disk or reloaded.
 
 Shape suffixes: U = units of a score (examples of the harness's tasks).
 """
 
-from __future__ import annotations
-
-import copy
 import difflib
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.filesystem.regular_file import is_file
 from ckptavg.runtime import signals
-from ckptavg.score import PerExample, Score
+from ckptavg.score import PerExample, Score, Split
+from ckptavg.tasks import Task
+from ckptavg.tasks.hugging_face.architecture import Adapter, ModelFolder
 
-if TYPE_CHECKING:
-    from torch import nn
 
+class LmEvalTask(Task):
+    """Task over the model and tokenizer of a Hugging Face directory, scored as a whole; it has no loss.
 
-class Harness:
-    """Tasks of lm-evaluation-harness, built once and evaluated on many candidates.
-
-    Prompts and few-shot examples are those of ``lm_eval --seed SEED`` without a chat template, the same for every
-    candidate. The main metric of a task is acc_norm, else acc, else exact_match, else its first. Nothing is
-    downloaded: data is read from files or the local cache of the `datasets` library, which also stores conversions.
+    The harness's tasks are built once. Prompts and few-shot examples are those of ``lm_eval --seed SEED`` without a
+    chat template, the same for every candidate. The main metric of a task is acc_norm, else acc, else exact_match, else
+    its first. Nothing is downloaded: data is read from files or the local cache of the `datasets` library, which also
+    stores conversions.
 
     Args:
+        folder: directory with config.json and the tokenizer, or a PEFT adapter.
         names: names of tasks, groups or tags, patterns such as ``arc_*``, or YAML files; each task counts once.
         batch_size: batch size of the forward passes.
         seed: seed of the few-shot examples and of all other random draws.
+        trust_remote_code: run model code in the directory.
     Raises:
         UsageError: if no task is named, lm-evaluation-harness is not installed, or has no task of a given name.
+        TaskError: if the directory has no supported model, or no tokenizer.
     """
 
-    def __init__(self, names: Sequence[str], *, batch_size: int = 8, seed: int = 0) -> None:
+    def __init__(
+        self, folder: Path, names: Sequence[str], *, batch_size: int = 8, seed: int = 0, trust_remote_code: bool = False
+    ) -> None:
         if not names:
             raise UsageError("no lm-evaluation-harness task is named", hint="`lm_eval ls tasks` lists them")
         try:
@@ -49,6 +54,8 @@ class Harness:
         except ImportError as error:
             hint = "pip install 'ckptavg[lm-eval]'"
             raise UsageError(f"lm-evaluation-harness cannot be imported: {error}", hint=hint) from error
+        self.source = str(folder)
+        self.whole = self.score
         self._batch_size = batch_size
         self._seed = seed
         self._adapter: Any = HFLM
@@ -56,30 +63,48 @@ class Harness:
         self._names = list(dict.fromkeys(match for name in names for match in self._matches(name)))
         self._tasks: dict[str, Any] = {}
         self._lm: Any = None
+        self._folder = ModelFolder(folder, trust=trust_remote_code)
+        self._tokenizer = self._folder.processor()
 
-    def score(self, model: nn.Module, tokenizer: Any) -> Score:
-        """Score a transformers model in memory, with its current weights and on its current device.
+    def model(self) -> nn.Module:
+        """See `Task.model` and `ModelFolder.build`."""
+        return self._folder.build()
 
-        Its parameters, its training mode and all random states are restored afterwards.
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Raise TaskError: the harness has no loss."""
+        raise TaskError("lm-evaluation-harness has no loss to optimize", path=self.source)
 
-        Args:
-            model: the module on its device; later calls may pass the same module with other weights.
-            tokenizer: its tokenizer, which is copied.
-        Returns:
-            The mean over tasks of the main metric, negated where smaller is better; per-example values whose weighted
-            mean it is (the examples of a task share its weight), unless a main metric is not a mean over examples.
+    def has(self, split: Split) -> bool:
+        """See `Task.has`; the harness's data counts as validation data."""
+        return split == "val"
+
+    def batches(self, split: Split) -> Iterator[Any]:
+        """See `Task.batches`; always empty."""
+        return iter(())
+
+    def score(self, model: Any) -> Score:
+        """Score a model with its current weights and on its current device; see `Task.whole`.
+
+        Its parameters, its training mode and all random states are restored afterwards. The score is the mean over
+        tasks of the main metric, negated where smaller is better. The weighted mean of its per-example values is the
+        score (the examples of a task share its weight); it has none if a main metric is not a mean over examples.
+
         Raises:
             TaskError: if a task cannot be built or fails, or a log-likelihood or main metric is not finite.
         """
         from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
 
+        model = model.model if isinstance(model, Adapter) else model
         try:
             with ExitStack() as after:
                 _prepare_process(after, model, self._seed)
                 after.callback(model.register_forward_pre_hook(lambda *_: signals.check()).remove)
                 tasks = self._tasks = self._tasks or self._build_tasks()
-                lm = self._language_model(model, tokenizer)
-                return _score(tasks, evaluate(lm=lm, task_dict={"tasks": tasks}, bootstrap_iters=0))
+                if self._lm is None or self._lm.model is not model or self._lm.device != model.device:
+                    logging.disable(logging.WARNING)  # HFLM warns about receiving a module
+                    self._lm = self._adapter(model, tokenizer=self._tokenizer, batch_size=self._batch_size)
+                    logging.disable(logging.INFO)
+                return _score(tasks, evaluate(lm=self._lm, task_dict={"tasks": tasks}, bootstrap_iters=0))
         except Exception as error:  # boundary to third-party code
             if isinstance(error, CkptavgError) or is_out_of_memory(error):
                 raise
@@ -108,18 +133,8 @@ class Harness:
             _build_requests_once(task)
         return tasks
 
-    def _language_model(self, model: Any, tokenizer: Any) -> Any:
-        """Return the harness's wrapper of the module, recreated only for another module or device."""
-        if self._lm is None or self._lm.model is not model or self._lm.device != model.device:
-            logging.disable(logging.WARNING)  # HFLM warns about receiving a module
-            self._lm = self._adapter(model, tokenizer=copy.deepcopy(tokenizer), batch_size=self._batch_size)
-            logging.disable(logging.INFO)
-        return self._lm
-
 
 def _score(tasks: Mapping[str, Any], results: Any) -> Score:
-    import torch
-
     examples = sum(int(results["n-samples"][name]["effective"]) for name in tasks)
     terms: list[float] = []
     each: list[tuple[float, float]] = []
@@ -191,7 +206,6 @@ def _prepare_process(after: ExitStack, model: Any, seed: int) -> None:
     """Set evaluation mode, seed, offline mode and log level warning; undo all of it when ``after`` closes."""
     import datasets.config  # pyright: ignore[reportMissingImports]
     import numpy as np
-    import torch
     from huggingface_hub import constants  # pyright: ignore[reportMissingImports]
     from tqdm import tqdm  # pyright: ignore[reportMissingModuleSource]
 
