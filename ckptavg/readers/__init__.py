@@ -9,13 +9,12 @@ import importlib
 import math
 import os
 import pkgutil
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile, is_folder
@@ -79,7 +78,8 @@ def naturals(value: Any, kind: type = tuple, most: int = MAX_RANK) -> tuple[int,
     return tuple(value)
 
 
-class Reader(Protocol):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reader:
     """An open file of one format; only its headers have been read.
 
     Attributes:
@@ -87,33 +87,38 @@ class Reader(Protocol):
         format: the name of its format.
         tree: its contents: tensor descriptions, containers, numbers and strings. The keys of mappings are strings;
             objects of any other type are None.
+        files: every file that belongs to it, `path` first; closed with the reader.
+        read_into: ``(tensor, start, out)`` fills ``out``, contiguous bytes, with the elements of ``tensor``, a leaf of
+            `tree`, from index ``start`` on, in C order, little-endian; ``out`` is a multiple of the element size and
+            within the tensor. Raises InputError if the file is shorter than its header requires, or a checksum does
+            not match.
         metadata: safetensors' ``__metadata__``; empty for formats without one.
-        files: every file that belongs to it, `path` first.
         notes: remarks about the file for the user.
     """
 
     path: Path
     format: str
     tree: Mapping[str, Node]
-    metadata: Mapping[str, str]
     files: Sequence[RegularFile]
-    notes: tuple[str, ...]
-
-    def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
-        """Fill ``out`` with the elements of ``tensor`` from index ``start`` on, in C order, little-endian.
-
-        Args:
-            tensor: a leaf of `tree`.
-            start: index of the first element in C order.
-            out: contiguous bytes, a multiple of the element size, within the tensor.
-        Raises:
-            InputError: if the file is shorter than its header requires, or a checksum does not match.
-        """
-        ...
+    read_into: Callable[[StoredTensor, int, memoryview], None]
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    notes: tuple[str, ...] = ()
 
     def close(self) -> None:
         """Close the files; safe to call twice."""
-        ...
+        for file in self.files:
+            file.close()
+
+
+def flat_reader(
+    file: RegularFile, format: str, tree: Mapping[str, Node], metadata: Mapping[str, str] | None = None, data: int = 0
+) -> Reader:
+    """Return the reader of a file whose tensors lie in C order without gaps; offset 0 is the file's byte ``data``."""
+
+    def read_into(tensor: StoredTensor, start: int, out: memoryview) -> None:
+        file.read_into(data + tensor.offset + start * ITEM_SIZE[tensor.dtype], out)
+
+    return Reader(path=file.path, format=format, tree=tree, files=(file,), read_into=read_into, metadata=metadata or {})
 
 
 @dataclass(frozen=True)
@@ -150,25 +155,20 @@ class FolderFormat:
 
 
 @cache
+def _registered(name: str) -> tuple[Any, ...]:
+    """Return the value of ``name`` in each module of this package that has it, in the order of the module names."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    return tuple(getattr(module, name) for module in modules if hasattr(module, name))
+
+
 def formats() -> tuple[Format, ...]:
-    """Return every registered format, in the order of the module names."""
-    return tuple(module.READER for module in _modules() if hasattr(module, "READER"))
+    """Return every registered format of single files."""
+    return _registered("READER")
 
 
-@cache
 def suffixes() -> tuple[str, ...]:
     """Return the file name endings of all formats."""
     return tuple(suffix for candidate in formats() for suffix in candidate.suffixes)
-
-
-@cache
-def folder_formats() -> tuple[FolderFormat, ...]:
-    """Return every registered format of directories, in the order of the module names."""
-    return tuple(module.FOLDER for module in _modules() if hasattr(module, "FOLDER"))
-
-
-def _modules() -> list[ModuleType]:
-    return [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
 
 
 def entries(folder: Path) -> frozenset[str]:
@@ -185,7 +185,7 @@ def entries(folder: Path) -> frozenset[str]:
 
 def claim_folder(names: frozenset[str]) -> FolderFormat | None:
     """Return the format that claims a directory with these entries, or None."""
-    return next((candidate for candidate in folder_formats() if candidate.claims(names)), None)
+    return next((candidate for candidate in _registered("FOLDER") if candidate.claims(names)), None)
 
 
 def claim(file: RegularFile) -> Format | None:
@@ -194,35 +194,27 @@ def claim(file: RegularFile) -> Format | None:
     return next((candidate for candidate in formats() if candidate.claims(head)), None)
 
 
-@contextmanager
-def _gc_paused() -> Generator[None]:
-    """Pause garbage collection: a header becomes up to a million containers, and none of them is garbage."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@_gc_paused()
 def open_reader(path: Path) -> Reader:
     """Open ``path`` with the format that claims its first bytes or, for a directory, its entries.
 
     Raises:
         InputError: if it is neither a regular file nor such a directory, no format claims it, or its headers are bad.
     """
-    if is_folder(path) and (folder_format := claim_folder(entries(path))):
-        return folder_format.open(path)
-    file = RegularFile(path)
+    collects = gc.isenabled()
+    gc.disable()  # a header becomes up to a million containers, and none of them is garbage
     try:
-        if file_format := claim(file):
-            return file_format.open(file)
-        raise InputError(_unknown(file.read(0, min(HEAD_SIZE, file.size))), path=path)
-    except BaseException:
-        file.close()
-        raise
+        if is_folder(path) and (folder_format := claim_folder(entries(path))):
+            return folder_format.open(path)
+        with ExitStack() as on_error:
+            file = on_error.enter_context(RegularFile(path))
+            if not (file_format := claim(file)):
+                raise InputError(_unknown(file.read(0, min(HEAD_SIZE, file.size))), path=path)
+            reader = file_format.open(file)
+            on_error.pop_all()
+            return reader
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _unknown(head: bytes) -> str:

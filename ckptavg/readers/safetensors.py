@@ -7,8 +7,7 @@ from typing import Any, Final, NoReturn
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.filesystem.strict_json import strict_json
-from ckptavg.readers import ITEM_SIZE, MAX_RANK, Format, StoredTensor, naturals
-from ckptavg.readers.flat_file import FlatFile
+from ckptavg.readers import ITEM_SIZE, MAX_RANK, Format, Reader, StoredTensor, flat_reader, naturals
 from ckptavg.readers.pickle.object_tree import MAX_NAME, is_proper
 
 MAX_HEADER: Final = 16 << 20
@@ -20,7 +19,7 @@ def _claims(head: bytes) -> bool:
     return head[8:9] == b"{" and (head[:1] != b"{" or 0 in head[:8])
 
 
-def _open(file: RegularFile) -> FlatFile:
+def _open(file: RegularFile) -> Reader:
     size = int.from_bytes(file.read(0, 8), "little")
     data = 8 + size  # the byte at which the tensors begin
     if size > MAX_HEADER:
@@ -41,7 +40,7 @@ def _open(file: RegularFile) -> FlatFile:
         raise InputError(f"{len(header)} tensors, more than {MAX_TENSORS}", path=file.path)
     tensors = {name: _tensor(file.path, name, field) for name, field in header.items()}
     _check_tiling(file, data, tensors)
-    return FlatFile(file, READER.name, tensors, metadata=metadata, data=data)
+    return flat_reader(file, READER.name, tensors, metadata, data)
 
 
 def _tensor(path: Path, name: str, field: Any) -> StoredTensor:

@@ -1,7 +1,7 @@
 """A model in several files: ``model.safetensors.index.json`` and ``pytorch_model.bin.index.json``."""
 
 import os
-from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -15,60 +15,47 @@ MAX_INDEX: Final = 64 << 20
 _SEPARATOR: Final = "\0"  # between shard and record; no file name contains it
 
 
-class ShardIndexReader:
-    """An open index and its open shards; the index and the shards' headers must name the same tensors."""
+def _open(file: RegularFile) -> Reader:
+    """Open an index and its shards; the index and the shards' headers must name the same tensors."""
+    path, weight_map = file.path, _weight_map(file)
+    with ExitStack() as on_error:
+        shards = {
+            shard: on_error.enter_context(closing(_open_shard(path, shard)))
+            for shard in sorted(set(weight_map.values()))
+        }
+        tree: dict[str, Node] = {}
+        for name, shard in weight_map.items():
+            tensor = shards[shard].tree.get(name)
+            if not isinstance(tensor, StoredTensor):
+                what = f"the index places it in {shard}, which does not have it"
+                raise InputError(what, path=path, tensor=name)
+            tree[name] = replace(tensor, record=f"{shard}{_SEPARATOR}{tensor.record}")
+        for shard, reader in shards.items():
+            for name, node in reader.tree.items():
+                if isinstance(node, StoredTensor) and weight_map.get(name) != shard:
+                    raise InputError(f"is in {shard}, but the index does not place it there", path=path, tensor=name)
+        on_error.pop_all()
 
-    notes: tuple[str, ...] = ()
-
-    def __init__(self, file: RegularFile) -> None:
-        self.path: Path = file.path
-        self.files: Sequence[RegularFile] = (file,)
-        weight_map = _weight_map(file)
-        self._shards: dict[str, Reader] = {}
-        try:
-            for shard in sorted(set(weight_map.values())):
-                self._shards[shard] = self._open(shard)
-                self.files = (*self.files, *self._shards[shard].files)
-            tree: dict[str, Node] = {}
-            for name, shard in weight_map.items():
-                tensor = self._shards[shard].tree.get(name)
-                if not isinstance(tensor, StoredTensor):
-                    what = f"the index places it in {shard}, which does not have it"
-                    raise InputError(what, path=self.path, tensor=name)
-                tree[name] = replace(tensor, record=f"{shard}{_SEPARATOR}{tensor.record}")
-            for shard, reader in self._shards.items():
-                for name, node in reader.tree.items():
-                    if isinstance(node, StoredTensor) and weight_map.get(name) != shard:
-                        what = f"is in {shard}, but the index does not place it there"
-                        raise InputError(what, path=self.path, tensor=name)
-        except BaseException:
-            self.close()
-            raise
-        self.tree: Mapping[str, Node] = tree
-        first = next(iter(self._shards.values()))
-        self.metadata: Mapping[str, str] = first.metadata
-        self.format: str = f"{first.format}, {len(self._shards)} shards"
-
-    def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
-        """See `ckptavg.readers.Reader`."""
+    def read_into(tensor: StoredTensor, start: int, out: memoryview) -> None:
         shard, record = tensor.record.split(_SEPARATOR, 1)
-        self._shards[shard].read_into(replace(tensor, record=record), start, out)
+        shards[shard].read_into(replace(tensor, record=record), start, out)
 
-    def close(self) -> None:
-        """See `ckptavg.readers.Reader`."""
-        for file in self.files:
-            file.close()
+    first = next(iter(shards.values()))
+    files = (file, *(part for reader in shards.values() for part in reader.files))
+    name = f"{first.format}, {len(shards)} shards"
+    return Reader(path=path, format=name, tree=tree, files=files, read_into=read_into, metadata=first.metadata)
 
-    def _open(self, shard: str) -> Reader:
-        path = self.path.parent / shard
-        if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise InputError(f"shard {shard[:100]!r} is not a bare file name", path=self.path)
-        if not os.path.lexists(path):
-            raise InputError(f"shard {shard[:255]} is missing", path=self.path, hint="copy the whole directory")
-        with RegularFile(path) as file:
-            if claim(file) is READER:  # by content, not by name: an index as a shard could form a cycle
-                raise InputError(f"shard {shard} is itself an index", path=self.path)
-        return open_reader(path)
+
+def _open_shard(index: Path, shard: str) -> Reader:
+    path = index.parent / shard
+    if Path(shard).name != shard or shard in ("", ".", ".."):
+        raise InputError(f"shard {shard[:100]!r} is not a bare file name", path=index)
+    if not os.path.lexists(path):
+        raise InputError(f"shard {shard[:255]} is missing", path=index, hint="copy the whole directory")
+    with RegularFile(path) as file:
+        if claim(file) is READER:  # by content, not by name: an index as a shard could form a cycle
+            raise InputError(f"shard {shard} is itself an index", path=index)
+    return open_reader(path)
 
 
 def _weight_map(file: RegularFile) -> dict[str, str]:
@@ -91,4 +78,4 @@ def _claims(head: bytes) -> bool:
     return head.lstrip()[:1] == b"{" and 0 not in head[:16]
 
 
-READER: Final = Format("sharded", (".index.json",), _claims, ShardIndexReader)
+READER: Final = Format("sharded", (".index.json",), _claims, _open)

@@ -32,13 +32,13 @@ from torch_archives import TORCH_DTYPE, expected, values
 
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
-from ckptavg.readers import Node, StoredTensor
+from ckptavg.readers import Node, Reader, StoredTensor
 from ckptavg.readers import dcp as dcp_reader
-from ckptavg.readers.dcp import FOLDER, DcpReader, FilePart
+from ckptavg.readers.dcp import FOLDER, FilePart
 from ckptavg.readers.dcp import metadata as dcp_metadata
 from ckptavg.readers.dcp.box import Box, untiled
 from ckptavg.readers.pickle import object_tree
-from ckptavg.readers.torch_zip import TorchZipReader
+from ckptavg.readers.torch_zip import open_torch
 
 RANKS = 4
 
@@ -166,7 +166,7 @@ def refused(folder: Path, pattern: str, *, at: str = "", act: Callable[[Path], o
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
-def leaf(reader: DcpReader, *path: str) -> StoredTensor:
+def leaf(reader: Reader, *path: str) -> StoredTensor:
     node: Node = reader.tree
     for part in path:
         assert isinstance(node, Mapping)
@@ -193,9 +193,11 @@ def overwrite(path: Path, content: bytes) -> None:
 def data_of(folder: Path, name: str) -> range:
     """Return which bytes of the only file hold the elements of an unsharded tensor."""
     reader = FOLDER.open(folder)
-    ((_, stored),) = reader._tensors[name].parts
+    saved = dcp_metadata.parse((folder / ".metadata").read_bytes()).values[name]
+    assert isinstance(saved, dcp_metadata.SavedTensor)
+    ((_, stored),) = saved.parts
     file = (folder / stored.file).read_bytes()[stored.start :][: stored.size]
-    whole = values(reader, StoredTensor(reader._tensors[name].dtype, reader._tensors[name].shape, name, 0))
+    whole = values(reader, StoredTensor(saved.dtype, saved.shape, name, 0))
     assert isinstance(whole, tuple)
     assert file.count(whole[2]) == 1
     start = stored.start + file.index(whole[2])
@@ -709,7 +711,7 @@ def test_a_lone_tensor_is_not_a_torch_file_for_others(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     torch.save(torch.ones(2), path)
     with RegularFile(path) as file, pytest.raises(InputError, match="holds a tensor, not a state dict"):
-        TorchZipReader(file)
+        open_torch(file)
 
 
 def test_a_part_of_a_file_ends_where_it_ends(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from torch_archives import TORCH_DTYPE, Entry, archive, expected, read, values, 
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.readers import Reader, Refused, StoredTensor, open_reader, torch_zip
-from ckptavg.readers.torch_zip import READER, TorchZipReader, strided
+from ckptavg.readers.torch_zip import READER, strided
 
 
 @pytest.fixture
@@ -737,7 +737,7 @@ def counting(path: Path) -> Counting:
 
 
 @pytest.fixture
-def opened(counting: Counting) -> TorchZipReader:
+def opened(counting: Counting) -> Reader:
     reader = READER.open(counting)
     counting.count = 0
     return reader
@@ -754,14 +754,14 @@ def test_opening_reads_headers_only(counting: Counting) -> None:
     assert counting.count < 4 * KIB
 
 
-def test_a_tensor_read_front_to_back_is_read_once(counting: Counting, opened: TorchZipReader) -> None:
+def test_a_tensor_read_front_to_back_is_read_once(counting: Counting, opened: Reader) -> None:
     for start in range(0, 256 * KIB, 16 * KIB):
         assert elements(opened, "a", start, 16 * KIB) == list(range(start, start + 16 * KIB))
     assert counting.count == KIB * KIB
 
 
 def test_a_slice_of_an_unread_tensor_reads_it_once_for_the_checksum_and_never_again(
-    counting: Counting, opened: TorchZipReader
+    counting: Counting, opened: Reader
 ) -> None:
     assert elements(opened, "a", 1000, 4) == [1000, 1001, 1002, 1003]
     assert counting.count == KIB * KIB + 16
@@ -770,24 +770,20 @@ def test_a_slice_of_an_unread_tensor_reads_it_once_for_the_checksum_and_never_ag
     assert counting.count == KIB * KIB + 16 + 12
 
 
-def test_a_slice_after_a_beginning_reads_only_the_rest_for_the_checksum(
-    counting: Counting, opened: TorchZipReader
-) -> None:
+def test_a_slice_after_a_beginning_reads_only_the_rest_for_the_checksum(counting: Counting, opened: Reader) -> None:
     elements(opened, "a", 0, 128 * KIB)
     elements(opened, "a", 200 * KIB, 1)
     assert counting.count == KIB * KIB + 4
 
 
-def test_a_pass_that_starts_again_at_the_front_reads_no_more_than_that(
-    counting: Counting, opened: TorchZipReader
-) -> None:
+def test_a_pass_that_starts_again_at_the_front_reads_no_more_than_that(counting: Counting, opened: Reader) -> None:
     elements(opened, "a", 0, KIB)
     for start in range(0, 256 * KIB, 64 * KIB):
         elements(opened, "a", start, 64 * KIB)
     assert counting.count == KIB * KIB + 4 * KIB
 
 
-def test_a_slice_of_a_strided_tensor_reads_what_it_spans(counting: Counting, opened: TorchZipReader) -> None:
+def test_a_slice_of_a_strided_tensor_reads_what_it_spans(counting: Counting, opened: Reader) -> None:
     elements(opened, "b", 7, 1)
     counting.count = 0
     assert elements(opened, "b", 100, 50) == list(range(200, 300, 2))

@@ -6,6 +6,7 @@ Each part of each tensor is a small ``torch.save`` file inside a ``.distcp`` fil
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final
@@ -13,60 +14,33 @@ from typing import Any, Final
 from ckptavg.errors import InputError, printable
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.filesystem.strict_json import read_json
-from ckptavg.readers import ITEM_SIZE, FolderFormat, Node, Refused, StoredTensor, entries
+from ckptavg.readers import ITEM_SIZE, FolderFormat, Node, Reader, Refused, StoredTensor, entries
 from ckptavg.readers.dcp.metadata import Metadata, SavedTensor, Stored, parse
 from ckptavg.readers.pickle.object_tree import object_tree
 from ckptavg.readers.pickle.unpickler import PickleError
-from ckptavg.readers.torch_zip import TorchZipReader
+from ckptavg.readers.torch_zip import open_torch
 
 MAX_METADATA: Final = 256 << 20
 METADATA: Final = ".metadata"
 RECORD: Final = "ckptavg.json"  # metadata in directories that ckptavg wrote
 
-_OPENED: Final = 8  # number of tensors whose parts stay open
+_OPENED: Final = 8  # number of tensors
 _LARGE: Final = 1 << 16  # runs of at least this many bytes are read one by one
 _ALONE: Final = "tensor"
 
 
-class DcpReader:
-    """An open directory of a distributed checkpoint; only ``.metadata`` has been read."""
+class _Parts:
+    """The parts of a checkpoint's tensors, in open files; the parts of the last `_OPENED` tensors stay parsed."""
 
-    format = "dcp"
-    notes: tuple[str, ...] = ()
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder
-        self.metadata: Mapping[str, str] = _record(folder / RECORD)
-        self._opened: OrderedDict[str, dict[int, tuple[TorchZipReader, StoredTensor]]] = OrderedDict()
+    def __init__(self, metadata: Metadata, files: Mapping[str, RegularFile]) -> None:
+        self._tensors = {name: value for name, value in metadata.values.items() if isinstance(value, SavedTensor)}
+        self._files = files
+        self._opened: OrderedDict[str, dict[int, tuple[Reader, StoredTensor]]] = OrderedDict()
         self._lock = Lock()
-        self._files: dict[str, RegularFile] = {}
-        metadata_file = RegularFile(folder / METADATA)
-        files = [metadata_file]
-        self.files: Sequence[RegularFile] = files
-        try:
-            if metadata_file.size > MAX_METADATA:
-                raise InputError(f"has {metadata_file.size} bytes, more than {MAX_METADATA}", path=metadata_file.path)
-            try:
-                parsed = parse(metadata_file.read(0, metadata_file.size))
-                self.tree: Mapping[str, Node] = _tree(parsed)
-            except PickleError as error:
-                raise InputError(str(error), path=metadata_file.path) from error
-            for name, stored in parsed.stored.items():
-                if not os.path.lexists(folder / name):
-                    what = f"is missing, but {METADATA} names it"
-                    raise InputError(what, path=folder / name, hint="copy the whole directory")
-                file = self._files[name] = RegularFile(folder / name)
-                files.append(file)
-                _check_file(file, stored, metadata_file)
-            self._tensors = {name: value for name, value in parsed.values.items() if isinstance(value, SavedTensor)}
-        except BaseException:
-            self.close()
-            raise
 
     def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
         """See `ckptavg.readers.Reader`."""
-        size = ITEM_SIZE[tensor.dtype]
-        stop = start + len(out) // size
+        stop = start + len(out) // ITEM_SIZE[tensor.dtype]
         assert start >= 0 and stop <= tensor.numel
         for number, (box, _) in enumerate(self._tensors[tensor.record].parts):
             if box.last < start:
@@ -76,11 +50,6 @@ class DcpReader:
             begin, end = box.before(start), box.before(stop)
             if begin < end:
                 self._read_part(tensor, number, begin, end, start, out)
-
-    def close(self) -> None:
-        """See `ckptavg.readers.Reader`."""
-        for file in self.files:
-            file.close()
 
     def _read_part(self, tensor: StoredTensor, number: int, begin: int, end: int, start: int, out: memoryview) -> None:
         """Copy elements ``begin`` to ``end`` of a part into ``out``, whose first element is the tensor's ``start``."""
@@ -103,8 +72,8 @@ class DcpReader:
             at, of = (whole - start) * size, (own - begin) * size
             out[at : at + count * size] = block[of : of + count * size]
 
-    def _part(self, tensor: StoredTensor, number: int) -> tuple[TorchZipReader, StoredTensor]:
-        """Return the ``torch.save`` file of a part and its tensor; files of the last `_OPENED` tensors stay open."""
+    def _part(self, tensor: StoredTensor, number: int) -> tuple[Reader, StoredTensor]:
+        """Return the ``torch.save`` file of a part and its tensor."""
         with self._lock:
             parts = self._opened.setdefault(tensor.record, {})
             self._opened.move_to_end(tensor.record)
@@ -114,7 +83,7 @@ class DcpReader:
                 return parts[number]
             box, place = self._tensors[tensor.record].parts[number]
             file = self._files[place.file]
-            reader = TorchZipReader(FilePart(file, place.start, place.size), alone=_ALONE)
+            reader = open_torch(FilePart(file, place.start, place.size), alone=_ALONE)
             alone = reader.tree[_ALONE]
             if isinstance(alone, Refused):
                 raise InputError(alone.reason, path=file.path)
@@ -135,10 +104,8 @@ class FilePart(RegularFile):
 
     def __init__(self, file: RegularFile, start: int, size: int) -> None:
         assert start >= 0 and start + size <= file.size
-        self.path = file.path
-        self.size = size
-        self._file = file
-        self._from = start
+        self.path, self.size = file.path, size
+        self._file, self._from = file, start
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """See `RegularFile`; ``offset`` counts from the start of the part."""
@@ -213,15 +180,33 @@ def _claims(names: frozenset[str]) -> bool:
     return METADATA in names or any(name.endswith(".distcp") for name in names)
 
 
-def _open(folder: Path) -> DcpReader:
+def _open(folder: Path) -> Reader:
     names = entries(folder)
-    if METADATA in names:
-        return DcpReader(folder)
-    if any(name.startswith("__") and name.endswith(METADATA) for name in names):
-        what = f"each rank saved its own {METADATA} (use_collectives=False), which is not supported"
+    if METADATA not in names:
+        what = f"has no {METADATA}, which is written last: the save was interrupted or is still running"
+        if any(name.startswith("__") and name.endswith(METADATA) for name in names):
+            what = f"each rank saved its own {METADATA} (use_collectives=False), which is not supported"
         raise InputError(what, path=folder)
-    what = f"has no {METADATA}, which is written last: the save was interrupted or is still running"
-    raise InputError(what, path=folder)
+    record = _record(folder / RECORD)
+    with ExitStack() as on_error:
+        file = on_error.enter_context(RegularFile(folder / METADATA))
+        if file.size > MAX_METADATA:
+            raise InputError(f"has {file.size} bytes, more than {MAX_METADATA}", path=file.path)
+        try:
+            parsed = parse(file.read(0, file.size))
+            tree = _tree(parsed)
+        except PickleError as error:
+            raise InputError(str(error), path=file.path) from error
+        files: dict[str, RegularFile] = {}
+        for name, stored in parsed.stored.items():
+            if not os.path.lexists(folder / name):
+                what = f"is missing, but {METADATA} names it"
+                raise InputError(what, path=folder / name, hint="copy the whole directory")
+            files[name] = on_error.enter_context(RegularFile(folder / name))
+            _check_file(files[name], stored, file)
+        on_error.pop_all()
+    read_into, every = _Parts(parsed, files).read_into, (file, *files.values())
+    return Reader(path=folder, format="dcp", tree=tree, files=every, read_into=read_into, metadata=record)
 
 
 FOLDER: Final = FolderFormat(_claims, _open)

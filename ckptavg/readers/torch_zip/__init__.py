@@ -9,7 +9,7 @@ from typing import Final
 
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
-from ckptavg.readers import ITEM_SIZE, Format, Node, StoredTensor
+from ckptavg.readers import ITEM_SIZE, Format, Node, Reader, StoredTensor
 from ckptavg.readers.pickle.object_tree import object_tree
 from ckptavg.readers.pickle.torch_objects import MAKERS, storage
 from ckptavg.readers.pickle.unpickler import PickleError, load
@@ -22,79 +22,64 @@ MAX_VERSION: Final = 10  # of the archive; torch 2.13 writes 3
 _LISTED: Final = 6  # maximum number of classes in a note
 
 
-class TorchZipReader:
-    """An open torch file.
+def open_torch(file: RegularFile, *, alone: str | None = None) -> Reader:
+    """Open a torch file; ``alone`` is the name in the tree for the content of a file that is one tensor."""
+    entries, end = central_directory(file)
+    prefix = _prefix(file, entries)
+    starts = locate(file, entries, end)
+    unchecked = not any(entry.crc for entry in entries)
+    records: dict[str, CheckedRecord] = {}
+    for entry in entries:
+        name = entry.name.removeprefix(prefix)
+        records[name] = CheckedRecord(file, name, starts[entry.name], entry.size, entry.crc, unchecked)
+    _check_version(file.path, records)
+    tree, left_out = _objects(file.path, records, alone)
+    notes = ["was saved without checksums, so damage to its tensors is undetectable"] if unchecked else []
+    if left_out:
+        listed = ", ".join(name[:100] for name in left_out[:_LISTED]) + (", ..." if len(left_out) > _LISTED else "")
+        notes.append(f"left out objects of {len(left_out)} classes: {listed}")
 
-    Args:
-        file: the file; closed with the reader.
-        alone: for a file of one tensor instead of a state dict, the name of the only entry of the tree.
-    """
-
-    format = "torch"
-
-    def __init__(self, file: RegularFile, *, alone: str | None = None) -> None:
-        self.path: Path = file.path
-        self.files: Sequence[RegularFile] = (file,)
-        self.metadata: Mapping[str, str] = {}
-        entries, end = central_directory(file)
-        prefix = _prefix(file, entries)
-        starts = locate(file, entries, end)
-        unchecked = not any(entry.crc for entry in entries)
-        self._records: dict[str, CheckedRecord] = {}
-        for entry in entries:
-            name = entry.name.removeprefix(prefix)
-            self._records[name] = CheckedRecord(file, name, starts[entry.name], entry.size, entry.crc, unchecked)
-        self._check_version()
-        self.tree: Mapping[str, Node]
-        self.tree, left_out = self._objects(alone)
-        self.notes: tuple[str, ...] = ()
-        if unchecked:
-            self.notes += ("was saved without checksums, so damage to its tensors is undetectable",)
-        if left_out:
-            listed = ", ".join(name[:100] for name in left_out[:_LISTED]) + (", ..." if len(left_out) > _LISTED else "")
-            self.notes += (f"left out objects of {len(left_out)} classes: {listed}",)
-
-    def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
-        """See `ckptavg.readers.Reader`."""
-        size = ITEM_SIZE[tensor.dtype]
-        assert start >= 0 and start * size + len(out) <= tensor.nbytes
+    def read_into(tensor: StoredTensor, start: int, out: memoryview) -> None:
+        first = start * ITEM_SIZE[tensor.dtype]
+        assert start >= 0 and first + len(out) <= tensor.nbytes
         if not len(out):
             return
-        record = self._records[tensor.record]
+        record = records[tensor.record]
         if tensor.stride is None:
-            record.read_into(tensor.offset + start * size, out, stop=tensor.offset + tensor.nbytes)
+            record.read_into(tensor.offset + first, out, stop=tensor.offset + tensor.nbytes)
             return
         record.check()
         gather(tensor, start, out, lambda at, block: record.read_into(at, block, stop=0))
 
-    def close(self) -> None:
-        """See `ckptavg.readers.Reader`."""
-        for file in self.files:
-            file.close()
+    return Reader(path=file.path, format="torch", tree=tree, files=(file,), read_into=read_into, notes=tuple(notes))
 
-    def _objects(self, alone: str | None) -> tuple[Mapping[str, Node], tuple[str, ...]]:
-        data = self._records["data.pkl"]
-        if data.size > MAX_PICKLE:
-            raise InputError(f"data.pkl has {data.size} bytes, more than {MAX_PICKLE}", path=self.path)
-        sizes = {name: record.size for name, record in self._records.items()}
-        try:
-            value = load(data.read(), MAKERS, lambda key: storage(key, sizes))
-            return object_tree(value if alone is None else {alone: value})
-        except PickleError as error:
-            raise InputError(f"data.pkl {error}", path=self.path) from error
 
-    def _check_version(self) -> None:
-        texts = {"byteorder": b"little", "version": b"3"}  # if there is no such record; torch < 2.1 wrote no byte order
-        for name in texts:
-            if record := self._records.get(name):
-                if record.size > 16:
-                    raise InputError(f"record {name} has {record.size} bytes, far too many", path=self.path)
-                texts[name] = record.read()
-        order, version = texts["byteorder"], texts["version"].strip()
-        if order != b"little":
-            raise InputError(f"byte order {order!r} is not supported, only little", path=self.path)
-        if not version.isdigit() or not 1 <= int(version) <= MAX_VERSION:
-            raise InputError(f"archive version {version!r} is not supported, only 1 to {MAX_VERSION}", path=self.path)
+def _objects(
+    path: Path, records: Mapping[str, CheckedRecord], alone: str | None
+) -> tuple[Mapping[str, Node], tuple[str, ...]]:
+    data = records["data.pkl"]
+    if data.size > MAX_PICKLE:
+        raise InputError(f"data.pkl has {data.size} bytes, more than {MAX_PICKLE}", path=path)
+    sizes = {name: record.size for name, record in records.items()}
+    try:
+        value = load(data.read(), MAKERS, lambda key: storage(key, sizes))
+        return object_tree(value if alone is None else {alone: value})
+    except PickleError as error:
+        raise InputError(f"data.pkl {error}", path=path) from error
+
+
+def _check_version(path: Path, records: Mapping[str, CheckedRecord]) -> None:
+    texts = {"byteorder": b"little", "version": b"3"}  # if there is no such record; torch < 2.1 wrote no byte order
+    for name in texts:
+        if record := records.get(name):
+            if record.size > 16:
+                raise InputError(f"record {name} has {record.size} bytes, far too many", path=path)
+            texts[name] = record.read()
+    order, version = texts["byteorder"], texts["version"].strip()
+    if order != b"little":
+        raise InputError(f"byte order {order!r} is not supported, only little", path=path)
+    if not version.isdigit() or not 1 <= int(version) <= MAX_VERSION:
+        raise InputError(f"archive version {version!r} is not supported, only 1 to {MAX_VERSION}", path=path)
 
 
 def _prefix(file: RegularFile, entries: Sequence[Entry]) -> str:
@@ -113,8 +98,8 @@ def _prefix(file: RegularFile, entries: Sequence[Entry]) -> str:
 
 
 def _claims(head: bytes) -> bool:
-    """Return True for the signature of a zip's first record; `TorchZipReader` checks whether it is torch's."""
+    """Return True for the signature of a zip's first record; `open_torch` checks whether it is torch's."""
     return head.startswith(b"PK\x03\x04")
 
 
-READER: Final = Format("torch", (".pt", ".pth", ".pth.tar", ".ckpt", ".bin"), _claims, TorchZipReader)
+READER: Final = Format("torch", (".pt", ".pth", ".pth.tar", ".ckpt", ".bin"), _claims, open_torch)

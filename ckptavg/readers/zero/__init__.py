@@ -9,12 +9,12 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from itertools import accumulate
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from ckptavg.errors import InputError
-from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.readers import ITEM_SIZE, FolderFormat, Node, Reader, Refused, StoredTensor, open_reader
 from ckptavg.readers.zero.entries import as_list, as_mapping, as_naturals, checked_paddings, checked_shapes
 from ckptavg.readers.zero.pieces import Piece, cut, gap, read_pieces
@@ -27,51 +27,28 @@ _FROZEN: Final = "frozen_param_fragments"
 _Source: TypeAlias = tuple[Reader, StoredTensor]
 
 
-class ZeroReader:
-    """An open checkpoint directory of DeepSpeed, such as ``global_step500``."""
+class _Folder:
+    """A checkpoint directory of DeepSpeed, such as ``global_step500``; ``opened`` closes its files."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path: Path = folder
-        self.format: str = "deepspeed"
-        self.metadata: Mapping[str, str] = {}
-        self._models, self._optimizers = _ranks(folder)
+    def __init__(self, path: Path, opened: ExitStack) -> None:
+        self.path, self._opened = path, opened
+        self.format = "deepspeed"
+        self.origin = "took the weights of the model states; there are no master weights of ZeRO"
+        self.readers: dict[str, Reader] = {}
+        self.pieces: dict[str, Sequence[Piece]] = {}  # record of a weight → its parts
+        self._models, self._optimizers = _ranks(path)
         # ZeRO-3's model states have empty tensors in place of the parameters
         self._is_whole = not self._models[0].startswith("zero_pp_rank_")
-        self._origin = "took the weights of the model states; there are no master weights of ZeRO"
-        self._readers: dict[str, Reader] = {}
-        self._pieces: dict[str, Sequence[Piece]] = {}  # record of a weight → its parts
-        try:
-            self._model = self._open(self._models[0])
-            module = self._module()
-        except BaseException:
-            self.close()
-            raise
-        step = self._model.tree.get("global_steps")
-        self.tree: Mapping[str, Node] = {"module": module, "global_step": step if type(step) is int else None}
-        self.files: Sequence[RegularFile] = [file for reader in self._readers.values() for file in reader.files]
-        notes = [note for reader in self._readers.values() for note in reader.notes if not note.startswith("left out")]
-        self.notes: tuple[str, ...] = tuple(dict.fromkeys([self._origin, *notes]))
-
-    def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
-        """See `ckptavg.readers.Reader`."""
-        if tensor.record in self._pieces:
-            read_pieces(self._pieces[tensor.record], ITEM_SIZE[tensor.dtype], start, out)
-        else:
-            self._model.read_into(tensor, start, out)
-
-    def close(self) -> None:
-        """See `ckptavg.readers.Reader`."""
-        for reader in self._readers.values():
-            reader.close()
+        self.model = self._open(self._models[0])
 
     def _open(self, name: str) -> Reader:
-        if name not in self._readers:
-            self._readers[name] = open_reader(self.path / name)
-        return self._readers[name]
+        if name not in self.readers:
+            self.readers[name] = self._opened.enter_context(closing(open_reader(self.path / name)))
+        return self.readers[name]
 
-    def _module(self) -> dict[str, Node]:
+    def module(self) -> dict[str, Node]:
         """Return all weights: trained, frozen, shared, and those that exist in the model states only."""
-        tree, path = self._model.tree, self._model.path
+        tree, path = self.model.tree, self.model.path
         _refuse_spread(tree, path)
         module = as_mapping(tree.get("module"), "module", path)
         found: dict[str, StoredTensor] = {}
@@ -95,8 +72,8 @@ class ZeroReader:
 
     def _trained(self) -> dict[str, StoredTensor]:
         """Return the parameters of the optimizer."""
-        path = self._model.path
-        listed = as_list(self._model.tree.get("param_shapes"), "param_shapes", path)
+        path = self.model.path
+        listed = as_list(self.model.tree.get("param_shapes"), "param_shapes", path)
         groups = [checked_shapes(group, "param_shapes", path) for group in listed]
         states = self._states()
         optimizer, first = states[0]
@@ -121,13 +98,13 @@ class ZeroReader:
                 found |= self._lay(shapes, [_run([own[i] for own in parts])], paddings[i], 2 * world)
         kinds = " and ".join(sorted({tensor.dtype.lower().replace("f32", "fp32") for tensor in found.values()}))
         named = self.format.replace("zero", "ZeRO") if stage else "ZeRO"
-        self._origin = f"took the {kinds} master weights of {named} from the optimizer states of {world} ranks"
+        self.origin = f"took the {kinds} master weights of {named} from the optimizer states of {world} ranks"
         return found
 
     def _frozen(self) -> dict[str, StoredTensor]:
         """Return the frozen parameters; empty for ZeRO-1, which does not store them separately."""
-        key, path = "frozen_param_shapes", self._model.path
-        shapes = checked_shapes(self._model.tree.get(key) or {}, key, path)
+        key, path = "frozen_param_shapes", self.model.path
+        shapes = checked_shapes(self.model.tree.get(key) or {}, key, path)
         readers = [self._open(self._models[rank]) for rank in sorted(self._models)] if shapes else []
         held = [(reader, as_mapping(reader.tree.get(_FROZEN), _FROZEN, reader.path)) for reader in readers]
         found: dict[str, StoredTensor] = {}
@@ -175,7 +152,7 @@ class ZeroReader:
             if wrong := gap(pieces, numel):
                 raise InputError(wrong, path=self.path, tensor=name)
             found[name] = StoredTensor(dtypes[0], tuple(shape), f"\0{name}", 0)  # no record of a file has a NUL
-            self._pieces[found[name].record] = pieces
+            self.pieces[found[name].record] = pieces
             at += part + padding
         for run in runs:
             length = run[-1].start + run[-1].count
@@ -241,4 +218,28 @@ def _claims(names: frozenset[str]) -> bool:
     return any(re.search(r"mp_rank_[0-9]+_model_states\.pt$", name) for name in names)
 
 
-FOLDER: Final = FolderFormat(_claims, ZeroReader)
+def _open(path: Path) -> Reader:
+    with ExitStack() as on_error:
+        folder = _Folder(path, on_error)
+        module = folder.module()
+        on_error.pop_all()
+    step = folder.model.tree.get("global_steps")
+    notes = [note for reader in folder.readers.values() for note in reader.notes if not note.startswith("left out")]
+
+    def read_into(tensor: StoredTensor, start: int, out: memoryview) -> None:
+        if tensor.record in folder.pieces:
+            read_pieces(folder.pieces[tensor.record], ITEM_SIZE[tensor.dtype], start, out)
+        else:
+            folder.model.read_into(tensor, start, out)
+
+    return Reader(
+        path=path,
+        format=folder.format,
+        tree={"module": module, "global_step": step if type(step) is int else None},
+        files=[file for reader in folder.readers.values() for file in reader.files],
+        read_into=read_into,
+        notes=tuple(dict.fromkeys([folder.origin, *notes])),
+    )
+
+
+FOLDER: Final = FolderFormat(_claims, _open)
