@@ -26,7 +26,7 @@ Piece: TypeAlias = "tuple[_Lane, Tensor, slice]"  # lane, its rows [R, C] in hos
 
 
 class Streamed:
-    """The matrix [N, D] with at most two pieces on the device; see `ckptavg.candidates.matrix.Matrix`.
+    """The matrix [N, D] with at most two pieces on the device; see `ckptavg.candidates.Matrix`.
 
     While one piece is processed, threads read the next into the other buffer. On CUDA, buffers are pinned and a side
     stream overlaps copies with compute; the host waits for a copy only before reusing its buffer.
