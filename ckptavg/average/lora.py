@@ -22,23 +22,20 @@ from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import FLOATING, TORCH
 from ckptavg.checkpoints.integrity import is_finite, not_finite
 from ckptavg.coefficients import Coefficients
-from ckptavg.errors import InputError, UsageError
+from ckptavg.errors import InputError
 from ckptavg.readers import StoredTensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Module:
-    """A module of the base model: the names of its factors A and B, their rank ``r`` and the scaling s of B A.
-
-    ``terms`` are the non-zero coefficients and their candidates.
-    """
+    """A module of the base model with its factors."""
 
     name: str
-    a: str
+    a: str  # name of the factor A
     b: str
-    r: int
-    scaling: float
-    terms: Sequence[tuple[float, Checkpoint]]
+    r: int  # rank of the factors
+    scaling: float  # s of s B A
+    terms: Sequence[tuple[float, Checkpoint]]  # the non-zero coefficients and their candidates
 
     def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return c_K and the stacked factors A_RI and B_OR, in float64."""
@@ -54,13 +51,11 @@ def factor_error(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) 
 
     With the factors stacked, both are B_OR (M ⊗ 1) A_RI with M = c cᵀ − diag(c) and M = diag(c); after QR of B_OR and
     of A_RIᵀ their norms are those of R × R matrices. This avoids cancellation and never allocates an O × I matrix. For
-    DoRA this is the error before normalization. Returns 0 if both norms are 0, and infinity if only the second is.
+    DoRA this is the error before normalization. Returns 0 if both norms are 0, and infinity if only the second is. For
+    the arguments see `exact`.
 
-    Args:
-        checkpoints: N open adapters with equal names, shapes and dtypes.
-        coefficients: their coefficients; a module uses the row of its A.
     Raises:
-        InputError: if they are not LoRA adapters, or a factor is NaN or infinite.
+        InputError: if they have no LoRA factors, or a factor is NaN or infinite.
         DisagreementError: see `check`.
     """
     squared_error = squared_norm = 0.0
@@ -91,15 +86,12 @@ def exact(
     Args:
         checkpoints: N open adapters with equal names, shapes and dtypes.
         coefficients: their coefficients, of any sign; a module uses the row of its A.
-        rank: maximum rank of a module, or None for K r.
+        rank: maximum rank of a module, at least 1, or None for K r.
         dtype: dtype of the floating-point tensors, or None for the candidates' dtypes.
     Raises:
         InputError: if ΔW is not such a sum (DoRA, other kinds of adapters), or a value is NaN or infinite.
         DisagreementError: see `check`.
-        UsageError: if ``rank`` is below 1.
     """
-    if rank is not None and rank < 1:
-        raise UsageError(f"the rank of an adapter must be at least 1, not {rank}")
     config, first = check(checkpoints), checkpoints[0]
     if reason := obstacle(first, config):
         hint = "average the factors: --adapter factors"
@@ -186,8 +178,6 @@ def _read(source: Checkpoint, name: str) -> Tensor:
 
 def _modules(checkpoints: Sequence[Checkpoint], coefficients: Coefficients, config: Config) -> list[_Module]:
     checkpoint = checkpoints[0]
-    if config.peft_type != "LORA":
-        raise InputError(f"its peft_type is {config.peft_type}, not LORA", path=config.path)
     modules: list[_Module] = []
     for a, name in ((a, match[1]) for a in checkpoint.names if (match := FACTOR_A.fullmatch(a))):
         b, r = partner(a), config.rank(name)

@@ -85,12 +85,9 @@ def check(checkpoints: Sequence[Checkpoint]) -> Config:
         common = max(values, key=values.count)
         odd = next((i for i, value in enumerate(values) if value != common), None)
         if odd is not None:
-            count = values.count(common)
-            raise DisagreementError(
-                f"{key} is {values[odd]!r}, but {count} other candidate{'s have' if count > 1 else ' has'} {common!r}",
-                path=configs[odd].path,
-                hint=f"leave it out with {checkpoints[odd].excluding}",
-            )
+            count, hint = values.count(common), f"leave it out with {checkpoints[odd].excluding}"
+            others = f"{count} other candidate{'s have' if count > 1 else ' has'} {common!r}"
+            raise DisagreementError(f"{key} is {values[odd]!r}, but {others}", path=configs[odd].path, hint=hint)
     return configs[0]
 
 

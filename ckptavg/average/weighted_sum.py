@@ -100,8 +100,7 @@ def weighted_average(
         specs: the output's specs, from `output_specs`.
         only: the elements to average; None means all.
         chunk: elements per chunk.
-        threads: number of chunks read and summed in parallel; by default the number of torch threads, at most the
-            number of processors.
+        threads: number of chunks read and summed in parallel; by default torch's, at most the number of processors.
     Raises:
         InputError: naming file and tensor, if a result is NaN or infinite and the candidates do not allow that.
     """

@@ -1,19 +1,19 @@
 """The candidate matrix on the device: N checkpoints as rows, mixed into the flat vector that holds the model.
 
 Shape suffixes: N = candidates, G = groups of tensors, D = elements of one dtype (parameters first, then floating-point
-buffers), Q = the parameters among them.
+buffers), Q = the parameters among them, C = columns of a block.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ckptavg.candidates.flat import Flat, flatten, unique_tensors
+from ckptavg.candidates.flat import Flat, flatten, runs, unique_tensors
 from ckptavg.candidates.loading import ReadInto, Specs, check_names, read, read_columns, read_row
-from ckptavg.candidates.matrix import Dense, Matrix
 from ckptavg.candidates.packed import Packed
 from ckptavg.candidates.plan import EXACT, Offload
 from ckptavg.candidates.sharded import flatten_shards
@@ -23,7 +23,50 @@ from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.runtime.workers import ALONE, Workers
 
-_DISTANCE_COLUMNS: Final = 1 << 20  # columns per step of `Candidates.distances`
+COLUMNS: Final = 1 << 20  # columns per step of `Candidates.distances`, and of converting a 16-bit matrix to float32
+
+
+class Matrix(Protocol):
+    """N encoded rows of D elements, w_i = mean + row i, decoded one piece at a time."""
+
+    mean_D: Tensor | None  # [D], the vector that rows are stored relative to, set before `encode`; None means zero
+    nbytes: int  # size of the rows on the device, without the mean
+    squared_errors: Tensor  # [2], ‖d̂ − d‖² of the encoding and ‖d‖² over all rows; d is the difference from the mean
+
+    def encode(self, i: int, row_D: Tensor) -> None:
+        """Store row ``i``; ``row_D`` [D] may be overwritten afterwards."""
+
+    def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
+        """Yield ([N, C], columns) from ``start`` to ``stop``, float32 or wider; each is valid until the next one."""
+        ...
+
+
+class Dense:
+    """The matrix [N, D] itself, in the dtype and on the device of ``example_D`` [D]."""
+
+    mean_D: Tensor | None = None
+    squared_errors = torch.zeros(2)
+
+    def __init__(self, n: int, example_D: Tensor) -> None:
+        self._rows_ND = example_D.new_empty(n, len(example_D))
+        self.nbytes = self._rows_ND.nbytes
+
+    def encode(self, i: int, row_D: Tensor) -> None:
+        """See `Matrix.encode`."""
+        self._rows_ND[i] = row_D
+
+    def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
+        """See `Matrix.column_blocks`: one piece, or for 16-bit dtypes pieces converted to float32.
+
+        A coefficient of 1/5 rounded to bfloat16 is 0.1 % too large, which would scale every weight; and a dot product
+        of millions of terms needs more than three digits.
+        """
+        if self._rows_ND.dtype.itemsize >= 4:
+            yield self._rows_ND[:, start:stop], slice(start, stop)
+            return
+        for first in range(start, stop, COLUMNS):
+            part = slice(first, min(first + COLUMNS, stop))
+            yield self._rows_ND[:, part].to(torch.float32), part
 
 
 class Candidates:
@@ -153,7 +196,7 @@ class Candidates:
         total_GN = self._zeros(groups)
         for flat, matrix in self._blocks:
             for run_NC, _, g in _column_runs(flat, matrix, groups, len(flat.gradient_Q)):
-                for piece_NC in run_NC.split(_DISTANCE_COLUMNS, dim=1):
+                for piece_NC in run_NC.split(COLUMNS, dim=1):
                     total_GN[g] += (piece_NC - piece_NC.mean(dim=0)).square().sum(dim=1)
         return self._workers.sum(total_GN).sqrt()
 
@@ -227,6 +270,10 @@ class Candidates:
 
 def _column_runs(flat: Flat, matrix: Matrix, groups: Groups, stop: int) -> Iterator[tuple[Tensor, slice, int]]:
     """Yield ([N, C], columns, group): the columns before ``stop``, split into runs of one coefficient group each."""
+    group_runs = runs(flat.slots, groups, stop)
     for piece_NC, part in matrix.column_blocks(0, stop):
-        for begin, end, g in flat.cut(part, groups, stop):
-            yield piece_NC[:, begin - part.start : end - part.start], slice(begin, end), g
+        for begin, end, g in group_runs[bisect_right(group_runs, part.start, key=lambda run: run[1]) :]:
+            if begin >= part.stop:
+                break
+            columns = slice(max(begin, part.start), min(end, part.stop))
+            yield piece_NC[:, columns.start - part.start : columns.stop - part.start], columns, g

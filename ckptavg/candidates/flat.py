@@ -41,14 +41,6 @@ class Flat:
             if local.data_ptr() != values.data_ptr():
                 local.copy_(values)
 
-    def cut(self, part: slice, groups: Groups, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, stop, group) of the runs within ``part``; they cover all of its elements before ``stop``."""
-        runs = _runs(self.slots, groups, stop)
-        for begin, end, g in runs[bisect_right(runs, part.start, key=lambda run: run[1]) :]:
-            if begin >= part.stop:
-                return
-            yield max(begin, part.start), min(end, part.stop), g
-
 
 def overlapping(slots: Sequence[Slot], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Yield (slot index, start, stop) for each slot that overlaps the elements from ``start`` to ``stop``."""
@@ -60,7 +52,7 @@ def overlapping(slots: Sequence[Slot], start: int, stop: int) -> Iterator[tuple[
 
 
 @lru_cache(maxsize=16)  # called twice per step with the same arguments
-def _runs(slots: tuple[Slot, ...], groups: Groups, stop: int) -> Sequence[tuple[int, int, int]]:
+def runs(slots: tuple[Slot, ...], groups: Groups, stop: int) -> Sequence[tuple[int, int, int]]:
     """Return (start, stop, group) of the runs of consecutive slots in one group, which end at ``stop``."""
     before_stop = (slot for slot in slots if slot.start < stop)
     starts = [(next(run).start, g) for g, run in groupby(before_stop, lambda slot: group_of(slot.names[0], groups))]

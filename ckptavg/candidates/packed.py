@@ -104,8 +104,6 @@ def fit(d_HK: Tensor, levels: int, rounds: int) -> tuple[Tensor, Tensor, Tensor]
 
     Args:
         d_HK: [H, K], H groups of K values.
-        levels: number of codes.
-        rounds: number of regressions.
     Returns:
         codes [H, K] as floats, scale [H] > 0, zero [H].
     """

@@ -1,19 +1,25 @@
 """Estimate the memory that learning needs before it is allocated, and suggest settings that fit."""
 
+import math
+import os
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final, Literal, Self, TypeAlias
 
 import torch
 from torch import nn
 
-from ckptavg.candidates import budget
 from ckptavg.candidates.flat import unique_tensors
-from ckptavg.candidates.streamed import columns
 from ckptavg.errors import OutOfMemoryError
+from ckptavg.runtime import cgroups
 
 Offload: TypeAlias = Literal["none", "cpu", "disk"]
 EXACT: Final = 32  # bits: candidates are kept unquantized, in the model's dtype
 FEWER: Final = (16, 8, 4, 2, 1)
+BUFFER: Final = 32 << 20  # bytes per piece of a streamed matrix over all rows; there are two buffers of this size
+LEAST: Final = 1 << 12  # minimum columns per piece, regardless of the number of rows
+_SHARE: Final = 0.7  # fraction of free memory that "auto" bits may use; the rest is left for activations
 _HOST: Final = torch.device("cpu")
 
 
@@ -25,7 +31,7 @@ class Plan:
     elements: int  # floating-point elements of the model; tied tensors count once
     size: int  # of these elements, in bytes
     gradient: int  # size of the parameters among them, in bytes
-    bits: int  # per element of the matrix
+    bits: int = EXACT  # per element of the matrix
     group_size: int  # elements that share a scale and a zero point if bits < 32
     offload: Offload  # where the matrix is kept instead of on the device
     device: torch.device  # of the model
@@ -37,18 +43,27 @@ class Plan:
         cls, model: nn.Module, n: int, *, bits: int | Literal["auto"], group_size: int, offload: Offload,
         device: torch.device, parts: int = 1, sharing: int = 1,
     ) -> Self:  # fmt: skip
-        """Plan for a model on its device, or for one of its ``parts`` shards; "auto" selects the most bits that fit."""
+        """Plan for a model on its device, or for one of its ``parts`` shards; for ``bits`` see `at`."""
         floats = [tensor for _, tensor in unique_tensors(model) if tensor.is_floating_point()]
-        elements = sum(tensor.numel() for tensor in floats) // parts
-        size = sum(tensor.nbytes for tensor in floats) // parts
-        gradient = sum(tensor.nbytes for tensor in floats if isinstance(tensor, nn.Parameter)) // parts
-        present = sum(tensor.nbytes for tensor in floats if not tensor.is_meta)
-        if bits == "auto":
-            bits = budget.largest(elements, size, n, group_size, device, (EXACT, *FEWER), sharing)
         return cls(
-            n=n, elements=elements, size=size, gradient=gradient,
-            bits=bits, group_size=group_size, offload=offload, device=device, present=present, sharing=sharing,
-        )  # fmt: skip
+            n=n,
+            elements=sum(tensor.numel() for tensor in floats) // parts,
+            size=sum(tensor.nbytes for tensor in floats) // parts,
+            gradient=sum(tensor.nbytes for tensor in floats if isinstance(tensor, nn.Parameter)) // parts,
+            group_size=group_size, offload=offload, device=device,
+            present=sum(tensor.nbytes for tensor in floats if not tensor.is_meta), sharing=sharing,
+        ).at(bits)  # fmt: skip
+
+    def at(self, bits: int | Literal["auto"]) -> Self:
+        """Return the plan for ``bits`` per element.
+
+        "auto" is the most with which candidates, their mean and a gradient take at most 70 % of free memory, or else 1.
+        """
+        if bits != "auto":
+            return replace(self, bits=bits)
+        free = free_memory(self.device) / (self.sharing if self.device.type == "cpu" else 1)
+        plans = [replace(self, bits=bits) for bits in (EXACT, *FEWER)]
+        return next((plan for plan in plans if plan.matrix <= _SHARE * free - 2 * self.size), plans[-1])
 
     @property
     def streamed(self) -> bool:
@@ -57,11 +72,13 @@ class Plan:
 
     @property
     def matrix(self) -> int:
-        """Size of the matrix on the device in bytes; if streamed, of its two buffers."""
-        if not self.streamed:
-            return budget.matrix_bytes(self.elements, self.size, self.n, self.group_size, self.bits)
-        width = max(1, self.size // max(1, self.elements))
-        return 2 * self.n * width * columns(self.n, self.elements, width)
+        """Bytes of the matrix on the device, with scales, zero points and mean; if streamed, of its two buffers."""
+        if self.streamed:
+            width = max(1, self.size // max(1, self.elements))
+            return 2 * self.n * width * columns(self.n, self.elements, width)
+        if self.bits == EXACT:
+            return self.n * self.size
+        return round(self.n * self.elements * (self.bits / 8 + 8 / self.group_size)) + 4 * self.elements
 
     @property
     def needed(self) -> int:
@@ -83,10 +100,10 @@ class Plan:
 
     def check(self) -> str:
         """Return breakdown and free memory as one line; raises OutOfMemoryError, which names settings that fit."""
-        host = budget.free_memory(_HOST) // self.sharing
+        host = free_memory(_HOST) // self.sharing
         available = {self.device: self.present + host}  # the model already occupies its own
         if self.device.type != "cpu":
-            available = {self.device: self.present + budget.free_memory(self.device), _HOST: host}
+            available = {self.device: self.present + free_memory(self.device), _HOST: host}
         if self._fits(available):
             return f"learning takes {self}; {sized(available[self.device])} free"
         free = " and ".join(f"{sized(size)} on {device}" for device, size in available.items())
@@ -108,10 +125,39 @@ class Plan:
         targets: tuple[Offload, ...] = ("disk",) if self.device.type == "cpu" else ("cpu", "disk")
         on_device = self.offload == "none"
         return [
-            [(f"--bits {bits}", replace(self, bits=bits)) for bits in FEWER if on_device and bits < self.bits],
+            [(f"--bits {bits}", self.at(bits)) for bits in FEWER if on_device and bits < self.bits],
             [(f"--offload {to}", replace(self, bits=EXACT, offload=to)) for to in targets if to != self.offload],
             [(f"--last {n}", replace(self, n=n)) for n in range(self.n - 1, 1, -1)],
         ]
+
+
+def columns(n: int, size: int, itemsize: int) -> int:
+    """Return the number of columns per piece of a streamed matrix of N rows."""
+    return max(1, min(size, max(LEAST, BUFFER // (n * itemsize))))
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes on ``device``; on the host, at most what the limits of its control groups leave."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *map(_left, cgroups.groups("memory"))]
+    if available := re.search(r"MemAvailable:\s*(\d+)", cgroups.read(Path("/proc/meminfo"))):
+        limits.append(1024 * int(available[1]))
+    return int(max(0, min(limits)))
+
+
+def _left(group: Path) -> float:
+    """Return the bytes that a control group may still use; its page cache, which grows as files are read, is free."""
+    for limit, used, prefix in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):  # version 2, 1
+        sizes = [cgroups.read(group / f"memory.{name}").strip() for name in (limit, used)]
+        if all(map(str.isdecimal, sizes)):
+            cached = re.findall(
+                rf"^{prefix}(?:in)?active_file (\d+)", cgroups.read(group / "memory.stat"), re.MULTILINE
+            )
+            return int(sizes[0]) - int(sizes[1]) + sum(map(int, cached))
+    return math.inf
 
 
 def sized(count: int) -> str:

@@ -4,12 +4,12 @@ Shape suffixes: D = elements of one dtype on one rank, Q = parameters among them
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ckptavg.candidates.flat import Flat, flatten, unique_tensors
 from ckptavg.errors import TaskError
@@ -19,9 +19,8 @@ from ckptavg.runtime.workers import Workers
 def build(make: Callable[[], nn.Module], device: torch.device, workers: Workers) -> nn.Module:
     """Build the model without its weights, sharded by transformer block over all ranks.
 
-    Parameters stay on the meta device until `flatten_shards` allocates them; buffers are replicated on every rank.
-
-    The ranks' process group must be initialized.
+    Parameters stay on the meta device until `flatten_shards` allocates them; buffers are replicated on every rank. The
+    process group must be initialized.
 
     Raises:
         TaskError: if a parameter is not in the state dict, or FSDP2 cannot shard one.
@@ -29,7 +28,7 @@ def build(make: Callable[[], nn.Module], device: torch.device, workers: Workers)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    with parameters_on_meta():
+    with register_module_parameter_registration_hook(_on_meta):  # pyright: ignore[reportArgumentType]
         model = make()
     in_state_dict = {id(tensor) for _, tensor in unique_tensors(model)}
     for name, parameter in model.named_parameters():
@@ -105,18 +104,8 @@ def flatten_shards(model: nn.Module, tensors: list[tuple[tuple[str, ...], Tensor
     return replace(flat, slots=slots, shards=tuple((whole[id(tensor)], local.data) for tensor, local in shards))
 
 
-@contextmanager
-def parameters_on_meta() -> Generator[None]:
-    """Create parameters on the meta device; buffers keep their values, as non-persistent ones are in no checkpoint."""
-    register = nn.Module.register_parameter
-
-    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        register(self, name, param)
-
-    nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
+def _on_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    """Move a parameter to the meta device; buffers keep their values, as non-persistent ones are in no checkpoint."""
+    if parameter.device.type == "meta":
+        return None  # as it is, so that tied parameters stay tied
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)

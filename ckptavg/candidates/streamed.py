@@ -13,14 +13,12 @@ from typing import Final, TypeAlias
 import torch
 from torch import Tensor
 
-from ckptavg.candidates import budget
+from ckptavg.candidates import plan
 from ckptavg.candidates.flat import Flat, Slot, overlapping
 from ckptavg.candidates.loading import read_columns
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.runtime.threads import processors
 
-BUFFER: Final = 32 << 20  # bytes per piece over all rows; there are two buffers of this size
-LEAST: Final = 1 << 12  # minimum columns per piece, regardless of the number of rows
 _READERS: Final = 4  # rows read in parallel; more do not increase disk or memory throughput
 _CHUNK: Final = 1 << 18  # elements of a running sum updated at once, which fit a CPU's cache
 
@@ -28,7 +26,7 @@ Piece: TypeAlias = "tuple[_Lane, Tensor, slice]"  # lane, its rows [R, C] in hos
 
 
 class Streamed:
-    """The matrix [N, D] with at most two pieces on the device; see `ckptavg.candidates.matrix.Matrix`.
+    """The matrix [N, D] with at most two pieces on the device; see `ckptavg.candidates.Matrix`.
 
     While one piece is processed, threads read the next into the other buffer. On CUDA, buffers are pinned and a side
     stream overlaps copies with compute; the host waits for a copy only before reusing its buffer.
@@ -51,7 +49,7 @@ class Streamed:
         self._rows_ND = None if in_files else torch.empty(n, size, dtype=dtype)
         self._sum = RunningSum(n, size, flat.slots)
         side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        numel = n * columns(n, size, dtype.itemsize)
+        numel = n * plan.columns(n, size, dtype.itemsize)
         self._lanes = [_Lane(numel, dtype, device, side) for _ in range(2)]
         self.nbytes = sum(lane.host.nbytes for lane in self._lanes)
         # on one processor too, readers mostly wait for the disk
@@ -126,7 +124,7 @@ class RunningSum:
         self._n = n
         self._slots = slots
         self._largest = [0.0] * len(slots)
-        keep = 16 * size < budget.free_memory(torch.device("cpu"))
+        keep = 16 * size < plan.free_memory(torch.device("cpu"))
         self._sum_D = torch.zeros(size, dtype=torch.float64) if keep else None
         self._summed: frozenset[int] = frozenset()
         self._total, self._term = torch.empty(2, min(size, _CHUNK), dtype=torch.float64)
@@ -196,8 +194,3 @@ class _Lane:
         """Block until the host buffer may be overwritten."""
         if self._copied is not None:
             self._copied.synchronize()
-
-
-def columns(n: int, size: int, itemsize: int) -> int:
-    """Return the number of columns per piece of N rows."""
-    return max(1, min(size, max(LEAST, BUFFER // (n * itemsize))))

@@ -137,7 +137,7 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:  # the working directory was removed
         raise OutputError(f"cannot be written: {atomic.os_message(error)}", path=path) from error
     if target.is_file() or not target.exists():
-        atomic.write_text(target, text)
+        atomic.write_bytes(target, text.encode())
         return
     try:
         path.write_text(text, encoding="utf-8")

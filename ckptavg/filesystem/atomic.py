@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Self
 
 from ckptavg.errors import OutputError
 from ckptavg.filesystem import lock
@@ -41,12 +41,14 @@ class Temporary:
             done += os.pwrite(self.fd, view[done:], position + done)
 
     def remove(self) -> None:
-        """Close the file and unlink the temporary name; if that fails, the next run removes it."""
+        """Close the file and unlink the temporary name, once; if that fails, the next run removes it."""
         if self._owned:
             with suppress(OSError):
                 os.unlink(self.path)  # noqa: PTH108
-        with suppress(OSError):
-            lock.release(self.fd)
+        if self.fd >= 0:
+            with suppress(OSError):
+                lock.release(self.fd)
+        self._owned, self.fd = False, -1
 
 
 @contextmanager
@@ -56,19 +58,15 @@ def temporary_file(path: Path, data: bytes) -> Generator[Callable[[], None]]:
     Both raise OutputError if it cannot be written.
     """
     with ExitStack() as stack:
-        try:
+        with output_errors(path, len(data)):
             file = Temporary(path)
             stack.callback(file.remove)
             file.write(data, 0)
             os.fsync(file.fd)
-        except OSError as error:
-            raise_output_error(path, error, len(data))
 
         def publish() -> None:
-            try:
+            with output_errors(path, len(data)):
                 os.replace(file.path, path)  # noqa: PTH105
-            except OSError as error:
-                raise_output_error(path, error, len(data))
 
         yield publish
 
@@ -80,16 +78,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     flush_folder(path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """See `write_bytes`."""
-    write_bytes(path, text.encode("utf-8"))
-
-
 def stale_temporaries(folder: Path, name: str | None = None) -> list[Path]:
-    """List the temporary files in ``folder`` whose writers are dead, of the destination ``name`` or of any.
-
-    The list is empty if the directory cannot be read.
-    """
+    """List the temporary files, of destination ``name`` or of any, whose writers are dead; none if unreadable."""
     pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.\d+\.ckptavg-tmp", re.DOTALL)
     try:
         temporaries = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
@@ -120,12 +110,16 @@ def flush_folder(path: Path) -> None:
         raise OutputError(message, path=path) from error
 
 
-def raise_output_error(path: Path, error: OSError, size: int) -> NoReturn:
-    """Raise OutputError with the reason why ``path`` of ``size`` bytes cannot be written."""
-    message = os_message(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        message = f"{message}: {size:,} bytes are needed, {free(path.parent):,} are free"
-    raise OutputError(f"cannot be written: {message}", path=path) from error
+@contextmanager
+def output_errors(path: Path, size: int) -> Generator[None]:
+    """Raise OutputError in place of OSError while ``path`` of ``size`` bytes is written."""
+    try:
+        yield
+    except OSError as error:
+        message = os_message(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            message = f"{message}: {size:,} bytes are needed, {free(path.parent):,} are free"
+        raise OutputError(f"cannot be written: {message}", path=path) from error
 
 
 def free(folder: Path) -> int:
@@ -141,13 +135,10 @@ def os_message(error: OSError) -> str:
 
 def _locked(path: Path) -> bool:
     """Return True if the writer of a temporary file is alive, or if this cannot be determined."""
-    try:
+    with suppress(OSError):
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return True
-    try:
-        return not lock.hold(fd)
-    except OSError:
-        return True
-    finally:
-        lock.release(fd)
+        try:
+            return not lock.hold(fd)
+        finally:
+            lock.release(fd)
+    return True

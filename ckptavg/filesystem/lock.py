@@ -36,11 +36,10 @@ def take(path: Path, output: Path) -> int:
 
     Args:
         path: the lock file; its directory is created too, and the lock's owner may remove both.
-        output: the output that the lock protects.
     Returns:
         The open file descriptor, to be passed to `release`.
     Raises:
-        OutputExistsError: if another process holds the lock; the message names its owner.
+        OutputExistsError: if another process holds the lock of ``output``; the message names its owner.
         OSError: if the file cannot be created.
     """
     while True:
@@ -56,10 +55,8 @@ def take(path: Path, output: Path) -> int:
             acquired = not _is_alive(owner)
         if not acquired:
             os.close(fd)
-            raise OutputExistsError(
-                f"another run is writing it ({owner or 'another process'})", path=output,
-                hint="wait for it, or choose another -o",
-            )  # fmt: skip
+            message = f"another run is writing it ({owner or 'another process'})"
+            raise OutputExistsError(message, path=output, hint="wait for it, or choose another -o")
         with suppress(FileNotFoundError):  # the owner has just finished and removed the file
             if os.path.samestat(path.stat(), os.fstat(fd)):
                 since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())

@@ -32,6 +32,7 @@ class RegularFile:
             kind = kinds.get(stat.S_IFMT(status.st_mode), "device")
             raise InputError(f"is a {kind}, not a regular file", path=path)
         self.size = status.st_size
+        self.inode = status.st_dev, status.st_ino  # equal for two names of one file
         # if all of these are equal, the content is taken to be unchanged
         self.identity = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         self.changed = status.st_mtime_ns / 1e9  # modification time when it was opened, in seconds since the epoch
@@ -41,11 +42,6 @@ class RegularFile:
         self._status = status
         with suppress(OSError, AttributeError):  # optional: reduces the time of an average from disk to 0.9 ×
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-
-    @property
-    def inode(self) -> tuple[int, int]:
-        """(device, inode), equal for two names of one file."""
-        return self._status.st_dev, self._status.st_ino
 
     def read(self, offset: int, size: int) -> bytes:
         """Read ``size`` bytes at ``offset``; for headers, not for tensors."""
@@ -69,11 +65,9 @@ class RegularFile:
             except OSError as error:
                 _refuse(self.path, error)
             if count == 0:
-                raise InputError(
-                    f"file is truncated: {os.fstat(self._fd).st_size} bytes present, "
-                    f"but {offset + len(out)} are needed (still being written?)",
-                    path=self.path,
-                )
+                present, needed = os.fstat(self._fd).st_size, offset + len(out)
+                message = f"file is truncated: {present} bytes present, but {needed} are needed (still being written?)"
+                raise InputError(message, path=self.path)
             done += count
 
     def check_unchanged(self) -> None:
@@ -87,8 +81,8 @@ class RegularFile:
             explained = _differ(self._status, opened, "st_nlink", "st_mode", "st_uid", "st_gid")
             changed |= _differ(self._status, opened, "st_ctime_ns") and not explained
         if changed:
-            hint = "run again when training has finished"
-            raise InputError("changed while it was being read", path=self.path, hint=hint)
+            message, hint = "changed while it was being read", "run again when training has finished"
+            raise InputError(message, path=self.path, hint=hint)
 
     def close(self) -> None:
         """Close the file; may be called repeatedly."""
@@ -121,7 +115,6 @@ def _refuse(path: Path, error: OSError) -> NoReturn:
     dangling = error.errno == errno.ENOENT and path.is_symlink()
     message = {
         errno.ENOENT: "is a link to a file that does not exist" if dangling else "no such file",
-        errno.EACCES: "permission denied",
         errno.ELOOP: "is a link that leads back to itself",
         errno.ENXIO: "is a FIFO or socket, not a regular file",
     }.get(error.errno or 0, os.strerror(error.errno or 0).lower())

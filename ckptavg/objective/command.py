@@ -125,10 +125,10 @@ class CommandEvaluator:
                 for part in weighted_average(self._checkpoints, coefficients, self._specs):
                     out.write(*part)
                 out.commit()
-            if self._command.needs_directory:
-                source = self._checkpoints[coefficients.selected[-1]]
-                hugging_face_folder.copy(source, folder, dtype_names(spec.dtype for spec in self._specs.values()))
-            number = self._command.run(path, self._run.workers.environment())
+            source = self._checkpoints[coefficients.selected[-1]]
+            wanted = folder if self._command.needs_directory else None
+            with hugging_face_folder.copies(source, wanted, dtype_names(spec.dtype for spec in self._specs.values())):
+                number = self._command.run(path, self._run.workers.environment())
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return Score(value=self._sign * number, loss=None, metric=number, examples=None)

@@ -27,25 +27,20 @@ class DcpFolder:
 
     The average is first written to one temporary `SafetensorsFile`, so the disk temporarily holds it twice. Then every
     rank saves its share of the tensors, and the directory is renamed to its final name.
-
-    Attributes:
-        size: total size of its files in bytes, once published.
-        sha256: SHA-256 of the safetensors file with the same content, once saved.
     """
 
     def __init__(
         self, path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], *, key: str = "",
         force: bool = False, workers: Workers = ALONE,
     ) -> None:  # fmt: skip
-        """Reserve the space; other arguments and errors are those of `SafetensorsFile`.
+        """Reserve the space of the directory ``path``, which must be empty or not exist.
 
-        Args:
-            path: the directory; it must be empty or not exist.
-            key: key of the model in the saved state dict, such as ``model``; ``""`` for the top level.
+        ``key`` is that of the model in the saved state dict, such as ``model``; ``""`` for the top level. Other
+        arguments and errors are those of `SafetensorsFile`.
         """
         self.path = path
-        self.sha256 = ""
-        self.size = 0
+        self.sha256 = ""  # of the safetensors file with the same content, once saved
+        self.size = 0  # of all files in bytes, once published
         self._specs = specs
         self._key = key
         self._force = force

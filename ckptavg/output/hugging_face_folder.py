@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,6 @@ PATTERNS: Final = (
     "config.json", "generation_config.json", "*_config.json", "preprocessor_config.json", "tokenizer*", "vocab*",
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja", "modules.json",
 )  # fmt: skip
-_ADAPTER: Final = "adapter_config.json"
 _HEADS: Final = ("lm_head", "embed_out", "output_layer", "cls.predictions.decoder")
 _EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in")
 
@@ -74,57 +73,46 @@ def check_tied(
             raise OutputError(f"{head} and {table} differ, but config.json ties them", path=checkpoint.path)
 
 
-def copy(checkpoint: Checkpoint, folder: Path, dtype: str, adapter: Mapping[str, Any] | None = None) -> list[str]:
-    """Copy the companion files of ``checkpoint`` into ``folder``, each atomically; existing files are kept.
-
-    Args:
-        checkpoint: the checkpoint whose files are copied.
-        folder: the destination.
-        dtype: dtype of the output's floating-point tensors, put into config.json because transformers loads the model
-            in it; comma-separated if there are several, which changes nothing.
-        adapter: content of adapter_config.json, if it differs from the candidates'.
-    Returns:
-        The names copied.
-    Raises:
-        OutputError: if a file cannot be written.
-    """
-    source = checkpoint.folder
-    copied: list[str] = []
-    for path in sorted(source / name for name in entries(source)):
-        wanted = is_file(path) and any(fnmatchcase(path.name, pattern) for pattern in PATTERNS)
-        if not wanted or (folder / path.name).exists():
-            continue
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise OutputError(f"cannot copy {path.name} here: {error.strerror}", path=folder) from error
-        if path.name == "config.json" and "," not in dtype:
-            config = _read_json(path)
-            outdated = [key for key in ("dtype", "torch_dtype") if config.get(key, dtype) != dtype]
-            if outdated:
-                data = (json.dumps(config | dict.fromkeys(outdated, dtype), indent=2) + "\n").encode()
-        if path.name == _ADAPTER and adapter is not None:
-            data = (json.dumps(adapter, indent=2, sort_keys=True) + "\n").encode()
-        write_bytes(folder / path.name, data)
-        copied.append(path.name)
-    return copied
-
-
 @contextmanager
 def copies(
     checkpoint: Checkpoint, folder: Path | None, dtype: str, adapter: Mapping[str, Any] | None = None
 ) -> Generator[list[str]]:
-    """Copy as `copy` does, and remove the copies if the body fails; does nothing if ``folder`` is None."""
+    """Copy the companion files of ``checkpoint`` into ``folder``, each atomically; existing files are kept.
+
+    Args:
+        folder: the destination; nothing is copied if it is None.
+        dtype: dtype of the output's floating-point tensors, put into config.json because transformers loads the model
+            in it; comma-separated if there are several, which changes nothing.
+        adapter: content of adapter_config.json, if it differs from the candidates'.
+    Yields:
+        The names copied; these files are removed if the body fails.
+    Raises:
+        OutputError: if a file cannot be written.
+    """
     if folder is None:
         yield []
         return
-    copied = copy(checkpoint, folder, dtype, adapter)
-    try:
+    source, copied = checkpoint.folder, list[str]()
+    with ExitStack() as undo:
+        for path in sorted(source / name for name in entries(source)):
+            wanted = is_file(path) and any(fnmatchcase(path.name, pattern) for pattern in PATTERNS)
+            if not wanted or (target := folder / path.name).exists():
+                continue
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise OutputError(f"cannot copy {path.name} here: {error.strerror}", path=folder) from error
+            if path.name == "config.json" and "," not in dtype:
+                config = _read_json(path)
+                if outdated := [key for key in ("dtype", "torch_dtype") if config.get(key, dtype) != dtype]:
+                    data = (json.dumps(config | dict.fromkeys(outdated, dtype), indent=2) + "\n").encode()
+            if path.name == "adapter_config.json" and adapter is not None:
+                data = (json.dumps(adapter, indent=2, sort_keys=True) + "\n").encode()
+            write_bytes(target, data)
+            undo.callback(target.unlink, missing_ok=True)
+            copied.append(path.name)
         yield copied
-    except BaseException:
-        for name in copied:
-            (folder / name).unlink(missing_ok=True)
-        raise
+        undo.pop_all()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

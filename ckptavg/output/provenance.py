@@ -22,8 +22,6 @@ def metadata(
     selected candidates, such as safetensors' records of tied names, are kept.
 
     Args:
-        checkpoints: all candidates.
-        coefficients: those of the candidates.
         digest: returns the hexadecimal SHA-256 of a source file, or "".
         recipe: the other entries: strategy (name of the command) and its settings; dtype, adapter and rank as
             requested; not_averaged, the tensors copied from the last selected candidate; recomputed, those computed

@@ -10,14 +10,13 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Self
 
 from ckptavg.errors import OutputError
-from ckptavg.filesystem.atomic import Temporary, flush_folder, os_message, raise_output_error
+from ckptavg.filesystem.atomic import Temporary, flush_folder, os_message, output_errors
 from ckptavg.output.destination import exists_error, preflight
 from ckptavg.readers import ITEM_SIZE, StoredTensor
 from ckptavg.runtime import signals
@@ -29,12 +28,7 @@ _NO_LINK: Final = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)  # fi
 
 
 class SafetensorsFile:
-    """An output under construction; a context manager that leaves nothing behind unless `publish` was called.
-
-    Attributes:
-        size: size of the file in bytes.
-        sha256: SHA-256 of the file, once published.
-    """
+    """An output under construction; a context manager that leaves nothing behind unless `publish` was called."""
 
     def __init__(
         self, path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], *, force: bool = False,
@@ -54,14 +48,13 @@ class SafetensorsFile:
             OutputError: if it cannot be written, or there is not enough space.
         """
         self.path = path
-        self.sha256 = ""
+        self.sha256 = ""  # of the file, once published
         self._workers = workers
         self._force = force
         self._specs = specs
-        self._header, self._offsets, self.size = _layout(specs, metadata)
+        self._header, self._offsets, self.size = _layout(specs, metadata)  # the size is in bytes
         self._missing = sum(spec.nbytes for spec in specs.values())
         self._written: set[tuple[str, int, int]] = set()
-        self._file: Temporary | None = None
         shared = workers.broadcast(workers.on_rank_zero(self._create))
         if shared and not workers.is_rank_zero:
             self._join(shared)
@@ -73,8 +66,8 @@ class SafetensorsFile:
         """
         if not 0 <= offset <= offset + len(data) <= self._specs[name].nbytes:
             raise AssertionError(f"{name}: {len(data)} bytes at {offset} do not fit {self._specs[name]}")
-        with self._os_errors():
-            self._open.write(data, self._offsets[name] + offset)
+        with output_errors(self.path, self.size):
+            self._file.write(data, self._offsets[name] + offset)
         if self._missing and (part := (name, offset, len(data))) not in self._written:
             self._written.add(part)
             self._missing -= len(data)
@@ -84,8 +77,8 @@ class SafetensorsFile:
         position = self._offsets[name] + start * ITEM_SIZE[self._specs[name].dtype]
         done = 0
         while done < len(out):
-            with self._os_errors():
-                count = os.preadv(self._open.fd, [out[done:]], position + done)
+            with output_errors(self.path, self.size):
+                count = os.preadv(self._file.fd, [out[done:]], position + done)
             if not count:
                 raise OutputError(_CHANGED, path=self.path)
             done += count
@@ -98,11 +91,12 @@ class SafetensorsFile:
         if self._workers.world_size == 1:
             return
         total = sum(spec.nbytes for spec in self._specs.values())
-        with self._os_errors():
-            os.fsync(self._open.fd)
+        with output_errors(self.path, self.size):
+            os.fsync(self._file.fd)
         self._missing = total - sum(total - missing for missing in self._workers.gather(self._missing))
         if not self._workers.is_rank_zero:
-            self._join(self._open.path)
+            self.close()
+            self._join(self._file.path)
 
     def commit(self) -> None:
         """Publish the file and flush its directory; see `ckptavg.filesystem.atomic.flush_folder`."""
@@ -118,7 +112,7 @@ class SafetensorsFile:
             OutputExistsError: if the destination was created in the meantime and ``force`` was not given.
             OutputError: if writing fails.
         """
-        with self._os_errors():
+        with output_errors(self.path, self.size):
             file = self._with_header(metadata)
             with ThreadPoolExecutor(1) as pool:
                 flushed = pool.submit(os.fsync, file.fd)  # the disk writes while the processor hashes
@@ -132,16 +126,14 @@ class SafetensorsFile:
         """Complete the file under its temporary name and return its SHA-256; called by all ranks."""
 
         def digest() -> str:
-            with self._os_errors():
+            with output_errors(self.path, self.size):
                 return _digest(self._with_header(metadata).fd)
 
         return self._workers.broadcast(self._workers.on_rank_zero(digest)) or ""
 
     def close(self) -> None:
         """Remove the temporary file if it still exists."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            file.remove()
+        self._file.remove()
 
     def __enter__(self) -> Self:
         return self
@@ -149,22 +141,9 @@ class SafetensorsFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def _open(self) -> Temporary:
-        assert self._file is not None, "the file is closed"
-        return self._file
-
-    @contextmanager
-    def _os_errors(self) -> Generator[None]:
-        """Raise OutputError with the path, and the space needed if the disk is full, in place of OSError."""
-        try:
-            yield
-        except OSError as error:
-            raise_output_error(self.path, error, self.size)
-
     def _create(self) -> Path:
         preflight(self.path, self._force)
-        with self._os_errors():
+        with output_errors(self.path, self.size):
             self._file = Temporary(self.path)
             try:
                 _reserve(self._file.fd, self.size)
@@ -174,8 +153,7 @@ class SafetensorsFile:
         return self._file.path
 
     def _join(self, path: Path) -> None:
-        """Open the temporary file created by rank 0, anew if it is open."""
-        self.close()
+        """Open the temporary file created by rank 0."""
         try:
             self._file = Temporary.joined(path)
         except OSError as error:
@@ -190,8 +168,8 @@ class SafetensorsFile:
         header = self._header if metadata is None else _layout(self._specs, metadata)[0]
         if len(header) != len(self._header):
             raise AssertionError("the metadata has changed its length")
-        self._open.write(header, 0)
-        return self._open
+        self._file.write(header, 0)
+        return self._file
 
     def _rename(self, file: Temporary) -> None:
         if self._force:

@@ -19,13 +19,7 @@ _PATTERN: Final = "model{suffix}.safetensors"
 
 
 class ShardedFiles:
-    """Several `ckptavg.output.safetensors_file.SafetensorsFile` that form one output, split by huggingface_hub.
-
-    Attributes:
-        path: the index.
-        size: total size of all files in bytes.
-        sha256: SHA-256 of the index, once published.
-    """
+    """Several `ckptavg.output.safetensors_file.SafetensorsFile` that form one output, split by huggingface_hub."""
 
     def __init__(
         self, folder: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], largest: str,
@@ -40,7 +34,7 @@ class ShardedFiles:
             UsageError: if ``largest`` is not a size, or huggingface_hub is missing.
         """
         self.path = folder / INDEX
-        self.sha256 = ""
+        self.sha256 = ""  # of the index, once published
         workers.on_rank_zero(lambda: preflight(self.path, force))
         split = split_names(specs, largest)
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -53,7 +47,7 @@ class ShardedFiles:
                 shard = SafetensorsFile(folder / name, inside, metadata, force=force, workers=workers)
                 self._files[name] = stack.enter_context(shard)
             self._stack = stack.pop_all()
-        self.size = sum(file.size for file in self._files.values()) + len(self._index)
+        self.size = sum(file.size for file in self._files.values()) + len(self._index)  # of all files in bytes
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
         """See `SafetensorsFile.write`."""

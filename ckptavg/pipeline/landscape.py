@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.filesystem.atomic import write_text
+from ckptavg.filesystem.atomic import write_bytes
 from ckptavg.objective import Hessian
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
@@ -74,7 +74,7 @@ def landscape(
             warnings=[*this.found.warnings, *([q.note] if q.note else []), *evaluator.notes],
         )
         text, path = to_json(result), Path(options.output)
-        options.workers.on_rank_zero(lambda: write_text(path, text))
+        options.workers.on_rank_zero(lambda: write_bytes(path, text.encode()))
         this.finish(path)
         data = text.encode()
         output = Output(path=path, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), dtype="JSON")

@@ -6,8 +6,7 @@ from typing import Final
 import torch
 
 from ckptavg.average.weighted_sum import output_specs
-from ckptavg.candidates import budget
-from ckptavg.candidates.plan import FEWER, Plan
+from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import Discovered
 from ckptavg.errors import OutputError, OutputExistsError, UsageError
@@ -86,13 +85,10 @@ def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[st
     n, first = len(checkpoints), checkpoints[0]
     written = sum(spec.nbytes for spec in output_specs(first, options.dtype).values())
     elements, device = first.numel, pick_device(options.device)
-    bits = options.bits
-    if bits == "auto":
-        bits = budget.largest(elements, 4 * elements, n, options.group_size, device, (32, *FEWER))
     memory = Plan(
         n=n, elements=elements, size=4 * elements, gradient=4 * elements,
-        bits=bits, group_size=options.group_size, offload=options.offload, device=device,
-    )  # fmt: skip
+        group_size=options.group_size, offload=options.offload, device=device,
+    ).at(options.bits)  # fmt: skip
     return [
         f"would read {n} candidates of {first.size:,} bytes and write {written:,} bytes to {options.destination[0]}",
         f"memory for learning with a float32 model: {memory}",

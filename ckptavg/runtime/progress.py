@@ -1,14 +1,9 @@
 """Progress reports of long stages."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Final, SupportsFloat
 
 Watch = Callable[[str, int, int, Mapping[str, float]], None]
 """Progress callback ``(stage, done, total, metrics)``; ``total == 0`` prints a one-line message."""
@@ -23,7 +18,7 @@ class Progress:
         self._prefix = ""
         self._last = 0.0
 
-    def __call__(self, stage: str, done: int, total: int, **metrics: Tensor | float) -> None:
+    def __call__(self, stage: str, done: int, total: int, **metrics: SupportsFloat) -> None:
         """Report that ``done`` of ``total`` steps of a stage are finished; the last one is always reported."""
         now = time.perf_counter()
         if self._watch and (done == total or now - self._last > _INTERVAL):

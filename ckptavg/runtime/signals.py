@@ -18,16 +18,11 @@ class Interruption(BaseException):
 
 
 class Handler:
-    """Handler of `SIGNALS`.
-
-    Attributes:
-        received: number of the first signal, None before it.
-        waits: defer a signal to the next `check`, instead of raising `Interruption` wherever it arrives.
-    """
+    """Handler of `SIGNALS`."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
-        self.waits = False
+        self.received: int | None = None  # number of the first signal
+        self.waits = False  # defer a signal to the next `check`, instead of raising `Interruption` wherever it arrives
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Record the first signal and restore the default action, so that a second one kills even inside a C call."""

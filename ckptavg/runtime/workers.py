@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ckptavg.errors import CkptavgError, InterruptedRunError, TaskError, UsageError
@@ -42,19 +43,13 @@ class Workers:
     """This process's rank in the run, and its collective operations.
 
     All ranks must call every communicating method, in the same order.
-
-    Attributes:
-        world_size: number of ranks.
-        local_world_size: number of ranks on this machine.
-        gpu: index of this rank's GPU on its machine; None if it has none.
-        timeout: seconds to wait for the other ranks.
     """
 
     rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
-    gpu: int | None = None
-    timeout: float = TIMEOUT
+    world_size: int = 1  # number of ranks
+    local_world_size: int = 1  # number of ranks on this machine
+    gpu: int | None = None  # index of this rank's GPU on its machine
+    timeout: float = TIMEOUT  # seconds to wait for the other ranks
     _store: Any = field(default=None, repr=False, compare=False)
 
     @property
@@ -80,10 +75,8 @@ class Workers:
         """Return the ``value`` of rank 0 on every rank."""
         if self.world_size == 1:
             return value
-        from torch import distributed
-
         values = [value]
-        with self._translate_broken_connection():
+        with self._distributed() as distributed:
             distributed.broadcast_object_list(values, src=0)
         return values[0]
 
@@ -91,10 +84,8 @@ class Workers:
         """Return the ``value`` of every rank, in rank order."""
         if self.world_size == 1:
             return [value]
-        from torch import distributed
-
         values: list[Any] = [None] * self.world_size
-        with self._translate_broken_connection():
+        with self._distributed() as distributed:
             distributed.all_gather_object(values, value)
         return values
 
@@ -108,9 +99,7 @@ class Workers:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum ``tensor`` over all ranks in place and return it; identical on all ranks, asynchronous on a GPU."""
         if self.world_size > 1:
-            from torch import distributed
-
-            with self._translate_broken_connection():
+            with self._distributed() as distributed:
                 distributed.all_reduce(tensor)
         return tensor
 
@@ -153,9 +142,12 @@ class Workers:
         return error
 
     @contextmanager
-    def _translate_broken_connection(self) -> Generator[None]:
+    def _distributed(self) -> Generator[ModuleType]:
+        """Yield torch.distributed; if a connection breaks, raise the error that ended another rank."""
+        from torch import distributed
+
         try:
-            yield
+            yield distributed
         except RuntimeError as error:
             if _is_broken(error):
                 raise self._lost_rank_error() from error
@@ -173,10 +165,8 @@ class Workers:
             except RuntimeError:
                 break
             time.sleep(0.05)
-        return InterruptedRunError(
-            f"another worker exited, or did not respond for {self.timeout:g} s; nothing was written",
-            hint="run the same command to resume",
-        )
+        message = f"another worker exited, or did not respond for {self.timeout:g} s; nothing was written"
+        return InterruptedRunError(message, hint="run the same command to resume")
 
 
 ALONE: Final = Workers()

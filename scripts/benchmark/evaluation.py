@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ckptavg.batches import cache
-from ckptavg.candidates import Candidates, budget
+from ckptavg.candidates import Candidates, plan
 from ckptavg.checkpoints.discover import discover
 from ckptavg.coefficients import Coefficients
 from ckptavg.context import Run
@@ -67,7 +67,7 @@ def soups(folder: Path, device: torch.device, now: Clock, rounds: int) -> None:
         print("                                     ms  of the processor  of an evaluation of one batch")
         print(f"evaluating 4,096 tokens        {1000 * forward.clock:8.1f}  {1000 * forward.processor:16.1f}")
         kept_sum = Candidates(network().to(device), files, lambda *_: None, offload="disk")
-        with patch.object(budget, "free_memory", return_value=0):  # so that no mixture is kept
+        with patch.object(plan, "free_memory", return_value=0):  # so that no mixture is kept
             anew = Candidates(network().to(device), files, lambda *_: None, offload="disk")
         for what, soup in (
             ("mixing in memory, all rows", mixture.mixed.candidates),

@@ -28,7 +28,7 @@ import model as gpt
 import step as steps
 
 from ckptavg.candidates import Candidates
-from ckptavg.candidates.budget import free_memory
+from ckptavg.candidates.plan import free_memory
 from ckptavg.context import Run
 from ckptavg.objective.mixture import Mixture
 from ckptavg.readers import StoredTensor

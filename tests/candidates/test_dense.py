@@ -128,7 +128,7 @@ def test_a_model_of_mixed_precision_has_a_matrix_for_each_dtype(tmp_path: Path):
 def test_sixteen_bit_candidates_are_summed_in_float32_with_float32_coefficients(
     tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("ckptavg.candidates.matrix.COLUMNS", 5)  # pieces smaller than the matrix
+    monkeypatch.setattr("ckptavg.candidates.COLUMNS", 5)  # pieces smaller than the matrix
     model = nn.Linear(6, 4).to(dtype)
     saved = states(model, 5)
     matrix = candidates(model, saved, tmp_path)

@@ -12,15 +12,16 @@ from conftest import TASK, Job, Run
 from safetensors.torch import load_file
 
 import ckptavg
-from ckptavg.candidates import budget
+from ckptavg.candidates import plan
+from ckptavg.candidates.plan import EXACT, FEWER, Plan
 from ckptavg.coefficients import Coefficients
-from ckptavg.options import BITS
 
 SEARCHES: dict[str, dict[str, Any]] = {
     "sewa": {"steps": 100},
     "twa": {"epochs": 5},
     "twa by layer": {"epochs": 5, "layerwise": True},
 }
+BITS = (EXACT, *FEWER)
 FEW = (32, 4, 1)
 
 
@@ -122,14 +123,15 @@ def test_auto_selects_the_most_bits_that_fit(monkeypatch: pytest.MonkeyPatch, di
     cpu = torch.device("cpu")
 
     def most(free: int) -> int:
-        monkeypatch.setattr(budget, "free_memory", lambda device: free)
-        return budget.largest(1000, 4000, 10, 128, cpu, BITS)
+        monkeypatch.setattr(plan, "free_memory", lambda device: free)
+        memory = Plan(n=10, elements=1000, size=4000, gradient=4000, group_size=128, offload="none", device=cpu)
+        return memory.at("auto").bits
 
     # two model-sized vectors and 10 rows; fewer bits need the mean as well
     assert most(round((8000 + 40_000) / 0.7) + 2) == 32 and most(round((8000 + 40_000) / 0.7) - 9) == 16
     sizes = [round((8000 + 4000 + 10_000 * (bits / 8 + 8 / 128)) / 0.7) + 2 for bits in BITS[1:]]
     assert [most(size) for size in sizes] == list(BITS[1:]) and most(0) == 1
     monkeypatch.undo()
-    assert budget.free_memory(cpu) > 0
+    assert plan.free_memory(cpu) > 0
     result = ckptavg.sewa(digits, task=TASK, last=3, k=2, steps=2, bits="auto", baselines=False, output=tmp_path / "x")
     assert result.matrix is not None and result.matrix.bits == 32

@@ -12,7 +12,7 @@ import torch
 from conftest import TASK, Run
 from torch import nn
 
-from ckptavg.candidates import Candidates, budget
+from ckptavg.candidates import Candidates, plan
 from ckptavg.candidates.plan import Plan
 from ckptavg.errors import OutOfMemoryError
 
@@ -29,7 +29,7 @@ LARGE = Plan(
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Device type → free bytes in addition to the model, to be set by tests."""
     free_bytes = {"cpu": 0, "cuda": 0}
-    monkeypatch.setattr(budget, "free_memory", lambda device: free_bytes[device.type])
+    monkeypatch.setattr("ckptavg.candidates.plan.free_memory", lambda device: free_bytes[device.type])
     return free_bytes
 
 
@@ -107,7 +107,7 @@ def test_a_run_prints_the_plan_and_exits_with_8_if_it_does_not_fit(
     assert done.returncode == 0
     assert "6 candidates 0.24 MB + model 40.5 kB + gradient 40.1 kB = 0.32 MB on cpu; " in done.stderr
     assert "candidates 0.24 MB" not in run(*command, "-q", "--force").stderr
-    monkeypatch.setattr(budget, "free_memory", lambda device: 200_000)
+    monkeypatch.setattr("ckptavg.candidates.plan.free_memory", lambda device: 200_000)
     done = run(*command, "-o", "other")
     assert done.returncode == 8 and done.stdout == ""
     assert "error: learning takes 6 candidates 0.24 MB + model" in done.stderr
@@ -116,6 +116,25 @@ def test_a_run_prints_the_plan_and_exits_with_8_if_it_does_not_fit(
     assert run(*command, "-o", "other", "--bits", 8).returncode == 0
 
 
-def test_a_containers_page_cache_counts_as_free_memory(tmp_path: Path):
-    (tmp_path / "memory.stat").write_text("anon 5\nactive_file 100\ninactive_file 30\nslab 7\n")
-    assert budget._cached(tmp_path / "memory.stat") == 130 and budget._cached(tmp_path / "none") == 0
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"max": 1000, "current": 700, "stat": "anon 5\nactive_file 100\ninactive_file 30\nslab 7"},
+        {"limit_in_bytes": 1000, "usage_in_bytes": 700, "stat": "active_file 9\ntotal_active_file 100\n"
+         "total_inactive_file 30"},
+    ],
+    ids=["version-2", "version-1"],
+)  # fmt: skip
+def test_memory_is_limited_by_control_groups_of_either_version(
+    files: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = plan.free_memory(CPU)
+    monkeypatch.setattr(plan.cgroups, "groups", lambda controller: [tmp_path] if controller == "memory" else [])
+    assert plan.free_memory(CPU) > 1000 <= whole  # no limit is known
+    for name, text in files.items():
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    assert plan.free_memory(CPU) == 1000 - 700 + 100 + 30  # the page cache counts as free
+    (tmp_path / "memory.stat").unlink()
+    assert plan.free_memory(CPU) == 300
+    (tmp_path / f"memory.{next(iter(files))}").write_text("max\n")
+    assert plan.free_memory(CPU) > 1000

@@ -37,8 +37,8 @@ def place(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streamed, "BUFFER", 1)
-    monkeypatch.setattr(streamed, "LEAST", 7)  # columns: many pieces, which end within tensors
+    monkeypatch.setattr(streamed.plan, "BUFFER", 1)
+    monkeypatch.setattr(streamed.plan, "LEAST", 7)  # columns: many pieces, which end within tensors
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -157,7 +157,7 @@ def test_the_bits_of_a_mean_do_not_depend_on_the_preceding_subsets(tmp_path: Pat
 def test_bits_are_the_same_if_the_sum_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     files = checkpoints(tmp_path, network())
     kept = Candidates(network(), files, ignore, offload="disk")
-    monkeypatch.setattr("ckptavg.candidates.budget.free_memory", lambda device: 0)
+    monkeypatch.setattr("ckptavg.candidates.plan.free_memory", lambda device: 0)
     anew = Candidates(network(), files, ignore, offload="disk")
     for chosen in ([0], [0, 1], [0, 1, 4], [1, 4], [0, 1, 2, 3, 4, 5]):
         for one in (kept, anew):
