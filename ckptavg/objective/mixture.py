@@ -53,6 +53,7 @@ class Mixture:
         self.losses: Losses | None = self._derivatives if task.whole is None else None
         # the methods of `Evaluator` that need nothing else
         self.has, self.progress = task.has, run.progress
+        self.score = self.scoring.find
         self.load_output, self.score_output = self.scoring.load_output, self.scoring.score_output
         self.restart()
 
@@ -85,10 +86,6 @@ class Mixture:
     def prefetch(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
         """See `Evaluator.prefetch`."""
         self.scoring.prefetch(coefficients, on or self.scored_on, exact=exact)
-
-    def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
-        """See `Objective.score`."""
-        return self.scoring.find(coefficients, on or self.scored_on)
 
     def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
         """See `Evaluator.exact_score`; scores again only if the candidate matrix is not exact."""

@@ -50,9 +50,9 @@ class Scoring:
         self._together = ALONE if candidates_only else mixed.run.workers
         self._divides = mixed.task.whole is None and mixed.task.corpus is None
 
-    def find(self, coefficients: Coefficients, split: Split, *, exact: bool = False) -> Score:
-        """Return the score of a mixture: of the candidate matrix, or of the ``exact`` average of the files."""
-        key = self._key(coefficients, split, exact=exact)
+    def find(self, coefficients: Coefficients, on: Split | None = None, *, exact: bool = False) -> Score:
+        """See `Objective.score`: of the candidate matrix, or of the ``exact`` average of the files."""
+        key = self._key(coefficients, on or self._loader.scored_on, exact=exact)
         return self._scores.find(key, partial(self._measure, key, self._together))
 
     def find_at_least(self, coefficients: Coefficients, split: Split, threshold: float) -> Score | None:
