@@ -242,5 +242,5 @@ def test_the_committed_versions_pin_torch():
 
 
 def test_the_option_tables_of_the_reference_are_current():
-    module = runpy.run_path(str(ROOT / "scripts" / "reference.py"))
-    assert module["updated"](REFERENCE) == REFERENCE, "run python scripts/reference.py"
+    module = runpy.run_path(str(ROOT / "scripts" / "option_tables.py"))
+    assert module["updated"](REFERENCE) == REFERENCE, "run python scripts/option_tables.py"

@@ -33,9 +33,13 @@ def _command(strategy: type[Strategy]) -> Callable[..., None]:
 
     def run(**arguments: Any) -> None:
         chosen = strategy(**{setting.name: arguments.pop(setting.name) for setting in settings})
-        from ckptavg.pipeline import run as run_pipeline
 
-        run_command(arguments, partial(run_pipeline, chosen), needs_task=not issubclass(strategy, PlainAverage))
+        def load() -> Any:  # torch, once signals are handled
+            from ckptavg.pipeline import run
+
+            return partial(run, chosen)
+
+        run_command(arguments, load, needs_task=not issubclass(strategy, PlainAverage))
 
     run.__doc__ = (strategy.__doc__ or "").strip().splitlines()[0]
     return reports(settings)(run)

@@ -44,9 +44,10 @@ def reports(
 
 
 def run_command(
-    arguments: dict[str, Any], work: Callable[[list[Path], Options, Watch | None], Report], *, needs_task: bool
-) -> None:
-    """Run `work` with the shared options of a command, then print its report and write it to ``--report``."""
+    arguments: dict[str, Any], load: Callable[[], Callable[[list[Path], Options, Watch | None], Report]], *,
+    needs_task: bool,
+) -> None:  # fmt: skip
+    """Run what `load` imports with the shared options of a command, print its report and write it to ``--report``."""
     from ckptavg.cli import terminal
     from ckptavg.report import as_json, table
     from ckptavg.report.result import Comparison
@@ -62,7 +63,7 @@ def run_command(
             terminal.check_text(file)
         if options.wait_stable is not None:
             screen.print(f"waiting until no candidate has changed for {options.wait_stable:g} s")
-        done = work(paths, with_task(options, paths, required=needs_task), watch)
+        done = load()(paths, with_task(options, paths, required=needs_task), watch)
     if not workers.is_rank_zero:
         return
     result = done.result if isinstance(done, Comparison) else done

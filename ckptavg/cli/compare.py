@@ -12,7 +12,11 @@ _HELP = Help(MAIN, "Strategies, as last,sewa:k=8,twa:on=train:lr=0.01; default: 
 @reports([Option("strategies", str, "", _HELP)], without=("never_worse", "baselines"))
 def command(**arguments: Any) -> None:
     """Run several strategies on the same candidates and write the average that validates best."""
-    from ckptavg.pipeline.comparison import compare
-
     names = [name.strip() for name in arguments.pop("strategies").split(",") if name.strip()]
-    run_command(arguments, partial(compare, names=names), needs_task=True)
+
+    def load() -> Any:
+        from ckptavg.pipeline.comparison import compare
+
+        return partial(compare, names=names)
+
+    run_command(arguments, load, needs_task=True)

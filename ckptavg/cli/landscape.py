@@ -37,4 +37,4 @@ def command(**arguments: Any) -> None:
         return measured
 
     arguments["output"] = arguments["output"] or "landscape.json"
-    run_command(arguments, work, needs_task=True)
+    run_command(arguments, lambda: work, needs_task=True)

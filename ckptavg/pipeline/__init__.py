@@ -7,7 +7,7 @@ from ckptavg.objective import Learned, PlainAverage, Strategy
 from ckptavg.options import Options
 from ckptavg.pipeline.preflight import check_space, check_strategy, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
-from ckptavg.pipeline.session import session
+from ckptavg.pipeline.session import open_session
 from ckptavg.pipeline.verdict import Verdict, judge
 from ckptavg.pipeline.writing import write_output
 from ckptavg.report.result import Result
@@ -21,7 +21,7 @@ def run(strategy: Strategy, paths: Sequence[Path], options: Options, watch: Watc
     Raises:
         CkptavgError: on any expected failure; nothing is written then.
     """
-    with session(paths, options, watch) as this:
+    with open_session(paths, options, watch) as this:
         evaluator, checkpoints = this.evaluator, this.checkpoints
         check_strategy(strategy, len(checkpoints), evaluator)
         if options.dry_run:

@@ -12,7 +12,7 @@ from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
 from ckptavg.pipeline.preflight import check_space, check_strategy, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
-from ckptavg.pipeline.session import session
+from ckptavg.pipeline.session import open_session
 from ckptavg.pipeline.verdict import Verdict, scores_of
 from ckptavg.pipeline.writing import write_output
 from ckptavg.report import bootstrap
@@ -52,7 +52,7 @@ def compare(
     Raises:
         CkptavgError: on any expected failure; nothing is written then.
     """
-    with session(paths, options, watch) as this:
+    with open_session(paths, options, watch) as this:
         evaluator = this.scored("compare scores every strategy, so it needs a task file, --val or --score-cmd")
         strategies = _parse_strategies(names, evaluator)
         if options.dry_run:

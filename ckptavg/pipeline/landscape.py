@@ -18,7 +18,7 @@ from ckptavg.objective import Hessian
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
 from ckptavg.pipeline.preflight import check_strategy
-from ckptavg.pipeline.session import session
+from ckptavg.pipeline.session import open_session
 from ckptavg.report.as_json import to_json
 from ckptavg.report.result import Landscape, Output, Plane
 from ckptavg.runtime.progress import Watch
@@ -50,7 +50,7 @@ def landscape(
         raise UsageError(f"a landscape needs {required}")
     if options.destination[1]:
         raise UsageError(f"--output {options.output} is a directory: name the JSON file to write")
-    with session(paths, options, watch) as this:
+    with open_session(paths, options, watch) as this:
         evaluator = this.scored("a landscape consists of losses, so it needs a task file or --val")
         if evaluator.losses is None:
             raise UsageError("a landscape needs a loss, but the task has only scores")

@@ -73,7 +73,7 @@ class Session:
 
 
 @contextmanager
-def session(paths: Sequence[Path], options: Options, watch: Watch | None = None) -> Generator[Session]:
+def open_session(paths: Sequence[Path], options: Options, watch: Watch | None = None) -> Generator[Session]:
     """Check the output, seed the run, open the candidates under ``paths`` and resume the journal of an earlier run.
 
     A concurrent run with the same output is refused.

@@ -148,13 +148,13 @@ def test_a_new_option_is_one_edit(tmp_path: Path):
     root = Path(ckptavg.__file__).parents[1]
     shutil.copytree(root / "ckptavg", tmp_path / "ckptavg", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "scripts").mkdir()
-    shutil.copy(root / "scripts" / "reference.py", tmp_path / "scripts")
+    shutil.copy(root / "scripts" / "option_tables.py", tmp_path / "scripts")
     path = tmp_path / "ckptavg" / "options" / "search.py"
     text = path.read_text()
     path.write_text(text.replace("\n    def __post_init__", NEW + "\n    def __post_init__", 1))
     look = (
         "import ckptavg, inspect, runpy; f = ckptavg.swa; print(inspect.signature(f).parameters['shiny'].default);"
-        "print(f.__doc__); print(runpy.run_path('scripts/reference.py')['panels']());"
+        "print(f.__doc__); print(runpy.run_path('scripts/option_tables.py')['panels']());"
         "from ckptavg.options import Options; print(Options().measured()['shiny'])"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "120"}

@@ -1,4 +1,4 @@
-"""Write the option tables of docs/reference.md from the declarations: ``python scripts/reference.py``."""
+"""Write the option tables of docs/reference.md from the declarations: ``python scripts/option_tables.py``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ckptavg.options import Options
 from ckptavg.strategies import strategies
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
-BEGIN, END = "<!-- begin: made by scripts/reference.py -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- begin: made by scripts/option_tables.py -->\n", "<!-- end -->\n"
 
 
 def main() -> None:
