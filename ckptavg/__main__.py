@@ -4,18 +4,9 @@ import errno
 import os
 import sys
 import traceback
-from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
-from ckptavg.errors import (
-    CkptavgError,
-    InterruptedRunError,
-    OutOfMemoryError,
-    OutputError,
-    UsageError,
-    is_out_of_memory,
-    printable,
-)
+from ckptavg.errors import CkptavgError, InterruptedRunError, OutOfMemoryError, OutputError, is_out_of_memory
 from ckptavg.runtime import signals, threads
 from ckptavg.runtime.workers import rank, silence
 
@@ -35,10 +26,10 @@ def _run() -> NoReturn:
         signals.install()
         threads.configure()
         _prepare_streams()
-        from ckptavg.cli.app import app
+        from ckptavg.cli.app import app, configured
 
         try:
-            app(prog_name="ckptavg", default_map=_configured())
+            app(prog_name="ckptavg", default_map=configured())
         finally:
             sys.stdout.flush()
     except CkptavgError as error:
@@ -97,22 +88,6 @@ def _fail(shown: CkptavgError, cause: BaseException) -> NoReturn:
     if shown.hint:
         print(f"hint: {shown.hint}", file=sys.stderr)
     sys.exit(shown.exit_code)
-
-
-def _configured() -> dict[str, dict[str, Any]]:
-    """Return the options of the configuration file as defaults: command → option → value."""
-    from ckptavg.cli.app import app
-    from ckptavg.options import config_file
-
-    values = config_file.read(Path())
-    options_of = {
-        str(command.name): set(command.callback.__annotations__) - {"task"}  # pyright: ignore  # `find_task` looks it up
-        for command in app.registered_commands
-    }
-    unknown = values.keys() - {"task"} - set().union(*options_of.values())
-    if unknown:
-        raise UsageError(f"{config_file.NAMES}: unknown options: {', '.join(map(printable, sorted(unknown)))}")
-    return {name: {key: values[key] for key in values.keys() & options} for name, options in options_of.items()}
 
 
 if __name__ == "__main__":

@@ -79,10 +79,8 @@ def _function(name: str, strategy: type[Strategy]) -> Callable[..., Result]:
         return run(ckpts, strategy(**own), **options)
 
     ckpts = inspect.Parameter("ckpts", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Paths)
-    keywords = [
-        inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.hint)
-        for option in parameters
-    ]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    keywords = [inspect.Parameter(o.name, kind, default=o.default, annotation=o.hint) for o in parameters]
     call.__signature__ = inspect.Signature([ckpts, *keywords])  # pyright: ignore[reportFunctionMemberAccess]
     call.__name__ = call.__qualname__ = name
     call.__doc__ = f"{inspect.cleandoc(strategy.__doc__ or '')}\n\n{docstring(parameters)}"

@@ -104,8 +104,7 @@ def declared(cls: type) -> tuple[Option, ...]:
 def _without_none(kind: Any) -> Any:
     if get_origin(kind) not in (Union, UnionType):
         return kind
-    kinds = tuple(part for part in get_args(kind) if part is not NoneType)
-    return kinds[0] if len(kinds) == 1 else Union[kinds]  # noqa: UP007  # of a tuple known only here
+    return Union[tuple(part for part in get_args(kind) if part is not NoneType)]  # noqa: UP007  # known only here
 
 
 def check(values: Any) -> None:

@@ -48,8 +48,7 @@ class BatchLoader:
 
     Args:
         scored_on: the split that is halved.
-        run: the device of the batches, the seed of the passes and of the halves, and the ranks that divide a batch of a
-            stream.
+        run: has the device of the batches, the seed, and the ranks that divide a batch of a stream.
         meter: counts each batch of a pass as forward.
         needs_two: returns True if a batch of one example is unusable, because BatchNorm needs two.
         on_halving: called when batches are halved because memory ran out.
@@ -60,13 +59,9 @@ class BatchLoader:
         needs_two: Callable[[], bool] = lambda: False, on_halving: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.scored_on: Split = scored_on
-        self._task = task
-        self._device = run.device
-        self._seed = run.seed
-        self._meter = meter
-        self._workers = run.workers
-        self._needs_two = needs_two
-        self._on_halving = on_halving
+        self._task, self._meter = task, meter
+        self._device, self._seed, self._workers = run.device, run.seed, run.workers
+        self._needs_two, self._on_halving = needs_two, on_halving
         self._halves = HeldOut(task, scored_on, rest="fit", to="held", fraction=0.5, seed=run.seed)
         self._lengths: dict[Split, int] = {}
         self._streams: dict[Split, BatchStream] = {}

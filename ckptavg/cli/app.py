@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
@@ -10,7 +11,9 @@ import typer
 from ckptavg.cli.command import reports, run_command
 from ckptavg.cli.help_page import Command, Group
 from ckptavg.declaration import declared
+from ckptavg.errors import UsageError
 from ckptavg.objective import PlainAverage, Strategy
+from ckptavg.options import config_file
 from ckptavg.runtime import version
 from ckptavg.strategies import strategies
 
@@ -58,6 +61,18 @@ def _show_version(requested: bool) -> None:
     if requested:
         print("ckptavg", version.own())
         raise typer.Exit
+
+
+def configured() -> dict[str, dict[str, Any]]:
+    """Return the options of the configuration file as defaults: command → option → value."""
+    values = config_file.read(Path())
+    options_of = {
+        str(command.name): set(command.callback.__annotations__) - {"task"}  # pyright: ignore  # `find_task` looks it up
+        for command in app.registered_commands
+    }
+    if unknown := values.keys() - {"task"} - set().union(*options_of.values()):
+        raise UsageError(f"{config_file.NAMES}: unknown options: {', '.join(sorted(unknown))}")
+    return {name: {key: values[key] for key in values.keys() & options} for name, options in options_of.items()}
 
 
 @app.callback()

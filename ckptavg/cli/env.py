@@ -45,7 +45,8 @@ def command(json: bool) -> None:
 
 def _facts() -> dict[str, Any]:
     torch, build = _torch()
-    limit = threads.quota()
+    counts = {"torch": torch and torch.get_num_threads(), "affinity": threads.affinity(), "quota": threads.quota()}
+    shown = {name: value for name, value in sorted(os.environ.items()) if _SHOWN.fullmatch(name)}
     return {
         "ckptavg": version.own(),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
@@ -54,18 +55,11 @@ def _facts() -> dict[str, Any]:
         "optional packages": {name: number for name in _OPTIONAL if (number := version.installed(name))},
         "torch build": build,
         "devices": [f"cpu: {_processor()}", *(_accelerators(torch) if torch else ())],
-        "threads": {
-            **({"torch": torch.get_num_threads()} if torch else {}),
-            "affinity": threads.affinity(),
-            **({} if limit is None else {"quota": limit}),
-        },
+        "threads": {name: count for name, count in counts.items() if count is not None},
         "memory": _memory(),
         "working directory": _file_system(),
-        "variables": {  # without paths and commands
-            name: value if _PLAIN.fullmatch(value) else "(set)"
-            for name, value in sorted(os.environ.items())
-            if _SHOWN.fullmatch(name)
-        },
+        # without paths and commands
+        "variables": {name: value if _PLAIN.fullmatch(value) else "(set)" for name, value in shown.items()},
     }
 
 

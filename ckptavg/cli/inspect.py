@@ -50,10 +50,8 @@ def command(
         else:
             _show(found, rows, quiet=quiet)
     if bad := sum(file.kind == "bad" for file in found.left_out):
-        raise InputError(
-            f"{bad} of {len(found.checkpoints) + bad} checkpoints cannot be read",
-            hint="leave them out with --exclude; the commands that average also have --skip-bad",
-        )
+        hint = "leave them out with --exclude; the commands that average also have --skip-bad"
+        raise InputError(f"{bad} of {len(found.checkpoints) + bad} checkpoints cannot be read", hint=hint)
     if not found.checkpoints:
         raise InputError("no checkpoints found", path=", ".join(map(str, ckpts)))
 

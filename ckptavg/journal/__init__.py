@@ -43,11 +43,7 @@ class ReadOnlyJournal:
     def put(self, *_: Any) -> None:
         """Do nothing: only rank 0 writes the journal."""
 
-    put_all = put
-    defer = put
-
-    def flush(self) -> None:
-        """Do nothing: only rank 0 writes the journal."""
+    put_all = defer = flush = put
 
 
 class Journal:
@@ -57,17 +53,14 @@ class Journal:
 
     Attributes:
         folder: directory of the journal and of other files of the run.
+        records: all records, by key.
         replayed: number of records from an earlier run.
         damaged: number of lines dropped because of a checksum mismatch.
     """
 
     def __init__(self, output: Path, *, resume: bool = True, keep: bool = False) -> None:
-        """Take the lock and read the journal of an earlier run.
+        """Take the lock of the directory next to ``output``, and read the journal of an earlier run, or delete it.
 
-        Args:
-            output: the run's output; the journal's directory is next to it.
-            resume: use an existing journal; otherwise it is deleted.
-            keep: keep the journal after the run.
         Raises:
             OutputExistsError: if another run is writing this output.
             OutputError: if the journal cannot be created.
@@ -75,7 +68,7 @@ class Journal:
         self.folder = output.with_name(f"{output.name}.ckptavg")
         self.replayed = self.damaged = 0
         self._keep = keep
-        self._records: dict[str, Any] = {}
+        self.records: dict[str, Any] = {}
         self._own: set[str] = set()  # keys written by this run
         self._header: Mapping[str, Any] | None = None
         self._writing = Lock()
@@ -87,11 +80,10 @@ class Journal:
             self._lock = take(self.folder / _LOCK, output)
             self._sweep()
             self._open(resume)
-        except OSError as error:
+        except BaseException as error:
             self._close()
-            raise OutputError(f"cannot be written: {os_message(error)}", path=self.folder) from error
-        except BaseException:
-            self._close()
+            if isinstance(error, OSError):
+                raise OutputError(f"cannot be written: {os_message(error)}", path=self.folder) from error
             raise
 
     def begin(self, header: Mapping[str, Any]) -> None:
@@ -103,26 +95,19 @@ class Journal:
         normalized = json.loads(json.dumps({"schema": SCHEMA, **header}))
         if not self._measured():  # no measurements to resume from, regardless of the run
             self._header = normalized
-            self._records = {}
+            self.records = {}
             self._append([normalized], first=True)
         elif difference := _difference(self._header, normalized):
             raise self.another(difference)
 
     def another(self, difference: str) -> OutputExistsError:
         """Return the error for a journal left by a different run."""
-        return OutputExistsError(
-            f"was left by a different run: {difference}", path=self.folder,
-            hint="start over with --no-resume, or choose another -o",
-        )  # fmt: skip
-
-    @property
-    def records(self) -> Mapping[str, Any]:
-        """All records, by key."""
-        return self._records
+        hint = "start over with --no-resume, or choose another -o"
+        return OutputExistsError(f"was left by a different run: {difference}", path=self.folder, hint=hint)
 
     def get(self, key: str, *, earlier: bool = False) -> Any:
         """Return the record of ``key``, or None; with ``earlier``, only records of an earlier run."""
-        return None if earlier and key in self._own else self._records.get(key)
+        return None if earlier and key in self._own else self.records.get(key)
 
     def put(self, key: str, value: Any) -> None:
         """Write a record and flush it to disk; thread-safe."""
@@ -131,7 +116,7 @@ class Journal:
     def put_all(self, values: Mapping[str, Any]) -> None:
         """Write several records with one flush."""
         with self._writing:
-            self._records.update(values)
+            self.records.update(values)
             self._own.update(values)
             self._append([{"key": key, "value": value} for key, value in values.items()])
 
@@ -180,7 +165,7 @@ class Journal:
         if not resume:
             path.unlink(missing_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        content = _read_all(self._fd)
+        content = path.read_bytes()
         complete = content.rfind(b"\n") + 1
         os.ftruncate(self._fd, complete)  # drop an incomplete last line
         for line in content[:complete].splitlines():
@@ -201,7 +186,7 @@ class Journal:
             shutil.rmtree(path, ignore_errors=True)
 
     def _measured(self) -> int:
-        return sum(not key.startswith(SOURCE_PREFIX) for key in self._records)
+        return sum(not key.startswith(SOURCE_PREFIX) for key in self.records)
 
     def _read(self, line: bytes) -> None:
         checksum, _, text = line.partition(b" ")
@@ -214,7 +199,7 @@ class Journal:
                 raise InputError("is from another version of ckptavg", path=self.folder / _FILE, hint="--no-resume")
             self._header = record
         elif isinstance(record, dict) and isinstance(record.get("key"), str) and "value" in record:
-            self._records[record["key"]] = record["value"]
+            self.records[record["key"]] = record["value"]
         else:
             self.damaged += 1
 
@@ -240,13 +225,6 @@ class Journal:
         if self._lock >= 0:
             release(self._lock)
         self._fd = self._lock = -1
-
-
-def _read_all(fd: int) -> bytes:
-    content, done = bytearray(os.fstat(fd).st_size), 0
-    while done < len(content) and (count := os.preadv(fd, [memoryview(content)[done:]], done)):
-        done += count
-    return bytes(content[:done])
 
 
 def _difference(was: Any, now: Any) -> str:

@@ -5,7 +5,7 @@ unchanged inode, size and times is taken to have the same content; any other is 
 is used. Files hashed here are not hashed again when the average is written.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
@@ -23,7 +23,8 @@ def recording_digests(journal: Journal, checkpoints: Sequence[Checkpoint]) -> Ge
     Raises:
         OutputExistsError: if the content of a file differs, or cannot be compared.
     """
-    files = dict(_files(checkpoints))
+    numbered = ((i, *pair) for i, checkpoint in enumerate(checkpoints) for pair in enumerate(checkpoint.reader.files))
+    files = {f"{SOURCE_PREFIX}{i} {k}": file for i, k, file in numbered}
     unhashed = {key: file for key, file in files.items() if not _verify(journal, key, file)}
     journal.put_all({key: {"file": file.identity, "sha256": None} for key, file in unhashed.items()})
     stop = Event()
@@ -34,12 +35,6 @@ def recording_digests(journal: Journal, checkpoints: Sequence[Checkpoint]) -> Ge
             yield
         finally:
             stop.set()
-
-
-def _files(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[str, RegularFile]]:
-    for i, checkpoint in enumerate(checkpoints):
-        for k, file in enumerate(checkpoint.reader.files):
-            yield f"{SOURCE_PREFIX}{i} {k}", file
 
 
 def _verify(journal: Journal, key: str, file: RegularFile) -> bool:

@@ -25,9 +25,7 @@ def encode(value: Any) -> Any:
     if isinstance(value, Tensor):
         data, kinds = raw(value), [value.dtype]
         narrow = value.detach().to(_NARROW.get(value.dtype, value.dtype))
-        if (
-            narrow.dtype != value.dtype and raw(narrow.to(value.dtype)) == data
-        ):  # float64 that came from a float32 model
+        if narrow.dtype != value.dtype and raw(narrow.to(value.dtype)) == data:  # it came from a float32 model
             data, kinds = raw(narrow), [value.dtype, narrow.dtype]
         size = kinds[-1].itemsize
         # exponents, which are much alike, lie together and apart from the mantissas, which are not

@@ -134,12 +134,10 @@ class Learned:
     """
 
     coefficients: Coefficients
-    columns: Mapping[str, Sequence[float | str | None]] = field(default_factory=dict[str, Sequence[float | str | None]])
-    trace: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
+    columns: Mapping[str, Sequence[float | str | None]] = field(default_factory=dict)
+    trace: Mapping[str, Sequence[float]] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    tables: Mapping[str, Sequence[Mapping[str, float | str | None]]] = field(
-        default_factory=dict[str, Sequence[Mapping[str, float | str | None]]]
-    )
+    tables: Mapping[str, Sequence[Mapping[str, float | str | None]]] = field(default_factory=dict)
 
 
 class Strategy(Protocol):
@@ -190,19 +188,15 @@ def check_losses(losses: Sequence[float], batches: int, split: Split, *, first: 
         if not math.isfinite(loss):
             numbers = sorted({(step * samples + i) % batches + 1 for i in range(samples)})
             where = f"batch{'es' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))} of the {split} data"
-            raise TaskError(
-                f"loss() gave {loss} at step {step + 1} of the search, on {where}",
-                hint=f"look for broken examples in the {split} data, or choose a smaller --lr",
-            )
+            hint = f"look for broken examples in the {split} data, or choose a smaller --lr"
+            raise TaskError(f"loss() gave {loss} at step {step + 1} of the search, on {where}", hint=hint)
 
 
 def check_number(k: int | Literal["auto"], n: int) -> None:
     """Raise UsageError if ``--k`` asks for more than the ``n`` candidates."""
     if k != "auto" and k > n:
-        raise UsageError(
-            f"--k {k} asks for more checkpoints than the {n} candidates there are",
-            hint=f"choose --k {n} or less, or widen the window (--last, --start, --stop, --every)",
-        )
+        hint = f"choose --k {n} or less, or widen the window (--last, --start, --stop, --every)"
+        raise UsageError(f"--k {k} asks for more checkpoints than the {n} candidates there are", hint=hint)
 
 
 def check_split(on: Split | None, splits: Collection[Split]) -> None:

@@ -10,18 +10,14 @@ from torch.nn.modules.batchnorm import _BatchNorm as Layer  # pyright: ignore[re
 
 def layers(model: nn.Module) -> dict[str, Layer]:
     """Return the BatchNorm layers of ``model`` that keep running statistics, by module name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, Layer) and module.running_mean is not None
-    }
+    modules = model.named_modules()
+    return {name: layer for name, layer in modules if isinstance(layer, Layer) and layer.running_mean is not None}
 
 
 def statistics(model: nn.Module) -> frozenset[str]:
     """Return the state-dict names of the running means and variances of ``model``."""
-    return frozenset(
-        f"{name}.{buffer}" if name else buffer for name in layers(model) for buffer in ("running_mean", "running_var")
-    )
+    buffers = ("running_mean", "running_var")
+    return frozenset(f"{name}.{buffer}" if name else buffer for name in layers(model) for buffer in buffers)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class Compiled:
         self.failure: str | None = None
         self._paused = False
         plain = model.forward
-        with _quiet():
+        with quiet():
             fast = torch.compile(plain)
 
         @wraps(plain)
@@ -58,7 +58,7 @@ class Compiled:
             if self._paused or self.failure is not None:
                 return plain(*args, **kwargs)
             try:
-                with _quiet():
+                with quiet():
                     return fast(*args, **kwargs)
             except Exception as error:  # any kind: an error of the model itself is raised again by the plain call
                 if is_out_of_memory(error):
@@ -80,7 +80,7 @@ class Compiled:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """Suppress DeprecationWarnings, which torch raises about its own use of TorchScript."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -20,15 +20,13 @@ _ABOVE_0: Final = Limit(lambda value: value > 0, "greater than 0")
 class Options(SearchOptions, OutputOptions, Window, TaskOptions):
     """All options that commands share. The candidates themselves are part of a journal's fingerprint."""
 
-    key: Annotated[
-        str | None, Help(CANDIDATES, "Entry of each file that is the model, such as state_dict_ema.", metavar="KEY")
-    ] = None
+    key: Annotated[str | None, Help(
+        CANDIDATES, "Entry of each file that is the model, such as state_dict_ema.", metavar="KEY")] = None  # fmt: skip
     skip_bad: Annotated[bool, Help(
         CANDIDATES, "Leave out damaged or NaN checkpoints, with a warning each.", "Else they are refused.",
         changes_measurements=False)] = False  # fmt: skip
-    allow_nonfinite: Annotated[bool, Help(CANDIDATES, "Average NaN and infinite weights instead of refusing them.")] = (
-        False
-    )
+    allow_nonfinite: Annotated[bool, Help(
+        CANDIDATES, "Average NaN and infinite weights instead of refusing them.")] = False  # fmt: skip
     wait_stable: Annotated[float | None, Help(
         CANDIDATES, "First wait until no checkpoint has changed for SECONDS.", metavar="SECONDS", limit=_DURATION,
         changes_measurements=False)] = None  # fmt: skip

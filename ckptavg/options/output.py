@@ -23,18 +23,16 @@ class OutputOptions:
     never_worse: Annotated[bool, Help(
         OUTPUT, "Write the best single checkpoint if it scores higher.", "Not in compare.", changes_measurements=False
     )] = False  # fmt: skip
-    dtype: Annotated[
-        Dtype | None, Help(OUTPUT, "float64|float32|float16|bfloat16; default as stored.", metavar="DTYPE")
-    ] = None
+    dtype: Annotated[Dtype | None, Help(
+        OUTPUT, "float64|float32|float16|bfloat16; default as stored.", metavar="DTYPE")] = None  # fmt: skip
     max_shard_size: Annotated[str | None, Help(
         OUTPUT, "In a directory: files of at most SIZE, such as 5GB.", "An index lists them.", "SIZE",
         changes_measurements=False)] = None  # fmt: skip
     format: Annotated[Literal["safetensors", "dcp"], Help(
         OUTPUT, "dcp: torch.distributed.checkpoint, to train further.", "FSDP can resume training from it.",
         changes_measurements=False)] = "safetensors"  # fmt: skip
-    adapter: Annotated[
-        Literal["factors", "exact"], Help(OUTPUT, "Average PEFT factors (approximate) or exact weights.")
-    ] = "factors"
+    adapter: Annotated[Literal["factors", "exact"], Help(
+        OUTPUT, "Average PEFT factors (approximate) or exact weights.")] = "factors"  # fmt: skip
     rank: Annotated[int | None, Help(
         OUTPUT, "Reduce the adapter of --adapter exact to rank N.", "Else it is the sum of the candidates' ranks.", "N",
         limit=AT_LEAST_1)] = None  # fmt: skip

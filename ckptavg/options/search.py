@@ -47,9 +47,8 @@ class SearchOptions:
     def __post_init__(self) -> None:
         check(self)
         if self.offload != "none" and self.bits != 32:
-            raise UsageError(
-                f"--offload keeps the candidates in full precision, --bits {self.bits} in fewer bits: give only one"
-            )
+            both = f"--offload keeps the candidates in full precision, --bits {self.bits} in fewer bits"
+            raise UsageError(f"{both}: give only one")
         if self.shard and (self.compile or self.precision != "float32"):
             unused = "--compile" if self.compile else f"--precision {self.precision}"
             raise UsageError(f"--shard is not supported with {unused}")

@@ -50,9 +50,8 @@ class TaskOptions:
     score_timeout: Annotated[float | None, Help(
         SCORING, "Limit for one run of --score-cmd.", metavar="SECONDS", limit=POSITIVE, changes_measurements=False
     )] = None  # fmt: skip
-    lm_eval: Annotated[
-        str | None, Help(SCORING, "Score by lm-evaluation-harness tasks, comma-separated.", metavar="TASKS")
-    ] = None
+    lm_eval: Annotated[str | None, Help(
+        SCORING, "Score by lm-evaluation-harness tasks, comma-separated.", metavar="TASKS")] = None  # fmt: skip
 
     @property
     def ways(self) -> list[str]:

@@ -65,7 +65,10 @@ def compare(
         for name, strategy in strategies.items():
             this.run.progress("strategies", len(runs), len(strategies))
             with this.run.progress.prefixed(name):
-                runs.append(_run(name, strategy, evaluator))
+                evaluator.restart(repr(strategy))
+                learned = strategy.learn(evaluator)
+                score = evaluator.exact_score(learned.coefficients, evaluator.scored_on)
+            runs.append(_Run(name, strategy, learned, score, evaluator.cost()))
         winner = max(runs, key=lambda run: (run.score.value, -(run.score.loss or 0.0)))
         valid(winner.score)
         evaluator.restart()
@@ -105,13 +108,6 @@ def _fits(strategy: Strategy, n: int) -> bool:
     except UsageError:
         return False
     return True
-
-
-def _run(name: str, strategy: Strategy, evaluator: Evaluator) -> _Run:
-    evaluator.restart(repr(strategy))
-    learned = strategy.learn(evaluator)
-    score = evaluator.exact_score(learned.coefficients, evaluator.scored_on)
-    return _Run(name, strategy, learned, score, evaluator.cost())
 
 
 def _strategy_result(run: _Run, reference: Mapping[Split, Score], evaluator: Evaluator, seed: int) -> StrategyResult:

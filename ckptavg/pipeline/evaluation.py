@@ -30,7 +30,6 @@ def evaluate(
     Args:
         files: checkpoints, outputs of ckptavg, or directories of checkpoints.
         task: Python file or dotted module.
-        watch: progress callback.
         **options: key, device, seed and task_timeout of `ckptavg.options.Options`; instead of ``task``, val and test,
             or lm_eval.
     """

@@ -37,7 +37,6 @@ def landscape(
     mixtures are uniform on the simplex over a random half of the candidates.
 
     Args:
-        paths: directories of checkpoints, or checkpoints.
         options: options of the run; ``output`` is the JSON file, which holds everything that is returned.
         samples: number of random mixtures to score.
         mixtures: three strategies in the syntax of `ckptavg.strategies.from_spec`, whose plane is scored too.

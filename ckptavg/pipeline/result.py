@@ -57,9 +57,8 @@ def build_result(
     )  # fmt: skip
     if evaluator is None:
         return result
-    return replace(
-        result, scored_on=evaluator.scored_on, holdout=options.holdout, cost=evaluator.cost(), matrix=evaluator.matrix
-    )
+    scored_on, cost = evaluator.scored_on, evaluator.cost()
+    return replace(result, scored_on=scored_on, holdout=options.holdout, cost=cost, matrix=evaluator.matrix)
 
 
 def _warnings(

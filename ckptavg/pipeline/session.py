@@ -102,7 +102,7 @@ def open_session(paths: Sequence[Path], options: Options, watch: Watch | None = 
             device = torch.device("cpu") if options.score_cmd or not options.ways else pick_device(options.device)
             run = Run(device=device, workers=workers, seed=options.seed, progress=Progress(watch))
             if not options.dry_run:
-                journal = workers.on_rank_zero(lambda: stack.enter_context(_open_journal(options)))
+                journal = workers.on_rank_zero(lambda: _open_journal(options, stack))
                 records = workers.broadcast((dict(journal.records), journal.folder) if journal else ({}, Path()))
                 run = replace(run, journal=journal or ReadOnlyJournal(*records))
             evaluator = _evaluator(found, options, run) if options.ways else None
@@ -123,16 +123,12 @@ def open_session(paths: Sequence[Path], options: Options, watch: Watch | None = 
             raise
 
 
-def _open_journal(options: Options) -> Journal:
+def _open_journal(options: Options, stack: ExitStack) -> Journal:
     path, folder = options.destination
-    journal = Journal(folder or path, resume=options.resume, keep=options.keep_journal)
-    try:
-        if options.format == "dcp":
-            dcp_folder.sweep(path)
-        check_output(options)  # again: another run may have finished between the first check and the lock
-    except BaseException:
-        journal.__exit__()
-        raise
+    journal = stack.enter_context(Journal(folder or path, resume=options.resume, keep=options.keep_journal))
+    if options.format == "dcp":
+        dcp_folder.sweep(path)
+    check_output(options)  # again: another run may have finished between the first check and the lock
     return journal
 
 

@@ -29,7 +29,6 @@ def find_task(option: str | None, inputs: Sequence[Path], *, required: bool = Tr
     Args:
         option: value of ``--task``.
         inputs: checkpoints, or directories of checkpoints.
-        required: whether the command cannot run without a task.
     Raises:
         UsageError: if a task is required and the only one found is a ``./task.py`` among the checkpoints.
     """
@@ -40,10 +39,8 @@ def find_task(option: str | None, inputs: Sequence[Path], *, required: bool = Tr
     if any(path.resolve() == here or (is_file(path) and path.resolve().parent == here) for path in inputs):
         if not required:
             return None
-        raise UsageError(
-            "./task.py lies among the checkpoints, so it is not run unless named",
-            hint="if you trust it, name it: --task ./task.py",
-        )
+        message = "./task.py lies among the checkpoints, so it is not run unless named"
+        raise UsageError(message, hint="if you trust it, name it: --task ./task.py")
     return "task.py"
 
 
@@ -53,33 +50,23 @@ def task_for(found: Discovered, options: Options) -> Task:
     if options.holdout is None:
         return task
     if task.has("test"):
-        raise UsageError(
-            "--holdout splits the validation data of a task without test data, but the task has test data",
-            path=task.source,
-        )
+        message = "--holdout splits the validation data of a task without test data, but the task has test data"
+        raise UsageError(message, path=task.source)
     if not task.has("val"):
         raise UsageError("--holdout splits the validation data, but the task has none", path=task.source)
     return HeldOut(task, "val", rest="val", to="test", fraction=options.holdout, seed=options.seed)
 
 
 def build_task(options: Options, folder: Path) -> Task:
-    """Build the task selected by ``options``.
-
-    Args:
-        options: options with one of task, val and lm_eval set.
-        folder: directory of a Hugging Face model's config and tokenizer.
-    """
+    """Build the task of --task, --val or --lm-eval; ``folder`` has a Hugging Face model's config and tokenizer."""
     if options.val is not None:
         from ckptavg.tasks.hugging_face import HuggingFaceTask
 
         return HuggingFaceTask(
-            folder,
-            val=Path(options.val),
-            train=None if options.train is None else Path(options.train),
-            test=None if options.test is None else Path(options.test),
-            batch_size=options.batch_size,
+            folder, val=Path(options.val), train=None if options.train is None else Path(options.train),
+            test=None if options.test is None else Path(options.test), batch_size=options.batch_size,
             trust_remote_code=options.trust_remote_code,
-        )
+        )  # fmt: skip
     if options.lm_eval is not None:
         from ckptavg.tasks.lm_eval import LmEvalTask
 

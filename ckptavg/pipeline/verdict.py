@@ -23,7 +23,7 @@ class Verdict:
 
     coefficients: Coefficients
     singles: Sequence[Score] = ()
-    baselines: Mapping[str, Mapping[Split, Score]] = field(default_factory=dict[str, Mapping[Split, Score]])
+    baselines: Mapping[str, Mapping[Split, Score]] = field(default_factory=dict)
     best_step: int | None = None
     verdict: str = ""
     worse: bool = False

@@ -26,15 +26,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ckptavg.candidates import Candidates
 from ckptavg.errors import TaskError
 from ckptavg.objective import Hessian
-from ckptavg.objective.curvature.directions import Count, Directions, Loss, NoGradientError, UnavailableError
-from ckptavg.objective.curvature.exact import Exact
-from ckptavg.objective.curvature.gauss_newton import GaussNewton
+from ckptavg.objective.curvature import gauss_newton
+from ckptavg.objective.curvature.directions import (
+    Count,
+    Directions,
+    Loss,
+    NoGradientError,
+    UnavailableError,
+    derivatives,
+    gradients_of,
+)  # fmt: skip
 from ckptavg.objective.loss import without_cudnn_recurrence
 from ckptavg.runtime.workers import ALONE, Workers
 from ckptavg.surrogate import Curvature, Surrogate
 from ckptavg.tasks.batch import size as batch_size
-
-_MEASUREMENTS: Final = {"exact": Exact, "gauss-newton": GaussNewton}
 
 
 def surrogate(
@@ -72,8 +77,8 @@ def surrogate(
         for plain in (False, True):
             try:
                 with _plain_kernels(candidates.model) if plain else nullcontext(), torch.enable_grad():
-                    measurement = _MEASUREMENTS[curvature](Directions(candidates, loss, count))
-                    value, gradient_N, hessian_NN = _mean(measurement, batches(), workers)
+                    directions = Directions(candidates, loss, count)
+                    value, gradient_N, hessian_NN = _mean(_MEASURE[curvature], directions, batches(), workers)
             except UnavailableError as error:
                 reasons[curvature] = f"no {curvature} Hessian: {error}"
                 if not error.operation:
@@ -88,15 +93,40 @@ def surrogate(
     raise TaskError("; ".join(reasons.values()), path=source, hint=other and f"{other} may be possible")
 
 
-def _mean(measurement: Exact | GaussNewton, batches: Iterable[Any], workers: Workers) -> tuple[float, Tensor, Tensor]:
+def _exact(d: Directions, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean loss of a batch at the mean, its gradient [N] and H [N, N], by reverse over reverse.
+
+    The gradient's graph is built once, with one backward pass per direction.
+    """
+    loss = d.loss(batch)
+    gradient_N, hessian_NN = d.eye_NN.new_zeros(d.n), torch.zeros_like(d.eye_NN)
+    with derivatives():
+        slopes = gradients_of(loss, d.weights, again=True)
+        curved = [k for k, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
+        for j in range(d.n):
+            direction = d[j]
+            gradient_N[j] = d.dot(slopes, direction)
+            if curved:
+                hessian_NN[:, j] = d.vjp([slopes[k] for k in curved], [direction[k] for k in curved])
+    d.count(batch, backward=1 + 2 * d.n)
+    return loss.detach(), gradient_N, hessian_NN
+
+
+_MEASURE: Final = {"exact": _exact, "gauss-newton": gauss_newton.measure}
+
+
+def _mean(
+    measure: Callable[[Directions, Any], tuple[Tensor, Tensor, Tensor]], d: Directions, batches: Iterable[Any],
+    workers: Workers,
+) -> tuple[float, Tensor, Tensor]:  # fmt: skip
     """Return F, g [N] and H [N, N] over the batches of all ranks; g and H in float64 on the CPU."""
-    n, eye_NN, values = measurement.directions.n, measurement.directions.eye_NN, list[Tensor]()
+    n, eye_NN, values = d.n, d.eye_NN, list[Tensor]()
     total, examples = eye_NN.new_zeros(1 + n + n * n), 0
     failure: Exception | None = None
     try:
         for batch in batches:
             size = batch_size(batch)
-            value, gradient_N, hessian_NN = measurement.measure(batch)
+            value, gradient_N, hessian_NN = measure(d, batch)
             values.append(value)
             total += size * torch.cat([value.view(1).to(eye_NN), gradient_N, hessian_NN.flatten()])
             examples += size
