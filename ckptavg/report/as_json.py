@@ -37,7 +37,7 @@ def to_dict(report: Result | Comparison | Landscape) -> dict[str, Any]:
 
 def _landscape(landscape: Landscape) -> dict[str, Any]:
     q, plane = landscape.surrogate, landscape.plane
-    data = {
+    figures = {
         "steps": landscape.steps,
         "loss_at_mean": q.value,
         "gradient": q.gradient_N.tolist(),
@@ -52,7 +52,7 @@ def _landscape(landscape: Landscape) -> dict[str, Any]:
         "left_out": landscape.left_out,
         "warnings": landscape.warnings,
     }
-    return plain(data)
+    return plain(figures)
 
 
 def to_json(report: Result | Comparison | Landscape) -> str:

@@ -36,8 +36,7 @@ def name_of(strategy: Strategy) -> str:
 def from_spec(spec: str) -> Strategy:
     """Return the strategy of ``NAME`` or ``NAME:setting=value:setting=value``, such as ``twa:on=train:lr=0.01``.
 
-    Raises:
-        UsageError: if the strategy or setting is unknown, or the value has the wrong type.
+    A strategy or setting that is unknown, or a value of the wrong type, is a UsageError.
     """
     name, *given = spec.split(":")
     if name not in strategies():

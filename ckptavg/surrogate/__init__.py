@@ -45,13 +45,7 @@ class Surrogate:
         return len(self.gradient_N)
 
     def recentered(self, beta_N: Tensor, value: float, gradient_N: Tensor) -> Self:
-        """Return a surrogate with this value and gradient at ``beta_N`` and the same second derivatives.
-
-        Args:
-            beta_N: [N], coefficients that sum to one.
-            value: loss at ``beta_N``.
-            gradient_N: [N], gradient of the loss at ``beta_N``.
-        """
+        """Return a surrogate with this value and gradient [N] at ``beta_N`` [N], which sums to one, and the same H."""
         off_N = beta_N - 1 / self.n
         bend_N = self.hessian_NN @ off_N
         slope_N = gradient_N - bend_N

@@ -27,7 +27,6 @@ def affine_optimum(q: Surrogate, radius: float, metric_N: Tensor) -> Tensor:
     that are flat to rounding (λ_i ≤ 10⁻¹² of the largest, and γ_i ≤ 10⁻¹⁰ of ‖γ‖) t stays at 0.
 
     Args:
-        q: the surrogate.
         radius: in units of x, > 0.
         metric_N: [N], d_i ≥ 0, the distances ‖w_i − w̄‖; where 0, x_i has no effect.
     Returns:
@@ -63,8 +62,6 @@ def simplex_optimum(q: Surrogate) -> Tensor:
     is a local optimum: the best point reached by optimal exchanges between two coefficients from three starts: the
     optimum without H's negative eigenvalues, the mean, and the best single candidate. No exchange lowers it further.
 
-    Args:
-        q: the surrogate.
     Returns:
         [N], ≥ 0, sums to 1 to rounding.
     References:

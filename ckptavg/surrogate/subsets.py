@@ -4,8 +4,6 @@ Shape suffixes: N = candidates, K = chosen, M = masks, C = exchanges of a mask, 
 of the candidates.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable
@@ -53,18 +51,14 @@ def best_subsets(q: Surrogate, k: int, count: int) -> Subsets:
     only some. On surrogates of real trainings it found the subsets that enumeration finds
     (``scripts/benchmark/subsets.py``).
 
-    Args:
-        q: the surrogate.
-        k: K, from 1 to N.
-        count: largest number of subsets, ≥ 1.
     Raises:
-        ValueError: if k or count is out of range.
+        ValueError: if k, which is K, is not from 1 to N, or ``count`` is less than 1.
     """
     if not 1 <= k <= q.n:
         raise ValueError(f"the size of a subset must be between 1 and {q.n}, the number of candidates, not {k}")
     if count < 1:
         raise ValueError(f"the number of subsets must be at least 1, not {count}")
-    energy, few = Energy.of(q, k), math.comb(q.n, k) <= ENUMERATED
+    energy, few = _Energy(q, k), math.comb(q.n, k) <= ENUMERATED
     shortlist = (_enumerate if few else _swap)(energy, count)
     return Subsets(
         masks=tuple(energy.candidates(chosen) for _, chosen in shortlist.found),
@@ -73,39 +67,20 @@ def best_subsets(q: Surrogate, k: int, count: int) -> Subsets:
     )
 
 
-@dataclass(frozen=True)
-class Energy:
+class _Energy:
     """E(S) = Σ_{i∈S} l_i + Σ_{i,j∈S} H_ij of ``k`` candidates: the chosen or the left-out ones, whichever are fewer.
 
-    Attributes:
-        linear_N: [N], l = ±2K·g, centred; K candidates are chosen.
-        hessian_NN: [N, N], centred.
-        k: the size of S.
-        left_out: whether S holds the candidates left out.
-        rounding: energies that differ by less count as equal.
+    q at the uniform average of K chosen candidates is F + E/2K²; l = ±2K·g and H are centred.
     """
 
-    linear_N: Tensor
-    hessian_NN: Tensor
-    k: int
-    left_out: bool
-    rounding: float
-
-    @staticmethod
-    def of(q: Surrogate, k: int) -> Energy:
-        """Return the energy of subsets of k candidates; q at their uniform average is F + E/2k²."""
-        g_N, h_NN, left_out = q.gradient_N, q.hessian_NN, 2 * k > q.n
-        size = q.n - k if left_out else k
-        scale = size * 2 * k * float(g_N.abs().max()) + size * size * float(h_NN.abs().max())
-        linear_N = (-2 * k if left_out else 2 * k) * (g_N - g_N.mean())
-        mean_N = h_NN.mean(dim=0)
-        centred_NN = h_NN - mean_N - mean_N[:, None] + mean_N.mean()
-        return Energy(linear_N, centred_NN, size, left_out, ROUNDING * scale + 1e-300)
-
-    @property
-    def n(self) -> int:
-        """The number of candidates."""
-        return len(self.linear_N)
+    def __init__(self, q: Surrogate, chosen: int) -> None:
+        g_N, h_NN, mean_N = q.gradient_N, q.hessian_NN, q.hessian_NN.mean(dim=0)
+        self.n, self.left_out = q.n, 2 * chosen > q.n
+        self.k = q.n - chosen if self.left_out else chosen
+        self.linear_N = (-2 * chosen if self.left_out else 2 * chosen) * (g_N - g_N.mean())
+        self.hessian_NN = h_NN - mean_N - mean_N[:, None] + mean_N.mean()
+        scale = self.k * 2 * chosen * float(g_N.abs().max()) + self.k * self.k * float(h_NN.abs().max())
+        self.rounding = ROUNDING * scale + 1e-300  # energies that differ by less count as equal
 
     def __call__(self, x_MN: Tensor) -> Tensor:
         """Return [M], E of each row of [M, N]."""
@@ -116,10 +91,10 @@ class Energy:
         return tuple(i for i in range(self.n) if i not in chosen) if self.left_out else chosen
 
 
-class Shortlist:
+class _Shortlist:
     """The ``count`` best masks seen so far."""
 
-    def __init__(self, energy: Energy, count: int) -> None:
+    def __init__(self, energy: _Energy, count: int) -> None:
         self.energy, self.count = energy, count
         self.found: list[tuple[float, Mask]] = []
 
@@ -146,10 +121,10 @@ class Shortlist:
         del self.found[self.count :]
 
 
-def _enumerate(energy: Energy, count: int) -> Shortlist:
+def _enumerate(energy: _Energy, count: int) -> _Shortlist:
     """Enumerate all masks: for each a, those with a candidates of the first half, in blocks of rows and columns."""
     l_N, h_NN, first = energy.linear_N, energy.hessian_NN, energy.n // 2
-    shortlist = Shortlist(energy, count)
+    shortlist = _Shortlist(energy, count)
 
     def lists(start: int, stop: int, size: int) -> Tensor:
         masks = torch.tensor(list(itertools.combinations(range(start, stop), size)), dtype=torch.long)
@@ -180,7 +155,7 @@ def _blocks(length: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(length, start + size)) for start in range(0, length, size)]
 
 
-def _swap(energy: Energy, count: int) -> Shortlist:
+def _swap(energy: _Energy, count: int) -> _Shortlist:
     """Exchange one candidate for another while the best exchange lowers E, from several starts at once.
 
     The starts are the last k, the greedy choice and seeded random masks. The search then goes on from every listed
@@ -196,7 +171,7 @@ def _swap(energy: Energy, count: int) -> Shortlist:
     random_MN = torch.rand(DRAWS, n, generator=torch.Generator().manual_seed(0), dtype=greedy_N.dtype)
     order_MN = torch.cat([torch.stack([later_N, greedy_N]), random_MN])
     x_MN = torch.zeros_like(order_MN).scatter(1, order_MN.topk(k).indices, 1)
-    shortlist, expanded = Shortlist(energy, count), set[Mask]()
+    shortlist, expanded = _Shortlist(energy, count), set[Mask]()
     while len(x_MN):
         field_MN, chosen_MN = energy.linear_N + 2 * x_MN @ h_NN, x_MN > 0
         change_MNN = (diagonal_N - field_MN)[:, :, None] + (diagonal_N + field_MN)[:, None, :] - 2 * h_NN

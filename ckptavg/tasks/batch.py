@@ -34,10 +34,7 @@ def select(batch: Any, chosen_B: Tensor) -> Any:
     """Return the examples of ``batch`` where the boolean mask ``chosen_B`` is true.
 
     Tensors with B rows and lists of B non-tensor items are filtered; other tensors, lists, numbers and strings are
-    shared by all examples and stay unchanged.
-
-    Raises:
-        TypeError: if the batch contains a type that cannot be split into examples.
+    shared by all examples and stay unchanged; a type that cannot be split into examples is a TypeError.
     """
     size = len(chosen_B)
 
@@ -57,7 +54,7 @@ def size(batch: Any) -> int:
     """Return the number of examples of a batch: the first dimension of its first tensor, or 1 without tensors."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else 1
-    return next((size(part) for part in _parts(batch) if has_tensor(part)), 1)
+    return next((size(part) for part in _parts(batch) if _has_tensor(part)), 1)
 
 
 def sample(batch: Any) -> bytes:
@@ -71,9 +68,8 @@ def sample(batch: Any) -> bytes:
     return sampled
 
 
-def has_tensor(part: Any) -> bool:
-    """Return whether ``part`` is a tensor or contains one at any depth."""
-    return isinstance(part, Tensor) or any(has_tensor(inner) for inner in _parts(part))
+def _has_tensor(part: Any) -> bool:
+    return isinstance(part, Tensor) or any(_has_tensor(inner) for inner in _parts(part))
 
 
 def leaves(batch: Any, *, movable: bool = False) -> list[Any]:
@@ -85,7 +81,7 @@ def leaves(batch: Any, *, movable: bool = False) -> list[Any]:
 
 def _is_list(part: Any) -> bool:
     """Return whether ``part`` is a list or tuple without tensors, such as a list of strings."""
-    return isinstance(part, list | tuple) and not has_tensor(part)
+    return isinstance(part, list | tuple) and not _has_tensor(part)
 
 
 def _parts(batch: Any) -> Any:

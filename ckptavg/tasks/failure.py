@@ -21,10 +21,7 @@ def task_error(
 ) -> TaskError:
     """Return ``task.py:12: in loss, batch 3 of val_dataloader: ValueError: …``, with the innermost line of that file.
 
-    Args:
-        function: the task function that failed; None for the import of the file.
-        at: the batch that was being used or loaded.
-        seconds: the time limit, for a `TooLongError`.
+    ``function`` is None for the import of the file, ``at`` the batch being used or loaded, ``seconds`` the time limit.
     """
     name = Path(source).name
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == name]

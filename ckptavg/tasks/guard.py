@@ -33,14 +33,9 @@ def _working_directory() -> str | None:
     return None
 
 
-def _change_directory(folder: str | None) -> None:
-    if folder is not None:
-        os.chdir(folder)
-
-
 # settings that a task keeps for its own calls: compared after every call …
 _CHEAP: Final = (
-    _Setting(_working_directory, _change_directory),
+    _Setting(_working_directory, lambda folder: folder and os.chdir(folder)),
     _Setting(torch.get_default_dtype, torch.set_default_dtype),
     _Setting(lambda: sys.argv, partial(setattr, sys, "argv")),
 )
@@ -71,12 +66,9 @@ class Guard:
 
     @contextmanager
     def inside(self, *, thorough: bool = False) -> Generator[None]:
-        """Run task code in this context, with the task's settings and the time limit.
+        """Run task code in this context, with the task's settings and the time limit; TooLongError if it is exceeded.
 
-        Args:
-            thorough: compare all settings afterwards, which takes as long as a small model's loss.
-        Raises:
-            TooLongError: if the time limit is exceeded.
+        ``thorough`` compares all settings afterwards, which takes as long as a small model's loss.
         """
         checked = (*_CHEAP, *_COSTLY) if thorough else (*_CHEAP, *(self._task_values.keys() - set(_CHEAP)))
         handlers = {number: signal.getsignal(number) for number in _SIGNALS} if thorough and self._main else {}

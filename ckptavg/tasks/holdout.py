@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ckptavg.errors import TaskError
 from ckptavg.journal.tensor_json import raw
@@ -22,10 +22,7 @@ class HeldOut(Task):
     (padded to a shuffled batch, randomly transformed) could change sides, which is a TaskError; for the same reason
     batches are not halved.
 
-    Args:
-        rest: name of the split of the remaining examples.
-        to: name of the split of the held-out examples.
-        fraction: fraction of the examples to hold out, between 0 and 1.
+    ``rest`` and ``to`` name the splits of the remaining and the held-out examples.
     """
 
     def __init__(self, task: Task, split: Split, *, rest: Split, to: Split, fraction: float, seed: int) -> None:
@@ -36,16 +33,9 @@ class HeldOut(Task):
         self._threshold = int(fraction * 2**64)
         self._key = f"{to} {seed}".encode()  # a second division must be independent of the first
         self._hash_sum: int | None = None  # of all examples of the first complete pass
+        self.model, self.loss = task.model, task.loss
         self.source, self.corpus, self.whole = task.source, task.corpus, task.whole
         self.metric, self.metric_goal, self.metric_bounds = task.metric, task.metric_goal, task.metric_bounds
-
-    def model(self) -> nn.Module:
-        """See `Task.model`."""
-        return self._task.model()
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """See `Task.loss`."""
-        return self._task.loss(model, batch)
 
     def divides(self, split: Split) -> bool:
         """Return whether ``split`` is one of the two parts."""

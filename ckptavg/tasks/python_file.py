@@ -32,9 +32,6 @@ _BATCH_FUNCTIONS: Final = ("loss", "metric", "predict")
 class PythonTask(Task):
     """Task whose functions come from a Python file or module; docs/scoring.md names them.
 
-    Attributes:
-        notes: remarks about its loaders, for the report.
-
     Args:
         source: a path that ends in ``.py`` or contains a ``/``, or the dotted name of a module.
         timeout: time limit in seconds of the import and of each call of a task function; None for no limit.
@@ -46,7 +43,7 @@ class PythonTask(Task):
     def __init__(self, source: str, timeout: float | None = None) -> None:
         self.source = source
         self._guard = Guard(timeout, [source])
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # on its loaders, for the report
         self._at = ""  # the batch being used, for errors
         with self._translate_errors(None, thorough=True):
             self._module = _import(source)
@@ -203,10 +200,7 @@ class PythonTask(Task):
 
     @contextmanager
     def _translate_errors(self, name: str | None, *, thorough: bool = False) -> Generator[None]:
-        """Turn exceptions of task code into one-line errors with the function (None: the import) and the batch.
-
-        Process-wide settings are restored afterwards; see `Guard`.
-        """
+        """Turn exceptions of task code in a `Guard` into one-line errors with the function (None: the import)."""
         try:
             with self._guard.inside(thorough=thorough):
                 yield

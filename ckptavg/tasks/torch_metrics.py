@@ -77,11 +77,7 @@ class CorpusMetric:
         return len(self._states)
 
     def update(self, model: nn.Module, batch: Any) -> None:
-        """Run the model on a batch and update the metric with its outputs.
-
-        Raises:
-            TaskError: if the batch is not a pair and the task has no ``predict``, or the model or metric fails.
-        """
+        """Run the model on a batch and update the metric with its outputs; TaskError if any of this fails."""
         with torch.no_grad():
             arguments = self._arguments(model, batch)
             with self._translate_errors(f"{self._name}.update"):
@@ -94,11 +90,7 @@ class CorpusMetric:
         self._states.append(_states(self._scratch))
 
     def compute(self) -> float:
-        """Return the metric's value over all batches so far; the caller negates it if the goal is ``min``.
-
-        Raises:
-            TaskError: if there was no batch, or the value is not one number.
-        """
+        """Return the value over all batches, negated by the caller for a loss; TaskError unless it is one number."""
         if not self._states:
             raise TaskError("the metric has seen no batches", path=self._source)
         return self._value_of(self._whole)
@@ -106,10 +98,8 @@ class CorpusMetric:
     def resampled(self, indices: Sequence[int]) -> float:
         """Return the metric's value over the batches ``indices``, numbered as added; indices may repeat.
 
-        Warnings of torchmetrics, such as for a resample without positives, are suppressed.
-
-        Raises:
-            TaskError: if merging the states of all batches differs from `compute`, or for the reasons of `compute`.
+        Warnings of torchmetrics, such as for a resample without positives, are suppressed. It is a TaskError if merging
+        the states of all batches differs from `compute`, or for the reasons of `compute`.
         """
         if not indices:
             raise TaskError("a resample needs at least one batch", path=self._source)

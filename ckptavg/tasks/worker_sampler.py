@@ -45,10 +45,7 @@ class RankBatchSampler(Sampler[list[int]]):
 
 
 def rank_loader(loader: Any, rank: int, world: int) -> tuple[DataLoader[Any], deque[list[int]]] | None:
-    """Return a loader of this rank's batches and its `RankBatchSampler.sizes`.
-
-    None unless ``loader`` is a plain DataLoader over an indexed dataset.
-    """
+    """Return a loader of this rank's batches and its sizes; None unless it is a DataLoader of an indexed dataset."""
     if type(loader) is not DataLoader or loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
         return None
     turns = RankBatchSampler(loader.batch_sampler, rank, world)

@@ -26,10 +26,7 @@ def learn_mask(
     """Descend on the probabilities s of the mask, and return the best by real loss of its ``verify`` likeliest masks.
 
     `ckptavg.strategies.sewa.SeWA` has the update. ``tau`` has the first and the last temperature; if ``verify`` is 1,
-    the likeliest mask is not scored.
-
-    Raises:
-        TaskError: if a loss is not finite.
+    the likeliest mask is not scored. A loss that is not finite is a TaskError.
     """
     s_N = (losses.uniform() * k).clamp(max=1)
     means = torch.empty(steps, dtype=s_N.dtype, device=s_N.device)

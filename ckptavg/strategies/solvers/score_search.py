@@ -65,13 +65,20 @@ def reinforce(objective: Objective, k: int, *, lr: float, evaluations: int) -> L
 
 
 def cma_es(objective: Objective, *, simplex: bool, evaluations: int) -> Learned:
-    """Search by CMA-ES on x in units of the distances, from the mean of all, with ``evaluations`` scores.
+    """Return the best of ``evaluations`` scored coefficients of CMA-ES on x in units of the distances.
 
-    Returns the best of all scored coefficients.
+    The search starts at the mean of all, x = 0, with steps of 1/N.
 
     References:
         Hansen 2016, The CMA Evolution Strategy, a tutorial, arXiv:1604.00772, implemented by its author's library.
     """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its import probes for matplotlib
+            import cma
+            import numpy as np
+    except ImportError as error:
+        raise UsageError("a search by scores needs the package cma", hint="pip install 'ckptavg[score]'") from error
     n = objective.n
     seed = int(torch.randint(1, 2**31, (1,), generator=objective.generator))
     subspace = Subspace(torch.ones(1, n, dtype=torch.float64), simplex=simplex)
@@ -92,7 +99,9 @@ def cma_es(objective: Objective, *, simplex: bool, evaluations: int) -> Learned:
         return -value
 
     cost([0.0] * n)
-    search = _cma(n, seed)
+    normal = np.random.default_rng(seed).standard_normal  # by default cma seeds numpy's global generator
+    options = {"randn": lambda *shape: normal(shape), "seed": math.nan, "verbose": -9, "verb_log": 0}
+    search: Any = cma.CMAEvolutionStrategy(n * [0.0], 1 / n, options)
     while n > 1 and len(trace) < evaluations and not search.stop():
         proposals = search.ask(min(search.popsize, evaluations - len(trace)))
         objective.prefetch([at(x) for x in proposals])
@@ -100,17 +109,3 @@ def cma_es(objective: Objective, *, simplex: bool, evaluations: int) -> Learned:
         if len(costs) == search.popsize:
             search.tell(proposals, costs)
     return Learned(coefficients=best, trace={"best_score": trace})
-
-
-def _cma(n: int, seed: int) -> Any:
-    """Return CMA-ES over n coordinates, started at 0, the mean of all candidates, with steps of 1/n."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its import probes for matplotlib
-            import cma
-            import numpy as np
-    except ImportError as error:
-        raise UsageError("a search by scores needs the package cma", hint="pip install 'ckptavg[score]'") from error
-    normal = np.random.default_rng(seed).standard_normal  # by default cma seeds numpy's global generator
-    options = {"randn": lambda *shape: normal(shape), "seed": math.nan, "verbose": -9, "verb_log": 0}
-    return cma.CMAEvolutionStrategy(n * [0.0], 1 / n, options)

@@ -53,8 +53,8 @@ def descend(
         rows.append({"K": size, "quadratic": subsets.values[0], "loss": real and real.loss})
         if real is not None and real.metric is not None:
             rows[-1]["metric"] = real.metric
-    tables = {"best subset of each size": rows}
-    return Learned(coefficients=Coefficients.uniform(chosen, n), notes=notes, tables=tables)
+    best = Coefficients.uniform(chosen, n)
+    return Learned(coefficients=best, notes=notes, tables={"best subset of each size": rows})
 
 
 def lowest(

@@ -38,10 +38,7 @@ class Subspace:
     def coefficients(self, x_GN: Tensor) -> Tensor:
         """Return β from x: 1/N + x_i/‖w_i − w̄‖ − (1/N)·Σ_j x_j/‖w_j − w̄‖, or softmax(N·x_i/‖w_i − w̄‖).
 
-        Args:
-            x_GN: [..., N], coordinates.
-        Returns:
-            [..., N], each row sums to 1 to rounding, differentiable in x.
+        Both are [..., N]; each row of β sums to 1 to rounding and is differentiable in x.
         """
         n, distance_GN = x_GN.shape[-1], self.distance_GN
         inverse_GN = torch.where(distance_GN > 0, 1 / distance_GN, torch.zeros_like(distance_GN))
@@ -69,9 +66,7 @@ def train(
 ) -> Learned:  # fmt: skip
     """Train the coordinates from the mean; the settings are those of `ckptavg.strategies.twa.TWA`.
 
-    Raises:
-        TaskError: if a loss is not finite.
-        UsageError: if the coefficients diverge.
+    A loss that is not finite is a TaskError, and coefficients that diverge are a UsageError.
     """
     fit, monitored = on or objective.scored_on, objective.scored_on
     rate = lr or RATE[fit]
@@ -102,9 +97,8 @@ def train(
                 torch.nn.utils.clip_grad_norm_([x_GN], clip)
             descent.step()
             schedule.step()
-            objective.progress(
-                "training the coefficients", len(steps), epochs * per_epoch, epoch=epoch + 1, loss=steps[-1]
-            )
+            figures = {"epoch": epoch + 1, "loss": steps[-1]}
+            objective.progress("training the coefficients", len(steps), epochs * per_epoch, **figures)
         trace += torch.stack(steps[len(trace) :]).tolist()
         check_losses(trace[-per_epoch:], per_epoch, fit, first=len(trace) - per_epoch)
         if patience is None:

@@ -51,9 +51,8 @@ class HuggingFaceTask(Task):
 
     Args:
         folder: directory with config.json (or PEFT's adapter_config.json), and the tokenizer or image processor.
-        val: data to train coefficients and score on; see `ckptavg.tasks.hugging_face.data_files`.
-        train: other data, shuffled by torch's global generator for each pass.
-        test: data for a final score.
+        val, train, test: data of the splits, see `ckptavg.tasks.hugging_face.data_files`; training data is shuffled by
+            torch's global generator for each pass.
         batch_size: examples per batch; None starts with 32, which `halve` reduces.
         trust_remote_code: run model code in the directory.
     Raises:

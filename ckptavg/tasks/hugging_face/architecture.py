@@ -6,9 +6,8 @@ import importlib
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -30,8 +29,7 @@ _TOKENIZER: Final = (
 _IMAGES: Final = ("image processor", "AutoImageProcessor", ("*processor_config.json",), "preprocessor_config.json")
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """Kind of model: the auto class that builds it, transformers' table of its classes, and its data columns."""
 
     name: str
@@ -84,10 +82,8 @@ class ModelFolder:
     def build(self, *, pad_token: int | None = None) -> nn.Module:
         """Build the model in float32, without a cache for generation; an adapter around its base model with weights.
 
-        Otherwise the weights are arbitrary, and the state dict has the names of saved files.
-
-        Args:
-            pad_token: set in a configuration without one; causal classifiers use it to find the last token.
+        Otherwise the weights are arbitrary, and the state dict has the names of saved files. ``pad_token`` is set in a
+        configuration without one; causal classifiers use it to find the last token.
         """
         is_adapter = self.base != self.source
         with translate_errors(self.source, "model"), offline():
@@ -112,10 +108,8 @@ class ModelFolder:
         except OSError as error:
             if self.base == self.source or is_folder(Path(self.base)):
                 raise
-            hint = f"download it: hf download {self.base}"
-            raise TaskError(
-                f"its base model {self.base} is not on this machine", path=self.source, hint=hint
-            ) from error
+            message = f"its base model {self.base} is not on this machine"
+            raise TaskError(message, path=self.source, hint=f"download it: hf download {self.base}") from error
         own_code: Mapping[str, str] = config.get("auto_map") or {}
         if own_code and not self._trust:
             message = "the model needs code of its own, which is not run by default (`auto_map` in config.json)"
@@ -209,11 +203,7 @@ def _use_saved_names(model: nn.Module, source: str) -> None:
 
 
 def imported(module: str, extra: str = "hf") -> Any:
-    """Import on first use and return a module that an extra of ckptavg installs.
-
-    Raises:
-        UsageError: naming the extra, if the module is not installed.
-    """
+    """Import and return a module that an ``extra`` of ckptavg installs; UsageError naming the extra without it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

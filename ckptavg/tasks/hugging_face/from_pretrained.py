@@ -12,12 +12,9 @@ from ckptavg.tasks.hugging_face.architecture import ModelFolder
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Compare a checkpoint's tensor names with those of the model in the config.json beside it.
+    """Raise OutputError if ``from_pretrained`` would make a tensor random, or ignore one, by the config.json beside it.
 
     Nothing is checked without transformers, for adapters, or if the model is not one of transformers' own.
-
-    Raises:
-        OutputError: naming a tensor that would be random, or would be ignored.
     """
     folder, unavailable = checkpoint.folder, importlib.util.find_spec("transformers") is None
     if unavailable or not is_file(folder / "config.json") or is_file(folder / "adapter_config.json"):
