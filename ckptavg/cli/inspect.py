@@ -74,7 +74,7 @@ def _row(checkpoint: Checkpoint) -> dict[str, Any]:
         "path": str(checkpoint.path),
         "step": checkpoint.step,
         "step_from": checkpoint.step_from,
-        "format": checkpoint.format,
+        "format": checkpoint.reader.format,
         "key": checkpoint.key,
         "tensors": len(checkpoint.tensors),
         "parameters": checkpoint.numel,
