@@ -14,31 +14,18 @@ _CHUNK: Final = 1 << 20  # bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An open checkpoint; only its headers have been read.
+    """An open checkpoint; only its headers have been read."""
 
-    Attributes:
-        path: the path shown to the user: the file, or the directory that holds the model's files.
-        name: its path relative to the directory it was found in; the output's metadata contains this name.
-        step: the training step, in the unit of ``step_from``.
-        step_from: the source of the step, such as ``global_step`` or ``name``.
-        run: index of the given directory it belongs to, from 0.
-        key: the sub-dictionary that holds the model, ``""`` for the whole file.
-        tensors: state-dict name → tensor; a wrapper's prefix such as ``module.`` is removed.
-        notes: remarks for the user about how the file was read.
-        allow_nonfinite: whether NaN and infinite weights are accepted; otherwise reading them is an error.
-    """
-
-    path: Path
-    name: str
+    path: Path  # shown to the user: the file, or the directory that holds the model's files
+    name: str  # its path relative to the directory it was found in; the output's metadata contains this name
     step: int = 0
-    step_from: str = ""
-    run: int = 0
-    format: str
-    key: str
-    tensors: Mapping[str, StoredTensor]
+    step_from: str = ""  # the source of the step, such as ``global_step`` or ``name``
+    run: int = 0  # index of the given directory it belongs to
+    key: str  # the sub-dictionary that holds the model, ``""`` for the whole file
+    tensors: Mapping[str, StoredTensor]  # by state-dict name; a wrapper's prefix such as ``module.`` is removed
     reader: Reader = field(repr=False)
-    notes: tuple[str, ...] = ()
-    allow_nonfinite: bool = False
+    notes: tuple[str, ...] = ()  # remarks for the user about how the file was read
+    allow_nonfinite: bool = False  # whether NaN and infinite weights are accepted; otherwise reading them is an error
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,8 +58,7 @@ class Checkpoint:
                     raise InputError(what, path=path, tensor=name, hint=error.hint) from error
             raise
         if self.tensors[name].dtype == "BOOL" and (rest := bytes(out).lstrip(b"\0\1")):
-            at = start + len(out) - len(rest)
-            what = f"element {at} is the byte {rest[0]}, neither 0 nor 1 as a BOOL must be"
+            what = f"element {start + len(out) - len(rest)} is the byte {rest[0]}, neither 0 nor 1 as a BOOL must be"
             raise InputError(what, path=self.path, tensor=name, hint=self.hint)
 
     @property

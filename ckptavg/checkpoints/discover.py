@@ -95,17 +95,11 @@ def discover(
 
 
 def with_directory_changes(found: Discovered, paths: Sequence[Path], output: Path) -> Discovered:
-    """Return the result of `discover` for ``paths`` with a warning for each checkpoint that appeared or vanished since.
-
-    ``output``, the output's path, gets no warning.
-    """
+    """Return ``found`` with a warning for each checkpoint in ``paths`` but ``output`` that came or went since."""
     known = {one.path for one in (*found.checkpoints, *found.left_out)} | {output, output.parent}
-    news = [
-        f"{file.path} was deleted or renamed during the run; it was read to the end all the same"
-        for checkpoint in found.checkpoints
-        for file in checkpoint.reader.files
-        if not os.path.lexists(file.path)
-    ]
+    files = (file.path for checkpoint in found.checkpoints for file in checkpoint.reader.files)
+    gone = "was deleted or renamed during the run; it was read to the end all the same"
+    news = [f"{path} {gone}" for path in files if not os.path.lexists(path)]
     for order, path in enumerate(paths):
         with suppress(InputError):  # the directory itself has gone
             new = (place.path for place in list_checkpoints(path, order, []) if place.path not in known)
@@ -140,14 +134,9 @@ def _open(place: CheckpointPath, key: str | None, *, allow_nonfinite: bool) -> _
     checkpoint = Checkpoint(
         path=place.path,
         name=place.weights.name if place.path == place.weights else f"{place.name}/{place.weights.name}",
-        run=0 if place.explicit else place.order,
-        format=reader.format,
-        key=chosen,
-        tensors=tensors,
-        reader=reader,
-        notes=(*notes, *reader.notes),
-        allow_nonfinite=allow_nonfinite,
-    )
+        run=0 if place.explicit else place.order, key=chosen, tensors=tensors, reader=reader,
+        notes=(*notes, *reader.notes), allow_nonfinite=allow_nonfinite,
+    )  # fmt: skip
     return _Opened(checkpoint=checkpoint, steps=steps | ({} if named is None else {"name": named}), place=place)
 
 
@@ -198,11 +187,9 @@ def _in_order(opened: list[_Opened], refuse: _Refuse | None) -> tuple[list[Check
         given = sorted(opened, key=lambda one: one.place.order)
         return [replace(one.checkpoint, step=i, step_from="order given") for i, one in enumerate(given, 1)], ()
     odd = min(opened, key=lambda one: len(one.steps))
-    error = InputError(
-        "has no training step of a kind that the other checkpoints have too, neither inside nor in its name",
-        path=odd.checkpoint.path,
-        hint=f"leave it out with {odd.checkpoint.excluding}, or name the checkpoints in their order",
-    )
+    what = "has no training step of a kind that the other checkpoints have too, neither inside nor in its name"
+    hint = f"leave it out with {odd.checkpoint.excluding}, or name the checkpoints in their order"
+    error = InputError(what, path=odd.checkpoint.path, hint=hint)
     if refuse is None:
         raise error
     refuse(error, odd.checkpoint.path)

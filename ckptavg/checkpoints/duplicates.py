@@ -25,9 +25,7 @@ def find(checkpoints: Sequence[Checkpoint]) -> tuple[dict[int, tuple[int, str]],
     by_inode: dict[object, int] = {}
     by_digest: dict[bytes, list[int]] = {}
     for i, checkpoint in enumerate(checkpoints):
-        inodes = tuple(file.inode for file in checkpoint.reader.files)
-        original = by_inode.setdefault(inodes, i)
-        if original != i:
+        if (original := by_inode.setdefault(tuple(file.inode for file in checkpoint.reader.files), i)) != i:
             copies[i] = (original, "is a link to")
             continue
         try:

@@ -21,8 +21,8 @@ def check(checkpoint: Checkpoint) -> None:
     for spec, name in sorted(first_names.items(), key=lambda item: (item[0].record, item[0].offset)):
         checked = spec.dtype in FLOATING and not checkpoint.allow_nonfinite
         for _, chunk in chunks(spec, name, checkpoint.read_into):
-            finite = not checked or is_finite(torch.frombuffer(chunk, dtype=TORCH[spec.dtype]))
-            if error := None if finite else not_finite(checkpoint, name):
+            bad = checked and not is_finite(torch.frombuffer(chunk, dtype=TORCH[spec.dtype]))
+            if bad and (error := not_finite(checkpoint, name)):
                 raise error
     checkpoint.check_unchanged()
 

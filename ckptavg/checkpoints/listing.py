@@ -53,21 +53,13 @@ class LeftOut:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointPath:
-    """Location of a checkpoint.
+    """Location of a checkpoint."""
 
-    Attributes:
-        path: the path shown to the user: the file, or the directory that holds the model's files.
-        weights: the file to open.
-        name: the last component of ``path``.
-        order: index of the given path it was found under.
-        explicit: whether the user gave this path itself, rather than a directory that contains it.
-    """
-
-    path: Path
-    weights: Path
-    name: str
-    order: int
-    explicit: bool = False
+    path: Path  # shown to the user: the file, or the directory that holds the model's files
+    weights: Path  # the file to open
+    name: str  # the last component of ``path``
+    order: int  # index of the given path it was found under
+    explicit: bool = False  # whether the user gave this path itself, rather than a directory that contains it
 
 
 def list_checkpoints(path: Path, order: int, left_out: list[LeftOut]) -> Sequence[CheckpointPath]:
@@ -151,9 +143,8 @@ def _weights_in(folder: Path, trainer: bool) -> Path:
     by_trainer = (trainer and re.fullmatch(r"checkpoint-\d+", folder.name)) or names & set(TRAINER_FILES)
     if by_trainer and "trainer_state.json" not in names:
         raise SkipFile("incomplete: it has no trainer_state.json, which is written last", "warning")
-    for name in WEIGHT_NAMES:
-        if name in names:
-            return folder / name
+    if usual := next((name for name in WEIGHT_NAMES if name in names), None):
+        return folder / usual
     others = list(_models_in(folder, names))
     if len(others) == 1:
         return others[0]

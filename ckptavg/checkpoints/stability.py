@@ -24,12 +24,7 @@ def wait(paths: Sequence[Path], window: Window, seconds: float, watch: Watch | N
 
     Files that are left out as unfinished count too. Only the initial time since the last change comes from the files
     (their ctime, which cannot be set); later changes are observed, so a wrong clock can only delay the return.
-
-    Args:
-        paths: as in `ckptavg.checkpoints.discover.discover`.
-        window: its globs select the names that count.
-        seconds: required time without a change.
-        watch: called with the time since the last change.
+    ``paths`` are those of `ckptavg.checkpoints.discover.discover`; the globs of ``window`` select the names that count.
     """
     seen = _state(paths, window)
     newest = max((changed for _, _, changed in seen.values()), default=0) / 1e9
@@ -45,10 +40,8 @@ def wait(paths: Sequence[Path], window: Window, seconds: float, watch: Watch | N
 
 def warnings(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
     """Return a warning if a candidate changed within the last `SETTLED` seconds."""
-    age, path = min(
-        ((time.time() - file.changed, one.path) for one in checkpoints for file in one.reader.files),
-        default=(SETTLED, Path()),
-    )
+    ages = ((time.time() - file.changed, one.path) for one in checkpoints for file in one.reader.files)
+    age, path = min(ages, default=(SETTLED, Path()))
     if not 0 <= age < SETTLED:
         return ()
     return (f"{path} changed {age:.0f} s ago: if a job is still saving, --wait-stable {SETTLED:.0f} waits for it",)

@@ -17,40 +17,33 @@ def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, St
     """Return the key of the model's state dict (``""`` for the whole file), name → tensor, and notes for the user.
 
     Args:
-        reader: an open file.
         key: the key given by the user (dots separate levels), or None to search `MODEL_KEYS`, then the top level.
     Raises:
         InputError: if there is no state dict, or one of its tensors is not supported.
     """
     tree = reader.tree
-    found = [name for name in MODEL_KEYS if holds_tensors(_descend(tree, name))]
+    found = [name for name in MODEL_KEYS if _holds_tensors(_descend(tree, name))]
     chosen = key if key is not None else found[0] if found else ""
     node = _descend(tree, chosen)
-    if not isinstance(node, Mapping) or not holds_tensors(node):
+    if not isinstance(node, Mapping) or not _holds_tensors(node):
         looked = f"at --key {key}" if key is not None else f"under {', '.join(MODEL_KEYS)} and at the top"
         inner = [str(name) for name, child in tree.items() if isinstance(child, Mapping)]
-        raise InputError(
-            f"no model found {looked}; the file has {_listing(list(tree))}",
-            path=reader.path,
-            hint=f"choose one of {_listing(inner)} with --key" if inner else None,
-        )
+        hint = f"choose one of {_listing(inner)} with --key" if inner else None
+        raise InputError(f"no model found {looked}; the file has {_listing(list(tree))}", path=reader.path, hint=hint)
     notes = [f"took {chosen}, not {', '.join(found[1:])} (--key chooses)"] if key is None and found[1:] else []
-    if key is None and holds_tensors(tree.get(RAW_WEIGHTS)):
+    if key is None and _holds_tensors(tree.get(RAW_WEIGHTS)):
         notes.append(f"took {chosen}, which is an average already; the raw weights are {RAW_WEIGHTS} (--key chooses)")
     ignored = [name for name, child in node.items() if not isinstance(child, StoredTensor | Refused)]
     if ignored:
         notes.append(f"left out {len(ignored)} entries that are no tensors: {_listing(ignored)}")
-    tensors: dict[str, StoredTensor] = {}
     for name, child in node.items():
         if isinstance(child, Refused):
             raise InputError(child.reason, path=reader.path, tensor=name)
-        if isinstance(child, StoredTensor):
-            tensors[name] = child
+    tensors = {name: child for name, child in node.items() if isinstance(child, StoredTensor)}
     return chosen, _without_prefix(tensors, notes), tuple(notes)
 
 
-def holds_tensors(node: Node) -> bool:
-    """Return whether ``node`` is a mapping with a tensor directly in it."""
+def _holds_tensors(node: Node) -> bool:
     return isinstance(node, Mapping) and any(isinstance(child, StoredTensor | Refused) for child in node.values())
 
 

@@ -10,13 +10,7 @@ from ckptavg.filesystem.strict_json import read_json
 from ckptavg.readers import Reader
 
 STEP_KEYS: Final = ("global_step", "num_updates", "batch_idx_train", "iter_num", "iteration", "step", "epoch")
-_NAMED_STEPS: Final = (
-    r"step[-_=]?([0-9]+)",
-    r"(?:iter|iteration)[-_=]?([0-9]+)",
-    r"(?:^|[-_])ba([0-9]+)",
-    r"ep(?:och)?[-_=]?([0-9]+)",
-    r"([0-9]+)",
-)
+_BEFORE_STEP: Final = ("step[-_=]?", "iter(?:ation)?[-_=]?", "(?:^|[-_])ba", "ep(?:och)?[-_=]?", "")  # in names
 
 
 def steps_inside(reader: Reader) -> dict[str, int]:
@@ -40,8 +34,8 @@ def _updates(reader: Reader) -> object:
 
 def step_in_name(name: str) -> int | None:
     """Return the training step in a name: the number after ``step``, ``iter``, ``ba`` or ``epoch``, or the last one."""
-    for pattern in _NAMED_STEPS:
-        if numbers := re.findall(pattern, name.lower()):
+    for prefix in _BEFORE_STEP:
+        if numbers := re.findall(f"{prefix}([0-9]+)", name.lower()):
             return int(numbers[-1][:18])
     return None
 
@@ -68,7 +62,5 @@ def common_kind(steps: Sequence[Mapping[str, int]], runs: Sequence[int]) -> str 
     else None. ``steps`` has kind → number and ``runs`` the run of each checkpoint.
     """
     shared = [kind for kind in (*STEP_KEYS, "name") if steps and all(kind in one for one in steps)]
-    for kind in shared:
-        if len({(run, one[kind]) for run, one in zip(runs, steps, strict=True)}) == len(steps):
-            return kind
-    return shared[0] if shared else None
+    distinct = (k for k in shared if len({(run, one[k]) for run, one in zip(runs, steps, strict=True)}) == len(steps))
+    return next(distinct, shared[0] if shared else None)

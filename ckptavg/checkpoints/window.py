@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from ckptavg.checkpoints.checkpoint import Checkpoint
 
 
-def _filter(text: str, metavar: str, limit: Limit | None = None) -> Help:
+def _filter(text: str, metavar: str, limit: Limit | None = None, panel: str = CANDIDATES) -> Help:
     """Declare a filter; a journal depends on the candidates that are left, and not on how they were chosen."""
-    return Help(CANDIDATES, text, metavar=metavar, limit=limit, changes_measurements=False)
+    return Help(panel, text, metavar=metavar, limit=limit, changes_measurements=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +29,15 @@ class Window:
     start: Annotated[int | None, _filter("First training step to use.", "STEP")] = None
     stop: Annotated[int | None, _filter("Last training step to use.", "STEP")] = None
     every: Annotated[int | None, _filter("Every N-th checkpoint, counted back from the last.", "N", AT_LEAST_1)] = None
-    last: Annotated[
-        int | None,
-        Help(MAIN, "Use only the last N checkpoints.", metavar="N", limit=AT_LEAST_1, changes_measurements=False),
-    ] = None
+    last: Annotated[int | None, _filter("Use only the last N checkpoints.", "N", AT_LEAST_1, MAIN)] = None
 
     def __post_init__(self) -> None:
         check(self)
 
     def admits(self, name: str) -> bool:
         """Return whether the globs accept ``name`` or one of its components."""
-        return (self.include is None or _matches(name, self.include)) and (
-            self.exclude is None or not _matches(name, self.exclude)
-        )
+        excluded = self.exclude is not None and _matches(name, self.exclude)
+        return not excluded and (self.include is None or _matches(name, self.include))
 
     def select(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         """Return the checkpoints that the step and count filters keep, in the given order."""

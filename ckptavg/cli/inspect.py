@@ -60,7 +60,7 @@ def _row(checkpoint: Checkpoint) -> dict[str, Any]:
     dtypes = sorted({tensor.dtype for tensor in checkpoint.tensors.values()})
     return {
         "path": str(checkpoint.path), "step": checkpoint.step, "step_from": checkpoint.step_from,
-        "format": checkpoint.format, "key": checkpoint.key, "tensors": len(checkpoint.tensors),
+        "format": checkpoint.reader.format, "key": checkpoint.key, "tensors": len(checkpoint.tensors),
         "parameters": checkpoint.numel, "dtype": ", ".join(dtypes), "bytes": checkpoint.size,
         "notes": checkpoint.notes,
     }  # fmt: skip

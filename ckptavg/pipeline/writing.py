@@ -120,7 +120,7 @@ def _open_output(
 ) -> _File:
     """Open the output: a DCP directory, several shards if it exceeds ``--max-shard-size``, or one file."""
     if options.format == "dcp":
-        key = like.key if like.format == "dcp" else ""  # loads under the same key as the candidates
+        key = like.key if like.reader.format == "dcp" else ""  # loads under the same key as the candidates
         return DcpFolder(path, specs, metadata, key=key, force=options.force, workers=options.workers)
     if options.max_shard_size is not None and len(split_names(specs, options.max_shard_size).filename_to_tensors) > 1:
         largest, path = options.max_shard_size, path.parent

@@ -31,21 +31,13 @@ MAX_RANK: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Location and type of one tensor in a file; names with equal descriptions share memory (tied weights).
+    """Location and type of one tensor in a file; names with equal descriptions share memory (tied weights)."""
 
-    Attributes:
-        dtype: safetensors' name of the dtype, a key of `ITEM_SIZE`.
-        shape: the dimensions.
-        record: the run of bytes that holds it (a safetensors shard, a storage of a torch file).
-        offset: byte offset of its first element in the record.
-        stride: the strides in elements, or None for C order without gaps.
-    """
-
-    dtype: str
+    dtype: str  # safetensors' name, a key of `ITEM_SIZE`
     shape: tuple[int, ...]
-    record: str
-    offset: int
-    stride: tuple[int, ...] | None = None
+    record: str  # the run of bytes that holds it (a safetensors shard, a storage of a torch file)
+    offset: int  # byte offset of its first element in the record
+    stride: tuple[int, ...] | None = None  # in elements; None for C order without gaps
 
     @property
     def numel(self) -> int:
@@ -70,12 +62,9 @@ Node: TypeAlias = "StoredTensor | Refused | Mapping[str, Node] | Sequence[Node] 
 
 def naturals(value: Any, kind: type = tuple, most: int = MAX_RANK) -> tuple[int, ...] | None:
     """Return ``value`` as a tuple if it is a ``kind`` of up to ``most`` integers from 0 to 2^63 - 1, otherwise None."""
-    if type(value) is not kind or len(value) > most:
-        return None
-    for item in value:
-        if type(item) is not int or not 0 <= item < 2**63:
-            return None
-    return tuple(value)
+    if type(value) is kind and len(value) <= most and all(type(item) is int and 0 <= item < 2**63 for item in value):
+        return tuple(value)
+    return None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,26 +72,21 @@ class Reader:
     """An open file of one format; only its headers have been read.
 
     Attributes:
-        path: the file that was opened.
-        format: the name of its format.
         tree: its contents: tensor descriptions, containers, numbers and strings. The keys of mappings are strings;
             objects of any other type are None.
-        files: every file that belongs to it, `path` first; closed with the reader.
         read_into: ``(tensor, start, out)`` fills ``out``, contiguous bytes, with the elements of ``tensor``, a leaf of
             `tree`, from index ``start`` on, in C order, little-endian; ``out`` is a multiple of the element size and
             within the tensor. Raises InputError if the file is shorter than its header requires, or a checksum does
             not match.
-        metadata: safetensors' ``__metadata__``; empty for formats without one.
-        notes: remarks about the file for the user.
     """
 
-    path: Path
+    path: Path  # the file or directory that was opened
     format: str
     tree: Mapping[str, Node]
-    files: Sequence[RegularFile]
+    files: Sequence[RegularFile]  # every file that belongs to it; closed with the reader
     read_into: Callable[[StoredTensor, int, memoryview], None]
-    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-    notes: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])  # safetensors' ``__metadata__``
+    notes: tuple[str, ...] = ()  # remarks about the file for the user
 
     def close(self) -> None:
         """Close the files; safe to call twice."""
@@ -126,7 +110,6 @@ class Format:
     """A format of single files, registered by a module of this package as ``READER``.
 
     Attributes:
-        name: what `ckptavg inspect` calls it.
         suffixes: endings of file names that mark a checkpoint, such as ``.pt``; files with other names are recognized
             by their first bytes.
         claims: whether a file that starts with these bytes (up to `HEAD_SIZE`) has this format; at most one format
@@ -135,7 +118,7 @@ class Format:
             known, the tensor, if it is damaged.
     """
 
-    name: str
+    name: str  # in the output of `ckptavg inspect`
     suffixes: tuple[str, ...]
     claims: Callable[[bytes], bool]
     open: Callable[[RegularFile], Reader]
@@ -143,15 +126,10 @@ class Format:
 
 @dataclass(frozen=True)
 class FolderFormat:
-    """A format of directories whose files form one checkpoint, registered by a module as ``FOLDER``.
+    """A format of directories whose files form one checkpoint, registered by a module as ``FOLDER``."""
 
-    Attributes:
-        claims: whether a directory with these entries has this format; at most one format claims it.
-        open: as in `Format`; the reader's ``path`` is the directory.
-    """
-
-    claims: Callable[[frozenset[str]], bool]
-    open: Callable[[Path], Reader]
+    claims: Callable[[frozenset[str]], bool]  # whether a directory with these entries has it; at most one format does
+    open: Callable[[Path], Reader]  # as in `Format`
 
 
 @cache
@@ -172,11 +150,7 @@ def suffixes() -> tuple[str, ...]:
 
 
 def entries(folder: Path) -> frozenset[str]:
-    """Return the names in ``folder``.
-
-    Raises:
-        InputError: if it cannot be listed.
-    """
+    """Return the names in ``folder``; raise InputError if it cannot be listed."""
     try:
         return frozenset(entry.name for entry in os.scandir(folder))
     except OSError as error:

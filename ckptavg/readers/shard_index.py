@@ -19,16 +19,13 @@ def _open(file: RegularFile) -> Reader:
     """Open an index and its shards; the index and the shards' headers must name the same tensors."""
     path, weight_map = file.path, _weight_map(file)
     with ExitStack() as on_error:
-        shards = {
-            shard: on_error.enter_context(closing(_open_shard(path, shard)))
-            for shard in sorted(set(weight_map.values()))
-        }
+        names = sorted(set(weight_map.values()))
+        shards = {shard: on_error.enter_context(closing(_open_shard(path, shard))) for shard in names}
         tree: dict[str, Node] = {}
         for name, shard in weight_map.items():
             tensor = shards[shard].tree.get(name)
             if not isinstance(tensor, StoredTensor):
-                what = f"the index places it in {shard}, which does not have it"
-                raise InputError(what, path=path, tensor=name)
+                raise InputError(f"the index places it in {shard}, which does not have it", path=path, tensor=name)
             tree[name] = replace(tensor, record=f"{shard}{_SEPARATOR}{tensor.record}")
         for shard, reader in shards.items():
             for name, node in reader.tree.items():

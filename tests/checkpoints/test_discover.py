@@ -136,7 +136,7 @@ def test_a_sharded_model_is_read_through_its_index(tmp_path: Path):
         shards = {name: f"model-0000{i}-of-00002.safetensors" for i, name in enumerate(weights(step), 1)}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     found = discover([tmp_path])
-    assert [c.format for c in found.checkpoints] == ["safetensors, 2 shards"] * 2
+    assert [c.reader.format for c in found.checkpoints] == ["safetensors, 2 shards"] * 2
     for checkpoint in found.checkpoints:
         for name, tensor in weights(checkpoint.step).items():
             out = bytearray(tensor.nbytes)

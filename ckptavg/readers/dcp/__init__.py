@@ -15,6 +15,7 @@ from ckptavg.errors import InputError, printable
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.filesystem.strict_json import read_json
 from ckptavg.readers import ITEM_SIZE, FolderFormat, Node, Reader, Refused, StoredTensor, entries
+from ckptavg.readers.dcp.box import Box
 from ckptavg.readers.dcp.metadata import Metadata, SavedTensor, Stored, parse
 from ckptavg.readers.pickle.object_tree import object_tree
 from ckptavg.readers.pickle.unpickler import PickleError
@@ -35,65 +36,58 @@ class _Parts:
     def __init__(self, metadata: Metadata, files: Mapping[str, RegularFile]) -> None:
         self._tensors = {name: value for name, value in metadata.values.items() if isinstance(value, SavedTensor)}
         self._files = files
-        self._opened: OrderedDict[str, dict[int, tuple[Reader, StoredTensor]]] = OrderedDict()
+        self._parsed: OrderedDict[str, dict[Stored, tuple[Reader, StoredTensor]]] = OrderedDict()
         self._lock = Lock()
 
     def read_into(self, tensor: StoredTensor, start: int, out: memoryview) -> None:
         """See `ckptavg.readers.Reader`."""
         stop = start + len(out) // ITEM_SIZE[tensor.dtype]
         assert start >= 0 and stop <= tensor.numel
-        for number, (box, _) in enumerate(self._tensors[tensor.record].parts):
-            if box.last < start:
-                continue
-            if box.first >= stop:
-                break
-            begin, end = box.before(start), box.before(stop)
-            if begin < end:
-                self._read_part(tensor, number, begin, end, start, out)
+        for box, place in self._tensors[tensor.record].parts:
+            if box.last >= start and box.first < stop and (begin := box.before(start)) < (end := box.before(stop)):
+                try:
+                    reader, part = self._part(tensor, box, place)
+                    _copy(reader, part, box, begin, end, start, out)
+                except InputError as error:
+                    path = self._files[place.file].path
+                    what = str(error).removeprefix(f"{printable(str(path))}: ")
+                    raise InputError(what, path=path, tensor=tensor.record, hint=error.hint) from error
 
-    def _read_part(self, tensor: StoredTensor, number: int, begin: int, end: int, start: int, out: memoryview) -> None:
-        """Copy elements ``begin`` to ``end`` of a part into ``out``, whose first element is the tensor's ``start``."""
-        size = ITEM_SIZE[tensor.dtype]
-        box, place = self._tensors[tensor.record].parts[number]
-        try:
-            reader, alone = self._part(tensor, number)
-            if box.run * size >= _LARGE or box.run >= end - begin:
-                for whole, own, count in box.runs(begin, end):
-                    at = (whole - start) * size
-                    reader.read_into(alone, own, out[at : at + count * size])
-                return
-            block = memoryview(bytearray((end - begin) * size))
-            reader.read_into(alone, begin, block)
-        except InputError as error:
-            path = self._files[place.file].path
-            what = str(error).removeprefix(f"{printable(str(path))}: ")
-            raise InputError(what, path=path, tensor=tensor.record, hint=error.hint) from error
-        for whole, own, count in box.runs(begin, end):
-            at, of = (whole - start) * size, (own - begin) * size
-            out[at : at + count * size] = block[of : of + count * size]
-
-    def _part(self, tensor: StoredTensor, number: int) -> tuple[Reader, StoredTensor]:
+    def _part(self, tensor: StoredTensor, box: Box, place: Stored) -> tuple[Reader, StoredTensor]:
         """Return the ``torch.save`` file of a part and its tensor."""
         with self._lock:
-            parts = self._opened.setdefault(tensor.record, {})
-            self._opened.move_to_end(tensor.record)
-            while len(self._opened) > _OPENED:
-                self._opened.popitem(last=False)
-            if number in parts:
-                return parts[number]
-            box, place = self._tensors[tensor.record].parts[number]
+            parts = self._parsed.setdefault(tensor.record, {})
+            self._parsed.move_to_end(tensor.record)
+            while len(self._parsed) > _OPENED:
+                self._parsed.popitem(last=False)
+            if place in parts:
+                return parts[place]
             file = self._files[place.file]
             reader = open_torch(FilePart(file, place.start, place.size), alone=_ALONE)
-            alone = reader.tree[_ALONE]
-            if isinstance(alone, Refused):
-                raise InputError(alone.reason, path=file.path)
-            if not isinstance(alone, StoredTensor):
-                raise InputError("holds something other than a tensor", path=file.path)
-            if (alone.dtype, alone.shape) != (tensor.dtype, box.sizes):
+            part = reader.tree[_ALONE]
+            if not isinstance(part, StoredTensor):
+                what = part.reason if isinstance(part, Refused) else "holds something other than a tensor"
+                raise InputError(what, path=file.path)
+            if (part.dtype, part.shape) != (tensor.dtype, box.sizes):
                 listed = f"{METADATA} has {tensor.dtype} {list(box.sizes)}"
-                raise InputError(f"holds {alone.dtype} {list(alone.shape)}, but {listed}", path=file.path)
-            parts[number] = reader, alone
-            return parts[number]
+                raise InputError(f"holds {part.dtype} {list(part.shape)}, but {listed}", path=file.path)
+            parts[place] = reader, part
+            return reader, part
+
+
+def _copy(reader: Reader, part: StoredTensor, box: Box, begin: int, end: int, start: int, out: memoryview) -> None:
+    """Copy elements ``begin`` to ``end`` of a part into ``out``, whose first element is the tensor's ``start``."""
+    size = ITEM_SIZE[part.dtype]
+    apart = box.run * size >= _LARGE or box.run >= end - begin
+    block = memoryview(b"" if apart else bytearray((end - begin) * size))
+    if not apart:
+        reader.read_into(part, begin, block)
+    for whole, own, count in box.runs(begin, end):
+        target = out[(whole - start) * size :][: count * size]
+        if apart:
+            reader.read_into(part, own, target)
+        else:
+            target[:] = block[(own - begin) * size :][: count * size]
 
 
 class FilePart(RegularFile):
@@ -110,8 +104,7 @@ class FilePart(RegularFile):
     def read_into(self, offset: int, out: memoryview) -> None:
         """See `RegularFile`; ``offset`` counts from the start of the part."""
         if offset < 0 or offset + len(out) > self.size:
-            what = f"is damaged: a part of {self.size} bytes should have {offset + len(out)}"
-            raise InputError(what, path=self.path)
+            raise InputError(f"is damaged: a part of {self.size} bytes should have {offset + len(out)}", path=self.path)
         self._file.read_into(self._from + offset, out)
 
     def close(self) -> None:
@@ -130,11 +123,9 @@ def _record(path: Path) -> Mapping[str, str]:
 def _check_file(file: RegularFile, stored: Sequence[Stored], metadata: RegularFile) -> None:
     """Raise InputError unless ``file`` is of the same save as ``.metadata`` and has exactly the parts ``stored``."""
     if metadata.identity[2] < file.identity[2]:  # by time of modification: .metadata is written last
-        raise InputError(
-            f"is older than {file.path.name}: a later save into this directory was interrupted or is still running",
-            path=metadata.path,
-            hint=f"if the directory was copied without its times, run: touch {metadata.path}",
-        )
+        what = f"is older than {file.path.name}: a later save into this directory was interrupted or is still running"
+        hint = f"if the directory was copied without its times, run: touch {metadata.path}"
+        raise InputError(what, path=metadata.path, hint=hint)
     end = 0
     for entry in stored:
         if entry.start != end:

@@ -8,25 +8,19 @@ from collections.abc import Iterator, Sequence
 
 
 class Box:
-    """Elements ``offsets`` to ``offsets + sizes`` of a tensor of ``shape``.
-
-    Attributes:
-        numel: number of elements.
-        first: index of its first element in the whole tensor.
-        last: index of its last element in the whole tensor, unless the box is empty.
-        run: number of its elements that are contiguous in the whole tensor.
-    """
+    """Elements ``offsets`` to ``offsets + sizes`` of a tensor of ``shape``."""
 
     __slots__ = ("_inner", "first", "last", "numel", "offsets", "run", "shape", "sizes")
 
     def __init__(self, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
         self.shape, self.offsets, self.sizes = shape, offsets, sizes
         self.numel = math.prod(sizes)
+        # indices of its first and, unless the box is empty, its last element in the whole tensor
         self.first = _ravel(offsets, shape)
         self.last = _ravel([at + size - 1 for at, size in zip(offsets, sizes, strict=True)], shape)
         # the last dimension that it covers in part; its elements are contiguous from there on
         self._inner = next((d for d in reversed(range(len(shape))) if sizes[d] != shape[d]), 0)
-        self.run = math.prod(sizes[self._inner :])
+        self.run = math.prod(sizes[self._inner :])  # number of elements that are contiguous in the whole tensor
 
     def before(self, index: int) -> int:
         """Return the number of its elements before element ``index`` of the whole tensor."""

@@ -19,7 +19,6 @@ from ckptavg.readers.pickle.torch_objects import DTYPES, MAKERS, first
 from ckptavg.readers.pickle.unpickler import Global, Maker, PickleError, load
 
 MAX_PARTS: Final = 1 << 16  # per tensor
-MAX_FILE_NAME: Final = 255
 # a chunk costs about 7 kB of the budget and a large cluster saves 100,000s of them; a small file gets a small budget
 _BUDGET: Final = 4 << 30
 _BUDGET_A_BYTE: Final = 64  # per byte of the file; files of torch 2.13 need 42 to 48
@@ -43,30 +42,20 @@ class SavedTensor:
 
     dtype: str
     shape: tuple[int, ...]
-    parts: tuple[tuple[Box, Stored], ...]
+    parts: Sequence[tuple[Box, Stored]]
 
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """Contents of ``.metadata``.
+    """Contents of ``.metadata``."""
 
-    Attributes:
-        values: name → the tensor, the reason why it is not supported, or None for an object that is not a tensor.
-        paths: name → its path in the nested state dict; empty if the state dict was saved without nesting.
-        stored: file → its parts and objects, in order.
-    """
-
-    values: Mapping[str, SavedTensor | Refused | None]
-    paths: Mapping[str, tuple[str, ...]]
-    stored: Mapping[str, Sequence[Stored]]
+    values: Mapping[str, SavedTensor | Refused | None]  # by name; None for an object that is not a tensor
+    paths: Mapping[str, tuple[str, ...]]  # name → its path in the state dict; empty if that was saved without nesting
+    stored: Mapping[str, Sequence[Stored]]  # file → its parts and objects, in order
 
 
 def parse(data: bytes) -> Metadata:
-    """Parse ``data``, the content of ``.metadata``.
-
-    Raises:
-        PickleError: if it is damaged; the message has the tensor, if known.
-    """
+    """Parse the content of ``.metadata``; raise PickleError, with the tensor if known, if it is damaged."""
     root = load(data, _MAKERS, _persistent, min(_BUDGET, _BUDGET_OF_ANY + _BUDGET_A_BYTE * len(data)))
     described, listed, paths = _fields(root, "Metadata", "state_dict_metadata", "storage_data", "planner_data")
     if type(described) is not dict or type(listed) is not dict or not all(type(name) is str for name in described):
@@ -81,14 +70,12 @@ def parse(data: bytes) -> Metadata:
     return Metadata(values, _paths(paths, values), by_file)
 
 
+@dataclass(slots=True, eq=False)
 class _Instance:
     """Stand-in for an object of one of the metadata's classes: its class name and state; compares by identity."""
 
-    __slots__ = ("kind", "state")
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.state: object = None
+    kind: str
+    state: object = None
 
     def set_state(self, state: object) -> None:
         """Set the fields: a dict by name, or a tuple for classes with a ``__getstate__`` of their own."""
@@ -103,13 +90,12 @@ def _stored(listed: dict[object, object]) -> dict[str, list[Stored]]:
         offsets = naturals(offset)
         if type(name) is not str or (offset is not None and offsets is None):
             raise PickleError("stores something without a name")
-        file, start, size, transforms = _fields(
-            info, "_StorageInfo", "relative_path", "offset", "length", "transform_descriptors"
-        )
+        keys = "relative_path", "offset", "length", "transform_descriptors"
+        file, start, size, transforms = _fields(info, "_StorageInfo", *keys)
         span = naturals((start, size))
         if type(file) is not str or span is None:
             _refuse(name, "has no storage location")
-        if Path(file).name != file or file in ("", ".", "..") or len(file) > MAX_FILE_NAME or not file.isprintable():
+        if Path(file).name != file or file in ("", ".", "..") or len(file) > 255 or not file.isprintable():
             _refuse(name, f"is stored in {file[:100]!r}, which is not a bare file name")
         names = [text[:40] for text in transforms if type(text) is str] if isinstance(transforms, list | tuple) else []
         transformed = (", ".join(names[:4]) or "unknown") if transforms else ""
@@ -132,8 +118,7 @@ def _value(name: str, value: object, stored: Sequence[Stored]) -> SavedTensor | 
     dtype = _dtype(properties)
     if isinstance(dtype, Refused):
         return dtype
-    transformed = next((place.transformed for _, place in parts if place.transformed), None)
-    if transformed:
+    if transformed := next((place.transformed for _, place in parts if place.transformed), None):
         return Refused(f"is stored with a transformation ({transformed}), which is not supported; save it without")
     if any(place.size <= box.numel * ITEM_SIZE[dtype] for box, place in parts):
         _refuse(name, "is not stored by torch.save: SerializationFormat.SAFETENSORS is not supported, only TORCH_SAVE")
@@ -142,7 +127,7 @@ def _value(name: str, value: object, stored: Sequence[Stored]) -> SavedTensor | 
 
 def _parts(
     name: str, shape: tuple[int, ...], chunks: list[object], stored: Sequence[Stored]
-) -> tuple[tuple[Box, Stored], ...]:
+) -> list[tuple[Box, Stored]]:
     """Return the parts sorted by their offsets, which also sorts them by their first elements."""
     boxes: list[Box] = []
     for chunk in chunks:
@@ -156,7 +141,7 @@ def _parts(
     places = sorted((place for place in stored if place.offsets is not None), key=attrgetter("offsets"))
     if len(places) != len(stored) or [box.offsets for box in boxes] != [place.offsets for place in places]:
         _refuse(name, "its parts differ from those that are stored")
-    return tuple((box, place) for box, place in zip(boxes, places, strict=True) if box.numel)
+    return [(box, place) for box, place in zip(boxes, places, strict=True) if box.numel]
 
 
 def _dtype(properties: object) -> str | Refused:
@@ -180,8 +165,7 @@ def _paths(data: object, names: Mapping[str, object]) -> dict[str, tuple[str, ..
     result: dict[str, tuple[str, ...]] = {}
     for name in names:
         path = data.get(name, (name,))
-        proper = type(path) is tuple and 0 < len(path) <= MAX_DEPTH
-        if not proper or not all(type(part) in (str, int) for part in path):
+        if type(path) is not tuple or not 0 < len(path) <= MAX_DEPTH or not {type(part) for part in path} <= {str, int}:
             _refuse(name, f"its place in the state dict must be a path of 1 to {MAX_DEPTH} names")
         result[name] = tuple(str(part) for part in path)
     return result

@@ -1,5 +1,6 @@
 """Convert the objects of a pickle to the `Node` tree of a reader, bounded even if containers are shared."""
 
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -107,9 +108,7 @@ def is_proper(name: str) -> bool:
     """Return whether a tensor may have this name: not too long, without control characters and lone surrogates."""
     if not 0 < len(name) <= MAX_NAME:
         return False
-    return name.isprintable() or not any(
-        ord(char) < 32 or 127 <= ord(char) < 160 or "\ud800" <= char <= "\udfff" for char in name
-    )
+    return name.isprintable() or {"Cc", "Cs"}.isdisjoint(map(unicodedata.category, name))
 
 
 def _not_a_state_dict(value: object) -> str:

@@ -27,9 +27,8 @@ DTYPES: Final[Mapping[str, str]] = {
     "torch.float8_e4m3fnuz": "F8_E4M3FNUZ", "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
     "torch.complex64": "C64", "torch.complex128": "C128",
 }  # fmt: skip
-_PLAIN_TENSORS: Final = frozenset(
-    {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.Parameter", "torch.nn.parameter.Buffer"}
-)
+_PLAIN: Final = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.Parameter", "torch.nn.parameter.Buffer")
+_BUILTINS: Final = ("builtins", "__builtin__")
 _ZERO_STAGE: Final = "deepspeed.runtime.zero.config.ZeroStageEnum"
 _ZERO_STAGES: Final[Mapping[object, int]] = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
 _NUMPY: Final[Mapping[str, str]] = {
@@ -48,25 +47,24 @@ class Storage:
     refusal: str  # the reason why it is not supported, or ""
 
 
+@dataclass(slots=True, eq=False)
 class _NumpyDtype:
-    """A NumPy dtype; ``format`` is that of the module struct, ``""`` if it is not one of plain numbers."""
+    """A NumPy dtype; ``letter`` and ``format`` are those of the module struct, ``""`` if not of plain numbers."""
 
-    def __init__(self, code: str) -> None:
-        self.letter = _NUMPY.get(code, "")
-        self.format = ""
+    letter: str
+    format: str = ""
 
     def set_state(self, state: object) -> None:
         """Set the byte order from BUILD's argument: (version, order, ...)."""
         order = state[1] if type(state) is tuple and len(state) > 1 else None
-        order = order if order in ("<", ">") else "<" if order == "|" else ""
-        self.format = order + self.letter if order and self.letter else ""
+        order = "<" if order == "|" else order
+        self.format = f"{order}{self.letter}" if order in ("<", ">") and self.letter else ""
 
 
 def storage(persistent_id: Any, sizes: Mapping[str, int]) -> Storage:
-    """Return the storage of a persistent id.
+    """Return the storage of the id ("storage", class, key, location, number of elements).
 
     Args:
-        persistent_id: ("storage", class, key, location, number of elements).
         sizes: record → its size in bytes.
     Raises:
         PickleError: if it is not the id of a storage.
@@ -160,7 +158,7 @@ def _from_type(arguments: tuple[object, ...]) -> StoredTensor | Refused:
     if len(arguments) != 4:
         return Refused(f"is described by {len(arguments)} values, not 4")
     function, cls, inner, _ = arguments
-    if not isinstance(cls, Global) or cls.name not in _PLAIN_TENSORS:
+    if not isinstance(cls, Global) or cls.name not in _PLAIN:
         return Refused(f"is a {cls.name if isinstance(cls, Global) else 'tensor of no class'}, not a plain tensor")
     maker = _TENSORS.get(function.name) if isinstance(function, Global) else None
     if maker is None or type(inner) is not tuple:
@@ -173,19 +171,14 @@ def first(arguments: tuple[object, ...]) -> object:
     return arguments[0] if arguments else None
 
 
-def _new_dict(arguments: tuple[object, ...]) -> object:
-    """Make a dict: OrderedDict() and defaultdict(factory), which are filled later, and Counter(dict)."""
-    return arguments[0] if arguments and type(arguments[0]) is dict else {}
-
-
-def _new_list(arguments: tuple[object, ...]) -> object:
-    """Make a list: set(list), frozenset(list), torch.Size(tuple)."""
-    return arguments[0] if arguments and type(arguments[0]) in (list, tuple) else []
+def _new(*kinds: type) -> Maker:
+    """Return a maker of its argument, if that is of one of ``kinds``, and else of an empty container of the first."""
+    return lambda arguments: arguments[0] if arguments and type(arguments[0]) in kinds else kinds[0]()
 
 
 def _numpy_dtype(arguments: tuple[object, ...]) -> object:
     code = first(arguments)
-    return _NumpyDtype(code) if type(code) is str else Inert("numpy.dtype", called=True)
+    return _NumpyDtype(_NUMPY.get(code, "")) if type(code) is str else Inert("numpy.dtype", called=True)
 
 
 def _numpy_scalar(arguments: tuple[object, ...]) -> object:
@@ -207,10 +200,9 @@ def _encode(arguments: tuple[object, ...]) -> object:
 def _member(arguments: tuple[object, ...]) -> object:
     """``getattr(class, name)``, a member of an enumeration as pickled by Python 3.11.0 to 3.11.3."""
     owner, name = arguments if len(arguments) == 2 else (None, None)
-    if not isinstance(owner, Global):
-        return Inert("getattr", called=True)
-    is_stage = owner.name == _ZERO_STAGE and type(name) is str and name in _ZERO_STAGES
-    return _ZERO_STAGES[name] if is_stage else Inert(owner.name, called=True)
+    if isinstance(owner, Global) and owner.name == _ZERO_STAGE and type(name) is str and name in _ZERO_STAGES:
+        return _ZERO_STAGES[name]
+    return Inert(owner.name if isinstance(owner, Global) else "getattr", called=True)
 
 
 _TENSORS: Final[Mapping[str, Callable[[tuple[object, ...]], StoredTensor | Refused]]] = {
@@ -223,10 +215,10 @@ _TENSORS: Final[Mapping[str, Callable[[tuple[object, ...]], StoredTensor | Refus
 MAKERS: Final[Mapping[str, Maker]] = {
     **_TENSORS,
     "torch._tensor._rebuild_from_type_v2": _from_type,
-    "torch.Size": _new_list,
-    **dict.fromkeys(("collections.OrderedDict", "collections.defaultdict", "collections.Counter"), _new_dict),
-    **dict.fromkeys(("builtins.set", "builtins.frozenset", "__builtin__.set", "__builtin__.frozenset"), _new_list),
-    **dict.fromkeys(("builtins.getattr", "__builtin__.getattr"), _member),
+    "torch.Size": _new(list, tuple),
+    **dict.fromkeys(("collections.OrderedDict", "collections.defaultdict", "collections.Counter"), _new(dict)),
+    **{f"{module}.{name}": _new(list, tuple) for module in _BUILTINS for name in ("set", "frozenset")},
+    **{f"{module}.getattr": _member for module in _BUILTINS},
     "_codecs.encode": _encode,
     _ZERO_STAGE: first,  # its number
     "numpy.dtype": _numpy_dtype,

@@ -29,8 +29,7 @@ _OBJECT: Final = 256
 _DICT: Final = 272
 _GLOBAL: Final = 512
 
-# larger integers can share hashes by the million, which makes dict insertion quadratic
-_LARGEST_KEY: Final = 2**60
+_LARGEST_KEY: Final = 2**60  # larger integers can share hashes by the million, which makes dict insertion quadratic
 
 Maker: TypeAlias = Callable[[tuple[object, ...]], object]
 
@@ -63,9 +62,7 @@ class Stateful(Protocol):
         ...
 
 
-def load(
-    data: bytes, makers: Mapping[str, Maker], persistent: Callable[[object], object], budget: int | None = None
-) -> object:
+def load(data: bytes, makers: Mapping[str, Maker], persistent: Callable[[object], object], budget: int = 0) -> object:
     """Return the object in the pickle ``data``, made of dict, list, tuple, numbers, strings, bytes and stand-ins.
 
     Sets become lists in the order of the file. A dict's keys are str, int, float, bool, None, bytes, `Stateful`, or
@@ -74,13 +71,13 @@ def load(
     Args:
         makers: dotted name of a global → function of its call's arguments; may raise PickleError.
         persistent: persistent id → object; may raise PickleError.
-        budget: the cost limit; None is `BUDGET`.
+        budget: the cost limit; 0 is `BUDGET`.
     Raises:
         PickleError: if it is damaged or exceeds a limit.
     """
     machine = _Machine(data, makers, persistent)
     try:
-        return machine.run(BUDGET if budget is None else budget)
+        return machine.run(budget or BUDGET)
     except IndexError as error:  # only the stack and the marks raise it: every read of the data is checked
         raise PickleError(f"is damaged: byte {machine.position} pops from an empty stack") from error
     except UnicodeDecodeError as error:
@@ -91,14 +88,11 @@ class _Machine:
     """State of the interpreter: the stack since the last mark, the stacks below the marks, and the memo."""
 
     def __init__(self, data: bytes, makers: Mapping[str, Maker], persistent: Callable[[object], object]) -> None:
-        self.data = data
-        self.end = len(data) - 1  # position of STOP
-        self.position = 0
+        self.data, self.makers, self.persistent = data, makers, persistent
+        self.position, self.end = 0, len(data) - 1  # STOP is at the end
         self.stack: list[object] = []
         self.below: list[list[object]] = []
         self.memo: list[object] = []
-        self.makers = makers
-        self.persistent = persistent
 
     def run(self, budget: int) -> object:
         """Execute the pickle within ``budget`` and return its object."""
@@ -113,12 +107,7 @@ class _Machine:
             budget -= cost
             if budget < 0:
                 raise PickleError("takes more memory than a checkpoint needs")
-            if not width:
-                opcode(self, 0)
-            elif width == 1:
-                opcode(self, data[at + 1])
-            else:
-                opcode(self, int.from_bytes(data[at + 1 : following], "little"))
+            opcode(self, int.from_bytes(data[at + 1 : following], "little") if width else 0)
         if data[end:] != b".":
             _cut_off()
         value = self.stack.pop()
@@ -127,12 +116,10 @@ class _Machine:
         return value
 
     def take(self, size: int) -> bytes:
-        """Return the next ``size`` bytes."""
-        start = self.position
-        self.position = start + size
+        self.position += size
         if self.position > self.end:
             _cut_off()
-        return self.data[start : self.position]
+        return self.data[self.position - size : self.position]
 
     def line(self) -> str:
         """Return the text up to the next line feed."""
@@ -155,7 +142,7 @@ class _Machine:
 
     def gather(self, kind: Callable[[list[object]], object]) -> None:
         """Replace the items above the last mark by one list or tuple of them."""
-        items = self.since_mark()
+        items = self.since_mark()  # first, because it replaces the stack
         self.stack.append(kind(items))
 
     def put(self, index: int) -> None:
@@ -172,7 +159,6 @@ class _Machine:
         self.stack.append(self.memo[index])
 
     def extend(self, items: list[object]) -> None:
-        """Append to the list on top of the stack."""
         target = self.stack[-1]
         if type(target) is list:
             target.extend(items)
@@ -191,7 +177,6 @@ class _Machine:
             raise PickleError(f"is damaged: it sets an item of a {type(target).__name__}")
 
     def name(self, module: object, name: object) -> None:
-        """Push a global."""
         if type(module) is not str or type(name) is not str or max(len(module), len(name)) > MAX_NAME:
             raise PickleError("is damaged: a global's name is not a name")
         self.stack.append(Global(f"{module}.{name}"))
@@ -278,64 +263,53 @@ def _stand_in(name: str, called: bool) -> Inert | Refused:
     return Inert(name, called)
 
 
-_Row: TypeAlias = tuple[int, int, Callable[[_Machine, int], object]]
+_Action: TypeAlias = Callable[[_Machine, int], object]
 
-# opcode: (bytes of its operand, an unsigned number n; cost; action)
-_OPCODES: Final[Mapping[int, _Row]] = {
-    0x80: (1, _STEP, _Machine.proto),
-    0x95: (8, _STEP, _Machine.frame),
-    ord("("): (0, _LIST, _Machine.mark),
-    ord("0"): (0, _STEP, lambda machine, _: machine.stack.pop()),
-    ord("1"): (0, _STEP, lambda machine, _: machine.since_mark()),
-    ord("2"): (0, _STEP, lambda machine, _: machine.stack.append(machine.stack[-1])),
-    ord("q"): (1, _STEP, _Machine.put),
-    ord("r"): (4, _STEP, _Machine.put),
-    0x94: (0, _STEP, lambda machine, _: machine.memo.append(machine.stack[-1])),
-    ord("h"): (1, _STEP, _Machine.get),
-    ord("j"): (4, _STEP, _Machine.get),
-    ord("N"): (0, _STEP, lambda machine, _: machine.stack.append(None)),
-    0x88: (0, _STEP, lambda machine, _: machine.stack.append(True)),
-    0x89: (0, _STEP, lambda machine, _: machine.stack.append(False)),
-    ord("K"): (1, _STEP, lambda machine, n: machine.stack.append(n)),
-    ord("M"): (2, _NUMBER, lambda machine, n: machine.stack.append(n)),
-    ord("J"): (4, _NUMBER, lambda machine, n: machine.stack.append(n - (1 << 32) if n >> 31 else n)),
-    0x8A: (1, _NUMBER, _Machine.long),
-    0x8B: (4, _NUMBER, _Machine.long),
-    ord("G"): (8, _NUMBER, lambda machine, n: machine.stack.extend(struct.unpack(">d", n.to_bytes(8, "little")))),
-    ord("X"): (4, _STRING, _Machine.text),
-    0x8C: (1, _STRING, _Machine.text),
-    0x8D: (8, _STRING, _Machine.text),
-    ord("B"): (4, _STRING, lambda machine, n: machine.stack.append(machine.take(n))),
-    ord("C"): (1, _STRING, lambda machine, n: machine.stack.append(machine.take(n))),
-    0x8E: (8, _STRING, lambda machine, n: machine.stack.append(machine.take(n))),
-    0x96: (8, _STRING, lambda machine, n: machine.stack.append(machine.take(n))),
-    ord(")"): (0, _STEP, lambda machine, _: machine.stack.append(())),
-    0x85: (0, _TUPLE, lambda machine, _: machine.pack(1)),
-    0x86: (0, _TUPLE, lambda machine, _: machine.pack(2)),
-    0x87: (0, _TUPLE, lambda machine, _: machine.pack(3)),
-    ord("t"): (0, _TUPLE, lambda machine, _: machine.gather(tuple)),
-    ord("]"): (0, _LIST, lambda machine, _: machine.stack.append([])),
-    ord("l"): (0, _LIST, lambda machine, _: machine.gather(list)),
-    ord("a"): (0, _STEP, lambda machine, _: machine.extend([machine.stack.pop()])),
-    ord("e"): (0, _STEP, lambda machine, _: machine.extend(machine.since_mark())),
-    ord("}"): (0, _DICT, lambda machine, _: machine.stack.append({})),
-    ord("d"): (0, _DICT, _Machine.new_dict),
-    ord("s"): (0, _STEP, lambda machine, _: machine.store([machine.stack.pop(-2), machine.stack.pop()])),
-    ord("u"): (0, _STEP, lambda machine, _: machine.store(machine.since_mark())),
-    0x8F: (0, _LIST, lambda machine, _: machine.stack.append([])),  # sets are read as lists, so nothing is hashed
-    0x90: (0, _STEP, lambda machine, _: machine.extend(machine.since_mark())),
-    0x91: (0, _LIST, lambda machine, _: machine.gather(list)),
-    ord("c"): (0, _GLOBAL, lambda machine, _: machine.name(machine.line(), machine.line())),
-    0x93: (0, _GLOBAL, lambda machine, _: machine.name(machine.stack.pop(-2), machine.stack.pop())),
-    0x82: (1, _GLOBAL, lambda machine, n: machine.stack.append(Global(f"extension {n}"))),
-    0x83: (2, _GLOBAL, lambda machine, n: machine.stack.append(Global(f"extension {n}"))),
-    0x84: (4, _GLOBAL, lambda machine, n: machine.stack.append(Global(f"extension {n}"))),
-    ord("R"): (0, _OBJECT, lambda machine, _: machine.make(machine.stack.pop(-2), machine.stack.pop(), called=True)),
-    0x81: (0, _OBJECT, lambda machine, _: machine.make(machine.stack.pop(-2), machine.stack.pop(), called=False)),
-    0x92: (0, _OBJECT, _Machine.new_object_with_keywords),
-    ord("o"): (0, _OBJECT, _Machine.obj),
-    ord("i"): (0, _GLOBAL + _OBJECT, _Machine.inst),
-    ord("b"): (0, _STEP, _Machine.build),
-    ord("Q"): (0, _OBJECT, lambda machine, _: machine.stack.append(machine.persistent(machine.stack.pop()))),
-}
-_ROWS: Final[Sequence[_Row]] = [_OPCODES.get(code, (0, _STEP, _Machine.unknown)) for code in range(256)]
+# (cost, action on the operand n, an unsigned number, and its opcodes: code → bytes of the operand)
+_ACTIONS: Final[Sequence[tuple[int, _Action, Mapping[bytes, int]]]] = (
+    (_STEP, _Machine.proto, {b"\x80": 1}),
+    (_STEP, _Machine.frame, {b"\x95": 8}),
+    (_LIST, _Machine.mark, {b"(": 0}),
+    (_STEP, lambda machine, _: machine.stack.pop(), {b"0": 0}),
+    (_STEP, lambda machine, _: machine.since_mark(), {b"1": 0}),
+    (_STEP, lambda machine, _: machine.stack.append(machine.stack[-1]), {b"2": 0}),
+    (_STEP, _Machine.put, {b"q": 1, b"r": 4}),
+    (_STEP, lambda machine, _: machine.memo.append(machine.stack[-1]), {b"\x94": 0}),
+    (_STEP, _Machine.get, {b"h": 1, b"j": 4}),
+    (_STEP, lambda machine, _: machine.stack.append(None), {b"N": 0}),
+    (_STEP, lambda machine, _: machine.stack.append(True), {b"\x88": 0}),
+    (_STEP, lambda machine, _: machine.stack.append(False), {b"\x89": 0}),
+    (_STEP, lambda machine, n: machine.stack.append(n), {b"K": 1}),
+    (_NUMBER, lambda machine, n: machine.stack.append(n), {b"M": 2}),
+    (_NUMBER, lambda machine, n: machine.stack.append(n - (1 << 32) if n >> 31 else n), {b"J": 4}),
+    (_NUMBER, _Machine.long, {b"\x8a": 1, b"\x8b": 4}),
+    (_NUMBER, lambda machine, n: machine.stack.extend(struct.unpack(">d", n.to_bytes(8, "little"))), {b"G": 8}),
+    (_STRING, _Machine.text, {b"X": 4, b"\x8c": 1, b"\x8d": 8}),
+    (_STRING, lambda machine, n: machine.stack.append(machine.take(n)), {b"B": 4, b"C": 1, b"\x8e": 8, b"\x96": 8}),
+    (_STEP, lambda machine, _: machine.stack.append(()), {b")": 0}),
+    (_TUPLE, lambda machine, _: machine.pack(1), {b"\x85": 0}),
+    (_TUPLE, lambda machine, _: machine.pack(2), {b"\x86": 0}),
+    (_TUPLE, lambda machine, _: machine.pack(3), {b"\x87": 0}),
+    (_TUPLE, lambda machine, _: machine.gather(tuple), {b"t": 0}),
+    # sets (the codes from 0x8f on) are read as lists, so nothing is hashed
+    (_LIST, lambda machine, _: machine.stack.append([]), {b"]": 0, b"\x8f": 0}),
+    (_LIST, lambda machine, _: machine.gather(list), {b"l": 0, b"\x91": 0}),
+    (_STEP, lambda machine, _: machine.extend([machine.stack.pop()]), {b"a": 0}),
+    (_STEP, lambda machine, _: machine.extend(machine.since_mark()), {b"e": 0, b"\x90": 0}),
+    (_DICT, lambda machine, _: machine.stack.append({}), {b"}": 0}),
+    (_DICT, _Machine.new_dict, {b"d": 0}),
+    (_STEP, lambda machine, _: machine.store([machine.stack.pop(-2), machine.stack.pop()]), {b"s": 0}),
+    (_STEP, lambda machine, _: machine.store(machine.since_mark()), {b"u": 0}),
+    (_GLOBAL, lambda machine, _: machine.name(machine.line(), machine.line()), {b"c": 0}),
+    (_GLOBAL, lambda machine, _: machine.name(machine.stack.pop(-2), machine.stack.pop()), {b"\x93": 0}),
+    (_GLOBAL, lambda machine, n: machine.stack.append(Global(f"extension {n}")), {b"\x82": 1, b"\x83": 2, b"\x84": 4}),
+    (_OBJECT, lambda machine, _: machine.make(machine.stack.pop(-2), machine.stack.pop(), called=True), {b"R": 0}),
+    (_OBJECT, lambda machine, _: machine.make(machine.stack.pop(-2), machine.stack.pop(), called=False), {b"\x81": 0}),
+    (_OBJECT, _Machine.new_object_with_keywords, {b"\x92": 0}),
+    (_OBJECT, _Machine.obj, {b"o": 0}),
+    (_GLOBAL + _OBJECT, _Machine.inst, {b"i": 0}),
+    (_STEP, _Machine.build, {b"b": 0}),
+    (_OBJECT, lambda machine, _: machine.stack.append(machine.persistent(machine.stack.pop())), {b"Q": 0}),
+)
+_OPCODES: Final = {code[0]: (width, cost, do) for cost, do, codes in _ACTIONS for code, width in codes.items()}
+_ROWS: Final = [_OPCODES.get(code, (0, _STEP, _Machine.unknown)) for code in range(256)]

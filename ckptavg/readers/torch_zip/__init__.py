@@ -9,7 +9,7 @@ from typing import Final
 
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
-from ckptavg.readers import ITEM_SIZE, Format, Node, Reader, StoredTensor
+from ckptavg.readers import ITEM_SIZE, Format, Reader, StoredTensor
 from ckptavg.readers.pickle.object_tree import object_tree
 from ckptavg.readers.pickle.torch_objects import MAKERS, storage
 from ckptavg.readers.pickle.unpickler import PickleError, load
@@ -33,7 +33,14 @@ def open_torch(file: RegularFile, *, alone: str | None = None) -> Reader:
         name = entry.name.removeprefix(prefix)
         records[name] = CheckedRecord(file, name, starts[entry.name], entry.size, entry.crc, unchecked)
     _check_version(file.path, records)
-    tree, left_out = _objects(file.path, records, alone)
+    data, sizes = records["data.pkl"], {name: record.size for name, record in records.items()}
+    if data.size > MAX_PICKLE:
+        raise InputError(f"data.pkl has {data.size} bytes, more than {MAX_PICKLE}", path=file.path)
+    try:
+        value = load(data.read(), MAKERS, lambda key: storage(key, sizes))
+        tree, left_out = object_tree(value if alone is None else {alone: value})
+    except PickleError as error:
+        raise InputError(f"data.pkl {error}", path=file.path) from error
     notes = ["was saved without checksums, so damage to its tensors is undetectable"] if unchecked else []
     if left_out:
         listed = ", ".join(name[:100] for name in left_out[:_LISTED]) + (", ..." if len(left_out) > _LISTED else "")
@@ -54,20 +61,6 @@ def open_torch(file: RegularFile, *, alone: str | None = None) -> Reader:
     return Reader(path=file.path, format="torch", tree=tree, files=(file,), read_into=read_into, notes=tuple(notes))
 
 
-def _objects(
-    path: Path, records: Mapping[str, CheckedRecord], alone: str | None
-) -> tuple[Mapping[str, Node], tuple[str, ...]]:
-    data = records["data.pkl"]
-    if data.size > MAX_PICKLE:
-        raise InputError(f"data.pkl has {data.size} bytes, more than {MAX_PICKLE}", path=path)
-    sizes = {name: record.size for name, record in records.items()}
-    try:
-        value = load(data.read(), MAKERS, lambda key: storage(key, sizes))
-        return object_tree(value if alone is None else {alone: value})
-    except PickleError as error:
-        raise InputError(f"data.pkl {error}", path=path) from error
-
-
 def _check_version(path: Path, records: Mapping[str, CheckedRecord]) -> None:
     texts = {"byteorder": b"little", "version": b"3"}  # if there is no such record; torch < 2.1 wrote no byte order
     for name in texts:
@@ -83,7 +76,6 @@ def _check_version(path: Path, records: Mapping[str, CheckedRecord]) -> None:
 
 
 def _prefix(file: RegularFile, entries: Sequence[Entry]) -> str:
-    """Return the archive's top-level directory, with its slash."""
     names = [entry.name for entry in entries]
     prefix = names[0].partition("/")[0] + "/" if names else ""
     inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
@@ -91,8 +83,7 @@ def _prefix(file: RegularFile, entries: Sequence[Entry]) -> str:
         raise InputError("is a TorchScript file; save its state_dict", path=file.path)
     if len(prefix) < 2 or "data.pkl" not in inside:
         raise InputError("is a zip archive, but not of torch.save", path=file.path)
-    outside = next((name for name in names if not name.startswith(prefix)), None)
-    if outside is not None:
+    if (outside := next((name for name in names if not name.startswith(prefix)), None)) is not None:
         raise InputError(f"zip directory lists {outside}, which is outside of {prefix}", path=file.path)
     return prefix
 

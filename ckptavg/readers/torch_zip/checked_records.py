@@ -35,11 +35,9 @@ class CheckedRecord:
         return bytes(content)
 
     def read_into(self, start: int, out: memoryview, *, stop: int) -> None:
-        """Fill ``out`` with the bytes from ``start`` on.
+        """Fill ``out`` with the bytes from ``start`` on, within the record.
 
         Args:
-            start: the first byte.
-            out: contiguous bytes, within the record.
             stop: end of the caller's sequential pass; the call that reaches it reads the rest of the record.
         Raises:
             InputError: if the file was truncated or, once the record is complete, its checksum does not match.
@@ -68,10 +66,9 @@ class CheckedRecord:
         self._position += len(out)
 
     def _finish(self) -> None:
-        if self._position < self.size:
-            block = memoryview(bytearray(min(_BLOCK, self.size - self._position)))
-            while self._position < self.size:
-                self._advance(block[: self.size - self._position])
+        block = memoryview(bytearray(min(_BLOCK, self.size - self._position)))
+        while self._position < self.size:
+            self._advance(block[: self.size - self._position])
         if self._running != self.crc:
             self._position = self._running = 0  # so that the next read fails again
             raise InputError(f"checksum of record {self.name} does not match: the file is damaged", path=self.file.path)

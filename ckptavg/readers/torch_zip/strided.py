@@ -12,12 +12,10 @@ _WASTE: Final = 4  # maximum bytes read per byte used, for spans larger than _SM
 
 
 def gather(tensor: StoredTensor, start: int, out: memoryview, read_into: Callable[[int, memoryview], None]) -> None:
-    """Fill ``out`` with the elements of ``tensor`` from index ``start`` on, in C order.
+    """Fill ``out``, which is not empty, as `ckptavg.readers.Reader.read_into` does.
 
     Args:
         tensor: tensor of rank ≥ 1 with strides and without overlapping elements.
-        start: index of the first element.
-        out: contiguous bytes, a multiple of the element size, within the tensor; not empty.
         read_into: ``(offset, buffer)`` fills a buffer with the record's bytes from an offset on.
     """
     import torch

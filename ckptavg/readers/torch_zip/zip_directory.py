@@ -7,9 +7,8 @@ records, bytes after the end, two different sizes) is refused.
 import struct
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import Final, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
@@ -22,14 +21,12 @@ _END64: Final = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR: Final = struct.Struct("<4sLQL")
 _CENTRAL: Final = struct.Struct("<4s6H3L5H2L")
 _LOCAL: Final = struct.Struct("<4s5H3L2H")
-_LONGEST_COMMENT: Final = 0xFFFF
 _DESCRIPTOR, _UTF8 = 1 << 3, 1 << 11
 _ENCRYPTED: Final = 1 | 1 << 6 | 1 << 13
 _MANY: Final = {2: 0xFFFF, 4: 0xFFFFFFFF}  # value of a field of 2 or 4 bytes if the true value is in the zip64 part
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """Entry of a record in the central directory."""
 
     name: str
@@ -84,10 +81,8 @@ def central_directory(file: RegularFile) -> tuple[Sequence[Entry], int]:
 def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, int]:
     """Return record name → offset of its bytes, after comparing every local header with its entry.
 
-    Args:
-        file: the archive.
-        entries: entries of its central directory.
-        end: the offset that no record may exceed.
+    No record may exceed the offset ``end``.
+
     Raises:
         InputError: if a record is compressed, encrypted, out of range or overlapping, or its two headers differ.
     """
@@ -103,8 +98,7 @@ def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, i
         if entry.offset < free:
             _damaged(file, f"places {entry.name} over another record")
         starts[entry.name] = _start(file, entry, end)
-        free = starts[entry.name] + entry.size
-        if free > end:
+        if (free := starts[entry.name] + entry.size) > end:
             _damaged(file, f"places {entry.name} beyond the end of the records")
     if entries and min(entry.offset for entry in entries) != 0:
         raise InputError("has bytes before its first record, unlike files of torch.save", path=file.path)
@@ -141,10 +135,8 @@ def _end(file: RegularFile) -> tuple[int, int, int]:
 
 
 def _no_end(file: RegularFile) -> NoReturn:
-    """Raise InputError for a file that does not end like a zip archive: bytes follow the end, or it is truncated."""
-    window = min(file.size, _END.size + _LONGEST_COMMENT)
-    tail = file.read(file.size - window, window)
-    end_at = tail.rfind(b"PK\x05\x06")
+    window = min(file.size, _END.size + 0xFFFF)  # bytes of the longest comment
+    end_at = file.read(file.size - window, window).rfind(b"PK\x05\x06")
     trailing = window - end_at - _END.size
     if end_at >= 0 and trailing >= 0:
         raise InputError(f"{trailing} bytes follow the end of the zip archive", path=file.path)
@@ -173,15 +165,14 @@ def _start(file: RegularFile, entry: Entry, end: int) -> int:
     header = file.read(entry.offset, _LOCAL.size + len(name))
     signature, _, flags, method, _, _, crc, stored, size, name_length, extra_length = _LOCAL.unpack_from(header)
     late = entry.flags & _DESCRIPTOR  # the local header may leave out CRC and sizes, which then follow the bytes
-    agree = (
+    if not (
         signature == b"PK\x03\x04"
         and (flags, method) == (entry.flags, entry.method)
         and (crc == entry.crc or (late and crc == 0))
         and all(number in (entry.size, 0xFFFFFFFF) or (late and number == 0) for number in (stored, size))
         and name_length == len(name)
         and header[_LOCAL.size :] == name
-    )
-    if not agree:
+    ):
         _damaged(file, f"and the header of record {entry.name} do not agree")
     return entry.offset + len(header) + extra_length
 

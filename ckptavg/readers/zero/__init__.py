@@ -6,8 +6,8 @@ the order of the runs, and the buffers. Moments are never read.
 """
 
 import math
-import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from itertools import accumulate
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from ckptavg.errors import InputError
-from ckptavg.readers import ITEM_SIZE, FolderFormat, Node, Reader, Refused, StoredTensor, open_reader
-from ckptavg.readers.zero.entries import as_list, as_mapping, as_naturals, checked_paddings, checked_shapes
+from ckptavg.readers import MAX_RANK, FolderFormat, Node, Reader, Refused, StoredTensor, entries, naturals, open_reader
+from ckptavg.readers.pickle.object_tree import MAX_NAME
 from ckptavg.readers.zero.pieces import Piece, cut, gap, read_pieces
 
 _NAME: Final = re.compile(r"(?:(?:[a-z]+16_)?zero_pp_rank_([0-9]{1,6})_)?mp_rank_([0-9]{1,6})_(model|optim)_states\.pt")
@@ -50,14 +50,14 @@ class _Folder:
         """Return all weights: trained, frozen, shared, and those that exist in the model states only."""
         tree, path = self.model.tree, self.model.path
         _refuse_spread(tree, path)
-        module = as_mapping(tree.get("module"), "module", path)
+        module = _as_mapping(tree.get("module"), "module", path)
         found: dict[str, StoredTensor] = {}
         if tree.get("param_shapes") is not None or not self._is_whole:
             found = self._trained() | self._frozen()
-            for name, stored in as_mapping(tree.get("shared_params") or {}, "shared_params", path).items():
+            for name, stored in _as_mapping(tree.get("shared_params") or {}, "shared_params", path).items():
                 if isinstance(module.get(name), StoredTensor) and isinstance(stored, str) and stored in found:
                     found.setdefault(name, found[stored])
-        buffers = {name for name in as_list(tree.get("buffer_names") or [], "buffer_names", path) if type(name) is str}
+        buffers = {name for name in _as_list(tree.get("buffer_names") or [], "buffer_names", path) if type(name) is str}
         rest: dict[str, Node] = {}
         for name, node in module.items():
             if name in found:
@@ -71,10 +71,9 @@ class _Folder:
         return rest | found
 
     def _trained(self) -> dict[str, StoredTensor]:
-        """Return the parameters of the optimizer."""
         path = self.model.path
-        listed = as_list(self.model.tree.get("param_shapes"), "param_shapes", path)
-        groups = [checked_shapes(group, "param_shapes", path) for group in listed]
+        listed = _as_list(self.model.tree.get("param_shapes"), "param_shapes", path)
+        groups = [_checked_shapes(group, "param_shapes", path) for group in listed]
         states = self._states()
         optimizer, first = states[0]
         key = _PARTS if _PARTS in first else _RUNS
@@ -84,16 +83,16 @@ class _Folder:
         parts: list[list[_Source]] = []
         for reader, state in states:
             _refuse_spread(state, reader.path)
-            nodes = as_list(state.get(key), key, reader.path)
+            nodes = _as_list(state.get(key), key, reader.path)
             parts.append([_source(reader, f"{key}[{i}]", node) for i, node in enumerate(nodes)])
-        found: dict[str, StoredTensor] = {}
         if key == _PARTS:
             shapes = {name: shape for group in groups for name, shape in group.items()}
             found = self._lay(shapes, [_run(own) for own in parts], [0] * len(shapes), 1)
         else:
             if any(len(own) != len(groups) for own in parts):
                 raise InputError(f"has {len(groups)} groups in param_shapes, but others in {_RUNS}", path=path)
-            paddings = checked_paddings(first, groups, optimizer.path)
+            found: dict[str, StoredTensor] = {}
+            paddings = _checked_paddings(first, [len(group) for group in groups], optimizer.path)
             for i, shapes in enumerate(groups):
                 found |= self._lay(shapes, [_run([own[i] for own in parts])], paddings[i], 2 * world)
         kinds = " and ".join(sorted({tensor.dtype.lower().replace("f32", "fp32") for tensor in found.values()}))
@@ -104,9 +103,8 @@ class _Folder:
     def _frozen(self) -> dict[str, StoredTensor]:
         """Return the frozen parameters; empty for ZeRO-1, which does not store them separately."""
         key, path = "frozen_param_shapes", self.model.path
-        shapes = checked_shapes(self.model.tree.get(key) or {}, key, path)
-        readers = [self._open(self._models[rank]) for rank in sorted(self._models)] if shapes else []
-        held = [(reader, as_mapping(reader.tree.get(_FROZEN), _FROZEN, reader.path)) for reader in readers]
+        shapes = _checked_shapes(self.model.tree.get(key) or {}, key, path)
+        held = self._in_each(self._models, _FROZEN) if shapes else []
         found: dict[str, StoredTensor] = {}
         for name, shape in shapes.items():
             runs = [_run([_source(reader, name, own.get(name))]) for reader, own in held]
@@ -120,16 +118,19 @@ class _Folder:
             hint = f"for the weights of the forward pass, give {self._models[0]} itself"
             raise InputError(what, path=self.path, hint=hint if self._is_whole else None)
         first = self._open(self._optimizers[min(self._optimizers)])
-        count = as_mapping(first.tree.get(_STATE), _STATE, first.path).get("partition_count")
-        counts = set(as_naturals(count if isinstance(count, list) else [count], "partition_count", first.path))
+        count = _as_mapping(first.tree.get(_STATE), _STATE, first.path).get("partition_count")
+        counts = set(_as_naturals(count if isinstance(count, list) else [count], "partition_count", first.path))
         world = counts.pop() if counts else 0
         if counts or not world:
-            what = "partition_count is not one number (experts?), which is not supported"
-            raise InputError(what, path=first.path)
+            raise InputError("partition_count is not one number (experts?), which is not supported", path=first.path)
         _check_ranks(self._optimizers, world, self.path)
         _check_ranks(self._models, 1 if self._is_whole else world, self.path)
-        readers = [self._open(self._optimizers[rank]) for rank in range(world)]
-        return [(reader, as_mapping(reader.tree.get(_STATE), _STATE, reader.path)) for reader in readers]
+        return self._in_each(self._optimizers, _STATE)
+
+    def _in_each(self, names: Mapping[int, str], key: str) -> list[tuple[Reader, Mapping[str, Node]]]:
+        """Return each file of ``names``, in the order of the ranks, and its mapping ``key``."""
+        readers = [self._open(names[rank]) for rank in sorted(names)]
+        return [(reader, _as_mapping(reader.tree.get(key), key, reader.path)) for reader in readers]
 
     def _lay(
         self, shapes: Mapping[str, Sequence[int]], runs: Sequence[Sequence[Piece]], paddings: Sequence[int], align: int
@@ -178,7 +179,7 @@ def _ranks(folder: Path) -> tuple[dict[int, str], dict[int, str]]:
     """Return files by rank: of model states (rank 0 for whole ones) and of optimizer states."""
     models: dict[int, str] = {}
     optimizers: dict[int, str] = {}
-    for name in sorted(entry.name for entry in os.scandir(folder)):
+    for name in sorted(entries(folder)):
         if name == "zero":
             raise InputError("is a universal checkpoint of DeepSpeed, which is not supported", path=folder)
         if name.endswith(("model_states.pt", "optim_states.pt")):
@@ -213,6 +214,46 @@ def _refuse_spread(tree: Mapping[str, Node], path: Path) -> None:
         raise InputError(what, path=path)
 
 
+def _checked_paddings(state: Mapping[str, Node], lengths: Sequence[int], path: Path) -> list[tuple[int, ...]]:
+    """Return the number of elements to skip after each parameter of each group; ``lengths`` are those of the groups."""
+    key = "param_alignment_paddings"
+    paddings = state.get(key) or [[0] * length for length in lengths]
+    checked = [_as_naturals(group, key, path) for group in _as_list(paddings, key, path)]
+    if [len(group) for group in checked] != lengths:
+        raise InputError(f"{key} has other lengths than the groups of param_shapes", path=path)
+    return checked
+
+
+def _checked_shapes(node: Node, what: str, path: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, sizes in _as_mapping(node, what, path).items():
+        if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+            raise InputError(f"{what} has a name that no tensor may have", path=path, tensor=name[:100])
+        shape = shapes[name] = _as_naturals(sizes, f"{what} of {name}", path)
+        if len(shape) > MAX_RANK or math.prod(shape) >= 2**63:
+            raise InputError(f"{what} has more dimensions or elements than a tensor can have", path=path, tensor=name)
+    return shapes
+
+
+def _as_naturals(node: Node, what: str, path: Path) -> tuple[int, ...]:
+    integers = naturals(_as_list(node, what, path), list, sys.maxsize)
+    if integers is None:
+        raise InputError(f"{what} must be integers from 0 to 2^63 - 1", path=path)
+    return integers
+
+
+def _as_list(node: Node, what: str, path: Path) -> Sequence[Node]:
+    if not isinstance(node, list):
+        raise InputError(f"{what} is not a list", path=path)
+    return node
+
+
+def _as_mapping(node: Node, what: str, path: Path) -> Mapping[str, Node]:
+    if not isinstance(node, Mapping):
+        raise InputError(f"has no {what}", path=path)
+    return node
+
+
 def _claims(names: frozenset[str]) -> bool:
     """Return True for model states of any rank, by their names, which only DeepSpeed uses."""
     return any(re.search(r"mp_rank_[0-9]+_model_states\.pt$", name) for name in names)
@@ -228,18 +269,14 @@ def _open(path: Path) -> Reader:
 
     def read_into(tensor: StoredTensor, start: int, out: memoryview) -> None:
         if tensor.record in folder.pieces:
-            read_pieces(folder.pieces[tensor.record], ITEM_SIZE[tensor.dtype], start, out)
+            read_pieces(folder.pieces[tensor.record], tensor, start, out)
         else:
             folder.model.read_into(tensor, start, out)
 
-    return Reader(
-        path=path,
-        format=folder.format,
-        tree={"module": module, "global_step": step if type(step) is int else None},
-        files=[file for reader in folder.readers.values() for file in reader.files],
-        read_into=read_into,
-        notes=tuple(dict.fromkeys([folder.origin, *notes])),
-    )
+    tree: dict[str, Node] = {"module": module, "global_step": step if type(step) is int else None}
+    files = [file for reader in folder.readers.values() for file in reader.files]
+    notes = tuple(dict.fromkeys([folder.origin, *notes]))
+    return Reader(path=path, format=folder.format, tree=tree, files=files, read_into=read_into, notes=notes)
 
 
 FOLDER: Final = FolderFormat(_claims, _open)

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ckptavg.readers import Reader, StoredTensor
+from ckptavg.readers import ITEM_SIZE, Reader, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +35,12 @@ def cut(run: Sequence[Piece], at: int, count: int, start: int) -> Iterator[Piece
         skip = at - run[i].start
         taken = max(min(count, run[i].count - skip), 0)
         if taken:
-            yield Piece(start, taken, skip, run[i].reader, run[i].source)
+            yield Piece(start, taken, run[i].at + skip, run[i].reader, run[i].source)
         at, start, count, i = at + taken, start + taken, count - taken, i + 1
 
 
-def read_pieces(pieces: Sequence[Piece], item: int, start: int, out: memoryview) -> None:
-    """Fill ``out`` with elements of ``item`` bytes from index ``start`` on; ``pieces`` are sorted and without a gap."""
-    stop = start + len(out) // item
-    i = bisect_right(pieces, start, key=lambda piece: piece.start) - 1
-    while start < stop:
-        skip = start - pieces[i].start
-        count = min(pieces[i].count - skip, stop - start)
-        pieces[i].reader.read_into(pieces[i].source, pieces[i].at + skip, out[: count * item])
-        start, out, i = start + count, out[count * item :], i + 1
+def read_pieces(pieces: Sequence[Piece], tensor: StoredTensor, start: int, out: memoryview) -> None:
+    """Read a tensor as `Reader.read_into` does; its ``pieces`` are sorted and without a gap."""
+    item = ITEM_SIZE[tensor.dtype]
+    for piece in cut(pieces, start, len(out) // item, 0):
+        piece.reader.read_into(piece.source, piece.at, out[piece.start * item :][: piece.count * item])
