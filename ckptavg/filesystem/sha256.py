@@ -16,8 +16,7 @@ _CHUNK: Final = 1 << 20
 def hash_while_reading(files: Iterable[RegularFile], threads: int) -> Generator[Callable[[RegularFile], str]]:
     """Hash open files while the body reads them, so that no byte is read from disk twice.
 
-    Yields:
-        A function file → SHA-256; its first call reads the rest of all files, in ``threads`` threads.
+    Yields a function file → SHA-256; its first call reads the rest of all files, in ``threads`` threads.
     """
     stop = Event()
     hashes = {file: Hash(file, stop) for file in files if file.sha256 is None}

@@ -1,8 +1,7 @@
-"""Write a safetensors file atomically.
+"""Write a safetensors file atomically: a reader sees either the old file or the complete new one.
 
-The file is built next to its destination under a temporary name, with its full size reserved before the first write,
-and renamed only when it is complete and flushed: a reader sees either the old file or the complete new one. The header
-is written last, because some of its values, such as digests, are only computed in the meantime.
+The full size is reserved before the first write. The header is written last, because some of its values, such as
+digests, are only computed in the meantime.
 """
 
 import errno

@@ -182,7 +182,6 @@ def joined(device: str, timeout: float) -> Generator[Workers]:
     """Join the process group of ``torchrun`` for the duration of the context; after an error only one rank prints it.
 
     Args:
-        device: value of ``--device``.
         timeout: seconds after which a rank that does not respond counts as lost.
     Raises:
         UsageError: if there are more workers than GPUs on this machine.
