@@ -148,9 +148,8 @@ def _left(group: Path) -> float:
     for limit, used, prefix in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):  # version 2, 1
         sizes = [cgroups.read(group / f"memory.{name}").strip() for name in (limit, used)]
         if all(map(str.isdecimal, sizes)):
-            cached = re.findall(
-                rf"^{prefix}(?:in)?active_file (\d+)", cgroups.read(group / "memory.stat"), re.MULTILINE
-            )
+            stat = cgroups.read(group / "memory.stat")
+            cached = re.findall(rf"^{prefix}(?:in)?active_file (\d+)", stat, re.MULTILINE)
             return int(sizes[0]) - int(sizes[1]) + sum(map(int, cached))
     return math.inf
 
