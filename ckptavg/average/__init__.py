@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ckptavg.average import lora, lora_config
-from ckptavg.average.weighted_sum import PlannedOutput, not_averaged, output_specs, part, weighted_average
+from ckptavg.average.weighted_sum import PlannedOutput, output_specs, part, weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError, UsageError
@@ -49,14 +49,7 @@ def plan_output(
     config, notes = lora_config.read_config(first), list[str]()
     is_lora = config is not None and config.peft_type == "LORA"
     if is_lora and len(coefficients.selected) > 1 and not first.allow_nonfinite:
-        error = lora.factor_error(checkpoints, coefficients)
-        notes = [
-            f"averaging the adapter's factors is {error:.1%} off the average of its weights; --adapter exact is not"
-        ]
-    specs = output_specs(first, dtype)
-    return PlannedOutput(
-        specs=specs,
-        parts=weighted_average(checkpoints, coefficients, specs, only=part(first, workers.rank, workers.world_size)),
-        not_averaged=not_averaged(first),
-        notes=notes,
-    )
+        off = f"{lora.factor_error(checkpoints, coefficients):.1%} off the average of its weights"
+        notes = [f"averaging the adapter's factors is {off}; --adapter exact is not"]
+    specs, only = output_specs(first, dtype), part(first, workers.rank, workers.world_size)
+    return PlannedOutput(specs=specs, parts=weighted_average(checkpoints, coefficients, specs, only=only), notes=notes)

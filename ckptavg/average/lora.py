@@ -39,11 +39,9 @@ class _Module:
 
     def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return c_K and the stacked factors A_RI and B_OR, in float64."""
-        return (
-            torch.tensor([c for c, _ in self.terms], dtype=torch.float64),
-            torch.cat([_read(source, self.a) for _, source in self.terms]),
-            torch.cat([_read(source, self.b) for _, source in self.terms], dim=1),
-        )
+        c_K = torch.tensor([c for c, _ in self.terms], dtype=torch.float64)
+        a_RI = torch.cat([_read(source, self.a) for _, source in self.terms])
+        return c_K, a_RI, torch.cat([_read(source, self.b) for _, source in self.terms], dim=1)
 
 
 def factor_error(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> float:
@@ -112,14 +110,8 @@ def exact(
     if lost:
         note = f"the adapter was reduced to rank {rank}, which lost {lost:.1%} of the average"
     others = weighted_sum.weighted_average(checkpoints, coefficients, specs, only=rest)
-    return weighted_sum.PlannedOutput(
-        specs=specs,
-        parts=chain(_factors(first, modules, ranks, specs), others),
-        not_averaged=weighted_sum.not_averaged(first),
-        config=new_config,
-        lost=lost,
-        notes=[note],
-    )
+    parts = chain(_factors(first, modules, ranks, specs), others)
+    return weighted_sum.PlannedOutput(specs=specs, parts=parts, config=new_config, lost=lost, notes=[note])
 
 
 def _factors(
@@ -185,13 +177,13 @@ def _modules(checkpoints: Sequence[Checkpoint], coefficients: Coefficients, conf
             raise InputError(f"is missing, but {a} is present", path=checkpoint.path, tensor=b)
         for factor, dimension in ((a, 0), (b, 1)):
             spec = checkpoint.spec(factor)
-            if spec.dtype not in FLOATING or len(spec.shape) < 2 or not spec.numel:
-                message = f"dtype {spec.dtype} and shape {list(spec.shape)} are not those of a LoRA factor"
-                raise InputError(f"{message} (saved from a shard?)", path=checkpoint.path, tensor=factor)
+            shape, message = list(spec.shape), None
+            if spec.dtype not in FLOATING or len(shape) < 2 or not spec.numel:
+                message = f"dtype {spec.dtype} and shape {shape} are not those of a LoRA factor (saved from a shard?)"
             # in a grouped convolution each output of B uses only a part of the rank
-            if spec.shape[dimension] != r or (dimension and spec.numel != spec.shape[0] * r):
-                wanted = f"dimension {dimension} must be the rank {r} in {CONFIG_NAME}"
-                message = f"has shape {list(spec.shape)}, but {wanted}"
+            elif shape[dimension] != r or (dimension and spec.numel != shape[0] * r):
+                message = f"has shape {shape}, but dimension {dimension} must be the rank {r} in {CONFIG_NAME}"
+            if message:
                 raise InputError(message, path=checkpoint.path, tensor=factor)
         terms = [(c, source) for c, source in zip(coefficients.row(a), checkpoints, strict=True) if c != 0]
         modules.append(_Module(name=name, a=a, b=b, r=r, scaling=config.scaling(name), terms=terms))

@@ -41,10 +41,14 @@ class PlannedOutput:
 
     specs: Mapping[str, StoredTensor]  # name → dtype and shape
     parts: Iterator[Part] = field(repr=False)  # the bytes of all tensors; can be iterated once
-    not_averaged: Sequence[str]  # the tensors copied from the last selected candidate
     config: Mapping[str, Any] | None = None  # the adapter_config.json of an exact adapter
     lost: float = 0.0  # ‖ΔW − truncated ΔW‖ / ‖ΔW‖ of an exact adapter, Frobenius norms over all modules
     notes: Sequence[str] = ()  # messages for the user
+
+    @property
+    def not_averaged(self) -> list[str]:
+        """Names of the non-floating-point tensors, which are copied from the last selected candidate."""
+        return [name for name, spec in self.specs.items() if spec.dtype not in FLOATING]
 
 
 def output_specs(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, StoredTensor]:
@@ -62,11 +66,6 @@ def output_specs(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, 
             raise InputError(message, path=checkpoint.path, tensor=name)
         specs[name] = StoredTensor(override if override and spec.dtype in FLOATING else spec.dtype, spec.shape, "", 0)
     return specs
-
-
-def not_averaged(checkpoint: Checkpoint) -> list[str]:
-    """List the non-floating-point tensors, which are copied from the last selected candidate."""
-    return [name for name in checkpoint.names if checkpoint.spec(name).dtype not in FLOATING]
 
 
 class _Run(NamedTuple):

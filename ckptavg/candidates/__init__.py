@@ -103,17 +103,13 @@ class Candidates:
         self.bits = bits
         self.exact = bits == EXACT  # the matrix has the model's dtype
         self._workers = workers
-        self._unique = unique_tensors(model)
-        check_names(self._unique, checkpoints[0].tensors)
-        by_dtype: dict[torch.dtype, list[tuple[tuple[str, ...], Tensor]]] = {}
-        self._integers: list[tuple[tuple[str, ...], Tensor, list[Tensor]]] = []
-        for names, tensor in self._unique:
-            if tensor.is_floating_point():
-                by_dtype.setdefault(tensor.dtype, []).append((names, tensor))
-            else:
-                self._integers.append((names, tensor, []))
+        unique = unique_tensors(model)
+        check_names(unique, checkpoints[0].tensors)
+        self._floats = [(names, tensor) for names, tensor in unique if tensor.is_floating_point()]
+        self._integers = [(names, tensor, list[Tensor]()) for names, tensor in unique if not tensor.is_floating_point()]
         self._blocks: list[tuple[Flat, Matrix]] = []
-        for tensors in by_dtype.values():
+        for dtype in dict.fromkeys(tensor.dtype for _, tensor in self._floats):
+            tensors = [(names, tensor) for names, tensor in self._floats if tensor.dtype == dtype]
             flat = flatten(tensors) if workers.world_size == 1 else flatten_shards(model, tensors, workers)
             if offload == "disk" or (offload == "cpu" and flat.weights_D.device.type != "cpu"):
                 matrix = Streamed(checkpoints, flat, in_files=offload == "disk")
@@ -160,9 +156,8 @@ class Candidates:
     def average(self, chosen: Sequence[int]) -> bool:
         """Set the model's floating-point state to the mean of candidates ``chosen``, reading only rows that changed.
 
-        Returns:
-            False, with the model unchanged, if the matrix is on the device: there `materialize` is faster than
-            maintaining a running sum (``scripts/benchmark/evaluation.py``).
+        Returns False, with the model unchanged, if the matrix is on the device: there `materialize` is faster than
+        maintaining a running sum (``scripts/benchmark/evaluation.py``).
         """
         for flat, matrix in self._blocks:
             if isinstance(matrix, Streamed):
@@ -204,9 +199,7 @@ class Candidates:
         """See `ckptavg.objective.Objective.blocks`; each floating-point tensor is in one block, under all its names."""
         by_block: dict[str, tuple[str, ...]] = {}
         block, filled = "", math.inf
-        for names, tensor in self._unique:
-            if not tensor.is_floating_point():
-                continue
+        for names, tensor in self._floats:
             if size is None:
                 block = names[0].rpartition(".")[0]
             elif filled > size:

@@ -55,10 +55,7 @@ class Plan:
         ).at(bits)  # fmt: skip
 
     def at(self, bits: int | Literal["auto"]) -> Self:
-        """Return the plan for ``bits`` per element.
-
-        "auto" is the most with which candidates, their mean and a gradient take at most 70 % of free memory, or else 1.
-        """
+        """Return the plan for ``bits``; "auto" is the most at which matrix and two vectors take 70 % of free memory."""
         if bits != "auto":
             return replace(self, bits=bits)
         free = free_memory(self.device) / (self.sharing if self.device.type == "cpu" else 1)
@@ -112,10 +109,8 @@ class Plan:
             for plans in self._smaller_plans()
         ]
         fitting = ", ".join(filter(None, mildest))
-        raise OutOfMemoryError(
-            f"learning takes {self}, but only {free} is free",
-            hint=f"this would fit: {fitting}" if fitting else "no --bits, --offload or --last would fit",
-        )
+        hint = f"this would fit: {fitting}" if fitting else "no --bits, --offload or --last would fit"
+        raise OutOfMemoryError(f"learning takes {self}, but only {free} is free", hint=hint)
 
     def _fits(self, available: dict[torch.device, int]) -> bool:
         return self.needed <= available[self.device] and self.on_host <= available.get(_HOST, 0)
@@ -153,9 +148,8 @@ def _left(group: Path) -> float:
     for limit, used, prefix in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):  # version 2, 1
         sizes = [cgroups.read(group / f"memory.{name}").strip() for name in (limit, used)]
         if all(map(str.isdecimal, sizes)):
-            cached = re.findall(
-                rf"^{prefix}(?:in)?active_file (\d+)", cgroups.read(group / "memory.stat"), re.MULTILINE
-            )
+            stat = cgroups.read(group / "memory.stat")
+            cached = re.findall(rf"^{prefix}(?:in)?active_file (\d+)", stat, re.MULTILINE)
             return int(sizes[0]) - int(sizes[1]) + sum(map(int, cached))
     return math.inf
 

@@ -4,7 +4,7 @@ Shape suffixes: D = elements of one dtype on one rank, Q = parameters among them
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -53,19 +53,17 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     entry of a ModuleList or Sequential that holds another entry of the same class; only the outermost are returned.
     """
     no_split = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    outermost: list[nn.Module] = []
 
-    def visit(module: nn.Module) -> None:
-        counts = Counter(type(child) for child in module.children())
+    def outermost(module: nn.Module) -> Iterator[nn.Module]:
+        counts = Counter(map(type, module.children()))
         for child in module.children():
             repeated = isinstance(module, nn.ModuleList | nn.Sequential) and counts[type(child)] > 1
             if (type(child).__name__ in no_split if no_split else repeated) and any(True for _ in child.parameters()):
-                outermost.append(child)
+                yield child
             else:
-                visit(child)
+                yield from outermost(child)
 
-    visit(model)
-    return outermost
+    return list(outermost(model))
 
 
 def flatten_shards(model: nn.Module, tensors: list[tuple[tuple[str, ...], Tensor]], workers: Workers) -> Flat:

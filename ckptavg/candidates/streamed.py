@@ -32,8 +32,6 @@ class Streamed:
     stream overlaps copies with compute; the host waits for a copy only before reusing its buffer.
 
     Args:
-        checkpoints: the N candidates, open.
-        flat: the model's tensors of one dtype.
         in_files: read rows from the checkpoint files in every pass, by ``pread``, because a memory map raises SIGBUS if
             a file shrinks; otherwise they are kept in host memory.
     """

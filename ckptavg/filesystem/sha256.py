@@ -16,8 +16,7 @@ _CHUNK: Final = 1 << 20
 def hash_while_reading(files: Iterable[RegularFile], threads: int) -> Generator[Callable[[RegularFile], str]]:
     """Hash open files while the body reads them, so that no byte is read from disk twice.
 
-    Yields:
-        A function file → SHA-256; its first call reads the rest of all files, in ``threads`` threads.
+    Yields a function file → SHA-256; its first call reads the rest of all files, in ``threads`` threads.
     """
     stop = Event()
     hashes = {file: Hash(file, stop) for file in files if file.sha256 is None}
@@ -52,7 +51,7 @@ class Hash:
 
     def __init__(self, file: RegularFile, stop: Event | None = None) -> None:
         self._file = file
-        self._stop = stop
+        self._stop = stop or Event()
         self._sha256 = hashlib.sha256()
         self._done = 0
         self._lock = Lock()
@@ -69,14 +68,14 @@ class Hash:
         """Return the SHA-256 of the whole file and record it in ``file.sha256``; empty if ``stop`` was set."""
         with self._lock:
             self._read_to(self._file.size)
-        if self._stop and self._stop.is_set():
+        if self._stop.is_set():
             return ""
         self._file.sha256 = self._sha256.hexdigest()
         return self._file.sha256
 
     def _read_to(self, offset: int) -> None:
         buffer = memoryview(bytearray(min(_CHUNK, max(0, offset - self._done))))
-        while self._done < offset and not (self._stop and self._stop.is_set()):
+        while self._done < offset and not self._stop.is_set():
             part = buffer[: min(_CHUNK, offset - self._done)]
             self._file.fill(self._done, part)
             self._sha256.update(part)

@@ -11,11 +11,7 @@ MAX_SIZE: Final = 64 << 20
 
 
 def read_json(path: Path) -> Any:
-    """Parse the JSON file at ``path``.
-
-    Raises:
-        InputError: naming the file, if it is not a regular file of at most `MAX_SIZE` bytes or not strict JSON.
-    """
+    """Parse a JSON file; raises InputError if it is not regular, larger than `MAX_SIZE` or not strict JSON."""
     with RegularFile(path) as file:
         try:
             if file.size > MAX_SIZE:
@@ -28,9 +24,7 @@ def read_json(path: Path) -> Any:
 def strict_json(text: str) -> Any:
     """Parse JSON, rejecting duplicate keys, NaN and Infinity, which Python's parser accepts.
 
-    Raises:
-        ValueError: if it is not strict JSON.
-        RecursionError: if it is nested too deep.
+    Raises ValueError if it is not strict JSON, or RecursionError if it is nested too deep.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,11 +14,7 @@ _FILE_NAME: Final = "model.safetensors"  # the name that every loader expects in
 
 
 def destination(output: Path | str) -> tuple[Path, Path | None]:
-    """Return the file to write and, if ``output`` names a directory, that directory.
-
-    Raises:
-        UsageError: if ``output`` is the root directory.
-    """
+    """Return the file to write and, if ``output`` names a directory, that directory; raises UsageError for the root."""
     if str(output) and Path(output).name in ("", ".."):  # the journal next to it is named after it
         try:
             output = Path(output).resolve()

@@ -43,10 +43,6 @@ def metadata(
             for checkpoint, coefficient in selected
         ],
     }
-    first = selected[0][0].reader.metadata
-    kept = {
-        name: value
-        for name, value in first.items()
-        if name != KEY and all(checkpoint.reader.metadata.get(name) == value for checkpoint, _ in selected)
-    }
+    first, *others = (checkpoint.reader.metadata for checkpoint, _ in selected)
+    kept = {name: value for name, value in first.items() if name != KEY and all(m.get(name) == value for m in others)}
     return {**kept, "format": "pt", KEY: json.dumps(record, sort_keys=True, separators=(",", ":"))}

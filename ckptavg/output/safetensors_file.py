@@ -1,8 +1,7 @@
-"""Write a safetensors file atomically.
+"""Write a safetensors file atomically: a reader sees either the old file or the complete new one.
 
-The file is built next to its destination under a temporary name, with its full size reserved before the first write,
-and renamed only when it is complete and flushed: a reader sees either the old file or the complete new one. The header
-is written last, because some of its values, such as digests, are only computed in the meantime.
+The full size is reserved before the first write. The header is written last, because some of its values, such as
+digests, are only computed in the meantime.
 """
 
 import errno
@@ -60,10 +59,7 @@ class SafetensorsFile:
             self._join(shared)
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
-        """Write elements of tensor ``name``, little-endian, at a byte offset within it.
-
-        Ranges may come in any order; exactly the same range may be written again.
-        """
+        """Write little-endian elements at a byte offset of a tensor, in any order; a range may be written again."""
         if not 0 <= offset <= offset + len(data) <= self._specs[name].nbytes:
             raise AssertionError(f"{name}: {len(data)} bytes at {offset} do not fit {self._specs[name]}")
         with output_errors(self.path, self.size):

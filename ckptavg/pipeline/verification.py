@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg.average import plan_output
-from ckptavg.average.weighted_sum import not_averaged
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import discover
 from ckptavg.checkpoints.dtypes import FLOATING, NAMES
@@ -130,7 +129,7 @@ def _coefficients(record: Mapping[str, Any], first: Checkpoint, output: Path) ->
         rows = zip(*(_column(source["coefficient"]) for source in record["sources"]), strict=True)
         values = tuple(tuple(float(c) for c in row) for row in rows)
         coefficients = Coefficients(values, tuple(tuple(group) for group in record["groups"]))
-        for name in set(first.names) - set(not_averaged(first)):
+        for name in (name for name, spec in first.tensors.items() if spec.dtype in FLOATING):
             coefficients.row(name)
     except (ValueError, OverflowError) as error:
         raise InputError(f"its ckptavg metadata is damaged: {error}", path=output) from error

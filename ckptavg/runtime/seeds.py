@@ -3,21 +3,18 @@
 import hashlib
 import os
 import random
-import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Final
 
+import numpy
 import torch
 
 LACKING: Final = "does not have a deterministic implementation"  # torch's message, after the operation's name
 
 
 def reseed(seed: int, number: int) -> None:
-    """Seed the global generators for micro-batch ``number``, in microseconds, so its draws depend on no other.
-
-    These are torch's, Python's and, if imported, numpy's, which loaders may shuffle with.
-    """
+    """Seed torch's, Python's and numpy's generators for micro-batch ``number``, so its draws depend on no other."""
     if number:
         seed = int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:6])
     torch.default_generator.manual_seed(seed)
@@ -27,8 +24,7 @@ def reseed(seed: int, number: int) -> None:
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
     random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
+    numpy.random.seed(seed % 2**32)
 
 
 def seed_loader(loader: Any) -> None:
@@ -50,9 +46,8 @@ def reproducible(seed: int, *, deterministic: bool = False) -> Generator[None]:
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn
     flags = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    state = random.getstate()
+    states = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
         torch.manual_seed(seed)  # also of devices that are initialised later
         reseed(seed, 0)
         cudnn.benchmark, cudnn.allow_tf32 = False, False
@@ -66,6 +61,5 @@ def reproducible(seed: int, *, deterministic: bool = False) -> Generator[None]:
                 torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
             cudnn.benchmark, cudnn.allow_tf32 = flags[:2]
             torch.set_float32_matmul_precision(flags[2])
-            random.setstate(state)
-            if numpy is not None:
-                sys.modules["numpy"].random.set_state(numpy)
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])

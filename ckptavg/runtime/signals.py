@@ -45,10 +45,7 @@ def install() -> None:
 
 
 def finish() -> None:
-    """Ignore a first signal from now on: the run has ended, and only its exit code is left to return.
-
-    A second signal still kills the process at once, for instance while it waits for a thread of the task.
-    """
+    """Ignore a first signal from now on, as only the exit code is left to return; a second one still kills at once."""
     _handler.waits = True
 
 

@@ -47,9 +47,8 @@ def quota(proc: Path = cgroups.PROC) -> float | None:
 def processors(proc: Path = cgroups.PROC) -> int:
     """Return the number of threads to compute with: `affinity`, or `quota` rounded to an integer if that is less.
 
-    A half is rounded up. Two threads took 0.7 × the time of one for matrix products with 1.5 processors, and 0.9 × with
-    1.2; for training steps of a small network, whose parallel regions wait for threads throttled until the next period,
-    1.1 × with either (docs/benchmarks.md).
+    A half is rounded up: with 1.5 processors two threads took 0.7 × the time of one for matrix products, and 1.1 × for
+    training steps of a small network, whose parallel regions wait for throttled threads (docs/benchmarks.md).
     """
     limit = quota(proc)
     return affinity() if limit is None else min(affinity(), max(1, math.floor(limit + 0.5)))

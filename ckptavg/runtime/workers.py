@@ -5,8 +5,6 @@ here, so that all ranks continue with the same numbers and take the same decisio
 journal and renames the output. A single process is the only worker of its run and never communicates.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -58,10 +56,7 @@ class Workers:
         return self.rank == 0
 
     def on_rank_zero(self, work: Callable[[], _T]) -> _T | None:
-        """Run ``work`` on rank 0 and return its result there; the other ranks wait for it and return None.
-
-        A `CkptavgError` raised by ``work`` is raised on all ranks.
-        """
+        """Run ``work`` on rank 0; return its result there, None elsewhere, or raise its `CkptavgError` on all ranks."""
         result, error = None, None
         try:
             result = work() if self.is_rank_zero else None
@@ -96,7 +91,7 @@ class Workers:
             results = self.gather(work(chunk[self.rank]) if self.rank < len(chunk) else None)
             yield from ((key, result) for key, result in zip(chunk, results, strict=False) if result is not None)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: "Tensor") -> "Tensor":
         """Sum ``tensor`` over all ranks in place and return it; identical on all ranks, asynchronous on a GPU."""
         if self.world_size > 1:
             with self._distributed() as distributed:
@@ -182,7 +177,6 @@ def joined(device: str, timeout: float) -> Generator[Workers]:
     """Join the process group of ``torchrun`` for the duration of the context; after an error only one rank prints it.
 
     Args:
-        device: value of ``--device``.
         timeout: seconds after which a rank that does not respond counts as lost.
     Raises:
         UsageError: if there are more workers than GPUs on this machine.

@@ -13,7 +13,8 @@ from reference import bound, exact_sum, nearest
 from stored import averaged, stored
 from torch import Tensor
 
-from ckptavg.average.weighted_sum import not_averaged, output_specs, weighted_average
+from ckptavg.average import plan_output
+from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError
 
@@ -121,7 +122,7 @@ def test_non_floating_point_tensors_are_copied_from_the_last_selected(tmp_path: 
     checkpoints = stored(tmp_path, states)
     result = averaged(checkpoints, [0.5, 0.0, 0.5, 0.0])
     assert (int(result["n"]), bool(result["m"]), float(result["w"])) == (2, True, 1.0)
-    assert not_averaged(checkpoints[0]) == ["m", "n"]
+    assert plan_output(checkpoints, Coefficients.uniform([0], len(checkpoints))).not_averaged == ["m", "n"]
 
 
 def test_a_single_checkpoint_is_copied_bit_for_bit(tmp_path: Path):
