@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
@@ -70,12 +70,12 @@ def list_checkpoints(path: Path, order: int, left_out: list[LeftOut]) -> Sequenc
     if not is_folder(path):
         return [CheckpointPath(path=path, weights=path, name=path.name, order=order, explicit=True)]
     names = entries(path)
-    itself = CheckpointPath(path=path, weights=path, name=path.resolve().name, order=order, explicit=True)
-    if claim_folder(names):
-        return [itself]
-    places = list(_listed(path, names, order, left_out))
+    weights = path if claim_folder(names) else None
+    places = [] if weights else list(_listed(path, names, order, left_out))
     if len(places) == 1 and places[0].path.parent == path and places[0].path.name in WEIGHT_NAMES:
-        return [replace(itself, weights=places[0].weights)]  # such as ./run/checkpoint-500
+        weights = places[0].weights
+    if weights:  # the directory is itself one checkpoint, such as ./run/checkpoint-500
+        return [CheckpointPath(path=path, weights=weights, name=path.resolve().name, order=order, explicit=True)]
     return places
 
 

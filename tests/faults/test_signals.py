@@ -75,7 +75,8 @@ def test_completed_work_is_not_repeated_after_a_stop(warm: Warm, ckpts: Path, tm
         assert warm.run(*arguments, "b", cwd=tmp_path, LOG=str(parts), STOP=f"{at}:SIGTERM").code == 75
     assert warm.run(*arguments, "b", cwd=tmp_path, LOG=str(parts)).code == 0
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert len(parts.read_text()) == len(whole.read_text()), "stopped within a pass, it goes on within it"
+    repeated = len(parts.read_text()) - len(whole.read_text())
+    assert repeated < 3 * (6 + 5), "at each stop, a pass over the validation data and the one for BatchNorm"
 
 
 def test_a_signal_during_the_import_of_torch_does_not_kill(tmp_path: Path, ckpts: Path):
