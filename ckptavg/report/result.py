@@ -149,25 +149,16 @@ class StrategyResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Result of several strategies on the same candidates.
-
-    Attributes:
-        winner: name of the strategy with the highest validation score; ``result`` is its.
-    """
+    """Results of several strategies on the same candidates; the winner has the highest validation score."""
 
     contestants: Sequence[StrategyResult]
     winner: str
-    result: Result
+    result: Result  # of the winner
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plane:
-    """Measured losses on the plane through three mixtures a, b, c: a + u(b − a) + v(c − a).
-
-    Attributes:
-        names: names of the three mixtures.
-        losses: one row per v, one column per u.
-    """
+    """Measured losses on the plane a + u(b − a) + v(c − a) through three mixtures; a row per v, a column per u."""
 
     names: tuple[str, str, str]
     u: Sequence[float]

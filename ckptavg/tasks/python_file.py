@@ -176,8 +176,7 @@ class PythonTask(Task):
             # torch itself warns if num_workers exceeds the affinity mask
             if isinstance(loader, DataLoader) and processors() < loader.num_workers <= affinity():
                 excess = f"{name}() has num_workers={loader.num_workers}, and the CPU quota is {quota():g}"
-                note = f"{excess}: use at most {processors()}"
-                self.notes += [] if note in self.notes else [note]
+                self.notes.append(f"{excess}: use at most {processors()}")
             loader = without_distributed_sampler(loader)
             if not isinstance(loader, Iterator):
                 self._loaders[split] = loader

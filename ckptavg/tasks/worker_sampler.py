@@ -21,14 +21,11 @@ class RankBatchSampler(Sampler[list[int]]):
 
     In an incomplete last turn, ranks without a batch of their own get the last batch again. Random generators are
     reseeded before every batch but the first of the pass, exactly as a single process does before that batch.
-
-    Attributes:
-        sizes: batch sizes of all ranks, for each turn that was drawn.
     """
 
     def __init__(self, batches: Any, rank: int, world: int) -> None:
         self._batches, self._rank, self._world = batches, rank, world
-        self.sizes: deque[list[int]] = deque()
+        self.sizes: deque[list[int]] = deque()  # batch sizes of all ranks, for each turn that was drawn
 
     def __iter__(self) -> Iterator[list[int]]:
         batches, seed = iter(self._batches), torch.initial_seed()

@@ -50,14 +50,12 @@ _KINDS: Final = (
 class ModelFolder:
     """The model that a directory declares, or the base model that a PEFT adapter in it names.
 
+    With ``trust``, model code in the directory may run.
+
     Attributes:
         source: the directory given by the user, for errors.
         base: the model to build: the directory itself, or the adapter's base model.
         kind, config: what its config.json declares.
-
-    Args:
-        folder: directory with config.json or adapter_config.json.
-        trust: allow model code in the directory to run.
     Raises:
         UsageError: if transformers is not installed.
         TaskError: if there is no language model or classifier, it needs untrusted code or is not on this machine.

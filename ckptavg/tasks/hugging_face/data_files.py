@@ -23,18 +23,12 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class DataFile:
-    """The examples of one split.
-
-    Attributes:
-        rows: column → value, one mapping per example.
-        lines: the line number of each row in the file; empty if the format has no lines.
-        classes: class names in the order of their indices, if labels are such indices; else empty.
-    """
+    """The examples of one split."""
 
     path: Path
-    rows: Sequence[Row]
-    lines: Sequence[int] = ()
-    classes: Sequence[str] = ()
+    rows: Sequence[Row]  # column → value, one mapping per example
+    lines: Sequence[int] = ()  # the line number of each row; empty if the format has no lines
+    classes: Sequence[str] = ()  # class names in the order of their indices, if labels are such indices; else empty
 
     def where(self, i: int) -> str:
         """Return the location of row ``i`` for errors."""
