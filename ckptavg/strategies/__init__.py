@@ -1,4 +1,4 @@
-"""The algorithms: one module per strategy, named like its command, with one class that inherits from `Strategy`.
+"""The algorithms: one module per strategy, named like its command, that ends in ``STRATEGY = ...``.
 
 Strategies import only `ckptavg.objective`, `ckptavg.coefficients`, `ckptavg.errors` and, inside functions, torch and
 `ckptavg.strategies.solvers`, so that the help pages load without torch.
@@ -17,15 +17,10 @@ from ckptavg.objective import Strategy
 
 @cache
 def strategies() -> dict[str, type[Strategy]]:
-    """Return command name → strategy class, for every module of the package that defines one."""
+    """Return command name → strategy class, for every module of the package that defines ``STRATEGY``."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    modules = {name: vars(importlib.import_module(f"{__name__}.{name}")) for name in names}
-    return {
-        name: cls
-        for name, module in modules.items()
-        for cls in module.values()
-        if isinstance(cls, type) and Strategy in cls.__mro__ and cls.__module__ == module["__name__"]
-    }
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+    return {name: module.STRATEGY for name, module in modules.items() if hasattr(module, "STRATEGY")}
 
 
 def name_of(strategy: Strategy) -> str:

@@ -89,3 +89,6 @@ class ASWA(Strategy):
             return (None, False) if score is None else (score.value, True)
         value = objective.score(coefficients).value
         return value, value > threshold if strict else value >= threshold
+
+
+STRATEGY: type[Strategy] = ASWA

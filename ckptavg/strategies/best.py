@@ -15,3 +15,6 @@ class Best(Strategy):
         scores = scored_alone(objective)
         best = max(range(objective.n), key=lambda i: (scores[i], i))
         return Learned(coefficients=Coefficients.uniform([best], objective.n))
+
+
+STRATEGY: type[Strategy] = Best

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import PlainAverage
+from ckptavg.objective import PlainAverage, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +30,6 @@ class EMA(PlainAverage):
         a = self.decay
         row = (a ** (n - 1), *((1 - a) * a ** (n - i) for i in range(2, n + 1)))
         return Coefficients((row,))
+
+
+STRATEGY: type[Strategy] = EMA

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import PlainAverage
+from ckptavg.objective import PlainAverage, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,3 +13,6 @@ class Last(PlainAverage):
     def coefficients(self, n: int) -> Coefficients:
         """See `PlainAverage.coefficients`."""
         return Coefficients.uniform([n - 1], n)
+
+
+STRATEGY: type[Strategy] = Last

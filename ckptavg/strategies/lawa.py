@@ -6,7 +6,7 @@ from typing import Annotated
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import PlainAverage, check_number
+from ckptavg.objective import PlainAverage, Strategy, check_number
 from ckptavg.score import Split
 
 
@@ -32,3 +32,6 @@ class LAWA(PlainAverage):
     def coefficients(self, n: int) -> Coefficients:
         """See `PlainAverage.coefficients`."""
         return Coefficients.uniform(range(n - self.k, n), n)
+
+
+STRATEGY: type[Strategy] = LAWA

@@ -84,3 +84,6 @@ class SeWA(Strategy):
             objective, losses, self.k, on=self.on, steps=self.steps, lr=self.lr, samples=self.samples,
             tau=(self.tau_start, self.tau_end), straight_through=self.straight_through, verify=self.verify,
         )  # fmt: skip
+
+
+STRATEGY: type[Strategy] = SeWA

@@ -37,3 +37,6 @@ class GreedySoup(Strategy):
         decisions = ["keep" if i in chosen else "reject" for i in range(n)]
         columns = {"with it": [tried[i] for i in range(n)], "decision": decisions}
         return Learned(coefficients=Coefficients.uniform(chosen, n), columns=columns)
+
+
+STRATEGY: type[Strategy] = GreedySoup

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import PlainAverage
+from ckptavg.objective import PlainAverage, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,3 +17,6 @@ class SWA(PlainAverage):
     def coefficients(self, n: int) -> Coefficients:
         """See `PlainAverage.coefficients`."""
         return Coefficients.uniform(range(n), n)
+
+
+STRATEGY: type[Strategy] = SWA

@@ -115,3 +115,6 @@ class TWA(Strategy):
             "try --constraint simplex, --weight-decay or --patience"
         )
         return replace(learned, notes=[*learned.notes, note])
+
+
+STRATEGY: type[Strategy] = TWA
