@@ -39,19 +39,15 @@ class Remembered(Generic[_K, _V]):
         self._meter = meter
         self._values: dict[_K, _V] = {}
 
-    def find(self, key: _K, measure: Callable[[], _V]) -> _V:
-        """Return the value from memory, else from an interrupted run's journal, else from ``measure``."""
-        if not self.known(key):
-            return self.measure(key, measure)
-        self._meter.charge((self, key))
+    def find(self, key: _K, measure: Callable[[], _V], *, again: bool = False) -> _V:
+        """Return the value from memory, else from the journal of an interrupted run, else, or if ``again``, measured."""
+        if not again and self.known(key):
+            self._meter.charge((self, key))
+        else:
+            with self._meter.pricing((self, key)):
+                value = measure()
+            self.keep(key, value)
         return self._values[key]
-
-    def measure(self, key: _K, measure: Callable[[], _V]) -> _V:
-        """Return the value from ``measure``, even if it is known, and keep it."""
-        with self._meter.pricing((self, key)):
-            value = measure()
-        self.keep(key, value)
-        return value
 
     def prefetch(self, keys: Iterable[_K], measure: Callable[[_K], _V], *, whole_rounds: bool = False) -> None:
         """Measure the keys that are not known yet, one on each rank at a time.

@@ -53,7 +53,7 @@ class Scoring:
     def find(self, coefficients: Coefficients, on: Split | None = None, *, exact: bool = False) -> Score:
         """See `Objective.score`: of the candidate matrix, or of the ``exact`` average of the files."""
         key = self._key(coefficients, on or self._loader.scored_on, exact=exact)
-        return self._scores.find(key, partial(self._measure, key, self._together))
+        return self._scores.find(key, partial(self._loader.with_memory, partial(self._measure, key, self._together)))
 
     def find_at_least(self, coefficients: Coefficients, split: Split, threshold: float) -> Score | None:
         """Return the score, or None as soon as it is sure to be below ``threshold``, which is remembered as well.
@@ -66,8 +66,9 @@ class Scoring:
         journal, below = self._mixed.run.journal, f"{score_name(key)} below {threshold.hex()}"
         if journal.get(below, earlier=True):
             return None
+        measure = partial(self._measure, key, self._together, threshold)
         try:
-            return self._scores.measure(key, partial(self._measure, key, self._together, threshold))
+            return self._scores.find(key, partial(self._loader.with_memory, measure), again=True)
         except _BelowError:
             journal.put(below, True)
             return None
@@ -80,7 +81,11 @@ class Scoring:
         # fewer keys than ranks are scored faster one at a time, with all ranks on each
         whole_rounds = search.parallel == "auto" and self._divides and not self._mixed.norms
         keys = [self._key(c, split, exact=exact) for c in coefficients]
-        self._scores.prefetch(keys, lambda key: self._measure(key, ALONE), whole_rounds=whole_rounds)
+
+        def measure(key: ScoreKey) -> Score:
+            return self._loader.with_memory(partial(self._measure, key, ALONE))
+
+        self._scores.prefetch(keys, measure, whole_rounds=whole_rounds)
 
     def load_output(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> Mapping[str, Tensor]:
         """See `Evaluator.load_output`."""
@@ -109,15 +114,11 @@ class Scoring:
 
     def _measure(self, key: ScoreKey, workers: Workers, threshold: float | None = None) -> Score:
         mixed, (coefficients, split, exact) = self._mixed, key
-
-        def attempt() -> Score:
-            self._meter.evaluated()
-            mixed.set_to(coefficients, exact=exact or len(coefficients.selected) == 1)
-            with autocast(OWN if exact else mixed.precision, mixed.run.device):
-                self.recompute_batchnorm()
-                return self._pass(split, mixed.describe(coefficients), workers, threshold)
-
-        return self._loader.with_memory(attempt)
+        self._meter.evaluated()
+        mixed.set_to(coefficients, exact=exact or len(coefficients.selected) == 1)
+        with autocast(OWN if exact else mixed.precision, mixed.run.device):
+            self.recompute_batchnorm()
+            return self._pass(split, mixed.describe(coefficients), workers, threshold)
 
     def recompute_batchnorm(self) -> None:
         """Recompute BatchNorm's statistics at the model's current weights; reads batches only if there are any."""
