@@ -40,7 +40,7 @@ class Remembered(Generic[_K, _V]):
         self._values: dict[_K, _V] = {}
 
     def find(self, key: _K, measure: Callable[[], _V], *, again: bool = False) -> _V:
-        """Return the value from memory, else from the journal of an interrupted run, else, or if ``again``, measured."""
+        """Return the value from memory, else from an interrupted run's journal, else or ``again`` from ``measure``."""
         if not again and self.known(key):
             self._meter.charge((self, key))
         else:
