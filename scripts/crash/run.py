@@ -80,7 +80,7 @@ def points(warm: Warm, folder: Path, options: argparse.Namespace) -> Found:
     place = _made(folder / "points")
     (place / "ckpts").symlink_to(folder / "ckpts")
     command = ("soup", "ckpts", "--last", 3, "--task", TASK, "--no-baselines")
-    modules = ("durable", "journal", "lock", "write")
+    modules = ("filesystem.atomic", "journal", "filesystem.lock", "output.safetensors_file")
     found = list(every_point(warm, place, command, modules=modules))
     wrong = [f"{one.what} at call {one.at}, force {one.force}: {one.wrong}" for one in found if one.wrong]
     kinds = Counter(f"{one.what} points" for one in found)

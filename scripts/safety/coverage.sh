@@ -9,7 +9,7 @@ coverage() { .venv/bin/python -m coverage "$@"; }
 rm -f .coverage .coverage.*
 coverage run -m pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile -k "not bomb" tests/readers \
     tests/hostile tests/frameworks tests/faults tests/distributed tests/output/test_safetensors_file.py \
-    tests/journal/test_resume.py tests/filesystem/test_lock.py tests/pipeline/test_pipeline.py \
+    tests/journal/test_resume.py tests/filesystem tests/pipeline/test_pipeline.py \
     tests/checkpoints/test_discover.py tests/average/test_awkward.py tests/cli/test_surroundings.py \
     tests/cli/test_bad_input.py >&2
 coverage combine --quiet >&2
