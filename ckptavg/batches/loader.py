@@ -59,9 +59,13 @@ class BatchLoader:
         needs_two: Callable[[], bool] = lambda: False, on_halving: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.scored_on: Split = scored_on
-        self._task, self._meter = task, meter
-        self._device, self._seed, self._workers = run.device, run.seed, run.workers
-        self._needs_two, self._on_halving = needs_two, on_halving
+        self._task = task
+        self._meter = meter
+        self._device = run.device
+        self._seed = run.seed
+        self._workers = run.workers
+        self._needs_two = needs_two
+        self._on_halving = on_halving
         self._halves = HeldOut(task, scored_on, rest="fit", to="held", fraction=0.5, seed=run.seed)
         self._lengths: dict[Split, int] = {}
         self._streams: dict[Split, BatchStream] = {}

@@ -25,7 +25,9 @@ class BatchStream:
     def __init__(
         self, start: Callable[[int], Iterator[Any]], take: Callable[[Any, int], LocalShard], seed: int
     ) -> None:
-        self._start, self._take, self._seed = start, take, seed
+        self._start = start
+        self._take = take
+        self._seed = seed
         self._source: Iterator[Any] | None = None
         self._position = self._fetched = -1
         self._share: LocalShard | None = None

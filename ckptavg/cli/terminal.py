@@ -54,7 +54,8 @@ class Screen:
     """Messages on stderr, filtered by ``--quiet`` and ``--verbose``."""
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
-        self._quiet, self._verbose = quiet, verbose
+        self._quiet = quiet
+        self._verbose = verbose
         self._console = console(stderr=True)
 
     def print(self, renderable: RenderableType) -> None:

@@ -55,12 +55,15 @@ class CommandEvaluator:
         self, command: ScoreCommand, checkpoints: Sequence[Checkpoint], run: Run, *,
         goal: Literal["max", "min"] = "max", dtype: str | None = None,
     ) -> None:  # fmt: skip
-        self._command, self._checkpoints, self._run = command, checkpoints, run
+        self._command = command
+        self._checkpoints = checkpoints
+        self._run = run
         self._sign = 1.0 if goal == "max" else -1.0
         self._specs = output_specs(checkpoints[0], dtype)
         self._meter = CostMeter()
         self._scores = Remembered(ScoreCodec(None), run, self._meter)
-        self.n, self.progress = len(checkpoints), run.progress
+        self.n = len(checkpoints)
+        self.progress = run.progress
         self.restart()
 
     def has(self, split: Split) -> bool:

@@ -37,13 +37,17 @@ class Derivatives:
     """
 
     def __init__(self, mixed: MixedModel, loader: BatchLoader, log: LossLog, meter: CostMeter) -> None:
-        self._mixed, self._loader, self._log, self._meter = mixed, loader, log, meter
+        self._mixed = mixed
+        self._loader = loader
+        self._log = log
+        self._meter = meter
         self._workers = mixed.run.workers
         self._divided: dict[Split, bool] = {}
         self._surrogates = Remembered(SurrogateCodec(), mixed.run, meter)
         self._gradients = Remembered(GradientCodec(), mixed.run, meter)
         self.notes: list[str] = []
-        self.uniform, self.batches = mixed.uniform, loader.length
+        self.uniform = mixed.uniform
+        self.batches = loader.length
 
     def blocks(self, size: int | None) -> Groups:
         """See `Losses.blocks`."""

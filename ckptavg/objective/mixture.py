@@ -33,7 +33,8 @@ class Mixture:
     def __init__(
         self, task: Task, checkpoints: Sequence[Checkpoint], run: Run, search: SearchOptions | None = None
     ) -> None:
-        self.task, self.run = task, run
+        self.task = task
+        self.run = run
         self.n = len(checkpoints)
         self.scored_on: Split = "val" if task.has("val") else "train"
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
@@ -52,9 +53,11 @@ class Mixture:
         self._derivatives = Derivatives(self.mixed, self._loader, self._log, self.meter)
         self.losses: Losses | None = self._derivatives if task.whole is None else None
         # the methods of `Evaluator` that need nothing else
-        self.has, self.progress = task.has, run.progress
+        self.has = task.has
+        self.progress = run.progress
         self.score = self.scoring.find
-        self.load_output, self.score_output = self.scoring.load_output, self.scoring.score_output
+        self.load_output = self.scoring.load_output
+        self.score_output = self.scoring.score_output
         self.restart()
 
     def restart(self, search: str = "") -> None:

@@ -35,7 +35,9 @@ class ScoreAccumulator:
     """
 
     def __init__(self, sign: float, bounds: tuple[float, float] | None, workers: Workers = ALONE) -> None:
-        self._sign, self._bounds, self._workers = sign, bounds, workers
+        self._sign = sign
+        self._bounds = bounds
+        self._workers = workers
         self._batches: list[_Batch] = []
         self._checked = 0  # batches that `cannot_reach` has seen
         # over those batches of all ranks: sum of sign * metric, and number of examples

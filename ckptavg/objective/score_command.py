@@ -34,7 +34,8 @@ class ScoreCommand:
 
     def __init__(self, command: str, key: str | None = None, timeout: float | None = None) -> None:
         self._command = command if _FILE in command or _DIRECTORY in command else f"{command} {_FILE}"
-        self._key, self._timeout = key, timeout
+        self._key = key
+        self._timeout = timeout
 
     @property
     def needs_directory(self) -> bool:

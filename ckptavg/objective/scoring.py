@@ -39,8 +39,10 @@ class Scoring:
     """
 
     def __init__(self, mixed: MixedModel, loader: BatchLoader, meter: CostMeter, batchnorm_from: Split) -> None:
-        self._mixed, self._task = mixed, mixed.task
-        self._loader, self._meter = loader, meter
+        self._mixed = mixed
+        self._task = mixed.task
+        self._loader = loader
+        self._meter = meter
         self._batchnorm_from: Split = batchnorm_from
         self._scores = Remembered(ScoreCodec(mixed.task), mixed.run, meter)
         self._written = Remembered(ScoreCodec(mixed.task, "written "), mixed.run, meter)

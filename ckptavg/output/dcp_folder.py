@@ -49,7 +49,9 @@ class DcpFolder:
         workers.on_rank_zero(lambda: preflight(path, force))
         whole = path.with_name(f"{path.name}.whole")  # nominal: the file only ever has a temporary name
         self._whole = SafetensorsFile(whole, specs, metadata, force=True, workers=workers)
-        self.write, self.read_into, self.barrier = self._whole.write, self._whole.read_into, self._whole.barrier
+        self.write = self._whole.write
+        self.read_into = self._whole.read_into
+        self.barrier = self._whole.barrier
 
     def __enter__(self) -> Self:
         return self

@@ -75,7 +75,8 @@ class _Energy:
 
     def __init__(self, q: Surrogate, chosen: int) -> None:
         g_N, h_NN, mean_N = q.gradient_N, q.hessian_NN, q.hessian_NN.mean(dim=0)
-        self.n, self.left_out = q.n, 2 * chosen > q.n
+        self.n = q.n
+        self.left_out = 2 * chosen > q.n
         self.k = q.n - chosen if self.left_out else chosen
         self.linear_N = (-2 * chosen if self.left_out else 2 * chosen) * (g_N - g_N.mean())
         self.hessian_NN = h_NN - mean_N - mean_N[:, None] + mean_N.mean()
@@ -95,7 +96,8 @@ class _Shortlist:
     """The ``count`` best masks seen so far."""
 
     def __init__(self, energy: _Energy, count: int) -> None:
-        self.energy, self.count = energy, count
+        self.energy = energy
+        self.count = count
         self.found: list[tuple[float, Mask]] = []
 
     def least(self, e_M: Tensor) -> Tensor:

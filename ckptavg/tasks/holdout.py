@@ -33,9 +33,14 @@ class HeldOut(Task):
         self._threshold = int(fraction * 2**64)
         self._key = f"{to} {seed}".encode()  # a second division must be independent of the first
         self._hash_sum: int | None = None  # of all examples of the first complete pass
-        self.model, self.loss = task.model, task.loss
-        self.source, self.corpus, self.whole = task.source, task.corpus, task.whole
-        self.metric, self.metric_goal, self.metric_bounds = task.metric, task.metric_goal, task.metric_bounds
+        self.model = task.model
+        self.loss = task.loss
+        self.source = task.source
+        self.corpus = task.corpus
+        self.whole = task.whole
+        self.metric = task.metric
+        self.metric_goal = task.metric_goal
+        self.metric_bounds = task.metric_bounds
 
     def divides(self, split: Split) -> bool:
         """Return whether ``split`` is one of the two parts."""

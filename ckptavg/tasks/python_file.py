@@ -47,7 +47,8 @@ class PythonTask(Task):
         self._at = ""  # the batch being used, for errors
         with self._translate_errors(None, thorough=True):
             self._module = _import(source)
-        self._model, self._loss = self._function("model"), self._function("loss")
+        self._model = self._function("model")
+        self._loss = self._function("loss")
         if not self.has("val") and not self.has("train"):
             self._function("val_dataloader")
         metric: Any = getattr(self._module, "metric", None)

@@ -53,7 +53,9 @@ class CorpusMetric:
         if any(kind.__name__ == "MetricCollection" for kind in type(metric).__mro__):
             hint = "candidates are compared by one number: use one of its metrics"
             raise TaskError("metric is a MetricCollection", path=source, hint=hint)
-        self._source, self._name, self._predict = source, type(metric).__name__, predict
+        self._source = source
+        self._name = type(metric).__name__
+        self._predict = predict
         self._whole: Any = metric.clone()
         self._whole.reset()
         self._scratch: Any = metric.clone()

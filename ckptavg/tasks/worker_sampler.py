@@ -24,7 +24,9 @@ class RankBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, batches: Any, rank: int, world: int) -> None:
-        self._batches, self._rank, self._world = batches, rank, world
+        self._batches = batches
+        self._rank = rank
+        self._world = world
         self.sizes: deque[list[int]] = deque()  # batch sizes of all ranks, for each turn that was drawn
 
     def __iter__(self) -> Iterator[list[int]]:

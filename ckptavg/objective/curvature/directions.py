@@ -40,8 +40,11 @@ class Directions:
     """
 
     def __init__(self, candidates: Candidates, loss: Loss, count: Count) -> None:
-        self._candidates, self._loss, self._count = candidates, loss, count
-        self.n, self.model = candidates.n, candidates.model
+        self._candidates = candidates
+        self._loss = loss
+        self._count = count
+        self.n = candidates.n
+        self.model = candidates.model
         device = next(self.model.parameters()).device
         dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         self.eye_NN = torch.eye(self.n, dtype=dtype, device=device)

@@ -98,8 +98,10 @@ class FilePart(RegularFile):
 
     def __init__(self, file: RegularFile, start: int, size: int) -> None:
         assert start >= 0 and start + size <= file.size
-        self.path, self.size = file.path, size
-        self._file, self._from = file, start
+        self.path = file.path
+        self.size = size
+        self._file = file
+        self._from = start
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """See `RegularFile`; ``offset`` counts from the start of the part."""

@@ -13,7 +13,9 @@ class Box:
     __slots__ = ("_inner", "first", "last", "numel", "offsets", "run", "shape", "sizes")
 
     def __init__(self, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
-        self.shape, self.offsets, self.sizes = shape, offsets, sizes
+        self.shape = shape
+        self.offsets = offsets
+        self.sizes = sizes
         self.numel = math.prod(sizes)
         # indices of its first and, unless the box is empty, its last element in the whole tensor
         self.first = _ravel(offsets, shape)

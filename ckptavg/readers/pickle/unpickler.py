@@ -88,7 +88,9 @@ class _Machine:
     """State of the interpreter: the stack since the last mark, the stacks below the marks, and the memo."""
 
     def __init__(self, data: bytes, makers: Mapping[str, Maker], persistent: Callable[[object], object]) -> None:
-        self.data, self.makers, self.persistent = data, makers, persistent
+        self.data = data
+        self.makers = makers
+        self.persistent = persistent
         self.position, self.end = 0, len(data) - 1  # STOP is at the end
         self.stack: list[object] = []
         self.below: list[list[object]] = []

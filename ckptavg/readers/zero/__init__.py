@@ -31,7 +31,8 @@ class _Folder:
     """A checkpoint directory of DeepSpeed, such as ``global_step500``; ``opened`` closes its files."""
 
     def __init__(self, path: Path, opened: ExitStack) -> None:
-        self.path, self._opened = path, opened
+        self.path = path
+        self._opened = opened
         self.format = "deepspeed"
         self.origin = "took the weights of the model states; there are no master weights of ZeRO"
         self.readers: dict[str, Reader] = {}

@@ -71,7 +71,8 @@ class HuggingFaceTask(Task):
         named: dict[Split, Path | None] = {"val": val, "train": train, "test": test}
         self._data = {split: data_files.read(path) for split, path in named.items() if path is not None}
         self._folder = ModelFolder(folder, trust=trust_remote_code)
-        self._kind, self._config = self._folder.kind, self._folder.config
+        self._kind = self._folder.kind
+        self._config = self._folder.config
         self._columns = {split: self._matching_columns(data) for split, data in self._data.items()}
         self._processor = self._folder.processor(image=self._kind.name == "image")
         if self._kind.name != "image":

@@ -62,8 +62,10 @@ class ModelFolder:
     """
 
     def __init__(self, folder: Path, *, trust: bool) -> None:
-        self._folder, self._trust = folder, trust
-        self.source, self.base = str(folder), _base(folder)
+        self._folder = folder
+        self._trust = trust
+        self.source = str(folder)
+        self.base = _base(folder)
         with translate_errors(self.source, "config.json"), offline():
             self.kind = self._find_kind()
             self.config = self._load("AutoConfig", self.base)
