@@ -247,6 +247,16 @@ def test_a_journal_without_measurements_is_started_over(tmp_path: Path):
         assert (journal.folder / "journal.jsonl").read_bytes() == line_of({"schema": 3, "run": 2})
 
 
+def test_a_journal_that_was_dropped_does_not_drop_that_of_the_next_run(tmp_path: Path):
+    with Journal(tmp_path / "out") as journal:
+        journal.drop()
+        with Journal(tmp_path / "out") as other:
+            other.begin({"run": 2})
+            other.put("x", 1)
+            journal.drop()
+            assert (other.folder / "journal.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("was", "now", "message"),
     [
