@@ -44,8 +44,14 @@ def test_every_part_runs_and_the_page_is_made(tmp_path: Path):
         path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
 
     as_if_by_cuda(out / "parts.jsonl")
+    for figure in figures:  # ratios of a busy CPU may miss any goal, or none
+        if figure["what"].startswith("a step of"):
+            figure["ratio"] = 1.2 if "twa" in figure["what"] else 1.0
+    (out / "speed.jsonl").write_text("".join(json.dumps(figure) + "\n" for figure in figures))
     page = report(out, tmp_path / "gpu.md")
-    assert "passed, 0 failed" in page and "| pullback, 4 bits | N = 20" in page and "**missed**" in page
+    assert "passed, 0 failed" in page and "| pullback, 4 bits | N = 20" in page
+    rows = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("| a step of")}
+    assert "**missed**" in rows["a step of twa"] and "| yes |" in rows["a step of sewa --samples 1"]
     (tmp_path / "gpu.md").write_text(page.replace("<!-- causes -->\n", "<!-- causes -->\n\nIt was slow.\n\n"))
     assert "It was slow." in report(out, tmp_path / "gpu.md")
 
