@@ -154,11 +154,13 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(RuntimeError):  # a device that failed also fails here; the original error is reported
-            self.flush()
-        if not self._measured():
-            self.drop()
-        self._close()
+        try:
+            with suppress(RuntimeError):  # a device that failed also fails here; the original error is reported
+                self.flush()
+            if not self._measured():
+                self.drop()
+        finally:
+            self._close()
 
     def _open(self, resume: bool) -> None:
         path = self.folder / _FILE

@@ -16,7 +16,10 @@ from ckptavg.filesystem.regular_file import is_file
 
 
 def fingerprint(
-    checkpoints: Sequence[Checkpoint], settings: Mapping[str, Any], task: str | None, data: Sequence[Path | str | None]
+    checkpoints: Sequence[Checkpoint],
+    settings: Mapping[str, Any],
+    task: str | None,
+    data: Mapping[str, Path | str | None],
 ) -> dict[str, Any]:
     """Return the first line of a journal; errors name the entries in which two of them differ.
 
@@ -25,7 +28,8 @@ def fingerprint(
             fast to compute. `ckptavg.journal.source_digests` compares their full content.
         settings: settings of the strategy and of the run.
         task: the task's file or module, imported; it and its imports from its own directory are hashed.
-        data: data files are hashed; directories are identified by the names, sizes and times of their files.
+        data: option → path of its data. Files are hashed; directories are identified by the names, sizes and times of
+            their files.
     """
     candidates = {
         f"{i} {c.name}": [c.step, c.size, duplicates.digest(c).hex()[:16]] for i, c in enumerate(checkpoints, 1)
@@ -35,7 +39,7 @@ def fingerprint(
         "torch": torch.__version__,
         **{name: _as_json(value) for name, value in settings.items()},
         "task": {} if task is None else _code_digests(task),
-        "data": {str(path): _data_digest(Path(path)) for path in data if path is not None},
+        "data": {name: {str(path): _data_digest(Path(path))} for name, path in data.items() if path is not None},
     }
 
 

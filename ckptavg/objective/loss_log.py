@@ -58,6 +58,7 @@ class LossLog:
 
     def keep_halving(self) -> None:
         """Record that batches are halved from here on."""
+        self._journal.flush()  # the losses before it
         self._journal.put_all({"halvings": self.halvings + 1, f"halved {self._key()}": True})
 
     def _key(self) -> str:

@@ -5,6 +5,7 @@ from typing import Final
 
 import torch
 
+from ckptavg import declaration
 from ckptavg.average.weighted_sum import output_specs
 from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -61,6 +62,7 @@ def check_strategy(strategy: Strategy, n: int, evaluator: Evaluator | None) -> N
     if evaluator is None and not isinstance(strategy, PlainAverage):
         message = f"{name_of(strategy)} learns from data, so it needs a task file, --val or --score-cmd"
         raise UsageError(message, hint="`ckptavg init` writes ./task.py")
+    declaration.check(strategy)
     splits: Sequence[Split] = ("train", "val", "test")
     if evaluator is not None and evaluator.losses is not None:
         splits = [split for split in splits if evaluator.has(split)]

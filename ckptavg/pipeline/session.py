@@ -150,7 +150,7 @@ def _compared(found: Discovered, options: Options, run: Run) -> AbstractContextM
     measured = options.measured() | {
         "device": "" if options.score_cmd else hardware, "precision": precision(options.precision, device)
     }  # fmt: skip
-    data = [options.val, options.train, options.test]
+    data = {"val": options.val, "train": options.train, "test": options.test}
     run.journal.begin(fingerprint(found.checkpoints, measured, options.task, data))
     return source_digests.recording_digests(run.journal, found.checkpoints)
 

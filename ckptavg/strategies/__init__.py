@@ -24,8 +24,9 @@ def strategies() -> dict[str, type[Strategy]]:
 
 
 def name_of(strategy: Strategy) -> str:
-    """Return the name of the strategy's command."""
-    return next(name for name, cls in strategies().items() if isinstance(strategy, cls))
+    """Return the name of the strategy's command, or of its class if it has none."""
+    names = (name for name, cls in strategies().items() if isinstance(strategy, cls))
+    return next(names, type(strategy).__name__)
 
 
 def from_spec(spec: str) -> Strategy:

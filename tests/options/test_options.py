@@ -130,9 +130,10 @@ def test_data_are_compared_by_content(tmp_path: Path):
     from ckptavg.journal.fingerprint import fingerprint
 
     (tmp_path / "a").write_text("1")
-    first = fingerprint((), {}, None, [tmp_path / "a"])
+    first = fingerprint((), {}, None, {"val": tmp_path / "a"})
+    assert first != fingerprint((), {}, None, {"test": tmp_path / "a"})  # the same file in another role
     (tmp_path / "a").write_text("2")
-    second = fingerprint((), {}, None, [tmp_path / "a"])
+    second = fingerprint((), {}, None, {"val": tmp_path / "a"})
     assert {name for name in first if first[name] != second[name]} == {"data"}
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import pkgutil
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckptavg
+from ckptavg.coefficients import Coefficients
 from ckptavg.errors import OutputError, OutputExistsError
+from ckptavg.objective import PlainAverage
 from ckptavg.strategies import strategies
 from ckptavg.strategies.lawa import LAWA
 
@@ -191,3 +194,14 @@ def test_dtype_selects_float16_output_of_bfloat16_checkpoints(tmp_path: Path):
     ckptavg.swa(tmp_path, output=tmp_path / "half", dtype="float16")
     assert {t.dtype for t in load_file(tmp_path / "same").values()} == {torch.bfloat16}
     assert {t.dtype for t in load_file(tmp_path / "half").values()} == {torch.float16}
+
+
+def test_a_strategy_of_ones_own_runs_by_its_class_and_choices_are_checked(ckpts: Path, tmp_path: Path):
+    class First(PlainAverage):
+        def coefficients(self, n: int) -> Coefficients:
+            return Coefficients.uniform([0], n)
+
+    result = ckptavg.run(ckpts, dataclass(frozen=True)(First)(), output=tmp_path / "x")
+    assert result.strategy == "First" and result.candidates[0].coefficient == 1
+    with pytest.raises(ckptavg.CkptavgError, match="--optimizer must be one of adamw, sgd, not adam"):
+        ckptavg.twa(ckpts, optimizer="adam", output=tmp_path / "y", task=TASK)
