@@ -1,4 +1,4 @@
-"""What every part of a run shares."""
+"""The surroundings that every part of a run shares: `Run`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The surroundings of a run, made once.
+    """Device, ranks, seed, progress and journal of a run, made once.
 
     Attributes:
         device: the device of the model and the candidates.

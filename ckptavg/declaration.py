@@ -39,7 +39,7 @@ POSITIVE: Final = Limit(lambda value: 0 < value < math.inf, "greater than 0")
 
 @dataclass(frozen=True)
 class Help:
-    """What a user reads about an option, and the values it may have.
+    """The help of an option, and the values that it may have.
 
     Attributes:
         panel: the heading of the help page under which it is listed, of `PANELS`.

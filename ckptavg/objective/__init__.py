@@ -26,7 +26,7 @@ Hessian: TypeAlias = Literal["auto", "exact", "gauss-newton"]
 
 
 class Losses(Protocol):
-    """What has gradients: the loss of a mixture as a function of its coefficients, batch by batch or over a split."""
+    """The loss of a mixture and its gradients as functions of the coefficients, batch by batch or over a split."""
 
     def uniform(self) -> Tensor:
         """Return [N] coefficients of 1/N, on the device and in the dtype that `loss` takes; derive others from them."""

@@ -13,7 +13,7 @@ _Key = TypeVar("_Key", contravariant=True)
 
 
 class Codec(Protocol[_Key, _V]):
-    """How one kind of measurement is written to the journal; it is all that a new kind needs.
+    """Translates one kind of measurement to the journal and back; it is all that a new kind needs.
 
     ``name`` returns the journal key of a measurement, unique over all kinds; ``encode`` a JSON record of its value, bit
     for bit, or None if it cannot be recorded; ``decode`` the value of a record.
