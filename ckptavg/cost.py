@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Generator, Hashable
+from collections.abc import Generator, Hashable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -24,6 +24,7 @@ class CostMeter:
         self._charged: set[Hashable] = set()
         self._prices: dict[Hashable, dict[str, float]] = {}
         self._borrowed: dict[str, float] = {}
+        self.running: Sequence[int] = ()  # examples of each batch that the ranks run now
         self.restart()
 
     def restart(self) -> None:
@@ -36,6 +37,11 @@ class CostMeter:
         """Add batches that ran ``forward`` or ``backward``."""
         self._spent[f"{kind}_batches"] += batches
         self._spent[f"{kind}_examples"] += examples
+
+    def forward(self) -> None:
+        """Add a forward pass over the batches that are `running`."""
+        for examples in self.running:
+            self.count("forward", examples)
 
     def evaluated(self) -> None:
         """Add one scored mixture."""
@@ -68,10 +74,6 @@ class CostMeter:
             self._charged.add(key)
             for name, value in self._prices.get(key, {}).items():  # no price if an interrupted run measured it
                 self._borrowed[name] = self._borrowed.get(name, 0) + value
-
-    def charged(self, key: Hashable) -> bool:
-        """Return whether this account has paid for ``key``."""
-        return key in self._charged
 
     def __getitem__(self, name: str) -> float:
         return self._now().get(name, 0) - self._before.get(name, 0) + self._borrowed.get(name, 0)

@@ -64,6 +64,23 @@ def valid(score: Score, source: str | None = None) -> Score:
     return score
 
 
+def differs(first: Score, second: Score) -> bool:
+    """Return whether scores of two copies of one model differ by more than float32 rounding, or noise if unpaired.
+
+    Rounding may change a loss by 1e-3 of its size and of its spread over examples.
+    """
+    if first.loss is None or second.loss is None:
+        return abs(first.value - second.value) > max(
+            1e-3 * abs(first.value), 0 if math.isinf(first.noise) else first.noise
+        )
+    each, other = first.per_example, second.per_example
+    gap = abs(first.loss - second.loss)
+    if each is None or other is None or each.order != other.order:
+        return gap > 1e-3 * abs(first.loss) and gap > 6 * min(first.loss_noise, second.loss_noise)
+    spread = first.loss_noise * math.sqrt(len(each.values_U)) if math.isfinite(first.loss_noise) else 0.0
+    return gap > 1e-3 * (abs(first.loss) + spread) + 1e-6
+
+
 def standard_error(values_U: Tensor, examples_U: Tensor) -> float:
     """Return √(Σ w²(x − x̄)²)/Σ w, each weight w being the number of examples in a unit; ∞ for a single unit."""
     if len(values_U) < 2:

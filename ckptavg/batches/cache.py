@@ -8,17 +8,18 @@ from torch import Tensor
 
 from ckptavg.score import Split
 from ckptavg.tasks import batch as batches
+from ckptavg.tasks.batch import Batch
 
 HOST: Final = 256 << 20  # bytes of the cache, over all splits, in host memory
 _SHARE: Final = 16  # the cache takes 1/16 of a GPU's free memory
 
 
 class CachedBatch(NamedTuple):
-    """A batch on the device, its number of examples, and its `ckptavg.tasks.batch.sample` as read."""
+    """A batch on the device, its number of examples, and its `ckptavg.tasks.batch.checksum` as read."""
 
     batch: Any
     size: int
-    sample: bytes
+    checksum: int
 
 
 class BatchCache:
@@ -34,7 +35,7 @@ class BatchCache:
         self._passes: dict[Split, list[CachedBatch]] = {}
         self._refused: set[Split] = set()
 
-    def passed(self, split: Split, source: Callable[[], Iterator[Any]]) -> Iterator[CachedBatch]:
+    def passed(self, split: Split, source: Callable[[], Iterator[Batch]]) -> Iterator[CachedBatch]:
         """Yield the batches of one pass over ``split``, read from ``source`` only if they are not cached."""
         if split in self._passes:
             for entry in self._passes[split]:
@@ -42,16 +43,16 @@ class BatchCache:
             return
         entries: list[CachedBatch] = []
         try:
-            for batch in source():
-                size, sample = batches.size(batch), batches.sample(batch)
+            for batch, size in source():
+                checksum = batches.checksum(batch, size)
                 if split not in self._refused:
                     if self._fits(batch):
                         self._room -= _bytes(batch)
-                        entries.append(CachedBatch(batches.copied(batch, self._device), size, sample))
+                        entries.append(CachedBatch(batches.copied(batch, self._device), size, checksum))
                     else:
                         self._refused.add(split)
                         self._free(entries)
-                yield CachedBatch(batches.to_device(batch, self._device), size, sample)
+                yield CachedBatch(batches.to_device(batch, self._device), size, checksum)
             if split not in self._refused:
                 self._passes[split], entries = entries, []
         finally:

@@ -11,9 +11,10 @@ from ckptavg.batches.stream import share
 from ckptavg.errors import TaskError
 from ckptavg.runtime.workers import Workers
 from ckptavg.tasks import batch as batches
+from ckptavg.tasks.batch import Batch
 
 
-def obstacle(loss: Callable[[Any], Tensor], batch: Any, device: torch.device, workers: Workers) -> str | None:
+def obstacle(loss: Callable[[Any], Tensor], batch: Batch, device: torch.device, workers: Workers) -> str | None:
     """Return the reason why a batch like this one cannot be divided; None if it can.
 
     A loss over pairs of examples, a mean over tokens instead of examples, or a loss that draws random numbers changes
@@ -27,9 +28,9 @@ def obstacle(loss: Callable[[Any], Tensor], batch: Any, device: torch.device, wo
         TaskError: if the loss of the whole batch fails.
     """
     with torch.no_grad():
-        whole = loss(batches.to_device(batch, device)).mean()
+        whole = loss(batches.to_device(batch.data, device)).mean()
         try:
-            part, weight = share(batch, workers.rank, workers.world_size)
+            part, weight = share(batch.data, batch.size, workers.rank, workers.world_size)
             local = weight * float(loss(batches.to_device(part, device)).mean())
         except (TypeError, TaskError):
             local = math.nan

@@ -1,7 +1,6 @@
 """Batches of a task for a search: on the device, counted, in a seeded order, and endless if requested."""
 
 import itertools
-import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +19,7 @@ from ckptavg.runtime.workers import ALONE, Workers
 from ckptavg.score import Split
 from ckptavg.tasks import Task
 from ckptavg.tasks import batch as batches
+from ckptavg.tasks.batch import Batch
 from ckptavg.tasks.failure import task_error
 from ckptavg.tasks.holdout import HeldOut
 
@@ -49,7 +49,7 @@ class BatchLoader:
     Args:
         scored_on: the split that is halved.
         run: has the device of the batches, the seed, and the ranks that divide a batch of a stream.
-        meter: counts each batch of a pass as forward.
+        meter: gets the sizes of the batches that the ranks run next.
         needs_two: returns True if a batch of one example is unusable, because BatchNorm needs two.
         on_halving: called when batches are halved because memory ran out.
     """
@@ -112,34 +112,34 @@ class BatchLoader:
         """
         if split not in self._streams:
 
-            def start(first: int) -> Iterator[Any]:
+            def start(first: int) -> Iterator[Batch]:
                 divides(split)  # may read data and draw random numbers, so it runs first
                 return self._endless(split, first)
 
-            def take(batch: Any, number: int) -> LocalShard:
+            def take(batch: Batch, number: int) -> LocalShard:
                 with self._translate_errors(split, lambda: number % self.length(split) + 1):
-                    size, weight = batches.size(batch), 1.0
+                    (data, size), weight = batch, 1.0
                     if divides(split):
-                        batch, weight = share(batch, self._workers.rank, self._workers.world_size)
-                    return LocalShard(batches.to_device(batch, self._device), size, weight)
+                        data, weight = share(data, size, self._workers.rank, self._workers.world_size)
+                    return LocalShard(batches.to_device(data, self._device), size, weight)
 
             self._streams[split] = BatchStream(start, take, self._seed)
         return self._streams[split]
 
-    def first(self, split: Split) -> Iterator[Any]:
+    def first(self, split: Split) -> Iterator[Batch]:
         """Yield the first batch of a stream's first pass for inspection; neither counted nor moved to the device."""
         yield from itertools.islice(_seeded(self._learnable(split), self._seed), 1)
 
     def scored(self, split: Split, workers: Workers = ALONE) -> Iterator[RankBatch]:
         """Yield this rank's batches of one pass: every ``world_size``-th, padded to equally many on all ranks."""
         for batch, sizes, checksum in self._passed(split, workers, learnable=False):
-            yield RankBatch(batch, batches.size(batch), checksum, workers.rank < len(sizes))
+            yield RankBatch(batch, sizes[min(workers.rank, len(sizes) - 1)], checksum, workers.rank < len(sizes))
 
-    def learnable(self, split: Split, workers: Workers = ALONE) -> Iterator[Any]:
+    def learnable(self, split: Split, workers: Workers = ALONE) -> Iterator[Batch]:
         """Yield this rank's batches of one pass for training or BatchNorm statistics: every ``world_size``-th."""
         for batch, sizes, _ in self._passed(split, workers, learnable=True):
             if workers.rank < len(sizes):
-                yield batch
+                yield Batch(batch, sizes[workers.rank])
 
     def empty(self, split: Split) -> TaskError:
         """Return the error for a split without batches."""
@@ -158,28 +158,27 @@ class BatchLoader:
         steps = (self._single_rank if workers.world_size == 1 else self._multi_rank)(split, workers, learnable)
         for number, (batch, sizes, checksum) in enumerate(self._with_translated_errors(split, steps)):
             seen += sum(sizes)
-            for size in sizes:
-                self._meter.count("forward", size)
+            self._meter.running = sizes
             # random numbers of a loss must not depend on which rank has the batch, prefetching or caching
             reseed(self._seed, number * workers.world_size + workers.rank + 1)
             yield batch, sizes, checksum
         self.examples[split] = seen
 
-    def _learnable(self, split: Split) -> Iterator[Any]:
-        return (b for b in self._data(split).batches(split) if not self._too_small(split, batches.size(b)))
+    def _learnable(self, split: Split) -> Iterator[Batch]:
+        return (b for b in self._data(split).sized_batches(split) if not self._too_small(split, b.size))
 
     def _too_small(self, split: Split, size: int) -> bool:
         """Return True for a one-example remainder of a divided batch, which BatchNorm cannot use."""
         data = self._data(split)
         return size == 1 and self._needs_two() and isinstance(data, HeldOut) and data.divides(split)
 
-    def _endless(self, split: Split, first: int) -> Iterator[Any]:
+    def _endless(self, split: Split, first: int) -> Iterator[Batch]:
         """Yield batches from number ``first`` on, skipping earlier whole passes unread if their length is known."""
         length = self._data(split).length(split)
         skipped = first // length if length else 0
         return itertools.islice(self._passes(split, skipped), first - skipped * (length or 0), None)
 
-    def _passes(self, split: Split, first: int) -> Iterator[Any]:
+    def _passes(self, split: Split, first: int) -> Iterator[Batch]:
         for number in itertools.count(first):
             batch = None
             for batch in self._with_translated_errors(split, _seeded(self._learnable(split), self._seed + number)):
@@ -188,10 +187,10 @@ class BatchLoader:
                 raise self.empty(split)
 
     def _single_rank(self, split: Split, workers: Workers, learnable: bool) -> Iterator[tuple[Any, Sequence[int], int]]:
-        cached = self._cache.passed(split, partial(self._data(split).batches, split))
-        for batch, size, sample in _seeded(cached, self._seed):
+        cached = self._cache.passed(split, partial(self._data(split).sized_batches, split))
+        for batch, size, checksum in _seeded(cached, self._seed):
             if not (learnable and self._too_small(split, size)):
-                yield batch, [size], zlib.crc32(sample)
+                yield batch, [size], checksum
 
     def _multi_rank(self, split: Split, workers: Workers, learnable: bool) -> Iterator[tuple[Any, Sequence[int], int]]:
         """Read only this rank's batches if the task has ``turns(split, rank, world)``, else all; yield this rank's."""
@@ -199,10 +198,11 @@ class BatchLoader:
         if turns := rank_turns and rank_turns(split, workers.rank, workers.world_size):
             steps = _seeded(turns, self._seed, workers.world_size)
         else:
-            source = self._learnable(split) if learnable else self._data(split).batches(split)
+            source = self._learnable(split) if learnable else self._data(split).sized_batches(split)
             steps = _rank_batches(_seeded(source, self._seed), workers)
         for batch, sizes in steps:
-            yield batches.to_device(batch, self._device), sizes, zlib.crc32(batches.sample(batch))
+            checksum = batches.checksum(batch, sizes[min(workers.rank, len(sizes) - 1)])
+            yield batches.to_device(batch, self._device), sizes, checksum
 
     def _with_translated_errors(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:
         """Yield from ``source``, converting its errors to TaskError: user code runs in loaders and batch methods."""
@@ -234,6 +234,6 @@ def _seeded(source: Iterator[Any], seed: int, world: int = 1) -> Iterator[Any]:
         yield batch
 
 
-def _rank_batches(source: Iterator[Any], workers: Workers) -> Iterator[tuple[Any, Sequence[int]]]:
+def _rank_batches(source: Iterator[Batch], workers: Workers) -> Iterator[tuple[Any, Sequence[int]]]:
     while turn := list(itertools.islice(source, workers.world_size)):
-        yield turn[min(workers.rank, len(turn) - 1)], [batches.size(batch) for batch in turn]
+        yield turn[min(workers.rank, len(turn) - 1)].data, [batch.size for batch in turn]

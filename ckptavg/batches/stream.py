@@ -59,13 +59,12 @@ class BatchStream:
         return self._share
 
 
-def share(batch: Any, rank: int, world: int) -> tuple[Any, float]:
-    """Return one rank's part of a batch divided among ``world`` ranks, and its fraction of the examples.
+def share(batch: Any, size: int, rank: int, world: int) -> tuple[Any, float]:
+    """Return one rank's part of a batch divided among ``world`` ranks, and its fraction of the ``size`` examples.
 
     Raises:
         TypeError: if a batch of this type cannot be divided.
     """
-    size = batches.size(batch)
     start, stop = size * rank // world, size * (rank + 1) // world
     places = torch.arange(size)
     part = batches.select(batch, (start <= places) & (places < max(stop, start + 1)))

@@ -101,9 +101,11 @@ class CommandEvaluator:
         """See `Evaluator.load_output`; nothing is recomputed, since the output file equals the one that was scored."""
         return {}
 
-    def score_output(self, coefficients: Coefficients, split: Split) -> Score:
+    def score_output(
+        self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto
+    ) -> Mapping[Split, Score]:
         """See `Evaluator.score_output`."""
-        return self.score(coefficients)
+        return {"val": self.score(coefficients)}
 
     def cost(self) -> Cost:
         """See `Evaluator.cost`."""

@@ -6,7 +6,6 @@ Shape suffixes: N = candidates, G = groups of tensors.
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from ckptavg.objective.remembered import Remembered
 from ckptavg.runtime.workers import ALONE
 from ckptavg.score import Split
 from ckptavg.surrogate import Surrogate
-from ckptavg.tasks import batch as batches
+from ckptavg.tasks.batch import Batch
 
 
 class Derivatives:
@@ -92,7 +91,7 @@ class Derivatives:
         # loading the candidates draws random numbers, so it comes before the batch, which is seeded
         self._mixed.candidates  # noqa: B018
         share = stream.share
-        self._meter.count("forward", share.size)
+        self._meter.running = [share.size]
         loss, gradient_GN = loss_and_gradient(self._mixed, c_GN, share, groups, self._workers)
         self._meter.count("backward", share.size)
         self._log.keep(c_GN, batch, loss, gradient_GN)
@@ -105,7 +104,7 @@ class Derivatives:
         def count(kind: str, examples: int) -> None:
             counts[kinds.index(kind)] += torch.tensor([1, examples])
 
-        def batches_with_progress() -> Iterator[Any]:
+        def batches_with_progress() -> Iterator[Batch]:
             for done, batch in enumerate(self._loader.learnable(split, workers), 1):
                 yield batch
                 total = self.batches(split)
@@ -113,7 +112,7 @@ class Derivatives:
 
         with batchnorm.batch_statistics(norms), mixed.plain():
             surrogate = curvature.surrogate(
-                mixed.candidates, batches_with_progress, mixed.task.loss,
+                mixed.candidates, batches_with_progress, lambda _, batch: mixed.counted.call(mixed.task.loss, batch),
                 hessian=hessian, count=count, source=mixed.task.source, workers=workers,
             )  # fmt: skip
         for kind, (number, examples) in zip(kinds, workers.sum(counts).tolist(), strict=True):
@@ -123,8 +122,8 @@ class Derivatives:
     def _measure_gradient(self, coefficients: Coefficients, split: Split) -> tuple[float, Tensor]:
         mixed, c_N = self._mixed, self.uniform().new_tensor(coefficients.values[0])
         sums, examples, count = torch.zeros_like(torch.cat([c_N, c_N[:1]])), 0, 0
-        for batch in self._loader.learnable(split, self._workers):
-            share = LocalShard(batch, batches.size(batch), 1.0)
+        for batch, size in self._loader.learnable(split, self._workers):
+            share = LocalShard(batch, size, 1.0)
             loss, gradient_N = loss_and_gradient(mixed, c_N, share, EVERYTHING, ALONE)
             sums += share.size * torch.cat([gradient_N, loss.view(1)])
             examples, count = examples + share.size, count + 1
@@ -155,5 +154,6 @@ class Derivatives:
             raise self._loader.empty(split)
         mixed.candidates.materialize(self.uniform())
         with mixed.plain():
-            loss = partial(mixed.task.loss, mixed.model)
+            loss = partial(mixed.counted.call, mixed.task.loss)
+            self._meter.running = [batch.size]
             return data_parallel.obstacle(loss, batch, mixed.run.device, self._workers)

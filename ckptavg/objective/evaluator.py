@@ -57,8 +57,15 @@ class Evaluator(Objective, Protocol):
         """Load the output file before it is finished; return tensors by name, recomputed `statistics` among them."""
         ...
 
-    def score_output(self, coefficients: Coefficients, split: Split) -> Score:
-        """Return the score of the output file loaded by `load_output`, the average with ``coefficients``."""
+    def score_output(
+        self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto
+    ) -> Mapping[Split, Score]:
+        """Return the scores of the complete output file, the average with ``coefficients``, in a fresh model.
+
+        Raises:
+            TaskError: if they differ from those of the search by more than rounding, or more than noise if the data
+                change from pass to pass.
+        """
         ...
 
     def restart(self, search: str = "") -> None:

@@ -54,7 +54,7 @@ def loss_and_gradient(
     candidates.zero_gradient()
     with torch.enable_grad(), batchnorm.batch_statistics(mixed.norms), without_cudnn_recurrence(model):
         with autocast(mixed.precision, c_GN.device):
-            loss = task.loss(model, share.batch).mean()
+            loss = mixed.counted.call(task.loss, share.batch).mean()
         if not loss.requires_grad:
             raise TaskError("loss() has no gradient: does it use no_grad, detach or item()?", path=task.source)
         try:

@@ -1,6 +1,6 @@
 """One model that is set to any mixture of the candidates."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from ckptavg.coefficients import Coefficients
 from ckptavg.context import Run
 from ckptavg.errors import TaskError
 from ckptavg.objective import batchnorm
+from ckptavg.objective.counted_model import CountedModel
 from ckptavg.objective.precision import Compiled, precision
 from ckptavg.options.search import SearchOptions
 from ckptavg.report.result import MatrixResult
@@ -31,13 +32,17 @@ class MixedModel:
         run: the device and the ranks; with ``shard`` each rank has a shard of the model and of every candidate, else
             it holds all of them.
         search: how the candidates are kept, and in which precision the model runs in a search.
+        count: called before each forward pass of the model.
     """
 
-    def __init__(self, task: Task, checkpoints: Sequence[Checkpoint], run: Run, search: SearchOptions) -> None:
+    def __init__(
+        self, task: Task, checkpoints: Sequence[Checkpoint], run: Run, search: SearchOptions, count: Callable[[], None]
+    ) -> None:
         self.task = task
         self.checkpoints = checkpoints
         self.run = run
         self.search = search
+        self.count = count
         self.precision = precision(search.precision, run.device)
         self._compiled: Compiled | None = None
 
@@ -45,16 +50,12 @@ class MixedModel:
     def candidates(self) -> Candidates:
         """Candidate matrix and model; loaded on first use, after the strategy has checked its settings."""
         run, search, n = self.run, self.search, len(self.checkpoints)
-        torch.manual_seed(run.seed)
         workers = run.workers if search.shard else ALONE
         if search.shard:
+            torch.manual_seed(run.seed)
             model = sharded.build(self.task.model, run.device, workers)
         else:
-            model = self.task.model()
-            if empty := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
-                message = f"model() must be ready to run, but its {empty} is on the meta device: allocate it"
-                raise TaskError(message, path=self.task.source)
-            model = model.to(run.device).eval()
+            model = self.build().eval()
         plan = Plan.of(
             model, n, bits=search.bits, group_size=search.group_size, offload=search.offload,
             device=run.device, parts=workers.world_size, sharing=run.workers.local_world_size,
@@ -73,15 +74,29 @@ class MixedModel:
             self._compiled = Compiled(model)
         return candidates
 
+    def build(self) -> nn.Module:
+        """Return a new model of the task, on the device."""
+        torch.manual_seed(self.run.seed)
+        model = self.task.model()
+        if empty := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
+            message = f"model() must be ready to run, but its {empty} is on the meta device: allocate it"
+            raise TaskError(message, path=self.task.source)
+        return model.to(self.run.device)
+
     @property
     def model(self) -> nn.Module:
         """Model on the device."""
         return self.candidates.model
 
     @cached_property
-    def norms(self) -> Collection[batchnorm.Layer]:
-        """The BatchNorm layers whose statistics are recomputed for every mixture."""
-        return list(batchnorm.layers(self.model).values())
+    def counted(self) -> CountedModel:
+        """The model, for calls of the task's functions."""
+        return CountedModel(self.model, self.count)
+
+    @cached_property
+    def norms(self) -> Mapping[str, batchnorm.Layer]:
+        """The BatchNorm layers whose statistics are recomputed for every mixture, by name."""
+        return batchnorm.layers(self.model)
 
     def set_to(self, coefficients: Coefficients, *, exact: bool) -> None:
         """Load a mixture: from the files if ``exact``, else from the candidate matrix."""

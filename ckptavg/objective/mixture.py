@@ -1,10 +1,11 @@
 """Evaluator of a PyTorch task: scores and losses of mixtures, and the cost of a search."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from ckptavg.batches.loader import BatchLoader
+from ckptavg.candidates import ReadInto
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.context import Run
@@ -15,6 +16,7 @@ from ckptavg.objective.loss_log import LossLog
 from ckptavg.objective.mixed_model import MixedModel
 from ckptavg.objective.scoring import Scoring
 from ckptavg.options.search import SearchOptions
+from ckptavg.readers import StoredTensor
 from ckptavg.report.result import MatrixResult
 from ckptavg.score import Score, Split
 from ckptavg.tasks import Task
@@ -42,7 +44,7 @@ class Mixture:
         self.bounded = task.metric is not None and task.metric_bounds is not None
         self.meter = CostMeter()
         self._log = LossLog(run.journal)
-        self.mixed = MixedModel(task, checkpoints, run, search or SearchOptions())
+        self.mixed = MixedModel(task, checkpoints, run, search or SearchOptions(), self.meter.forward)
         self._loader = BatchLoader(
             task, self.scored_on, run, self.meter,
             needs_two=lambda: bool(self.mixed.norms), on_halving=self._log.keep_halving,
@@ -57,7 +59,6 @@ class Mixture:
         self.progress = run.progress
         self.score = self.scoring.find
         self.load_output = self.scoring.load_output
-        self.score_output = self.scoring.score_output
         self.restart()
 
     def restart(self, search: str = "") -> None:
@@ -80,7 +81,7 @@ class Mixture:
     @property
     def notes(self) -> list[str]:
         """See `Evaluator.notes`."""
-        return [*getattr(self.task, "notes", ()), *self._derivatives.notes, *self.mixed.notes]
+        return [*getattr(self.task, "notes", ()), *self.scoring.notes, *self._derivatives.notes, *self.mixed.notes]
 
     def prepare(self) -> None:
         """See `Evaluator.prepare`."""
@@ -89,6 +90,12 @@ class Mixture:
     def prefetch(self, coefficients: Sequence[Coefficients], on: Split | None = None, *, exact: bool = False) -> None:
         """See `Evaluator.prefetch`."""
         self.scoring.prefetch(coefficients, on or self.scored_on, exact=exact)
+
+    def score_output(
+        self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto
+    ) -> Mapping[Split, Score]:
+        """See `Evaluator.score_output`."""
+        return self.scoring.score_output(coefficients, self.splits, specs, read_into)
 
     def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
         """See `Evaluator.exact_score`; scores again only if the candidate matrix is not exact."""

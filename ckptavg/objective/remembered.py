@@ -39,9 +39,14 @@ class Remembered(Generic[_K, _V]):
         self._meter = meter
         self._values: dict[_K, _V] = {}
 
-    def find(self, key: _K, measure: Callable[[], _V], *, again: bool = False) -> _V:
-        """Return the value from memory, else from an interrupted run's journal, else or ``again`` from ``measure``."""
-        if not again and self.known(key):
+    @property
+    def empty(self) -> bool:
+        """Whether no value is in memory."""
+        return not self._values
+
+    def find(self, key: _K, measure: Callable[[], _V]) -> _V:
+        """Return the value from memory, else from an interrupted run's journal, else from ``measure``."""
+        if self.known(key):
             self._meter.charge((self, key))
         else:
             with self._meter.pricing((self, key)):
@@ -80,10 +85,6 @@ class Remembered(Generic[_K, _V]):
             return False
         self._values[key] = self.codec.decode(key, record)
         return True
-
-    def paid(self, key: _K) -> bool:
-        """Return whether the current strategy has been charged for the value."""
-        return self._meter.charged((self, key))
 
     def keep(self, key: _K, value: _V) -> None:
         """Keep a measured value in memory and in the journal."""

@@ -4,7 +4,6 @@ Shape suffixes: U = units (examples, or batches if the task returns only their m
 """
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -15,6 +14,7 @@ from torch import Tensor
 from ckptavg.errors import TaskError
 from ckptavg.runtime.workers import ALONE, Workers, interleave
 from ckptavg.score import PerExample, Score, Split, standard_error
+from ckptavg.tasks.batch import joined
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class ScoreAccumulator:
         examples = sum(batch.count for batch in batches)
         order = 0
         for batch in batches:
-            order = zlib.crc32(batch.checksum.to_bytes(4), order)
+            order = joined(order, batch.checksum, batch.count)
         loss = float(losses_U.dot(examples_U)) / examples
         metric = None if metrics_U is None else float(metrics_U.dot(examples_U)) / examples
         value = -loss if metric is None else self._sign * metric

@@ -8,19 +8,24 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ckptavg.average.weighted_sum import output_specs
 from ckptavg.batches.loader import BatchLoader
 from ckptavg.candidates import ReadInto
+from ckptavg.candidates.flat import unique_tensors
+from ckptavg.candidates.loading import read
 from ckptavg.coefficients import Coefficients
 from ckptavg.cost import CostMeter
+from ckptavg.errors import TaskError, is_out_of_memory
 from ckptavg.objective import batchnorm
 from ckptavg.objective.codecs import ScoreCodec, ScoreKey, score_name
+from ckptavg.objective.counted_model import CountedModel
 from ckptavg.objective.mixed_model import MixedModel
 from ckptavg.objective.precision import OWN, autocast
 from ckptavg.objective.remembered import Remembered
 from ckptavg.objective.score_accumulator import ScoreAccumulator
 from ckptavg.readers import StoredTensor
 from ckptavg.runtime.workers import ALONE, Workers
-from ckptavg.score import Score, Split, valid
+from ckptavg.score import Score, Split, differs, valid
 from ckptavg.tasks.torch_metrics import Resampled
 
 
@@ -46,7 +51,10 @@ class Scoring:
         self._batchnorm_from: Split = batchnorm_from
         self._scores = Remembered(ScoreCodec(mixed.task), mixed.run, meter)
         self._written = Remembered(ScoreCodec(mixed.task, "written "), mixed.run, meter)
+        self._announced: set[ScoreKey] = set()
         self._examples: dict[Split, int] = {}  # split → examples of a finished pass
+        self._orders: dict[Split, int] = {}  # split → checksum of the examples of its first pass
+        self.notes: list[str] = []
         # the ranks that compute one score together, if its batches can be divided
         candidates_only = mixed.search.parallel == "candidates" and not mixed.search.shard
         self._together = ALONE if candidates_only else mixed.run.workers
@@ -60,17 +68,17 @@ class Scoring:
     def find_at_least(self, coefficients: Coefficients, split: Split, threshold: float) -> Score | None:
         """Return the score, or None as soon as it is sure to be below ``threshold``, which is remembered as well.
 
-        A score that the current strategy has not paid for is measured again: it costs less if it stops early.
+        A score that is known or was announced by `prefetch` is not stopped: it is needed whole.
         """
         key = self._key(coefficients, split, exact=False)
-        if self._scores.paid(key) or self._scores.recorded(key):
+        if key in self._announced or self._scores.known(key):
             return self.find(coefficients, split)
         journal, below = self._mixed.run.journal, f"{score_name(key)} below {threshold.hex()}"
         if journal.get(below, earlier=True):
             return None
         measure = partial(self._measure, key, self._together, threshold)
         try:
-            return self._scores.find(key, partial(self._loader.with_memory, measure), again=True)
+            return self._scores.find(key, partial(self._loader.with_memory, measure))
         except _BelowError:
             journal.put(below, True)
             return None
@@ -78,11 +86,12 @@ class Scoring:
     def prefetch(self, coefficients: Sequence[Coefficients], split: Split, *, exact: bool) -> None:
         """See `Evaluator.prefetch`."""
         search, one_rank = self._mixed.search, self._mixed.run.workers.world_size == 1
+        keys = [self._key(c, split, exact=exact) for c in coefficients]
+        self._announced.update(keys)
         if one_rank or search.shard or search.parallel == "batches" or self._task.corpus is not None:
             return
         # fewer keys than ranks are scored faster one at a time, with all ranks on each
         whole_rounds = search.parallel == "auto" and self._divides and not self._mixed.norms
-        keys = [self._key(c, split, exact=exact) for c in coefficients]
 
         def measure(key: ScoreKey) -> Score:
             return self._loader.with_memory(partial(self._measure, key, ALONE))
@@ -95,18 +104,69 @@ class Scoring:
         self._loader.with_memory(self.recompute_batchnorm)
         return self._mixed.model.state_dict()
 
-    def score_output(self, coefficients: Coefficients, split: Split) -> Score:
+    def score_output(
+        self, coefficients: Coefficients, splits: Sequence[Split], specs: Mapping[str, StoredTensor],
+        read_into: ReadInto,
+    ) -> Mapping[Split, Score]:  # fmt: skip
         """See `Evaluator.score_output`."""
-        measure = partial(self.evaluate, split, "the average")
-        return self._written.find((coefficients, split, True), partial(self._loader.with_memory, measure))
+        known = self._score_of_search(coefficients, splits[0], specs)
+        model: CountedModel | None = None
+        scores: dict[Split, Score] = {}
+        for split in splits:
 
-    def evaluate(self, split: Split, what: str) -> Score:
-        """Score the model's current state on one split; ``what`` names it in an error.
+            def measure(split: Split = split) -> Score:
+                nonlocal model
+                model = model or self._fresh_model(specs, read_into)
+                return self.evaluate(split, "the average", model)
+
+            scores[split] = self._written.find((coefficients, split, True), partial(self._loader.with_memory, measure))
+        if known is not None and differs(known, scores[splits[0]]):
+            raise TaskError(
+                f"the file that was written scores {scores[splits[0]].value:.6g} in a fresh model(), but "
+                f"{known.value:.6g} in the model of the search: something besides the state dict decides, such as "
+                "weights that are merged or cached in eval mode",
+                path=self._task.source, hint="compute it in forward(), or leave merging out in model()",
+            )  # fmt: skip
+        return scores
+
+    def evaluate(self, split: Split, what: str, model: CountedModel | None = None) -> Score:
+        """Score ``model``, by default that of the candidates, on one split; ``what`` names it in an error.
 
         Raises:
             TaskError: if the score is `Score.invalid`.
         """
-        return valid(self._pass(split, what, self._together), self._task.source)
+        return valid(self._pass(split, what, self._together, model=model), self._task.source)
+
+    def _score_of_search(
+        self, coefficients: Coefficients, split: Split, specs: Mapping[str, StoredTensor]
+    ) -> Score | None:
+        """Return the score of the average in the candidates' model; None if nothing was scored or computed in it."""
+        key: ScoreKey = (coefficients, split, True)
+        if specs == output_specs(self._mixed.checkpoints[0]) and self._scores.known(key):
+            return self._scores.find(key, lambda: self.evaluate(split, "the average"))
+        if self._scores.empty and not self._mixed.norms:
+            return None
+        return self.evaluate(split, "the average")  # `load_output` has loaded it
+
+    def _fresh_model(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> CountedModel:
+        """Return a new model with the tensors of a file; the candidates' model if sharded, or without memory for it."""
+        mixed = self._mixed
+        if mixed.search.shard:
+            return mixed.counted
+        try:
+            model = mixed.build()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.notes.append("the file was not scored in a fresh model(): out of memory")
+            return mixed.counted
+        state = model.state_dict(keep_vars=True)
+        for names, tensor in unique_tensors(model):
+            values = torch.empty_like(tensor, requires_grad=False)
+            read(names, specs, read_into, values)
+            state |= dict.fromkeys(names, values)
+        model.load_state_dict(state, strict=True)
+        return CountedModel(model.eval(), mixed.count)
 
     def _key(self, coefficients: Coefficients, split: Split, *, exact: bool) -> ScoreKey:
         """Return the key of a score; a single checkpoint is read from its file at no extra cost."""
@@ -126,28 +186,33 @@ class Scoring:
         """Recompute BatchNorm's statistics at the model's current weights; reads batches only if there are any."""
 
         def forward() -> None:
-            for batch in self._loader.learnable(self._batchnorm_from):
-                self._task.loss(self._mixed.model, batch)
+            for batch, _ in self._loader.learnable(self._batchnorm_from):
+                self._mixed.counted.call(self._task.loss, batch)
 
         with self._mixed.plain():  # num_batches_tracked would break a compiled graph in two
-            batchnorm.recompute(self._mixed.norms, forward)
+            idle = batchnorm.recompute(self._mixed.norms, forward)
+        if idle:
+            self._note(f"loss() does not run {', '.join(idle)}: the average of their statistics stays there")
 
-    def _pass(self, split: Split, what: str, workers: Workers, threshold: float | None = None) -> Score:
-        """Score the model's current state; raises _BelowError as soon as the score cannot reach ``threshold``."""
-        task, model = self._task, self._mixed.model
+    def _pass(
+        self, split: Split, what: str, workers: Workers, threshold: float | None = None, *,
+        model: CountedModel | None = None,
+    ) -> Score:  # fmt: skip
+        """Score ``model``, by default the candidates'; raises _BelowError once it cannot reach ``threshold``."""
+        task, runner = self._task, model or self._mixed.counted
         with torch.no_grad():
             if task.whole is not None:
-                return task.whole(model)
+                return task.whole(runner.model)
             sign = -1.0 if task.metric_goal == "min" else 1.0
             workers = workers if self._divides else ALONE
             tally, corpus = ScoreAccumulator(sign, task.metric_bounds, workers), task.corpus and task.corpus()
             for batch, size, checksum, counted in self._loader.scored(split, workers):
-                metric = None if task.metric is None else task.metric(model, batch)
-                loss = task.loss(model, batch)
+                loss = runner.call(task.loss, batch)
+                metric = None if task.metric is None else runner.call(task.metric, batch)
                 if counted:
                     tally.add(loss, metric, size, checksum)
                 if corpus is not None:
-                    corpus.update(model, batch)
+                    runner.call(corpus.update, batch)
                 total = self._examples.get(split)
                 if threshold is not None and total and tally.cannot_reach(threshold, total):
                     raise _BelowError
@@ -155,6 +220,11 @@ class Scoring:
         if score is None:
             raise self._loader.empty(split)
         self._examples[split] = self._loader.examples[split]
+        if score.per_example and self._orders.setdefault(split, score.per_example.order) != score.per_example.order:
+            self._note(
+                f"{split}_dataloader() gives other examples, or another order, in every pass: scores differ by chance "
+                "too, and their differences are not paired. Fix its order and its random transforms"
+            )
         if corpus is None or score.invalid:
             return score
         value = corpus.compute()
@@ -162,3 +232,7 @@ class Scoring:
             return replace(score, value=-math.inf, metric=value, invalid=f"{what}: the metric is {value}")
         resampled = Resampled(corpus, sign)
         return replace(score, value=sign * value, metric=value, resampled=resampled, batches=corpus.batches)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)

@@ -91,6 +91,7 @@ class SafetensorsFile:
             os.fsync(self._file.fd)
         self._missing = total - sum(total - missing for missing in self._workers.gather(self._missing))
         if not self._workers.is_rank_zero:
+            self._missing = total  # rank 0 has what this rank wrote
             self.close()
             self._join(self._file.path)
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ckptavg.coefficients import Coefficients
 from ckptavg.objective import Learned, PlainAverage, Strategy
 from ckptavg.options import Options
 from ckptavg.pipeline.preflight import check_space, check_strategy, dry_run_plan
@@ -32,6 +33,9 @@ def run(strategy: Strategy, paths: Sequence[Path], options: Options, watch: Watc
         else:
             assert evaluator is not None  # see `check_strategy`
             evaluator.restart(repr(strategy))
+            if options.baselines or options.never_worse:  # `judge` needs them whole: none is to be stopped early
+                n = len(checkpoints)
+                evaluator.prefetch([Coefficients.uniform([i], n) for i in range(n)], exact=True)
             learned = strategy.learn(evaluator)
         verdict = judge(this, evaluator, learned.coefficients) if evaluator else Verdict(learned.coefficients)
         written = write_output(this, verdict.coefficients, Best() if verdict.replaced else strategy)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 import torch
+from torch import Tensor
 
 from ckptavg.average import PlannedOutput, plan_output
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -28,6 +29,7 @@ from ckptavg.readers import StoredTensor
 from ckptavg.report.result import Output
 from ckptavg.runtime.progress import Progress
 from ckptavg.runtime.threads import processors
+from ckptavg.runtime.workers import Workers
 from ckptavg.score import Score, Split
 from ckptavg.strategies import name_of
 
@@ -73,7 +75,7 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
     files = [file for checkpoint in selected for file in checkpoint.reader.files] if options.digests else []
     files = files[workers.rank :: workers.world_size]
     placeholder = "0" * 64 if options.digests else ""
-    scores: dict[Split, Score] = {}
+    scores: Mapping[Split, Score] = {}
     with (
         hugging_face_folder.created_folder(folder if workers.is_rank_zero else None),
         _open_output(path, specs, describe(lambda _: placeholder), options, checkpoints[0]) as out,
@@ -83,9 +85,8 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
         out.barrier()
         if evaluator:
             state = evaluator.load_output(specs, out.read_into)
-            for name in recomputed if workers.is_rank_zero else ():
-                out.write(name, 0, memoryview(raw(state[name].to(TORCH[specs[name].dtype]))))
-            scores = {split: evaluator.score_output(coefficients, split) for split in evaluator.splits}
+            _write_recomputed({name: state[name] for name in recomputed}, specs, out, workers)
+            scores = evaluator.score_output(coefficients, specs, out.read_into)
         digests = ChainMap(*workers.gather({file.path: digest(file) for file in files}))
         metadata = describe(lambda file: agreed(file, digests[file.path]) if options.digests else "")
         for checkpoint in used:
@@ -105,6 +106,15 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
     kept = plan.not_averaged
     output = Output(path=out.path, sha256=sha256, bytes=size, dtype=dtype, not_averaged=kept, recomputed=recomputed)
     return WrittenOutput(output=output, scores=scores, copied=copied, notes=plan.notes)
+
+
+def _write_recomputed(
+    state: Mapping[str, Tensor], specs: Mapping[str, StoredTensor], out: _File, workers: Workers
+) -> None:
+    for name in state if workers.is_rank_zero else ():
+        out.write(name, 0, memoryview(raw(state[name].to(TORCH[specs[name].dtype]))))
+    if state:
+        out.barrier()
 
 
 def _stream(plan: PlannedOutput, out: _File, progress: Progress) -> None:

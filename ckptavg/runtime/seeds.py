@@ -35,6 +35,16 @@ def seed_loader(loader: Any) -> None:
 
 
 @contextmanager
+def preserved() -> Generator[None]:
+    """Restore the state of torch's (on the CPU), Python's and numpy's generators afterwards."""
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(states[0])
+    numpy.random.set_state(states[1])
+
+
+@contextmanager
 def reproducible(seed: int, *, deterministic: bool = False) -> Generator[None]:
     """Run with every global generator seeded and torch configured for repeatable results; restore all of it afterwards.
 

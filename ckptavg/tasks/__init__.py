@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ckptavg.score import Score, Split
+    from ckptavg.tasks.batch import Batch
     from ckptavg.tasks.torch_metrics import CorpusMetric
 
 
@@ -46,6 +47,13 @@ class Task(Protocol):
     def batches(self, split: Split) -> Iterator[Any]:
         """Iterate once over the batches of a split."""
         ...
+
+    def sized_batches(self, split: Split) -> Iterator[Batch]:
+        """Iterate once over the batches of a split, each with its number of examples; TaskError if it is unclear."""
+        from ckptavg.tasks.batch import Batch, size
+
+        for batch in self.batches(split):
+            yield Batch(batch, size(batch))
 
     def examples(self, split: Split) -> int | None:
         """Return the number of examples of a split; None if unknown without reading it."""

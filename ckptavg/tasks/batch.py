@@ -3,11 +3,26 @@
 Shape suffixes: B = examples.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from ckptavg.errors import TaskError
+
+_PRIME: Final = (1 << 61) - 1
+_BASE: Final = 1_000_003
+
+
+class Batch(NamedTuple):
+    """A batch as the task's loader gave it, and its number of examples."""
+
+    data: Any
+    size: int
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -33,8 +48,8 @@ def copied(batch: Any, device: torch.device) -> Any:
 def select(batch: Any, chosen_B: Tensor) -> Any:
     """Return the examples of ``batch`` where the boolean mask ``chosen_B`` is true.
 
-    Tensors with B rows and lists of B non-tensor items are filtered; other tensors, lists, numbers and strings are
-    shared by all examples and stay unchanged; a type that cannot be split into examples is a TypeError.
+    Tensors with B rows and lists of B items are filtered; other tensors, lists, numbers and strings are shared by all
+    examples and stay unchanged; a type that cannot be split into examples is a TypeError.
     """
     size = len(chosen_B)
 
@@ -47,35 +62,118 @@ def select(batch: Any, chosen_B: Tensor) -> Any:
             raise TypeError(f"a {type(leaf).__name__} cannot be cut into examples")
         return leaf
 
-    return _mapped(batch, filtered, whole=_is_list)
+    return _mapped(batch, filtered, whole=lambda part: _is_list(part) or _lists_examples(part, size))
 
 
-def size(batch: Any) -> int:
-    """Return the number of examples of a batch: the first dimension of its first tensor, or 1 without tensors."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    return next((size(part) for part in _parts(batch) if _has_tensor(part)), 1)
+def size(batch: Any, expected: Sequence[int] = ()) -> int:
+    """Return the number of examples of a batch: what it states, else the only one that its parts allow.
+
+    A batch states it by ``num_graphs`` or ``batch_size``, as in PyTorch Geometric, DGL and tensordict. Parts allow the
+    first dimension of a tensor, and the length of a list without tensors or of one whose items are alike.
+
+    Args:
+        batch: tensors in any nesting of mappings, dataclasses, named tuples, tuples, lists and objects.
+        expected: sizes that its loader is set to; the first one that the parts allow is taken.
+    Raises:
+        TaskError: if the parts allow several numbers, or none.
+    """
+    allowed = _sizes(batch)
+    if known := [number for number in expected if number in allowed] or (list(allowed) if len(allowed) == 1 else []):
+        return known[0]
+    found = f"they allow {' or '.join(map(str, sorted(allowed)))}" if allowed else "none has examples"
+    message = f"the number of examples of a batch (a {type(batch).__name__}) is unclear from its parts: {found}"
+    raise TaskError(message, hint="add to the task file: def batch_size(batch): return ...")
 
 
-def sample(batch: Any) -> bytes:
-    """Return a few values per example as bytes, from CPU tensors only; they identify the order of the examples."""
-    count = size(batch)
-    sampled = b""
-    for leaf in leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == count and leaf.device.type == "cpu":
-            first_two = leaf.reshape(count, leaf[:1].numel())[:, :2]
-            sampled += repr(first_two.tolist()).encode()
-    return sampled
+def _sizes(part: Any) -> set[int]:
+    """Return the numbers of examples that a part of a batch allows."""
+    if isinstance(part, Tensor):
+        return {part.size(0)} if part.ndim else set()
+    if isinstance(part, PackedSequence):
+        return {int(part.batch_sizes[0])}
+    for name in ("num_graphs", "batch_size"):
+        stated = getattr(part, name, None)
+        if isinstance(stated, torch.Size) and stated:
+            return {stated[0]}
+        if type(stated) is int:
+            return {stated}
+    if isinstance(part, str | bytes | int | float | None):
+        return set()
+    inner = list(_parts(part) or _attributes(part))
+    sizes = set[int]().union(*map(_sizes, [item for item in inner if not _attributes(item)]))
+    if isinstance(part, list | tuple) and not hasattr(part, "_fields"):
+        fields = isinstance(part, tuple) and len(sizes) == 1 and all(isinstance(item, Tensor) for item in part)
+        return sizes | ({len(part)} if part and _are_alike(part) and not fields else set())
+    return sizes or ({len(part)} if not inner and hasattr(part, "__len__") and not isinstance(part, Mapping) else set())
+
+
+def _attributes(part: Any) -> list[Any]:
+    """Return the attributes of an object that is no container and holds tensors."""
+    if isinstance(part, Tensor | Mapping | list | tuple) or _is_record(part):
+        return []
+    attributes = list(getattr(part, "__dict__", {}).values())
+    return attributes if any(map(_has_tensor, attributes)) else []
+
+
+def _are_alike(items: Sequence[Any]) -> bool:
+    """Return whether items of a list may be examples: no tensors, or tensors or containers of one kind."""
+    if not any(map(_has_tensor, items)):
+        return True
+    if len({type(item) for item in items}) > 1:
+        return False
+    tensors = [item for item in items if isinstance(item, Tensor)]
+    return len({(tensor.dtype, tensor.shape[1:]) for tensor in tensors}) < 2
+
+
+def _lists_examples(part: Any, size: int) -> bool:
+    """Return whether ``part`` is a list with one item per example, rather than of fields with a row per example."""
+    return isinstance(part, list | tuple) and len(part) == size and size not in set[int]().union(*map(_sizes, part))
+
+
+def checksum(batch: Any, size: int) -> int:
+    """Return a number that identifies the examples of a batch in order, from a few values of each on the CPU.
+
+    Of consecutive batches, `joined` makes that of all their examples, however they are divided into batches.
+    """
+    columns: list[list[Any]] = []
+    for leaf in leaves(batch, examples=size):
+        if isinstance(leaf, Tensor):
+            if leaf.ndim and leaf.shape[0] == size and leaf.device.type == "cpu" and leaf.layout == torch.strided:
+                columns.append(leaf.reshape(size, leaf[:1].numel())[:, :2].tolist())
+        elif isinstance(leaf, list | tuple) and len(leaf) == size:
+            columns.append([[_first(inner) for inner in leaves(item)] for item in leaf])
+    total = 0
+    for row in zip(*columns, strict=True):
+        total = (total * _BASE + zlib.crc32(repr(row).encode())) % _PRIME
+    return total
+
+
+def joined(first: int, second: int, size: int) -> int:
+    """Return the checksum of the examples of ``first`` followed by the ``size`` examples of ``second``."""
+    return (first * pow(_BASE, size, _PRIME) + second) % _PRIME
+
+
+def _first(leaf: Any) -> Any:
+    on_cpu = isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.layout == torch.strided
+    return leaf.flatten()[:2].tolist() if on_cpu else "" if isinstance(leaf, Tensor) else leaf
 
 
 def _has_tensor(part: Any) -> bool:
-    return isinstance(part, Tensor) or any(_has_tensor(inner) for inner in _parts(part))
+    return isinstance(part, Tensor) or any(map(_has_tensor, _parts(part)))
 
 
-def leaves(batch: Any, *, movable: bool = False) -> list[Any]:
-    """List the leaves of a batch in order; with ``movable``, an object with a ``to`` method is a single leaf."""
+def leaves(batch: Any, *, movable: bool = False, examples: int | None = None) -> list[Any]:
+    """List the leaves of a batch in order.
+
+    With ``movable``, an object with a ``to`` method is one leaf; with the number of ``examples``, a list of them is.
+    """
+
+    def whole(part: Any) -> bool:
+        listed = examples is not None and _lists_examples(part, examples)
+        return listed or _is_list(part) or (movable and hasattr(part, "to"))
+
     collected: list[Any] = []
-    _mapped(batch, collected.append, whole=lambda part: _is_list(part) or (movable and hasattr(part, "to")))
+    _mapped(batch, collected.append, whole)
     return collected
 
 
@@ -85,7 +183,15 @@ def _is_list(part: Any) -> bool:
 
 
 def _parts(batch: Any) -> Any:
-    return batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    if isinstance(batch, Mapping):
+        return batch.values()
+    if isinstance(batch, list | tuple):
+        return batch
+    return vars(batch).values() if _is_record(batch) else ()
+
+
+def _is_record(part: Any) -> bool:
+    return dataclasses.is_dataclass(part) and not isinstance(part, type)
 
 
 def _mapped(batch: Any, change: Callable[[Any], Any], whole: Callable[[Any], bool]) -> Any:
@@ -100,4 +206,7 @@ def _mapped(batch: Any, change: Callable[[Any], Any], whole: Callable[[Any], boo
         if isinstance(batch, list | tuple):
             items = [_mapped(value, change, whole) for value in batch]
             return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)  # pyright: ignore
+        if _is_record(batch):
+            fields = [field.name for field in dataclasses.fields(batch) if field.init]
+            return dataclasses.replace(batch, **{name: _mapped(getattr(batch, name), change, whole) for name in fields})
     return change(batch)

@@ -12,6 +12,7 @@ from ckptavg.journal.tensor_json import raw
 from ckptavg.score import Split
 from ckptavg.tasks import Task
 from ckptavg.tasks import batch as batches
+from ckptavg.tasks.batch import Batch
 
 
 class HeldOut(Task):
@@ -52,23 +53,27 @@ class HeldOut(Task):
 
     def batches(self, split: Split) -> Iterator[Any]:
         """See `Task.batches`; yields the matching examples of each batch and skips batches without any."""
+        return (batch for batch, _ in self.sized_batches(split))
+
+    def sized_batches(self, split: Split) -> Iterator[Batch]:
+        """See `Task.sized_batches`."""
         if split not in self._sides:
-            yield from self._task.batches(split)
+            yield from self._task.sized_batches(split)
             return
         total = 0
-        for batch in self._task.batches(self._split):
-            hashes = self._hashes(batch)
+        for batch, size in self._task.sized_batches(self._split):
+            hashes = self._hashes(batch, size)
             total += sum(hashes)
             held_B = torch.tensor([value < self._threshold for value in hashes], dtype=torch.bool)
             chosen_B = held_B if self._sides[split] else ~held_B
             if chosen_B.all():
-                yield batch
+                yield Batch(batch, size)
             elif chosen_B.any():
                 try:
                     part = batches.select(batch, chosen_B)
                 except TypeError as error:
                     raise self._indivisible(str(error)) from error
-                yield part
+                yield Batch(part, int(chosen_B.sum()))
         self._hash_sum = total if self._hash_sum is None else self._hash_sum
         if self._hash_sum != total:
             raise self._indivisible(
@@ -88,12 +93,11 @@ class HeldOut(Task):
         """See `Task.length`."""
         return None if split in self._sides else self._task.length(split)
 
-    def _hashes(self, batch: Any) -> list[int]:
-        """Return a 64-bit hash of the content of each example."""
-        size = batches.size(batch)
+    def _hashes(self, batch: Any, size: int) -> list[int]:
+        """Return a 64-bit hash of the content of each of the ``size`` examples."""
         digests = [hashlib.blake2b(key=self._key, digest_size=8) for _ in range(size)]
         empty = digests[0].digest() if digests else b""
-        for leaf in batches.leaves(batch):
+        for leaf in batches.leaves(batch, examples=size):
             if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == size:
                 data = memoryview(raw(leaf))
                 row = len(data) // size
@@ -101,7 +105,8 @@ class HeldOut(Task):
                     digest.update(data[i * row : (i + 1) * row])
             elif isinstance(leaf, list | tuple) and len(leaf) == size:
                 for digest, item in zip(digests, leaf, strict=True):
-                    digest.update(repr(item).encode())
+                    for part in batches.leaves(item):
+                        digest.update(raw(part) if isinstance(part, Tensor) else repr(part).encode())
         if digests and digests[0].digest() == empty:
             raise self._indivisible(f"no examples were found in a {type(batch).__name__}")
         return [int.from_bytes(digest.digest(), "little") for digest in digests]

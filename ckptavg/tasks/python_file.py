@@ -17,16 +17,20 @@ from torch.utils.data import DataLoader
 
 from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.filesystem.regular_file import is_file
-from ckptavg.runtime.seeds import seed_loader
+from ckptavg.runtime.seeds import preserved
 from ckptavg.runtime.threads import affinity, processors, quota
 from ckptavg.score import Split
-from ckptavg.tasks import Task
+from ckptavg.tasks import Task, data_loader
+from ckptavg.tasks import batch as batches
+from ckptavg.tasks.batch import Batch
 from ckptavg.tasks.failure import task_error
 from ckptavg.tasks.guard import Guard
+from ckptavg.tasks.model_state import ModelState
 from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
 from ckptavg.tasks.worker_sampler import rank_loader, without_distributed_sampler
 
-_BATCH_FUNCTIONS: Final = ("loss", "metric", "predict")
+_RUN_THE_MODEL: Final = ("loss", "metric", "predict")
+_BATCH_FUNCTIONS: Final = (*_RUN_THE_MODEL, "batch_size")
 
 
 class PythonTask(Task):
@@ -45,10 +49,13 @@ class PythonTask(Task):
         self._guard = Guard(timeout, [source])
         self.notes: list[str] = []  # on its loaders, for the report
         self._at = ""  # the batch being used, for errors
+        self._state: ModelState | None = None  # of the model that was run last
         with self._translate_errors(None, thorough=True):
             self._module = _import(source)
         self._model = self._function("model")
         self._loss = self._function("loss")
+        stated = getattr(self._module, "batch_size", None)  # or a constant of the file
+        self._batch_size = partial(self._call, "batch_size", stated) if callable(stated) else None
         if not self.has("val") and not self.has("train"):
             self._function("val_dataloader")
         metric: Any = getattr(self._module, "metric", None)
@@ -77,10 +84,7 @@ class PythonTask(Task):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """See `Task.loss`."""
-        training = model.training
         loss = self._call("loss", self._loss, model, batch)
-        if model.training is not training:
-            model.train(training)
         if not isinstance(loss, Tensor) or not loss.is_floating_point():
             got = f"a {loss.dtype} tensor" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise TaskError(f"loss() must return a floating-point tensor, not {got}{self._where}", path=self.source)
@@ -101,11 +105,22 @@ class PythonTask(Task):
         """See `Task.batches`; a loader that is an iterator is created again for each pass."""
         return self._iterate(split)
 
+    def sized_batches(self, split: Split) -> Iterator[Batch]:
+        """See `Task.sized_batches`; ``batch_size(batch)`` of the task file comes first, then the loader's setting."""
+        loader, counted = self._loader(split), 0
+        expected = data_loader.sizes(loader)
+        for batch in self._iterate(split):
+            size = self._size(batch, expected)
+            yield Batch(batch, size)
+            counted += size
+        if (mismatch := data_loader.mismatch(loader, counted)) and (note := f"{split}_dataloader(): {mismatch}"):
+            self.notes += [note] if note not in self.notes else []
+
     def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]] | None:
         """Iterate over this rank's batches and the batch sizes of all ranks; None unless the loader draws indices."""
         rank_batches = self._rank_loaders.get(split) or rank_loader(self._loader(split), rank, world)
-        if rank_batches is None:
-            return None
+        if rank_batches is None or self._batch_size is not None:
+            return None  # numbers of indices are the sizes there
         loader, sizes = self._rank_loaders[split] = rank_batches
         return ((batch, sizes.popleft()) for batch in self._iterate(split, loader, itertools.count(rank + 1, world)))
 
@@ -116,22 +131,31 @@ class PythonTask(Task):
         whole = self._loader(split)
         with self._translate_errors(name, thorough=True):
             for loader in (whole,) if own is None else (whole, own):
-                seed_loader(loader)
-            batches = iter(whole if own is None else own)
+                data_loader.restart(loader)
+            source = iter(whole if own is None else own)
         for number in numbers or itertools.count(1):
             self._at = f"batch {number} of {name}"
             with self._translate_errors(name):
                 try:
-                    batch = next(batches)
+                    batch = next(source)
                 except StopIteration:
                     return
                 except Exception:
                     # the traceback keeps a DataLoader's iterator alive, and until it is freed torch's SIGCHLD handler
                     # raises errors about a dead worker in unrelated code, or in this call
                     with suppress(AttributeError, RuntimeError):
-                        batches._shutdown_workers()  # pyright: ignore
+                        source._shutdown_workers()  # pyright: ignore
                     raise
             yield batch
+
+    def _size(self, batch: Any, expected: Sequence[int]) -> int:
+        try:
+            size = batches.size(batch, expected) if self._batch_size is None else self._batch_size(batch)
+        except TaskError as error:
+            raise TaskError(f"{error}{self._where}", path=self.source, hint=error.hint) from error
+        if type(size) is not int or size < 0:
+            raise TaskError(f"batch_size() must return a number of examples, not {size!r}", path=self.source)
+        return size
 
     def examples(self, split: Split) -> int | None:
         """See `Task.examples`."""
@@ -173,7 +197,8 @@ class PythonTask(Task):
         name = f"{split}_dataloader"
         loader = self._loaders.get(split)
         if loader is None:
-            loader = self._call(name, self._function(name))
+            with preserved():  # the first pass must draw the same random numbers as later ones
+                loader = self._call(name, self._function(name))
             # torch itself warns if num_workers exceeds the affinity mask
             if isinstance(loader, DataLoader) and processors() < loader.num_workers <= affinity():
                 excess = f"{name}() has num_workers={loader.num_workers}, and the CPU quota is {quota():g}"
@@ -191,7 +216,13 @@ class PythonTask(Task):
         return function
 
     def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        with self._translate_errors(name, thorough=name not in _BATCH_FUNCTIONS):
+        if name not in _RUN_THE_MODEL:
+            with self._translate_errors(name, thorough=name not in _BATCH_FUNCTIONS):
+                return function(*args)
+        model: nn.Module = args[0]
+        if self._state is None or self._state.model is not model:
+            self._state = ModelState(model)
+        with self._translate_errors(name), self._state.restored():
             return function(*args)
 
     @property

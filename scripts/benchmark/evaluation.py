@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from ckptavg import tasks
 from ckptavg.batches import cache
 from ckptavg.candidates import Candidates, plan
 from ckptavg.checkpoints.discover import discover
@@ -80,7 +81,7 @@ def soups(folder: Path, device: torch.device, now: Clock, rounds: int) -> None:
             print(f"{what:29}  {1000 * each.clock:8.1f}  {1000 * each.processor:16.1f}  {part:29.1%}")
 
 
-class Images:
+class Images(tasks.Task):
     """A BatchNorm network with images from a DataLoader."""
 
     source, metric, metric_goal, metric_bounds, corpus, whole = "evaluation.py", None, "max", None, None, None

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ckptavg import tasks
 from ckptavg.checkpoints.discover import discover
 from ckptavg.context import Run
 from ckptavg.objective.mixture import Mixture
@@ -58,7 +59,7 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
 
 
-class Task:
+class Task(tasks.Task):
     """A task that repeats one batch: a plain object with the attributes of `ckptavg.tasks.Task`."""
 
     source, metric, metric_goal, metric_bounds, corpus, whole = "step.py", None, "max", None, None, None

@@ -20,6 +20,8 @@ from ckptavg.context import Run
 from ckptavg.cost import CostMeter
 from ckptavg.objective.mixture import Mixture
 from ckptavg.score import Split
+from ckptavg.tasks import Task
+from ckptavg.tasks.batch import Batch
 
 CPU = torch.device("cpu")
 
@@ -28,7 +30,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
 
-class Job:
+class Job(Task):
     """Task that records each read of a split; its batches and its loss's noise use the global generator."""
 
     source, metric, metric_goal, metric_bounds, corpus, whole = "toy", None, "max", None, None, None
@@ -112,7 +114,7 @@ def test_a_loss_may_change_its_batch_in_place(
 
 def read_pass(cache: BatchCache, split: Split, *batches: Any) -> list[Any]:
     """Return the batches of a pass over a split whose source yields ``batches``."""
-    return [entry.batch for entry in cache.passed(split, lambda: iter(batches))]
+    return [entry.batch for entry in cache.passed(split, lambda: (Batch(batch, 1) for batch in batches))]
 
 
 def test_a_split_that_is_too_large_is_read_again_and_frees_its_budget(monkeypatch: pytest.MonkeyPatch):
@@ -129,7 +131,7 @@ def test_a_split_that_is_too_large_is_read_again_and_frees_its_budget(monkeypatc
 def test_an_unfinished_pass_is_not_cached(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cache_module, "HOST", 100)
     cache = BatchCache(CPU)
-    for seen in cache.passed("val", lambda: iter([torch.zeros(25), torch.zeros(2)])):
+    for seen in cache.passed("val", lambda: iter([Batch(torch.zeros(25), 25), Batch(torch.zeros(2), 2)])):
         assert seen.size == 25
         break
     assert read_pass(cache, "val", torch.ones(25))[0].tolist() == read_pass(cache, "val")[0].tolist() == [1.0] * 25

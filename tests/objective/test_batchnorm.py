@@ -33,7 +33,7 @@ def test_recompute_is_bitwise_equal_to_update_bn():
 
     ours.train()(torch.randn(4, 1, 8, 8))  # start from other statistics
     ours.eval()
-    batchnorm.recompute(batchnorm.layers(ours).values(), forward)
+    batchnorm.recompute(batchnorm.layers(ours), forward)
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in reference.state_dict().items())
     assert [layer.momentum for layer in batchnorm.layers(ours).values()] == [0.3, 0.1]
     assert not any(module.training for module in ours.modules())
@@ -42,7 +42,7 @@ def test_recompute_is_bitwise_equal_to_update_bn():
 def test_dropout_stays_off_while_batchnorm_uses_batch_statistics():
     model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(2)).eval()
     batch = torch.randn(8, 2) * 5
-    with batchnorm.batch_statistics(batchnorm.layers(model).values()):
+    with batchnorm.batch_statistics(batchnorm.layers(model)):
         assert not model[0].training
         torch.testing.assert_close(model(batch).mean(dim=0), torch.zeros(2), rtol=0, atol=1e-6)
 
@@ -52,7 +52,7 @@ def test_forward_is_not_called_for_a_model_without_batchnorm():
         raise AssertionError("was run")
 
     for model in (nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)):
-        batchnorm.recompute(batchnorm.layers(model).values(), forward)
+        batchnorm.recompute(batchnorm.layers(model), forward)
 
 
 def test_statistics_are_the_state_dict_names_of_running_means_and_variances():

@@ -102,7 +102,9 @@ def test_a_batch_without_recognizable_examples_is_an_error():
     class Opaque:
         pass
 
-    with pytest.raises(TaskError, match="val data cannot be divided: no examples were found in a Opaque"):
+    with pytest.raises(
+        TaskError, match=r"the number of examples of a batch \(a Opaque\) is unclear from its parts: none has examples"
+    ):
         list(held({"val": [Opaque()]}).batches("val"))
 
 

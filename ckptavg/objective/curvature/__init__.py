@@ -17,7 +17,7 @@ Shape suffixes: N = candidates.
 import math
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, nullcontext
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +39,11 @@ from ckptavg.objective.curvature.directions import (
 from ckptavg.objective.loss import without_cudnn_recurrence
 from ckptavg.runtime.workers import ALONE, Workers
 from ckptavg.surrogate import Curvature, Surrogate
-from ckptavg.tasks.batch import size as batch_size
+from ckptavg.tasks.batch import Batch
 
 
 def surrogate(
-    candidates: Candidates, batches: Callable[[], Iterable[Any]], loss: Loss, *, hessian: Hessian = "auto",
+    candidates: Candidates, batches: Callable[[], Iterable[Batch]], loss: Loss, *, hessian: Hessian = "auto",
     count: Count = lambda kind, examples: None, source: str | None = None, workers: Workers = ALONE,
 ) -> Surrogate:  # fmt: skip
     """Expand the mean loss over examples to second order around the mean of the candidates.
@@ -59,9 +59,9 @@ def surrogate(
     operation that lacks the required derivative, such as fused attention, is first replaced by a plain kernel that has
     it.
 
-    Passes counted per batch, besides the forward pass, which the source of the batches counts: one backward; and per
-    candidate two backwards (exact: a double backward costs as much as four forwards), or two forwards (a forward-mode
-    pass) plus one backward if the model's outputs for N candidates exceed 1 GiB.
+    Passes counted per batch, besides calls of the model, which are counted where they happen: one backward; and per
+    candidate two backwards (exact: a double backward costs as much as four forwards), or one forward more for the call
+    in forward mode, plus one backward if the model's outputs for N candidates exceed 1 GiB.
 
     Args:
         batches: starts a pass; called again only if the previous pass failed.
@@ -93,7 +93,7 @@ def surrogate(
     raise TaskError("; ".join(reasons.values()), path=source, hint=other and f"{other} may be possible")
 
 
-def _exact(d: Directions, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _exact(d: Directions, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean loss of a batch at the mean, its gradient [N] and H [N, N], by reverse over reverse.
 
     The gradient's graph is built once, with one backward pass per direction.
@@ -116,7 +116,7 @@ _MEASURE: Final = {"exact": _exact, "gauss-newton": gauss_newton.measure}
 
 
 def _mean(
-    measure: Callable[[Directions, Any], tuple[Tensor, Tensor, Tensor]], d: Directions, batches: Iterable[Any],
+    measure: Callable[[Directions, Batch], tuple[Tensor, Tensor, Tensor]], d: Directions, batches: Iterable[Batch],
     workers: Workers,
 ) -> tuple[float, Tensor, Tensor]:  # fmt: skip
     """Return F, g [N] and H [N, N] over the batches of all ranks; g and H in float64 on the CPU."""
@@ -125,11 +125,10 @@ def _mean(
     failure: Exception | None = None
     try:
         for batch in batches:
-            size = batch_size(batch)
             value, gradient_N, hessian_NN = measure(d, batch)
             values.append(value)
-            total += size * torch.cat([value.view(1).to(eye_NN), gradient_N, hessian_NN.flatten()])
-            examples += size
+            total += batch.size * torch.cat([value.view(1).to(eye_NN), gradient_N, hessian_NN.flatten()])
+            examples += batch.size
     except (UnavailableError, NoGradientError) as error:
         failure = error
     failure = next((error for error in workers.gather(failure) if error is not None), None)

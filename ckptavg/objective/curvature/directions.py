@@ -13,7 +13,7 @@ from torch import Tensor, autograd, nn
 from ckptavg.candidates import Candidates
 from ckptavg.candidates.flat import unique_tensors
 from ckptavg.errors import is_out_of_memory
-from ckptavg.tasks.batch import size as batch_size
+from ckptavg.tasks.batch import Batch
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 Count: TypeAlias = Callable[[str, int], None]
@@ -63,18 +63,18 @@ class Directions:
             tensor.data.copy_(mean)
         return direction
 
-    def loss(self, batch: Any) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Return the differentiable mean loss of a batch at the mean."""
-        loss = self._loss(self.model, batch).mean()
+        loss = self._loss(self.model, batch.data).mean()
         if not loss.requires_grad:
             raise NoGradientError("loss() has no gradient: does it use no_grad, detach or item()?")
         return loss
 
-    def count(self, batch: Any, **passes: int) -> None:
+    def count(self, batch: Batch, **passes: int) -> None:
         """Record the number of ``forward`` and ``backward`` passes over a batch."""
         for kind, number in passes.items():
             for _ in range(number):
-                self._count(kind, batch_size(batch))
+                self._count(kind, batch.size)
 
     def vjp(self, outputs: Sequence[Tensor | None], cotangents: Sequence[Tensor]) -> Tensor:
         """Return [N], ⟨w_i, Σ_k (∂outputs_k/∂w)ᵀ cotangents_k⟩."""

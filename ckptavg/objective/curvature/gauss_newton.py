@@ -5,7 +5,7 @@ Shape suffixes: N = candidates, M = elements of one output tensor of the model.
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, autograd
@@ -15,12 +15,13 @@ from torch.func import functional_call
 from ckptavg.objective.curvature.directions import Directions, UnavailableError, derivatives
 from ckptavg.objective.curvature.model_call import Call, detach_outputs, tensors
 from ckptavg.objective.precision import quiet
+from ckptavg.tasks.batch import Batch
 
 _KEPT: Final = 1 << 30  # bytes; if J d_1 … J d_N are larger, one backward pass per candidate replaces keeping them
 _MODEL_ERRORS: Final = (RuntimeError, TypeError, ValueError, AttributeError)  # raised by models given dual tensors
 
 
-def measure(d: Directions, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+def measure(d: Directions, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean loss of a batch at the mean, its gradient [N] and H [N, N].
 
     H_ij = (J d_i)ᵀ (∂²ℓ/∂o²) (J d_j): J d_j by forward mode, ∂²ℓ/∂o² by a double backward through the loss.
@@ -53,7 +54,7 @@ def measure(d: Directions, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
             hessian_NN[: j + 1, j] += tangents_NM[: j + 1] @ bent[k].flatten().to(tangents_NM)
     if keeps:
         hessian_NN = hessian_NN.triu() + hessian_NN.triu(1).t()
-    d.count(batch, backward=1 if keeps else 1 + n, forward=2 * n)
+    d.count(batch, backward=1 if keeps else 1 + n, forward=n)
     slack_N = max(torch.finfo(tensor.dtype).eps for tensor in (*call.outputs, *d.weights)) ** 0.5 * scale_N
     off_N = (forward_N - gradient_N).abs() - slack_N - 0.05 * gradient_N.abs().max()
     no_curvature = (hessian_NN == 0).all() & (slack_N > 0).any()

@@ -164,6 +164,11 @@ class Adapter(nn.Module):
         whole = self.model.state_dict(keep_vars=keep_vars)
         return {name: whole[inner] for name, inner in self._names.items()}
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Copy the adapter's tensors."""
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            tensor.data.copy_(state_dict[name])
+
     def requires_grad_(self, requires_grad: bool = True) -> Adapter:
         """Set ``requires_grad`` of the adapter's tensors only."""
         for tensor in self.state_dict(keep_vars=True).values():

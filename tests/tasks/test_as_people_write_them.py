@@ -1,0 +1,352 @@
+"""Tasks as people write them: what their functions do to the model, their batches and their loaders.
+
+Figures are compared with an evaluation of the written file in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import task as demo
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import ckptavg
+from ckptavg.errors import TaskError
+from ckptavg.report.result import Result
+
+HEAD = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+import task as demo
+from task import model, train_dataloader, val_dataloader
+def loss(model, batch): return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+def metric(model, batch): return (model(batch[0]).argmax(1) == batch[1]).float()
+"""
+
+
+def written(folder: Path, code: str) -> str:
+    path = folder / "people.py"
+    path.write_text(HEAD + code)
+    return str(path)
+
+
+def averaged(tmp_path: Path, digits: Path, code: str = "", strategy: str = "swa", **options: object) -> Result:
+    run = getattr(ckptavg, strategy)
+    options = {"last": 4} | options
+    return run(
+        [digits], task=written(tmp_path, code), output=tmp_path / f"{strategy}.safetensors", force=True, **options
+    )
+
+
+@torch.no_grad()
+def evaluated(path: Path) -> tuple[float, float]:
+    """Return loss and accuracy of a file on the demo's validation data, in plain PyTorch."""
+    model = demo.model().eval()
+    model.load_state_dict(load_file(path))
+    x, y = (torch.cat(parts) for parts in zip(*demo.val_dataloader(), strict=True))
+    logits = model(x)
+    return float(nn.functional.cross_entropy(logits, y)), float((logits.argmax(1) == y).float().mean())
+
+
+def figures(result: Result) -> tuple[float | None, float | None]:
+    return result.scores["val"].loss, result.scores["val"].metric
+
+
+# ------------------------------------------------------------------ modes
+
+PLAIN = ""
+MODES = {
+    "eval before the loss": 'def loss(m, b): m.eval(); return F.cross_entropy(m(b[0]), b[1], reduction="none")',
+    "eval, then train": "def loss(m, b):\n m.eval(); l = F.cross_entropy(m(b[0]), b[1]); m.train(); return l",
+    "eval of a part": "def loss(m, b):\n [p.eval() for p in m.children()]\n return F.cross_entropy(m(b[0]), b[1])",
+    "flags set by hand": "def loss(m, b):\n for p in m.modules(): p.training = False\n"
+    " return F.cross_entropy(m(b[0]), b[1])",
+    "a metric that ends in train": "def metric(m, b):\n m.eval(); r = (m(b[0]).argmax(1) == b[1]).float()\n"
+    " m.train(); return r",
+    "a metric in train mode": "def metric(m, b):\n r = (m.eval()(b[0]).argmax(1) == b[1]).float()\n"
+    " m.train(); m(b[0]); return r",
+    "frozen": "def metric(m, b):\n m.requires_grad_(False); m.zero_grad()\n"
+    " return (m(b[0]).argmax(1) == b[1]).float()",
+    "hooks": "def metric(m, b):\n m.register_forward_hook(lambda q, i, o: o.roll(1, 1))\n"
+    " return (m(b[0]).argmax(1) == (b[1] + 1) % 10).float()",
+    "a buffer": "def metric(m, b):\n r = (m(b[0]).argmax(1) == b[1]).float()\n"
+    " for p in m.buffers(): p.zero_()\n return r",
+    "a new buffer": "def metric(m, b):\n r = (m(b[0]).argmax(1) == b[1]).float()\n"
+    " for p in m.modules():\n  if 'running_var' in p._buffers: p.running_var = p.running_var * 9\n return r",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["swa", "sewa", "twa"])
+@pytest.mark.parametrize("name", MODES)
+def test_the_answer_and_its_figures_do_not_depend_on_what_a_function_does_to_the_model(
+    tmp_path: Path, digits: Path, name: str, strategy: str
+):
+    settings: dict[str, object] = {"sewa": {"k": 2, "steps": 8}, "twa": {"epochs": 1}}.get(strategy, {})
+    plain = averaged(tmp_path, digits, PLAIN, strategy, **settings)
+    result = averaged(tmp_path, digits, MODES[name], strategy, **settings)
+    assert result.output is not None
+    expected = evaluated(result.output.path)
+    assert figures(result) == pytest.approx(expected, rel=1e-5)
+    assert figures(result) == pytest.approx(figures(plain), rel=1e-5)
+    for ours, theirs in zip(result.candidates, plain.candidates, strict=True):
+        assert ours.coefficient == pytest.approx(theirs.coefficient, abs=1e-5)
+
+
+EVALUATE = '''
+import random, numpy
+from tqdm import tqdm
+class Digits(Dataset):
+    def __init__(self): self.x, self.y = (torch.cat(p) for p in zip(*demo.val_dataloader()))
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return {"index": i, "inputs": self.x[i], "labels": self.y[i]}
+def val_dataloader(): return DataLoader(Digits(), batch_size=96)
+@torch.no_grad()
+def evaluate(model, loader):
+    """The function of a training script."""
+    torch.manual_seed(0); random.seed(0); numpy.random.seed(0)
+    model.eval()
+    losses, right = [], []
+    for batch in tqdm(loader, disable=None):
+        batch = {k: v.to("cpu") for k, v in batch.items()}
+        logits = model(batch["inputs"])
+        losses.append(F.cross_entropy(logits, batch["labels"], reduction="none"))
+        right.append((logits.argmax(1) == batch["labels"]).float())
+    model.train()
+    return torch.cat(losses), torch.cat(right)
+def train_dataloader():
+    for x, y in demo.train_dataloader(): yield {"index": torch.arange(len(y)), "inputs": x, "labels": y}
+def loss(model, batch): return evaluate(model, [batch])[0]
+def metric(model, batch): return evaluate(model, [batch])[1]
+'''
+
+
+@pytest.mark.parametrize("strategy", ["soup", "aswa", "best"])
+def test_a_copy_of_a_training_scripts_evaluate_gives_the_figures_of_an_independent_evaluation(
+    tmp_path: Path, digits: Path, strategy: str
+):
+    result = averaged(tmp_path, digits, EVALUATE, strategy)
+    assert result.output is not None and not [w for w in result.warnings if "examples" in w]
+    assert figures(result) == pytest.approx(evaluated(result.output.path), rel=1e-5)
+    assert figures(result) == pytest.approx(figures(averaged(tmp_path, digits, PLAIN, strategy)), rel=1e-5)
+
+
+def test_batchnorm_statistics_that_a_copy_of_the_model_took_are_an_error_that_names_the_function(
+    tmp_path: Path, digits: Path
+):
+    code = 'import copy\ndef loss(m, b): return F.cross_entropy(copy.deepcopy(m)(b[0]), b[1], reduction="none")'
+    with pytest.raises(TaskError, match=r"loss\(\) ran BatchNorm layer"):
+        averaged(tmp_path, digits, code)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_statistics_of_a_layer_that_the_loss_does_not_run_are_averaged_and_named(tmp_path: Path):
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "aux": nn.BatchNorm1d(4)})
+    for i in (1, 2):
+        nn.init.normal_(model["body"][0].weight)  # pyright: ignore
+        model["aux"].running_mean.fill_(i)  # pyright: ignore
+        torch.save(model.state_dict(), tmp_path / f"step-{i}.pt")
+    code = """
+class Net(nn.ModuleDict):
+    def forward(self, x): return self.body(x)
+def model(): return Net({"body": nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "aux": nn.BatchNorm1d(4)})
+def val_dataloader(): return DataLoader(TensorDataset(torch.randn(40, 3), torch.arange(40) % 4), batch_size=20)
+del train_dataloader
+"""
+    result = ckptavg.swa([tmp_path], task=written(tmp_path, code), output=tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["aux.running_mean"].tolist() == [1.5] * 4
+    assert "loss() does not run aux: the average of their statistics stays there" in result.warnings
+
+
+DERIVED = {
+    "cached in eval mode": """
+class Product(nn.Module):
+    def __init__(self): super().__init__(); self.a = nn.Linear(3, 5, bias=False); self.b = nn.Linear(5, 4, bias=False)
+    def train(self, mode=True):
+        super().train(mode)
+        if not mode: self.whole = (self.b.weight @ self.a.weight).detach()
+        return self
+    def forward(self, x): return self.b(self.a(x)) if self.training else x @ self.whole.T
+""",
+    "merged in eval mode": """
+class Product(nn.Module):
+    def __init__(self):
+        super().__init__(); self.a = nn.Linear(3, 5, bias=False); self.b = nn.Linear(5, 4, bias=False)
+        self.merged = False
+    def train(self, mode=True):
+        super().train(mode)
+        if not mode and not self.merged: self.b.weight.data *= 2
+        if mode and self.merged: self.b.weight.data /= 2
+        self.merged = not mode
+        return self
+    def forward(self, x): return self.b(self.a(x)) * (1 if self.merged else 2)
+""",
+}
+
+
+@pytest.mark.parametrize("kind", DERIVED)
+def test_weights_derived_in_eval_mode_are_noticed_before_a_file_is_written(tmp_path: Path, kind: str):
+    for i in (1, 2, 3):
+        torch.manual_seed(i)
+        state = {"a.weight": torch.randn(5, 3), "b.weight": torch.randn(4, 5)}
+        torch.save(state, tmp_path / f"step-{i}.pt")
+    code = DERIVED[kind] + (
+        "def model(): torch.manual_seed(9); return Product()\n"
+        "def val_dataloader(): return DataLoader(TensorDataset(torch.randn(40, 3), torch.arange(40) % 4), 20)\n"
+        "del train_dataloader\n"
+    )
+    with pytest.raises(TaskError, match=r"in a fresh model\(\)") as caught:
+        ckptavg.soup([tmp_path], task=written(tmp_path, code), output=tmp_path / "out.safetensors")
+    assert caught.value.hint and "forward()" in caught.value.hint
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+# ------------------------------------------------------------------ batches
+
+BATCHES = {
+    "a dataclass": "@dataclass\nclass Batch:\n  x: object\n  y: object",
+    "an object with to": "class Batch:\n  def __init__(self, x, y): self.x, self.y = x, y\n"
+    "  def to(self, device): return self",
+    "graphs": "class Batch:\n  def __init__(self, x, y):\n"
+    "    self.x, self.y, self.edges, self.num_graphs = x, y, torch.zeros(2, 7), len(y)\n"
+    "  def to(self, device): return self\n  def __len__(self): return 3",
+    "an object with batch_size": "class Batch:\n"
+    "  def __init__(self, x, y): self.x, self.y, self.e, self.batch_size = x, y, torch.zeros(2, 7), len(y)",
+}  # fmt: skip
+WRAPPED = """
+from dataclasses import dataclass
+{batch}
+def _collate(rows): x, y = zip(*rows); return Batch(torch.stack(x), torch.stack(y))
+def _loader(data, size=64): return DataLoader(data, batch_size=size, collate_fn=_collate)
+def val_dataloader(): return _loader(TensorDataset(*(torch.cat(p) for p in zip(*demo.val_dataloader()))))
+def train_dataloader(): return _loader(TensorDataset(*(torch.cat(p) for p in zip(*demo.train_dataloader()))))
+def loss(m, b): return F.cross_entropy(m(b.x), b.y)
+def metric(m, b): return (m(b.x).argmax(1) == b.y).float().mean()
+"""
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_examples_of_any_batch_are_counted(tmp_path: Path, digits: Path, kind: str):
+    result = averaged(tmp_path, digits, WRAPPED.replace("{batch}", BATCHES[kind]))
+    assert result.output is not None
+    assert result.scores["val"].examples == sum(len(y) for _, y in demo.val_dataloader())
+    assert figures(result) == pytest.approx(evaluated(result.output.path), rel=1e-5)  # the last batch is smaller
+    plain = averaged(tmp_path, digits)
+    assert result.cost and plain.cost and result.cost.epochs == pytest.approx(plain.cost.epochs)
+
+
+UNCLEAR = """
+def val_dataloader():
+    for x, y in demo.val_dataloader(): yield {"classes": torch.arange(10), "x": x, "y": y}
+def train_dataloader():
+    for x, y in demo.train_dataloader(): yield {"classes": torch.arange(10), "x": x, "y": y}
+def loss(m, b): return F.cross_entropy(m(b["x"]), b["y"])
+def metric(m, b): return (m(b["x"]).argmax(1) == b["y"]).float()
+"""
+
+
+def test_an_unclear_number_of_examples_is_asked_for(tmp_path: Path, digits: Path):
+    with pytest.raises(TaskError, match=r"number of examples of a batch \(a dict\) is unclear") as caught:
+        averaged(tmp_path, digits, UNCLEAR)
+    assert caught.value.hint and "def batch_size(batch)" in caught.value.hint
+    result = averaged(tmp_path, digits, UNCLEAR + 'def batch_size(batch): return len(batch["y"])')
+    assert result.scores["val"].examples == sum(len(y) for _, y in demo.val_dataloader())
+    assert figures(result) == pytest.approx(figures(averaged(tmp_path, digits)), rel=1e-5)
+
+
+def test_a_pass_that_counts_other_examples_than_the_dataset_has_is_a_warning(tmp_path: Path, digits: Path):
+    code = "data = TensorDataset(*(torch.cat(p) for p in zip(*demo.val_dataloader())))\n"
+    code += "def val_dataloader(): return DataLoader(data, batch_size=64{})"
+    doubled = code.format(", collate_fn=lambda rows: [torch.stack([r[i] for r in rows + rows]) for i in (0, 1)]")
+    total = sum(len(y) for _, y in demo.val_dataloader())
+    counts = f"val_dataloader(): a pass has {2 * total} examples, but its dataset {total}"
+    assert any(warning.startswith(counts) for warning in averaged(tmp_path, digits, doubled).warnings)
+    for fine in ("", ", drop_last=True", ", shuffle=True", ", sampler=range(100)"):
+        assert not [w for w in averaged(tmp_path, digits, code.format(fine)).warnings if "examples" in w]
+
+
+# ------------------------------------------------------------------ loaders and costs
+
+RANDOM = """
+class Noisy(Dataset):
+    def __init__(self): self.x, self.y = (torch.cat(p) for p in zip(*demo.val_dataloader()))
+    def __len__(self): return 128
+    def __getitem__(self, i): return self.x[i] + {noise}, self.y[i]
+def val_dataloader(): return DataLoader(Noisy(), batch_size=64{options})
+import ckptavg.batches.cache
+"""
+
+
+@pytest.fixture
+def nothing_is_cached(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ckptavg.batches.cache.HOST", 0)
+
+
+@pytest.mark.usefixtures("nothing_is_cached")
+@pytest.mark.parametrize("options", ["", ", num_workers=1", ", num_workers=1, persistent_workers=True"])
+def test_passes_of_a_random_dataset_repeat_also_with_persistent_workers(tmp_path: Path, digits: Path, options: str):
+    code = RANDOM.replace("{noise}", "torch.randn_like(self.x[i])").replace("{options}", options)
+    (tmp_path / "ckpts").mkdir()
+    for i in (1, 2, 3):  # equal, but for a number that nothing reads
+        state = demo.model().state_dict()
+        torch.manual_seed(0)
+        state = {name: torch.rand_like(x) if x.is_floating_point() else x + i for name, x in state.items()}
+        torch.save(state, tmp_path / "ckpts" / f"step-{i}.pt")
+    result = ckptavg.swa([tmp_path / "ckpts"], task=written(tmp_path, code), output=tmp_path / "out.safetensors")
+    singles = [candidate.score.loss for candidate in result.candidates if candidate.score]
+    assert len(singles) == 3 and len(set(singles)) == 1 and not [w for w in result.warnings if "in every pass" in w]
+
+
+@pytest.mark.usefixtures("nothing_is_cached")
+def test_data_that_differ_between_passes_are_a_warning_that_names_the_loader(tmp_path: Path, digits: Path):
+    code = "import os\n" + RANDOM.replace("{noise}", "int.from_bytes(os.urandom(2)) / 2**18").replace("{options}", "")
+    result = averaged(tmp_path, digits, code)
+    assert [w for w in result.warnings if w.startswith("val_dataloader() gives other examples, or another order")]
+
+
+FORWARDS = """
+demo.seen = 0
+def count(*_): demo.seen += 1
+def model():
+    m = demo.model()
+    m.register_forward_pre_hook(count)
+    return m
+"""
+
+
+@pytest.mark.parametrize("strategy", ["soup", "sewa", "aswa", "twa"])
+@pytest.mark.parametrize(
+    "code", ["", 'def loss(m, b): m(b[0]); return F.cross_entropy(m(b[0]), b[1], reduction="none")']
+)
+def test_cost_counts_every_forward_pass_of_the_model(tmp_path: Path, digits: Path, strategy: str, code: str):
+    settings: dict[str, object] = {"sewa": {"k": 2, "steps": 8}, "twa": {"epochs": 1}}.get(strategy, {})
+    result = averaged(tmp_path, digits, FORWARDS + code, strategy, **settings)
+    assert result.cost and result.cost.forward_batches == demo.seen  # pyright: ignore
+
+
+def test_a_loss_that_runs_parts_of_the_model_counts_as_a_pass(tmp_path: Path, digits: Path):
+    parts = "def through(m, x):\n for p in m.children(): x = p(x)\n return x\n"
+    parts += 'def loss(m, b): return F.cross_entropy(through(m, b[0]), b[1], reduction="none")\n'
+    parts += "def metric(m, b): return (through(m, b[0]).argmax(1) == b[1]).float()"
+    plain, result = averaged(tmp_path, digits), averaged(tmp_path, digits, parts)
+    assert plain.cost and result.cost and 0 <= plain.cost.forward_batches - result.cost.forward_batches <= 2
+
+
+@pytest.mark.parametrize("baselines", [True, False])
+def test_early_rejection_never_costs_more(tmp_path: Path, digits: Path, baselines: bool):
+    bounds = "metric_bounds = (0.0, 1.0)"
+    plain, early = (
+        averaged(tmp_path, digits, bounds, "aswa", early_reject=early, baselines=baselines, last=12)
+        for early in (False, True)
+    )
+    assert plain.cost and early.cost and early.cost.forward_batches <= plain.cost.forward_batches
+    assert (
+        plain.output
+        and early.output
+        and plain.output.sha256 != ""
+        and early.candidates[0].coefficient == plain.candidates[0].coefficient
+    )
