@@ -26,7 +26,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _OTHERS: Final = {
-    "Average": ("compare",), "Examine": ("inspect", "eval", "verify", "landscape", "env"), "Start": ("init", "demo"),
+    "Average": ("compare",),
+    "Examine": ("inspect", "check", "eval", "verify", "landscape", "env"),
+    "Start": ("init", "demo"),
 }  # fmt: skip
 
 

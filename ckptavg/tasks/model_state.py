@@ -21,33 +21,43 @@ class ModelState:
         self._saved: dict[int, Tensor] = {}  # id of a buffer → the copy of its values
 
     @contextmanager
-    def restored(self) -> Generator[None]:
+    def restored(self, undone: set[str]) -> Generator[None]:
         """Restore training modes and hooks of modules, buffers, and requires_grad and grad of parameters afterwards.
 
         Buffers of modules that are in training mode at the start keep their new values: the caller wants them updated
         (BatchNorm statistics). Others are restored through ``.data``, so that a graph built in the context stays valid.
+
+        Args:
+            undone: gets the kinds of what was changed.
         """
         modes = [module.training for module in self._modules]
         hooks = [dict(owner) if owner else {} for owner in self._hooks]
         flags = [(parameter.requires_grad, parameter.grad) for parameter in self._parameters]
         owners = [owner for module in self._modules if not module.training and (owner := vars(module)["_buffers"])]
         buffers = [dict(owner) for owner in owners]
-        values = self._copied([buffer for owner in buffers for buffer in owner.values() if buffer is not None])
+        present = [buffer for owner in buffers for buffer in owner.values() if buffer is not None]
+        versions, values = [buffer._version for buffer in present], self._copied(present)
         try:
             yield
         finally:
             for module, mode in zip(self._modules, modes, strict=True):
                 if module.training is not mode:
                     module.training = mode
+                    undone.add("training mode")
             for owner, before in zip(self._hooks, hooks, strict=True):
                 if owner != before:
                     _replace(owner, before)
+                    undone.add("hooks")
             for owner, before in zip(owners, buffers, strict=True):
                 if len(owner) != len(before) or any(owner.get(name) is not entry for name, entry in before.items()):
                     _replace(owner, before)
+                    undone.add("buffers")
+            if versions != [buffer._version for buffer in present]:
+                undone.add("buffers")
             for parameter, (flag, grad) in zip(self._parameters, flags, strict=True):
                 if parameter.requires_grad is not flag:
                     parameter.requires_grad_(flag)
+                    undone.add("requires_grad")
                 if parameter.grad is not grad:
                     parameter.grad = grad
             for targets, copies in values:

@@ -48,6 +48,7 @@ class PythonTask(Task):
         self.source = source
         self._guard = Guard(timeout, [source])
         self.notes: list[str] = []  # on its loaders, for the report
+        self.undone: dict[str, set[str]] = {}  # function → what it changed of the model
         self._at = ""  # the batch being used, for errors
         self._state: ModelState | None = None  # of the model that was run last
         with self._translate_errors(None, thorough=True):
@@ -222,7 +223,7 @@ class PythonTask(Task):
         model: nn.Module = args[0]
         if self._state is None or self._state.model is not model:
             self._state = ModelState(model)
-        with self._translate_errors(name), self._state.restored():
+        with self._translate_errors(name), self._state.restored(self.undone.setdefault(name, set())):
             return function(*args)
 
     @property

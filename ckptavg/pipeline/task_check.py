@@ -1,0 +1,258 @@
+"""Check of a task before a run: it runs on one checkpoint, and what it does is described."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ckptavg.batches.loader import BatchLoader
+from ckptavg.candidates.plan import Plan
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.discover import Discovered, discover
+from ckptavg.checkpoints.state_dict import check_agreement
+from ckptavg.coefficients import Coefficients
+from ckptavg.context import Run
+from ckptavg.cost import CostMeter
+from ckptavg.errors import TaskError, UsageError
+from ckptavg.journal.tensor_json import raw
+from ckptavg.objective.mixture import Mixture
+from ckptavg.options import Options
+from ckptavg.pipeline.preflight import pick_device
+from ckptavg.pipeline.session import translate_errors
+from ckptavg.pipeline.task_choice import task_for
+from ckptavg.runtime.progress import Progress, Watch
+from ckptavg.runtime.seeds import reproducible, reseed
+from ckptavg.score import Split
+from ckptavg.strategies.sewa import SeWA
+from ckptavg.strategies.twa import TWA
+from ckptavg.tasks import batch as batches
+from ckptavg.tasks.batch import Batch
+
+_ONE: Final = Coefficients.uniform([0], 1)
+_CLOSE: Final = 1e-4  # relative: losses of the same examples in another order of summation
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitCheck:
+    """One split: its size, the score of the checkpoint and what that took."""
+
+    examples: int
+    batches: int
+    seconds: float
+    repeats: bool
+    loss: float | None
+    metric: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskCheck:
+    """What a task does on one checkpoint.
+
+    Attributes:
+        checkpoint: the file that was scored.
+        model: class, size and BatchNorm layers of the model, in words.
+        loss: what one call returns, in words.
+        metric: likewise; "" if the task has no metric.
+        searches: strategy → seconds that its search would take at its default settings, with all candidates.
+        memory: what learning would take, in words.
+        remarks: what the user may want to change, one line each, with the change.
+        problems: what would make a run fail or its answer wrong, likewise.
+    """
+
+    checkpoint: Path
+    candidates: int
+    model: str
+    loss: str
+    metric: str
+    splits: dict[Split, SplitCheck]
+    searches: dict[str, float]
+    memory: str
+    remarks: Sequence[str] = ()
+    problems: Sequence[str] = ()
+
+
+@dataclass
+class _Findings:
+    remarks: list[str] = field(default_factory=list[str])
+    problems: list[str] = field(default_factory=list[str])
+
+
+def check_task(paths: Sequence[Path], options: Options, watch: Watch | None = None) -> TaskCheck:
+    """Run the task on the last candidate under ``paths``, and describe what it does and what a search would cost.
+
+    Raises:
+        CkptavgError: if the task fails on it.
+    """
+    if set(options.ways) - {"--task", "--val"} or not options.ways:
+        raise UsageError("check needs a task file or --val", hint="`ckptavg init` writes ./task.py")
+    with translate_errors(), reproducible(options.seed), discover(paths, options, options.key) as found:
+        check_agreement(found.checkpoints)
+        task, progress, notes = task_for(found, options), Progress(watch), _Findings()
+        run = Run(device=pick_device(options.device), workers=options.workers, seed=options.seed, progress=progress)
+        mixture = Mixture(task, found.checkpoints[-1:], run, options)
+        loader = BatchLoader(task, mixture.scored_on, run, CostMeter(), needs_two=lambda: bool(mixture.mixed.norms))
+        mixture.prepare()
+        loss, step = _check_loss(mixture, loader, notes)
+        splits: dict[Split, SplitCheck] = {}
+        more: list[Split] = ["train"] if task.has("train") and mixture.scored_on != "train" else []
+        for split in (*mixture.splits, *more):
+            progress(f"checking the {split} data", 0, 0)
+            splits[split] = _check_split(mixture, loader, split, notes)
+        _check_fresh(mixture, found.checkpoints[-1], notes)
+        _check_advice(mixture, notes)
+        plan = Plan.of(
+            mixture.mixed.model, len(found.checkpoints), bits=options.bits, group_size=options.group_size,
+            offload=options.offload, device=run.device,
+        )  # fmt: skip
+        return TaskCheck(
+            checkpoint=found.checkpoints[-1].path, candidates=len(found.checkpoints), model=_describe_model(mixture),
+            loss=loss, metric=_describe_metric(mixture), splits=splits, memory=str(plan),
+            searches=_searches(mixture, splits, step, found), remarks=[*mixture.notes, *notes.remarks],
+            problems=notes.problems,
+        )  # fmt: skip
+
+
+def _describe_model(mixture: Mixture) -> str:
+    model, norms = mixture.mixed.model, len(mixture.mixed.norms)
+    size = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
+    return size + (f"; statistics of {norms} BatchNorm layers are recomputed from data" if norms else "")
+
+
+def _describe_metric(mixture: Mixture) -> str:
+    task = mixture.task
+    if task.metric is None and task.corpus is None:
+        return ""
+    bounds = "" if task.metric_bounds is None else f", from {task.metric_bounds[0]:g} to {task.metric_bounds[1]:g}"
+    return f"{'larger' if task.metric_goal == 'max' else 'smaller'} is better{bounds}"
+
+
+def _check_loss(mixture: Mixture, loader: BatchLoader, notes: _Findings) -> tuple[str, float]:
+    """Return what a call of the loss returns, and the seconds of a forward and backward pass over a batch."""
+    run, task, counted = mixture.run, mixture.task, mixture.mixed.counted
+    mixture.mixed.set_to(_ONE, exact=False)
+    batch = next(loader.first(mixture.scored_on), None)
+    if batch is None:
+        raise loader.empty(mixture.scored_on)
+    data = batches.to_device(batch.data, run.device)
+
+    def loss(part: Any = data, seed: int = 0) -> Tensor:
+        reseed(run.seed, seed)
+        return counted.call(task.loss, batches.copied(part, run.device))
+
+    with torch.no_grad():
+        first, again, other = loss(), loss(), loss(seed=1)
+        parts = list(_halves(batch, data))
+        halves = [loss(part) for part, _ in parts] if first.numel() == 1 and batch.size > 1 else []
+    words = "one value per example" if first.numel() > 1 else "the mean of a batch"
+    close = {"rel_tol": _CLOSE, "abs_tol": 1e-7}
+    if halves:
+        mean = sum(size / batch.size * float(value) for (_, size), value in zip(parts, halves, strict=True))
+        if math.isclose(sum(map(float, halves)), float(first), **close) and not math.isclose(
+            mean, float(first), **close
+        ):
+            words = "the sum over a batch"
+            notes.problems.append(
+                "loss() returns a sum, which grows with the batch: return the mean, or one value each"
+            )
+        else:
+            notes.remarks.append("loss() returns a mean: one value per example would give intervals over examples")
+    if not torch.allclose(first, again, rtol=_CLOSE):
+        notes.problems.append("loss() differs between two calls with the same seeds: does it keep a state?")
+    elif not torch.allclose(first, other, rtol=_CLOSE):
+        words += ", with random numbers (the same ones for every candidate)"
+    differentiable, step = True, 0.0
+    for _ in range(2):  # the first backward pass takes longer
+        start = time.perf_counter()
+        with torch.enable_grad():
+            value = loss().mean()
+            differentiable = value.requires_grad
+            if differentiable:
+                value.backward()
+        float(value.detach())  # waits for the device
+        step = time.perf_counter() - start
+    if not differentiable:
+        notes.remarks.append("loss() has no gradient, which sewa and twa need: does it use no_grad, detach or item()?")
+    return words + ("" if differentiable else ", without gradient"), step
+
+
+def _halves(batch: Batch, data: Any) -> Iterator[tuple[Any, int]]:
+    """Yield two parts of a batch and their sizes, if it can be divided."""
+    first_B = torch.arange(batch.size) < batch.size // 2
+    for chosen_B in (first_B, ~first_B):
+        try:
+            yield batches.select(data, chosen_B), int(chosen_B.sum())
+        except TypeError:
+            return
+
+
+def _check_split(mixture: Mixture, loader: BatchLoader, split: Split, notes: _Findings) -> SplitCheck:
+    start = time.perf_counter()
+    sizes, order = zip(*((batch.size, batch.checksum) for batch in loader.scored(split)), strict=True)
+    again = BatchLoader(mixture.task, mixture.scored_on, mixture.run, CostMeter())  # reads the data, not its cache
+    repeats = [batch.checksum for batch in again.scored(split)] == list(order)
+    seconds, score = (time.perf_counter() - start) / 2, None
+    if not repeats:
+        words = "gives other examples, or another order, in every pass: fix its order and its random transforms"
+        notes.remarks.append(f"{split}_dataloader() {words}")
+    if split in mixture.splits:
+        score = mixture.exact_score(_ONE, split)
+        start = time.perf_counter()
+        mixture.scoring.recompute_batchnorm()
+        mixture.scoring.evaluate(split, "the checkpoint")
+        seconds = time.perf_counter() - start
+    return SplitCheck(
+        examples=sum(sizes), batches=len(sizes), seconds=seconds, repeats=repeats,
+        loss=score and score.loss, metric=score and score.metric,
+    )  # fmt: skip
+
+
+def _check_fresh(mixture: Mixture, checkpoint: Checkpoint, notes: _Findings) -> None:
+    """Score the checkpoint in a fresh model too, as a run does with its output."""
+    state = mixture.scoring.load_output(checkpoint.tensors, checkpoint.read_into)
+    recomputed = {name: bytes(raw(state[name])) for name in mixture.statistics}
+
+    def read_into(name: str, start: int, out: memoryview) -> None:
+        if name in recomputed:
+            begin = start * state[name].itemsize
+            out[:] = recomputed[name][begin : begin + len(out)]
+        else:
+            checkpoint.read_into(name, start, out)
+
+    try:
+        mixture.score_output(_ONE, checkpoint.tensors, read_into)
+    except TaskError as error:
+        notes.problems.append(f"{error} ({error.hint})")
+
+
+def _check_advice(mixture: Mixture, notes: _Findings) -> None:
+    task = mixture.task
+    for function, kinds in getattr(task, "undone", {}).items():
+        changed = ", ".join(sorted(kinds))
+        notes.remarks += (
+            [f"{function}() changes the model ({changed}); that is undone after each call"] if kinds else []
+        )
+    if task.metric is not None and task.metric_bounds is None:
+        notes.remarks.append("metric_bounds are not set: aswa --early-reject needs them")
+    if not task.has("test"):
+        notes.remarks.append(
+            "there is no test data: --holdout 0.5 keeps half of the validation data for a fair final score"
+        )
+    if mixture.mixed.norms and not task.has("train"):
+        notes.remarks.append("there is no train_dataloader(): BatchNorm statistics are recomputed from validation data")
+
+
+def _searches(mixture: Mixture, splits: dict[Split, SplitCheck], step: float, found: Discovered) -> dict[str, float]:
+    """Return the estimated seconds of the searches at their default settings."""
+    n, scored = len(found.checkpoints), splits[mixture.scored_on]
+    sewa, twa = SeWA(), TWA()
+    searches = {"best": n, "soup": 2 * n - 1, "aswa": 2 * n - 1}
+    estimates = {name: count * scored.seconds for name, count in searches.items()}
+    if mixture.losses is not None:
+        estimates["sewa"] = sewa.steps * sewa.samples * step + sewa.verify * scored.seconds
+        estimates["twa"] = twa.epochs * scored.batches * step
+    return estimates
