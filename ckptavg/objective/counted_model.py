@@ -14,6 +14,9 @@ class CountedModel:
     A function may run parts of the model instead of the model itself (``model.encoder(inputs)``): a call that does
     counts as one forward pass. Hooks on the parts are added when that happens for the first time.
 
+    Attributes:
+        in_training: whether a function has run the model in training mode, into which it was not put here.
+
     Args:
         model: the model.
         count: called before each forward pass.
@@ -23,7 +26,7 @@ class CountedModel:
         self.model = model
         self._count = count
         self._whole = self._parts = 0  # forward calls so far
-        self._watches_parts = False
+        self._watches_parts = self.in_training = False
         model.register_forward_pre_hook(self._run_whole)
 
     def call(self, function: Callable[[nn.Module, Any], _T], batch: Any) -> _T:
@@ -46,6 +49,7 @@ class CountedModel:
 
     def _run_whole(self, *_: Any) -> None:
         self._whole += 1
+        self.in_training |= self.model.training
         self._count()
 
     def _run_part(self, *_: Any) -> None:

@@ -216,6 +216,11 @@ class Scoring:
                 total = self._examples.get(split)
                 if threshold is not None and total and tally.cannot_reach(threshold, total):
                     raise _BelowError
+        if runner.in_training:
+            self._note(
+                "loss() or metric() runs the model in training mode, so dropout is on and BatchNorm takes each batch's "
+                "statistics in its scores: leave model.train() out, or call model.eval() before"
+            )
         score = tally.score(what, split)
         if score is None:
             raise self._loader.empty(split)

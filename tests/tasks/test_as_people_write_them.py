@@ -135,6 +135,15 @@ def test_a_copy_of_a_training_scripts_evaluate_gives_the_figures_of_an_independe
     assert figures(result) == pytest.approx(figures(averaged(tmp_path, digits, PLAIN, strategy)), rel=1e-5)
 
 
+@pytest.mark.parametrize("function", ["loss", "metric"])
+def test_a_function_that_runs_the_model_in_training_mode_is_a_warning(tmp_path: Path, digits: Path, function: str):
+    values = {"loss": "F.cross_entropy(m(b[0]), b[1])", "metric": "(m(b[0]).argmax(1) == b[1]).float()"}
+    code = f"def {function}(m, b): m.train(); return {values[function]}"
+    assert [w for w in averaged(tmp_path, digits, code).warnings if "runs the model in training mode" in w]
+    for fine in (f"def {function}(m, b): m.eval(); r = {values[function]}; m.train(); return r", ""):
+        assert not [w for w in averaged(tmp_path, digits, fine).warnings if "training mode" in w]
+
+
 def test_batchnorm_statistics_that_a_copy_of_the_model_took_are_an_error_that_names_the_function(
     tmp_path: Path, digits: Path
 ):
