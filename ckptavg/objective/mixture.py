@@ -110,9 +110,10 @@ class Mixture:
         """See `Evaluator.cost`."""
         size = self._loader.examples.get(self._batchnorm_from) or self.task.examples(self._batchnorm_from)
         work = self.meter["forward_examples"] + 2 * self.meter["backward_examples"]
-        return Cost(
+        cost = Cost(
             forward_batches=round(self.meter["forward_batches"]),
             backward_batches=round(self.meter["backward_batches"]),
             evaluations=round(self.meter["evaluations"]), seconds=self.meter[SECONDS],
             epochs=work / (3 * size) if size else None, epochs_of=self._batchnorm_from,
         )  # fmt: skip
+        return self.run.workers.broadcast(cost)  # other ranks may be without a batch in the last step of a pass
