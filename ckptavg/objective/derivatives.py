@@ -155,5 +155,5 @@ class Derivatives:
         mixed.candidates.materialize(self.uniform())
         with mixed.plain():
             loss = partial(mixed.counted.call, mixed.task.loss)
-            self._meter.running = [batch.size]
+            self._meter.running = ()  # what several ranks decide once is not charged
             return data_parallel.obstacle(loss, batch, mixed.run.device, self._workers)
