@@ -14,9 +14,6 @@ class CountedModel:
     A function may run parts of the model instead of the model itself (``model.encoder(inputs)``): a call that does
     counts as one forward pass. Hooks on the parts are added when that happens for the first time.
 
-    Attributes:
-        in_training: whether a function has run the model in training mode, into which it was not put here.
-
     Args:
         model: the model.
         count: called before each forward pass.
@@ -24,33 +21,43 @@ class CountedModel:
 
     def __init__(self, model: nn.Module, count: Callable[[], None]) -> None:
         self.model = model
-        self._count = count
-        self._whole = self._parts = 0  # forward calls so far
-        self._watches_parts = self.in_training = False
-        model.register_forward_pre_hook(self._run_whole)
+        self._calls = _Calls(count)
+        self._watches_parts = False
+        model.register_forward_pre_hook(self._calls.run_whole)
+
+    @property
+    def in_training(self) -> bool:
+        """Whether a function has run the model in training mode, into which it was not put here."""
+        return self._calls.in_training
 
     def call(self, function: Callable[[nn.Module, Any], _T], batch: Any) -> _T:
         """Return ``function(model, batch)``."""
-        before = self._whole, self._parts
+        calls = self._calls
+        whole, parts = calls.whole, calls.parts
         value = function(self.model, batch)
-        if self._whole == before[0]:
-            if not self._watches_parts:
-                self._watch_parts()
-            if self._parts > before[1]:
-                self._count()
+        if calls.whole == whole and not self._watches_parts:
+            self._watches_parts = True
+            calls.parts += 1  # those of this call
+            for part in self.model.modules():
+                if part is not self.model:
+                    part.register_forward_pre_hook(calls.run_part)
+        if calls.whole == whole and calls.parts > parts:
+            calls.count()
         return value
 
-    def _watch_parts(self) -> None:
-        self._watches_parts = True
-        self._parts += 1  # those of the call that led here
-        for part in self.model.modules():
-            if part is not self.model:
-                part.register_forward_pre_hook(self._run_part)
 
-    def _run_whole(self, *_: Any) -> None:
-        self._whole += 1
-        self.in_training |= self.model.training
-        self._count()
+class _Calls:
+    """Calls of the model and of its parts; without a reference to the model, which would outlive its last use."""
 
-    def _run_part(self, *_: Any) -> None:
-        self._parts += 1
+    def __init__(self, count: Callable[[], None]) -> None:
+        self.count = count
+        self.whole = self.parts = 0
+        self.in_training = False
+
+    def run_whole(self, model: nn.Module, _: Any) -> None:
+        self.whole += 1
+        self.in_training |= model.training
+        self.count()
+
+    def run_part(self, *_: Any) -> None:
+        self.parts += 1

@@ -112,13 +112,13 @@ def test_the_average_beats_the_last_and_the_best_single_checkpoint(selected: ckp
 
 def test_the_cost_counts_every_batch(selected: ckptavg.Result):
     assert selected.cost is not None
-    # On 4 validation batches: 12 candidates, the 8 most probable masks, SWA and LAWA. On 4 test batches: best, last,
+    # On 4 validation batches, each of which loss and metric run the model on: 12 candidates, the 8 most probable masks, SWA and LAWA. On 4 test batches: best, last,
     # SWA and LAWA.
     # Before each, BatchNorm from 15 training batches. The file itself on both. Learning: 100 steps of 2 samples.
     scored = 12 + 8 + 2
     assert selected.cost.backward_batches == 200
     on_test = 2 + 2
-    assert selected.cost.forward_batches == 200 + scored * (4 + 15) + on_test * (4 + 15) + (4 + 4 + 15)
+    assert selected.cost.forward_batches == 200 + scored * (8 + 15) + on_test * (8 + 15) + (8 + 8 + 15)
 
 
 def test_two_runs_give_identical_bytes(digits: Path, run: Run, tmp_path: Path):
