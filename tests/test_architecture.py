@@ -134,6 +134,17 @@ def test_inspecting_safetensors_loads_nothing_heavy(tmp_path: Path):
     assert "ckptavg.checkpoints.discover" in loaded and not HEAVY & loaded
 
 
+def test_a_plain_average_loads_no_scipy(tmp_path: Path):
+    """It takes as long to import as the average of a small model; only an interval needs it."""
+    import torch
+    from safetensors.torch import save_file
+
+    for step in (1, 2):
+        save_file({"w": torch.ones(1)}, tmp_path / f"step-{step}.safetensors")
+    loaded = loaded_by("swa", str(tmp_path), "-o", str(tmp_path / "averaged.safetensors"), cwd=tmp_path)
+    assert "torch" in loaded and not {"scipy", "scipy.special"} & loaded
+
+
 def test_importing_the_package_loads_no_torch():
     done = subprocess.run(
         [sys.executable, "-c", "import ckptavg, sys; dir(ckptavg); print('torch' in sys.modules)"],
