@@ -107,12 +107,15 @@ def test_pullback_matches_autograds_gradient_of_the_coefficients(tmp_path: Path)
     assert torch.equal(matrix.pullback(), torch.zeros(1, 4))
 
 
-def test_take_integers_copies_those_of_the_given_candidate(tmp_path: Path):
+def test_integers_are_those_of_the_given_candidate_and_else_of_the_last(tmp_path: Path):
     model = Tied()
     saved = states(model, 3)
     matrix = candidates(model, saved, tmp_path)
-    matrix.take_integers(1)
+    c = torch.full((3,), 1 / 3)
+    matrix.materialize(c, last=1)
     assert torch.equal(model.state_dict()["count"], saved[1]["count"])
+    matrix.materialize(c)
+    assert torch.equal(model.state_dict()["count"], saved[2]["count"])
 
 
 def test_a_model_of_mixed_precision_has_a_matrix_for_each_dtype(tmp_path: Path):
