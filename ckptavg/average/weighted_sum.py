@@ -210,18 +210,20 @@ class _Sums:
                 if not copied:
                     self._add(run, result)
                 if not is_finite(result):  # only then are candidates read again
-                    self._copy(run, result)
+                    self._copy(run, data)
             parts.append(Part(run.name, run.start * size, data))
         return parts
 
-    def _copy(self, run: _Run, result: Tensor) -> None:
+    def _copy(self, run: _Run, data: memoryview) -> None:
         """Copy a run that is not finite if it is kept or shared; raise its error if it is not allowed either."""
-        sources = [source for _, source in run.terms]
+        sources, result = [source for _, source in run.terms], torch.frombuffer(data, dtype=TORCH[run.target])
         allowed, known = sources[0].allow_nonfinite, run.name in sources[0].kept or run.name in self._copied
         if known or is_shared(sources if allowed else self._checkpoints, run.name):
             self._add(run._replace(terms=[(1.0, sources[-1])]), result)
             if not torch.equal(result.isfinite(), self._total[: run.numel].isfinite()):
                 raise overflow_error(sources[-1], run.name, result)
+            if run.target == run.dtype:  # a conversion changes the bits of NaN
+                sources[-1].read_into(run.name, run.start, data)
             self._copied.add(run.name)
         elif not allowed:
             raise refusal(sources, self._checkpoints, run.name) or overflow_error(sources[-1], run.name, result)
