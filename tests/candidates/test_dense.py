@@ -195,7 +195,7 @@ def test_keeping_one_of_two_tied_names_is_refused_and_both_are_copied(tmp_path: 
     for i, state in enumerate(saved):
         save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / f"step-{i}.safetensors")
     with discover([tmp_path]) as found:
-        with pytest.raises(UsageError, match="--keep matches head.weight, but not embed.weight"):
+        with pytest.raises(UsageError, match=r"--keep matches head\.weight, but not embed\.weight"):
             Candidates(Tied(), keeping(found.checkpoints, ["head*"]), ignore)
         matrix = Candidates(Tied(), keeping(found.checkpoints, ["head*", "embed*"]), ignore)
         matrix.materialize(torch.tensor([0.5, 0.5, 0.0]), last=1)
