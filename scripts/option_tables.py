@@ -50,7 +50,7 @@ def cells(option: Option) -> tuple[str, str, str]:
     flags = [option.help.short or (f"-{option.name}" if len(option.name) == 1 else ""), option.flag]
     if option.default is True:
         flags.append(f"--no-{option.flag[2:]}")
-    default = "none" if option.default is None else f"`{option.default}`"
+    default = "none" if option.default in (None, ()) else f"`{option.default}`"
     if isinstance(option.default, bool):
         default = "on" if option.default else "off"
     meaning = f"{option.help.text} {option.help.more}".strip()

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ckptavg.average import lora, lora_config
-from ckptavg.average.weighted_sum import PlannedOutput, output_specs, part, weighted_average
+from ckptavg.average.weighted_sum import PlannedOutput, not_averaged, output_specs, part, weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError, UsageError
@@ -47,9 +47,11 @@ def plan_output(
         exact = lora.exact(checkpoints, coefficients, rank, dtype)
         return exact if workers.is_rank_zero else replace(exact, parts=iter(()))
     config, notes = lora_config.read_config(first), list[str]()
-    is_lora = config is not None and config.peft_type == "LORA"
+    is_lora = config is not None and config.peft_type == "LORA" and not first.kept
     if is_lora and len(coefficients.selected) > 1 and not first.allow_nonfinite:
         off = f"{lora.factor_error(checkpoints, coefficients):.1%} off the average of its weights"
         notes = [f"averaging the adapter's factors is {off}; --adapter exact is not"]
     specs, only = output_specs(first, dtype), part(first, workers.rank, workers.world_size)
-    return PlannedOutput(specs=specs, parts=weighted_average(checkpoints, coefficients, specs, only=only), notes=notes)
+    kept, copied = not_averaged(first), set[str]()
+    parts = weighted_average(checkpoints, coefficients, specs, only=only, copied=copied)
+    return PlannedOutput(specs=specs, parts=parts, notes=notes, not_averaged=kept, copied=copied)

@@ -111,7 +111,10 @@ def exact(
         note = f"the adapter was reduced to rank {rank}, which lost {lost:.1%} of the average"
     others = weighted_sum.weighted_average(checkpoints, coefficients, specs, only=rest)
     parts = chain(_factors(first, modules, ranks, specs), others)
-    return weighted_sum.PlannedOutput(specs=specs, parts=parts, config=new_config, lost=lost, notes=[note])
+    kept = weighted_sum.not_averaged(first)
+    return weighted_sum.PlannedOutput(
+        specs=specs, parts=parts, config=new_config, lost=lost, notes=[note], not_averaged=kept
+    )
 
 
 def _factors(

@@ -4,7 +4,7 @@ Shape suffixes: N = candidates.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableSet, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import FLOATING, NAMES, TORCH
-from ckptavg.checkpoints.integrity import is_finite, not_finite
+from ckptavg.checkpoints.integrity import is_finite, is_shared, refusal, same_bytes
+from ckptavg.checkpoints.kept import is_averaged
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError
 from ckptavg.readers import ITEM_SIZE, StoredTensor
@@ -44,11 +45,8 @@ class PlannedOutput:
     config: Mapping[str, Any] | None = None  # the adapter_config.json of an exact adapter
     lost: float = 0.0  # ‖ΔW − truncated ΔW‖ / ‖ΔW‖ of an exact adapter, Frobenius norms over all modules
     notes: Sequence[str] = ()  # messages for the user
-
-    @property
-    def not_averaged(self) -> list[str]:
-        """Names of the non-floating-point tensors, which are copied from the last selected candidate."""
-        return [name for name, spec in self.specs.items() if spec.dtype not in FLOATING]
+    not_averaged: Sequence[str] = ()  # names of the tensors copied from the last selected candidate
+    copied: MutableSet[str] = field(default_factory=set[str])  # filled by ``parts``; see `weighted_average`
 
 
 def output_specs(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, StoredTensor]:
@@ -68,6 +66,12 @@ def output_specs(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, 
     return specs
 
 
+def not_averaged(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of the tensors copied from the last selected candidate, kept ones first."""
+    copied = [name for name in checkpoint.names if not is_averaged(checkpoint, name)]
+    return sorted(copied, key=lambda name: name not in checkpoint.kept)
+
+
 class _Run(NamedTuple):
     """Consecutive elements of one tensor, of ``dtype``, that are averaged at once into dtype ``target``."""
 
@@ -81,7 +85,7 @@ class _Run(NamedTuple):
 
 def weighted_average(
     checkpoints: Sequence[Checkpoint], coefficients: Coefficients, specs: Mapping[str, StoredTensor], *,
-    only: Ranges | None = None, chunk: int = CHUNK, threads: int | None = None,
+    only: Ranges | None = None, chunk: int = CHUNK, threads: int | None = None, copied: MutableSet[str] | None = None,
 ) -> Iterator[Part]:  # fmt: skip
     """Yield all bytes of Σ_i c_i w_i, tensor by tensor in the order of the first file.
 
@@ -90,7 +94,11 @@ def weighted_average(
     where float64 itself underflows), and bit-identical for every ``chunk`` and ``threads``. If all coefficients are
     equal, c Σ_i w_i is computed with one product (except for float64 tensors, whose sum might overflow). Candidates
     with coefficient 0 are not read. A tensor for which only one candidate is selected, with coefficient 1, is copied
-    bit for bit; non-floating-point tensors are copied from the last selected candidate.
+    bit for bit; non-floating-point and `Checkpoint.kept` tensors are copied from the last selected candidate.
+
+    A tensor that is bit-equal in all selected candidates is reproduced bit for bit. The rounding does this where the
+    dtype is kept and no coefficient is negative (−0.0): it is below half a unit in the last place. Only for float64,
+    narrower outputs, negative coefficients and results that are not finite are the tensors compared.
 
     Memory: 32 bytes per element of ``chunk`` for each thread and one more, regardless of number and size of candidates.
 
@@ -100,18 +108,21 @@ def weighted_average(
         only: the elements to average; None means all.
         chunk: elements per chunk.
         threads: number of chunks read and summed in parallel; by default torch's, at most the number of processors.
+        copied: gets the names of copied tensors that are not finite.
     Raises:
-        InputError: naming file and tensor, if a result is NaN or infinite and the candidates do not allow that.
+        InputError: naming file and tensor, if a result is NaN or infinite and the candidates do not allow that, unless
+            the tensor is kept or `is_shared` by all candidates.
     """
     before = torch.get_num_threads()
     threads = threads or min(before, processors())
     batches = _batches(checkpoints, coefficients, specs, only, chunk)
+    copied = set[str]() if copied is None else copied
     torch.set_num_threads(1)  # a chunk is too small to split: 3 × slower with 2 threads on a busy machine
     try:
         with ThreadPoolExecutor(threads) as pool:
             pending: deque[Future[list[Part]]] = deque()
             # buffers are reused once the caller has finished with their parts
-            for batch, buffers in zip(batches, cycle([_Sums(chunk) for _ in range(threads + 1)])):
+            for batch, buffers in zip(batches, cycle([_Sums(chunk, checkpoints, copied) for _ in range(threads + 1)])):
                 if len(pending) > threads:
                     yield from pending.popleft().result()
                 pending.append(pool.submit(buffers.parts, batch))
@@ -152,10 +163,11 @@ def _batches(
     for name in _in_order(checkpoints[0]):
         spec = checkpoints[0].spec(name)
         elements = range(spec.numel) if only is None else only.get(name, range(0))
-        if spec.dtype in FLOATING:
+        terms = [(1.0, checkpoints[coefficients.selected[-1]])]
+        if is_averaged(checkpoints[0], name) and elements:
             terms = [(c, checkpoints[i]) for i, c in enumerate(coefficients.row(name)) if c != 0]
-        else:
-            terms = [(1.0, checkpoints[coefficients.selected[-1]])]
+            if not _reproduces(terms, spec.dtype, specs[name].dtype) and same_bytes([c for _, c in terms], name):
+                terms = [(1.0, terms[-1][1])]
         for start in range(elements.start, elements.stop, chunk):
             run = _Run(name, start, min(chunk, elements.stop - start), terms, spec.dtype, specs[name].dtype)
             if numel + run.numel > chunk:
@@ -167,10 +179,18 @@ def _batches(
         yield batch
 
 
+def _reproduces(terms: Sequence[tuple[float, Checkpoint]], dtype: str, target: str) -> bool:
+    """Return whether one rounding of the sum of equal finite values gives these values, bit for bit."""
+    widened = target in (dtype, "F32") and "F64" not in (dtype, target)
+    return len(terms) == 1 or (widened and all(c > 0 for c, _ in terms))
+
+
 class _Sums:
     """Working buffers of one thread, allocated once."""
 
-    def __init__(self, chunk: int) -> None:
+    def __init__(self, chunk: int, checkpoints: Sequence[Checkpoint], copied: MutableSet[str]) -> None:
+        self._checkpoints = checkpoints
+        self._copied = copied
         self._total, self._term = torch.empty(2, chunk, dtype=torch.float64)
         self._input, self._output = (memoryview(bytearray(8 * chunk)) for _ in range(2))
 
@@ -189,11 +209,24 @@ class _Sums:
                 result = torch.frombuffer(data, dtype=TORCH[run.target])
                 if not copied:
                     self._add(run, result)
-                if not source.allow_nonfinite and not is_finite(result):  # only then are candidates read again
-                    errors = filter(None, (not_finite(candidate, run.name) for _, candidate in run.terms))
-                    raise next(errors, None) or overflow_error(run.terms[-1][1], run.name, result)
+                if not is_finite(result):  # only then are candidates read again
+                    self._copy(run, data)
             parts.append(Part(run.name, run.start * size, data))
         return parts
+
+    def _copy(self, run: _Run, data: memoryview) -> None:
+        """Copy a run that is not finite if it is kept or shared; raise its error if it is not allowed either."""
+        sources, result = [source for _, source in run.terms], torch.frombuffer(data, dtype=TORCH[run.target])
+        allowed, known = sources[0].allow_nonfinite, run.name in sources[0].kept or run.name in self._copied
+        if known or is_shared(sources if allowed else self._checkpoints, run.name):
+            self._add(run._replace(terms=[(1.0, sources[-1])]), result)
+            if not torch.equal(result.isfinite(), self._total[: run.numel].isfinite()):
+                raise overflow_error(sources[-1], run.name, result)
+            if run.target == run.dtype:  # a conversion changes the bits of NaN
+                sources[-1].read_into(run.name, run.start, data)
+            self._copied.add(run.name)
+        elif not allowed:
+            raise refusal(sources, self._checkpoints, run.name) or overflow_error(sources[-1], run.name, result)
 
     def _add(self, run: _Run, result: Tensor) -> None:
         """Compute Σ_i c_i w_i over a run of elements and round it once into ``result``."""

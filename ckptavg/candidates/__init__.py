@@ -12,8 +12,9 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from ckptavg.candidates.copied import Copied, Copies, copied_tensors
 from ckptavg.candidates.flat import Flat, flatten, runs, unique_tensors
-from ckptavg.candidates.loading import ReadInto, Specs, check_names, read, read_columns, read_row
+from ckptavg.candidates.loading import ReadInto, SharedError, Specs, check_names, read_columns, read_row
 from ckptavg.candidates.packed import Packed
 from ckptavg.candidates.plan import EXACT, Offload
 from ckptavg.candidates.sharded import flatten_shards
@@ -100,44 +101,47 @@ class Candidates:
     ) -> None:  # fmt: skip
         self.model = model
         self.n = len(checkpoints)
+        self._checkpoints = checkpoints
         self.bits = bits
         self.exact = bits == EXACT  # the matrix has the model's dtype
         self._workers = workers
-        unique = unique_tensors(model)
-        check_names(unique, checkpoints[0].tensors)
-        self._floats = [(names, tensor) for names, tensor in unique if tensor.is_floating_point()]
-        self._integers = [(names, tensor, list[Tensor]()) for names, tensor in unique if not tensor.is_floating_point()]
-        self._blocks: list[tuple[Flat, Matrix]] = []
-        for dtype in dict.fromkeys(tensor.dtype for _, tensor in self._floats):
-            tensors = [(names, tensor) for names, tensor in self._floats if tensor.dtype == dtype]
-            flat = flatten(tensors) if workers.world_size == 1 else flatten_shards(model, tensors, workers)
-            if offload == "disk" or (offload == "cpu" and flat.weights_D.device.type != "cpu"):
-                matrix = Streamed(checkpoints, flat, in_files=offload == "disk")
-            elif self.exact:
-                matrix = Dense(self.n, flat.weights_D)
-            else:
-                matrix = Packed(self.n, flat.weights_D, bits=bits, group=group_size)
-            self._blocks.append((flat, matrix))
+        check_names(unique_tensors(model), checkpoints[0].tensors)
+        copies = dict(copied_tensors(model, checkpoints))
+        while True:
+            self._build(copies, group_size, offload)
+            try:
+                self._load(checkpoints, progress)
+                break
+            except SharedError as error:
+                copies |= dict.fromkeys(error.names, 1)
         self.streamed = any(isinstance(matrix, Streamed) for _, matrix in self._blocks)  # kept off the device
         self.nbytes = sum(matrix.nbytes for _, matrix in self._blocks)  # of the matrix on this device
         # element range of each tensor that this rank holds
-        self.ranges = {name: range(tensor.numel()) for names, tensor, _ in self._integers for name in names}
+        self.ranges = {name: range(len(vector)) for name, vector in self._copied.targets().items()}
         for flat, _ in self._blocks:
             for slot in flat.slots:
                 self.ranges |= dict.fromkeys(slot.names, range(slot.first, slot.first + slot.numel))
-        self._load(checkpoints, progress)
-        squared_errors = [matrix.squared_errors.cpu().double() for _, matrix in self._blocks]
+        squared_errors = [torch.zeros(2, dtype=torch.float64)]
+        squared_errors += [matrix.squared_errors.cpu().double() for _, matrix in self._blocks]
         error, norm = workers.sum(torch.stack(squared_errors)).T
         # the largest ‖d̂ − d‖/‖d‖ over dtypes: the quantization error of the differences from the mean
         self.error = float((error / norm).nan_to_num(0.0).max().sqrt())
         model.requires_grad_(True)
+        self._copied.freeze()
+
+    @property
+    def averaged_buffers(self) -> frozenset[str]:
+        """Names of the floating-point buffers that are mixed."""
+        buffers = (names for names, tensor in self._floats if not isinstance(tensor, nn.Parameter))
+        return frozenset(name for names in buffers for name in names if name in self._checkpoints[0].tensors)
 
     @torch.no_grad()
-    def materialize(self, c_GN: Tensor, groups: Groups = EVERYTHING) -> None:
-        """Set the model's floating-point state to w = Σ_i c_i w_i.
+    def materialize(self, c_GN: Tensor, groups: Groups = EVERYTHING, *, last: int = -1) -> None:
+        """Set the model to w = Σ_i c_i w_i, and the tensors that are copied to those of candidate ``last``.
 
         Each row of c_GN, [G, N] or [N], sums to one; it applies to the tensors whose names begin with its group's.
         """
+        self._copied.take(last)
         c_GN = c_GN.view(len(groups), self.n)
         for flat, matrix in self._blocks:
             weights_D, centre_D = flat.weights_D, matrix.mean_D
@@ -153,12 +157,14 @@ class Candidates:
             flat.push()
 
     @torch.no_grad()
-    def average(self, chosen: Sequence[int]) -> bool:
-        """Set the model's floating-point state to the mean of candidates ``chosen``, reading only rows that changed.
+    def average(self, chosen: Sequence[int], *, last: int = -1) -> bool:
+        """Set the model to the mean of candidates ``chosen``, reading only rows that changed; see `materialize`.
 
         Returns False, with the model unchanged, if the matrix is on the device: there `materialize` is faster than
         maintaining a running sum (``scripts/benchmark/evaluation.py``).
         """
+        if self.streamed:
+            self._copied.take(last)
         for flat, matrix in self._blocks:
             if isinstance(matrix, Streamed):
                 matrix.average(chosen, flat.weights_D)
@@ -196,7 +202,10 @@ class Candidates:
         return self._workers.sum(total_GN).sqrt()
 
     def blocks(self, size: int | None) -> Groups:
-        """See `ckptavg.objective.Objective.blocks`; each floating-point tensor is in one block, under all its names."""
+        """See `ckptavg.objective.Losses.blocks`; each floating-point tensor is in one block, under all its names.
+
+        Those that are copied, on which coefficients have no effect, are in the last block.
+        """
         by_block: dict[str, tuple[str, ...]] = {}
         block, filled = "", math.inf
         for names, tensor in self._floats:
@@ -206,13 +215,9 @@ class Candidates:
                 block, filled = names[0], 0
             by_block[block] = (*by_block.get(block, ()), *names)
             filled += tensor.numel()
+        by_block = by_block or {"": ("",)}
+        by_block[block] = (*by_block[block], *(name for name in self.ranges if name in self._copies))
         return tuple(by_block.values())
-
-    @torch.no_grad()
-    def take_integers(self, i: int) -> None:
-        """Copy the non-floating-point state of candidate ``i`` into the model."""
-        for _, tensor, values in self._integers:
-            tensor.copy_(values[i])
 
     @torch.no_grad()
     def load(self, specs: Specs, read_into: ReadInto) -> None:
@@ -220,13 +225,12 @@ class Candidates:
         for flat, _ in self._blocks:
             read_columns(flat.slots, specs, read_into, 0, flat.weights_D)
             flat.push()
-        for names, tensor, _ in self._integers:
-            read(names, specs, read_into, tensor)
+        self._copied.load(specs, read_into)
 
     @torch.no_grad()
     def assign(self, specs: Specs, parts: Iterable[tuple[str, int, memoryview]]) -> None:
         """Load the model's whole state from ``(name, byte offset, bytes)`` parts of its tensors."""
-        targets = {name: (tensor.view(-1), 0) for names, tensor, _ in self._integers for name in names}
+        targets = {name: (vector, 0) for name, vector in self._copied.targets().items()}
         for flat, _ in self._blocks:
             for slot in flat.slots:
                 targets |= dict.fromkeys(slot.names, (flat.weights_D, slot.start - slot.first))
@@ -239,9 +243,32 @@ class Candidates:
             flat.push()
 
     def _zeros(self, groups: Groups) -> Tensor:
-        widest = max((flat.gradient_Q.dtype for flat, _ in self._blocks), key=lambda dtype: dtype.itemsize)
-        dtype = torch.promote_types(widest, torch.float32)
-        return self._blocks[0][0].gradient_Q.new_zeros(len(groups), self.n, dtype=dtype)
+        vectors = [flat.gradient_Q for flat, _ in self._blocks]
+        dtype = max((vector.dtype for vector in vectors), key=lambda dtype: dtype.itemsize, default=torch.float32)
+        device = next(self.model.parameters()).device
+        return torch.zeros(len(groups), self.n, dtype=torch.promote_types(dtype, torch.float32), device=device)
+
+    def _build(self, copies: Copies, group_size: int, offload: Offload) -> None:
+        """Divide the model's tensors into those that are copied and those that are mixed; allocate their matrices."""
+        self._copies = copies
+        unique = unique_tensors(self.model)
+        self._floats = [
+            (n, tensor) for n, tensor in unique if tensor.is_floating_point() and copies.keys().isdisjoint(n)
+        ]
+        mixed = {id(tensor) for _, tensor in self._floats}
+        self._copied = Copied([(names, tensor) for names, tensor in unique if id(tensor) not in mixed], copies)
+        self._blocks: list[tuple[Flat, Matrix]] = []
+        for dtype in dict.fromkeys(tensor.dtype for _, tensor in self._floats):
+            tensors = [(names, tensor) for names, tensor in self._floats if tensor.dtype == dtype]
+            one_rank = self._workers.world_size == 1
+            flat = flatten(tensors) if one_rank else flatten_shards(self.model, tensors, self._workers)
+            if offload == "disk" or (offload == "cpu" and flat.weights_D.device.type != "cpu"):
+                matrix = Streamed(self._checkpoints, flat, in_files=offload == "disk")
+            elif self.exact:
+                matrix = Dense(self.n, flat.weights_D)
+            else:
+                matrix = Packed(self.n, flat.weights_D, bits=self.bits, group=group_size)
+            self._blocks.append((flat, matrix))
 
     @torch.no_grad()
     def _load(self, checkpoints: Sequence[Checkpoint], progress: Callable[[str, int, int], None]) -> None:
@@ -249,14 +276,12 @@ class Candidates:
         means = [(flat, matrix.mean_D) for flat, matrix in self._blocks if matrix.mean_D is not None]
         for i, checkpoint in enumerate(checkpoints if means else ()):
             for flat, mean_D in means:
-                mean_D.add_(read_row(checkpoint, flat), alpha=1 / self.n)
+                mean_D.add_(read_row(checkpoint, flat, checkpoints), alpha=1 / self.n)
             progress("averaging candidates", i + 1, self.n)
         for i, checkpoint in enumerate(checkpoints):
             for flat, matrix in self._blocks:
-                matrix.encode(i, read_row(checkpoint, flat))
-            for names, tensor, values in self._integers:
-                values.append(torch.empty_like(tensor))
-                read(names, checkpoint.tensors, checkpoint.read_into, values[-1])
+                matrix.encode(i, read_row(checkpoint, flat, checkpoints))
+            self._copied.read(checkpoint)
             checkpoint.check_unchanged()
             progress("reading candidates", i + 1, self.n)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ckptavg.candidates.flat import Flat, Slot, overlapping
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import FLOATING, TORCH
-from ckptavg.checkpoints.integrity import is_finite, not_finite
+from ckptavg.checkpoints.integrity import is_finite, is_shared, not_finite, refusal
 from ckptavg.errors import InputError, TaskError
 from ckptavg.readers import ITEM_SIZE, StoredTensor
 
@@ -22,17 +22,35 @@ Specs = Mapping[str, StoredTensor]
 ReadInto = Callable[[str, int, memoryview], None]
 
 
-def read_row(checkpoint: Checkpoint, flat: Flat) -> Tensor:
-    """Read a checkpoint into the model's weights of one dtype, and return these; raises InputError if not finite."""
+class SharedError(Exception):
+    """Raised for tensors that are not finite, but equal in all candidates: they must be copied, not mixed."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(*names)
+        self.names = names
+
+
+def read_row(checkpoint: Checkpoint, flat: Flat, candidates: Sequence[Checkpoint]) -> Tensor:
+    """Read a checkpoint into the model's weights of one dtype, and return these.
+
+    Raises:
+        SharedError: if tensors are not finite that can be copied; a sharded parameter cannot.
+        InputError: if other values are not finite, and that is not allowed.
+    """
     for slot in flat.slots:
-        _check_tied(checkpoint, slot)
+        check_tied(checkpoint, slot)
     row_D = flat.weights_D
     read_columns(flat.slots, checkpoint.tensors, checkpoint.read_into, 0, row_D)
-    if not checkpoint.allow_nonfinite and len(row_D) and not is_finite(row_D):
-        bad = next(s for s in flat.slots if s.numel and not is_finite(row_D[s.start :][: s.numel]))
-        name = _present(bad.names, checkpoint.tensors)
-        message = f"its values overflow {str(row_D.dtype).removeprefix('torch.')}, its dtype in the task's model"
-        raise not_finite(checkpoint, name) or InputError(message, path=checkpoint.path, tensor=name)
+    if len(row_D) and not is_finite(row_D):
+        slots = (slot for slot in flat.slots if slot.numel and not is_finite(row_D[slot.start :][: slot.numel]))
+        bad = [present(slot.names, checkpoint.tensors) for slot in slots]
+        shared = [] if flat.shards else [n for n in bad if not_finite(checkpoint, n) and is_shared(candidates, n)]
+        if shared:
+            raise SharedError(shared)
+        if not checkpoint.allow_nonfinite:
+            message = f"its values overflow {str(row_D.dtype).removeprefix('torch.')}, its dtype in the task's model"
+            overflow = InputError(message, path=checkpoint.path, tensor=bad[0])
+            raise refusal([checkpoint], candidates, bad[0]) or overflow
     return row_D
 
 
@@ -48,7 +66,7 @@ def read(names: tuple[str, ...], specs: Specs, read_into: ReadInto, out: Tensor,
 
     Data pass through one small buffer, or directly into ``out`` if it is on the host and has the file's dtype.
     """
-    name, flat = _present(names, specs), out.view(-1)
+    name, flat = present(names, specs), out.view(-1)
     count, item, dtype = flat.numel(), ITEM_SIZE[specs[name].dtype], TORCH[specs[name].dtype]
     if not count:
         return
@@ -78,7 +96,7 @@ def check_names(unique: list[tuple[tuple[str, ...], Tensor]], specs: Specs) -> N
             hint = f"the checkpoints' names begin with {prefix}, as if model() were an attribute of what was saved"
         raise TaskError(f"the task's model() does not fit the checkpoints: {'; '.join(lists)}", hint=hint)
     for names, tensor in unique:
-        name = _present(names, specs)
+        name = present(names, specs)
         stored, mine = list(specs[name].shape), list(tensor.shape)
         if stored != mine:
             raise TaskError(f"the task's model() has {name} of shape {mine}, the checkpoints {stored}")
@@ -86,12 +104,12 @@ def check_names(unique: list[tuple[tuple[str, ...], Tensor]], specs: Specs) -> N
             raise TaskError(f"the task's model() has {name} as {tensor.dtype}, the checkpoints as {specs[name].dtype}")
 
 
-def _present(names: tuple[str, ...], specs: Specs) -> str:
+def present(names: tuple[str, ...], specs: Specs) -> str:
     """Return the first of a tensor's names that is in the file."""
     return next(name for name in names if name in specs)
 
 
-def _check_tied(checkpoint: Checkpoint, slot: Slot) -> None:
+def check_tied(checkpoint: Checkpoint, slot: Slot) -> None:
     """Check that names tied in the model hold equal values in the file."""
     stored = [name for name in slot.names if name in checkpoint.tensors]
     if len({checkpoint.spec(name) for name in stored}) < 2:

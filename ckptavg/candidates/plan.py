@@ -10,6 +10,7 @@ from typing import Final, Literal, Self, TypeAlias
 import torch
 from torch import nn
 
+from ckptavg.candidates.copied import Copies
 from ckptavg.candidates.flat import unique_tensors
 from ckptavg.errors import OutOfMemoryError
 from ckptavg.runtime import cgroups
@@ -28,30 +29,34 @@ class Plan:
     """Memory needed for learning: the candidate matrix, the model and one gradient."""
 
     n: int  # number of candidates
-    elements: int  # floating-point elements of the model; tied tensors count once
+    elements: int  # floating-point elements of the model that are mixed; tied tensors count once
     size: int  # of these elements, in bytes
     gradient: int  # size of the parameters among them, in bytes
     bits: int = EXACT  # per element of the matrix
     group_size: int  # elements that share a scale and a zero point if bits < 32
     offload: Offload  # where the matrix is kept instead of on the device
     device: torch.device  # of the model
+    copied: int = 0  # bytes of the tensors that are copied, with their values in each candidate
     present: int = 0  # bytes of the model that are already allocated
     sharing: int = 1  # processes that share the host memory
 
     @classmethod
     def of(
         cls, model: nn.Module, n: int, *, bits: int | Literal["auto"], group_size: int, offload: Offload,
-        device: torch.device, parts: int = 1, sharing: int = 1,
+        device: torch.device, parts: int = 1, sharing: int = 1, copies: Copies | None = None,
     ) -> Self:  # fmt: skip
         """Plan for a model on its device, or for one of its ``parts`` shards; for ``bits`` see `at`."""
-        floats = [tensor for _, tensor in unique_tensors(model) if tensor.is_floating_point()]
+        every = [(names, tensor) for names, tensor in unique_tensors(model) if tensor.is_floating_point()]
+        values = [max((copies or {}).get(name, 0) for name in names) for names, _ in every]
+        floats = [tensor for (_, tensor), count in zip(every, values, strict=True) if not count]
+        copied = sum((1 + count) * tensor.nbytes for (_, tensor), count in zip(every, values, strict=True) if count)
         return cls(
             n=n,
             elements=sum(tensor.numel() for tensor in floats) // parts,
             size=sum(tensor.nbytes for tensor in floats) // parts,
             gradient=sum(tensor.nbytes for tensor in floats if isinstance(tensor, nn.Parameter)) // parts,
-            group_size=group_size, offload=offload, device=device,
-            present=sum(tensor.nbytes for tensor in floats if not tensor.is_meta), sharing=sharing,
+            group_size=group_size, offload=offload, device=device, copied=copied,
+            present=sum(tensor.nbytes for _, tensor in every if not tensor.is_meta), sharing=sharing,
         ).at(bits)  # fmt: skip
 
     def at(self, bits: int | Literal["auto"]) -> Self:
@@ -80,7 +85,7 @@ class Plan:
     @property
     def needed(self) -> int:
         """Total bytes needed on the device."""
-        return self.matrix + self.size + self.gradient
+        return self.matrix + self.size + self.gradient + self.copied
 
     @property
     def on_host(self) -> int:
@@ -93,7 +98,8 @@ class Plan:
         storage = f" at {self.bits} bits" if self.bits != EXACT else streamed
         parts = f"{self.n} candidates{storage} {sized(self.matrix)} + model {sized(self.size)}"
         host = f", and {sized(self.on_host)} in the host's memory" if self.on_host else ""
-        return f"{parts} + gradient {sized(self.gradient)} = {sized(self.needed)} on {self.device}{host}"
+        copied = f" + copied tensors {sized(self.copied)}" if self.copied else ""
+        return f"{parts} + gradient {sized(self.gradient)}{copied} = {sized(self.needed)} on {self.device}{host}"
 
     def check(self) -> str:
         """Return breakdown and free memory as one line; raises OutOfMemoryError, which names settings that fit."""

@@ -26,6 +26,7 @@ class Checkpoint:
     reader: Reader = field(repr=False)
     notes: tuple[str, ...] = ()  # remarks for the user about how the file was read
     allow_nonfinite: bool = False  # whether NaN and infinite weights are accepted; otherwise reading them is an error
+    kept: frozenset[str] = frozenset()  # tensors that are not averaged, but taken from the last selected candidate
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -1,12 +1,13 @@
 """Find checkpoints in directories, in training order, with a reason for every file that is left out."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Self, TypeAlias
+from typing import Literal, NamedTuple, Self, TypeAlias
 
 from ckptavg.checkpoints import duplicates, state_dict
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -17,6 +18,17 @@ from ckptavg.errors import CkptavgError, InputError, excluding
 from ckptavg.readers import open_reader
 
 _Refuse: TypeAlias = Callable[[CkptavgError, Path], None]
+
+
+class NotFinite(NamedTuple):
+    """A tensor with NaN or infinite values: the SHA-256 of its bytes, and the error unless all candidates share it."""
+
+    digest: bytes
+    has_nan: bool
+    error: InputError
+
+
+Check: TypeAlias = Callable[[Checkpoint], Mapping[str, NotFinite]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +49,7 @@ class Discovered:
 
 def discover(
     paths: Sequence[Path], window: Window | None = None, key: str | None = None, *,
-    bad: Literal["refuse", "skip", "list"] = "refuse", check: Callable[[Checkpoint], None] | None = None,
+    bad: Literal["refuse", "skip", "list"] = "refuse", check: Check | None = None,
     allow_nonfinite: bool = False,
 ) -> Discovered:  # fmt: skip
     """Find, open (headers only), order and filter the checkpoints that ``paths`` name.
@@ -48,7 +60,8 @@ def discover(
         key: the sub-dictionary of each file that holds the model.
         bad: ``refuse`` raises for a bad checkpoint; ``skip`` leaves it out as if it did not exist; ``list`` does so too
             and accepts an empty result.
-        check: raises InputError for a bad candidate; called once for each one that the window selects.
+        check: raises InputError for a bad candidate, and returns its tensors that are not finite, which are bad unless
+            they are equal in all candidates; called once for each one that the window selects.
         allow_nonfinite: accept NaN and infinite weights.
     Raises:
         InputError: if no checkpoint is found, or one is bad or has no training step.
@@ -78,7 +91,7 @@ def discover(
                         error.hint = f"leave it out with {excluding(place.name)}, or all bad ones with --skip-bad"
                     refuse(error, place.path)
         ordered, warnings = _in_order(_without_copies(opened, left_out, refuse), refuse if bad == "list" else None)
-        ordered, chosen = _with_readable_values(ordered, window, check or (lambda _: None), refuse)
+        ordered, chosen = _with_readable_values(ordered, window, check or (lambda _: {}), refuse)
     finally:
         kept = {id(checkpoint.reader) for checkpoint in chosen}
         for reader in (candidate.checkpoint.reader for candidate in opened):
@@ -153,22 +166,41 @@ def _without_copies(opened: list[_Opened], left_out: list[LeftOut], refuse: _Ref
 
 
 def _with_readable_values(
-    ordered: list[Checkpoint], window: Window, check: Callable[[Checkpoint], None], refuse: _Refuse
+    ordered: list[Checkpoint], window: Window, check: Check, refuse: _Refuse
 ) -> tuple[list[Checkpoint], list[Checkpoint]]:
     """Return ``ordered`` without the checkpoints found bad, and the window's selection from it, all of them checked."""
-    checked: set[int] = set()
+    checked: dict[int, Mapping[str, NotFinite]] = {}
     while True:
         chosen, bad = window.select(ordered), set[int]()
         for candidate in (c for c in chosen if id(c) not in checked):
-            checked.add(id(candidate))
+            checked[id(candidate)] = {}
             try:
-                check(candidate)
+                checked[id(candidate)] = check(candidate)
             except CkptavgError as error:
                 refuse(error, candidate.path)
                 bad.add(id(candidate))
+        for i, error in () if bad else _not_shared([checked[id(c)] for c in chosen]).items():
+            refuse(error, chosen[i].path)
+            bad.add(id(chosen[i]))
         if not bad:
             return ordered, chosen
         ordered = [c for c in ordered if id(c) not in bad]
+
+
+def _not_shared(found: Sequence[Mapping[str, NotFinite]]) -> dict[int, InputError]:
+    """Return the error of each checkpoint with a tensor that is not finite, but finite in others.
+
+    If there is none, return those of checkpoints in which such a tensor differs from that of most others.
+    """
+    names = dict.fromkeys(name for tensors in found for name in tensors)
+    shared = [name for name in names if all(name in tensors for tensors in found)]
+    bad: dict[int, InputError] = {}
+    for name in [name for name in names if name not in shared] or shared:
+        ((usual, _),) = Counter(tensors[name].digest for tensors in found if name in tensors).most_common(1)
+        for i, tensor in ((i, tensors[name]) for i, tensors in enumerate(found) if name in tensors):
+            if name not in shared or tensor.digest != usual or (len(found) == 1 and tensor.has_nan):
+                bad.setdefault(i, tensor.error)
+    return bad
 
 
 def _in_order(opened: list[_Opened], refuse: _Refuse | None) -> tuple[list[Checkpoint], Sequence[str]]:

@@ -1,30 +1,39 @@
-"""Full check of a checkpoint: checksums, booleans, and no NaN or infinite weight."""
+"""Full check of a checkpoint: checksums, booleans, and NaN or infinite weights, which all candidates may share."""
 
+import hashlib
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ckptavg.checkpoints.checkpoint import Checkpoint, chunks
-from ckptavg.checkpoints.dtypes import FLOATING, TORCH
+from ckptavg.checkpoints.discover import NotFinite
+from ckptavg.checkpoints.dtypes import TORCH
+from ckptavg.checkpoints.kept import is_averaged
 from ckptavg.errors import InputError
 
 
-def check(checkpoint: Checkpoint) -> None:
-    """Read every tensor once.
+def check(checkpoint: Checkpoint) -> dict[str, NotFinite]:
+    """Read every tensor once; return those that are not finite, unless they are kept or that is allowed.
 
     Raises:
-        InputError: if a checksum does not match, a BOOL is neither 0 nor 1, a value is NaN or infinite without
-            ``allow_nonfinite``, or the file changed since it was opened.
+        InputError: if a checksum does not match, a BOOL is neither 0 nor 1, or the file changed since it was opened.
     """
+    found: dict[str, NotFinite] = {}
     first_names = {checkpoint.spec(name): name for name in reversed(checkpoint.names)}  # tied tensors once
     for spec, name in sorted(first_names.items(), key=lambda item: (item[0].record, item[0].offset)):
-        checked = spec.dtype in FLOATING and not checkpoint.allow_nonfinite
+        checked, finite = is_averaged(checkpoint, name) and not checkpoint.allow_nonfinite, True
         for _, chunk in chunks(spec, name, checkpoint.read_into):
-            bad = checked and not is_finite(torch.frombuffer(chunk, dtype=TORCH[spec.dtype]))
-            if bad and (error := not_finite(checkpoint, name)):
-                raise error
+            finite = finite and not (checked and not is_finite(torch.frombuffer(chunk, dtype=TORCH[spec.dtype])))
+        if not finite and (error := not_finite(checkpoint, name)):
+            digest = hashlib.sha256()
+            for _, chunk in chunks(spec, name, checkpoint.read_into):
+                digest.update(chunk)
+            found[name] = NotFinite(digest.digest(), _has_nan(checkpoint, name), error)
     checkpoint.check_unchanged()
+    return found
 
 
 def is_finite(values: Tensor) -> bool:
@@ -45,3 +54,36 @@ def not_finite(checkpoint: Checkpoint, name: str) -> InputError | None:
         return None
     what = f"{count} values are NaN or infinite, the first at element {first}"
     return InputError(what, path=checkpoint.path, tensor=name, hint=checkpoint.hint)
+
+
+def same_bytes(checkpoints: Sequence[Checkpoint], name: str) -> bool:
+    """Return whether a tensor is bit-equal in all checkpoints; stops reading at the first chunk that differs."""
+    spec = checkpoints[0].spec(name)
+    readers = [chunks(checkpoint.spec(name), name, checkpoint.read_into) for checkpoint in checkpoints]
+    numel, dtype = spec.numel, spec.dtype
+    same_shape = all((c.spec(name).numel, c.spec(name).dtype) == (numel, dtype) for c in checkpoints)
+    return same_shape and all(a == b for parts in zip(*readers, strict=True) for (_, a), (_, b) in pairwise(parts))
+
+
+def is_shared(checkpoints: Sequence[Checkpoint], name: str) -> bool:
+    """Return whether a tensor that is not finite may be copied: bit-equal in all candidates, such as a mask of −inf.
+
+    One candidate alone may hold infinite values, but no NaN.
+    """
+    return same_bytes(checkpoints, name) and (len(checkpoints) > 1 or not _has_nan(checkpoints[0], name))
+
+
+def refusal(bad: Sequence[Checkpoint], candidates: Sequence[Checkpoint], name: str) -> InputError | None:
+    """Return the error for a tensor that is not finite in one of ``bad``, with a hint that leaves candidates over."""
+    error = next(filter(None, (not_finite(checkpoint, name) for checkpoint in bad)), None)
+    if error is not None and all(not_finite(checkpoint, name) for checkpoint in candidates):
+        error.hint = (
+            "no candidate is finite there: average such values with --allow-nonfinite, or copy them with --keep"
+        )
+    return error
+
+
+def _has_nan(checkpoint: Checkpoint, name: str) -> bool:
+    spec = checkpoint.spec(name)
+    parts = chunks(spec, name, checkpoint.read_into)
+    return any(bool(torch.frombuffer(part, dtype=TORCH[spec.dtype]).isnan().any()) for _, part in parts)

@@ -13,7 +13,7 @@ from ckptavg.cli.help_page import Command, Group
 from ckptavg.declaration import declared
 from ckptavg.errors import UsageError
 from ckptavg.objective import PlainAverage, Strategy
-from ckptavg.options import config_file
+from ckptavg.options import Options, config_file
 from ckptavg.runtime import version
 from ckptavg.strategies import strategies
 
@@ -74,6 +74,8 @@ def configured() -> dict[str, dict[str, Any]]:
     }
     if unknown := values.keys() - {"task"} - set().union(*options_of.values()):
         raise UsageError(f"{config_file.NAMES}: unknown options: {', '.join(sorted(unknown))}")
+    repeated = values.keys() & {option.name for option in declared(Options) if option.default == ()}
+    values |= {name: values[name].split(",") for name in repeated}
     return {name: {key: values[key] for key in values.keys() & options} for name, options in options_of.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -29,16 +29,16 @@ def command(
     """List the candidates and the reason for each file left out."""
     from ckptavg.checkpoints import stability
     from ckptavg.checkpoints.checksums import Manifest
-    from ckptavg.checkpoints.discover import discover
+    from ckptavg.checkpoints.discover import NotFinite, discover
     from ckptavg.report.as_json import plain
 
     manifest = Manifest()
 
-    def check_data(checkpoint: Checkpoint) -> None:
+    def check_data(checkpoint: Checkpoint) -> Mapping[str, NotFinite]:
         from ckptavg.checkpoints import integrity  # imports torch
 
         manifest.check(checkpoint)
-        integrity.check(checkpoint)
+        return integrity.check(checkpoint)
 
     with discover(ckpts, Window(**window), key, bad="list", check=check_data if read_data else None) as found:
         more = (*manifest.warnings, *stability.warnings(found.checkpoints))

@@ -28,7 +28,9 @@ def parameter(option: Option) -> inspect.Parameter:
     """
     kind: Any = option.kind
     more: dict[str, Any] = {"metavar": option.help.metavar}
-    if get_origin(kind) is Union and str in get_args(kind):  # Path | str
+    if option.default == ():
+        kind = list[str]
+    elif get_origin(kind) is Union and str in get_args(kind):  # Path | str
         kind = str
     elif get_origin(kind) is Union:  # int | Literal["auto"]
         kind, more = str, {"parser": _number_or_auto, "metavar": "N|auto"}

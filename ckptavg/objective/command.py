@@ -48,6 +48,7 @@ class CommandEvaluator:
     splits: tuple[Split, ...] = ("val",)
     bounded = False
     statistics: Collection[str] = ()
+    averaged_buffers: Collection[str] = ()
     matrix = None
     notes: Sequence[str] = ()
 

@@ -25,6 +25,7 @@ class Evaluator(Objective, Protocol):
         splits: splits of the final scores, `scored_on` first.
         bounded: True if scores have known bounds, so that scoring can stop early.
         statistics: names of the tensors recomputed from data for every mixture: BatchNorm's running statistics.
+        averaged_buffers: names of floating-point buffers that differ between candidates, and are averaged.
         matrix: properties of the candidate matrix that was searched; None if there is no matrix.
         notes: remarks on the measurements for the report, one sentence each.
     """
@@ -34,6 +35,8 @@ class Evaluator(Objective, Protocol):
 
     @property
     def statistics(self) -> Collection[str]: ...  # noqa: D102
+    @property
+    def averaged_buffers(self) -> Collection[str]: ...  # noqa: D102
     @property
     def matrix(self) -> MatrixResult | None: ...  # noqa: D102
     @property

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.candidates import Candidates, sharded
+from ckptavg.candidates.copied import copied_tensors
 from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
@@ -57,7 +58,8 @@ class MixedModel:
         else:
             model = self.build().eval()
         plan = Plan.of(
-            model, n, bits=search.bits, group_size=search.group_size, offload=search.offload,
+            model, n, copies=copied_tensors(model, self.checkpoints),
+            bits=search.bits, group_size=search.group_size, offload=search.offload,
             device=run.device, parts=workers.world_size, sharing=run.workers.local_world_size,
         )  # fmt: skip
         memory_use = plan.check()
@@ -106,9 +108,10 @@ class MixedModel:
             parts = weighted_average(self.checkpoints, coefficients, specs, only=self.candidates.ranges)
             self.candidates.assign(specs, parts)
             return
-        if not (coefficients.uniform_subset and self.candidates.average(coefficients.selected)):
-            self.candidates.materialize(self.uniform().new_tensor(coefficients.values), coefficients.groups)
-        self.candidates.take_integers(coefficients.selected[-1])
+        chosen = coefficients.selected
+        if not (coefficients.uniform_subset and self.candidates.average(chosen, last=chosen[-1])):
+            c_GN = self.uniform().new_tensor(coefficients.values)
+            self.candidates.materialize(c_GN, coefficients.groups, last=chosen[-1])
 
     def uniform(self) -> Tensor:
         """See `Losses.uniform`."""

@@ -74,6 +74,11 @@ class Mixture:
         return batchnorm.statistics(self.mixed.model)
 
     @property
+    def averaged_buffers(self) -> Collection[str]:
+        """See `Evaluator.averaged_buffers`."""
+        return self.mixed.candidates.averaged_buffers - batchnorm.statistics(self.mixed.model)
+
+    @property
     def matrix(self) -> MatrixResult:
         """See `Evaluator.matrix`."""
         return self.mixed.matrix

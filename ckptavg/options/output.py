@@ -1,5 +1,6 @@
 """The options of the output: its place, its form, and what may replace it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -25,6 +26,13 @@ class OutputOptions:
     )] = False  # fmt: skip
     dtype: Annotated[Dtype | None, Help(
         OUTPUT, "float64|float32|float16|bfloat16; default as stored.", metavar="DTYPE")] = None  # fmt: skip
+    keep: Annotated[Sequence[str], Help(
+        OUTPUT, "Copy tensors with names like this glob, not average.",
+        "From the last selected checkpoint; may be repeated.",
+        "PATTERN")] = ()  # fmt: skip
+    average: Annotated[Sequence[str], Help(
+        OUTPUT, "Average tensors in spite of --keep.", "With names like this glob; may be repeated.", "PATTERN"
+    )] = ()  # fmt: skip
     max_shard_size: Annotated[str | None, Help(
         OUTPUT, "In a directory: files of at most SIZE, such as 5GB.", "An index lists them.", "SIZE",
         changes_measurements=False)] = None  # fmt: skip
@@ -49,6 +57,8 @@ class OutputOptions:
         check(self)
         if not str(self.output):
             raise UsageError("--output is empty: name a file or a directory")
+        if self.adapter == "exact" and (self.keep or self.average):
+            raise UsageError("--keep and --average do not go with --adapter exact, which averages what adapters do")
         if self.rank is not None and self.adapter != "exact":
             raise UsageError("--rank goes with --adapter exact")
         if self.max_shard_size is not None and self.destination[1] is None:

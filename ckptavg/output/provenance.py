@@ -24,8 +24,8 @@ def metadata(
     Args:
         digest: returns the hexadecimal SHA-256 of a source file, or "".
         recipe: the other entries: strategy (name of the command) and its settings; dtype, adapter and rank as
-            requested; not_averaged, the tensors copied from the last selected candidate; recomputed, those computed
-            from data (BatchNorm statistics).
+            requested; not_averaged, the tensors copied from the last selected candidate, and the patterns keep and
+            average that chose some of them; recomputed, those computed from data (BatchNorm statistics).
     """
     selected = [(checkpoints[i], coefficients.candidate(i)) for i in coefficients.selected]
     record = recipe | {

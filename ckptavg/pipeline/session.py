@@ -1,7 +1,7 @@
 """Start and end of every run: check the output, open the candidates, resume the journal and build the evaluator."""
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,8 @@ from ckptavg import average
 from ckptavg.checkpoints import integrity, stability
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.checksums import Manifest
-from ckptavg.checkpoints.discover import Discovered, discover, with_directory_changes
+from ckptavg.checkpoints.discover import Discovered, NotFinite, discover, with_directory_changes
+from ckptavg.checkpoints.kept import keeping, kept_names
 from ckptavg.checkpoints.state_dict import check_agreement
 from ckptavg.context import Run
 from ckptavg.errors import CkptavgError, InterruptedRunError, OutOfMemoryError, TaskError, UsageError, is_out_of_memory
@@ -90,6 +91,7 @@ def open_session(paths: Sequence[Path], options: Options, watch: Watch | None = 
         ExitStack() as stack,
     ):
         check_agreement(found.checkpoints)
+        found = replace(found, checkpoints=keeping(found.checkpoints, options.keep, options.average))
         check_sources(found, options)
         average.check(found.checkpoints, options.adapter)
         if options.destination[1]:
@@ -179,14 +181,15 @@ def _open_candidates(paths: Sequence[Path], options: Options, watch: Watch | Non
         stability.wait(paths, options, options.wait_stable, watch)
     manifest, checked = Manifest(), 0
 
-    def check(checkpoint: Checkpoint) -> None:
+    def check(checkpoint: Checkpoint) -> Mapping[str, NotFinite]:
         nonlocal checked
         manifest.check(checkpoint)
-        if options.skip_bad:
-            integrity.check(checkpoint)
-            checked += 1
-            if watch:
-                watch("checking candidates", checked, checked, {})
+        if not options.skip_bad:
+            return {}
+        checked += 1
+        if watch:
+            watch("checking candidates", checked, checked, {})
+        return integrity.check(replace(checkpoint, kept=kept_names(checkpoint, options.keep, options.average)))
 
     found = discover(
         paths, options, options.key, bad="skip" if options.skip_bad else "refuse", check=check,

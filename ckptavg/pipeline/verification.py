@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def verify(file: Path, sources: Path) -> Verification:
         check_agreement(checkpoints)
         coefficients = _coefficients(record, checkpoints[0], file)
         mode = record.get("adapter", "factors")
+        checkpoints = [replace(c, kept=frozenset(record.get("not_averaged", ()))) for c in checkpoints]
         plan = plan_output(checkpoints, coefficients, dtype=record["dtype"], mode=mode, rank=record.get("rank"))
         _, stored, _ = model_tensors(output, None)
         expected, actual = ({name: (t.dtype, t.shape) for name, t in ts.items()} for ts in (plan.specs, stored))
@@ -94,6 +95,7 @@ def _is_complete(record: Mapping[str, Any]) -> bool:
         and len(sources) > 0
         and all(map(_is_source, sources))
         and _are_texts(record.get("recomputed"))
+        and _are_texts(record.get("not_averaged", []))
         and isinstance(groups := record.get("groups"), list)
         and all(map(_are_texts, groups))
         and "dtype" in record

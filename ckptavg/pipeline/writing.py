@@ -70,7 +70,7 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
     describe = partial(
         provenance.metadata, checkpoints, coefficients, strategy=name_of(strategy), settings=asdict(strategy),  # pyright: ignore[reportArgumentType]
         dtype=options.dtype, adapter=options.adapter, rank=options.rank, not_averaged=plan.not_averaged,
-        recomputed=recomputed,
+        keep=options.keep, average=options.average, recomputed=recomputed,
     )  # fmt: skip
     files = [file for checkpoint in selected for file in checkpoint.reader.files] if options.digests else []
     files = files[workers.rank :: workers.world_size]
@@ -103,9 +103,20 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
             return copied, out.sha256, out.size
 
         copied, sha256, size = workers.broadcast(workers.on_rank_zero(publish)) or ([], "", 0)
-    kept = plan.not_averaged
-    output = Output(path=out.path, sha256=sha256, bytes=size, dtype=dtype, not_averaged=kept, recomputed=recomputed)
-    return WrittenOutput(output=output, scores=scores, copied=copied, notes=plan.notes)
+    output = Output(
+        path=out.path, sha256=sha256, bytes=size, dtype=dtype, not_averaged=plan.not_averaged, recomputed=recomputed,
+        averaged_buffers=sorted(evaluator.averaged_buffers) if evaluator and len(selected) > 1 else (),
+    )  # fmt: skip
+    return WrittenOutput(output=output, scores=scores, copied=copied, notes=[*plan.notes, *_not_finite(plan, workers)])
+
+
+def _not_finite(plan: PlannedOutput, workers: Workers) -> list[str]:
+    """Name the tensors that were copied although they are not finite."""
+    names = sorted(set[str]().union(*workers.gather(plan.copied)))
+    kept = [name for name in names if name in plan.not_averaged]
+    shared = [name for name in names if name not in plan.not_averaged]
+    reasons = (("equal in all candidates", shared), ("taken from the last selected candidate", kept))
+    return [f"copied as it is, {reason} and not finite: {', '.join(same)}" for reason, same in reasons if same]
 
 
 def _write_recomputed(

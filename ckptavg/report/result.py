@@ -39,6 +39,7 @@ class Output:
     dtype: str
     not_averaged: Sequence[str] = ()
     recomputed: Sequence[str] = ()
+    averaged_buffers: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from ckptavg.cost import Cost
 from ckptavg.errors import printable
 from ckptavg.report import landscape
 from ckptavg.report.comparison import comparison_table
-from ckptavg.report.result import CandidateResult, Comparison, Landscape, Result, Row
+from ckptavg.report.result import CandidateResult, Comparison, Landscape, Output, Result, Row
 from ckptavg.score import Score, Split
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -142,13 +142,19 @@ def _notes(result: Result) -> Iterator[str]:
             yield f"searched with --offload {matrix.offload}: candidates streamed through buffers of {size}"
         if matrix.precision != "float32":
             yield f"searched with --precision {matrix.precision}; all scores use the model's own precision"
-    if output:
-        path = printable(str(output.path))
-        yield f"wrote {path}: {output.bytes:,} bytes, {output.dtype}, sha256 {output.sha256[:16]}…"
-        if output.recomputed:
-            yield f"recomputed from data: {_listing(output.recomputed)}"
-        if output.not_averaged:
-            yield f"not averaged, copied from the last selected candidate: {_listing(output.not_averaged)}"
+    yield from _file_notes(output) if output else ()
+
+
+def _file_notes(output: Output) -> Iterator[str]:
+    path = printable(str(output.path))
+    yield f"wrote {path}: {output.bytes:,} bytes, {output.dtype}, sha256 {output.sha256[:16]}…"
+    if output.recomputed:
+        yield f"recomputed from data: {_listing(output.recomputed)}"
+    if output.not_averaged:
+        yield f"not averaged, copied from the last selected candidate: {_listing(output.not_averaged)}"
+    if output.averaged_buffers:
+        takes = "--keep PATTERN takes them from the last selected candidate"
+        yield f"averaged buffers: {_listing(output.averaged_buffers)} ({takes})"
 
 
 def _cost(cost: Cost) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ckptavg.average import plan_output
 from ckptavg.average.weighted_sum import output_specs, weighted_average
+from ckptavg.checkpoints.kept import keeping
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError
 
@@ -171,6 +172,53 @@ def test_a_non_finite_value_is_reported_with_file_and_element(tmp_path: Path, ba
         averaged(stored(tmp_path, states), [0.4, 0.3, 0.3], chunk=256)
     with pytest.raises(InputError, match=r"step-1\.safetensors: w"):
         averaged(stored(tmp_path, states), [0.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("row", [*ROWS.values(), [1 / 49] * 3 + [46 / 49], [-7.3, 9.1, -0.8]], ids=str)
+@pytest.mark.parametrize("target", [None, "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_tensor_that_all_candidates_share_is_reproduced_bit_for_bit(
+    tmp_path: Path, dtype: torch.dtype, target: str | None, row: list[float]
+):
+    """Not only by value: zeros keep their sign, and a narrower dtype gets the nearest number to the stored one."""
+    value = awkward(dtype, 1).double()
+    value = value[value.abs() < 60000].to(dtype)  # what float16 holds
+    result = averaged(stored(tmp_path, [{"w": value}] * len(row)), row, target, chunk=100)["w"]
+    expected = averaged(stored(tmp_path, [{"w": value}]), [1.0], target)["w"]
+    assert torch.equal(result.view(torch.uint8), expected.view(torch.uint8))
+    if target is None:
+        assert torch.equal(result.view(torch.uint8), value.view(torch.uint8))
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_shared_mask_is_copied_and_reported(tmp_path: Path, dtype: torch.dtype, row: list[float]):
+    mask = torch.full((20, 20), -torch.inf, dtype=dtype).triu(1)
+    mask[0, 0] = torch.nan
+    checkpoints = stored(tmp_path, [{"mask": mask, "w": torch.ones(3) * i} for i in range(3)])
+    plan = plan_output(checkpoints, Coefficients((tuple(row),)))
+    assert b"".join(data for name, _, data in plan.parts if name == "mask") == mask.view(torch.uint8).numpy().tobytes()
+    assert plan.copied == {"mask"}
+
+
+def test_an_infinite_value_that_an_unselected_candidate_has_not_is_an_error(tmp_path: Path):
+    values = [torch.tensor([1.0, i]) for i in (torch.inf, torch.inf, 2.0)]
+    checkpoints = stored(tmp_path, [{"w": value} for value in values])
+    with pytest.raises(InputError, match=r"step-0\.safetensors: w: 1 values are NaN or infinite"):
+        averaged(checkpoints, [0.5, 0.5, 0.0])
+
+
+def test_a_shared_tensor_that_overflows_the_output_dtype_is_an_error(tmp_path: Path):
+    shared = torch.tensor([1e6, -torch.inf])
+    with pytest.raises(InputError, match="the average overflows float16"):
+        averaged(stored(tmp_path, [{"w": shared}] * 2), [0.5, 0.5], "float16")
+
+
+def test_kept_tensors_are_copied_even_if_they_are_not_finite(tmp_path: Path):
+    states = [{"least": torch.tensor([torch.inf, float(i)]), "w": torch.ones(2) * i} for i in range(3)]
+    checkpoints = keeping(stored(tmp_path, states), ["le*"])
+    result = averaged(checkpoints, [0.5, 0.5, 0.0])
+    assert result["least"].tolist() == [torch.inf, 1.0] and result["w"].tolist() == [0.5, 0.5]
 
 
 def test_an_overflow_of_the_output_dtype_is_reported(tmp_path: Path):

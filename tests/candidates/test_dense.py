@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ckptavg.candidates import Candidates
 from ckptavg.checkpoints.discover import discover
-from ckptavg.errors import InputError, TaskError
+from ckptavg.checkpoints.kept import keeping
+from ckptavg.errors import InputError, TaskError, UsageError
 
 
 class Tied(nn.Module):
@@ -107,12 +108,15 @@ def test_pullback_matches_autograds_gradient_of_the_coefficients(tmp_path: Path)
     assert torch.equal(matrix.pullback(), torch.zeros(1, 4))
 
 
-def test_take_integers_copies_those_of_the_given_candidate(tmp_path: Path):
+def test_integers_are_those_of_the_given_candidate_and_else_of_the_last(tmp_path: Path):
     model = Tied()
     saved = states(model, 3)
     matrix = candidates(model, saved, tmp_path)
-    matrix.take_integers(1)
+    c = torch.full((3,), 1 / 3)
+    matrix.materialize(c, last=1)
     assert torch.equal(model.state_dict()["count"], saved[1]["count"])
+    matrix.materialize(c)
+    assert torch.equal(model.state_dict()["count"], saved[2]["count"])
 
 
 def test_a_model_of_mixed_precision_has_a_matrix_for_each_dtype(tmp_path: Path):
@@ -184,6 +188,19 @@ def test_a_non_finite_weight_is_refused_by_name(tmp_path: Path, value: float):
     with pytest.raises(InputError, match=r"step-2\.pt: norm\.weight: 1 values are NaN or infinite") as caught:
         candidates(Tied(), saved, tmp_path)
     assert caught.value.hint == "leave it out with --exclude 'step-2.pt', or all bad ones with --skip-bad"
+
+
+def test_keeping_one_of_two_tied_names_is_refused_and_both_are_copied(tmp_path: Path):
+    saved = states(Tied(), 3)
+    for i, state in enumerate(saved):
+        save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / f"step-{i}.safetensors")
+    with discover([tmp_path]) as found:
+        with pytest.raises(UsageError, match=r"--keep matches head\.weight, but not embed\.weight"):
+            Candidates(Tied(), keeping(found.checkpoints, ["head*"]), ignore)
+        matrix = Candidates(Tied(), keeping(found.checkpoints, ["head*", "embed*"]), ignore)
+        matrix.materialize(torch.tensor([0.5, 0.5, 0.0]), last=1)
+    assert torch.equal(matrix.model.state_dict()["head.weight"], saved[1]["embed.weight"])
+    assert not next(matrix.model.parameters()).requires_grad
 
 
 def test_load_restores_the_whole_state(tmp_path: Path):

@@ -13,6 +13,7 @@ from conftest import TASK, Run
 from torch import nn
 
 from ckptavg.candidates import Candidates, plan
+from ckptavg.candidates.copied import copied_tensors
 from ckptavg.candidates.plan import Plan
 from ckptavg.errors import OutOfMemoryError
 
@@ -93,10 +94,13 @@ def test_the_plan_matches_the_allocated_memory(tmp_path: Path):
     files = stored(tmp_path, [state] * 4)
     settings: list[dict[str, Any]] = [{"bits": 32}, {"bits": 32, "offload": "disk"}, {"bits": 32, "offload": "cpu"}]
     for given in settings:
-        plan = Plan.of(model, 4, group_size=128, device=CPU, **{"offload": "none", **given})
+        plan = Plan.of(
+            model, 4, copies=copied_tensors(model, files), group_size=128, device=CPU, **{"offload": "none", **given}
+        )
         made = Candidates(model, files, lambda *_: None, **given)
         assert plan.matrix == made.nbytes
-        assert plan.size == 4 * (900 + 4 * 30) and plan.gradient == 4 * (900 + 2 * 30)
+        assert plan.size == plan.gradient == 4 * (900 + 2 * 30)
+        assert plan.copied == 2 * 4 * (2 * 30)  # the statistics, equal in all candidates, and one copy of them
 
 
 def test_a_run_prints_the_plan_and_exits_with_8_if_it_does_not_fit(

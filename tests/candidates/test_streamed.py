@@ -113,8 +113,7 @@ def test_tied_weights_and_integers_are_read_once(tmp_path: Path):
     for one in state:
         one["head.weight"] = one["embed.weight"].clone()
     other = Candidates(Tied(), stored(tmp_path, state), ignore, offload="disk")
-    other.take_integers(2)
-    other.materialize(torch.eye(N)[3])
+    other.materialize(torch.eye(N)[3], last=2)
     assert torch.equal(other.model.state_dict()["count"], state[2]["count"])
     for name, tensor in weights(other.model).items():
         assert torch.equal(tensor, state[3][name]), name

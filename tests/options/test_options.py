@@ -49,6 +49,7 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     "holdout": ([0.5], "holdout"), "dtype": (["float64"], "dtype"), "key": (["state_dict"], "key"),
     "score_key": (["x"], "score_key"), "score_goal": (["min"], "score_goal"), "batch_size": ([8], "batch_size"),
     "trust_remote_code": ([], "trust_remote_code"), "allow_nonfinite": ([], "allow_nonfinite"),
+    "keep": (["bias"], "keep"), "average": (["bias"], "average"),
     "val": (["other.jsonl"], "data"), "train": (["other.jsonl"], "data"), "test": (["other.jsonl"], "data"),
 }  # fmt: skip
 # those that need other candidates, a library or several processes: their place in the journal's first line is checked

@@ -74,7 +74,8 @@ RESULT_JSON = {
     "tables": {"subsets": [{"loss": None, "real": 1}]},
     "trace": {"loss": [1.0, None]},
     "warnings": ["w"],
-    "output": {"path": "o", "sha256": "ab", "bytes": 9, "dtype": "float32", "not_averaged": ["n"], "recomputed": []},
+    "output": {"path": "o", "sha256": "ab", "bytes": 9, "dtype": "float32", "not_averaged": ["n"], "recomputed": [],
+               "averaged_buffers": []},
 }  # fmt: skip
 
 

@@ -51,7 +51,11 @@ class Directions:
         candidates.materialize(self.eye_NN.new_full((self.n,), 1 / self.n))
         # `.data`, here and where it is restored: autograd must not record a change that is undone before backward
         self._mean = {t: t.data.clone() for _, t in unique_tensors(self.model) if t.is_floating_point()}
-        self.named = {name: weight for name, weight in self.model.named_parameters() if weight in self._mean}
+        self.named = {
+            name: weight
+            for name, weight in self.model.named_parameters()
+            if weight in self._mean and weight.requires_grad
+        }
         self.weights = list(self.named.values())
 
     def __getitem__(self, j: int) -> list[Tensor]:
