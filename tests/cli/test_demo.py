@@ -117,8 +117,8 @@ def test_the_average_beats_the_last_and_the_best_single_checkpoint(selected: ckp
 
 def test_the_cost_counts_every_batch(selected: ckptavg.Result):
     assert selected.cost is not None
-    # On 4 validation batches, each of which loss and metric run the model on: 12 candidates, the 8 most probable masks, SWA and LAWA. On 4 test batches: best, last,
-    # SWA and LAWA.
+    # On 4 validation batches, on each of which loss and metric run the model: 12 candidates, the 8 most probable masks,
+    # SWA and LAWA. On 4 test batches: best, last, SWA and LAWA.
     # Before each, BatchNorm from 15 training batches. The file itself on both. Learning: 100 steps of 2 samples.
     scored = 12 + 8 + 2
     assert selected.cost.backward_batches == 200
