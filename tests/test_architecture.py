@@ -91,7 +91,7 @@ def test_a_strategy_sees_mathematics_only(path: Path):
 
 
 def test_reports_are_made_without_torch():
-    for path in {*(PACKAGE / "report").glob("*.py")} - {PACKAGE / "report" / "bootstrap.py"}:  # resampling of scores
+    for path in {*(PACKAGE / "report").glob("*.py")} - {PACKAGE / "report" / "interval.py"}:  # arithmetic of scores
         assert not any(module.split(".")[0] == "torch" for module in imported(path))
 
 
@@ -132,6 +132,17 @@ def test_inspecting_safetensors_loads_nothing_heavy(tmp_path: Path):
     save_file({"w": torch.ones(1)}, tmp_path / "step-1.safetensors")
     loaded = loaded_by("inspect", str(tmp_path))
     assert "ckptavg.checkpoints.discover" in loaded and not HEAVY & loaded
+
+
+def test_a_plain_average_loads_no_scipy(tmp_path: Path):
+    """It takes as long to import as the average of a small model; only an interval needs it."""
+    import torch
+    from safetensors.torch import save_file
+
+    for step in (1, 2):
+        save_file({"w": torch.ones(1)}, tmp_path / f"step-{step}.safetensors")
+    loaded = loaded_by("swa", str(tmp_path), "-o", str(tmp_path / "averaged.safetensors"), cwd=tmp_path)
+    assert "torch" in loaded and not {"scipy", "scipy.special"} & loaded
 
 
 def test_importing_the_package_loads_no_torch():

@@ -66,3 +66,5 @@ class TaskOptions:
         for name, value in (("--train", self.train), ("--test", self.test)):
             if value is not None and self.val is None:
                 raise UsageError(f"{name} goes with --val, which names the data for the search")
+        if self.holdout is not None and (own := {"--score-cmd", "--lm-eval"}.intersection(self.ways)):
+            raise UsageError(f"--holdout divides the data of a task file or of --val; {own.pop()} has its own")

@@ -9,7 +9,7 @@ from ckptavg.options import Options
 from ckptavg.pipeline.preflight import check_space, check_strategy, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
 from ckptavg.pipeline.session import open_session
-from ckptavg.pipeline.verdict import Verdict, judge
+from ckptavg.pipeline.verdict import Verdict, judge, with_test
 from ckptavg.pipeline.writing import write_output
 from ckptavg.report.result import Result
 from ckptavg.runtime.progress import Watch
@@ -37,6 +37,8 @@ def run(strategy: Strategy, paths: Sequence[Path], options: Options, watch: Watc
                 n = len(checkpoints)
                 evaluator.prefetch([Coefficients.uniform([i], n) for i in range(n)], exact=True)
             learned = strategy.learn(evaluator)
-        verdict = judge(this, evaluator, learned.coefficients) if evaluator else Verdict(learned.coefficients)
+        verdict = judge(this, evaluator, strategy, learned.coefficients) if evaluator else Verdict(learned.coefficients)
         written = write_output(this, verdict.coefficients, Best() if verdict.replaced else strategy)
+        if evaluator:
+            verdict = with_test(verdict, strategy, written.scores, evaluator.scored_on)
         return build_result(this, strategy, learned, verdict, written)

@@ -13,10 +13,10 @@ from ckptavg.options import Options
 from ckptavg.pipeline.preflight import check_space, check_strategy, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
 from ckptavg.pipeline.session import open_session
-from ckptavg.pipeline.verdict import Verdict, scores_of
+from ckptavg.pipeline.verdict import Verdict, on_test, scores_of, unbiased_hint
 from ckptavg.pipeline.writing import write_output
-from ckptavg.report import bootstrap
-from ckptavg.report.result import Comparison, StrategyResult
+from ckptavg.report import interval
+from ckptavg.report.result import Comparison, Gain, StrategyResult
 from ckptavg.runtime.progress import Watch
 from ckptavg.score import Score, Split, valid
 from ckptavg.strategies import from_spec, name_of
@@ -75,9 +75,9 @@ def compare(
         for split in evaluator.splits:
             evaluator.prefetch([run.learned.coefficients for run in runs], split, exact=True)
         reference = next(scores_of(run.learned.coefficients, evaluator) for run in runs if run.name == REFERENCE)
-        contestants = [_strategy_result(run, reference, evaluator, options.seed) for run in runs]
+        contestants = [_strategy_result(run, reference, evaluator) for run in runs]
         written = write_output(this, winner.learned.coefficients, winner.strategy)
-        verdict = _verdict(contestants[runs.index(winner)], evaluator)
+        verdict = _verdict(contestants[runs.index(winner)], evaluator, options)
         judgement = Verdict(winner.learned.coefficients, verdict=verdict)
         result = build_result(this, winner.strategy, winner.learned, judgement, written)
         return Comparison(contestants=contestants, winner=winner.name, result=replace(result, cost=winner.cost))
@@ -110,7 +110,7 @@ def _fits(strategy: Strategy, n: int) -> bool:
     return True
 
 
-def _strategy_result(run: _Run, reference: Mapping[Split, Score], evaluator: Evaluator, seed: int) -> StrategyResult:
+def _strategy_result(run: _Run, reference: Mapping[Split, Score], evaluator: Evaluator) -> StrategyResult:
     coefficients = run.learned.coefficients
     scores = scores_of(coefficients, evaluator)
     return StrategyResult(
@@ -118,22 +118,24 @@ def _strategy_result(run: _Run, reference: Mapping[Split, Score], evaluator: Eva
         settings=asdict(run.strategy),  # pyright: ignore[reportArgumentType]  # every strategy is a dataclass
         coefficients=[coefficients.candidate(i) for i in range(evaluator.n)],
         groups=coefficients.groups, used=len(coefficients.selected), scores=scores,
-        gains={split: bootstrap.gain(score, reference[split], seed=seed) for split, score in scores.items()},
+        gains={split: _gain(split, score, reference[split]) for split, score in scores.items()},
         cost=run.cost, notes=run.learned.notes,
     )  # fmt: skip
 
 
-def _verdict(winner: StrategyResult, evaluator: Evaluator) -> str:
-    split = evaluator.splits[-1]
+def _gain(split: Split, score: Score, reference: Score) -> Gain:
+    """Return the difference, without an interval on data on which strategies chose: it would be no evidence."""
+    if split == "test":
+        return interval.gain(score, reference)
+    return Gain(value=score.value - reference.value, reason="the strategies chose on these data")
+
+
+def _verdict(winner: StrategyResult, evaluator: Evaluator, options: Options) -> str:
+    split = evaluator.scored_on
     if winner.name == REFERENCE:
         return "No strategy scores above the last candidate on validation data, so the last candidate was written."
-    won = f"{winner.name} wins on {evaluator.scored_on} data"
-    gain = winner.gains[split]
-    if gain.low is None:
-        return f"{won}: {gain.value:+.4f} over last on {split} data."
-    interval = f"{gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] over last on {split} data"
-    if gain.separated and gain.value < 0:
-        return f"{won}, but is WORSE on {split} data: {interval}."
-    if gain.separated:
-        return f"{won}: {interval}."
-    return f"{won}, but not significantly: {interval}, which includes zero."
+    won = f"{winner.name} wins on {split} data"
+    if gain := winner.gains.get("test"):
+        return f"{won}. {on_test(gain, 'the last candidate')}"
+    figure = f"{winner.gains[split].value:+.4f} over last on the data it was chosen on"
+    return f"{won}: {figure}. {unbiased_hint(options, split)}"

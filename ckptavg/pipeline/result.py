@@ -53,7 +53,7 @@ def build_result(
     result = replace(
         blank, candidates=candidates, groups=coefficients.groups, trace=learned.trace, tables=learned.tables,
         output=finished.output, scores=finished.scores, baselines=judgement.baselines, best_step=judgement.best_step,
-        verdict=judgement.verdict, replaced=judgement.replaced, worse=judgement.worse,
+        verdict=judgement.verdict, gains=judgement.gains, replaced=judgement.replaced, worse=judgement.worse,
     )  # fmt: skip
     if evaluator is None:
         return result

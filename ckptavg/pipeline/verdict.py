@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ckptavg.coefficients import Coefficients
+from ckptavg.objective import PlainAverage, Strategy
+from ckptavg.report import interval
+from ckptavg.report.result import Gain
 from ckptavg.score import Score, Split, valid
+from ckptavg.strategies import name_of
 from ckptavg.strategies.last import Last
 from ckptavg.strategies.lawa import LAWA
 from ckptavg.strategies.swa import SWA
 
 if TYPE_CHECKING:
     from ckptavg.objective.evaluator import Evaluator
+    from ckptavg.options import Options
     from ckptavg.pipeline.session import Session
 
 
@@ -26,11 +31,12 @@ class Verdict:
     baselines: Mapping[str, Mapping[Split, Score]] = field(default_factory=dict)
     best_step: int | None = None
     verdict: str = ""
+    gains: Mapping[str, Gain] = field(default_factory=dict)
     worse: bool = False
     replaced: bool = False
 
 
-def judge(this: Session, evaluator: Evaluator, selection: Coefficients) -> Verdict:
+def judge(this: Session, evaluator: Evaluator, strategy: Strategy, selection: Coefficients) -> Verdict:
     """Score the selection, every candidate alone, and unless disabled last, SWA and LAWA with as many candidates.
 
     All scores are of exact averages, whatever the precision of the search. ``--never-worse`` replaces the selection by
@@ -39,14 +45,14 @@ def judge(this: Session, evaluator: Evaluator, selection: Coefficients) -> Verdi
     Raises:
         TaskError: if the coefficients to write have no valid score, or no single candidate has one.
     """
-    options, n = this.options, evaluator.n
+    options, n, split = this.options, evaluator.n, evaluator.scored_on
     if not (options.baselines or options.never_worse):
         return Verdict(selection, verdict="Not compared with anything (--no-baselines).")
     alone = [Coefficients.uniform([i], n) for i in range(n)]
-    evaluator.prefetch(alone, evaluator.scored_on, exact=True)
+    evaluator.prefetch(alone, split, exact=True)
     singles: list[Score] = []
     for i, single in enumerate(alone):
-        singles.append(evaluator.exact_score(single, evaluator.scored_on))
+        singles.append(evaluator.exact_score(single, split))
         evaluator.progress("scoring candidates", i + 1, n)
     best = max(range(n), key=lambda i: (singles[i].value, i))
     valid(singles[best])  # raises if no candidate has a valid score
@@ -54,28 +60,70 @@ def judge(this: Session, evaluator: Evaluator, selection: Coefficients) -> Verdi
     if options.baselines:
         k = len(selection.selected)
         plain = {"last": Last(), "swa": SWA()} | ({f"lawa-{k}": LAWA(k=k)} if k < n else {})
-        rivals |= {name: strategy.coefficients(n) for name, strategy in plain.items()}
-    for split in evaluator.splits:
-        evaluator.prefetch([*rivals.values(), selection], split, exact=True)
+        rivals |= {name: average.coefficients(n) for name, average in plain.items()}
+    for each in evaluator.splits:
+        evaluator.prefetch([*rivals.values(), selection], each, exact=True)
     baselines = {name: scores_of(coefficients, evaluator) for name, coefficients in rivals.items()}
-    chosen = evaluator.exact_score(selection, evaluator.scored_on)
+    chosen = evaluator.exact_score(selection, split)
     step, worse = this.checkpoints[best].step, chosen.value < singles[best].value
     figures = f"{_figure(chosen)}, the best single candidate (step {step}) {_figure(singles[best])}"
     if worse and options.never_worse:
         verdict = f"The selection scores below a single candidate: {figures}. That checkpoint was written instead."
         baselines["selection"] = scores_of(selection, evaluator)
-        return Verdict(alone[best], singles, baselines, step, verdict, worse, replaced=True)
+        return Verdict(alone[best], singles, baselines, step, verdict, worse=worse, replaced=True)
     valid(chosen)
+    order = "WORSE than a" if worse else "No better than a" if chosen.value == singles[best].value else "Above every"
+    # a plain average is chosen on no data, but the single candidate that it is compared with is
+    learned = not isinstance(strategy, PlainAverage)
+    where = "on the data it was chosen on" if learned else f"on {split} data"
+    verdict = f"{order} single candidate {where}: the selection scores {figures}."
     if worse:
-        verdict = f"WORSE than a single candidate: the selection scores {figures}. --never-worse would write that one."
-    elif chosen.value == singles[best].value:
-        verdict = f"No better than a single candidate: the selection scores {figures}."
-    else:
-        verdict = f"Better than every single candidate: the selection scores {figures}."
-    above = [name for name, scores in baselines.items() if scores[evaluator.scored_on].value > chosen.value]
+        verdict += " --never-worse would write that one."
+    above = [name for name, scores in baselines.items() if scores[split].value > chosen.value]
     if plain := [name for name in above if name not in ("best", "last")]:
         verdict += f" Plain {' and '.join(plain)} scored higher than the selection, without any search."
-    return Verdict(selection, singles, baselines, step, verdict, worse)
+    if learned and not worse and "test" not in evaluator.splits:
+        verdict += f" {unbiased_hint(options, split)}"
+    return Verdict(selection, singles, baselines, step, verdict, worse=worse)
+
+
+def with_test(verdict: Verdict, strategy: Strategy, written: Mapping[Split, Score], split: Split) -> Verdict:
+    """Return the verdict on test data, if ``written``, the scores of the file, include them.
+
+    The file is compared with the best single candidate, the last one and the better plain average, the better on
+    ``split``, so that test data decide nothing. A selection worse than a single candidate on ``split`` stays WORSE.
+    """
+    if "test" not in written or verdict.replaced:
+        return verdict
+    own = name_of(strategy)
+    rivals = {name: scores for name, scores in verdict.baselines.items() if name.partition("-")[0] != own}
+    gains = {name: interval.gain(written["test"], scores["test"]) for name, scores in rivals.items()}
+    plain = sorted(rivals.keys() - {"best", "last"}, key=lambda name: rivals[name][split].value)
+    shown = [name for name in ("best", "last", *plain[-1:]) if name in gains]
+    if not shown:
+        return replace(verdict, gains=gains)
+    names = {"best": f"the best single candidate (step {verdict.best_step})", "last": "the last candidate"}
+    text = on_test(gains[shown[0]], names.get(shown[0], shown[0]))
+    if others := [f"over {name} {gains[name]}" for name in shown[1:]]:
+        text += f" {'; '.join(others).capitalize()}."
+    return replace(verdict, gains=gains, verdict=f"{verdict.verdict} {text}" if verdict.worse else text)
+
+
+def on_test(gain: Gain, rival: str) -> str:
+    """Return the sentence that compares with ``rival`` on test data."""
+    if gain.low is None:
+        return f"Difference to {rival} on test data: {gain}."
+    order = "Not distinguishable from" if not gain.separated else "Better than" if gain.value > 0 else "WORSE than"
+    return f"{order} {rival} on test data: {gain}."
+
+
+def unbiased_hint(options: Options, split: Split) -> str:
+    """Return how to get a score on data that no choice depends on."""
+    if options.score_cmd is not None or options.lm_eval is not None:
+        return "For an unbiased score, score the file once on data that the search has not seen."
+    if split == "train":
+        return "A test_dataloader() gives an unbiased score."
+    return "--holdout 0.5 keeps half of the validation examples for an unbiased score."
 
 
 def scores_of(coefficients: Coefficients, evaluator: Evaluator) -> Mapping[Split, Score]:

@@ -66,7 +66,7 @@ def plain(value: Any) -> Any:
         names = ("loss", "metric", "examples", *(("invalid",) if value.invalid else ()))
         value = {name: getattr(value, name) for name in names}
     elif isinstance(value, Gain):
-        names = ("value", "low", "high", "separated", "units", "paired")
+        names = ("value", "low", "high", "separated", "units", "unit", "paired", "reason")
         value = {name: getattr(value, name) for name in names}
     elif isinstance(value, Cost):
         value = {**vars(value), "seconds": round(value.seconds, 3)}

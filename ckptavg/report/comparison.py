@@ -13,17 +13,19 @@ from ckptavg.report.result import Comparison, Gain
 def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
     """Yield the table of strategies and the legend of its marks."""
     contestants = comparison.contestants
-    judged, score = list(contestants[0].scores.items())[-1]
-    gain = contestants[0].gains[judged]
-    yield from (_table(comparison), Text(), Text(comparison.result.verdict, style="bold"))
-    legend = f"over last: on {judged} data"
-    if gain.low is None:
-        yield Text(f"{legend}; an interval needs a loss or metric for each of at least 20 examples.", style="dim")
-        return
-    units = f"{gain.units:,} {'examples' if gain.units == score.examples else 'batches'}"
-    interval = f"in brackets the paired-bootstrap 95 % interval over {units}"
-    yield Text(f"{legend}, {interval}; ≈ marks a difference whose interval includes zero.", style="dim")
-    if not all(contestant.gains[judged].paired for contestant in contestants):
+    judged = list(contestants[0].scores)[-1]
+    gains = [contestant.gains[judged] for contestant in contestants if contestant.name != "last"]
+    evidence = judged == "test"
+    yield from (_table(comparison), Text(), Text(comparison.result.verdict, style="bold" if evidence else ""))
+    if not evidence:
+        yield Text(f"over last: on {judged} data, on which strategies chose, so it is no evidence.", style="dim")
+    elif with_interval := [gain for gain in gains if gain.low is not None]:
+        interval = f"in brackets the 95 % interval over {with_interval[0].units:,} {with_interval[0].unit}"
+        zero = "≈ marks a difference whose interval includes zero"
+        yield Text(f"over last: on test data, {interval}; {zero}.", style="dim")
+    if evidence and any(gain.low is None for gain in gains):
+        yield Text("No interval where fewer than 10 examples or batches differ.", style="dim")
+    if not all(gain.paired for gain in gains):
         yield Text("The loader changes the order of its examples between passes: not paired.", style="yellow")
     yield Text("epochs and seconds: cost of the search, as if the strategy had run alone.", style="dim")
 
@@ -48,17 +50,20 @@ def _table(comparison: Comparison) -> Table:
         table.add_row(
             f"{'●' if won else ' '} {escape(contestant.name)}",
             *(f"{-score.value if score.metric is None else score.metric:.4f}" for score in scores),
-            *(("", "") if contestant.name == "last" else _gain(contestant.gains[splits[-1]])),
+            *(
+                ("", "")
+                if contestant.name == "last"
+                else _gain(contestant.gains[splits[-1]], evidence=splits[-1] == "test")
+            ),
             str(contestant.used),
             f"{cost.forward_batches}+{cost.backward_batches}" if batches else str(cost.evaluations),
             "" if cost.epochs is None else f"{cost.epochs:.1f}",
             f"{cost.seconds:.1f}",
-            style="bold" if won else None,
+            style="bold" if won and splits[-1] == "test" else None,
         )
     return table
 
 
-def _gain(gain: Gain) -> tuple[str, str]:
-    if gain.low is None:
-        return f"{gain.value:+.4f}", ""
-    return f"{gain.value:+.4f} \\[{gain.low:+.4f}, {gain.high:+.4f}]", "" if gain.separated else "≈"
+def _gain(gain: Gain, *, evidence: bool) -> tuple[str, str]:
+    text = escape(str(gain)) if evidence else f"{gain.value:+.4f}"
+    return text, "≈" if gain.low is not None and not gain.separated else ""

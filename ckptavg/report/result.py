@@ -65,6 +65,37 @@ class MatrixResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gain:
+    """Difference of two scores in the units of the score; larger is better, losses are negated.
+
+    Attributes:
+        value: difference of the means.
+        low, high: its 95 % interval; None if there is none, for ``reason``.
+        units: number of ``unit``: examples, batches if the task gives means only, or groups of batches.
+        paired: whether both scores saw the examples in the same order, so that differences could be taken.
+        reason: why there is no interval.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    units: int = 0
+    unit: str = "examples"
+    paired: bool = True
+    reason: str = ""
+
+    @property
+    def separated(self) -> bool:
+        """True if the interval excludes zero."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:+.4f}" + (f" (no interval: {self.reason})" if self.reason else "")
+        return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """Result of a run.
 
@@ -72,6 +103,7 @@ class Result:
         scores: split → score of the written file.
         baselines: name → split → score; ``best`` is the best single candidate.
         verdict: summary of the scores in plain words.
+        gains: baseline → gain of the written file over it on test data, which no choice depends on.
         worse: whether the selection scores below the best single candidate on validation.
         replaced: whether that candidate was written instead; ``baselines`` then includes the selection.
         groups: name prefixes of the tensors that each coefficient of a candidate applies to.
@@ -91,6 +123,7 @@ class Result:
     holdout: float | None = None
     best_step: int | None = None
     verdict: str = ""
+    gains: Mapping[str, Gain] = field(default_factory=dict[str, Gain])
     worse: bool = False
     replaced: bool = False
     cost: Cost | None = None
@@ -99,29 +132,6 @@ class Result:
     trace: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     warnings: Sequence[str] = ()
     output: Output | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gain:
-    """Difference of two scores in the units of the score; larger is better, losses are negated.
-
-    Attributes:
-        value: difference of the means.
-        low, high: its paired-bootstrap 95 % interval, None if there is nothing to resample.
-        units: number of examples (or batches, where the task gives means only) that were resampled.
-        paired: whether both scores saw the examples in the same order, so that differences could be resampled.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-    units: int
-    paired: bool = True
-
-    @property
-    def separated(self) -> bool:
-        """True if the interval excludes zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ def _parts(result: Result) -> Iterator[RenderableType]:
         yield from (Text(), _rows(title, rows))
     if result.scores:
         yield from (Text(), _scores(result), Text())
-        yield Text(result.verdict, style="bold red" if result.worse else "bold")
+        yield Text(result.verdict, style="bold red" if result.worse else "bold" if "test" in result.scores else "")
     elif result.output:
         yield Text("Nothing was scored: there is no task (--task).", style="bold")
     if result.cost:
@@ -131,8 +131,6 @@ def _notes(result: Result) -> Iterator[str]:
             yield f"test is {percent} of the validation data: chosen by a seeded hash, kept out of the search."
         if result.scored_on == "train":
             yield "Scored on training data: the task has no val_dataloader()."
-        elif "test" not in result.scores:
-            yield "The selection was made on this data, so its score is optimistic: use test data for an unbiased one."
     if matrix:
         size = f"{matrix.bytes:,} bytes"
         if matrix.group_size is not None:

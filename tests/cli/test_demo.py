@@ -104,7 +104,12 @@ def test_batchnorm_statistics_match_update_bn(digits: Path, selected: ckptavg.Re
 
 def test_the_average_beats_the_last_and_the_best_single_checkpoint(selected: ckptavg.Result):
     value = selected.scores["val"].value
-    assert not selected.worse and selected.verdict.startswith("Better than every single candidate")
+    assert not selected.worse and selected.best_step is not None
+    better = f"Better than the best single candidate (step {selected.best_step}) on test data: "
+    assert selected.verdict.startswith(f"{better}{selected.gains['best']}") and selected.gains["best"].separated
+    for name, gain in selected.gains.items():
+        rival = selected.baselines[name]["test"].value
+        assert gain.value == pytest.approx(selected.scores["test"].value - rival) and gain.units == 400
     assert value > selected.baselines["best"]["val"].value >= selected.baselines["last"]["val"].value
     assert set(selected.baselines) == {"best", "last", "swa", "lawa-5"}
     assert selected.scores["test"].value > selected.baselines["last"]["test"].value

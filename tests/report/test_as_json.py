@@ -39,6 +39,7 @@ RESULT = Result(
     holdout=0.5,
     best_step=2,
     verdict="Better.",
+    gains={"best": Gain(value=0.5, units=9, unit="batches", reason="only 9 batches")},
     worse=True,
     replaced=True,
     cost=COST,
@@ -63,6 +64,8 @@ RESULT_JSON = {
     "holdout": 0.5,
     "best_step": 2,
     "verdict": "Better.",
+    "gains": {"best": {"value": 0.5, "low": None, "high": None, "separated": False, "units": 9, "unit": "batches",
+                       "paired": True, "reason": "only 9 batches"}},
     "worse": True,
     "replaced": True,
     "cost": COST_JSON,
@@ -91,7 +94,8 @@ def test_a_comparison_has_every_contestant_after_the_winners_report():
     expected = {
         "name": "sewa:k=2", "strategy": "sewa", "settings": {"k": 2}, "coefficients": [0.0, [0.5, 0.5]],
         "groups": [[""]], "used": 1, "scores": {"val": GOOD_JSON},
-        "over_last": {"val": {"value": 0.1, "low": 0.05, "high": 0.2, "separated": True, "units": 30, "paired": False}},
+        "over_last": {"val": {"value": 0.1, "low": 0.05, "high": 0.2, "separated": True, "units": 30,
+                              "unit": "examples", "paired": False, "reason": ""}},
         "cost": COST_JSON, "notes": ["n"],
     }  # fmt: skip
     comparison = Comparison(contestants=[contestant], winner="sewa:k=2", result=RESULT)

@@ -19,6 +19,16 @@ def test_low_bits():
     assert bits == ["authors'", "32", "16", "8", "4", "2", "1"]
 
 
+def test_intervals():
+    words = ["intervals.py", "--quick", "--methods"]
+    done = subprocess.run([sys.executable, *words], cwd=SCRIPTS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    figures = {line[:32].strip(): line[32:].split() for line in lines[1:] if line[32:38].strip().isdigit()}
+    assert 92 <= float(figures["0.8/0.78 independent"][2]) <= 98 and len(figures["0.8/0.78 independent"]) == 12
+    assert figures["0.99/0.985 few discordant"] == ["100", "0"] and len(figures["batches of 16, F1"]) == 4
+
+
 @pytest.mark.thorough
 def test_a_busy_machine():
     words = ["busy.py", "--rounds", "1", "--loops", "1", "--policies", "--steps", "1"]

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from ckptavg.errors import TaskError, UsageError
-from ckptavg.report.bootstrap import gain
+from ckptavg.report.interval import gain
 from ckptavg.runtime import signals
 from ckptavg.runtime.signals import Handler
 from ckptavg.tasks.lm_eval import LmEvalTask
