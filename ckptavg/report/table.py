@@ -138,14 +138,17 @@ def _scores(result: Result) -> Iterator[Table]:
     for name, scores in result.baselines.items():
         if name.partition("-")[0] != result.strategy:  # not lawa-5 beside lawa
             rows[f"best single (step {result.best_step})" if name == "best" else name] = scores
-    columns = [(split, name) for split, score in result.scores.items() for name in score.figures]
+    columns: list[tuple[Split, str]] = [
+        (split, name) for split, score in result.scores.items() for name in score.figures
+    ]
     if len(columns) <= _MOST:
         yield _scores_table(rows, columns, written)
         return
     for split, score in result.scores.items():
         names = list(score.figures)
         for start in range(0, len(names), _MOST):
-            yield _scores_table(rows, [(split, name) for name in names[start:][:_MOST]], written)
+            part: list[tuple[Split, str]] = [(split, name) for name in names[start:][:_MOST]]
+            yield _scores_table(rows, part, written)
 
 
 def _scores_table(
