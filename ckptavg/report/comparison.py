@@ -34,7 +34,9 @@ def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
         yield Text("No interval where fewer than 10 examples or batches differ.", style="dim")
     if not all(gain.paired for gain in gains):
         yield Text("The loader changes the order of its examples between passes: not paired.", style="yellow")
-    yield Text("epochs and seconds: cost of the search, as if the strategy had run alone.", style="dim")
+    epochs = contestants[0].cost.epochs_of
+    cost = f"epochs of the {epochs} data, and seconds: cost of the search, as if the strategy had run alone."
+    yield Text(f"batches: forward and backward passes; {cost}", style="dim")
 
 
 def _table(comparison: Comparison) -> Table:
