@@ -95,12 +95,12 @@ def test_the_interval_of_a_difference_of_calibration_errors_covers_the_truth():
         logits = 1.5 * torch.randn(count, 5, generator=draws, dtype=torch.float64)
         labels = torch.multinomial(logits.softmax(1), 1, generator=draws)[:, 0]
         found: list[Score] = []
-        for temperature in (1.3, 1.5):
+        for p in ((1.3 * logits).softmax(1), (1.5 * logits).softmax(1)):
             tally = ScoreAccumulator("max", None, key="ece")
-            values = probability_metrics((temperature * logits).softmax(1), labels)
-            tally.add(torch.zeros(count), None, count, predicted=values)
+            tally.add(torch.zeros(count), None, count, predicted=probability_metrics(p, labels))
             score = tally.score("it", "val")
             assert score is not None
+            assert score.value == pytest.approx(-naive_ece(p.numpy(), labels.numpy()), abs=1e-6)
             found.append(score)
         return found
 
@@ -160,13 +160,17 @@ def test_all_metrics_fit_on_80_columns(digits: Path, tmp_path: Path):
 
     from ckptavg.report.table import render
 
-    done = ckptavg.compare(digits, ["swa"], task=task(tmp_path, PREDICT + NAMED), last=3, output=tmp_path / "x")
+    names = [f"recall_at_{k}" for k in range(1, 9)]
+    more = f"{PREDICT}\n\ndef metric(model, batch):\n    return dict.fromkeys({names}, loss(model, batch))\n"
+    done = ckptavg.compare(digits, ["swa"], task=task(tmp_path, more), last=3, output=tmp_path / "x")
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(render(done))
     text = console.export_text()
     assert not re.search(r"(?<![0-9a-f]{10})…", text)  # only the SHA-256 is abbreviated
-    for name in ("top2", "margin", "accuracy", "nll", "brier", "ece"):
-        assert re.search(rf"\b{name}\b", text), name
+    for contestant in done.contestants:
+        score = contestant.scores["test"]
+        for figure in (*score.figures, *(f"{value:.4f}" for value in score.figures.values())):
+            assert re.search(rf"(^|\s){figure}\b", text, re.MULTILINE), figure
 
 
 def test_names_must_be_the_same_for_every_model(digits: Path, tmp_path: Path):
