@@ -54,6 +54,7 @@ class Scoring:
         self._announced: set[ScoreKey] = set()
         self._examples: dict[Split, int] = {}  # split → examples of a finished pass
         self._orders: dict[Split, int] = {}  # split → checksum of the examples of its first pass
+        self._names: list[str] = []  # of the metrics of the first pass
         self.notes: list[str] = []
         # the ranks that compute one score together, if its batches can be divided
         candidates_only = mixed.search.parallel == "candidates" and not mixed.search.shard
@@ -227,6 +228,11 @@ class Scoring:
         if score is None:
             raise self._loader.empty(split)
         self._examples[split] = self._loader.examples[split]
+        names = [score.name, *score.others]
+        self._names = self._names or names
+        if names != self._names:
+            message = f"metric() must return the same names for every model and split, not {', '.join(names)} for "
+            raise TaskError(f"{message}{what}, but {', '.join(self._names)} before", path=task.source)
         if score.per_example and self._orders.setdefault(split, score.per_example.order) != score.per_example.order:
             self._note(
                 f"{split}_dataloader() gives other examples, or another order, in every pass: scores differ by chance "

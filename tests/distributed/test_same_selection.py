@@ -52,6 +52,7 @@ SAME = {
     "ema": "ema",
     "last": "last",
     "bits": "best",
+    "metrics": "compare,swa,aswa,soup",
     "compare": "compare,swa,aswa,soup",
 }
 # strategies not listed above must select the same with their defaults
@@ -80,6 +81,7 @@ def plan(jobs: dict[str, Job], tmp_path_factory: pytest.TempPathFactory) -> list
         "shard-disk": (double, {"offload": "disk"}),
         "shard-disk-soup": (double, {"offload": "disk"}),
         "bits": (double, {"bits": 4}),
+        "metrics": ((moons[0], HERE / "metrics_task.py"), {"holdout": 0.5}),
         "compare": ((jobs["transformer"].folder, jobs["transformer"].task), {"holdout": 0.5}),
     }
     found: list[dict[str, Any]] = []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 import ckptavg
 from ckptavg.errors import TaskError
 from ckptavg.objective.score_accumulator import ScoreAccumulator
+from ckptavg.report.interval import single_gain
+from ckptavg.score import Score
 from ckptavg.tasks.probabilities import calibration_gaps, checked, labels_of, probability_metrics
 
 DRAWS = torch.Generator().manual_seed(0)
@@ -52,7 +57,7 @@ def test_metrics_of_probabilities_match_scikit_learn():
     for name, expected in (
         ("accuracy", accuracy_score(LABELS, P.argmax(1))),
         ("nll", log_loss(LABELS, exact)),
-        ("brier", brier_score_loss(LABELS, exact, labels=range(4), scale_by_half=False)),
+        ("brier", sum(brier_score_loss(c == LABELS, exact[:, c]) for c in range(4))),
     ):
         assert float(values[name].double().mean()) == pytest.approx(expected, rel=1e-6), name
 
@@ -80,6 +85,33 @@ def test_results_that_are_no_probabilities_are_refused_in_one_line(p: Any, label
     with pytest.raises(TaskError, match=message) as error:
         checked(p, labels, "task.py", ", for batch 1")
     assert "\n" not in str(error.value)
+
+
+def test_the_interval_of_a_difference_of_calibration_errors_covers_the_truth():
+    """Population errors are those of a million examples; 88 to 100 % of 95 % intervals cover in longer simulations."""
+    draws = torch.Generator().manual_seed(0)
+
+    def scores(count: int) -> list[Score]:
+        logits = 1.5 * torch.randn(count, 5, generator=draws, dtype=torch.float64)
+        labels = torch.multinomial(logits.softmax(1), 1, generator=draws)[:, 0]
+        found: list[Score] = []
+        for p in ((1.3 * logits).softmax(1), (1.5 * logits).softmax(1)):
+            tally = ScoreAccumulator("max", None, key="ece")
+            tally.add(torch.zeros(count), None, count, predicted=probability_metrics(p, labels))
+            score = tally.score("it", "val")
+            assert score is not None
+            assert score.value == pytest.approx(-naive_ece(p.numpy(), labels.numpy()), abs=1e-6)
+            found.append(score)
+        return found
+
+    first, second = scores(1_000_000)
+    truth, covered = second.value - first.value, 0
+    for _ in range(100):
+        first, second = scores(1000)
+        gain = single_gain(second, first)
+        assert gain.low is not None and gain.high is not None
+        covered += gain.low <= truth <= gain.high
+    assert covered >= 89  # three standard deviations below 95
 
 
 def test_labels_come_from_the_hook_a_pair_or_a_usual_name():
@@ -121,6 +153,85 @@ def test_all_metrics_are_in_tables_and_json_and_resume_to_the_bit(digits: Path, 
         assert name in " ".join(first.stderr.split())
     shown = run("eval", tmp_path / "averaged.safetensors", "--task", tmp_path / "several.py")
     assert shown.returncode == 0 and all(name in shown.stdout for name in names)
+
+
+def test_all_metrics_fit_on_80_columns(digits: Path, tmp_path: Path):
+    from rich.console import Console
+
+    from ckptavg.report.table import render
+
+    names = [f"recall_at_{k}" for k in range(1, 9)]
+    more = f"{PREDICT}\n\ndef metric(model, batch):\n    return dict.fromkeys({names}, loss(model, batch))\n"
+    done = ckptavg.compare(digits, ["swa"], task=task(tmp_path, more), last=3, output=tmp_path / "x")
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render(done))
+    text = console.export_text()
+    assert not re.search(r"(?<![0-9a-f]{10})…", text)  # only the SHA-256 is abbreviated
+    for contestant in done.contestants:
+        score = contestant.scores["test"]
+        for figure in (*score.figures, *(f"{value:.4f}" for value in score.figures.values())):
+            assert re.search(rf"(^|\s){figure}\b", text, re.MULTILINE), figure
+
+
+def test_names_must_be_the_same_for_every_model(digits: Path, tmp_path: Path):
+    more = """
+SUMS = []
+
+
+def metric(model, batch):
+    SUMS.append(float(next(model.parameters()).sum()))
+    return {"a" if SUMS[-1] == SUMS[0] else "b": loss(model, batch)}
+"""
+    file = task(tmp_path, more)
+    with pytest.raises(TaskError, match="must return the same names for every model and split, not "):
+        ckptavg.best(digits, task=file, last=4, output=tmp_path / "x")
+
+
+def test_the_example_of_the_documentation_runs(digits: Path, tmp_path: Path):
+    page = (Path(__file__).parents[2] / "docs" / "scoring.md").read_text()
+    code = page.split("### Several metrics")[1].split("    def predict(")[1].split("\n## ")[0]
+    example = "\n\n" + textwrap.dedent("    def predict(" + code)
+    done = ckptavg.swa(digits, task=task(tmp_path, example), last=2, output=tmp_path / "x")
+    score = done.scores["val"]
+    assert score.name == "accuracy" and [*score.others] == ["top2", "margin", "nll", "brier", "ece"]
+
+
+def test_a_holdout_has_the_metrics_of_its_part_alone(digits: Path, tmp_path: Path):
+    """With labels from the hook, and with early rejection by accuracy."""
+    more = """
+
+def labels(batch):
+    return batch[1]
+
+
+metric_key = "accuracy"
+metric_bounds = (0.0, 1.0)
+del test_dataloader
+"""
+    file = task(tmp_path, PREDICT + more)
+    plain, early = (
+        ckptavg.aswa(digits, task=file, last=4, holdout=0.5, early_reject=early, output=tmp_path / f"{early}")
+        for early in (False, True)
+    )
+    assert [one.coefficient for one in plain.candidates] == [one.coefficient for one in early.candidates]
+    for score in plain.scores.values():
+        assert score.examples is not None and 150 < score.examples < 250
+        assert (score.others["brier"].examples, score.others["nll"].metric) == (
+            score.examples,
+            pytest.approx(score.loss, rel=1e-6),
+        )
+
+
+def test_a_tensor_from_predict_updates_torchmetrics_with_probabilities_and_labels(digits: Path, tmp_path: Path):
+    def f1(more: str) -> float:
+        source = f"\nfrom torchmetrics.classification import MulticlassF1Score\nmetric = MulticlassF1Score(10)\n{more}"
+        metric = (
+            ckptavg.last(digits, task=task(tmp_path, source), output=tmp_path / "x", force=True).scores["val"].metric
+        )
+        assert metric is not None
+        return metric
+
+    assert f1("") == f1(PREDICT)
 
 
 def test_names_that_change_or_do_not_exist_are_refused_with_the_batch():
