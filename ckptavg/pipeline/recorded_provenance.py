@@ -72,9 +72,15 @@ def read(output: Reader) -> RecordedProvenance:
         _check_entries(record, _ENTRIES, "", optional=("keep", "average"))
         for i, source in enumerate(record["sources"]):
             _check_entries(source, _SOURCE, f"sources[{i}].")
+        if record["adapter"] == "factors" and record["rank"] is not None:
+            raise ValueError("rank is set, but only an exact adapter has one")
+        if record["adapter"] == "exact" and (record.get("keep") or record.get("average")):
+            raise ValueError("keep and average do not go with an exact adapter")
         sources = [Source(**source) for source in record["sources"]]
         columns = [s.coefficient if isinstance(s.coefficient, list) else [s.coefficient] for s in sources]
         groups = tuple(map(tuple, record["groups"]))
+        if wrong := [i for i, column in enumerate(columns) if len(column) != len(groups)]:
+            raise ValueError(f"sources[{wrong[0]}].coefficient must have {len(groups)} values, one for each group")
         coefficients = Coefficients(tuple(zip(*columns, strict=True)), groups)
         if unused := [source.name for i, source in enumerate(sources) if i not in coefficients.selected]:
             raise ValueError(f"the coefficient of {unused[0]} is 0, so it is not a source")

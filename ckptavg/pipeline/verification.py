@@ -176,7 +176,7 @@ def _check_metadata(
     entries |= {name: value for name, value in strict_json(rebuilt.pop(provenance.KEY)).items() if name in names}
     others: dict[str, Any] = {name: value for name, value in output.metadata.items() if name != provenance.KEY}
     wrong = recorded_provenance.difference(dict(record.entries), entries)
-    if wrong := wrong or recorded_provenance.difference(others, rebuilt, "the rest of it"):
+    if wrong := wrong or recorded_provenance.difference(others, rebuilt, "other metadata"):
         raise InputError(f"its metadata differ from its sources: {wrong}", path=output.path)
 
 

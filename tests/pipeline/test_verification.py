@@ -14,7 +14,8 @@ import torch
 from conftest import TASK, Run
 from faults.formats import FORMATS, written
 from peft_by_hand import save_adapters
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import ckptavg
 from ckptavg.coefficients import Coefficients
@@ -205,3 +206,40 @@ def test_a_hint_of_an_average_is_not_given(run: Run, digits: Path, tmp_path: Pat
     torch.save({**saved, "state_dict": {"w": torch.ones(2)}}, tmp_path / "run" / "step-360.pt")
     done = run("verify", "averaged.safetensors", "--sources", "run")
     assert done.returncode == 4 and "--exclude" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bn.running_mean": torch.zeros(2, 1), "bn.running_var": torch.ones(2, 1)}, "by the shapes"),
+        ({"bn.running_mean": torch.zeros(3)}, "by the shapes"),
+        ({"bn.weight": torch.zeros(3)}, "by the shapes"),
+        ({"bn.bias": torch.zeros(3)}, "by the shapes"),
+        ({"bn.num_batches_tracked": torch.tensor([1, 2])}, "by the shapes"),
+        ({"bn.num_batches_tracked": torch.tensor(1.0)}, "by the dtypes"),
+        ({"bn.running_mean": torch.zeros(2, dtype=torch.int64)}, "by the dtypes"),
+        ({"bn.num_batches_tracked": None}, "the sources have no bn.num_batches_tracked"),
+    ],
+)
+def test_only_the_layout_of_batchnorm_may_be_recomputed(
+    run: Run, tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
+):
+    """Statistics without affine weights are those of BatchNorm too."""
+    state = {
+        "bn.running_mean": torch.zeros(2),
+        "bn.running_var": torch.ones(2),
+        "bn.num_batches_tracked": torch.tensor(1),
+    }
+    for changed, expected in ((state, None), ({**state, **change}, message)):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        (tmp_path / "run").mkdir()
+        for step in (1, 2):
+            weights = {name: tensor for name, tensor in changed.items() if tensor is not None}
+            save_file({"w": torch.full((2,), float(step)), **weights}, tmp_path / "run" / f"step-{step}.safetensors")
+        assert run("swa", "run", "-o", "out", "--force").returncode == 0
+        with safe_open(tmp_path / "out", "pt") as stored:
+            metadata = stored.metadata()
+        record = {**json.loads(metadata["ckptavg"]), "recomputed": ["bn.running_mean", "bn.running_var"]}
+        save_file(load_file(tmp_path / "out"), tmp_path / "out", {**metadata, "ckptavg": json.dumps(record)})
+        done = run("verify", "out", "--sources", "run")
+        assert (done.returncode == 0) if expected is None else (done.returncode == 3 and expected in done.stderr)
