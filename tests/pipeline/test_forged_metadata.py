@@ -162,7 +162,7 @@ FORGED: dict[str, tuple[str, Edit, str]] = {
     "coefficient huge": ("swa", at("sources", 0, "coefficient", to=10**400), "is damaged"),
     "coefficient true": ("swa", at("sources", 0, "coefficient", to=True), "sources[0].coefficient cannot be true"),
     "coefficient a nested list": ("swa", at("sources", 0, "coefficient", to=[[1.0]]), "coefficient cannot be [[1.0]]"),
-    "coefficients of other lengths": ("blocks", at("sources", 0, "coefficient", to=[0.1, 0.2]), "coefficient must have"),
+    "coefficients of other lengths": ("blocks", at("sources", 0, "coefficient", to=[0.1, 0.2]), "must have"),
     "coefficients of other sources": (
         "ema", lambda record, _: [s.update(coefficient=1 / 3) for s in record["sources"]] and None, "those of ema",
     ),
