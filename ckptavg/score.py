@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from ckptavg.errors import TaskError
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 Split: TypeAlias = Literal["train", "val", "test", "fit", "held"]
 """The task's three splits, and the two halves of the scored one: ``fit`` to train on, ``held`` to monitor."""
+
+
+METRIC: Final = "metric"
+"""The name of a task's metric if it gives only one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,8 @@ class Score:
         loss_noise: standard error of ``loss``; ∞ if unknown.
         invalid: the reason this score is unusable: which value was NaN or infinite, and where. ``value`` is then −∞,
             so no other score is lower.
+        name: the name of ``metric``.
+        others: the score by each other metric of the same pass, by name; these decide nothing.
     """
 
     value: float
@@ -44,6 +50,23 @@ class Score:
     batches: int = 0
     loss_noise: float = field(default=math.inf, compare=False, repr=False)
     invalid: str = ""
+    name: str = METRIC
+    others: Mapping[str, Score] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """All metrics by name, the deciding one first; empty if there is none but an unnamed one."""
+        if not self.others and self.name == METRIC:
+            return {}
+        own = {} if self.metric is None else {self.name: self.metric}
+        return own | {name: score.metric for name, score in self.others.items()}
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The deciding metric, the loss and the other metrics by name, without those that are unknown."""
+        own = {self.name: self.metric, "loss": self.loss} if self.metric is not None else {"loss": self.loss}
+        named = own | {name: score.metric for name, score in self.others.items()}
+        return {name: value for name, value in named.items() if value is not None}
 
     @property
     def noise(self) -> float:
@@ -51,6 +74,16 @@ class Score:
         if self.per_example is None or self.resampled is not None:
             return math.inf
         return standard_error(self.per_example.values_U, self.per_example.examples_U)
+
+
+def decided(scores: Mapping[str, Score], key: str) -> Score:
+    """Return the score by the metric ``key``, with the other ones as its `Score.others`."""
+    return replace(scores[key], name=key, others={name: score for name, score in scores.items() if name != key})
+
+
+def sign(goal: str | Mapping[str, str], name: str) -> float:
+    """Return −1 if a smaller value of the metric ``name`` is better, else 1; a mapping has goals by name."""
+    return -1.0 if (goal if isinstance(goal, str) else goal.get(name, "max")) == "min" else 1.0
 
 
 def valid(score: Score, source: str | None = None) -> Score:

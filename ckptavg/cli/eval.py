@@ -10,6 +10,7 @@ from ckptavg.errors import printable
 from ckptavg.filesystem.regular_file import is_folder
 from ckptavg.runtime.workers import joined
 
+_MOST: Final = 5  # columns of figures; more are divided into a row for each split
 _OPTIONS: Final = (
     "key", "task", "task_timeout", "val", "test", "batch_size", "trust_remote_code", "lm_eval", "device", "seed",
     "worker_timeout",
@@ -35,19 +36,21 @@ def command(ckpts: list[Path], json: bool, quiet: bool, verbose: bool, task: str
     if not workers.is_rank_zero:
         return
     if json:
-        fields = ("loss", "metric", "examples")
-        rows: list[dict[str, Any]] = []
-        for path, scores in scored:
-            by_split = {split: {name: getattr(score, name) for name in fields} for split, score in scores.items()}
-            rows.append({"path": str(path), **by_split})
-        print(json_module.dumps(rows, indent=2))
+        from ckptavg.report.as_json import plain
+
+        print(json_module.dumps([{"path": str(path)} | plain(scores) for path, scores in scored], indent=2))
         return
+    columns = [(split, name) for split, score in scored[0][1].items() for name in score.figures]
+    split_rows = len(columns) > _MOST
+    headings = list(dict.fromkeys(name for _, name in columns)) if split_rows else [" ".join(pair) for pair in columns]
     table = Table(box=None, pad_edge=False)
-    table.add_column("file")
-    for split in scored[0][1]:
-        table.add_column(f"{split} metric", justify="right")
-        table.add_column(f"{split} loss", justify="right")
+    for heading in ("file", *(["data"] if split_rows else [])):
+        table.add_column(heading)
+    for heading in headings:
+        table.add_column(Text(heading), justify="right", overflow="fold")
     for path, scores in scored:
-        figures = [figure for score in scores.values() for figure in (score.metric, score.loss)]
-        table.add_row(Text(printable(str(path))), *("" if x is None else f"{x:.4f}" for x in figures))
+        cells = {split: [f"{value:.4f}" for value in score.figures.values()] for split, score in scores.items()}
+        whole = [figure for figures in cells.values() for figure in figures]
+        for row in [[split, *figures] for split, figures in cells.items()] if split_rows else [whole]:
+            table.add_row(Text(printable(str(path))), *row)
     console().print(table)

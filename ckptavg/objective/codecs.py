@@ -9,7 +9,7 @@ from torch import Tensor
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import TaskError
 from ckptavg.journal.tensor_json import decode, encode
-from ckptavg.score import PerExample, Score, Split
+from ckptavg.score import PerExample, Score, Split, sign
 from ckptavg.surrogate import Surrogate
 from ckptavg.tasks import Task
 from ckptavg.tasks.torch_metrics import Resampled
@@ -50,32 +50,42 @@ class ScoreCodec:
         Raises:
             TaskError: if it was computed on other data than the interrupted run's scores that it will be compared with.
         """
-        each, corpus, orders = value.per_example, None, self._orders.get(key[1:], [])
+        each, orders = value.per_example, self._orders.get(key[1:], [])
         if each is not None and len(orders) > 1 and len(set(orders)) == 1 and orders[0] != each.order:
             raise TaskError("the data are not those that the interrupted run scored on", hint="--no-resume starts over")
-        if isinstance(value.resampled, Resampled):
-            try:
-                corpus = encode(value.resampled.corpus.state_dict())
-            except TypeError:
-                return None  # the state of its metric cannot be serialised
+        try:
+            return self._encode(value)
+        except TypeError:
+            return None  # the state of its metric cannot be serialised
+
+    def _encode(self, value: Score) -> Any:
+        each, resampled = value.per_example, value.resampled
+        corpus = encode(resampled.corpus.state_dict()) if isinstance(resampled, Resampled) else None
         numbers = {name: None if (x := getattr(value, name)) is None else x.hex() for name in _NUMBERS}
-        rest = {"examples": value.examples, "corpus": corpus, "invalid": value.invalid}
-        return numbers | rest | {"each": each and encode(vars(each))}
+        rest = {"examples": value.examples, "corpus": corpus, "invalid": value.invalid, "name": value.name}
+        others = {name: self._encode(score) for name, score in value.others.items()}
+        return numbers | rest | {"each": each and encode(vars(each)), "others": others}
 
     def decode(self, key: ScoreKey, record: Any) -> Score:
         """See `Codec.decode`."""
+        score = self._decode(record)
+        if score.per_example is not None:
+            self._orders.setdefault(key[1:], []).append(score.per_example.order)
+        return score
+
+    def _decode(self, record: Any) -> Score:
         each = record["each"] and PerExample(**decode(record["each"]))
-        if each is not None:
-            self._orders.setdefault(key[1:], []).append(each.order)
         numbers: dict[str, Any] = {name: record[name] and float.fromhex(record[name]) for name in _NUMBERS}
-        score = Score(**numbers, examples=record["examples"], per_example=each, invalid=record["invalid"])
+        others = {name: self._decode(other) for name, other in record["others"].items()}
+        plain = {field: record[field] for field in ("examples", "invalid", "name")}
+        score = Score(**numbers, **plain, per_example=each, others=others)
         if record["corpus"] is None:
             return score
         assert self._task is not None and self._task.corpus is not None
-        corpus = self._task.corpus()
+        corpus = self._task.corpus()[score.name]
         corpus.load_state_dict(decode(record["corpus"]))
-        sign = -1.0 if self._task.metric_goal == "min" else 1.0
-        return replace(score, resampled=Resampled(corpus, sign), batches=corpus.batches)
+        resampled = Resampled(corpus, sign(self._task.metric_goal, score.name))
+        return replace(score, resampled=resampled, batches=corpus.batches)
 
 
 class GradientCodec:

@@ -41,7 +41,9 @@ class Mixture:
         self.scored_on: Split = "val" if task.has("val") else "train"
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
         self._batchnorm_from: Split = "train" if task.has("train") else self.scored_on
-        self.bounded = task.metric is not None and task.metric_bounds is not None
+        self.bounded = (
+            task.metric_bounds is not None and (task.metric or (task.predict and task.metric_key)) is not None
+        )
         self.meter = CostMeter()
         self._log = LossLog(run.journal)
         self.mixed = MixedModel(task, checkpoints, run, search or SearchOptions(), self.meter.forward)

@@ -4,58 +4,103 @@ Shape suffixes: U = units (examples, or batches if the task returns only their m
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ckptavg.errors import TaskError
 from ckptavg.runtime.workers import ALONE, Workers, interleave
-from ckptavg.score import PerExample, Score, Split, standard_error
+from ckptavg.score import METRIC, PerExample, Score, Split, decided, sign, standard_error
 from ckptavg.tasks.batch import joined
+from ckptavg.tasks.probabilities import GOALS, calibration_gaps
+
+_LOSS: Final = ""  # the name of the loss beside the metrics
 
 
 @dataclass(frozen=True)
 class _Batch:
     count: int
     checksum: int
-    losses_U: Tensor
-    metrics_U: Tensor | None
+    columns: Mapping[str, Tensor]  # name → values [U]
 
 
 class ScoreAccumulator:
     """Units of one pass, in order; `add` does not wait for the device.
 
     Args:
-        sign: 1 if a larger metric is better, −1 if a smaller one is.
-        bounds: the range of the metric, or None; a value outside it is a TaskError.
+        goal: ``max`` or ``min``, whichever is better for the task's own metrics; or goals by name.
+        bounds: the range of the deciding metric, or None; a value outside it is a TaskError.
         workers: the ranks; each adds every ``world_size``-th batch, and `score` puts them back in order.
+        key: the name of the metric that decides; None for the first of the task's own metrics, else the loss.
     """
 
-    def __init__(self, sign: float, bounds: tuple[float, float] | None, workers: Workers = ALONE) -> None:
-        self._sign = sign
+    def __init__(
+        self, goal: str | Mapping[str, str], bounds: tuple[float, float] | None, workers: Workers = ALONE, *,
+        key: str | None = None,
+    ) -> None:  # fmt: skip
+        self._goal = goal
         self._bounds = bounds
         self._workers = workers
+        self._key = key
+        self._own: Sequence[str] = ()  # names of the task's own metrics, in order
+        self._predicted: Collection[str] = ()  # names of metrics of class probabilities
         self._batches: list[_Batch] = []
         self._checked = 0  # batches that `cannot_reach` has seen
         # over those batches of all ranks: sum of sign * metric, and number of examples
         self._sums = torch.zeros(2, dtype=torch.float64)
 
-    def add(self, loss: Any, metric: Any, count: int, checksum: int = 0) -> None:
+    def add(
+        self, loss: Any, metric: Any, count: int, checksum: int = 0, predicted: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Add a batch of ``count`` examples.
 
         Args:
             loss: the mean loss, or one value per example.
-            metric: likewise; None if the task has no metric.
+            metric: likewise, or several metrics by name; None if the task has no metric.
+            predicted: the metrics of class probabilities by name.
         Raises:
-            TaskError: if either is neither a scalar nor one number per example.
+            TaskError: if one is neither a scalar nor one number per example, or the names of the metrics are wrong.
         """
         number = self._workers.rank + self._workers.world_size * len(self._batches) + 1
-        losses_U = _units(loss, count, "loss", number)
-        metrics_U = None if metric is None else _units(metric, count, "metric", number)
-        self._batches.append(_Batch(count, checksum, losses_U, metrics_U))
+        own = metric if isinstance(metric, Mapping) else {} if metric is None else {METRIC: metric}
+        self._check_names([*own], predicted or {}, number)
+        columns = {_LOSS: _units(loss, count, "loss()", number)}
+        columns |= {name: _units(value, count, _function(name), number) for name, value in own.items()}
+        columns |= {name: _units(value, count, "predict()", number) for name, value in (predicted or {}).items()}
+        self._batches.append(_Batch(count, checksum, columns))
+
+    def _check_names(self, own: Sequence[Any], predicted: Collection[str], number: int) -> None:
+        if self._batches:
+            if own != self._own:
+                first = self._workers.rank + 1
+                names = f"{_listed(own)} for batch {number}, but {_listed(self._own)} for batch {first}"
+                raise TaskError(f"metric() must return the same names for every batch, not {names}")
+            return
+        if not all(isinstance(name, str) and name not in ("", "loss") for name in own):
+            raise TaskError(f"metric() must return values by name, a string other than 'loss', not {own!r}")
+        if both := [name for name in own if name in predicted]:
+            raise TaskError(f"metric() and predict() both give {_listed(both)}", hint="rename it in metric()")
+        self._own, self._predicted = own, [*predicted]
+        goals = self._goal if isinstance(self._goal, Mapping) else {}
+        for option, names in (("metric_key", [self._key] if self._key else []), ("metric_goal", [*goals])):
+            if unknown := [name for name in names if name not in own and name not in predicted]:
+                there = _listed([*own, *predicted]) or "none"
+                raise TaskError(f"{option} names {_listed(unknown)}, but the metrics are {there}")
+        if fixed := [name for name in goals if name in predicted and goals[name] != GOALS[name]]:
+            raise TaskError(f"metric_goal of {_listed(fixed)} is fixed: {GOALS[fixed[0]]}")
+
+    @property
+    def _deciding(self) -> str:
+        return self._key or next(iter(self._own), _LOSS)
+
+    def _is_mean(self, name: str) -> bool:
+        return name != "ece" or name not in self._predicted
+
+    def _sign(self, name: str) -> float:
+        return -1.0 if name == _LOSS else sign(GOALS if name in self._predicted else self._goal, name)
 
     def cannot_reach(self, threshold: float, total: int) -> bool:
         """Return True if the score stays below ``threshold`` whatever in-bounds values the remaining examples have.
@@ -69,16 +114,20 @@ class ScoreAccumulator:
             total: the number of examples in the whole pass.
         """
         assert self._bounds is not None
+        name = self._deciding
+        if not self._is_mean(name):
+            return False
         new = torch.zeros(2, dtype=torch.float64)
         for batch in self._batches[self._checked :]:
-            assert batch.metrics_U is not None
-            metrics_U = batch.metrics_U.to("cpu", torch.float64)
+            metrics_U = batch.columns[name].to("cpu", torch.float64)
             self._check_bounds(metrics_U)
-            new += torch.tensor([self._sign * float(metrics_U.mean()) * batch.count, batch.count], dtype=torch.float64)
+            value = self._sign(name) * float(metrics_U.mean())
+            new += torch.tensor([value * batch.count, batch.count], dtype=torch.float64)
         self._checked = len(self._batches)
         self._sums += self._workers.sum(new)
         metric_sum, examples = self._sums.tolist()
-        upper_bound = (metric_sum + max(self._sign * bound for bound in self._bounds) * (total - examples)) / total
+        best = max(self._sign(name) * bound for bound in self._bounds)
+        upper_bound = (metric_sum + best * (total - examples)) / total
         return upper_bound < threshold - total * 2**-52 * max(map(abs, self._bounds))
 
     def score(self, what: str, split: Split) -> Score | None:
@@ -88,37 +137,50 @@ class ScoreAccumulator:
             what: the name of the model in an error.
             split: the split that was scored.
         Raises:
-            TaskError: if a metric is outside its bounds.
+            TaskError: if a metric is outside its bounds, or ranks have metrics of different names.
         """
-        batches = interleave(list(map(_split_batches, self._workers.gather(_columns(self._batches)))))
-        if not batches:
+        parts = self._workers.gather((_flat(self._batches), (self._own, self._predicted)))
+        names = [own for part, own in parts if part[0]]
+        if not names:
             return None
-        losses = [batch.losses_U for batch in batches]
-        metrics = [batch.metrics_U for batch in batches if batch.metrics_U is not None]
-        bad = _first_bad(losses, "loss()") or _first_bad(metrics, "metric()") or "a mean overflows"
-        sizes = [len(units) for units in (metrics or losses)]
-        if [len(units) for units in losses] != sizes:  # per-example losses with batch-mean metrics, or the reverse
-            losses, metrics = ([units.mean().view(1) for units in kind] for kind in (losses, metrics))
-            sizes = [1] * len(losses)
-        losses_U, metrics_U = torch.cat(losses), torch.cat(metrics) if metrics else None
-        counts = [batch.count / size for batch, size in zip(batches, sizes, strict=True) for _ in range(size)]
-        examples_U = torch.tensor(counts, dtype=torch.float64)
-        examples = sum(batch.count for batch in batches)
+        if any(own != names[0] for own in names):
+            raise TaskError("metric() must return the same names for every batch")
+        self._own, self._predicted = names[0]
+        batches = interleave([_split_batches(part) for part, _ in parts])
         order = 0
         for batch in batches:
             order = joined(order, batch.checksum, batch.count)
-        loss = float(losses_U.dot(examples_U)) / examples
-        metric = None if metrics_U is None else float(metrics_U.dot(examples_U)) / examples
-        value = -loss if metric is None else self._sign * metric
-        if not (math.isfinite(value) and math.isfinite(loss)):
-            where = f"{what}: {bad} of the {split} data"
-            return Score(value=-math.inf, loss=math.inf, metric=metric, examples=examples, invalid=where)
-        if metrics_U is not None and self._bounds is not None:
-            self._check_bounds(metrics_U)
-        values_U = -losses_U if metrics_U is None else self._sign * metrics_U
-        each = PerExample(values_U=values_U, examples_U=examples_U, order=order)
-        noise = standard_error(losses_U, examples_U)
-        return Score(value=value, loss=loss, metric=metric, examples=examples, per_example=each, loss_noise=noise)
+        losses, mean = self._mean(_LOSS, batches, order)
+        noise = standard_error(losses.values_U, losses.examples_U)
+        examples, where = sum(batch.count for batch in batches), f"of the {split} data"
+
+        def scored(name: str) -> Score:
+            each, metric = self._mean(name, batches, order)
+            bad = _first_bad(batches, _LOSS) or (name != _LOSS and _first_bad(batches, name)) or "a mean overflows"
+            value, invalid = self._sign(name) * metric, ""
+            if not (math.isfinite(metric) and math.isfinite(mean)):
+                value, each, invalid = -math.inf, None, f"{what}: {bad} {where}"
+            return Score(
+                value=value, loss=math.inf if invalid else mean,
+                metric=None if name == _LOSS else metric, examples=examples, per_example=each,
+                loss_noise=math.inf if invalid else noise, invalid=invalid, name=name or METRIC,
+            )  # fmt: skip
+
+        deciding = self._deciding
+        scores = {name: scored(name) for name in dict.fromkeys([deciding, *self._own, *self._predicted])}
+        if self._bounds is not None and not scores[deciding].invalid and self._is_mean(deciding):
+            self._check_bounds(torch.cat([batch.columns[deciding] for batch in batches]))
+        return replace(decided(scores, deciding), name=deciding or METRIC)
+
+    def _mean(self, name: str, batches: Sequence[_Batch], order: int) -> tuple[PerExample, float]:
+        """Return the units of the loss or a metric on the scale of a score, and their mean on their own scale."""
+        units = [batch.columns[name] for batch in batches]
+        counts = [batch.count / len(u) for batch, u in zip(batches, units, strict=True) for _ in range(len(u))]
+        values_U, examples_U = torch.cat(units), torch.tensor(counts, dtype=torch.float64)
+        if not self._is_mean(name):
+            values_U = calibration_gaps(values_U)
+        mean = float(values_U.dot(examples_U)) / sum(batch.count for batch in batches)
+        return PerExample(values_U=self._sign(name) * values_U, examples_U=examples_U, order=order), mean
 
     def _check_bounds(self, metrics_U: Tensor) -> None:
         assert self._bounds is not None
@@ -128,30 +190,41 @@ class ScoreAccumulator:
             raise TaskError(f"metric gave {float(outside[0])}, outside metric_bounds {self._bounds}")
 
 
-_Columns: TypeAlias = tuple[list[tuple[int, int]], list[Tensor], list[list[int]]]
+_Flat: TypeAlias = tuple[list[tuple[int, int]], dict[str, tuple[Tensor, list[int]]]]
 
 
-def _columns(batches: Sequence[_Batch]) -> _Columns:
-    """Flatten batches into counts and checksums, all losses and metrics (CPU, float64), and units per batch."""
-    metrics = [batch.metrics_U for batch in batches if batch.metrics_U is not None]
-    kinds = [[batch.losses_U for batch in batches], metrics]
-    units = [torch.cat(kind).to("cpu", torch.float64) for kind in kinds if kind]
-    return [(batch.count, batch.checksum) for batch in batches], units, [list(map(len, kind)) for kind in kinds]
+def _flat(batches: Sequence[_Batch]) -> _Flat:
+    """Flatten batches into counts and checksums, and for each name all values (CPU, float64) and units per batch."""
+    names = batches[0].columns if batches else ()
+    kinds = {name: [batch.columns[name] for batch in batches] for name in names}
+    columns = {name: (torch.cat(kind).to("cpu", torch.float64), list(map(len, kind))) for name, kind in kinds.items()}
+    return [(batch.count, batch.checksum) for batch in batches], columns
 
 
-def _split_batches(columns: _Columns) -> list[_Batch]:
-    """Invert `_columns`."""
-    counts, units, sizes = columns
-    kinds = [list(column.split(size)) for column, size in zip(units, sizes, strict=False)]
-    rows = zip(counts, *kinds, strict=True)
-    return [_Batch(count, checksum, row[0], row[1] if len(row) > 1 else None) for (count, checksum), *row in rows]
+def _split_batches(flat: _Flat) -> list[_Batch]:
+    """Invert `_flat`."""
+    counts, columns = flat
+    parts = {name: values_U.split(sizes) for name, (values_U, sizes) in columns.items()}
+    return [
+        _Batch(count, checksum, {name: part[i] for name, part in parts.items()})
+        for i, (count, checksum) in enumerate(counts)
+    ]
 
 
-def _first_bad(units: list[Tensor], function: str) -> str:
+def _function(name: str) -> str:
+    return "loss()" if name == _LOSS else "metric()" if name == METRIC else f"metric()[{name!r}]"
+
+
+def _listed(names: Collection[Any]) -> str:
+    return ", ".join(map(str, names)) or "none"
+
+
+def _first_bad(batches: Sequence[_Batch], name: str) -> str:
     """Describe the first batch with a non-finite value; "" if all are finite."""
-    for number, values_U in enumerate(units, 1):
+    for number, batch in enumerate(batches, 1):
+        values_U = batch.columns[name]
         if len(bad_U := values_U[~values_U.isfinite()]):
-            return f"{function} gave {float(bad_U[0])} in batch {number}"
+            return f"{_function(name)} gave {float(bad_U[0])} in batch {number}"
     return ""
 
 
@@ -164,5 +237,5 @@ def _units(value: Any, count: int, function: str, number: int) -> Tensor:
         if isinstance(value, Tensor):
             got = f"a {'complex ' if value.is_complex() else ''}tensor of shape {list(value.shape)}"
         wanted = f"a scalar or one real number per example [{count}]"
-        raise TaskError(f"{function}() must return {wanted}, not {got}, for batch {number}")
+        raise TaskError(f"{function} must return {wanted}, not {got}, for batch {number}")
     return value.detach().flatten().to(torch.float32 if value.device.type == "mps" else torch.float64)

@@ -25,8 +25,8 @@ from ckptavg.objective.remembered import Remembered
 from ckptavg.objective.score_accumulator import ScoreAccumulator
 from ckptavg.readers import StoredTensor
 from ckptavg.runtime.workers import ALONE, Workers
-from ckptavg.score import Score, Split, differs, valid
-from ckptavg.tasks.torch_metrics import Resampled
+from ckptavg.score import METRIC, Score, Split, decided, differs, sign, valid
+from ckptavg.tasks.torch_metrics import CorpusMetric, Resampled, update
 
 
 class _BelowError(Exception):
@@ -203,16 +203,18 @@ class Scoring:
         with torch.no_grad():
             if task.whole is not None:
                 return task.whole(runner.model)
-            sign = -1.0 if task.metric_goal == "min" else 1.0
             workers = workers if self._divides else ALONE
-            tally, corpus = ScoreAccumulator(sign, task.metric_bounds, workers), task.corpus and task.corpus()
+            corpus, key = task.corpus and task.corpus(), None if task.corpus else task.metric_key
+            goal = "max" if task.corpus else task.metric_goal
+            tally = ScoreAccumulator(goal, task.metric_bounds, workers, key=key)
             for batch, size, checksum, counted in self._loader.scored(split, workers):
                 loss = runner.call(task.loss, batch)
                 metric = None if task.metric is None else runner.call(task.metric, batch)
+                predicted = None if task.predict is None else runner.call(task.predict, batch)
                 if counted:
-                    tally.add(loss, metric, size, checksum)
+                    tally.add(loss, metric, size, checksum, predicted)
                 if corpus is not None:
-                    runner.call(corpus.update, batch)
+                    runner.call(partial(update, corpus), batch)
                 total = self._examples.get(split)
                 if threshold is not None and total and tally.cannot_reach(threshold, total):
                     raise _BelowError
@@ -232,11 +234,19 @@ class Scoring:
             )
         if corpus is None or score.invalid:
             return score
-        value = corpus.compute()
+        scores = {name: self._with_metric(score, name, metric, what) for name, metric in corpus.items()}
+        return decided(scores, task.metric_key or next(iter(corpus)))
+
+    def _with_metric(self, score: Score, name: str, metric: CorpusMetric, what: str) -> Score:
+        """Return ``score`` by a metric that is no mean over examples."""
+        value, direction = metric.compute(), sign(self._task.metric_goal, name)
         if not math.isfinite(value):
-            return replace(score, value=-math.inf, metric=value, invalid=f"{what}: the metric is {value}")
-        resampled = Resampled(corpus, sign)
-        return replace(score, value=sign * value, metric=value, resampled=resampled, batches=corpus.batches)
+            reason = f"{what}: the metric{'' if name == METRIC else f' {name}'} is {value}"
+            return replace(score, value=-math.inf, metric=value, name=name, invalid=reason)
+        return replace(
+            score, value=direction * value, metric=value, name=name, resampled=Resampled(metric, direction),
+            batches=metric.batches,
+        )  # fmt: skip
 
     def _note(self, note: str) -> None:
         if note not in self.notes:

@@ -127,7 +127,8 @@ def _gain(split: Split, score: Score, reference: Score) -> Gain:
     """Return the difference, without an interval on data on which strategies chose: it would be no evidence."""
     if split == "test":
         return interval.gain(score, reference)
-    return Gain(value=score.value - reference.value, reason="the strategies chose on these data")
+    others = {name: _gain(split, other, reference.others[name]) for name, other in score.others.items()}
+    return Gain(value=score.value - reference.value, reason="the strategies chose on these data", others=others)
 
 
 def _verdict(winner: StrategyResult, evaluator: Evaluator, options: Options) -> str:

@@ -64,10 +64,11 @@ def plain(value: Any) -> Any:
     """Convert dataclasses to dictionaries by field, and what they hold to values of JSON; None for NaN and infinity."""
     if isinstance(value, Score):  # its values per example stay out
         names = ("loss", "metric", "examples", *(("invalid",) if value.invalid else ()))
-        value = {name: getattr(value, name) for name in names}
+        value = {name: getattr(value, name) for name in names} | ({"metrics": value.metrics} if value.metrics else {})
     elif isinstance(value, Gain):
         names = ("value", "low", "high", "separated", "units", "unit", "paired", "reason")
-        value = {name: getattr(value, name) for name in names}
+        named = {"metrics": value.others} if value.others else {}
+        value = {name: getattr(value, name) for name in names} | named
     elif isinstance(value, Cost):
         value = {**vars(value), "seconds": round(value.seconds, 3)}
     elif is_dataclass(value):

@@ -4,6 +4,7 @@ Shape suffix: U = units (examples; batches where the task gives means only; grou
 """
 
 import math
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -18,6 +19,12 @@ _ROUNDING: Final = 2**-20  # of a metric in float32
 
 
 def gain(score: Score, reference: Score) -> Gain:
+    """Return ``score`` − ``reference`` as `single_gain` does, and the same by each of the other metrics of both."""
+    others = {name: single_gain(other, reference.others[name]) for name, other in score.others.items()}
+    return replace(single_gain(score, reference), others=others)
+
+
+def single_gain(score: Score, reference: Score) -> Gain:
     """Return ``score`` − ``reference``, both on the same data, with its 95 % interval where that is reliable.
 
     The mean m = Σ w d / Σ w of the units' differences d, weighted by their numbers of examples w, has the variance
@@ -39,7 +46,7 @@ def gain(score: Score, reference: Score) -> Gain:
     """
     value = score.value - reference.value
     own, other = _units(score), _units(reference)
-    if own is None or other is None:
+    if own is None or other is None or not math.isfinite(value):
         return Gain(value=value, reason="no values per example")
     units = len(own.values_U)
     unit = "examples" if units == score.examples else "batches" if score.resampled is None else "groups of batches"

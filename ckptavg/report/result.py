@@ -75,6 +75,7 @@ class Gain:
         units: number of ``unit``: examples, batches if the task gives means only, or groups of batches.
         paired: whether both scores saw the examples in the same order, so that differences could be taken.
         reason: why there is no interval.
+        others: gains by the other metrics, by name.
     """
 
     value: float
@@ -84,6 +85,7 @@ class Gain:
     unit: str = "examples"
     paired: bool = True
     reason: str = ""
+    others: Mapping[str, Gain] = field(default_factory=dict[str, "Gain"])
 
     @property
     def separated(self) -> bool:

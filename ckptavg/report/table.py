@@ -1,6 +1,6 @@
 """Report for a terminal: candidates, scores, verdict and cost."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -15,7 +15,7 @@ from ckptavg.report.result import CandidateResult, Comparison, Landscape, Output
 from ckptavg.score import Score, Split
 
 _BARS = "▁▂▃▄▅▆▇█"
-_KINDS = ("metric", "loss")
+_MOST = 5  # columns of figures, so that 80 columns are enough
 
 
 def render(report: Result | Comparison | Landscape) -> Group:
@@ -23,18 +23,25 @@ def render(report: Result | Comparison | Landscape) -> Group:
     if isinstance(report, Landscape):
         return Group(*landscape.render(report))
     if isinstance(report, Comparison) and report.contestants:
-        return Group(_candidates(report.result), Text(), *comparison_table(report), *_foot(report.result))
+        return Group(
+            _candidates(report.result),
+            *_other_metrics(report.result),
+            Text(),
+            *comparison_table(report),
+            *_foot(report.result),
+        )
     return Group(*_parts(report.result if isinstance(report, Comparison) else report))
 
 
 def _parts(result: Result) -> Iterator[RenderableType]:
     yield _candidates(result)
+    yield from _other_metrics(result)
     if len(result.groups) > 1:
         yield from (Text(), _blocks(result))
     for title, rows in result.tables.items():
         yield from (Text(), _rows(title, rows))
     if result.scores:
-        yield from (Text(), _scores(result), Text())
+        yield from (Text(), *_scores(result), Text())
         yield Text(result.verdict, style="bold red" if result.worse else "bold" if "test" in result.scores else "")
     elif result.output:
         yield Text("Nothing was scored: there is no task (--task).", style="bold")
@@ -50,7 +57,9 @@ def _foot(result: Result) -> list[Text]:
 def _candidates(result: Result) -> Table:
     columns = list(dict.fromkeys(name for candidate in result.candidates for name in candidate.columns))
     scores = [candidate.score for candidate in result.candidates]
-    kinds = [kind for kind in _KINDS if any(getattr(score, kind, None) is not None for score in scores)]
+    kinds = _names(scores)
+    if len(columns) + len(kinds) > _MOST:
+        kinds = kinds[:2]
     table = Table(title=f"{len(result.candidates)} candidates", title_justify="left", box=None, pad_edge=False)
     for heading in ("candidate", "step", *columns, *kinds, ""):
         table.add_column(heading, justify="left" if heading in ("candidate", "") else "right", no_wrap=True)
@@ -62,11 +71,31 @@ def _candidates(result: Result) -> Table:
             escape(printable(candidate.path.name)),
             str(candidate.step),
             *(_cell(candidate.columns[name]) for name in columns),
-            *(_cell(getattr(candidate.score, kind, None)) for kind in kinds),
+            *(_cell(candidate.score and candidate.score.figures.get(kind)) for kind in kinds),
             f"● {min(coefficients):.3f}{several}" if chosen else "",
             style=None if chosen or result.output is None else "dim",
         )
     return table
+
+
+def _other_metrics(result: Result) -> Iterator[Table]:
+    """Yield tables of the candidates' metrics for which `_candidates` has no room on 80 columns."""
+    scores = [candidate.score for candidate in result.candidates]
+    names = _names(scores)
+    if len({name for candidate in result.candidates for name in candidate.columns}) + len(names) <= _MOST:
+        return
+    for start in range(2, len(names), _MOST):
+        rows = [
+            {"step": candidate.step} | {name: candidate.score.figures.get(name) for name in names[start:][:_MOST]}
+            for candidate in result.candidates
+            if candidate.score is not None
+        ]
+        yield _rows("other metrics of the candidates", rows)
+
+
+def _names(scores: Iterable[Score | None]) -> list[str]:
+    """Return the names of the figures of the scores, in order."""
+    return list(dict.fromkeys(name for score in scores if score is not None for name in score.figures))
 
 
 def _coefficients(candidate: CandidateResult) -> Sequence[float]:
@@ -103,21 +132,34 @@ def _rows(title: str, rows: Sequence[Row]) -> Table:
     return table
 
 
-def _scores(result: Result) -> Table:
+def _scores(result: Result) -> Iterator[Table]:
     written = "written: best single" if result.replaced else result.strategy
     rows: dict[str, Mapping[Split, Score]] = {written: result.scores}
     for name, scores in result.baselines.items():
         if name.partition("-")[0] != result.strategy:  # not lawa-5 beside lawa
             rows[f"best single (step {result.best_step})" if name == "best" else name] = scores
     columns: list[tuple[Split, str]] = [
-        (split, kind) for split, score in result.scores.items() for kind in _KINDS if getattr(score, kind) is not None
+        (split, name) for split, score in result.scores.items() for name in score.figures
     ]
+    if len(columns) <= _MOST:
+        yield _scores_table(rows, columns, written)
+        return
+    for split, score in result.scores.items():
+        names = list(score.figures)
+        for start in range(0, len(names), _MOST):
+            part: list[tuple[Split, str]] = [(split, name) for name in names[start:][:_MOST]]
+            yield _scores_table(rows, part, written)
+
+
+def _scores_table(
+    rows: Mapping[str, Mapping[Split, Score]], columns: Sequence[tuple[Split, str]], written: str
+) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("scores", no_wrap=True)
     for split, kind in columns:
-        table.add_column(f"{split} {kind}", justify="right")
+        table.add_column(f"{split} {kind}", justify="right", overflow="fold")
     for name, scores in rows.items():
-        cells = (_cell(getattr(scores.get(split), kind, None)) for split, kind in columns)
+        cells = (_cell(scores[split].figures.get(kind) if split in scores else None) for split, kind in columns)
         table.add_row(name, *cells, style="bold" if name == written else None)
     return table
 

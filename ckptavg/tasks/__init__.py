@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -18,18 +18,25 @@ class Task(Protocol):
 
     Attributes:
         source: path or module name of the task, as shown in the report.
-        metric: function returning one value per example, or a mean; None if the task has only a loss.
-        metric_goal: ``max`` if a larger metric is better, ``min`` if a smaller one is.
-        metric_bounds: lower and upper bound of the metric for one example; None if unknown.
-        corpus: factory of a metric that is not a mean over examples, such as an F1 score; None if the task has none.
+        metric: function returning one value per example, or a mean, or several of these by name; None if the task has
+            only a loss.
+        metric_key: the name of the metric that decides; None for the first of ``metric`` or ``corpus``, else −loss.
+        metric_goal: ``max`` if a larger metric is better, ``min`` if a smaller one is; or goals by name.
+        metric_bounds: lower and upper bound of the deciding metric for one example; None if unknown.
+        corpus: factory of metrics by name that are not means over examples, such as an F1 score; None if the task has
+            none.
+        predict: function returning the metrics of the model's class probabilities by name, one value per example: see
+            `ckptavg.tasks.probabilities`; None if the task has none.
         whole: function that scores a model without per-batch losses; None for batched tasks.
     """
 
     source: str
-    metric: Callable[[nn.Module, Any], Tensor] | None = None
-    metric_goal: str = "max"
+    metric: Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]] | None = None
+    metric_key: str | None = None
+    metric_goal: str | Mapping[str, str] = "max"
     metric_bounds: tuple[float, float] | None = None
-    corpus: Callable[[], CorpusMetric] | None = None
+    corpus: Callable[[], Mapping[str, CorpusMetric]] | None = None
+    predict: Callable[[nn.Module, Any], Mapping[str, Tensor]] | None = None
     whole: Callable[[nn.Module], Score] | None = None
 
     def model(self) -> nn.Module:

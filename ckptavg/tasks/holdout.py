@@ -40,6 +40,8 @@ class HeldOut(Task):
         self.corpus = task.corpus
         self.whole = task.whole
         self.metric = task.metric
+        self.predict = task.predict
+        self.metric_key = task.metric_key
         self.metric_goal = task.metric_goal
         self.metric_bounds = task.metric_bounds
 

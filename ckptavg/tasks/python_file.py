@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import itertools
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -20,17 +20,18 @@ from ckptavg.filesystem.regular_file import is_file
 from ckptavg.runtime.seeds import preserved
 from ckptavg.runtime.threads import affinity, processors, quota
 from ckptavg.score import Split
-from ckptavg.tasks import Task, data_loader
+from ckptavg.tasks import Task, data_loader, probabilities
 from ckptavg.tasks import batch as batches
 from ckptavg.tasks.batch import Batch
 from ckptavg.tasks.failure import task_error
 from ckptavg.tasks.guard import Guard
+from ckptavg.tasks.metric_settings import MetricSettings
 from ckptavg.tasks.model_state import ModelState
-from ckptavg.tasks.torch_metrics import CorpusMetric, is_torchmetric, metric_goal
+from ckptavg.tasks.torch_metrics import CorpusMetric, metrics_by_name
 from ckptavg.tasks.worker_sampler import rank_loader, without_distributed_sampler
 
 _RUN_THE_MODEL: Final = ("loss", "metric", "predict")
-_BATCH_FUNCTIONS: Final = (*_RUN_THE_MODEL, "batch_size")
+_BATCH_FUNCTIONS: Final = (*_RUN_THE_MODEL, "batch_size", "labels")
 
 
 class PythonTask(Task):
@@ -60,15 +61,23 @@ class PythonTask(Task):
         if not self.has("val") and not self.has("train"):
             self._function("val_dataloader")
         metric: Any = getattr(self._module, "metric", None)
-        if is_torchmetric(metric):
-            has_predict = getattr(self._module, "predict", None) is not None
-            predict = partial(self._call, "predict", self._function("predict")) if has_predict else None
-            self.corpus = lambda: CorpusMetric(metric, source=source, predict=predict)
+        has_predict = getattr(self._module, "predict", None) is not None
+        predict = partial(self._call, "predict", self._function("predict")) if has_predict else None
+        if named := metrics_by_name(metric):
+            outputs = predict and partial(self._outputs, predict)
+            self.corpus = lambda: {
+                name: CorpusMetric(one, source=source, predict=outputs) for name, one in named.items()
+            }
             self.corpus()  # raises here if the metric cannot be used
         elif metric is not None:
             self.metric = partial(self._metric, self._function("metric"))
-        self.metric_goal = self._goal(metric)
-        self.metric_bounds = self._bounds()
+        if predict is not None and not named:
+            self.predict = partial(self._probability_metrics, predict)
+        fixed = [*named] or [*probabilities.GOALS] * (self.predict is not None)
+        settings = MetricSettings(self._module, source, fixed, own=self.metric is not None)
+        self.metric_key = settings.key
+        self.metric_goal = settings.goal(named)
+        self.metric_bounds = settings.bounds()
         self._loaders: dict[Split, Any] = {}
         self._rank_loaders: dict[Split, tuple[Any, Any]] = {}  # of `turns`, cached: a process's rank does not change
 
@@ -97,6 +106,19 @@ class PythonTask(Task):
             message = f"metric() must return a number or one per example, not None{self._where}"
             raise TaskError(message, path=self.source)
         return value
+
+    def _probability_metrics(self, predict: Callable[..., Any], model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+        p_BC, labels = predict(model, batch), self._labels(batch)
+        return probabilities.probability_metrics(*probabilities.checked(p_BC, labels, self.source, self._where))
+
+    def _outputs(self, predict: Callable[..., Any], model: nn.Module, batch: Any) -> Any:
+        outputs = predict(model, batch)
+        return (outputs, self._labels(batch)) if isinstance(outputs, Tensor) and outputs.ndim == 2 else outputs
+
+    def _labels(self, batch: Any) -> Any:
+        function = getattr(self._module, "labels", None)
+        hook = partial(self._call, "labels", function) if callable(function) else None
+        return probabilities.labels_of(batch, hook, self.source, self._where)
 
     def has(self, split: Split) -> bool:
         """See `Task.has`."""
@@ -171,28 +193,6 @@ class PythonTask(Task):
                 return len(loader)
             except TypeError:  # an iterator, or a loader of an IterableDataset
                 return None
-
-    def _goal(self, metric: Any) -> str:
-        default = metric_goal(metric) if is_torchmetric(metric) else "max"
-        goal = getattr(self._module, "metric_goal", default)
-        if goal is None:
-            message = f"does not set metric_goal, and {type(metric).__name__} does not declare higher_is_better"
-            raise TaskError(message, path=self.source, hint='set metric_goal = "max" or "min"')
-        if goal not in ("max", "min"):
-            raise TaskError(f"metric_goal must be 'max' or 'min', not {goal!r}", path=self.source)
-        return goal
-
-    def _bounds(self) -> tuple[float, float] | None:
-        bounds = getattr(self._module, "metric_bounds", None)
-        if bounds is None:
-            return None
-        try:
-            low, high = map(float, bounds)
-        except (TypeError, ValueError):
-            low = high = float("nan")
-        if not -float("inf") < low < high < float("inf"):
-            raise TaskError(f"metric_bounds must be two numbers such as (0.0, 1.0), not {bounds!r}", path=self.source)
-        return low, high
 
     def _loader(self, split: Split) -> Any:
         name = f"{split}_dataloader"

@@ -41,6 +41,7 @@ def metric(model: nn.Module, batch) -> torch.Tensor:
     return (model(inputs).argmax(dim=1) == labels).float()
 
 
+# metric() may return several values by name, and predict(model, batch) class probabilities: docs/scoring.md
 metric_goal = "max"  # "min" where a smaller metric is better
 metric_bounds = (0.0, 1.0)  # optional: its range; `aswa --early-reject` needs it
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ckptavg.errors import CkptavgError, TaskError, is_out_of_memory
+from ckptavg.score import METRIC
 
 _RTOL: Final = 1e-3  # summing float32 states in another order differs by far less, even after cancellation to nearly 0
 _ATOL: Final = 1e-6
@@ -31,6 +32,22 @@ def metric_goal(metric: Any) -> Literal["max", "min"] | None:
     return None if better is None else "max" if better else "min"
 
 
+def metrics_by_name(metric: object) -> dict[str, Any]:
+    """Return the torchmetrics of a task by name: one metric, a MetricCollection or a dict; empty for anything else."""
+    if any(kind.__name__ == "MetricCollection" for kind in type(metric).__mro__) and is_torchmetric(metric):
+        return dict(metric.items())  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(metric, Mapping) and metric and all(map(is_torchmetric, metric.values())):
+        return dict(metric)
+    return {METRIC: metric} if is_torchmetric(metric) else {}
+
+
+def update(corpus: Mapping[str, "CorpusMetric"], model: nn.Module, batch: Any) -> None:
+    """Run the model once on a batch, and update all metrics with its outputs; see `CorpusMetric.update`."""
+    arguments = next(iter(corpus.values())).arguments(model, batch)
+    for metric in corpus.values():
+        metric.add(arguments)
+
+
 class CorpusMetric:
     """A torchmetrics metric over a split, with the states of each batch kept as well.
 
@@ -43,16 +60,11 @@ class CorpusMetric:
         metric: the metric of the task file ``source``; it is copied, and the copy moves to the device of its arguments.
         predict: the task's function from model and batch to the tuple of arguments of ``metric.update``; None takes
             batches as pairs (inputs, targets) and calls ``metric.update(model(inputs), targets)``.
-    Raises:
-        TaskError: if ``metric`` is a MetricCollection.
     """
 
     def __init__(
         self, metric: Any, *, source: str, predict: Callable[[nn.Module, Any], tuple[Any, ...]] | None = None
     ) -> None:
-        if any(kind.__name__ == "MetricCollection" for kind in type(metric).__mro__):
-            hint = "candidates are compared by one number: use one of its metrics"
-            raise TaskError("metric is a MetricCollection", path=source, hint=hint)
         self._source = source
         self._name = type(metric).__name__
         self._predict = predict
@@ -80,15 +92,17 @@ class CorpusMetric:
 
     def update(self, model: nn.Module, batch: Any) -> None:
         """Run the model on a batch and update the metric with its outputs; TaskError if any of this fails."""
-        with torch.no_grad():
-            arguments = self._arguments(model, batch)
-            with self._translate_errors(f"{self._name}.update"):
-                device = next((value.device for value in arguments if isinstance(value, torch.Tensor)), None)
-                self._scratch.reset()
-                for metric in (self._whole, self._scratch):
-                    if device is not None and metric.device != device:
-                        metric.to(device)
-                    metric.update(*arguments)
+        self.add(self.arguments(model, batch))
+
+    def add(self, arguments: tuple[Any, ...]) -> None:
+        """Update the metric with these arguments; TaskError if that fails."""
+        with torch.no_grad(), self._translate_errors(f"{self._name}.update"):
+            device = next((value.device for value in arguments if isinstance(value, torch.Tensor)), None)
+            self._scratch.reset()
+            for metric in (self._whole, self._scratch):
+                if device is not None and metric.device != device:
+                    metric.to(device)
+                metric.update(*arguments)
         self._states.append(_states(self._scratch))
 
     def compute(self) -> float:
@@ -133,7 +147,12 @@ class CorpusMetric:
             raise TaskError(f"the metric is {value}", path=self._source)
         return value
 
-    def _arguments(self, model: nn.Module, batch: Any) -> tuple[Any, ...]:
+    def arguments(self, model: nn.Module, batch: Any) -> tuple[Any, ...]:
+        """Run the model on a batch without gradients, and return the arguments of ``metric.update``."""
+        with torch.no_grad():
+            return self._outputs(model, batch)
+
+    def _outputs(self, model: nn.Module, batch: Any) -> tuple[Any, ...]:
         if self._predict is None:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 hint = "define predict(model, batch) in the task file, returning the arguments of metric.update"

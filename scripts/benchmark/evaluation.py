@@ -85,6 +85,7 @@ class Images(tasks.Task):
     """A BatchNorm network with images from a DataLoader."""
 
     source, metric, metric_goal, metric_bounds, corpus, whole = "evaluation.py", None, "max", None, None, None
+    metric_key, predict = None, None
 
     def __init__(self) -> None:
         draws = torch.Generator().manual_seed(0)

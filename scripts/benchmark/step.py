@@ -63,6 +63,7 @@ class Task(tasks.Task):
     """A task that repeats one batch: a plain object with the attributes of `ckptavg.tasks.Task`."""
 
     source, metric, metric_goal, metric_bounds, corpus, whole = "step.py", None, "max", None, None, None
+    metric_key, predict = None, None
 
     def __init__(self, tokens: Tensor) -> None:
         self._tokens = tokens

@@ -34,6 +34,7 @@ class Job(Task):
     """Task that records each read of a split; its batches and its loss's noise use the global generator."""
 
     source, metric, metric_goal, metric_bounds, corpus, whole = "toy", None, "max", None, None, None
+    metric_key, predict = None, None
 
     def __init__(self, spoil: str = "") -> None:
         self.read: list[Split] = []

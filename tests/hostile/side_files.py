@@ -52,8 +52,9 @@ def read(files: Files, folder: Path) -> Any:
     """
     shutil.rmtree(folder, ignore_errors=True)
     write(folder, files)
+    manifest = Manifest()
     try:
-        with discover([folder], check=Manifest().check) as found:
+        with discover([folder], check=lambda checkpoint: manifest.check(checkpoint) or {}) as found:
             for checkpoint in found.checkpoints:
                 lora_config.read_config(checkpoint)
             return [(one.name, one.step) for one in found.checkpoints]

@@ -51,7 +51,9 @@ class Toy(Task):
     metric: Callable[[nn.Module, Any], Tensor] | None = None
     metric_goal: str = "max"
     metric_bounds: tuple[float, float] | None = None
-    corpus: Callable[[], CorpusMetric] | None = None
+    metric_key: str | None = None
+    corpus: Callable[[], Mapping[str, CorpusMetric]] | None = None
+    predict: Callable[[nn.Module, Any], Mapping[str, Tensor]] | None = None
     whole: Callable[[nn.Module], Score] | None = None
     reduction: str = "none"
 

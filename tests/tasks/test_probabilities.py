@@ -1,0 +1,172 @@
+"""Metrics of class probabilities against scikit-learn and torchmetrics, and several metrics through a whole run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TASK, Run
+from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
+
+import ckptavg
+from ckptavg.errors import TaskError
+from ckptavg.objective.score_accumulator import ScoreAccumulator
+from ckptavg.tasks.probabilities import calibration_gaps, checked, labels_of, probability_metrics
+
+DRAWS = torch.Generator().manual_seed(0)
+P = (2 * torch.randn(500, 4, generator=DRAWS)).softmax(dim=1)
+LABELS = torch.randint(4, (500,), generator=DRAWS)
+PREDICT = """
+
+def predict(model, batch):
+    return model(batch[0]).softmax(dim=1)
+"""
+NAMED = """
+
+def metric(model, batch):
+    logits = model(batch[0])
+    return {"top2": (logits.topk(2).indices == batch[1][:, None]).any(1), "margin": logits.amax(1)}
+"""
+
+
+def naive_ece(p: np.ndarray, labels: np.ndarray) -> float:
+    confidence, right = p.max(axis=1), p.argmax(axis=1) == labels
+    inside = [(confidence > m / 15) & (confidence <= (m + 1) / 15) for m in range(15)]
+    return sum(abs(confidence[i].mean() - right[i].mean()) * i.mean() for i in inside if i.any())
+
+
+def task(folder: Path, more: str, *, own: bool = False) -> Path:
+    source = TASK.read_text()
+    (folder / "several.py").write_text((source if own else source.replace("def metric(", "def _metric(")) + more)
+    return folder / "several.py"
+
+
+def test_metrics_of_probabilities_match_scikit_learn():
+    values = probability_metrics(P, LABELS)
+    exact = P.double() / P.double().sum(dim=1, keepdim=True)  # moves a probability by float32 rounding
+    # float64, rounded once to float32: 2**-24 of each value
+    for name, expected in (
+        ("accuracy", accuracy_score(LABELS, P.argmax(1))),
+        ("nll", log_loss(LABELS, exact)),
+        ("brier", brier_score_loss(LABELS, exact, labels=range(4), scale_by_half=False)),
+    ):
+        assert float(values[name].double().mean()) == pytest.approx(expected, rel=1e-6), name
+
+
+def test_the_calibration_error_is_the_mean_of_its_terms():
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    terms_U = calibration_gaps(probability_metrics(P, LABELS)["ece"].double())
+    assert float(terms_U.mean()) == pytest.approx(naive_ece(P.double().numpy(), LABELS.numpy()), rel=1e-6)
+    assert float(terms_U.mean()) == pytest.approx(float(multiclass_calibration_error(P, LABELS, 4, n_bins=15)), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("p", "labels", "message"),
+    [
+        (P.log(), LABELS, "must return probabilities, but its result has -"),
+        (P * 2, LABELS, "rows with the sum 2"),
+        (P[:, 0], LABELS, r"\[B, C\], not a tensor of shape \[500\]"),
+        (P, LABELS[:9], r"labels must be integers \[500\]"),
+        (P, LABELS + 1, "outside the 4 classes"),
+        (P, LABELS.float(), "labels must be integers"),
+    ],
+)
+def test_results_that_are_no_probabilities_are_refused_in_one_line(p: Any, labels: Any, message: str):
+    with pytest.raises(TaskError, match=message) as error:
+        checked(p, labels, "task.py", ", for batch 1")
+    assert "\n" not in str(error.value)
+
+
+def test_labels_come_from_the_hook_a_pair_or_a_usual_name():
+    for batch in ((1, 7), {"x": 1, "labels": 7}, {"y": 7}):
+        assert labels_of(batch, None, "t", "") == 7
+    assert labels_of((1, 2, 7), lambda batch: batch[2], "t", "") == 7
+    with pytest.raises(TaskError, match="needs labels, but the batch is 3 items") as error:
+        labels_of((1, 2, 3), None, "t", "")
+    assert error.value.hint is not None and "labels(batch)" in error.value.hint
+
+
+def test_predict_decides_nothing_until_metric_key_names_a_metric(digits: Path, tmp_path: Path):
+    def chosen(more: str) -> tuple[Any, Any]:
+        done = ckptavg.best(digits, task=task(tmp_path, more), last=4, output=tmp_path / "x", force=True)
+        return [candidate.coefficient for candidate in done.candidates], done.scores["val"]
+
+    plain, with_predict = chosen(""), chosen(PREDICT)
+    assert plain[0] == with_predict[0] and plain[1].value == with_predict[1].value == -plain[1].loss
+    assert list(with_predict[1].others) == ["accuracy", "nll", "brier", "ece"]
+    assert with_predict[1].others["nll"].metric == pytest.approx(plain[1].loss, rel=1e-6)
+    _, by_key = chosen(f'{PREDICT}metric_key = "ece"\n')
+    assert by_key.name == "ece" and by_key.value == -by_key.metric and "ece" not in by_key.others
+
+
+def test_all_metrics_are_in_tables_and_json_and_resume_to_the_bit(digits: Path, run: Run, tmp_path: Path):
+    arguments = ("compare", digits, "--task", task(tmp_path, PREDICT + NAMED), "--last", 3, "--strategies", "swa")
+    options = (*arguments, "--json", "--keep-journal", "--force")
+    first, again = run(*options), run(*options)
+    assert first.returncode == again.returncode == 0, first.stderr
+    report, resumed = json.loads(first.stdout), json.loads(again.stdout)
+    names = ["top2", "margin", "accuracy", "nll", "brier", "ece"]
+    score, over = (report["strategies"][1][key]["test"] for key in ("scores", "over_last"))
+    assert list(score["metrics"]) == names and score["metrics"]["top2"] == score["metric"]
+    assert list(over["metrics"]) == names[1:] and over["metrics"]["nll"]["low"] < over["metrics"]["nll"]["high"]
+    assert [one["scores"] for one in report["strategies"]] == [one["scores"] for one in resumed["strategies"]]
+    assert [one["over_last"] for one in report["strategies"]] == [one["over_last"] for one in resumed["strategies"]]
+    assert resumed["scores"] == report["scores"]
+    for name in (*names, "test top2"):
+        assert name in " ".join(first.stderr.split())
+    shown = run("eval", tmp_path / "averaged.safetensors", "--task", tmp_path / "several.py")
+    assert shown.returncode == 0 and all(name in shown.stdout for name in names)
+
+
+def test_names_that_change_or_do_not_exist_are_refused_with_the_batch():
+    tally = ScoreAccumulator("max", None)
+    tally.add(torch.zeros(2), {"a": torch.zeros(2)}, 2)
+    with pytest.raises(TaskError, match=r"metric\(\) must return the same names for every batch, not b for batch 2"):
+        tally.add(torch.zeros(2), {"b": torch.zeros(2)}, 2)
+    with pytest.raises(TaskError, match="metric_key names f1, but the metrics are a, b"):
+        ScoreAccumulator("max", None, key="f1").add(torch.zeros(2), {"a": 1.0, "b": 2.0}, 2)
+    with pytest.raises(TaskError, match="metric_goal names c"):
+        ScoreAccumulator({"c": "min"}, None).add(torch.zeros(2), {"a": 1.0}, 2)
+
+
+def test_goals_by_name_decide_the_sign_of_each_metric():
+    tally = ScoreAccumulator({"b": "min"}, None, key="b")
+    tally.add(torch.zeros(2), {"a": torch.ones(2), "b": torch.ones(2)}, 2)
+    score = tally.score("it", "val")
+    assert (score.value, score.metric, score.others["a"].value) == (-1.0, 1.0, 1.0)
+
+
+def test_a_metric_that_is_nan_leaves_the_deciding_one_valid():
+    tally = ScoreAccumulator("max", None)
+    tally.add(torch.zeros(2), {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])}, 2)
+    score = tally.score("it", "val")
+    assert score.value == 1.0 and not score.invalid and "metric()['b'] gave nan" in score.others["b"].invalid
+
+
+def test_a_collection_of_torchmetrics_is_updated_in_one_pass(digits: Path, tmp_path: Path):
+    from safetensors.torch import load_file
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+    more = (
+        "\nfrom torchmetrics import MetricCollection\n"
+        "from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score\n"
+        "metric = MetricCollection({'f1': MulticlassF1Score(10), 'acc': MulticlassAccuracy(10)})\nmetric_key = 'acc'\n"
+    )
+    done = ckptavg.swa(digits, task=task(tmp_path, more), last=2, output=tmp_path / "x")
+    import task as demo_task
+
+    model, own = demo_task.model(), {"f1": MulticlassF1Score(10), "acc": MulticlassAccuracy(10)}
+    model.load_state_dict(load_file(tmp_path / "x"))
+    with torch.no_grad():
+        for inputs, labels in demo_task.val_dataloader():
+            outputs = model.eval()(inputs)
+            for metric in own.values():
+                metric.update(outputs, labels)
+    score = done.scores["val"]
+    assert score.name == "acc" and score.metric == pytest.approx(float(own["acc"].compute()), rel=1e-6)
+    assert score.others["f1"].metric == pytest.approx(float(own["f1"].compute()), rel=1e-6)
