@@ -243,3 +243,15 @@ def test_only_the_layout_of_batchnorm_may_be_recomputed(
         save_file(load_file(tmp_path / "out"), tmp_path / "out", {**metadata, "ckptavg": json.dumps(record)})
         done = run("verify", "out", "--sources", "run")
         assert (done.returncode == 0) if expected is None else (done.returncode == 3 and expected in done.stderr)
+
+
+def test_the_kind_of_step_may_be_one_that_the_sources_alone_would_not_have(run: Run, tmp_path: Path):
+    """Steps are taken from the names, because a checkpoint that was not selected has no other one."""
+    (tmp_path / "run").mkdir()
+    for step in (1, 2, 3):
+        inside = {"global_step": 100 * step} if step < 3 else {}
+        torch.save({"state_dict": _state(step), **inside}, tmp_path / "run" / f"step-{step}.pt")
+    assert run("swa", "run", "--stop", 2).returncode == 0
+    with safe_open(tmp_path / "averaged.safetensors", "pt") as stored:
+        assert [s["step"] for s in json.loads(stored.metadata()["ckptavg"])["sources"]] == [1, 2]
+    assert run("verify", "averaged.safetensors", "--sources", "run").returncode == 0
