@@ -20,6 +20,7 @@ class Checkpoint:
     name: str  # its path relative to the directory it was found in; the output's metadata contains this name
     step: int = 0
     step_from: str = ""  # the source of the step, such as ``global_step`` or ``name``
+    steps: Mapping[str, int] = field(default_factory=dict[str, int])  # every step that it has, by source
     run: int = 0  # index of the given directory it belongs to
     key: str  # the sub-dictionary that holds the model, ``""`` for the whole file
     tensors: Mapping[str, StoredTensor]  # by state-dict name; a wrapper's prefix such as ``module.`` is removed

@@ -83,7 +83,9 @@ def discover(
                     left_out.append(LeftOut(path=place.path, reason="left out by --include or --exclude"))
                     continue
                 try:
-                    opened.append(_open(place, key, allow_nonfinite=allow_nonfinite))
+                    opened.append(
+                        _Opened(checkpoint=open_checkpoint(place, key, allow_nonfinite=allow_nonfinite), place=place)
+                    )
                 except SkipFile as other:
                     left_out.append(LeftOut(path=place.path, reason=str(other), kind=other.kind))
                 except CkptavgError as error:
@@ -123,11 +125,16 @@ def with_directory_changes(found: Discovered, paths: Sequence[Path], output: Pat
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
     checkpoint: Checkpoint
-    steps: dict[str, int]
     place: CheckpointPath
 
 
-def _open(place: CheckpointPath, key: str | None, *, allow_nonfinite: bool) -> _Opened:
+def open_checkpoint(place: CheckpointPath, key: str | None, *, allow_nonfinite: bool = False) -> Checkpoint:
+    """Open one checkpoint; its step is still to be chosen from `Checkpoint.steps`, for arguments see `discover`.
+
+    Raises:
+        InputError: if it is damaged or no model.
+        SkipFile: if it is no model and its path was not given explicitly.
+    """
     reader = open_reader(place.weights)
     try:
         if not place.explicit and "ckptavg" in reader.metadata:
@@ -144,18 +151,20 @@ def _open(place: CheckpointPath, key: str | None, *, allow_nonfinite: bool) -> _
             raise InputError(f"is {error}, not a model", path=place.path) from error
         raise
     named = step_in_name(place.name)
-    checkpoint = Checkpoint(
+    return Checkpoint(
         path=place.path,
-        name=place.weights.name if place.path == place.weights else f"{place.name}/{place.weights.name}",
+        name=place.weights.name or place.name if place.path == place.weights else f"{place.name}/{place.weights.name}",
+        steps=steps | ({} if named is None else {"name": named}),
         run=0 if place.explicit else place.order, key=chosen, tensors=tensors, reader=reader,
         notes=(*notes, *reader.notes), allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
-    return _Opened(checkpoint=checkpoint, steps=steps | ({} if named is None else {"name": named}), place=place)
 
 
 def _without_copies(opened: list[_Opened], left_out: list[LeftOut], refuse: _Refuse) -> list[_Opened]:
     """Drop copies of other checkpoints, keeping the one with a step in its name; refuse bad checkpoints."""
-    preferred = sorted(opened, key=lambda o: ("name" not in o.steps, o.checkpoint.run, natural(o.checkpoint.name)))
+    preferred = sorted(
+        opened, key=lambda o: ("name" not in o.checkpoint.steps, o.checkpoint.run, natural(o.checkpoint.name))
+    )
     copies, bad = duplicates.find([one.checkpoint for one in preferred])
     for i, error in bad.items():
         refuse(error, preferred[i].checkpoint.path)
@@ -208,17 +217,17 @@ def _in_order(opened: list[_Opened], refuse: _Refuse | None) -> tuple[list[Check
 
     A checkpoint that has no kind of step in common with the others is passed to ``refuse``, or raised without it.
     """
-    kind = common_kind([one.steps for one in opened], [one.checkpoint.run for one in opened])
+    kind = common_kind([one.checkpoint.steps for one in opened], [one.checkpoint.run for one in opened])
     if kind is not None:
-        stepped = [replace(one.checkpoint, step=one.steps[kind], step_from=kind) for one in opened]
+        stepped = [replace(one.checkpoint, step=one.checkpoint.steps[kind], step_from=kind) for one in opened]
         ordered = sorted(stepped, key=lambda c: (c.step, c.run, natural(c.name)))
         twice = [b for a, b in pairwise(ordered) if (a.step, a.run) == (b.step, b.run)][:1]
         doubt = "occurs more than once; are these raw and EMA weights?"
         return ordered, [f"{one.path}: step {one.step} {doubt}" for one in twice]
-    if all(one.place.explicit for one in opened) and not any(one.steps for one in opened):
+    if all(one.place.explicit for one in opened) and not any(one.checkpoint.steps for one in opened):
         given = sorted(opened, key=lambda one: one.place.order)
         return [replace(one.checkpoint, step=i, step_from="order given") for i, one in enumerate(given, 1)], ()
-    odd = min(opened, key=lambda one: len(one.steps))
+    odd = min(opened, key=lambda one: len(one.checkpoint.steps))
     what = "has no training step of a kind that the other checkpoints have too, neither inside nor in its name"
     hint = f"leave it out with {odd.checkpoint.excluding}, or name the checkpoints in their order"
     error = InputError(what, path=odd.checkpoint.path, hint=hint)

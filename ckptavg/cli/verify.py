@@ -26,9 +26,12 @@ def command(file: Path, sources: Path, json: bool, quiet: bool, verbose: bool) -
         print(json_module.dumps({"path": str(file), **vars(verified)}, indent=2))
     if differ := verified.differ:
         raise InputError(f"{len(differ)} tensors are not the average of the sources", path=file, tensor=differ[0])
-    unchecked = len(verified.unchecked)
+    screen, unchecked = Screen(quiet=quiet), len(verified.unchecked)
     recomputed = f"; {unchecked} were recomputed from data and cannot be checked" if unchecked else ""
-    agree = f"{len(verified.agree)} tensors agree byte for byte with the average of the sources"
-    Screen(quiet=quiet).print(agree + recomputed)
+    screen.print(f"{len(verified.agree)} tensors agree byte for byte with the average of the sources{recomputed}")
+    if absent := len(verified.without_digest):
+        screen.print(f"none of the {absent} sources has a digest: they were recognised by name, step and content alone")
+    if verified.own_strategy is not None:
+        screen.print(f"{verified.own_strategy} is no strategy of ckptavg, so its settings were not checked")
     if not json:
         print(file)

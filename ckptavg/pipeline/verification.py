@@ -1,24 +1,32 @@
-"""Verification: rebuild an output from the sources in its metadata, and compare bytes."""
+"""Verification: rebuild an output and its metadata from the sources that it names, and compare."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ckptavg.average import plan_output
+import torch
+
+from ckptavg.average import PlannedOutput, plan_output
+from ckptavg.checkpoints import duplicates
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.discover import discover
-from ckptavg.checkpoints.dtypes import FLOATING, NAMES
+from ckptavg.checkpoints.discover import open_checkpoint
+from ckptavg.checkpoints.dtypes import FLOATING, TORCH
+from ckptavg.checkpoints.integrity import is_finite
+from ckptavg.checkpoints.kept import keeping
+from ckptavg.checkpoints.listing import CheckpointPath
 from ckptavg.checkpoints.state_dict import check_agreement, model_tensors
-from ckptavg.coefficients import Coefficients
-from ckptavg.errors import InputError
+from ckptavg.errors import CkptavgError, InputError, UsageError
 from ckptavg.filesystem import sha256
-from ckptavg.filesystem.regular_file import RegularFile, is_file, is_folder
+from ckptavg.filesystem.regular_file import RegularFile, is_folder
 from ckptavg.filesystem.strict_json import strict_json
 from ckptavg.output import provenance
-from ckptavg.readers import Reader, open_reader
+from ckptavg.pipeline import recorded_provenance
+from ckptavg.pipeline.recorded_provenance import RecordedProvenance, Source
+from ckptavg.readers import Reader, StoredTensor, open_reader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,136 +34,224 @@ class Verification:
     """Names of tensors by outcome: ``agree`` have the expected bytes, ``differ`` do not.
 
     ``unchecked`` were recomputed from the task's data (BatchNorm statistics) and cannot be rebuilt from the sources.
+    ``without_digest`` are the sources that were recognised by name, step and content alone; ``own_strategy`` is the
+    recorded strategy if it is none of ckptavg's, whose settings were not checked.
     """
 
     agree: Sequence[str]
     differ: Sequence[str]
     unchecked: Sequence[str]
+    without_digest: Sequence[str] = ()
+    own_strategy: str | None = None
 
 
 def verify(file: Path, sources: Path) -> Verification:
-    """Recompute the average recorded in the metadata of ``file`` from the checkpoints under ``sources``.
+    """Recompute the average recorded in the metadata of ``file``, and that metadata, from the files under ``sources``.
 
     Args:
         file: an output; for a sharded output its index.
         sources: directory of the source checkpoints.
     Raises:
-        InputError: if ``file`` is not an output of ckptavg, or a source is missing or has another SHA-256.
+        InputError: if ``file`` is not an output of ckptavg, a source is missing or has another SHA-256, the metadata
+            are not those of the average of the sources, or no tensor could be compared.
     """
     with ExitStack() as stack:
         output = stack.enter_context(closing(open_reader(file)))
-        record = _record(output)
+        record = recorded_provenance.read(output)
+        recomputed = record.entries["recomputed"]
         checkpoints: list[Checkpoint] = []
-        for source in record["sources"]:
-            path = _locate(source, sources, file)
-            found = stack.enter_context(discover([path], key=source["key"] or None, allow_nonfinite=True))
-            if len(found.checkpoints) != 1:
-                raise InputError(f"holds {len(found.checkpoints)} checkpoints instead of one", path=path)
-            checkpoints += found.checkpoints
-        check_agreement(checkpoints)
-        coefficients = _coefficients(record, checkpoints[0], file)
-        mode = record.get("adapter", "factors")
-        checkpoints = [replace(c, kept=frozenset(record.get("not_averaged", ()))) for c in checkpoints]
-        plan = plan_output(checkpoints, coefficients, dtype=record["dtype"], mode=mode, rank=record.get("rank"))
-        _, stored, _ = model_tensors(output, None)
-        expected, actual = ({name: (t.dtype, t.shape) for name, t in ts.items()} for ts in (plan.specs, stored))
-        if actual != expected:
-            raise InputError("its tensors differ from its sources in name, dtype or shape", path=file)
-        differ: set[str] = set()
-        for name, offset, data in plan.parts:
-            tensor, written = stored[name], memoryview(bytearray(len(data)))
-            output.read_into(tensor, offset * tensor.numel // max(1, tensor.nbytes), written)
-            if written != data:
-                differ.add(name)
-        unchecked = set(record["recomputed"])
-        agree = plan.specs.keys() - differ - unchecked
-        return Verification(agree=sorted(agree), differ=sorted(differ - unchecked), unchecked=sorted(unchecked))
+        for source in record.sources:
+            checkpoints.append(_locate(source, sources, file))
+            stack.callback(checkpoints[-1].reader.close)
+        try:
+            checkpoints = _with_steps(record.sources, checkpoints)
+            plan = _plan(record, checkpoints, file)
+            check_recomputed(recomputed, checkpoints[0].tensors, file)
+            _check_metadata(record, output, checkpoints, plan)
+            _, stored, _ = model_tensors(output, None)
+            expected, actual = ({name: (t.dtype, t.shape) for name, t in ts.items()} for ts in (plan.specs, stored))
+            if actual != expected:
+                raise InputError("its tensors differ from its sources in name, dtype or shape", path=file)
+            compared, differ = _compare(plan, stored, output)
+        except CkptavgError as error:
+            error.hint = None  # of an average: an option such as --exclude
+            raise
+        _check_values([name for name in recomputed if name in differ], stored, output)
+    if not compared - set(recomputed):
+        raise InputError("no tensor could be compared with its sources", path=file)
+    agree = plan.specs.keys() - differ - set(recomputed)
+    return Verification(
+        agree=sorted(agree), differ=sorted(differ - set(recomputed)), unchecked=sorted(recomputed),
+        without_digest=record.without_digest, own_strategy=record.own_strategy,
+    )  # fmt: skip
 
 
-def _record(output: Reader) -> Mapping[str, Any]:
-    text = output.metadata.get(provenance.KEY)
-    if text is None:
-        raise InputError("has no ckptavg metadata, so its sources are unknown", path=output.path)
+def _plan(record: RecordedProvenance, checkpoints: Sequence[Checkpoint], file: Path) -> PlannedOutput:
+    check_agreement(checkpoints)
+    copies, bad = duplicates.find(checkpoints)
+    for error in bad.values():
+        raise error
+    for i, (original, relation) in copies.items():
+        raise InputError(f"{relation} {checkpoints[original].path}: one source twice", path=checkpoints[i].path)
+    entries = record.entries
     try:
-        record: Any = strict_json(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"its ckptavg metadata is not valid JSON: {error}", path=output.path) from error
-    if not isinstance(record, dict) or record.get("schema") != provenance.SCHEMA:
-        raise InputError("its ckptavg metadata is of another version", path=output.path, hint="use a newer ckptavg")
-    if not _is_complete(record):
-        raise InputError("its ckptavg metadata is damaged", path=output.path)
-    return record
+        for name in (name for name, spec in checkpoints[0].tensors.items() if spec.dtype in FLOATING):
+            record.coefficients.row(name)
+        checkpoints = keeping(checkpoints, entries.get("keep", ()), entries.get("average", ()))
+        return plan_output(
+            checkpoints, record.coefficients, dtype=entries["dtype"], mode=entries["adapter"], rank=entries["rank"]
+        )
+    except (ValueError, UsageError) as error:
+        raise InputError(f"its ckptavg metadata is damaged: {error}", path=file) from error
 
 
-def _is_complete(record: Mapping[str, Any]) -> bool:
-    """Return whether every entry used here is present with the right type; the metadata is untrusted input."""
-    sources, dtype, rank = record.get("sources"), record.get("dtype"), record.get("rank")
-    return (
-        isinstance(sources, list)
-        and len(sources) > 0
-        and all(map(_is_source, sources))
-        and _are_texts(record.get("recomputed"))
-        and _are_texts(record.get("not_averaged", []))
-        and isinstance(groups := record.get("groups"), list)
-        and all(map(_are_texts, groups))
-        and "dtype" in record
-        and (dtype is None or (isinstance(dtype, str) and NAMES.get(dtype) in FLOATING))
-        and record.get("adapter", "factors") in ("factors", "exact")
-        and (rank is None or (type(rank) is int and rank > 0))
-    )
+def _compare(plan: PlannedOutput, stored: Mapping[str, StoredTensor], output: Reader) -> tuple[set[str], set[str]]:
+    """Return the names of the tensors that have bytes to compare, and of those that differ."""
+    compared, differ = set[str](), set[str]()
+    for name, offset, data in plan.parts:
+        tensor, written = stored[name], memoryview(bytearray(len(data)))
+        output.read_into(tensor, offset * tensor.numel // max(1, tensor.nbytes), written)
+        compared.add(name)
+        if written != data:
+            differ.add(name)
+    return compared, differ
 
 
-def _is_source(source: Any) -> bool:
-    digests: Any = source.get("sha256") if isinstance(source, dict) else None
-    return (
-        isinstance(digests, dict)
-        and len(digests) > 0
-        and all(Path(part).name == part and isinstance(digest, str) for part, digest in digests.items())
-        and isinstance(source.get("name"), str)
-        and Path(source["name"]).name not in ("", "..")
-        and isinstance(source.get("key"), str)
-        and all(type(c) in (int, float) for c in _column(source.get("coefficient")))
-    )
+def check_recomputed(names: Collection[str], tensors: Mapping[str, StoredTensor], file: Path) -> None:
+    """Check that ``names``, which the metadata of ``file`` calls recomputed, are BatchNorm statistics by the layout.
+
+    Running mean and variance are two floating-point vectors of one length, which is also that of the layer's weight and
+    bias if it has them, beside the number of batches; only both together are recomputed.
+
+    Raises:
+        InputError: naming the first tensor that is something else, and may only be the average of the sources.
+    """
+    for name in names:
+        layer = name.rpartition(".")[0]
+        mean, variance, batches, weight, bias = (
+            f"{layer}.{part}".removeprefix(".")
+            for part in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
+        )
+        vectors = [tensors[part] for part in (mean, variance, weight, bias) if part in tensors]
+        reason = None
+        if name not in (mean, variance):
+            reason = "is no running mean or variance of BatchNorm"
+        elif lacking := [part for part in (mean, variance, batches) if part not in tensors]:
+            reason = f"is no BatchNorm statistic: the sources have no {lacking[0]}"
+        elif not {mean, variance} <= set(names):
+            reason = "is only one of the two BatchNorm statistics of its layer"
+        elif len({vector.shape for vector in vectors}) > 1 or len(vectors[0].shape) != 1 or tensors[batches].shape:
+            reason = "is no BatchNorm statistic by the shapes of its layer's tensors"
+        elif not all(vector.dtype in FLOATING for vector in vectors) or tensors[batches].dtype in FLOATING:
+            reason = "is no BatchNorm statistic by the dtypes of its layer's tensors"
+        if reason:
+            raise InputError(f"the metadata calls it recomputed, but it {reason}", path=file, tensor=name)
 
 
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+def _check_values(names: Collection[str], stored: Mapping[str, StoredTensor], output: Reader) -> None:
+    """Check statistics that are not averages: finite, and no variance is negative."""
+    for name in names:
+        data = bytearray(stored[name].nbytes)
+        output.read_into(stored[name], 0, memoryview(data))
+        values = torch.frombuffer(data, dtype=TORCH[stored[name].dtype])
+        if not is_finite(values):
+            raise InputError("a recomputed BatchNorm statistic is NaN or infinite", path=output.path, tensor=name)
+        if name.endswith("running_var") and float(values.min()) < 0:
+            raise InputError("a recomputed variance of BatchNorm is negative", path=output.path, tensor=name)
 
 
-def _column(coefficient: Any) -> list[Any]:
-    return coefficient if isinstance(coefficient, list) else [coefficient]
+def _check_metadata(
+    record: RecordedProvenance, output: Reader, checkpoints: Sequence[Checkpoint], plan: PlannedOutput
+) -> None:
+    """Raise InputError naming the first entry that is not as the sources give it.
+
+    ``recomputed`` is in order, and has been checked; settings and the version that wrote the file have no other source.
+    """
+    entries = {**record.entries, "recomputed": sorted(record.entries["recomputed"]), "not_averaged": plan.not_averaged}
+    digest: Callable[[RegularFile], str] = sha256.sha256
+    if not any(value for source in record.sources for value in source.sha256.values()):
+        digest = lambda _: ""  # noqa: E731
+    rebuilt = provenance.metadata(checkpoints, record.coefficients, digest)
+    names = ("groups", "schema", "sources")
+    entries |= {name: value for name, value in strict_json(rebuilt.pop(provenance.KEY)).items() if name in names}
+    others: dict[str, Any] = {name: value for name, value in output.metadata.items() if name != provenance.KEY}
+    wrong = recorded_provenance.difference(dict(record.entries), entries)
+    if wrong := wrong or recorded_provenance.difference(others, rebuilt, "other metadata"):
+        raise InputError(f"its metadata differ from its sources: {wrong}", path=output.path)
 
 
-def _coefficients(record: Mapping[str, Any], first: Checkpoint, output: Path) -> Coefficients:
-    try:
-        rows = zip(*(_column(source["coefficient"]) for source in record["sources"]), strict=True)
-        values = tuple(tuple(float(c) for c in row) for row in rows)
-        coefficients = Coefficients(values, tuple(tuple(group) for group in record["groups"]))
-        for name in (name for name, spec in first.tensors.items() if spec.dtype in FLOATING):
-            coefficients.row(name)
-    except (ValueError, OverflowError) as error:
-        raise InputError(f"its ckptavg metadata is damaged: {error}", path=output) from error
-    return coefficients
+def _with_steps(sources: Sequence[Source], checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return the checkpoints with their recorded steps.
+
+    Raises:
+        InputError: if they have no kind of step in common that gives these, or they are out of training order.
+    """
+    steps = [source.step for source in sources]
+    pairs = list(zip(checkpoints, steps, strict=True))
+    kinds = [kind for kind in checkpoints[0].steps if all(c.steps.get(kind) == step for c, step in pairs)]
+    in_order_given = not any(checkpoint.steps for checkpoint in checkpoints)
+    if not kinds and not in_order_given:
+        odd, step = next(((c, step) for c, step in pairs if step not in c.steps.values()), pairs[0])
+        actual = " or ".join(map(str, sorted(set(odd.steps.values())))) or "unknown"
+        raise InputError(f"its step is {actual}, but the metadata has {step}", path=odd.path)
+    for (_, before), (checkpoint, step) in pairwise(pairs):
+        if step < before or (in_order_given and step == before):
+            raise InputError(f"step {step} comes after {before}, out of training order", path=checkpoint.path)
+    if in_order_given and steps[0] < 1:
+        raise InputError(f"has no step, so it cannot be step {steps[0]}", path=checkpoints[0].path)
+    return [replace(checkpoint, step=step) for checkpoint, step in pairs]
 
 
-def _locate(source: Mapping[str, Any], folder: Path, output: Path) -> Path:
-    """Find the checkpoint under ``folder`` with the name and, where recorded, the SHA-256 digests of ``source``."""
-    name, digests = Path(source["name"]), source["sha256"]
+def _locate(source: Source, folder: Path, output: Path) -> Checkpoint:
+    """Open the checkpoint under ``folder`` that has the name, the files and the digests of ``source``."""
     if not is_folder(folder):
         raise InputError("no such directory", path=folder)
-    same_name = sorted(Path(parent) / name.name for parent, dirs, files in os.walk(folder) if name.name in dirs + files)
-    if not same_name:
-        hint = "pass the directory of the sources with --sources"
-        raise InputError(f"no source {name} under {folder}", path=output, hint=hint)
-    for path in same_name:
-        home = path if is_folder(path) else path.parent
-        if all(_has_digest(home / part, digest) for part, digest in digests.items()):
-            return path
-    raise InputError("is not the file the average was made from: its SHA-256 differs", path=same_name[0])
+    opened: list[Checkpoint] = []
+    failures: list[CkptavgError] = []
+    for place in sorted(_places(Path(source.name), folder), key=lambda place: place.weights):
+        try:
+            opened.append(_open(place, source))
+        except CkptavgError as error:
+            failures.append(error)
+        if opened and (all(source.sha256.values()) or len(opened) > 1):
+            break
+    if len(opened) == 1:
+        return opened[0]
+    for checkpoint in opened:
+        checkpoint.reader.close()
+    if opened:
+        what = f"without digests it cannot be told from {opened[1].path}, which has the name of the same source"
+        raise InputError(what, path=opened[0].path, hint="pass a directory that holds only one of them with --sources")
+    if failures:
+        raise failures[0]
+    hint = "pass the directory of the sources with --sources"
+    raise InputError(f"no source {source.name} under {folder}", path=output, hint=hint)
 
 
-def _has_digest(path: Path, digest: str) -> bool:
-    if not is_file(path):
-        return False
-    with RegularFile(path) as file:
-        return not digest or sha256.sha256(file) == digest
+def _places(name: Path, folder: Path) -> Iterator[CheckpointPath]:
+    """Yield the paths under ``folder`` that a checkpoint called ``name``, or its directory and its file, can have."""
+    outer, *inner = name.parts
+    if inner and folder.resolve().name == outer and os.path.lexists(folder / inner[0]):
+        yield CheckpointPath(path=folder, weights=folder / inner[0], name=outer, order=0, explicit=True)
+    for parent, folders, files in os.walk(folder):
+        path = Path(parent) / outer
+        weights = path.joinpath(*inner)
+        if outer in (folders if inner else folders + files) and os.path.lexists(weights):
+            yield CheckpointPath(path=path, weights=weights, name=outer, order=0, explicit=True)
+
+
+def _open(place: CheckpointPath, source: Source) -> Checkpoint:
+    checkpoint = open_checkpoint(place, source.key, allow_nonfinite=True)
+    try:
+        files = {file.path.name: file for file in checkpoint.reader.files}
+        if odd := sorted(files.keys() ^ source.sha256.keys()):
+            what = "is not a file of the checkpoint" if odd[0] in source.sha256 else "has no digest in the metadata"
+            raise InputError(f"its file {odd[0]} {what}", path=place.path)
+        for name, file in files.items():
+            if source.sha256[name] and sha256.sha256(file) != source.sha256[name]:
+                what = "is not the file the average was made from: its SHA-256 differs"
+                raise InputError(what, path=file.path)
+    except BaseException:
+        checkpoint.reader.close()
+        raise
+    return checkpoint

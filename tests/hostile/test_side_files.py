@@ -75,7 +75,7 @@ def test_metadata_of_an_output_is_not_trusted(output: Path, tally: dict[str, int
     ("change", "message"),
     [
         ({"sources": []}, "is damaged"), ({"sources": 5}, "is damaged"), ({"sources": None}, "is damaged"),
-        ({"groups": [["x"]]}, "no group of coefficients covers"), ({"groups": []}, "is damaged"),
+        ({"groups": [["x"]]}, "groups must be one for all tensors"), ({"groups": []}, "is damaged"),
         ({"dtype": "int8"}, "is damaged"), ({"dtype": "complex64"}, "is damaged"), ({"adapter": "x"}, "is damaged"),
         ({"rank": 0}, "is damaged"), ({"schema": 2}, "of another version"), ({"recomputed": [1]}, "is damaged"),
     ],

@@ -501,6 +501,8 @@ def test_a_run_is_averaged_and_loads_into_the_model(run: Run, written: Path, tmp
     (tmp_path / "run" / "zero_to_fp32.py").write_text("raise SystemExit('was run')")
     done = run("swa", "run/global_step1", "run/global_step2")
     assert done.returncode == 0, done.stderr
+    done = run("verify", "averaged.safetensors", "--sources", "run")
+    assert done.returncode == 0, done.stderr
     average = load_file(tmp_path / "averaged.safetensors")
     parts = [weights(folder_of(written, name)) for name in names]
     for name, tensor in average.items():
