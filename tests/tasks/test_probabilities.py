@@ -160,7 +160,7 @@ def test_all_metrics_fit_on_80_columns(digits: Path, tmp_path: Path):
 
     from ckptavg.report.table import render
 
-    names = [f"recall_at_{k}" for k in range(1, 9)]
+    names = ["top2", *(f"recall_at_{k}" for k in range(1, 9))]
     more = f"{PREDICT}\n\ndef metric(model, batch):\n    return dict.fromkeys({names}, loss(model, batch))\n"
     done = ckptavg.compare(digits, ["swa"], task=task(tmp_path, more), last=3, output=tmp_path / "x")
     console = Console(width=80, record=True, file=io.StringIO())
@@ -169,7 +169,7 @@ def test_all_metrics_fit_on_80_columns(digits: Path, tmp_path: Path):
     assert not re.search(r"(?<![0-9a-f]{10})…", text)  # only the SHA-256 is abbreviated
     for contestant in done.contestants:
         score = contestant.scores["test"]
-        for figure in (*score.figures, *(f"{value:.4f}" for value in score.figures.values())):
+        for figure in (*score.metrics, *(f"{value:.4f}" for value in score.metrics.values())):
             assert re.search(rf"(^|\s){figure}\b", text, re.MULTILINE), figure
 
 
