@@ -207,7 +207,7 @@ class Scoring:
             workers = workers if self._divides else ALONE
             corpus, key = task.corpus and task.corpus(), None if task.corpus else task.metric_key
             goal = "max" if task.corpus else task.metric_goal
-            tally = ScoreAccumulator(goal, task.metric_bounds, workers, key=key)
+            tally = ScoreAccumulator(goal, None if task.corpus else task.metric_bounds, workers, key=key)
             for batch, size, checksum, counted in self._loader.scored(split, workers):
                 loss = runner.call(task.loss, batch)
                 metric = None if task.metric is None else runner.call(task.metric, batch)

@@ -80,6 +80,8 @@ def size(batch: Any, expected: Sequence[int] = ()) -> int:
     allowed = _sizes(batch)
     if known := [number for number in expected if number in allowed] or (list(allowed) if len(allowed) == 1 else []):
         return known[0]
+    if isinstance(batch, list) and len(batch) == 1 and len(allowed - {1}) == 1:
+        return (allowed - {1}).pop()  # a list of one field, as of a TensorDataset
     found = f"they allow {' or '.join(map(str, sorted(allowed)))}" if allowed else "none has examples"
     message = f"the number of examples of a batch (a {type(batch).__name__}) is unclear from its parts: {found}"
     raise TaskError(message, hint="add to the task file: def batch_size(batch): return ...")

@@ -8,6 +8,7 @@ otherwise it retains about the size of a gathered model.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -106,6 +107,7 @@ def memory(folder: Path, workers: Workers, *, shard: bool) -> dict[str, float]:
         mixture(Size(2, 4, 2).place(Path(place)), workers, shard=shard) as mixed,
     ):
         from_spec("sewa:k=1:steps=1").learn(mixed)  # loads the modules that are imported on first use
+    gc.collect()  # of what was measured before
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     with mixture(folder, workers, shard=shard) as mixed:

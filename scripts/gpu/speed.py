@@ -42,6 +42,7 @@ class Made:
     """A candidate without a file: row ``i`` of a repeating block of random numbers, read at memory speed."""
 
     allow_nonfinite = False
+    kept: frozenset[str] = frozenset()
 
     def __init__(self, model: nn.Module, i: int) -> None:
         self.step, self.path, self.name = i, f"step-{i}", f"step-{i}"

@@ -62,7 +62,7 @@ def test_a_second_link_to_a_file_is_no_change(warm: Warm, ckpts: Path, tmp_path:
     (tmp_path / "mine.py").write_text(
         "from faults.job import *\n"
         "import os\n"
-        f"def model(_model=model):\n    os.link({str(files[-1])!r}, 'last.safetensors')\n    return _model()\n"
+        f"def model(_model=model):\n    os.path.exists('last.safetensors') or os.link({str(files[-1])!r}, 'last.safetensors')\n    return _model()\n"
     )
     done = warm.run("soup", "ckpts", "--task", "mine.py", "-o", "out", cwd=tmp_path)
     assert done.code == 0 and (tmp_path / "last.safetensors").exists(), done.err
@@ -73,7 +73,7 @@ def test_the_directory_itself_may_be_removed(warm: Warm, ckpts: Path, tmp_path: 
     (tmp_path / "mine.py").write_text(
         "from faults.job import *\n"
         "import shutil\n"
-        "def model(_model=model):\n    shutil.rmtree('ckpts')\n    return _model()\n"
+        "def model(_model=model):\n    shutil.rmtree('ckpts', ignore_errors=True)\n    return _model()\n"
     )
     done = warm.run("best", "ckpts", "--task", "mine.py", "-o", "out", cwd=tmp_path)
     assert done.code == 0 and "was deleted or renamed during the run" in done.err, done.err
