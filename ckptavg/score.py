@@ -100,18 +100,20 @@ def valid(score: Score, source: str | None = None) -> Score:
 def differs(first: Score, second: Score) -> bool:
     """Return whether scores of two copies of one model differ by more than float32 rounding, or noise if unpaired.
 
-    Rounding may change a loss by 1e-3 of its size and of its spread over examples.
+    Rounding may change a loss by 1e-3 of its size and of its spread over examples, and the metric of a few examples.
     """
-    if first.loss is None or second.loss is None:
-        return abs(first.value - second.value) > max(
-            1e-3 * abs(first.value), 0 if math.isinf(first.noise) else first.noise
-        )
     each, other = first.per_example, second.per_example
-    gap = abs(first.loss - second.loss)
+    value_gap = abs(first.value - second.value)
     if each is None or other is None or each.order != other.order:
-        return gap > 1e-3 * abs(first.loss) and gap > 6 * min(first.loss_noise, second.loss_noise)
+        noise = min(first.noise, second.noise)
+        return value_gap > 1e-3 * abs(first.value) and (math.isinf(noise) or value_gap > 6 * noise)
+    largest = float(each.values_U.abs().max())
+    if value_gap > 0.01 * abs(first.value) + 3 * largest / len(each.values_U) + 1e-6 and first.metric is not None:
+        return True
+    if first.loss is None or second.loss is None:
+        return False
     spread = first.loss_noise * math.sqrt(len(each.values_U)) if math.isfinite(first.loss_noise) else 0.0
-    return gap > 1e-3 * (abs(first.loss) + spread) + 1e-6
+    return abs(first.loss - second.loss) > 1e-3 * (abs(first.loss) + spread) + 1e-6
 
 
 def standard_error(values_U: Tensor, examples_U: Tensor) -> float:

@@ -71,7 +71,7 @@ def _plain(leaf: Any) -> bool:
     if isinstance(leaf, Tensor):
         return type(leaf) is Tensor and leaf.layout == torch.strided and not leaf.requires_grad
     if isinstance(leaf, list | tuple):
-        return all(map(_plain, leaf))
+        return not hasattr(leaf, "to") and all(map(_plain, leaf))
     return leaf is None or isinstance(leaf, str | bytes | int | float)
 
 

@@ -1,9 +1,11 @@
 """A model whose forward passes are counted where they happen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
+
+from ckptavg.objective.batchnorm import Layer as BatchNorm
 
 _T = TypeVar("_T")
 
@@ -21,20 +23,25 @@ class CountedModel:
 
     def __init__(self, model: nn.Module, count: Callable[[], None]) -> None:
         self.model = model
+        self._modules = [module for module in model.modules() if not isinstance(module, BatchNorm)]
         self._calls = _Calls(count)
         self._watches_parts = False
         model.register_forward_pre_hook(self._calls.run_whole)
 
     @property
     def in_training(self) -> bool:
-        """Whether a function has run the model in training mode, into which it was not put here."""
+        """Whether a function has run the model, or a part of it other than BatchNorm, in training mode."""
         return self._calls.in_training
 
     def call(self, function: Callable[[nn.Module, Any], _T], batch: Any) -> _T:
         """Return ``function(model, batch)``."""
         calls = self._calls
         whole, parts = calls.whole, calls.parts
-        value = function(self.model, batch)
+        calls.modules = self._modules
+        try:
+            value = function(self.model, batch)
+        finally:
+            calls.modules = ()
         if calls.whole == whole and not self._watches_parts:
             self._watches_parts = True
             calls.parts += 1  # those of this call
@@ -53,10 +60,14 @@ class _Calls:
         self.count = count
         self.whole = self.parts = 0
         self.in_training = False
+        self.modules: Sequence[nn.Module] = ()  # during a call
 
-    def run_whole(self, model: nn.Module, _: Any) -> None:
+    def __deepcopy__(self, _: Any) -> "_Calls":
+        return _Calls(lambda: None)  # a copy of the model is counted by itself
+
+    def run_whole(self, *_: Any) -> None:
         self.whole += 1
-        self.in_training |= model.training
+        self.in_training = self.in_training or any(module.training for module in self.modules)
         self.count()
 
     def run_part(self, *_: Any) -> None:

@@ -1,5 +1,6 @@
 """One model that is set to any mixture of the candidates."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -80,6 +81,10 @@ class MixedModel:
         """Return a new model of the task, on the device."""
         torch.manual_seed(self.run.seed)
         model = self.task.model()
+        used = vars(self).get("candidates")
+        if used is not None and not set(map(id, model.parameters())).isdisjoint(map(id, used.model.parameters())):
+            model = copy.deepcopy(model).train()  # model() returns the same one again, with what it has derived
+            vars(model).pop("forward", None)  # compiled
         if empty := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
             message = f"model() must be ready to run, but its {empty} is on the meta device: allocate it"
             raise TaskError(message, path=self.task.source)

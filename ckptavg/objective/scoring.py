@@ -123,9 +123,9 @@ class Scoring:
             scores[split] = self._written.find((coefficients, split, True), partial(self._loader.with_memory, measure))
         if known is not None and differs(known, scores[splits[0]]):
             raise TaskError(
-                f"the file that was written scores {scores[splits[0]].value:.6g} in a fresh model(), but "
-                f"{known.value:.6g} in the model of the search: something besides the state dict decides, such as "
-                "weights that are merged or cached in eval mode",
+                f"the average has {_figures(scores[splits[0]])} in a fresh model(), and {_figures(known)} in the one "
+                "of the search: something besides the state dict decides, such as weights that are merged or cached in "
+                "eval mode, or data that change from pass to pass",
                 path=self._task.source, hint="compute it in forward(), or leave merging out in model()",
             )  # fmt: skip
         return scores
@@ -221,8 +221,8 @@ class Scoring:
                     raise _BelowError
         if runner.in_training:
             self._note(
-                "loss() or metric() runs the model in training mode, so dropout is on and BatchNorm takes each batch's "
-                "statistics in its scores: leave model.train() out, or call model.eval() before"
+                "loss(), metric() or predict() runs the model or a part of it in training mode, so that dropout is on "
+                "in its scores: leave train() out, or call model.eval() before"
             )
         score = tally.score(what, split)
         if score is None:
@@ -257,3 +257,7 @@ class Scoring:
     def _note(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
+
+
+def _figures(score: Score) -> str:
+    return " and ".join(f"{name} {value:.6g}" for name, value in score.figures.items())

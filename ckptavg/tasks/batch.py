@@ -3,9 +3,11 @@
 Shape suffixes: B = examples.
 """
 
+import copy
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -14,6 +16,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ckptavg.errors import TaskError
 
+_PLAIN: Final = (str, bytes, int, float, type(None))
+_SAMPLES: Final = 16  # numbers of each example and tensor that are compared between passes
 _PRIME: Final = (1 << 61) - 1
 _BASE: Final = 1_000_003
 
@@ -31,18 +35,18 @@ def to_device(batch: Any, device: torch.device) -> Any:
     def move(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.to(device, non_blocking=True)
-        return leaf.to(device) if hasattr(leaf, "to") else leaf
+        return leaf.to(device) if _moves(leaf) else leaf
 
-    return _mapped(batch, move, whole=lambda part: hasattr(part, "to"))
+    return _mapped(batch, move, whole=_moves)
 
 
-def copied(batch: Any, device: torch.device) -> Any:
-    """Return ``batch`` with every tensor copied to ``device``, even if it is already there."""
+def copied(batch: Any, device: torch.device | None = None) -> Any:
+    """Return ``batch`` with every tensor copied to ``device``, by default its own, even if it is already there."""
 
-    def copy(leaf: Any) -> Any:
-        return leaf.to(device, non_blocking=True, copy=True) if isinstance(leaf, Tensor) else leaf
+    def duplicate(leaf: Any) -> Any:
+        return leaf.to(device or leaf.device, non_blocking=True, copy=True) if isinstance(leaf, Tensor) else leaf
 
-    return _mapped(batch, copy, whole=_is_list)
+    return _mapped(batch, duplicate, whole=_is_list)
 
 
 def select(batch: Any, chosen_B: Tensor) -> Any:
@@ -55,7 +59,11 @@ def select(batch: Any, chosen_B: Tensor) -> Any:
 
     def filtered(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
+            if size in leaf.shape[1:] and leaf.shape[0] != size:
+                raise TypeError(f"a tensor of shape {list(leaf.shape)} has its examples in another dimension")
             return leaf[chosen_B.to(leaf.device)] if leaf.ndim and leaf.shape[0] == size else leaf
+        if isinstance(leaf, PackedSequence):
+            raise TypeError("a PackedSequence cannot be cut into examples")
         if isinstance(leaf, list | tuple) and len(leaf) == size:
             return type(leaf)(item for item, keep in zip(leaf, chosen_B.tolist(), strict=True) if keep)  # pyright: ignore
         if not isinstance(leaf, str | bytes | int | float | list | tuple | None):
@@ -65,7 +73,7 @@ def select(batch: Any, chosen_B: Tensor) -> Any:
     return _mapped(batch, filtered, whole=lambda part: _is_list(part) or _lists_examples(part, size))
 
 
-def size(batch: Any, expected: Sequence[int] = ()) -> int:
+def size(batch: Any, expected: int | None = None, *, exactly: bool = False) -> int:
     """Return the number of examples of a batch: what it states, else the only one that its parts allow.
 
     A batch states it by ``num_graphs`` or ``batch_size``, as in PyTorch Geometric, DGL and tensordict. Parts allow the
@@ -73,17 +81,21 @@ def size(batch: Any, expected: Sequence[int] = ()) -> int:
 
     Args:
         batch: tensors in any nesting of mappings, dataclasses, named tuples, tuples, lists and objects.
-        expected: sizes that its loader is set to; the first one that the parts allow is taken.
+        expected: the size that its loader is set to at this place; it is taken if the parts allow it.
+        exactly: whether a single other number that they allow is doubtful as well.
     Raises:
         TaskError: if the parts allow several numbers, or none.
     """
     allowed = _sizes(batch)
-    if known := [number for number in expected if number in allowed] or (list(allowed) if len(allowed) == 1 else []):
-        return known[0]
-    if isinstance(batch, list) and len(batch) == 1 and len(allowed - {1}) == 1:
-        return (allowed - {1}).pop()  # a list of one field, as of a TensorDataset
+    if expected in allowed:
+        return expected
+    if isinstance(batch, list) and len(batch) == 1 and len(allowed) > 1:
+        allowed -= {1}  # a list of one field, as of a TensorDataset
+    if len(allowed) == 1 and not exactly:
+        return allowed.pop()
     found = f"they allow {' or '.join(map(str, sorted(allowed)))}" if allowed else "none has examples"
-    message = f"the number of examples of a batch (a {type(batch).__name__}) is unclear from its parts: {found}"
+    set_to = f", and its loader is set to {expected}" if expected is not None and allowed else ""
+    message = f"the number of examples of a batch (a {type(batch).__name__}) is unclear from its parts: {found}{set_to}"
     raise TaskError(message, hint="add to the task file: def batch_size(batch): return ...")
 
 
@@ -93,15 +105,17 @@ def _sizes(part: Any) -> set[int]:
         return {part.size(0)} if part.ndim else set()
     if isinstance(part, PackedSequence):
         return {int(part.batch_sizes[0])}
+    if isinstance(part, _PLAIN):
+        return set()
     for name in ("num_graphs", "batch_size"):
-        stated = getattr(part, name, None)
+        stated = _attribute(part, name)
         if isinstance(stated, torch.Size) and stated:
             return {stated[0]}
         if type(stated) is int:
             return {stated}
-    if isinstance(part, str | bytes | int | float | None):
-        return set()
     inner = list(_parts(part) or _attributes(part))
+    if isinstance(part, list | tuple) and all(isinstance(item, _PLAIN) for item in part):
+        return {len(part)} if part else set()
     sizes = set[int]().union(*map(_sizes, [item for item in inner if not _attributes(item)]))
     if isinstance(part, list | tuple) and not hasattr(part, "_fields"):
         fields = isinstance(part, tuple) and len(sizes) == 1 and all(isinstance(item, Tensor) for item in part)
@@ -109,9 +123,16 @@ def _sizes(part: Any) -> set[int]:
     return sizes or ({len(part)} if not inner and hasattr(part, "__len__") and not isinstance(part, Mapping) else set())
 
 
+def _attribute(part: Any, name: str) -> Any:
+    """Return an attribute, or None: of a mapping whose keys are attributes, one that is missing may be any error."""
+    with suppress(Exception):
+        return getattr(part, name, None)
+    return None
+
+
 def _attributes(part: Any) -> list[Any]:
     """Return the attributes of an object that is no container and holds tensors."""
-    if isinstance(part, Tensor | Mapping | list | tuple) or _is_record(part):
+    if isinstance(part, (Tensor, Mapping, list, tuple, *_PLAIN)) or _is_record(part):
         return []
     attributes = list(getattr(part, "__dict__", {}).values())
     return attributes if any(map(_has_tensor, attributes)) else []
@@ -129,7 +150,8 @@ def _are_alike(items: Sequence[Any]) -> bool:
 
 def _lists_examples(part: Any, size: int) -> bool:
     """Return whether ``part`` is a list with one item per example, rather than of fields with a row per example."""
-    return isinstance(part, list | tuple) and len(part) == size and size not in set[int]().union(*map(_sizes, part))
+    listed = isinstance(part, list | tuple) and not isinstance(part, PackedSequence) and len(part) == size
+    return listed and size not in set[int]().union(*map(_sizes, part))
 
 
 def checksum(batch: Any, size: int) -> int:
@@ -141,7 +163,7 @@ def checksum(batch: Any, size: int) -> int:
     for leaf in leaves(batch, examples=size):
         if isinstance(leaf, Tensor):
             if leaf.ndim and leaf.shape[0] == size and leaf.device.type == "cpu" and leaf.layout == torch.strided:
-                columns.append(leaf.reshape(size, leaf[:1].numel())[:, :2].tolist())
+                columns.append(_sampled(leaf.reshape(size, leaf[:1].numel())).tolist())
         elif isinstance(leaf, list | tuple) and len(leaf) == size:
             columns.append([[_first(inner) for inner in leaves(item)] for item in leaf])
     total = 0
@@ -157,11 +179,17 @@ def joined(first: int, second: int, size: int) -> int:
 
 def _first(leaf: Any) -> Any:
     on_cpu = isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.layout == torch.strided
-    return leaf.flatten()[:2].tolist() if on_cpu else "" if isinstance(leaf, Tensor) else leaf
+    return _sampled(leaf.reshape(1, -1)).tolist() if on_cpu else "" if isinstance(leaf, Tensor) else leaf
+
+
+def _sampled(rows: Tensor) -> Tensor:
+    """Return a few columns, evenly spaced."""
+    count = rows.shape[1]
+    return rows if count <= _SAMPLES else rows[:, torch.linspace(0, count - 1, _SAMPLES).long()]
 
 
 def _has_tensor(part: Any) -> bool:
-    return isinstance(part, Tensor) or any(map(_has_tensor, _parts(part)))
+    return not isinstance(part, _PLAIN) and (isinstance(part, Tensor) or any(map(_has_tensor, _parts(part))))
 
 
 def leaves(batch: Any, *, movable: bool = False, examples: int | None = None) -> list[Any]:
@@ -172,11 +200,17 @@ def leaves(batch: Any, *, movable: bool = False, examples: int | None = None) ->
 
     def whole(part: Any) -> bool:
         listed = examples is not None and _lists_examples(part, examples)
-        return listed or _is_list(part) or (movable and hasattr(part, "to"))
+        return listed or _is_list(part) or (movable and _moves(part))
 
-    collected: list[Any] = []
-    _mapped(batch, collected.append, whole)
-    return collected
+    def below(part: Any) -> Iterator[Any]:
+        nested = isinstance(part, Mapping | list | tuple) or _is_record(part)
+        if not nested or isinstance(part, PackedSequence) or whole(part):
+            yield part
+            return
+        for inner in _parts(part):
+            yield from below(inner)
+
+    return list(below(batch))
 
 
 def _is_list(part: Any) -> bool:
@@ -189,7 +223,12 @@ def _parts(batch: Any) -> Any:
         return batch.values()
     if isinstance(batch, list | tuple):
         return batch
-    return vars(batch).values() if _is_record(batch) else ()
+    return [getattr(batch, field.name) for field in dataclasses.fields(batch)] if _is_record(batch) else ()
+
+
+def _moves(part: Any) -> bool:
+    """Return whether a part of a batch has a method ``to``, as tensors have."""
+    return not isinstance(part, _PLAIN) and callable(_attribute(part, "to"))
 
 
 def _is_record(part: Any) -> bool:
@@ -198,7 +237,7 @@ def _is_record(part: Any) -> bool:
 
 def _mapped(batch: Any, change: Callable[[Any], Any], whole: Callable[[Any], bool]) -> Any:
     """Apply ``change`` to every leaf and keep the nesting; a container for which ``whole`` is true is a leaf."""
-    if not whole(batch):
+    if not whole(batch) and not isinstance(batch, PackedSequence):
         if isinstance(batch, Mapping):
             mapped = {key: _mapped(value, change, whole) for key, value in batch.items()}
             try:
@@ -209,6 +248,8 @@ def _mapped(batch: Any, change: Callable[[Any], Any], whole: Callable[[Any], boo
             items = [_mapped(value, change, whole) for value in batch]
             return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)  # pyright: ignore
         if _is_record(batch):
-            fields = [field.name for field in dataclasses.fields(batch) if field.init]
-            return dataclasses.replace(batch, **{name: _mapped(getattr(batch, name), change, whole) for name in fields})
+            record = copy.copy(batch)  # without its constructor, which may convert or check its fields
+            for field in dataclasses.fields(batch):
+                object.__setattr__(record, field.name, _mapped(getattr(batch, field.name), change, whole))
+            return record
     return change(batch)

@@ -21,24 +21,37 @@ def restart(loader: Any) -> None:
         loader._iterator = None  # pyright: ignore[reportPrivateUsage]
 
 
-def sizes(loader: Any) -> list[int]:
-    """Return the numbers of examples of a full batch and of the last one, where the loader is set to them."""
-    sampler = getattr(loader, "batch_sampler", None)
-    full = getattr(loader, "batch_size", None) or (sampler.batch_size if type(sampler) is BatchSampler else None)
-    if type(full) is not int or full < 1:
-        return []
-    total = _examples(loader)
-    return [full] if total is None else [full, total % full or full]
+class Sizes:
+    """Numbers of examples that a loader is set to give.
 
+    Args:
+        loader: a data loader of any kind; only torch's settings are understood.
+    """
 
-def mismatch(loader: Any, counted: int) -> str:
-    """Compare the examples counted in a pass with those that the loader draws; return a remark if they differ."""
-    total, sampler = _examples(loader), getattr(loader, "batch_sampler", loader)
-    if total is not None and getattr(sampler, "drop_last", False):
-        total -= total % max(sizes(loader))
-    if total is None or counted == total:
-        return ""
-    return f"a pass has {counted} examples, but its dataset {total}: if it should not, define batch_size(batch)"
+    def __init__(self, loader: Any) -> None:
+        sampler = getattr(loader, "batch_sampler", None)
+        full = getattr(loader, "batch_size", None) or (sampler.batch_size if type(sampler) is BatchSampler else None)
+        self._full: int | None = full if type(full) is int and full > 0 else None
+        self._total = _examples(loader)
+        if self._total is not None and self._full and getattr(sampler or loader, "drop_last", False):
+            self._total -= self._total % self._full
+
+    def expected(self, before: int) -> tuple[int | None, bool]:
+        """Return the size of the batch after ``before`` examples, if the loader is set to one, and whether it must be.
+
+        A batch of a loader that is set to single items may hold any number of them: items may be batches.
+        """
+        if self._full is None or self._total is None:
+            return self._full, False
+        return min(self._full, max(self._total - before, 0)), self._full > 1
+
+    def mismatch(self, counted: int) -> str:
+        """Return a remark if a pass has counted other examples than the loader draws."""
+        if self._total is None or counted == self._total:
+            return ""
+        return (
+            f"a pass has {counted} examples, but its dataset {self._total}: if it should not, define batch_size(batch)"
+        )
 
 
 def _examples(loader: Any) -> int | None:

@@ -2,12 +2,20 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 
 _HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class _Copy(NamedTuple):
+    """A copy of a buffer, and the versions of both at that time."""
+
+    values: Tensor
+    version: int
+    source_version: int
 
 
 class ModelState:
@@ -18,14 +26,14 @@ class ModelState:
         self._modules = list(model.modules())
         self._parameters = list(model.parameters())
         self._hooks: list[dict[int, Any]] = [vars(module)[name] for module in self._modules for name in _HOOKS]
-        self._saved: dict[int, Tensor] = {}  # id of a buffer → the copy of its values
+        self._copies: dict[int, _Copy] = {}  # by the id of the buffer
 
     @contextmanager
     def restored(self, undone: set[str]) -> Generator[None]:
         """Restore training modes and hooks of modules, buffers, and requires_grad and grad of parameters afterwards.
 
-        Buffers of modules that are in training mode at the start keep their new values: the caller wants them updated
-        (BatchNorm statistics). Others are restored through ``.data``, so that a graph built in the context stays valid.
+        In the context modules have copies of their buffers, so that a graph that is built there stays valid. Those that
+        are in training mode at the start keep their own: the caller wants them updated (BatchNorm statistics).
 
         Args:
             undone: gets the kinds of what was changed.
@@ -33,10 +41,15 @@ class ModelState:
         modes = [module.training for module in self._modules]
         hooks = [dict(owner) if owner else {} for owner in self._hooks]
         flags = [(parameter.requires_grad, parameter.grad) for parameter in self._parameters]
-        owners = [owner for module in self._modules if not module.training and (owner := vars(module)["_buffers"])]
+        lenders = [module for module in self._modules if not module.training and vars(module)["_buffers"]]
+        owners: list[dict[str, Tensor | None]] = [vars(module)["_buffers"] for module in lenders]
         buffers = [dict(owner) for owner in owners]
-        present = [buffer for owner in buffers for buffer in owner.values() if buffer is not None]
-        versions, values = [buffer._version for buffer in present], self._copied(present)
+        lent = [
+            {name: buffer if buffer is None else self._copied(buffer, lender) for name, buffer in owner.items()}
+            for owner, lender in zip(buffers, lenders, strict=True)
+        ]
+        for owner, copies in zip(owners, lent, strict=True):
+            owner.update({name: copy and copy.values for name, copy in copies.items()})
         try:
             yield
         finally:
@@ -48,34 +61,32 @@ class ModelState:
                 if owner != before:
                     _replace(owner, before)
                     undone.add("hooks")
-            for owner, before in zip(owners, buffers, strict=True):
-                if len(owner) != len(before) or any(owner.get(name) is not entry for name, entry in before.items()):
-                    _replace(owner, before)
+            for owner, before, copies in zip(owners, buffers, lent, strict=True):
+                if len(owner) != len(before) or any(map(_is_changed, map(owner.get, copies), copies.values())):
                     undone.add("buffers")
-            if versions != [buffer._version for buffer in present]:
-                undone.add("buffers")
+                _replace(owner, before)
             for parameter, (flag, grad) in zip(self._parameters, flags, strict=True):
                 if parameter.requires_grad is not flag:
                     parameter.requires_grad_(flag)
                     undone.add("requires_grad")
                 if parameter.grad is not grad:
                     parameter.grad = grad
-            for targets, copies in values:
-                torch._foreach_copy_(targets, copies)  # pyright: ignore
 
-    def _copied(self, buffers: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """Return, for each dtype, views of the buffers and copies of their values, whose memory is reused."""
-        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for buffer in buffers:
-            data, copy = buffer.data, self._saved.get(id(buffer))
-            if copy is None or copy.shape != data.shape or copy.dtype != data.dtype or copy.device != data.device:
-                copy = self._saved[id(buffer)] = torch.empty_like(data)
-            targets, copies = by_dtype.setdefault(data.dtype, ([], []))
-            targets.append(data)
-            copies.append(copy)
-        for targets, copies in by_dtype.values():
-            torch._foreach_copy_(copies, targets)  # pyright: ignore
-        return list(by_dtype.values())
+    def _copied(self, buffer: Tensor, owner: nn.Module) -> _Copy:
+        """Return a copy of a buffer: the last one, unless either may have changed.
+
+        The values of a buffer that shares its storage may change without its version; so may those of normalisations.
+        """
+        copy = self._copies.get(id(buffer))
+        versioned = buffer.untyped_storage().nbytes() == buffer.nbytes and not isinstance(owner, _NormBase)
+        if copy is None or not versioned or (copy.values._version, buffer._version) != copy[1:]:
+            values = buffer.detach().clone()
+            copy = self._copies[id(buffer)] = _Copy(values, values._version, buffer._version)
+        return copy
+
+
+def _is_changed(buffer: Tensor | None, copy: _Copy | None) -> bool:
+    return buffer is not (copy and copy.values) or (copy is not None and copy.values._version != copy.version)
 
 
 def _replace(owner: dict[Any, Any], content: dict[Any, Any]) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import itertools
+import operator
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
@@ -94,6 +96,8 @@ class PythonTask(Task):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """See `Task.loss`."""
+        if not torch.is_grad_enabled() and (self.metric or self.predict or self.corpus):
+            batch = batches.copied(batch)  # the loss may change it, and others get it too
         loss = self._call("loss", self._loss, model, batch)
         if not isinstance(loss, Tensor) or not loss.is_floating_point():
             got = f"a {loss.dtype} tensor" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
@@ -130,13 +134,12 @@ class PythonTask(Task):
 
     def sized_batches(self, split: Split) -> Iterator[Batch]:
         """See `Task.sized_batches`; ``batch_size(batch)`` of the task file comes first, then the loader's setting."""
-        loader, counted = self._loader(split), 0
-        expected = data_loader.sizes(loader)
+        sizes, counted = data_loader.Sizes(self._loader(split)), 0
         for batch in self._iterate(split):
-            size = self._size(batch, expected)
+            size = self._size(batch, *sizes.expected(counted))
             yield Batch(batch, size)
             counted += size
-        if (mismatch := data_loader.mismatch(loader, counted)) and (note := f"{split}_dataloader(): {mismatch}"):
+        if (mismatch := sizes.mismatch(counted)) and (note := f"{split}_dataloader(): {mismatch}"):
             self.notes += [note] if note not in self.notes else []
 
     def turns(self, split: Split, rank: int, world: int) -> Iterator[tuple[Any, Sequence[int]]] | None:
@@ -171,14 +174,18 @@ class PythonTask(Task):
                     raise
             yield batch
 
-    def _size(self, batch: Any, expected: Sequence[int]) -> int:
+    def _size(self, batch: Any, expected: int | None, exactly: bool) -> int:
+        if self._batch_size is None:
+            try:
+                return batches.size(batch, expected, exactly=exactly)
+            except TaskError as error:
+                raise TaskError(f"{error}{self._where}", path=self.source, hint=error.hint) from error
+        size = self._batch_size(batch)
         try:
-            size = batches.size(batch, expected) if self._batch_size is None else self._batch_size(batch)
-        except TaskError as error:
-            raise TaskError(f"{error}{self._where}", path=self.source, hint=error.hint) from error
-        if type(size) is not int or size < 0:
-            raise TaskError(f"batch_size() must return a number of examples, not {size!r}", path=self.source)
-        return size
+            return operator.index(size)
+        except TypeError as error:
+            message = f"batch_size() must return a number of examples, not {size!r}{self._where}"
+            raise TaskError(message, path=self.source) from error
 
     def examples(self, split: Split) -> int | None:
         """See `Task.examples`."""

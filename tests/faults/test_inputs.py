@@ -62,7 +62,9 @@ def test_a_second_link_to_a_file_is_no_change(warm: Warm, ckpts: Path, tmp_path:
     (tmp_path / "mine.py").write_text(
         "from faults.job import *\n"
         "import os\n"
-        f"def model(_model=model):\n    os.path.exists('last.safetensors') or os.link({str(files[-1])!r}, 'last.safetensors')\n    return _model()\n"
+        "def model(_model=model):\n"
+        f"    os.path.exists('last.safetensors') or os.link({str(files[-1])!r}, 'last.safetensors')\n"
+        "    return _model()\n"
     )
     done = warm.run("soup", "ckpts", "--task", "mine.py", "-o", "out", cwd=tmp_path)
     assert done.code == 0 and (tmp_path / "last.safetensors").exists(), done.err

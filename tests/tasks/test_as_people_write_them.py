@@ -15,8 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ckptavg
+from ckptavg.checkpoints.discover import discover
+from ckptavg.context import Run as Context
 from ckptavg.errors import TaskError
+from ckptavg.objective.mixture import Mixture
 from ckptavg.report.result import Result
+from ckptavg.tasks.python_file import PythonTask
 
 HEAD = """
 import torch
@@ -52,6 +56,10 @@ def evaluated(path: Path) -> tuple[float, float]:
     x, y = (torch.cat(parts) for parts in zip(*demo.val_dataloader(), strict=True))
     logits = model(x)
     return float(nn.functional.cross_entropy(logits, y)), float((logits.argmax(1) == y).float().mean())
+
+
+def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)
 
 
 def figures(result: Result) -> tuple[float | None, float | None]:
@@ -138,9 +146,11 @@ def test_a_copy_of_a_training_scripts_evaluate_gives_the_figures_of_an_independe
 
 @pytest.mark.parametrize("function", ["loss", "metric"])
 def test_a_function_that_runs_the_model_in_training_mode_is_a_warning(tmp_path: Path, digits: Path, function: str):
+    part = f"def {function}(m, b): m[1].eval(); [p.train() for p in m if isinstance(p, nn.ReLU)]; return "
     values = {"loss": "F.cross_entropy(m(b[0]), b[1])", "metric": "(m(b[0]).argmax(1) == b[1]).float()"}
     code = f"def {function}(m, b): m.train(); return {values[function]}"
-    assert [w for w in averaged(tmp_path, digits, code).warnings if "runs the model in training mode" in w]
+    for trained in (code, part + values[function]):
+        assert [w for w in averaged(tmp_path, digits, trained).warnings if "a part of it in training mode" in w]
     for fine in (f"def {function}(m, b): m.eval(); r = {values[function]}; m.train(); return r", ""):
         assert not [w for w in averaged(tmp_path, digits, fine).warnings if "training mode" in w]
 
@@ -152,6 +162,36 @@ def test_batchnorm_statistics_that_a_copy_of_the_model_took_are_an_error_that_na
     with pytest.raises(TaskError, match=r"loss\(\) ran BatchNorm layer"):
         averaged(tmp_path, digits, code)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_gradient_through_a_buffer_that_the_loss_updates_is_right(tmp_path: Path):
+    """A layer that updates a scale and divides by it: autograd saves the new value."""
+    code = """
+class Net(nn.Module):
+    def __init__(self): super().__init__(); self.a = nn.Linear(3, 4); self.register_buffer("scale", torch.ones(4))
+    def forward(self, x): self.scale.mul_(0.5); return self.a(x) / self.scale
+def model(): return Net()
+def val_dataloader(): return DataLoader(TensorDataset(torch.randn(40, 3), torch.arange(40) % 4), 40)
+del train_dataloader
+"""
+    model = nn.Linear(3, 4)
+    for i in (1, 2):
+        nn.init.normal_(model.weight)
+        state = {f"a.{name}": x for name, x in model.state_dict().items()} | {"scale": torch.ones(4)}
+        torch.save(state, tmp_path / f"step-{i}.pt")
+    torch.manual_seed(0)
+    task = PythonTask(written(tmp_path, code))
+    with discover([tmp_path / "step-1.pt", tmp_path / "step-2.pt"]) as found:
+        mixture = Mixture(task, found.checkpoints, Context(device=torch.device("cpu")))
+        c = mixture.losses.uniform().requires_grad_()  # pyright: ignore
+        mixture.losses.loss(c).backward()  # pyright: ignore
+        x, y = next(iter(task.batches("val")))
+        weights = [checkpoint_tensors(path) for path in sorted(tmp_path.glob("step-*.pt"))]
+        d = torch.full((2,), 0.5, requires_grad=True)
+        mixed = {name: d[0] * weights[0][name] + d[1] * weights[1][name] for name in ("a.weight", "a.bias")}
+        nn.functional.cross_entropy((x @ mixed["a.weight"].T + mixed["a.bias"]) / 0.5, y).backward()
+    assert c.grad is not None and d.grad is not None
+    torch.testing.assert_close(c.grad.float(), d.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_statistics_of_a_layer_that_the_loss_does_not_run_are_averaged_and_named(tmp_path: Path):
@@ -198,14 +238,16 @@ class Product(nn.Module):
 }
 
 
+@pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("kind", DERIVED)
-def test_weights_derived_in_eval_mode_are_noticed_before_a_file_is_written(tmp_path: Path, kind: str):
+def test_weights_derived_in_eval_mode_are_noticed_before_a_file_is_written(tmp_path: Path, kind: str, same: bool):
+    """Also if ``model()`` returns the same object in each call."""
     for i in (1, 2, 3):
         torch.manual_seed(i)
         state = {"a.weight": torch.randn(5, 3), "b.weight": torch.randn(4, 5)}
         torch.save(state, tmp_path / f"step-{i}.pt")
     code = DERIVED[kind] + (
-        "def model(): torch.manual_seed(9); return Product()\n"
+        f"one = Product()\ndef model(): torch.manual_seed(9); return {'one' if same else 'Product()'}\n"
         "def val_dataloader(): return DataLoader(TensorDataset(torch.randn(40, 3), torch.arange(40) % 4), 20)\n"
         "del train_dataloader\n"
     )
@@ -273,10 +315,62 @@ def test_a_pass_that_counts_other_examples_than_the_dataset_has_is_a_warning(tmp
     code += "def val_dataloader(): return DataLoader(data, batch_size=64{})"
     doubled = code.format(", collate_fn=lambda rows: [torch.stack([r[i] for r in rows + rows]) for i in (0, 1)]")
     total = sum(len(y) for _, y in demo.val_dataloader())
+    with pytest.raises(TaskError, match=r"they allow 128, and its loader is set to 64, for batch 1 of val_dataloader"):
+        averaged(tmp_path, digits, doubled)
     counts = f"val_dataloader(): a pass has {2 * total} examples, but its dataset {total}"
+    doubled += "\ndef batch_size(batch): return torch.tensor(len(batch[1]))"
     assert any(warning.startswith(counts) for warning in averaged(tmp_path, digits, doubled).warnings)
     for fine in ("", ", drop_last=True", ", shuffle=True", ", sampler=range(100)"):
         assert not [w for w in averaged(tmp_path, digits, code.format(fine)).warnings if "examples" in w]
+
+
+UNUSUAL = {
+    "uncollated lists": ("collate_fn=lambda rows: rows", "torch.stack([r[0] for r in b])",
+                         "torch.stack([r[1] for r in b])"),
+    "time-major": ("collate_fn=lambda rows: (torch.stack([r[0] for r in rows], 1), torch.stack([r[1] for r in rows]))",
+                   "b[0].transpose(0, 1)", "b[1]"),
+    "a table beside": ("collate_fn=lambda rows: {'grid': torch.arange(64), 'x': torch.stack([r[0] for r in rows]), "
+                       "'y': torch.stack([r[1] for r in rows])}", "b['x']", "b['y']"),
+    "a record with a constructor": ("collate_fn=lambda rows: Record(torch.stack([r[0] for r in rows]) * 16, "
+                                    "torch.stack([r[1] for r in rows]))", "b.x", "b.y"),
+    "a mapping with attributes": ("collate_fn=lambda rows: Keys(x=torch.stack([r[0] for r in rows]), "
+                                  "y=torch.stack([r[1] for r in rows]))", "b.x", "b.y"),
+}  # fmt: skip
+UNUSUAL_TASK = """
+from dataclasses import dataclass
+@dataclass(slots=True)
+class Record:
+  x: object
+  y: object
+  def __post_init__(self): self.x = self.x / 16
+class Keys(dict):
+  __getattr__ = dict.__getitem__
+data = TensorDataset(*(torch.cat(p) for p in zip(*demo.val_dataloader())))
+def val_dataloader(): return DataLoader(data, 64, OPTIONS)
+more = TensorDataset(*(torch.cat(p) for p in zip(*demo.train_dataloader())))
+def train_dataloader(): return DataLoader(more, 64, OPTIONS)
+def loss(m, b): return F.cross_entropy(m(X.reshape(-1, *data[0][0].shape)), Y)
+def metric(m, b): return (m(X.reshape(-1, *data[0][0].shape)).argmax(1) == Y).float().mean()
+"""
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_a_smaller_last_batch_of_an_unusual_kind_is_counted(tmp_path: Path, digits: Path, kind: str):
+    """There are numbers of examples beside the batch's: rows of an image, and a table of 64 rows."""
+    options, x, y = UNUSUAL[kind]
+    result = averaged(tmp_path, digits, UNUSUAL_TASK.replace("OPTIONS", options).replace("X", x).replace("Y", y))
+    assert result.output is not None and not [w for w in result.warnings if "examples" in w]
+    assert result.scores["val"].examples == sum(len(y) for _, y in demo.val_dataloader())
+    assert figures(result) == pytest.approx(evaluated(result.output.path), rel=1e-5)
+
+
+def test_a_loss_that_changes_its_batch_changes_no_other_functions_batch(tmp_path: Path, digits: Path):
+    code = 'def loss(m, b): l = F.cross_entropy(m(b[0]), b[1], reduction="none"); b[0].zero_(); b.pop(); return l'
+    result = averaged(
+        tmp_path, digits, "def val_dataloader():\n for b in demo.val_dataloader(): yield list(b)\n" + code
+    )
+    assert result.output is not None
+    assert figures(result) == pytest.approx(evaluated(result.output.path), rel=1e-5)
 
 
 # ------------------------------------------------------------------ loaders and costs
