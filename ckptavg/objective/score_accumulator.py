@@ -87,8 +87,11 @@ class ScoreAccumulator:
         goals = self._goal if isinstance(self._goal, Mapping) else {}
         for option, names in (("metric_key", [self._key] if self._key else []), ("metric_goal", [*goals])):
             if unknown := [name for name in names if name not in own and name not in predicted]:
-                there = _listed([*own, *predicted]) or "none"
-                raise TaskError(f"{option} names {_listed(unknown)}, but the metrics are {there}")
+                there = _listed(["one without a name" if name == METRIC else name for name in (*own, *predicted)])
+                message = f"{option} names {_listed(unknown)}, but the metrics are {there}"
+                instead = "remove metric_key" if option == "metric_key" else 'set metric_goal = "max" or "min"'
+                hint = f'{instead}, or return {{"{unknown[0]}": value}} from metric()'
+                raise TaskError(message, hint=hint if METRIC in own else None)
         if fixed := [name for name in goals if name in predicted and goals[name] != GOALS[name]]:
             raise TaskError(f"metric_goal of {_listed(fixed)} is fixed: {GOALS[fixed[0]]}")
 
