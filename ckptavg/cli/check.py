@@ -20,7 +20,7 @@ _OPTIONS: Final = (
 
 @takes(*(SHARED[name] for name in _OPTIONS), *NO_REPORT)
 def command(ckpts: list[Path], json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
-    """Run a task on one checkpoint: what it does, what a search would cost, and what to mend."""
+    """Run a task on one checkpoint: what it does, what a search would cost, and how to fix what is wrong."""
     from ckptavg.cli.terminal import Screen, stdout_for_data
 
     screen = Screen(quiet=quiet, verbose=verbose)
@@ -48,7 +48,7 @@ def _lines(checked: "TaskCheck") -> Iterator[str]:
     for name, split in checked.splits.items():
         figures = {"loss": split.loss, "metric": split.metric}
         scored = "".join(f", {kind} {value:.4f}" for kind, value in figures.items() if value is not None)
-        repeated = "" if split.repeats else ", other examples in every pass"
+        repeated = "" if split.repeats else ", other examples or order in every pass"
         unit = "a score" if scored else "to read"
         counts = f"{split.examples:,} examples in {split.batches:,} batches, {split.seconds:.2f} s {unit}"
         yield f"{name:<11} {counts}{scored}{repeated}"

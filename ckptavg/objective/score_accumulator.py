@@ -49,8 +49,8 @@ class ScoreAccumulator:
         self._predicted: Collection[str] = ()  # names of metrics of class probabilities
         self._batches: list[_Batch] = []
         self._checked = 0  # batches that `cannot_reach` has seen
-        # over those batches of all ranks: sum of sign * metric, and number of examples
-        self._sums = torch.zeros(2, dtype=torch.float64)
+        # over those batches of all ranks: sum of sign * metric, number of examples, and sum of the signs
+        self._sums = torch.zeros(3, dtype=torch.float64)
 
     def add(
         self, loss: Any, metric: Any, count: int, checksum: int = 0, predicted: Mapping[str, Tensor] | None = None
@@ -87,8 +87,11 @@ class ScoreAccumulator:
         goals = self._goal if isinstance(self._goal, Mapping) else {}
         for option, names in (("metric_key", [self._key] if self._key else []), ("metric_goal", [*goals])):
             if unknown := [name for name in names if name not in own and name not in predicted]:
-                there = _listed([*own, *predicted]) or "none"
-                raise TaskError(f"{option} names {_listed(unknown)}, but the metrics are {there}")
+                there = _listed(["one without a name" if name == METRIC else name for name in (*own, *predicted)])
+                message = f"{option} names {_listed(unknown)}, but the metrics are {there}"
+                instead = "remove metric_key" if option == "metric_key" else 'set metric_goal = "max" or "min"'
+                hint = f'{instead}, or return {{"{unknown[0]}": value}} from metric()'
+                raise TaskError(message, hint=hint if METRIC in own else None)
         if fixed := [name for name in goals if name in predicted and goals[name] != GOALS[name]]:
             raise TaskError(f"metric_goal of {_listed(fixed)} is fixed: {GOALS[fixed[0]]}")
 
@@ -106,27 +109,27 @@ class ScoreAccumulator:
         """Return True if the score stays below ``threshold`` whatever in-bounds values the remaining examples have.
 
         The score and this upper bound are float64 means. The bound must be below the threshold by more than their
-        rounding errors (n·2⁻⁵² of the largest value), so the finished score is sure to be below too. Waits for the
-        device.
+        rounding errors (n·2⁻⁵² of the largest value), so the finished score is sure to be below too. The answer follows
+        from sums over all ranks, as it must be the same for a rank without batches. Waits for the device.
 
         Args:
             threshold: a value of `Score`.
             total: the number of examples in the whole pass.
         """
         assert self._bounds is not None
-        name = self._deciding
-        if not self._is_mean(name):
-            return False
-        new = torch.zeros(2, dtype=torch.float64)
-        for batch in self._batches[self._checked :]:
+        name, new = self._deciding, torch.zeros(3, dtype=torch.float64)
+        for batch in self._batches[self._checked :] if self._is_mean(name) else ():
             metrics_U = batch.columns[name].to("cpu", torch.float64)
             self._check_bounds(metrics_U)
-            value = self._sign(name) * float(metrics_U.mean())
-            new += torch.tensor([value * batch.count, batch.count], dtype=torch.float64)
+            direction = self._sign(name)
+            terms = [direction * float(metrics_U.mean()) * batch.count, batch.count, direction]
+            new += torch.tensor(terms, dtype=torch.float64)
         self._checked = len(self._batches)
         self._sums += self._workers.sum(new)
-        metric_sum, examples = self._sums.tolist()
-        best = max(self._sign(name) * bound for bound in self._bounds)
+        metric_sum, examples, signs = self._sums.tolist()
+        if signs == 0.0:  # no batch yet, or the metric is no mean
+            return False
+        best = max(math.copysign(1.0, signs) * bound for bound in self._bounds)
         upper_bound = (metric_sum + best * (total - examples)) / total
         return upper_bound < threshold - total * 2**-52 * max(map(abs, self._bounds))
 

@@ -27,12 +27,12 @@ class OutputOptions:
     dtype: Annotated[Dtype | None, Help(
         OUTPUT, "float64|float32|float16|bfloat16; default as stored.", metavar="DTYPE")] = None  # fmt: skip
     keep: Annotated[Sequence[str], Help(
-        OUTPUT, "Copy tensors with names like this glob, not average.",
-        "From the last selected checkpoint; may be repeated.",
+        OUTPUT, "Copy tensors whose names match this glob.",
+        "From the last selected checkpoint, instead of averaging; may be repeated.",
         "PATTERN")] = ()  # fmt: skip
     average: Annotated[Sequence[str], Help(
-        OUTPUT, "Average tensors in spite of --keep.", "With names like this glob; may be repeated.", "PATTERN"
-    )] = ()  # fmt: skip
+        OUTPUT, "Average tensors that --keep would copy.", "Those whose names match this glob; may be repeated.",
+        "PATTERN")] = ()  # fmt: skip
     max_shard_size: Annotated[str | None, Help(
         OUTPUT, "In a directory: files of at most SIZE, such as 5GB.", "An index lists them.", "SIZE",
         changes_measurements=False)] = None  # fmt: skip

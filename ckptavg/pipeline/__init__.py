@@ -40,5 +40,5 @@ def run(strategy: Strategy, paths: Sequence[Path], options: Options, watch: Watc
         verdict = judge(this, evaluator, strategy, learned.coefficients) if evaluator else Verdict(learned.coefficients)
         written = write_output(this, verdict.coefficients, Best() if verdict.replaced else strategy)
         if evaluator:
-            verdict = with_test(verdict, strategy, written.scores, evaluator.scored_on)
+            verdict = with_test(verdict, written.scores, evaluator.scored_on)
         return build_result(this, strategy, learned, verdict, written)

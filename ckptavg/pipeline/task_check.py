@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,14 +28,16 @@ from ckptavg.pipeline.session import translate_errors
 from ckptavg.pipeline.task_choice import task_for
 from ckptavg.runtime.progress import Progress, Watch
 from ckptavg.runtime.seeds import reproducible, reseed
-from ckptavg.score import Split
+from ckptavg.score import METRIC, Split
 from ckptavg.strategies.sewa import SeWA
 from ckptavg.strategies.twa import TWA
 from ckptavg.tasks import batch as batches
 from ckptavg.tasks.batch import Batch
 
-_ONE: Final = Coefficients.uniform([0], 1)
+_LOSS: Final = "loss"  # no metric may have this name
+_NUMERIC: Final = (int, float, Tensor)
 _CLOSE: Final = 1e-4  # relative: losses of the same examples in another order of summation
+_is_close: Final = partial(math.isclose, rel_tol=_CLOSE, abs_tol=1e-7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +54,13 @@ class SplitCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskCheck:
-    """What a task does on one checkpoint.
+    """Description of a task, from running it on one checkpoint.
 
     Attributes:
         checkpoint: the file that was scored.
         model: class, size and BatchNorm layers of the model, in words.
         loss: what one call returns, in words.
-        metric: likewise; "" if the task has no metric.
+        metric: the name of the deciding metric and its goal; "" if the task has no metric.
         searches: strategy → seconds that its search would take at its default settings, with all candidates.
         memory: what learning would take, in words.
         remarks: what the user may want to change, one line each, with the change.
@@ -94,7 +97,7 @@ def check_task(paths: Sequence[Path], options: Options, watch: Watch | None = No
         check_agreement(found.checkpoints)
         task, progress, notes = task_for(found, options), Progress(watch), _Findings()
         run = Run(device=pick_device(options.device), workers=options.workers, seed=options.seed, progress=progress)
-        mixture = Mixture(task, found.checkpoints[-1:], run, options)
+        mixture = Mixture(task, found.checkpoints[-2:], run, options)  # two: the model must not keep the first one
         loader = BatchLoader(task, mixture.scored_on, run, CostMeter(), needs_two=lambda: bool(mixture.mixed.norms))
         mixture.prepare()
         loss, step = _check_loss(mixture, loader, notes)
@@ -112,8 +115,8 @@ def check_task(paths: Sequence[Path], options: Options, watch: Watch | None = No
         return TaskCheck(
             checkpoint=found.checkpoints[-1].path, candidates=len(found.checkpoints), model=_describe_model(mixture),
             loss=loss, metric=_describe_metric(mixture), splits=splits, memory=str(plan),
-            searches=_searches(mixture, splits, step, found), remarks=[*mixture.notes, *notes.remarks],
-            problems=notes.problems,
+            searches=_searches(mixture, splits, step, found), problems=notes.problems,
+            remarks=list(dict.fromkeys([*mixture.notes, *notes.remarks])),
         )  # fmt: skip
 
 
@@ -123,18 +126,22 @@ def _describe_model(mixture: Mixture) -> str:
     return size + (f"; statistics of {norms} BatchNorm layers are recomputed from data" if norms else "")
 
 
+def _last(mixture: Mixture) -> Coefficients:
+    return Coefficients.uniform([mixture.n - 1], mixture.n)
+
+
 def _describe_metric(mixture: Mixture) -> str:
-    task = mixture.task
-    if task.metric is None and task.corpus is None:
+    score, bounds = mixture.exact_score(_last(mixture), mixture.scored_on), mixture.task.metric_bounds
+    if score.metric is None:
         return ""
-    bounds = "" if task.metric_bounds is None else f", from {task.metric_bounds[0]:g} to {task.metric_bounds[1]:g}"
-    return f"{'larger' if task.metric_goal == 'max' else 'smaller'} is better{bounds}"
+    name = "" if score.name == METRIC else f"{score.name}, "
+    goal = "larger" if math.copysign(1, score.value) == math.copysign(1, score.metric) else "smaller"
+    return f"{name}{goal} is better" + ("" if bounds is None else f", from {bounds[0]:g} to {bounds[1]:g}")
 
 
 def _check_loss(mixture: Mixture, loader: BatchLoader, notes: _Findings) -> tuple[str, float]:
     """Return what a call of the loss returns, and the seconds of a forward and backward pass over a batch."""
     run, task, counted = mixture.run, mixture.task, mixture.mixed.counted
-    mixture.mixed.set_to(_ONE, exact=False)
     batch = next(loader.first(mixture.scored_on), None)
     if batch is None:
         raise loader.empty(mixture.scored_on)
@@ -144,50 +151,75 @@ def _check_loss(mixture: Mixture, loader: BatchLoader, notes: _Findings) -> tupl
         reseed(run.seed, seed)
         return counted.call(task.loss, batches.copied(part, run.device))
 
+    def figures(part: Any) -> dict[str, float]:
+        """Return the loss and the metrics that are one number for the batch."""
+        metric = None if task.metric is None else counted.call(task.metric, batches.copied(part, run.device))
+        values: Mapping[str, Any] = metric if isinstance(metric, Mapping) else {METRIC: metric}
+        values = {**values, _LOSS: loss(part)}
+        tensors = {name: torch.as_tensor(value) for name, value in values.items() if isinstance(value, _NUMERIC)}
+        return {name: float(value) for name, value in tensors.items() if value.numel() == 1}
+
     with torch.no_grad():
+        if mixture.n > 1:
+            mixture.mixed.set_to(Coefficients.uniform([0], mixture.n), exact=True)
+            loss()
+        mixture.mixed.set_to(_last(mixture), exact=True)
         first, again, other = loss(), loss(), loss(seed=1)
-        parts = list(_halves(batch, data))
-        halves = [loss(part) for part, _ in parts] if first.numel() == 1 and batch.size > 1 else []
+        sums = _sums(batch, data, figures)
     words = "one value per example" if first.numel() > 1 else "the mean of a batch"
-    close = {"rel_tol": _CLOSE, "abs_tol": 1e-7}
-    if halves:
-        mean = sum(size / batch.size * float(value) for (_, size), value in zip(parts, halves, strict=True))
-        if math.isclose(sum(map(float, halves)), float(first), **close) and not math.isclose(
-            mean, float(first), **close
-        ):
-            words = "the sum over a batch"
-            notes.problems.append(
-                "loss() returns a sum, which grows with the batch: return the mean, or one value each"
-            )
-        else:
-            notes.remarks.append("loss() returns a mean: one value per example would give intervals over examples")
+    for name in sums or ():
+        function = f"{name}()" if name in (_LOSS, METRIC) else f"metric()[{name!r}]"
+        decides = name in (_LOSS, mixture.exact_score(_last(mixture), mixture.scored_on).name)
+        (notes.problems if decides else notes.remarks).append(
+            f"{function} returns a sum, which grows with the batch: return the mean, or one value each"
+        )
+    if sums and _LOSS in sums:
+        words = "the sum over a batch"
+    elif sums is not None and first.numel() == 1:
+        notes.remarks.append("loss() returns a mean: one value per example would give intervals over examples")
     if not torch.allclose(first, again, rtol=_CLOSE):
         notes.problems.append("loss() differs between two calls with the same seeds: does it keep a state?")
     elif not torch.allclose(first, other, rtol=_CLOSE):
         words += ", with random numbers (the same ones for every candidate)"
-    differentiable, step = True, 0.0
+    step = _time_step(loss)
+    if step is None:
+        notes.remarks.append("loss() has no gradient, which sewa and twa need: does it use no_grad, detach or item()?")
+    return words + (", without gradient" if step is None else ""), step or 0.0
+
+
+def _time_step(loss: Callable[[], Tensor]) -> float | None:
+    """Return the seconds of a forward and backward pass; None if the loss has no gradient."""
+    step = 0.0
     for _ in range(2):  # the first backward pass takes longer
         start = time.perf_counter()
         with torch.enable_grad():
             value = loss().mean()
-            differentiable = value.requires_grad
-            if differentiable:
-                value.backward()
+            if not value.requires_grad:
+                return None
+            value.backward()
         float(value.detach())  # waits for the device
         step = time.perf_counter() - start
-    if not differentiable:
-        notes.remarks.append("loss() has no gradient, which sewa and twa need: does it use no_grad, detach or item()?")
-    return words + ("" if differentiable else ", without gradient"), step
+    return step
 
 
-def _halves(batch: Batch, data: Any) -> Iterator[tuple[Any, int]]:
-    """Yield two parts of a batch and their sizes, if it can be divided."""
+def _sums(batch: Batch, data: Any, figures: Callable[[Any], dict[str, float]]) -> list[str] | None:
+    """Return the names of the figures that are sums over a batch, by its halves; None if it cannot be divided."""
+    if batch.size < 2:
+        return None
     first_B = torch.arange(batch.size) < batch.size // 2
-    for chosen_B in (first_B, ~first_B):
-        try:
-            yield batches.select(data, chosen_B), int(chosen_B.sum())
-        except TypeError:
-            return
+    try:
+        whole, *halves = (
+            figures(part) for part in (data, *(batches.select(data, kept) for kept in (first_B, ~first_B)))
+        )
+    except (TypeError, TaskError):  # a batch that is no list of examples, such as one whose first dimension is time
+        return None
+    share = batch.size // 2 / batch.size
+
+    def is_sum(value: float, first: float, second: float) -> bool:
+        return _is_close(first + second, value) and not _is_close(share * first + (1 - share) * second, value)
+
+    shared = [name for name in whole if all(name in half for half in halves)]
+    return [name for name in shared if is_sum(whole[name], *(half[name] for half in halves))]
 
 
 def _check_split(mixture: Mixture, loader: BatchLoader, split: Split, notes: _Findings) -> SplitCheck:
@@ -197,10 +229,13 @@ def _check_split(mixture: Mixture, loader: BatchLoader, split: Split, notes: _Fi
     repeats = [batch.checksum for batch in again.scored(split)] == list(order)
     seconds, score = (time.perf_counter() - start) / 2, None
     if not repeats:
-        words = "gives other examples, or another order, in every pass: fix its order and its random transforms"
-        notes.remarks.append(f"{split}_dataloader() {words}")
+        chance = "scores differ by chance too, and their differences are not paired"
+        notes.remarks.append(
+            f"{split}_dataloader() gives other examples, or another order, in every pass: {chance}. "
+            "Fix its order and its random transforms"
+        )
     if split in mixture.splits:
-        score = mixture.exact_score(_ONE, split)
+        score = mixture.exact_score(_last(mixture), split)
         start = time.perf_counter()
         mixture.scoring.recompute_batchnorm()
         mixture.scoring.evaluate(split, "the checkpoint")
@@ -224,7 +259,7 @@ def _check_fresh(mixture: Mixture, checkpoint: Checkpoint, notes: _Findings) -> 
             checkpoint.read_into(name, start, out)
 
     try:
-        mixture.score_output(_ONE, checkpoint.tensors, read_into)
+        mixture.score_output(_last(mixture), checkpoint.tensors, read_into)
     except TaskError as error:
         notes.problems.append(f"{error} ({error.hint})")
 

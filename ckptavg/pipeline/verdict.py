@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,6 @@ from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.report import interval
 from ckptavg.report.result import Gain
 from ckptavg.score import Score, Split, valid
-from ckptavg.strategies import name_of
 from ckptavg.strategies.last import Last
 from ckptavg.strategies.lawa import LAWA
 from ckptavg.strategies.swa import SWA
@@ -34,6 +33,7 @@ class Verdict:
     gains: Mapping[str, Gain] = field(default_factory=dict)
     worse: bool = False
     replaced: bool = False
+    same: Collection[str] = ()  # baselines with the coefficients of the selection, or of an earlier baseline
 
 
 def judge(this: Session, evaluator: Evaluator, strategy: Strategy, selection: Coefficients) -> Verdict:
@@ -64,6 +64,8 @@ def judge(this: Session, evaluator: Evaluator, strategy: Strategy, selection: Co
     for each in evaluator.splits:
         evaluator.prefetch([*rivals.values(), selection], each, exact=True)
     baselines = {name: scores_of(coefficients, evaluator) for name, coefficients in rivals.items()}
+    earlier = [selection, *rivals.values()]
+    same = [name for i, (name, rival) in enumerate(rivals.items(), 1) if rival in earlier[:i]]
     chosen = evaluator.exact_score(selection, split)
     step, worse = this.checkpoints[best].step, chosen.value < singles[best].value
     figures = f"{_figure(chosen)}, the best single candidate (step {step}) {_figure(singles[best])}"
@@ -80,26 +82,26 @@ def judge(this: Session, evaluator: Evaluator, strategy: Strategy, selection: Co
     if worse:
         verdict += " --never-worse would write that one."
     above = [name for name, scores in baselines.items() if scores[split].value > chosen.value]
-    if plain := [name for name in above if name not in ("best", "last")]:
+    if plain := [name for name in above if name not in ("best", "last", *same)]:
         verdict += f" Plain {' and '.join(plain)} scored higher than the selection, without any search."
     if learned and not worse and "test" not in evaluator.splits:
         verdict += f" {unbiased_hint(options, split)}"
-    return Verdict(selection, singles, baselines, step, verdict, worse=worse)
+    return Verdict(selection, singles, baselines, step, verdict, worse=worse, same=same)
 
 
-def with_test(verdict: Verdict, strategy: Strategy, written: Mapping[Split, Score], split: Split) -> Verdict:
+def with_test(verdict: Verdict, written: Mapping[Split, Score], split: Split) -> Verdict:
     """Return the verdict on test data, if ``written``, the scores of the file, include them.
 
     The file is compared with the best single candidate, the last one and the better plain average, the better on
-    ``split``, so that test data decide nothing. A selection worse than a single candidate on ``split`` stays WORSE.
+    ``split``, so that test data decide nothing; the text leaves out `Verdict.same`. A selection worse than a single
+    candidate on ``split`` stays WORSE.
     """
     if "test" not in written or verdict.replaced:
         return verdict
-    own = name_of(strategy)
-    rivals = {name: scores for name, scores in verdict.baselines.items() if name.partition("-")[0] != own}
+    rivals = verdict.baselines
     gains = {name: interval.gain(written["test"], scores["test"]) for name, scores in rivals.items()}
-    plain = sorted(rivals.keys() - {"best", "last"}, key=lambda name: rivals[name][split].value)
-    shown = [name for name in ("best", "last", *plain[-1:]) if name in gains]
+    plain = sorted(rivals.keys() - {"best", "last", *verdict.same}, key=lambda name: rivals[name][split].value)
+    shown = [name for name in ("best", "last", *plain[-1:]) if name in gains and name not in verdict.same]
     if not shown:
         return replace(verdict, gains=gains)
     names = {"best": f"the best single candidate (step {verdict.best_step})", "last": "the last candidate"}

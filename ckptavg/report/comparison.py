@@ -33,7 +33,10 @@ def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
     if evidence and any(gain.low is None for gain in gains):
         yield Text("No interval where fewer than 10 examples or batches differ.", style="dim")
     if not all(gain.paired for gain in gains):
-        yield Text("The loader changes the order of its examples between passes: not paired.", style="yellow")
+        yield Text(
+            "The loader gives other examples, or another order, in every pass: differences are not paired.",
+            style="yellow",
+        )
     epochs = contestants[0].cost.epochs_of
     cost = f"epochs of the {epochs} data, and seconds: cost of the search, as if the strategy had run alone."
     yield Text(f"batches: forward and backward passes; {cost}", style="dim")

@@ -15,7 +15,7 @@ from ckptavg.score import PerExample, Score
 
 FEWEST: Final = 10  # units that differ: below that the coverage of every method tried is far from 95 %
 _GROUPS: Final = 100  # of batches, for a metric that is recomputed without each of them
-_ROUNDING: Final = 2**-20  # of a metric in float32
+_ROUNDING: Final = 2**-20  # of a value in float32 that was computed in another order
 
 
 def gain(score: Score, reference: Score) -> Gain:
@@ -36,8 +36,9 @@ def single_gain(score: Score, reference: Score) -> Gain:
     The units of a metric that is no mean over examples are its jackknife pseudo-values: it is recomputed without each
     of at most 100 groups of batches.
 
-    There is no interval from fewer than 10 units that differ: whose difference is not zero, or, if they are not paired,
-    whose values are not the most common one. `Gain.reason` says so.
+    There is no interval from fewer than 10 units that differ: from each other, or, if they are not paired, from the
+    most common value. A difference of at most 2⁻²⁰ of a unit's value, or of the mean size of all, is rounding.
+    `Gain.reason` says so.
 
     References:
         Welch 1947, Biometrika 34; Hall 1992, On the Removal of Skewness by Transformation, JRSS B 54; Efron and
@@ -53,12 +54,13 @@ def single_gain(score: Score, reference: Score) -> Gain:
     paired = own.order == other.order and units == len(other.values_U)
     if paired:
         samples = [(own.values_U - other.values_U, own.examples_U)]
-        unlike_U = samples[0][0]
+        unlike_U, size_U = samples[0][0], torch.maximum(own.values_U.abs(), other.values_U.abs())
     else:
         samples = [(own.values_U, own.examples_U), (-other.values_U, other.examples_U)]
         both_U = torch.cat([own.values_U, other.values_U])
-        unlike_U = both_U - both_U.mode().values
-    differing = int((unlike_U.abs() > (0.0 if score.resampled is None else units * _ROUNDING)).sum())
+        unlike_U, size_U = both_U - both_U.mode().values, both_U.abs()
+    rounding_U = _ROUNDING * (size_U.clamp(min=float(size_U.mean())) if score.resampled is None else units)
+    differing = int((unlike_U.abs() > rounding_U).sum())
     if min(differing, units, len(other.values_U)) < FEWEST:
         reason = f"{differing} of {len(unlike_U):,} {unit} differ" if units >= FEWEST else f"only {units} {unit}"
         return Gain(value=value, units=units, unit=unit, paired=paired, reason=reason)

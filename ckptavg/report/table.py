@@ -173,6 +173,8 @@ def _notes(result: Result) -> Iterator[str]:
             yield f"test is {percent} of the validation data: chosen by a seeded hash, kept out of the search."
         if result.scored_on == "train":
             yield "Scored on training data: the task has no val_dataloader()."
+        if any(score.figures.keys() >= {"accuracy", "nll", "brier", "ece"} for score in result.scores.values()):
+            yield "ece: expected calibration error of the top label, in 15 bins of equal width"
     if matrix:
         size = f"{matrix.bytes:,} bytes"
         if matrix.group_size is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ckptavg.errors import TaskError
 
@@ -63,18 +63,72 @@ def calibration_gaps(signed_U: Tensor) -> Tensor:
     return gaps_U * sums.sign()[bin_U]
 
 
-def checked(p_BC: Any, labels_B: Any, source: str, where: str) -> tuple[Tensor, Tensor]:
-    """Return probabilities and labels on one device; TaskError unless they are [B, C] and [B], NaN let through."""
-    if not isinstance(p_BC, Tensor) or p_BC.ndim != 2 or p_BC.shape[1] < 2 or not p_BC.is_floating_point():
-        got = f"a tensor of shape {list(p_BC.shape)}" if isinstance(p_BC, Tensor) else f"a {type(p_BC).__name__}"
-        raise TaskError(f"predict() must return probabilities [B, C], not {got}{where}", path=source)
+class ProbabilityMetrics:
+    """Metrics of a task's ``predict`` by name; none for the whole run if that is a function for something else.
+
+    The first batch shows it: a ``predict`` that fails, or whose result is no floating-point tensor [B, C ≥ 2], is left
+    out with a remark in ``notes``, unless a metric of it is ``required``. Later batches on a GPU are checked without
+    waiting for it, and their examples without probabilities or a label have NaN metrics.
+
+    Args:
+        source: the task file, for errors.
+        where: returns the batch being used, for errors.
+    """
+
+    def __init__(
+        self, predict: Callable[[nn.Module, Any], Any], labels: Callable[[Any], Any], source: str,
+        where: Callable[[], str], notes: list[str], *, required: bool,
+    ) -> None:  # fmt: skip
+        self._predict = predict
+        self._labels = labels
+        self._source = source
+        self._where = where
+        self._notes = notes
+        self._strict = required
+        self._state: Literal["new", "used", "left out"] = "new"
+
+    def __call__(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """Return name → [B] values; empty if ``predict`` is left out."""
+        if self._state == "left out":
+            return {}
+        may_leave_out = self._state == "new" and not self._strict
+        p_BC: Any = None
+        try:
+            p_BC = self._predict(model, batch)
+            reason = wrong_shape(p_BC)
+        except TaskError as error:
+            if not may_leave_out:
+                raise
+            reason = str(error)
+        if reason and may_leave_out:
+            self._state = "left out"
+            left_out = "predict() gives no probabilities [B, C], so accuracy, nll, brier and ece are left out"
+            self._notes.append(f"{left_out}: rename it, or return floating-point probabilities ({reason})")
+            return {}
+        wait = self._state == "new" or p_BC.device.type != "cuda"
+        values = probability_metrics(*checked(p_BC, self._labels(batch), self._source, self._where(), wait=wait))
+        self._state = "used"
+        return values
+
+
+def wrong_shape(p_BC: Any) -> str:
+    """Describe a value that is no floating-point tensor [B, C ≥ 2]; "" if it is one."""
+    if not isinstance(p_BC, Tensor):
+        return f"a {type(p_BC).__name__}"
+    if p_BC.ndim != 2 or p_BC.shape[1] < 2:
+        return f"a tensor of shape {list(p_BC.shape)}"
+    return "" if p_BC.is_floating_point() else f"a {p_BC.dtype} tensor"
+
+
+def checked(p_BC: Any, labels_B: Any, source: str, where: str, *, wait: bool = True) -> tuple[Tensor, Tensor]:
+    """Return probabilities and labels on one device; TaskError unless they are [B, C] and [B], NaN let through.
+
+    Without ``wait`` nothing waits for the device: a row without probabilities, or whose label is no class, becomes NaN.
+    """
+    if got := wrong_shape(p_BC):
+        hint = "rename it if it is for something else"
+        raise TaskError(f"predict() must return probabilities [B, C], not {got}{where}", path=source, hint=hint)
     count, classes = p_BC.shape
-    sums_B, least = p_BC.double().sum(dim=1) if p_BC.device.type != "mps" else p_BC.sum(dim=1), p_BC.min()
-    tolerance = max(_TOLERANCE, torch.finfo(p_BC.dtype).eps)
-    if least < 0 or ((sums_B - 1).abs() > tolerance).any():
-        wrong = f"has {float(least):.4g}" if least < 0 else f"has rows with the sum {_farthest(sums_B):.4g}"
-        hint = "are these logits? return logits.softmax(dim=1)"
-        raise TaskError(f"predict() must return probabilities, but its result {wrong}{where}", path=source, hint=hint)
     if not isinstance(labels_B, Tensor) or labels_B.shape != (count,) or labels_B.is_floating_point():
         got = f"a tensor of shape {list(labels_B.shape)}" if isinstance(labels_B, Tensor) else type(labels_B).__name__
         if isinstance(labels_B, Tensor) and labels_B.shape == (count,):
@@ -82,23 +136,36 @@ def checked(p_BC: Any, labels_B: Any, source: str, where: str) -> tuple[Tensor, 
         hint = "define labels(batch) in the task file"
         raise TaskError(f"the labels must be integers [{count}], not {got}{where}", path=source, hint=hint)
     labels_B = labels_B.to(p_BC.device).long()
-    if ((labels_B < 0) | (labels_B >= classes)).any():
+    sums_B = p_BC.double().sum(dim=1) if p_BC.device.type != "mps" else p_BC.sum(dim=1)
+    far_B = (sums_B - 1).abs() > max(_TOLERANCE, torch.finfo(p_BC.dtype).eps)
+    negative_B, no_class_B = (p_BC < 0).any(dim=1), (labels_B < 0) | (labels_B >= classes)
+    if not wait:
+        wrong_B = far_B | negative_B | no_class_B
+        return p_BC.masked_fill(wrong_B[:, None], torch.nan), labels_B.clamp(0, classes - 1)
+    if negative_B.any() or far_B.any():
+        least = float(p_BC.min())
+        wrong = f"has {least:.4g}" if least < 0 else f"has rows with the sum {_farthest(sums_B):.4g}"
+        logs = bool((p_BC <= 0).all()) and bool(((p_BC.exp().sum(dim=1) - 1).abs() < 2 * _TOLERANCE).all())
+        hint = f"are these {'log-probabilities? add .exp()' if logs else 'logits? return logits.softmax(dim=1)'}"
+        raise TaskError(f"predict() must return probabilities, but its result {wrong}{where}", path=source, hint=hint)
+    if no_class_B.any():
         raise TaskError(f"a label is outside the {classes} classes of predict(){where}", path=source)
     return p_BC, labels_B
 
 
 def labels_of(batch: Any, hook: Callable[[Any], Any] | None, source: str, where: str) -> Any:
-    """Return the labels of a batch: of ``hook``, of a pair (inputs, labels), or of a mapping with a usual name.
+    """Return the labels of a batch: of ``hook``, of a pair (inputs, labels), or an entry or attribute of a usual name.
 
     Raises:
         TaskError: if there are none.
     """
     if hook is not None:
         return hook(batch)
-    if isinstance(batch, Mapping) and (name := next((name for name in _LABELS if name in batch), None)):
-        return batch[name]
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[1]
+    entries = batch if isinstance(batch, Mapping) else {name: getattr(batch, name, None) for name in _LABELS}
+    if name := next((name for name in _LABELS if entries.get(name) is not None), None):
+        return entries[name]
     got = f"{len(batch)} items" if isinstance(batch, tuple | list) else f"a {type(batch).__name__}"
     hint = "define labels(batch) in the task file, returning integers [B]"
     raise TaskError(f"predict() needs labels, but the batch is {got} without any{where}", path=source, hint=hint)

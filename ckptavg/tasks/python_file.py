@@ -5,7 +5,7 @@ import importlib.util
 import itertools
 import operator
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -74,7 +74,10 @@ class PythonTask(Task):
         elif metric is not None:
             self.metric = partial(self._metric, self._function("metric"))
         if predict is not None and not named:
-            self.predict = partial(self._probability_metrics, predict)
+            self.predict = probabilities.ProbabilityMetrics(
+                predict, self._labels, source, lambda: self._where, self.notes,
+                required=getattr(self._module, "metric_key", None) in probabilities.GOALS,
+            )  # fmt: skip
         fixed = [*named] or [*probabilities.GOALS] * (self.predict is not None)
         settings = MetricSettings(self._module, source, fixed, own=self.metric is not None)
         self.metric_key = settings.key
@@ -110,10 +113,6 @@ class PythonTask(Task):
             message = f"metric() must return a number or one per example, not None{self._where}"
             raise TaskError(message, path=self.source)
         return value
-
-    def _probability_metrics(self, predict: Callable[..., Any], model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
-        p_BC, labels = predict(model, batch), self._labels(batch)
-        return probabilities.probability_metrics(*probabilities.checked(p_BC, labels, self.source, self._where))
 
     def _outputs(self, predict: Callable[..., Any], model: nn.Module, batch: Any) -> Any:
         outputs = predict(model, batch)

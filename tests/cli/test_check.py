@@ -1,4 +1,4 @@
-"""``ckptavg check``: each trap that it can see, in one line with the mend."""
+"""``ckptavg check``: each trap that it can see, in one line with its remedy."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ TRAPS = {
     ),
     "loss() returns a mean: one value per example would give intervals": (
         0, "def loss(m, b): return F.cross_entropy(m(b[0]), b[1])"
+    ),
+    "metric() returns a sum, which grows with the batch": (
+        7, "def metric(m, b): return (m(b[0]).argmax(1) == b[1]).sum()"
+    ),
+    "metric()['right'] returns a sum, which grows with the batch": (
+        0, "def metric(m, b): r = m(b[0]).argmax(1) == b[1]; return {'top1': r, 'right': r.sum()}"
     ),
     "loss() has no gradient": (0, "@torch.no_grad()\n" + ONE_EACH),
     "loss() differs between two calls with the same seeds": (
@@ -91,6 +97,59 @@ def test_derived_weights_are_a_problem(run: Run, tmp_path: Path, kind: str):
     code = f"def model(): return Product()\ndef val_dataloader(): return {data}\ndel train_dataloader\n"
     done = checked(run, tmp_path, tmp_path / "ckpts", DERIVED[kind] + code)
     assert done.returncode == 7 and "problem: " in done.stdout and "in a fresh model()" in done.stderr
+
+
+DECIDING = {
+    "": "larger is better",
+    "metric_goal = 'min'": "smaller is better",
+    "from torchmetrics.classification import MulticlassAccuracy\nmetric = MulticlassAccuracy(10)": "larger is better",
+    "def metric(m, b): return {'a': m(b[0]).amax(1), 'b': m(b[0]).amin(1)}\nmetric_goal = {'b': 'min'}\n"
+    "metric_key = 'b'": "b, smaller is better",
+    "del metric\ndef predict(m, b): return m(b[0]).softmax(1)\nmetric_key = 'ece'": "ece, smaller is better",
+}
+
+
+@pytest.mark.parametrize("code", DECIDING)
+def test_the_deciding_metric_is_named_with_its_goal(run: Run, tmp_path: Path, digits: Path, code: str):
+    done = checked(run, tmp_path, digits, code)
+    assert done.returncode == 0 and f"metric      {DECIDING[code]}\n" in done.stdout, done.stdout
+
+
+def test_a_batch_that_has_no_halves_is_checked_without_them(run: Run, tmp_path: Path, digits: Path):
+    """As many features as examples, in the first dimension: half of the one is half of the other."""
+    code = """
+def val_dataloader():
+    x, y = next(iter(demo.val_dataloader()))
+    return [(x[:64].reshape(64, 64).T.contiguous(), y[:64])] * 2
+def shaped(b): return b[0].T.reshape(64, *next(iter(demo.val_dataloader()))[0].shape[1:])
+def loss(m, b): return F.cross_entropy(m(shaped(b)), b[1])
+def metric(m, b): return (m(shaped(b)).argmax(1) == b[1]).float().mean()
+del train_dataloader
+"""
+    done = checked(run, tmp_path, digits, code)
+    assert done.returncode == 0 and "the mean of a batch" in done.stdout, done.stderr
+
+
+def test_weights_that_forward_caches_are_a_problem(run: Run, tmp_path: Path):
+    (tmp_path / "ckpts").mkdir()
+    for i in (1, 2):
+        torch.manual_seed(i)
+        torch.save({"a.weight": torch.randn(5, 3), "b.weight": torch.randn(4, 5)}, tmp_path / "ckpts" / f"step-{i}.pt")
+    code = """
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 5, bias=False), nn.Linear(5, 4, bias=False)
+        self.merged = None
+    def forward(self, x):
+        self.merged = self.b.weight @ self.a.weight if self.merged is None else self.merged
+        return x @ self.merged.T
+def model(): return Lazy()
+def val_dataloader(): return DataLoader(TensorDataset(torch.randn(40, 3), torch.arange(40) % 4), 20)
+del train_dataloader
+"""
+    done = checked(run, tmp_path, tmp_path / "ckpts", code)
+    assert done.returncode == 7 and "in a fresh model()" in done.stderr, done.stdout + done.stderr
 
 
 def test_an_error_of_the_task_is_that_of_a_run(run: Run, tmp_path: Path, digits: Path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 
 from ckptavg.errors import TaskError
 from ckptavg.objective.score_accumulator import ScoreAccumulator
+from ckptavg.runtime.workers import Workers
+from ckptavg.tasks.probabilities import GOALS
 
 units = st.lists(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=6), min_size=1, max_size=8)
 
@@ -48,6 +52,40 @@ def test_cannot_reach_is_true_as_early_as_possible():
         tally.add(torch.zeros(25), torch.zeros(25), 25)
         stops.append(tally.cannot_reach(0.6, 100))
     assert stops == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("goal", "key", "name", "reached"),
+    [
+        ("max", None, "metric", [False, True]),
+        ({"a": "max"}, None, "a", [False, True]),
+        ("min", "a", "a", [False, True]),
+        ("max", "accuracy", "accuracy", [False, True]),
+        ("max", "nll", "nll", [False, True]),
+        ("max", "ece", "ece", [False, False]),
+        ({"ece": "max"}, None, "ece", [False, True]),
+    ],
+)
+def test_a_rank_without_batches_stops_when_the_others_do(goal: Any, key: str | None, name: str, reached: list[bool]):
+    sums: list[torch.Tensor] = []
+
+    @dataclass(frozen=True)
+    class Rank(Workers):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            sums.append(values)
+            return sum(sums[-1 if self.rank == 0 else -2 :], torch.zeros_like(values))
+
+    first, second = (ScoreAccumulator(goal, (0.0, 1.0), Rank(rank=i, world_size=2), key=key) for i in range(2))
+    stops: list[tuple[bool, bool]] = []
+    # the worst values: a score from 0 to 1 can still reach 1/2, then 0, and one from -1 to 0 can reach -1/2, then -1
+    worst, threshold = (1.0, -0.6) if goal == "min" or name == "nll" else (0.0, 0.4)
+    for _ in range(2):
+        values_B = {name: torch.full((50,), worst)}
+        predicted = key in GOALS
+        first.add(torch.zeros(50), None if predicted else values_B, 50, predicted=values_B if predicted else None)
+        stops.append((first.cannot_reach(threshold, 100), second.cannot_reach(threshold, 100)))
+    assert stops == [(stop, stop) for stop in reached]
+    assert len(sums) == 4  # each rank takes part in each exchange
 
 
 def test_a_metric_outside_its_bounds_is_an_error():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import ckptavg
 from ckptavg.coefficients import Coefficients
 from ckptavg.pipeline.verdict import Verdict, with_test
 from ckptavg.score import PerExample, Score
-from ckptavg.strategies import from_spec
 
 RANDOM = """
 import torch
@@ -106,16 +106,14 @@ def test_on_test_data_the_verdict_has_the_interval_of_the_difference(right: int,
     known |= {"swa": {"val": answers(3), "test": answers(100)}, "lawa-2": {"val": answers(2), "test": answers(400)}}
     verdict = Verdict(Coefficients.uniform([0], 1), baselines=known, best_step=7, verdict="On val.")
     written = {"val": answers(1), "test": answers(right)}
-    found = with_test(verdict, from_spec("soup"), written, "val")
+    found = with_test(verdict, written, "val")
     assert found.verdict.startswith(words)
     last, swa = found.gains["last"], found.gains["swa"]
     # swa is the better plain average on validation data; that lawa is better on test data decides nothing
     assert found.verdict.endswith(f" Over last {last}; over swa {swa}.") and set(found.gains) == set(known)
-    assert with_test(replace(verdict, worse=True), from_spec("soup"), written, "val").verdict.startswith(
-        f"On val. {words}"
-    )
-    assert with_test(verdict, from_spec("soup"), {"val": answers(1)}, "val").verdict == "On val."
-    assert "over swa" not in with_test(verdict, from_spec("swa"), written, "val").verdict
+    assert with_test(replace(verdict, worse=True), written, "val").verdict.startswith(f"On val. {words}")
+    assert with_test(verdict, {"val": answers(1)}, "val").verdict == "On val."
+    assert "over swa" not in with_test(replace(verdict, same=["swa"]), written, "val").verdict
 
 
 def test_differences_of_either_sign_are_not_distinguishable_from_none():
@@ -123,5 +121,25 @@ def test_differences_of_either_sign_are_not_distinguishable_from_none():
     assert turned.per_example is not None
     turned = replace(turned, per_example=replace(turned.per_example, values_U=turned.per_example.values_U.flip(0)))
     verdict = Verdict(Coefficients.uniform([0], 1), baselines={"best": {"val": answers(1), "test": answers(200)}})
-    found = with_test(verdict, from_spec("soup"), {"val": answers(1), "test": turned}, "val")
+    found = with_test(verdict, {"val": answers(1), "test": turned}, "val")
     assert found.verdict.startswith("Not distinguishable from the best single candidate") and "[-0.0" in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "compared"),
+    [
+        ("best", {}, "the last candidate; over swa"),  # lawa-1 is last
+        ("last", {}, "the best single candidate; over swa"),
+        ("lawa", {"k": 3}, "the best single candidate; over last; over swa"),
+        ("sewa", {"k": 8, "steps": 1, "verify": 1}, "the best single candidate; over last"),  # all of them are swa
+    ],
+)
+def test_no_average_is_compared_with_itself(
+    linears: Path, tmp_path: Path, command: str, settings: dict[str, int], compared: str
+):
+    source = RANDOM.replace("SEED", "0") + "test_dataloader = val_dataloader\n"
+    (tmp_path / "task.py").write_text(source)
+    done = getattr(ckptavg, command)(linears, task=str(tmp_path / "task.py"), output=tmp_path / "x", **settings)
+    rivals = re.findall(r"(the (?:last|best single) candidate|over [\w-]+)", done.verdict.lower())
+    assert "; ".join(dict.fromkeys(rivals)) == compared and " on test data" in done.verdict
+    assert set(done.gains) == set(done.baselines)

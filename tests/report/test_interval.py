@@ -108,6 +108,16 @@ def test_fewer_than_ten_differing_examples_give_a_reason_and_no_interval(better:
     assert not found.separated and str(found).endswith(f"(no interval: {reason})" if reason else "]")
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_rounding_is_no_difference(order: int):
+    """Losses from 1e-9 to 10 that are all 6e-8 (half a unit in the last place of 1) larger, or 6e-8 of themselves."""
+    losses = torch.logspace(-9, 1, 500, dtype=torch.float64) if order == 0 else torch.ones(500, dtype=torch.float64)
+    for rounded in (losses + 6e-8, losses * (1 + 6e-8)):
+        found = gain(score(-rounded), score(-losses, order=order))
+        assert found.reason.startswith("0 of ") and not found.separated
+    assert gain(score(-losses - 6e-6), score(-losses)).separated  # 2**-20 of the mean, 0.43, or of 10 is less
+
+
 def test_unpaired_answers_need_ten_that_are_not_the_usual_one():
     few, more = ((torch.arange(400) >= wrong).double() for wrong in (4, 6))
     assert gain(score(few), score(more, order=1)).low is not None

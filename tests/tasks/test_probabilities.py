@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
 import textwrap
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from ckptavg.errors import TaskError
 from ckptavg.objective.score_accumulator import ScoreAccumulator
 from ckptavg.report.interval import single_gain
 from ckptavg.score import Score
-from ckptavg.tasks.probabilities import calibration_gaps, checked, labels_of, probability_metrics
+from ckptavg.tasks.probabilities import ProbabilityMetrics, calibration_gaps, checked, labels_of, probability_metrics
 
 DRAWS = torch.Generator().manual_seed(0)
 P = (2 * torch.randn(500, 4, generator=DRAWS)).softmax(dim=1)
@@ -87,6 +89,60 @@ def test_results_that_are_no_probabilities_are_refused_in_one_line(p: Any, label
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("values", "hint"), [(P.log(), ".exp()"), (P.logit(), "softmax"), (-P, "softmax")])
+def test_log_probabilities_have_a_hint_of_their_own(values: torch.Tensor, hint: str):
+    with pytest.raises(TaskError) as error:
+        checked(values, LABELS, "task.py", "")
+    assert error.value.hint is not None and hint in error.value.hint and ("exp" in hint) == ("log-" in error.value.hint)
+
+
+def test_examples_checked_without_waiting_become_nan():
+    p, labels = P.clone(), LABELS.clone()
+    p[0], p[1, 2], labels[2], labels[3] = p[0] * 2, -1.0, 4, -100
+    values = probability_metrics(*checked(p, labels, "task.py", "", wait=False))
+    expected = probability_metrics(P, LABELS)
+    for name, value_B in values.items():
+        assert value_B[:4].isnan().all() and torch.equal(value_B[4:], expected[name][4:]), name
+
+
+HELPERS = {
+    "raises": ("    return model(batch).argmax(1)", "TypeError"),
+    "one column": ("    return model(batch[0])[:, :1]", "a tensor of shape [100, 1]"),
+    "labels": ("    return model(batch[0]).argmax(1)", "a tensor of shape [100]"),
+    "integers": ("    return model(batch[0]).long()", "a torch.int64 tensor"),
+    "a dict": ("    return {'logits': model(batch[0])}", "a dict"),
+}
+
+
+@pytest.mark.parametrize("helper", HELPERS)
+def test_a_predict_for_something_else_is_left_out_with_one_remark(digits: Path, tmp_path: Path, helper: str):
+    body, reason = HELPERS[helper]
+    more = f"\n\ndef predict(model, batch):\n{body}\n"
+    file = task(tmp_path, more, own=True)
+    with_helper = ckptavg.aswa(digits, task=file, last=4, output=tmp_path / "x")
+    plain = ckptavg.aswa(digits, task=TASK, last=4, output=tmp_path / "y")
+    assert with_helper.scores == plain.scores and not with_helper.scores["val"].others
+    remarks = [warning for warning in with_helper.warnings if "accuracy, nll, brier and ece are left out" in warning]
+    assert len(remarks) == 1 and "rename it" in remarks[0] and reason in remarks[0]
+    file.write_text(file.read_text() + "metric_key = 'nll'\ndel metric\n")
+    with pytest.raises(TaskError, match="predict"):
+        ckptavg.best(digits, task=file, last=2, output=tmp_path / "z")
+
+
+def test_a_predict_that_fails_later_is_an_error():
+    def predict(_: Any, batch: Any) -> torch.Tensor:
+        return P[:, 0] if batch == 2 else P
+
+    notes: list[str] = []
+    metrics = ProbabilityMetrics(predict, lambda _: LABELS, "task.py", lambda: ", for batch 2", notes, required=False)
+    model = torch.nn.Linear(1, 1)
+    assert list(metrics(model, 1)) == ["accuracy", "nll", "brier", "ece"] and not notes
+    with pytest.raises(
+        TaskError, match=r"must return probabilities \[B, C\], not a tensor of shape \[500\], for batch 2"
+    ):
+        metrics(model, 2)
+
+
 def test_the_interval_of_a_difference_of_calibration_errors_covers_the_truth():
     """Population errors are those of a million examples; 88 to 100 % of 95 % intervals cover in longer simulations."""
     draws = torch.Generator().manual_seed(0)
@@ -115,7 +171,9 @@ def test_the_interval_of_a_difference_of_calibration_errors_covers_the_truth():
 
 
 def test_labels_come_from_the_hook_a_pair_or_a_usual_name():
-    for batch in ((1, 7), {"x": 1, "labels": 7}, {"y": 7}):
+    fields = dataclasses.make_dataclass("Fields", ["x", "target", "index"])(1, 7, 2)
+    row = NamedTuple("Row", [("x", int), ("label", int), ("index", int)])(1, 7, 2)
+    for batch in ((1, 7), {"x": 1, "labels": 7}, {"y": 7}, fields, row, SimpleNamespace(x=1, labels=None, y=7)):
         assert labels_of(batch, None, "t", "") == 7
     assert labels_of((1, 2, 7), lambda batch: batch[2], "t", "") == 7
     with pytest.raises(TaskError, match="needs labels, but the batch is 3 items") as error:
@@ -149,7 +207,7 @@ def test_all_metrics_are_in_tables_and_json_and_resume_to_the_bit(digits: Path, 
     assert [one["scores"] for one in report["strategies"]] == [one["scores"] for one in resumed["strategies"]]
     assert [one["over_last"] for one in report["strategies"]] == [one["over_last"] for one in resumed["strategies"]]
     assert resumed["scores"] == report["scores"]
-    for name in (*names, "test top2"):
+    for name in (*names, "test top2", "ece: expected calibration error of the top label, in 15 bins"):
         assert name in " ".join(first.stderr.split())
     shown = run("eval", tmp_path / "averaged.safetensors", "--task", tmp_path / "several.py")
     assert shown.returncode == 0 and all(name in shown.stdout for name in names)
@@ -241,6 +299,9 @@ def test_names_that_change_or_do_not_exist_are_refused_with_the_batch():
         tally.add(torch.zeros(2), {"b": torch.zeros(2)}, 2)
     with pytest.raises(TaskError, match="metric_key names f1, but the metrics are a, b"):
         ScoreAccumulator("max", None, key="f1").add(torch.zeros(2), {"a": 1.0, "b": 2.0}, 2)
+    with pytest.raises(TaskError, match="metric_goal names b, but the metrics are one without a name") as error:
+        ScoreAccumulator({"b": "min"}, None).add(torch.zeros(2), 1.0, 2)
+    assert error.value.hint == 'set metric_goal = "max" or "min", or return {"b": value} from metric()'
     with pytest.raises(TaskError, match="metric_goal names c"):
         ScoreAccumulator({"c": "min"}, None).add(torch.zeros(2), {"a": 1.0}, 2)
 
