@@ -29,7 +29,7 @@ from ckptavg.pipeline.task_choice import task_for
 from ckptavg.runtime.progress import Progress, Watch
 from ckptavg.runtime.seeds import reproducible, reseed
 from ckptavg.score import METRIC, Split
-from ckptavg.strategies.sewa import SeWA
+from ckptavg.strategies.sewa import SeWA, default_steps
 from ckptavg.strategies.twa import TWA
 from ckptavg.tasks import batch as batches
 from ckptavg.tasks.batch import Batch
@@ -288,6 +288,6 @@ def _searches(mixture: Mixture, splits: dict[Split, SplitCheck], step: float, fo
     searches = {"best": n, "soup": 2 * n - 1, "aswa": 2 * n - 1}
     estimates = {name: count * scored.seconds for name, count in searches.items()}
     if mixture.losses is not None:
-        estimates["sewa"] = sewa.steps * sewa.samples * step + sewa.verify * scored.seconds
+        estimates["sewa"] = default_steps(n) * sewa.samples * step + sewa.verify * scored.seconds
         estimates["twa"] = twa.epochs * scored.batches * step
     return estimates

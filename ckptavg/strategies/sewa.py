@@ -40,7 +40,7 @@ class SeWA(Strategy):
     solver: Annotated[Literal["gumbel", "quadratic"], "Gradient steps or a quadratic model."] = "gumbel"
     hessian: Annotated[Hessian, "Second derivatives to use.", "quadratic solver"] = "auto"
     verify: Annotated[int, "How many of the solver's best subsets to score.", "both solvers"] = 8
-    steps: Annotated[int, "Optimisation steps of the mask.", "gumbel solver"] = 100
+    steps: Annotated[int | None, "Steps of the mask; default 2 per candidate, at least 100.", "gumbel solver"] = None
     lr: Annotated[float, "Learning rate η ≈ size of the first steps.", "gumbel solver"] = 0.05
     samples: Annotated[int, "Monte Carlo samples M per step.", "gumbel solver"] = 2
     tau_start: Annotated[float, "Temperature at the first step.", "gumbel solver"] = 1.0
@@ -55,7 +55,7 @@ class SeWA(Strategy):
         if self.k == "auto" and self.solver != "quadratic":
             raise UsageError("--k auto needs --solver quadratic, which solves for every K at once")
         for name in ("k", "steps", "samples", "evaluations", "verify"):
-            if getattr(self, name) != "auto" and getattr(self, name) < 1:
+            if getattr(self, name) not in ("auto", None) and getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in ("lr", "tau_start", "tau_end"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -81,9 +81,15 @@ class SeWA(Strategy):
         if losses is None:
             return score_search.reinforce(objective, self.k, lr=self.lr, evaluations=self.evaluations)
         return concrete_mask.learn_mask(
-            objective, losses, self.k, on=self.on, steps=self.steps, lr=self.lr, samples=self.samples,
-            tau=(self.tau_start, self.tau_end), straight_through=self.straight_through, verify=self.verify,
+            objective, losses, self.k, on=self.on, steps=self.steps or default_steps(objective.n), lr=self.lr,
+            samples=self.samples, tau=(self.tau_start, self.tau_end), straight_through=self.straight_through,
+            verify=self.verify,
         )  # fmt: skip
+
+
+def default_steps(n: int) -> int:
+    """Return the default number of steps for ``n`` candidates: 100 do not sort out more than 50."""
+    return max(100, 2 * n)
 
 
 STRATEGY: type[Strategy] = SeWA

@@ -49,7 +49,8 @@ TRAPS = {
     "a pass has 800 examples, but its dataset 400": (
         0, "data = TensorDataset(*(torch.cat(p) for p in zip(*demo.val_dataloader())))\n"
         "def val_dataloader(): return DataLoader(data, 50, collate_fn=lambda rows: "
-        "[torch.stack([r[i] for r in rows + rows]) for i in (0, 1)])"
+        "[torch.stack([r[i] for r in rows + rows]) for i in (0, 1)])\n"
+        "def batch_size(b): return len(b[1])"
     ),
 }  # fmt: skip
 

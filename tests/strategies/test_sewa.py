@@ -147,3 +147,8 @@ def test_the_most_probable_mask_with_the_lowest_real_loss_is_chosen():
     found = [SeWA(k=3, steps=2, verify=verify).learn(objective).coefficients for verify in (1, 56)]
     best = min(itertools.combinations(range(8), 3), key=objective.of_subset)
     assert found[0].selected != best == found[1].selected
+
+
+def test_default_steps_grow_with_the_candidates():
+    for n, steps in ((50, 100), (100, 200)):
+        assert len(SeWA().learn(Quadratic(n=n, d=4, seed=0)).trace["loss"]) == steps

@@ -322,3 +322,10 @@ def test_training_batches_come_from_the_training_split():
     assert seen.on == "train"
     TWA(epochs=1).learn(Watched(n=3, d=2, seed=0))
     assert seen.on == "val"
+
+
+def test_few_steps_are_said():
+    """Ten epochs of one batch leave the coefficients almost where they began."""
+    for epochs, few in ((10, True), (40, False)):  # of 3 batches
+        notes = TWA(epochs=epochs).learn(Quadratic(n=6, d=9, seed=0)).notes
+        assert any(f"{3 * epochs} steps are few" in note for note in notes) is few

@@ -17,6 +17,7 @@ from ckptavg.score import Split
 from ckptavg.surrogate.optimum import affine_optimum, simplex_optimum
 
 RATE: Final = {"val": 2e-2, "train": 2e-4}  # in units of the mean distance
+FEW: Final = 100  # steps below which the report says so
 SEGMENT = 5  # points scored between the mean and the optimum of the quadratic
 MOVES = 2  # times the quadratic is moved to the best point so far
 
@@ -110,8 +111,10 @@ def train(
         scores.append(value)
         if len(scores) - 1 - scores.index(max(scores)) >= patience:
             break
+    few = f"{len(trace)} steps are few to train the coefficients: more --epochs or smaller batches give more"
+    notes = [few] if len(trace) < FEW else []
     curves = {"loss": trace} | ({"held_out_score": scores} if scores else {})
-    return Learned(coefficients=subspace.mixture(best), trace=curves)
+    return Learned(coefficients=subspace.mixture(best), trace=curves, notes=notes)
 
 
 def _warm_up_and_cosine(step: int, steps: int) -> float:
