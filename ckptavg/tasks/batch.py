@@ -82,7 +82,7 @@ def size(batch: Any, expected: int | None = None, *, exactly: bool = False) -> i
     Args:
         batch: tensors in any nesting of mappings, dataclasses, named tuples, tuples, lists and objects.
         expected: the size that its loader is set to at this place; it is taken if the parts allow it.
-        exactly: whether a single other number that they allow is doubtful as well.
+        exactly: whether a single larger number is doubtful as well; a smaller one may be what is left of the batch.
     Raises:
         TaskError: if the parts allow several numbers, or none.
     """
@@ -91,7 +91,7 @@ def size(batch: Any, expected: int | None = None, *, exactly: bool = False) -> i
         return expected
     if isinstance(batch, list) and len(batch) == 1 and len(allowed) > 1:
         allowed -= {1}  # a list of one field, as of a TensorDataset
-    if len(allowed) == 1 and not exactly:
+    if len(allowed) == 1 and not (exactly and expected is not None and max(allowed) > expected):
         return allowed.pop()
     found = f"they allow {' or '.join(map(str, sorted(allowed)))}" if allowed else "none has examples"
     set_to = f", and its loader is set to {expected}" if expected is not None and allowed else ""
