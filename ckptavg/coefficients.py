@@ -51,6 +51,11 @@ class Coefficients:
         """Return 1/K for each of the K candidates ``chosen``, 0 for the rest of the ``n``."""
         return cls((tuple(1 / len(chosen) if i in chosen else 0.0 for i in range(n)),))
 
+    @classmethod
+    def singles(cls, n: int) -> list[Self]:
+        """Return the coefficients of each of the ``n`` candidates alone."""
+        return [cls.uniform([i], n) for i in range(n)]
+
     @property
     def n(self) -> int:
         """Number of candidates N."""

@@ -133,7 +133,7 @@ class BatchLoader:
     def scored(self, split: Split, workers: Workers = ALONE) -> Iterator[RankBatch]:
         """Yield this rank's batches of one pass: every ``world_size``-th, padded to equally many on all ranks."""
         for batch, sizes, checksum in self._passed(split, workers, learnable=False):
-            yield RankBatch(batch, sizes[min(workers.rank, len(sizes) - 1)], checksum, workers.rank < len(sizes))
+            yield RankBatch(batch, _own(sizes, workers), checksum, workers.rank < len(sizes))
 
     def learnable(self, split: Split, workers: Workers = ALONE) -> Iterator[Batch]:
         """Yield this rank's batches of one pass for training or BatchNorm statistics: every ``world_size``-th."""
@@ -201,7 +201,7 @@ class BatchLoader:
             source = self._learnable(split) if learnable else self._data(split).sized_batches(split)
             steps = _rank_batches(_seeded(source, self._seed), workers)
         for batch, sizes in steps:
-            checksum = batches.checksum(batch, sizes[min(workers.rank, len(sizes) - 1)])
+            checksum = batches.checksum(batch, _own(sizes, workers))
             yield batches.to_device(batch, self._device), sizes, checksum
 
     def _with_translated_errors(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:
@@ -236,4 +236,9 @@ def _seeded(source: Iterator[Any], seed: int, world: int = 1) -> Iterator[Any]:
 
 def _rank_batches(source: Iterator[Batch], workers: Workers) -> Iterator[tuple[Any, Sequence[int]]]:
     while turn := list(itertools.islice(source, workers.world_size)):
-        yield turn[min(workers.rank, len(turn) - 1)].data, [batch.size for batch in turn]
+        yield _own(turn, workers).data, [batch.size for batch in turn]
+
+
+def _own(turn: Sequence[_T], workers: Workers) -> _T:
+    """Return this rank's entry of a turn of all ranks; the last one for a rank without an entry."""
+    return turn[min(workers.rank, len(turn) - 1)]

@@ -207,7 +207,7 @@ def check_split(on: Split | None, splits: Collection[Split]) -> None:
 
 def scored_alone(objective: Objective) -> list[float]:
     """Return the score of each single candidate; larger is better."""
-    one_hot = [Coefficients.uniform([i], objective.n) for i in range(objective.n)]
+    one_hot = Coefficients.singles(objective.n)
     objective.prefetch(one_hot)
     scores: list[float] = []
     for i, coefficients in enumerate(one_hot):

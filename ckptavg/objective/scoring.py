@@ -33,6 +33,14 @@ class _BelowError(Exception):
     """Raised when a score is sure to be below a threshold."""
 
 
+def changing_data(split: Split) -> str:
+    """Return the remark on a split whose data differ between passes."""
+    return (
+        f"{split}_dataloader() gives other examples, or another order, in every pass: scores differ by chance too, and "
+        "their differences are not paired. Fix its order and its random transforms"
+    )
+
+
 class Scoring:
     """Scores of mixtures, remembered, and of the output file; BatchNorm's statistics are recomputed for each.
 
@@ -234,10 +242,7 @@ class Scoring:
             message = f"metric() must return the same names for every model and split, not {', '.join(names)} for "
             raise TaskError(f"{message}{what}, but {', '.join(self._names)} before", path=task.source)
         if score.per_example and self._orders.setdefault(split, score.per_example.order) != score.per_example.order:
-            self._note(
-                f"{split}_dataloader() gives other examples, or another order, in every pass: scores differ by chance "
-                "too, and their differences are not paired. Fix its order and its random transforms"
-            )
+            self._note(changing_data(split))
         if corpus is None or score.invalid:
             return score
         scores = {name: self._with_metric(score, name, metric, what) for name, metric in corpus.items()}

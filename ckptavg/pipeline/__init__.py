@@ -34,8 +34,7 @@ def run(strategy: Strategy, paths: Sequence[Path], options: Options, watch: Watc
             assert evaluator is not None  # see `check_strategy`
             evaluator.restart(repr(strategy))
             if options.baselines or options.never_worse:  # `judge` needs them whole: none is to be stopped early
-                n = len(checkpoints)
-                evaluator.prefetch([Coefficients.uniform([i], n) for i in range(n)], exact=True)
+                evaluator.prefetch(Coefficients.singles(len(checkpoints)), exact=True)
             learned = strategy.learn(evaluator)
         verdict = judge(this, evaluator, strategy, learned.coefficients) if evaluator else Verdict(learned.coefficients)
         written = write_output(this, verdict.coefficients, Best() if verdict.replaced else strategy)

@@ -22,6 +22,7 @@ from ckptavg.cost import CostMeter
 from ckptavg.errors import TaskError, UsageError
 from ckptavg.journal.tensor_json import raw
 from ckptavg.objective.mixture import Mixture
+from ckptavg.objective.scoring import changing_data
 from ckptavg.options import Options
 from ckptavg.pipeline.preflight import pick_device
 from ckptavg.pipeline.session import translate_errors
@@ -229,11 +230,7 @@ def _check_split(mixture: Mixture, loader: BatchLoader, split: Split, notes: _Fi
     repeats = [batch.checksum for batch in again.scored(split)] == list(order)
     seconds, score = (time.perf_counter() - start) / 2, None
     if not repeats:
-        chance = "scores differ by chance too, and their differences are not paired"
-        notes.remarks.append(
-            f"{split}_dataloader() gives other examples, or another order, in every pass: {chance}. "
-            "Fix its order and its random transforms"
-        )
+        notes.remarks.append(changing_data(split))
     if split in mixture.splits:
         score = mixture.exact_score(_last(mixture), split)
         start = time.perf_counter()

@@ -48,7 +48,7 @@ def judge(this: Session, evaluator: Evaluator, strategy: Strategy, selection: Co
     options, n, split = this.options, evaluator.n, evaluator.scored_on
     if not (options.baselines or options.never_worse):
         return Verdict(selection, verdict="Not compared with anything (--no-baselines).")
-    alone = [Coefficients.uniform([i], n) for i in range(n)]
+    alone = Coefficients.singles(n)
     evaluator.prefetch(alone, split, exact=True)
     singles: list[Score] = []
     for i, single in enumerate(alone):

@@ -54,7 +54,7 @@ class ASWA(Strategy):
         """See `Strategy.learn`."""
         n = objective.n
         if self.hard_updates and not self.early_reject:
-            objective.prefetch([Coefficients.uniform([i], n) for i in range(n)])
+            objective.prefetch(Coefficients.singles(n))
         chosen: Sequence[int] = (0,)
         v = objective.score(Coefficients.uniform(chosen, n)).value
         alone: list[float | None] = [v]
