@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from ckptavg.errors import InterruptedRunError, OutputError, printable
+from ckptavg.errors import InterruptedRunError, OutputError, OutputExistsError, UsageError, printable
 from ckptavg.filesystem import atomic
 from ckptavg.runtime import signals
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from ckptavg.options import Options
     from ckptavg.report.result import Landscape, Result
     from ckptavg.runtime.progress import Watch
 
@@ -120,13 +121,18 @@ def _figure(name: str, value: float) -> str:
     return f"{value:.0%}" if name == "sure" else f"{value:g}" if name == "epoch" else f"{value:.4f}"
 
 
-def check_text(path: Path) -> None:
-    """Raise OutputError for a path that `write_text` could not write, before hours of work are spent."""
+def check_text(path: Path, options: Options) -> None:
+    """Refuse a report that cannot be written, or that would replace a file unasked, before hours of work are spent."""
     from ckptavg.output.destination import preflight
 
     with suppress(OSError):
         if path.exists() and not path.is_dir() and not path.is_file():
             return  # a pipe or a device
+        if path.resolve() == options.destination[0].resolve():
+            raise UsageError(f"--report and --output both name {path}")
+    if os.path.lexists(path) and not options.force:
+        hint = "replace it with --force, or choose another --report"
+        raise OutputExistsError("exists already", path=path, hint=hint)
     preflight(path, force=True)
 
 

@@ -20,7 +20,7 @@ class OutputOptions:
         MAIN, "File to write; a directory/ gets model.safetensors.",
         "A path that ends in / and an existing directory are directories.", "PATH", "-o", changes_measurements=False
     )] = "averaged.safetensors"  # the journal lies beside it  # fmt: skip
-    force: Annotated[bool, Help(MAIN, "Replace an existing output.", changes_measurements=False)] = False
+    force: Annotated[bool, Help(MAIN, "Replace an existing output or report.", changes_measurements=False)] = False
     never_worse: Annotated[bool, Help(
         OUTPUT, "Write the best single checkpoint if it scores higher.", "Not in compare.", changes_measurements=False
     )] = False  # fmt: skip
