@@ -9,6 +9,7 @@ from typing import Any
 from ckptavg.declaration import declared, docstring
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.options import Options
+from ckptavg.options.landscape import LandscapeOptions
 from ckptavg.pipeline import run as run_pipeline
 from ckptavg.pipeline.comparison import compare as run_comparison
 from ckptavg.pipeline.landscape import landscape as find_landscape
@@ -47,16 +48,16 @@ def compare(ckpts: Paths, strategies: Sequence[str] = (), **options: Any) -> Com
 
 
 def landscape(ckpts: Paths, **options: Any) -> Landscape:
-    """Describe the loss around the candidates to second order, write it as JSON, and return it.
+    """Measure the loss around the candidates, write it as numbers and with ``mixtures`` as a picture, and return it.
 
     Args:
         ckpts: one or more directories of checkpoints, or checkpoints.
-        **options: those of `run`, and samples, mixtures, grid and hessian of `ckptavg.pipeline.landscape.landscape`.
+        **options: those of `run`, and mixtures, grid, examples, samples and hessian of ``ckptavg landscape --help``.
     Raises:
         CkptavgError: with the message and exit code of the command line.
     """
-    settings = {name: options.pop(name) for name in ("samples", "mixtures", "grid", "hessian") if name in options}
-    shared = _options(ckpts, {"output": "landscape.json", **options}, required=True)
+    settings = {o.name: options.pop(o.name) for o in declared(LandscapeOptions) if o.name in options}
+    shared = _options(ckpts, {"output": "./", **options}, required=True)
     return find_landscape(_paths(ckpts), shared, **settings)
 
 

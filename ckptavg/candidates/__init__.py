@@ -24,7 +24,7 @@ from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.runtime.workers import ALONE, Workers
 
-COLUMNS: Final = 1 << 20  # columns per step of `Candidates.distances`, and of converting a 16-bit matrix to float32
+COLUMNS: Final = 1 << 20  # columns per step of `Candidates.differences`, and of converting a 16-bit matrix to float32
 
 
 class Matrix(Protocol):
@@ -191,15 +191,19 @@ class Candidates:
                     total_GN[g] += matrix.mean_D[part].to(run_NC).dot(gradient_C)
         return total_GN.mul_(self._workers.world_size)  # FSDP2 averages the gradients over ranks instead of summing
 
-    @torch.no_grad()
     def distances(self, groups: Groups = EVERYTHING) -> Tensor:
         """Return [G, N], ‖w_i − w̄‖₂ over the parameters of each group, where w̄ is the mean of the N rows."""
         total_GN = self._zeros(groups)
+        for off_NC, g in self.differences(groups):
+            total_GN[g] += off_NC.square().sum(dim=1)
+        return self._workers.sum(total_GN).sqrt()
+
+    def differences(self, groups: Groups = EVERYTHING) -> Iterator[tuple[Tensor, int]]:
+        """Yield ([N, C], group): the differences w_i − w̄ over the parameters of this rank, some columns at a time."""
         for flat, matrix in self._blocks:
             for run_NC, _, g in _column_runs(flat, matrix, groups, len(flat.gradient_Q)):
                 for piece_NC in run_NC.split(COLUMNS, dim=1):
-                    total_GN[g] += (piece_NC - piece_NC.mean(dim=0)).square().sum(dim=1)
-        return self._workers.sum(total_GN).sqrt()
+                    yield piece_NC - piece_NC.mean(dim=0), g
 
     def blocks(self, size: int | None) -> Groups:
         """See `ckptavg.objective.Losses.blocks`; each floating-point tensor is in one block, under all its names.
@@ -252,9 +256,7 @@ class Candidates:
         """Divide the model's tensors into those that are copied and those that are mixed; allocate their matrices."""
         self._copies = copies
         unique = unique_tensors(self.model)
-        self._floats = [
-            (n, tensor) for n, tensor in unique if tensor.is_floating_point() and copies.keys().isdisjoint(n)
-        ]
+        self._floats = [(n, t) for n, t in unique if t.is_floating_point() and copies.keys().isdisjoint(n)]
         mixed = {id(tensor) for _, tensor in self._floats}
         self._copied = Copied([(names, tensor) for names, tensor in unique if id(tensor) not in mixed], copies)
         self._blocks: list[tuple[Flat, Matrix]] = []

@@ -36,7 +36,7 @@ def to_dict(report: Result | Comparison | Landscape) -> dict[str, Any]:
 
 
 def _landscape(landscape: Landscape) -> dict[str, Any]:
-    q, plane = landscape.surrogate, landscape.plane
+    q = landscape.surrogate
     figures = {
         "steps": landscape.steps,
         "loss_at_mean": q.value,
@@ -48,7 +48,7 @@ def _landscape(landscape: Landscape) -> dict[str, Any]:
         "measured": landscape.measured,
         "spearman": landscape.spearman,
         "r_squared": landscape.r_squared,
-        "plane": plane and {"mixtures": plane.names, "u": plane.u, "v": plane.v, "losses": plane.losses},
+        "plane": landscape.plane,
         "left_out": landscape.left_out,
         "warnings": landscape.warnings,
     }

@@ -170,13 +170,48 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plane:
-    """Measured losses on the plane a + u(b − a) + v(c − a) through three mixtures; a row per v, a column per u."""
+class Mark:
+    """A point of a plane: a mixture that spans it, or a candidate's projection onto it.
 
-    names: tuple[str, str, str]
-    u: Sequence[float]
-    v: Sequence[float]
+    Attributes:
+        name: the strategy of a mixture; the step of a candidate.
+        distance: distance ‖w − w′‖₂ of a candidate from its projection.
+        loss: loss of a mixture, on the examples of the plane; None for a candidate.
+    """
+
+    name: str
+    x: float
+    y: float
+    distance: float = 0.0
+    loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plane:
+    """Measured losses on the plane through three mixtures.
+
+    Attributes:
+        mixtures: the three: the first at the origin, the second at (x, 0).
+        candidates: the candidates, in training order.
+        x, y: coordinates of the measured points: distances ‖w − w′‖₂ along two orthogonal directions.
+        losses: a row per y, a column per x.
+        source: the task, whose loss it is.
+        split: the data of the losses.
+        examples: the number of examples that each point was measured on, ``of`` those of the split.
+        statistics: the split that BatchNorm's statistics were recomputed on, from about as many examples; None if the
+            model has none.
+    """
+
+    mixtures: Sequence[Mark]
+    candidates: Sequence[Mark]
+    x: Sequence[float]
+    y: Sequence[float]
     losses: Sequence[Sequence[float]]
+    source: str
+    split: Split
+    examples: int
+    of: int
+    statistics: Split | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +221,7 @@ class Landscape:
     Attributes:
         eigenvalues: eigenvalues of the quadratic's H, ascending.
         predicted, measured: losses of random mixtures, by the quadratic and by passes over the data.
+        outputs: the written files: the numbers, the picture, or both.
     """
 
     surrogate: Surrogate
@@ -196,6 +232,11 @@ class Landscape:
     r_squared: float
     steps: Sequence[int]
     plane: Plane | None
-    output: Output | None = None
+    outputs: Sequence[Output] = ()
     left_out: Sequence[LeftOut] = ()
     warnings: Sequence[str] = ()
+
+    @property
+    def output(self) -> Output | None:
+        """The first of the written files."""
+        return self.outputs[0] if self.outputs else None
