@@ -120,6 +120,7 @@ def _measured(this: Session, options: LandscapeOptions, strategies: Mapping[str,
         raise UsageError("a landscape needs a loss, but the task has only scores")
     for strategy in strategies.values():
         check_strategy(strategy, evaluator.n, evaluator)
+    evaluator.prepare()
     corners: dict[str, Coefficients] = {}
     for spec, strategy in strategies.items():
         with this.run.progress.prefixed(spec):

@@ -87,8 +87,11 @@ class _Map:
         corners = [cell(mark) for mark in self._plane.mixtures]
         for (row, column), sign in zip([*path, *corners], [*_numbered(self._plane), *"ABC"], strict=True):
             cells[row][column] = sign
-        for row in reversed(cells):
-            yield Text("".join(row), no_wrap=True)
+        for number, row in reversed([*enumerate(cells)]):
+            text = Text("".join(row), no_wrap=True)
+            for corner in (column for at, column in corners if at == number):
+                text.stylize("reverse", corner, corner + 1)
+            yield text
 
 
 def _numbered(plane: Plane) -> list[str]:
