@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shlex
 import stat
 from pathlib import Path
@@ -12,13 +13,10 @@ from ckptavg.filesystem.atomic import longest_name
 from ckptavg.filesystem.regular_file import is_folder
 
 _FILE_NAME: Final = "model.safetensors"  # the name that every loader expects in an output directory
-_OF_WEIGHTS: Final = frozenset(
-    ".ckpt .pt .pth .bin .tar .pkl .pickle .joblib .npz .npy .h5 .hdf5 .keras .gguf .ggml .onnx .msgpack .pb .tflite "
-    ".mlmodel .distcp .zip .gz .bz2 .xz .zst .tgz".split()
-)
-_OF_OTHERS: Final = frozenset(
-    ".json .jsonl .yaml .yml .toml .txt .md .rst .log .csv .tsv .parquet .html .svg .png .jpg .jpeg .gif .pdf .py "
-    ".ipynb".split()
+_FOREIGN: Final = re.compile(  # suffixes of weights, archives and texts, and of pictures
+    r"(?<=.)(\.(ckpt|pth?|bin|tar|pkl|pickle|joblib|np[yz]|h5|hdf5|keras|gguf|ggml|onnx|msgpack|pb|tflite|mlmodel"
+    r"|zip|gz|bz2|xz|zst|tgz|jsonl?|ya?ml|toml|txt|md|rst|log|[ct]sv|parquet|html|py|ipynb|svg|png|jpe?g|gif|pdf))+$",
+    re.IGNORECASE,
 )
 
 
@@ -42,19 +40,16 @@ def check_suffix(output: Path | str) -> None:
     An unknown suffix, as in ``avg.v2`` or ``lr0.1``, is a part of the name.
     """
     path, folder = destination(output)
-    suffix = path.suffix.lower()
-    if folder or suffix not in _OF_WEIGHTS | _OF_OTHERS:
+    stem = _FOREIGN.sub("", path.name)
+    if folder or stem == path.name:
         return
-    stem = path
-    while stem.suffix.lower() in _OF_WEIGHTS | _OF_OTHERS:  # .pth.tar
-        stem = stem.with_suffix("")
-    name = str(stem if stem.suffix == ".safetensors" else stem.with_name(f"{stem.name}.safetensors"))
+    suffix, name = path.suffix, str(path.with_name(f"{stem.removesuffix('.safetensors')}.safetensors"))
     hint = f"-o {shlex.quote(name)}, and load it with model.load_state_dict(safetensors.torch.load_file({name!r}))"
     if suffix == ".bin":
-        hint += f"; -o {shlex.quote(f'{stem}/')} is a directory for from_pretrained"
+        hint += f"; -o {shlex.quote(f'{path.with_name(stem)}/')} is a directory for from_pretrained"
     elif suffix == ".json":
         hint = f"-o {shlex.quote(name)} --report {shlex.quote(str(path))}, which has the report as JSON"
-    message = f"--output {path}: a safetensors file is written, which no reader of {path.suffix} files can load"
+    message = f"--output {path}: a safetensors file is written, which no reader of {suffix} files can load"
     raise UsageError(message, hint=hint)
 
 

@@ -113,7 +113,9 @@ def test_an_output_named_after_another_format_is_refused_with_a_name_that_works(
         assert done.returncode == 2 and message in done.stderr, done.stderr
     words = shlex.split(done.stderr.partition("hint: ")[2].replace(",", " "))
     assert words[:2] == ["-o", works] and run("swa", ckpts, *words[:2]).stdout == f"{works}\n"
-    assert ("from_pretrained" in done.stderr) == (suffix == ".bin") and ("--report" in done.stderr) == (suffix == ".json")
+    assert ("from_pretrained" in done.stderr) == (suffix == ".bin") and ("--report" in done.stderr) == (
+        suffix == ".json"
+    )
 
 
 def test_an_unknown_suffix_is_a_part_of_the_name_and_a_directory_may_have_any(run: Run, ckpts: Path, tmp_path: Path):
