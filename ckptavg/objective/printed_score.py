@@ -45,7 +45,7 @@ def read_score(output: str, key: str | None = None) -> PrintedScore | None:
         entries = dict(_entries(objects[-1][0]))
         if len(entries) > 1:
             message = f"--score-cmd printed a JSON object with several numbers: {_cut(', '.join(entries))}"
-            raise TaskError(message, hint=f"choose one, such as --score-key {next(iter(entries))}")
+            raise TaskError(message, hint="choose one of them with --score-key")
         return next((_entry(*entry) for entry in entries.items()), None)
     numbers = list(_NUMBER.finditer(output))
     if len(numbers) > 1:

@@ -285,6 +285,7 @@ def test_interrupted_commands_are_killed_with_their_child_processes_and_scores_a
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     markers = [tmp_path / "2", tmp_path / "3"]
     while not all(marker.exists() for marker in markers):
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=300)
