@@ -83,7 +83,7 @@ class Screen:
             if isinstance(error, Exception) and not signals.pending():
                 raise
             # also if a worker process received the signal and its death was noticed first
-            hint = "run the same command to resume"
+            hint = next(iter(getattr(error, "__notes__", ())), "run the same command to resume")
             raise InterruptedRunError("interrupted; nothing was written", hint=hint) from error
 
     @contextmanager

@@ -23,7 +23,8 @@ class Options(SearchOptions, OutputOptions, Window, TaskOptions):
     key: Annotated[str | None, Help(
         CANDIDATES, "Entry of each file that is the model, such as state_dict_ema.", metavar="KEY")] = None  # fmt: skip
     skip_bad: Annotated[bool, Help(
-        CANDIDATES, "Leave out damaged or NaN checkpoints, with a warning each.", "Else they are refused.",
+        CANDIDATES, "Leave out damaged or NaN checkpoints, with a warning each.",
+        "Else they are refused. Where --score-cmd fails, or prints NaN, the score is the worst.",
         changes_measurements=False)] = False  # fmt: skip
     allow_nonfinite: Annotated[bool, Help(
         CANDIDATES, "Average NaN and infinite weights instead of refusing them.")] = False  # fmt: skip
@@ -52,6 +53,8 @@ class Options(SearchOptions, OutputOptions, Window, TaskOptions):
             raise UsageError("--shard needs several workers", hint="torchrun --nproc-per-node 8 -m ckptavg ...")
         if self.shard and (self.score_cmd is not None or self.lm_eval is not None):
             raise UsageError("--shard needs a loss: a task file or --val")
+        if self.score_jobs > 1 and self.workers.world_size > 1:
+            raise UsageError("--score-jobs is for a single process: under torchrun each worker runs a command")
         defaults = {"offload": "none", "precision": "float32", "compile": False}
         unused = [f"--{name}" for name, default in defaults.items() if getattr(self, name) != default]
         if self.score_cmd is not None and unused:

@@ -10,7 +10,7 @@ from ckptavg.errors import UsageError
 from ckptavg.objective import Learned, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
-from ckptavg.pipeline.preflight import check_space, check_strategy, dry_run_plan
+from ckptavg.pipeline.preflight import check_format, check_space, check_strategy, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
 from ckptavg.pipeline.session import open_session
 from ckptavg.pipeline.verdict import Verdict, on_test, scores_of, unbiased_hint
@@ -52,6 +52,7 @@ def compare(
     Raises:
         CkptavgError: on any expected failure; nothing is written then.
     """
+    check_format(options)
     with open_session(paths, options, watch) as this:
         evaluator = this.scored("compare scores every strategy, so it needs a task file, --val or --score-cmd")
         strategies = _parse_strategies(names, evaluator)

@@ -17,11 +17,17 @@ from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
 from ckptavg.output import dcp_folder, hugging_face_folder, sharded_files
-from ckptavg.output.destination import preflight
+from ckptavg.output.destination import check_suffix, preflight
 from ckptavg.score import Split
 from ckptavg.strategies import name_of
 
 _OUTPUT_PREFIXES: Final = ("model", "adapter_model")  # prefixes of the files written into an output directory
+
+
+def check_format(options: Options) -> None:
+    """Refuse an output file whose name is that of a format which is not written."""
+    if options.format == "safetensors":  # a directory of ``--format dcp`` may have any name, such as Lightning's .ckpt
+        check_suffix(options.output)
 
 
 def check_output(options: Options) -> None:

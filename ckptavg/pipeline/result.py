@@ -42,7 +42,7 @@ def build_result(
     invalid = [f"{score.invalid}: ranked below every valid score" for score in judgement.singles if score.invalid]
     notes = evaluator.notes if evaluator else ()
     warnings = [*invalid, *learned.notes, *notes, *_warnings(found.checkpoints[0], coefficients, evaluator, finished)]
-    blank = blank_result(found, strategy, options, warnings)
+    blank = blank_result(found, strategy, options, list(dict.fromkeys(warnings)))
     candidates = [
         replace(
             candidate, coefficient=coefficients.candidate(i), score=judgement.singles[i] if judgement.singles else None,

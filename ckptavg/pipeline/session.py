@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -24,7 +24,6 @@ from ckptavg.objective.command import CommandEvaluator
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.objective.mixture import Mixture
 from ckptavg.objective.precision import precision
-from ckptavg.objective.score_command import ScoreCommand
 from ckptavg.options import Options
 from ckptavg.output import dcp_folder
 from ckptavg.pipeline.preflight import check_output, check_sources, pick_device
@@ -110,9 +109,9 @@ def open_session(paths: Sequence[Path], options: Options, watch: Watch | None = 
             evaluator = _evaluator(found, options, run) if options.ways else None
             if evaluator and not options.dry_run:
                 workers.on_rank_zero(lambda: stack.enter_context(_compared(found, options, run)))
-            if evaluator and journal and journal.replayed:
-                note = "measurements of an interrupted run; the cost counts new measurements only"
-                run.progress(f"resuming with {journal.replayed} {note}", 0, 0)
+            if evaluator and journal and journal.summary:
+                note = "of an interrupted run; the cost counts new measurements only"
+                run.progress(f"resuming with {journal.summary} {note}", 0, 0)
             yield Session(paths=paths, options=options, found=found, run=run, evaluator=evaluator)
         except BaseException as error:
             if isinstance(error, UsageError) and (bad := sum(file.kind == "bad" for file in found.left_out)):
@@ -122,7 +121,21 @@ def open_session(paths: Sequence[Path], options: Options, watch: Watch | None = 
             brief = time.monotonic() - start < _MIN_SECONDS_TO_KEEP
             if journal and failed and brief and not journal.replayed and not signals.pending():
                 journal.drop()  # the next run, with the error fixed, will not match it
+            elif journal:
+                _say_what_is_kept(journal, error)
             raise
+
+
+def _say_what_is_kept(journal: Journal, error: BaseException) -> None:
+    """Add the number of measurements in the journal to an error's hint, or to what ended the run as a note."""
+    with suppress(RuntimeError):  # a device that failed also fails here
+        journal.flush()
+    if not journal.summary:
+        return
+    kept = f"{journal.summary} {'is' if journal.summary.startswith('1 ') else 'are'} kept in {journal.folder}/"
+    if isinstance(error, TaskError):  # the others ask for another command
+        error.hint = f"{f'{error.hint}; ' if error.hint else ''}{kept}"
+    error.add_note(f"{kept}; run the same command to resume")
 
 
 def _open_journal(options: Options, stack: ExitStack) -> Journal:
@@ -137,8 +150,7 @@ def _open_journal(options: Options, stack: ExitStack) -> Journal:
 def _evaluator(found: Discovered, options: Options, run: Run) -> Evaluator:
     """Return the evaluator that scores mixtures of the candidates; it loads nothing yet."""
     if options.score_cmd is not None:
-        command = ScoreCommand(options.score_cmd, options.score_key, options.score_timeout)
-        return CommandEvaluator(command, found.checkpoints, run, goal=options.score_goal, dtype=options.dtype)
+        return CommandEvaluator(options, found.checkpoints, run)
     if run.device.type == "mps" and run.workers.world_size > 1:
         raise UsageError("--device mps supports one worker only", hint="use --device cpu")
     return Mixture(task_for(found, options), found.checkpoints, run, options)
