@@ -137,4 +137,4 @@ class CommandEvaluator:
                 number = self._command.run(path, self._run.workers.environment())
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        return Score(value=self._sign * number, loss=None, metric=number, examples=None)
+        return Score(value=self._sign * number, loss=None, metric=number, examples=None, name=self._command.name)

@@ -36,6 +36,7 @@ class ScoreCommand:
         self._command = command if _FILE in command or _DIRECTORY in command else f"{command} {_FILE}"
         self._key = key
         self._timeout = timeout
+        self.name = key or "score"  # of the number, in reports
 
     @property
     def needs_directory(self) -> bool:
