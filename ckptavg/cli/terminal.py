@@ -69,6 +69,11 @@ class Screen:
         for warning in (*left_out, *result.warnings):
             self.print(Text(printable(warning), style="yellow"))
 
+    def show_next_steps(self, steps: Mapping[str, str]) -> None:
+        """Print code and commands to copy, without line breaks, unless quiet."""
+        for name, step in steps.items() if not self._quiet else ():
+            self._remark(f"{f'to {name}:':<10} {step}")
+
     def _remark(self, text: str) -> None:
         self._console.print(Text(printable(text), style="dim"), soft_wrap=True)
 
