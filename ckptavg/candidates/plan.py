@@ -108,7 +108,7 @@ class Plan:
         if self.device.type != "cpu":
             available = {self.device: self.present + free_memory(self.device), _HOST: host}
         if self._fits(available):
-            return f"learning takes {self}; {sized(available[self.device])} free"
+            return f"memory: {self}; {sized(available[self.device])} free"
         free = " and ".join(f"{sized(size)} on {device}" for device, size in available.items())
         mildest = [
             next((f"{setting} ({sized(plan.needed)})" for setting, plan in plans if plan._fits(available)), None)
@@ -116,7 +116,7 @@ class Plan:
         ]
         fitting = ", ".join(filter(None, mildest))
         hint = f"this would fit: {fitting}" if fitting else "no --bits, --offload or --last would fit"
-        raise OutOfMemoryError(f"learning takes {self}, but only {free} is free", hint=hint)
+        raise OutOfMemoryError(f"not enough memory: {self}, but only {free} is free", hint=hint)
 
     def _fits(self, available: dict[torch.device, int]) -> bool:
         return self.needed <= available[self.device] and self.on_host <= available.get(_HOST, 0)

@@ -105,7 +105,7 @@ def test_batchnorm_statistics_match_update_bn(digits: Path, selected: ckptavg.Re
 def test_the_average_beats_the_last_and_the_best_single_checkpoint(selected: ckptavg.Result):
     value = selected.scores["val"].value
     assert not selected.worse and selected.best_step is not None
-    better = f"Better than the best single candidate (step {selected.best_step}) on test data: "
+    better = f"Better than the best single candidate (step {selected.best_step}) on test data by accuracy: "
     assert selected.verdict.startswith(f"{better}{selected.gains['best']}") and selected.gains["best"].separated
     for name, gain in selected.gains.items():
         rival = selected.baselines[name]["test"].value
@@ -140,10 +140,10 @@ def test_the_command_prints_one_line_on_stdout_and_the_report_on_stderr(digits: 
     for expected in (
         "24 candidates",
         "step-360.pt",
-        "best single (step",
+        "best single* (step",
         "lawa-5",
         "single candidate",
-        "epochs",
+        "passes over the validation data",
         "sha256",
     ):
         assert expected in done.stderr, expected

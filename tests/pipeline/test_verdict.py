@@ -55,7 +55,7 @@ def test_no_interval_is_reported_on_random_labels_that_chose(linears: Path, tmp_
         for one in done.contestants:
             assert (one.gains["val"].low, one.gains["val"].high, one.gains["val"].separated) == (None, None, False)
         assert "[" not in done.result.verdict
-        won += (wins := f"{done.winner} wins on val data: +" in done.result.verdict)
+        won += (wins := f"{done.winner} wins on validation data with metric 0." in done.result.verdict)
         assert not wins or (ON_ITS_DATA in done.result.verdict and HOLDOUT in done.result.verdict)
     assert won > 5
 
@@ -64,7 +64,7 @@ def test_a_report_on_the_data_of_the_choice_shows_neither_interval_nor_mark(jobs
     job = jobs["transformer"]
     done = run("compare", job.folder, "--task", job.task, "--strategies", "swa,soup")
     text = " ".join(done.stderr.split())
-    assert "wins on val data" in text and ON_ITS_DATA in text and "strategies chose" in text
+    assert "wins on validation data" in text and ON_ITS_DATA in text and "strategies chose" in text
     assert "[" not in text and "≈" not in text and "interval" not in text
 
 
@@ -74,7 +74,7 @@ def test_a_single_command_says_on_which_data_it_was_chosen(linears: Path, tmp_pa
     done = getattr(ckptavg, command)(linears, task=str(tmp_path / "task.py"), output=tmp_path / "x")
     assert done.scores["val"].metric is not None and "[" not in done.verdict and not done.gains
     assert (ON_ITS_DATA in done.verdict) == learned == (HOLDOUT in done.verdict)
-    assert learned or "on val data" in done.verdict
+    assert learned or "on validation data" in done.verdict
 
 
 def test_a_command_has_no_holdout_and_is_told_of_other_data(linears: Path, run: Run):
@@ -110,10 +110,10 @@ def test_on_test_data_the_verdict_has_the_interval_of_the_difference(right: int,
     assert found.verdict.startswith(words)
     last, swa = found.gains["last"], found.gains["swa"]
     # swa is the better plain average on validation data; that lawa is better on test data decides nothing
-    assert found.verdict.endswith(f" Over last {last}; over swa {swa}.") and set(found.gains) == set(known)
+    assert found.verdict.endswith(f" Difference to last {last}, to swa {swa}.") and set(found.gains) == set(known)
     assert with_test(replace(verdict, worse=True), written, "val").verdict.startswith(f"On val. {words}")
     assert with_test(verdict, {"val": answers(1)}, "val").verdict == "On val."
-    assert "over swa" not in with_test(replace(verdict, same=["swa"]), written, "val").verdict
+    assert "to swa" not in with_test(replace(verdict, same=["swa"]), written, "val").verdict
 
 
 def test_differences_of_either_sign_are_not_distinguishable_from_none():
@@ -128,10 +128,10 @@ def test_differences_of_either_sign_are_not_distinguishable_from_none():
 @pytest.mark.parametrize(
     ("command", "settings", "compared"),
     [
-        ("best", {}, "the last candidate; over swa"),  # lawa-1 is last
-        ("last", {}, "the best single candidate; over swa"),
-        ("lawa", {"k": 3}, "the best single candidate; over last; over swa"),
-        ("sewa", {"k": 8, "steps": 1, "verify": 1}, "the best single candidate; over last"),  # all of them are swa
+        ("best", {}, "the last candidate; to swa"),  # lawa-1 is last
+        ("last", {}, "the best single candidate; to swa"),
+        ("lawa", {"k": 3}, "the best single candidate; to last; to swa"),
+        ("sewa", {"k": 8, "steps": 1, "verify": 1}, "the best single candidate; to last"),  # all of them are swa
     ],
 )
 def test_no_average_is_compared_with_itself(
@@ -140,6 +140,6 @@ def test_no_average_is_compared_with_itself(
     source = RANDOM.replace("SEED", "0") + "test_dataloader = val_dataloader\n"
     (tmp_path / "task.py").write_text(source)
     done = getattr(ckptavg, command)(linears, task=str(tmp_path / "task.py"), output=tmp_path / "x", **settings)
-    rivals = re.findall(r"(the (?:last|best single) candidate|over [\w-]+)", done.verdict.lower())
+    rivals = re.findall(r"(the (?:last|best single) candidate|to (?:last|swa|lawa)\b)", done.verdict)
     assert "; ".join(dict.fromkeys(rivals)) == compared and " on test data" in done.verdict
     assert set(done.gains) == set(done.baselines)
