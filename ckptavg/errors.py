@@ -79,9 +79,9 @@ def printable(text: str) -> str:
     )
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless it is 1."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """Return a number with its noun, with the ending of the plural unless it is 1."""
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 def _short(text: str | None) -> str | None:

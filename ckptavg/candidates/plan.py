@@ -12,7 +12,7 @@ from torch import nn
 
 from ckptavg.candidates.copied import Copies
 from ckptavg.candidates.flat import unique_tensors
-from ckptavg.errors import OutOfMemoryError
+from ckptavg.errors import OutOfMemoryError, counted
 from ckptavg.runtime import cgroups
 
 Offload: TypeAlias = Literal["none", "cpu", "disk"]
@@ -96,7 +96,7 @@ class Plan:
         """Format the breakdown as one line."""
         streamed = f" streamed ({self.offload})" if self.streamed else ""
         storage = f" at {self.bits} bits" if self.bits != EXACT else streamed
-        parts = f"{self.n} candidates{storage} {sized(self.matrix)} + model {sized(self.size)}"
+        parts = f"{counted(self.n, 'candidate')}{storage} {sized(self.matrix)} + model {sized(self.size)}"
         host = f", and {sized(self.on_host)} in the host's memory" if self.on_host else ""
         copied = f" + copied tensors {sized(self.copied)}" if self.copied else ""
         return f"{parts} + gradient {sized(self.gradient)}{copied} = {sized(self.needed)} on {self.device}{host}"

@@ -137,18 +137,18 @@ def _verdict(
     split = evaluator.scored_on
     if winner.name == REFERENCE:
         text = f"No strategy scores above the last candidate on {DATA[split]} data, so the last candidate was written."
-        return f"{text}{_higher_on_test(contestants, winner)}"
+        return f"{text}{higher_on_test(contestants, winner)}"
     won = f"{winner.name} wins on {DATA[split]} data with {figure(winner.scores[split])}"
     if gain := winner.gains.get("test"):
         reference = next(contestant for contestant in contestants if contestant.name == REFERENCE)
         text = on_test(winner.scores["test"], gain, "the last candidate")
         text += loss_on_test(winner.scores["test"], reference.scores["test"], gain)
-        return f"{won}. {text}{_higher_on_test(contestants, winner)}"
+        return f"{won}. {text}{higher_on_test(contestants, winner)}"
     difference = f"{winner.gains[split].value:+.4f} against last on the data it was chosen on"
     return f"{won}: {difference}. {unbiased_hint(options, split)}"
 
 
-def _higher_on_test(contestants: Sequence[StrategyResult], winner: StrategyResult) -> str:
+def higher_on_test(contestants: Sequence[StrategyResult], winner: StrategyResult) -> str:
     """Return a sentence if strategies score above the winner on test data, which do not decide."""
     value = {contestant.name: contestant.scores["test"].value for contestant in contestants if "test" in winner.scores}
     higher = [contestant for contestant in contestants if value and value[contestant.name] > value[winner.name]]
@@ -157,5 +157,5 @@ def _higher_on_test(contestants: Sequence[StrategyResult], winner: StrategyResul
     top = max(higher, key=lambda contestant: value[contestant.name])
     gain = interval.gain(top.scores["test"], winner.scores["test"])
     more = f"; {counted(len(higher) - 1, 'other')} too" if len(higher) > 1 else ""
-    noise = "within noise" if not gain.separated else f"but the best of {len(contestants)} may be so by chance"
-    return f" {top.name} scores higher on test data, {noise}: {gain}{more}."
+    noise = f", but the best of {len(contestants)} may be so by chance" if gain.separated else ", within noise"
+    return f" {top.name} scores higher on test data{'' if gain.low is None else noise}: {gain}{more}."

@@ -85,11 +85,11 @@ def judge(this: Session, evaluator: Evaluator, strategy: Strategy, selection: Co
     above = [name for name, scores in baselines.items() if scores[split].value > chosen.value]
     if plain := [name for name in above if name not in ("best", "last", *same)]:
         verdict += f" Plain {' and '.join(plain)} scored higher than the selection, without any search."
-    by_loss = _by_loss(chosen, singles, singles[best], [checkpoint.step for checkpoint in this.checkpoints], split)
-    verdict += by_loss
+    sentence = by_loss(chosen, singles, singles[best], [checkpoint.step for checkpoint in this.checkpoints], split)
+    verdict += sentence
     if learned and not worse and "test" not in evaluator.splits:
         verdict += f" {unbiased_hint(options, split)}"
-    return Verdict(selection, singles, baselines, step, verdict, worse=worse, same=same, by_loss=by_loss)
+    return Verdict(selection, singles, baselines, step, verdict, worse=worse, same=same, by_loss=sentence)
 
 
 def with_test(verdict: Verdict, written: Mapping[Split, Score], split: Split) -> Verdict:
@@ -135,7 +135,7 @@ def loss_on_test(score: Score, reference: Score, gain: Gain) -> str:
     return f" But its test loss is {order}: {score.loss:.4f}, against {reference.loss:.4f}."
 
 
-def _by_loss(chosen: Score, singles: Sequence[Score], best: Score, steps: Sequence[int], split: Split) -> str:
+def by_loss(chosen: Score, singles: Sequence[Score], best: Score, steps: Sequence[int], split: Split) -> str:
     """Return a sentence on the loss if its order of the selection and the single candidates is not the metric's."""
     losses = {step: single.loss for step, single in zip(steps, singles, strict=True) if single.loss is not None}
     if chosen.metric is None or chosen.loss is None or len(losses) < len(singles):

@@ -1,6 +1,6 @@
 """Comparison report for a terminal: one row per strategy, with the winner marked."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Final
 
 from rich.console import RenderableType
@@ -35,7 +35,7 @@ def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
     else:
         text = "vs last: difference on test data."
     yield Sentence(text, "dim")
-    yield from (Sentence(line, "dim") for line in _without_interval(gains) if evidence)
+    yield from without_interval(gains if evidence else ())
     if not all(gain.paired for gain in gains):
         text = "The loader gives other examples, or another order, in every pass: differences are not paired."
         yield Sentence(text, "yellow")
@@ -47,16 +47,16 @@ def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
         yield Sentence(FOOTNOTE, "dim")
 
 
-def _without_interval(gains: list[Gain]) -> Iterator[str]:
-    """Yield why differences have no interval, and how to get one."""
-    reasons = [gain.reason for gain in gains if gain.low is None]
-    few = next((gain for gain in gains if gain.low is None and gain.reason.startswith("only ")), None)
-    if few is not None:
-        more = "a smaller batch size in the test loader gives more"
-        own = ", and so does a loss or metric with one value per example" if few.unit == "batches" else ""
-        yield f"No interval from {few.reason}: at least 10 are needed. {more[0].upper()}{more[1:]}{own}."
-    elif reasons:
-        yield "No interval where fewer than 10 examples or batches differ."
+def without_interval(gains: Collection[Gain]) -> Iterator[Sentence]:
+    """Yield why differences on test data have no interval, and how to get one."""
+    missing = [gain for gain in gains if gain.low is None]
+    few = next((gain for gain in missing if gain.reason.startswith("only ")), None)
+    if few is not None and "batches" in few.unit:
+        own = ", or a loss and metric with one value per example" if few.unit == "batches" else ""
+        text = f"An interval needs at least 10 batches of test data, not {few.units}: choose a smaller batch size{own}."
+        yield Sentence(text, "dim")
+    elif missing:
+        yield Sentence("No interval where fewer than 10 examples or batches differ.", "dim")
 
 
 def _table(comparison: Comparison, mark: str) -> FittedTable:

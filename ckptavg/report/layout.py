@@ -32,11 +32,13 @@ class Sentence:
     indent: int = 0
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        lines = [self.text[: len(self.text) - len(self.text.lstrip())]]
+        lines, start = [""], 0
         for match in _TOKEN.finditer(self.text):
-            longer = self.text[: match.end()] if len(lines) == 1 else f"{lines[-1]} {match[0]}"
+            (token,) = shortened([match[0]], options.max_width - self.indent)
+            longer = f"{lines[-1]}{self.text[start : match.start()]}{token}"
+            start = match.end()
             if cell_len(longer) > options.max_width and lines[-1].strip():
-                lines.append(" " * self.indent + match[0])
+                lines.append(" " * self.indent + token)
             else:
                 lines[-1] = longer
         yield Text("\n".join(lines), style=self.style)

@@ -8,7 +8,7 @@ from rich.text import Text
 from ckptavg.cost import Cost
 from ckptavg.errors import counted, printable
 from ckptavg.report import landscape
-from ckptavg.report.comparison import FOOTNOTE, RECOMPUTED, comparison_table
+from ckptavg.report.comparison import FOOTNOTE, RECOMPUTED, comparison_table, without_interval
 from ckptavg.report.layout import FittedTable, Sentence
 from ckptavg.report.result import CandidateResult, Comparison, Landscape, Output, Result, Row
 from ckptavg.score import DATA, Score, Split
@@ -34,6 +34,7 @@ def _parts(result: Result) -> Iterator[RenderableType]:
     if result.scores:
         yield from (Text(), *_scores(result), Text())
         yield Sentence(result.verdict, "bold red" if result.worse else "bold" if "test" in result.scores else "")
+        yield from without_interval(result.gains.values())
     elif result.output:
         yield Text("Nothing was scored: there is no task (--task).", style="bold")
     if result.cost:

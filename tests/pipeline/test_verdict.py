@@ -12,7 +12,10 @@ from conftest import Job, Run
 
 import ckptavg
 from ckptavg.coefficients import Coefficients
-from ckptavg.pipeline.verdict import Verdict, with_test
+from ckptavg.cost import Cost
+from ckptavg.pipeline.comparison import higher_on_test
+from ckptavg.pipeline.verdict import Verdict, by_loss, loss_on_test, with_test
+from ckptavg.report.result import Gain, StrategyResult
 from ckptavg.score import PerExample, Score
 
 RANDOM = """
@@ -143,3 +146,54 @@ def test_no_average_is_compared_with_itself(
     rivals = re.findall(r"(the (?:last|best single) candidate|to (?:last|swa|lawa)\b)", done.verdict)
     assert "; ".join(dict.fromkeys(rivals)) == compared and " on test data" in done.verdict
     assert set(done.gains) == set(done.baselines)
+
+
+def by_two(accuracy: float, loss: float) -> Score:
+    return Score(value=accuracy, loss=loss, metric=accuracy, examples=9, name="accuracy")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ((0.8, 0.2), "But its validation loss, 0.2000, is lower than that of every single candidate."),
+        ((0.95, 0.4), "But its validation loss, 0.4000, is higher than that of step 20 alone, 0.3000."),
+        ((0.95, 0.2), ""),
+        ((0.8, 0.4), ""),
+    ],
+)
+def test_the_verdict_says_where_the_loss_orders_otherwise_than_the_metric(chosen: tuple[float, float], words: str):
+    singles = [by_two(0.9, 0.5), by_two(0.7, 0.3)]
+    assert by_loss(by_two(*chosen), singles, singles[0], [10, 20], "val").strip() == words
+
+
+@pytest.mark.parametrize(("gain", "loss", "order"), [(0.05, 0.4, "higher"), (-0.1, 0.2, "lower"), (0.0, 0.2, "lower")])
+def test_the_verdict_on_test_data_says_so_too(gain: float, loss: float, order: str):
+    text = f" But its test loss is {order}: {loss:.4f}, against 0.3000."
+    assert loss_on_test(by_two(0.9, loss), by_two(0.9 - gain, 0.3), Gain(value=gain)) == text
+    assert loss_on_test(by_two(0.9, 0.6 - loss), by_two(0.9, 0.3), Gain(value=gain or -1.0)) == ""
+
+
+def test_lawa_of_one_candidate_is_left_out_where_last_is_shown(linears: Path, tmp_path: Path):
+    (tmp_path / "task.py").write_text(RANDOM.replace("SEED", "0"))
+    done = ckptavg.best(linears, task=str(tmp_path / "task.py"), output=tmp_path / "x")
+    assert set(done.baselines) == {"best", "last", "swa"}
+
+
+def test_compare_says_which_strategy_scores_higher_on_test_data():
+    def result(name: str, test: Score) -> StrategyResult:
+        cost = Cost(forward_batches=0, backward_batches=0, evaluations=0, seconds=0.0, epochs=None, epochs_of="val")
+        return StrategyResult(
+            name=name, strategy=name, settings={}, coefficients=(), groups=(("",),), used=2, gains={}, cost=cost,
+            scores={"val": answers(1), "test": test},
+        )  # fmt: skip
+
+    winner, better = result("swa", answers(202)), result("ema", answers(400))
+    turned = answers(204)
+    assert turned.per_example is not None
+    values_U = turned.per_example.values_U.flip(0)
+    same = result("lawa", replace(turned, per_example=replace(turned.per_example, values_U=values_U)))
+    text = higher_on_test([winner, same], winner)
+    assert text.startswith(" lawa scores higher on test data, within noise: +0.0050 [-")
+    text = higher_on_test([winner, same, better], winner)
+    assert text.startswith(" ema scores higher on test data, but the best of 3 may be so by chance: +0.49")
+    assert text.endswith("]; 1 other too.") and higher_on_test([winner, same, better], better) == ""
