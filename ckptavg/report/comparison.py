@@ -36,6 +36,8 @@ def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
         text = "vs last: difference on test data."
     yield Sentence(text, "dim")
     yield from without_interval(gains if evidence else ())
+    if evidence and any(" differ" in gain.reason for gain in gains):
+        yield Sentence("No interval where fewer than 10 examples or batches differ.", "dim")
     if not all(gain.paired for gain in gains):
         text = "The loader gives other examples, or another order, in every pass: differences are not paired."
         yield Sentence(text, "yellow")
@@ -48,15 +50,12 @@ def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
 
 
 def without_interval(gains: Collection[Gain]) -> Iterator[Sentence]:
-    """Yield why differences on test data have no interval, and how to get one."""
-    missing = [gain for gain in gains if gain.low is None]
-    few = next((gain for gain in missing if gain.reason.startswith("only ")), None)
+    """Yield how differences get an interval that have none because there are few batches of test data."""
+    few = next((gain for gain in gains if gain.reason.startswith("only ")), None)
     if few is not None and "batches" in few.unit:
         own = ", or a loss and metric with one value per example" if few.unit == "batches" else ""
         text = f"An interval needs at least 10 batches of test data, not {few.units}: choose a smaller batch size{own}."
         yield Sentence(text, "dim")
-    elif missing:
-        yield Sentence("No interval where fewer than 10 examples or batches differ.", "dim")
 
 
 def _table(comparison: Comparison, mark: str) -> FittedTable:

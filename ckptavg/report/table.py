@@ -87,9 +87,10 @@ def _legend(result: Result, columns: Collection[str]) -> Iterator[str]:
         chosen = [candidate for candidate in order if candidate.coefficient != 0]
         likeliest = order[-len(chosen) :]
         by_loss = "loss" in result.trace
-        why = f"by {'loss' if by_loss else 'score'} the best of the subsets that were scored"
+        best = "lowest loss" if by_loss else "best score"
         if {id(candidate) for candidate in chosen} != {id(candidate) for candidate in likeliest}:
-            yield f"s: probability of being selected. Not the {len(chosen)} largest s were taken, but {why}."
+            other = f"The {len(chosen)} selected are not those of the largest s"
+            yield f"s: probability of being selected. {other}: their average has the {best} of all that were scored."
         else:
             yield "s: probability of being selected"
 
