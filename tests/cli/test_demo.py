@@ -181,7 +181,7 @@ def test_verify_rebuilds_the_file_and_detects_a_changed_one(digits: Path, run: R
     content[-1] ^= 1
     (tmp_path / "averaged.safetensors").write_bytes(content)
     done = run("verify", "averaged.safetensors", "--sources", digits)
-    assert done.returncode == 3 and "are not the average of the sources" in done.stderr
+    assert done.returncode == 3 and "1 tensor not equal to the average of the sources" in done.stderr
     done = run("verify", "averaged.safetensors", "--sources", tmp_path)
     assert done.returncode == 3 and "no source" in done.stderr
 

@@ -181,7 +181,7 @@ def test_too_few_good_candidates_is_a_single_error(run: Run, ckpts: Path, tmp_pa
     save_file(state(1), ckpts / "step-1.safetensors")
     done = run("lawa", "ckpts", "--k", 2, "--skip-bad")
     assert done.returncode == 2 and "--k 2 asks for more checkpoints than the 1 candidate given" in done.stderr
-    assert "3 bad checkpoints were left out" in done.stderr
+    assert "3 bad checkpoints left out" in done.stderr
     assert not list(tmp_path.glob("*.safetensors"))
 
 
