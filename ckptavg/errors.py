@@ -79,6 +79,11 @@ def printable(text: str) -> str:
     )
 
 
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """Return a number with its noun, with the ending of the plural unless it is 1."""
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
 def _short(text: str | None) -> str | None:
     """Truncate text taken from a file, which may be arbitrarily long."""
     return text if text is None or len(text) <= _LONGEST else f"{text[:500]}… ({len(text):,} characters)"

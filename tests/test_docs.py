@@ -71,7 +71,7 @@ def options(commands: dict[str, Any]) -> dict[str, set[str]]:
             for option in (*param.opts, *param.secondary_opts)
             if param.param_type_name == "option"
         }
-        | {"--help", "-h"}
+        | {"--help", "--help-all", "-h"}
         for name, command in commands.items()
     }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ckptavg.cli.command import takes
 from ckptavg.cli.options import NO_REPORT, SHARED
-from ckptavg.errors import TaskError, printable
+from ckptavg.errors import TaskError, counted, printable
 
 if TYPE_CHECKING:
     from ckptavg.pipeline.task_check import TaskCheck
@@ -21,7 +21,8 @@ _OPTIONS: Final = (
 @takes(*(SHARED[name] for name in _OPTIONS), *NO_REPORT)
 def command(ckpts: list[Path], json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Run a task on one checkpoint: what it does, what a search would cost, and how to fix what is wrong."""
-    from ckptavg.cli.terminal import Screen, stdout_for_data
+    from ckptavg.cli.terminal import Screen, console, stdout_for_data
+    from ckptavg.report.layout import Sentence
 
     screen = Screen(quiet=quiet, verbose=verbose)
     with stdout_for_data(), screen.watching() as watch:
@@ -34,26 +35,28 @@ def command(ckpts: list[Path], json: bool, quiet: bool, verbose: bool, **options
     if json:
         print(json_module.dumps(plain(checked), indent=2))
     else:
-        print("\n".join(printable(line) for line in _lines(checked)))
+        for line in _lines(checked):
+            console().print(Sentence(printable(line), indent=12))
     if checked.problems:
         more = f", and {len(checked.problems) - 1} more" if len(checked.problems) > 1 else ""
         raise TaskError(f"{checked.problems[0]}{more}")
 
 
 def _lines(checked: "TaskCheck") -> Iterator[str]:
-    yield f"checkpoint  {checked.checkpoint}, the last of {checked.candidates} candidates"
+    yield f"checkpoint  {checked.checkpoint}, the last of {counted(checked.candidates, 'candidate')}"
     yield f"model       {checked.model}"
     yield f"loss        {checked.loss}"
     yield f"metric      {checked.metric or 'none: scores are of the loss'}"
     for name, split in checked.splits.items():
-        figures = {"loss": split.loss, "metric": split.metric}
+        figures = {"loss": split.loss, checked.metric.partition(", ")[0] or "metric": split.metric}
         scored = "".join(f", {kind} {value:.4f}" for kind, value in figures.items() if value is not None)
         repeated = "" if split.repeats else ", other examples or order in every pass"
-        unit = "a score" if scored else "to read"
-        counts = f"{split.examples:,} examples in {split.batches:,} batches, {split.seconds:.2f} s {unit}"
+        unit = "per score" if scored else "to read"
+        batches = f"{counted(split.examples, 'example')} in {counted(split.batches, 'batch', 'es')}"
+        counts = f"{batches}, {split.seconds:.2f} s {unit}"
         yield f"{name:<11} {counts}{scored}{repeated}"
     searches = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in checked.searches.items())
-    yield f"searches    about {searches}, of {checked.candidates} candidates"
+    yield f"searches    of {counted(checked.candidates, 'candidate')}, about: {searches}"
     yield f"memory      {checked.memory}"
     for kind, lines in (("problem", checked.problems), ("remark", checked.remarks)):
         for line in lines:

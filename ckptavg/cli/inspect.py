@@ -68,24 +68,22 @@ def _row(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _show(found: Discovered, rows: Sequence[dict[str, Any]], *, quiet: bool) -> None:
     from rich.filesize import decimal
-    from rich.table import Table
     from rich.text import Text
 
     from ckptavg.cli.terminal import console
+    from ckptavg.report.layout import FittedTable
 
     screen = console()
-    table = Table(box=None, pad_edge=False)
     headings = ["candidate", "step", "format", "key", "tensors", "parameters", "dtype", "size"]
     if not any(row["key"] for row in rows):
         headings.remove("key")
-    for heading in headings:
-        right = heading in ("step", "tensors", "parameters", "size")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    for checkpoint, row in zip(found.checkpoints, rows, strict=True):
-        cells = row | {"candidate": checkpoint.path.name, "key": checkpoint.key or "·"}
-        cells |= {"parameters": f"{checkpoint.numel:,}", "size": decimal(checkpoint.size)}
-        table.add_row(*(Text(printable(str(cells[heading]))) for heading in headings))
-    screen.print(table)
+    cells = [
+        row | {"candidate": checkpoint.path.name, "key": checkpoint.key or "·", "parameters": f"{checkpoint.numel:,}"}
+        | {"size": decimal(checkpoint.size)}
+        for checkpoint, row in zip(found.checkpoints, rows, strict=True)
+    ]  # fmt: skip
+    lines = [[printable(str(row[heading])) for heading in headings] for row in cells]
+    screen.print(FittedTable(title="", headings=headings, rows=lines, left=("format", "key", "dtype")))
     if quiet:
         return
     if found.checkpoints:

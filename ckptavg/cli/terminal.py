@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ckptavg.errors import InterruptedRunError, OutputError, OutputExistsError, UsageError, printable
 from ckptavg.filesystem import atomic
+from ckptavg.report.layout import Sentence
 from ckptavg.runtime import signals
 
 if TYPE_CHECKING:
@@ -70,8 +71,17 @@ class Screen:
         for warning in (*left_out, *result.warnings):
             self.print(Text(printable(warning), style="yellow"))
 
+    def show_next_steps(self, steps: Mapping[str, str]) -> None:
+        """Print code and commands to copy, without line breaks, unless quiet."""
+        for name, step in steps.items() if not self._quiet else ():
+            self._console.print(Text(printable(f"{f'to {name}:':<10} {step}"), style="dim"), soft_wrap=True)
+
     def _remark(self, text: str) -> None:
-        self._console.print(Text(printable(text), style="dim"), soft_wrap=True)
+        line = printable(text)
+        if self._console.is_terminal:
+            self._console.print(Sentence(line, "dim"))
+        else:
+            self._console.print(Text(line, style="dim"), soft_wrap=True)  # a line of a log
 
     @contextmanager
     def watching(self) -> Generator[Watch | None]:

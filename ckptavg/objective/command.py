@@ -222,7 +222,7 @@ class CommandEvaluator:
             self._shown = True
             self._run.progress(f"--score-cmd scores {self._name(job.coefficients)}: {number:.6g}, from: {text}", 0, 0)
         value = number if self._options.score_goal == "max" else -number
-        return Score(value=value, loss=None, metric=number, examples=None)
+        return Score(value=value, loss=None, metric=number, examples=None, name=self._command.name)
 
     def _failure(self, job: _Job, error: TaskError) -> TaskError:
         """Return the error with the mixture's name, and keep its file if that is wanted."""

@@ -138,11 +138,13 @@ class Mixture:
     def cost(self) -> Cost:
         """See `Evaluator.cost`."""
         size = self._loader.examples.get(self._batchnorm_from) or self.task.examples(self._batchnorm_from)
+        scored = self._loader.examples.get(self.scored_on) or self.task.examples(self.scored_on)
         work = self.meter["forward_examples"] + 2 * self.meter["backward_examples"]
         cost = Cost(
             forward_batches=round(self.meter["forward_batches"]),
             backward_batches=round(self.meter["backward_batches"]),
             evaluations=round(self.meter["evaluations"]), seconds=self.meter[SECONDS],
             epochs=work / (3 * size) if size else None, epochs_of=self._batchnorm_from,
+            passes=work / scored if scored else None, passes_over=self.scored_on,
         )  # fmt: skip
         return self.run.workers.broadcast(cost)  # other ranks may be without a batch in the last step of a pass

@@ -38,6 +38,7 @@ class ScoreCommand:
         self._command = command if _FILE in command or _DIRECTORY in command else f"{command} {_FILE}"
         self.key = key
         self.timeout = timeout
+        self.name = key or "score"  # of the number, in reports
 
     @property
     def needs_directory(self) -> bool:

@@ -241,6 +241,7 @@ class Scoring:
         score = tally.score(what, split)
         if score is None:
             raise self._loader.empty(split)
+        score = replace(score, name=task.metric_name) if score.name == METRIC else score
         self._examples[split] = self._loader.examples[split]
         names = [score.name, *score.others]
         self._names = self._names or names

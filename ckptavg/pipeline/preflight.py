@@ -10,7 +10,7 @@ from ckptavg.average.weighted_sum import output_specs
 from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import Discovered
-from ckptavg.errors import OutputError, OutputExistsError, UsageError
+from ckptavg.errors import OutputError, OutputExistsError, UsageError, counted
 from ckptavg.filesystem import atomic
 from ckptavg.filesystem.regular_file import is_folder
 from ckptavg.objective import PlainAverage, Strategy
@@ -98,6 +98,7 @@ def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[st
         group_size=options.group_size, offload=options.offload, device=device,
     ).at(options.bits)  # fmt: skip
     return [
-        f"would read {n} candidates of {first.size:,} bytes and write {written:,} bytes to {options.destination[0]}",
+        f"would read {counted(n, 'candidate')} of {first.size:,} bytes and "
+        f"write {written:,} bytes to {options.destination[0]}",
         f"memory for learning with a float32 model: {memory}",
     ]

@@ -17,7 +17,15 @@ from ckptavg.checkpoints.discover import Discovered, NotFinite, discover, with_d
 from ckptavg.checkpoints.kept import keeping, kept_names
 from ckptavg.checkpoints.state_dict import check_agreement
 from ckptavg.context import Run
-from ckptavg.errors import CkptavgError, InterruptedRunError, OutOfMemoryError, TaskError, UsageError, is_out_of_memory
+from ckptavg.errors import (
+    CkptavgError,
+    InterruptedRunError,
+    OutOfMemoryError,
+    TaskError,
+    UsageError,
+    counted,
+    is_out_of_memory,
+)
 from ckptavg.journal import Journal, ReadOnlyJournal, source_digests
 from ckptavg.journal.fingerprint import fingerprint
 from ckptavg.objective.command import CommandEvaluator
@@ -116,7 +124,7 @@ def open_session(paths: Sequence[Path], options: Options, watch: Watch | None = 
         except BaseException as error:
             if isinstance(error, UsageError) and (bad := sum(file.kind == "bad" for file in found.left_out)):
                 # such as --k larger than the number of candidates
-                error.hint = f"{f'{error.hint}; ' if error.hint else ''}{bad} bad checkpoints were left out"
+                error.hint = f"{f'{error.hint}; ' if error.hint else ''}{counted(bad, 'bad checkpoint')} left out"
             failed = isinstance(error, Exception) and not isinstance(error, InterruptedRunError)
             brief = time.monotonic() - start < _MIN_SECONDS_TO_KEEP
             if journal and failed and brief and not journal.replayed and not signals.pending():

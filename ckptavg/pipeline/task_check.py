@@ -29,7 +29,7 @@ from ckptavg.pipeline.session import translate_errors
 from ckptavg.pipeline.task_choice import task_for
 from ckptavg.runtime.progress import Progress, Watch
 from ckptavg.runtime.seeds import reproducible, reseed
-from ckptavg.score import METRIC, Split
+from ckptavg.score import DATA, METRIC, Split
 from ckptavg.strategies.sewa import SeWA, default_steps
 from ckptavg.strategies.twa import TWA
 from ckptavg.tasks import batch as batches
@@ -97,7 +97,8 @@ def check_task(paths: Sequence[Path], options: Options, watch: Watch | None = No
     with translate_errors(), reproducible(options.seed), discover(paths, options, options.key) as found:
         check_agreement(found.checkpoints)
         task, progress, notes = task_for(found, options), Progress(watch), _Findings()
-        run = Run(device=pick_device(options.device), workers=options.workers, seed=options.seed, progress=progress)
+        # the memory of these two candidates is not reported, but that of all
+        run = Run(device=pick_device(options.device), workers=options.workers, seed=options.seed, progress=Progress())
         mixture = Mixture(task, found.checkpoints[-2:], run, options)  # two: the model must not keep the first one
         loader = BatchLoader(task, mixture.scored_on, run, CostMeter(), needs_two=lambda: bool(mixture.mixed.norms))
         mixture.prepare()
@@ -105,7 +106,7 @@ def check_task(paths: Sequence[Path], options: Options, watch: Watch | None = No
         splits: dict[Split, SplitCheck] = {}
         more: list[Split] = ["train"] if task.has("train") and mixture.scored_on != "train" else []
         for split in (*mixture.splits, *more):
-            progress(f"checking the {split} data", 0, 0)
+            progress(f"checking the {DATA[split]} data", 0, 0)
             splits[split] = _check_split(mixture, loader, split, notes)
         _check_fresh(mixture, found.checkpoints[-1], notes)
         _check_advice(mixture, notes)

@@ -111,6 +111,7 @@ class Result:
         replaced: whether that candidate was written instead; ``baselines`` then includes the selection.
         groups: name prefixes of the tensors that each coefficient of a candidate applies to.
         tables: further tables of the strategy: title → rows, each column → value.
+        next_steps: ``load``, Python code that loads the written file, and ``verify``, the command that verifies it.
         holdout: fraction of the validation data reserved for the test score, None if none was reserved.
     """
 
@@ -135,6 +136,7 @@ class Result:
     trace: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     warnings: Sequence[str] = ()
     output: Output | None = None
+    next_steps: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.filesystem.regular_file import is_file
 from ckptavg.runtime.seeds import preserved
 from ckptavg.runtime.threads import affinity, processors, quota
-from ckptavg.score import Split
+from ckptavg.score import METRIC, Split
 from ckptavg.tasks import Task, data_loader, probabilities
 from ckptavg.tasks import batch as batches
 from ckptavg.tasks.batch import Batch
@@ -73,6 +73,8 @@ class PythonTask(Task):
             self.corpus()  # raises here if the metric cannot be used
         elif metric is not None:
             self.metric = partial(self._metric, self._function("metric"))
+            name = getattr(metric, "__name__", METRIC).strip("_<>")  # metric = accuracy
+            self.metric_name = METRIC if name in ("lambda", "loss", "") else name
         if predict is not None and not named:
             self.predict = probabilities.ProbabilityMetrics(
                 predict, self._labels, source, lambda: self._where, self.notes,

@@ -167,7 +167,7 @@ def test_a_new_option_is_one_edit(tmp_path: Path):
     assert "    shiny: How much it shines. At least once." in seen.stdout
     assert "| `--shiny` | `7` | How much it shines. At least once. |" in seen.stdout
     page = subprocess.run(
-        [*python, "-m", "ckptavg", "swa", "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [*python, "-m", "ckptavg", "swa", "--help-all"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert "--shiny" in page.stdout and "How much it shines. [default: 7]" in page.stdout
     bad = subprocess.run(

@@ -89,12 +89,17 @@ def test_table_and_json_report_every_strategy(digits: Path, run: Run):
     over = report["strategies"][1]["over_last"]["test"]
     assert over["low"] <= over["value"] <= over["high"] and over["units"] == 400
     flat = " ".join(done.stderr.split())
-    for expected in ("● ", "over last (test)", "95 % interval over 400 examples", "wins on val data"):
+    for expected in (
+        "● ",
+        "vs last (test)",
+        "95 % interval over 400 examples",
+        "wins on validation data with accuracy 0.",
+    ):
         assert expected in flat, expected
     for one in report["strategies"][1:]:
         marked = re.search(rf"{re.escape(one['name'])} .*\](?P<mark> +≈)?", done.stderr)
         assert marked is not None and (marked["mark"] is None) == one["over_last"]["test"]["separated"]
-    assert "Better than the last candidate on test data: +" in flat  # twelve points
+    assert "Better than the last candidate on test data by accuracy: +" in flat  # twelve points
 
 
 def test_narrow_terminal_shows_every_score(compared: Comparison):

@@ -158,7 +158,7 @@ def test_averages_a_sharded_pytorch_model(run: Run, tmp_path: Path):
     for name, tensor in written.items():
         torch.testing.assert_close(tensor, (weights(1)[name] + weights(2)[name]) / 2, rtol=2**-23, atol=0)
     done = run("verify", "averaged.safetensors", "--sources", "run")
-    assert done.returncode == 0 and "2 tensors agree" in done.stderr
+    assert done.returncode == 0 and "2 tensors equal" in done.stderr
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, digits: Path, tmp_path: Path):

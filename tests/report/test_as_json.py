@@ -20,7 +20,7 @@ EACH = PerExample(values_U=torch.ones(2), examples_U=torch.ones(2))
 GOOD = Score(value=0.5, loss=0.25, metric=0.5, examples=2, per_example=EACH, resampled=lambda _: 0.0, batches=30)
 BAD = Score(value=-math.inf, loss=math.nan, metric=None, examples=None, invalid="loss is nan")
 COST_JSON = {"forward_batches": 4, "backward_batches": 2, "evaluations": 3, "seconds": 1.235, "epochs": None,
-             "epochs_of": "train"}  # fmt: skip
+             "epochs_of": "train", "passes": None, "passes_over": "val"}  # fmt: skip
 GOOD_JSON = {"loss": 0.25, "metric": 0.5, "examples": 2}
 BAD_JSON = {"loss": None, "metric": None, "examples": None, "invalid": "loss is nan"}
 RESULT = Result(
@@ -48,6 +48,7 @@ RESULT = Result(
     trace={"loss": (1.0, math.nan)},
     warnings=("w",),
     output=Output(path=Path("o"), sha256="ab", bytes=9, dtype="float32", not_averaged=["n"]),
+    next_steps={"load": "f", "verify": "v"},
 )
 RESULT_JSON = {
     "strategy": "sewa",
@@ -76,6 +77,7 @@ RESULT_JSON = {
     "warnings": ["w"],
     "output": {"path": "o", "sha256": "ab", "bytes": 9, "dtype": "float32", "not_averaged": ["n"], "recomputed": [],
                "averaged_buffers": []},
+    "next_steps": {"load": "f", "verify": "v"},
 }  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def naive_ece(p: np.ndarray, labels: np.ndarray) -> float:
 
 def task(folder: Path, more: str, *, own: bool = False) -> Path:
     source = TASK.read_text()
-    (folder / "several.py").write_text((source if own else source.replace("def metric(", "def _metric(")) + more)
+    (folder / "several.py").write_text((source if own else source.replace("metric = accuracy", "")) + more)
     return folder / "several.py"
 
 
