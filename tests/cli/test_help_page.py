@@ -13,7 +13,7 @@ from conftest import Run
 from ckptavg.cli.app import app
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-LINES = 100  # two screens of 50 lines
+LINES = 102  # two screens of 51 lines
 FIRST = ["--k", "--solver", "--task", "--val", "--score-cmd", "--last", "--output", "--force", "--device", "--dry-run"]
 
 
