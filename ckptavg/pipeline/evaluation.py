@@ -17,6 +17,7 @@ from ckptavg.options import Options
 from ckptavg.pipeline.preflight import pick_device
 from ckptavg.pipeline.session import translate_errors
 from ckptavg.pipeline.task_choice import build_task
+from ckptavg.report.result import Evaluation, FileScores
 from ckptavg.runtime.progress import Progress, Watch
 from ckptavg.runtime.seeds import reproducible
 from ckptavg.score import Score, Split
@@ -24,7 +25,7 @@ from ckptavg.score import Score, Split
 
 def evaluate(
     files: Sequence[Path], task: str | None = None, *, watch: Watch | None = None, **options: Any
-) -> list[tuple[Path, dict[Split, Score]]]:
+) -> Evaluation:
     """Score each file on validation and test data, with the BatchNorm statistics stored in it.
 
     Args:
@@ -47,7 +48,7 @@ def evaluate(
         run = Run(device=device, workers=parsed.workers, seed=parsed.seed, progress=progress)
         # a matrix of one candidate is enough: every file is loaded directly into the model
         mixture = Mixture(build_task(parsed, checkpoints[0].folder), checkpoints[:1], run)
-        scored: list[tuple[Path, dict[Split, Score]]] = []
+        scored: list[FileScores] = []
         for i, checkpoint in enumerate(checkpoints):
             mixture.mixed.candidates.load(checkpoint.tensors, checkpoint.read_into)
             score = partial(mixture.scoring.evaluate, what=str(checkpoint.path))
@@ -59,6 +60,6 @@ def evaluate(
                     bad.hint = None  # eval has no --exclude
                     raise bad from error
                 raise
-            scored.append((checkpoint.path, scores))
+            scored.append(FileScores(path=checkpoint.path, scores=scores))
             progress("scoring", i + 1, len(checkpoints))
-        return scored
+        return Evaluation(files=scored)

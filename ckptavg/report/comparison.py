@@ -14,15 +14,15 @@ _MOST = 4  # metrics in a table, so that 80 columns are enough
 
 def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
     """Yield the table of strategies and the legend of its marks."""
-    contestants = comparison.contestants
+    contestants = comparison.strategies
     judged = list(contestants[0].scores)[-1]
-    gains = [contestant.gains[judged] for contestant in contestants if contestant.name != "last"]
+    gains = [contestant.over_last[judged] for contestant in contestants if contestant.name != "last"]
     evidence = judged == "test"
     yield from (
         _table(comparison),
         *_other_metrics(comparison),
         Text(),
-        Text(comparison.result.verdict, style="bold" if evidence else ""),
+        Text(comparison.verdict, style="bold" if evidence else ""),
     )
     if not evidence:
         yield Text(f"over last: on {judged} data, on which strategies chose, so it is no evidence.", style="dim")
@@ -43,9 +43,9 @@ def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
 
 
 def _table(comparison: Comparison) -> Table:
-    splits = list(comparison.contestants[0].scores)
-    first = comparison.contestants[0].scores[splits[0]]
-    batches = any(contestant.cost.forward_batches for contestant in comparison.contestants)
+    splits = list(comparison.strategies[0].scores)
+    first = comparison.strategies[0].scores[splits[0]]
+    batches = any(contestant.cost.forward_batches for contestant in comparison.strategies)
     table = Table(title="strategies", title_justify="left", box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
     for split in splits:
@@ -65,7 +65,7 @@ def _table(comparison: Comparison) -> Table:
             *(
                 ("", "")
                 if contestant.name == "last"
-                else _gain(contestant.gains[splits[-1]], evidence=splits[-1] == "test")
+                else _gain(contestant.over_last[splits[-1]], evidence=splits[-1] == "test")
             ),
             str(contestant.used),
             f"{cost.forward_batches}+{cost.backward_batches}" if batches else str(cost.evaluations),
@@ -77,14 +77,14 @@ def _table(comparison: Comparison) -> Table:
 
 
 def _ranked(comparison: Comparison) -> list[StrategyResult]:
-    split = next(iter(comparison.contestants[0].scores))
-    return sorted(comparison.contestants, key=lambda contestant: -contestant.scores[split].value)
+    split = next(iter(comparison.strategies[0].scores))
+    return sorted(comparison.strategies, key=lambda contestant: -contestant.scores[split].value)
 
 
 def _other_metrics(comparison: Comparison) -> Iterator[Table]:
     """Yield tables of the metrics that decide nothing: value, and below it the gain over last; + is better."""
-    split = list(comparison.contestants[0].scores)[-1]
-    names = list(comparison.contestants[0].scores[split].others)
+    split = list(comparison.strategies[0].scores)[-1]
+    names = list(comparison.strategies[0].scores[split].others)
     for start in range(0, len(names), _MOST):
         title = f"other metrics on {split} data, below them the gain over last (+ is better)"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
@@ -95,7 +95,7 @@ def _other_metrics(comparison: Comparison) -> Iterator[Table]:
             cells: list[str] = []
             for name in names[start:][:_MOST]:
                 value = contestant.scores[split].others[name].metric
-                gain = " ".join(_gain(contestant.gains[split].others[name], evidence=split == "test")).rstrip()
+                gain = " ".join(_gain(contestant.over_last[split].others[name], evidence=split == "test")).rstrip()
                 figure = "" if value is None else f"{value:.4f}"
                 cells.append(figure if contestant.name == "last" else f"{figure}\n{gain}")
             table.add_row(f"  {escape(contestant.name)}", *cells)

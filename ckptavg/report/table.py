@@ -9,28 +9,42 @@ from rich.text import Text
 
 from ckptavg.cost import Cost
 from ckptavg.errors import printable
-from ckptavg.report import landscape
+from ckptavg.report import evaluation, landscape
 from ckptavg.report.comparison import comparison_table
-from ckptavg.report.result import CandidateResult, Comparison, Landscape, Output, Result, Row
+from ckptavg.report.display import Report
+from ckptavg.report.result import CandidateResult, Comparison, Evaluation, Landscape, Output, Result, Row
 from ckptavg.score import Score, Split
 
 _BARS = "▁▂▃▄▅▆▇█"
 _MOST = 5  # columns of figures, so that 80 columns are enough
 
 
-def render(report: Result | Comparison | Landscape) -> Group:
+def render(report: Report) -> Group:
     """Render the whole report, from the candidates to the written file."""
-    if isinstance(report, Landscape):
-        return Group(*landscape.render(report))
-    if isinstance(report, Comparison) and report.contestants:
+    if not isinstance(report, Result):
+        return summary(report)
+    if isinstance(report, Comparison) and report.strategies:
         return Group(
-            _candidates(report.result),
-            *_other_metrics(report.result),
+            _candidates(report),
+            *_other_metrics(report),
             Text(),
             *comparison_table(report),
-            *_foot(report.result),
+            *_foot(report),
         )
-    return Group(*_parts(report.result if isinstance(report, Comparison) else report))
+    return Group(*_parts(report))
+
+
+def summary(report: Report) -> Group:
+    """Render the scores, the verdict and the written file; a report other than of candidates as a whole."""
+    if isinstance(report, Landscape):
+        return Group(*landscape.render(report))
+    if isinstance(report, Evaluation):
+        return Group(evaluation.scores_table(report))
+    if isinstance(report, Comparison) and report.strategies:
+        return Group(*comparison_table(report), *_written(report))
+    if isinstance(report, Result):
+        return Group(*_verdict(report), *_written(report))
+    return Group(Text(str(report)))
 
 
 def _parts(result: Result) -> Iterator[RenderableType]:
@@ -40,14 +54,23 @@ def _parts(result: Result) -> Iterator[RenderableType]:
         yield from (Text(), _blocks(result))
     for title, rows in result.tables.items():
         yield from (Text(), _rows(title, rows))
+    yield from _verdict(result)
+    if result.cost:
+        yield Text(_cost(result.cost), style="dim")
+    yield from _foot(result)
+
+
+def _verdict(result: Result) -> Iterator[RenderableType]:
     if result.scores:
         yield from (Text(), *_scores(result), Text())
         yield Text(result.verdict, style="bold red" if result.worse else "bold" if "test" in result.scores else "")
     elif result.output:
         yield Text("Nothing was scored: there is no task (--task).", style="bold")
-    if result.cost:
-        yield Text(_cost(result.cost), style="dim")
-    yield from _foot(result)
+
+
+def _written(result: Result) -> Iterator[Text]:
+    """Yield the line of the written file, else what a dry run would do."""
+    yield from map(Text, [*_file_notes(result.output)][:1] if result.output else result.warnings)
 
 
 def _foot(result: Result) -> list[Text]:
