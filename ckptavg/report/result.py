@@ -220,8 +220,8 @@ class Evaluation(Report):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Inspection(Report):
-    """The candidates in training order, and the files left out; see `ckptavg.checkpoints.inspection.inspect`."""
+    """The candidates in training order, and the files left out; see `ckptavg.checkpoints.inspection`."""
 
-    candidates: Sequence[Row]
+    candidates: Sequence[Mapping[str, Any]]
     left_out: Sequence[LeftOut]
     warnings: Sequence[str]

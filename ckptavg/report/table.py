@@ -1,6 +1,7 @@
 """Report for a terminal: candidates, scores, verdict and cost."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -12,7 +13,7 @@ from ckptavg.errors import printable
 from ckptavg.report import evaluation, landscape
 from ckptavg.report.comparison import comparison_table
 from ckptavg.report.display import Report
-from ckptavg.report.result import CandidateResult, Comparison, Evaluation, Landscape, Output, Result, Row
+from ckptavg.report.result import CandidateResult, Comparison, Evaluation, Inspection, Landscape, Output, Result, Row
 from ckptavg.score import Score, Split
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -44,6 +45,12 @@ def summary(report: Report) -> Group:
         return Group(*comparison_table(report), *_written(report))
     if isinstance(report, Result):
         return Group(*_verdict(report), *_written(report))
+    if isinstance(report, Inspection):
+        columns = ("step", "format", "parameters", "dtype")
+        rows = [
+            {"candidate": Path(row["path"]).name} | {name: row[name] for name in columns} for row in report.candidates
+        ]
+        return Group(_rows(f"{len(rows)} candidates, {len(report.left_out)} files left out", rows))
     return Group(Text(str(report)))
 
 

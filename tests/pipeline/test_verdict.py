@@ -53,7 +53,11 @@ def test_no_interval_is_reported_on_random_labels_that_chose(linears: Path, tmp_
             force=True,
         )
         for one in done.strategies:
-            assert (one.over_last["val"].low, one.over_last["val"].high, one.over_last["val"].separated) == (None, None, False)
+            assert (one.over_last["val"].low, one.over_last["val"].high, one.over_last["val"].separated) == (
+                None,
+                None,
+                False,
+            )
         assert "[" not in done.verdict
         won += (wins := f"{done.winner} wins on val data: +" in done.verdict)
         assert not wins or (ON_ITS_DATA in done.verdict and HOLDOUT in done.verdict)
