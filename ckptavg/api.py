@@ -125,7 +125,7 @@ def inspect(ckpts: Paths, *, key: str | None = None, read_data: bool = False, **
         read_data: read files to their ends too: checksums and NaN.
         **filters: include, exclude, start, stop, every and last.
     """
-    window = Window(**_values("inspect", filters, declared(Window)))
+    window = Window(**keywords("inspect", filters, declared(Window)))
     with open_for_inspection(_paths(ckpts), window, key, read_data=read_data) as found:
         rows = [facts(checkpoint) for checkpoint in found.checkpoints]
     return Inspection(candidates=rows, left_out=found.left_out, warnings=found.warnings)
@@ -173,7 +173,7 @@ def _parsed(
     taken = [option for option in _keywords(Options) if option.name not in without]
     if only:
         taken = [option for option in taken if option.name in (*only, *map(_name, declared(TaskObjects)))]
-    values = _values(function, options, taken)
+    values = keywords(function, options, taken)
     parts = {option.name for option in declared(TaskObjects)} - {option.name for option in declared(Options)}
     loaders = [values.get(name) for name in ("train", "val", "test")]
     if parts & values.keys() or not all(isinstance(loader, str | os.PathLike | None) for loader in loaders):
@@ -186,9 +186,9 @@ def _name(option: Option) -> str:
     return option.name
 
 
-def _values(function: str, given: Mapping[str, Any], taken: Iterable[Option]) -> dict[str, Any]:
-    """Return the keywords that were given; UsageError for one that ``function`` does not take."""
-    options = {option.name: option for option in taken}
+def keywords(function: str, given: Mapping[str, Any], taken: Iterable[Option] | None = None) -> dict[str, Any]:
+    """Return the keywords that were given; UsageError for one that ``function`` does not take, by default of `run`."""
+    options = {option.name: option for option in (_keywords(Options) if taken is None else taken)}
     if unknown := [name for name in given if name not in options and name != "workers"]:
         hint = nearest(unknown[0], options, f"help(ckptavg.{function}) lists them")
         raise UsageError(f"{function}() has no option {unknown[0]!r}", hint=hint)
@@ -226,19 +226,19 @@ def _keywords(*classes: type) -> tuple[Option, ...]:
 def _function(name: str, strategy: type[Strategy]) -> Callable[..., Result]:
     """Return a strategy's function; its signature and docstring have the strategy's settings and the shared options."""
     own = {option.name for option in declared(strategy)}
-    keywords = _keywords(strategy, Options)
+    taken = _keywords(strategy, Options)
 
     def call(ckpts: Paths, *, watch: Watch | None = None, **options: Any) -> Result:
-        values = _values(name, options, keywords)
+        values = keywords(name, options, taken)
         settings = {key: values.pop(key) for key in own & values.keys()}
         return run(ckpts, strategy(**settings), watch=watch, **values)
 
     kind = signatures.Parameter.KEYWORD_ONLY
-    parameters = [signatures.Parameter(o.name, kind, default=o.default, annotation=o.hint) for o in keywords]
+    parameters = [signatures.Parameter(o.name, kind, default=o.default, annotation=o.hint) for o in taken]
     first, watch, _ = signatures.signature(call).parameters.values()
     call.__signature__ = signatures.Signature([first, *parameters, watch])  # pyright: ignore[reportFunctionMemberAccess]
     call.__name__ = call.__qualname__ = name
-    call.__doc__ = f"{signatures.cleandoc(strategy.__doc__ or '')}\n\n{docstring(keywords)}"
+    call.__doc__ = f"{signatures.cleandoc(strategy.__doc__ or '')}\n\n{docstring(taken)}"
     return call
 
 

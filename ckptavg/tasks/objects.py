@@ -48,12 +48,10 @@ class TaskObjects:
     batch_size: Callable[[Any], int] | int | None = None
 
     def __post_init__(self) -> None:
-        if self.model is None or self.loss is None or (self.val is None and self.train is None):
+        needed = ("model", "loss", *(("val",) if self.train is None else ()))
+        if lacking := " and ".join(name for name in needed if getattr(self, name) is None):
             given = ", ".join(name for name, value in vars(self).items() if value is not None)
-            lacking = [name for name in ("model", "loss", "val") if getattr(self, name) is None]
-            message = (
-                f"a task of objects needs model, loss and val; only {given} given: {', '.join(lacking)} is missing"
-            )
+            message = f"a task of objects needs model, loss and val: {given} given, {lacking} missing"
             raise UsageError(message, hint="model=make_model, loss=lambda model, batch: ..., val=loader")
         if not isinstance(self.model, nn.Module) and not callable(self.model):
             kind = type(self.model).__name__
