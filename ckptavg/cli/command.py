@@ -58,7 +58,7 @@ def run_command(
     """Run what `load` imports with the shared options of a command, print its report and write it to ``--report``."""
     from ckptavg.cli import terminal
     from ckptavg.report import as_json, table
-    from ckptavg.report.result import Comparison, Landscape
+    from ckptavg.report.result import Result
 
     screen = terminal.Screen(quiet=arguments.pop("quiet"), verbose=arguments.pop("verbose"))
     json, file, paths = arguments.pop("json"), arguments.pop("report"), arguments.pop("ckpts")
@@ -74,14 +74,13 @@ def run_command(
         done = load()(paths, with_task(options, paths, required=needs_task), watch)
     if not workers.is_rank_zero:
         return
-    result = done.result if isinstance(done, Comparison) else done
-    screen.warn(result)
+    screen.warn(done)
     screen.print(table.render(done))
-    if not isinstance(result, Landscape):
-        screen.show_next_steps(result.next_steps)
+    if isinstance(done, Result):
+        screen.show_next_steps(done.next_steps)
     if file is not None:
         terminal.write_text(file, as_json.to_json(done) + "\n")
     if json:
         print(as_json.to_json(done))
-    elif result.output:
-        print(result.output.path)
+    elif done.output:
+        print(done.output.path)

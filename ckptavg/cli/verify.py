@@ -1,6 +1,5 @@
 """``ckptavg verify``: check that a file is the average its metadata describes."""
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -23,17 +22,10 @@ def command(file: Path, sources: Path, json: bool, quiet: bool, verbose: bool) -
 
     verified = verify(file, sources)
     if json:
-        print(json_module.dumps({"path": str(file), **vars(verified)}, indent=2))
+        print(verified.to_json())
     if differ := verified.differ:
         what = f"{counted(len(differ), 'tensor')} not equal to the average of the sources"
         raise InputError(what, path=file, tensor=differ[0])
-    screen, unchecked = Screen(quiet=quiet), len(verified.unchecked)
-    recomputed = f"; {unchecked} were recomputed from data and cannot be checked" if unchecked else ""
-    agree = counted(len(verified.agree), "tensor")
-    screen.print(f"{agree} equal to the average of the sources, byte for byte{recomputed}")
-    if absent := len(verified.without_digest):
-        screen.print(f"no digest of {counted(absent, 'source')}: recognised by name, step and content alone")
-    if verified.own_strategy is not None:
-        screen.print(f"{verified.own_strategy} is no strategy of ckptavg, so its settings were not checked")
+    Screen(quiet=quiet).print(verified)
     if not json:
         print(file)

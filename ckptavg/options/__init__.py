@@ -12,6 +12,18 @@ from ckptavg.options.search import SearchOptions
 from ckptavg.options.task import TaskOptions
 from ckptavg.runtime.workers import ALONE, TIMEOUT, Workers
 
+CHECK: Final = (
+    "task", "val", "device", "last", "task_timeout", "train", "test", "holdout", "batch_size", "trust_remote_code",
+    "include", "exclude", "start", "stop", "every", "key", "seed", "bits", "group_size", "offload",
+)  # fmt: skip
+"""The options of ``check``."""
+EVAL: Final = (
+    "key", "task", "task_timeout", "val", "test", "batch_size", "trust_remote_code", "lm_eval", "device", "seed",
+    "worker_timeout",
+)  # fmt: skip
+"""The options of ``eval``."""
+NOT_COMPARE: Final = ("never_worse", "baselines")
+"""The options that ``compare`` does not take."""
 _DURATION: Final = Limit(lambda value: 0 <= value < math.inf, "0 or more seconds")
 _ABOVE_0: Final = Limit(lambda value: value > 0, "greater than 0")
 

@@ -1,8 +1,8 @@
 """The options that define how a mixture is scored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from ckptavg.declaration import AT_LEAST_1, MAIN, POSITIVE, SCORING, Help, Limit, check
 from ckptavg.errors import UsageError
@@ -59,11 +59,15 @@ class TaskOptions:
         changes_measurements=False)] = False  # fmt: skip
     lm_eval: Annotated[str | None, Help(
         SCORING, "Score by lm-evaluation-harness tasks, comma-separated.", metavar="TASKS")] = None  # fmt: skip
+    objects: Any = field(default=None, repr=False)  # a `ckptavg.tasks.objects.TaskObjects`, from Python
 
     @property
     def ways(self) -> list[str]:
         """The names of the given options that define the score of a mixture."""
-        ways = {"--task": self.task, "--val": self.val, "--score-cmd": self.score_cmd, "--lm-eval": self.lm_eval}
+        ways = {
+            "--task": self.task, "--val": self.val, "--score-cmd": self.score_cmd, "--lm-eval": self.lm_eval,
+            "model": self.objects,
+        }  # fmt: skip
         return [name for name, value in ways.items() if value is not None]
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ def compare(
         if options.dry_run:
             plan = [f"would compare {', '.join(strategies)}", *dry_run_plan(this.checkpoints, options)]
             result = blank_result(this.found, strategies[REFERENCE], options, plan)
-            return Comparison(contestants=(), winner="", result=result)
+            return Comparison(**vars(result), winner="", strategies=())
         check_space(this.checkpoints[0], options)
         evaluator.prepare()
         runs: list[_Run] = []
@@ -76,12 +76,12 @@ def compare(
         for split in evaluator.splits:
             evaluator.prefetch([run.learned.coefficients for run in runs], split, exact=True)
         reference = next(scores_of(run.learned.coefficients, evaluator) for run in runs if run.name == REFERENCE)
-        contestants = [_strategy_result(run, reference, evaluator) for run in runs]
+        results = [_strategy_result(run, reference, evaluator) for run in runs]
         written = write_output(this, winner.learned.coefficients, winner.strategy)
-        verdict = _verdict(contestants, contestants[runs.index(winner)], evaluator, options)
+        verdict = _verdict(results, results[runs.index(winner)], evaluator, options)
         judgement = Verdict(winner.learned.coefficients, verdict=verdict)
         result = build_result(this, winner.strategy, winner.learned, judgement, written)
-        return Comparison(contestants=contestants, winner=winner.name, result=replace(result, cost=winner.cost))
+        return Comparison(**vars(replace(result, cost=winner.cost)), winner=winner.name, strategies=results)
 
 
 def _parse_strategies(names: Sequence[str], evaluator: Evaluator) -> Mapping[str, Strategy]:
@@ -119,7 +119,7 @@ def _strategy_result(run: _Run, reference: Mapping[Split, Score], evaluator: Eva
         settings=asdict(run.strategy),  # pyright: ignore[reportArgumentType]  # every strategy is a dataclass
         coefficients=[coefficients.candidate(i) for i in range(evaluator.n)],
         groups=coefficients.groups, used=len(coefficients.selected), scores=scores,
-        gains={split: _gain(split, score, reference[split]) for split, score in scores.items()},
+        over_last={split: _gain(split, score, reference[split]) for split, score in scores.items()},
         cost=run.cost, notes=run.learned.notes,
     )  # fmt: skip
 
@@ -140,12 +140,12 @@ def _verdict(
         text = f"No strategy scores above the last candidate on {DATA[split]} data, so the last candidate was written."
         return f"{text}{higher_on_test(contestants, winner)}"
     won = f"{winner.name} wins on {DATA[split]} data with {figure(winner.scores[split])}"
-    if gain := winner.gains.get("test"):
+    if gain := winner.over_last.get("test"):
         reference = next(contestant for contestant in contestants if contestant.name == REFERENCE)
         text = on_test(winner.scores["test"], gain, "the last candidate")
         text += loss_on_test(winner.scores["test"], reference.scores["test"], gain)
         return f"{won}. {text}{higher_on_test(contestants, winner)}"
-    difference = f"{winner.gains[split].value:+.4f} against last on the data it was chosen on"
+    difference = f"{winner.over_last[split].value:+.4f} against last on the data it was chosen on"
     return f"{won}: {difference}. {unbiased_hint(options, split)}"
 
 

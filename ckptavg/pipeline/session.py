@@ -1,5 +1,6 @@
 """Start and end of every run: check the output, open the candidates, resume the journal and build the evaluator."""
 
+import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -126,8 +127,8 @@ def open_session(paths: Sequence[Path], options: Options, watch: Watch | None = 
                 # such as --k larger than the number of candidates
                 error.hint = f"{f'{error.hint}; ' if error.hint else ''}{counted(bad, 'bad checkpoint')} left out"
             failed = isinstance(error, Exception) and not isinstance(error, InterruptedRunError)
-            brief = time.monotonic() - start < _MIN_SECONDS_TO_KEEP
-            if journal and failed and brief and not journal.replayed and not signals.pending():
+            brief = failed and time.monotonic() - start < _MIN_SECONDS_TO_KEEP and not signals.pending()
+            if journal and (not _resumable(options) or (brief and not journal.replayed)):
                 journal.drop()  # the next run, with the error fixed, will not match it
             elif journal:
                 _say_what_is_kept(journal, error)
@@ -148,11 +149,18 @@ def _say_what_is_kept(journal: Journal, error: BaseException) -> None:
 
 def _open_journal(options: Options, stack: ExitStack) -> Journal:
     path, folder = options.destination
-    journal = stack.enter_context(Journal(folder or path, resume=options.resume, keep=options.keep_journal))
+    resume = options.resume and _resumable(options)
+    journal = stack.enter_context(Journal(folder or path, resume=resume, keep=options.keep_journal))
     if options.format == "dcp":
         dcp_folder.sweep(path)
     check_output(options)  # again: another run may have finished between the first check and the lock
     return journal
+
+
+def _resumable(options: Options) -> bool:
+    """Return whether a later run can recognise the task: objects, and a module without a file, have no fingerprint."""
+    module = sys.modules.get(options.task or "")
+    return options.objects is None and (module is None or getattr(module, "__file__", None) is not None)
 
 
 def _evaluator(found: Discovered, options: Options, run: Run) -> Evaluator:

@@ -16,16 +16,16 @@ FOOTNOTE: Final = f"* {RECOMPUTED}: `ckptavg eval` scores the checkpoint as it i
 
 def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
     """Yield the table of strategies and the legend of its marks."""
-    contestants, output = comparison.contestants, comparison.result.output
+    contestants, output = comparison.strategies, comparison.output
     judged = list(contestants[0].scores)[-1]
-    gains = [contestant.gains[judged] for contestant in contestants if contestant.name != "last"]
+    gains = [contestant.over_last[judged] for contestant in contestants if contestant.name != "last"]
     evidence = judged == "test"
     recomputed = output is not None and bool(output.recomputed)
     yield from (
         _table(comparison, "*" if recomputed else ""),
         *_other_metrics(comparison),
         Text(),
-        Sentence(comparison.result.verdict, "bold" if evidence else ""),
+        Sentence(comparison.verdict, "bold" if evidence else ""),
     )
     if not evidence:
         text = f"vs last: on {DATA[judged]} data, on which strategies chose, so it is no evidence."
@@ -59,16 +59,16 @@ def without_interval(gains: Collection[Gain]) -> Iterator[Sentence]:
 
 
 def _table(comparison: Comparison, mark: str) -> FittedTable:
-    splits = list(comparison.contestants[0].scores)
-    first = comparison.contestants[0].scores[splits[0]]
-    has_passes = any(contestant.cost.passes is not None for contestant in comparison.contestants)
+    splits = list(comparison.strategies[0].scores)
+    first = comparison.strategies[0].scores[splits[0]]
+    has_passes = any(contestant.cost.passes is not None for contestant in comparison.strategies)
     figure = "loss" if first.metric is None else first.name
     rows: list[list[str]] = []
     ranked = _ranked(comparison)
     for contestant in ranked:
         cost, single = contestant.cost, contestant.used == 1
         spent = "" if cost.passes is None else f"{cost.passes:.0f}"
-        gain = contestant.gains[splits[-1]]
+        gain = contestant.over_last[splits[-1]]
         rows.append([
             f"{'●' if contestant.name == comparison.winner else ' '} {contestant.name}{mark if single else ''}",
             *(_figure(contestant.scores[split]) for split in splits),
@@ -93,20 +93,20 @@ def _figure(score: Score) -> str:
 
 
 def _ranked(comparison: Comparison) -> list[StrategyResult]:
-    split = next(iter(comparison.contestants[0].scores))
-    return sorted(comparison.contestants, key=lambda contestant: -contestant.scores[split].value)
+    split = next(iter(comparison.strategies[0].scores))
+    return sorted(comparison.strategies, key=lambda contestant: -contestant.scores[split].value)
 
 
 def _other_metrics(comparison: Comparison) -> Iterator[FittedTable]:
     """Yield the metrics that decide nothing: value, and below it the difference to last; + is better."""
-    split = list(comparison.contestants[0].scores)[-1]
-    names = list(comparison.contestants[0].scores[split].others)
+    split = list(comparison.strategies[0].scores)[-1]
+    names = list(comparison.strategies[0].scores[split].others)
     rows: list[list[str]] = []
     for contestant in _ranked(comparison):
         cells: list[str] = []
         for name in names:
             figure = _cell(contestant.scores[split].others[name])
-            gain = _gain(contestant.gains[split].others[name], evidence=split == "test")
+            gain = _gain(contestant.over_last[split].others[name], evidence=split == "test")
             cells.append(figure if contestant.name == "last" else f"{figure}\n{gain}")
         rows.append([f"  {contestant.name}", *cells])
     if names:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ckptavg.checkpoints.listing import LeftOut
 from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.cost import Cost
+from ckptavg.report.display import Report
+from ckptavg.runtime import version
 from ckptavg.score import Score, Split
 
 if TYPE_CHECKING:
@@ -98,9 +100,9 @@ class Gain:
         return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """Result of a run.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Result(Report):
+    """Result of a run; its attributes are the keys of the JSON report.
 
     Attributes:
         scores: split → score of the written file.
@@ -118,6 +120,7 @@ class Result:
     strategy: str
     settings: Mapping[str, Any]
     seed: int
+    version: str = field(default_factory=version.own)
     candidates: Sequence[CandidateResult]
     left_out: Sequence[LeftOut] = ()
     scores: Mapping[Split, Score] = field(default_factory=dict[Split, Score])
@@ -146,7 +149,7 @@ class StrategyResult:
     Attributes:
         name: the requested spec, such as ``sewa:k=8``.
         used: number of candidates with a nonzero coefficient.
-        gains: split → gain over the last candidate.
+        over_last: split → gain over the last candidate.
         cost: cost as if the strategy had run alone.
     """
 
@@ -157,18 +160,17 @@ class StrategyResult:
     groups: Groups
     used: int
     scores: Mapping[Split, Score]
-    gains: Mapping[Split, Gain]
+    over_last: Mapping[Split, Gain]
     cost: Cost
     notes: Sequence[str] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Results of several strategies on the same candidates; the winner has the highest validation score."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Comparison(Result):
+    """Result of the winner, the strategy with the highest validation score, and those of all strategies."""
 
-    contestants: Sequence[StrategyResult]
     winner: str
-    result: Result  # of the winner
+    strategies: Sequence[StrategyResult]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,8 +218,8 @@ class Plane:
     statistics: Split | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Landscape:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Landscape(Report):
     """Loss around the candidates; see `ckptavg.pipeline.landscape.landscape`.
 
     Attributes:
@@ -242,3 +244,27 @@ class Landscape:
     def output(self) -> Output | None:
         """The first of the written files."""
         return self.outputs[0] if self.outputs else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileScores:
+    """The scores of one file, by split."""
+
+    path: Path
+    scores: Mapping[Split, Score]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Evaluation(Report):
+    """Scores of files as they are; see `ckptavg.pipeline.evaluation.evaluate`."""
+
+    files: Sequence[FileScores]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Inspection(Report):
+    """The candidates in training order, and the files left out; see `ckptavg.checkpoints.inspection`."""
+
+    candidates: Sequence[Mapping[str, Any]]
+    left_out: Sequence[LeftOut]
+    warnings: Sequence[str]

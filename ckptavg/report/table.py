@@ -1,28 +1,51 @@
 """Report for a terminal: candidates, scores, verdict and cost."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ckptavg.cost import Cost
 from ckptavg.errors import counted, printable
-from ckptavg.report import landscape
+from ckptavg.report import evaluation, landscape
 from ckptavg.report.comparison import FOOTNOTE, RECOMPUTED, comparison_table, without_interval
+from ckptavg.report.display import Report
 from ckptavg.report.layout import FittedTable, Sentence
-from ckptavg.report.result import CandidateResult, Comparison, Landscape, Output, Result, Row
+from ckptavg.report.result import CandidateResult, Comparison, Evaluation, Inspection, Landscape, Output, Result, Row
 from ckptavg.score import DATA, Score, Split
 
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def render(report: Result | Comparison | Landscape) -> Group:
+def render(report: Report) -> Group:
     """Render the whole report, from the candidates to the written file."""
+    if not isinstance(report, Result):
+        return summary(report)
+    if isinstance(report, Comparison) and report.strategies:
+        return Group(*_candidates(report), Text(), *comparison_table(report), *_foot(report))
+    return Group(*_parts(report))
+
+
+def summary(report: Report) -> Group:
+    """Render the scores, the verdict and the written file; a report other than of candidates as a whole."""
     if isinstance(report, Landscape):
         return Group(*landscape.render(report))
-    if isinstance(report, Comparison) and report.contestants:
-        return Group(*_candidates(report.result), Text(), *comparison_table(report), *_foot(report.result))
-    return Group(*_parts(report.result if isinstance(report, Comparison) else report))
+    if isinstance(report, Evaluation):
+        return Group(evaluation.scores_table(report))
+    if isinstance(report, Comparison) and report.strategies:
+        return Group(*comparison_table(report), *_written(report))
+    if isinstance(report, Result):
+        return Group(*_verdict(report), *_written(report))
+    if isinstance(report, Inspection):
+        columns = ("step", "format", "parameters", "dtype")
+        rows = [
+            {"candidate": Path(row["path"]).name} | {name: row[name] for name in columns} for row in report.candidates
+        ]
+        return Group(
+            _rows(f"{counted(len(rows), 'candidate')}, {counted(len(report.left_out), 'file')} left out", rows)
+        )
+    return Group(Text(str(report)))
 
 
 def _parts(result: Result) -> Iterator[RenderableType]:
@@ -31,15 +54,24 @@ def _parts(result: Result) -> Iterator[RenderableType]:
         yield from (Text(), _blocks(result))
     for title, rows in result.tables.items():
         yield from (Text(), _rows(title, rows))
+    yield from _verdict(result)
+    if result.cost:
+        yield Sentence(_cost(result.cost), "dim")
+    yield from _foot(result)
+
+
+def _verdict(result: Result) -> Iterator[RenderableType]:
     if result.scores:
         yield from (Text(), *_scores(result), Text())
         yield Sentence(result.verdict, "bold red" if result.worse else "bold" if "test" in result.scores else "")
         yield from without_interval(result.gains.values())
     elif result.output:
         yield Text("Nothing was scored: there is no task (--task).", style="bold")
-    if result.cost:
-        yield Sentence(_cost(result.cost), "dim")
-    yield from _foot(result)
+
+
+def _written(result: Result) -> Iterator[Text]:
+    """Yield the line of the written file, else what a dry run would do."""
+    yield from map(Text, [*_file_notes(result.output)][:1] if result.output else result.warnings)
 
 
 def _foot(result: Result) -> list[RenderableType]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
 
 LINES = [line.strip() for line in Path(textwrap.__file__).read_text().splitlines() if len(line.strip()) > 20]
 
@@ -27,7 +27,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def train(folder: Path) -> None:
+def train(folder: Path, *, callbacks: Sequence[TrainerCallback] = (), evaluate: bool = False) -> None:
     """Train a GPT-2 of 40 thousand parameters with tied embeddings, save it six times, and write two files of lines."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
@@ -44,10 +44,12 @@ def train(folder: Path) -> None:
         arguments = transformers.TrainingArguments(
             str(folder / "run"), num_train_epochs=2, per_device_train_batch_size=10, learning_rate=5e-3, save_steps=4,
             report_to=[], disable_tqdm=True, use_cpu=True, logging_strategy="no", save_total_limit=None, seed=0,
+            eval_strategy="epoch" if evaluate else "no",
         )  # fmt: skip
         transformers.Trainer(
             model, arguments, train_dataset=[{"input_ids": ids} for ids in encoded], processing_class=tokenizer,
-            data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
+            data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False), callbacks=[*callbacks],
+            eval_dataset=[{"input_ids": ids} for ids in encoded[:20]] if evaluate else None,
         ).train()  # fmt: skip
     for name, lines in (("val", LINES[120:160]), ("test", LINES[160:200])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))

@@ -55,11 +55,15 @@ def test_no_interval_is_reported_on_random_labels_that_chose(linears: Path, tmp_
             output=tmp_path / "x",
             force=True,
         )
-        for one in done.contestants:
-            assert (one.gains["val"].low, one.gains["val"].high, one.gains["val"].separated) == (None, None, False)
-        assert "[" not in done.result.verdict
-        won += (wins := f"{done.winner} wins on validation data with metric 0." in done.result.verdict)
-        assert not wins or (ON_ITS_DATA in done.result.verdict and HOLDOUT in done.result.verdict)
+        for one in done.strategies:
+            assert (one.over_last["val"].low, one.over_last["val"].high, one.over_last["val"].separated) == (
+                None,
+                None,
+                False,
+            )
+        assert "[" not in done.verdict
+        won += (wins := f"{done.winner} wins on validation data with metric 0." in done.verdict)
+        assert not wins or (ON_ITS_DATA in done.verdict and HOLDOUT in done.verdict)
     assert won > 5
 
 

@@ -60,7 +60,9 @@ RESULT_JSON = {
         {"path": "a/2.pt", "step": 2, "coefficient": [0.25, 0.75], "score": None},
     ],
     "left_out": [{"path": "a/x", "reason": "not a checkpoint", "kind": "info"}],
-    "scores": {"val": GOOD_JSON, "baselines": {"best": {"val": GOOD_JSON, "test": BAD_JSON}}},
+    "scores": {"val": GOOD_JSON},
+    "baselines": {"best": {"val": GOOD_JSON, "test": BAD_JSON}},
+    "scored_on": "val",
     "groups": [["a.", "b."], [""]],
     "holdout": 0.5,
     "best_step": 2,
@@ -88,11 +90,11 @@ def test_a_report_has_its_keys_in_their_order():
     assert [empty[key] for key in ("cost", "matrix", "output")] == [None, None, None]
 
 
-def test_a_comparison_has_every_contestant_after_the_winners_report():
+def test_a_comparison_has_every_strategy_after_the_winners_report():
     gain = Gain(value=0.1, low=0.05, high=0.2, units=30, paired=False)
     contestant = StrategyResult(
         name="sewa:k=2", strategy="sewa", settings={"k": 2}, coefficients=[0.0, (0.5, 0.5)], groups=(("",),), used=1,
-        scores={"val": GOOD}, gains={"val": gain}, cost=COST, notes=("n",),
+        scores={"val": GOOD}, over_last={"val": gain}, cost=COST, notes=("n",),
     )  # fmt: skip
     expected = {
         "name": "sewa:k=2", "strategy": "sewa", "settings": {"k": 2}, "coefficients": [0.0, [0.5, 0.5]],
@@ -101,5 +103,5 @@ def test_a_comparison_has_every_contestant_after_the_winners_report():
                               "unit": "examples", "paired": False, "reason": ""}},
         "cost": COST_JSON, "notes": ["n"],
     }  # fmt: skip
-    comparison = Comparison(contestants=[contestant], winner="sewa:k=2", result=RESULT)
+    comparison = Comparison(**vars(RESULT), winner="sewa:k=2", strategies=[contestant])
     assert to_json(comparison) == json.dumps({**RESULT_JSON, "winner": "sewa:k=2", "strategies": [expected]}, indent=2)

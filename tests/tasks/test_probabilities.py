@@ -225,7 +225,7 @@ def test_all_metrics_fit_on_80_columns(digits: Path, tmp_path: Path):
     console.print(render(done))
     text = console.export_text()
     assert not re.search(r"(?<![0-9a-f]{10})…", text)  # only the SHA-256 is abbreviated
-    for contestant in done.contestants:
+    for contestant in done.strategies:
         score = contestant.scores["test"]
         for figure in (*score.metrics, *(f"{value:.4f}" for value in score.metrics.values())):
             assert re.search(rf"(^|\s){figure}\b", text, re.MULTILINE), figure
