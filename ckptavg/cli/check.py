@@ -45,6 +45,9 @@ def _lines(checked: "TaskCheck") -> Iterator[str]:
     yield f"model       {checked.model}"
     yield f"loss        {checked.loss}"
     yield f"metric      {checked.metric or 'none: scores are of the loss'}"
+    most = max(split.forwards or 0.0 for split in checked.splits.values())
+    shared = "; with forward(model, batch) in the task file, one" if most > 1 else ""
+    yield f"forward     {most:.3g} {'passes' if most != 1 else 'pass'} of the model for each batch of a score{shared}"
     for name, split in checked.splits.items():
         figures = {"loss": split.loss, "metric": split.metric}
         scored = "".join(f", {kind} {value:.4f}" for kind, value in figures.items() if value is not None)

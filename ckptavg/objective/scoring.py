@@ -217,20 +217,22 @@ class Scoring:
             goal = "max" if task.corpus else task.metric_goal
             tally = ScoreAccumulator(goal, None if task.corpus else task.metric_bounds, workers, key=key)
             for batch, size, checksum, counted in self._loader.scored(split, workers):
-                loss = runner.call(task.loss, batch)
-                metric = None if task.metric is None else runner.call(task.metric, batch)
-                predicted = None if task.predict is None else runner.call(task.predict, batch)
-                if counted:
-                    tally.add(loss, metric, size, checksum, predicted)
-                if corpus is not None:
-                    runner.call(partial(update, corpus), batch)
+                with task.shared_forward() as shared:
+                    loss = runner.call(task.loss, batch)
+                    call = runner.apply if shared else runner.call
+                    metric = None if task.metric is None else call(task.metric, batch)
+                    predicted = None if task.predict is None else call(task.predict, batch)
+                    if counted:
+                        tally.add(loss, metric, size, checksum, predicted)
+                    if corpus is not None:
+                        call(partial(update, corpus), batch)
                 total = self._examples.get(split)
                 if threshold is not None and total and tally.cannot_reach(threshold, total):
                     raise _BelowError
         if runner.in_training:
             self._note(
-                "loss(), metric() or predict() runs the model or a part of it in training mode, so that dropout is on "
-                "in its scores: leave train() out, or call model.eval() before"
+                "a function of the task runs the model or a part of it in training mode, so that dropout is on in its "
+                "scores: leave train() out, or call model.eval() before"
             )
         score = tally.score(what, split)
         if score is None:

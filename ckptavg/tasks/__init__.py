@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the mean loss of a batch, or one loss per example [B]."""
         ...
+
+    def shared_forward(self) -> AbstractContextManager[bool]:
+        """Let the functions of one batch share a forward pass in the context; False if each one runs the model."""
+        return nullcontext(False)
 
     def has(self, split: Split) -> bool:
         """Return whether the task has data for this split."""

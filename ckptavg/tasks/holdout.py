@@ -40,6 +40,7 @@ class HeldOut(Task):
         self.corpus = task.corpus
         self.whole = task.whole
         self.metric = task.metric
+        self.shared_forward = task.shared_forward
         self.predict = task.predict
         self.metric_key = task.metric_key
         self.metric_goal = task.metric_goal

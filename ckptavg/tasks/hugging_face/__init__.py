@@ -20,6 +20,7 @@ from ckptavg.tasks.hugging_face import data_files
 from ckptavg.tasks.hugging_face.architecture import WRITE_ONE, ModelFolder, translate_errors
 from ckptavg.tasks.hugging_face.data_files import DataFile
 from ckptavg.tasks.hugging_face.tokens import IGNORED, UNLIMITED, Example, Tokens, collated, max_tokens, padding
+from ckptavg.tasks.shared_forward import SharedForward
 from ckptavg.tasks.worker_sampler import RankBatchSampler
 
 AUTOMATIC: Final = 32  # examples per batch, if no batch size is given
@@ -86,7 +87,8 @@ class HuggingFaceTask(Task):
             self.metric, self.metric_bounds = self._accuracy, (0.0, 1.0)
         self._examples: dict[Split, list[Example]] = {}
         self._pixels: dict[tuple[Split, int], Tensor] = {}
-        self._forwarded: tuple[nn.Module, Any, Tensor] | None = None
+        self._shared = SharedForward()
+        self.shared_forward = self._shared.one_batch
 
     def model(self) -> nn.Module:
         """See `Task.model` and `ModelFolder.build`."""
@@ -98,7 +100,6 @@ class HuggingFaceTask(Task):
             labels = batch["labels"]
             logits = self._logits(model, batch)
             if self.metric is not None:
-                self._forwarded = None if torch.is_grad_enabled() else (model, batch, logits)
                 return functional.cross_entropy(logits, labels, reduction="none")
             if self._kind.name == "causal":
                 labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -153,17 +154,15 @@ class HuggingFaceTask(Task):
             return collated([self._example(split, i) for i in chosen], padding(self._processor))
 
     def _accuracy(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return whether the most probable class is the label [B]; reuses the logits if `loss` just computed them."""
+        """Return whether the most probable class is the label [B]; see `Task.shared_forward`."""
         with translate_errors(self.source, "metric"):
-            last, self._forwarded = self._forwarded, None
-            same = last is not None and last[0] is model and last[1] is batch
-            logits = last[2] if last and same else self._logits(model, batch)
-            return (logits.argmax(dim=-1) == batch["labels"]).float()
+            return (self._logits(model, batch).argmax(dim=-1) == batch["labels"]).float()
 
     def _logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return logits [B, T, V] or [B, V]; encoder-decoder models derive the decoder inputs from the labels."""
         needs_labels = self._kind.name == "seq2seq"
-        return model(**{name: tensor for name, tensor in batch.items() if needs_labels or name != "labels"}).logits
+        inputs = {name: tensor for name, tensor in batch.items() if needs_labels or name != "labels"}
+        return self._shared(lambda: model(**inputs).logits)
 
     def _encoded(self, split: Split) -> list[Example]:
         """Return the tokenized examples of a text split, cached after the first call."""
