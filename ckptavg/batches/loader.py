@@ -69,7 +69,7 @@ class BatchLoader:
         self._halves = HeldOut(task, scored_on, rest="fit", to="held", fraction=0.5, seed=run.seed)
         self._lengths: dict[Split, int] = {}
         self._streams: dict[Split, BatchStream] = {}
-        self._cache = BatchCache(run.device)
+        self._cache = BatchCache(run.device, task.unpadded)
         self.examples: dict[Split, int] = {}  # split → examples of the last whole pass
 
     def with_memory(self, work: Callable[[], _T]) -> _T:
@@ -90,7 +90,7 @@ class BatchLoader:
         self._streams = {}
         if halved:
             self._lengths = {}
-            self._cache = BatchCache(self._device)
+            self._cache = BatchCache(self._device, self._task.unpadded)
 
     def length(self, split: Split) -> int:
         """Return the number of batches in a pass; counted by reading them once if the loader has no length.
@@ -201,7 +201,7 @@ class BatchLoader:
             source = self._learnable(split) if learnable else self._data(split).sized_batches(split)
             steps = _rank_batches(_seeded(source, self._seed), workers)
         for batch, sizes in steps:
-            checksum = batches.checksum(batch, _own(sizes, workers))
+            checksum = batches.checksum(self._task.unpadded(batch), _own(sizes, workers))
             yield batches.to_device(batch, self._device), sizes, checksum
 
     def _with_translated_errors(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:

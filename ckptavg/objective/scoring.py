@@ -234,7 +234,7 @@ class Scoring:
                 "a function of the task runs the model or a part of it in training mode, so that dropout is on in its "
                 "scores: leave train() out, or call model.eval() before"
             )
-        score = tally.score(what, split)
+        score = tally.score(what, split, task.positions(split))
         if score is None:
             raise self._loader.empty(split)
         self._examples[split] = self._loader.examples[split]
