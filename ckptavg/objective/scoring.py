@@ -102,7 +102,10 @@ class Scoring:
             return 1
         if "candidates" not in vars(mixed):
             return None  # whether there is BatchNorm is not known yet
-        passes: list[tuple[Split, int]] = [(split, self._forwards), *([(self._batchnorm_from, 1)] if mixed.norms else [])]
+        passes: list[tuple[Split, int]] = [
+            (split, self._forwards),
+            *([(self._batchnorm_from, 1)] if mixed.norms else []),
+        ]
         counts = [(self._loader.known_length(part), runs) for part, runs in passes]
         return sum((count or 0) * runs for count, runs in counts) if all(count for count, _ in counts) else None
 

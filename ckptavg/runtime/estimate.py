@@ -43,7 +43,7 @@ class Estimate:
     """
 
     def __init__(self, plan: Callable[[], Sequence[Stage] | None], unit: str, now: float) -> None:
-        self.stages = plan
+        self._plan = plan
         self._unit = unit
         self._stage, self._part = "", 0.0
         self._units = self._seconds = 0.0  # measured at reports
@@ -57,7 +57,7 @@ class Estimate:
 
     def report(self, name: str, part: float, now: float) -> None:
         """Record that a stage is finished up to this ``part``."""
-        stages = {stage.name: stage.units for stage in self.stages() or ()}
+        stages = {stage.name: stage.units for stage in self._plan() or ()}
         names = list(stages)
         if name in stages and (self._stage not in stages or names.index(self._stage) <= names.index(name)):
             before = self._part if name == self._stage else 0.0
@@ -69,7 +69,7 @@ class Estimate:
 
     def left(self, now: float) -> float | None:
         """Return the seconds left; None before enough is measured."""
-        stages = self.stages()
+        stages = self._plan()
         units, seconds = self._units + self._batches, self._seconds + (now - self._last if self._batches else 0.0)
         if stages is None or not units or seconds < _WARM_UP:
             return None
@@ -82,7 +82,7 @@ class Estimate:
 
     def summary(self, seconds: float) -> str:
         """Return one line for the whole plan, which takes this long."""
-        stages = self.stages() or ()
+        stages = self._plan() or ()
         counts = [sum(stage.forward for stage in stages), sum(stage.backward for stage in stages)]
         forward, backward = (f"{round(float(f'{count:.2g}')):,}" for count in counts)
         if self._unit != "forward":

@@ -26,12 +26,12 @@ class Progress:
         self._report: tuple[str, int, int, Mapping[str, float]] | None = None  # the last one
         self._stage = ("", 0, 0.0)  # of the last report: its name, and what was done at which time at its start
         self._estimate: Estimate | None = None
-        self._announced = True
+        self._announced, self._planned = True, False
 
     def expect(self, plan: Callable[[], Sequence[Stage] | None] | None, unit: str = "forward") -> None:
         """Plan the stages of a run; see `ckptavg.runtime.estimate.Estimate`. Without a plan its length is unknown."""
         self._estimate = Estimate(plan or (lambda: None), unit, time.perf_counter())
-        self._announced = False
+        self._announced, self._planned = False, plan is not None
 
     def work(self, units: float) -> None:
         """Count a batch that starts, in forward batches."""
@@ -80,7 +80,7 @@ class Progress:
         elapsed, left = now - self._estimate.start, self._estimate.left(now)
         if left is not None and elapsed + left >= BRIEF:
             self._watch(self._estimate.summary(elapsed + left), 0, 0, {})
-        elif elapsed >= BRIEF and self._estimate.stages() is None:
+        elif elapsed >= BRIEF and not self._planned:
             self._watch(_UNKNOWN, 0, 0, {})
         else:
             return
