@@ -23,7 +23,7 @@ class Progress:
         self._watch = watch
         self._prefix = ""
         self._last = 0.0
-        self._report: tuple[str, int, int, Mapping[str, float]] | None = None  # the last one
+        self._report: tuple[str, int, int, Mapping[str, SupportsFloat]] | None = None  # the last one
         self._stage = ("", 0, 0.0)  # of the last report: its name, and what was done at which time at its start
         self._estimate: Estimate | None = None
         self._announced, self._planned = True, False
@@ -43,8 +43,7 @@ class Progress:
             self._last = now
             self._announce(now)
             if self._report is not None:
-                stage, done, total, figures = self._report
-                self._watch(stage, done, total, self._with_left(stage, done, total, figures, now))
+                self._emit(*self._report, now)
 
     def __call__(self, stage: str, done: int, total: int, **metrics: SupportsFloat) -> None:
         """Report that ``done`` of ``total`` steps of a stage are finished; the last one is always reported."""
@@ -55,23 +54,22 @@ class Progress:
             self._estimate.report(stage, done / total, now)
         if self._stage[0] != stage:
             self._stage = (stage, done, now)
+        self._report = (stage, done, total, metrics) if total else self._report  # `work` repeats it
         if done == total or now - self._last > _INTERVAL:
             self._last = now
             self._announce(now)
-            figures = {name: float(value) for name, value in metrics.items()}
-            self._report = (stage, done, total, figures) if total else self._report
-            self._watch(stage, done, total, self._with_left(stage, done, total, figures, now))
+            self._emit(stage, done, total, metrics, now)
 
-    def _with_left(
-        self, stage: str, done: int, total: int, figures: Mapping[str, float], now: float
-    ) -> Mapping[str, float]:
+    def _emit(self, stage: str, done: int, total: int, metrics: Mapping[str, SupportsFloat], now: float) -> None:
+        figures = {name: float(value) for name, value in metrics.items()}
         left = None if self._estimate is None else self._estimate.left(now)
-        if left is not None:
-            return {**figures, "left": left}
         _, first, start = self._stage
-        if first < done < total:
-            return {**figures, "stage_left": (now - start) / (done - first) * (total - done)}
-        return figures
+        if left is not None:
+            figures["left"] = left
+        elif first < done < total:
+            figures["stage_left"] = (now - start) / (done - first) * (total - done)
+        if self._watch is not None:
+            self._watch(stage, done, total, figures)
 
     def _announce(self, now: float) -> None:
         """Say once how long the run takes, unless that is brief."""

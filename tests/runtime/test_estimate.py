@@ -37,8 +37,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        "swa", "best", "soup", "aswa", "aswa:hard_updates=false", "sewa:k=2:steps=6", "sewa:k=2:solver=quadratic:verify=3",
-        "twa:epochs=2", "twa:epochs=2:sam_rho=0.1", "twa:epochs=2:patience=2", "twa:solver=quadratic",
+        "swa", "best", "soup", "aswa", "aswa:hard_updates=false", "sewa:k=2:steps=6",
+        "sewa:k=2:solver=quadratic:verify=3", "twa:epochs=2", "twa:epochs=2:sam_rho=0.1", "twa:epochs=2:patience=2",
+        "twa:solver=quadratic",
     ],
 )  # fmt: skip
 def test_the_batches_said_beforehand_bound_those_of_the_run(at_once: None, digits: Path, tmp_path: Path, spec: str):
@@ -127,3 +128,17 @@ def test_a_log_has_a_line_every_30_seconds_at_most(monkeypatch: pytest.MonkeyPat
             watch("growing the soup", second, 1200, {"left": 240.0} if second < 40 else {"stage_left": 20.0})
     lines = ["growing the soup 30/1,200, about 4 min left", "growing the soup 60/1,200, about 20 s left in this stage"]
     assert log.getvalue().splitlines() == ([] if quiet else lines)
+
+
+def test_a_stage_is_shown_although_batches_are_counted_just_before_its_report(monkeypatch: pytest.MonkeyPatch):
+    clock, reports = [0.0], list[Report]()
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    shown = progress.Progress(lambda *report: reports.append(report))
+    shown.expect(lambda: [Stage("scoring", forward=40)])
+    shown("reading", 8, 8)
+    for step in range(40):
+        clock[0] += 0.2
+        shown.work(1)  # reports, so that the next report is within a tenth of a second
+        clock[0] += 0.05
+        shown("scoring", step // 10 + 1, 4)
+    assert [done for stage, done, *_ in reports if stage == "scoring"].count(2) >= 9
