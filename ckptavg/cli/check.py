@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from ckptavg.pipeline.task_check import TaskCheck
 
 _OPTIONS: Final = (
-    "task", "val", "device", "last", "task_timeout", "train", "test", "holdout", "batch_size", "trust_remote_code",
-    "include", "exclude", "start", "stop", "every", "key", "seed", "bits", "group_size", "offload",
+    "task", "val", "device", "last", "task_timeout", "train", "test", "holdout", "batch_size", "labels", "max_length",
+    "base", "trust_remote_code", "include", "exclude", "start", "stop", "every", "key", "seed", "bits", "group_size",
+    "offload",
 )  # fmt: skip
 
 

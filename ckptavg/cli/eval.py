@@ -12,8 +12,8 @@ from ckptavg.runtime.workers import joined
 
 _MOST: Final = 5  # columns of figures; more are divided into a row for each split
 _OPTIONS: Final = (
-    "key", "task", "task_timeout", "val", "test", "batch_size", "trust_remote_code", "lm_eval", "device", "seed",
-    "worker_timeout",
+    "key", "task", "task_timeout", "val", "test", "batch_size", "labels", "max_length", "base", "trust_remote_code",
+    "lm_eval", "device", "seed", "worker_timeout",
 )  # fmt: skip
 
 

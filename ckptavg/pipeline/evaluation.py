@@ -31,7 +31,7 @@ def evaluate(
         files: checkpoints, outputs of ckptavg, or directories of checkpoints.
         task: Python file or dotted module.
         **options: key, device, seed and task_timeout of `ckptavg.options.Options`; instead of ``task``, val and test,
-            or lm_eval.
+            with labels, max_length and base, or lm_eval.
     """
     parsed = Options(task=task, **options)
     if not parsed.ways:
@@ -61,4 +61,6 @@ def evaluate(
                 raise
             scored.append((checkpoint.path, scores))
             progress("scoring", i + 1, len(checkpoints))
+        for note in mixture.notes:
+            progress(note, 0, 0)
         return scored
