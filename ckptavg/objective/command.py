@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ckptavg.cost import SECONDS, Cost, CostMeter
 from ckptavg.journal import SCRATCH
 from ckptavg.objective import Losses
 from ckptavg.objective.codecs import ScoreCodec, ScoreKey
+from ckptavg.objective.mixed_model import PlanAdapter
 from ckptavg.objective.remembered import Remembered
 from ckptavg.objective.score_command import ScoreCommand
 from ckptavg.output import hugging_face_folder
@@ -41,6 +42,7 @@ class CommandEvaluator:
             0, and the journal, in whose directory the mixtures are written.
         goal: ``max`` if larger is better, ``min`` if smaller is.
         dtype: the dtype of the mixtures, as in `ckptavg.average.weighted_sum.output_specs`.
+        exact_adapter: see `ckptavg.objective.mixed_model.MixedModel`.
     """
 
     losses: Losses | None = None
@@ -54,13 +56,14 @@ class CommandEvaluator:
 
     def __init__(
         self, command: ScoreCommand, checkpoints: Sequence[Checkpoint], run: Run, *,
-        goal: Literal["max", "min"] = "max", dtype: str | None = None,
+        goal: Literal["max", "min"] = "max", dtype: str | None = None, exact_adapter: PlanAdapter | None = None,
     ) -> None:  # fmt: skip
         self._command = command
         self._checkpoints = checkpoints
         self._run = run
         self._sign = 1.0 if goal == "max" else -1.0
         self._specs = output_specs(checkpoints[0], dtype)
+        self._exact_adapter = exact_adapter
         self._meter = CostMeter()
         self._scores = Remembered(ScoreCodec(None), run, self._meter)
         self.n = len(checkpoints)
@@ -103,8 +106,9 @@ class CommandEvaluator:
         return {}
 
     def score_output(
-        self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto
-    ) -> Mapping[Split, Score]:
+        self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto,
+        adapter: Mapping[str, Any] | None = None,
+    ) -> Mapping[Split, Score]:  # fmt: skip
         """See `Evaluator.score_output`."""
         return {"val": self.score(coefficients)}
 
@@ -124,16 +128,20 @@ class CommandEvaluator:
     def _measure(self, coefficients: Coefficients) -> Score:
         """Write the average to a temporary directory and run the command on it."""
         self._meter.evaluated()
+        source, config = self._checkpoints[coefficients.selected[-1]], None
+        specs, parts = self._specs, weighted_average(self._checkpoints, coefficients, self._specs)
+        if self._exact_adapter and len(coefficients.selected) > 1:
+            plan = self._exact_adapter(coefficients)
+            specs, parts, config = plan.specs, plan.parts, plan.config
         folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=self._run.journal.folder))
         try:
-            path = folder / "model.safetensors"
-            with SafetensorsFile(path, self._specs, {"format": "pt"}) as out:
-                for part in weighted_average(self._checkpoints, coefficients, self._specs):
+            path = folder / hugging_face_folder.file_name(source)
+            with SafetensorsFile(path, specs, {"format": "pt"}) as out:
+                for part in parts:
                     out.write(*part)
                 out.commit()
-            source = self._checkpoints[coefficients.selected[-1]]
             wanted = folder if self._command.needs_directory else None
-            with hugging_face_folder.copies(source, wanted, dtype_names(spec.dtype for spec in self._specs.values())):
+            with hugging_face_folder.copies(source, wanted, dtype_names(s.dtype for s in specs.values()), config):
                 number = self._command.run(path, self._run.workers.environment())
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -52,6 +52,8 @@ class Options(SearchOptions, OutputOptions, Window, TaskOptions):
             raise UsageError("--shard needs several workers", hint="torchrun --nproc-per-node 8 -m ckptavg ...")
         if self.shard and (self.score_cmd is not None or self.lm_eval is not None):
             raise UsageError("--shard needs a loss: a task file or --val")
+        if self.shard and self.adapter == "exact":
+            raise UsageError("--adapter exact is scored in a model of its own rank, which --shard does not divide")
         defaults = {"offload": "none", "precision": "float32", "compile": False}
         unused = [f"--{name}" for name, default in defaults.items() if getattr(self, name) != default]
         if self.score_cmd is not None and unused:

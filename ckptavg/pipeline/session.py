@@ -4,6 +4,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -136,12 +137,17 @@ def _open_journal(options: Options, stack: ExitStack) -> Journal:
 
 def _evaluator(found: Discovered, options: Options, run: Run) -> Evaluator:
     """Return the evaluator that scores mixtures of the candidates; it loads nothing yet."""
+    dtype = options.dtype if options.score_cmd else None  # a model is scored in its own
+    plan = partial(average.plan_output, found.checkpoints, dtype=dtype, mode="exact", rank=options.rank)
+    exact_adapter = plan if options.adapter == "exact" else None
     if options.score_cmd is not None:
         command = ScoreCommand(options.score_cmd, options.score_key, options.score_timeout)
-        return CommandEvaluator(command, found.checkpoints, run, goal=options.score_goal, dtype=options.dtype)
+        return CommandEvaluator(
+            command, found.checkpoints, run, goal=options.score_goal, dtype=dtype, exact_adapter=exact_adapter
+        )
     if run.device.type == "mps" and run.workers.world_size > 1:
         raise UsageError("--device mps supports one worker only", hint="use --device cpu")
-    return Mixture(task_for(found, options), found.checkpoints, run, options)
+    return Mixture(task_for(found, options), found.checkpoints, run, options, exact_adapter)
 
 
 def _compared(found: Discovered, options: Options, run: Run) -> AbstractContextManager[None]:

@@ -104,6 +104,7 @@ class HuggingFaceTask(Task):
             limit, self._limited_by = token_limit(text_config, self._processor, folder, overrides.max_length)
             self._tokens = Tokens(tokenizer=self._processor, limit=limit)
         self.notes: list[str] = []
+        self._full: dict[Split, str] = {}  # counts of the texts that have as many tokens as are read
         if self._kind.name in ("text", "tokens", "image"):
             if self._config.num_labels < 2:
                 raise TaskError("is a classifier with one class", path=folder, hint=WRITE_ONE)
@@ -203,8 +204,9 @@ class HuggingFaceTask(Task):
             self._examples[split] = [example for example in encoded if example is not None]
             longest = sum(len(example["input_ids"]) == tokens.limit for example in self._examples[split])
             if longest:
-                cut = f"{split} texts are cut at {tokens.limit} tokens ({self._limited_by}), which {longest} of "
-                self.notes.append(f"{cut}{len(data.rows)} reach; --max-length N sets another limit")
+                self._full[split] = f"{longest} of {len(data.rows)} {split} texts"
+                cut = f"texts are cut at {tokens.limit} tokens ({self._limited_by}), which"
+                self.notes[:] = [f"{cut} {' and '.join(self._full.values())} reach; --max-length N sets another limit"]
             if not self._examples[split]:
                 raise InputError("no text has a token to predict", path=data.path)
         return self._examples[split]
