@@ -106,7 +106,7 @@ class MixedModel:
             model = copy.deepcopy(model).train()  # model() returns the same one again, with what it has derived
             vars(model).pop("forward", None)  # compiled
         if empty := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
-            message = f"model() must be ready to run, but its {empty} is on the meta device: allocate it"
+            message = f"the model must be ready to run, but its {empty} is on the meta device: allocate it"
             raise TaskError(message, path=self.task.source)
         return model.to(self.run.device)
 

@@ -133,10 +133,10 @@ class Scoring:
             scores[split] = self._written.find((coefficients, split, True), partial(self._loader.with_memory, measure))
         if known is not None and differs(known, scores[splits[0]]):
             raise TaskError(
-                f"the average has {_figures(scores[splits[0]])} in a fresh model(), and {_figures(known)} in the one "
+                f"the average has {_figures(scores[splits[0]])} in a fresh model, and {_figures(known)} in the one "
                 "of the search: something besides the state dict decides, such as weights that are merged or cached in "
                 "eval mode, or data that change from pass to pass",
-                path=self._task.source, hint="compute it in forward(), or leave merging out in model()",
+                path=self._task.source, hint="compute it in the model's forward(), and merge nothing",
             )  # fmt: skip
         return scores
 
@@ -179,7 +179,7 @@ class Scoring:
         except (RuntimeError, MemoryError) as error:
             if adapter is not None or not is_out_of_memory(error):
                 raise
-            self.notes.append("the file was not scored in a fresh model(): out of memory")
+            self.notes.append("the file was not scored in a fresh model: out of memory")
             return mixed.counted
         state = model.state_dict(keep_vars=True)
         for names, tensor in unique_tensors(model):
