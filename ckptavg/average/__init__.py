@@ -1,6 +1,6 @@
 """Compute the output's bytes: the weighted average, or a LoRA adapter that is exact in weight space."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -9,6 +9,7 @@ from ckptavg.average.weighted_sum import PlannedOutput, not_averaged, output_spe
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError, UsageError
+from ckptavg.readers import ITEM_SIZE
 from ckptavg.runtime.workers import ALONE, Workers
 
 
@@ -46,12 +47,24 @@ def plan_output(
     if mode == "exact":
         exact = lora.exact(checkpoints, coefficients, rank, dtype)
         return exact if workers.is_rank_zero else replace(exact, parts=iter(()))
-    config, notes = lora_config.read_config(first), list[str]()
-    is_lora = config is not None and config.peft_type == "LORA" and not first.kept
-    if is_lora and len(coefficients.selected) > 1 and not first.allow_nonfinite:
-        off = f"{lora.factor_error(checkpoints, coefficients):.1%} off the average of its weights"
-        notes = [f"averaging the adapter's factors is {off}; --adapter exact is not"]
+    config, error = lora_config.read_config(first), None
+    averages = len(coefficients.selected) > 1 and not first.kept and not first.allow_nonfinite
+    if config is not None and averages and not lora_config.obstacle(first, config):
+        error = lora.factor_error(checkpoints, coefficients)
     specs, only = output_specs(first, dtype), part(first, workers.rank, workers.world_size)
     kept, copied = not_averaged(first), set[str]()
     parts = weighted_average(checkpoints, coefficients, specs, only=only, copied=copied)
-    return PlannedOutput(specs=specs, parts=parts, notes=notes, not_averaged=kept, copied=copied)
+    return PlannedOutput(specs=specs, parts=parts, factor_error=error, not_averaged=kept, copied=copied)
+
+
+def held_in_memory(plan: PlannedOutput) -> Callable[[str, int, memoryview], None]:
+    """Compute the bytes of a small output, and return the function that reads them."""
+    contents = {name: bytearray(spec.nbytes) for name, spec in plan.specs.items()}
+    for name, offset, data in plan.parts:
+        contents[name][offset : offset + len(data)] = data
+
+    def read_into(name: str, start: int, out: memoryview) -> None:
+        first = start * ITEM_SIZE[plan.specs[name].dtype]
+        out[:] = contents[name][first : first + len(out)]
+
+    return read_into

@@ -45,6 +45,7 @@ class PlannedOutput:
     config: Mapping[str, Any] | None = None  # the adapter_config.json of an exact adapter
     lost: float = 0.0  # ‖ΔW − truncated ΔW‖ / ‖ΔW‖ of an exact adapter, Frobenius norms over all modules
     notes: Sequence[str] = ()  # messages for the user
+    factor_error: float | None = None  # see `ckptavg.average.lora.factor_error`; None if nothing exact can be written
     not_averaged: Sequence[str] = ()  # names of the tensors copied from the last selected candidate
     copied: MutableSet[str] = field(default_factory=set[str])  # filled by ``parts``; see `weighted_average`
 

@@ -37,7 +37,7 @@ def copied_tensors(model: nn.Module, checkpoints: Sequence[Checkpoint]) -> Copie
         is_parameter = isinstance(tensor, nn.Parameter)
         if kept and len(kept) < len(stored):
             other = next(name for name in stored if name not in kept)
-            raise UsageError(f"--keep matches {kept[0]}, but not {other}, to which the task's model ties it")
+            raise UsageError(f"--keep matches {kept[0]}, but not {other}, to which the model ties it")
         if kept and tensor.is_meta:
             raise UsageError(f"--keep matches {kept[0]}, a parameter, but --shard can keep buffers only")
         fixed = not is_parameter or (n > 1 and not tensor.requires_grad and not tensor.is_meta)

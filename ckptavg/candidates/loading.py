@@ -90,18 +90,18 @@ def check_names(unique: list[tuple[tuple[str, ...], Tensor]], specs: Specs) -> N
             for label, names in (("it lacks", extra), ("only it has", missing))
             if names
         ]
-        hint = "make model() the module whose state_dict() was saved, or choose the right part with --key"
+        hint = "the model must be the module whose state_dict() was saved; --key chooses a part of a checkpoint"
         prefix = next((name.removesuffix(missing[0]) for name in extra if missing and name.endswith(missing[0])), "")
         if prefix and {f"{prefix}{name}" for name in missing} <= set(extra):
-            hint = f"the checkpoints' names begin with {prefix}, as if model() were an attribute of what was saved"
-        raise TaskError(f"the task's model() does not fit the checkpoints: {'; '.join(lists)}", hint=hint)
+            hint = f"the checkpoints' names begin with {prefix}, as if the model were an attribute of what was saved"
+        raise TaskError(f"the model does not fit the checkpoints: {'; '.join(lists)}", hint=hint)
     for names, tensor in unique:
         name = present(names, specs)
         stored, mine = list(specs[name].shape), list(tensor.shape)
         if stored != mine:
-            raise TaskError(f"the task's model() has {name} of shape {mine}, the checkpoints {stored}")
+            raise TaskError(f"the model has {name} of shape {mine}, the checkpoints {stored}")
         if (specs[name].dtype in FLOATING) != tensor.is_floating_point():
-            raise TaskError(f"the task's model() has {name} as {tensor.dtype}, the checkpoints as {specs[name].dtype}")
+            raise TaskError(f"the model has {name} as {tensor.dtype}, the checkpoints as {specs[name].dtype}")
 
 
 def present(names: tuple[str, ...], specs: Specs) -> str:
@@ -119,5 +119,5 @@ def check_tied(checkpoint: Checkpoint, slot: Slot) -> None:
         contents.append(bytearray(slot.numel * ITEM_SIZE[checkpoint.spec(name).dtype]))
         checkpoint.read_into(name, slot.first, memoryview(contents[-1]))
     if any(content != contents[0] for content in contents):
-        message = f"is tied to {stored[0]} in the task's model, but the file holds other values"
+        message = f"is tied to {stored[0]} in the model, but the file holds other values"
         raise InputError(message, path=checkpoint.path, tensor=stored[-1])

@@ -206,7 +206,7 @@ def check_losses(losses: Sequence[float], batches: int, split: Split, *, first: 
             numbers = sorted({(step * samples + i) % batches + 1 for i in range(samples)})
             where = f"batch{'es' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))} of the {split} data"
             hint = f"look for broken examples in the {split} data, or choose a smaller --lr"
-            raise TaskError(f"loss() gave {loss} at step {step + 1} of the search, on {where}", hint=hint)
+            raise TaskError(f"the loss is {loss} at step {step + 1} of the search, on {where}", hint=hint)
 
 
 def check_number(k: int | Literal["auto"], n: int) -> None:
@@ -219,7 +219,9 @@ def check_number(k: int | Literal["auto"], n: int) -> None:
 def check_split(on: Split | None, splits: Collection[Split]) -> None:
     """Raise UsageError if ``--on`` names data that the task does not have."""
     if on is not None and on not in splits:
-        raise UsageError(f"--on {on} needs {on} data, but the task has none", hint=f"add a {on}_dataloader()")
+        raise UsageError(
+            f"--on {on} needs {on} data, but the task has none", hint=f"add a {on}_dataloader(), or --{on} beside --val"
+        )
 
 
 SCORED_ALONE: Final = Stage("scoring candidates", singles=True)

@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import Collection, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ckptavg.average import plan_output
 from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.candidates import ReadInto
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -145,8 +146,9 @@ class CommandEvaluator:
         return {}
 
     def score_output(
-        self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto
-    ) -> Mapping[Split, Score]:
+        self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto,
+        adapter: Mapping[str, Any] | None = None,
+    ) -> Mapping[Split, Score]:  # fmt: skip
         """See `Evaluator.score_output`."""
         return {"val": valid(self.score(coefficients))}
 
@@ -190,17 +192,20 @@ class CommandEvaluator:
         self._meter.evaluated()
         self._run.progress.work(1)
         folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=self._run.journal.folder)).absolute()
-        chosen = [self._checkpoints[i] for i in coefficients.selected]
+        chosen, config = [self._checkpoints[i] for i in coefficients.selected], None
+        specs, parts = self._specs, weighted_average(self._checkpoints, coefficients, self._specs)
+        if self._options.adapter == "exact" and len(chosen) > 1:
+            dtype, rank = self._options.dtype, self._options.rank
+            plan = plan_output(self._checkpoints, coefficients, dtype=dtype, mode="exact", rank=rank)
+            specs, parts, config = plan.specs, plan.parts, plan.config
         try:
-            path = folder / "model.safetensors"
-            with SafetensorsFile(path, self._specs, {"format": "pt"}) as out:
-                for part in weighted_average(self._checkpoints, coefficients, self._specs):
+            path = folder / hugging_face_folder.file_name(chosen[-1])
+            with SafetensorsFile(path, specs, {"format": "pt"}) as out:
+                for part in parts:
                     out.write(*part)
                 out.commit()
             wanted = folder if self._command.needs_directory else None
-            with hugging_face_folder.copies(
-                chosen[-1], wanted, dtype_names(spec.dtype for spec in self._specs.values())
-            ):
+            with hugging_face_folder.copies(chosen[-1], wanted, dtype_names(s.dtype for s in specs.values()), config):
                 step = str(chosen[0].step) if len(chosen) == 1 else ""
                 variables = {"CKPTAVG_STEP": step, "CKPTAVG_NAME": self._name(coefficients), "CKPTAVG_JOB": str(slot)}
                 running = RunningCommand(self._command, path, self._run.workers.environment() | variables)

@@ -132,7 +132,7 @@ class Derivatives:
         self._meter.count("backward", round(examples), round(count))
         *gradient, value = (total / examples for total in totals)
         if not math.isfinite(value):
-            message = f"loss() is {value} on the {split} data, of {mixed.describe(coefficients)}"
+            message = f"the loss is {value} on the {split} data, of {mixed.describe(coefficients)}"
             raise TaskError(message, path=mixed.task.source)
         gradient_N = torch.tensor(gradient, dtype=torch.float64)
         return value, gradient_N - gradient_N.mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ckptavg.cost import Cost
 from ckptavg.objective import Objective
@@ -65,9 +65,13 @@ class Evaluator(Objective, Protocol):
         ...
 
     def score_output(
-        self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto
-    ) -> Mapping[Split, Score]:
+        self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto,
+        adapter: Mapping[str, Any] | None = None,
+    ) -> Mapping[Split, Score]:  # fmt: skip
         """Return the scores of the complete output file, the average with ``coefficients``, in a fresh model.
+
+        ``adapter`` is the output's adapter_config.json, if its ranks are not the candidates'; there is no `load_output`
+        before then.
 
         Raises:
             TaskError: if they differ from those of the search by more than rounding, or more than noise if the data

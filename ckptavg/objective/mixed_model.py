@@ -4,10 +4,12 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ckptavg.average import PlannedOutput
 from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.candidates import Candidates, sharded
 from ckptavg.candidates.copied import copied_tensors
@@ -24,6 +26,9 @@ from ckptavg.options.search import SearchOptions
 from ckptavg.report.result import MatrixResult
 from ckptavg.runtime.workers import ALONE
 from ckptavg.tasks import Task
+from ckptavg.tasks.hugging_face.adapter import Adapter
+
+PlanAdapter: TypeAlias = Callable[[Coefficients], PlannedOutput]
 
 
 class MixedModel:
@@ -36,16 +41,20 @@ class MixedModel:
             it holds all of them.
         search: how the candidates are kept, and in which precision the model runs in a search.
         count: called before each forward pass of the model.
+        exact_adapter: plans the adapter that is the average in weight space, whose rank differs from the candidates',
+            for mixtures that are scored exactly; None if averages of adapters are those of their factors.
     """
 
     def __init__(
-        self, task: Task, checkpoints: Sequence[Checkpoint], run: Run, search: SearchOptions, count: Callable[[], None]
-    ) -> None:
+        self, task: Task, checkpoints: Sequence[Checkpoint], run: Run, search: SearchOptions, count: Callable[[], None],
+        exact_adapter: PlanAdapter | None = None,
+    ) -> None:  # fmt: skip
         self.task = task
         self.checkpoints = checkpoints
         self.run = run
         self.search = search
         self.count = count
+        self.exact_adapter = exact_adapter
         self.precision = precision(search.precision, run.device)
         self._compiled: Compiled | None = None
 
@@ -78,16 +87,27 @@ class MixedModel:
             self._compiled = Compiled(model)
         return candidates
 
-    def build(self) -> nn.Module:
-        """Return a new model of the task, on the device."""
+    def build(self, adapter: Mapping[str, Any] | None = None) -> nn.Module:
+        """Return a new model of the task, on the device; of a PEFT model its adapter is the state.
+
+        Args:
+            adapter: the adapter_config.json of an adapter with other ranks than the candidates'.
+        """
         torch.manual_seed(self.run.seed)
         model = self.task.model()
+        if hasattr(model, "peft_config") and not isinstance(model, Adapter):
+            model = Adapter(model, self.checkpoints[0].names)
+        if self.exact_adapter and not isinstance(model, Adapter):
+            message = "--adapter exact changes the adapter's rank, so it needs a PEFT model to be scored"
+            raise TaskError(message, path=self.task.source, hint="return get_peft_model(...) from model()")
+        if adapter is not None and isinstance(model, Adapter):
+            return model.reranked(adapter).to(self.run.device)
         used = vars(self).get("candidates")
         if used is not None and not set(map(id, model.parameters())).isdisjoint(map(id, used.model.parameters())):
             model = copy.deepcopy(model).train()  # model() returns the same one again, with what it has derived
             vars(model).pop("forward", None)  # compiled
         if empty := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
-            message = f"model() must be ready to run, but its {empty} is on the meta device: allocate it"
+            message = f"the model must be ready to run, but its {empty} is on the meta device: allocate it"
             raise TaskError(message, path=self.task.source)
         return model.to(self.run.device)
 

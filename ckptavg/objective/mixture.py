@@ -1,6 +1,7 @@
 """Evaluator of a PyTorch task: scores and losses of mixtures, and the cost of a search."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from ckptavg.cost import SECONDS, Cost, CostMeter
 from ckptavg.objective import Losses, batchnorm
 from ckptavg.objective.derivatives import Derivatives
 from ckptavg.objective.loss_log import LossLog
-from ckptavg.objective.mixed_model import MixedModel
+from ckptavg.objective.mixed_model import MixedModel, PlanAdapter
 from ckptavg.objective.scoring import Scoring
 from ckptavg.options.search import SearchOptions
 from ckptavg.readers import StoredTensor
@@ -31,11 +32,13 @@ class Mixture:
         checkpoints: the N candidates, in training order.
         run: device, ranks, seed, progress and journal.
         search: how the candidates are kept, and how the model runs.
+        exact_adapter: see `MixedModel`.
     """
 
     def __init__(
-        self, task: Task, checkpoints: Sequence[Checkpoint], run: Run, search: SearchOptions | None = None
-    ) -> None:
+        self, task: Task, checkpoints: Sequence[Checkpoint], run: Run, search: SearchOptions | None = None,
+        exact_adapter: PlanAdapter | None = None,
+    ) -> None:  # fmt: skip
         self.task = task
         self.run = run
         self.n = len(checkpoints)
@@ -47,7 +50,7 @@ class Mixture:
         )
         self.meter = CostMeter(run.progress.work)
         self._log = LossLog(run.journal)
-        self.mixed = MixedModel(task, checkpoints, run, search or SearchOptions(), self.meter.forward)
+        self.mixed = MixedModel(task, checkpoints, run, search or SearchOptions(), self.meter.forward, exact_adapter)
         self._loader = BatchLoader(
             task, self.scored_on, run, self.meter,
             needs_two=lambda: bool(self.mixed.norms), on_halving=self._log.keep_halving,
@@ -106,10 +109,11 @@ class Mixture:
         self.scoring.prefetch(coefficients, on or self.scored_on, exact=exact)
 
     def score_output(
-        self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto
-    ) -> Mapping[Split, Score]:
+        self, coefficients: Coefficients, specs: Mapping[str, StoredTensor], read_into: ReadInto,
+        adapter: Mapping[str, Any] | None = None,
+    ) -> Mapping[Split, Score]:  # fmt: skip
         """See `Evaluator.score_output`."""
-        return self.scoring.score_output(coefficients, self.splits, specs, read_into)
+        return self.scoring.score_output(coefficients, self.splits, specs, read_into, adapter)
 
     def sampled(self, examples: int | None) -> Scoring:
         """Return scores by the loss alone, on about ``examples`` of the data: for many mixtures at little cost.

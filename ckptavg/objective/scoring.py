@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ckptavg.average import held_in_memory
 from ckptavg.average.weighted_sum import output_specs
 from ckptavg.batches.loader import BatchLoader
 from ckptavg.candidates import ReadInto
@@ -138,7 +140,7 @@ class Scoring:
 
     def score_output(
         self, coefficients: Coefficients, splits: Sequence[Split], specs: Mapping[str, StoredTensor],
-        read_into: ReadInto,
+        read_into: ReadInto, adapter: Mapping[str, Any] | None = None,
     ) -> Mapping[Split, Score]:  # fmt: skip
         """See `Evaluator.score_output`."""
         known = self._score_of_search(coefficients, splits[0], specs)
@@ -148,16 +150,16 @@ class Scoring:
 
             def measure(split: Split = split) -> Score:
                 nonlocal model
-                model = model or self._fresh_model(specs, read_into)
+                model = model or self._fresh_model(specs, read_into, adapter)
                 return self.evaluate(split, "the average", model)
 
             scores[split] = self._written.find((coefficients, split, True), partial(self._loader.with_memory, measure))
         if known is not None and differs(known, scores[splits[0]]):
             raise TaskError(
-                f"the average has {_figures(scores[splits[0]])} in a fresh model(), and {_figures(known)} in the one "
+                f"the average has {_figures(scores[splits[0]])} in a fresh model, and {_figures(known)} in the one "
                 "of the search: something besides the state dict decides, such as weights that are merged or cached in "
                 "eval mode, or data that change from pass to pass",
-                path=self._task.source, hint="compute it in forward(), or leave merging out in model()",
+                path=self._task.source, hint="compute it in the model's forward(), and merge nothing",
             )  # fmt: skip
         return scores
 
@@ -172,25 +174,35 @@ class Scoring:
     def _score_of_search(
         self, coefficients: Coefficients, split: Split, specs: Mapping[str, StoredTensor]
     ) -> Score | None:
-        """Return the score of the average in the candidates' model; None if nothing was scored or computed in it."""
+        """Return the search's score of the average, in the candidates' model; None if there is none.
+
+        That of an exact adapter was computed in a model of its own rank.
+        """
         key: ScoreKey = (coefficients, split, True)
-        if specs == output_specs(self._mixed.checkpoints[0]) and self._scores.known(key):
+        stacked, stored = self._is_stacked(coefficients), output_specs(self._mixed.checkpoints[0])
+        is_equal = all(specs[name].dtype == spec.dtype for name, spec in stored.items()) if stacked else specs == stored
+        if is_equal and self._scores.known(key):
             return self._scores.find(key, lambda: self.evaluate(split, "the average"))
-        if self._scores.empty and not self._mixed.norms:
+        if stacked or (self._scores.empty and not self._mixed.norms):
             return None
         return self.evaluate(split, "the average")  # `load_output` has loaded it
 
-    def _fresh_model(self, specs: Mapping[str, StoredTensor], read_into: ReadInto) -> CountedModel:
-        """Return a new model with the tensors of a file; the candidates' model if sharded, or without memory for it."""
+    def _fresh_model(
+        self, specs: Mapping[str, StoredTensor], read_into: ReadInto, adapter: Mapping[str, Any] | None = None
+    ) -> CountedModel:
+        """Return a new model with the tensors of a file; the candidates' model if sharded, or without memory for it.
+
+        ``adapter`` is the adapter_config.json of an exact adapter, which the candidates' model cannot hold.
+        """
         mixed = self._mixed
         if mixed.search.shard:
             return mixed.counted
         try:
-            model = mixed.build()
+            model = mixed.build(adapter)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if adapter is not None or not is_out_of_memory(error):
                 raise
-            self.notes.append("the file was not scored in a fresh model(): out of memory")
+            self.notes.append("the file was not scored in a fresh model: out of memory")
             return mixed.counted
         state = model.state_dict(keep_vars=True)
         for names, tensor in unique_tensors(model):
@@ -202,13 +214,26 @@ class Scoring:
 
     def _key(self, coefficients: Coefficients, split: Split, *, exact: bool) -> ScoreKey:
         """Return the key of a score; a single checkpoint is read from its file at no extra cost."""
-        if not exact:
+        if not exact and not self._is_stacked(coefficients):
             exact = (len(coefficients.selected) == 1 or self._mixed.candidates.exact) and self._mixed.precision == OWN
         return coefficients, split, exact
+
+    def _is_stacked(self, coefficients: Coefficients) -> bool:
+        """Return whether the exact average is an adapter of other ranks than the candidates'."""
+        return self._mixed.exact_adapter is not None and len(coefficients.selected) > 1
 
     def _measure(self, key: ScoreKey, workers: Workers, threshold: float | None = None) -> Score:
         mixed, (coefficients, split, exact) = self._mixed, key
         self._meter.evaluated()
+        if mixed.exact_adapter and self._is_stacked(coefficients):
+            if exact:
+                mixed.candidates  # noqa: B018  # checks their memory and names before a second model
+                plan = mixed.exact_adapter(coefficients)
+                model = self._fresh_model(plan.specs, held_in_memory(plan), plan.config)
+                return self._pass(split, mixed.describe(coefficients), workers, model=model)
+            self._note(
+                "the search scored averages of the adapters' factors; the scores in the report are of exact ones"
+            )
         mixed.set_to(coefficients, exact=exact or len(coefficients.selected) == 1)
         with autocast(OWN if exact else mixed.precision, mixed.run.device):
             self.recompute_batchnorm()

@@ -13,13 +13,14 @@ from ckptavg.options.task import TaskOptions
 from ckptavg.runtime.workers import ALONE, TIMEOUT, Workers
 
 CHECK: Final = (
-    "task", "val", "device", "last", "task_timeout", "train", "test", "holdout", "batch_size", "trust_remote_code",
+    "task", "val", "device", "last", "task_timeout", "train", "test", "holdout", "batch_size", "labels",
+    "max_length", "base", "trust_remote_code",
     "include", "exclude", "start", "stop", "every", "key", "seed", "bits", "group_size", "offload",
 )  # fmt: skip
 """The options of ``check``."""
 EVAL: Final = (
-    "key", "task", "task_timeout", "val", "test", "batch_size", "trust_remote_code", "lm_eval", "device", "seed",
-    "worker_timeout",
+    "key", "task", "task_timeout", "val", "test", "batch_size", "labels", "max_length", "base", "trust_remote_code",
+    "lm_eval", "device", "seed", "worker_timeout",
 )  # fmt: skip
 """The options of ``eval``."""
 NOT_COMPARE: Final = ("never_worse", "baselines")
@@ -67,6 +68,8 @@ class Options(SearchOptions, OutputOptions, Window, TaskOptions):
             raise UsageError("--shard needs a loss: a task file or --val")
         if self.score_jobs > 1 and self.workers.world_size > 1:
             raise UsageError("--score-jobs is for a single process: under torchrun each worker runs a command")
+        if self.shard and self.adapter == "exact":
+            raise UsageError("--adapter exact is scored in a model of its own rank, which --shard does not divide")
         defaults = {"offload": "none", "precision": "float32", "compile": False}
         unused = [f"--{name}" for name, default in defaults.items() if getattr(self, name) != default]
         if self.score_cmd is not None and unused:

@@ -42,6 +42,16 @@ class TaskOptions:
     batch_size: Annotated[int | None, Help(
         SCORING, "Batch size for --val; default 32, halved if out of memory.", "The default for --lm-eval is 8.", "N",
         limit=AT_LEAST_1)] = None  # fmt: skip
+    labels: Annotated[str | None, Help(
+        SCORING, "Class names by number for --val: ham,spam.", "Needed if data have names that config.json lacks.",
+        "NAMES")] = None  # fmt: skip
+    max_length: Annotated[int | None, Help(
+        SCORING, "Cut texts of --val to N tokens; default as in training.",
+        "That is the truncation in tokenizer.json, else the limit of the model and its tokenizer.", "N",
+        limit=AT_LEAST_1)] = None  # fmt: skip
+    base: Annotated[Path | str | None, Help(
+        SCORING, "Base model of PEFT adapters, if not the one they name.", "A directory, or a name in the hub's cache.",
+        "PATH")] = None  # fmt: skip
     trust_remote_code: Annotated[bool, Help(SCORING, "Run code that the checkpoints' config.json names.")] = False
     score_key: Annotated[str | None, Help(
         SCORING, "Key of the score in the JSON that --score-cmd prints.",
@@ -77,5 +87,10 @@ class TaskOptions:
         for name, value in (("--train", self.train), ("--test", self.test)):
             if value is not None and self.val is None:
                 raise UsageError(f"{name} goes with --val, which names the data for the search")
+        for name, value in (("--labels", self.labels), ("--max-length", self.max_length)):
+            if value is not None and self.val is None:
+                raise UsageError(f"{name} goes with --val, whose data it describes")
+        if self.base is not None and not {"--val", "--lm-eval"}.intersection(self.ways):
+            raise UsageError("--base goes with --val or --lm-eval, which load the base model of adapters")
         if self.holdout is not None and (own := {"--score-cmd", "--lm-eval"}.intersection(self.ways)):
             raise UsageError(f"--holdout divides the data of a task file or of --val; {own.pop()} has its own")

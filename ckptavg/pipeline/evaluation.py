@@ -59,4 +59,6 @@ def evaluate(files: Sequence[Path], options: Options, watch: Watch | None = None
                 raise
             scored.append(FileScores(path=checkpoint.path, scores=scores))
             progress("scoring", i + 1, len(checkpoints))
+        for note in mixture.notes:
+            progress(note, 0, 0)
         return Evaluation(files=scored)

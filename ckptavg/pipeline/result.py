@@ -68,10 +68,7 @@ def _warnings(
 ) -> list[str]:
     warnings = [f"copied {', '.join(finished.copied)} to the output directory"] if finished.copied else []
     warnings += finished.notes
-    if evaluator is not None and not finished.scores:
-        unscored = "the output was not scored, because its rank differs from the candidates'"
-        warnings.append(f"{unscored}: run `ckptavg eval` with its own config")
-    elif evaluator is not None and (matrix := evaluator.matrix) is not None:
+    if evaluator is not None and (matrix := evaluator.matrix) is not None:
         if matrix.group_size is not None or matrix.precision != "float32":
             exact = finished.scores[evaluator.scored_on]
             warnings += _rounding_warnings(matrix, evaluator.score(coefficients), exact)

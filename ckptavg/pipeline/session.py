@@ -5,6 +5,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -169,7 +170,10 @@ def _evaluator(found: Discovered, options: Options, run: Run) -> Evaluator:
         return CommandEvaluator(options, found.checkpoints, run)
     if run.device.type == "mps" and run.workers.world_size > 1:
         raise UsageError("--device mps supports one worker only", hint="use --device cpu")
-    return Mixture(task_for(found, options), found.checkpoints, run, options)
+    # a model is scored in its own dtype
+    plan = partial(average.plan_output, found.checkpoints, dtype=None, mode="exact", rank=options.rank)
+    exact_adapter = plan if options.adapter == "exact" else None
+    return Mixture(task_for(found, options), found.checkpoints, run, options, exact_adapter)
 
 
 def _compared(found: Discovered, options: Options, run: Run) -> AbstractContextManager[None]:

@@ -240,7 +240,7 @@ def _check_advice(mixture: Mixture, notes: _Findings) -> None:
             "there is no test data: --holdout 0.5 keeps half of the validation data for a fair final score"
         )
     if mixture.mixed.norms and not task.has("train"):
-        notes.remarks.append("there is no train_dataloader(): BatchNorm statistics are recomputed from validation data")
+        notes.remarks.append("there is no training data: BatchNorm statistics are recomputed from validation data")
 
 
 def _searches(mixture: Mixture, splits: dict[Split, SplitCheck], step: float, found: Discovered) -> dict[str, float]:

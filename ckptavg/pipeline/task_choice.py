@@ -60,12 +60,13 @@ def task_for(found: Discovered, options: Options) -> Task:
 def build_task(options: Options, folder: Path) -> Task:
     """Build the task of --task, --val or --lm-eval; ``folder`` has a Hugging Face model's config and tokenizer."""
     if options.val is not None:
-        from ckptavg.tasks.hugging_face import HuggingFaceTask
+        from ckptavg.tasks.hugging_face import HuggingFaceTask, Overrides
 
         return HuggingFaceTask(
             folder, val=Path(options.val), train=None if options.train is None else Path(options.train),
             test=None if options.test is None else Path(options.test), batch_size=options.batch_size,
             trust_remote_code=options.trust_remote_code,
+            overrides=Overrides(base=options.base, labels=options.labels, max_length=options.max_length),
         )  # fmt: skip
     if options.lm_eval is not None:
         from ckptavg.tasks.lm_eval import LmEvalTask
@@ -73,7 +74,7 @@ def build_task(options: Options, folder: Path) -> Task:
         names = [name.strip() for name in options.lm_eval.split(",") if name.strip()]
         return LmEvalTask(
             folder, names, batch_size=options.batch_size or 8, seed=options.seed,
-            trust_remote_code=options.trust_remote_code,
+            trust_remote_code=options.trust_remote_code, base=options.base,
         )  # fmt: skip
     given = options.objects or options.task
     assert given is not None

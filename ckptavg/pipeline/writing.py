@@ -24,6 +24,7 @@ from ckptavg.output import hugging_face_folder, provenance
 from ckptavg.output.dcp_folder import DcpFolder
 from ckptavg.output.safetensors_file import SafetensorsFile
 from ckptavg.output.sharded_files import ShardedFiles, split_names
+from ckptavg.pipeline.exact_adapter import factor_note
 from ckptavg.pipeline.session import Session
 from ckptavg.readers import StoredTensor
 from ckptavg.report.result import Output
@@ -39,7 +40,7 @@ _File: TypeAlias = SafetensorsFile | ShardedFiles | DcpFolder
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenOutput:
-    """Written file, its scores (empty if its shapes do not fit the model), and the names of the files copied along."""
+    """Written file, its scores (empty without a task), and the names of the files copied along."""
 
     output: Output
     scores: Mapping[Split, Score]
@@ -63,8 +64,6 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
     path, folder = options.destination
     if folder:
         path = folder / hugging_face_folder.file_name(selected[-1])
-    if {name: spec.shape for name, spec in specs.items()} != {n: t.shape for n, t in checkpoints[0].tensors.items()}:
-        evaluator = None  # the output is an adapter with another rank than the model's
     recomputed = sorted(set(evaluator.statistics) & specs.keys()) if evaluator else []
     dtype = dtype_names(spec.dtype for spec in specs.values())
     describe = partial(
@@ -84,9 +83,11 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
         _stream(plan, out, this.run.progress)
         out.barrier()
         if evaluator:
-            state = evaluator.load_output(specs, out.read_into)
-            _write_recomputed({name: state[name] for name in recomputed}, specs, out, workers)
-            scores = evaluator.score_output(coefficients, specs, out.read_into)
+            exact_adapter = plan.config if len(selected) > 1 else None
+            if exact_adapter is None:
+                state = evaluator.load_output(specs, out.read_into)
+                _write_recomputed({name: state[name] for name in recomputed}, specs, out, workers)
+            scores = evaluator.score_output(coefficients, specs, out.read_into, exact_adapter)
         digests = ChainMap(*workers.gather({file.path: digest(file) for file in files}))
         metadata = describe(lambda file: agreed(file, digests[file.path]) if options.digests else "")
         for checkpoint in used:
@@ -107,7 +108,8 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
         path=out.path, sha256=sha256, bytes=size, dtype=dtype, not_averaged=plan.not_averaged, recomputed=recomputed,
         averaged_buffers=sorted(evaluator.averaged_buffers) if evaluator and len(selected) > 1 else (),
     )  # fmt: skip
-    return WrittenOutput(output=output, scores=scores, copied=copied, notes=[*plan.notes, *_not_finite(plan, workers)])
+    notes = [*plan.notes, *factor_note(this, plan, coefficients, strategy), *_not_finite(plan, workers)]
+    return WrittenOutput(output=output, scores=scores, copied=copied, notes=notes)
 
 
 def _not_finite(plan: PlannedOutput, workers: Workers) -> list[str]:

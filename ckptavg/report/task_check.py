@@ -62,7 +62,8 @@ class TaskCheck(Report):
         yield f"metric      {self.metric or 'none: scores are of the loss'}"
         most = max(split.forwards or 0.0 for split in self.splits.values())
         shared = "; with forward(model, batch) in the task file, one" if most > 1 else ""
-        yield f"forward     {most:.3g} {'passes' if most != 1 else 'pass'} of the model for each batch of a score{shared}"
+        passes = f"{most:.3g} {'pass' if most == 1 else 'passes'}"
+        yield f"forward     {passes} of the model for each batch of a score{shared}"
         for name, split in self.splits.items():
             figures = {"loss": split.loss, self.metric.partition(", ")[0] or "metric": split.metric}
             scored = "".join(f", {kind} {value:.4f}" for kind, value in figures.items() if value is not None)

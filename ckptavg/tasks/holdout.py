@@ -120,5 +120,5 @@ class HeldOut(Task):
         return [int.from_bytes(digest.digest(), "little") for digest in digests]
 
     def _indivisible(self, reason: str) -> TaskError:
-        hint = "give the task a test_dataloader() instead of --holdout, and leave out --patience"
+        hint = "give test data (test_dataloader(), or --test) instead of --holdout, and leave out --patience"
         return TaskError(f"{self._split} data cannot be divided: {reason}", path=self.source, hint=hint)

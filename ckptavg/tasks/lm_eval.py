@@ -21,7 +21,8 @@ from ckptavg.filesystem.regular_file import is_file
 from ckptavg.runtime import signals
 from ckptavg.score import PerExample, Score, Split
 from ckptavg.tasks import Task
-from ckptavg.tasks.hugging_face.architecture import Adapter, ModelFolder
+from ckptavg.tasks.hugging_face.adapter import Adapter
+from ckptavg.tasks.hugging_face.architecture import ModelFolder
 
 
 class LmEvalTask(Task):
@@ -38,14 +39,16 @@ class LmEvalTask(Task):
         batch_size: batch size of the forward passes.
         seed: seed of the few-shot examples and of all other random draws.
         trust_remote_code: run model code in the directory.
+        base: base model of an adapter, instead of the one that it names.
     Raises:
         UsageError: if no task is named, lm-evaluation-harness is not installed, or has no task of a given name.
         TaskError: if the directory has no supported model, or no tokenizer.
     """
 
     def __init__(
-        self, folder: Path, names: Sequence[str], *, batch_size: int = 8, seed: int = 0, trust_remote_code: bool = False
-    ) -> None:
+        self, folder: Path, names: Sequence[str], *, batch_size: int = 8, seed: int = 0,
+        trust_remote_code: bool = False, base: Path | str | None = None,
+    ) -> None:  # fmt: skip
         if not names:
             raise UsageError("no lm-evaluation-harness task is named", hint="`lm_eval ls tasks` lists them")
         try:
@@ -63,7 +66,7 @@ class LmEvalTask(Task):
         self._names = list(dict.fromkeys(match for name in names for match in self._matches(name)))
         self._tasks: dict[str, Any] = {}
         self._lm: Any = None
-        self._folder = ModelFolder(folder, trust=trust_remote_code)
+        self._folder = ModelFolder(folder, trust=trust_remote_code, base=base)
         self._tokenizer = self._folder.processor()
 
     def model(self) -> nn.Module:

@@ -156,9 +156,9 @@ def test_weights_that_are_not_finite(run: Run, ckpts: Path, tmp_path: Path, valu
         (("def model()", "def model("), "mine.py:5: on import: SyntaxError"),
         (
             (".mean(dim=1)", ".mean() * float('nan')"),
-            "loss() gave nan at step 1 of the search, on batches 1, 2 of the val data",
+            "the loss is nan at step 1 of the search, on batches 1, 2 of the val data",
         ),
-        ((".mean(dim=1)", ".sum() / 0"), "loss() gave inf at step 1 of the search"),
+        ((".mean(dim=1)", ".sum() / 0"), "the loss is inf at step 1 of the search"),
         ((".mean(dim=1)", ".mean(dim=0)"), "loss() must return a scalar or one real number per example [4]"),
         ((".square().mean(dim=1)", ".argmax(dim=1)"), "loss() must return a floating-point tensor, not a torch.int64"),
         (("torch.ones(8, 3)), batch_size=4", "torch.ones(0, 3)), batch_size=4"), "val_dataloader() gave no batches"),
@@ -311,8 +311,8 @@ def test_options_come_from_the_configuration_and_the_environment(run: Run, ckpts
 @pytest.mark.parametrize(
     ("old", "new", "command", "code", "message"),
     [
-        ("return model", "return float('nan') * model", "sewa --k 2", 7, "loss() gave nan at step 1 of the search"),
-        ("return model", "return float('nan') * model", "twa", 7, "loss() gave nan at step 1 of the search"),
+        ("return model", "return float('nan') * model", "sewa --k 2", 7, "the loss is nan at step 1 of the search"),
+        ("return model", "return float('nan') * model", "twa", 7, "the loss is nan at step 1 of the search"),
         ("return model", "return model(batch[0]).detach() if 1 else model", "twa", 7, "loss() has no gradient"),
         ("return model", "return model", "twa --lr 1e300", 7, "smaller --lr"),
         ("return model", "return model", "twa --on train", 2, "--on train needs train data"),

@@ -42,7 +42,7 @@ TRAPS = {
     ),
     "there is no test data: --holdout 0.5": (0, ""),
     "metric_bounds are not set": (0, ""),
-    "there is no train_dataloader()": (0, "del train_dataloader"),
+    "there is no training data": (0, "del train_dataloader"),
     "with random numbers (the same ones for every candidate)": (
         0, 'def loss(m, b): return F.cross_entropy(m(b[0] + torch.randn_like(b[0])), b[1], reduction="none")'
     ),
@@ -97,7 +97,7 @@ def test_derived_weights_are_a_problem(run: Run, tmp_path: Path, kind: str):
     data = "DataLoader(TensorDataset(torch.randn(40, 3), torch.arange(40) % 4), 20)"
     code = f"def model(): return Product()\ndef val_dataloader(): return {data}\ndel train_dataloader\n"
     done = checked(run, tmp_path, tmp_path / "ckpts", DERIVED[kind] + code)
-    assert done.returncode == 7 and "problem: " in done.stdout and "in a fresh model()" in done.stderr
+    assert done.returncode == 7 and "problem: " in done.stdout and "in a fresh model" in done.stderr
 
 
 DECIDING = {
@@ -152,7 +152,7 @@ def val_dataloader(): return DataLoader(TensorDataset(torch.randn(40, 3), torch.
 del train_dataloader
 """
     done = checked(run, tmp_path, tmp_path / "ckpts", code)
-    assert done.returncode == 7 and "in a fresh model()" in done.stderr, done.stdout + done.stderr
+    assert done.returncode == 7 and "in a fresh model" in done.stderr, done.stdout + done.stderr
 
 
 def test_an_error_of_the_task_is_that_of_a_run(run: Run, tmp_path: Path, digits: Path):

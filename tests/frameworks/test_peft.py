@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,10 @@ def by_hand(trainer_run: Path, adapters: Path) -> Any:
 def test_factors_are_averaged_and_their_error_is_reported(run: Run, trainer_run: Path, adapters: Path, tmp_path: Path):
     done = run("swa", adapters, "-o", "out/")
     assert (done.returncode, done.stdout) == (0, "out/adapter_model.safetensors\n"), done.stderr
-    assert "averaging the adapter's factors is" in done.stderr and "--adapter exact is not" in done.stderr
+    (note,) = (line for line in done.stderr.splitlines() if line.startswith("averaging the adapter's factors is"))
+    command = shlex.split(note.partition("for that: ")[2])
+    assert command == ["ckptavg", "swa", str(adapters), "--adapter", "exact", "-o", "out-exact/"]
+    assert run(*command[1:]).returncode == 0 and (tmp_path / "out-exact" / "adapter_model.safetensors").exists()
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")
     parts = [load_file(adapters / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (4, 8, 12, 16)]
     for name, tensor in written.items():
@@ -111,11 +116,36 @@ def test_a_selection_of_adapters_is_learned(run: Run, trainer_run: Path, adapter
     assert report["scores"]["val"]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
-def test_an_exact_adapter_of_another_rank_is_not_scored(run: Run, trainer_run: Path, adapters: Path):
-    done = run("swa", adapters, "-o", "out/", "--adapter", "exact", "--val", trainer_run / "val.jsonl")
-    assert done.returncode == 0 and "not scored, because its rank differs" in done.stderr, done.stderr
-    scored = run("eval", "out", "--val", trainer_run / "val.jsonl", "--json")
-    assert scored.returncode == 0 and json.loads(scored.stdout)[0]["val"]["loss"] > 0, scored.stderr
+@pytest.mark.parametrize("options", [("swa",), ("sewa", "--k", "2", "--steps", "4"), ("swa", "--rank", "4")], ids=str)
+def test_an_exact_adapter_is_scored_by_what_is_written(
+    run: Run, trainer_run: Path, adapters: Path, tmp_path: Path, options: tuple[str, ...]
+):
+    """The report's score is that of the file, scored by its own configuration; the average of factors has another."""
+    val = trainer_run / "val.jsonl"
+    done = run(options[0], adapters, *options[1:], "-o", "out/", "--adapter", "exact", "--val", val, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    (scored,) = json.loads(run("eval", "out", "--val", val, "--json").stdout)
+    assert report["scores"]["val"]["loss"] == pytest.approx(scored["val"]["loss"], abs=1e-6)
+    assert f"the selection scores loss {scored['val']['loss']:.4f}" in report["verdict"]
+    assert "Nothing was scored" not in done.stderr and ("averages of the adapters' factors" in done.stderr) == (
+        options[0] == "sewa"
+    )
+    factors = json.loads(run("swa", adapters, "-o", "factors/", "--val", val, "--json").stdout)
+    assert abs(factors["scores"]["val"]["loss"] - scored["val"]["loss"]) > 1e-5
+
+
+def test_a_command_scores_the_exact_adapter(run: Run, adapters: Path, tmp_path: Path):
+    """The command gets a directory that PEFT loads: its configuration has the rank of the weights."""
+    code = (
+        "import json, sys; from safetensors.torch import load_file; d = sys.argv[1];"
+        "ranks = {t.shape[0] for n, t in load_file(d + '/adapter_model.safetensors').items() if 'lora_A' in n};"
+        "assert ranks == {json.load(open(d + '/adapter_config.json'))['r']}; print(*ranks)"
+    )
+    command = f"{sys.executable} -c {shlex.quote(code)} {{dir}}"
+    done = run("swa", adapters, "-o", "out/", "--adapter", "exact", "--score-cmd", command, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["scores"]["val"]["metric"] == 16
 
 
 def test_an_adapter_of_another_base_is_refused(run: Run, adapters: Path, tmp_path: Path):

@@ -55,7 +55,8 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
 # those that need other candidates, a library or several processes: their place in the journal's first line is checked
 STORED: dict[str, dict[str, Any]] = {
     "score_cmd": {"score_cmd": "x"}, "lm_eval": {"lm_eval": "x"}, "adapter": {"adapter": "exact"},
-    "rank": {"rank": 2, "adapter": "exact"}, "shard": {"shard": True},
+    "rank": {"rank": 2, "adapter": "exact"}, "labels": {"val": "x", "labels": "a,b"},
+    "max_length": {"val": "x", "max_length": 9}, "base": {"val": "x", "base": "b"}, "shard": {"shard": True},
 }  # fmt: skip
 DATA = ("val", "train", "test")  # compared by content, like the task
 

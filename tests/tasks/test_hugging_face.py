@@ -525,7 +525,7 @@ def test_other_mistakes_are_one_line_errors_with_a_hint(root: Path, texts: Path,
     other = lines(tmp_path / "o.jsonl", [{"input": "a", "output": "b"}])
     refused(TaskError, "columns input, output, but GPT2LMHeadModel learns from prompt and completion", "", gpt2, other)
     label = lines(tmp_path / "l.jsonl", [{"text": "a", "label": "code"}, {"text": "a", "label": "verse"}])
-    refused(InputError, r"l\.jsonl:2: unknown label 'verse'; config.json defines", "", classifier, label)
+    refused(InputError, r"l\.jsonl:2: unknown label 'verse'; the model has both", "--labels", classifier, label)
     refused(TaskError, "has no config.json", "", tmp_path, texts)
     with pytest.raises(UsageError, match="--batch-size must be at least 1"):
         Options(val=texts, batch_size=0)

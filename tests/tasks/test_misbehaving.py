@@ -198,7 +198,7 @@ def test_invalid_return_values_of_loss_and_metric(run: Run, ckpts: Path, tmp_pat
         ("return 3", "model() must return a torch.nn.Module, not int"),
         ("return nn.Linear", "model() must return a torch.nn.Module, not type"),
         ("return None", "not NoneType"),
-        ("return nn.Sequential()", "the task's model() does not fit"),
+        ("return nn.Sequential()", "the model does not fit"),
         ("return nn.LazyLinear(2)", "its weight has no shape yet"),
         ("return nn.Linear(3, 2, device='meta')", "its weight is on the meta device"),
         ("return torch.compile", "model() must return a torch.nn.Module, not function"),
@@ -305,8 +305,8 @@ def test_the_error_names_the_batch_with_the_nan(
 @pytest.mark.parametrize(("command", "where"), [
     ("sewa --k 2 --steps 9 --samples 1", "at step 2 of the search, on batch 2 of the val data"),
     ("twa --epochs 2", "at step 2 of the search, on batch 2 of the val data"),
-    ("sewa --k 2 --solver quadratic", "loss() gave nan in batch 2, at the mean"),
-    ("twa --solver quadratic", "loss() gave nan in batch 2"),
+    ("sewa --k 2 --solver quadratic", "the loss is nan in batch 2, at the mean"),
+    ("twa --solver quadratic", "the loss is nan in batch 2"),
     ("compare --strategies swa,soup", "in batch 2 of the val data"), ("landscape --samples 3", "in batch 2"),
 ])  # fmt: skip
 def test_a_search_error_names_the_batch(run: Run, ckpts: Path, tmp_path: Path, command: str, where: str):

@@ -140,7 +140,7 @@ def _mean(
     value, gradient_N, hessian_NN = float(total[0]), total[1 : n + 1], total[n + 1 :].view(n, n)
     if not total[: n + 1].isfinite().all():
         bad = [(i, value) for i, value in enumerate(map(float, values), 1) if not math.isfinite(value)]
-        message = f"loss() gave {bad[0][1]} in batch {bad[0][0]}" if bad else "the gradient of loss() is not finite"
+        message = f"the loss is {bad[0][1]} in batch {bad[0][0]}" if bad else "the gradient of the loss is not finite"
         raise NoGradientError(f"{message}, at the mean of the candidates")
     if not hessian_NN.isfinite().all():
         raise UnavailableError("second derivatives are not finite")

@@ -6,6 +6,7 @@ Shape suffixes: B = examples, T = tokens of the longest example, V = tokens of t
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ckptavg.errors import InputError, TaskError
+from ckptavg.errors import InputError, TaskError, UsageError
 from ckptavg.score import Split
 from ckptavg.tasks import Task
 from ckptavg.tasks.hugging_face import data_files
-from ckptavg.tasks.hugging_face.architecture import WRITE_ONE, ModelFolder, translate_errors
+from ckptavg.tasks.hugging_face.architecture import ModelFolder
 from ckptavg.tasks.hugging_face.data_files import DataFile
+from ckptavg.tasks.hugging_face.library import WRITE_ONE, translate_errors
 from ckptavg.tasks.hugging_face.tokens import (
     IGNORED,
     UNLIMITED,
@@ -26,14 +28,29 @@ from ckptavg.tasks.hugging_face.tokens import (
     Tokens,
     collated,
     grouped_by_length,
-    max_tokens,
     padding,
+    token_limit,
 )
 from ckptavg.tasks.shared_forward import SharedForward
 from ckptavg.tasks.worker_sampler import RankBatchSampler
 
 AUTOMATIC: Final = 32  # examples per batch, if no batch size is given
 _MAX_CACHED: Final = 2 << 30  # bytes of processed images to keep in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """Settings of a training that its directory does not have, or has wrongly.
+
+    Attributes:
+        base: base model of an adapter: a directory, or a name in the hub's cache.
+        labels: names of the classes in the order of their numbers, separated by commas.
+        max_length: number of tokens to which texts are truncated.
+    """
+
+    base: Path | str | None = None
+    labels: str | None = None
+    max_length: int | None = None
 
 
 class HuggingFaceTask(Task):
@@ -48,6 +65,7 @@ class HuggingFaceTask(Task):
     masked language model      ``text``                 mean of −ln p over 15 % of the tokens
     sequence to sequence       ``prompt, completion``   mean of −ln p over the tokens of the completion
     sequence classification    ``text, label``          −ln p of the label; the metric is accuracy
+    token classification       ``tokens, ner_tags``     mean of −ln p over the words; the metric is their accuracy
     image classification       ``image, label``         −ln p of the label; the metric is accuracy
     =========================  =======================  ==========================================================
 
@@ -56,9 +74,11 @@ class HuggingFaceTask(Task):
     tokenizer; no end token is added. The masked tokens are a function of the text, so every pass masks the same; 80 %
     of them become the mask, 10 % a random token, and 10 % stay. Padding is on the right and does not affect the loss.
 
+    The architecture of a PEFT adapter is that of its task_type, with as many classes as the classifier that it saves.
     A batch has texts of similar lengths, so that little of it is padding; scores have an example's value at its place
-    in the file. Texts are truncated to the limits of the model and its tokenizer. A prompt that is too long keeps its
-    end. A text without a token to predict, such as an empty one, is skipped; a completion without one is an error.
+    in the file. Texts are truncated to the length that training used, where tokenizer.json has it, and to the limits
+    of the model and its tokenizer. A prompt that is too long keeps its end. A text without a token to predict, such as
+    an empty one, is skipped; a completion without one is an error.
 
     Args:
         folder: directory with config.json (or PEFT's adapter_config.json), and the tokenizer or image processor.
@@ -66,15 +86,17 @@ class HuggingFaceTask(Task):
             torch's global generator for each pass.
         batch_size: examples per batch; None starts with 32, which `halve` reduces.
         trust_remote_code: run model code in the directory.
+        overrides: settings that replace those of the directory.
     Raises:
-        UsageError: if a file is missing or its type is not supported, or a required package is not installed.
+        UsageError: if an override does not fit the model, a file is missing or its type is not supported, or a
+            required package is not installed.
         InputError: if a data file is damaged or empty.
         TaskError: if the directory does not hold one of these models, or the columns do not match it.
     """
 
     def __init__(
         self, folder: Path, *, val: Path, train: Path | None = None, test: Path | None = None,
-        batch_size: int | None = 8, trust_remote_code: bool = False,
+        batch_size: int | None = 8, trust_remote_code: bool = False, overrides: Overrides = Overrides(),
     ) -> None:  # fmt: skip
         self.source = str(folder)
         self._batch_size = batch_size or AUTOMATIC
@@ -82,7 +104,7 @@ class HuggingFaceTask(Task):
         self._may_halve = batch_size is None
         named: dict[Split, Path | None] = {"val": val, "train": train, "test": test}
         self._data = {split: data_files.read(path) for split, path in named.items() if path is not None}
-        self._folder = ModelFolder(folder, trust=trust_remote_code)
+        self._folder = ModelFolder(folder, trust=trust_remote_code, base=overrides.base)
         self._kind = self._folder.kind
         self._config = self._folder.config
         self._columns = {split: self._matching_columns(data) for split, data in self._data.items()}
@@ -90,11 +112,15 @@ class HuggingFaceTask(Task):
         if self._kind.name != "image":
             if self._kind.name == "masked" and self._processor.mask_token_id is None:
                 raise TaskError("its tokenizer has no mask token", path=folder, hint=WRITE_ONE)
-            limit = max_tokens(self._config.get_text_config(), self._processor)
+            text_config = self._config.get_text_config()
+            limit, self._limited_by = token_limit(text_config, self._processor, folder, overrides.max_length)
             self._tokens = Tokens(tokenizer=self._processor, limit=limit)
-        if self._kind.name in ("text", "image"):
+        self.notes: list[str] = []
+        self._full: dict[Split, str] = {}  # counts of the texts that have as many tokens as are read
+        if self._kind.name in ("text", "tokens", "image"):
             if self._config.num_labels < 2:
                 raise TaskError("is a classifier with one class", path=folder, hint=WRITE_ONE)
+            self._ids = self._class_ids(overrides.labels)
             self.metric, self.metric_bounds = self._accuracy, (0.0, 1.0)
             self.metric_name = "accuracy"
         self._examples: dict[Split, list[Example]] = {}
@@ -111,7 +137,7 @@ class HuggingFaceTask(Task):
         with translate_errors(self.source, "loss"):
             labels = batch["labels"]
             logits = self._logits(model, batch)
-            if self.metric is not None:
+            if labels.ndim == 1:
                 return functional.cross_entropy(logits, labels, reduction="none")
             if self._kind.name == "causal":
                 labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -183,9 +209,10 @@ class HuggingFaceTask(Task):
             return collated([self._example(split, i) for i in chosen], padding(self._processor))
 
     def _accuracy(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return whether the most probable class is the label [B]; see `Task.shared_forward`."""
+        """Return whether the most probable class is the label [B], or the fraction of words where it is."""
         with translate_errors(self.source, "metric"):
-            return (self._logits(model, batch).argmax(dim=-1) == batch["labels"]).float()
+            right, labels = (self._logits(model, batch).argmax(dim=-1) == batch["labels"]).float(), batch["labels"]
+            return right if labels.ndim == 1 else right.sum(dim=1) / (labels != IGNORED).sum(dim=1)
 
     def _logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return logits [B, T, V] or [B, V]; encoder-decoder models derive the decoder inputs from the labels."""
@@ -196,10 +223,15 @@ class HuggingFaceTask(Task):
     def _encoded(self, split: Split) -> list[Example]:
         """Return the tokenized examples of a text split, cached after the first call."""
         if split not in self._examples:
-            data, columns = self._data[split], self._columns[split]
+            data, columns, tokens = self._data[split], self._columns[split], self._tokens
             with translate_errors(self.source, f"{split} data"):
                 encoded = [self._encode(data, i, columns) for i in range(len(data.rows))]
             self._examples[split] = [example for example in encoded if example is not None]
+            longest = sum(len(example["input_ids"]) == tokens.limit for example in self._examples[split])
+            if longest:
+                self._full[split] = f"{longest} of {len(data.rows)} {split} texts"
+                cut = f"texts are cut at {tokens.limit} tokens ({self._limited_by}), which"
+                self.notes[:] = [f"{cut} {' and '.join(self._full.values())} reach; --max-length N sets another limit"]
             if not self._examples[split]:
                 raise InputError("no text has a token to predict", path=data.path)
         return self._examples[split]
@@ -209,9 +241,12 @@ class HuggingFaceTask(Task):
         if columns[0] == "text":
             text = data.value(i, "text", str)
             if self._kind.name == "text":
-                example = tokens.sequence(text, data.label(i, self._config.label2id))
+                example = tokens.sequence(text, data.label(i, self._ids))
             else:
                 example = tokens.masked(text) if self._kind.name == "masked" else tokens.text(text)
+        elif columns[0] == "tokens":
+            tags = data.tags(i, columns[1], self._ids)
+            example = tokens.words(data.value(i, "tokens", list), tags)
         elif columns[0] == "messages":
             example = tokens.conversation(data.value(i, "messages", list))
         else:
@@ -220,7 +255,7 @@ class HuggingFaceTask(Task):
                 example = tokens.translation(prompt, completion)
             else:
                 example = tokens.completion(prompt, prompt + completion)
-        if example is None and columns[0] != "text":
+        if example is None and columns[0] not in ("text", "tokens"):
             raise InputError(f"`{columns[-1]}` has no token to predict", path=data.where(i))
         vocabulary = getattr(self._config.get_text_config(), "vocab_size", UNLIMITED)
         if example is not None and int(example["input_ids"].max()) >= vocabulary:
@@ -231,7 +266,7 @@ class HuggingFaceTask(Task):
         if self._kind.name != "image":
             return self._encoded(split)[i]
         data, pixels = self._data[split], self._pixels.get((split, i))
-        label = torch.tensor(data.label(i, self._config.label2id))
+        label = torch.tensor(data.label(i, self._ids))
         if pixels is None:
             image = data.image(i).convert("L" if getattr(self._config, "num_channels", 3) == 1 else "RGB")
             pixels = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
@@ -239,11 +274,26 @@ class HuggingFaceTask(Task):
                 self._pixels[split, i] = pixels
         return {"pixel_values": pixels, "labels": label}
 
+    def _class_ids(self, labels: str | None) -> Mapping[str, int]:
+        """Return the class numbers by name: those of --labels, else those of the model's configuration."""
+        known: Mapping[str, int] = self._config.label2id
+        if labels is None:
+            return known
+        names = [name.strip() for name in labels.split(",")]
+        if len(set(names)) != len(names) or len(names) != self._config.num_labels:
+            message = f"--labels must be {self._config.num_labels} different names, one for each class of the model"
+            raise UsageError(message, path=self.source)
+        ids = {name: i for i, name in enumerate(names)}
+        if set(ids) == set(known) and ids != known:
+            order = ",".join(sorted(known, key=lambda name: known[name]))
+            raise UsageError(f"--labels contradicts config.json, which has the order {order}", path=self.source)
+        return ids
+
     def _matching_columns(self, data: DataFile) -> tuple[str, ...]:
         """Return the columns of ``data`` that this architecture learns from."""
         for columns in self._kind.columns:
             if set(columns) <= set(data.rows[0]):
                 return columns
         available, needed = ", ".join(data.rows[0]), ", or ".join(map(" and ".join, self._kind.columns))
-        message = f"has the columns {available or '(none)'}, but {self._config.architectures[0]} learns from {needed}"
+        message = f"has the columns {available or '(none)'}, but {self._folder.architecture} learns from {needed}"
         raise TaskError(message, path=data.path, hint=f"rename the columns, or {WRITE_ONE}")

@@ -14,10 +14,11 @@ from typing import Any, Final
 
 from ckptavg.errors import InputError, UsageError
 from ckptavg.filesystem.regular_file import is_folder
-from ckptavg.tasks.hugging_face.architecture import imported
+from ckptavg.tasks.hugging_face.library import imported
 
 IMAGES: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _KINDS: Final = "supported are .jsonl, .json, .csv, .parquet, a directory of save_to_disk() and a folder of images"
+LABELS: Final = ("label", "ner_tags", "labels")  # columns of class names or numbers
 Row = Mapping[str, Any]
 
 
@@ -59,26 +60,51 @@ class DataFile:
         return image
 
     def label(self, i: int, ids: Mapping[str, int]) -> int:
-        """Return the class index of row ``i`` in the model's numbering.
+        """Return the class index of row ``i``; see `_class_index`."""
+        return self._class_index(self.rows[i].get("label"), i, ids)
 
-        A name is looked up in ``ids``, the configuration's ``label2id``; a number, even as text, is used as is. If the
-        file names its classes, the name is looked up instead of the number, unless the model's names are the default
-        LABEL_0, LABEL_1, ….
+    def tags(self, i: int, column: str, ids: Mapping[str, int]) -> list[int]:
+        """Return the class indices of the words of row ``i``, one for each of its tokens; see `_class_index`."""
+        words, tags = self.value(i, "tokens", list), self.value(i, column, list)
+        if len(words) != len(tags) or not all(isinstance(word, str) for word in words):
+            message = f"`tokens` must be words, each with one of `{column}`: {len(words)} and {len(tags)}"
+            raise InputError(message, path=self.where(i))
+        return [self._class_index(tag, i, ids) for tag in tags]
+
+    def _class_index(self, label: Any, i: int, ids: Mapping[str, int]) -> int:
+        """Return the model's number of a label in row ``i``.
+
+        A name is looked up in ``ids``; a number, even as text, is used as is. If the file names its classes, the name
+        is looked up instead of the number, unless the model's names are the default LABEL_0, LABEL_1, ….
 
         Raises:
-            InputError: if the model has no such class.
+            InputError: if the model has no such class, or only default names.
         """
-        label = self.rows[i].get("label")
+        is_default = set(ids) == {f"LABEL_{n}" for n in range(len(ids))}
         if self.classes and isinstance(label, int) and 0 <= label < len(self.classes):
-            is_default = set(ids) == {f"LABEL_{n}" for n in range(len(ids))}
             label = label if is_default else self.classes[label]
         if isinstance(label, str):
             label = ids.get(label, int(label) if label.isdecimal() and label.isascii() else label)
         if isinstance(label, int) and 0 <= label < len(ids):
             return int(label)
-        defined = ", ".join(list(ids)[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-        message = f"unknown label {label!r}; config.json defines {defined}"
-        raise InputError(message, path=self.where(i), hint="`label2id` in config.json names the classes")
+        if is_default and isinstance(label, str):
+            names = self._names()
+            example = ",".join(names if len(names) == len(ids) else ["NAME"] * min(len(ids), 3))
+            message = f"its labels are names, {_listed(names)}, and nothing says which of {len(ids)} classes each is"
+            hint = f"give the names in the order of the class numbers in training, such as --labels {example}"
+            raise InputError(message, path=self.path, hint=hint)
+        hint = "--labels NAME,NAME gives the names in the order of the class numbers in training"
+        raise InputError(f"unknown label {label!r}; the model has {_listed(list(ids))}", path=self.where(i), hint=hint)
+
+    def _names(self) -> list[str]:
+        """Return the labels that are names, in alphabetical order."""
+        values = (row.get(column) for row in self.rows for column in LABELS)
+        flat = (one for value in values for one in (value if isinstance(value, list) else [value]))
+        return sorted({name for name in flat if isinstance(name, str)})
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def read(path: Path) -> DataFile:
@@ -181,7 +207,9 @@ def _saved(path: Path) -> DataFile:
 
 
 def _arrow(path: Path, rows: Any) -> DataFile:
-    return DataFile(path=path, rows=rows, classes=tuple(getattr(rows.features.get("label"), "names", None) or ()))
+    columns = (rows.features.get(name) for name in LABELS)
+    kinds = (getattr(column, "feature", column) for column in columns)  # of a list, its elements
+    return DataFile(path=path, rows=rows, classes=tuple(next((k.names for k in kinds if hasattr(k, "names")), ())))
 
 
 def _image_folder(path: Path) -> DataFile:

@@ -6,11 +6,15 @@ Shape suffixes: B = examples, T = tokens of a text, or of the longest text of a 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from ckptavg.errors import UsageError
+from ckptavg.filesystem.regular_file import is_file
 
 IGNORED: Final = -100  # the label of a token that is not predicted
 MASKED: Final = 0.15  # fraction of the tokens of a text, as in the training of BERT
@@ -37,6 +41,14 @@ class Tokens:
         """Predict the class index, ``labels`` []; None if the text has no tokens."""
         ids = self._truncated(text)
         return {**_example(ids, ids), "labels": torch.tensor(label)} if ids else None
+
+    def words(self, words: list[str], labels: list[int]) -> Example | None:
+        """Predict the class index of the first token of each word; None if there are none."""
+        encoded = self._encoded(words, is_split_into_words=True)
+        places = encoded.word_ids()  # token → index of its word, None for special tokens
+        first = (here is not None and here != before for before, here in zip([None, *places], places, strict=False))
+        tags = [labels[word] if begins else IGNORED for word, begins in zip(places, first, strict=True)]
+        return _example(encoded["input_ids"], tags) if set(tags) - {IGNORED} else None
 
     def completion(self, prompt: str, whole: str, *, special: bool = True) -> Example | None:
         """Predict the tokens of ``whole`` from the first that differs from the prompt's; None if there are none.
@@ -82,17 +94,35 @@ class Tokens:
         return example
 
     def _truncated(self, text: str | None = None, **options: Any) -> list[int]:
+        return self._encoded(text, **options)["input_ids"]
+
+    def _encoded(self, text: Any, **options: Any) -> Any:
         """Tokenize a text; the tokenizer itself truncates, so a closing special token is kept."""
         truncation = {"truncation": True, "max_length": self.limit} if self.limit < UNLIMITED else {}
-        return self.tokenizer(text, verbose=False, **truncation, **options)["input_ids"]
+        return self.tokenizer(text, verbose=False, **truncation, **options)
 
 
-def max_tokens(config: Any, tokenizer: Any) -> int:
-    """Return the smaller token limit of the model's ``config`` and its tokenizer."""
+def token_limit(config: Any, tokenizer: Any, folder: Path, given: int | None) -> tuple[int, str]:
+    """Return the greatest number of tokens of an example, and the setting that it comes from.
+
+    It is ``given``, else the length to which training truncated, which tokenizer.json beside the weights has, else what
+    the model's ``config`` and the tokenizer allow.
+
+    Raises:
+        UsageError: if the model has fewer positions than ``given``.
+    """
     positions = getattr(config, "max_position_embeddings", None)
     if positions and config.model_type in _OFFSET:
         positions -= config.pad_token_id + 1
-    return min(n for n in (positions, tokenizer.model_max_length) if n and n > 0)
+    if given is not None:
+        if positions and given > positions:
+            raise UsageError(f"--max-length {given} is more than the model's {positions} positions", path=folder)
+        return given, "--max-length"
+    truncation = tokenizer.backend_tokenizer.truncation if getattr(tokenizer, "is_fast", False) else None
+    saved = truncation["max_length"] if truncation and is_file(folder / "tokenizer.json") else None
+    limits = ((saved, "truncation in tokenizer.json"), (tokenizer.model_max_length, "model_max_length"),
+              (positions, "the model's positions"))  # fmt: skip
+    return min(((n, name) for n, name in limits if n and n > 0), key=lambda limit: limit[0])
 
 
 def padding(tokenizer: Any) -> int:
