@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +96,7 @@ def test_the_file_has_the_bytes_of_the_cpus(jobs: dict[str, Job], device: torch.
             )
         )  # fmt: skip
         if way == "compiled":
-            assert results[-1].matrix is not None and results[-1].matrix.compiled, results[-1].notes
+            assert results[-1].matrix is not None and results[-1].matrix.compiled, results[-1].warnings
     first, second = results
     if way != "bfloat16":  # where devices may choose differently between two equally good candidates
         assert [one.coefficient for one in first.candidates] == [one.coefficient for one in second.candidates]
@@ -166,8 +167,10 @@ def no_waiting(device: torch.device) -> Generator[None]:
             yield
         return
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that this mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
@@ -179,12 +182,12 @@ def no_waiting(device: torch.device) -> Generator[None]:
 @pytest.mark.parametrize(
     "spec",
     [
-        "sewa:k=2:steps=3", "sewa:k=2:steps=3:straight_through", "twa", "twa:constraint=simplex:clip=1",
-        "twa:optimizer=sgd:sam_rho=0.1", "twa:layerwise",
+        "sewa:k=2:steps=3", "sewa:k=2:steps=3:straight_through", "twa:on=train",
+        "twa:on=train:constraint=simplex:clip=1", "twa:on=train:optimizer=sgd:sam_rho=0.1", "twa:on=train:layerwise",
     ],
 )  # fmt: skip
 def test_a_step_waits_for_nothing(jobs: dict[str, Job], device: torch.device, spec: str, matrix: str, kind: str):
-    """Check from the end of the first step, which loads and warms up, to the end of the third."""
+    """Check from the end of the first step, which loads and warms up, to the end of the third of the epoch."""
     with jobs[kind].mixture(last=5, device=device, **MATRICES[matrix]) as mixture:
         steps, forbidden = 0, no_waiting(device)
 

@@ -5,69 +5,24 @@ buffers), Q = the parameters among them, C = columns of a block.
 """
 
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final, Protocol
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ckptavg.candidates.copied import Copied, Copies, copied_tensors
-from ckptavg.candidates.flat import Flat, flatten, runs, unique_tensors
+from ckptavg.candidates.dense import COLUMNS, Dense
+from ckptavg.candidates.flat import Flat, flatten, unique_tensors
 from ckptavg.candidates.loading import ReadInto, SharedError, Specs, check_names, read_columns, read_row
 from ckptavg.candidates.packed import Packed
 from ckptavg.candidates.plan import EXACT, Offload
+from ckptavg.candidates.products import Matrix, column_runs, dot, mix
 from ckptavg.candidates.sharded import flatten_shards
 from ckptavg.candidates.streamed import Streamed
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.runtime.workers import ALONE, Workers
-
-COLUMNS: Final = 1 << 20  # columns per step of `Candidates.distances`, and of converting a 16-bit matrix to float32
-
-
-class Matrix(Protocol):
-    """N encoded rows of D elements, w_i = mean + row i, decoded one piece at a time."""
-
-    mean_D: Tensor | None  # [D], the vector that rows are stored relative to, set before `encode`; None means zero
-    nbytes: int  # size of the rows on the device, without the mean
-    squared_errors: Tensor  # [2], ‖d̂ − d‖² of the encoding and ‖d‖² over all rows; d is the difference from the mean
-
-    def encode(self, i: int, row_D: Tensor) -> None:
-        """Store row ``i``; ``row_D`` [D] may be overwritten afterwards."""
-
-    def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
-        """Yield ([N, C], columns) from ``start`` to ``stop``, float32 or wider; each is valid until the next one."""
-        ...
-
-
-class Dense:
-    """The matrix [N, D] itself, in the dtype and on the device of ``example_D`` [D]."""
-
-    mean_D: Tensor | None = None
-    squared_errors = torch.zeros(2)
-
-    def __init__(self, n: int, example_D: Tensor) -> None:
-        self._rows_ND = example_D.new_empty(n, len(example_D))
-        self.nbytes = self._rows_ND.nbytes
-
-    def encode(self, i: int, row_D: Tensor) -> None:
-        """See `Matrix.encode`."""
-        self._rows_ND[i] = row_D
-
-    def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
-        """See `Matrix.column_blocks`: one piece, or for 16-bit dtypes pieces converted to float32.
-
-        A coefficient of 1/5 rounded to bfloat16 is 0.1 % too large, which would scale every weight; and a dot product
-        of millions of terms needs more than three digits.
-        """
-        if self._rows_ND.dtype.itemsize >= 4:
-            yield self._rows_ND[:, start:stop], slice(start, stop)
-            return
-        for first in range(start, stop, COLUMNS):
-            part = slice(first, min(first + COLUMNS, stop))
-            yield self._rows_ND[:, part].to(torch.float32), part
 
 
 class Candidates:
@@ -144,16 +99,7 @@ class Candidates:
         self._copied.take(last)
         c_GN = c_GN.view(len(groups), self.n)
         for flat, matrix in self._blocks:
-            weights_D, centre_D = flat.weights_D, matrix.mean_D
-            for run_NC, part, g in _column_runs(flat, matrix, groups, len(weights_D)):
-                c_N = c_GN[g].to(run_NC)
-                if run_NC.dtype != weights_D.dtype:
-                    w_C = run_NC.t().mv(c_N)
-                    weights_D[part] = w_C if centre_D is None else centre_D[part] + w_C
-                elif centre_D is None:
-                    torch.mv(run_NC.t(), c_N, out=weights_D[part])
-                else:
-                    torch.addmv(centre_D[part], run_NC.t(), c_N, out=weights_D[part])
+            mix(flat, matrix, c_GN, groups)
             flat.push()
 
     @torch.no_grad()
@@ -184,11 +130,7 @@ class Candidates:
         """
         total_GN = self._zeros(groups)
         for flat, matrix in self._blocks:
-            for run_NC, part, g in _column_runs(flat, matrix, groups, len(flat.gradient_Q)):
-                gradient_C = flat.gradient_Q[part].to(run_NC)
-                total_GN[g] += run_NC.mv(gradient_C)
-                if matrix.mean_D is not None:
-                    total_GN[g] += matrix.mean_D[part].to(run_NC).dot(gradient_C)
+            dot(flat, matrix, total_GN, groups)
         return total_GN.mul_(self._workers.world_size)  # FSDP2 averages the gradients over ranks instead of summing
 
     @torch.no_grad()
@@ -196,7 +138,7 @@ class Candidates:
         """Return [G, N], ‖w_i − w̄‖₂ over the parameters of each group, where w̄ is the mean of the N rows."""
         total_GN = self._zeros(groups)
         for flat, matrix in self._blocks:
-            for run_NC, _, g in _column_runs(flat, matrix, groups, len(flat.gradient_Q)):
+            for run_NC, _, g in column_runs(flat, matrix, groups, len(flat.gradient_Q)):
                 for piece_NC in run_NC.split(COLUMNS, dim=1):
                     total_GN[g] += (piece_NC - piece_NC.mean(dim=0)).square().sum(dim=1)
         return self._workers.sum(total_GN).sqrt()
@@ -284,14 +226,3 @@ class Candidates:
             self._copied.read(checkpoint)
             checkpoint.check_unchanged()
             progress("reading candidates", i + 1, self.n)
-
-
-def _column_runs(flat: Flat, matrix: Matrix, groups: Groups, stop: int) -> Iterator[tuple[Tensor, slice, int]]:
-    """Yield ([N, C], columns, group): the columns before ``stop``, split into runs of one coefficient group each."""
-    group_runs = runs(flat.slots, groups, stop)
-    for piece_NC, part in matrix.column_blocks(0, stop):
-        for begin, end, g in group_runs[bisect_right(group_runs, part.start, key=lambda run: run[1]) :]:
-            if begin >= part.stop:
-                break
-            columns = slice(max(begin, part.start), min(end, part.stop))
-            yield piece_NC[:, columns.start - part.start : columns.stop - part.start], columns, g

@@ -10,6 +10,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from ckptavg.candidates.products import kernels
+
 # rounds of fitting the grid; from 8 bits on, fitting does not improve on the group's minimum and maximum
 _ROUNDS: Final = {1: 8, 2: 8, 4: 4, 8: 0, 16: 0}
 _ENCODED: Final = 1 << 22  # elements of a row encoded at a time
@@ -48,6 +50,9 @@ class Packed:
         self.nbytes = self._words_NP.nbytes + self._scale_NH.nbytes + self._zero_NH.nbytes
         self.squared_errors = torch.zeros(2, device=device)
         self._workspace: tuple[Tensor, Tensor] | None = None
+        on_gpu = kernels(device)
+        parts = self._words_NP, self._scale_NH, self._zero_NH, self._mean_D
+        self.products = on_gpu and on_gpu.Packed(*parts, bits=bits, group=group)
 
     def encode(self, i: int, row_D: Tensor) -> None:
         """See `Matrix.encode`; the difference from the mean is encoded."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from ckptavg.candidates import plan
 from ckptavg.candidates.flat import Flat, Slot, overlapping
 from ckptavg.candidates.loading import read_columns
+from ckptavg.candidates.products import Products
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.runtime.threads import processors
 
@@ -38,6 +39,7 @@ class Streamed:
 
     mean_D: Tensor | None = None
     squared_errors = torch.zeros(2)
+    products: Products | None = None
 
     def __init__(self, checkpoints: Sequence[Checkpoint], flat: Flat, *, in_files: bool) -> None:
         n, size = len(checkpoints), len(flat.weights_D)

@@ -40,8 +40,8 @@ def parameter(option: Option) -> inspect.Parameter:
         kind = kind | None
     short = f"-{option.name}" if len(option.name) == 1 else option.help.short
     info = typer.Option(
-        # a flag that is off has no --no-NAME
-        *([short] if short else []), *([option.flag] if short or option.default is False else []),
+        # Typer 0.26 to 0.28 take a metavar such as KEY for the name if there is none; with it a flag has no --no-NAME
+        *([short] if short else []), *([] if option.default is True else [option.flag]),
         help=option.help.text,
         rich_help_panel=f"Advanced: {option.help.panel}" if option.help.panel else None,  # "Options", the first one
         envvar=None if option.name == "task" else f"CKPTAVG_{option.name.upper()}",

@@ -12,6 +12,7 @@ from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.candidates import Candidates, sharded
 from ckptavg.candidates.copied import copied_tensors
 from ckptavg.candidates.plan import Plan
+from ckptavg.candidates.products import why_slow
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.context import Run
@@ -147,6 +148,10 @@ class MixedModel:
             notes.append("--offload cpu changes nothing on a CPU: the candidates are in its memory already")
         if self._compiled is not None and self._compiled.failure is not None:
             notes.append(f"--compile was given up, and the model ran as it is: {self._compiled.failure}")
+        if self.run.device.type == "cuda" and (why := why_slow()):
+            notes.append(
+                f"mixing candidates took up to ten times as long as it could: Triton does not work here ({why})"
+            )
         return notes
 
     def describe(self, coefficients: Coefficients) -> str:

@@ -81,7 +81,8 @@ class Compiled:
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Suppress DeprecationWarnings, which torch raises about its own use of TorchScript."""
+    """Suppress torch's warnings about its own use of TorchScript, and its advice to give up digits for speed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "TensorFloat32", UserWarning)
         yield

@@ -20,7 +20,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(16, 128)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
+        mask = nn.Transformer.generate_square_subsequent_mask(LENGTH, tokens.device)
         return self.head(self.layer(self.embed(tokens) + self.place, src_mask=mask, is_causal=True))
 
 

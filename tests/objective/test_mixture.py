@@ -255,6 +255,6 @@ def test_losses_and_gradients_on_cuda_match_the_cpu(checkpoints: tuple[Checkpoin
         loss = mixture.losses.loss(c)
         loss.backward()
         assert c.grad is not None and c.grad.device.type == device
-        results.append((float(loss), c.grad.tolist()))
+        results.append((float(loss.detach()), c.grad.tolist()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-9)
