@@ -13,9 +13,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckptavg.api import check as check
     from ckptavg.api import compare as compare
+    from ckptavg.api import evaluate as evaluate
+    from ckptavg.api import inspect as inspect
     from ckptavg.api import landscape as landscape
     from ckptavg.api import run as run
+    from ckptavg.api import verify as verify
     from ckptavg.errors import CkptavgError as CkptavgError
     from ckptavg.report.result import Comparison as Comparison
     from ckptavg.report.result import Landscape as Landscape
@@ -24,9 +28,9 @@ if TYPE_CHECKING:
     __version__: str
 
 _MODULES = {
-    "run": "api", "compare": "api", "landscape": "api", "evaluate": "pipeline.evaluation",
-    "verify": "pipeline.verification", "CkptavgError": "errors", "Result": "report.result",
-    "Comparison": "report.result", "Landscape": "report.result",
+    "run": "api", "compare": "api", "landscape": "api", "evaluate": "api", "check": "api", "inspect": "api",
+    "verify": "api", "CkptavgError": "errors", "Result": "report.result", "Comparison": "report.result",
+    "Landscape": "report.result",
 }  # fmt: skip
 
 

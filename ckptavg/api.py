@@ -1,89 +1,242 @@
-"""Python API: one function per strategy, with its own settings and the shared options."""
+"""Python API: one function per strategy and per command, with the options of the command line as keywords."""
 
-import inspect
+import inspect as signatures
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Union
 
-from ckptavg.declaration import declared, docstring
+import torch
+
+from ckptavg.checkpoints.inspection import facts, open_for_inspection
+from ckptavg.checkpoints.window import Window
+from ckptavg.declaration import Option, check_value, declared, docstring
+from ckptavg.errors import UsageError, nearest
 from ckptavg.objective import PlainAverage, Strategy
-from ckptavg.options import Options
+from ckptavg.options import CHECK, EVAL, NOT_COMPARE, Options
+from ckptavg.options.landscape import LandscapeOptions
+from ckptavg.pipeline import evaluation, task_check, verification
 from ckptavg.pipeline import run as run_pipeline
 from ckptavg.pipeline.comparison import compare as run_comparison
 from ckptavg.pipeline.landscape import landscape as find_landscape
 from ckptavg.pipeline.task_choice import with_task
-from ckptavg.report.result import Comparison, Landscape, Result
-from ckptavg.strategies import strategies
+from ckptavg.report.display import Report
+from ckptavg.report.result import Comparison, Evaluation, Inspection, Landscape, Result
+from ckptavg.report.task_check import TaskCheck
+from ckptavg.runtime.notebook import ProgressLine, in_notebook
+from ckptavg.runtime.progress import Watch
+from ckptavg.strategies import from_spec, name_of, specs, strategies
+from ckptavg.tasks.objects import TaskObjects
 
-Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+PathLike = str | os.PathLike[str]
+Paths = PathLike | Sequence[PathLike]
+R = TypeVar("R", bound=Report)
 
 
-def run(ckpts: Paths, strategy: Strategy, **options: Any) -> Result:
+def run(ckpts: Paths, strategy: Strategy | str, *, watch: Watch | None = None, **options: Any) -> Result:
     """Learn coefficients with ``strategy``, write the average, and return the report.
 
     Args:
         ckpts: one or more directories of checkpoints, or checkpoints.
-        strategy: such as ``ckptavg.strategies.sewa.SeWA(k=5)``.
-        **options: the options of the command line, which the signature of ``ckptavg.swa`` lists.
+        strategy: such as ``"sewa:k=5"`` or ``ckptavg.strategies.sewa.SeWA(k=5)``.
+        watch: progress callback ``(stage, done, total, metrics)``; in a notebook progress is printed without one.
+        **options: the options of the command line, listed by ``help(ckptavg.swa)``.
     Raises:
         CkptavgError: with the message and exit code of the command line.
     """
-    shared = _options(ckpts, options, required=not isinstance(strategy, PlainAverage))
-    return run_pipeline(strategy, _paths(ckpts), shared)
+    strategy = from_spec(strategy) if isinstance(strategy, str) else strategy
+    shared = _options(name_of(strategy), ckpts, options, required=not isinstance(strategy, PlainAverage))
+    return _watched(watch, lambda progress: run_pipeline(strategy, _paths(ckpts), shared, progress))
 
 
-def compare(ckpts: Paths, strategies: Sequence[str] = (), **options: Any) -> Comparison:
+def compare(
+    ckpts: Paths, strategies: str | Sequence[str] = (), *, watch: Watch | None = None, **options: Any
+) -> Comparison:
     """Run several strategies, write the average of the one that validates best, and return the report on all of them.
 
     Args:
         ckpts: one or more directories of checkpoints, or checkpoints.
-        strategies: such as ``("swa", "sewa:k=8", "twa:on=train")``; empty runs every strategy the task allows.
-        **options: those of `run`.
+        strategies: such as ``"swa,sewa:k=8"`` or ``["swa", "twa:on=train"]``; empty runs every one the task allows.
+        watch: see `run`.
+        **options: those of `run`, except never_worse and baselines.
     Raises:
         CkptavgError: with the message and exit code of the command line.
     """
-    return run_comparison(_paths(ckpts), _options(ckpts, options, required=True), names=strategies)
+    shared = _options("compare", ckpts, options, required=True, without=NOT_COMPARE)
+    names = specs(strategies)
+    return _watched(watch, lambda progress: run_comparison(_paths(ckpts), shared, progress, names=names))
 
 
-def landscape(ckpts: Paths, **options: Any) -> Landscape:
-    """Describe the loss around the candidates to second order, write it as JSON, and return it.
+def landscape(ckpts: Paths, *, watch: Watch | None = None, **options: Any) -> Landscape:
+    """Measure the loss around the candidates, write it as numbers and with ``mixtures`` as a picture, and return it.
 
     Args:
         ckpts: one or more directories of checkpoints, or checkpoints.
-        **options: those of `run`, and samples, mixtures, grid and hessian of `ckptavg.pipeline.landscape.landscape`.
+        watch: see `run`.
+        **options: those of `run`, and mixtures, grid, examples, samples and hessian of ``ckptavg landscape --help``.
     Raises:
         CkptavgError: with the message and exit code of the command line.
     """
-    settings = {name: options.pop(name) for name in ("samples", "mixtures", "grid", "hessian") if name in options}
-    shared = _options(ckpts, {"output": "landscape.json", **options}, required=True)
-    return find_landscape(_paths(ckpts), shared, **settings)
+    taken = declared(LandscapeOptions)
+    own = keywords("landscape", {o.name: options.pop(o.name) for o in taken if o.name in options}, taken)
+    shared = _options("landscape", ckpts, {"output": "./", **options}, required=True)
+    return _watched(watch, lambda progress: find_landscape(_paths(ckpts), shared, progress, **own))
 
 
-def _paths(ckpts: Paths) -> list[Path]:
-    return [Path(ckpts)] if isinstance(ckpts, str | os.PathLike) else [Path(path) for path in ckpts]
+def evaluate(files: Paths, task: PathLike | None = None, *, watch: Watch | None = None, **options: Any) -> Evaluation:
+    """Score each file on validation and test data, with the BatchNorm statistics stored in it.
+
+    Args:
+        files: one or more checkpoints, outputs of ckptavg, or directories of checkpoints.
+        task: task file or module.
+        watch: see `run`.
+        **options: the options of ``ckptavg eval``; or the objects of a task, as for `run`.
+    Raises:
+        CkptavgError: with the message and exit code of the command line.
+    """
+    shared = _parsed("evaluate", {"task": task, **options}, only=EVAL)
+    return _watched(watch, lambda progress: evaluation.evaluate(_paths(files), shared, progress))
 
 
-def _options(ckpts: Paths, options: dict[str, Any], *, required: bool) -> Options:
-    if options.get("task") is not None:
-        options["task"] = str(options["task"])
-    return with_task(Options(**options), _paths(ckpts), required=required)
+def check(ckpts: Paths, *, watch: Watch | None = None, **options: Any) -> TaskCheck:
+    """Run the task on the last checkpoint, and return what it does, what a search would cost, and what is wrong.
+
+    Args:
+        ckpts: one or more directories of checkpoints, or checkpoints.
+        watch: see `run`.
+        **options: the options of ``ckptavg check``; or the objects of a task, as for `run`.
+    Raises:
+        CkptavgError: with the message and exit code of the command line.
+    """
+    shared = with_task(_parsed("check", options, only=CHECK), _paths(ckpts), required=True)
+    return _watched(watch, lambda progress: task_check.check_task(_paths(ckpts), shared, progress))
+
+
+def inspect(ckpts: Paths, *, key: str | None = None, read_data: bool = False, **filters: Any) -> Inspection:
+    """List the candidates in training order, and the reason for each file left out; bad ones are among these.
+
+    Args:
+        ckpts: one or more directories of checkpoints, or checkpoints.
+        key: entry of each file that is the model.
+        read_data: read files to their ends too: checksums and NaN.
+        **filters: include, exclude, start, stop, every and last.
+    """
+    window = Window(**keywords("inspect", filters, declared(Window)))
+    with open_for_inspection(_paths(ckpts), window, key, read_data=read_data) as found:
+        rows = [facts(checkpoint) for checkpoint in found.checkpoints]
+    return Inspection(candidates=rows, left_out=found.left_out, warnings=found.warnings)
+
+
+def verify(file: PathLike, sources: PathLike = ".") -> verification.Verification:
+    """Recompute the average recorded in the metadata of ``file`` from the files under ``sources``, and compare.
+
+    Raises:
+        CkptavgError: if ``file`` is not an output of ckptavg, or a source is missing or not the recorded one.
+    """
+    (path,), (folder,) = _paths(file), _paths(sources)
+    return verification.verify(path, folder)
+
+
+def _paths(paths: Any) -> list[Path]:
+    listed: list[Any] = [paths] if isinstance(paths, str | os.PathLike) or not isinstance(paths, Iterable) else [*paths]
+    if wrong := [path for path in listed if not isinstance(path, str | os.PathLike)]:
+        raise UsageError(f"checkpoints must be paths, not {wrong[0]!r}")
+    if not listed:
+        raise UsageError("checkpoints must be at least one path, and the list is empty")
+    return [Path(path) for path in listed]
+
+
+def _watched(watch: Watch | None, work: Callable[[Watch | None], R]) -> R:
+    if watch is not None or not in_notebook():
+        return work(watch)
+    line = ProgressLine()
+    try:
+        return work(line)
+    finally:
+        line.clear()
+
+
+def _options(
+    function: str, ckpts: Paths, options: Mapping[str, Any], *, required: bool, without: Sequence[str] = ()
+) -> Options:
+    return with_task(_parsed(function, options, without=without), _paths(ckpts), required=required)
+
+
+def _parsed(
+    function: str, options: Mapping[str, Any], *, only: Sequence[str] = (), without: Sequence[str] = ()
+) -> Options:
+    """Return the options of ``function``; those that are objects of a task make a `TaskObjects`."""
+    taken = [option for option in _keywords(Options) if option.name not in without]
+    if only:
+        taken = [option for option in taken if option.name in (*only, *map(_name, declared(TaskObjects)))]
+    values = keywords(function, options, taken)
+    parts = {option.name for option in declared(TaskObjects)} - {option.name for option in declared(Options)}
+    loaders = [values.get(name) for name in ("train", "val", "test")]
+    if parts & values.keys() or not all(isinstance(loader, str | os.PathLike | None) for loader in loaders):
+        names = (*map(_name, declared(TaskObjects)), "batch_size")
+        values["objects"] = TaskObjects(**{name: values.pop(name) for name in names if name in values})
+    return Options(**values)
+
+
+def _name(option: Option) -> str:
+    return option.name
+
+
+def keywords(function: str, given: Mapping[str, Any], taken: Iterable[Option] | None = None) -> dict[str, Any]:
+    """Return the keywords that were given; UsageError for one that ``function`` does not take, by default of `run`."""
+    options = {option.name: option for option in (_keywords(Options) if taken is None else taken)}
+    if unknown := [name for name in given if name not in options and name != "workers"]:
+        hint = nearest(unknown[0], options, f"help(ckptavg.{function}) lists them")
+        raise UsageError(f"{function}() has no option {unknown[0]!r}", hint=hint)
+    values = {name: _value(options.get(name), value) for name, value in given.items()}
+    for name, option in options.items():
+        if name in values:
+            check_value(option, values[name])
+    return values
+
+
+def _value(option: Option | None, value: Any) -> Any:
+    """Return a value in the type that the command line would give it."""
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value).removeprefix("torch.")
+    if option and option.name == "task" and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if option and option.default == () and isinstance(value, str):
+        return (value,)
+    if isinstance(value, Integral) and not isinstance(value, int):  # of numpy
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, int | float) else value
+
+
+def _keywords(*classes: type) -> tuple[Option, ...]:
+    """Return the declared options of ``classes``, and the objects of a task, whose names may be those of options."""
+    options = {option.name: option for cls in classes for option in declared(cls)}
+    for part in declared(TaskObjects):
+        if same := options.get(part.name):
+            text = replace(same.help, more=f"{same.help.more} {part.help.text}".strip())
+            part = replace(same, kind=Union[same.kind, part.kind], help=text)  # noqa: UP007  # known only here
+        options[part.name] = part
+    return tuple(options.values())
 
 
 def _function(name: str, strategy: type[Strategy]) -> Callable[..., Result]:
     """Return a strategy's function; its signature and docstring have the strategy's settings and the shared options."""
-    settings, parameters = declared(strategy), (*declared(strategy), *declared(Options))
+    own = {option.name for option in declared(strategy)}
+    taken = _keywords(strategy, Options)
 
-    def call(ckpts: Paths, **options: Any) -> Result:
-        own = {setting.name: options.pop(setting.name) for setting in settings if setting.name in options}
-        return run(ckpts, strategy(**own), **options)
+    def call(ckpts: Paths, *, watch: Watch | None = None, **options: Any) -> Result:
+        values = keywords(name, options, taken)
+        settings = {key: values.pop(key) for key in own & values.keys()}
+        return run(ckpts, strategy(**settings), watch=watch, **values)
 
-    ckpts = inspect.Parameter("ckpts", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Paths)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    keywords = [inspect.Parameter(o.name, kind, default=o.default, annotation=o.hint) for o in parameters]
-    call.__signature__ = inspect.Signature([ckpts, *keywords])  # pyright: ignore[reportFunctionMemberAccess]
+    kind = signatures.Parameter.KEYWORD_ONLY
+    parameters = [signatures.Parameter(o.name, kind, default=o.default, annotation=o.hint) for o in taken]
+    first, watch, _ = signatures.signature(call).parameters.values()
+    call.__signature__ = signatures.Signature([first, *parameters, watch])  # pyright: ignore[reportFunctionMemberAccess]
     call.__name__ = call.__qualname__ = name
-    call.__doc__ = f"{inspect.cleandoc(strategy.__doc__ or '')}\n\n{docstring(parameters)}"
+    call.__doc__ = f"{signatures.cleandoc(strategy.__doc__ or '')}\n\n{docstring(taken)}"
     return call
 
 

@@ -94,6 +94,8 @@ class Cost:
         epochs: the same work in epochs over ``epochs_of``, a backward counted as two forwards; None if the size of that
             split is unknown.
         epochs_of: the split that defines an epoch.
+        passes: the same work in forward passes over ``passes_over``, a backward counted as two; None likewise.
+        passes_over: the split that is scored in the search.
     """
 
     forward_batches: int
@@ -102,3 +104,5 @@ class Cost:
     seconds: float
     epochs: float | None
     epochs_of: Split
+    passes: float | None = None
+    passes_over: Split = "val"

@@ -6,9 +6,11 @@ An option is a field ``name: Annotated[TYPE, Help(panel, text)] = default`` of a
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -114,15 +116,45 @@ def check(values: Any) -> None:
         UsageError: naming the first option with a value that it may not have.
     """
     for option in declared(type(values)):
-        value, limit = getattr(values, option.name), option.help.limit
-        if value is None:
-            continue
-        if isinstance(value, str | Path) and "\0" in str(value):
-            raise UsageError(f"{option.flag} has a NUL character in it")
-        if option.choices and value not in option.choices:
-            raise UsageError(f"{option.flag} must be one of {', '.join(map(str, option.choices))}, not {value}")
-        if limit and not limit.holds(value):
-            raise UsageError(f"{option.flag} must be {limit.text}, not {value}")
+        check_value(option, getattr(values, option.name))
+
+
+def check_value(option: Option, value: Any) -> None:
+    """Raise UsageError if ``option`` may not have this value."""
+    limit = option.help.limit
+    if value is None and option.default is None:
+        return
+    if isinstance(value, str | Path) and "\0" in str(value):
+        raise UsageError(f"{option.flag} has a NUL character in it")
+    if option.choices and value not in option.choices:
+        raise UsageError(f"{option.flag} must be one of {', '.join(map(str, option.choices))}, not {value}")
+    if words := _mismatch(value, option.kind):
+        raise UsageError(f"{option.flag} must be {words}, not {value!r}")
+    if limit and not limit.holds(value):
+        raise UsageError(f"{option.flag} must be {limit.text}, not {value}")
+
+
+_KINDS: Final[dict[Any, tuple[str, Any]]] = {
+    bool: ("True or False", bool),
+    int: ("a whole number", Integral),
+    float: ("a number", Real),
+    str: ("a text", str),
+    Path: ("a path", (str, PathLike)),
+}
+
+
+def _mismatch(value: Any, kind: Any) -> str:
+    """Return the kind of value that is expected, in words; empty if ``value`` is one."""
+    if get_origin(kind) in (Union, UnionType):
+        words = [_mismatch(value, part) for part in get_args(kind)]
+        return " or ".join(words) if all(words) else ""
+    if get_origin(kind) is Literal:
+        return "" if value in get_args(kind) else " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is Sequence:
+        fits = not isinstance(value, str) and isinstance(value, Sequence) and all(isinstance(one, str) for one in value)
+        return "" if fits else "a list of texts"
+    words, expected = _KINDS.get(kind, ("", object))
+    return "" if isinstance(value, expected) and (kind is bool or not isinstance(value, bool)) else words
 
 
 def docstring(options: Iterable[Option]) -> str:

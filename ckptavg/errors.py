@@ -1,5 +1,7 @@
 """Errors that a user can act on, one class per exit code; formatted only in `ckptavg.__main__`."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -22,6 +24,11 @@ class CkptavgError(Exception):
         parts = [str(path) if path is not None else None, _short(tensor), _short(what)]
         super().__init__(": ".join(printable(part) for part in parts if part is not None))
         self.hint = printable(hint) if hint else None
+
+    @property
+    def __notes__(self) -> list[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The hint, which Python prints below a traceback."""
+        return [f"hint: {self.hint}"] if self.hint else []
 
 
 class UsageError(CkptavgError):
@@ -77,6 +84,18 @@ def printable(text: str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode("ascii") for char in text
     )
+
+
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """Return a number with its noun, with the ending of the plural unless it is 1."""
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def nearest(name: str, names: Iterable[str], otherwise: str | None = None) -> str:
+    """Return a hint with the one of ``names`` that is most like ``name``, else ``otherwise``, else all of them."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {close[0]!r}?" if close else otherwise or f"choose from {', '.join(names) or 'none'}"
 
 
 def _short(text: str | None) -> str | None:

@@ -17,6 +17,12 @@ Split: TypeAlias = Literal["train", "val", "test", "fit", "held"]
 """The task's three splits, and the two halves of the scored one: ``fit`` to train on, ``held`` to monitor."""
 
 
+DATA: Final[Mapping[Split, str]] = {
+    "train": "training", "val": "validation", "test": "test", "fit": "training", "held": "held-out",
+}  # fmt: skip
+"""The names of the splits in sentences."""
+
+
 METRIC: Final = "metric"
 """The name of a task's metric if it gives only one."""
 

@@ -18,6 +18,8 @@ def main() -> None:
         console = Console(record=True, width=100, file=nowhere, highlight=False)
         console.print("$ ckptavg sewa ./ckpts --k 5", style="bold")
         console.print(table.render(result))
+        for name, step in result.next_steps.items():
+            console.print(f"{f'to {name}:':<10} {step}", style="dim")
         console.print("averaged.safetensors")
         console.save_svg(str(ROOT / "docs" / "terminal.svg"), title="ckptavg")
 

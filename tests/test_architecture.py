@@ -16,7 +16,7 @@ import ckptavg
 PACKAGE = Path(ckptavg.__file__).parent
 # a module may import from its own layer and those below; from top to bottom as in the design
 LAYERS = (
-    ("__main__",),
+    ("__main__", "callbacks"),
     ("cli", "api"),
     ("pipeline",),
     ("strategies",),
@@ -112,7 +112,19 @@ def loaded_by(*arguments: str, cwd: Path | None = None) -> set[str]:
 
 
 # modules too slow to import for a command that only inspects
-HEAVY = {"torch", "numpy", "transformers", "safetensors", "scipy", "sklearn", "matplotlib", "datasets", "pandas", "cma"}
+HEAVY = {
+    "torch",
+    "numpy",
+    "transformers",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "datasets",
+    "pandas",
+    "cma",
+    "lightning",
+}
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("sewa", "--help"), ("compare", "--help"), ("--version",)])
@@ -145,13 +157,18 @@ def test_a_plain_average_loads_no_scipy(tmp_path: Path):
     assert "torch" in loaded and not {"scipy", "scipy.special"} & loaded
 
 
-def test_importing_the_package_loads_no_torch():
+def test_importing_the_package_and_its_callbacks_loads_nothing_heavy():
     done = subprocess.run(
-        [sys.executable, "-c", "import ckptavg, sys; dir(ckptavg); print('torch' in sys.modules)"],
+        [
+            sys.executable,
+            "-c",
+            "import ckptavg.callbacks, sys; dir(ckptavg); print({*sys.modules} & {*sys.argv[1:]})",
+            *HEAVY,
+        ],
         capture_output=True,
         text=True,
     )
-    assert done.stdout == "False\n"
+    assert done.stdout == "set()\n"
 
 
 LONG = {"unpickler.py"}  # one concept, kept whole

@@ -73,7 +73,7 @@ def options(commands: dict[str, Any]) -> dict[str, set[str]]:
             for option in (*param.opts, *param.secondary_opts)
             if param.param_type_name == "option"
         }
-        | {"--help", "-h"}
+        | {"--help", "--help-all", "-h"}
         for name, command in commands.items()
     }
 
@@ -172,7 +172,7 @@ def test_every_exit_code_is_in_the_reference():
 def test_every_key_of_a_report_is_in_the_reference():
     listed = section(REFERENCE, "JSON report")
     result = Result(strategy="x", settings={}, seed=0, candidates=[])
-    comparison = Comparison(contestants=(), winner="x", result=result)
+    comparison = Comparison(**vars(result), winner="x", strategies=())
     q = Surrogate(0.0, torch.zeros(2), torch.zeros(2, 2), "exact")
     landscape = Landscape(
         surrogate=q, eigenvalues=(), predicted=(), measured=(), spearman=0.0, r_squared=0.0, steps=(), plane=None

@@ -5,7 +5,7 @@ buffers), Q = the parameters among them, C = columns of a block.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -137,11 +137,16 @@ class Candidates:
     def distances(self, groups: Groups = EVERYTHING) -> Tensor:
         """Return [G, N], ‖w_i − w̄‖₂ over the parameters of each group, where w̄ is the mean of the N rows."""
         total_GN = self._zeros(groups)
+        for off_NC, g in self.differences(groups):
+            total_GN[g] += off_NC.square().sum(dim=1)
+        return self._workers.sum(total_GN).sqrt()
+
+    def differences(self, groups: Groups = EVERYTHING) -> Iterator[tuple[Tensor, int]]:
+        """Yield ([N, C], group): the differences w_i − w̄ over the parameters of this rank, some columns at a time."""
         for flat, matrix in self._blocks:
             for run_NC, _, g in column_runs(flat, matrix, groups, len(flat.gradient_Q)):
                 for piece_NC in run_NC.split(COLUMNS, dim=1):
-                    total_GN[g] += (piece_NC - piece_NC.mean(dim=0)).square().sum(dim=1)
-        return self._workers.sum(total_GN).sqrt()
+                    yield piece_NC - piece_NC.mean(dim=0), g
 
     def blocks(self, size: int | None) -> Groups:
         """See `ckptavg.objective.Losses.blocks`; each floating-point tensor is in one block, under all its names.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ckptavg.candidates.products import kernels
 
-COLUMNS: Final = 1 << 20  # columns per step of `Candidates.distances`, and of converting a 16-bit matrix to float32
+COLUMNS: Final = 1 << 20  # columns per step of `Candidates.differences`, and of converting a 16-bit matrix to float32
 
 
 class Dense:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ckptavg.candidates.copied import Copies
 from ckptavg.candidates.flat import unique_tensors
-from ckptavg.errors import OutOfMemoryError
+from ckptavg.errors import OutOfMemoryError, counted
 from ckptavg.runtime import cgroups
 
 Offload: TypeAlias = Literal["none", "cpu", "disk"]
@@ -96,7 +96,7 @@ class Plan:
         """Format the breakdown as one line."""
         streamed = f" streamed ({self.offload})" if self.streamed else ""
         storage = f" at {self.bits} bits" if self.bits != EXACT else streamed
-        parts = f"{self.n} candidates{storage} {sized(self.matrix)} + model {sized(self.size)}"
+        parts = f"{counted(self.n, 'candidate')}{storage} {sized(self.matrix)} + model {sized(self.size)}"
         host = f", and {sized(self.on_host)} in the host's memory" if self.on_host else ""
         copied = f" + copied tensors {sized(self.copied)}" if self.copied else ""
         return f"{parts} + gradient {sized(self.gradient)}{copied} = {sized(self.needed)} on {self.device}{host}"
@@ -108,7 +108,7 @@ class Plan:
         if self.device.type != "cpu":
             available = {self.device: self.present + free_memory(self.device), _HOST: host}
         if self._fits(available):
-            return f"learning takes {self}; {sized(available[self.device])} free"
+            return f"memory: {self}; {sized(available[self.device])} free"
         free = " and ".join(f"{sized(size)} on {device}" for device, size in available.items())
         mildest = [
             next((f"{setting} ({sized(plan.needed)})" for setting, plan in plans if plan._fits(available)), None)
@@ -116,7 +116,7 @@ class Plan:
         ]
         fitting = ", ".join(filter(None, mildest))
         hint = f"this would fit: {fitting}" if fitting else "no --bits, --offload or --last would fit"
-        raise OutOfMemoryError(f"learning takes {self}, but only {free} is free", hint=hint)
+        raise OutOfMemoryError(f"not enough memory: {self}, but only {free} is free", hint=hint)
 
     def _fits(self, available: dict[torch.device, int]) -> bool:
         return self.needed <= available[self.device] and self.on_host <= available.get(_HOST, 0)

@@ -12,7 +12,7 @@ from ckptavg.checkpoints.checkpoint import Checkpoint, chunks
 from ckptavg.checkpoints.discover import NotFinite
 from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.checkpoints.kept import is_averaged
-from ckptavg.errors import InputError
+from ckptavg.errors import InputError, counted
 
 
 def check(checkpoint: Checkpoint) -> dict[str, NotFinite]:
@@ -52,7 +52,7 @@ def not_finite(checkpoint: Checkpoint, name: str) -> InputError | None:
         count += int(bad.sum())
     if not count:
         return None
-    what = f"{count} values are NaN or infinite, the first at element {first}"
+    what = f"{counted(count, 'value')} {'is' if count == 1 else 'are'} NaN or infinite, the first at element {first}"
     return InputError(what, path=checkpoint.path, tensor=name, hint=checkpoint.hint)
 
 

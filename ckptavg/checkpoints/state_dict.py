@@ -35,7 +35,7 @@ def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, St
         notes.append(f"took {chosen}, which is an average already; the raw weights are {RAW_WEIGHTS} (--key chooses)")
     ignored = [name for name, child in node.items() if not isinstance(child, StoredTensor | Refused)]
     if ignored:
-        notes.append(f"left out {len(ignored)} entries that are no tensors: {_listing(ignored)}")
+        notes.append(f"left out what is no tensor: {_listing(ignored)}")
     for name, child in node.items():
         if isinstance(child, Refused):
             raise InputError(child.reason, path=reader.path, tensor=name)

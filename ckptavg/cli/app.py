@@ -47,7 +47,7 @@ def _command(strategy: type[Strategy]) -> Callable[..., None]:
         run_command(arguments, load, needs_task=not issubclass(strategy, PlainAverage))
 
     run.__doc__ = (strategy.__doc__ or "").strip().splitlines()[0]
-    return reports(settings)(run)
+    return reports(settings, searches=not issubclass(strategy, PlainAverage))(run)
 
 
 _settings = {"cls": Command, "context_settings": app.info.context_settings}

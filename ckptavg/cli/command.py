@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, no_type_check
 
 from ckptavg.cli.options import CKPTS, SHARED, named, parameter
-from ckptavg.declaration import PANELS, Option
+from ckptavg.declaration import MAIN, PANELS, SEARCH, Option, declared
 from ckptavg.options import Options
+from ckptavg.options.search import SearchOptions
 from ckptavg.runtime.workers import joined
 
 if TYPE_CHECKING:
@@ -35,12 +36,19 @@ def takes(*options: Option, argument: inspect.Parameter | None = _FILES) -> Deco
 
 
 def reports(
-    own: Sequence[Option], *, without: Collection[str] = (), defaults: Mapping[str, Any] | None = None
-) -> Decorator:
-    """Return a decorator for a command with its `own` options, the shared ones except `without`, and a report's."""
-    options = sorted(SHARED.values(), key=lambda option: PANELS.index(option.help.panel))
-    changed = [replace(o, default=(defaults or {}).get(o.name, o.default)) for o in options if o.name not in without]
-    return takes(*own, *changed)
+    own: Sequence[Option], *, without: Collection[str] = (), defaults: Mapping[str, Any] | None = None,
+    searches: bool = True,
+) -> Decorator:  # fmt: skip
+    """Return a decorator for a command with its `own` options, the shared ones except `without`, and a report's.
+
+    If the command searches for nothing, all options of a search are listed together, which short help leaves out.
+    """
+    options = [option for option in SHARED.values() if option.name not in without]
+    options = [replace(option, default=(defaults or {}).get(option.name, option.default)) for option in options]
+    if not searches:
+        ours = {option.name for option in declared(SearchOptions) if option.help.panel == MAIN}
+        options = [replace(o, help=replace(o.help, panel=SEARCH)) if o.name in ours else o for o in options]
+    return takes(*own, *sorted(options, key=lambda option: PANELS.index(option.help.panel)))
 
 
 def run_command(
@@ -50,7 +58,7 @@ def run_command(
     """Run what `load` imports with the shared options of a command, print its report and write it to ``--report``."""
     from ckptavg.cli import terminal
     from ckptavg.report import as_json, table
-    from ckptavg.report.result import Comparison
+    from ckptavg.report.result import Result
 
     screen = terminal.Screen(quiet=arguments.pop("quiet"), verbose=arguments.pop("verbose"))
     json, file, paths = arguments.pop("json"), arguments.pop("report"), arguments.pop("ckpts")
@@ -60,18 +68,19 @@ def run_command(
 
         options = Options(**arguments, workers=workers)
         if file is not None:
-            terminal.check_text(file)
+            terminal.check_text(file, options)
         if options.wait_stable is not None:
             screen.print(f"waiting until no candidate has changed for {options.wait_stable:g} s")
         done = load()(paths, with_task(options, paths, required=needs_task), watch)
     if not workers.is_rank_zero:
         return
-    result = done.result if isinstance(done, Comparison) else done
-    screen.warn(result)
+    screen.warn(done)
     screen.print(table.render(done))
+    if isinstance(done, Result):
+        screen.show_next_steps(done.next_steps)
     if file is not None:
         terminal.write_text(file, as_json.to_json(done) + "\n")
     if json:
         print(as_json.to_json(done))
-    elif result.output:
-        print(result.output.path)
+    elif done.output:
+        print(done.output.path)

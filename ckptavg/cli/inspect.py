@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_module
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +13,6 @@ from ckptavg.declaration import CANDIDATES, Help, Option, declared
 from ckptavg.errors import InputError, printable
 
 if TYPE_CHECKING:
-    from ckptavg.checkpoints.checkpoint import Checkpoint
     from ckptavg.checkpoints.discover import Discovered
 
 _HELP: Final = Help(CANDIDATES, "Read all data: check checksums, SHA256SUMS and NaN.", "Else only headers are read.")
@@ -27,26 +24,13 @@ def command(
     ckpts: list[Path], key: str | None, read_data: bool, json: bool, quiet: bool, verbose: bool, **window: Any
 ) -> None:
     """List the candidates and the reason for each file left out."""
-    from ckptavg.checkpoints import stability
-    from ckptavg.checkpoints.checksums import Manifest
-    from ckptavg.checkpoints.discover import NotFinite, discover
-    from ckptavg.report.as_json import plain
+    from ckptavg.checkpoints.inspection import facts, open_for_inspection
+    from ckptavg.report.result import Inspection
 
-    manifest = Manifest()
-
-    def check_data(checkpoint: Checkpoint) -> Mapping[str, NotFinite]:
-        from ckptavg.checkpoints import integrity  # imports torch
-
-        manifest.check(checkpoint)
-        return integrity.check(checkpoint)
-
-    with discover(ckpts, Window(**window), key, bad="list", check=check_data if read_data else None) as found:
-        more = (*manifest.warnings, *stability.warnings(found.checkpoints))
-        found = replace(found, warnings=(*found.warnings, *more))
-        rows = [_row(checkpoint) for checkpoint in found.checkpoints]
+    with open_for_inspection(ckpts, Window(**window), key, read_data=read_data) as found:
+        rows = [facts(checkpoint) for checkpoint in found.checkpoints]
         if json:
-            report = {"candidates": rows, "left_out": plain(found.left_out), "warnings": found.warnings}
-            print(json_module.dumps(report, indent=2))
+            print(Inspection(candidates=rows, left_out=found.left_out, warnings=found.warnings).to_json())
         else:
             _show(found, rows, quiet=quiet)
     if bad := sum(file.kind == "bad" for file in found.left_out):
@@ -56,36 +40,24 @@ def command(
         raise InputError("no checkpoints found", path=", ".join(map(str, ckpts)))
 
 
-def _row(checkpoint: Checkpoint) -> dict[str, Any]:
-    dtypes = sorted({tensor.dtype for tensor in checkpoint.tensors.values()})
-    return {
-        "path": str(checkpoint.path), "step": checkpoint.step, "step_from": checkpoint.step_from,
-        "format": checkpoint.reader.format, "key": checkpoint.key, "tensors": len(checkpoint.tensors),
-        "parameters": checkpoint.numel, "dtype": ", ".join(dtypes), "bytes": checkpoint.size,
-        "notes": checkpoint.notes,
-    }  # fmt: skip
-
-
 def _show(found: Discovered, rows: Sequence[dict[str, Any]], *, quiet: bool) -> None:
     from rich.filesize import decimal
-    from rich.table import Table
     from rich.text import Text
 
     from ckptavg.cli.terminal import console
+    from ckptavg.report.layout import FittedTable
 
     screen = console()
-    table = Table(box=None, pad_edge=False)
     headings = ["candidate", "step", "format", "key", "tensors", "parameters", "dtype", "size"]
     if not any(row["key"] for row in rows):
         headings.remove("key")
-    for heading in headings:
-        right = heading in ("step", "tensors", "parameters", "size")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    for checkpoint, row in zip(found.checkpoints, rows, strict=True):
-        cells = row | {"candidate": checkpoint.path.name, "key": checkpoint.key or "·"}
-        cells |= {"parameters": f"{checkpoint.numel:,}", "size": decimal(checkpoint.size)}
-        table.add_row(*(Text(printable(str(cells[heading]))) for heading in headings))
-    screen.print(table)
+    cells = [
+        row | {"candidate": checkpoint.path.name, "key": checkpoint.key or "·", "parameters": f"{checkpoint.numel:,}"}
+        | {"size": decimal(checkpoint.size)}
+        for checkpoint, row in zip(found.checkpoints, rows, strict=True)
+    ]  # fmt: skip
+    lines = [[printable(str(row[heading])) for heading in headings] for row in cells]
+    screen.print(FittedTable(title="", headings=headings, rows=lines, left=("format", "key", "dtype")))
     if quiet:
         return
     if found.checkpoints:

@@ -1,40 +1,29 @@
-"""``ckptavg landscape``: a second-order model of the loss around the candidates, and the error of that model."""
+"""``ckptavg landscape``: a second-order model of the loss around the candidates, and a picture of a plane."""
 
-from pathlib import Path
-from typing import Any, Final, Literal
+from functools import partial
+from typing import Any, Final
 
 from ckptavg.cli.command import reports, run_command
-from ckptavg.declaration import MAIN, SEARCH, Help, Option
+from ckptavg.declaration import MAIN, Help, Option, declared
+from ckptavg.options.landscape import LandscapeOptions
 
-_OWN: Final = (
-    Option("samples", int, 32, Help(MAIN, "Random mixtures to score.", metavar="N")),
-    Option("mixtures", str, "", Help(
-        MAIN, "Three strategies that span a plane to score: last,swa,twa.", metavar="A,B,C"
-    )),
-    Option("grid", int, 9, Help(MAIN, "Points along each side of the plane.", metavar="N")),
-    Option("hessian", Literal["auto", "exact", "gauss-newton"], "auto", Help(SEARCH, "Second derivatives to use.")),
-)  # fmt: skip
+_OUTPUT: Final = Help(
+    MAIN, "x.json: numbers; x.png, .svg, .pdf: picture; directory/: both.", metavar="PATH", short="-o"
+)
 _WITHOUT: Final = (
-    "never_worse", "baselines", "dtype", "max_shard_size", "digests", "format", "shard", "adapter", "rank", "dry_run",
-    "holdout", "precision",
+    "output", "never_worse", "baselines", "dtype", "max_shard_size", "digests", "format", "shard", "adapter", "rank",
+    "dry_run", "holdout", "precision",
 )  # fmt: skip
 
 
-@reports(_OWN, without=_WITHOUT, defaults={"output": "landscape.json"})
+@reports((*declared(LandscapeOptions), Option("output", str, "./", _OUTPUT)), without=_WITHOUT)
 def command(**arguments: Any) -> None:
-    """Write a second-order model of the loss around the candidates as JSON."""
-    names = [name.strip() for name in arguments.pop("mixtures").split(",") if name.strip()]
-    more = {name: arguments.pop(name) for name in ("samples", "grid", "hessian")}
+    """Measure the loss around the candidates: to second order, and with --mixtures a picture of a plane."""
+    settings = {option.name: arguments.pop(option.name) for option in declared(LandscapeOptions)}
 
-    def work(*inputs: Any) -> Any:
+    def load() -> Any:
         from ckptavg.pipeline.landscape import landscape
-        from ckptavg.report import landscape as surface
 
-        paths, options, watch = inputs
-        measured = landscape(paths, options, watch, mixtures=names, **more)
-        if measured.plane is not None and options.workers.is_rank_zero:
-            surface.draw(measured.plane, Path(options.output).with_suffix(".png"))
-        return measured
+        return partial(landscape, **settings)
 
-    arguments["output"] = arguments["output"] or "landscape.json"
-    run_command(arguments, lambda: work, needs_task=True)
+    run_command(arguments, load, needs_task=True)

@@ -11,6 +11,7 @@ from ckptavg.declaration import RUN, Help, Option, declared
 from ckptavg.options import Options
 
 CKPTS: Final = typer.Argument(metavar="CKPTS", help="Checkpoint directories, or single checkpoints.", readable=False)
+_NARROW: Final = 20  # columns of a list of choices that fits any terminal
 PRINTING: Final = (
     Option("json", bool, False, Help(RUN, "Print the report as JSON on stdout.")),
     Option("report", Path, None, Help(RUN, "Also write the report to a file.", "As JSON.", "FILE.json")),
@@ -35,7 +36,10 @@ def parameter(option: Option) -> inspect.Parameter:
     elif get_origin(kind) is Union:  # int | Literal["auto"]
         kind, more = str, {"parser": _number_or_auto, "metavar": "N|auto"}
     elif not all(isinstance(choice, str) for choice in option.choices):  # Typer takes words only
-        kind, more = str, {"parser": partial(_choice, option), "metavar": f"<{'|'.join(map(str, option.choices))}>"}
+        kind, more = str, {"parser": partial(_choice, option)}
+    if option.choices:  # between spaces, long lists are wrapped between the words
+        metavar = f"<{'|'.join(map(str, option.choices))}>"
+        more["metavar"] = metavar if len(metavar) <= _NARROW else metavar.replace("|", " | ")
     if option.default is None:
         kind = kind | None
     short = f"-{option.name}" if len(option.name) == 1 else option.help.short

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from ckptavg.errors import InterruptedRunError, OutputError, printable
+from ckptavg.errors import InterruptedRunError, OutputError, OutputExistsError, UsageError, printable
 from ckptavg.filesystem import atomic
+from ckptavg.report.layout import Sentence
 from ckptavg.runtime import signals
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from ckptavg.options import Options
     from ckptavg.report.result import Landscape, Result
     from ckptavg.runtime.progress import Watch
 
@@ -69,8 +71,17 @@ class Screen:
         for warning in (*left_out, *result.warnings):
             self.print(Text(printable(warning), style="yellow"))
 
+    def show_next_steps(self, steps: Mapping[str, str]) -> None:
+        """Print code and commands to copy, without line breaks, unless quiet."""
+        for name, step in steps.items() if not self._quiet else ():
+            self._console.print(Text(printable(f"{f'to {name}:':<10} {step}"), style="dim"), soft_wrap=True)
+
     def _remark(self, text: str) -> None:
-        self._console.print(Text(printable(text), style="dim"), soft_wrap=True)
+        line = printable(text)
+        if self._console.is_terminal:
+            self._console.print(Sentence(line, "dim"))
+        else:
+            self._console.print(Text(line, style="dim"), soft_wrap=True)  # a line of a log
 
     @contextmanager
     def watching(self) -> Generator[Watch | None]:
@@ -82,7 +93,7 @@ class Screen:
             if isinstance(error, Exception) and not signals.pending():
                 raise
             # also if a worker process received the signal and its death was noticed first
-            hint = "run the same command to resume"
+            hint = next(iter(getattr(error, "__notes__", ())), "run the same command to resume")
             raise InterruptedRunError("interrupted; nothing was written", hint=hint) from error
 
     @contextmanager
@@ -120,13 +131,18 @@ def _figure(name: str, value: float) -> str:
     return f"{value:.0%}" if name == "sure" else f"{value:g}" if name == "epoch" else f"{value:.4f}"
 
 
-def check_text(path: Path) -> None:
-    """Raise OutputError for a path that `write_text` could not write, before hours of work are spent."""
+def check_text(path: Path, options: Options) -> None:
+    """Refuse a report that cannot be written, or that would replace a file unasked, before hours of work are spent."""
     from ckptavg.output.destination import preflight
 
     with suppress(OSError):
         if path.exists() and not path.is_dir() and not path.is_file():
             return  # a pipe or a device
+        if path.resolve() == options.destination[0].resolve():
+            raise UsageError(f"--report and --output both name {path}")
+    if os.path.lexists(path) and not options.force:
+        hint = "replace it with --force, or choose another --report"
+        raise OutputExistsError("exists already", path=path, hint=hint)
     preflight(path, force=True)
 
 

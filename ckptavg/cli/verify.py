@@ -1,6 +1,5 @@
 """``ckptavg verify``: check that a file is the average its metadata describes."""
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -9,7 +8,7 @@ import typer
 from ckptavg.cli.command import takes
 from ckptavg.cli.options import NO_REPORT, named
 from ckptavg.declaration import MAIN, Help, Option
-from ckptavg.errors import InputError
+from ckptavg.errors import InputError, counted
 
 _FILE: Final = named("file", Annotated[Path, typer.Argument(help="An output of ckptavg.", readable=False)])
 _SOURCES: Final = Option("sources", Path, Path(), Help(MAIN, "Directory that contains the source checkpoints."))
@@ -23,15 +22,10 @@ def command(file: Path, sources: Path, json: bool, quiet: bool, verbose: bool) -
 
     verified = verify(file, sources)
     if json:
-        print(json_module.dumps({"path": str(file), **vars(verified)}, indent=2))
+        print(verified.to_json())
     if differ := verified.differ:
-        raise InputError(f"{len(differ)} tensors are not the average of the sources", path=file, tensor=differ[0])
-    screen, unchecked = Screen(quiet=quiet), len(verified.unchecked)
-    recomputed = f"; {unchecked} were recomputed from data and cannot be checked" if unchecked else ""
-    screen.print(f"{len(verified.agree)} tensors agree byte for byte with the average of the sources{recomputed}")
-    if absent := len(verified.without_digest):
-        screen.print(f"none of the {absent} sources has a digest: they were recognised by name, step and content alone")
-    if verified.own_strategy is not None:
-        screen.print(f"{verified.own_strategy} is no strategy of ckptavg, so its settings were not checked")
+        what = f"{counted(len(differ), 'tensor')} not equal to the average of the sources"
+        raise InputError(what, path=file, tensor=differ[0])
+    Screen(quiet=quiet).print(verified)
     if not json:
         print(file)

@@ -135,6 +135,14 @@ class Journal:
         values = {key: value() for key, value in pending}
         self.put_all({key: value for key, value in values.items() if value is not None})
 
+    @property
+    def summary(self) -> str:
+        """The number of its measurements, such as "1 score and 24 losses"; empty if there are none."""
+        kinds = [key.partition(" ")[0] for key in self.records]
+        scores, losses = (sum(map(kinds.count, names)) for names in (("score", "written"), ("loss", "gradient")))
+        counts = ((scores, "score" if scores == 1 else "scores"), (losses, "loss" if losses == 1 else "losses"))
+        return " and ".join(f"{number} {word}" for number, word in counts if number)
+
     def done(self) -> None:
         """Remove the journal after the output has been written, unless it is to be kept."""
         if not self._keep:

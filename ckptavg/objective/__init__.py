@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
-from ckptavg.errors import TaskError, UsageError
+from ckptavg.errors import TaskError, UsageError, counted
 from ckptavg.score import Score, Split
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def check_number(k: int | Literal["auto"], n: int) -> None:
     """Raise UsageError if ``--k`` asks for more than the ``n`` candidates."""
     if k != "auto" and k > n:
         hint = f"choose --k {n} or less, or widen the window (--last, --start, --stop, --every)"
-        raise UsageError(f"--k {k} asks for more checkpoints than the {n} candidates there are", hint=hint)
+        raise UsageError(f"--k {k} asks for more checkpoints than the {counted(n, 'candidate')} given", hint=hint)
 
 
 def check_split(on: Split | None, splits: Collection[Split]) -> None:

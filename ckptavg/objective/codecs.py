@@ -50,6 +50,8 @@ class ScoreCodec:
         Raises:
             TaskError: if it was computed on other data than the interrupted run's scores that it will be compared with.
         """
+        if value.invalid and self._task is None:
+            return None  # a command that failed is tried again
         each, orders = value.per_example, self._orders.get(key[1:], [])
         if each is not None and len(orders) > 1 and len(set(orders)) == 1 and orders[0] != each.order:
             raise TaskError("the data are not those that the interrupted run scored on", hint="--no-resume starts over")

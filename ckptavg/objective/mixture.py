@@ -20,6 +20,7 @@ from ckptavg.readers import StoredTensor
 from ckptavg.report.result import MatrixResult
 from ckptavg.score import Score, Split
 from ckptavg.tasks import Task
+from ckptavg.tasks.sampled import Sampled
 
 
 class Mixture:
@@ -76,6 +77,11 @@ class Mixture:
         return batchnorm.statistics(self.mixed.model)
 
     @property
+    def statistics_from(self) -> Split | None:
+        """Split that BatchNorm's statistics are recomputed on; None for a model without them."""
+        return self._batchnorm_from if self.mixed.norms else None
+
+    @property
     def averaged_buffers(self) -> Collection[str]:
         """See `Evaluator.averaged_buffers`."""
         return self.mixed.candidates.averaged_buffers - batchnorm.statistics(self.mixed.model)
@@ -104,6 +110,22 @@ class Mixture:
         """See `Evaluator.score_output`."""
         return self.scoring.score_output(coefficients, self.splits, specs, read_into)
 
+    def sampled(self, examples: int | None) -> Scoring:
+        """Return scores by the loss alone, on about ``examples`` of the data: for many mixtures at little cost.
+
+        None takes all data to score on. BatchNorm's statistics are recomputed from as many examples.
+        """
+        if examples is None:
+            examples = Sampled(self.task, 1).total(self.scored_on)
+        task = Sampled(self.task, examples)
+        loader = BatchLoader(
+            task, self.scored_on, self.run, self.meter,
+            needs_two=lambda: bool(self.mixed.norms), on_halving=self._log.keep_halving,
+        )  # fmt: skip
+        scoring = Scoring(self.mixed, loader, self.meter, self._batchnorm_from, task, f"{examples} examples ")
+        scoring.notes = self.scoring.notes
+        return scoring
+
     def exact_score(self, coefficients: Coefficients, split: Split) -> Score:
         """See `Evaluator.exact_score`; scores again only if the candidate matrix is not exact."""
         return self.scoring.find(coefficients, split, exact=True)
@@ -116,11 +138,13 @@ class Mixture:
     def cost(self) -> Cost:
         """See `Evaluator.cost`."""
         size = self._loader.examples.get(self._batchnorm_from) or self.task.examples(self._batchnorm_from)
+        scored = self._loader.examples.get(self.scored_on) or self.task.examples(self.scored_on)
         work = self.meter["forward_examples"] + 2 * self.meter["backward_examples"]
         cost = Cost(
             forward_batches=round(self.meter["forward_batches"]),
             backward_batches=round(self.meter["backward_batches"]),
             evaluations=round(self.meter["evaluations"]), seconds=self.meter[SECONDS],
             epochs=work / (3 * size) if size else None, epochs_of=self._batchnorm_from,
+            passes=work / scored if scored else None, passes_over=self.scored_on,
         )  # fmt: skip
         return self.run.workers.broadcast(cost)  # other ranks may be without a batch in the last step of a pass

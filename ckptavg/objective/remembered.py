@@ -1,6 +1,7 @@
 """Measurements that are made once: kept in memory, written to the journal, and charged on every request."""
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -44,6 +45,11 @@ class Remembered(Generic[_K, _V]):
         """Whether no value is in memory."""
         return not self._values
 
+    @property
+    def values(self) -> Mapping[_K, _V]:
+        """The values in memory, in the order in which they were measured or read."""
+        return self._values
+
     def find(self, key: _K, measure: Callable[[], _V]) -> _V:
         """Return the value from memory, else from an interrupted run's journal, else from ``measure``."""
         if self.known(key):
@@ -73,6 +79,18 @@ class Remembered(Generic[_K, _V]):
             self._meter.price((self, key), spent)
             self.keep(key, value)
             self._run.progress("scoring in parallel", done, len(missing))
+
+    def prefetch_together(
+        self, keys: Iterable[_K], measure: Callable[[Sequence[_K]], Generator[tuple[_K, _V]]]
+    ) -> None:
+        """Measure the keys that are not known yet in one call, which yields them in any order; each costs the same."""
+        missing = [key for key in dict.fromkeys(keys) if not self.known(key)]
+        with self._meter.measure() as spent, closing(measure(missing)) as measured:
+            for done, (key, value) in enumerate(measured, 1):
+                self.keep(key, value)
+                self._run.progress("scoring in parallel", done, len(missing))
+        for key in missing:
+            self._meter.price((self, key), {name: amount / len(missing) for name, amount in spent.items()})
 
     def known(self, key: _K) -> bool:
         """Return whether the value is in memory or in the journal of an interrupted run, from which it is read."""

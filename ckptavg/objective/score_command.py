@@ -1,26 +1,28 @@
 """A shell command that prints the score of a model on disk."""
 
 import contextlib
-import json
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Final
 
 from ckptavg.errors import TaskError
-from ckptavg.runtime import signals
+from ckptavg.objective.printed_score import PrintedScore, numbers_by_key, read_score
 
 _FILE: Final = "{}"
 _DIRECTORY: Final = "{dir}"
-_NUMBER: Final = re.compile(
-    r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.])|(?<!\w)[-+]?(?:nan|inf)(?!\w)"
-)
 _SHOWN: Final = 10  # lines of a failed command's output that the error shows
+_NOT_STARTED: Final = (126, 127)  # exit codes of a shell for a program that it cannot run, whatever the file
+
+
+class FailedRunError(TaskError):
+    """A run that gives no score of its file: the command failed, took too long, or printed no finite number."""
 
 
 class ScoreCommand:
@@ -28,79 +30,100 @@ class ScoreCommand:
 
     Args:
         command: the command; without ``{}`` or ``{dir}``, the file is appended as last argument.
-        key: the entry of a JSON line that holds the score, dots for nesting; None takes the last number printed.
+        key: the entry of a JSON object that holds the score, dots for nesting; see `read_score`.
         timeout: its time limit in seconds.
     """
 
     def __init__(self, command: str, key: str | None = None, timeout: float | None = None) -> None:
         self._command = command if _FILE in command or _DIRECTORY in command else f"{command} {_FILE}"
-        self._key = key
-        self._timeout = timeout
+        self.key = key
+        self.timeout = timeout
+        self.name = key or "score"  # of the number, in reports
 
     @property
     def needs_directory(self) -> bool:
         """True if the command reads more than the safetensors file."""
         return _DIRECTORY in self._command
 
-    def run(self, path: Path, environment: Mapping[str, str] | None = None) -> float:
-        """Run the command on a file and return the number that it prints.
+    def line(self, path: Path) -> str:
+        """Return the command for the shell that scores ``path``."""
+        command = self._command.replace(_DIRECTORY, shlex.quote(str(path.parent)))
+        return command.replace(_FILE, shlex.quote(str(path)))
+
+
+class RunningCommand:
+    """A run of a command on one file, in a process group of its own; to be closed."""
+
+    def __init__(self, command: ScoreCommand, path: Path, environment: Mapping[str, str]) -> None:
+        self._command = command
+        # files, since a pipe may be full; open as long as this object
+        self._output, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        self._deadline = math.inf if command.timeout is None else time.monotonic() + command.timeout
+        self._late = False
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", command.line(path)], stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._errors,
+            start_new_session=True, env=environment,
+        )  # fmt: skip
+
+    def ended(self) -> bool:
+        """Return whether it has ended, or has exceeded its time limit and was killed."""
+        if self._process.poll() is None and time.monotonic() > self._deadline:
+            self._late = True
+            self._kill()
+        return self._process.returncode is not None
+
+    def score(self) -> PrintedScore:
+        """Return the score that it printed.
 
         Raises:
-            TaskError: if it fails, takes too long, or prints no finite number.
+            FailedRunError: if it gave no score of this file.
+            TaskError: if it would give none of any file.
         """
-        command = self._command.replace(_DIRECTORY, shlex.quote(str(path.parent)))
-        command = command.replace(_FILE, shlex.quote(str(path)))
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, errors="replace", start_new_session=True, env=environment,
-        )  # fmt: skip
-        try:
-            with signals.at_once():
-                out, err = process.communicate(timeout=self._timeout)
-        except BaseException as error:  # kill the process group: the command may have started other processes
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            if isinstance(error, subprocess.TimeoutExpired):
-                message = f"--score-cmd took more than {self._timeout:g} s"
-                raise TaskError(message, hint="raise the limit with --score-timeout") from error
-            raise
-        if process.returncode:
-            raise TaskError(f"--score-cmd failed with exit code {process.returncode}: {_tail(err)}", hint=command)
-        values = list(numbers(out) if self._key is None else entries(out, self._key))
-        if not values:
-            wanted = "no number" if self._key is None else f"no JSON line with a number at {self._key}"
-            raise TaskError(f"--score-cmd printed {wanted} on stdout: {_tail(out) or _tail(err)}", hint=command)
-        if not math.isfinite(values[-1]):
-            raise TaskError(f"--score-cmd printed {values[-1]}", hint=command)
-        return values[-1]
+        if self._late:
+            message = f"--score-cmd took more than {self._command.timeout:g} s"
+            raise FailedRunError(message, hint="raise the limit with --score-timeout")
+        code, key, output, errors = (
+            self._process.returncode,
+            self._command.key,
+            _read(self._output),
+            _read(self._errors),
+        )
+        said = _tail(output) or _tail(errors) or "no output"
+        if code:
+            kind = TaskError if code in _NOT_STARTED else FailedRunError
+            raise kind(f"--score-cmd failed with exit code {code}: {_tail(errors) or said}")
+        score = read_score(output, key)
+        if score is None and key is not None:
+            keys = numbers_by_key(output)
+            where = f"but at {', '.join(keys)}" if keys else f"and no other JSON: {said}"
+            message = f"--score-cmd printed no JSON with a number at {key}, {where}"
+            raise FailedRunError(message, hint=None if keys else "print(json.dumps(result)) prints JSON")
+        if score is None:
+            raise FailedRunError(f"--score-cmd printed no number on stdout: {said}")
+        if not math.isfinite(score.number):
+            raise FailedRunError(f"--score-cmd printed {score.number}")
+        return score
+
+    def close(self) -> None:
+        """End it if it still runs, and discard its output."""
+        if self._process.poll() is None:
+            self._kill()
+        self._output.close()
+        self._errors.close()
+
+    def _kill(self) -> None:
+        """End the process group: the command may have started other processes."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
-def numbers(text: str) -> Iterator[float]:
-    """Yield every number in ``text``, in order."""
-    return (float(match.group()) for match in _NUMBER.finditer(text))
-
-
-def entries(text: str, key: str) -> Iterator[float]:
-    """Yield the numbers at ``key`` in the lines of ``text`` that are JSON objects."""
-    for line in text.splitlines():
-        try:
-            value: Any = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        number = _at(value, key)
-        if isinstance(number, int | float) and not isinstance(number, bool):
-            yield float(number)
-
-
-def _at(value: Any, key: str) -> Any:
-    if not isinstance(value, dict) or key in value or "." not in key:
-        return value.get(key) if isinstance(value, dict) else None
-    head, _, rest = key.partition(".")
-    return _at(value.get(head), rest)
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 def _tail(text: str) -> str:
     """Join the last lines of ``text`` into one, for an error message."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(lines[-_SHOWN:]) or "no output"
+    return " | ".join(lines[-_SHOWN:])

@@ -26,6 +26,7 @@ from ckptavg.objective.score_accumulator import ScoreAccumulator
 from ckptavg.readers import StoredTensor
 from ckptavg.runtime.workers import ALONE, Workers
 from ckptavg.score import METRIC, Score, Split, decided, differs, sign, valid
+from ckptavg.tasks import Task
 from ckptavg.tasks.torch_metrics import CorpusMetric, Resampled, update
 
 
@@ -49,15 +50,20 @@ class Scoring:
         loader: the batches.
         meter: counts the evaluations.
         batchnorm_from: the split that BatchNorm's statistics are recomputed on.
+        task: the loss and metric, if they are not those of ``mixed``.
+        prefix: tells the scores from others in the journal.
     """
 
-    def __init__(self, mixed: MixedModel, loader: BatchLoader, meter: CostMeter, batchnorm_from: Split) -> None:
+    def __init__(
+        self, mixed: MixedModel, loader: BatchLoader, meter: CostMeter, batchnorm_from: Split,
+        task: Task | None = None, prefix: str = "",
+    ) -> None:  # fmt: skip
         self._mixed = mixed
-        self._task = mixed.task
+        self._task = task or mixed.task
         self._loader = loader
         self._meter = meter
         self._batchnorm_from: Split = batchnorm_from
-        self._scores = Remembered(ScoreCodec(mixed.task), mixed.run, meter)
+        self._scores = Remembered(ScoreCodec(self._task, prefix), mixed.run, meter)
         self._written = Remembered(ScoreCodec(mixed.task, "written "), mixed.run, meter)
         self._announced: set[ScoreKey] = set()
         self._examples: dict[Split, int] = {}  # split → examples of a finished pass
@@ -235,6 +241,7 @@ class Scoring:
         score = tally.score(what, split)
         if score is None:
             raise self._loader.empty(split)
+        score = replace(score, name=task.metric_name) if score.name == METRIC else score
         self._examples[split] = self._loader.examples[split]
         names = [score.name, *score.others]
         self._names = self._names or names

@@ -12,6 +12,18 @@ from ckptavg.options.search import SearchOptions
 from ckptavg.options.task import TaskOptions
 from ckptavg.runtime.workers import ALONE, TIMEOUT, Workers
 
+CHECK: Final = (
+    "task", "val", "device", "last", "task_timeout", "train", "test", "holdout", "batch_size", "trust_remote_code",
+    "include", "exclude", "start", "stop", "every", "key", "seed", "bits", "group_size", "offload",
+)  # fmt: skip
+"""The options of ``check``."""
+EVAL: Final = (
+    "key", "task", "task_timeout", "val", "test", "batch_size", "trust_remote_code", "lm_eval", "device", "seed",
+    "worker_timeout",
+)  # fmt: skip
+"""The options of ``eval``."""
+NOT_COMPARE: Final = ("never_worse", "baselines")
+"""The options that ``compare`` does not take."""
 _DURATION: Final = Limit(lambda value: 0 <= value < math.inf, "0 or more seconds")
 _ABOVE_0: Final = Limit(lambda value: value > 0, "greater than 0")
 
@@ -23,7 +35,8 @@ class Options(SearchOptions, OutputOptions, Window, TaskOptions):
     key: Annotated[str | None, Help(
         CANDIDATES, "Entry of each file that is the model, such as state_dict_ema.", metavar="KEY")] = None  # fmt: skip
     skip_bad: Annotated[bool, Help(
-        CANDIDATES, "Leave out damaged or NaN checkpoints, with a warning each.", "Else they are refused.",
+        CANDIDATES, "Leave out damaged or NaN checkpoints, with a warning each.",
+        "Else they are refused. Where --score-cmd fails, or prints NaN, the score is the worst.",
         changes_measurements=False)] = False  # fmt: skip
     allow_nonfinite: Annotated[bool, Help(
         CANDIDATES, "Average NaN and infinite weights instead of refusing them.")] = False  # fmt: skip
@@ -52,6 +65,8 @@ class Options(SearchOptions, OutputOptions, Window, TaskOptions):
             raise UsageError("--shard needs several workers", hint="torchrun --nproc-per-node 8 -m ckptavg ...")
         if self.shard and (self.score_cmd is not None or self.lm_eval is not None):
             raise UsageError("--shard needs a loss: a task file or --val")
+        if self.score_jobs > 1 and self.workers.world_size > 1:
+            raise UsageError("--score-jobs is for a single process: under torchrun each worker runs a command")
         defaults = {"offload": "none", "precision": "float32", "compile": False}
         unused = [f"--{name}" for name, default in defaults.items() if getattr(self, name) != default]
         if self.score_cmd is not None and unused:

@@ -20,12 +20,12 @@ class OutputOptions:
         MAIN, "File to write; a directory/ gets model.safetensors.",
         "A path that ends in / and an existing directory are directories.", "PATH", "-o", changes_measurements=False
     )] = "averaged.safetensors"  # the journal lies beside it  # fmt: skip
-    force: Annotated[bool, Help(MAIN, "Replace an existing output.", changes_measurements=False)] = False
+    force: Annotated[bool, Help(MAIN, "Replace an existing output or report.", changes_measurements=False)] = False
     never_worse: Annotated[bool, Help(
         OUTPUT, "Write the best single checkpoint if it scores higher.", "Not in compare.", changes_measurements=False
     )] = False  # fmt: skip
     dtype: Annotated[Dtype | None, Help(
-        OUTPUT, "float64|float32|float16|bfloat16; default as stored.", metavar="DTYPE")] = None  # fmt: skip
+        OUTPUT, "Dtype of the output; default as stored.")] = None  # fmt: skip
     keep: Annotated[Sequence[str], Help(
         OUTPUT, "Copy tensors whose names match this glob.",
         "From the last selected checkpoint, instead of averaging; may be repeated.",
@@ -37,7 +37,7 @@ class OutputOptions:
         OUTPUT, "In a directory: files of at most SIZE, such as 5GB.", "An index lists them.", "SIZE",
         changes_measurements=False)] = None  # fmt: skip
     format: Annotated[Literal["safetensors", "dcp"], Help(
-        OUTPUT, "dcp: torch.distributed.checkpoint, to train further.", "FSDP can resume training from it.",
+        OUTPUT, "dcp: FSDP can resume training from it.", "This is torch.distributed.checkpoint.",
         changes_measurements=False)] = "safetensors"  # fmt: skip
     adapter: Annotated[Literal["factors", "exact"], Help(
         OUTPUT, "Average PEFT factors (approximate) or exact weights.")] = "factors"  # fmt: skip

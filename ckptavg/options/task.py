@@ -1,8 +1,8 @@
 """The options that define how a mixture is scored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from ckptavg.declaration import AT_LEAST_1, MAIN, POSITIVE, SCORING, Help, Limit, check
 from ckptavg.errors import UsageError
@@ -44,19 +44,30 @@ class TaskOptions:
         limit=AT_LEAST_1)] = None  # fmt: skip
     trust_remote_code: Annotated[bool, Help(SCORING, "Run code that the checkpoints' config.json names.")] = False
     score_key: Annotated[str | None, Help(
-        SCORING, "Key of the score in JSON output; else the last number.",
-        "The last JSON line on the stdout of --score-cmd counts.", "KEY")] = None  # fmt: skip
+        SCORING, "Key of the score in the JSON that --score-cmd prints.",
+        "Dots go deeper. Needed if the JSON has several numbers; its last object with the key counts.", "KEY"
+    )] = None  # fmt: skip
     score_goal: Annotated[Literal["max", "min"], Help(SCORING, "Whether a higher or a lower score wins.")] = "max"
     score_timeout: Annotated[float | None, Help(
         SCORING, "Limit for one run of --score-cmd.", metavar="SECONDS", limit=POSITIVE, changes_measurements=False
     )] = None  # fmt: skip
+    score_jobs: Annotated[int, Help(
+        SCORING, "Runs of --score-cmd at a time.", "For scores that do not depend on each other: not for the growing "
+        "average of soup and aswa.", "N", limit=AT_LEAST_1, changes_measurements=False)] = 1  # fmt: skip
+    keep_failed: Annotated[bool, Help(
+        SCORING, "Keep the file for which --score-cmd failed.", "It is in OUTPUT.ckptavg/failed-NAME/.",
+        changes_measurements=False)] = False  # fmt: skip
     lm_eval: Annotated[str | None, Help(
         SCORING, "Score by lm-evaluation-harness tasks, comma-separated.", metavar="TASKS")] = None  # fmt: skip
+    objects: Any = field(default=None, repr=False)  # a `ckptavg.tasks.objects.TaskObjects`, from Python
 
     @property
     def ways(self) -> list[str]:
         """The names of the given options that define the score of a mixture."""
-        ways = {"--task": self.task, "--val": self.val, "--score-cmd": self.score_cmd, "--lm-eval": self.lm_eval}
+        ways = {
+            "--task": self.task, "--val": self.val, "--score-cmd": self.score_cmd, "--lm-eval": self.lm_eval,
+            "model": self.objects,
+        }  # fmt: skip
         return [name for name, value in ways.items() if value is not None]
 
     def __post_init__(self) -> None:

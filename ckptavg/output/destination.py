@@ -2,6 +2,8 @@
 
 import errno
 import os
+import re
+import shlex
 import stat
 from pathlib import Path
 from typing import Final
@@ -11,6 +13,11 @@ from ckptavg.filesystem.atomic import longest_name
 from ckptavg.filesystem.regular_file import is_folder
 
 _FILE_NAME: Final = "model.safetensors"  # the name that every loader expects in an output directory
+_FOREIGN: Final = re.compile(  # suffixes of weights, archives and texts, and of pictures
+    r"(?<=.)(\.(ckpt|pth?|bin|tar|pkl|pickle|joblib|np[yz]|h5|hdf5|keras|gguf|ggml|onnx|msgpack|pb|tflite|mlmodel"
+    r"|zip|gz|bz2|xz|zst|tgz|jsonl?|ya?ml|toml|txt|md|rst|log|[ct]sv|parquet|html|py|ipynb|svg|png|jpe?g|gif|pdf))+$",
+    re.IGNORECASE,
+)
 
 
 def destination(output: Path | str) -> tuple[Path, Path | None]:
@@ -25,6 +32,25 @@ def destination(output: Path | str) -> tuple[Path, Path | None]:
     if str(output).endswith("/") or is_folder(Path(output)):
         return Path(output) / _FILE_NAME, Path(output)
     return Path(output), None
+
+
+def check_suffix(output: Path | str) -> None:
+    """Raise UsageError if the name of an output file is that of another format, whose loaders could not read it.
+
+    An unknown suffix, as in ``avg.v2`` or ``lr0.1``, is a part of the name.
+    """
+    path, folder = destination(output)
+    stem = _FOREIGN.sub("", path.name)
+    if folder or stem == path.name:
+        return
+    suffix, name = path.suffix, str(path.with_name(f"{stem.removesuffix('.safetensors')}.safetensors"))
+    hint = f"-o {shlex.quote(name)}, and load it with model.load_state_dict(safetensors.torch.load_file({name!r}))"
+    if suffix == ".bin":
+        hint += f"; -o {shlex.quote(f'{path.with_name(stem)}/')} is a directory for from_pretrained"
+    elif suffix == ".json":
+        hint = f"-o {shlex.quote(name)} --report {shlex.quote(str(path))}, which has the report as JSON"
+    message = f"--output {path}: a safetensors file is written, which no reader of {suffix} files can load"
+    raise UsageError(message, hint=hint)
 
 
 def preflight(path: Path, force: bool) -> None:

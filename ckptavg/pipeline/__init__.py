@@ -6,7 +6,7 @@ from pathlib import Path
 from ckptavg.coefficients import Coefficients
 from ckptavg.objective import Learned, PlainAverage, Strategy
 from ckptavg.options import Options
-from ckptavg.pipeline.preflight import check_space, check_strategy, dry_run_plan
+from ckptavg.pipeline.preflight import check_format, check_space, check_strategy, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
 from ckptavg.pipeline.session import open_session
 from ckptavg.pipeline.verdict import Verdict, judge, with_test
@@ -22,6 +22,7 @@ def run(strategy: Strategy, paths: Sequence[Path], options: Options, watch: Watc
     Raises:
         CkptavgError: on any expected failure; nothing is written then.
     """
+    check_format(options)
     with open_session(paths, options, watch) as this:
         evaluator, checkpoints = this.evaluator, this.checkpoints
         check_strategy(strategy, len(checkpoints), evaluator)

@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Final
 
 from ckptavg.cost import Cost
-from ckptavg.errors import UsageError
+from ckptavg.errors import UsageError, counted
 from ckptavg.objective import Learned, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
-from ckptavg.pipeline.preflight import check_space, check_strategy, dry_run_plan
+from ckptavg.pipeline.preflight import check_format, check_space, check_strategy, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
 from ckptavg.pipeline.session import open_session
-from ckptavg.pipeline.verdict import Verdict, on_test, scores_of, unbiased_hint
+from ckptavg.pipeline.verdict import Verdict, figure, loss_on_test, on_test, scores_of, unbiased_hint
 from ckptavg.pipeline.writing import write_output
 from ckptavg.report import interval
 from ckptavg.report.result import Comparison, Gain, StrategyResult
 from ckptavg.runtime.progress import Watch
-from ckptavg.score import Score, Split, valid
+from ckptavg.score import DATA, Score, Split, valid
 from ckptavg.strategies import from_spec, name_of
 
 REFERENCE: Final = "last"
@@ -52,13 +52,14 @@ def compare(
     Raises:
         CkptavgError: on any expected failure; nothing is written then.
     """
+    check_format(options)
     with open_session(paths, options, watch) as this:
         evaluator = this.scored("compare scores every strategy, so it needs a task file, --val or --score-cmd")
         strategies = _parse_strategies(names, evaluator)
         if options.dry_run:
             plan = [f"would compare {', '.join(strategies)}", *dry_run_plan(this.checkpoints, options)]
             result = blank_result(this.found, strategies[REFERENCE], options, plan)
-            return Comparison(contestants=(), winner="", result=result)
+            return Comparison(**vars(result), winner="", strategies=())
         check_space(this.checkpoints[0], options)
         evaluator.prepare()
         runs: list[_Run] = []
@@ -75,12 +76,12 @@ def compare(
         for split in evaluator.splits:
             evaluator.prefetch([run.learned.coefficients for run in runs], split, exact=True)
         reference = next(scores_of(run.learned.coefficients, evaluator) for run in runs if run.name == REFERENCE)
-        contestants = [_strategy_result(run, reference, evaluator) for run in runs]
+        results = [_strategy_result(run, reference, evaluator) for run in runs]
         written = write_output(this, winner.learned.coefficients, winner.strategy)
-        verdict = _verdict(contestants[runs.index(winner)], evaluator, options)
+        verdict = _verdict(results, results[runs.index(winner)], evaluator, options)
         judgement = Verdict(winner.learned.coefficients, verdict=verdict)
         result = build_result(this, winner.strategy, winner.learned, judgement, written)
-        return Comparison(contestants=contestants, winner=winner.name, result=replace(result, cost=winner.cost))
+        return Comparison(**vars(replace(result, cost=winner.cost)), winner=winner.name, strategies=results)
 
 
 def _parse_strategies(names: Sequence[str], evaluator: Evaluator) -> Mapping[str, Strategy]:
@@ -118,7 +119,7 @@ def _strategy_result(run: _Run, reference: Mapping[Split, Score], evaluator: Eva
         settings=asdict(run.strategy),  # pyright: ignore[reportArgumentType]  # every strategy is a dataclass
         coefficients=[coefficients.candidate(i) for i in range(evaluator.n)],
         groups=coefficients.groups, used=len(coefficients.selected), scores=scores,
-        gains={split: _gain(split, score, reference[split]) for split, score in scores.items()},
+        over_last={split: _gain(split, score, reference[split]) for split, score in scores.items()},
         cost=run.cost, notes=run.learned.notes,
     )  # fmt: skip
 
@@ -131,12 +132,31 @@ def _gain(split: Split, score: Score, reference: Score) -> Gain:
     return Gain(value=score.value - reference.value, reason="the strategies chose on these data", others=others)
 
 
-def _verdict(winner: StrategyResult, evaluator: Evaluator, options: Options) -> str:
+def _verdict(
+    contestants: Sequence[StrategyResult], winner: StrategyResult, evaluator: Evaluator, options: Options
+) -> str:
     split = evaluator.scored_on
     if winner.name == REFERENCE:
-        return "No strategy scores above the last candidate on validation data, so the last candidate was written."
-    won = f"{winner.name} wins on {split} data"
-    if gain := winner.gains.get("test"):
-        return f"{won}. {on_test(gain, 'the last candidate')}"
-    figure = f"{winner.gains[split].value:+.4f} over last on the data it was chosen on"
-    return f"{won}: {figure}. {unbiased_hint(options, split)}"
+        text = f"No strategy scores above the last candidate on {DATA[split]} data, so the last candidate was written."
+        return f"{text}{higher_on_test(contestants, winner)}"
+    won = f"{winner.name} wins on {DATA[split]} data with {figure(winner.scores[split])}"
+    if gain := winner.over_last.get("test"):
+        reference = next(contestant for contestant in contestants if contestant.name == REFERENCE)
+        text = on_test(winner.scores["test"], gain, "the last candidate")
+        text += loss_on_test(winner.scores["test"], reference.scores["test"], gain)
+        return f"{won}. {text}{higher_on_test(contestants, winner)}"
+    difference = f"{winner.over_last[split].value:+.4f} against last on the data it was chosen on"
+    return f"{won}: {difference}. {unbiased_hint(options, split)}"
+
+
+def higher_on_test(contestants: Sequence[StrategyResult], winner: StrategyResult) -> str:
+    """Return a sentence if strategies score above the winner on test data, which do not decide."""
+    value = {contestant.name: contestant.scores["test"].value for contestant in contestants if "test" in winner.scores}
+    higher = [contestant for contestant in contestants if value and value[contestant.name] > value[winner.name]]
+    if not higher:
+        return ""
+    top = max(higher, key=lambda contestant: value[contestant.name])
+    gain = interval.gain(top.scores["test"], winner.scores["test"])
+    more = f"; {counted(len(higher) - 1, 'other')} too" if len(higher) > 1 else ""
+    noise = f", but the best of {len(contestants)} may be so by chance" if gain.separated else ", within noise"
+    return f" {top.name} scores higher on test data{'' if gain.low is None else noise}: {gain}{more}."

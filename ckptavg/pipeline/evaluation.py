@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ckptavg.checkpoints.discover import discover
 from ckptavg.checkpoints.dtypes import FLOATING
@@ -12,28 +11,27 @@ from ckptavg.checkpoints.integrity import not_finite
 from ckptavg.checkpoints.state_dict import check_agreement
 from ckptavg.context import Run
 from ckptavg.errors import TaskError, UsageError
+from ckptavg.filesystem.regular_file import is_folder
 from ckptavg.objective.mixture import Mixture
 from ckptavg.options import Options
 from ckptavg.pipeline.preflight import pick_device
 from ckptavg.pipeline.session import translate_errors
-from ckptavg.pipeline.task_choice import build_task
+from ckptavg.pipeline.task_choice import build_task, with_task
+from ckptavg.report.result import Evaluation, FileScores
 from ckptavg.runtime.progress import Progress, Watch
 from ckptavg.runtime.seeds import reproducible
 from ckptavg.score import Score, Split
 
 
-def evaluate(
-    files: Sequence[Path], task: str | None = None, *, watch: Watch | None = None, **options: Any
-) -> list[tuple[Path, dict[Split, Score]]]:
+def evaluate(files: Sequence[Path], options: Options, watch: Watch | None = None) -> Evaluation:
     """Score each file on validation and test data, with the BatchNorm statistics stored in it.
 
     Args:
         files: checkpoints, outputs of ckptavg, or directories of checkpoints.
-        task: Python file or dotted module.
-        **options: key, device, seed and task_timeout of `ckptavg.options.Options`; instead of ``task``, val and test,
-            or lm_eval.
+        options: key, device, seed and the task, which is looked up as `find_task` does.
     """
-    parsed = Options(task=task, **options)
+    # an output often lies beside ./task.py, so only directories are searched for one that must not be run
+    parsed = with_task(options, [file for file in files if is_folder(file)], required=True)
     if not parsed.ways:
         raise UsageError("scoring needs a task file, --val or --lm-eval", hint="`ckptavg init` writes ./task.py")
     if parsed.score_cmd is not None:
@@ -47,7 +45,7 @@ def evaluate(
         run = Run(device=device, workers=parsed.workers, seed=parsed.seed, progress=progress)
         # a matrix of one candidate is enough: every file is loaded directly into the model
         mixture = Mixture(build_task(parsed, checkpoints[0].folder), checkpoints[:1], run)
-        scored: list[tuple[Path, dict[Split, Score]]] = []
+        scored: list[FileScores] = []
         for i, checkpoint in enumerate(checkpoints):
             mixture.mixed.candidates.load(checkpoint.tensors, checkpoint.read_into)
             score = partial(mixture.scoring.evaluate, what=str(checkpoint.path))
@@ -59,6 +57,6 @@ def evaluate(
                     bad.hint = None  # eval has no --exclude
                     raise bad from error
                 raise
-            scored.append((checkpoint.path, scores))
+            scored.append(FileScores(path=checkpoint.path, scores=scores))
             progress("scoring", i + 1, len(checkpoints))
-        return scored
+        return Evaluation(files=scored)

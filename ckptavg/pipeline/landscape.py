@@ -4,9 +4,11 @@ Shape suffixes: N = candidates, M = mixtures.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,70 +16,138 @@ from torch import Tensor
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
 from ckptavg.filesystem.atomic import write_bytes
-from ckptavg.objective import Hessian
-from ckptavg.objective.evaluator import Evaluator
+from ckptavg.filesystem.regular_file import is_folder
+from ckptavg.objective import Strategy
+from ckptavg.objective.mixture import Mixture
 from ckptavg.options import Options
-from ckptavg.pipeline.preflight import check_strategy
-from ckptavg.pipeline.session import open_session
+from ckptavg.options.landscape import LandscapeOptions
+from ckptavg.output.destination import preflight
+from ckptavg.output.hugging_face_folder import created_folder
+from ckptavg.pipeline.plane import measured_plane, scores_by_loss
+from ckptavg.pipeline.preflight import check_sources, check_strategy
+from ckptavg.pipeline.session import Session, open_session
+from ckptavg.report import picture
 from ckptavg.report.as_json import to_json
-from ckptavg.report.result import Landscape, Output, Plane
+from ckptavg.report.result import Landscape, Output
 from ckptavg.runtime.progress import Watch
-from ckptavg.score import valid
+from ckptavg.score import Score
 from ckptavg.strategies import from_spec
 from ckptavg.surrogate import Surrogate
 
 
-def landscape(
-    paths: Sequence[Path], options: Options, watch: Watch | None = None, *,
-    samples: int = 32, mixtures: Sequence[str] = (), grid: int = 9, hessian: Hessian = "auto",
-) -> Landscape:  # fmt: skip
-    """Build q on the candidates under ``paths``, compare it with measured losses, and write both as JSON.
+def landscape(paths: Sequence[Path], options: Options, watch: Watch | None = None, **settings: Any) -> Landscape:
+    """Build q on the candidates under ``paths``, compare it with measured losses, and write numbers and a picture.
 
     The eigenvalues are those of H on differences of coefficients (Σ = 0), the only feasible directions. The random
     mixtures are uniform on the simplex over a random half of the candidates.
 
     Args:
-        options: options of the run; ``output`` is the JSON file, which holds everything that is returned.
-        samples: number of random mixtures to score.
-        mixtures: three strategies in the syntax of `ckptavg.strategies.from_spec`, whose plane is scored too.
-        grid: points of the plane along each side.
+        options: options of the run; ``output`` is a file whose suffix says what is written, or a directory.
+        settings: those of `LandscapeOptions`.
     Raises:
         CkptavgError: on any expected failure.
     """
-    if samples < 3 or grid < 2 or len(mixtures) not in (0, 3):
-        required = "--samples of at least 3, --grid of at least 2, and three --mixtures or none"
-        raise UsageError(f"a landscape needs {required}")
-    if options.destination[1]:
-        raise UsageError(f"--output {options.output} is a directory: name the JSON file to write")
-    with open_session(paths, options, watch) as this:
-        evaluator = this.scored("a landscape consists of losses, so it needs a task file or --val")
-        if evaluator.losses is None:
-            raise UsageError("a landscape needs a loss, but the task has only scores")
-        q = evaluator.losses.surrogate(None, hessian)
-        random_MN = _random(samples, evaluator.n, evaluator.generator)
-        measured: list[float] = []
-        for loss in _losses(evaluator, random_MN):
-            measured.append(loss)
-            evaluator.progress("scoring random mixtures", len(measured), samples)
-        predicted: list[float] = q(random_MN).tolist()
-        result = Landscape(
-            surrogate=q,
-            eigenvalues=eigenvalues(q),
-            predicted=predicted,
-            measured=measured,
-            spearman=spearman(predicted, measured),
-            r_squared=r_squared(predicted, measured),
-            steps=[checkpoint.step for checkpoint in this.checkpoints],
-            plane=_plane(evaluator, mixtures, grid) if mixtures else None,
-            left_out=this.found.left_out,
-            warnings=[*this.found.warnings, *([q.note] if q.note else []), *evaluator.notes],
+    chosen = LandscapeOptions(**settings)
+    strategies = {spec: from_spec(spec) for spec in chosen.names}
+    if strategies and len(strategies) < 3:
+        raise UsageError(f"--mixtures {','.join(chosen.names)} names a strategy twice")
+    numbers, drawing = _destinations(options.output, draws=bool(strategies))
+    files, workers = [path for path in (numbers, drawing) if path is not None], options.workers
+    folder = Path(options.output) if str(options.output).endswith("/") else None
+    with ExitStack() as stack:
+        workers.on_rank_zero(lambda: stack.enter_context(_writable(files, folder, options.force)))
+        this = stack.enter_context(open_session(paths, replace(options, output=files[0]), watch))
+        for path in files[1:]:
+            check_sources(this.found, replace(options, output=path))
+        result = _measured(this, chosen, strategies)
+        if drawing is not None and not picture.available():
+            result = replace(result, warnings=[*result.warnings, f"no picture was drawn: {picture.MISSING}"])
+            drawing = None
+
+        def write() -> list[Output]:
+            outputs = [] if numbers is None else [_write(numbers, to_json(result).encode())]
+            if drawing is not None and result.plane is not None:
+                outputs.append(_write(drawing, picture.draw(result.plane, drawing.suffix[1:])))
+            return outputs
+
+        result = replace(result, outputs=workers.on_rank_zero(write) or ())
+        this.finish(files[0])
+        return result
+
+
+def _destinations(output: Path | str, *, draws: bool) -> tuple[Path | None, Path | None]:
+    """Return the files for the numbers and for the picture; None for one that is not to be written.
+
+    Raises:
+        UsageError: if the suffix is unknown, or there is nothing to draw or to draw with.
+    """
+    path = Path(output)
+    if str(output).endswith("/") or is_folder(path):
+        return path / "landscape.json", path / "landscape.png" if draws else None
+    if path.suffix == ".json":
+        return path, None
+    if path.suffix not in picture.SUFFIXES:
+        message = (
+            f"--output {output}: the suffix of a landscape is .json for numbers, or {picture.LISTED} for a picture"
         )
-        text, path = to_json(result), Path(options.output)
-        options.workers.on_rank_zero(lambda: write_bytes(path, text.encode()))
-        this.finish(path)
-        data = text.encode()
-        output = Output(path=path, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), dtype="JSON")
-        return replace(result, output=output)
+        raise UsageError(message, hint="a directory/ gets landscape.json, and with --mixtures landscape.png")
+    if not draws:
+        raise UsageError(f"--output {output}: a picture needs --mixtures", hint="--mixtures last,swa,soup")
+    if not picture.available():
+        raise UsageError(f"--output {output}: {picture.MISSING}")
+    return None, path
+
+
+@contextmanager
+def _writable(files: Sequence[Path], folder: Path | None, force: bool) -> Generator[None]:
+    """Refuse files that exist already or cannot be written; create ``folder`` for them, unless the body fails."""
+    with created_folder(folder):
+        for path in files:
+            preflight(path, force)
+        yield
+
+
+def _write(path: Path, data: bytes) -> Output:
+    write_bytes(path, data)
+    kind = path.suffix[1:].upper()
+    return Output(path=path, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), dtype=kind)
+
+
+def _measured(this: Session, options: LandscapeOptions, strategies: Mapping[str, Strategy]) -> Landscape:
+    """Measure the quadratic, the random mixtures, and the plane if there are strategies that span it."""
+    evaluator = this.scored("a landscape consists of losses, so it needs a task file or --val")
+    if not isinstance(evaluator, Mixture) or evaluator.losses is None:
+        raise UsageError("a landscape needs a loss, but the task has only scores")
+    for strategy in strategies.values():
+        check_strategy(strategy, evaluator.n, evaluator)
+    evaluator.prepare()
+    corners: dict[str, Coefficients] = {}
+    for spec, strategy in strategies.items():
+        with this.run.progress.prefixed(spec):
+            evaluator.restart(repr(strategy))
+            corners[spec] = strategy.learn(evaluator).coefficients
+        if len(corners[spec].groups) > 1:
+            raise UsageError(f"{spec}: mixtures with coefficients per layer are not supported")
+    evaluator.restart()
+    q = evaluator.losses.surrogate(None, options.hessian)
+    random_MN = _random(options.samples, evaluator.n, evaluator.generator)
+    mixtures = [Coefficients((tuple(row),)) for row in random_MN.tolist()]
+    scores: list[Score] = []
+    for score in scores_by_loss(evaluator, evaluator.sampled(None), mixtures):
+        scores.append(score)
+        evaluator.progress("scoring random mixtures", len(scores), len(mixtures))
+    predicted: list[float] = q(random_MN).tolist()
+    measured = [score.loss or 0.0 for score in scores]
+    steps, of = [checkpoint.step for checkpoint in this.checkpoints], scores[0].examples or 0
+    plane = None
+    if corners:
+        plane = measured_plane(evaluator, corners, steps, grid=options.grid, examples=options.examples, of=of)
+    return Landscape(
+        surrogate=q, eigenvalues=eigenvalues(q), predicted=predicted, measured=measured,
+        spearman=spearman(predicted, measured), r_squared=r_squared(predicted, measured), steps=steps, plane=plane,
+        left_out=this.found.left_out,
+        warnings=[*this.found.warnings, *([q.note] if q.note else []), *evaluator.notes],
+    )  # fmt: skip
 
 
 def eigenvalues(q: Surrogate) -> list[float]:
@@ -116,32 +186,3 @@ def _random(count: int, n: int, generator: torch.Generator) -> Tensor:
     chosen_MN = draws_MN >= draws_MN.topk(max(1, n // 2), dim=1).values[:, -1:]
     weights_MN = -torch.rand(count, n, generator=generator, dtype=torch.float64).log() * chosen_MN
     return weights_MN / weights_MN.sum(dim=1, keepdim=True)
-
-
-def _losses(evaluator: Evaluator, rows: Iterable[Tensor]) -> Iterator[float]:
-    """Yield the losses at rows of N coefficients."""
-    mixtures = [Coefficients((tuple((row_N / row_N.sum()).tolist()),)) for row_N in rows]
-    evaluator.prefetch(mixtures, exact=True)
-    for mixture in mixtures:
-        loss = valid(evaluator.exact_score(mixture, evaluator.scored_on)).loss
-        assert loss is not None  # the evaluator is differentiable
-        yield loss
-
-
-def _plane(evaluator: Evaluator, mixtures: Sequence[str], grid: int) -> Plane:
-    rows: list[Tensor] = []
-    for spec in mixtures:
-        strategy = from_spec(spec)
-        check_strategy(strategy, evaluator.n, evaluator)
-        coefficients = strategy.learn(evaluator).coefficients
-        if len(coefficients.groups) > 1:
-            raise UsageError(f"{spec}: mixtures with coefficients per layer are not supported")
-        rows.append(torch.tensor(coefficients.values[0], dtype=torch.float64))
-    a_N, b_N, c_N = rows
-    sides = torch.linspace(-0.25, 1.25, grid, dtype=torch.float64).tolist()
-    losses: list[list[float]] = []
-    for v in sides:
-        losses.append(list(_losses(evaluator, (a_N + u * (b_N - a_N) + v * (c_N - a_N) for u in sides))))
-        evaluator.progress("scoring the plane", len(losses), grid)
-    first, second, third = mixtures
-    return Plane(names=(first, second, third), u=sides, v=sides, losses=losses)

@@ -10,18 +10,24 @@ from ckptavg.average.weighted_sum import output_specs
 from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import Discovered
-from ckptavg.errors import OutputError, OutputExistsError, UsageError
+from ckptavg.errors import OutputError, OutputExistsError, UsageError, counted
 from ckptavg.filesystem import atomic
 from ckptavg.filesystem.regular_file import is_folder
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
 from ckptavg.output import dcp_folder, hugging_face_folder, sharded_files
-from ckptavg.output.destination import preflight
+from ckptavg.output.destination import check_suffix, preflight
 from ckptavg.score import Split
 from ckptavg.strategies import name_of
 
 _OUTPUT_PREFIXES: Final = ("model", "adapter_model")  # prefixes of the files written into an output directory
+
+
+def check_format(options: Options) -> None:
+    """Refuse an output file whose name is that of a format which is not written."""
+    if options.format == "safetensors":  # a directory of ``--format dcp`` may have any name, such as Lightning's .ckpt
+        check_suffix(options.output)
 
 
 def check_output(options: Options) -> None:
@@ -92,6 +98,7 @@ def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[st
         group_size=options.group_size, offload=options.offload, device=device,
     ).at(options.bits)  # fmt: skip
     return [
-        f"would read {n} candidates of {first.size:,} bytes and write {written:,} bytes to {options.destination[0]}",
+        f"would read {counted(n, 'candidate')} of {first.size:,} bytes and "
+        f"write {written:,} bytes to {options.destination[0]}",
         f"memory for learning with a float32 model: {memory}",
     ]

@@ -11,6 +11,7 @@ from ckptavg.coefficients import Coefficients
 from ckptavg.objective import Learned, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
+from ckptavg.pipeline.next_steps import next_steps
 from ckptavg.pipeline.session import Session
 from ckptavg.pipeline.verdict import Verdict
 from ckptavg.pipeline.writing import WrittenOutput
@@ -42,7 +43,7 @@ def build_result(
     invalid = [f"{score.invalid}: ranked below every valid score" for score in judgement.singles if score.invalid]
     notes = evaluator.notes if evaluator else ()
     warnings = [*invalid, *learned.notes, *notes, *_warnings(found.checkpoints[0], coefficients, evaluator, finished)]
-    blank = blank_result(found, strategy, options, warnings)
+    blank = blank_result(found, strategy, options, list(dict.fromkeys(warnings)))
     candidates = [
         replace(
             candidate, coefficient=coefficients.candidate(i), score=judgement.singles[i] if judgement.singles else None,
@@ -54,6 +55,7 @@ def build_result(
         blank, candidates=candidates, groups=coefficients.groups, trace=learned.trace, tables=learned.tables,
         output=finished.output, scores=finished.scores, baselines=judgement.baselines, best_step=judgement.best_step,
         verdict=judgement.verdict, gains=judgement.gains, replaced=judgement.replaced, worse=judgement.worse,
+        next_steps=next_steps(finished.output.path, found.checkpoints, options),
     )  # fmt: skip
     if evaluator is None:
         return result

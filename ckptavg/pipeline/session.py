@@ -1,8 +1,9 @@
 """Start and end of every run: check the output, open the candidates, resume the journal and build the evaluator."""
 
+import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -17,14 +18,21 @@ from ckptavg.checkpoints.discover import Discovered, NotFinite, discover, with_d
 from ckptavg.checkpoints.kept import keeping, kept_names
 from ckptavg.checkpoints.state_dict import check_agreement
 from ckptavg.context import Run
-from ckptavg.errors import CkptavgError, InterruptedRunError, OutOfMemoryError, TaskError, UsageError, is_out_of_memory
+from ckptavg.errors import (
+    CkptavgError,
+    InterruptedRunError,
+    OutOfMemoryError,
+    TaskError,
+    UsageError,
+    counted,
+    is_out_of_memory,
+)
 from ckptavg.journal import Journal, ReadOnlyJournal, source_digests
 from ckptavg.journal.fingerprint import fingerprint
 from ckptavg.objective.command import CommandEvaluator
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.objective.mixture import Mixture
 from ckptavg.objective.precision import precision
-from ckptavg.objective.score_command import ScoreCommand
 from ckptavg.options import Options
 from ckptavg.output import dcp_folder
 from ckptavg.pipeline.preflight import check_output, check_sources, pick_device
@@ -110,35 +118,55 @@ def open_session(paths: Sequence[Path], options: Options, watch: Watch | None = 
             evaluator = _evaluator(found, options, run) if options.ways else None
             if evaluator and not options.dry_run:
                 workers.on_rank_zero(lambda: stack.enter_context(_compared(found, options, run)))
-            if evaluator and journal and journal.replayed:
-                note = "measurements of an interrupted run; the cost counts new measurements only"
-                run.progress(f"resuming with {journal.replayed} {note}", 0, 0)
+            if evaluator and journal and journal.summary:
+                note = "of an interrupted run; the cost counts new measurements only"
+                run.progress(f"resuming with {journal.summary} {note}", 0, 0)
             yield Session(paths=paths, options=options, found=found, run=run, evaluator=evaluator)
         except BaseException as error:
             if isinstance(error, UsageError) and (bad := sum(file.kind == "bad" for file in found.left_out)):
                 # such as --k larger than the number of candidates
-                error.hint = f"{f'{error.hint}; ' if error.hint else ''}{bad} bad checkpoints were left out"
+                error.hint = f"{f'{error.hint}; ' if error.hint else ''}{counted(bad, 'bad checkpoint')} left out"
             failed = isinstance(error, Exception) and not isinstance(error, InterruptedRunError)
-            brief = time.monotonic() - start < _MIN_SECONDS_TO_KEEP
-            if journal and failed and brief and not journal.replayed and not signals.pending():
+            brief = failed and time.monotonic() - start < _MIN_SECONDS_TO_KEEP and not signals.pending()
+            if journal and (not _resumable(options) or (brief and not journal.replayed)):
                 journal.drop()  # the next run, with the error fixed, will not match it
+            elif journal:
+                _say_what_is_kept(journal, error)
             raise
+
+
+def _say_what_is_kept(journal: Journal, error: BaseException) -> None:
+    """Add the number of measurements in the journal to an error's hint, or to what ended the run as a note."""
+    with suppress(RuntimeError):  # a device that failed also fails here
+        journal.flush()
+    if not journal.summary:
+        return
+    kept = f"{journal.summary} {'is' if journal.summary.startswith('1 ') else 'are'} kept in {journal.folder}/"
+    if isinstance(error, TaskError):  # the others ask for another command
+        error.hint = f"{f'{error.hint}; ' if error.hint else ''}{kept}"
+    error.add_note(f"{kept}; run the same command to resume")
 
 
 def _open_journal(options: Options, stack: ExitStack) -> Journal:
     path, folder = options.destination
-    journal = stack.enter_context(Journal(folder or path, resume=options.resume, keep=options.keep_journal))
+    resume = options.resume and _resumable(options)
+    journal = stack.enter_context(Journal(folder or path, resume=resume, keep=options.keep_journal))
     if options.format == "dcp":
         dcp_folder.sweep(path)
     check_output(options)  # again: another run may have finished between the first check and the lock
     return journal
 
 
+def _resumable(options: Options) -> bool:
+    """Return whether a later run can recognise the task: objects, and a module without a file, have no fingerprint."""
+    module = sys.modules.get(options.task or "")
+    return options.objects is None and (module is None or getattr(module, "__file__", None) is not None)
+
+
 def _evaluator(found: Discovered, options: Options, run: Run) -> Evaluator:
     """Return the evaluator that scores mixtures of the candidates; it loads nothing yet."""
     if options.score_cmd is not None:
-        command = ScoreCommand(options.score_cmd, options.score_key, options.score_timeout)
-        return CommandEvaluator(command, found.checkpoints, run, goal=options.score_goal, dtype=options.dtype)
+        return CommandEvaluator(options, found.checkpoints, run)
     if run.device.type == "mps" and run.workers.world_size > 1:
         raise UsageError("--device mps supports one worker only", hint="use --device cpu")
     return Mixture(task_for(found, options), found.checkpoints, run, options)

@@ -27,9 +27,10 @@ from ckptavg.options import Options
 from ckptavg.pipeline.preflight import pick_device
 from ckptavg.pipeline.session import translate_errors
 from ckptavg.pipeline.task_choice import task_for
+from ckptavg.report.task_check import SplitCheck, TaskCheck
 from ckptavg.runtime.progress import Progress, Watch
 from ckptavg.runtime.seeds import reproducible, reseed
-from ckptavg.score import METRIC, Split
+from ckptavg.score import DATA, METRIC, Split
 from ckptavg.strategies.sewa import SeWA, default_steps
 from ckptavg.strategies.twa import TWA
 from ckptavg.tasks import batch as batches
@@ -39,45 +40,6 @@ _LOSS: Final = "loss"  # no metric may have this name
 _NUMERIC: Final = (int, float, Tensor)
 _CLOSE: Final = 1e-4  # relative: losses of the same examples in another order of summation
 _is_close: Final = partial(math.isclose, rel_tol=_CLOSE, abs_tol=1e-7)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitCheck:
-    """One split: its size, the score of the checkpoint and what that took."""
-
-    examples: int
-    batches: int
-    seconds: float
-    repeats: bool
-    loss: float | None
-    metric: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskCheck:
-    """Description of a task, from running it on one checkpoint.
-
-    Attributes:
-        checkpoint: the file that was scored.
-        model: class, size and BatchNorm layers of the model, in words.
-        loss: what one call returns, in words.
-        metric: the name of the deciding metric and its goal; "" if the task has no metric.
-        searches: strategy → seconds that its search would take at its default settings, with all candidates.
-        memory: what learning would take, in words.
-        remarks: what the user may want to change, one line each, with the change.
-        problems: what would make a run fail or its answer wrong, likewise.
-    """
-
-    checkpoint: Path
-    candidates: int
-    model: str
-    loss: str
-    metric: str
-    splits: dict[Split, SplitCheck]
-    searches: dict[str, float]
-    memory: str
-    remarks: Sequence[str] = ()
-    problems: Sequence[str] = ()
 
 
 @dataclass
@@ -92,12 +54,13 @@ def check_task(paths: Sequence[Path], options: Options, watch: Watch | None = No
     Raises:
         CkptavgError: if the task fails on it.
     """
-    if set(options.ways) - {"--task", "--val"} or not options.ways:
+    if set(options.ways) - {"--task", "--val", "model"} or not options.ways:
         raise UsageError("check needs a task file or --val", hint="`ckptavg init` writes ./task.py")
     with translate_errors(), reproducible(options.seed), discover(paths, options, options.key) as found:
         check_agreement(found.checkpoints)
         task, progress, notes = task_for(found, options), Progress(watch), _Findings()
-        run = Run(device=pick_device(options.device), workers=options.workers, seed=options.seed, progress=progress)
+        # the memory of these two candidates is not reported, but that of all
+        run = Run(device=pick_device(options.device), workers=options.workers, seed=options.seed, progress=Progress())
         mixture = Mixture(task, found.checkpoints[-2:], run, options)  # two: the model must not keep the first one
         loader = BatchLoader(task, mixture.scored_on, run, CostMeter(), needs_two=lambda: bool(mixture.mixed.norms))
         mixture.prepare()
@@ -105,7 +68,7 @@ def check_task(paths: Sequence[Path], options: Options, watch: Watch | None = No
         splits: dict[Split, SplitCheck] = {}
         more: list[Split] = ["train"] if task.has("train") and mixture.scored_on != "train" else []
         for split in (*mixture.splits, *more):
-            progress(f"checking the {split} data", 0, 0)
+            progress(f"checking the {DATA[split]} data", 0, 0)
             splits[split] = _check_split(mixture, loader, split, notes)
         _check_fresh(mixture, found.checkpoints[-1], notes)
         _check_advice(mixture, notes)

@@ -75,5 +75,6 @@ def build_task(options: Options, folder: Path) -> Task:
             folder, names, batch_size=options.batch_size or 8, seed=options.seed,
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
-    assert options.task is not None
-    return PythonTask(options.task, options.task_timeout)
+    given = options.objects or options.task
+    assert given is not None
+    return PythonTask(given, options.task_timeout)

@@ -10,7 +10,7 @@ from ckptavg.coefficients import Coefficients
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.report import interval
 from ckptavg.report.result import Gain
-from ckptavg.score import Score, Split, valid
+from ckptavg.score import DATA, METRIC, Score, Split, valid
 from ckptavg.strategies.last import Last
 from ckptavg.strategies.lawa import LAWA
 from ckptavg.strategies.swa import SWA
@@ -33,6 +33,7 @@ class Verdict:
     gains: Mapping[str, Gain] = field(default_factory=dict)
     worse: bool = False
     replaced: bool = False
+    by_loss: str = ""  # the sentence of `verdict` on the loss, where that orders otherwise than the metric
     same: Collection[str] = ()  # baselines with the coefficients of the selection, or of an earlier baseline
 
 
@@ -59,7 +60,7 @@ def judge(this: Session, evaluator: Evaluator, strategy: Strategy, selection: Co
     rivals = {"best": alone[best]}
     if options.baselines:
         k = len(selection.selected)
-        plain = {"last": Last(), "swa": SWA()} | ({f"lawa-{k}": LAWA(k=k)} if k < n else {})
+        plain = {"last": Last(), "swa": SWA()} | ({f"lawa-{k}": LAWA(k=k)} if 1 < k < n else {})  # lawa-1 is last
         rivals |= {name: average.coefficients(n) for name, average in plain.items()}
     for each in evaluator.splits:
         evaluator.prefetch([*rivals.values(), selection], each, exact=True)
@@ -68,25 +69,27 @@ def judge(this: Session, evaluator: Evaluator, strategy: Strategy, selection: Co
     same = [name for i, (name, rival) in enumerate(rivals.items(), 1) if rival in earlier[:i]]
     chosen = evaluator.exact_score(selection, split)
     step, worse = this.checkpoints[best].step, chosen.value < singles[best].value
-    figures = f"{_figure(chosen)}, the best single candidate (step {step}) {_figure(singles[best])}"
+    figures = f"{figure(chosen)}, the best single candidate (step {step}) {figure(singles[best])}"
     if worse and options.never_worse:
-        verdict = f"The selection scores below a single candidate: {figures}. That checkpoint was written instead."
+        verdict = f"WORSE than a single candidate: the selection has {figures}. That checkpoint was written instead."
         baselines["selection"] = scores_of(selection, evaluator)
         return Verdict(alone[best], singles, baselines, step, verdict, worse=worse, replaced=True)
     valid(chosen)
     order = "WORSE than a" if worse else "No better than a" if chosen.value == singles[best].value else "Above every"
     # a plain average is chosen on no data, but the single candidate that it is compared with is
     learned = not isinstance(strategy, PlainAverage)
-    where = "on the data it was chosen on" if learned else f"on {split} data"
-    verdict = f"{order} single candidate {where}: the selection scores {figures}."
+    where = "on the data it was chosen on" if learned else f"on {DATA[split]} data"
+    verdict = f"{order} single candidate {where}: the selection has {figures}."
     if worse:
         verdict += " --never-worse would write that one."
     above = [name for name, scores in baselines.items() if scores[split].value > chosen.value]
     if plain := [name for name in above if name not in ("best", "last", *same)]:
         verdict += f" Plain {' and '.join(plain)} scored higher than the selection, without any search."
+    sentence = by_loss(chosen, singles, singles[best], [checkpoint.step for checkpoint in this.checkpoints], split)
+    verdict += sentence
     if learned and not worse and "test" not in evaluator.splits:
         verdict += f" {unbiased_hint(options, split)}"
-    return Verdict(selection, singles, baselines, step, verdict, worse=worse, same=same)
+    return Verdict(selection, singles, baselines, step, verdict, worse=worse, same=same, by_loss=sentence)
 
 
 def with_test(verdict: Verdict, written: Mapping[Split, Score], split: Split) -> Verdict:
@@ -105,18 +108,45 @@ def with_test(verdict: Verdict, written: Mapping[Split, Score], split: Split) ->
     if not shown:
         return replace(verdict, gains=gains)
     names = {"best": f"the best single candidate (step {verdict.best_step})", "last": "the last candidate"}
-    text = on_test(gains[shown[0]], names.get(shown[0], shown[0]))
-    if others := [f"over {name} {gains[name]}" for name in shown[1:]]:
-        text += f" {'; '.join(others).capitalize()}."
-    return replace(verdict, gains=gains, verdict=f"{verdict.verdict} {text}" if verdict.worse else text)
+    score, gain = written["test"], gains[shown[0]]
+    text = on_test(score, gain, names.get(shown[0], shown[0]))
+    if others := [f"to {name} {gains[name]}" for name in shown[1:]]:
+        text += f" Difference {', '.join(others)}."
+    text += loss_on_test(score, rivals[shown[0]]["test"], gain)
+    text = f"{verdict.verdict} {text}" if verdict.worse else f"{text}{verdict.by_loss}"
+    return replace(verdict, gains=gains, verdict=text)
 
 
-def on_test(gain: Gain, rival: str) -> str:
-    """Return the sentence that compares with ``rival`` on test data."""
-    if gain.low is None:
-        return f"Difference to {rival} on test data: {gain}."
+def on_test(score: Score, gain: Gain, rival: str) -> str:
+    """Return the sentence that compares ``score`` with that of ``rival`` on test data."""
+    name = "loss (+ is lower)" if score.metric is None else score.name
+    where = "on test data" + ("" if name == METRIC else f" by {name}")
     order = "Not distinguishable from" if not gain.separated else "Better than" if gain.value > 0 else "WORSE than"
-    return f"{order} {rival} on test data: {gain}."
+    return f"{'Difference to' if gain.low is None else order} {rival} {where}: {gain}."
+
+
+def loss_on_test(score: Score, reference: Score, gain: Gain) -> str:
+    """Return a sentence on the test loss if its order of ``score`` and ``reference`` is not that of ``gain``."""
+    if score.metric is None or score.loss is None or reference.loss is None or score.loss == reference.loss:
+        return ""
+    order = "lower" if score.loss < reference.loss else "higher"
+    if order == ("lower" if gain.value > 0 else "higher") and gain.value != 0:
+        return ""
+    return f" But its test loss is {order}: {score.loss:.4f}, against {reference.loss:.4f}."
+
+
+def by_loss(chosen: Score, singles: Sequence[Score], best: Score, steps: Sequence[int], split: Split) -> str:
+    """Return a sentence on the loss if its order of the selection and the single candidates is not the metric's."""
+    losses = {step: single.loss for step, single in zip(steps, singles, strict=True) if single.loss is not None}
+    if chosen.metric is None or chosen.loss is None or len(losses) < len(singles):
+        return ""
+    lowest = min(losses, key=lambda step: losses[step])
+    if chosen.loss < losses[lowest] and chosen.value <= best.value:
+        return f" But its {DATA[split]} loss, {chosen.loss:.4f}, is lower than that of every single candidate."
+    if chosen.loss > losses[lowest] and chosen.value > best.value:
+        alone = f"that of step {lowest} alone, {losses[lowest]:.4f}"
+        return f" But its {DATA[split]} loss, {chosen.loss:.4f}, is higher than {alone}."
+    return ""
 
 
 def unbiased_hint(options: Options, split: Split) -> str:
@@ -133,5 +163,6 @@ def scores_of(coefficients: Coefficients, evaluator: Evaluator) -> Mapping[Split
     return {split: evaluator.exact_score(coefficients, split) for split in evaluator.splits}
 
 
-def _figure(score: Score) -> str:
-    return f"loss {-score.value:.4f}" if score.metric is None else f"{score.metric:.4f}"
+def figure(score: Score) -> str:
+    """Return the number that decides, with its name."""
+    return f"loss {-score.value:.4f}" if score.metric is None else f"{score.name} {score.metric:.4f}"

@@ -19,7 +19,7 @@ from ckptavg.checkpoints.integrity import is_finite
 from ckptavg.checkpoints.kept import keeping
 from ckptavg.checkpoints.listing import CheckpointPath
 from ckptavg.checkpoints.state_dict import check_agreement, model_tensors
-from ckptavg.errors import CkptavgError, InputError, UsageError
+from ckptavg.errors import CkptavgError, InputError, UsageError, counted, printable
 from ckptavg.filesystem import sha256
 from ckptavg.filesystem.regular_file import RegularFile, is_folder
 from ckptavg.filesystem.strict_json import strict_json
@@ -27,10 +27,11 @@ from ckptavg.output import provenance
 from ckptavg.pipeline import recorded_provenance
 from ckptavg.pipeline.recorded_provenance import RecordedProvenance, Source
 from ckptavg.readers import Reader, StoredTensor, open_reader
+from ckptavg.report.display import Report
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verification:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Verification(Report):
     """Names of tensors by outcome: ``agree`` have the expected bytes, ``differ`` do not.
 
     ``unchecked`` were recomputed from the task's data (BatchNorm statistics) and cannot be rebuilt from the sources.
@@ -38,11 +39,26 @@ class Verification:
     recorded strategy if it is none of ckptavg's, whose settings were not checked.
     """
 
+    path: Path
     agree: Sequence[str]
     differ: Sequence[str]
     unchecked: Sequence[str]
     without_digest: Sequence[str] = ()
     own_strategy: str | None = None
+
+    def __str__(self) -> str:
+        unchecked = len(self.unchecked)
+        recomputed = f"; {unchecked} were recomputed from data and cannot be checked" if unchecked else ""
+        agree = counted(len(self.agree), "tensor")
+        lines = [f"{agree} equal to the average of the sources, byte for byte{recomputed}"]
+        if self.differ:
+            differ = counted(len(self.differ), "tensor")
+            lines.insert(0, f"{differ} not equal to the average of the sources, such as {self.differ[0]}")
+        if absent := len(self.without_digest):
+            lines.append(f"no digest of {counted(absent, 'source')}: recognised by name, step and content alone")
+        if self.own_strategy is not None:
+            lines.append(f"{self.own_strategy} is no strategy of ckptavg, so its settings were not checked")
+        return "\n".join(map(printable, lines))
 
 
 def verify(file: Path, sources: Path) -> Verification:
@@ -81,7 +97,7 @@ def verify(file: Path, sources: Path) -> Verification:
         raise InputError("no tensor could be compared with its sources", path=file)
     agree = plan.specs.keys() - differ - set(recomputed)
     return Verification(
-        agree=sorted(agree), differ=sorted(differ - set(recomputed)), unchecked=sorted(recomputed),
+        path=file, agree=sorted(agree), differ=sorted(differ - set(recomputed)), unchecked=sorted(recomputed),
         without_digest=record.without_digest, own_strategy=record.own_strategy,
     )  # fmt: skip
 

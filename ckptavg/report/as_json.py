@@ -8,35 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg.cost import Cost
-from ckptavg.report.result import Comparison, Gain, Landscape, Result
-from ckptavg.runtime import version
+from ckptavg.report.display import Report
+from ckptavg.report.result import CandidateResult, FileScores, Gain, Landscape
 from ckptavg.score import Score
 
 
-def to_dict(report: Result | Comparison | Landscape) -> dict[str, Any]:
-    """Convert a report to values of JSON, as listed in docs/reference.md: the fields of `Result` in their order.
-
-    A comparison is the winner's report, with every contestant under ``strategies``.
-    """
-    if isinstance(report, Landscape):
-        return _landscape(report)
-    if isinstance(report, Comparison):
-        strategies = [
-            {"over_last" if name == "gains" else name: value for name, value in plain(contestant).items()}
-            for contestant in report.contestants
-        ]
-        return {**to_dict(report.result), "winner": report.winner, "strategies": strategies}
-    data = plain(report)
-    del data["scored_on"]
-    data["scores"]["baselines"] = data.pop("baselines")
-    for candidate in data["candidates"]:
-        candidate.update(candidate.pop("columns"))
-    run = {name: data.pop(name) for name in ("strategy", "settings", "seed")}
-    return {**run, "version": version.own(), **data}
+def to_dict(report: Report) -> dict[str, Any]:
+    """Convert a report to values of JSON, as listed in docs/reference.md: its fields in their order."""
+    return _landscape(report) if isinstance(report, Landscape) else plain(report)
 
 
 def _landscape(landscape: Landscape) -> dict[str, Any]:
-    q, plane = landscape.surrogate, landscape.plane
+    q = landscape.surrogate
     figures = {
         "steps": landscape.steps,
         "loss_at_mean": q.value,
@@ -48,14 +31,14 @@ def _landscape(landscape: Landscape) -> dict[str, Any]:
         "measured": landscape.measured,
         "spearman": landscape.spearman,
         "r_squared": landscape.r_squared,
-        "plane": plane and {"mixtures": plane.names, "u": plane.u, "v": plane.v, "losses": plane.losses},
+        "plane": landscape.plane,
         "left_out": landscape.left_out,
         "warnings": landscape.warnings,
     }
     return plain(figures)
 
 
-def to_json(report: Result | Comparison | Landscape) -> str:
+def to_json(report: Report) -> str:
     """Format a report as JSON text."""
     return json.dumps(to_dict(report), indent=2, allow_nan=False)
 
@@ -71,6 +54,10 @@ def plain(value: Any) -> Any:
         value = {name: getattr(value, name) for name in names} | named
     elif isinstance(value, Cost):
         value = {**vars(value), "seconds": round(value.seconds, 3)}
+    elif isinstance(value, CandidateResult):
+        value = {name: inner for name, inner in vars(value).items() if name != "columns"} | dict(value.columns)
+    elif isinstance(value, FileScores):
+        value = {"path": value.path, **value.scores}
     elif is_dataclass(value):
         value = vars(value)
     if isinstance(value, Mapping):

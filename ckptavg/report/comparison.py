@@ -1,107 +1,124 @@
 """Comparison report for a terminal: one row per strategy, with the winner marked."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import Final
 
 from rich.console import RenderableType
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
+from ckptavg.report.layout import FittedTable, Sentence
 from ckptavg.report.result import Comparison, Gain, StrategyResult
+from ckptavg.score import DATA, Score
 
-_MOST = 4  # metrics in a table, so that 80 columns are enough
+RECOMPUTED: Final = "BatchNorm recomputed"
+FOOTNOTE: Final = f"* {RECOMPUTED}: `ckptavg eval` scores the checkpoint as it is"
 
 
 def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
     """Yield the table of strategies and the legend of its marks."""
-    contestants = comparison.contestants
+    contestants, output = comparison.strategies, comparison.output
     judged = list(contestants[0].scores)[-1]
-    gains = [contestant.gains[judged] for contestant in contestants if contestant.name != "last"]
+    gains = [contestant.over_last[judged] for contestant in contestants if contestant.name != "last"]
     evidence = judged == "test"
+    recomputed = output is not None and bool(output.recomputed)
     yield from (
-        _table(comparison),
+        _table(comparison, "*" if recomputed else ""),
         *_other_metrics(comparison),
         Text(),
-        Text(comparison.result.verdict, style="bold" if evidence else ""),
+        Sentence(comparison.verdict, "bold" if evidence else ""),
     )
     if not evidence:
-        yield Text(f"over last: on {judged} data, on which strategies chose, so it is no evidence.", style="dim")
+        text = f"vs last: on {DATA[judged]} data, on which strategies chose, so it is no evidence."
     elif with_interval := [gain for gain in gains if gain.low is not None]:
-        interval = f"in brackets the 95 % interval over {with_interval[0].units:,} {with_interval[0].unit}"
-        zero = "≈ marks a difference whose interval includes zero"
-        yield Text(f"over last: on test data, {interval}; {zero}.", style="dim")
-    if evidence and any(gain.low is None for gain in gains):
-        yield Text("No interval where fewer than 10 examples or batches differ.", style="dim")
+        interval = f"with its 95 % interval over {with_interval[0].units:,} {with_interval[0].unit}"
+        text = f"vs last: difference on test data, {interval}; ≈: the interval includes zero."
+    else:
+        text = "vs last: difference on test data."
+    yield Sentence(text, "dim")
+    yield from without_interval(gains if evidence else ())
+    if evidence and any(" differ" in gain.reason for gain in gains):
+        yield Sentence("No interval where fewer than 10 examples or batches differ.", "dim")
     if not all(gain.paired for gain in gains):
-        yield Text(
-            "The loader gives other examples, or another order, in every pass: differences are not paired.",
-            style="yellow",
-        )
-    epochs = contestants[0].cost.epochs_of
-    cost = f"epochs of the {epochs} data, and seconds: cost of the search, as if the strategy had run alone."
-    yield Text(f"batches: forward and backward passes; {cost}", style="dim")
+        text = "The loader gives other examples, or another order, in every pass: differences are not paired."
+        yield Sentence(text, "yellow")
+    cost = contestants[0].cost
+    unit = f"passes: over the {DATA[cost.passes_over]} data, a backward pass counts as two"
+    unit = "scores: mixtures scored" if cost.passes is None else unit
+    yield Sentence(f"{unit}; s: seconds. Each strategy is charged as if it had run alone.", "dim")
+    if recomputed:
+        yield Sentence(FOOTNOTE, "dim")
 
 
-def _table(comparison: Comparison) -> Table:
-    splits = list(comparison.contestants[0].scores)
-    first = comparison.contestants[0].scores[splits[0]]
-    batches = any(contestant.cost.forward_batches for contestant in comparison.contestants)
-    table = Table(title="strategies", title_justify="left", box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for split in splits:
-        heading = f"{split} {'loss' if first.metric is None else first.name}"
-        table.add_column(heading, justify="right", min_width=len(split), overflow="fold")
-    # on a narrow terminal the interval wraps below its difference
-    table.add_column(f"over last ({splits[-1]})", justify="right", min_width=7)
-    table.add_column("", no_wrap=True)
-    for heading in ("used", *(("batches f+b", "epochs") if batches else ("scores", "")), "seconds"):
-        table.add_column(heading, justify="right", no_wrap=True, min_width=min(7, len(heading)))
-    for contestant in _ranked(comparison):
-        won, cost = contestant.name == comparison.winner, contestant.cost
-        scores = [contestant.scores[split] for split in splits]
-        table.add_row(
-            f"{'●' if won else ' '} {escape(contestant.name)}",
-            *(f"{-score.value if score.metric is None else score.metric:.4f}" for score in scores),
-            *(
-                ("", "")
-                if contestant.name == "last"
-                else _gain(contestant.gains[splits[-1]], evidence=splits[-1] == "test")
-            ),
+def without_interval(gains: Collection[Gain]) -> Iterator[Sentence]:
+    """Yield how differences get an interval that have none because there are few batches of test data."""
+    few = next((gain for gain in gains if gain.reason.startswith("only ")), None)
+    if few is not None and "batches" in few.unit:
+        own = ", or a loss and metric with one value per example" if few.unit == "batches" else ""
+        text = f"An interval needs at least 10 batches of test data, not {few.units}: choose a smaller batch size{own}."
+        yield Sentence(text, "dim")
+
+
+def _table(comparison: Comparison, mark: str) -> FittedTable:
+    splits = list(comparison.strategies[0].scores)
+    first = comparison.strategies[0].scores[splits[0]]
+    has_passes = any(contestant.cost.passes is not None for contestant in comparison.strategies)
+    figure = "loss" if first.metric is None else first.name
+    rows: list[list[str]] = []
+    ranked = _ranked(comparison)
+    for contestant in ranked:
+        cost, single = contestant.cost, contestant.used == 1
+        spent = "" if cost.passes is None else f"{cost.passes:.0f}"
+        gain = contestant.over_last[splits[-1]]
+        rows.append([
+            f"{'●' if contestant.name == comparison.winner else ' '} {contestant.name}{mark if single else ''}",
+            *(_figure(contestant.scores[split]) for split in splits),
+            "" if contestant.name == "last" else _gain(gain, evidence=splits[-1] == "test"),
             str(contestant.used),
-            f"{cost.forward_batches}+{cost.backward_batches}" if batches else str(cost.evaluations),
-            "" if cost.epochs is None else f"{cost.epochs:.1f}",
-            f"{cost.seconds:.1f}",
-            style="bold" if won and splits[-1] == "test" else None,
-        )
-    return table
+            spent if has_passes else str(cost.evaluations),
+            f"{cost.seconds:.{0 if cost.seconds >= 100 else 1}f}",
+        ])  # fmt: skip
+    return FittedTable(
+        title="strategies",
+        headings=[
+            "", *(f"{split} {figure}" for split in splits), f"vs last ({splits[-1]})", "used",
+            "passes" if has_passes else "scores", "s",
+        ],
+        rows=rows, left=(f"vs last ({splits[-1]})",),
+        styles=["bold" if c.name == comparison.winner and splits[-1] == "test" else "" for c in ranked],
+    )  # fmt: skip
+
+
+def _figure(score: Score) -> str:
+    return f"{-score.value if score.metric is None else score.metric:.4f}"
 
 
 def _ranked(comparison: Comparison) -> list[StrategyResult]:
-    split = next(iter(comparison.contestants[0].scores))
-    return sorted(comparison.contestants, key=lambda contestant: -contestant.scores[split].value)
+    split = next(iter(comparison.strategies[0].scores))
+    return sorted(comparison.strategies, key=lambda contestant: -contestant.scores[split].value)
 
 
-def _other_metrics(comparison: Comparison) -> Iterator[Table]:
-    """Yield tables of the metrics that decide nothing: value, and below it the gain over last; + is better."""
-    split = list(comparison.contestants[0].scores)[-1]
-    names = list(comparison.contestants[0].scores[split].others)
-    for start in range(0, len(names), _MOST):
-        title = f"other metrics on {split} data, below them the gain over last (+ is better)"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        table.add_column("", no_wrap=True)
-        for name in names[start:][:_MOST]:
-            table.add_column(escape(name), justify="right", min_width=8, overflow="fold")
-        for contestant in _ranked(comparison):
-            cells: list[str] = []
-            for name in names[start:][:_MOST]:
-                value = contestant.scores[split].others[name].metric
-                gain = " ".join(_gain(contestant.gains[split].others[name], evidence=split == "test")).rstrip()
-                figure = "" if value is None else f"{value:.4f}"
-                cells.append(figure if contestant.name == "last" else f"{figure}\n{gain}")
-            table.add_row(f"  {escape(contestant.name)}", *cells)
-        yield table
+def _other_metrics(comparison: Comparison) -> Iterator[FittedTable]:
+    """Yield the metrics that decide nothing: value, and below it the difference to last; + is better."""
+    split = list(comparison.strategies[0].scores)[-1]
+    names = list(comparison.strategies[0].scores[split].others)
+    rows: list[list[str]] = []
+    for contestant in _ranked(comparison):
+        cells: list[str] = []
+        for name in names:
+            figure = _cell(contestant.scores[split].others[name])
+            gain = _gain(contestant.over_last[split].others[name], evidence=split == "test")
+            cells.append(figure if contestant.name == "last" else f"{figure}\n{gain}")
+        rows.append([f"  {contestant.name}", *cells])
+    if names:
+        title = f"other metrics on {DATA[split]} data, below them the difference to last (+ is better)"
+        yield FittedTable(title=title, headings=["", *names], rows=rows)
 
 
-def _gain(gain: Gain, *, evidence: bool) -> tuple[str, str]:
-    text = escape(str(gain)) if evidence else f"{gain.value:+.4f}"
-    return text, "≈" if gain.low is not None and not gain.separated else ""
+def _cell(score: Score) -> str:
+    return "" if score.metric is None else f"{score.metric:.4f}"
+
+
+def _gain(gain: Gain, *, evidence: bool) -> str:
+    if gain.low is None or not evidence:
+        return f"{gain.value:+.4f}"
+    return f"{gain}{'' if gain.separated else ' ≈'}"

@@ -62,7 +62,11 @@ def single_gain(score: Score, reference: Score) -> Gain:
     rounding_U = _ROUNDING * (size_U.clamp(min=float(size_U.mean())) if score.resampled is None else units)
     differing = int((unlike_U.abs() > rounding_U).sum())
     if min(differing, units, len(other.values_U)) < FEWEST:
-        reason = f"{differing} of {len(unlike_U):,} {unit} differ" if units >= FEWEST else f"only {units} {unit}"
+        reason = (
+            f"{differing} of {len(unlike_U):,} {unit} differ"
+            if units >= FEWEST
+            else f"only {units} of the {FEWEST} {unit} needed"
+        )
         return Gain(value=value, units=units, unit=unit, paired=paired, reason=reason)
     below, above = _reach([_cumulants(*sample) for sample in samples])
     return Gain(value=value, low=value - below, high=value + above, units=units, unit=unit, paired=paired)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ckptavg.checkpoints.listing import LeftOut
 from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.cost import Cost
+from ckptavg.report.display import Report
+from ckptavg.runtime import version
 from ckptavg.score import Score, Split
 
 if TYPE_CHECKING:
@@ -98,9 +100,9 @@ class Gain:
         return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """Result of a run.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Result(Report):
+    """Result of a run; its attributes are the keys of the JSON report.
 
     Attributes:
         scores: split → score of the written file.
@@ -111,12 +113,14 @@ class Result:
         replaced: whether that candidate was written instead; ``baselines`` then includes the selection.
         groups: name prefixes of the tensors that each coefficient of a candidate applies to.
         tables: further tables of the strategy: title → rows, each column → value.
+        next_steps: ``load``, Python code that loads the written file, and ``verify``, the command that verifies it.
         holdout: fraction of the validation data reserved for the test score, None if none was reserved.
     """
 
     strategy: str
     settings: Mapping[str, Any]
     seed: int
+    version: str = field(default_factory=version.own)
     candidates: Sequence[CandidateResult]
     left_out: Sequence[LeftOut] = ()
     scores: Mapping[Split, Score] = field(default_factory=dict[Split, Score])
@@ -135,6 +139,7 @@ class Result:
     trace: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     warnings: Sequence[str] = ()
     output: Output | None = None
+    next_steps: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +149,7 @@ class StrategyResult:
     Attributes:
         name: the requested spec, such as ``sewa:k=8``.
         used: number of candidates with a nonzero coefficient.
-        gains: split → gain over the last candidate.
+        over_last: split → gain over the last candidate.
         cost: cost as if the strategy had run alone.
     """
 
@@ -155,37 +160,72 @@ class StrategyResult:
     groups: Groups
     used: int
     scores: Mapping[Split, Score]
-    gains: Mapping[Split, Gain]
+    over_last: Mapping[Split, Gain]
     cost: Cost
     notes: Sequence[str] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Results of several strategies on the same candidates; the winner has the highest validation score."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Comparison(Result):
+    """Result of the winner, the strategy with the highest validation score, and those of all strategies."""
 
-    contestants: Sequence[StrategyResult]
     winner: str
-    result: Result  # of the winner
+    strategies: Sequence[StrategyResult]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A point of a plane: a mixture that spans it, or a candidate's projection onto it.
+
+    Attributes:
+        name: the strategy of a mixture; the step of a candidate.
+        distance: distance ‖w − w′‖₂ of a candidate from its projection.
+        loss: loss of a mixture, on the examples of the plane; None for a candidate.
+    """
+
+    name: str
+    x: float
+    y: float
+    distance: float = 0.0
+    loss: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plane:
-    """Measured losses on the plane a + u(b − a) + v(c − a) through three mixtures; a row per v, a column per u."""
+    """Measured losses on the plane through three mixtures.
 
-    names: tuple[str, str, str]
-    u: Sequence[float]
-    v: Sequence[float]
+    Attributes:
+        mixtures: the three: the first at the origin, the second at (x, 0).
+        candidates: the candidates, in training order.
+        x, y: coordinates of the measured points: distances ‖w − w′‖₂ along two orthogonal directions.
+        losses: a row per y, a column per x.
+        source: the task, whose loss it is.
+        split: the data of the losses.
+        examples: the number of examples that each point was measured on, ``of`` those of the split.
+        statistics: the split that BatchNorm's statistics were recomputed on, from about as many examples; None if the
+            model has none.
+    """
+
+    mixtures: Sequence[Mark]
+    candidates: Sequence[Mark]
+    x: Sequence[float]
+    y: Sequence[float]
     losses: Sequence[Sequence[float]]
+    source: str
+    split: Split
+    examples: int
+    of: int
+    statistics: Split | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Landscape:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Landscape(Report):
     """Loss around the candidates; see `ckptavg.pipeline.landscape.landscape`.
 
     Attributes:
         eigenvalues: eigenvalues of the quadratic's H, ascending.
         predicted, measured: losses of random mixtures, by the quadratic and by passes over the data.
+        outputs: the written files: the numbers, the picture, or both.
     """
 
     surrogate: Surrogate
@@ -196,6 +236,35 @@ class Landscape:
     r_squared: float
     steps: Sequence[int]
     plane: Plane | None
-    output: Output | None = None
+    outputs: Sequence[Output] = ()
     left_out: Sequence[LeftOut] = ()
     warnings: Sequence[str] = ()
+
+    @property
+    def output(self) -> Output | None:
+        """The first of the written files."""
+        return self.outputs[0] if self.outputs else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileScores:
+    """The scores of one file, by split."""
+
+    path: Path
+    scores: Mapping[Split, Score]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Evaluation(Report):
+    """Scores of files as they are; see `ckptavg.pipeline.evaluation.evaluate`."""
+
+    files: Sequence[FileScores]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Inspection(Report):
+    """The candidates in training order, and the files left out; see `ckptavg.checkpoints.inspection`."""
+
+    candidates: Sequence[Mapping[str, Any]]
+    left_out: Sequence[LeftOut]
+    warnings: Sequence[str]

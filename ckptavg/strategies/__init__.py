@@ -6,12 +6,13 @@ Strategies import only `ckptavg.objective`, `ckptavg.coefficients`, `ckptavg.err
 
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
 from ckptavg.declaration import declared
-from ckptavg.errors import UsageError
+from ckptavg.errors import UsageError, nearest
 from ckptavg.objective import Strategy
 
 
@@ -29,6 +30,14 @@ def name_of(strategy: Strategy) -> str:
     return next(names, type(strategy).__name__)
 
 
+def specs(listed: str | Iterable[str]) -> list[str]:
+    """Return the specs of a comma-separated text, or of several such texts."""
+    texts = [listed] if isinstance(listed, str) or not isinstance(listed, Iterable) else [*listed]
+    if not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"strategies must be texts such as 'sewa:k=8', not {listed!r}")
+    return [spec.strip() for text in texts for spec in text.split(",") if spec.strip()]
+
+
 def from_spec(spec: str) -> Strategy:
     """Return the strategy of ``NAME`` or ``NAME:setting=value:setting=value``, such as ``twa:on=train:lr=0.01``.
 
@@ -36,7 +45,7 @@ def from_spec(spec: str) -> Strategy:
     """
     name, *given = spec.split(":")
     if name not in strategies():
-        raise UsageError(f"{spec}: there is no strategy {name!r}", hint=f"choose from {', '.join(strategies())}")
+        raise UsageError(f"{spec}: there is no strategy {name!r}", hint=nearest(name, strategies()))
     strategy = strategies()[name]
     kinds = {option.name: option.kind for option in declared(strategy)}
     settings: dict[str, Any] = {}
@@ -44,8 +53,7 @@ def from_spec(spec: str) -> Strategy:
         key, equals, value = item.partition("=")
         key = key.replace("-", "_")
         if key not in kinds:
-            hint = f"{name} has {', '.join(kinds) or 'none'}"
-            raise UsageError(f"{spec}: there is no setting {key!r}", hint=hint)
+            raise UsageError(f"{spec}: {name} has no setting {key!r}", hint=nearest(key, kinds))
         try:
             settings[key] = _parsed(value if equals else "true", kinds[key])
         except ValueError as error:

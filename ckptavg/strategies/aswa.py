@@ -76,7 +76,7 @@ class ASWA(Strategy):
             alone.append(alone_score)
             decisions.append(decision)
             objective.progress("walking through the candidates", i + 1, n, score=v)
-        columns = {"alone": alone, "ahead": ahead, "decision": decisions}
+        columns = {"alone": alone, "if added": ahead, "decision": decisions}
         return Learned(coefficients=Coefficients.uniform(chosen, n), columns=columns)
 
     def _above(

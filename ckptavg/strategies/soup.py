@@ -35,7 +35,7 @@ class GreedySoup(Strategy):
                 chosen, value = [*chosen, i], tried[i]
             objective.progress("growing the soup", done, len(others), score=value)
         decisions = ["keep" if i in chosen else "reject" for i in range(n)]
-        columns = {"with it": [tried[i] for i in range(n)], "decision": decisions}
+        columns = {"if added": [tried[i] for i in range(n)], "decision": decisions}
         return Learned(coefficients=Coefficients.uniform(chosen, n), columns=columns)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from ckptavg.coefficients import EVERYTHING
-from ckptavg.errors import UsageError
+from ckptavg.errors import UsageError, counted
 from ckptavg.objective import Hessian, Learned, Objective, Strategy, check_split
 from ckptavg.score import Split
 
@@ -111,7 +111,7 @@ class TWA(Strategy):
         if not far:
             return learned
         note = (
-            f"{len(far)} coefficients lie outside [−1, 2], up to {max(far, key=abs):.2f}, which suggests overfitting; "
+            f"{counted(len(far), 'coefficient')} outside [−1, 2], up to {max(far, key=abs):.2f}, suggest overfitting: "
             "try --constraint simplex, --weight-decay or --patience"
         )
         return replace(learned, notes=[*learned.notes, note])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ckptavg.score import METRIC
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ class Task(Protocol):
         source: path or module name of the task, as shown in the report.
         metric: function returning one value per example, or a mean, or several of these by name; None if the task has
             only a loss.
+        metric_name: the name of a metric that is returned without one, for reports.
         metric_key: the name of the metric that decides; None for the first of ``metric`` or ``corpus``, else −loss.
         metric_goal: ``max`` if a larger metric is better, ``min`` if a smaller one is; or goals by name.
         metric_bounds: lower and upper bound of the deciding metric for one example; None if unknown.
@@ -32,6 +35,7 @@ class Task(Protocol):
 
     source: str
     metric: Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]] | None = None
+    metric_name: str = METRIC
     metric_key: str | None = None
     metric_goal: str | Mapping[str, str] = "max"
     metric_bounds: tuple[float, float] | None = None

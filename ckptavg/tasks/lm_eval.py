@@ -138,6 +138,7 @@ def _score(tasks: Mapping[str, Any], results: Any) -> Score:
     examples = sum(int(results["n-samples"][name]["effective"]) for name in tasks)
     terms: list[float] = []
     each: list[tuple[float, float]] = []
+    names = set[str]()
     complete = True
     for name, task in tasks.items():
         figures = {
@@ -149,6 +150,7 @@ def _score(tasks: Mapping[str, Any], results: Any) -> Score:
         if not math.isfinite(figures[key]) or _has_nan(task):
             hint = "leave a broken candidate out with --exclude; `ckptavg inspect` lists them"
             raise TaskError(f"lm-evaluation-harness: {name}: a log-likelihood or {key} is not finite", hint=hint)
+        names.add(key.partition(",")[0])
         sign = 1 if task.higher_is_better().get(key.partition(",")[0], True) else -1
         terms.append(sign * figures[key])
         values = _per_example(task, results["samples"][name], key)
@@ -159,7 +161,8 @@ def _score(tasks: Mapping[str, Any], results: Any) -> Score:
         values_U, examples_U = torch.tensor(each, dtype=torch.float64).T.contiguous()
         units = PerExample(values_U=values_U, examples_U=examples_U)
     value = math.fsum(terms) / len(terms)
-    return Score(value=value, loss=None, metric=value, examples=examples, per_example=units)
+    metric = names.pop() if len(names) == 1 else "mean score"
+    return Score(value=value, loss=None, metric=value, examples=examples, per_example=units, name=metric)
 
 
 def _main_metric(task: Any, figures: Mapping[str, float]) -> str:

@@ -1,7 +1,6 @@
 """The settings of a task file's metrics: ``metric_key``, ``metric_goal`` and ``metric_bounds``."""
 
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 from ckptavg.errors import TaskError
@@ -9,7 +8,7 @@ from ckptavg.tasks.torch_metrics import metric_goal
 
 
 class MetricSettings:
-    """Settings of the metrics in ``module``, the task file ``source``.
+    """Settings of the metrics in ``module``, the task file ``source`` or the objects of a task.
 
     Args:
         names: the names of metrics that are known before the first batch.
@@ -18,7 +17,7 @@ class MetricSettings:
         TaskError: if ``metric_key`` is certain to name no metric.
     """
 
-    def __init__(self, module: ModuleType, source: str, names: Sequence[str], *, own: bool) -> None:
+    def __init__(self, module: Any, source: str, names: Sequence[str], *, own: bool) -> None:
         self._module = module
         self._source = source
         self.key: str | None = getattr(module, "metric_key", None)

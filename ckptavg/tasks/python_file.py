@@ -21,7 +21,7 @@ from ckptavg.errors import CkptavgError, TaskError, UsageError, is_out_of_memory
 from ckptavg.filesystem.regular_file import is_file
 from ckptavg.runtime.seeds import preserved
 from ckptavg.runtime.threads import affinity, processors, quota
-from ckptavg.score import Split
+from ckptavg.score import METRIC, Split
 from ckptavg.tasks import Task, data_loader, probabilities
 from ckptavg.tasks import batch as batches
 from ckptavg.tasks.batch import Batch
@@ -29,6 +29,7 @@ from ckptavg.tasks.failure import task_error
 from ckptavg.tasks.guard import Guard
 from ckptavg.tasks.metric_settings import MetricSettings
 from ckptavg.tasks.model_state import ModelState
+from ckptavg.tasks.objects import TaskObjects
 from ckptavg.tasks.torch_metrics import CorpusMetric, metrics_by_name
 from ckptavg.tasks.worker_sampler import rank_loader, without_distributed_sampler
 
@@ -37,25 +38,25 @@ _BATCH_FUNCTIONS: Final = (*_RUN_THE_MODEL, "batch_size", "labels")
 
 
 class PythonTask(Task):
-    """Task whose functions come from a Python file or module; docs/scoring.md names them.
+    """Task whose functions come from a Python file or module, or are given; docs/scoring.md names them.
 
     Args:
-        source: a path that ends in ``.py`` or contains a ``/``, or the dotted name of a module.
+        given: a path that ends in ``.py`` or contains a ``/``, or the dotted name of a module, or the objects.
         timeout: time limit in seconds of the import and of each call of a task function; None for no limit.
     Raises:
         UsageError: if there is no such file or module.
         TaskError: if the import fails, or a required function is missing.
     """
 
-    def __init__(self, source: str, timeout: float | None = None) -> None:
-        self.source = source
+    def __init__(self, given: str | TaskObjects, timeout: float | None = None) -> None:
+        self.source = source = str(given)
         self._guard = Guard(timeout, [source])
         self.notes: list[str] = []  # on its loaders, for the report
         self.undone: dict[str, set[str]] = {}  # function → what it changed of the model
         self._at = ""  # the batch being used, for errors
         self._state: ModelState | None = None  # of the model that was run last
         with self._translate_errors(None, thorough=True):
-            self._module = _import(source)
+            self._module: Any = _import(given) if isinstance(given, str) else given.namespace()
         self._model = self._function("model")
         self._loss = self._function("loss")
         stated = getattr(self._module, "batch_size", None)  # or a constant of the file
@@ -73,6 +74,8 @@ class PythonTask(Task):
             self.corpus()  # raises here if the metric cannot be used
         elif metric is not None:
             self.metric = partial(self._metric, self._function("metric"))
+            name = getattr(metric, "__name__", METRIC).strip("_<>")  # metric = accuracy
+            self.metric_name = METRIC if name in ("lambda", "loss", "") else name
         if predict is not None and not named:
             self.predict = probabilities.ProbabilityMetrics(
                 predict, self._labels, source, lambda: self._where, self.notes,

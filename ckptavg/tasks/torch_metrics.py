@@ -1,6 +1,7 @@
 """A torchmetrics metric as a task's metric: one value over a whole split, and over resamples of its batches."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ import torch
 from torch import nn
 
 from ckptavg.errors import CkptavgError, TaskError, is_out_of_memory
-from ckptavg.score import METRIC
 
 _RTOL: Final = 1e-3  # summing float32 states in another order differs by far less, even after cancellation to nearly 0
 _ATOL: Final = 1e-6
@@ -38,7 +38,14 @@ def metrics_by_name(metric: object) -> dict[str, Any]:
         return dict(metric.items())  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(metric, Mapping) and metric and all(map(is_torchmetric, metric.values())):
         return dict(metric)
-    return {METRIC: metric} if is_torchmetric(metric) else {}
+    return {_name(metric): metric} if is_torchmetric(metric) else {}
+
+
+def _name(metric: object) -> str:
+    """Return the name of a metric in reports, from its class and its average over classes: ``macro F1``."""
+    name = re.sub(r"^(Binary|Multiclass|Multilabel)(?=[A-Z])|(?<=\w)Score$", "", type(metric).__name__)
+    average = getattr(metric, "average", None)
+    return f"{average} {name}" if isinstance(average, str) else name
 
 
 def update(corpus: Mapping[str, "CorpusMetric"], model: nn.Module, batch: Any) -> None:

@@ -27,10 +27,13 @@ def loss(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
     return nn.functional.cross_entropy(model(images), labels, reduction="none")
 
 
-def metric(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
-    """Accuracy: 1 for each correctly classified example."""
+def accuracy(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+    """Return 1 for each correctly classified example."""
     images, labels = batch
     return (model(images).argmax(dim=1) == labels).float()
+
+
+metric = accuracy  # its name is the metric's in reports
 
 
 def train_dataloader() -> DataLoader:

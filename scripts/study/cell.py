@@ -155,7 +155,7 @@ def _contest(trained: Trained, specs: Sequence[str], window: Window) -> dict[str
         last=window.last,
         stop=window.stop,
     )
-    return {contestant.name: contestant for contestant in comparison.contestants}
+    return {contestant.name: contestant for contestant in comparison.strategies}
 
 
 def _rows(

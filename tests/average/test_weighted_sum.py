@@ -167,7 +167,7 @@ def test_a_non_finite_value_is_reported_with_file_and_element(tmp_path: Path, ba
     states = [{"w": torch.ones(1000)} for _ in range(3)]
     states[1]["w"][700] = bad
     with pytest.raises(
-        InputError, match=r"step-1\.safetensors: w: 1 values are NaN or infinite, the first at element 700"
+        InputError, match=r"step-1\.safetensors: w: 1 value is NaN or infinite, the first at element 700"
     ):
         averaged(stored(tmp_path, states), [0.4, 0.3, 0.3], chunk=256)
     with pytest.raises(InputError, match=r"step-1\.safetensors: w"):
@@ -204,7 +204,7 @@ def test_a_shared_mask_is_copied_and_reported(tmp_path: Path, dtype: torch.dtype
 def test_an_infinite_value_that_an_unselected_candidate_has_not_is_an_error(tmp_path: Path):
     values = [torch.tensor([1.0, i]) for i in (torch.inf, torch.inf, 2.0)]
     checkpoints = stored(tmp_path, [{"w": value} for value in values])
-    with pytest.raises(InputError, match=r"step-0\.safetensors: w: 1 values are NaN or infinite"):
+    with pytest.raises(InputError, match=r"step-0\.safetensors: w: 1 value is NaN or infinite"):
         averaged(checkpoints, [0.5, 0.5, 0.0])
 
 

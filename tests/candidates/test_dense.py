@@ -185,7 +185,7 @@ def test_a_model_that_does_not_fit_is_refused(
 def test_a_non_finite_weight_is_refused_by_name(tmp_path: Path, value: float):
     saved = states(Tied(), 3)
     saved[2]["norm.weight"][1] = value
-    with pytest.raises(InputError, match=r"step-2\.pt: norm\.weight: 1 values are NaN or infinite") as caught:
+    with pytest.raises(InputError, match=r"step-2\.pt: norm\.weight: 1 value is NaN or infinite") as caught:
         candidates(Tied(), saved, tmp_path)
     assert caught.value.hint == "leave it out with --exclude 'step-2.pt', or all bad ones with --skip-bad"
 

@@ -37,7 +37,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_memory_is_the_matrix_the_model_and_one_gradient(free: dict[str, int]):
     free |= {"cuda": 44 * GB}
     assert LARGE.check() == (
-        "learning takes 10 candidates 40.00 GB + model 4.00 GB + gradient 4.00 GB = 48.00 GB on cuda:0; 48.00 GB free"
+        "memory: 10 candidates 40.00 GB + model 4.00 GB + gradient 4.00 GB = 48.00 GB on cuda:0; 48.00 GB free"
     )
     free |= {"cuda": 44 * GB - 1}
     with pytest.raises(OutOfMemoryError, match=r"= 48\.00 GB on cuda:0, but only 48\.00 GB on cuda:0 and 0\.0 kB"):
@@ -114,7 +114,7 @@ def test_a_run_prints_the_plan_and_exits_with_8_if_it_does_not_fit(
     monkeypatch.setattr("ckptavg.candidates.plan.free_memory", lambda device: 200_000)
     done = run(*command, "-o", "other")
     assert done.returncode == 8 and done.stdout == ""
-    assert "error: learning takes 6 candidates 0.24 MB + model" in done.stderr
+    assert "error: not enough memory: 6 candidates 0.24 MB + model" in done.stderr
     assert "hint: this would fit: --bits 8 (0.19 MB), --last 3 (0.20 MB)\n" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["averaged.safetensors"]
     assert run(*command, "-o", "other", "--bits", 8).returncode == 0

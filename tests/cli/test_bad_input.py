@@ -358,10 +358,17 @@ def test_an_output_does_not_replace_a_candidate(run: Run, ckpts: Path, tmp_path:
 def test_an_unwritable_report_is_refused_before_the_work(run: Run, ckpts: Path, tmp_path: Path):
     check(run(*SEWA, "--report", "gone/r.json"), 5, "gone: no such directory")
     (tmp_path / "folder").mkdir()
-    landscape = ("landscape", "ckpts", "--task", "mine.py", "-o")
-    check(run(*landscape, "folder", "--force"), 2, "--output folder is a directory")
-    check(run(*landscape, "new/"), 2, "--output new/ is a directory")
     assert left(tmp_path) == {"ckpts", "mine.py", "folder"}
+
+
+def test_a_report_replaces_no_file_unasked(run: Run, ckpts: Path, tmp_path: Path):
+    (tmp_path / "r.json").write_text("precious")
+    check(run(*SEWA, "--report", "r.json"), 6, "r.json: exists already", "--force, or choose another --report")
+    assert left(tmp_path) == {"ckpts", "mine.py", "r.json"} and (tmp_path / "r.json").read_text() == "precious"
+    check(run(*SEWA, "--report", "./out.safetensors", "--force"), 2, "--report and --output both name out.safetensors")
+    done = run(*SEWA, "--k", 2, "--report", "r.json", "--force")
+    assert done.returncode == 0 and json.loads((tmp_path / "r.json").read_text())["strategy"] == "sewa", done.stderr
+    assert run(*SEWA, "--k", 2, "--report", "/dev/null", "--force").returncode == 0
 
 
 def test_a_file_that_is_not_finite_is_named_by_eval_and_where_it_is_allowed(run: Run, ckpts: Path, tmp_path: Path):

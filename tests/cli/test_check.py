@@ -102,8 +102,10 @@ def test_derived_weights_are_a_problem(run: Run, tmp_path: Path, kind: str):
 
 DECIDING = {
     "": "larger is better",
-    "metric_goal = 'min'": "smaller is better",
-    "from torchmetrics.classification import MulticlassAccuracy\nmetric = MulticlassAccuracy(10)": "larger is better",
+    "def top1(m, b): return m(b[0]).amax(1)\nmetric = top1": "top1, larger is better",
+    "def metric(m, b): return m(b[0]).amax(1)\nmetric_goal = 'min'": "smaller is better",
+    "from torchmetrics.classification import MulticlassAccuracy\nmetric = MulticlassAccuracy(10)": "macro Accuracy, "
+    "larger is better",
     "def metric(m, b): return {'a': m(b[0]).amax(1), 'b': m(b[0]).amin(1)}\nmetric_goal = {'b': 'min'}\n"
     "metric_key = 'b'": "b, smaller is better",
     "del metric\ndef predict(m, b): return m(b[0]).softmax(1)\nmetric_key = 'ece'": "ece, smaller is better",

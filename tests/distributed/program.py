@@ -37,12 +37,12 @@ def carry_out(plan: Plan, folder: Path, workers: Workers = ALONE) -> list[dict[s
             {
                 "name": each.name,
                 "coefficients": each.coefficients,
-                "gain": str(each.gains),
+                "gain": str(each.over_last),
                 "cost": str(each.cost.epochs),
             }
-            for each in (done.contestants if isinstance(done, Comparison) else ())
+            for each in (done.strategies if isinstance(done, Comparison) else ())
         ]
-        shown = to_dict(done.result if isinstance(done, Comparison) else done)
+        shown = to_dict(done)
         shown["warnings"] = [said for said in shown["warnings"] if "--wait-stable" not in said]  # freshly written files
         if shown["cost"]:
             del shown["cost"]["seconds"]

@@ -48,15 +48,16 @@ def test_a_killed_run_repeats_only_the_pass_that_was_killed(
     warm: Warm, ckpts: Path, tmp_path: Path, command: str, stops: tuple[int, ...]
 ):
     name, *options = command.split()
+    first, second = (f"{name}.json" for name in "ab")  # a landscape is written as JSON
     arguments = (name, ckpts, "--last", 4, "--task", TASK, *options, "-o")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert warm.run(*arguments, "a", cwd=tmp_path, hook={"every": 0.0}, LOG=str(whole)).code == 0
+    assert warm.run(*arguments, first, cwd=tmp_path, hook={"every": 0.0}, LOG=str(whole)).code == 0
     for stop in stops:
-        done = warm.run(*arguments, "b", cwd=tmp_path, hook={"every": 0.0}, LOG=str(parts), STOP=f"{stop}:SIGKILL")
+        done = warm.run(*arguments, second, cwd=tmp_path, hook={"every": 0.0}, LOG=str(parts), STOP=f"{stop}:SIGKILL")
         assert done.code == -9, done.err
-    done = warm.run(*arguments, "b", cwd=tmp_path, hook={"every": 0.0}, LOG=str(parts))
+    done = warm.run(*arguments, second, cwd=tmp_path, hook={"every": 0.0}, LOG=str(parts))
     assert done.code == 0, done.err
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / first).read_bytes() == (tmp_path / second).read_bytes()
     # lost at each stop: a pass over the validation data, with the one for BatchNorm before it
     assert len(parts.read_text()) <= len(whole.read_text()) + len(stops) * PASS
 

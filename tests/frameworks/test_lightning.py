@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ckptavg
+from ckptavg.callbacks import LightningCallback
 
 
 class Module(lightning.LightningModule):
@@ -101,6 +103,25 @@ def test_an_average_made_in_training_is_named_and_the_raw_weights_can_be_chosen(
         assert run("last", folder, "--key", key, "--force").returncode == 0
         written = load_file(tmp_path / "averaged.safetensors")
         assert all(torch.equal(tensor, stored[key][name]) for name, tensor in written.items())
+
+
+def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def test_a_callback_averages_a_copy_of_the_module_when_the_training_ends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    callback = LightningCallback("soup", loss=loss, val=data())
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        folder = trained(tmp_path / "ckpts", callback)
+    result = callback.result
+    assert result.output.path == folder / "averaged.safetensors" and len(result.candidates) == 4
+    assert f"ckptavg: {result.verdict}" in caplog.text
+    by_hand = ckptavg.soup(
+        sorted(folder.glob("epoch*.ckpt")), model=Module(), loss=loss, val=data(), output=tmp_path / "x"
+    )
+    assert result.output.sha256 == by_hand.output.sha256
 
 
 class Data(lightning.LightningDataModule):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from by_hand import averaged_by_hand
 from conftest import Run
-from gpt2 import LINES, config, fit, fresh_tokenizer, logits, steps
+from gpt2 import LINES, config, fit, fresh_tokenizer, logits, steps, train
 from safetensors.torch import load_file, save_file
 from templates import fill_in
 from torch import Tensor
@@ -23,6 +25,9 @@ from transformers import (
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
 )
+
+import ckptavg
+from ckptavg import callbacks
 
 
 def test_sewa_needs_only_k_and_val(run: Run, trainer_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -184,3 +189,36 @@ def test_batches_are_halved_when_memory_runs_out(run: Run, trainer_run: Path, mo
     assert max(seen) > 8 and seen[-1] <= 8
     fixed = run(*base, "--batch-size", 16, "--force")
     assert fixed.returncode == 8 and "out of memory" in fixed.stderr
+
+
+def test_a_callback_averages_when_the_training_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """It scores the Trainer's evaluation data with the model's own loss, and the file is that of a run by hand."""
+    callback: Any = callbacks.TransformersCallback("soup", last=3)
+    train(tmp_path, callbacks=[callback], evaluate=True)
+    result = callback.result
+    assert (
+        result.output.path == tmp_path / "run" / "averaged" / "model.safetensors"
+        and result.scores["val"].examples == 20
+    )
+    assert f"ckptavg: {result.verdict}" in caplog.text
+    assert (
+        not callback.__class__.__module__.startswith("transformers") and pickle.loads(pickle.dumps(callback)).strategy
+    )
+    chosen = [load_file(one.path / "model.safetensors") for one in result.candidates if one.coefficient]
+    by_hand, written = averaged_by_hand(chosen), load_file(result.output.path)
+    assert all(torch.allclose(tensor, by_hand[name], rtol=1e-6, atol=1e-7) for name, tensor in written.items())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "averaged")
+
+
+def test_an_error_of_a_callback_comes_before_the_training_or_is_a_warning_after_it(tmp_path: Path):
+    with pytest.raises(ckptavg.CkptavgError, match="has no option 'lastt'"):
+        callbacks.TransformersCallback("soup", lastt=3)
+    callback: Any = callbacks.TransformersCallback("soup", output=f"{tmp_path}/there")
+    (tmp_path / "there").write_text("precious")
+    arguments, state = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(is_world_process_zero=True)
+    with pytest.raises(ckptavg.CkptavgError, match="exists already"):
+        callback.on_train_begin(arguments, state, None)
+    with pytest.warns(UserWarning, match="the checkpoints were not averaged: .*exists already"):
+        callback.on_train_end(arguments, state, None)
+    state.is_world_process_zero = False
+    callback.on_train_end(arguments, state, None)  # another rank does nothing

@@ -196,7 +196,7 @@ def _values() -> Iterator[Case]:
         for at in (0, 5, 7):
             data = _DATA[: 4 * at] + struct.pack("<I", bits) + _DATA[4 * at + 4 :]
             tensor, i = ("weight", at) if at < 6 else ("bias", at - 6)
-            message = f"{tensor}: 1 values are NaN or infinite, the first at element {i}"
+            message = f"{tensor}: 1 value is NaN or infinite, the first at element {i}"
             yield _case(f"value-{name}-{at}", _with({}), message, data, inspect=0)
     for byte in (2, 3, 128, 255):
         header = {"mask": {"dtype": "BOOL", "shape": [24], "data_offsets": [0, 24]}, "bias": _BIAS}

@@ -291,7 +291,7 @@ def _tensors() -> Iterator[Case]:
     for name, bits in (("nan", 0x7FC00000), ("inf", 0x7F800000)):
         records = {"0": struct.pack("<I", bits) + RECORDS["0"][4:], "1": RECORDS["1"]}
         content = archive(op.program(op.mapping(op.good())), records)
-        yield _case(f"value-{name}", content, "weight: 1 values are NaN or infinite, the first at element 0", inspect=0)
+        yield _case(f"value-{name}", content, "weight: 1 value is NaN or infinite, the first at element 0", inspect=0)
     mask = state({"mask": op.tensor((24,), (1,), op.storage("0", 24, cls="torch.BoolStorage"))})
     yield _case("bool-values", mask, "mask: .* neither 0 nor 1", alone=True)
     for dtype in ("float8_e4m3fn", "complex64"):

@@ -40,7 +40,7 @@ FREE: dict[str, list[Any]] = {
     "every": [1], "output": ["elsewhere"], "force": [], "never_worse": [], "max_shard_size": ["5GB"],
     "format": ["dcp"], "device": ["cpu"], "parallel": ["batches"], "skip_bad": [], "wait_stable": [0], "dry_run": [],
     "resume": ["--no-resume"], "keep_journal": [], "baselines": ["--no-baselines"], "digests": ["--no-digests"],
-    "worker_timeout": [5],
+    "worker_timeout": [5], "score_jobs": [2], "keep_failed": [],
 }  # fmt: skip
 REFUSED: dict[str, tuple[list[Any], str]] = {
     "task": (["other.py"], "task"), "last": ([3], "candidates"), "precision": (["bfloat16"], "precision"),
@@ -107,7 +107,7 @@ def test_an_option_that_changes_no_measurement_goes_on_from_any_journal(run: Run
             report.pop(key, None)
     assert mine == other
     if name not in ("output", "resume", "dry_run", "baselines"):
-        assert b"score " in before and "measurements of an interrupted run" in done.stderr
+        assert b"score " in before and "of an interrupted run; the cost counts new" in done.stderr
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if name not in DATA])
@@ -167,7 +167,7 @@ def test_a_new_option_is_one_edit(tmp_path: Path):
     assert "    shiny: How much it shines. At least once." in seen.stdout
     assert "| `--shiny` | `7` | How much it shines. At least once. |" in seen.stdout
     page = subprocess.run(
-        [*python, "-m", "ckptavg", "swa", "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [*python, "-m", "ckptavg", "swa", "--help-all"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert "--shiny" in page.stdout and "How much it shines. [default: 7]" in page.stdout
     bad = subprocess.run(

@@ -95,7 +95,7 @@ def test_without_digests_no_source_is_read_twice_and_verify_still_compares_every
     done = run("verify", "with.safetensors", "--sources", ".")
     assert done.returncode == 3 and "its SHA-256 differs" in done.stderr
     done = run("verify", "without.safetensors", "--sources", ".")
-    assert done.returncode == 3 and "w: 1 tensors are not the average of the sources" in done.stderr
+    assert done.returncode == 3 and "w: 1 tensor not equal to the average of the sources" in done.stderr
 
 
 def test_a_search_without_digests(run: Run, digits: Path, tmp_path: Path):

@@ -90,8 +90,8 @@ def _invalid_bool(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nan": (lambda f: save_file(with_value(NAN), f / "step-3.safetensors"), "weight: 1 values are NaN or infinite"),
-    "inf": (lambda f: torch.save(with_value(-float("inf")), f / "step-3.pt"), "weight: 1 values are NaN or infinite"),
+    "nan": (lambda f: save_file(with_value(NAN), f / "step-3.safetensors"), "weight: 1 value is NaN or infinite"),
+    "inf": (lambda f: torch.save(with_value(-float("inf")), f / "step-3.pt"), "weight: 1 value is NaN or infinite"),
     "half": (_truncated, "file is truncated"),
     "checksum": (_damaged, "more: checksum of record"),
     "bool": (_invalid_bool, "mask: element 1 is the byte 2"),
@@ -148,7 +148,7 @@ def test_every_command_can_leave_out_bad_candidates(run: Run, ckpts: Path, tmp_p
     done = run(*words, "ckpts", "-o", "out", "--skip-bad", "--json")
     assert done.returncode == 0, done.stderr
     assert "left out ckpts/step-3.safetensors: file is truncated" in done.stderr
-    assert "left out ckpts/step-6.safetensors: weight: 1 values are NaN" in done.stderr
+    assert "left out ckpts/step-6.safetensors: weight: 1 value is NaN" in done.stderr
     bad = [one["path"] for one in json.loads(done.stdout)["left_out"] if one["kind"] == "bad"]
     assert bad == ["ckpts/step-3.safetensors", "ckpts/step-6.safetensors"]
 
@@ -180,8 +180,8 @@ def test_too_few_good_candidates_is_a_single_error(run: Run, ckpts: Path, tmp_pa
     assert "ckpts: no checkpoints found; 4 left out (ckpts/step-1.safetensors: file is truncated" in done.stderr
     save_file(state(1), ckpts / "step-1.safetensors")
     done = run("lawa", "ckpts", "--k", 2, "--skip-bad")
-    assert done.returncode == 2 and "--k 2 asks for more checkpoints than the 1 candidates" in done.stderr
-    assert "3 bad checkpoints were left out" in done.stderr
+    assert done.returncode == 2 and "--k 2 asks for more checkpoints than the 1 candidate given" in done.stderr
+    assert "3 bad checkpoints left out" in done.stderr
     assert not list(tmp_path.glob("*.safetensors"))
 
 
@@ -242,7 +242,7 @@ def test_inspect_lists_bad_checkpoints(run: Run, ckpts: Path):
     done = run("inspect", "ckpts", "--read-data")
     assert done.returncode == 3 and "error: 3 of 8 checkpoints cannot be read" in done.stderr
     assert (
-        "left out ckpts/step-7.safetensors: weight: 1 values are NaN or infinite, the first at element 3" in done.stdout
+        "left out ckpts/step-7.safetensors: weight: 1 value is NaN or infinite, the first at element 3" in done.stdout
     )
     for one in ("step-6.pt", "step-3.safetensors", "step-7.safetensors"):
         (ckpts / one).unlink()

@@ -129,7 +129,7 @@ def test_buffers_that_are_averaged_are_named(run: Run, ckpts: Path):
     done = run("swa", "ckpts", "--task", "mine.py", "-o", "out", "--json")
     assert json.loads(done.stdout)["output"]["averaged_buffers"] == ["n_seen"]
     assert float(load_file(ckpts.parent / "out")["n_seen"]) == 300
-    assert "averaged buffers: n_seen (--keep PATTERN takes" in " ".join(done.stderr.split())
+    assert "averaged buffers: n_seen (--keep PATTERN copies" in " ".join(done.stderr.split())
     kept = json.loads(run("swa", "ckpts", "--task", "mine.py", "-o", "kept", "--json", "--keep", "n_*").stdout)
     assert kept["output"]["averaged_buffers"] == []
     assert (

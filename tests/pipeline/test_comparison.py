@@ -30,28 +30,28 @@ def compared(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparis
 
 @pytest.mark.thorough
 def test_runs_every_strategy_by_default(compared: Comparison):
-    assert [one.name for one in compared.contestants] == [*DEFAULT, "twa:on=train"]
+    assert [one.name for one in compared.strategies] == [*DEFAULT, "twa:on=train"]
     assert set(DEFAULT) <= set(strategies())  # a new one takes part where --strategies names it
 
 
 def test_writes_the_strategy_with_the_best_validation_score(compared: Comparison):
-    best = max(one.scores["val"].value for one in compared.contestants)
-    winner = next(one for one in compared.contestants if one.name == compared.winner)
-    last = next(one for one in compared.contestants if one.name == "last")
+    best = max(one.scores["val"].value for one in compared.strategies)
+    winner = next(one for one in compared.strategies if one.name == compared.winner)
+    last = next(one for one in compared.strategies if one.name == "last")
     assert winner.scores["val"].value == best >= last.scores["val"].value
-    assert compared.result.output is not None and compared.result.strategy == winner.strategy
-    assert [one.coefficient for one in compared.result.candidates] == list(winner.coefficients)
+    assert compared.output is not None and compared.strategy == winner.strategy
+    assert [one.coefficient for one in compared.candidates] == list(winner.coefficients)
     # the written file was scored again
-    assert compared.result.scores["val"].value == pytest.approx(best, abs=1e-6)
-    assert compared.result.scores["test"].value == pytest.approx(winner.scores["test"].value, abs=1e-6)
-    assert load_file(compared.result.output.path)
+    assert compared.scores["val"].value == pytest.approx(best, abs=1e-6)
+    assert compared.scores["test"].value == pytest.approx(winner.scores["test"].value, abs=1e-6)
+    assert load_file(compared.output.path)
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["last", "soup", "aswa", "sewa", "twa:on=train"])
 def test_each_row_equals_a_separate_run_of_the_strategy(compared: Comparison, digits: Path, tmp_path: Path, name: str):
     """The same coefficients, scores and batches as its own command without baselines."""
-    row = next(one for one in compared.contestants if one.name == name)
+    row = next(one for one in compared.strategies if one.name == name)
     settings: dict[str, Any] = {"on": "train"} if ":" in name else {}
     alone = getattr(ckptavg, row.strategy)(digits, task=TASK, output=tmp_path / "x", baselines=False, **settings)
     assert [one.coefficient for one in alone.candidates] == list(row.coefficients)
@@ -65,18 +65,18 @@ def test_each_row_equals_a_separate_run_of_the_strategy(compared: Comparison, di
 
 
 def test_gains_over_last_use_the_same_examples(compared: Comparison):
-    last = next(one for one in compared.contestants if one.name == "last")
-    for one in compared.contestants:
-        for split, found in one.gains.items():
+    last = next(one for one in compared.strategies if one.name == "last")
+    for one in compared.strategies:
+        for split, found in one.over_last.items():
             assert found.value == pytest.approx(one.scores[split].value - last.scores[split].value)
             if split == "val" or one.name == "last":  # strategies chose on it; it does not differ from itself
                 assert (found.low, found.high, found.separated) == (None, None, False)
             else:
                 assert found.low is not None and found.high is not None
                 assert found.low < found.value < found.high and found.units == 400
-    assert not last.gains["test"].separated
-    swa = next(one for one in compared.contestants if one.name == "swa")
-    assert swa.gains["test"].separated  # twelve points on four hundred examples
+    assert not last.over_last["test"].separated
+    swa = next(one for one in compared.strategies if one.name == "swa")
+    assert swa.over_last["test"].separated  # twelve points on four hundred examples
 
 
 def test_table_and_json_report_every_strategy(digits: Path, run: Run):
@@ -89,19 +89,24 @@ def test_table_and_json_report_every_strategy(digits: Path, run: Run):
     over = report["strategies"][1]["over_last"]["test"]
     assert over["low"] <= over["value"] <= over["high"] and over["units"] == 400
     flat = " ".join(done.stderr.split())
-    for expected in ("● ", "over last (test)", "95 % interval over 400 examples", "wins on val data"):
+    for expected in (
+        "● ",
+        "vs last (test)",
+        "95 % interval over 400 examples",
+        "wins on validation data with accuracy 0.",
+    ):
         assert expected in flat, expected
     for one in report["strategies"][1:]:
         marked = re.search(rf"{re.escape(one['name'])} .*\](?P<mark> +≈)?", done.stderr)
         assert marked is not None and (marked["mark"] is None) == one["over_last"]["test"]["separated"]
-    assert "Better than the last candidate on test data: +" in flat  # twelve points
+    assert "Better than the last candidate on test data by accuracy: +" in flat  # twelve points
 
 
 def test_narrow_terminal_shows_every_score(compared: Comparison):
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(table.render(compared))
     text = console.export_text()
-    for one in compared.contestants:
+    for one in compared.strategies:
         for score in one.scores.values():
             assert f"{score.metric:.4f}" in text, text
 
@@ -122,9 +127,9 @@ def test_test_data_do_not_change_the_decision(digits: Path, tmp_path: Path, monk
         )
         for i, task in enumerate((TASK, tmp_path / "spoilt.py"))
     ]  # fmt: skip
-    first, second = ([(one.name, one.coefficients) for one in each.contestants] for each in runs)
+    first, second = ([(one.name, one.coefficients) for one in each.strategies] for each in runs)
     assert first == second and runs[0].winner == runs[1].winner
-    assert runs[0].contestants[0].scores["test"] != runs[1].contestants[0].scores["test"]
+    assert runs[0].strategies[0].scores["test"] != runs[1].strategies[0].scores["test"]
 
 
 def test_holdout_splits_the_validation_data_of_a_task_without_test_data(jobs: dict[str, Job], run: Run, tmp_path: Path):
@@ -167,7 +172,7 @@ def test_refuses_to_compare_without_a_task(digits: Path, run: Run):
 
 def test_default_k_is_limited_by_the_number_of_candidates(digits: Path, tmp_path: Path):
     done = ckptavg.compare(digits, task=TASK, last=3, output=tmp_path / "x", strategies=())
-    assert {"lawa:k=3", "sewa:k=3"} <= {one.name for one in done.contestants}
+    assert {"lawa:k=3", "sewa:k=3"} <= {one.name for one in done.strategies}
     assert from_spec("lawa:k=3")
 
 

@@ -12,7 +12,10 @@ from conftest import Job, Run
 
 import ckptavg
 from ckptavg.coefficients import Coefficients
-from ckptavg.pipeline.verdict import Verdict, with_test
+from ckptavg.cost import Cost
+from ckptavg.pipeline.comparison import higher_on_test
+from ckptavg.pipeline.verdict import Verdict, by_loss, loss_on_test, with_test
+from ckptavg.report.result import Gain, StrategyResult
 from ckptavg.score import PerExample, Score
 
 RANDOM = """
@@ -52,11 +55,15 @@ def test_no_interval_is_reported_on_random_labels_that_chose(linears: Path, tmp_
             output=tmp_path / "x",
             force=True,
         )
-        for one in done.contestants:
-            assert (one.gains["val"].low, one.gains["val"].high, one.gains["val"].separated) == (None, None, False)
-        assert "[" not in done.result.verdict
-        won += (wins := f"{done.winner} wins on val data: +" in done.result.verdict)
-        assert not wins or (ON_ITS_DATA in done.result.verdict and HOLDOUT in done.result.verdict)
+        for one in done.strategies:
+            assert (one.over_last["val"].low, one.over_last["val"].high, one.over_last["val"].separated) == (
+                None,
+                None,
+                False,
+            )
+        assert "[" not in done.verdict
+        won += (wins := f"{done.winner} wins on validation data with metric 0." in done.verdict)
+        assert not wins or (ON_ITS_DATA in done.verdict and HOLDOUT in done.verdict)
     assert won > 5
 
 
@@ -64,7 +71,7 @@ def test_a_report_on_the_data_of_the_choice_shows_neither_interval_nor_mark(jobs
     job = jobs["transformer"]
     done = run("compare", job.folder, "--task", job.task, "--strategies", "swa,soup")
     text = " ".join(done.stderr.split())
-    assert "wins on val data" in text and ON_ITS_DATA in text and "strategies chose" in text
+    assert "wins on validation data" in text and ON_ITS_DATA in text and "strategies chose" in text
     assert "[" not in text and "≈" not in text and "interval" not in text
 
 
@@ -74,7 +81,7 @@ def test_a_single_command_says_on_which_data_it_was_chosen(linears: Path, tmp_pa
     done = getattr(ckptavg, command)(linears, task=str(tmp_path / "task.py"), output=tmp_path / "x")
     assert done.scores["val"].metric is not None and "[" not in done.verdict and not done.gains
     assert (ON_ITS_DATA in done.verdict) == learned == (HOLDOUT in done.verdict)
-    assert learned or "on val data" in done.verdict
+    assert learned or "on validation data" in done.verdict
 
 
 def test_a_command_has_no_holdout_and_is_told_of_other_data(linears: Path, run: Run):
@@ -110,10 +117,10 @@ def test_on_test_data_the_verdict_has_the_interval_of_the_difference(right: int,
     assert found.verdict.startswith(words)
     last, swa = found.gains["last"], found.gains["swa"]
     # swa is the better plain average on validation data; that lawa is better on test data decides nothing
-    assert found.verdict.endswith(f" Over last {last}; over swa {swa}.") and set(found.gains) == set(known)
+    assert found.verdict.endswith(f" Difference to last {last}, to swa {swa}.") and set(found.gains) == set(known)
     assert with_test(replace(verdict, worse=True), written, "val").verdict.startswith(f"On val. {words}")
     assert with_test(verdict, {"val": answers(1)}, "val").verdict == "On val."
-    assert "over swa" not in with_test(replace(verdict, same=["swa"]), written, "val").verdict
+    assert "to swa" not in with_test(replace(verdict, same=["swa"]), written, "val").verdict
 
 
 def test_differences_of_either_sign_are_not_distinguishable_from_none():
@@ -128,10 +135,10 @@ def test_differences_of_either_sign_are_not_distinguishable_from_none():
 @pytest.mark.parametrize(
     ("command", "settings", "compared"),
     [
-        ("best", {}, "the last candidate; over swa"),  # lawa-1 is last
-        ("last", {}, "the best single candidate; over swa"),
-        ("lawa", {"k": 3}, "the best single candidate; over last; over swa"),
-        ("sewa", {"k": 8, "steps": 1, "verify": 1}, "the best single candidate; over last"),  # all of them are swa
+        ("best", {}, "the last candidate; to swa"),  # lawa-1 is last
+        ("last", {}, "the best single candidate; to swa"),
+        ("lawa", {"k": 3}, "the best single candidate; to last; to swa"),
+        ("sewa", {"k": 8, "steps": 1, "verify": 1}, "the best single candidate; to last"),  # all of them are swa
     ],
 )
 def test_no_average_is_compared_with_itself(
@@ -140,6 +147,57 @@ def test_no_average_is_compared_with_itself(
     source = RANDOM.replace("SEED", "0") + "test_dataloader = val_dataloader\n"
     (tmp_path / "task.py").write_text(source)
     done = getattr(ckptavg, command)(linears, task=str(tmp_path / "task.py"), output=tmp_path / "x", **settings)
-    rivals = re.findall(r"(the (?:last|best single) candidate|over [\w-]+)", done.verdict.lower())
+    rivals = re.findall(r"(the (?:last|best single) candidate|to (?:last|swa|lawa)\b)", done.verdict)
     assert "; ".join(dict.fromkeys(rivals)) == compared and " on test data" in done.verdict
     assert set(done.gains) == set(done.baselines)
+
+
+def by_two(accuracy: float, loss: float) -> Score:
+    return Score(value=accuracy, loss=loss, metric=accuracy, examples=9, name="accuracy")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ((0.8, 0.2), "But its validation loss, 0.2000, is lower than that of every single candidate."),
+        ((0.95, 0.4), "But its validation loss, 0.4000, is higher than that of step 20 alone, 0.3000."),
+        ((0.95, 0.2), ""),
+        ((0.8, 0.4), ""),
+    ],
+)
+def test_the_verdict_says_where_the_loss_orders_otherwise_than_the_metric(chosen: tuple[float, float], words: str):
+    singles = [by_two(0.9, 0.5), by_two(0.7, 0.3)]
+    assert by_loss(by_two(*chosen), singles, singles[0], [10, 20], "val").strip() == words
+
+
+@pytest.mark.parametrize(("gain", "loss", "order"), [(0.05, 0.4, "higher"), (-0.1, 0.2, "lower"), (0.0, 0.2, "lower")])
+def test_the_verdict_on_test_data_says_so_too(gain: float, loss: float, order: str):
+    text = f" But its test loss is {order}: {loss:.4f}, against 0.3000."
+    assert loss_on_test(by_two(0.9, loss), by_two(0.9 - gain, 0.3), Gain(value=gain)) == text
+    assert loss_on_test(by_two(0.9, 0.6 - loss), by_two(0.9, 0.3), Gain(value=gain or -1.0)) == ""
+
+
+def test_lawa_of_one_candidate_is_left_out_where_last_is_shown(linears: Path, tmp_path: Path):
+    (tmp_path / "task.py").write_text(RANDOM.replace("SEED", "0"))
+    done = ckptavg.best(linears, task=str(tmp_path / "task.py"), output=tmp_path / "x")
+    assert set(done.baselines) == {"best", "last", "swa"}
+
+
+def test_compare_says_which_strategy_scores_higher_on_test_data():
+    def result(name: str, test: Score) -> StrategyResult:
+        cost = Cost(forward_batches=0, backward_batches=0, evaluations=0, seconds=0.0, epochs=None, epochs_of="val")
+        return StrategyResult(
+            name=name, strategy=name, settings={}, coefficients=(), groups=(("",),), used=2, gains={}, cost=cost,
+            scores={"val": answers(1), "test": test},
+        )  # fmt: skip
+
+    winner, better = result("swa", answers(202)), result("ema", answers(400))
+    turned = answers(204)
+    assert turned.per_example is not None
+    values_U = turned.per_example.values_U.flip(0)
+    same = result("lawa", replace(turned, per_example=replace(turned.per_example, values_U=values_U)))
+    text = higher_on_test([winner, same], winner)
+    assert text.startswith(" lawa scores higher on test data, within noise: +0.0050 [-")
+    text = higher_on_test([winner, same, better], winner)
+    assert text.startswith(" ema scores higher on test data, but the best of 3 may be so by chance: +0.49")
+    assert text.endswith("]; 1 other too.") and higher_on_test([winner, same, better], better) == ""

@@ -20,7 +20,7 @@ EACH = PerExample(values_U=torch.ones(2), examples_U=torch.ones(2))
 GOOD = Score(value=0.5, loss=0.25, metric=0.5, examples=2, per_example=EACH, resampled=lambda _: 0.0, batches=30)
 BAD = Score(value=-math.inf, loss=math.nan, metric=None, examples=None, invalid="loss is nan")
 COST_JSON = {"forward_batches": 4, "backward_batches": 2, "evaluations": 3, "seconds": 1.235, "epochs": None,
-             "epochs_of": "train"}  # fmt: skip
+             "epochs_of": "train", "passes": None, "passes_over": "val"}  # fmt: skip
 GOOD_JSON = {"loss": 0.25, "metric": 0.5, "examples": 2}
 BAD_JSON = {"loss": None, "metric": None, "examples": None, "invalid": "loss is nan"}
 RESULT = Result(
@@ -48,6 +48,7 @@ RESULT = Result(
     trace={"loss": (1.0, math.nan)},
     warnings=("w",),
     output=Output(path=Path("o"), sha256="ab", bytes=9, dtype="float32", not_averaged=["n"]),
+    next_steps={"load": "f", "verify": "v"},
 )
 RESULT_JSON = {
     "strategy": "sewa",
@@ -59,7 +60,9 @@ RESULT_JSON = {
         {"path": "a/2.pt", "step": 2, "coefficient": [0.25, 0.75], "score": None},
     ],
     "left_out": [{"path": "a/x", "reason": "not a checkpoint", "kind": "info"}],
-    "scores": {"val": GOOD_JSON, "baselines": {"best": {"val": GOOD_JSON, "test": BAD_JSON}}},
+    "scores": {"val": GOOD_JSON},
+    "baselines": {"best": {"val": GOOD_JSON, "test": BAD_JSON}},
+    "scored_on": "val",
     "groups": [["a.", "b."], [""]],
     "holdout": 0.5,
     "best_step": 2,
@@ -76,6 +79,7 @@ RESULT_JSON = {
     "warnings": ["w"],
     "output": {"path": "o", "sha256": "ab", "bytes": 9, "dtype": "float32", "not_averaged": ["n"], "recomputed": [],
                "averaged_buffers": []},
+    "next_steps": {"load": "f", "verify": "v"},
 }  # fmt: skip
 
 
@@ -86,11 +90,11 @@ def test_a_report_has_its_keys_in_their_order():
     assert [empty[key] for key in ("cost", "matrix", "output")] == [None, None, None]
 
 
-def test_a_comparison_has_every_contestant_after_the_winners_report():
+def test_a_comparison_has_every_strategy_after_the_winners_report():
     gain = Gain(value=0.1, low=0.05, high=0.2, units=30, paired=False)
     contestant = StrategyResult(
         name="sewa:k=2", strategy="sewa", settings={"k": 2}, coefficients=[0.0, (0.5, 0.5)], groups=(("",),), used=1,
-        scores={"val": GOOD}, gains={"val": gain}, cost=COST, notes=("n",),
+        scores={"val": GOOD}, over_last={"val": gain}, cost=COST, notes=("n",),
     )  # fmt: skip
     expected = {
         "name": "sewa:k=2", "strategy": "sewa", "settings": {"k": 2}, "coefficients": [0.0, [0.5, 0.5]],
@@ -99,5 +103,5 @@ def test_a_comparison_has_every_contestant_after_the_winners_report():
                               "unit": "examples", "paired": False, "reason": ""}},
         "cost": COST_JSON, "notes": ["n"],
     }  # fmt: skip
-    comparison = Comparison(contestants=[contestant], winner="sewa:k=2", result=RESULT)
+    comparison = Comparison(**vars(RESULT), winner="sewa:k=2", strategies=[contestant])
     assert to_json(comparison) == json.dumps({**RESULT_JSON, "winner": "sewa:k=2", "strategies": [expected]}, indent=2)

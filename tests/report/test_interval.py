@@ -98,7 +98,7 @@ def test_units_are_weighted_by_their_examples():
     ("better", "worse", "of", "reason"),
     [
         (4, 0, 400, "4 of 400 examples differ"), (5, 4, 400, "9 of 400 examples differ"), (5, 5, 400, ""),
-        (0, 0, 400, "0 of 400 examples differ"), (5, 4, 9, "only 9 examples"), (5, 5, 10, ""),
+        (0, 0, 400, "0 of 400 examples differ"), (5, 4, 9, "only 9 of the 10 examples needed"), (5, 5, 10, ""),
     ],
 )  # fmt: skip
 def test_fewer_than_ten_differing_examples_give_a_reason_and_no_interval(better: int, worse: int, of: int, reason: str):
@@ -149,7 +149,7 @@ def test_a_metric_of_a_corpus_that_is_a_mean_has_the_interval_of_the_mean(order:
     found = gain(whole(one), whole(other, order))
     assert ends(found) == pytest.approx(ends(gain(score(one), score(other, order=order))), rel=1e-9)
     assert (found.units, found.unit, found.paired) == (30, "groups of batches", not order)
-    assert gain(whole(one[:9]), whole(other[:9])).reason == "only 9 groups of batches"
+    assert gain(whole(one[:9]), whole(other[:9])).reason == "only 9 of the 10 groups of batches needed"
     same = other.clone()
     same[:9] += 1.0  # single precision is not a difference
     assert gain(whole(same), whole((other.float() + 0.0).double())).reason == "9 of 30 groups of batches differ"

@@ -128,7 +128,7 @@ def test_a_specification_is_a_name_and_settings():
     ("spec", "message"),
     [
         ("swaa", "no strategy 'swaa'"),
-        ("twa:rate=1", "no setting 'rate'"),
+        ("twa:rate=1", "twa has no setting 'rate'"),
         ("twa:lr=fast", "lr cannot be 'fast'"),
         ("twa:on=test", "on cannot be 'test'"),
         ("twa:layerwise=maybe", "layerwise cannot be 'maybe'"),

@@ -222,15 +222,14 @@ def test_the_command_line(digits: Path, run: Run, tmp_path: Path):
 
 def test_landscape_reports_the_error_of_the_quadratic(digits: Path, run: Run, tmp_path: Path):
     base = ("landscape", digits, "--task", TASK, "--last", 8)
-    done = run(*base, "--samples", 16, "--mixtures", "last,swa,lawa:k=3", "--grid", 4)
+    done = run(*base, "--samples", 16)
     assert (done.returncode, done.stdout) == (0, "landscape.json\n"), done.stderr
     found = json.loads((tmp_path / "landscape.json").read_text())
     assert found["spearman"] > 0.8 and len(found["measured"]) == 16 and len(found["eigenvalues"]) == 7
-    assert len(found["plane"]["losses"]) == 4 and (tmp_path / "landscape.png").stat().st_size > 5000
     hessian = torch.tensor(found["hessian"], dtype=torch.float64)
     torch.testing.assert_close(hessian, hessian.T)
     shown = run(*base, "--samples", 4, "--json", "--force")
     assert json.loads(shown.stdout)["curvature"] in ("exact", "gauss-newton")
     assert run(*base).returncode == 6
     refused = run(*base, "--mixtures", "last,swa", "--force")
-    assert refused.returncode == 2 and "three --mixtures" in refused.stderr
+    assert refused.returncode == 2 and "--mixtures takes three strategies" in refused.stderr

@@ -328,4 +328,4 @@ def test_few_steps_are_said():
     """Ten epochs of one batch leave the coefficients almost where they began."""
     for epochs, few in ((10, True), (40, False)):  # of 3 batches
         notes = TWA(epochs=epochs).learn(Quadratic(n=6, d=9, seed=0)).notes
-        assert any(f"{3 * epochs} steps are few" in note for note in notes) is few
+        assert any(f"only {3 * epochs} steps" in note for note in notes) is few

@@ -44,7 +44,7 @@ def open_torch(file: RegularFile, *, alone: str | None = None) -> Reader:
     notes = ["was saved without checksums, so damage to its tensors is undetectable"] if unchecked else []
     if left_out:
         listed = ", ".join(name[:100] for name in left_out[:_LISTED]) + (", ..." if len(left_out) > _LISTED else "")
-        notes.append(f"left out objects of {len(left_out)} classes: {listed}")
+        notes.append(f"left out objects of the classes {listed}")
 
     def read_into(tensor: StoredTensor, start: int, out: memoryview) -> None:
         first = start * ITEM_SIZE[tensor.dtype]

@@ -52,7 +52,7 @@ def descend(
         real = scores.get(subsets.masks[0])
         rows.append({"K": size, "quadratic": subsets.values[0], "loss": real and real.loss})
         if real is not None and real.metric is not None:
-            rows[-1]["metric"] = real.metric
+            rows[-1][real.name] = real.metric
     best = Coefficients.uniform(chosen, n)
     return Learned(coefficients=best, notes=notes, tables={"best subset of each size": rows})
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
-from ckptavg.errors import UsageError
+from ckptavg.errors import UsageError, counted
 from ckptavg.objective import Hessian, Learned, Losses, Objective, check_losses
 from ckptavg.score import Split
 from ckptavg.surrogate.optimum import affine_optimum, simplex_optimum
@@ -111,7 +111,7 @@ def train(
         scores.append(value)
         if len(scores) - 1 - scores.index(max(scores)) >= patience:
             break
-    few = f"{len(trace)} steps are few to train the coefficients: more --epochs or smaller batches give more"
+    few = f"only {counted(len(trace), 'step')} to train the coefficients: more --epochs or smaller batches give more"
     notes = [few] if len(trace) < FEW else []
     curves = {"loss": trace} | ({"held_out_score": scores} if scores else {})
     return Learned(coefficients=subspace.mixture(best), trace=curves, notes=notes)

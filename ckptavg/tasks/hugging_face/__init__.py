@@ -84,6 +84,7 @@ class HuggingFaceTask(Task):
             if self._config.num_labels < 2:
                 raise TaskError("is a classifier with one class", path=folder, hint=WRITE_ONE)
             self.metric, self.metric_bounds = self._accuracy, (0.0, 1.0)
+            self.metric_name = "accuracy"
         self._examples: dict[Split, list[Example]] = {}
         self._pixels: dict[tuple[Split, int], Tensor] = {}
         self._forwarded: tuple[nn.Module, Any, Tensor] | None = None

@@ -1,0 +1,55 @@
+"""Next steps after a run: how the written file is loaded, and the command that verifies it."""
+
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.errors import InputError
+from ckptavg.filesystem.regular_file import is_file
+from ckptavg.filesystem.strict_json import read_json
+from ckptavg.options import Options
+
+
+def next_steps(path: Path, checkpoints: Sequence[Checkpoint], options: Options) -> Mapping[str, str]:
+    """Return ``load``, Python code for the output ``path``, and ``verify``, a shell command, for the candidates."""
+    places = [str(checkpoint.path.parent) for checkpoint in checkpoints]
+    if len({place.startswith("/") for place in places}) > 1:
+        places = [*map(os.path.abspath, places)]
+    sources = os.path.commonpath(places) or "."
+    verify = shlex.join(["ckptavg", "verify", str(path), "--sources", sources])
+    return {"load": _loading(path, checkpoints[-1], options), "verify": verify}
+
+
+def _loading(path: Path, like: Checkpoint, options: Options) -> str:
+    folder, quoted = options.destination[1], json.dumps(str(path), ensure_ascii=False)
+    is_adapter = any(".lora_A." in name for name in like.names)
+    if options.format == "dcp":
+        key = like.key if like.reader.format == "dcp" else ""
+        state = f"{{{json.dumps(key)}: model.state_dict()}}" if key else "model.state_dict()"
+        return f"state = {state}; torch.distributed.checkpoint.load(state, checkpoint_id={quoted})"
+    if folder is not None:
+        inside = json.dumps(str(folder), ensure_ascii=False)
+        if is_adapter and is_file(folder / "adapter_config.json"):
+            return f"peft.PeftModel.from_pretrained(base_model, {inside})"
+        if is_file(folder / "config.json"):
+            return f"transformers.{_architecture(folder / 'config.json')}.from_pretrained({inside})"
+        if path.name.endswith(".index.json"):
+            return f"accelerate.load_checkpoint_in_model(model, {inside})"
+    if is_adapter:
+        return f"peft.set_peft_model_state_dict(model, safetensors.torch.load_file({quoted}))"
+    return f"model.load_state_dict(safetensors.torch.load_file({quoted}))"
+
+
+def _architecture(config: Path) -> str:
+    """Return the class of a model in transformers by its config."""
+    with suppress(InputError):
+        values: Any = read_json(config)
+        names = values.get("architectures") if isinstance(values, dict) else None
+        if isinstance(names, list) and names and isinstance(names[0], str) and names[0].isidentifier():
+            return names[0]
+    return "AutoModel"
