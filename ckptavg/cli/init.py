@@ -11,11 +11,11 @@ from ckptavg.errors import OutputExistsError, UsageError
 
 _FOLDER: Final = Path(__file__).parents[1] / "tasks" / "templates"
 TEMPLATE: Final = _FOLDER / "task.py"
-_EDIT: Final = "ill in the lines marked EDIT, then: "
-_TEXTS: Final = "Texts need no task file: ckptavg sewa ./run --k 5 --val val.jsonl -o averaged/\n"
+_EDIT: Final = "ill in the lines marked EDIT, then:\n  "
+_TEXTS: Final = "Texts need no task file:\n  ckptavg sewa ./run --k 5 --val val.jsonl -o averaged/\n"
 # option → its template, and what to do with the file, which is called FILE
 _CHOICES: Final = {
-    "": ("task", "Fill in model(), loss() and the loaders, then: ckptavg sewa ./ckpts --k 5 --task FILE"),
+    "": ("task", "Fill in model(), loss() and the loaders, then:\n  ckptavg sewa ./ckpts --k 5 --task FILE"),
     "--hf": ("hugging_face", f"{_TEXTS}Else f{_EDIT}ckptavg sewa ./run --k 5 --task FILE -o averaged/"),
     "--lightning": ("lightning", f"F{_EDIT}ckptavg sewa ./ckpts --k 5 --task FILE"),
     "--score-cmd": ("score_command", f"F{_EDIT}ckptavg soup ./ckpts --score-cmd COMMAND"),
@@ -34,6 +34,8 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented task file to fill in."""
+    from rich.text import Text
+
     from ckptavg.cli.terminal import Screen, write_text
 
     chosen = [name for name, on in zip([*_CHOICES][1:], (hf, lightning, script), strict=True) if on]
@@ -47,5 +49,6 @@ def command(
     if path == Path("task.py"):
         text = text.replace(" --task FILE", "")  # found without
     name = shlex.quote(str(path))
-    Screen().print(text.replace("FILE", name).replace("COMMAND", shlex.quote(f"python {name} {{}}")))
+    text = text.replace("FILE", name).replace("COMMAND", shlex.quote(f"python {name} {{}}"))
+    Screen().print(Text(text, no_wrap=True, overflow="ignore"))  # a command is copied
     print(path)

@@ -13,13 +13,14 @@ JOBS = Path(__file__).parents[2] / "scripts" / "first_hour"
 EXPECTED = {
     "b_lightning.sh": ("wins", "agree byte for byte", "loaded: test accuracy 0.8"),
     "c_shell.sh": ("best single", "accuracy of averaged.safetensors: 0.8"),
+    "d_library.py": ("best single", "loaded: accuracy 0."),
 }
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("job", [*JOBS.glob("*.sh")], ids=lambda job: job.stem)
+@pytest.mark.parametrize("job", [*JOBS.glob("*.sh"), JOBS / "d_library.py"], ids=lambda job: job.stem)
 def test_a_job_ends_with_an_average_that_loads(job: Path, tmp_path: Path):
-    command = [job, tmp_path / "job"]
+    command = [sys.executable] * (job.suffix == ".py") + [job, tmp_path / "job"]
     # `ckptavg` and `python` are those of the environment that runs the tests
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
