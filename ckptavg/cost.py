@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -17,9 +17,12 @@ class CostMeter:
 
     Compared strategies share their scores. Each is charged for every score it requests: a cached score costs as much as
     it did to measure.
+
+    ``on_work`` is called with each batch as it starts, in forward batches: a backward pass counts as two.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_work: Callable[[float], None] = lambda units: None) -> None:
+        self._on_work = on_work
         self._spent: Counter[str] = Counter()
         self._charged: set[Hashable] = set()
         self._prices: dict[Hashable, dict[str, float]] = {}
@@ -37,6 +40,7 @@ class CostMeter:
         """Add batches that ran ``forward`` or ``backward``."""
         self._spent[f"{kind}_batches"] += batches
         self._spent[f"{kind}_examples"] += examples
+        self._on_work(batches * (2 if kind == "backward" else 1))
 
     def forward(self) -> None:
         """Add a forward pass over the batches that are `running`."""

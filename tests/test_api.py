@@ -113,7 +113,7 @@ def test_every_key_of_a_report_is_an_attribute_of_the_result(compared: Compariso
     for strategy, row in zip(compared.strategies, to_dict(compared)["strategies"], strict=True):
         assert vars(strategy).keys() == row.keys()
     assert [one["step"] for one in inspected.candidates] == [65, 70] and "step-70.pt" in str(inspected)
-    assert "4 tensors agree byte for byte" in str(verified) and not verified.differ
+    assert "4 tensors equal to the average" in str(verified) and not verified.differ
     assert f"{evaluated.files[0].scores['val'].loss:.4f}" in str(evaluated)
     checked = ckptavg.check(str(jobs["mlp"].folder), model=mlp.model(), loss=loss, val=mlp.val_dataloader, last=2)
     assert "the last of 2 candidates" in str(checked) and not checked.problems

@@ -26,11 +26,12 @@ class BatchCache:
     """Complete passes over a task's splits, as long as they fit in a small budget.
 
     Copies are stored, because a loader may reuse its memory; and copies of those are yielded, so that a loss may change
-    its batch in place, as it may with a loader's batch.
+    its batch in place, as it may with a loader's batch. Checksums are of the ``content`` of a batch.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, content: Callable[[Any], Any] = lambda batch: batch) -> None:
         self._device = device
+        self._content = content
         self._room = torch.cuda.mem_get_info(device)[0] // _SHARE if device.type == "cuda" else HOST
         self._passes: dict[Split, list[CachedBatch]] = {}
         self._refused: set[Split] = set()
@@ -44,7 +45,7 @@ class BatchCache:
         entries: list[CachedBatch] = []
         try:
             for batch, size in source():
-                checksum = batches.checksum(batch, size)
+                checksum = batches.checksum(self._content(batch), size)
                 if split not in self._refused:
                     if self._fits(batch):
                         self._room -= _bytes(batch)

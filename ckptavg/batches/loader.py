@@ -69,8 +69,9 @@ class BatchLoader:
         self._halves = HeldOut(task, scored_on, rest="fit", to="held", fraction=0.5, seed=run.seed)
         self._lengths: dict[Split, int] = {}
         self._streams: dict[Split, BatchStream] = {}
-        self._cache = BatchCache(run.device)
+        self._cache = BatchCache(run.device, task.unpadded)
         self.examples: dict[Split, int] = {}  # split → examples of the last whole pass
+        self._counted: dict[Split, int] = {}  # split → batches of the last whole pass
 
     def with_memory(self, work: Callable[[], _T]) -> _T:
         """Run ``work``; if memory runs out, halve the batches and run it again, as long as the task can halve them."""
@@ -89,8 +90,8 @@ class BatchLoader:
         """Restart all streams; ``halved`` also drops batch counts and cached batches, as the batches have changed."""
         self._streams = {}
         if halved:
-            self._lengths = {}
-            self._cache = BatchCache(self._device)
+            self._lengths, self._counted = {}, {}
+            self._cache = BatchCache(self._device, self._task.unpadded)
 
     def length(self, split: Split) -> int:
         """Return the number of batches in a pass; counted by reading them once if the loader has no length.
@@ -104,6 +105,10 @@ class BatchLoader:
         if not self._lengths[split]:
             raise self.empty(split)
         return self._lengths[split]
+
+    def known_length(self, split: Split) -> int | None:
+        """Return the number of batches in a pass, or None if that is unknown before the first one."""
+        return self._counted.get(split) or self._data(split).length(split)
 
     def stream(self, split: Split, divides: Callable[[Split], bool] = lambda split: False) -> BatchStream:
         """Return an endless stream over a split; if it ``divides``, of this rank's part of each batch.
@@ -154,15 +159,15 @@ class BatchLoader:
     def _passed(self, split: Split, workers: Workers, *, learnable: bool) -> Iterator[tuple[Any, Sequence[int], int]]:
         """Yield per step: this rank's batch (or the step's last, as padding), all ranks' batch sizes, a checksum."""
         reseed(self._seed, 0)
-        seen = 0
+        seen = count = 0
         steps = (self._single_rank if workers.world_size == 1 else self._multi_rank)(split, workers, learnable)
         for number, (batch, sizes, checksum) in enumerate(self._with_translated_errors(split, steps)):
-            seen += sum(sizes)
+            seen, count = seen + sum(sizes), count + len(sizes)
             self._meter.running = sizes
             # random numbers of a loss must not depend on which rank has the batch, prefetching or caching
             reseed(self._seed, number * workers.world_size + workers.rank + 1)
             yield batch, sizes, checksum
-        self.examples[split] = seen
+        self.examples[split], self._counted[split] = seen, count
 
     def _learnable(self, split: Split) -> Iterator[Batch]:
         return (b for b in self._data(split).sized_batches(split) if not self._too_small(split, b.size))
@@ -201,7 +206,7 @@ class BatchLoader:
             source = self._learnable(split) if learnable else self._data(split).sized_batches(split)
             steps = _rank_batches(_seeded(source, self._seed), workers)
         for batch, sizes in steps:
-            checksum = batches.checksum(batch, _own(sizes, workers))
+            checksum = batches.checksum(self._task.unpadded(batch), _own(sizes, workers))
             yield batches.to_device(batch, self._device), sizes, checksum
 
     def _with_translated_errors(self, split: Split, source: Iterator[Any]) -> Iterator[Any]:

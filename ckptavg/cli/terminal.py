@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from ckptavg.errors import InterruptedRunError, OutputError, OutputExistsError, 
 from ckptavg.filesystem import atomic
 from ckptavg.report.layout import Sentence
 from ckptavg.runtime import signals
+from ckptavg.runtime.estimate import LEFT, time_left
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 WIDE = 200  # columns without a terminal, so that names in a log are not cut
 _STDOUT, _STDERR = 1, 2
+_EVERY = 30.0  # seconds between lines of progress in a log
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -96,19 +99,33 @@ class Screen:
             hint = next(iter(getattr(error, "__notes__", ())), "run the same command to resume")
             raise InterruptedRunError("interrupted; nothing was written", hint=hint) from error
 
+    def _lines(self) -> Watch:
+        """Return a progress callback for a log: a line at most every `_EVERY` seconds."""
+        last = time.monotonic()
+
+        def watch(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+            nonlocal last
+            if not total:
+                self._remark(stage)
+            elif (now := time.monotonic()) - last >= _EVERY:
+                last = now
+                self._remark(f"{stage} {done:,}/{total:,}, {time_left(figures)}")
+
+        return watch
+
     @contextmanager
     def _bars(self) -> Generator[Watch | None]:
         if self._quiet:
             yield None
             return
         if not sys.stderr.isatty():  # not even with FORCE_COLOR
-            yield lambda stage, done, total, figures: None if total else self._remark(stage)
+            yield self._lines()
             return
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
         columns = (
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[figures]}"), TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[figures]}"), TextColumn("{task.fields[left]}"),
         )  # fmt: skip
         with Progress(*columns, console=self._console, transient=True) as progress:
             stages: dict[str, TaskID] = {}
@@ -120,9 +137,12 @@ class Screen:
                 if stage not in stages:
                     for old in [task for task in progress.tasks if task.finished]:  # show only the running stage
                         progress.remove_task(stages.pop(old.description))
-                    stages[stage] = progress.add_task(stage, total=total, figures="")
-                shown = "  ".join(f"{name} {_figure(name, value)}" for name, value in figures.items())
-                progress.update(stages[stage], completed=done, total=total, figures=shown)
+                    stages[stage] = progress.add_task(stage, total=total, figures="", left="")
+                shown = "  ".join(
+                    f"{name} {_figure(name, value)}" for name, value in figures.items() if name not in LEFT
+                )
+                left = time_left(figures) if figures.keys() & LEFT else ""
+                progress.update(stages[stage], completed=done, total=total, figures=shown, left=left)
 
             yield watch
 

@@ -9,10 +9,11 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.errors import TaskError, UsageError, counted
+from ckptavg.runtime.estimate import Stage
 from ckptavg.score import Score, Split
 
 if TYPE_CHECKING:
@@ -157,6 +158,9 @@ class Strategy(Protocol):
             UsageError: if the settings do not fit.
         """
 
+    def stages(self, n: int, losses: Losses | None, scored_on: Split) -> Sequence[Stage] | None:
+        """Return the stages that `learn` reports for ``n`` candidates, with the most they take; None if unknown."""
+
     def learn(self, objective: Objective) -> Learned:
         """Choose coefficients for the N candidates of ``objective``."""
         ...
@@ -169,9 +173,22 @@ class PlainAverage(Strategy):
     def coefficients(self, n: int) -> Coefficients:
         """Return the coefficients of ``n`` candidates."""
 
+    def stages(self, n: int, losses: Losses | None, scored_on: Split) -> Sequence[Stage]:
+        """See `Strategy.stages`."""
+        return ()
+
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""
         return Learned(coefficients=self.coefficients(objective.n))
+
+
+def curvature_stages(n: int, batches: int, verifying: Stage, moves: int) -> Sequence[Stage]:
+    """Return the stages of a solver on a quadratic: a pass with derivatives along the candidates, then scores.
+
+    The quadratic is recentered at most ``moves`` times, each with a gradient over all ``batches``.
+    """
+    curvature = Stage("measuring the curvature", forward=batches * (1 + n), backward=batches)
+    return curvature, verifying._replace(forward=moves * batches, backward=moves * batches)
 
 
 def check_losses(losses: Sequence[float], batches: int, split: Split, *, first: int = 0, samples: int = 1) -> None:
@@ -205,6 +222,9 @@ def check_split(on: Split | None, splits: Collection[Split]) -> None:
         raise UsageError(f"--on {on} needs {on} data, but the task has none", hint=f"add a {on}_dataloader()")
 
 
+SCORED_ALONE: Final = Stage("scoring candidates", singles=True)
+
+
 def scored_alone(objective: Objective) -> list[float]:
     """Return the score of each single candidate; larger is better."""
     one_hot = Coefficients.singles(objective.n)
@@ -212,5 +232,5 @@ def scored_alone(objective: Objective) -> list[float]:
     scores: list[float] = []
     for i, coefficients in enumerate(one_hot):
         scores.append(objective.score(coefficients).value)
-        objective.progress("scoring candidates", i + 1, objective.n)
+        objective.progress(SCORED_ALONE.name, i + 1, objective.n)
     return scores

@@ -96,6 +96,10 @@ class CommandEvaluator:
         self.generator = torch.Generator().manual_seed(self._run.seed)
         self._meter.restart()
 
+    def score_batches(self, split: Split) -> int:
+        """See `Evaluator.score_batches`; a score is one run of the command."""
+        return 1
+
     def prepare(self) -> None:
         """Do nothing, as there is nothing to load; see `Evaluator.prepare`."""
 
@@ -184,6 +188,7 @@ class CommandEvaluator:
     def _start(self, coefficients: Coefficients, slot: int) -> _Job:
         """Write the average to a temporary directory, and start the command on it."""
         self._meter.evaluated()
+        self._run.progress.work(1)
         folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=self._run.journal.folder)).absolute()
         chosen = [self._checkpoints[i] for i in coefficients.selected]
         try:

@@ -33,6 +33,10 @@ class CountedModel:
         """Whether a function has run the model, or a part of it other than BatchNorm, in training mode."""
         return self._calls.in_training
 
+    def apply(self, function: Callable[[nn.Module, Any], _T], batch: Any) -> _T:
+        """Return ``function(model, batch)`` of a function that runs no part of the model."""
+        return function(self.model, batch)
+
     def call(self, function: Callable[[nn.Module, Any], _T], batch: Any) -> _T:
         """Return ``function(model, batch)``."""
         calls = self._calls

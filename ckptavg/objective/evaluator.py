@@ -46,6 +46,10 @@ class Evaluator(Objective, Protocol):
         """Return whether ``split`` exists."""
         ...
 
+    def score_batches(self, split: Split) -> int | None:
+        """Return the forward batches of a score; 1 if it has none; None while that is unknown without reading data."""
+        ...
+
     def prepare(self) -> None:
         """Load model and candidates, so that no strategy is charged for loading."""
 

@@ -45,7 +45,7 @@ class Mixture:
         self.bounded = (
             task.metric_bounds is not None and (task.metric or (task.predict and task.metric_key)) is not None
         )
-        self.meter = CostMeter()
+        self.meter = CostMeter(run.progress.work)
         self._log = LossLog(run.journal)
         self.mixed = MixedModel(task, checkpoints, run, search or SearchOptions(), self.meter.forward)
         self._loader = BatchLoader(
@@ -62,6 +62,7 @@ class Mixture:
         self.progress = run.progress
         self.score = self.scoring.find
         self.load_output = self.scoring.load_output
+        self.score_batches = self.scoring.forward_batches
         self.restart()
 
     def restart(self, search: str = "") -> None:

@@ -133,12 +133,13 @@ class ScoreAccumulator:
         upper_bound = (metric_sum + best * (total - examples)) / total
         return upper_bound < threshold - total * 2**-52 * max(map(abs, self._bounds))
 
-    def score(self, what: str, split: Split) -> Score | None:
+    def score(self, what: str, split: Split, positions: Sequence[int] | None = None) -> Score | None:
         """Return the means over all examples, `Score.invalid` if one is NaN or infinite; None if there are no batches.
 
         Args:
             what: the name of the model in an error.
             split: the split that was scored.
+            positions: the place of each example in `Score.per_example`; None keeps the order of the pass.
         Raises:
             TaskError: if a metric is outside its bounds, or ranks have metrics of different names.
         """
@@ -159,6 +160,9 @@ class ScoreAccumulator:
 
         def scored(name: str) -> Score:
             each, metric = self._mean(name, batches, order)
+            if positions is not None and len(positions) == len(each.values_U):
+                back = torch.tensor(positions).argsort()
+                each = replace(each, values_U=each.values_U[back], examples_U=each.examples_U[back])
             bad = _first_bad(batches, _LOSS) or (name != _LOSS and _first_bad(batches, name)) or "a mean overflows"
             value, invalid = self._sign(name) * metric, ""
             if not (math.isfinite(metric) and math.isfinite(mean)):

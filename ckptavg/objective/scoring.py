@@ -70,6 +70,9 @@ class Scoring:
         self._orders: dict[Split, int] = {}  # split → checksum of the examples of its first pass
         self._names: list[str] = []  # of the metrics of the first pass
         self.notes: list[str] = []
+        task = mixed.task
+        with task.shared_forward() as shared:  # else each function is taken to run the model
+            self._forwards = 1 if shared else 1 + sum(f is not None for f in (task.metric, task.predict, task.corpus))
         # the ranks that compute one score together, if its batches can be divided
         candidates_only = mixed.search.parallel == "candidates" and not mixed.search.shard
         self._together = ALONE if candidates_only else mixed.run.workers
@@ -97,6 +100,20 @@ class Scoring:
         except _BelowError:
             journal.put(below, True)
             return None
+
+    def forward_batches(self, split: Split) -> int | None:
+        """See `Evaluator.score_batches`."""
+        task, mixed = self._task, self._mixed
+        if task.whole is not None:
+            return 1
+        if "candidates" not in vars(mixed):
+            return None  # whether there is BatchNorm is not known yet
+        passes: list[tuple[Split, int]] = [
+            (split, self._forwards),
+            *([(self._batchnorm_from, 1)] if mixed.norms else []),
+        ]
+        counts = [(self._loader.known_length(part), runs) for part, runs in passes]
+        return sum((count or 0) * runs for count, runs in counts) if all(count for count, _ in counts) else None
 
     def prefetch(self, coefficients: Sequence[Coefficients], split: Split, *, exact: bool) -> None:
         """See `Evaluator.prefetch`."""
@@ -217,28 +234,31 @@ class Scoring:
         task, runner = self._task, model or self._mixed.counted
         with torch.no_grad():
             if task.whole is not None:
+                self._mixed.run.progress.work(1)
                 return task.whole(runner.model)
             workers = workers if self._divides else ALONE
             corpus, key = task.corpus and task.corpus(), None if task.corpus else task.metric_key
             goal = "max" if task.corpus else task.metric_goal
             tally = ScoreAccumulator(goal, None if task.corpus else task.metric_bounds, workers, key=key)
             for batch, size, checksum, counted in self._loader.scored(split, workers):
-                loss = runner.call(task.loss, batch)
-                metric = None if task.metric is None else runner.call(task.metric, batch)
-                predicted = None if task.predict is None else runner.call(task.predict, batch)
-                if counted:
-                    tally.add(loss, metric, size, checksum, predicted)
-                if corpus is not None:
-                    runner.call(partial(update, corpus), batch)
+                with task.shared_forward() as shared:
+                    loss = runner.call(task.loss, batch)
+                    call = runner.apply if shared else runner.call
+                    metric = None if task.metric is None else call(task.metric, batch)
+                    predicted = None if task.predict is None else call(task.predict, batch)
+                    if counted:
+                        tally.add(loss, metric, size, checksum, predicted)
+                    if corpus is not None:
+                        call(partial(update, corpus), batch)
                 total = self._examples.get(split)
                 if threshold is not None and total and tally.cannot_reach(threshold, total):
                     raise _BelowError
         if runner.in_training:
             self._note(
-                "loss(), metric() or predict() runs the model or a part of it in training mode, so that dropout is on "
-                "in its scores: leave train() out, or call model.eval() before"
+                "a function of the task runs the model or a part of it in training mode, so that dropout is on in its "
+                "scores: leave train() out, or call model.eval() before"
             )
-        score = tally.score(what, split)
+        score = tally.score(what, split, task.positions(split))
         if score is None:
             raise self._loader.empty(split)
         score = replace(score, name=task.metric_name) if score.name == METRIC else score

@@ -6,6 +6,7 @@ from pathlib import Path
 from ckptavg.coefficients import Coefficients
 from ckptavg.objective import Learned, PlainAverage, Strategy
 from ckptavg.options import Options
+from ckptavg.pipeline.expectation import expect
 from ckptavg.pipeline.preflight import check_format, check_space, check_strategy, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
 from ckptavg.pipeline.session import open_session
@@ -29,6 +30,8 @@ def run(strategy: Strategy, paths: Sequence[Path], options: Options, watch: Watc
         if options.dry_run:
             return blank_result(this.found, strategy, options, dry_run_plan(checkpoints, options))
         check_space(checkpoints[0], options)
+        if evaluator:
+            expect(this, evaluator, {"": strategy})
         if isinstance(strategy, PlainAverage):
             learned = Learned(coefficients=strategy.coefficients(len(checkpoints)))
         else:

@@ -10,6 +10,7 @@ from ckptavg.errors import UsageError, counted
 from ckptavg.objective import Learned, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
+from ckptavg.pipeline.expectation import expect
 from ckptavg.pipeline.preflight import check_format, check_space, check_strategy, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
 from ckptavg.pipeline.session import open_session
@@ -61,6 +62,7 @@ def compare(
             result = blank_result(this.found, strategies[REFERENCE], options, plan)
             return Comparison(**vars(result), winner="", strategies=())
         check_space(this.checkpoints[0], options)
+        expect(this, evaluator, strategies)
         evaluator.prepare()
         runs: list[_Run] = []
         for name, strategy in strategies.items():

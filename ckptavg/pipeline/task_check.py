@@ -191,18 +191,20 @@ def _check_split(mixture: Mixture, loader: BatchLoader, split: Split, notes: _Fi
     sizes, order = zip(*((batch.size, batch.checksum) for batch in loader.scored(split)), strict=True)
     again = BatchLoader(mixture.task, mixture.scored_on, mixture.run, CostMeter())  # reads the data, not its cache
     repeats = [batch.checksum for batch in again.scored(split)] == list(order)
-    seconds, score = (time.perf_counter() - start) / 2, None
+    seconds, score, forwards = (time.perf_counter() - start) / 2, None, None
     if not repeats:
         notes.remarks.append(changing_data(split))
     if split in mixture.splits:
         score = mixture.exact_score(_last(mixture), split)
         start = time.perf_counter()
         mixture.scoring.recompute_batchnorm()
+        before = mixture.meter["forward_batches"]
         mixture.scoring.evaluate(split, "the checkpoint")
         seconds = time.perf_counter() - start
+        forwards = (mixture.meter["forward_batches"] - before) / len(sizes)
     return SplitCheck(
         examples=sum(sizes), batches=len(sizes), seconds=seconds, repeats=repeats,
-        loss=score and score.loss, metric=score and score.metric,
+        loss=score and score.loss, metric=score and score.metric, forwards=forwards,
     )  # fmt: skip
 
 

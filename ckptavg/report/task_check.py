@@ -11,7 +11,10 @@ from ckptavg.score import Split
 
 @dataclass(frozen=True, kw_only=True)
 class SplitCheck:
-    """One split: its size, the score of the checkpoint and what that took."""
+    """One split: its size, the score of the checkpoint and what that took.
+
+    ``forwards`` counts the model's forward passes for each batch of a score.
+    """
 
     examples: int
     batches: int
@@ -19,6 +22,7 @@ class SplitCheck:
     repeats: bool
     loss: float | None
     metric: float | None
+    forwards: float | None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -56,6 +60,9 @@ class TaskCheck(Report):
         yield f"model       {self.model}"
         yield f"loss        {self.loss}"
         yield f"metric      {self.metric or 'none: scores are of the loss'}"
+        most = max(split.forwards or 0.0 for split in self.splits.values())
+        shared = "; with forward(model, batch) in the task file, one" if most > 1 else ""
+        yield f"forward     {most:.3g} {'passes' if most != 1 else 'pass'} of the model for each batch of a score{shared}"
         for name, split in self.splits.items():
             figures = {"loss": split.loss, self.metric.partition(", ")[0] or "metric": split.metric}
             scored = "".join(f", {kind} {value:.4f}" for kind, value in figures.items() if value is not None)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import Learned, Objective, Strategy
+from ckptavg.objective import Learned, Losses, Objective, Stage, Strategy
 from ckptavg.score import Split
 
 
@@ -49,6 +49,11 @@ class ASWA(Strategy):
         if self.early_reject and not bounded:
             hint = "set them in the task file, for an accuracy: metric_bounds = (0.0, 1.0)"
             raise UsageError("early rejection needs a metric with known bounds", hint=hint)
+
+    def stages(self, n: int, losses: Losses | None, scored_on: Split) -> Sequence[Stage]:
+        """See `Strategy.stages`."""
+        singles = self.hard_updates
+        return (Stage("walking through the candidates", scores=n - singles, singles=singles),)
 
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""

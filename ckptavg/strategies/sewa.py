@@ -3,12 +3,13 @@
 Shape suffixes: N = candidates, K = chosen, M = Monte Carlo samples.
 """
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ckptavg.errors import UsageError
-from ckptavg.objective import Hessian, Learned, Objective, Strategy, check_number, check_split
+from ckptavg.objective import Hessian, Learned, Losses, Objective, Stage, Strategy, check_number, check_split
 from ckptavg.score import Split
 
 
@@ -65,6 +66,22 @@ class SeWA(Strategy):
         """See `Strategy.check`."""
         check_number(self.k, n)
         check_split(self.on, splits)
+
+    def stages(self, n: int, losses: Losses | None, scored_on: Split) -> Sequence[Stage]:
+        """See `Strategy.stages`."""
+        if losses is None:
+            return (Stage("searching by scores", scores=self.evaluations),)
+        if self.solver == "quadratic":
+            from ckptavg.objective import curvature_stages
+            from ckptavg.strategies.solvers.subset_descent import MOVES
+
+            verifying = Stage("verifying subsets", scores=self.verify + (n - 1 if self.k == "auto" else 0))
+            moves = min(MOVES, self.verify - 1)
+            return curvature_stages(n, losses.batches(self.on or scored_on), verifying, moves)
+        count = (self.steps or default_steps(n)) * self.samples
+        learning = Stage("learning the mask", forward=count, backward=count)
+        scores = min(self.verify, math.comb(n, min(int(self.k), n))) if self.verify > 1 else 0
+        return (learning, Stage("verifying subsets", scores=scores))
 
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""

@@ -3,10 +3,12 @@
 Shape suffixes: N = candidates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import Learned, Objective, Strategy, scored_alone
+from ckptavg.objective import SCORED_ALONE, Learned, Losses, Objective, Stage, Strategy, scored_alone
+from ckptavg.score import Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,10 @@ class GreedySoup(Strategy):
         Wortsman et al. 2022, Model Soups: Averaging Weights of Multiple Fine-tuned Models Improves Accuracy without
         Increasing Inference Time, arXiv:2203.05482, recipe 1. Its authors' code also requires strict improvements.
     """
+
+    def stages(self, n: int, losses: Losses | None, scored_on: Split) -> Sequence[Stage]:
+        """See `Strategy.stages`."""
+        return (SCORED_ALONE, Stage("growing the soup", scores=n - 1))
 
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""

@@ -4,13 +4,13 @@ Shape suffixes: G = groups of tensors (blocks), N = candidates.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from ckptavg.coefficients import EVERYTHING
 from ckptavg.errors import UsageError, counted
-from ckptavg.objective import Hessian, Learned, Objective, Strategy, check_split
+from ckptavg.objective import Hessian, Learned, Losses, Objective, Stage, Strategy, check_split
 from ckptavg.score import Split
 
 FAR = (-1.0, 2.0)  # affine coefficients outside hint at overfitting of a small data set
@@ -82,6 +82,23 @@ class TWA(Strategy):
     def check(self, n: int, splits: Collection[Split], *, bounded: bool) -> None:
         """See `Strategy.check`."""
         check_split(self.on, splits)
+
+    def stages(self, n: int, losses: Losses | None, scored_on: Split) -> Sequence[Stage]:
+        """See `Strategy.stages`."""
+        if losses is None:
+            return (Stage("searching by scores", scores=self.evaluations),)
+        fit = self.on or scored_on
+        if self.solver == "quadratic":
+            from ckptavg.objective import curvature_stages
+            from ckptavg.strategies.solvers.subspace import MOVES, SEGMENT
+
+            along = Stage("verifying along the segment", scores=SEGMENT + MOVES * (SEGMENT - 1))
+            return curvature_stages(n, losses.batches(fit), along, MOVES)
+        held_out = self.patience is not None
+        count = self.epochs * losses.batches("fit" if held_out and fit == scored_on else fit)
+        count *= 2 if self.sam_rho else 1
+        scores = self.epochs + 1 if held_out else 0
+        return (Stage("training the coefficients", forward=count, backward=count, scores=scores),)
 
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""

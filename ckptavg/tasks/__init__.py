@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ckptavg.score import METRIC
@@ -51,6 +52,10 @@ class Task(Protocol):
         """Return the mean loss of a batch, or one loss per example [B]."""
         ...
 
+    def shared_forward(self) -> AbstractContextManager[bool]:
+        """Let the functions of one batch share a forward pass in the context; False if each one runs the model."""
+        return nullcontext(False)
+
     def has(self, split: Split) -> bool:
         """Return whether the task has data for this split."""
         ...
@@ -71,6 +76,13 @@ class Task(Protocol):
 
     def length(self, split: Split) -> int | None:
         """Return the number of batches of a split; None if unknown without reading it."""
+
+    def positions(self, split: Split) -> Sequence[int] | None:
+        """Return the place in its file of each example of a pass; None if the loader's order is kept."""
+
+    def unpadded(self, batch: Any) -> Any:
+        """Return the content of the examples of a batch, without what depends on the others, such as padding."""
+        return batch
 
     def halve(self) -> bool:
         """Halve the batch size after running out of memory; return False if it cannot be halved."""

@@ -40,6 +40,8 @@ class HeldOut(Task):
         self.corpus = task.corpus
         self.whole = task.whole
         self.metric = task.metric
+        self.shared_forward = task.shared_forward
+        self.unpadded = task.unpadded
         self.predict = task.predict
         self.metric_key = task.metric_key
         self.metric_goal = task.metric_goal
@@ -91,6 +93,10 @@ class HeldOut(Task):
         """See `Task.examples`; the size of a part is unknown before it is read."""
         return None if split in self._sides else self._task.examples(split)
 
+    def positions(self, split: Split) -> Sequence[int] | None:
+        """See `Task.positions`; the parts keep the order of the pass."""
+        return None if split in self._sides else self._task.positions(split)
+
     def length(self, split: Split) -> int | None:
         """See `Task.length`."""
         return None if split in self._sides else self._task.length(split)
@@ -99,7 +105,7 @@ class HeldOut(Task):
         """Return a 64-bit hash of the content of each of the ``size`` examples."""
         digests = [hashlib.blake2b(key=self._key, digest_size=8) for _ in range(size)]
         empty = digests[0].digest() if digests else b""
-        for leaf in batches.leaves(batch, examples=size):
+        for leaf in batches.leaves(self.unpadded(batch), examples=size):
             if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == size:
                 data = memoryview(raw(leaf))
                 row = len(data) // size

@@ -30,10 +30,11 @@ from ckptavg.tasks.guard import Guard
 from ckptavg.tasks.metric_settings import MetricSettings
 from ckptavg.tasks.model_state import ModelState
 from ckptavg.tasks.objects import TaskObjects
+from ckptavg.tasks.shared_forward import USERS, SharedForward, checked_forward
 from ckptavg.tasks.torch_metrics import CorpusMetric, metrics_by_name
 from ckptavg.tasks.worker_sampler import rank_loader, without_distributed_sampler
 
-_RUN_THE_MODEL: Final = ("loss", "metric", "predict")
+_RUN_THE_MODEL: Final = ("forward", *USERS)
 _BATCH_FUNCTIONS: Final = (*_RUN_THE_MODEL, "batch_size", "labels")
 
 
@@ -59,6 +60,10 @@ class PythonTask(Task):
             self._module: Any = _import(given) if isinstance(given, str) else given.namespace()
         self._model = self._function("model")
         self._loss = self._function("loss")
+        self._shared = SharedForward()
+        self._forward = checked_forward(self._module, source)
+        if self._forward is not None:
+            self.shared_forward = self._shared.one_batch
         stated = getattr(self._module, "batch_size", None)  # or a constant of the file
         self._batch_size = partial(self._call, "batch_size", stated) if callable(stated) else None
         if not self.has("val") and not self.has("train"):
@@ -67,7 +72,8 @@ class PythonTask(Task):
         has_predict = getattr(self._module, "predict", None) is not None
         predict = partial(self._call, "predict", self._function("predict")) if has_predict else None
         if named := metrics_by_name(metric):
-            outputs = predict and partial(self._outputs, predict)
+            outputs = predict or (self._forward and partial(self._call, "predict", lambda output, _: output))
+            outputs = outputs and partial(self._outputs, outputs)
             self.corpus = lambda: {
                 name: CorpusMetric(one, source=source, predict=outputs) for name, one in named.items()
             }
@@ -119,7 +125,8 @@ class PythonTask(Task):
 
     def _outputs(self, predict: Callable[..., Any], model: nn.Module, batch: Any) -> Any:
         outputs = predict(model, batch)
-        return (outputs, self._labels(batch)) if isinstance(outputs, Tensor) and outputs.ndim == 2 else outputs
+        is_pair = isinstance(outputs, Tensor) and (outputs.ndim == 2 or self._forward is not None)
+        return (outputs, self._labels(batch)) if is_pair else outputs
 
     def _labels(self, batch: Any) -> Any:
         function = getattr(self._module, "labels", None)
@@ -229,7 +236,11 @@ class PythonTask(Task):
         if name not in _RUN_THE_MODEL:
             with self._translate_errors(name, thorough=name not in _BATCH_FUNCTIONS):
                 return function(*args)
-        model: nn.Module = args[0]
+        (model, batch), forward = args, self._forward
+        if forward is not None and name in USERS:
+            output = self._shared(lambda: self._call("forward", forward, model, batches.copied(batch)))
+            with self._translate_errors(name), self._shared.unchanged(output, name, self.source):
+                return function(output, batch)
         if self._state is None or self._state.model is not model:
             self._state = ModelState(model)
         with self._translate_errors(name), self._state.restored(self.undone.setdefault(name, set())):

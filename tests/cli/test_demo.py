@@ -253,5 +253,5 @@ def test_a_terminal_shows_the_loss_the_time_left_and_the_certainty_of_the_mask(d
     assert process.stdout is not None and process.stdout.read() == b"averaged.safetensors\n" and process.wait() == 0
     process.stdout.close()
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
-    assert re.search(r"learning the mask .*/150 +loss 0\.\d{4} +sure \d+% +\d+:\d\d", text)
+    assert re.search(r"learning the mask .*/150 +loss 0\.\d{4} +sure \d+% +about \d+ s left", text)
     assert "scoring candidates" in text and "●" in text

@@ -443,6 +443,70 @@ def test_a_loss_that_runs_parts_of_the_model_counts_as_a_pass(tmp_path: Path, di
     assert plain.cost and result.cost and 0 <= plain.cost.forward_batches - result.cost.forward_batches <= 2
 
 
+SHARED = """
+def forward(net, batch): return net(batch[0])
+def loss(output, batch): return F.cross_entropy(output, batch[1], reduction="none")
+def metric(output, batch): return (output.argmax(1) == batch[1]).float()
+def predict(output, batch): return output.softmax(1)
+"""
+
+
+@pytest.mark.parametrize(("strategy", "settings"), [
+    ("soup", {}), ("sewa", {"k": 2, "steps": 4}), ("sewa", {"k": 2, "solver": "quadratic"}), ("twa", {"epochs": 1}),
+])  # fmt: skip
+def test_a_shared_forward_gives_the_same_file_at_one_pass_a_batch(
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, settings: dict[str, object]
+):
+    predict = "def predict(m, b): return m(b[0]).softmax(1)"
+    apart = averaged(tmp_path, digits, predict, strategy, **settings)
+    monkeypatch.setenv("FORWARDS", "0")
+    shared = averaged(tmp_path, digits, FORWARDS + SHARED, strategy, **settings)
+    assert apart.output and shared.output and apart.cost and shared.cost
+    assert shared.output.sha256 == apart.output.sha256  # the same operations in the same order
+    assert shared.scores["val"].figures == apart.scores["val"].figures
+    forward_mode = 16 if "solver" in settings else 0  # counted as well, four batches along four candidates
+    assert int(os.environ["FORWARDS"]) + forward_mode == shared.cost.forward_batches
+    assert shared.cost.forward_batches < apart.cost.forward_batches
+
+
+@pytest.mark.parametrize(("code", "message"), [
+    ("def loss(net, b): return net.sum()", r"loss\(net, b\) takes the model, but it gets the result of forward\(\)"),
+    ("def metric(net, b): return net.sum()", r"metric\(net, b\) takes the model"),
+    ("def forward(x): return x", r"forward\(\) must take \(model, batch\), not \(x\)"),
+])  # fmt: skip
+def test_a_function_that_takes_the_model_beside_forward_is_refused(tmp_path: Path, code: str, message: str):
+    with pytest.raises(TaskError, match=message):
+        PythonTask(written(tmp_path, SHARED + code))
+
+
+@pytest.mark.parametrize(("code", "message"), [
+    ("def loss(o, b): return F.cross_entropy(o.mul_(2), b[1])", r"loss\(\) changes the result of forward\(\) in place"),
+    ("def forward(m, b): return m(b[0], 1)", r"in forward, batch 1 of train_dataloader: TypeError"),
+    ("def forward(m, b): return m(b[0]).detach()", r"loss\(\) has no gradient"),
+])  # fmt: skip
+def test_errors_of_a_shared_forward_name_the_function(tmp_path: Path, digits: Path, code: str, message: str):
+    strategy = "twa" if "detach" in code else "soup"
+    with pytest.raises(TaskError, match=message):
+        averaged(tmp_path, digits, SHARED + code, strategy)
+
+
+def test_what_forward_changes_is_undone_and_its_batch_is_a_copy(tmp_path: Path, digits: Path):
+    changes = (
+        "def forward(m, b):\n m.train(); m.eval(); out = m(b[0]); m.train(); b[0].zero_(); b[1].zero_()\n return out"
+    )
+    plain, changed = (averaged(tmp_path, digits, SHARED + code, "soup") for code in ("", changes))
+    assert figures(plain) == figures(changed) and not [w for w in changed.warnings if "training mode" in w]
+    assert plain.output and changed.output and plain.output.sha256 == changed.output.sha256
+
+
+def test_a_torchmetric_gets_the_result_of_forward(tmp_path: Path, digits: Path):
+    metric = "from torchmetrics.classification import MulticlassF1Score\nmetric = MulticlassF1Score(10)\n"
+    apart = averaged(tmp_path, digits, metric)
+    shared = averaged(tmp_path, digits, SHARED.partition("def predict")[0] + metric)
+    assert apart.cost and shared.cost and shared.cost.forward_batches < apart.cost.forward_batches
+    assert figures(apart) == figures(shared)
+
+
 @pytest.mark.parametrize("baselines", [True, False])
 def test_early_rejection_never_costs_more(tmp_path: Path, digits: Path, baselines: bool):
     bounds = "metric_bounds = (0.0, 1.0)"

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 
 from ckptavg.checkpoints.discover import discover
 from ckptavg.checkpoints.window import Window
+from ckptavg.coefficients import Coefficients
 from ckptavg.context import Run
 from ckptavg.errors import CkptavgError, InputError, TaskError, UsageError
 from ckptavg.objective.mixture import Mixture
 from ckptavg.options import Options
+from ckptavg.tasks.holdout import HeldOut
 from ckptavg.tasks.hugging_face import HuggingFaceTask
+from ckptavg.tasks.hugging_face.tokens import collated
 
 transformers = pytest.importorskip("transformers")
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<end>"]
@@ -139,8 +142,10 @@ def saved(folder: Path, auto: str) -> nn.Module:
 
 
 def measured(task: HuggingFaceTask, model: nn.Module, function: str = "loss") -> Tensor:
+    """Return the values of all examples in the order of the file."""
     with torch.no_grad():
-        return torch.cat([getattr(task, function)(model, batch) for batch in task.batches("val")])
+        values = torch.cat([getattr(task, function)(model, batch) for batch in task.batches("val")])
+    return values[torch.tensor(task.positions("val")).argsort()]
 
 
 def reference_loss(model: nn.Module, ids: list[int], predicted: range) -> float:
@@ -217,7 +222,8 @@ def test_every_pass_masks_the_same_tokens_however_they_are_batched(root: Path, t
     assert measured(first, model).equal(one_by_one)
     assert measured(second, model).tolist() == pytest.approx(one_by_one.tolist(), abs=ROUNDING)
     changed = 0
-    for text, batch, loss in zip(TEXTS, first.batches("val"), one_by_one.tolist(), strict=True):
+    for place, batch in zip(first.positions("val") or (), first.batches("val"), strict=True):
+        text, loss = TEXTS[place], float(one_by_one[place])
         ids = tokenizer(template=True)(text, truncation=True, max_length=LIMIT)["input_ids"]
         labels = batch["labels"][0].tolist()
         masked = [t for t, label in enumerate(labels) if label != -100]
@@ -256,9 +262,10 @@ def test_the_metric_reuses_the_logits_of_the_loss_but_never_stale_ones(root: Pat
     batch = next(task.batches("val"))
     assert task.metric is not None
     with torch.no_grad():
-        task.loss(model, batch)
-        once = task.metric(model, batch)
-        assert len(passes) == 1
+        with task.shared_forward() as shared:
+            task.loss(model, batch)
+            once = task.metric(model, batch)
+        assert shared and len(passes) == 1
         model.classifier.bias.copy_(torch.tensor([100.0, 0, 0]))
         assert not task.metric(model, batch).any() and len(passes) == 2
     assert once.shape == (8,)
@@ -348,6 +355,48 @@ def test_only_training_data_is_shuffled_by_the_callers_seed(root: Path, texts: P
     assert order("val", 0) == order("test", 1) == order("val", 2)
     assert order("train", 0) == order("train", 0) != order("train", 1)
     assert sorted(order("train", 1)) == sorted(order("val", 1))
+
+
+def test_scores_and_halves_do_not_depend_on_how_texts_are_batched(root: Path, texts: Path):
+    """Compare values of texts, checksums and the held-out half of several batch sizes; rounding differs."""
+    lengths = [len(ids) for ids in tokenizer(template=False)(TEXTS)["input_ids"]]
+    assert sorted(lengths) != lengths
+    scores, halves = [], []
+    for size in (1, 3, 8, None):
+        task = HuggingFaceTask(root / "gpt2", val=texts, batch_size=size)
+        with discover([root / "gpt2"], key=None) as found:
+            mixture = Mixture(task, found.checkpoints, Run(device=torch.device("cpu")))
+            scores.append(mixture.score(Coefficients.uniform([0], 1)))
+            if size is None:
+                assert mixture.task.halve() and task.halve()
+                mixture = Mixture(task, found.checkpoints, Run(device=torch.device("cpu")))
+                scores.append(mixture.score(Coefficients.uniform([0], 1)))
+        held = HeldOut(HuggingFaceTask(root / "gpt2", val=texts, batch_size=size), "val", rest="val", to="test",
+                       fraction=0.5, seed=0)  # fmt: skip
+        halves.append(sorted(text for batch in held.batches("test") for text in held.unpadded(batch)))
+    model = saved(root / "gpt2", "GPT2LMHeadModel")
+    expected = -measured(HuggingFaceTask(root / "gpt2", val=texts, batch_size=1), model)
+    for score in scores:
+        assert score.per_example is not None and scores[0].per_example is not None
+        assert score.per_example.values_U.tolist() == pytest.approx(expected.tolist(), abs=ROUNDING)
+    assert len({score.per_example.order for score in scores[-2:] if score.per_example}) == 1  # they can be paired
+    assert halves.count(halves[0]) == len(halves) and 0 < len(halves[0]) < len(TEXTS)
+
+
+def test_batches_have_texts_of_similar_lengths_in_another_order_for_each_training_pass(root: Path, tmp_path: Path):
+    texts = lines(tmp_path / "words.jsonl", [{"text": "a" * (1 + 7 * i % 40)} for i in range(203)])
+    task = HuggingFaceTask(root / "bert", val=texts, train=texts)
+    read = {split: [[list(batch["input_ids"].shape) for batch in task.batches(split)] for _ in range(2)]
+            for split in ("val", "train")}  # fmt: skip
+    tokens = len([label for row in task._encoded("val") for label in row["input_ids"]])  # pyright: ignore
+    for split, (first, second) in read.items():
+        padded = sum(size * longest for size, longest in first)
+        in_file_order = sum(
+            int(collated(task._encoded("val")[i : i + 8], 0)["input_ids"].numel()) for i in range(0, 203, 8)
+        )
+        assert tokens <= padded < tokens + 0.25 * (in_file_order - tokens)
+        assert [size for size, _ in first] == [8] * 25 + [3] and (first == second) == (split == "val")
+        assert first != sorted(first)
 
 
 def test_automatic_batch_sizes_are_halved_down_to_one_even_during_a_pass(root: Path, texts: Path):

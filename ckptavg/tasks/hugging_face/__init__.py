@@ -19,7 +19,17 @@ from ckptavg.tasks import Task
 from ckptavg.tasks.hugging_face import data_files
 from ckptavg.tasks.hugging_face.architecture import WRITE_ONE, ModelFolder, translate_errors
 from ckptavg.tasks.hugging_face.data_files import DataFile
-from ckptavg.tasks.hugging_face.tokens import IGNORED, UNLIMITED, Example, Tokens, collated, max_tokens, padding
+from ckptavg.tasks.hugging_face.tokens import (
+    IGNORED,
+    UNLIMITED,
+    Example,
+    Tokens,
+    collated,
+    grouped_by_length,
+    max_tokens,
+    padding,
+)
+from ckptavg.tasks.shared_forward import SharedForward
 from ckptavg.tasks.worker_sampler import RankBatchSampler
 
 AUTOMATIC: Final = 32  # examples per batch, if no batch size is given
@@ -46,8 +56,9 @@ class HuggingFaceTask(Task):
     tokenizer; no end token is added. The masked tokens are a function of the text, so every pass masks the same; 80 %
     of them become the mask, 10 % a random token, and 10 % stay. Padding is on the right and does not affect the loss.
 
-    Texts are truncated to the limits of the model and its tokenizer. A prompt that is too long keeps its end. A text
-    without a token to predict, such as an empty one, is skipped; a completion without one is an error.
+    A batch has texts of similar lengths, so that little of it is padding; scores have an example's value at its place
+    in the file. Texts are truncated to the limits of the model and its tokenizer. A prompt that is too long keeps its
+    end. A text without a token to predict, such as an empty one, is skipped; a completion without one is an error.
 
     Args:
         folder: directory with config.json (or PEFT's adapter_config.json), and the tokenizer or image processor.
@@ -67,6 +78,7 @@ class HuggingFaceTask(Task):
     ) -> None:  # fmt: skip
         self.source = str(folder)
         self._batch_size = batch_size or AUTOMATIC
+        self._block = self._batch_size  # examples that stay together, also after `halve`
         self._may_halve = batch_size is None
         named: dict[Split, Path | None] = {"val": val, "train": train, "test": test}
         self._data = {split: data_files.read(path) for split, path in named.items() if path is not None}
@@ -87,7 +99,8 @@ class HuggingFaceTask(Task):
             self.metric_name = "accuracy"
         self._examples: dict[Split, list[Example]] = {}
         self._pixels: dict[tuple[Split, int], Tensor] = {}
-        self._forwarded: tuple[nn.Module, Any, Tensor] | None = None
+        self._shared = SharedForward()
+        self.shared_forward = self._shared.one_batch
 
     def model(self) -> nn.Module:
         """See `Task.model` and `ModelFolder.build`."""
@@ -99,7 +112,6 @@ class HuggingFaceTask(Task):
             labels = batch["labels"]
             logits = self._logits(model, batch)
             if self.metric is not None:
-                self._forwarded = None if torch.is_grad_enabled() else (model, batch, logits)
                 return functional.cross_entropy(logits, labels, reduction="none")
             if self._kind.name == "causal":
                 labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -120,7 +132,7 @@ class HuggingFaceTask(Task):
         return split in self._data
 
     def batches(self, split: Split) -> Iterator[Any]:
-        """See `Task.batches`; in file order, except that training data is shuffled."""
+        """See `Task.batches`; texts of similar lengths are together, in an order that only training data change."""
         order, start = self._order(split), 0
         while start < len(order):
             chosen = order[start : start + self._batch_size]
@@ -146,25 +158,40 @@ class HuggingFaceTask(Task):
         return None if count is None else -(-count // self._batch_size)
 
     def _order(self, split: Split) -> Sequence[int]:
-        count = self.examples(split) or 0
-        return torch.randperm(count).tolist() if split == "train" else range(count)
+        """Return the order of a pass; see `grouped_by_length`."""
+        count, is_train = self.examples(split) or 0, split == "train"
+        order = torch.randperm(count).tolist() if is_train else range(count)
+        if self._kind.name == "image":
+            return order
+        lengths = [sum(map(len, (one["input_ids"], one["labels"].view(-1)))) for one in self._encoded(split)]
+        return grouped_by_length(order, lengths, self._block, None if is_train else torch.Generator().manual_seed(0))
+
+    def positions(self, split: Split) -> Sequence[int] | None:
+        """See `Task.positions`."""
+        return self._order(split) if split in self._data and split != "train" else None
+
+    def unpadded(self, batch: Any) -> Any:
+        """See `Task.unpadded`; one string of tokens and labels for each text."""
+        if self._kind.name == "image":
+            return batch
+        lengths, labels = batch["attention_mask"].sum(dim=1).tolist(), batch["labels"].reshape(len(batch["labels"]), -1)
+        rows = zip(batch["input_ids"].tolist(), lengths, labels.tolist(), strict=True)
+        return [f"{ids[:n]} {[label for label in own if label != IGNORED]}" for ids, n, own in rows]
 
     def _batch(self, split: Split, chosen: Sequence[int]) -> Any:
         with translate_errors(self.source, f"{split} data"):
             return collated([self._example(split, i) for i in chosen], padding(self._processor))
 
     def _accuracy(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return whether the most probable class is the label [B]; reuses the logits if `loss` just computed them."""
+        """Return whether the most probable class is the label [B]; see `Task.shared_forward`."""
         with translate_errors(self.source, "metric"):
-            last, self._forwarded = self._forwarded, None
-            same = last is not None and last[0] is model and last[1] is batch
-            logits = last[2] if last and same else self._logits(model, batch)
-            return (logits.argmax(dim=-1) == batch["labels"]).float()
+            return (self._logits(model, batch).argmax(dim=-1) == batch["labels"]).float()
 
     def _logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return logits [B, T, V] or [B, V]; encoder-decoder models derive the decoder inputs from the labels."""
         needs_labels = self._kind.name == "seq2seq"
-        return model(**{name: tensor for name, tensor in batch.items() if needs_labels or name != "labels"}).logits
+        inputs = {name: tensor for name, tensor in batch.items() if needs_labels or name != "labels"}
+        return self._shared(lambda: model(**inputs).logits)
 
     def _encoded(self, split: Split) -> list[Example]:
         """Return the tokenized examples of a text split, cached after the first call."""

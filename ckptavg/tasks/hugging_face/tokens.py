@@ -4,6 +4,7 @@ Shape suffixes: B = examples, T = tokens of a text, or of the longest text of a 
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 IGNORED: Final = -100  # the label of a token that is not predicted
 MASKED: Final = 0.15  # fraction of the tokens of a text, as in the training of BERT
+_SORTED: Final = 50  # batches
 UNLIMITED: Final = 1 << 30  # tokenizers without a limit report more than this
 # position ids of these models start at pad_token_id + 1, so that many fewer are usable
 _OFFSET: Final = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "xmod")
@@ -97,6 +99,21 @@ def padding(tokenizer: Any) -> int:
     """Return the padding token id, else the end token id, else 0 (such as for images)."""
     token_ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
     return next((token for token in token_ids if token is not None), 0)
+
+
+def grouped_by_length(
+    order: Sequence[int], lengths: Sequence[int], size: int, generator: torch.Generator | None = None
+) -> list[int]:
+    """Return ``order`` in batches of ``size`` examples of similar lengths, of which the full ones are shuffled.
+
+    Examples are sorted by length within every `_SORTED` batches, as by `group_by_length` of transformers' Trainer, so
+    training data stay random. ``generator`` shuffles; None is torch's global one.
+    """
+    parts = (order[start : start + _SORTED * size] for start in range(0, len(order), _SORTED * size))
+    by_length = [i for part in parts for i in sorted(part, key=lengths.__getitem__)]
+    full = len(order) // size
+    numbers = [*torch.randperm(full, generator=generator).tolist(), full]
+    return [i for number in numbers for i in by_length[number * size : (number + 1) * size]]
 
 
 def collated(examples: list[Example], pad: int) -> dict[str, Tensor]:

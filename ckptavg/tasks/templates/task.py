@@ -41,7 +41,8 @@ def metric(model: nn.Module, batch) -> torch.Tensor:
     return (model(inputs).argmax(dim=1) == labels).float()
 
 
-# metric() may return several values by name, and predict(model, batch) class probabilities: docs/scoring.md
+# metric() may return several values by name, and predict(model, batch) class probabilities; with forward(model, batch),
+# loss(output, batch), metric and predict share one forward pass: docs/scoring.md
 metric_goal = "max"  # "min" where a smaller metric is better
 metric_bounds = (0.0, 1.0)  # optional: its range; `aswa --early-reject` needs it
 
