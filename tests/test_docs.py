@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -234,6 +236,28 @@ def test_the_template_that_init_writes_runs_as_it_is(run: Run, demo_folder: Path
     assert run("sewa", demo_folder / "ckpts", "--k", 3, "--steps", 5).returncode == 0
     assert run("init").returncode == 6
     assert run("init", "--force").returncode == 0
+
+
+def test_the_script_that_init_writes_scores_a_file_as_the_task_does(run: Run, demo_folder: Path, tmp_path: Path):
+    shutil.copy(demo_folder / "task.py", tmp_path / "train.py")
+    script = tmp_path / run("init", "--score-cmd").stdout.strip()
+    assert script.name == "eval.py"
+    script.write_text(script.read_text().replace("Net, val_loader", "model as Net, val_dataloader as val_loader"))
+    scores = []
+    for way in (("--task", "train.py"), ("--score-cmd", f"{sys.executable} eval.py {{}}")):
+        done = run("last", demo_folder / "ckpts", *way, "--no-baselines", "--json", "--force")
+        assert done.returncode == 0, done.stderr
+        scores.append(json.loads(done.stdout)["scores"]["val"]["metric"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_init_replaces_no_file_and_writes_one_template(run: Run, tmp_path: Path):
+    for option in ("--hf", "--lightning", "--score-cmd"):
+        (tmp_path / "mine.py").write_text("precious")
+        assert run("init", option, "mine.py").returncode == 6 and (tmp_path / "mine.py").read_text() == "precious"
+        done = run("init", option, "mine.py", "--force")
+        assert done.returncode == 0 and "# EDIT" in (tmp_path / "mine.py").read_text() and "mine.py" in done.stderr
+    assert run("init", "--hf", "--lightning", "new.py").returncode == 2 and not (tmp_path / "new.py").exists()
 
 
 def test_the_committed_versions_pin_torch():

@@ -36,7 +36,7 @@ def _train(folder: Path) -> None:
     import torch
 
     from ckptavg.runtime.seeds import reproducible
-    from ckptavg.tasks import template as task
+    from ckptavg.tasks.templates import task
 
     with reproducible(0):
         model = task.model()

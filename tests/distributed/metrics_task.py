@@ -6,7 +6,7 @@ import torch
 from jobs.mlp import loss, model, train_dataloader
 from torch import Tensor, nn
 
-from ckptavg.tasks.template import val_dataloader
+from ckptavg.tasks.templates.task import val_dataloader
 
 __all__ = ["loss", "model", "train_dataloader", "val_dataloader"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ckptavg.tasks.template import *  # noqa: F403
-from ckptavg.tasks.template import loss, train_dataloader
+from ckptavg.tasks.templates.task import *  # noqa: F403
+from ckptavg.tasks.templates.task import loss, train_dataloader
 
 
 def model() -> nn.Module:

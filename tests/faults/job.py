@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ckptavg.tasks import template
+from ckptavg.tasks.templates import task
 
 TRAINING = 10_000  # examples from this index on are training data
 metric_bounds = (0.0, 1.0)
@@ -58,7 +58,7 @@ def test_dataloader() -> DataLoader:
 
 
 def _loader(count: int, seed: int, start: int, *, shuffle: bool = False) -> DataLoader:
-    moons, labels = template._two_moons(count, seed).tensors
+    moons, labels = task._two_moons(count, seed).tensors
     data = TensorDataset(moons, labels, torch.arange(start, start + count))
     return DataLoader(data, batch_size=50, shuffle=shuffle, num_workers=int(os.environ.get("WORKERS", "0")))
 

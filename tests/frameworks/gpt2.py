@@ -27,19 +27,24 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def train(folder: Path, *, callbacks: Sequence[TrainerCallback] = (), evaluate: bool = False) -> None:
-    """Train a GPT-2 of 40 thousand parameters with tied embeddings, save it six times, and write two files of lines."""
+def fresh_tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
     bpe.train_from_iterator(
         LINES, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<eos>"], show_progress=False)
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=len(tokenizer), n_positions=48, n_embd=32, n_layer=2, n_head=2, eos_token_id=1)
-    )
-    encoded = [tokenizer(line, truncation=True, max_length=48)["input_ids"] for line in LINES[:120]]
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+
+
+def config() -> GPT2Config:
+    return GPT2Config(vocab_size=300, n_positions=48, n_embd=32, n_layer=2, n_head=2, eos_token_id=1, pad_token_id=1)
+
+
+def fit(
+    folder: Path, model: Any, data: list[dict[str, Any]], collator: Any, tokenizer: Any, *,
+    callbacks: Sequence[TrainerCallback] = (), evaluate: bool = False,
+) -> None:  # fmt: skip
+    """Train with the Trainer on 120 examples, and save six times."""
     with quiet():
         arguments = transformers.TrainingArguments(
             str(folder / "run"), num_train_epochs=2, per_device_train_batch_size=10, learning_rate=5e-3, save_steps=4,
@@ -47,10 +52,18 @@ def train(folder: Path, *, callbacks: Sequence[TrainerCallback] = (), evaluate: 
             eval_strategy="epoch" if evaluate else "no",
         )  # fmt: skip
         transformers.Trainer(
-            model, arguments, train_dataset=[{"input_ids": ids} for ids in encoded], processing_class=tokenizer,
-            data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False), callbacks=[*callbacks],
-            eval_dataset=[{"input_ids": ids} for ids in encoded[:20]] if evaluate else None,
+            model, arguments, train_dataset=data, eval_dataset=data[:20] if evaluate else None,
+            processing_class=tokenizer, data_collator=collator, callbacks=[*callbacks],
         ).train()  # fmt: skip
+
+
+def train(folder: Path, **more: Any) -> None:
+    """Train a GPT-2 of 40 thousand parameters with tied embeddings, and write two files of lines."""
+    tokenizer = fresh_tokenizer()
+    torch.manual_seed(0)
+    encoded = [tokenizer(line, truncation=True, max_length=48)["input_ids"] for line in LINES[:120]]
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    fit(folder, GPT2LMHeadModel(config()), [{"input_ids": ids} for ids in encoded], collator, tokenizer, **more)
     for name, lines in (("val", LINES[120:160]), ("test", LINES[160:200])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from by_hand import averaged_by_hand
 from conftest import Run
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from safetensors.torch import load_file
+from templates import fill_in
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -122,11 +124,22 @@ def test_a_callback_averages_a_copy_of_the_module_when_the_training_ends(
     assert result.output.sha256 == by_hand.output.sha256
 
 
-def test_a_module_is_a_task(run: Run, run_folder: Path, tmp_path: Path):
-    """The hooks of a task file are Lightning's: a module's own functions make one."""
-    (tmp_path / "task.py").write_text(
-        "from test_lightning import Module, data\nfrom torch import nn\n\nmodel = Module\nval_dataloader = data\n\n"
-        "def loss(model, batch):\n    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction='none')\n"
-    )
-    done = run("aswa", run_folder)
+class Data(lightning.LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        return data()
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+def test_the_template_of_init_scores_the_module_that_was_trained(run: Run, run_folder: Path, tmp_path: Path):
+    fill_in(run, tmp_path, "--lightning", {"from train import": "from test_lightning import"})
+    done = run("aswa", run_folder, "--json")
     assert done.returncode == 0, done.stderr
+    score = json.loads(done.stdout)["scores"]["test"]
+    module = Module()
+    module.load_state_dict(load_file(tmp_path / "averaged.safetensors"))
+    inputs, labels = data().dataset[:]
+    with torch.no_grad():
+        logits = module(inputs)
+    assert score["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    assert score["metric"] == pytest.approx(float((logits.argmax(dim=1) == labels).float().mean()), abs=1e-6)

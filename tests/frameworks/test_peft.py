@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import Run
 from gpt2 import LINES, logits, steps
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -146,6 +148,27 @@ def test_a_command_scores_the_exact_adapter(run: Run, adapters: Path, tmp_path: 
     done = run("swa", adapters, "-o", "out/", "--adapter", "exact", "--score-cmd", command, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["scores"]["val"]["metric"] == 16
+
+
+def test_the_lines_of_the_readme_load_what_was_written(
+    run: Run, trainer_run: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    lines = re.findall(r"^    (\S.*?) +# ", readme.split("\n## Use the result\n")[1].split("\n## ")[0], re.MULTILINE)
+    model, base = nn.Linear(2, 1), AutoModelForCausalLM.from_pretrained(steps(trainer_run)[-1])
+    (tmp_path / "plain").mkdir()
+    for step in (1, 2):
+        save_file({"weight": torch.ones(1, 2), "bias": torch.ones(1)}, tmp_path / "plain" / f"step-{step}.safetensors")
+    names = {**globals(), "safetensors": safetensors, "model": model, "base": base}
+    monkeypatch.chdir(tmp_path)
+    for line, folder in zip(lines, ("plain", trainer_run / "run", adapters), strict=True):
+        output = "averaged/" if "averaged/" in line else "averaged.safetensors"
+        assert run("swa", folder, "-o", output).returncode == 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's warning about deprecations of transformers
+            exec(line, names)
+        shutil.rmtree("averaged", ignore_errors=True)
+    assert model.weight.tolist() == [[1.0, 1.0]]
 
 
 def test_an_adapter_of_another_base_is_refused(run: Run, adapters: Path, tmp_path: Path):

@@ -14,10 +14,17 @@ import pytest
 import torch
 from by_hand import averaged_by_hand
 from conftest import Run
-from gpt2 import logits, steps, train
+from gpt2 import LINES, config, fit, fresh_tokenizer, logits, steps, train
 from safetensors.torch import load_file, save_file
+from templates import fill_in
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+)
 
 import ckptavg
 from ckptavg import callbacks
@@ -124,6 +131,25 @@ def test_an_output_layer_saved_beside_its_embedding_stays_tied(run: Run, trainer
     assert done.returncode == 0, done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_the_template_of_init_scores_as_without_a_task_file(run: Run, tmp_path: Path):
+    tokenizer, data = fresh_tokenizer(), [{"text": line, "label": int("(" in line)} for line in LINES[:160]]
+    encoded = [{**tokenizer(row["text"], truncation=True, max_length=48), "labels": row["label"]} for row in data[:120]]
+    torch.manual_seed(0)
+    fit(tmp_path, GPT2ForSequenceClassification(config()), encoded, DataCollatorWithPadding(tokenizer), tokenizer)
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data[120:]))
+    edits = {"run/checkpoint-300": str(steps(tmp_path)[0]), "128": "48", "test.jsonl": "val.jsonl"}
+    fill_in(run, tmp_path, "--hf", edits)
+    scores = []
+    for options in (("--val", "val.jsonl"), ("--task", "task.py")):
+        done = run("eval", "run", *options, "--json")
+        assert done.returncode == 0, done.stderr
+        scores.append([one["val"] for one in json.loads(done.stdout)])
+    for without, templated in zip(*scores, strict=True):
+        assert templated["metric"] == without["metric"]
+        assert templated["loss"] == pytest.approx(without["loss"], rel=1e-5)
+    assert run("sewa", "run", "--k", 2, "--steps", 5, "-o", "averaged/").returncode == 0
 
 
 def test_a_run_without_tokenizer_is_an_error_with_a_remedy(run: Run, trainer_run: Path, tmp_path: Path):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ckptavg.tasks.template import *  # noqa: F403
-from ckptavg.tasks.template import loss, model, train_dataloader
+from ckptavg.tasks.templates.task import *  # noqa: F403
+from ckptavg.tasks.templates.task import loss, model, train_dataloader
 
 
 def train(folder: Path, checkpoints: int = 14) -> None:
