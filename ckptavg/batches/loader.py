@@ -38,6 +38,14 @@ class RankBatch(NamedTuple):
     counted: bool
 
 
+def changing_data(split: Split) -> str:
+    """Return the remark on a split whose data differ between passes."""
+    return (
+        f"{split}_dataloader() gives other examples, or another order, in every pass: scores differ by chance too, and "
+        "their differences are not paired. Fix its order and its random transforms"
+    )
+
+
 class BatchLoader:
     """Batches of a task's loaders, on the device.
 

@@ -13,6 +13,8 @@ from ckptavg.average import PlannedOutput
 from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.candidates import Candidates, sharded
 from ckptavg.candidates.copied import copied_tensors
+from ckptavg.candidates.flat import unique_tensors
+from ckptavg.candidates.loading import ReadInto, Specs, read
 from ckptavg.candidates.plan import Plan
 from ckptavg.candidates.products import why_slow
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -110,6 +112,23 @@ class MixedModel:
             message = f"the model must be ready to run, but its {empty} is on the meta device: allocate it"
             raise TaskError(message, path=self.task.source)
         return model.to(self.run.device)
+
+    def build_from(self, specs: Specs, read_into: ReadInto, adapter: Mapping[str, Any] | None = None) -> CountedModel:
+        """Return a new model with the tensors of a file."""
+        model = self.build(adapter)
+        state = model.state_dict(keep_vars=True)
+        for names, tensor in unique_tensors(model):
+            values = torch.empty_like(tensor, requires_grad=False)
+            read(names, specs, read_into, values)
+            state |= dict.fromkeys(names, values)
+        model.load_state_dict(state, strict=True)
+        return CountedModel(model.eval(), self.count)
+
+    @property
+    def eps(self) -> float:
+        """The largest relative spacing of the numbers that parameters can have."""
+        dtypes = {weights.dtype for weights in self.model.parameters() if weights.is_floating_point()}
+        return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
     @property
     def model(self) -> nn.Module:

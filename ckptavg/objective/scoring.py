@@ -11,10 +11,8 @@ from torch import Tensor
 
 from ckptavg.average import held_in_memory
 from ckptavg.average.weighted_sum import output_specs
-from ckptavg.batches.loader import BatchLoader
+from ckptavg.batches.loader import BatchLoader, changing_data
 from ckptavg.candidates import ReadInto
-from ckptavg.candidates.flat import unique_tensors
-from ckptavg.candidates.loading import read
 from ckptavg.coefficients import Coefficients
 from ckptavg.cost import CostMeter
 from ckptavg.errors import TaskError, is_out_of_memory
@@ -34,14 +32,6 @@ from ckptavg.tasks.torch_metrics import CorpusMetric, Resampled, update
 
 class _BelowError(Exception):
     """Raised when a score is sure to be below a threshold."""
-
-
-def changing_data(split: Split) -> str:
-    """Return the remark on a split whose data differ between passes."""
-    return (
-        f"{split}_dataloader() gives other examples, or another order, in every pass: scores differ by chance too, and "
-        "their differences are not paired. Fix its order and its random transforms"
-    )
 
 
 class Scoring:
@@ -110,10 +100,9 @@ class Scoring:
             return 1
         if "candidates" not in vars(mixed):
             return None  # whether there is BatchNorm is not known yet
-        passes: list[tuple[Split, int]] = [
-            (split, self._forwards),
-            *([(self._batchnorm_from, 1)] if mixed.norms else []),
-        ]
+        passes: list[tuple[Split, int]] = [(split, self._forwards)]
+        if mixed.norms:
+            passes.append((self._batchnorm_from, 1))
         counts = [(self._loader.known_length(part), runs) for part, runs in passes]
         return sum((count or 0) * runs for count, runs in counts) if all(count for count, _ in counts) else None
 
@@ -154,9 +143,7 @@ class Scoring:
                 return self.evaluate(split, "the average", model)
 
             scores[split] = self._written.find((coefficients, split, True), partial(self._loader.with_memory, measure))
-        dtypes = {weights.dtype for weights in self._mixed.model.parameters() if weights.is_floating_point()}
-        eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
-        if known is not None and differs(known, scores[splits[0]], eps):
+        if known is not None and differs(known, scores[splits[0]], self._mixed.eps):
             raise TaskError(
                 f"the average has {_figures(scores[splits[0]])} in a fresh model, and {_figures(known)} in the one "
                 "of the search: something besides the state dict decides, such as weights that are merged or cached in "
@@ -200,19 +187,12 @@ class Scoring:
         if mixed.search.shard:
             return mixed.counted
         try:
-            model = mixed.build(adapter)
+            return mixed.build_from(specs, read_into, adapter)
         except (RuntimeError, MemoryError) as error:
             if adapter is not None or not is_out_of_memory(error):
                 raise
             self.notes.append("the file was not scored in a fresh model: out of memory")
             return mixed.counted
-        state = model.state_dict(keep_vars=True)
-        for names, tensor in unique_tensors(model):
-            values = torch.empty_like(tensor, requires_grad=False)
-            read(names, specs, read_into, values)
-            state |= dict.fromkeys(names, values)
-        model.load_state_dict(state, strict=True)
-        return CountedModel(model.eval(), mixed.count)
 
     def _key(self, coefficients: Coefficients, split: Split, *, exact: bool) -> ScoreKey:
         """Return the key of a score; a single checkpoint is read from its file at no extra cost."""
@@ -233,9 +213,7 @@ class Scoring:
                 plan = mixed.exact_adapter(coefficients)
                 model = self._fresh_model(plan.specs, held_in_memory(plan), plan.config)
                 return self._pass(split, mixed.describe(coefficients), workers, model=model)
-            self._note(
-                "the search scored averages of the adapters' factors; the scores in the report are of exact ones"
-            )
+            self._note("the search scored averages of the adapters' factors; the report's scores are of exact ones")
         mixed.set_to(coefficients, exact=exact or len(coefficients.selected) == 1)
         with autocast(OWN if exact else mixed.precision, mixed.run.device):
             self.recompute_batchnorm()
@@ -293,8 +271,8 @@ class Scoring:
         names = [score.name, *score.others]
         self._names = self._names or names
         if names != self._names:
-            message = f"metric() must return the same names for every model and split, not {', '.join(names)} for "
-            raise TaskError(f"{message}{what}, but {', '.join(self._names)} before", path=task.source)
+            other = f"not {', '.join(names)} for {what}, but {', '.join(self._names)} before"
+            raise TaskError(f"metric() must return the same names for every model and split, {other}", path=task.source)
         if score.per_example and self._orders.setdefault(split, score.per_example.order) != score.per_example.order:
             self._note(changing_data(split))
         if corpus is None or score.invalid:

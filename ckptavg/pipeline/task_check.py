@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ckptavg.batches.loader import BatchLoader
+from ckptavg.batches.loader import BatchLoader, changing_data
 from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import Discovered, discover
@@ -22,7 +22,6 @@ from ckptavg.cost import CostMeter
 from ckptavg.errors import TaskError, UsageError
 from ckptavg.journal.tensor_json import raw
 from ckptavg.objective.mixture import Mixture
-from ckptavg.objective.scoring import changing_data
 from ckptavg.options import Options
 from ckptavg.pipeline.preflight import pick_device
 from ckptavg.pipeline.session import translate_errors

@@ -161,9 +161,8 @@ class PythonTask(Task):
 
     def _iterate(self, split: Split, own: Any = None, numbers: Iterable[int] | None = None) -> Iterator[Any]:
         """Iterate over the split's loader, or over ``own``, which shares its sampler."""
-        name = f"{split}_dataloader"
+        name, whole = f"{split}_dataloader", self._loader(split)
         self._at = ""
-        whole = self._loader(split)
         with self._translate_errors(name, thorough=True):
             for loader in (whole,) if own is None else (whole, own):
                 data_loader.restart(loader)
@@ -286,8 +285,7 @@ def _import(source: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     """Import a file as ``python path`` would: with its directory first on sys.path, so sibling modules import."""
     sys.path.insert(0, str(path.parent))
-    name = path.stem
-    loaded = sys.modules.get(name)
+    loaded = sys.modules.get(name := path.stem)
     if loaded is not None and getattr(loaded, "__file__", None) != str(path):
         name = f"ckptavg_task_{path.stem}"  # the name is taken by another module
     spec = importlib.util.spec_from_file_location(name, path)

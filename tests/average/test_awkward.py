@@ -283,7 +283,7 @@ def of_containers() -> Iterator[tuple[str, Awkward]]:
     yield "an EMA beside", Awkward(under("state_dict", state_dict_ema=plain(9)), said="took state_dict, not")
     more = {"epoch": 1, "name": "x", "more": None}
     yield "entries that are no tensors", Awkward(
-        lambda f, s, state: as_torch(f, s, {**state, **more}), said="no tensors")  # fmt: skip
+        lambda f, s, state: as_torch(f, s, {**state, **more}), said="no tensor")  # fmt: skip
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         yield f"the prefix {prefix}", Awkward(prefixed(prefix), said="removed the prefix")
 

@@ -46,6 +46,9 @@ def carry_out(plan: Plan, folder: Path, workers: Workers = ALONE) -> list[dict[s
         shown["warnings"] = [said for said in shown["warnings"] if "--wait-stable" not in said]  # freshly written files
         if shown["cost"]:
             del shown["cost"]["seconds"]
+        for strategy in shown.get("strategies", ()):
+            del strategy["cost"]["seconds"]
+        del shown["next_steps"]
         if shown["output"]:
             shown["output"]["path"] = Path(shown["output"]["path"]).name
         found.append({"name": one["name"], "contest": contest, **shown})

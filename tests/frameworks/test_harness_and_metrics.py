@@ -67,7 +67,7 @@ def test_a_torchmetrics_metric_is_a_metric(run: Run, digits: Path, tmp_path: Pat
     done = run("compare", digits, "--task", "f1.py", "--last", 4, "--strategies", "swa,soup", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    written = ckptavg.evaluate([tmp_path / "averaged.safetensors"], str(tmp_path / "f1.py"))[0][1]["val"]
+    written = ckptavg.evaluate([tmp_path / "averaged.safetensors"], str(tmp_path / "f1.py")).files[0].scores["val"]
     model = demo_task.model()
     from safetensors.torch import load_file
 

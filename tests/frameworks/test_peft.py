@@ -129,7 +129,7 @@ def test_an_exact_adapter_is_scored_by_what_is_written(
     report = json.loads(done.stdout)
     (scored,) = json.loads(run("eval", "out", "--val", val, "--json").stdout)
     assert report["scores"]["val"]["loss"] == pytest.approx(scored["val"]["loss"], abs=1e-6)
-    assert f"the selection scores loss {scored['val']['loss']:.4f}" in report["verdict"]
+    assert f"the selection has loss {scored['val']['loss']:.4f}" in report["verdict"]
     assert "Nothing was scored" not in done.stderr and ("averages of the adapters' factors" in done.stderr) == (
         options[0] == "sewa"
     )

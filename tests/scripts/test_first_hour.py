@@ -11,7 +11,7 @@ import pytest
 
 JOBS = Path(__file__).parents[2] / "scripts" / "first_hour"
 EXPECTED = {
-    "b_lightning.sh": ("wins", "agree byte for byte", "loaded: test accuracy 0.8"),
+    "b_lightning.sh": ("wins", "byte for byte", "loaded: test accuracy 0.8"),
     "c_shell.sh": ("best single", "accuracy of averaged.safetensors: 0.8"),
     "d_library.py": ("best single", "loaded: accuracy 0."),
 }
