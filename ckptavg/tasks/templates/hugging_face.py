@@ -31,9 +31,12 @@ def loss(output, batch) -> torch.Tensor:
     return nn.functional.cross_entropy(output.logits, batch["labels"], reduction="none")
 
 
-def metric(output, batch) -> torch.Tensor:
+def accuracy(output, batch) -> torch.Tensor:
     """Optional: the metric to report, one value per example."""
     return (output.logits.argmax(dim=-1) == batch["labels"]).float()
+
+
+metric = accuracy  # its name is in the tables
 
 
 def val_dataloader() -> DataLoader:
