@@ -103,23 +103,28 @@ def valid(score: Score, source: str | None = None) -> Score:
     return score
 
 
-def differs(first: Score, second: Score) -> bool:
-    """Return whether scores of two copies of one model differ by more than float32 rounding, or noise if unpaired.
+def differs(first: Score, second: Score, eps: float = 0.0) -> bool:
+    """Return whether scores of two copies of one model differ by more than rounding, or noise if unpaired.
 
-    Rounding may change a loss by 1e-3 of its size and of its spread over examples, and the metric of a few examples.
+    Rounding may change a loss by 1e-3 of its size and of its spread over examples, and the metric of a few examples;
+    in a model whose numbers have a relative spacing ``eps``, such as 2⁻⁷ in bfloat16, also by two of them.
     """
+    rounding = max(1e-3, 2 * eps)
     each, other = first.per_example, second.per_example
     value_gap = abs(first.value - second.value)
     if each is None or other is None or each.order != other.order:
         noise = min(first.noise, second.noise)
-        return value_gap > 1e-3 * abs(first.value) and (math.isinf(noise) or value_gap > 6 * noise)
+        return value_gap > rounding * abs(first.value) and (math.isinf(noise) or value_gap > 6 * noise)
     largest = float(each.values_U.abs().max())
-    if value_gap > 0.01 * abs(first.value) + 3 * largest / len(each.values_U) + 1e-6 and first.metric is not None:
+    if (
+        value_gap > max(0.01, rounding) * abs(first.value) + 3 * largest / len(each.values_U) + 1e-6
+        and first.metric is not None
+    ):
         return True
     if first.loss is None or second.loss is None:
         return False
     spread = first.loss_noise * math.sqrt(len(each.values_U)) if math.isfinite(first.loss_noise) else 0.0
-    return abs(first.loss - second.loss) > 1e-3 * (abs(first.loss) + spread) + 1e-6
+    return abs(first.loss - second.loss) > rounding * (abs(first.loss) + spread) + 1e-6
 
 
 def standard_error(values_U: Tensor, examples_U: Tensor) -> float:

@@ -143,7 +143,8 @@ def _decode(words, scale, zero, i, columns, groups, f, h, p, known_h, known, BIT
     return code.to(tl.float32), tl.load(scale + at, mask=known_h, other=0), tl.load(zero + at, mask=known_h, other=0)
 
 
-@triton.jit(do_not_specialize=["field", "used", "begin", "start", "stop", "n"])
+# the ends are specialized: where they are multiples of 16, columns are read and written 16 bytes at a time
+@triton.jit(do_not_specialize=["field", "used", "begin", "n"])
 def _mix_packed(
     words, scale, zero, mean, c, out, columns, field, used, begin, start, stop, n,
     BITS: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
@@ -162,7 +163,7 @@ def _mix_packed(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["field", "used", "begin", "start", "stop", "n"])
+@triton.jit(do_not_specialize=["field", "used", "begin", "n"])
 def _dot_packed(
     words, scale, zero, mean, g, sums, columns, field, used, begin, start, stop, n,
     BITS: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,

@@ -154,7 +154,9 @@ class Scoring:
                 return self.evaluate(split, "the average", model)
 
             scores[split] = self._written.find((coefficients, split, True), partial(self._loader.with_memory, measure))
-        if known is not None and differs(known, scores[splits[0]]):
+        dtypes = {weights.dtype for weights in self._mixed.model.parameters() if weights.is_floating_point()}
+        eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+        if known is not None and differs(known, scores[splits[0]], eps):
             raise TaskError(
                 f"the average has {_figures(scores[splits[0]])} in a fresh model, and {_figures(known)} in the one "
                 "of the search: something besides the state dict decides, such as weights that are merged or cached in "

@@ -40,7 +40,9 @@ for name in "${parts[@]}"; do
     case $name in
         tests)
             mapfile -t files < <(grep -rl --include='test_*.py' 'pytest.mark.gpu' tests)
-            part 150 tests "$PYTHON" -m pytest -m gpu --device "$device" -p no:cacheprovider --junitxml "$OUT/tests.xml" -q \
+            several=()  # with pytest-xdist, on several cores
+            if "$PYTHON" -c 'import xdist' 2>/dev/null && [[ $device != cpu ]]; then several=(-n 6); fi
+            part 150 tests "$PYTHON" -m pytest "${several[@]}" -m gpu --device "$device" -p no:cacheprovider --junitxml "$OUT/tests.xml" -q \
                 "${files[@]}"
             ;;
         process)

@@ -45,6 +45,12 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def listed(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [f"{name} {of}" for name, of in value.items()]
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def reached(line: Mapping[str, Any]) -> str:
     if line["value"] is None:
         return f"failed: {line['failure'].splitlines()[0]}"
@@ -81,7 +87,7 @@ def page(out: Path, causes: str) -> str:
     if not parts or not machine.exists():
         return f"{HEAD}\n{NOTHING}"
     known = json.loads(machine.read_text())
-    found = [HEAD, "## Machine\n", table(["", ""], [[name, str(value)] for name, value in known.items()])]
+    found = [HEAD, "## Machine\n", table(["", ""], [[name, listed(value)] for name, value in known.items()])]
     for name, what in (("tests", "Tests"), ("process", "One process"), ("speed", "Speed")):
         if name not in parts:
             continue

@@ -17,8 +17,8 @@ N = 7
 CUDA = torch.device("cuda")
 
 
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64, 16, 8, 4, 2, 1], ids=str)
-@pytest.mark.parametrize("size", [1, 127, 4096, 100_003])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32, torch.float64, 16, 8, 4, 1], ids=str)
+@pytest.mark.parametrize("size", [1, 4096, 100_003])
 def test_products_are_those_taken_piece_by_piece(kind: Any, size: int):
     """From the first column, from within a group, and over the ends of blocks and fields."""
     torch.manual_seed(0)

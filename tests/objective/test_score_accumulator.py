@@ -14,7 +14,25 @@ from hypothesis import strategies as st
 from ckptavg.errors import TaskError
 from ckptavg.objective.score_accumulator import ScoreAccumulator
 from ckptavg.runtime.workers import Workers
+from ckptavg.score import Score, differs
 from ckptavg.tasks.probabilities import GOALS
+
+
+@pytest.mark.parametrize(
+    ("loss", "dtype", "expected"),
+    [(11.0, torch.bfloat16, False), (11.05, torch.bfloat16, False), (11.05, torch.float32, True),
+     (11.5, torch.bfloat16, True)],
+)  # fmt: skip
+def test_copies_of_a_model_differ_by_more_than_its_own_rounding(loss: float, dtype: torch.dtype, expected: bool):
+    """A bfloat16 loss of 11 is a multiple of 1/16."""
+    scores: list[Score] = []
+    for value in (11.0, loss):
+        tally = ScoreAccumulator("max", None)
+        for _ in range(4):
+            tally.add(torch.full((8,), value), None, 8)
+        scores.append(tally.score("it", "val"))
+    assert differs(*scores, torch.finfo(dtype).eps) is expected
+
 
 units = st.lists(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=6), min_size=1, max_size=8)
 
