@@ -178,7 +178,7 @@ def test_the_template_of_init_scores_as_without_a_task_file(
     run: Run, trainer_run: Path, adapters: Path, tmp_path: Path, mode: str
 ):
     base, val = str(steps(trainer_run)[-1]), str(trainer_run / "val.jsonl")
-    edits = {'"base"': repr(base), "run/checkpoint-300": str(adapters / "checkpoint-4"), "512": "48"}
+    edits = {'"./base"': repr(base), "./run/checkpoint-300": str(adapters / "checkpoint-4"), "512": "48"}
     fill_in(run, tmp_path, "--peft", {**edits, "val.jsonl": val, "test.jsonl": str(trainer_run / "test.jsonl")})
     scores = []
     for options in (("--val", val), ("--task", "task.py")):

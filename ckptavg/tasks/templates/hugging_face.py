@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-CHECKPOINT = "run/checkpoint-300"  # EDIT: any checkpoint; its config.json and tokenizer are read, not its weights
+CHECKPOINT = "./run/checkpoint-300"  # EDIT: any checkpoint; its config.json and tokenizer are read, not its weights
 MAX_LENGTH = 128  # EDIT: tokens of a text, as in training
 
 

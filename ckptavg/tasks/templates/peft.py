@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-BASE = "base"  # EDIT: the base model, a directory or a name on the hub
-CHECKPOINT = "run/checkpoint-300"  # EDIT: any checkpoint; its adapter_config.json is read, its weights are replaced
+BASE = "./base"  # EDIT: the base model, a directory or a name on the hub
+CHECKPOINT = "./run/checkpoint-300"  # EDIT: any checkpoint; its adapter_config.json is read, its weights are replaced
 MAX_LENGTH = 512  # EDIT: tokens of a text, as in training
 
 
