@@ -252,12 +252,12 @@ def test_the_script_that_init_writes_scores_a_file_as_the_task_does(run: Run, de
 
 
 def test_init_replaces_no_file_and_writes_one_template(run: Run, tmp_path: Path):
-    for option in ("--hf", "--lightning", "--score-cmd"):
+    for option in ("--hf", "--peft", "--lightning", "--score-cmd"):
         (tmp_path / "mine.py").write_text("precious")
         assert run("init", option, "mine.py").returncode == 6 and (tmp_path / "mine.py").read_text() == "precious"
         done = run("init", option, "mine.py", "--force")
         assert done.returncode == 0 and "# EDIT" in (tmp_path / "mine.py").read_text() and "mine.py" in done.stderr
-    assert run("init", "--hf", "--lightning", "new.py").returncode == 2 and not (tmp_path / "new.py").exists()
+    assert run("init", "--hf", "--peft", "new.py").returncode == 2 and not (tmp_path / "new.py").exists()
 
 
 def test_the_committed_versions_pin_torch():

@@ -17,6 +17,7 @@ _TEXTS: Final = "Texts need no task file:\n  ckptavg sewa ./run --k 5 --val val.
 _CHOICES: Final = {
     "": ("task", "Fill in model(), loss() and the loaders, then:\n  ckptavg sewa ./ckpts --k 5 --task FILE"),
     "--hf": ("hugging_face", f"{_TEXTS}Else f{_EDIT}ckptavg sewa ./run --k 5 --task FILE -o averaged/"),
+    "--peft": ("peft", f"{_TEXTS}Else f{_EDIT}ckptavg sewa ./run --k 5 --task FILE -o averaged/"),
     "--lightning": ("lightning", f"F{_EDIT}ckptavg sewa ./ckpts --k 5 --task FILE"),
     "--score-cmd": ("score_command", f"F{_EDIT}ckptavg soup ./ckpts --score-cmd COMMAND"),
 }
@@ -28,6 +29,7 @@ def command(
         typer.Argument(help="File to write; default task.py, or eval.py with --score-cmd.", readable=False),
     ] = None,
     hf: Annotated[bool, typer.Option("--hf", help="For a model of transformers' Trainer.")] = False,
+    peft: Annotated[bool, typer.Option("--peft", help="For an adapter of PEFT.")] = False,
     lightning: Annotated[bool, typer.Option("--lightning", help="For a Lightning module.")] = False,
     # not `score_cmd`, which a configuration file may set to a command
     script: Annotated[bool, typer.Option("--score-cmd", help="A script that prints the score of a file.")] = False,
@@ -38,7 +40,7 @@ def command(
 
     from ckptavg.cli.terminal import Screen, write_text
 
-    chosen = [name for name, on in zip([*_CHOICES][1:], (hf, lightning, script), strict=True) if on]
+    chosen = [name for name, on in zip([*_CHOICES][1:], (hf, peft, lightning, script), strict=True) if on]
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(chosen)} are two templates", hint="write one file for each")
     path = path or Path("eval.py" if script else "task.py")

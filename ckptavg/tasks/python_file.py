@@ -27,6 +27,7 @@ from ckptavg.tasks import batch as batches
 from ckptavg.tasks.batch import Batch
 from ckptavg.tasks.failure import task_error
 from ckptavg.tasks.guard import Guard
+from ckptavg.tasks.hugging_face.adapter import adapter_alone
 from ckptavg.tasks.metric_settings import MetricSettings
 from ckptavg.tasks.model_state import ModelState
 from ckptavg.tasks.objects import TaskObjects
@@ -74,9 +75,7 @@ class PythonTask(Task):
         if named := metrics_by_name(metric):
             outputs = predict or (self._forward and partial(self._call, "predict", lambda output, _: output))
             outputs = outputs and partial(self._outputs, outputs)
-            self.corpus = lambda: {
-                name: CorpusMetric(one, source=source, predict=outputs) for name, one in named.items()
-            }
+            self.corpus = lambda: {name: CorpusMetric(m, source=source, predict=outputs) for name, m in named.items()}
             self.corpus()  # raises here if the metric cannot be used
         elif metric is not None:
             self.metric = partial(self._metric, self._function("metric"))
@@ -96,7 +95,7 @@ class PythonTask(Task):
         self._rank_loaders: dict[Split, tuple[Any, Any]] = {}  # of `turns`, cached: a process's rank does not change
 
     def model(self) -> nn.Module:
-        """See `Task.model`."""
+        """See `Task.model`; a PEFT model stands for its adapter."""
         model = self._call("model", self._model)
         if not isinstance(model, nn.Module):
             raise TaskError(f"model() must return a torch.nn.Module, not {type(model).__name__}", path=self.source)
@@ -104,7 +103,7 @@ class PythonTask(Task):
             if is_lazy(tensor):
                 lazy = f"its {name} has no shape yet: run one batch first"
                 raise TaskError(f"model() must return an initialized model, but {lazy}", path=self.source)
-        return model
+        return adapter_alone(model)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """See `Task.loss`."""
@@ -129,8 +128,7 @@ class PythonTask(Task):
         return (outputs, self._labels(batch)) if is_pair else outputs
 
     def _labels(self, batch: Any) -> Any:
-        function = getattr(self._module, "labels", None)
-        hook = partial(self._call, "labels", function) if callable(function) else None
+        hook = partial(self._call, "labels", f) if callable(f := getattr(self._module, "labels", None)) else None
         return probabilities.labels_of(batch, hook, self.source, self._where)
 
     def has(self, split: Split) -> bool:

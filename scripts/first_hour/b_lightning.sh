@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Lightning training: a task file from the template, three strategies compared, and the best one loaded into the module:
+# A Lightning training: a task file from the template, strategies compared, the winner loaded into the module:
 # b_lightning.sh NEW_FOLDER. Needs pip install '.[demo]' lightning
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -9,5 +9,5 @@ cp "$here/c_train.py" train.py
 python train.py
 ckptavg inspect ./ckpts
 ckptavg init --score-cmd # its names are those of train.py: no line marked EDIT has to be changed
-m=$(ckptavg soup ./ckpts --score-cmd 'python eval.py {}' -o averaged.safetensors)
+m=$(ckptavg soup ./ckpts --score-cmd 'python eval.py {}' --score-jobs 2 -o averaged.safetensors)
 echo "accuracy of $m: $(python eval.py "$m")"

@@ -18,6 +18,7 @@ from conftest import Run
 from gpt2 import LINES, logits, steps
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from templates import fill_in
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -169,6 +170,22 @@ def test_the_lines_of_the_readme_load_what_was_written(
             exec(line, names)
         shutil.rmtree("averaged", ignore_errors=True)
     assert model.weight.tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT, about deprecations of transformers
+@pytest.mark.parametrize("mode", ["factors", "exact"])
+def test_the_template_of_init_scores_as_without_a_task_file(
+    run: Run, trainer_run: Path, adapters: Path, tmp_path: Path, mode: str
+):
+    base, val = str(steps(trainer_run)[-1]), str(trainer_run / "val.jsonl")
+    edits = {'"./base"': repr(base), "./run/checkpoint-300": str(adapters / "checkpoint-4"), "512": "48"}
+    fill_in(run, tmp_path, "--peft", {**edits, "val.jsonl": val, "test.jsonl": str(trainer_run / "test.jsonl")})
+    scores = []
+    for options in (("--val", val), ("--task", "task.py")):
+        done = run("swa", adapters, *options, "--adapter", mode, "-o", "out/", "--json", "--force")
+        assert done.returncode == 0, done.stderr
+        scores.append(json.loads(done.stdout)["scores"]["val"]["loss"])
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5)
 
 
 def test_an_adapter_of_another_base_is_refused(run: Run, adapters: Path, tmp_path: Path):

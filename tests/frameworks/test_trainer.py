@@ -139,7 +139,7 @@ def test_the_template_of_init_scores_as_without_a_task_file(run: Run, tmp_path: 
     torch.manual_seed(0)
     fit(tmp_path, GPT2ForSequenceClassification(config()), encoded, DataCollatorWithPadding(tokenizer), tokenizer)
     (tmp_path / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data[120:]))
-    edits = {"run/checkpoint-300": str(steps(tmp_path)[0]), "128": "48", "test.jsonl": "val.jsonl"}
+    edits = {"./run/checkpoint-300": str(steps(tmp_path)[0]), "128": "48", "test.jsonl": "val.jsonl"}
     fill_in(run, tmp_path, "--hf", edits)
     scores = []
     for options in (("--val", "val.jsonl"), ("--task", "task.py")):

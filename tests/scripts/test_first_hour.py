@@ -1,4 +1,4 @@
-"""Jobs from training to an averaged model that is loaded, by the commands that a person would type."""
+"""Four jobs from training to an averaged model that is loaded, by the commands that a person would type."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 JOBS = Path(__file__).parents[2] / "scripts" / "first_hour"
 EXPECTED = {
+    "a_trainer_lora.sh": ("8 candidates", "averaged/adapter_model.safetensors", "loaded: rank 16"),
     "b_lightning.sh": ("wins", "byte for byte", "loaded: test accuracy 0.8"),
     "c_shell.sh": ("best single", "accuracy of averaged.safetensors: 0.8"),
     "d_library.py": ("best single", "loaded: accuracy 0."),

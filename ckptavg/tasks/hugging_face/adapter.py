@@ -1,5 +1,6 @@
 """PEFT adapters: their settings, their base model, and the model whose state is the adapter alone."""
 
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -70,12 +71,18 @@ def check_complete(folder: Path, untrained: Collection[str]) -> None:
         raise TaskError(message, path=folder, hint=hint)
 
 
+def adapter_alone(model: nn.Module) -> nn.Module:
+    """Return a PEFT model as an `Adapter`, and any other model as it is."""
+    peft = sys.modules.get("peft")
+    return Adapter(model, ()) if peft is not None and isinstance(model, peft.PeftModel) else model
+
+
 class Adapter(nn.Module):
     """PEFT model whose state dict has only the adapter's tensors, named as in its file; the base model is frozen.
 
     Args:
         model: the PEFT model.
-        saved: the names in the adapter's file; names of the model that it lacks are left out.
+        saved: the names in the adapter's file, the only ones taken; if empty, all but those of embeddings.
     Raises:
         TaskError: if the adapter's weights are not parameters of the model, as for prompt tuning.
     """
@@ -85,7 +92,7 @@ class Adapter(nn.Module):
         self.model: Any = model.requires_grad_(False)
         peft = imported("peft", "peft")
         whole: dict[str, Tensor] = model.state_dict(keep_vars=True)
-        named = peft.get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=True)
+        named = peft.get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=bool(saved))
         named = {name: tensor for name, tensor in named.items() if name in saved} if saved else named
         inner_names = {id(tensor): name for name, tensor in whole.items()}
         if not all(id(tensor) in inner_names for tensor in named.values()):

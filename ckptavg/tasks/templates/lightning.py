@@ -36,10 +36,13 @@ def loss(output, batch) -> torch.Tensor:
     return nn.functional.cross_entropy(output, labels, reduction="none")
 
 
-def metric(output, batch) -> torch.Tensor:
+def accuracy(output, batch) -> torch.Tensor:
     """Optional: the metric to report, one value per example. A torchmetrics.Metric can take its place."""
     _, labels = batch  # EDIT: as your batches are
     return (output.argmax(dim=1) == labels).float()
+
+
+metric = accuracy  # its name is in the tables
 
 
 def val_dataloader() -> DataLoader:
