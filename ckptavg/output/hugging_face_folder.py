@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ckptavg.checkpoints.checkpoint import Checkpoint, chunks
-from ckptavg.errors import InputError, OutputError
+from ckptavg.errors import InputError, OutputError, OutputExistsError
 from ckptavg.filesystem.atomic import flush_folder, write_bytes
 from ckptavg.filesystem.regular_file import is_file, is_folder
 from ckptavg.filesystem.strict_json import read_json
@@ -18,6 +18,7 @@ PATTERNS: Final = (
     "config.json", "generation_config.json", "*_config.json", "preprocessor_config.json", "tokenizer*", "vocab*",
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja", "modules.json",
 )  # fmt: skip
+_CONFIGS: Final = ("config.json", "adapter_config.json")
 _HEADS: Final = ("lm_head", "embed_out", "output_layer", "cls.predictions.decoder")
 _EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in")
 
@@ -75,19 +76,24 @@ def check_tied(
 
 @contextmanager
 def copies(
-    checkpoint: Checkpoint, folder: Path | None, dtype: str, adapter: Mapping[str, Any] | None = None
-) -> Generator[list[str]]:
+    checkpoint: Checkpoint, folder: Path | None, dtype: str, adapter: Mapping[str, Any] | None = None, *,
+    force: bool = False,
+) -> Generator[list[str]]:  # fmt: skip
     """Copy the companion files of ``checkpoint`` into ``folder``, each atomically; existing files are kept.
+
+    But a config.json or adapter_config.json of other content would give the weights another meaning.
 
     Args:
         folder: the destination; nothing is copied if it is None.
         dtype: dtype of the output's floating-point tensors, put into config.json because transformers loads the model
             in it; comma-separated if there are several, which changes nothing.
         adapter: content of adapter_config.json, if it differs from the candidates'.
+        force: replace such a config.
     Yields:
         The names copied; these files are removed if the body fails.
     Raises:
         OutputError: if a file cannot be written.
+        OutputExistsError: if there is such a config.
     """
     if folder is None:
         yield []
@@ -96,7 +102,8 @@ def copies(
     with ExitStack() as undo:
         for path in sorted(source / name for name in entries(source)):
             wanted = is_file(path) and any(fnmatchcase(path.name, pattern) for pattern in PATTERNS)
-            if not wanted or (target := folder / path.name).exists():
+            exists = (target := folder / path.name).exists()
+            if not wanted or (exists and path.name not in _CONFIGS):
                 continue
             try:
                 data = path.read_bytes()
@@ -108,11 +115,26 @@ def copies(
                     data = (json.dumps(config | dict.fromkeys(outdated, dtype), indent=2) + "\n").encode()
             if path.name == "adapter_config.json" and adapter is not None:
                 data = (json.dumps(adapter, indent=2, sort_keys=True) + "\n").encode()
+            if not exists:
+                undo.callback(target.unlink, missing_ok=True)
+            elif _is_same(data, target):
+                continue
+            elif not force:
+                message = "is of another model than the average, or of one of other settings"
+                raise OutputExistsError(message, path=target, hint="--force replaces it; or choose another directory")
+            else:
+                undo.callback(write_bytes, target, target.read_bytes())
             write_bytes(target, data)
-            undo.callback(target.unlink, missing_ok=True)
             copied.append(path.name)
         yield copied
         undo.pop_all()
+
+
+def _is_same(data: bytes, file: Path) -> bool:
+    """Return whether a file has these bytes, or the same JSON."""
+    with suppress(ValueError, OSError):
+        return data == file.read_bytes() or json.loads(data) == json.loads(file.read_bytes())
+    return False
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
         def publish() -> tuple[list[str], str, int]:
             if folder:
                 hugging_face_folder.check_tied(selected[-1], specs, out.read_into)
-            with hugging_face_folder.copies(selected[-1], folder, dtype, plan.config) as copied:
+            with hugging_face_folder.copies(selected[-1], folder, dtype, plan.config, force=options.force) as copied:
                 out.publish(metadata)
             flush_folder(out.path)
             return copied, out.sha256, out.size

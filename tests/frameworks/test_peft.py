@@ -138,6 +138,22 @@ def test_an_exact_adapter_is_scored_by_what_is_written(
     assert abs(factors["scores"]["val"]["loss"] - scored["val"]["loss"]) > 1e-5
 
 
+def test_a_config_of_another_rank_in_the_output_directory_is_not_kept(run: Run, adapters: Path, tmp_path: Path):
+    """Else PEFT would scale the weights by another rank, or refuse them."""
+
+    def config() -> Any:
+        return json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+
+    assert run("swa", adapters, "-o", "out/").returncode == 0
+    assert run("swa", adapters, "--adapter", "exact", "-o", "out/", "--force").returncode == 0
+    assert config()["r"] == 16
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    refused = run("swa", adapters, "-o", "out/")
+    assert refused.returncode == 6 and "adapter_config.json" in refused.stderr and "--force" in refused.stderr
+    assert config()["r"] == 16 and not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert run("swa", adapters, "-o", "out/", "--force").returncode == 0 and config()["r"] == 4
+
+
 def test_a_command_scores_the_exact_adapter(run: Run, adapters: Path, tmp_path: Path):
     """The command gets a directory that PEFT loads: its configuration has the rank of the weights."""
     code = (
