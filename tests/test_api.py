@@ -55,6 +55,25 @@ def test_objects_give_the_file_and_the_report_of_a_task_file(jobs: dict[str, Job
     assert scored.files[0].scores["val"].loss == pytest.approx(given.scores["val"].loss, abs=1e-6)
 
 
+def test_a_forward_of_objects_serves_loss_and_metric(jobs: dict[str, Job]):
+    def score(**functions: Any) -> tuple[Any, int]:
+        net, calls = mlp.model(), list[int]()
+
+        def forward(model: nn.Module, batch: Any) -> torch.Tensor:
+            calls.append(1)
+            return model(batch[0])
+
+        functions |= {"forward": forward} if functions else {"loss": loss, "metric": lambda m, b: m(b[0]).sum(dim=1)}
+        done = ckptavg.evaluate(jobs["mlp"].folder, model=net, val=mlp.val_dataloader, **functions)
+        return [(each.scores["val"].loss, each.scores["val"].metric) for each in done.files], len(calls)
+
+    by_output, calls = score(
+        loss=lambda output, batch: nn.functional.cross_entropy(output, batch[1], reduction="none"),
+        metric=lambda output, batch: output.sum(dim=1),
+    )
+    assert by_output == score()[0] and calls == len(by_output) * len(mlp.val_dataloader())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

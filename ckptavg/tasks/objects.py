@@ -18,8 +18,8 @@ from ckptavg.filesystem.regular_file import is_file
 
 Loader: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]]
 _ARGUMENTS: Final = {
-    "loss": ("model", "batch"), "metric": ("model", "batch"), "predict": ("model", "batch"), "labels": ("batch",),
-    "batch_size": ("batch",), "model": (), "train": (), "val": (), "test": (),
+    **dict.fromkeys(("loss", "forward", "metric", "predict"), ("model", "batch")),
+    "labels": ("batch",), "batch_size": ("batch",), "model": (), "train": (), "val": (), "test": (),
 }  # fmt: skip
 _LOADERS: Final = ("train", "val", "test")
 
@@ -36,6 +36,9 @@ class TaskObjects:
         nn.Module | Callable[[], nn.Module] | None, "The module that was saved (copied), or a function that makes it."
     ] = None
     loss: Annotated[Callable[..., Tensor] | None, "loss(model, batch): a mean, or better one value per example."] = None
+    forward: Annotated[
+        Callable[..., Any] | None, "forward(model, batch), whose result loss, metric and predict get for the model."
+    ] = None
     val: Annotated[Loader | None, "With model and loss: a DataLoader, list of batches or function making one."] = None
     train: Annotated[Loader | None, "With model and loss: like val."] = None
     test: Annotated[Loader | None, "With model and loss: like val."] = None
@@ -56,7 +59,7 @@ class TaskObjects:
         if not isinstance(self.model, nn.Module) and not callable(self.model):
             kind = type(self.model).__name__
             raise UsageError(f"model must be a torch.nn.Module or a function that returns one, not {kind}")
-        for name in ("loss", "predict", "labels"):
+        for name in ("loss", "forward", "predict", "labels"):
             _check_function(name, getattr(self, name))
         for name, arguments in _ARGUMENTS.items():
             if callable(value := getattr(self, name)) and not isinstance(value, nn.Module | DataLoader | Dataset):
