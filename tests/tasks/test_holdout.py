@@ -129,6 +129,12 @@ def test_everything_else_is_delegated_to_the_task():
     assert task.source == "toy" and [len(batch["x"]) for batch in task.batches("train")] == [6]
 
 
+def test_a_metric_has_the_name_that_the_task_gives_it():
+    toy = Toy(splits={"val": data(1, (5, 4))})
+    toy.metric_name = "accuracy"
+    assert HeldOut(toy, "val", rest="val", to="test", fraction=0.5, seed=0).metric_name == "accuracy"
+
+
 def test_a_stream_started_late_continues_at_the_same_batch(tmp_path: Path):
     """Covers a last batch of one example, which is dropped only from a split that is divided itself."""
     (tmp_path / "odd.py").write_text(
