@@ -238,7 +238,11 @@ print(peak() - before)
 @pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_does_not_depend_on_the_number_of_candidates(tmp_path: Path):
-    """A model of 16 MiB: weights, gradient, a float64 sum, two buffers of 32 MiB, and the overhead of torch."""
+    """
+    A model of 16 MiB: weights, gradient, a float64 sum, two buffers of 32 MiB, and the overhead of torch.
+
+    How far a reader is ahead, and with it the peak, varies by a few models; sixteen more candidates would be sixteen.
+    """
     shared = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
     stored(tmp_path, ({"weight": shared + i} for i in range(20)))
 
@@ -247,4 +251,4 @@ def test_memory_does_not_depend_on_the_number_of_candidates(tmp_path: Path):
         return int(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
 
     model, few, many = 2**24, peak(4), peak(20)
-    assert many < 14 * model and many - few < 3 * model
+    assert many < 14 * model and many - few < 7 * model
