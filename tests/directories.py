@@ -441,6 +441,11 @@ BELOW = {
         error="has no checkpoints itself, but 2 in checkpoints/",
         files=each([20000, 40000], lambda s, i: {f"checkpoints/{s:06d}/pretrained_model/model.safetensors": i}),
     ),
+    "directories of two kinds": Case(
+        kind="one level too high",
+        error=r"has no checkpoints itself, but 2 in ema/, 2 in raw/",
+        files=numbered(["raw/step_1.pt", "raw/step_2.pt", "ema/step_1.pt", "ema/step_2.pt"]),
+    ),
     "verl": Case(
         kind="weights below each step",
         values=[1, 2],

@@ -67,7 +67,7 @@ def in_order(
         hint = f" ({error.hint})" if error.hint else ""
         return sorted((one.checkpoint for one in opened), key=lambda one: natural(one.name)), [f"{error}{hint}"]
     if explicit and ordered != sorted(ordered, key=lambda one: _given(one, opened)):
-        names = ", ".join(one.name for one in ordered)
+        names = ", ".join(one.name for one in ordered[:3]) + (", …" if len(ordered) > 3 else "")
         warnings.append(f"ordered by their steps, not as they were given: {names}")
     return ordered, warnings
 
