@@ -57,6 +57,14 @@ class Refused:
     reason: str
 
 
+class ModuleState(dict[str, "Node"]):
+    """State dict of a pickled ``nn.Module``; ``name`` is the dotted name of its class."""
+
+    def __init__(self, name: str, tensors: Mapping[str, "Node"]) -> None:
+        super().__init__(tensors)
+        self.name = name
+
+
 Node: TypeAlias = "StoredTensor | Refused | Mapping[str, Node] | Sequence[Node] | str | int | float | bool | None"
 
 

@@ -205,6 +205,26 @@ def _member(arguments: tuple[object, ...]) -> object:
     return Inert(owner.name if isinstance(owner, Global) else "getattr", called=True)
 
 
+def _instance(arguments: tuple[object, ...]) -> object:
+    """``copyreg._reconstructor(class, base, state)``, protocol 2's form of some objects."""
+    cls = first(arguments)
+    return Inert(cls.name if isinstance(cls, Global) else "object", called=False)
+
+
+def _graph_module(arguments: tuple[object, ...]) -> object:
+    """``torch.fx.graph_module.reduce_graph_module``: (attributes, imports of the generated code)."""
+    module = Inert("torch.fx.GraphModule", called=False)
+    module.set_state(first(arguments))
+    return module
+
+
+def _compiled(arguments: tuple[object, ...]) -> object:
+    """``torch.compile``'s wrapper: (module, settings)."""
+    module = Inert("torch._dynamo.OptimizedModule", called=False)
+    module.set_state({"_parameters": {}, "_buffers": {}, "_modules": {"_orig_mod": first(arguments)}})
+    return module
+
+
 _TENSORS: Final[Mapping[str, Callable[[tuple[object, ...]], StoredTensor | Refused]]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor_v2,
@@ -220,6 +240,9 @@ MAKERS: Final[Mapping[str, Maker]] = {
     **{f"{module}.{name}": _new(list, tuple) for module in _BUILTINS for name in ("set", "frozenset")},
     **{f"{module}.getattr": _member for module in _BUILTINS},
     "_codecs.encode": _encode,
+    **dict.fromkeys(("copyreg._reconstructor", "copyreg.__newobj__"), _instance),
+    "torch.fx.graph_module.reduce_graph_module": _graph_module,
+    "torch._dynamo.eval_frame.OptimizedModule": _compiled,
     _ZERO_STAGE: first,  # its number
     "numpy.dtype": _numpy_dtype,
     **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), _numpy_scalar),
