@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import opcodes as op
-from hostile.torch_cases import archive
 from torch import nn
 from torch_archives import expected, read, values
 
@@ -134,4 +132,4 @@ def test_a_module_whose_tensors_are_not_in_its_state_is_refused_by_class(tmp_pat
     assert isinstance(tree, Mapping)
     refused = {name: node.reason for name, node in tree.items() if isinstance(node, Refused)}
     assert list(refused) == ["0"]
-    assert "quantized.dynamic.modules.linear.Linear, whose parameters are not visible" in refused["0"]
+    assert "quantized.dynamic.modules.linear.Linear whose weights are not visible" in refused["0"]

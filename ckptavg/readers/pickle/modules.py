@@ -7,6 +7,9 @@ from ckptavg.readers import Refused, StoredTensor
 from ckptavg.readers.pickle.unpickler import Inert, PickleError
 
 MAX_NESTING: Final = 64
+HIDDEN: Final = (
+    "whose weights are not visible in the pickle; save the state_dict(): torch.save(model.state_dict(), 'model.pt')"
+)
 _TABLES: Final = ("_parameters", "_buffers", "_modules")
 _ROOM: Final = 128 << 20  # bytes of names and their entries, of all modules in a file
 _ENTRY: Final = 160  # bytes that an entry takes beside the text of its name
@@ -78,4 +81,4 @@ def _reason(module: object, *, contained: bool) -> str:
         return f"is {_kind(module)} that contains itself"
     if is_module(module) and not _is_packed(module):
         return f"is a module nested more than {MAX_NESTING} deep"
-    return f"is {_kind(module)}, whose parameters are not visible in the pickle; save the model's state_dict()"
+    return f"is {_kind(module)} {HIDDEN}"

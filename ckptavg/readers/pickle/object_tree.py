@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ckptavg.readers import ModuleState, Node, Refused, StoredTensor
-from ckptavg.readers.pickle.modules import ModuleWalker, is_module
+from ckptavg.readers.pickle.modules import HIDDEN, ModuleWalker, is_module
 from ckptavg.readers.pickle.unpickler import Global, Inert, PickleError
 
 MAX_DEPTH: Final = 64
@@ -133,7 +133,7 @@ def is_proper(name: str) -> bool:
 
 def _not_a_state_dict(value: object) -> str:
     if isinstance(value, Inert) and not value.called:
-        return f"is a whole-model pickle (class {value.name}); save its state_dict()"
+        return f"is a {value.name} {HIDDEN}"
     if isinstance(value, Inert):
         return f"holds the result of calling {value.name}, which is never called, not a state dict"
     if isinstance(value, StoredTensor | Refused):
