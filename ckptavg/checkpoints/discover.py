@@ -15,7 +15,7 @@ from ckptavg.checkpoints.listing import CheckpointPath, LeftOut, SkipFile, list_
 from ckptavg.checkpoints.steps import common_kind, natural, step_in_name, steps_inside, trainer_step
 from ckptavg.checkpoints.window import Window
 from ckptavg.errors import CkptavgError, InputError, excluding
-from ckptavg.readers import open_reader
+from ckptavg.readers import NotACheckpointError, open_reader, suffixes
 
 _Refuse: TypeAlias = Callable[[CkptavgError, Path], None]
 
@@ -135,7 +135,12 @@ def open_checkpoint(place: CheckpointPath, key: str | None, *, allow_nonfinite: 
         InputError: if it is damaged or no model.
         SkipFile: if it is no model and its path was not given explicitly.
     """
-    reader = open_reader(place.weights)
+    try:
+        reader = open_reader(place.weights)
+    except NotACheckpointError as error:
+        if place.explicit or place.weights.name.endswith(suffixes()):
+            raise
+        raise SkipFile(error.reason) from error
     try:
         if not place.explicit and "ckptavg" in reader.metadata:
             raise SkipFile("an earlier output of ckptavg", "warning")

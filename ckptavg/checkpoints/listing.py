@@ -12,7 +12,7 @@ from typing import Final
 from ckptavg.checkpoints.steps import natural
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile, is_folder
-from ckptavg.readers import claim, claim_folder, entries, suffixes
+from ckptavg.readers import HEAD_SIZE, claim, claim_folder, entries, foreign_kind, suffixes
 
 WEIGHT_NAMES: Final = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
@@ -125,11 +125,13 @@ def _weights_file(path: Path) -> Path:
             raise SkipFile(f"a shard of {index}")
         raise SkipFile("a shard without its index", "warning")
     # an unusual name: the first bytes decide; JSON is excluded, because config.json looks like an index
+    reason = None
     with suppress(InputError), RegularFile(path) as file:
         file_format = claim(file)
         if file_format and file_format.name != "sharded":
             return path
-    raise SkipFile("not a checkpoint")
+        reason = foreign_kind(file.read(0, min(HEAD_SIZE, file.size)))
+    raise SkipFile(reason or "not a checkpoint")
 
 
 def _weights_in(folder: Path, trainer: bool) -> Path:

@@ -31,10 +31,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch_archives import TORCH_DTYPE, expected, values
 
 from ckptavg.errors import InputError
-from ckptavg.filesystem.regular_file import RegularFile
+from ckptavg.filesystem.regular_file import FilePart, RegularFile
 from ckptavg.readers import Node, Reader, StoredTensor
 from ckptavg.readers import dcp as dcp_reader
-from ckptavg.readers.dcp import FOLDER, FilePart
+from ckptavg.readers.dcp import FOLDER
 from ckptavg.readers.dcp import metadata as dcp_metadata
 from ckptavg.readers.dcp.box import Box, untiled
 from ckptavg.readers.pickle import object_tree

@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any, Final
 
 from ckptavg.errors import InputError, printable
-from ckptavg.filesystem.regular_file import RegularFile
+from ckptavg.filesystem.regular_file import FilePart, RegularFile
 from ckptavg.filesystem.strict_json import read_json
 from ckptavg.readers import ITEM_SIZE, FolderFormat, Node, Reader, Refused, StoredTensor, entries
 from ckptavg.readers.dcp.box import Box
@@ -88,29 +88,6 @@ def _copy(reader: Reader, part: StoredTensor, box: Box, begin: int, end: int, st
             reader.read_into(part, own, target)
         else:
             target[:] = block[(own - begin) * size :][: count * size]
-
-
-class FilePart(RegularFile):
-    """Bytes ``start`` to ``start + size`` of ``file``; the file is not closed with it.
-
-    Reads outside of the part are refused, so damage never exposes bytes of a neighbouring part.
-    """
-
-    def __init__(self, file: RegularFile, start: int, size: int) -> None:
-        assert start >= 0 and start + size <= file.size
-        self.path = file.path
-        self.size = size
-        self._file = file
-        self._from = start
-
-    def read_into(self, offset: int, out: memoryview) -> None:
-        """See `RegularFile`; ``offset`` counts from the start of the part."""
-        if offset < 0 or offset + len(out) > self.size:
-            raise InputError(f"is damaged: a part of {self.size} bytes should have {offset + len(out)}", path=self.path)
-        self._file.read_into(self._from + offset, out)
-
-    def close(self) -> None:
-        """Do nothing, because other parts of the file are still in use."""
 
 
 def _record(path: Path) -> Mapping[str, str]:
