@@ -32,7 +32,17 @@ def state(items: Mapping[str, bytes] | None = None) -> bytes:
 
 def cases() -> Iterator[Case]:
     """Return all cases."""
-    yield from (*_cut(), *_archives(), *_bombs(), *_pickles(), *_modules(), *_tensors(), *_payloads(), *_legacy())
+    yield from (
+        *_cut(),
+        *_archives(),
+        *_bombs(),
+        *_pickles(),
+        *_modules(),
+        *_tensors(),
+        *_payloads(),
+        *_legacy(),
+        *_inside(),
+    )
 
 
 def _parts(pickle: bytes, records: Mapping[str, bytes], extra: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -385,6 +395,48 @@ def _legacy() -> Iterator[Case]:
             target.addfile(info, io.BytesIO(op.program(run)))
     tar = buffer.getvalue()
     yield _case("legacy-tar", tar, "is a tar archive", payload=True)
-    yield _case("legacy-tar-cut", tar[:700], "is a tar archive", payload=True)
+    yield _case("legacy-tar-cut", tar[:700], "file is truncated: 700 bytes", payload=True)
     yield _case("legacy-tar-gz", gzip.compress(tar), "is a gzip archive", payload=True, name=".pth")
-    yield _case("nemo", tar, "is a tar archive", payload=True, name=".ckpt")
+    yield _case("tar-of-torch-0.3", tar, "is a tar archive without model_weights", payload=True, name=".ckpt")
+
+
+def _inside() -> Iterator[Case]:
+    """Torch files inside zip and tar archives."""
+    run, good = archive(op.program(op.SHAPES["reduce"])), state()
+
+    def tar(*members: tuple[str, bytes], size: int | None = None, kind: bytes = b"0") -> bytes:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as target:
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                info.size, info.type = len(content) if size is None else size, kind
+                target.addfile(info, io.BytesIO(content) if size is None else None)
+        return buffer.getvalue()
+
+    def zipped(content: bytes = good, *more: Entry, name: str = "policy.pth", **change: Any) -> bytes:
+        return zip_bytes([Entry("data", b"{}"), Entry(name, content, change, change), *more])
+
+    deflated = io.BytesIO()
+    with zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as target:
+        target.writestr("policy.pth", bytes(64 << 20))
+    weights = "model_weights.ckpt"
+    for name, content, message in (
+        ("zip-payload", zipped(run), r"os\.system"),
+        ("zip-cut", zipped(good[:-1]), "file is truncated"),
+        ("zip-in-a-zip", zipped(zipped()), "is a zip archive, but not of torch.save"),
+        ("zip-of-two", zipped(good, Entry("x/policy.pth", good)), "is a zip archive of 2 checkpoints"),
+        ("zip-deflated", deflated.getvalue(), "policy.pth in it is compressed"),
+        ("zip-encrypted", zipped(flags=1), "policy.pth is encrypted"),
+        ("zip-sizes-differ", zipped(size=9), "contradicts itself"),
+        ("zip-too-large", zipped(size=10**9, stored=10**9), "beyond the end of the records"),
+        ("zip-of-another", zip_bytes([Entry("data", b"{}"), Entry("policy.pth", good, {"offset": 0})]), "do not agree"),
+        ("zip-named-by-controls", zipped(good[:-1], name="\x1b[1m\n.pth"), "file is truncated"),
+        ("tar-payload", tar((weights, run)), r"os\.system"),
+        ("tar-twice", tar((weights, good), (f"./{weights}", good)), "has 2 entries of model_weights.ckpt"),
+        ("tar-too-large", tar((weights, b""), size=10**9), "beyond its end"),
+        ("tar-a-link", tar((weights, b""), kind=tarfile.SYMTYPE), "not one file"),
+        ("tar-large-attributes", tar(("a", bytes(70_000)), kind=tarfile.XHDTYPE), "has attributes of 70000 bytes"),
+        ("tar-many", tar(*[("a", b"")] * 10_001), "has more than 10000 entries"),
+        ("tar-in-a-tar", tar((weights, tar((weights, good)))), "not a checkpoint|zip|truncated"),
+    ):
+        yield _case(f"inside-{name}", content, message, payload="payload" in name)

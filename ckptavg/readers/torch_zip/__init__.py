@@ -66,7 +66,7 @@ def open_torch(file: RegularFile, *, alone: str | None = None) -> Reader:
 def open_inside(file: RegularFile, start: int, size: int, name: str) -> Reader:
     """Open the torch file ``name`` that an archive holds uncompressed in ``size`` bytes from ``start`` on."""
     reader = open_torch(FilePart(file, start, size))
-    return replace(reader, files=(file,), notes=(f"read {name} in it", *reader.notes))
+    return replace(reader, files=(file,), notes=(f"read {name[:100]} in it", *reader.notes))
 
 
 def _open(file: RegularFile) -> Reader:
@@ -77,8 +77,9 @@ def _open(file: RegularFile) -> Reader:
     inside = [entry for entry in entries if entry.name.endswith(READER.suffixes) and "optim" not in entry.name]
     policies = [entry for entry in inside if entry.name.rpartition("/")[2] == "policy.pth"]
     if len(chosen := policies or inside) != 1:
-        what = f"of {len(chosen)} checkpoints; unpack it" if chosen else "but not of torch.save, and with none in it"
-        raise NotACheckpointError(f"is a zip archive, {what}", file.path)
+        names = ", ".join(entry.name[:100] for entry in chosen[:_LISTED])
+        what = f" of {len(chosen)} checkpoints, {names}; unpack it" if chosen else ", but not of torch.save"
+        raise NotACheckpointError(f"is a zip archive{what}", file.path)
     (entry,) = chosen
     if entry.method != 0:
         folder = shlex.quote(file.path.stem)
