@@ -4,6 +4,7 @@ Each part of each tensor is a small ``torch.save`` file inside a ``.distcp`` fil
 """
 
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ RECORD: Final = "ckptavg.json"  # metadata in directories that ckptavg wrote
 _OPENED: Final = 8  # number of tensors
 _LARGE: Final = 1 << 16  # runs of at least this many bytes are read one by one
 _ALONE: Final = "tensor"
+_AVERAGE: Final = re.compile(r"(model_)?ema(_[a-z]+)?|[a-z]+_ema")
 
 
 class _Parts:
@@ -121,7 +123,7 @@ def _check_file(file: RegularFile, stored: Sequence[Stored], metadata: RegularFi
 def _tree(metadata: Metadata) -> Mapping[str, Node]:
     """Return the nested state dict; refuse equal paths of two names, and a path that leads into a tensor."""
     root: dict[str, Any] = {}
-    paths = metadata.paths or _guessed(metadata.values)
+    paths = _without_averages(metadata.paths or _guessed(metadata.values))
     for name, value in metadata.values.items():
         *outer, last = paths[name]
         node = root
@@ -143,6 +145,19 @@ def _guessed(values: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
     if apart and all(name.startswith("model.") and len(name) > len("model.") for name in others):
         apart.update(others)
     return {name: parts[name] if name in apart else (name,) for name in values}
+
+
+def _without_averages(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Split off averages saved flat beside their weights: ``ema.NAME`` beside ``NAME`` or ``model.NAME``."""
+    flat = {name: name.partition(".")[::2] for name, path in paths.items() if len(path) == 1}
+    rests: dict[str, set[str]] = {"": set(flat)}
+    for head, rest in flat.values():
+        rests.setdefault(head, set()).add(rest)
+    apart: set[str] = set()
+    for average in filter(_AVERAGE.fullmatch, rests):
+        others = [head for head in ("", "model", "module") if rests[average] <= rests.get(head, set())]
+        apart.update((average, *others[:1]) if others else ())
+    return paths | {name: parts for name, parts in flat.items() if parts[0] in apart and parts[0]}
 
 
 def _claims(names: frozenset[str]) -> bool:
