@@ -16,7 +16,7 @@ from ckptavg.checkpoints.steps import natural, numbers
 from ckptavg.checkpoints.window import Window
 from ckptavg.errors import CkptavgError, InputError
 from ckptavg.filesystem.regular_file import RegularFile, is_folder
-from ckptavg.readers import claim, claim_folder, entries, open_reader, suffixes
+from ckptavg.readers import HEAD_SIZE, claim, claim_folder, entries, foreign_kind, open_reader, suffixes
 
 _SHARD: Final = re.compile(r"-\d{5}-of-(?!0+1\.)\d{5}\.")  # 1 of 1 is not a shard
 _RANK: Final = re.compile(r"(.*rank_?)(\d+)(\.pt)")  # Composer and verl write one file per rank
@@ -207,8 +207,10 @@ def _weights_file(path: Path) -> Path:
             raise SkipFile(f"a shard of {index}")
         raise SkipFile("a shard without its index", "warning")
     # an unusual name: the first bytes decide; JSON is excluded, because config.json looks like an index
+    reason = None
     with suppress(InputError), RegularFile(path) as file:
         file_format = claim(file)
         if file_format and file_format.name != "sharded":
             return path
-    raise SkipFile("not a checkpoint")
+        reason = foreign_kind(file.read(0, min(HEAD_SIZE, file.size)))
+    raise SkipFile(reason or "not a checkpoint")
