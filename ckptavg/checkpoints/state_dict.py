@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.tree_search import descend, holds_tensors, listing, readable_keys, same_model, unwrapped
+from ckptavg.checkpoints.tree_search import (
+    descend,
+    flattened,
+    holds_tensors,
+    listing,
+    readable_keys,
+    same_model,
+    unwrapped,
+)
 from ckptavg.errors import DisagreementError, InputError, excluding
 from ckptavg.readers import ModuleState, Node, Reader, Refused, StoredTensor
 
@@ -29,12 +37,16 @@ def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, St
     found = [name for name in MODEL_KEYS if holds_tensors(descend(tree, name))]
     chosen = key if key is not None else found[0] if found else ""
     node = descend(tree, chosen)
-    if not isinstance(node, Mapping) or not holds_tensors(node):
+    notes: list[str] = []
+    if not holds_tensors(node):
+        chosen = chosen or next((name for name in MODEL_KEYS if flattened(descend(tree, name))), "")
+        node = flattened(descend(tree, chosen)) if chosen else None
+        notes.append(f"{chosen} is nested: joined its names by dots")
+    if not isinstance(node, Mapping) or not node:
         raise _no_model(reader, key)
     for name, child in node.items():
         if isinstance(child, Refused):
             raise InputError(child.reason, path=reader.path, tensor=name)
-    notes: list[str] = []
     if isinstance(node, ModuleState):
         what = f"a whole module of the class {node.name}"
         notes.append(f"{chosen or 'the file'} is {what}: took its parameters and persistent buffers")

@@ -36,6 +36,17 @@ def holds_tensors(node: Node) -> bool:
     return isinstance(node, Mapping) and any(isinstance(child, StoredTensor | Refused) for child in node.values())
 
 
+def flattened(node: Node, prefix: str = "") -> dict[str, Node]:
+    """Return the tensors of nested mappings, as Megatron-LM saves, by their names joined by dots; else empty."""
+    tensors: dict[str, Node] = {}
+    for name, child in node.items() if isinstance(node, Mapping) else ():
+        if isinstance(child, StoredTensor | Refused):
+            tensors[f"{prefix}{name}"] = child
+        elif not _of_optimizer(name, child):
+            tensors |= flattened(child, f"{prefix}{name}.")
+    return tensors
+
+
 def containers(tree: Node, levels: int) -> Iterator[tuple[str, Node]]:
     """Yield (key, container) of the containers in ``tree``, up to ``levels`` deep, without those of optimizers."""
     pending, count = [("", tree, 0)], 0
