@@ -15,6 +15,7 @@ from ckptavg.checkpoints.listing import CheckpointPath, LeftOut, SkipFile, list_
 from ckptavg.checkpoints.steps import common_kind, natural, step_in_name, steps_inside, trainer_step
 from ckptavg.checkpoints.window import Window
 from ckptavg.errors import CkptavgError, InputError, excluding
+from ckptavg.filesystem.regular_file import is_folder
 from ckptavg.readers import open_reader
 
 _Refuse: TypeAlias = Callable[[CkptavgError, Path], None]
@@ -143,7 +144,7 @@ def open_checkpoint(place: CheckpointPath, key: str | None, *, allow_nonfinite: 
             raise SkipFile(other)
         chosen, tensors, notes = state_dict.model_tensors(reader, key)
         steps = steps_inside(reader)
-        if place.path != place.weights and "global_step" not in steps:
+        if is_folder(place.path) and "global_step" not in steps:
             steps |= trainer_step(place.path / "trainer_state.json")
     except BaseException as error:
         reader.close()

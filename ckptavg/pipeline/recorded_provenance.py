@@ -150,18 +150,23 @@ def _are_texts(value: Any) -> bool:
 
 def _is_source_name(value: Any) -> bool:
     """Return whether ``value`` is a name of `Checkpoint`: ``FILE``, ``DIRECTORY`` or ``DIRECTORY/FILE``."""
+    return _is_relative(value) and value.count("/") <= 1
+
+
+def _is_relative(value: Any) -> bool:
+    """Return whether ``value`` is a path that leads into a directory."""
     if not isinstance(value, str) or "\0" in value:
         return False
     parts = PurePath(value).parts
-    return len(parts) in (1, 2) and "/".join(parts) == value and not {"..", "/"} & set(parts)
+    return len(parts) > 0 and "/".join(parts) == value and not {"..", "/"} & set(parts)
 
 
 def _are_digests(value: Any) -> bool:
-    """Return whether ``value`` maps bare file names to digests, or each of them to an empty text."""
+    """Return whether ``value`` maps files of a checkpoint to digests, or each of them to an empty text."""
     return (
         isinstance(value, dict)
         and len(value) > 0
-        and all(_is_source_name(name) and "/" not in name for name in value)
+        and all(map(_is_relative, value))
         and all(isinstance(digest, str) and re.fullmatch("(?:[0-9a-f]{64})?", digest) for digest in value.values())
     )
 
