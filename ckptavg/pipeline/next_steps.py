@@ -13,6 +13,7 @@ from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import is_file
 from ckptavg.filesystem.strict_json import read_json
 from ckptavg.options import Options
+from ckptavg.readers.sentence_transformers import MODULES
 
 
 def next_steps(path: Path, checkpoints: Sequence[Checkpoint], options: Options) -> Mapping[str, str]:
@@ -34,10 +35,18 @@ def _loading(path: Path, like: Checkpoint, options: Options) -> str:
         return f"state = {state}; torch.distributed.checkpoint.load(state, checkpoint_id={quoted})"
     if folder is not None:
         inside = json.dumps(str(folder), ensure_ascii=False)
+        if is_file(folder / MODULES):
+            config = folder / "config_sentence_transformers.json"
+            return f"sentence_transformers.{_class(config, 'model_type', 'SentenceTransformer')}({inside})"
         if is_adapter and is_file(folder / "adapter_config.json"):
             return f"peft.PeftModel.from_pretrained(base_model, {inside})"
         if is_file(folder / "config.json"):
-            return f"transformers.{_architecture(folder / 'config.json')}.from_pretrained({inside})"
+            config = folder / "config.json"
+            if diffusers := _class(config, "_class_name", ""):
+                return f"diffusers.{diffusers}.from_pretrained({inside})"
+            return f"transformers.{_class(config, 'architectures', 'AutoModel')}.from_pretrained({inside})"
+        if path.name.startswith("pytorch_lora_weights."):
+            return f"pipeline.load_lora_weights({inside})"
         if path.name.endswith(".index.json"):
             return f"accelerate.load_checkpoint_in_model(model, {inside})"
     if is_adapter:
@@ -45,11 +54,12 @@ def _loading(path: Path, like: Checkpoint, options: Options) -> str:
     return f"model.load_state_dict(safetensors.torch.load_file({quoted}))"
 
 
-def _architecture(config: Path) -> str:
-    """Return the class of a model in transformers by its config."""
+def _class(config: Path, key: str, default: str) -> str:
+    """Return the class that a config names under ``key``, the first of several, or ``default``."""
     with suppress(InputError):
         values: Any = read_json(config)
-        names = values.get("architectures") if isinstance(values, dict) else None
-        if isinstance(names, list) and names and isinstance(names[0], str) and names[0].isidentifier():
-            return names[0]
-    return "AutoModel"
+        names = values.get(key) if isinstance(values, dict) else None
+        name = names[0] if isinstance(names, list) and names else names
+        if isinstance(name, str) and name.isidentifier():
+            return name
+    return default
