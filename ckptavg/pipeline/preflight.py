@@ -11,7 +11,7 @@ from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import Discovered
 from ckptavg.errors import OutputError, OutputExistsError, UsageError, counted
 from ckptavg.filesystem import atomic
-from ckptavg.filesystem.regular_file import is_folder
+from ckptavg.filesystem.regular_file import is_file, is_folder
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
@@ -43,7 +43,7 @@ def check_output(options: Options) -> None:
 
 
 def check_sources(found: Discovered, options: Options) -> None:
-    """Refuse an output that would overwrite a candidate, or another file in an output directory."""
+    """Refuse an output that would overwrite a candidate, or files that no loader reads as they are meant."""
     path, folder = options.destination
     like = found.checkpoints[-1]
     places = [(folder / name).resolve() for name in ("", *loader_files.folders(like))] if folder else []
@@ -51,9 +51,16 @@ def check_sources(found: Discovered, options: Options) -> None:
         inside = file.path.parent.resolve() in places and file.path.name.startswith(loader_files.STEMS)
         if file.path.resolve() == path.resolve() or inside:
             raise OutputExistsError("is one of the candidates", path=file.path, hint="choose another -o")
-    if folder and is_folder(folder):
-        name = loader_files.file_name(like)
-        preflight(folder / (MODULES if like.reader.format == sentence_transformers.NAME else name), options.force)
+    if folder is None:
+        return
+    name = MODULES if like.reader.format == sentence_transformers.NAME else loader_files.file_name(like)
+    largest = options.max_shard_size
+    shards = largest and loader_files.division(like, output_specs(like, options.dtype), largest)
+    if is_folder(folder):
+        preflight(folder / name, options.force)
+        if shards and is_file(folder / name):
+            hint = "remove it, or choose another -o"
+            raise OutputError("loaders would prefer it to the shards", path=folder / name, hint=hint)
 
 
 def check_space(first: Checkpoint, options: Options) -> None:
