@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from ckptavg.errors import InputError
-from ckptavg.filesystem.regular_file import RegularFile, is_folder
+from ckptavg.filesystem.regular_file import RegularFile, is_file, is_folder
 from ckptavg.filesystem.strict_json import read_json
 from ckptavg.readers import FolderFormat, Node, Reader, StoredTensor, entries, joined, open_reader, suffixes, within
 from ckptavg.readers.pickle.object_tree import is_proper
@@ -48,7 +48,7 @@ def modules(folder: Path) -> Sequence[Module]:
             name, so that they would be left out.
     """
     path = folder / MODULES
-    if MODULES not in entries(folder):
+    if not is_file(path):
         return ()
     listed = read_json(path)
     if not isinstance(listed, list) or not 0 < len(listed) <= _MOST:
