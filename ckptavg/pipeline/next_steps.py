@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ckptavg.average.lora_config import CONFIG_NAME
+from ckptavg.average.lora_file import read_file_config
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import is_file
@@ -29,6 +31,8 @@ def next_steps(path: Path, checkpoints: Sequence[Checkpoint], options: Options) 
 def _loading(path: Path, like: Checkpoint, options: Options) -> str:
     folder, quoted = options.destination[1], json.dumps(str(path), ensure_ascii=False)
     is_adapter = any(".lora_A." in name for name in like.names)
+    if not is_file(like.folder / CONFIG_NAME) and options.format != "dcp" and read_file_config(like):
+        return f"pipeline.load_lora_weights({quoted})"  # diffusers
     if options.format == "dcp":
         key = like.key if like.reader.format == "dcp" else ""
         state = f"{{{json.dumps(key)}: model.state_dict()}}" if key else "model.state_dict()"
@@ -45,8 +49,6 @@ def _loading(path: Path, like: Checkpoint, options: Options) -> str:
             if diffusers := _class(config, "_class_name", ""):
                 return f"diffusers.{diffusers}.from_pretrained({inside})"
             return f"transformers.{_class(config, 'architectures', 'AutoModel')}.from_pretrained({inside})"
-        if path.name.startswith("pytorch_lora_weights."):
-            return f"pipeline.load_lora_weights({inside})"
         if path.name.endswith(".index.json"):
             return f"accelerate.load_checkpoint_in_model(model, {inside})"
     if is_adapter:
