@@ -61,8 +61,10 @@ def _error_of_factors(checkpoints: Sequence[Checkpoint], coefficients: Coefficie
     """Return the error of averaging factors where an exact adapter can be written; elsewhere notes about it."""
     first = checkpoints[0]
     config = lora_config.read_config(first)
-    if kind := lora_file.kind_of_factors(first):
-        return None, [f"{kind}: each factor is averaged, which is not the average of what they do to the weights"]
+    if kind := lora_file.other_kind(first):
+        return None, [
+            f"{kind}: its tensors are averaged one by one, which is not the average of what they do to the weights"
+        ]
     if config is not None and not lora_config.obstacle(first, config):
         return lora.factor_error(checkpoints, coefficients), []
     dora = lora_file.has_magnitude(first)

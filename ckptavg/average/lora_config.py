@@ -19,7 +19,7 @@ FACTOR_A: Final = re.compile(  # the module is group 1; the other names are thos
 )
 _SHARED: Final = (
     "peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "rank_pattern",
-    "alpha_pattern", "use_dora", "target_modules",
+    "alpha_pattern", "use_dora", "target_modules", "projection_prng_key", "random_loc_seed",
 )  # fmt: skip
 _OBSTACLES: Final = {
     "use_dora": "the magnitude of DoRA is not linear in its weights",

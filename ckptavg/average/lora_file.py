@@ -16,8 +16,11 @@ from ckptavg.errors import DisagreementError, InputError
 from ckptavg.filesystem.strict_json import strict_json
 
 _METADATA: Final = "lora_adapter_metadata"  # diffusers: keys of PEFT's configuration, behind the component's name
-# parts of the names of tensors whose product is that of no two factors
-_KINDS: Final = {"hada_w": "LoHa", "lokr_w": "LoKr", "vera_lambda": "VeRA", "lora_E": "AdaLoRA", "lora_mid": "LoCon"}
+# parts of the names of tensors that form no product of two factors
+_KINDS: Final = {
+    ".hada_w": "LoHa", ".lokr_w": "LoKr", ".lora_mid.": "LoCon", ".vera_lambda": "VeRA", ".lora_E": "AdaLoRA",
+    ".vblora_": "VB-LoRA", ".oft_": "OFT", ".boft_": "BOFT", ".hra_u": "HRA",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +43,8 @@ class FileConfig:
         return config.scaling(module) if config else 1.0
 
 
-def kind_of_factors(checkpoint: Checkpoint) -> str | None:
-    """Return the kind of adapter whose factors form no product of two, or None."""
+def other_kind(checkpoint: Checkpoint) -> str | None:
+    """Return the kind of an adapter that is linear neither in its tensors nor a product of two of them, or None."""
     return next((kind for part, kind in _KINDS.items() if any(part in name for name in checkpoint.names)), None)
 
 
@@ -54,7 +57,7 @@ def read_file_config(checkpoint: Checkpoint) -> FileConfig | None:
     """Return the scaling of a file that consists of LoRA factors, or None for any other file."""
     modules = {match[1]: name for name in checkpoint.names if (match := FACTOR_A.fullmatch(name))}
     whole = any(f"{module}.weight" in checkpoint.tensors for module in modules)  # the model with its adapted layers
-    if whole or 5 * len(modules) < len(checkpoint.names) or not modules or kind_of_factors(checkpoint):
+    if whole or 5 * len(modules) < len(checkpoint.names) or not modules or other_kind(checkpoint):
         return None
     ranks, alphas = dict[str, int](), dict[str, float]()
     for module, a in modules.items():

@@ -30,8 +30,8 @@ def next_steps(path: Path, checkpoints: Sequence[Checkpoint], options: Options) 
 
 def _loading(path: Path, like: Checkpoint, options: Options) -> str:
     folder, quoted = options.destination[1], json.dumps(str(path), ensure_ascii=False)
-    is_adapter = any(".lora_A." in name for name in like.names)
-    if not is_file(like.folder / CONFIG_NAME) and options.format != "dcp" and read_file_config(like):
+    is_adapter = is_file(like.folder / CONFIG_NAME) or any(name.startswith("base_model.") for name in like.names)
+    if not is_adapter and options.format != "dcp" and read_file_config(like):
         return f"pipeline.load_lora_weights({quoted})"  # diffusers
     if options.format == "dcp":
         key = like.key if like.reader.format == "dcp" else ""
@@ -42,7 +42,7 @@ def _loading(path: Path, like: Checkpoint, options: Options) -> str:
         if is_file(folder / MODULES):
             config = folder / "config_sentence_transformers.json"
             return f"sentence_transformers.{_class(config, 'model_type', 'SentenceTransformer')}({inside})"
-        if is_adapter and is_file(folder / "adapter_config.json"):
+        if is_adapter and is_file(folder / CONFIG_NAME):
             return f"peft.PeftModel.from_pretrained(base_model, {inside})"
         if is_file(folder / "config.json"):
             config = folder / "config.json"

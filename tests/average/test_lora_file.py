@@ -112,7 +112,7 @@ def test_a_kind_whose_factors_form_no_product_of_two_is_named_without_a_figure(
     for step, state in zip(STEPS, states, strict=True):
         save_file(state | {f"lora_unet_x.{name}": torch.ones(2, 2)}, tmp_path / "run" / f"mine-{step}.safetensors")
     done = run("swa", "run")
-    assert done.returncode == 0 and f"{kind}: each factor is averaged" in done.stderr, done.stderr
+    assert done.returncode == 0 and f"{kind}: its tensors are averaged one by one" in done.stderr, done.stderr
     assert "%" not in done.stderr and "--adapter" not in done.stderr
 
 

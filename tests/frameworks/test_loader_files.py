@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,19 @@ import torch
 from by_hand import averaged_by_hand
 from conftest import Run
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DModel
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 STEPS = (1, 2, 3)
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries about their own deprecations
@@ -104,6 +115,62 @@ def test_peft_loads_a_named_adapter(run: Run, tmp_path: Path):
     expected = averaged_by_hand(states)
     for name, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], rtol=2**-23, atol=2**-149)
+
+
+ADAPTERS: dict[str, Any] = {
+    "IA3": IA3Config(target_modules=["c_attn", "c_fc"], feedforward_modules=["c_fc"], fan_in_fan_out=True),
+    "AdaLoRA": AdaLoraConfig(target_modules=["c_attn"], total_step=9, tinit=1, tfinal=1, fan_in_fan_out=True),
+    "VeRA": VeraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True),
+    "LoHa": LoHaConfig(r=2, target_modules=["lm_head"]),
+    "prompt": PromptTuningConfig(num_virtual_tokens=3),
+}
+
+
+def adapted(folder: Path, kind: str) -> tuple[list[Path], Any]:
+    """Save three adapters of a GPT-2 in ``folder``; return their files, and the model with the mean of their values."""
+    ADAPTERS[kind].task_type = "CAUSAL_LM"
+    model, states = get_peft_model(gpt2(), ADAPTERS[kind]), list[dict[str, torch.Tensor]]()
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    for step in STEPS:
+        states.append({name: torch.randn_like(value) for name, value in trained.items()})
+        model.load_state_dict(states[-1], strict=False)
+        model.save_pretrained(folder / f"checkpoint-{step}")
+    model.load_state_dict(averaged_by_hand(states), strict=False)
+    return [folder / f"checkpoint-{step}" / "adapter_model.safetensors" for step in STEPS], model.eval()
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=11, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_other_kinds_of_adapters_compute_as_the_mean_of_their_values(run: Run, tmp_path: Path, kind: str):
+    _, expected = adapted(tmp_path / "run", kind)
+    done = run("swa", "run", "-o", "out/")
+    assert done.returncode == 0 and 'peft.PeftModel.from_pretrained(base_model, "out")' in done.stderr, done.stderr
+    linear = kind in ("IA3", "prompt")
+    assert ("is not the average of what they do to the weights" in done.stderr) != linear
+    found = PeftModel.from_pretrained(gpt2(), str(tmp_path / "out")).eval()
+    words = torch.arange(8).view(1, -1)
+    torch.testing.assert_close(found(words).logits, expected(words).logits)
+
+
+def test_adalora_of_other_ranks_is_refused(run: Run, tmp_path: Path):
+    """AdaLoRA saves the ranks that its budget has left."""
+    files, _ = adapted(tmp_path / "run", "AdaLoRA")
+    state, config = load_file(files[1]), files[1].with_name("adapter_config.json")
+    (name,) = (name for name in state if name.endswith("lora_E"))
+    save_file({n: (t[:, :5] if n.endswith("lora_B") else t[:5]).contiguous() for n, t in state.items()}, files[1])
+    pattern = {name.removesuffix(".lora_E"): [True] * 5 + [False] * 7}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rank_pattern": pattern}))
+    done = run("swa", "run")
+    assert done.returncode == 4 and "lora_A: shape [5, 8], but 2 other candidates have [12, 8]" in done.stderr
+    assert "--exclude 'checkpoint-2'" in done.stderr and run("swa", "run", "--exclude", "checkpoint-2").returncode == 0
 
 
 def test_the_companions_of_a_policy_are_copied_and_no_state_of_the_training(run: Run, tmp_path: Path):
