@@ -1,5 +1,6 @@
 """Checkpoint: the training step, the state dict's names and shapes, and access to the bytes of its tensors."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,8 @@ class Checkpoint:
     @property
     def excluding(self) -> str:
         """Command-line option that leaves it out."""
-        return excluding(self.name.partition("/")[0])
+        inside = self.path != self.reader.path
+        return excluding(self.name.removesuffix(f"/{self.reader.path.name}") if inside else self.name)
 
     @property
     def hint(self) -> str:
@@ -97,6 +99,16 @@ class Checkpoint:
 
 def _has_any(folder: Path, names: Sequence[str]) -> bool:
     return any(is_file(folder / name) for name in names)
+
+
+def shortest_names(paths: Sequence[Path], lengths: Sequence[int] = ()) -> list[str]:
+    """Return the last parts of each path, as many as tell the paths apart, and at least ``lengths`` (one)."""
+    absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100  # links stay
+    for more in range(max((len(path.parts) for path in absolute), default=0) + 1):
+        lasts = [path.parts[-(n + more) :] for path, n in zip(absolute, lengths or [1] * len(paths), strict=True)]
+        if len(set(lasts)) == len(set(absolute)):
+            return [str(Path(*parts)) for parts in lasts]
+    return []
 
 
 def chunks(

@@ -22,6 +22,7 @@ from ckptavg.strategies import strategies
 from ckptavg.strategies.twa import TWA
 
 _UNIFORM: Final = ("aswa", "best", "sewa", "soup")  # strategies that choose a subset and average it with equal weights
+_MAX_PARTS: Final = 64  # of a source's name
 _SAME: Final = 1e-12  # relative difference of equal coefficients; powers may differ by an ulp between machines
 
 
@@ -149,16 +150,11 @@ def _are_texts(value: Any) -> bool:
 
 
 def _is_source_name(value: Any) -> bool:
-    """Return whether ``value`` is a name of `Checkpoint`: ``FILE``, ``DIRECTORY`` or ``DIRECTORY/FILE``."""
-    return _is_relative(value) and value.count("/") <= 1
-
-
-def _is_relative(value: Any) -> bool:
-    """Return whether ``value`` is a path that leads into a directory."""
+    """Return whether ``value`` is a name of `Checkpoint`: a relative path without ``..``."""
     if not isinstance(value, str) or "\0" in value:
         return False
     parts = PurePath(value).parts
-    return len(parts) > 0 and "/".join(parts) == value and not {"..", "/"} & set(parts)
+    return 0 < len(parts) <= _MAX_PARTS and "/".join(parts) == value and not {"..", "/"} & set(parts)
 
 
 def _are_digests(value: Any) -> bool:
@@ -166,7 +162,7 @@ def _are_digests(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and len(value) > 0
-        and all(map(_is_relative, value))
+        and all(map(_is_source_name, value))
         and all(isinstance(digest, str) and re.fullmatch("(?:[0-9a-f]{64})?", digest) for digest in value.values())
     )
 

@@ -263,8 +263,12 @@ class Evaluation(Report):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Inspection(Report):
-    """The candidates in training order, and the files left out; see `ckptavg.checkpoints.inspection`."""
+    """The candidates in training order, and the files left out; see `ckptavg.checkpoints.inspection`.
 
+    ``layout`` says what the directories are taken for, such as ``Accelerate save_state, 12 steps, component unet``.
+    """
+
+    layout: str
     candidates: Sequence[Mapping[str, Any]]
     left_out: Sequence[LeftOut]
     warnings: Sequence[str]
