@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ckptavg.average.lora_config import CONFIG_NAME
 from ckptavg.average.lora_file import read_file_config
@@ -16,6 +16,18 @@ from ckptavg.filesystem.regular_file import is_file
 from ckptavg.filesystem.strict_json import read_json
 from ckptavg.options import Options
 from ckptavg.readers.sentence_transformers import MODULES
+
+# beginnings of names in LoRA files for a pipeline of diffusers, and ends of those for one of its models
+_OF_PIPELINES: Final = (
+    "lora_unet_",
+    "lora_te",
+    "lora_transformer_",
+    "unet.",
+    "transformer.",
+    "text_encoder",
+    "diffusion_model.",
+)
+_OF_MODELS: Final = (".lora_A.weight", ".lora.down.weight")
 
 
 def next_steps(path: Path, checkpoints: Sequence[Checkpoint], options: Options) -> Mapping[str, str]:
@@ -32,7 +44,11 @@ def _loading(path: Path, like: Checkpoint, options: Options) -> str:
     folder, quoted = options.destination[1], json.dumps(str(path), ensure_ascii=False)
     is_adapter = is_file(like.folder / CONFIG_NAME) or any(name.startswith("base_model.") for name in like.names)
     if not is_adapter and options.format != "dcp" and read_file_config(like):
-        return f"pipeline.load_lora_weights({quoted})"  # diffusers
+        if any(name.startswith(_OF_PIPELINES) for name in like.names):
+            return f"pipeline.load_lora_weights({quoted})"
+        if any(name.endswith(_OF_MODELS) for name in like.names):
+            return f"model.load_lora_adapter({quoted}, prefix=None)"
+        return f"model.load_state_dict(safetensors.torch.load_file({quoted}), strict=False)"
     if options.format == "dcp":
         key = like.key if like.reader.format == "dcp" else ""
         state = f"{{{json.dumps(key)}: model.state_dict()}}" if key else "model.state_dict()"

@@ -86,6 +86,24 @@ def test_the_report_says_how_far_the_average_of_factors_is_off(
     assert refused.returncode == 2 and "no adapter_config.json" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        (("{}.lora_A.weight", "{}.lora_B.weight"), 'model.load_lora_adapter("averaged.safetensors", prefix=None)'),
+        (
+            ("{}.lora_A", "{}.lora_B"),
+            'model.load_state_dict(safetensors.torch.load_file("averaged.safetensors"), strict',
+        ),
+    ],
+)
+def test_factors_without_a_pipeline_are_loaded_into_the_model(
+    run: Run, tmp_path: Path, names: tuple[str, str], line: str
+):
+    save_run(tmp_path / "run", lambda module: (names[0].format(module), names[1].format(module)), alphas=False)
+    done = run("swa", "run")
+    assert done.returncode == 0 and line in done.stderr, done.stderr
+
+
 def test_an_alpha_or_a_setting_that_differs_is_named(run: Run, tmp_path: Path):
     _, states = save_run(tmp_path / "run", NAMES["sd-scripts"], alphas=True)
     states[1]["lora_unet_up_blocks_1_conv.alpha"] = torch.tensor(1.0)
