@@ -47,7 +47,7 @@ def _loading(path: Path, like: Checkpoint, options: Options) -> str:
         if any(name.startswith(_OF_PIPELINES) for name in like.names):
             return f"pipeline.load_lora_weights({quoted})"
         if any(name.endswith(_OF_MODELS) for name in like.names):
-            return f"model.load_lora_adapter({quoted}, prefix=None)"
+            return f"model.load_lora_adapter({quoted}, prefix=None, use_safetensors=True)"  # which reads the metadata
         return f"model.load_state_dict(safetensors.torch.load_file({quoted}), strict=False)"
     if options.format == "dcp":
         key = like.key if like.reader.format == "dcp" else ""

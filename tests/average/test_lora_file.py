@@ -89,7 +89,7 @@ def test_the_report_says_how_far_the_average_of_factors_is_off(
 @pytest.mark.parametrize(
     ("names", "line"),
     [
-        (("{}.lora_A.weight", "{}.lora_B.weight"), 'model.load_lora_adapter("averaged.safetensors", prefix=None)'),
+        (("{}.lora_A.weight", "{}.lora_B.weight"), 'model.load_lora_adapter("averaged.safetensors", prefix=None, use'),
         (
             ("{}.lora_A", "{}.lora_B"),
             'model.load_state_dict(safetensors.torch.load_file("averaged.safetensors"), strict',
