@@ -60,8 +60,8 @@ def _loading(path: Path, like: Checkpoint, options: Options) -> str:
             return f"sentence_transformers.{_class(config, 'model_type', 'SentenceTransformer')}({inside})"
         if is_adapter and is_file(folder / CONFIG_NAME):
             return f"peft.PeftModel.from_pretrained(base_model, {inside})"
-        if is_file(folder / "config.json"):
-            config = folder / "config.json"
+        config = folder / "config.json"
+        if is_file(config) and not _class(config, "type", ""):  # LeRobot's has the type of the policy
             if diffusers := _class(config, "_class_name", ""):
                 return f"diffusers.{diffusers}.from_pretrained({inside})"
             return f"transformers.{_class(config, 'architectures', 'AutoModel')}.from_pretrained({inside})"

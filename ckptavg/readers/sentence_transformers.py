@@ -25,6 +25,10 @@ _WEIGHTS: Final = (
 )  # fmt: skip
 _ADAPTERS: Final = ("adapter_model.safetensors", "adapter_model.bin")
 _MOST: Final = 1000  # modules
+_WEIGHTED: Final = (  # classes of modules that always have weights
+    "Transformer", "MLMTransformer", "CLIPModel", "Dense", "LayerNorm", "CNN", "LSTM", "WeightedLayerPooling",
+    "StaticEmbedding", "WordEmbeddings", "SparseAutoEncoder",
+)  # fmt: skip
 # directories of modules, but of those that never have weights
 _FOLDER: Final = re.compile(r"\d+_(?!(?:Pooling|SpladePooling|Normalize|Dropout)$)\w+")
 
@@ -33,6 +37,7 @@ _FOLDER: Final = re.compile(r"\d+_(?!(?:Pooling|SpladePooling|Normalize|Dropout)
 class Module:
     """A module of a model."""
 
+    kind: str  # name of its class
     folder: str  # relative to the model's; "" for the model's own
     prefix: str  # of the names of its tensors in the model's state dict
     weights: str | None  # name of the file in ``folder`` that holds its tensors, if it has any
@@ -92,7 +97,7 @@ def _modules(folder: Path, place: str, prefix: str, kind: str) -> Iterator[Modul
         prefix += "auto_model." if ".models." in kind else "model."
     elif last == "CLIPModel":
         prefix += "model."
-    yield Module(folder=place, prefix=prefix, weights=weights)
+    yield Module(kind=last, folder=place, prefix=prefix, weights=weights)
 
 
 def _inside(outer: str, path: str, source: Path) -> str:
@@ -112,13 +117,16 @@ def _claims(names: frozenset[str]) -> bool:
 
 
 def _open(folder: Path) -> Reader:
-    found = [module for module in modules(folder) if module.weights is not None]
+    listed = modules(folder)
+    if incomplete := [module for module in listed if module.weights is None and module.kind in _WEIGHTED]:
+        raise InputError(f"the module {incomplete[0].kind} has no weights", path=folder / incomplete[0].folder)
+    found = [module for module in listed if module.weights is not None]
     if not found:
         raise InputError("no module has weights", path=folder)
     if len(found) == 1:
         return open_reader(folder / found[0].folder / str(found[0].weights))
     with ExitStack() as on_error:
-        listed = on_error.enter_context(RegularFile(folder / MODULES))
+        index = on_error.enter_context(RegularFile(folder / MODULES))
         readers: dict[str, Reader] = {}
         tree: dict[str, Node] = {}
         for module in found:
@@ -128,7 +136,7 @@ def _open(folder: Path) -> Reader:
             for name, node in readers[module.folder].tree.items():
                 tree[module.prefix + name] = within(module.folder, node) if isinstance(node, StoredTensor) else node
         on_error.pop_all()
-    files = (listed, *(file for reader in readers.values() for file in reader.files))
+    files = (index, *(file for reader in readers.values() for file in reader.files))
     metadata: Mapping[str, str] = next(iter(readers.values())).metadata
     return Reader(path=folder, format=NAME, tree=tree, files=files, read_into=joined(readers), metadata=metadata)
 

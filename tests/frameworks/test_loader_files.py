@@ -188,9 +188,11 @@ def test_the_companions_of_a_policy_are_copied_and_no_state_of_the_training(run:
         save_file({"w": torch.full((2,), float(step))}, folder / "model.safetensors")
         for name in wanted | others:
             (folder / name).write_text("{}")
+        (folder / "config.json").write_text('{"type": "act"}')
     files = [tmp_path / f"{step}000" / "pretrained_model" / "model.safetensors" for step in STEPS]
     done = run("swa", *files, "-o", "out/")
     assert (done.returncode, done.stdout) == (0, "out/model.safetensors\n"), done.stderr
+    assert 'model.load_state_dict(safetensors.torch.load_file("out/model.safetensors"))' in done.stderr
     out = tmp_path / "out"
     assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == wanted | {
         "model.safetensors"

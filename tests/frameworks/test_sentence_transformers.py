@@ -148,6 +148,16 @@ def test_a_failure_leaves_no_directory_of_a_module(run: Run, saved: Path, tmp_pa
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["2_LayerNorm"]
 
 
+def test_an_incomplete_model_is_left_out_or_refused(run: Run, saved: Path, tmp_path: Path):
+    shutil.copytree(saved / "head", tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-1" / "trainer_state.json").unlink()
+    done = run("swa", "run", "--dry-run")
+    assert done.returncode == 0 and "checkpoint-1: incomplete: it has no trainer_state.json" in done.stderr, done.stderr
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2" / "3_Dense")
+    done = run("swa", "run")
+    assert done.returncode == 3 and "checkpoint-2/3_Dense: the module Dense has no weights" in done.stderr, done.stderr
+
+
 def test_a_module_whose_weights_have_an_unknown_name_is_refused(run: Run, saved: Path, tmp_path: Path):
     shutil.copytree(saved / "head", tmp_path / "run")
     (tmp_path / "run" / "checkpoint-2" / "1_Pooling" / "extra.pt").write_bytes(b"x")
