@@ -71,10 +71,15 @@ class Checkpoint:
             raise InputError(what, path=self.path, tensor=name, hint=self.hint)
 
     @property
+    def entry(self) -> str:
+        """Its name without the file in a directory, which globs match."""
+        inside = self.path != self.reader.path
+        return self.name.removesuffix(f"/{self.reader.path.name}") if inside else self.name
+
+    @property
     def excluding(self) -> str:
         """Command-line option that leaves it out."""
-        inside = self.path != self.reader.path
-        return excluding(self.name.removesuffix(f"/{self.reader.path.name}") if inside else self.name)
+        return excluding(self.entry)
 
     @property
     def hint(self) -> str:

@@ -11,12 +11,13 @@ from typing import Literal, NamedTuple, Self, TypeAlias
 
 from ckptavg.checkpoints import duplicates, kinds, state_dict
 from ckptavg.checkpoints.checkpoint import Checkpoint, shortest_names
-from ckptavg.checkpoints.listing import CheckpointPath, LeftOut, Listing, SkipFile, list_checkpoints
+from ckptavg.checkpoints.components import LeftOut
+from ckptavg.checkpoints.listing import CheckpointPath, Listing, SkipFile, list_checkpoints
 from ckptavg.checkpoints.order import Opened, in_order
 from ckptavg.checkpoints.steps import natural, numbers, steps_beside, steps_in_name, steps_inside
 from ckptavg.checkpoints.window import Window
 from ckptavg.errors import CkptavgError, InputError, counted, excluding
-from ckptavg.readers import open_reader
+from ckptavg.readers import NotACheckpointError, open_reader, suffixes
 
 _Refuse: TypeAlias = Callable[[CkptavgError, Path], None]
 
@@ -167,7 +168,12 @@ def open_checkpoint(place: CheckpointPath, key: str | None, *, allow_nonfinite: 
         InputError: if it is damaged or no model.
         SkipFile: if it is no model and its path was not given explicitly.
     """
-    reader = open_reader(place.weights)
+    try:
+        reader = open_reader(place.weights)
+    except NotACheckpointError as error:
+        if place.explicit or place.weights.name.endswith(suffixes()):
+            raise
+        raise SkipFile(error.reason) from error
     try:
         if not place.explicit and "ckptavg" in reader.metadata:
             raise SkipFile("an earlier output of ckptavg", "warning")

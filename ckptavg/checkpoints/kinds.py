@@ -9,10 +9,12 @@ from typing import Final
 from ckptavg.errors import InputError, choosing, escaped_glob
 
 _ASIDE: Final = {
-    **dict.fromkeys(("avg", "ave", "average", "averaged", "swa", "lawa", "soup"), "an earlier average, by its name"),
+    **dict.fromkeys(
+        ("avg", "ave", "average", "averaged", "swa", "swag", "lawa", "soup", "soups"), "an earlier average, by its name"
+    ),
     **dict.fromkeys(("init", "initial"), "the weights before training, by its name"),
 }
-_EMA: Final = ("ema", "bema")
+_EMA: Final = ("ema", "bema", "polyak")
 _NUMBER: Final = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 
 

@@ -17,6 +17,7 @@ SIDE_FILES: Final = {
     "scheduler*": "a scheduler's state",
     "scaler*": "a gradient scaler's state",
     "sampler*": "a sampler's state",
+    "dl_state_dict*": "a data loader's state",
     "rng_state*": "random number generators",
     "random_states_*": "random number generators",
     "extra_state*": "a scheduler's state and random number generators",  # verl

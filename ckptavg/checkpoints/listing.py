@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import closing, suppress
@@ -12,30 +11,16 @@ from pathlib import Path
 from typing import Final
 
 from ckptavg.checkpoints import layouts, state_dict
+from ckptavg.checkpoints.components import LeftOut, Step, chosen
 from ckptavg.checkpoints.steps import natural, numbers
 from ckptavg.checkpoints.window import Window
 from ckptavg.errors import CkptavgError, InputError
 from ckptavg.filesystem.regular_file import RegularFile, is_folder
-from ckptavg.readers import claim, claim_folder, entries, open_reader, suffixes
+from ckptavg.readers import HEAD_SIZE, claim, claim_folder, entries, foreign_kind, open_reader, suffixes
 
 _SHARD: Final = re.compile(r"-\d{5}-of-(?!0+1\.)\d{5}\.")  # 1 of 1 is not a shard
 _RANK: Final = re.compile(r"(.*rank_?)(\d+)(\.pt)")  # Composer and verl write one file per rank
 _DEPTH: Final = 2  # directories below a step's own in which its weights are looked for
-_SHOWN: Final = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class LeftOut:
-    """A file or directory that is not a candidate, and the reason; ``kind`` is info, warning or bad."""
-
-    path: Path
-    reason: str
-    kind: str = "info"
-
-    @property
-    def line(self) -> str:
-        """Path and reason; the reason of a bad file is an error message that starts with the path."""
-        return self.reason if self.kind == "bad" else f"{self.path}: {self.reason}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +57,6 @@ class SkipFile(Exception):
         self.kind = kind
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A directory, its entries, and the weights in it by their places: ``""`` if there are no others."""
-
-    folder: Path
-    names: Set[str]
-    models: Mapping[str, Path]
-
-
 def list_checkpoints(path: Path, order: int, left_out: list[LeftOut], window: Window) -> Listing:
     """Return the checkpoints under ``path``, a directory of checkpoints or a checkpoint, the ``order``-th given.
 
@@ -97,9 +73,9 @@ def list_checkpoints(path: Path, order: int, left_out: list[LeftOut], window: Wi
     files, steps = ([], []) if claim_folder(names) else _scan(path, names, left_out)
     own = {"": path} if claim_folder(names) else _own_models(names, files, steps)
     if own:  # such as ./run/checkpoint-500
-        steps, files = [_Step(path, names, own)], []
+        steps, files = [Step(path, names, own)], []
     places = [CheckpointPath(path=file, weights=file, name=file.name, order=order) for file in files]
-    for step, models in _chosen(path, steps, left_out, window, alone=not files):
+    for step, models in chosen(path, steps, left_out, window, alone=not files):
         start = Path(path.resolve().name if own else step.folder.name)
         for place, weights in models.items():
             several = len(models) > 1 or (place and weights == step.folder / place)
@@ -114,7 +90,7 @@ def list_checkpoints(path: Path, order: int, left_out: list[LeftOut], window: Wi
     return Listing(places=places, library=libraries.most_common(1)[0][0] if libraries and not files else None)
 
 
-def _own_models(names: Set[str], files: Sequence[Path], steps: Sequence[_Step]) -> Mapping[str, Path]:
+def _own_models(names: Set[str], files: Sequence[Path], steps: Sequence[Step]) -> Mapping[str, Path]:
     """Return the weights of a directory that is one step itself, by their places; empty for a directory of steps.
 
     It has the usual names for weights and nothing else that could be weights, or what a job resumes from beside models
@@ -130,12 +106,12 @@ def _own_models(names: Set[str], files: Sequence[Path], steps: Sequence[_Step]) 
     return {}
 
 
-def _scan(folder: Path, names: Set[str], left_out: list[LeftOut]) -> tuple[list[Path], list[_Step]]:
+def _scan(folder: Path, names: Set[str], left_out: list[LeftOut]) -> tuple[list[Path], list[Step]]:
     """Return the weight files and the directories with weights among the entries of ``folder``."""
     temporary = {name for name in names if any(fnmatchcase(name, pattern) for pattern in layouts.TEMPORARY)}
     shown = sorted((name for name in names if not name.startswith(".") or name in temporary), key=natural)
     files: list[Path] = []
-    steps: list[_Step] = []
+    steps: list[Step] = []
     inside: dict[str, Set[str]] = {}
     for name in shown:
         with suppress(InputError):  # opening it raises the error
@@ -150,7 +126,7 @@ def _scan(folder: Path, names: Set[str], left_out: list[LeftOut]) -> tuple[list[
                 raise SkipFile(layouts.SIDE_FOLDERS[name])
             if name in inside:
                 siblings = [other for there, other in inside.items() if there != name]
-                steps.append(_Step(path, inside[name], _models_of_step(path, inside[name], siblings)))
+                steps.append(Step(path, inside[name], _models_of_step(path, inside[name], siblings)))
             else:
                 files.append(path if is_folder(path) else _weights_file(path))
         except SkipFile as other:
@@ -231,66 +207,10 @@ def _weights_file(path: Path) -> Path:
             raise SkipFile(f"a shard of {index}")
         raise SkipFile("a shard without its index", "warning")
     # an unusual name: the first bytes decide; JSON is excluded, because config.json looks like an index
+    reason = None
     with suppress(InputError), RegularFile(path) as file:
         file_format = claim(file)
         if file_format and file_format.name != "sharded":
             return path
-    raise SkipFile("not a checkpoint")
-
-
-def _chosen(
-    root: Path, steps: Sequence[_Step], left_out: list[LeftOut], window: Window, *, alone: bool
-) -> Iterator[tuple[_Step, Mapping[str, Path]]]:
-    """Yield each step with the one of its models that ``window`` chooses, or that it has in common with the others.
-
-    A directory with several models beside steps that have one, of another place, is left out.
-    """
-    wanted = [(step, _wanted(step, window)) for step in steps]
-    for step, models in wanted:
-        if not models:
-            reason = "left out by --include or --exclude" if window.component is None else f"has no {window.component}"
-            left_out.append(LeftOut(path=step.folder, reason=reason))
-    counts = Counter(place for _, models in wanted for place in models)
-    if window.component is not None and not counts:
-        has = Counter(place or file.name for step in steps for place, file in step.models.items())
-        what = f"they have {_listing(list(has))}" if steps else "they are files"
-        raise InputError(f"no checkpoint has the component {window.component}: {what}", path=root)
-    crowded = [(step, models) for step, models in wanted if len(models) > 1]
-    if crowded and alone and len(wanted) == 1 and any(map(numbers, counts)) and root != crowded[0][0].folder:
-        folder = crowded[0][0].folder
-        what = f"has no checkpoints itself, but {len(counts)} in {folder.name}/"
-        raise InputError(what, path=root, hint=f"name that directory: {shlex.quote(str(folder))}")
-    common = any(counts[place] > 1 for _, models in crowded for place in models)
-    if crowded and (common or (alone and len(crowded) == len(wanted))):
-        raise _several_models(root, counts)
-    for step, models in wanted:
-        if len(models) > 1:
-            reason = f"a directory with {len(models)} models: {_listing(list(models))}; name it to average these"
-            left_out.append(LeftOut(path=step.folder, reason=reason, kind="warning"))
-        elif models:
-            yield step, models
-
-
-def _several_models(root: Path, counts: Mapping[str, int]) -> InputError:
-    kinds = [f"{place} ({count})" for place, count in counts.items()]
-    ways = [f"--component {shlex.quote(place)}" for place in counts]
-    hint = f"choose with {' or '.join(ways[:_SHOWN])}"
-    return InputError(f"each step has several models: {_listing(kinds)}", path=root, hint=hint)
-
-
-def _wanted(step: _Step, window: Window) -> Mapping[str, Path]:
-    models = step.models
-    if (wish := window.component) is not None:
-        models = {place: file for place, file in models.items() if _is_component(place, file, wish.strip("/"))}
-    if len(models) > 1:
-        name = step.folder.name
-        models = {place: file for place, file in models.items() if window.admits(f"{name}/{place}")}
-    return models
-
-
-def _is_component(place: str, file: Path, wish: str) -> bool:
-    return wish in (place, place.rpartition("/")[2], file.name) or place.startswith(f"{wish}/")
-
-
-def _listing(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        reason = foreign_kind(file.read(0, min(HEAD_SIZE, file.size)))
+    raise SkipFile(reason or "not a checkpoint")

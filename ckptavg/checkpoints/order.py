@@ -51,7 +51,7 @@ def in_order(
     explicit = all(one.place.explicit for one in opened)
     try:
         if not explicit:
-            kinds.check([one.place.name for one in opened], [_shapes(one.checkpoint) for one in opened])
+            kinds.check([one.place.entry for one in opened], [_shapes(one.checkpoint) for one in opened])
         stepped = _with_steps(opened, step_from, explicit, warnings)
         ordered = sorted(stepped, key=lambda one: (one.step, one.run, _given(one, opened), natural(one.name)))
         if not explicit:
@@ -67,7 +67,7 @@ def in_order(
         hint = f" ({error.hint})" if error.hint else ""
         return sorted((one.checkpoint for one in opened), key=lambda one: natural(one.name)), [f"{error}{hint}"]
     if explicit and ordered != sorted(ordered, key=lambda one: _given(one, opened)):
-        names = ", ".join(one.name for one in ordered)
+        names = ", ".join(one.name for one in ordered[:3]) + (", …" if len(ordered) > 3 else "")
         warnings.append(f"ordered by their steps, not as they were given: {names}")
     return ordered, warnings
 
@@ -206,8 +206,8 @@ def _check_distinct(ordered: Sequence[Checkpoint]) -> None:
     """Raise InputError if two checkpoints of a run have the same step, as raw and averaged weights have."""
     for a, b in pairwise(ordered):
         if (a.step, a.run) == (b.step, b.run):
-            names = [one.name for one in ordered if one.run == a.run]
+            names = [one.entry for one in ordered if one.run == a.run]
             if len(set(map(kinds.pattern, names))) > 1:
                 raise kinds.several(f"two files of step {a.step}", names)
             hint = f"leave one out with {a.excluding}, or say with --step-from REGEX which number is the step"
-            raise InputError(f"has the step {a.step} of {a.name} too", path=b.path, hint=hint)
+            raise InputError(f"has the step {a.step} of {a.entry} too", path=b.path, hint=hint)

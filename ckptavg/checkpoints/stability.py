@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.listing import LeftOut, list_checkpoints
+from ckptavg.checkpoints.components import LeftOut
+from ckptavg.checkpoints.listing import list_checkpoints
 from ckptavg.checkpoints.window import Window
 from ckptavg.filesystem.regular_file import is_folder
 from ckptavg.runtime import signals

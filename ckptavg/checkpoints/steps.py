@@ -198,7 +198,8 @@ def step_column(names: Sequence[str], runs: Sequence[int]) -> Column | None:
         if remaining:
             return remaining[0]
     # two files a step, as raw and averaged weights: the caller names them
-    return next((c for c in found if c.label in STEP_WORDS or len(set(c.values)) > 1), None)
+    repeated = [c for c in found if c.label in STEP_WORDS or len(set(c.values)) > 1]
+    return min(repeated, key=lambda column: column.preference, default=None)
 
 
 def _ranks(values: Sequence[int]) -> tuple[int, ...]:

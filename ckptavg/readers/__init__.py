@@ -58,6 +58,22 @@ class Refused:
     reason: str
 
 
+class NotACheckpointError(InputError):
+    """File of a known kind that holds no checkpoint; ``reason`` continues a sentence that starts with its name."""
+
+    def __init__(self, reason: str, path: Path, *, hint: str | None = None) -> None:
+        super().__init__(reason, path=path, hint=hint)
+        self.reason = reason
+
+
+class ModuleState(dict[str, "Node"]):
+    """State dict of a pickled ``nn.Module``; ``name`` is the dotted name of its class."""
+
+    def __init__(self, name: str, tensors: Mapping[str, "Node"]) -> None:
+        super().__init__(tensors)
+        self.name = name
+
+
 Node: TypeAlias = "StoredTensor | Refused | Mapping[str, Node] | Sequence[Node] | str | int | float | bool | None"
 
 
@@ -213,21 +229,24 @@ def open_reader(path: Path) -> Reader:
             gc.enable()
 
 
+def foreign_kind(head: bytes) -> str | None:
+    """Describe a file that starts with ``head`` and has a kind that is known, but not read; None for any other."""
+    for magic, what in (
+        (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
+        (b"<", "is a web page or XML, not a checkpoint; was the download refused?"),
+        (b"\x89HDF", "is an HDF5 file (Keras), which is not supported"),
+        (b"\x80", "is a pickle with no zip around it (torch < 1.6, or no checkpoint); save it again with torch ≥ 1.6"),
+        (b"\x1f\x8b", "is a gzip archive; unpack it first: gzip -dc < FILE > NEW_FILE"),
+    ):  # fmt: skip
+        if head.lstrip().startswith(magic):
+            return what
+    return None
+
+
 def _unknown(head: bytes) -> str:
     """Describe a file that starts with ``head`` and that no format claims."""
     if not head:
         return "file is empty (0 bytes)"
     if len(head) < 9:
         return f"file is truncated: {len(head)} bytes present, too few for any format (still being written?)"
-    for magic, what in (
-        (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
-        (b"<", "is a web page or XML, not a checkpoint; was the download refused?"),
-        (b"\x89HDF", "is an HDF5 file (Keras), which is not supported"),
-        (b"\x80", "is a pickle with no zip around it (torch < 1.6, or no checkpoint); save it again with torch ≥ 1.6"),
-        (b"\x1f\x8b", "is a gzip archive; unpack it first"),
-    ):  # fmt: skip
-        if head.lstrip().startswith(magic):
-            return what
-    if b"ustar" in head[257:263]:
-        return "is a tar archive (torch < 0.4 or NeMo); unpack it or save it again with torch ≥ 1.6"
-    return f"is not a checkpoint in a known format (it starts with {head[:8].hex(' ')})"
+    return foreign_kind(head) or f"is not a checkpoint in a known format (it starts with {head[:8].hex(' ')})"

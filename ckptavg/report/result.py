@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ckptavg.checkpoints.listing import LeftOut
+from ckptavg.checkpoints.components import LeftOut
 from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.cost import Cost
 from ckptavg.report.display import Report
