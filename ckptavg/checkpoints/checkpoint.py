@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from ckptavg.errors import InputError, excluding, printable
-from ckptavg.filesystem.regular_file import is_folder
+from ckptavg.filesystem.regular_file import is_file, is_folder
 from ckptavg.readers import ITEM_SIZE, Reader, StoredTensor
 
 _CHUNK: Final = 1 << 20  # bytes
@@ -37,8 +37,14 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """Directory of its config and other side files."""
-        return self.path if is_folder(self.path) else self.path.parent
+        """Directory of its config and other side files: the innermost one around its weights that has a config.
+
+        A model of sentence-transformers has its modules' directories in it.
+        """
+        outer, weights = self.path if is_folder(self.path) else self.path.parent, self.reader.path
+        around = [place for place in (weights, *weights.parents) if place.is_relative_to(outer) and is_folder(place)]
+        configs = ("modules.json",), ("config.json", "adapter_config.json")
+        return next((place for names in configs for place in around if _has_any(place, names)), outer)
 
     def spec(self, name: str) -> StoredTensor:
         """Shape and dtype of a tensor."""
@@ -94,6 +100,10 @@ class Checkpoint:
     def size(self) -> int:
         """Total size of its files in bytes."""
         return sum(file.size for file in self.reader.files)
+
+
+def _has_any(folder: Path, names: Sequence[str]) -> bool:
+    return any(is_file(folder / name) for name in names)
 
 
 def shortest_names(paths: Sequence[Path], lengths: Sequence[int] = ()) -> list[str]:

@@ -158,11 +158,11 @@ def _is_source_name(value: Any) -> bool:
 
 
 def _are_digests(value: Any) -> bool:
-    """Return whether ``value`` maps bare file names to digests, or each of them to an empty text."""
+    """Return whether ``value`` maps files of a checkpoint to digests, or each of them to an empty text."""
     return (
         isinstance(value, dict)
         and len(value) > 0
-        and all(_is_source_name(name) and "/" not in name for name in value)
+        and all(map(_is_source_name, value))
         and all(isinstance(digest, str) and re.fullmatch("(?:[0-9a-f]{64})?", digest) for digest in value.values())
     )
 

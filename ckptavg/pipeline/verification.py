@@ -262,7 +262,7 @@ def _places(name: Path, folder: Path) -> Iterator[CheckpointPath]:
 def _open(place: CheckpointPath, source: Source) -> Checkpoint:
     checkpoint = open_checkpoint(place, source.key, allow_nonfinite=True)
     try:
-        files = {file.path.name: file for file in checkpoint.reader.files}
+        files = checkpoint.reader.named_files
         if odd := sorted(files.keys() ^ source.sha256.keys()):
             what = "is not a file of the checkpoint" if odd[0] in source.sha256 else "has no digest in the metadata"
             raise InputError(f"its file {odd[0]} {what}", path=place.path)

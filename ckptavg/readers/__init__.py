@@ -11,7 +11,7 @@ import os
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -27,6 +27,7 @@ ITEM_SIZE: Final[Mapping[str, int]] = {
 }  # fmt: skip
 HEAD_SIZE: Final = 4096
 MAX_RANK: Final = 64
+_SEPARATOR: Final = "\0"  # between a part and a record of it; no file name contains it
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,12 @@ class Reader:
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])  # safetensors' ``__metadata__``
     notes: tuple[str, ...] = ()  # remarks about the file for the user
 
+    @property
+    def named_files(self) -> Mapping[str, RegularFile]:
+        """Its files by their paths relative to the directory that was opened, or that the opened file is in."""
+        folder = self.path if is_folder(self.path) else self.path.parent
+        return {file.path.relative_to(folder).as_posix(): file for file in self.files}
+
     def close(self) -> None:
         """Close the files; safe to call twice."""
         for file in self.files:
@@ -119,6 +126,21 @@ def flat_reader(
         file.read_into(data + tensor.offset + start * ITEM_SIZE[tensor.dtype], out)
 
     return Reader(path=file.path, format=format, tree=tree, files=(file,), read_into=read_into, metadata=metadata or {})
+
+
+def within(part: str, tensor: StoredTensor) -> StoredTensor:
+    """Return a tensor of the reader ``part`` as one of the reader that joins several; see `joined`."""
+    return replace(tensor, record=f"{part}{_SEPARATOR}{tensor.record}")
+
+
+def joined(readers: Mapping[str, Reader]) -> Callable[[StoredTensor, int, memoryview], None]:
+    """Return the `Reader.read_into` of tensors that `within` gave, by the names of their readers."""
+
+    def read_into(tensor: StoredTensor, start: int, out: memoryview) -> None:
+        part, record = tensor.record.split(_SEPARATOR, 1)
+        readers[part].read_into(replace(tensor, record=record), start, out)
+
+    return read_into
 
 
 @dataclass(frozen=True)
