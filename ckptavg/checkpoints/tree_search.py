@@ -9,7 +9,8 @@ from ckptavg.readers import Node, Refused, StoredTensor
 _SEARCHED: Final = 10_000  # maximum number of containers per search
 # names of wrappers around a model, and what they store beside it: DataParallel, torch.compile, AveragedModel,
 # ema_pytorch, MMEngine's averaged model, and torchtitan's EMA, whose names are ``state.NAME.ema_params``
-_PREFIXES: Final = ("module.", "_orig_mod.", "ema_model.")
+_PREFIXES: Final = ("module.", "_orig_mod.")
+_AVERAGES: Final = ("module.", "ema_model.")
 _COUNTERS: Final = frozenset({"n_averaged", "steps", "step", "initted"})
 _RAW_COPY: Final = "online_model."
 _EMA_STATE: Final = ("state.", ".ema_params")
@@ -90,7 +91,7 @@ def same_model(tree: Mapping[str, Node], tensors: Mapping[str, StoredTensor]) ->
                 unnamed.append(key)
         elif isinstance(node, Mapping):
             others = {name: child for name, child in node.items() if isinstance(child, StoredTensor)}
-            if others.keys() != tensors.keys() or others != tensors:
+            if others and others != tensors:
                 fewer, more = sorted((shapes, _shapes(unwrapped(others, []))), key=len)
                 if fewer and 2 * len(fewer) >= len(more) and fewer.items() <= more.items():
                     named.append(key)
@@ -103,21 +104,27 @@ def _shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
 
 
 def unwrapped(tensors: dict[str, StoredTensor], notes: list[str]) -> dict[str, StoredTensor]:
-    """Return ``tensors`` with the names of the model inside a wrapper; append to ``notes`` what was changed."""
-    while prefix := next((p for p in _PREFIXES if any(name.startswith(p) for name in tensors)), None):
-        inside = {name.removeprefix(prefix): child for name, child in tensors.items() if name.startswith(prefix)}
+    """Return ``tensors``, at least one, by their names in a wrapper's model; append to ``notes`` what was changed."""
+    counters = [name for name, tensor in tensors.items() if name in _COUNTERS and tensor.numel == 1]
+    for prefix in _AVERAGES if counters else ():
+        inside = [name for name in tensors if name.startswith(prefix)]
         rest = [name for name in tensors if not name.startswith(prefix)]
-        if "" in inside or not all(name in _COUNTERS or name.startswith(_RAW_COPY) for name in rest):
-            break
-        tensors = inside
-        notes.append(f"removed the prefix {prefix} from every name")
-        if rest:
+        if inside and all(name in counters or name.startswith(_RAW_COPY) for name in rest):
             notes.append(f"left out {listing(rest)}, which an average keeps beside its weights")
+            tensors = _without_prefix(prefix, {name: tensors[name] for name in inside}, notes)
+            break
+    while prefix := next((p for p in _PREFIXES if all(len(n) > len(p) and n.startswith(p) for n in tensors)), None):
+        tensors = _without_prefix(prefix, tensors, notes)
     start, end = _EMA_STATE
-    if tensors and all(name.startswith(start) and name.endswith(end) for name in tensors):
+    if all(name.startswith(start) and name.endswith(end) for name in tensors):
         tensors = {name.removeprefix(start).removesuffix(end): child for name, child in tensors.items()}
         notes.append(f"took the names between {start} and {end}")
     return tensors
+
+
+def _without_prefix(prefix: str, tensors: Mapping[str, StoredTensor], notes: list[str]) -> dict[str, StoredTensor]:
+    notes.append(f"removed the prefix {prefix} from every name")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def listing(names: Sequence[object], most: int = 8) -> str:

@@ -92,6 +92,19 @@ def test_where_the_state_dict_is_the_average_the_raw_weights_are_named(
     assert opened(tmp_path / "step-1.pt", content, raw)[1] == expected(weights(2))
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        wrapped("module.", 1, step=torch.ones(3)),
+        wrapped("module.", 1, other=NUMBER, step=NUMBER),
+        wrapped("ema_model.", 1, **wrapped("online_model.", 2)),
+        wrapped("ema_model.", 1),
+    ],
+)
+def test_a_model_with_modules_of_such_names_keeps_all_its_names(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    assert opened(tmp_path / "step-1.pt", state)[1] == expected(state)
+
+
 # ---- whole modules, as Ultralytics saves them
 
 
@@ -147,15 +160,26 @@ def test_every_key_that_the_error_names_can_be_read(tmp_path: Path, content: dic
     assert [opened(tmp_path / "net_g_1.pth", content, key)[0] for key in keys] == keys
 
 
+@pytest.mark.parametrize("key", ["other", "epoch.x", "nets.2", "a.b.c", "model.weight"])
+def test_a_key_that_leads_to_no_state_dict_is_refused_with_those_that_do(tmp_path: Path, key: str) -> None:
+    content = {"model": weights(1), "epoch": 3, "nets": [weights(1)], "a.b": weights(1)}
+    with pytest.raises(InputError, match=f"no model found at --key {key}; the file has model, epoch") as caught:
+        opened(tmp_path / "net.pth", content, key)
+    assert caught.value.hint == "choose one of model, a.b, nets.0 with --key"
+
+
 def test_files_without_the_chosen_key_are_left_out_as_the_hint_says(tmp_path: Path) -> None:
     for step in (1, 2):
-        torch.save({"params": nn.Linear(2, 2).state_dict()}, tmp_path / f"net_d_{step}.pth")
+        torch.save({"params": nn.Linear(2, 2 + step).state_dict()}, tmp_path / f"net_d_{step}.pth")
         torch.save({"params": weights(1), "params_ema": weights(step)}, tmp_path / f"net_g_{step}.pth")
     with pytest.raises(InputError, match=r"net_d_1.pth: no model found at --key params_ema; .* has params") as caught:
         discover([tmp_path], key="params_ema")
     assert caught.value.hint == "choose params with --key, or leave out such files with --exclude 'net_d_*.pth'"
-    with discover([tmp_path], Window(exclude="net_d_*.pth"), "params_ema") as found:
-        assert [checkpoint.path.name for checkpoint in found.checkpoints] == ["net_g_1.pth", "net_g_2.pth"]
+    for window, key, kind in (
+        (Window(exclude="net_d_*.pth"), "params_ema", "g"), (Window(include="net_d_*.pth"), "params", "d")
+    ):  # fmt: skip
+        with discover([tmp_path], window, key) as found:
+            assert {checkpoint.path.name for checkpoint in found.checkpoints} <= {f"net_{kind}_{i}.pth" for i in (1, 2)}
 
 
 def test_a_file_with_nothing_but_an_unknown_object_says_how_to_save_a_model(tmp_path: Path) -> None:

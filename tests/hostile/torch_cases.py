@@ -270,7 +270,7 @@ def _modules() -> Iterator[Case]:
         ("inside-itself", op.module(op.mapping({"a": b"h\x00"}), weight), "a: is a net.Net that contains itself"),
         ("inside-its-child", op.module(op.mapping({"a": op.module(op.mapping({"b": b"h\x00"}))})), "a.b: .*itself"),
         ("shared", shared, "counted at each use"),
-        ("deep", deep, "nested more than 64 deep"),
+        ("nested", deep, "nested more than 64 deep"),
         ("many", op.mapping({"a": b"](" + op.module() * 100_000 + b"e"}), "no model found"),
         ("long-names", op.good()["weight"] + b"\x94" + b"0" + long, "counted at each use|name must have"),
         ("name-a-number", op.module(b"}K\x01" + op.module() + b"s"), "1: .*name"),
@@ -436,7 +436,7 @@ def _inside() -> Iterator[Case]:
         ("tar-too-large", tar((weights, b""), size=10**9), "beyond its end"),
         ("tar-a-link", tar((weights, b""), kind=tarfile.SYMTYPE), "not one file"),
         ("tar-large-attributes", tar(("a", bytes(70_000)), kind=tarfile.XHDTYPE), "has attributes of 70000 bytes"),
-        ("tar-many", tar(*[("a", b"")] * 10_001), "has more than 10000 entries"),
+        ("tar-of-10001", tar(*[("a", b"")] * 10_001), "has more than 10000 entries"),
         ("tar-in-a-tar", tar((weights, tar((weights, good)))), "not a checkpoint|zip|truncated"),
     ):
         yield _case(f"inside-{name}", content, message, payload="payload" in name)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch_archives import expected, read, values
 
 from ckptavg.readers import ModuleState, Refused, open_reader
@@ -95,6 +96,7 @@ MODULES: Mapping[str, Callable[[], nn.Module]] = {
     "compiled": lambda: torch.compile(Parts(), backend="eager"),
     "averaged": lambda: torch.optim.swa_utils.AveragedModel(Parts()),
     "traced": lambda: torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU())),
+    "checkpointed": lambda: nn.Sequential(checkpoint_wrapper(nn.Linear(2, 3))),
     "transformer": lambda: nn.TransformerEncoderLayer(4, 2, 8),
     "no tensors but one": lambda: nn.Sequential(nn.ReLU(), nn.PReLU()),
 }
@@ -115,13 +117,23 @@ def test_a_modules_tensors_are_those_of_its_state_dict(tmp_path: Path, name: str
 def test_modules_are_found_in_containers_and_in_attributes_of_objects(tmp_path: Path) -> None:
     models = [nn.Linear(2, 2), nn.Linear(2, 3)]
     holder = Criterion(models[1])
-    torch.save({"list": models, "deep": {"a": models[0]}, "trainer": holder, "loss": nn.MSELoss()}, tmp_path / "a.pt")
+    torch.save(
+        {"list": models, "deep": {"a": models[0]}, "trainer": holder, "same": holder, "loss": nn.MSELoss()},
+        tmp_path / "a.pt",
+    )
     reader = open_reader(tmp_path / "a.pt")
     states = [expected(model.state_dict()) for model in models]
-    assert values(reader) == {"list": states, "deep": {"a": states[0]}, "trainer": {"model": states[1]}, "loss": {}}
+    of_holder = {"model": states[1]}
+    assert values(reader) == {
+        "list": states,
+        "deep": {"a": states[0]},
+        "trainer": of_holder,
+        "same": of_holder,
+        "loss": {},
+    }
     reader.close()
     torch.save(holder, tmp_path / "b.pt")
-    assert read(tmp_path / "b.pt") == {"model": states[1]}
+    assert read(tmp_path / "b.pt") == of_holder
 
 
 def test_a_module_whose_tensors_are_not_in_its_state_is_refused_by_class(tmp_path: Path) -> None:

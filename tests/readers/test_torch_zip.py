@@ -333,6 +333,12 @@ def test_a_distributed_tensor_is_read_if_its_rank_has_the_whole_of_it(path: Path
     assert all("merge the ranks first (verl" in value for name, value in tree.items() if name not in read_whole)
 
 
+def test_a_sharded_tensor_says_how_the_ranks_are_merged(path: Path) -> None:
+    pickled = b"\x80\x02}X\1\0\0\0wctorch.distributed._shard.sharded_tensor.api\nShardedTensor\n)\x81K\1bs."
+    reason = open_reader(archive(path, pickled)).tree["w"]
+    assert isinstance(reason, Refused) and "merge the ranks first (verl" in reason.reason
+
+
 PLACEMENTS = {"replicated": Replicate(), "sharded": Shard(0), "sum": Partial()}
 
 

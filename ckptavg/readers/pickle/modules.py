@@ -10,6 +10,7 @@ MAX_NESTING: Final = 64
 HIDDEN: Final = (
     "whose weights are not visible in the pickle; save the state_dict(): torch.save(model.state_dict(), 'model.pt')"
 )
+_TRANSPARENT: Final = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # state_dict() leaves these names out
 _TABLES: Final = ("_parameters", "_buffers", "_modules")
 _ROOM: Final = 128 << 20  # bytes of names and their entries, of all modules in a file
 _ENTRY: Final = 160  # bytes that an entry takes beside the text of its name
@@ -58,7 +59,8 @@ class ModuleWalker:
             if child is not None and type(name) is not str:
                 yield name, Refused("is a module, but its name is none")
             elif child is not None:
-                yield from self.tensors(child, f"{prefix}{name}.", (*outer, module))
+                inner = prefix if name in _TRANSPARENT else f"{prefix}{name}."
+                yield from self.tensors(child, inner, (*outer, module))
 
     def _spend(self, name: object) -> None:
         self._room -= _ENTRY + (len(name) if isinstance(name, str) else 0)

@@ -107,7 +107,10 @@ def _prefix(file: RegularFile, entries: Sequence[Entry]) -> str:
     prefix = names[0].partition("/")[0] + "/" if names else ""
     inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     if "constants.pkl" in inside or any(name.startswith("code/") for name in inside):
-        raise InputError("is a TorchScript file; save its state_dict", path=file.path)
+        raise InputError(
+            "is a TorchScript file; save its state_dict: torch.save(torch.jit.load(FILE).state_dict(), NEW)",
+            path=file.path,
+        )
     if len(prefix) < 2 or "data.pkl" not in inside:
         raise NotACheckpointError("is a zip archive, but not of torch.save", file.path)
     if (outside := next((name for name in names if not name.startswith(prefix)), None)) is not None:
