@@ -60,8 +60,9 @@ class Directions:
 
     def __getitem__(self, j: int) -> list[Tensor]:
         """Return d_j."""
-        if not self._candidates.average([j]):
-            self._candidates.materialize(self.eye_NN[j])
+        # what is copied has no derivative; setting it would change buffers that the graph holds
+        if not self._candidates.average([j], last=None):
+            self._candidates.materialize(self.eye_NN[j], last=None)
         direction = [weight.data - self._mean[weight] for weight in self.weights]
         for tensor, mean in self._mean.items():
             tensor.data.copy_(mean)
