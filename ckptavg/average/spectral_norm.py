@@ -18,7 +18,7 @@ _NUDGE: Final = 1e-6
 
 def as_matrix(weight: Tensor, dim: int) -> Tensor:
     """Return the matrix whose spectral norm is taken: ``dim`` gives the rows, the other dimensions the columns."""
-    return weight.movedim(dim, 0).flatten(1)
+    return weight.movedim(dim, 0).reshape(weight.shape[dim], -1)
 
 
 def leading(weight_MN: Tensor, u_M: Tensor, v_N: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:

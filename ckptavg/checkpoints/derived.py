@@ -128,7 +128,8 @@ def _dims(weight: StoredTensor, u: StoredTensor, v: StoredTensor) -> list[int]:
 
 
 def _sigma(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> float:
-    sigma = abs(float(u.double() @ (weight.double().movedim(dim, 0).flatten(1) @ v.double())))
+    matrix = weight.double().movedim(dim, 0).reshape(len(u), len(v))
+    sigma = abs(float(u.double() @ matrix @ v.double()))
     return sigma if sigma < float("inf") else 0.0  # NaN too
 
 
