@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from ckptavg.average import lora, lora_config, lora_file
-from ckptavg.average.weighted_sum import PlannedOutput, not_averaged, output_specs, part, weighted_average
+from ckptavg.average import derived, lora, lora_config, lora_file
+from ckptavg.average.weighted_sum import PlannedOutput, not_averaged, output_specs, part
 from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.derived import Derived
+from ckptavg.checkpoints.integrity import same_bytes
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError, UsageError
 from ckptavg.readers import ITEM_SIZE
@@ -52,9 +54,16 @@ def plan_output(
     if len(coefficients.selected) > 1 and not first.kept and not first.allow_nonfinite:
         error, notes = _error_of_factors(checkpoints, coefficients)
     specs, only = output_specs(first, dtype), part(first, workers.rank, workers.world_size)
-    kept, copied = not_averaged(first), set[str]()
-    parts = weighted_average(checkpoints, coefficients, specs, only=only, copied=copied)
-    return PlannedOutput(specs=specs, parts=parts, factor_error=error, notes=notes, not_averaged=kept, copied=copied)
+    functions, copied = first.derived or Derived(), set[str]()
+    selected = [checkpoints[i] for i in coefficients.selected]
+    notes += [note for note, names in functions.notes.items() if not all(same_bytes(selected, name) for name in names)]
+    single = len(selected) == 1  # of one candidate everything is its own
+    elsewhere = {name for names in functions.kinds.values() for name in names} if single else functions.vectors
+    return PlannedOutput(
+        specs=specs, parts=derived.average(checkpoints, coefficients, specs, only=only, copied=copied), notes=notes,
+        factor_error=error, not_averaged=[name for name in not_averaged(first) if name not in elsewhere], copied=copied,
+        derived={} if single else functions.kinds,
+    )  # fmt: skip
 
 
 def _error_of_factors(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> tuple[float | None, list[str]]:

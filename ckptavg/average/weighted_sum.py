@@ -47,6 +47,7 @@ class PlannedOutput:
     notes: Sequence[str] = ()  # messages for the user
     factor_error: float | None = None  # see `ckptavg.average.lora.factor_error`; None if nothing exact can be written
     not_averaged: Sequence[str] = ()  # names of the tensors copied from the last selected candidate
+    derived: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])  # see `Derived.kinds`
     copied: MutableSet[str] = field(default_factory=set[str])  # filled by ``parts``; see `weighted_average`
 
 

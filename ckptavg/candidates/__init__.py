@@ -91,8 +91,8 @@ class Candidates:
         return frozenset(name for names in buffers for name in names if name in self._checkpoints[0].tensors)
 
     @torch.no_grad()
-    def materialize(self, c_GN: Tensor, groups: Groups = EVERYTHING, *, last: int = -1) -> None:
-        """Set the model to w = Σ_i c_i w_i, and the tensors that are copied to those of candidate ``last``.
+    def materialize(self, c_GN: Tensor, groups: Groups = EVERYTHING, *, last: int | None = -1) -> None:
+        """Set the model to w = Σ_i c_i w_i, and the tensors that are copied to those of candidate ``last``, if any.
 
         Each row of c_GN, [G, N] or [N], sums to one; it applies to the tensors whose names begin with its group's.
         """
@@ -103,7 +103,7 @@ class Candidates:
             flat.push()
 
     @torch.no_grad()
-    def average(self, chosen: Sequence[int], *, last: int = -1) -> bool:
+    def average(self, chosen: Sequence[int], *, last: int | None = -1) -> bool:
         """Set the model to the mean of candidates ``chosen``, reading only rows that changed; see `materialize`.
 
         Returns False, with the model unchanged, if the matrix is on the device: there `materialize` is faster than

@@ -74,16 +74,29 @@ class Copied:
         for _, tensor in self._tensors:
             tensor.requires_grad_(False)
 
-    def take(self, i: int) -> None:
-        """Set the tensors to their values in candidate ``i``; autograd does not record this."""
+    def take(self, i: int | None) -> None:
+        """Set the tensors to their values in candidate ``i``, if it is not None."""
+        if i is None:
+            return
         for (_, tensor), values in zip(self._tensors, self._values, strict=True):
-            tensor.data.copy_(values[i])
+            storage(tensor).copy_(values[i])
 
     def load(self, specs: Specs, read_into: ReadInto) -> None:
         """Set the tensors to those of another source."""
         for names, tensor in self._tensors:
-            read(names, specs, read_into, tensor.data)
+            values = torch.empty_like(tensor, requires_grad=False)
+            read(names, specs, read_into, values)
+            storage(tensor).copy_(values)
 
     def targets(self) -> dict[str, Tensor]:
         """Return each tensor as a vector, by name."""
-        return {name: tensor.data.view(-1) for names, tensor in self._tensors for name in names}
+        return {name: storage(tensor).view(-1) for names, tensor in self._tensors for name in names}
+
+
+def storage(tensor: Tensor) -> Tensor:
+    """Return the tensor to write values through.
+
+    A change of a buffer counts in its version, from which `ckptavg.tasks.model_state.ModelState` tells that its copy is
+    out of date. Autograd records no change of a parameter.
+    """
+    return tensor.data if isinstance(tensor, nn.Parameter) else tensor.detach()

@@ -1,14 +1,19 @@
 """Checkpoint: the training step, the state dict's names and shapes, and access to the bytes of its tensors."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ckptavg.errors import InputError, excluding, printable
 from ckptavg.filesystem.regular_file import is_file, is_folder
 from ckptavg.readers import ITEM_SIZE, Reader, StoredTensor
+
+if TYPE_CHECKING:
+    from ckptavg.checkpoints.derived import Derived
 
 _CHUNK: Final = 1 << 20  # bytes
 
@@ -29,6 +34,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # remarks for the user about how the file was read
     allow_nonfinite: bool = False  # whether NaN and infinite weights are accepted; otherwise reading them is an error
     kept: frozenset[str] = frozenset()  # tensors that are not averaged, but taken from the last selected candidate
+    derived: Derived | None = None  # those among them that are functions of others, if these are looked for
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -4,9 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.dtypes import FLOATING
+from ckptavg.checkpoints.derived import find
+from ckptavg.checkpoints.dtypes import FLOATING, TORCH
 from ckptavg.errors import UsageError
 
 
@@ -24,9 +29,11 @@ def kept_names(checkpoint: Checkpoint, keep: Sequence[str], average: Sequence[st
 
 
 def keeping(
-    checkpoints: Sequence[Checkpoint], keep: Sequence[str], average: Sequence[str] = ()
+    checkpoints: Sequence[Checkpoint], keep: Sequence[str], average: Sequence[str] = (), *, derived: bool = True
 ) -> tuple[Checkpoint, ...]:
-    """Return the checkpoints with `Checkpoint.kept` set to the `kept_names` of the first.
+    """Return the checkpoints with `Checkpoint.kept` set to the `kept_names` of the first, and its `derived` tensors.
+
+    ``derived=False`` averages tensors that are functions of others, as version 0.1 did.
 
     Raises:
         UsageError: if a pattern matches no tensor, ``average`` only tensors that are not floating point, or every
@@ -46,7 +53,20 @@ def keeping(
     kept = kept_names(first, keep, average)
     if kept and kept.issuperset(floating):
         raise UsageError("--keep leaves no tensor to average", hint="`ckptavg last` copies the last checkpoint")
-    return tuple(replace(checkpoint, kept=kept) for checkpoint in checkpoints)
+    if not derived:
+        return tuple(replace(checkpoint, kept=kept) for checkpoint in checkpoints)
+    chosen = kept.union(_matching(first.names, average))
+    functions = find(first.tensors, chosen.__contains__, partial(values, checkpoints[-1]))
+    kept = kept.union(*functions.kinds.values())
+    return tuple(replace(checkpoint, kept=kept, derived=functions) for checkpoint in checkpoints)
+
+
+def values(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Read a tensor as a whole."""
+    spec = checkpoint.spec(name)
+    data = bytearray(spec.nbytes)
+    checkpoint.read_into(name, 0, memoryview(data))
+    return torch.frombuffer(data, dtype=TORCH[spec.dtype]).view(spec.shape)
 
 
 def _matching(names: Sequence[str], globs: Sequence[str]) -> list[str]:

@@ -43,7 +43,7 @@ def flattened(node: Node, prefix: str = "") -> dict[str, Node]:
     for name, child in node.items() if isinstance(node, Mapping) else ():
         if isinstance(child, StoredTensor | Refused):
             tensors[f"{prefix}{name}"] = child
-        elif not _of_optimizer(name, child):
+        elif not _of_optimizer(name, child) and not _of_optimizer("", node):
             tensors |= flattened(child, f"{prefix}{name}.")
     return tensors
 

@@ -16,8 +16,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from ckptavg.average import plan_output
-from ckptavg.average.weighted_sum import output_specs, weighted_average
+from ckptavg.average import derived, plan_output
+from ckptavg.average.weighted_sum import output_specs
 from ckptavg.candidates import ReadInto
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import dtype_names
@@ -196,7 +196,7 @@ class CommandEvaluator:
         self._run.progress.work(1)
         folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=self._run.journal.folder)).absolute()
         chosen, config = [self._checkpoints[i] for i in coefficients.selected], None
-        specs, parts = self._specs, weighted_average(self._checkpoints, coefficients, self._specs)
+        specs, parts = self._specs, derived.average(self._checkpoints, coefficients, self._specs)
         if self._options.adapter == "exact" and len(chosen) > 1:
             dtype, rank = self._options.dtype, self._options.rank
             plan = plan_output(self._checkpoints, coefficients, dtype=dtype, mode="exact", rank=rank)

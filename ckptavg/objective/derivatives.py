@@ -114,6 +114,7 @@ class Derivatives:
             surrogate = curvature.surrogate(
                 mixed.candidates, batches_with_progress, lambda _, batch: mixed.counted.call(mixed.task.loss, batch),
                 hessian=hessian, count=count, source=mixed.task.source, workers=workers,
+                at_mean=mixed.vectors.converge_at_mean,
             )  # fmt: skip
         for kind, (number, examples) in zip(kinds, workers.sum(counts).tolist(), strict=True):
             self._meter.count(kind, examples, number)

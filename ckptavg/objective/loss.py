@@ -50,7 +50,7 @@ def loss_and_gradient(
         TaskError: if the loss has no gradient.
     """
     task, candidates, model = mixed.task, mixed.candidates, mixed.model
-    candidates.materialize(c_GN, groups)
+    mixed.approach(c_GN, groups)
     candidates.zero_gradient()
     with torch.enable_grad(), batchnorm.batch_statistics(mixed.norms), without_cudnn_recurrence(model):
         with autocast(mixed.precision, c_GN.device):

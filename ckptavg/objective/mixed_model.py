@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ckptavg.average import PlannedOutput
-from ckptavg.average.weighted_sum import output_specs, weighted_average
+from ckptavg.average import PlannedOutput, derived
+from ckptavg.average.weighted_sum import output_specs
 from ckptavg.candidates import Candidates, sharded
 from ckptavg.candidates.copied import copied_tensors
 from ckptavg.candidates.flat import unique_tensors
@@ -18,12 +18,13 @@ from ckptavg.candidates.loading import ReadInto, Specs, read
 from ckptavg.candidates.plan import Plan
 from ckptavg.candidates.products import why_slow
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.coefficients import Coefficients
+from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.context import Run
 from ckptavg.errors import TaskError
 from ckptavg.objective import batchnorm
 from ckptavg.objective.counted_model import CountedModel
 from ckptavg.objective.precision import Compiled, precision
+from ckptavg.objective.spectral_vectors import SpectralVectors
 from ckptavg.options.search import SearchOptions
 from ckptavg.report.result import MatrixResult
 from ckptavg.runtime.workers import ALONE
@@ -141,6 +142,11 @@ class MixedModel:
         return CountedModel(self.model, self.count)
 
     @cached_property
+    def vectors(self) -> SpectralVectors:
+        """Vectors of spectral norm, recomputed for every mixture."""
+        return SpectralVectors(self.model, self.checkpoints)
+
+    @cached_property
     def norms(self) -> Mapping[str, batchnorm.Layer]:
         """The BatchNorm layers whose statistics are recomputed for every mixture, by name."""
         return batchnorm.layers(self.model)
@@ -150,13 +156,25 @@ class MixedModel:
         # a row that is not finite makes every product with the matrix non-finite, even with a coefficient of 0
         if (exact and not self.candidates.exact) or any(checkpoint.allow_nonfinite for checkpoint in self.checkpoints):
             specs = output_specs(self.checkpoints[0])
-            parts = weighted_average(self.checkpoints, coefficients, specs, only=self.candidates.ranges)
+            parts = derived.average(self.checkpoints, coefficients, specs, only=self.candidates.ranges)
             self.candidates.assign(specs, parts)
             return
         chosen = coefficients.selected
         if not (coefficients.uniform_subset and self.candidates.average(chosen, last=chosen[-1])):
             c_GN = self.uniform().new_tensor(coefficients.values)
             self.candidates.materialize(c_GN, coefficients.groups, last=chosen[-1])
+        self.vectors.converge(coefficients)
+
+    def approach(self, c_GN: Tensor, groups: Groups = EVERYTHING) -> None:
+        """Load a mixture for its derivatives, in which the vectors of spectral norm are constants, nearly converged.
+
+        See `Candidates.materialize` for the arguments.
+        """
+        if self.vectors.need_mean:
+            self.candidates.materialize(self.uniform())
+            self.vectors.converge_at_mean()
+        self.candidates.materialize(c_GN, groups)
+        self.vectors.approach()
 
     def uniform(self) -> Tensor:
         """See `Losses.uniform`."""

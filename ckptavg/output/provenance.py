@@ -25,7 +25,8 @@ def metadata(
         digest: returns the hexadecimal SHA-256 of a source file, or "".
         recipe: the other entries: strategy (name of the command) and its settings; dtype, adapter and rank as
             requested; not_averaged, the tensors copied from the last selected candidate, and the patterns keep and
-            average that chose some of them; recomputed, those computed from data (BatchNorm statistics).
+            average that chose some of them; recomputed, those computed from data (BatchNorm statistics); derived, if
+            there are any, kind → tensors that are functions of others (`ckptavg.checkpoints.derived`).
     """
     selected = [(checkpoints[i], coefficients.candidate(i)) for i in coefficients.selected]
     record = recipe | {

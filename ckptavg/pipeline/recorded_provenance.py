@@ -70,7 +70,7 @@ def read(output: Reader) -> RecordedProvenance:
     if type(schema) is not int or schema != provenance.SCHEMA:
         raise InputError("its ckptavg metadata is of another version", path=path, hint="use a newer ckptavg")
     try:
-        _check_entries(record, _ENTRIES, "", optional=("keep", "average"))
+        _check_entries(record, _ENTRIES, "", optional=("keep", "average", "derived"))
         for i, source in enumerate(record["sources"]):
             _check_entries(source, _SOURCE, f"sources[{i}].")
         if record["adapter"] == "factors" and record["rank"] is not None:
@@ -179,6 +179,7 @@ _ENTRIES: Final[Mapping[str, Callable[[Any], bool]]] = {
     "keep": _are_texts,
     "average": _are_texts,
     "not_averaged": _are_texts,
+    "derived": lambda value: isinstance(value, dict) and len(value) > 0 and all(map(_are_texts, value.values())),
     "recomputed": _are_texts,
     "sources": lambda value: isinstance(value, list) and len(value) > 0,
 }

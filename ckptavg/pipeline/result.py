@@ -72,7 +72,9 @@ def _warnings(
         if matrix.group_size is not None or matrix.precision != "float32":
             exact = finished.scores[evaluator.scored_on]
             warnings += _rounding_warnings(matrix, evaluator.score(coefficients), exact)
-    elif len(coefficients.selected) > 1 and any(name.endswith("running_var") for name in first.names):
+    elif len(coefficients.selected) > 1 and any(
+        name.endswith("running_var") and name not in first.kept for name in first.names
+    ):
         wrong = "BatchNorm statistics were averaged, which is wrong for a mixture"
         warnings.append(f"{wrong}; with a task file they are recomputed")
     return warnings

@@ -113,7 +113,9 @@ def _plan(record: RecordedProvenance, checkpoints: Sequence[Checkpoint], file: P
     try:
         for name in (name for name, spec in checkpoints[0].tensors.items() if spec.dtype in FLOATING):
             record.coefficients.row(name)
-        checkpoints = keeping(checkpoints, entries.get("keep", ()), entries.get("average", ()))
+        checkpoints = keeping(
+            checkpoints, entries.get("keep", ()), entries.get("average", ()), derived="derived" in entries
+        )
         return plan_output(
             checkpoints, record.coefficients, dtype=entries["dtype"], mode=entries["adapter"], rank=entries["rank"]
         )
@@ -184,6 +186,7 @@ def _check_metadata(
     ``recomputed`` is in order, and has been checked; settings and the version that wrote the file have no other source.
     """
     entries = {**record.entries, "recomputed": sorted(record.entries["recomputed"]), "not_averaged": plan.not_averaged}
+    entries |= {"derived": plan.derived} if "derived" in entries else {}
     digest: Callable[[RegularFile], str] = sha256.sha256
     if not any(value for source in record.sources for value in source.sha256.values()):
         digest = lambda _: ""  # noqa: E731

@@ -13,6 +13,7 @@ from torch import Tensor
 from ckptavg.average import PlannedOutput, plan_output
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.checksums import agreed
+from ckptavg.checkpoints.derived import SPECTRAL_NORM
 from ckptavg.checkpoints.dtypes import TORCH, dtype_names
 from ckptavg.coefficients import Coefficients
 from ckptavg.filesystem.atomic import flush_folder
@@ -68,6 +69,7 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
         provenance.metadata, checkpoints, coefficients, strategy=name_of(strategy), settings=asdict(strategy),  # pyright: ignore[reportArgumentType]
         dtype=options.dtype, adapter=options.adapter, rank=options.rank, not_averaged=plan.not_averaged,
         keep=options.keep, average=options.average, recomputed=recomputed,
+        **({"derived": plan.derived} if plan.derived else {}),
     )  # fmt: skip
     files = [file for checkpoint in selected for file in checkpoint.reader.files] if options.digests else []
     files = files[workers.rank :: workers.world_size]
@@ -106,6 +108,7 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
         copied, sha256, size = workers.broadcast(workers.on_rank_zero(publish)) or ([], "", 0)
     output = Output(
         path=out.path, sha256=sha256, bytes=size, dtype=dtype, not_averaged=plan.not_averaged, recomputed=recomputed,
+        derived=plan.derived.get(SPECTRAL_NORM, ()),
         averaged_buffers=sorted(evaluator.averaged_buffers) if evaluator and len(selected) > 1 else (),
     )  # fmt: skip
     notes = [*plan.notes, *factor_note(this, plan, coefficients, strategy), *_not_finite(plan, workers)]

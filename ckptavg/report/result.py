@@ -41,6 +41,7 @@ class Output:
     dtype: str
     not_averaged: Sequence[str] = ()
     recomputed: Sequence[str] = ()
+    derived: Sequence[str] = ()
     averaged_buffers: Sequence[str] = ()
 
 

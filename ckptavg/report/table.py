@@ -214,6 +214,8 @@ def _file_notes(output: Output) -> Iterator[str]:
     yield f"wrote {path}: {output.bytes:,} bytes, {output.dtype}, sha256 {output.sha256[:16]}…"
     if output.recomputed:
         yield f"recomputed from data: {_listing(output.recomputed)}"
+    if output.derived:
+        yield f"recomputed from the averaged weight: {_listing(output.derived)}"
     if output.not_averaged:
         yield f"not averaged, copied from the last selected candidate: {_listing(output.not_averaged)}"
     if output.averaged_buffers:

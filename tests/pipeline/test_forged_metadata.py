@@ -118,6 +118,11 @@ FORGED: dict[str, tuple[str, Edit, str]] = {
     "NaN statistics": ("swa", replaced("1.running_mean", value=float("nan")), "NaN or infinite"),
     "infinite statistics": ("swa", replaced("4.running_var", value=float("inf")), "NaN or infinite"),
     "negative variance": ("swa", replaced("4.running_var", value=-1.0), "variance of BatchNorm is negative"),
+    "weight called a function": (
+        "swa", at("derived", to={"spectral_norm": ["0.weight"]}), 'derived is {"spectral_norm": ["0.weight"]}',
+    ),
+    "no functions listed": ("swa", at("derived", to={}), "derived cannot be {}"),
+    "function as a text": ("swa", at("derived", to={"queue": "0.weight"}), "derived cannot be"),
     "replaced statistics": ("swa", replaced("1.running_mean", recomputed=[]), "4 tensors not equal to the average"),
     # sources
     "another step": ("swa", at("sources", 0, "step", to=329), "its step is 330, but the metadata has 329"),

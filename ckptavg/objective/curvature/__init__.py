@@ -45,6 +45,7 @@ from ckptavg.tasks.batch import Batch
 def surrogate(
     candidates: Candidates, batches: Callable[[], Iterable[Batch]], loss: Loss, *, hessian: Hessian = "auto",
     count: Count = lambda kind, examples: None, source: str | None = None, workers: Workers = ALONE,
+    at_mean: Callable[[], None] = lambda: None,
 ) -> Surrogate:  # fmt: skip
     """Expand the mean loss over examples to second order around the mean of the candidates.
 
@@ -68,6 +69,7 @@ def surrogate(
         count: called with each batch that runs ``forward`` or ``backward``.
         source: the task's file, for errors.
         workers: the ranks, each with its own batches; their sums are reduced at the end of the pass.
+        at_mean: called once the model is set to the mean, for what else depends on the weights.
     Raises:
         TaskError: if the loss has no gradient or is not finite, or the curvature is unavailable.
     """
@@ -77,7 +79,7 @@ def surrogate(
         for plain in (False, True):
             try:
                 with _plain_kernels(candidates.model) if plain else nullcontext(), torch.enable_grad():
-                    directions = Directions(candidates, loss, count)
+                    directions = Directions(candidates, loss, count, at_mean)
                     value, gradient_N, hessian_NN = _mean(_MEASURE[curvature], directions, batches(), workers)
             except UnavailableError as error:
                 reasons[curvature] = f"no {curvature} Hessian: {error}"

@@ -39,7 +39,7 @@ class Directions:
         eye_NN: the identity, in the dtype and on the device of all sums.
     """
 
-    def __init__(self, candidates: Candidates, loss: Loss, count: Count) -> None:
+    def __init__(self, candidates: Candidates, loss: Loss, count: Count, at_mean: Callable[[], None]) -> None:
         self._candidates = candidates
         self._loss = loss
         self._count = count
@@ -49,6 +49,7 @@ class Directions:
         dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         self.eye_NN = torch.eye(self.n, dtype=dtype, device=device)
         candidates.materialize(self.eye_NN.new_full((self.n,), 1 / self.n))
+        at_mean()
         # `.data`, here and where it is restored: autograd must not record a change that is undone before backward
         self._mean = {t: t.data.clone() for _, t in unique_tensors(self.model) if t.is_floating_point()}
         self.named = {
@@ -60,8 +61,9 @@ class Directions:
 
     def __getitem__(self, j: int) -> list[Tensor]:
         """Return d_j."""
-        if not self._candidates.average([j]):
-            self._candidates.materialize(self.eye_NN[j])
+        # what is copied has no derivative; setting it would change buffers that the graph holds
+        if not self._candidates.average([j], last=None):
+            self._candidates.materialize(self.eye_NN[j], last=None)
         direction = [weight.data - self._mean[weight] for weight in self.weights]
         for tensor, mean in self._mean.items():
             tensor.data.copy_(mean)
