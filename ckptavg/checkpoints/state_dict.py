@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from ckptavg.checkpoints import quantised
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.errors import DisagreementError, InputError
 from ckptavg.readers import Node, Reader, Refused, StoredTensor
@@ -19,7 +20,7 @@ def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, St
     Args:
         key: the key given by the user (dots separate levels), or None to search `MODEL_KEYS`, then the top level.
     Raises:
-        InputError: if there is no state dict, or one of its tensors is not supported.
+        InputError: if there is no state dict, it is of a quantised model, or one of its tensors is not supported.
     """
     tree = reader.tree
     found = [name for name in MODEL_KEYS if _holds_tensors(_descend(tree, name))]
@@ -30,6 +31,7 @@ def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, St
         inner = [str(name) for name, child in tree.items() if isinstance(child, Mapping)]
         hint = f"choose one of {_listing(inner)} with --key" if inner else None
         raise InputError(f"no model found {looked}; the file has {_listing(list(tree))}", path=reader.path, hint=hint)
+    quantised.check(node, reader.path)
     notes = [f"took {chosen}, not {', '.join(found[1:])} (--key chooses)"] if key is None and found[1:] else []
     if key is None and _holds_tensors(tree.get(RAW_WEIGHTS)):
         notes.append(f"took {chosen}, which is an average already; the raw weights are {RAW_WEIGHTS} (--key chooses)")

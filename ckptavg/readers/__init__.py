@@ -202,6 +202,7 @@ def _unknown(head: bytes) -> str:
         (b"<", "is a web page or XML, not a checkpoint; was the download refused?"),
         (b"\x89HDF", "is an HDF5 file (Keras), which is not supported"),
         (b"\x80", "is a pickle with no zip around it (torch < 1.6, or no checkpoint); save it again with torch ≥ 1.6"),
+        (b"GGUF", "is a GGUF file (llama.cpp), whose weights are quantised; average the checkpoints it was made from"),
         (b"\x1f\x8b", "is a gzip archive; unpack it first"),
     ):  # fmt: skip
         if head.lstrip().startswith(magic):
