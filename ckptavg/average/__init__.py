@@ -51,7 +51,7 @@ def plan_output(
     averages = len(coefficients.selected) > 1 and not first.kept and not first.allow_nonfinite
     if config is not None and averages and not lora_config.obstacle(first, config):
         error = lora.factor_error(checkpoints, coefficients)
-    specs, only = output_specs(first, dtype), part(first, workers.rank, workers.world_size)
+    specs, only = output_specs(checkpoints, dtype), part(first, workers.rank, workers.world_size)
     kept, copied = not_averaged(first), set[str]()
     parts = weighted_average(checkpoints, coefficients, specs, only=only, copied=copied)
     return PlannedOutput(specs=specs, parts=parts, factor_error=error, not_averaged=kept, copied=copied)

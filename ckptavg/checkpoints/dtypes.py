@@ -1,9 +1,12 @@
 """Map between safetensors' dtype names and torch's dtypes."""
 
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import Final
 
 import torch
+
+from ckptavg.readers import FLOATING
 
 TORCH: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -11,7 +14,14 @@ TORCH: Final[Mapping[str, torch.dtype]] = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES: Final[Mapping[str, str]] = {str(dtype).removeprefix("torch."): name for name, dtype in TORCH.items()}
-FLOATING: Final = ("F64", "F32", "F16", "BF16")
+
+
+def common(dtypes: Iterable[str]) -> str:
+    """Return the narrowest dtype that holds the values of all ``dtypes``, which are floating-point or equal."""
+    first, *others = set(dtypes)
+    return (
+        NAMES[str(reduce(torch.promote_types, map(TORCH.__getitem__, others), TORCH[first]))[6:]] if others else first
+    )
 
 
 def dtype_names(dtypes: Iterable[str]) -> str:

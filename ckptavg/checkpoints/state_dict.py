@@ -7,7 +7,7 @@ from typing import Final
 from ckptavg.checkpoints import quantised
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.errors import DisagreementError, InputError
-from ckptavg.readers import Node, Reader, Refused, StoredTensor
+from ckptavg.readers import FLOATING, Node, Reader, Refused, StoredTensor
 
 MODEL_KEYS: Final = ("state_dict", "model", "model_state_dict", "module", "state.model", "state_dict_ema", "model_ema")
 RAW_WEIGHTS: Final = "current_model_state"  # Lightning's WeightAveraging: its state_dict holds the average
@@ -58,15 +58,22 @@ def other_contents(tree: Mapping[str, Node]) -> str | None:
     return None
 
 
-def check_agreement(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise DisagreementError naming the first checkpoint and tensor that differ from the majority."""
+def check_agreement(checkpoints: Sequence[Checkpoint], *, mixed: bool = False) -> tuple[str, ...]:
+    """Raise DisagreementError naming the first checkpoint and tensor that differ from the majority.
+
+    Args:
+        mixed: floating-point dtypes may differ, because the output has one of its own, or there is none.
+    Returns:
+        A remark on the dtypes, if they differ.
+    """
     specs = [{name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()} for checkpoint in checkpoints]
-    signatures = [tuple(sorted(spec.items())) for spec in specs]
+    compared = [_without_precision(spec) for spec in specs] if mixed else specs
+    signatures = [tuple(sorted(spec.items())) for spec in compared]
     usual, count = Counter(signatures).most_common(1)[0]
     if count == len(checkpoints):
-        return
+        return _dtype_remark(checkpoints)
     odd = next(i for i, signature in enumerate(signatures) if signature != usual)
-    here, there = specs[odd], dict(usual)
+    here, there = specs[odd], specs[signatures.index(usual)]
     differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     name = differing[0]
     others = f"{count} other candidate{'s have' if count > 1 else ' has'}"
@@ -80,7 +87,24 @@ def check_agreement(checkpoints: Sequence[Checkpoint]) -> None:
         what = f"dtype {here[name][0]}, but {others} {there[name][0]}"
     more = f" (and {len(differing) - 1} more differences)" if len(differing) > 1 else ""
     path, hint = checkpoints[odd].path, f"leave it out with {checkpoints[odd].excluding}"
+    if _without_precision(here) == _without_precision(there):
+        wide = "float64" if any(spec[name][0] == "F64" for spec in specs) else "float32"
+        hint = f"average all of them with --dtype {wide}, or {hint}"
     raise DisagreementError(what + more, path=path, tensor=name, hint=hint)
+
+
+def _without_precision(spec: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: ("floating" if dtype in FLOATING else dtype, shape) for name, (dtype, shape) in spec.items()}
+
+
+def _dtype_remark(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """Name the dtypes of the candidates, if they differ, each with the candidates that have it."""
+    by_dtypes: dict[str, list[Checkpoint]] = {}
+    for checkpoint in checkpoints:
+        dtypes = sorted({tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in FLOATING})
+        by_dtypes.setdefault(" and ".join(dtypes), []).append(checkpoint)
+    listed = (f"{dtypes} in {_listing([c.path.name for c in those], 3)}" for dtypes, those in by_dtypes.items())
+    return (f"the candidates differ in dtype: {'; '.join(listed)}",) if len(by_dtypes) > 1 else ()
 
 
 def _descend(tree: Mapping[str, Node], key: str) -> Node:

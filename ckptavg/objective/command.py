@@ -80,7 +80,7 @@ class CommandEvaluator:
         self._options = options
         self._checkpoints = checkpoints
         self._run = run
-        self._specs = output_specs(checkpoints[0], options.dtype)
+        self._specs = output_specs(checkpoints, options.dtype)
         self._shown = False  # whether it was said from what a score was read
         self._meter = CostMeter()
         self._scores = Remembered(ScoreCodec(None), run, self._meter)

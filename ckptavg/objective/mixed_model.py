@@ -149,7 +149,7 @@ class MixedModel:
         """Load a mixture: from the files if ``exact``, else from the candidate matrix."""
         # a row that is not finite makes every product with the matrix non-finite, even with a coefficient of 0
         if (exact and not self.candidates.exact) or any(checkpoint.allow_nonfinite for checkpoint in self.checkpoints):
-            specs = output_specs(self.checkpoints[0])
+            specs = output_specs(self.checkpoints)
             parts = weighted_average(self.checkpoints, coefficients, specs, only=self.candidates.ranges)
             self.candidates.assign(specs, parts)
             return

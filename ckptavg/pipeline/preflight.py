@@ -53,10 +53,10 @@ def check_sources(found: Discovered, options: Options) -> None:
             raise OutputExistsError("is one of the candidates", path=file.path, hint="choose another -o")
 
 
-def check_space(first: Checkpoint, options: Options) -> None:
-    """Refuse an output, shaped like the ``first`` candidate, that does not fit on the disk."""
+def check_space(checkpoints: Sequence[Checkpoint], options: Options) -> None:
+    """Refuse an output, shaped like the candidates, that does not fit on the disk."""
     path, folder = options.destination
-    needed = sum(spec.nbytes for spec in output_specs(first, options.dtype).values())
+    needed = sum(spec.nbytes for spec in output_specs(checkpoints, options.dtype).values())
     needed *= 2 if options.format == "dcp" else 1  # see `ckptavg.output.dcp_folder.DcpFolder`
     free = atomic.free(path.parent if folder is None or is_folder(folder) else folder.parent)
     if options.adapter != "exact" and needed > free:
@@ -91,7 +91,7 @@ def pick_device(name: str) -> torch.device:
 def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[str]:
     """Describe the reads, writes and memory of a run, one line each."""
     n, first = len(checkpoints), checkpoints[0]
-    written = sum(spec.nbytes for spec in output_specs(first, options.dtype).values())
+    written = sum(spec.nbytes for spec in output_specs(checkpoints, options.dtype).values())
     elements, device = first.numel, pick_device(options.device)
     memory = Plan(
         n=n, elements=elements, size=4 * elements, gradient=4 * elements,

@@ -103,7 +103,7 @@ def verify(file: Path, sources: Path) -> Verification:
 
 
 def _plan(record: RecordedProvenance, checkpoints: Sequence[Checkpoint], file: Path) -> PlannedOutput:
-    check_agreement(checkpoints)
+    check_agreement(checkpoints, mixed=record.entries["dtype"] is not None)
     copies, bad = duplicates.find(checkpoints)
     for error in bad.values():
         raise error

@@ -25,6 +25,7 @@ ITEM_SIZE: Final[Mapping[str, int]] = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8, "C128": 16,
 }  # fmt: skip
+FLOATING: Final = ("F64", "F32", "F16", "BF16")
 HEAD_SIZE: Final = 4096
 MAX_RANK: Final = 64
 
