@@ -6,7 +6,7 @@ Shape suffixes: N = candidates.
 from collections import deque
 from collections.abc import Iterator, Mapping, MutableSet, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -53,10 +53,11 @@ class PlannedOutput:
 def output_specs(checkpoints: Sequence[Checkpoint], dtype: str | None = None) -> dict[str, StoredTensor]:
     """Return name → dtype and shape of the average: those of the candidates; ``dtype`` overrides floating-point ones.
 
-    Without ``dtype``, one that holds the values of all candidates is taken where theirs differ.
+    Without ``dtype``, one that holds the values of all candidates is taken where theirs differ. Complex tensors become
+    complex64 by any ``dtype`` but float64, which keeps them: there are no narrower ones.
 
     Raises:
-        InputError: if a tensor's dtype cannot be averaged (float8, complex).
+        InputError: if a tensor's dtype cannot be averaged (float8).
     """
     override = None if dtype is None else NAMES[dtype]
     specs: dict[str, StoredTensor] = {}
@@ -66,7 +67,10 @@ def output_specs(checkpoints: Sequence[Checkpoint], dtype: str | None = None) ->
             message = f"dtype {spec.dtype} cannot be averaged; convert it to one of {', '.join(FLOATING)} first"
             raise InputError(message, path=checkpoints[0].path, tensor=name)
         own = common(checkpoint.spec(name).dtype for checkpoint in checkpoints)
-        specs[name] = StoredTensor(override if override and own in FLOATING else own, spec.shape, "", 0)
+        target = override if override and own in FLOATING else own
+        if spec.is_complex and target != own:
+            target = "F32"
+        specs[name] = replace(spec, dtype=target, record="", offset=0, stride=None)
     return specs
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ckptavg.candidates.copied import Copied, Copies, copied_tensors
 from ckptavg.candidates.dense import COLUMNS, Dense
-from ckptavg.candidates.flat import Flat, flatten, unique_tensors
+from ckptavg.candidates.flat import Flat, flatten, is_mixable, unique_tensors
 from ckptavg.candidates.loading import ReadInto, SharedError, Specs, check_names, read_columns, read_row
 from ckptavg.candidates.packed import Packed
 from ckptavg.candidates.plan import EXACT, Offload
@@ -186,6 +186,7 @@ class Candidates:
             vector, shift = targets[name]
             start = offset // values.itemsize + shift
             vector[start : start + len(values)] = values
+        self._copied.mark_changed()
         for flat, _ in self._blocks:
             flat.push()
 
@@ -199,9 +200,7 @@ class Candidates:
         """Divide the model's tensors into those that are copied and those that are mixed; allocate their matrices."""
         self._copies = copies
         unique = unique_tensors(self.model)
-        self._floats = [
-            (n, tensor) for n, tensor in unique if tensor.is_floating_point() and copies.keys().isdisjoint(n)
-        ]
+        self._floats = [(n, tensor) for n, tensor in unique if is_mixable(tensor) and copies.keys().isdisjoint(n)]
         mixed = {id(tensor) for _, tensor in self._floats}
         self._copied = Copied([(names, tensor) for names, tensor in unique if id(tensor) not in mixed], copies)
         self._blocks: list[tuple[Flat, Matrix]] = []

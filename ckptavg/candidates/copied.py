@@ -5,8 +5,9 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
-from ckptavg.candidates.flat import Slot, unique_tensors
+from ckptavg.candidates.flat import Slot, as_real, is_mixable, real_numel, unique_tensors
 from ckptavg.candidates.loading import ReadInto, Specs, check_tied, read
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.integrity import same_bytes
@@ -32,7 +33,7 @@ def copied_tensors(model: nn.Module, checkpoints: Sequence[Checkpoint]) -> Copie
     for names, tensor in unique_tensors(model):
         stored = [name for name in names if name in specs]
         kept = [name for name in stored if name in checkpoints[0].kept]
-        if not stored or not tensor.is_floating_point():
+        if not stored or not is_mixable(tensor):
             continue
         is_parameter = isinstance(tensor, nn.Parameter)
         if kept and len(kept) < len(stored):
@@ -55,6 +56,7 @@ class Copied:
         self._tensors = tensors
         self._values: list[list[Tensor]] = [[] for _ in tensors]
         self._shared = [any(copies.get(name) == 1 for name in names) for names, _ in tensors]
+        self._taken: int | None = None  # the candidate whose values they have
         for _, tensor in tensors:
             tensor.data = torch.empty_like(tensor, memory_format=torch.contiguous_format)  # no view of a flat vector
             tensor.grad = None
@@ -65,7 +67,7 @@ class Copied:
             if shared and values:
                 values.append(values[0])
                 continue
-            check_tied(checkpoint, Slot(names, 0, tensor.numel()))
+            check_tied(checkpoint, Slot(names, 0, real_numel(tensor)))
             values.append(torch.empty_like(tensor, requires_grad=False))
             read(names, checkpoint.tensors, checkpoint.read_into, values[-1])
 
@@ -78,12 +80,21 @@ class Copied:
         """Set the tensors to their values in candidate ``i``; autograd does not record this."""
         for (_, tensor), values in zip(self._tensors, self._values, strict=True):
             tensor.data.copy_(values[i])
+        if i != self._taken:  # the graph of a curvature outlives a second copy of the same values
+            self.mark_changed()
+            self._taken = i
 
     def load(self, specs: Specs, read_into: ReadInto) -> None:
         """Set the tensors to those of another source."""
         for names, tensor in self._tensors:
             read(names, specs, read_into, tensor.data)
+        self.mark_changed()
+
+    def mark_changed(self) -> None:
+        """Count a change of each buffer, which a write to its data does not do; see `ckptavg.tasks.model_state`."""
+        increment_version([tensor for _, tensor in self._tensors if not isinstance(tensor, nn.Parameter)])
+        self._taken = None
 
     def targets(self) -> dict[str, Tensor]:
         """Return each tensor as a vector, by name."""
-        return {name: tensor.data.view(-1) for names, tensor in self._tensors for name in names}
+        return {name: as_real(tensor.data).view(-1) for names, tensor in self._tensors for name in names}

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ckptavg.candidates.flat import Flat, Slot, overlapping
+from ckptavg.candidates.flat import Flat, Slot, as_real, overlapping
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import FLOATING, TORCH
 from ckptavg.checkpoints.integrity import is_finite, is_shared, not_finite, refusal
@@ -66,7 +66,7 @@ def read(names: tuple[str, ...], specs: Specs, read_into: ReadInto, out: Tensor,
 
     Data pass through one small buffer, or directly into ``out`` if it is on the host and has the file's dtype.
     """
-    name, flat = present(names, specs), out.view(-1)
+    name, flat = present(names, specs), as_real(out).view(-1)
     count, item, dtype = flat.numel(), ITEM_SIZE[specs[name].dtype], TORCH[specs[name].dtype]
     if not count:
         return
@@ -97,11 +97,12 @@ def check_names(unique: list[tuple[tuple[str, ...], Tensor]], specs: Specs) -> N
         raise TaskError(f"the model does not fit the checkpoints: {'; '.join(lists)}", hint=hint)
     for names, tensor in unique:
         name = present(names, specs)
-        stored, mine = list(specs[name].shape), list(tensor.shape)
+        (dtype, shape), mine = specs[name].in_file, list(tensor.shape)
+        stored = list(shape)
         if stored != mine:
             raise TaskError(f"the model has {name} of shape {mine}, the checkpoints {stored}")
-        if (specs[name].dtype in FLOATING) != tensor.is_floating_point():
-            raise TaskError(f"the model has {name} as {tensor.dtype}, the checkpoints as {specs[name].dtype}")
+        if (dtype in FLOATING, specs[name].is_complex) != (tensor.is_floating_point(), tensor.is_complex()):
+            raise TaskError(f"the model has {name} as {tensor.dtype}, the checkpoints as {dtype}")
 
 
 def present(names: tuple[str, ...], specs: Specs) -> str:

@@ -1,5 +1,6 @@
 """Checkpoint: the training step, the state dict's names and shapes, and access to the bytes of its tensors."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,8 +81,8 @@ class Checkpoint:
 
     @property
     def numel(self) -> int:
-        """Number of elements of its tensors; tied tensors count once."""
-        return sum(tensor.numel for tensor in set(self.tensors.values()))
+        """Number of elements of its tensors; tied tensors and complex elements count once."""
+        return sum(math.prod(tensor.in_file[1]) for tensor in set(self.tensors.values()))
 
     @property
     def size(self) -> int:

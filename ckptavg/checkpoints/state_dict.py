@@ -7,7 +7,7 @@ from typing import Final
 from ckptavg.checkpoints import quantised
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.errors import DisagreementError, InputError
-from ckptavg.readers import FLOATING, Node, Reader, Refused, StoredTensor
+from ckptavg.readers import FLOATING, Node, Reader, Refused, StoredTensor, as_real
 
 MODEL_KEYS: Final = ("state_dict", "model", "model_state_dict", "module", "state.model", "state_dict_ema", "model_ema")
 RAW_WEIGHTS: Final = "current_model_state"  # Lightning's WeightAveraging: its state_dict holds the average
@@ -41,7 +41,7 @@ def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, St
     for name, child in node.items():
         if isinstance(child, Refused):
             raise InputError(child.reason, path=reader.path, tensor=name)
-    tensors = {name: child for name, child in node.items() if isinstance(child, StoredTensor)}
+    tensors = {name: as_real(child) for name, child in node.items() if isinstance(child, StoredTensor)}
     return chosen, _without_prefix(tensors, notes), tuple(notes)
 
 
@@ -66,7 +66,7 @@ def check_agreement(checkpoints: Sequence[Checkpoint], *, mixed: bool = False) -
     Returns:
         A remark on the dtypes, if they differ.
     """
-    specs = [{name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()} for checkpoint in checkpoints]
+    specs = [{name: t.in_file for name, t in checkpoint.tensors.items()} for checkpoint in checkpoints]
     compared = [_without_precision(spec) for spec in specs] if mixed else specs
     signatures = [tuple(sorted(spec.items())) for spec in compared]
     usual, count = Counter(signatures).most_common(1)[0]
@@ -88,20 +88,21 @@ def check_agreement(checkpoints: Sequence[Checkpoint], *, mixed: bool = False) -
     more = f" (and {len(differing) - 1} more differences)" if len(differing) > 1 else ""
     path, hint = checkpoints[odd].path, f"leave it out with {checkpoints[odd].excluding}"
     if _without_precision(here) == _without_precision(there):
-        wide = "float64" if any(spec[name][0] == "F64" for spec in specs) else "float32"
+        wide = "float64" if any(spec[name][0] in ("F64", "C128") for spec in specs) else "float32"
         hint = f"average all of them with --dtype {wide}, or {hint}"
     raise DisagreementError(what + more, path=path, tensor=name, hint=hint)
 
 
 def _without_precision(spec: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {name: ("floating" if dtype in FLOATING else dtype, shape) for name, (dtype, shape) in spec.items()}
+    kinds = dict.fromkeys(FLOATING, "floating") | {"C128": "C64"}
+    return {name: (kinds.get(dtype, dtype), shape) for name, (dtype, shape) in spec.items()}
 
 
 def _dtype_remark(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
     """Name the dtypes of the candidates, if they differ, each with the candidates that have it."""
     by_dtypes: dict[str, list[Checkpoint]] = {}
     for checkpoint in checkpoints:
-        dtypes = sorted({tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in FLOATING})
+        dtypes = sorted({tensor.in_file[0] for tensor in checkpoint.tensors.values() if tensor.dtype in FLOATING})
         by_dtypes.setdefault(" and ".join(dtypes), []).append(checkpoint)
     listed = (f"{dtypes} in {_listing([c.path.name for c in those], 3)}" for dtypes, those in by_dtypes.items())
     return (f"the candidates differ in dtype: {'; '.join(listed)}",) if len(by_dtypes) > 1 else ()

@@ -205,7 +205,7 @@ class CommandEvaluator:
                     out.write(*part)
                 out.commit()
             wanted = folder if self._command.needs_directory else None
-            with hugging_face_folder.copies(chosen[-1], wanted, dtype_names(s.dtype for s in specs.values()), config):
+            with hugging_face_folder.copies(chosen[-1], wanted, dtype_names(specs.values()), config):
                 step = str(chosen[0].step) if len(chosen) == 1 else ""
                 variables = {"CKPTAVG_STEP": step, "CKPTAVG_NAME": self._name(coefficients), "CKPTAVG_JOB": str(slot)}
                 running = RunningCommand(self._command, path, self._run.workers.environment() | variables)

@@ -13,7 +13,7 @@ from ckptavg.average import PlannedOutput
 from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.candidates import Candidates, sharded
 from ckptavg.candidates.copied import copied_tensors
-from ckptavg.candidates.flat import unique_tensors
+from ckptavg.candidates.flat import is_mixable, unique_tensors
 from ckptavg.candidates.loading import ReadInto, Specs, read
 from ckptavg.candidates.plan import Plan
 from ckptavg.candidates.products import why_slow
@@ -127,7 +127,7 @@ class MixedModel:
     @property
     def eps(self) -> float:
         """The largest relative spacing of the numbers that parameters can have."""
-        dtypes = {weights.dtype for weights in self.model.parameters() if weights.is_floating_point()}
+        dtypes = {weights.dtype for weights in self.model.parameters() if is_mixable(weights)}
         return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
     @property

@@ -54,9 +54,14 @@ def check_sources(found: Discovered, options: Options) -> None:
 
 
 def check_space(checkpoints: Sequence[Checkpoint], options: Options) -> None:
-    """Refuse an output, shaped like the candidates, that does not fit on the disk."""
+    """Refuse an output, shaped like the candidates, that does not fit on the disk, or into its format."""
     path, folder = options.destination
-    needed = sum(spec.nbytes for spec in output_specs(checkpoints, options.dtype).values())
+    specs = output_specs(checkpoints, options.dtype)
+    wide = next((name for name, spec in specs.items() if spec.in_file[0] == "C128"), None)
+    if wide is not None and (options.format == "safetensors" or options.score_cmd is not None):
+        hint = "--dtype float32 writes complex64; --format dcp has complex128"
+        raise OutputError(f"{wide} is complex128, which safetensors does not have", path=path, hint=hint)
+    needed = sum(spec.nbytes for spec in specs.values())
     needed *= 2 if options.format == "dcp" else 1  # see `ckptavg.output.dcp_folder.DcpFolder`
     free = atomic.free(path.parent if folder is None or is_folder(folder) else folder.parent)
     if options.adapter != "exact" and needed > free:
@@ -92,7 +97,7 @@ def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[st
     """Describe the reads, writes and memory of a run, one line each."""
     n, first = len(checkpoints), checkpoints[0]
     written = sum(spec.nbytes for spec in output_specs(checkpoints, options.dtype).values())
-    elements, device = first.numel, pick_device(options.device)
+    elements, device = sum(tensor.numel for tensor in set(first.tensors.values())), pick_device(options.device)
     memory = Plan(
         n=n, elements=elements, size=4 * elements, gradient=4 * elements,
         group_size=options.group_size, offload=options.offload, device=device,

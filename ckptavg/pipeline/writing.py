@@ -65,7 +65,7 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
     if folder:
         path = folder / hugging_face_folder.file_name(selected[-1])
     recomputed = sorted(set(evaluator.statistics) & specs.keys()) if evaluator else []
-    dtype = dtype_names(spec.dtype for spec in specs.values())
+    dtype = dtype_names(specs.values())
     describe = partial(
         provenance.metadata, checkpoints, coefficients, strategy=name_of(strategy), settings=asdict(strategy),  # pyright: ignore[reportArgumentType]
         dtype=options.dtype, adapter=options.adapter, rank=options.rank, not_averaged=plan.not_averaged,

@@ -11,7 +11,7 @@ import os
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -39,6 +39,7 @@ class StoredTensor:
     record: str  # the run of bytes that holds it (a safetensors shard, a storage of a torch file)
     offset: int  # byte offset of its first element in the record
     stride: tuple[int, ...] | None = None  # in elements; None for C order without gaps
+    is_complex: bool = False  # whether the last dimension has the real and the imaginary part; see `as_real`
 
     @property
     def numel(self) -> int:
@@ -49,6 +50,23 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Number of bytes of its elements in C order."""
         return self.numel * ITEM_SIZE[self.dtype]
+
+    @property
+    def in_file(self) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape in a file."""
+        return (_COMPLEX[self.dtype], self.shape[:-1]) if self.is_complex else (self.dtype, self.shape)
+
+
+_COMPLEX: Final = {"F32": "C64", "F64": "C128"}
+
+
+def as_real(tensor: StoredTensor) -> StoredTensor:
+    """Return a complex tensor as a real one with a last dimension of 2, as torch.view_as_real; others as they are."""
+    for real, dtype in _COMPLEX.items():
+        if tensor.dtype == dtype:
+            stride = tensor.stride and (*(2 * step for step in tensor.stride), 1)
+            return replace(tensor, dtype=real, shape=(*tensor.shape, 2), stride=stride, is_complex=True)
+    return tensor
 
 
 @dataclass(frozen=True, slots=True)
