@@ -175,8 +175,9 @@ class Candidates:
         self._copied.load(specs, read_into)
 
     @torch.no_grad()
-    def assign(self, specs: Specs, parts: Iterable[tuple[str, int, memoryview]]) -> None:
-        """Load the model's whole state from ``(name, byte offset, bytes)`` parts of its tensors."""
+    def assign(self, specs: Specs, parts: Iterable[tuple[str, int, memoryview]], *, last: int = -1) -> None:
+        """Load the model's state from ``(name, byte offset, bytes)`` parts, and sparse tensors from ``last``."""
+        self._copied.take(last)
         targets = {name: (vector, 0) for name, vector in self._copied.targets().items()}
         for flat, _ in self._blocks:
             for slot in flat.slots:
@@ -199,7 +200,8 @@ class Candidates:
     def _build(self, copies: Copies, group_size: int, offload: Offload) -> None:
         """Divide the model's tensors into those that are copied and those that are mixed; allocate their matrices."""
         self._copies = copies
-        unique = unique_tensors(self.model)
+        specs = self._checkpoints[0].tensors
+        unique = [(names, tensor) for names, tensor in unique_tensors(self.model) if not specs.keys().isdisjoint(names)]
         self._floats = [(n, tensor) for n, tensor in unique if is_mixable(tensor) and copies.keys().isdisjoint(n)]
         mixed = {id(tensor) for _, tensor in self._floats}
         self._copied = Copied([(names, tensor) for names, tensor in unique if id(tensor) not in mixed], copies)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from ckptavg.candidates.flat import Slot, as_real, is_mixable, real_numel, unique_tensors
-from ckptavg.candidates.loading import ReadInto, Specs, check_tied, read
+from ckptavg.candidates.loading import ReadInto, Specs, check_tied, read_like
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.integrity import same_bytes
 from ckptavg.errors import UsageError
@@ -26,7 +26,7 @@ def copied_tensors(model: nn.Module, checkpoints: Sequence[Checkpoint]) -> Copie
     same.
 
     Raises:
-        UsageError: if one of two tied tensors is kept, or a parameter of a sharded model.
+        UsageError: if one of two tied tensors is kept, or a parameter of a sharded model; or a sparse one differs.
     """
     specs, n = checkpoints[0].tensors, len(checkpoints)
     copies: dict[str, int] = {}
@@ -42,10 +42,14 @@ def copied_tensors(model: nn.Module, checkpoints: Sequence[Checkpoint]) -> Copie
         if kept and tensor.is_meta:
             raise UsageError(f"--keep matches {kept[0]}, a parameter, but --shard can keep buffers only")
         fixed = not is_parameter or (n > 1 and not tensor.requires_grad and not tensor.is_meta)
+        is_sparse = tensor.layout != torch.strided
         if kept:
             copies |= dict.fromkeys(stored, n)
-        elif fixed and same_bytes(checkpoints, stored[0]):
+        elif (fixed or is_sparse) and same_bytes(checkpoints, stored[0]):
             copies |= dict.fromkeys(stored, 1)
+        elif is_sparse:
+            message = f"{stored[0]} is sparse in the model, which is not scored where it differs between candidates"
+            raise UsageError(message, hint=f"--keep '{stored[0]}' takes that of the last selected candidate")
     return copies
 
 
@@ -58,7 +62,8 @@ class Copied:
         self._shared = [any(copies.get(name) == 1 for name in names) for names, _ in tensors]
         self._taken: int | None = None  # the candidate whose values they have
         for _, tensor in tensors:
-            tensor.data = torch.empty_like(tensor, memory_format=torch.contiguous_format)  # no view of a flat vector
+            if tensor.layout == torch.strided:  # no view of a flat vector
+                tensor.data = torch.empty_like(tensor, memory_format=torch.contiguous_format)
             tensor.grad = None
 
     def read(self, checkpoint: Checkpoint) -> None:
@@ -68,8 +73,7 @@ class Copied:
                 values.append(values[0])
                 continue
             check_tied(checkpoint, Slot(names, 0, real_numel(tensor)))
-            values.append(torch.empty_like(tensor, requires_grad=False))
-            read(names, checkpoint.tensors, checkpoint.read_into, values[-1])
+            values.append(read_like(names, checkpoint.tensors, checkpoint.read_into, tensor))
 
     def freeze(self) -> None:
         """Turn gradients off."""
@@ -79,7 +83,7 @@ class Copied:
     def take(self, i: int) -> None:
         """Set the tensors to their values in candidate ``i``; autograd does not record this."""
         for (_, tensor), values in zip(self._tensors, self._values, strict=True):
-            tensor.data.copy_(values[i])
+            _set(tensor, values[i])
         if i != self._taken:  # the graph of a curvature outlives a second copy of the same values
             self.mark_changed()
             self._taken = i
@@ -87,7 +91,7 @@ class Copied:
     def load(self, specs: Specs, read_into: ReadInto) -> None:
         """Set the tensors to those of another source."""
         for names, tensor in self._tensors:
-            read(names, specs, read_into, tensor.data)
+            _set(tensor, read_like(names, specs, read_into, tensor))
         self.mark_changed()
 
     def mark_changed(self) -> None:
@@ -96,5 +100,12 @@ class Copied:
         self._taken = None
 
     def targets(self) -> dict[str, Tensor]:
-        """Return each tensor as a vector, by name."""
-        return {name: as_real(tensor.data).view(-1) for names, tensor in self._tensors for name in names}
+        """Return each tensor that is not sparse as a vector, by name."""
+        dense = [(names, tensor) for names, tensor in self._tensors if tensor.layout == torch.strided]
+        return {name: as_real(tensor.data).view(-1) for names, tensor in dense for name in names}
+
+
+def _set(tensor: Tensor, values: Tensor) -> None:
+    if tensor.layout not in (torch.strided, torch.sparse_coo):  # those must have the same number of elements
+        tensor.data.resize_as_sparse_(values)
+    tensor.data.copy_(values)

@@ -80,10 +80,24 @@ def read(names: tuple[str, ...], specs: Specs, read_into: ReadInto, out: Tensor,
         flat[start : start + length] = torch.frombuffer(buffer, dtype=dtype, count=length)
 
 
+def read_like(names: tuple[str, ...], specs: Specs, read_into: ReadInto, tensor: Tensor) -> Tensor:
+    """Read a whole tensor with the shape, device, dtype and layout of ``tensor``."""
+    values = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    read(names, specs, read_into, values)
+    if tensor.layout == torch.sparse_coo:
+        return values.to_sparse(tensor.sparse_dim())
+    if tensor.layout != torch.strided:
+        blocks = tensor.layout in (torch.sparse_bsr, torch.sparse_bsc)
+        return values.to_sparse(layout=tensor.layout, blocksize=tensor.values().shape[1:3] if blocks else None)
+    return values
+
+
 def check_names(unique: list[tuple[tuple[str, ...], Tensor]], specs: Specs) -> None:
     """Check that the model's names, shapes and kinds of dtype (floating point or not) match the checkpoints'."""
     extra = sorted(specs.keys() - {name for names, _ in unique for name in names})
-    missing = [names[0] for names, _ in unique if specs.keys().isdisjoint(names)]
+    # a sparse tensor of the model may have been too large for the output
+    dense = [names for names, tensor in unique if tensor.layout == torch.strided]
+    missing = [names[0] for names in dense if specs.keys().isdisjoint(names)]
     if extra or missing:
         lists = [
             f"{label} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
@@ -96,6 +110,8 @@ def check_names(unique: list[tuple[tuple[str, ...], Tensor]], specs: Specs) -> N
             hint = f"the checkpoints' names begin with {prefix}, as if the model were an attribute of what was saved"
         raise TaskError(f"the model does not fit the checkpoints: {'; '.join(lists)}", hint=hint)
     for names, tensor in unique:
+        if specs.keys().isdisjoint(names):
+            continue
         name = present(names, specs)
         (dtype, shape), mine = specs[name].in_file, list(tensor.shape)
         stored = list(shape)

@@ -10,6 +10,7 @@ from ckptavg.errors import DisagreementError, InputError
 from ckptavg.readers import FLOATING, Node, Reader, Refused, StoredTensor, as_real
 
 MODEL_KEYS: Final = ("state_dict", "model", "model_state_dict", "module", "state.model", "state_dict_ema", "model_ema")
+MAX_DENSE: Final = 1 << 30  # bytes of a sparse tensor made dense
 RAW_WEIGHTS: Final = "current_model_state"  # Lightning's WeightAveraging: its state_dict holds the average
 PREFIXES: Final = ("module.", "_orig_mod.")
 
@@ -42,7 +43,14 @@ def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, St
         if isinstance(child, Refused):
             raise InputError(child.reason, path=reader.path, tensor=name)
     tensors = {name: as_real(child) for name, child in node.items() if isinstance(child, StoredTensor)}
-    return chosen, _without_prefix(tensors, notes), tuple(notes)
+    for name in [name for name, tensor in tensors.items() if tensor.sparse and tensor.nbytes > MAX_DENSE]:
+        size = f"{tensors.pop(name).nbytes / 1e9:.1f} GB as the dense tensor that the output would need"
+        notes.append(f"left out {name}: sparse, and {size}; load_state_dict(..., strict=False) keeps the model's own")
+    tensors = _without_prefix(tensors, notes)
+    for name, sparse in ((name, tensor.sparse) for name, tensor in tensors.items() if tensor.sparse):
+        again = f"state[{name!r}] = state[{name!r}].{sparse.conversion}"
+        notes.append(f"{name} is sparse, and dense in the output: {again} before load_state_dict(state)")
+    return chosen, tensors, tuple(notes)
 
 
 def _holds_tensors(node: Node) -> bool:

@@ -14,7 +14,7 @@ from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.candidates import Candidates, sharded
 from ckptavg.candidates.copied import copied_tensors
 from ckptavg.candidates.flat import is_mixable, unique_tensors
-from ckptavg.candidates.loading import ReadInto, Specs, read
+from ckptavg.candidates.loading import ReadInto, Specs, read_like
 from ckptavg.candidates.plan import Plan
 from ckptavg.candidates.products import why_slow
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -118,9 +118,8 @@ class MixedModel:
         model = self.build(adapter)
         state = model.state_dict(keep_vars=True)
         for names, tensor in unique_tensors(model):
-            values = torch.empty_like(tensor, requires_grad=False)
-            read(names, specs, read_into, values)
-            state |= dict.fromkeys(names, values)
+            if not specs.keys().isdisjoint(names):  # a sparse one may be too large for the file
+                state |= dict.fromkeys(names, read_like(names, specs, read_into, tensor))
         model.load_state_dict(state, strict=True)
         return CountedModel(model.eval(), self.count)
 
@@ -151,7 +150,7 @@ class MixedModel:
         if (exact and not self.candidates.exact) or any(checkpoint.allow_nonfinite for checkpoint in self.checkpoints):
             specs = output_specs(self.checkpoints)
             parts = weighted_average(self.checkpoints, coefficients, specs, only=self.candidates.ranges)
-            self.candidates.assign(specs, parts)
+            self.candidates.assign(specs, parts, last=coefficients.selected[-1])
             return
         chosen = coefficients.selected
         if not (coefficients.uniform_subset and self.candidates.average(chosen, last=chosen[-1])):

@@ -39,6 +39,7 @@ class StoredTensor:
     record: str  # the run of bytes that holds it (a safetensors shard, a storage of a torch file)
     offset: int  # byte offset of its first element in the record
     stride: tuple[int, ...] | None = None  # in elements; None for C order without gaps
+    sparse: "SparseParts | None" = None  # the tensors that it is made of; reading gives the dense one it stands for
     is_complex: bool = False  # whether the last dimension has the real and the imaginary part; see `as_real`
 
     @property
@@ -55,6 +56,23 @@ class StoredTensor:
     def in_file(self) -> tuple[str, tuple[int, ...]]:
         """Dtype and shape in a file."""
         return (_COMPLEX[self.dtype], self.shape[:-1]) if self.is_complex else (self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class SparseParts:
+    """The tensors of a sparse tensor, in torch's order, and its layout, such as ``torch.sparse_coo``."""
+
+    layout: str
+    indices: tuple[StoredTensor, ...]
+    values: StoredTensor
+
+    @property
+    def conversion(self) -> str:
+        """The call that makes a dense tensor one of this layout."""
+        kind, inner = self.layout.rpartition("_")[2], self.values.shape[1:]
+        if kind == "coo":
+            return f"to_sparse({self.indices[0].shape[0] if inner else ''})"
+        return f"to_sparse_{kind}({tuple(inner[:2]) if kind in ('bsr', 'bsc') else ''})"
 
 
 _COMPLEX: Final = {"F32": "C64", "F64": "C128"}

@@ -3,13 +3,14 @@
 Nothing here refuses a file. An unsupported tensor becomes `Refused`, which is an error only if the model contains it.
 """
 
+import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Final
 
-from ckptavg.readers import ITEM_SIZE, MAX_RANK, Refused, StoredTensor, naturals
+from ckptavg.readers import ITEM_SIZE, MAX_RANK, Refused, SparseParts, StoredTensor, naturals
 from ckptavg.readers.pickle.unpickler import Global, Inert, Maker, PickleError
 
 _STORAGES: Final[Mapping[str, str]] = {
@@ -26,6 +27,9 @@ DTYPES: Final[Mapping[str, str]] = {
     "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.float8_e8m0fnu": "F8_E8M0",
     "torch.float8_e4m3fnuz": "F8_E4M3FNUZ", "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
     "torch.complex64": "C64", "torch.complex128": "C128",
+}  # fmt: skip
+_LAYOUTS: Final[Mapping[str, int]] = {  # sparse layout → number of its tensors of indices
+    "torch.sparse_coo": 1, "torch.sparse_csr": 2, "torch.sparse_csc": 2, "torch.sparse_bsr": 2, "torch.sparse_bsc": 2,
 }  # fmt: skip
 _PLAIN: Final = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.Parameter", "torch.nn.parameter.Buffer")
 _BUILTINS: Final = ("builtins", "__builtin__")
@@ -146,6 +150,23 @@ def _view(source: Storage, dtype: str, offset: object, shape: object, stride: ob
     return StoredTensor(dtype, sizes, source.record, at[0] * size, strided)
 
 
+def _sparse(arguments: tuple[object, ...]) -> StoredTensor | Refused:
+    """``torch._utils._rebuild_sparse_tensor``: (layout, (one or two tensors of indices, values, shape, ...))."""
+    layout, parts = arguments if len(arguments) == 2 else (None, None)
+    count = _LAYOUTS.get(layout, 0) if type(layout) is str else 0
+    if not count or type(parts) is not tuple or len(parts) < count + 2:
+        return Refused("is sparse, in a layout that is not supported; save it after to_dense()")
+    tensors, size = parts[: count + 1], parts[count + 1]
+    shape = naturals(tuple(size)) if isinstance(size, list | tuple) else None
+    if wrong := next((part for part in tensors if not isinstance(part, StoredTensor)), None):
+        return wrong if isinstance(wrong, Refused) else Refused("is sparse, of parts that are no tensors")
+    *indices, values = [part for part in tensors if isinstance(part, StoredTensor)]
+    if shape is None or math.prod(shape) >= 2**58 or not {part.dtype for part in indices} <= {"I64", "I32"}:
+        return Refused("is sparse, with a shape or indices that no tensor has")
+    sparse = SparseParts(str(layout), tuple(indices), values)
+    return StoredTensor(values.dtype, shape, values.record, values.offset, sparse=sparse)
+
+
 def _parameter(arguments: tuple[object, ...]) -> StoredTensor | Refused:
     """``torch._utils._rebuild_parameter`` and ``..._with_state``: (tensor, requires_grad, hooks[, state])."""
     if arguments and isinstance(arguments[0], StoredTensor | Refused):
@@ -209,12 +230,14 @@ _TENSORS: Final[Mapping[str, Callable[[tuple[object, ...]], StoredTensor | Refus
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor_v2,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_sparse_tensor": _sparse,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
 }
 MAKERS: Final[Mapping[str, Maker]] = {
     **_TENSORS,
     "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch.serialization._get_layout": first,  # its name
     "torch.Size": _new(list, tuple),
     **dict.fromkeys(("collections.OrderedDict", "collections.defaultdict", "collections.Counter"), _new(dict)),
     **{f"{module}.{name}": _new(list, tuple) for module in _BUILTINS for name in ("set", "frozenset")},
