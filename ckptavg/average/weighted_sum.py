@@ -65,7 +65,8 @@ def output_specs(checkpoints: Sequence[Checkpoint], dtype: str | None = None) ->
         spec = checkpoints[0].spec(name)
         if spec.dtype not in TORCH:
             message = f"dtype {spec.dtype} cannot be averaged; convert it to one of {', '.join(FLOATING)} first"
-            raise InputError(message, path=checkpoints[0].path, tensor=name)
+            hint = f"in each checkpoint, state[{name!r}] = state[{name!r}].to(torch.bfloat16)"
+            raise InputError(message, path=checkpoints[0].path, tensor=name, hint=hint)
         own = common(checkpoint.spec(name).dtype for checkpoint in checkpoints)
         target = override if override and own in FLOATING else own
         if spec.is_complex and target != own:

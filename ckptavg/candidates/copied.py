@@ -12,6 +12,7 @@ from ckptavg.candidates.loading import ReadInto, Specs, check_tied, read_like
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.integrity import same_bytes
 from ckptavg.errors import UsageError
+from ckptavg.readers import FLOATING
 
 Copies: TypeAlias = Mapping[
     str, int
@@ -33,7 +34,8 @@ def copied_tensors(model: nn.Module, checkpoints: Sequence[Checkpoint]) -> Copie
     for names, tensor in unique_tensors(model):
         stored = [name for name in names if name in specs]
         kept = [name for name in stored if name in checkpoints[0].kept]
-        if not stored or not is_mixable(tensor):
+        is_sparse = tensor.layout != torch.strided
+        if not stored or not (is_sparse or is_mixable(tensor)):
             continue
         is_parameter = isinstance(tensor, nn.Parameter)
         if kept and len(kept) < len(stored):
@@ -42,12 +44,11 @@ def copied_tensors(model: nn.Module, checkpoints: Sequence[Checkpoint]) -> Copie
         if kept and tensor.is_meta:
             raise UsageError(f"--keep matches {kept[0]}, a parameter, but --shard can keep buffers only")
         fixed = not is_parameter or (n > 1 and not tensor.requires_grad and not tensor.is_meta)
-        is_sparse = tensor.layout != torch.strided
         if kept:
             copies |= dict.fromkeys(stored, n)
         elif (fixed or is_sparse) and same_bytes(checkpoints, stored[0]):
             copies |= dict.fromkeys(stored, 1)
-        elif is_sparse:
+        elif is_sparse and specs[stored[0]].dtype in FLOATING:
             message = f"{stored[0]} is sparse in the model, which is not scored where it differs between candidates"
             raise UsageError(message, hint=f"--keep '{stored[0]}' takes that of the last selected candidate")
     return copies
@@ -106,6 +107,9 @@ class Copied:
 
 
 def _set(tensor: Tensor, values: Tensor) -> None:
-    if tensor.layout not in (torch.strided, torch.sparse_coo):  # those must have the same number of elements
+    if tensor.layout == torch.sparse_coo:  # a copy into its data has no effect
+        tensor.data = values.clone()
+        return
+    if tensor.layout != torch.strided:
         tensor.data.resize_as_sparse_(values)
     tensor.data.copy_(values)

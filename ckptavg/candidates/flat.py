@@ -89,8 +89,8 @@ def _shaped(vector: Tensor, like: Tensor) -> Tensor:
 
 
 def is_mixable(tensor: Tensor) -> bool:
-    """Return whether a tensor can be averaged: it is floating point or complex."""
-    return tensor.is_floating_point() or tensor.is_complex()
+    """Return whether a tensor can be averaged: it is floating point or complex, and not sparse."""
+    return tensor.layout == torch.strided and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def as_real(tensor: Tensor) -> Tensor:

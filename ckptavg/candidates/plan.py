@@ -46,8 +46,7 @@ class Plan:
         device: torch.device, parts: int = 1, sharing: int = 1, copies: Copies | None = None,
     ) -> Self:  # fmt: skip
         """Plan for a model on its device, or for one of its ``parts`` shards; for ``bits`` see `at`."""
-        unique = [(names, tensor) for names, tensor in unique_tensors(model) if tensor.layout == torch.strided]
-        every = [(names, tensor) for names, tensor in unique if is_mixable(tensor)]
+        every = [(names, tensor) for names, tensor in unique_tensors(model) if is_mixable(tensor)]
         values = [max((copies or {}).get(name, 0) for name in names) for names, _ in every]
         floats = [tensor for (_, tensor), count in zip(every, values, strict=True) if not count]
         copied = sum((1 + count) * tensor.nbytes for (_, tensor), count in zip(every, values, strict=True) if count)

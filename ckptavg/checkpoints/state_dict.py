@@ -41,7 +41,9 @@ def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, St
         notes.append(f"left out what is no tensor: {_listing(ignored)}")
     for name, child in node.items():
         if isinstance(child, Refused):
-            raise InputError(child.reason, path=reader.path, tensor=name)
+            hint = f"save the checkpoints again with a plain tensor there, or without it: del state[{name!r}]"
+            others = "where only some have it, --skip-bad leaves these out"
+            raise InputError(child.reason, path=reader.path, tensor=name, hint=f"{hint}; {others}")
     tensors = {name: as_real(child) for name, child in node.items() if isinstance(child, StoredTensor)}
     for name in [name for name, tensor in tensors.items() if tensor.sparse and tensor.nbytes > MAX_DENSE]:
         size = f"{tensors.pop(name).nbytes / 1e9:.1f} GB as the dense tensor that the output would need"

@@ -137,7 +137,9 @@ def _view(source: Storage, dtype: str, offset: object, shape: object, stride: ob
     dimensions = [(n, step) for n, step in zip(sizes, steps, strict=True) if n > 1]
     for n, step in sorted(dimensions, key=itemgetter(1)):
         if step < span:
-            return Refused(f"shape {list(sizes)} with stride {list(steps)} uses some elements more than once")
+            return Refused(
+                f"shape {list(sizes)} with stride {list(steps)} uses some elements more than once; use contiguous()"
+            )
         span += (n - 1) * step
     if (needed := (at[0] + span) * size) > source.size:
         what = f"shape {list(sizes)} with stride {list(steps)} from element {offset}"
