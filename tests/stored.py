@@ -31,7 +31,7 @@ def averaged(
     checkpoints: tuple[Checkpoint, ...], row: Iterable[float], dtype: str | None = None, chunk: int = 1 << 18
 ) -> dict[str, Tensor]:
     """Return the average as tensors."""
-    specs = output_specs(checkpoints[0], dtype)
+    specs = output_specs(checkpoints, dtype)
     buffers = {name: bytearray(spec.nbytes) for name, spec in specs.items()}
     for name, offset, data in weighted_average(checkpoints, Coefficients((tuple(row),)), specs, chunk=chunk):
         buffers[name][offset : offset + len(data)] = data

@@ -53,7 +53,7 @@ def plan_output(
     error, notes = None, list[str]()
     if len(coefficients.selected) > 1 and not first.kept and not first.allow_nonfinite:
         error, notes = _error_of_factors(checkpoints, coefficients)
-    specs, only = output_specs(first, dtype), part(first, workers.rank, workers.world_size)
+    specs, only = output_specs(checkpoints, dtype), part(first, workers.rank, workers.world_size)
     functions, copied = first.derived or Derived(), set[str]()
     selected = [checkpoints[i] for i in coefficients.selected]
     notes += [note for note, names in functions.notes.items() if not all(same_bytes(selected, name) for name in names)]

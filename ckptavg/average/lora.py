@@ -99,7 +99,7 @@ def exact(
         raise InputError(f"exact averaging is not possible: {reason}", path=first.path, hint=hint)
     modules, k = _modules(checkpoints, coefficients, config), len(coefficients.selected)
     ranks = {module.name: min(k * module.r, rank or k * module.r) for module in modules}
-    specs = weighted_sum.output_specs(first, dtype)
+    specs = weighted_sum.output_specs(checkpoints, dtype)
     rest = {name: range(spec.numel) for name, spec in specs.items()}
     for m in modules:
         a, b = specs[m.a], specs[m.b]

@@ -6,7 +6,7 @@ Shape suffixes: N = candidates.
 from collections import deque
 from collections.abc import Iterator, Mapping, MutableSet, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.dtypes import FLOATING, NAMES, TORCH
+from ckptavg.checkpoints.dtypes import NAMES, TORCH, common
 from ckptavg.checkpoints.integrity import is_finite, is_shared, refusal, same_bytes
 from ckptavg.checkpoints.kept import is_averaged
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError
-from ckptavg.readers import ITEM_SIZE, StoredTensor
+from ckptavg.readers import FLOATING, ITEM_SIZE, StoredTensor
 from ckptavg.runtime.threads import processors
 
 CHUNK: Final = 1 << 18  # elements: least CPU time of 2¹⁶ to 2¹⁹ in scripts/benchmark's reference case
@@ -51,20 +51,28 @@ class PlannedOutput:
     copied: MutableSet[str] = field(default_factory=set[str])  # filled by ``parts``; see `weighted_average`
 
 
-def output_specs(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, StoredTensor]:
+def output_specs(checkpoints: Sequence[Checkpoint], dtype: str | None = None) -> dict[str, StoredTensor]:
     """Return name → dtype and shape of the average: those of the candidates; ``dtype`` overrides floating-point ones.
 
+    Without ``dtype``, one that holds the values of all candidates is taken where theirs differ. Complex tensors become
+    complex64 by any ``dtype`` but float64, which keeps them: there are no narrower ones.
+
     Raises:
-        InputError: if a tensor's dtype cannot be averaged (float8, complex).
+        InputError: if a tensor's dtype cannot be averaged (float8).
     """
     override = None if dtype is None else NAMES[dtype]
     specs: dict[str, StoredTensor] = {}
-    for name in checkpoint.names:
-        spec = checkpoint.spec(name)
+    for name in checkpoints[0].names:
+        spec = checkpoints[0].spec(name)
         if spec.dtype not in TORCH:
             message = f"dtype {spec.dtype} cannot be averaged; convert it to one of {', '.join(FLOATING)} first"
-            raise InputError(message, path=checkpoint.path, tensor=name)
-        specs[name] = StoredTensor(override if override and spec.dtype in FLOATING else spec.dtype, spec.shape, "", 0)
+            hint = f"in each checkpoint, state[{name!r}] = state[{name!r}].to(torch.bfloat16)"
+            raise InputError(message, path=checkpoints[0].path, tensor=name, hint=hint)
+        own = common(checkpoint.spec(name).dtype for checkpoint in checkpoints)
+        target = override if override and own in FLOATING else own
+        if spec.is_complex and target != own:
+            target = "F32"
+        specs[name] = replace(spec, dtype=target, record="", offset=0, stride=None)
     return specs
 
 
@@ -75,13 +83,12 @@ def not_averaged(checkpoint: Checkpoint) -> list[str]:
 
 
 class _Run(NamedTuple):
-    """Consecutive elements of one tensor, of ``dtype``, that are averaged at once into dtype ``target``."""
+    """Consecutive elements of one tensor that are averaged at once into dtype ``target``."""
 
     name: str
     start: int
     numel: int
     terms: Sequence[tuple[float, Checkpoint]]
-    dtype: str
     target: str
 
 
@@ -105,7 +112,7 @@ def weighted_average(
     Memory: 32 bytes per element of ``chunk`` for each thread and one more, regardless of number and size of candidates.
 
     Args:
-        checkpoints: N open candidates with equal names, shapes and dtypes.
+        checkpoints: N open candidates with equal names and shapes; only floating-point dtypes may differ.
         specs: the output's specs, from `output_specs`.
         only: the elements to average; None means all.
         chunk: elements per chunk.
@@ -171,7 +178,7 @@ def _batches(
             if not _reproduces(terms, spec.dtype, specs[name].dtype) and same_bytes([c for _, c in terms], name):
                 terms = [(1.0, terms[-1][1])]
         for start in range(elements.start, elements.stop, chunk):
-            run = _Run(name, start, min(chunk, elements.stop - start), terms, spec.dtype, specs[name].dtype)
+            run = _Run(name, start, min(chunk, elements.stop - start), terms, specs[name].dtype)
             if numel + run.numel > chunk:
                 yield batch
                 batch, numel = [], 0
@@ -204,7 +211,7 @@ class _Sums:
             size = ITEM_SIZE[run.target]
             data, free = free[: run.numel * size], free[run.numel * 8 :]
             source = run.terms[0][1]
-            copied = run.target == run.dtype and [c for c, _ in run.terms] == [1.0]
+            copied = run.target == source.spec(run.name).dtype and [c for c, _ in run.terms] == [1.0]
             if copied:
                 source.read_into(run.name, run.start, data)
             if run.target in FLOATING:
@@ -224,7 +231,7 @@ class _Sums:
             self._add(run._replace(terms=[(1.0, sources[-1])]), result)
             if not torch.equal(result.isfinite(), self._total[: run.numel].isfinite()):
                 raise overflow_error(sources[-1], run.name, result)
-            if run.target == run.dtype:  # a conversion changes the bits of NaN
+            if run.target == sources[-1].spec(run.name).dtype:  # a conversion changes the bits of NaN
                 sources[-1].read_into(run.name, run.start, data)
             self._copied.add(run.name)
         elif not allowed:
@@ -233,13 +240,12 @@ class _Sums:
     def _add(self, run: _Run, result: Tensor) -> None:
         """Compute Σ_i c_i w_i over a run of elements and round it once into ``result``."""
         total, term = self._total[: run.numel], self._term[: run.numel]
-        data = self._input[: run.numel * ITEM_SIZE[run.dtype]]
-        values = torch.frombuffer(data, dtype=TORCH[run.dtype])
-        c_0 = run.terms[0][0]
-        equal = all(c == c_0 for c, _ in run.terms) and run.dtype != "F64"
-        for i, (c, source) in enumerate(run.terms):
+        dtypes, c_0 = [source.spec(run.name).dtype for _, source in run.terms], run.terms[0][0]
+        equal = all(c == c_0 for c, _ in run.terms) and "F64" not in dtypes
+        for i, ((c, source), dtype) in enumerate(zip(run.terms, dtypes, strict=True)):
+            data = self._input[: run.numel * ITEM_SIZE[dtype]]
             source.read_into(run.name, run.start, data)
-            addend = (total if i == 0 else term).copy_(values)
+            addend = (total if i == 0 else term).copy_(torch.frombuffer(data, dtype=TORCH[dtype]))
             # multiply and add separately: with a fused operation, bits would depend on where the chunk ends
             if not equal:
                 addend.mul_(c)

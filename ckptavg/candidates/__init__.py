@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ckptavg.candidates.copied import Copied, Copies, copied_tensors
 from ckptavg.candidates.dense import COLUMNS, Dense
-from ckptavg.candidates.flat import Flat, flatten, unique_tensors
+from ckptavg.candidates.flat import Flat, flatten, is_mixable, unique_tensors
 from ckptavg.candidates.loading import ReadInto, SharedError, Specs, check_names, read_columns, read_row
 from ckptavg.candidates.packed import Packed
 from ckptavg.candidates.plan import EXACT, Offload
@@ -175,8 +175,9 @@ class Candidates:
         self._copied.load(specs, read_into)
 
     @torch.no_grad()
-    def assign(self, specs: Specs, parts: Iterable[tuple[str, int, memoryview]]) -> None:
-        """Load the model's whole state from ``(name, byte offset, bytes)`` parts of its tensors."""
+    def assign(self, specs: Specs, parts: Iterable[tuple[str, int, memoryview]], *, last: int = -1) -> None:
+        """Load the model's state from ``(name, byte offset, bytes)`` parts, and sparse tensors from ``last``."""
+        self._copied.take(last)
         targets = {name: (vector, 0) for name, vector in self._copied.targets().items()}
         for flat, _ in self._blocks:
             for slot in flat.slots:
@@ -186,6 +187,7 @@ class Candidates:
             vector, shift = targets[name]
             start = offset // values.itemsize + shift
             vector[start : start + len(values)] = values
+        self._copied.mark_changed()
         for flat, _ in self._blocks:
             flat.push()
 
@@ -198,10 +200,9 @@ class Candidates:
     def _build(self, copies: Copies, group_size: int, offload: Offload) -> None:
         """Divide the model's tensors into those that are copied and those that are mixed; allocate their matrices."""
         self._copies = copies
-        unique = unique_tensors(self.model)
-        self._floats = [
-            (n, tensor) for n, tensor in unique if tensor.is_floating_point() and copies.keys().isdisjoint(n)
-        ]
+        specs = self._checkpoints[0].tensors
+        unique = [(names, tensor) for names, tensor in unique_tensors(self.model) if not specs.keys().isdisjoint(names)]
+        self._floats = [(n, tensor) for n, tensor in unique if is_mixable(tensor) and copies.keys().isdisjoint(n)]
         mixed = {id(tensor) for _, tensor in self._floats}
         self._copied = Copied([(names, tensor) for names, tensor in unique if id(tensor) not in mixed], copies)
         self._blocks: list[tuple[Flat, Matrix]] = []

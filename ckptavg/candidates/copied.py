@@ -5,12 +5,14 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
-from ckptavg.candidates.flat import Slot, unique_tensors
-from ckptavg.candidates.loading import ReadInto, Specs, check_tied, read
+from ckptavg.candidates.flat import Slot, as_real, is_mixable, real_numel, unique_tensors
+from ckptavg.candidates.loading import ReadInto, Specs, check_tied, read_like
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.integrity import same_bytes
 from ckptavg.errors import UsageError
+from ckptavg.readers import FLOATING
 
 Copies: TypeAlias = Mapping[
     str, int
@@ -25,14 +27,15 @@ def copied_tensors(model: nn.Module, checkpoints: Sequence[Checkpoint]) -> Copie
     same.
 
     Raises:
-        UsageError: if one of two tied tensors is kept, or a parameter of a sharded model.
+        UsageError: if one of two tied tensors is kept, or a parameter of a sharded model; or a sparse one differs.
     """
     specs, n = checkpoints[0].tensors, len(checkpoints)
     copies: dict[str, int] = {}
     for names, tensor in unique_tensors(model):
         stored = [name for name in names if name in specs]
         kept = [name for name in stored if name in checkpoints[0].kept]
-        if not stored or not tensor.is_floating_point():
+        is_sparse = tensor.layout != torch.strided
+        if not stored or not (is_sparse or is_mixable(tensor)):
             continue
         is_parameter = isinstance(tensor, nn.Parameter)
         if kept and len(kept) < len(stored):
@@ -43,8 +46,11 @@ def copied_tensors(model: nn.Module, checkpoints: Sequence[Checkpoint]) -> Copie
         fixed = not is_parameter or (n > 1 and not tensor.requires_grad and not tensor.is_meta)
         if kept:
             copies |= dict.fromkeys(stored, n)
-        elif fixed and same_bytes(checkpoints, stored[0]):
+        elif (fixed or is_sparse) and same_bytes(checkpoints, stored[0]):
             copies |= dict.fromkeys(stored, 1)
+        elif is_sparse and specs[stored[0]].dtype in FLOATING:
+            message = f"{stored[0]} is sparse in the model, which is not scored where it differs between candidates"
+            raise UsageError(message, hint=f"--keep '{stored[0]}' takes that of the last selected candidate")
     return copies
 
 
@@ -55,8 +61,10 @@ class Copied:
         self._tensors = tensors
         self._values: list[list[Tensor]] = [[] for _ in tensors]
         self._shared = [any(copies.get(name) == 1 for name in names) for names, _ in tensors]
+        self._taken: int | None = None  # the candidate whose values they have
         for _, tensor in tensors:
-            tensor.data = torch.empty_like(tensor, memory_format=torch.contiguous_format)  # no view of a flat vector
+            if tensor.layout == torch.strided:  # no view of a flat vector
+                tensor.data = torch.empty_like(tensor, memory_format=torch.contiguous_format)
             tensor.grad = None
 
     def read(self, checkpoint: Checkpoint) -> None:
@@ -65,9 +73,8 @@ class Copied:
             if shared and values:
                 values.append(values[0])
                 continue
-            check_tied(checkpoint, Slot(names, 0, tensor.numel()))
-            values.append(torch.empty_like(tensor, requires_grad=False))
-            read(names, checkpoint.tensors, checkpoint.read_into, values[-1])
+            check_tied(checkpoint, Slot(names, 0, real_numel(tensor)))
+            values.append(read_like(names, checkpoint.tensors, checkpoint.read_into, tensor))
 
     def freeze(self) -> None:
         """Turn gradients off."""
@@ -79,18 +86,26 @@ class Copied:
         if i is None:
             return
         for (_, tensor), values in zip(self._tensors, self._values, strict=True):
-            storage(tensor).copy_(values[i])
+            _set(tensor, values[i])
+        if i != self._taken:  # the graph of a curvature outlives a second copy of the same values
+            self.mark_changed()
+            self._taken = i
 
     def load(self, specs: Specs, read_into: ReadInto) -> None:
         """Set the tensors to those of another source."""
         for names, tensor in self._tensors:
-            values = torch.empty_like(tensor, requires_grad=False)
-            read(names, specs, read_into, values)
-            storage(tensor).copy_(values)
+            _set(tensor, read_like(names, specs, read_into, tensor))
+        self.mark_changed()
+
+    def mark_changed(self) -> None:
+        """Count a change of each buffer, which a write to its data does not do; see `ckptavg.tasks.model_state`."""
+        increment_version([tensor for _, tensor in self._tensors if not isinstance(tensor, nn.Parameter)])
+        self._taken = None
 
     def targets(self) -> dict[str, Tensor]:
-        """Return each tensor as a vector, by name."""
-        return {name: storage(tensor).view(-1) for names, tensor in self._tensors for name in names}
+        """Return each tensor that is not sparse as a vector, by name."""
+        dense = [(names, tensor) for names, tensor in self._tensors if tensor.layout == torch.strided]
+        return {name: as_real(tensor.data).view(-1) for names, tensor in dense for name in names}
 
 
 def storage(tensor: Tensor) -> Tensor:
@@ -100,3 +115,12 @@ def storage(tensor: Tensor) -> Tensor:
     out of date. Autograd records no change of a parameter.
     """
     return tensor.data if isinstance(tensor, nn.Parameter) else tensor.detach()
+
+
+def _set(tensor: Tensor, values: Tensor) -> None:
+    if tensor.layout == torch.sparse_coo:  # a copy into its data has no effect
+        tensor.data = values.clone()
+        return
+    if tensor.layout != torch.strided:
+        tensor.data.resize_as_sparse_(values)
+    tensor.data.copy_(values)

@@ -1,5 +1,7 @@
 """The model as one flat vector per dtype, into which its parameters and their gradients are views.
 
+Complex tensors are pairs of real elements: autograd's gradient ∂ℓ/∂Re w + i ∂ℓ/∂Im w is that of the pairs.
+
 Shape suffixes: D = elements of one dtype (parameters first, then floating-point buffers), Q = parameters among them.
 """
 
@@ -17,7 +19,7 @@ from ckptavg.coefficients import Groups, group_of
 
 @dataclass(frozen=True)
 class Slot:
-    """Position of one unique tensor of the model, or of this rank's shard of it, in the flat vector."""
+    """Position, in real numbers, of one unique tensor of the model, or of this rank's shard of it, in the vector."""
 
     names: tuple[str, ...]  # more than one if tied
     start: int  # index of its first element in the vector
@@ -63,19 +65,42 @@ def flatten(tensors: list[tuple[tuple[str, ...], Tensor]]) -> Flat:
     """Replace the storage of tensors of one dtype, and of their gradients, by flat vectors; values are discarded."""
     tensors = sorted(tensors, key=lambda item: not isinstance(item[1], nn.Parameter))  # parameters first
     example = tensors[0][1]
-    weights_D = example.new_empty(sum(tensor.numel() for _, tensor in tensors), requires_grad=False)
-    trained = sum(tensor.numel() for _, tensor in tensors if isinstance(tensor, nn.Parameter))
-    gradient_Q = torch.zeros(trained, dtype=example.dtype, device=example.device)
+    dtype, device = example.dtype.to_real(), example.device
+    weights_D = torch.empty(sum(real_numel(tensor) for _, tensor in tensors), dtype=dtype, device=device)
+    trained = sum(real_numel(tensor) for _, tensor in tensors if isinstance(tensor, nn.Parameter))
+    gradient_Q = torch.zeros(trained, dtype=dtype, device=device)
     slots: list[Slot] = []
     start = 0
     for names, tensor in tensors:
-        stop = start + tensor.numel()
+        stop = start + real_numel(tensor)
         if isinstance(tensor, nn.Parameter):
-            tensor.grad = gradient_Q[start:stop].view(tensor.shape)
-        tensor.data = weights_D[start:stop].view(tensor.shape)
-        slots.append(Slot(names, start, tensor.numel()))
+            tensor.grad = _shaped(gradient_Q[start:stop], tensor)
+        tensor.data = _shaped(weights_D[start:stop], tensor)
+        slots.append(Slot(names, start, stop - start))
         start = stop
     return Flat(weights_D, gradient_Q, tuple(slots))
+
+
+def _shaped(vector: Tensor, like: Tensor) -> Tensor:
+    """Return a view of a real vector with the shape of ``like``, which may be complex."""
+    if like.is_complex():
+        return torch.view_as_complex(vector.view(*like.shape, 2))
+    return vector.view(like.shape)
+
+
+def is_mixable(tensor: Tensor) -> bool:
+    """Return whether a tensor can be averaged: it is floating point or complex, and not sparse."""
+    return tensor.layout == torch.strided and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Return a view of a complex tensor as a real one with a last dimension of 2; others as they are."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def real_numel(tensor: Tensor) -> int:
+    """Return the number of real elements: two for each complex one."""
+    return 2 * tensor.numel() if tensor.is_complex() else tensor.numel()
 
 
 def unique_tensors(model: nn.Module) -> list[tuple[tuple[str, ...], Tensor]]:

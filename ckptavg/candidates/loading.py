@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ckptavg.candidates.flat import Flat, Slot, overlapping
+from ckptavg.candidates.flat import Flat, Slot, as_real, overlapping
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import FLOATING, TORCH
 from ckptavg.checkpoints.integrity import is_finite, is_shared, not_finite, refusal
@@ -66,7 +66,7 @@ def read(names: tuple[str, ...], specs: Specs, read_into: ReadInto, out: Tensor,
 
     Data pass through one small buffer, or directly into ``out`` if it is on the host and has the file's dtype.
     """
-    name, flat = present(names, specs), out.view(-1)
+    name, flat = present(names, specs), as_real(out).view(-1)
     count, item, dtype = flat.numel(), ITEM_SIZE[specs[name].dtype], TORCH[specs[name].dtype]
     if not count:
         return
@@ -80,10 +80,24 @@ def read(names: tuple[str, ...], specs: Specs, read_into: ReadInto, out: Tensor,
         flat[start : start + length] = torch.frombuffer(buffer, dtype=dtype, count=length)
 
 
+def read_like(names: tuple[str, ...], specs: Specs, read_into: ReadInto, tensor: Tensor) -> Tensor:
+    """Read a whole tensor with the shape, device, dtype and layout of ``tensor``."""
+    values = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    read(names, specs, read_into, values)
+    if tensor.layout == torch.sparse_coo:
+        return values.to_sparse(tensor.sparse_dim())
+    if tensor.layout != torch.strided:
+        blocks = tensor.layout in (torch.sparse_bsr, torch.sparse_bsc)
+        return values.to_sparse(layout=tensor.layout, blocksize=tensor.values().shape[1:3] if blocks else None)
+    return values
+
+
 def check_names(unique: list[tuple[tuple[str, ...], Tensor]], specs: Specs) -> None:
     """Check that the model's names, shapes and kinds of dtype (floating point or not) match the checkpoints'."""
     extra = sorted(specs.keys() - {name for names, _ in unique for name in names})
-    missing = [names[0] for names, _ in unique if specs.keys().isdisjoint(names)]
+    # a sparse tensor of the model may have been too large for the output
+    dense = [names for names, tensor in unique if tensor.layout == torch.strided]
+    missing = [names[0] for names in dense if specs.keys().isdisjoint(names)]
     if extra or missing:
         lists = [
             f"{label} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
@@ -96,12 +110,15 @@ def check_names(unique: list[tuple[tuple[str, ...], Tensor]], specs: Specs) -> N
             hint = f"the checkpoints' names begin with {prefix}, as if the model were an attribute of what was saved"
         raise TaskError(f"the model does not fit the checkpoints: {'; '.join(lists)}", hint=hint)
     for names, tensor in unique:
+        if specs.keys().isdisjoint(names):
+            continue
         name = present(names, specs)
-        stored, mine = list(specs[name].shape), list(tensor.shape)
+        (dtype, shape), mine = specs[name].in_file, list(tensor.shape)
+        stored = list(shape)
         if stored != mine:
             raise TaskError(f"the model has {name} of shape {mine}, the checkpoints {stored}")
-        if (specs[name].dtype in FLOATING) != tensor.is_floating_point():
-            raise TaskError(f"the model has {name} as {tensor.dtype}, the checkpoints as {specs[name].dtype}")
+        if (dtype in FLOATING, specs[name].is_complex) != (tensor.is_floating_point(), tensor.is_complex()):
+            raise TaskError(f"the model has {name} as {tensor.dtype}, the checkpoints as {dtype}")
 
 
 def present(names: tuple[str, ...], specs: Specs) -> str:

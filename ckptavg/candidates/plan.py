@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ckptavg.candidates.copied import Copies
-from ckptavg.candidates.flat import unique_tensors
+from ckptavg.candidates.flat import is_mixable, real_numel, unique_tensors
 from ckptavg.errors import OutOfMemoryError, counted
 from ckptavg.runtime import cgroups
 
@@ -46,13 +46,13 @@ class Plan:
         device: torch.device, parts: int = 1, sharing: int = 1, copies: Copies | None = None,
     ) -> Self:  # fmt: skip
         """Plan for a model on its device, or for one of its ``parts`` shards; for ``bits`` see `at`."""
-        every = [(names, tensor) for names, tensor in unique_tensors(model) if tensor.is_floating_point()]
+        every = [(names, tensor) for names, tensor in unique_tensors(model) if is_mixable(tensor)]
         values = [max((copies or {}).get(name, 0) for name in names) for names, _ in every]
         floats = [tensor for (_, tensor), count in zip(every, values, strict=True) if not count]
         copied = sum((1 + count) * tensor.nbytes for (_, tensor), count in zip(every, values, strict=True) if count)
         return cls(
             n=n,
-            elements=sum(tensor.numel() for tensor in floats) // parts,
+            elements=sum(real_numel(tensor) for tensor in floats) // parts,
             size=sum(tensor.nbytes for tensor in floats) // parts,
             gradient=sum(tensor.nbytes for tensor in floats if isinstance(tensor, nn.Parameter)) // parts,
             group_size=group_size, offload=offload, device=device, copied=copied,

@@ -34,6 +34,8 @@ def build(make: Callable[[], nn.Module], device: torch.device, workers: Workers)
     for name, parameter in model.named_parameters():
         if id(parameter) not in in_state_dict:
             raise TaskError(f"{name} is not in the candidates, so --shard has no values for it")
+        if parameter.is_complex():
+            raise TaskError(f"{name} is complex, which --shard does not divide", hint="leave --shard out")
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))

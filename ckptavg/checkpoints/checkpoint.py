@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,8 +100,8 @@ class Checkpoint:
 
     @property
     def numel(self) -> int:
-        """Number of elements of its tensors; tied tensors count once."""
-        return sum(tensor.numel for tensor in set(self.tensors.values()))
+        """Number of elements of its tensors; tied tensors and complex elements count once."""
+        return sum(math.prod(tensor.in_file[1]) for tensor in set(self.tensors.values()))
 
     @property
     def size(self) -> int:

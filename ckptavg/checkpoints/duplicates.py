@@ -47,7 +47,7 @@ def digest(checkpoint: Checkpoint) -> bytes:
     names = checkpoint.names
     for i, name in enumerate(names):
         tensor = checkpoint.spec(name)
-        digest.update(repr((name, tensor.dtype, tensor.shape)).encode("utf-8", "surrogatepass"))
+        digest.update(repr((name, *tensor.in_file)).encode("utf-8", "surrogatepass"))
         if i % (len(names) // SAMPLES + 1) == 0:
             item = ITEM_SIZE[tensor.dtype]
             head = bytearray(min(tensor.nbytes, HEAD) // item * item)

@@ -48,7 +48,7 @@ def left_out_lines(left_out: Sequence[LeftOut]) -> Iterator[tuple[str, str]]:
 
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the facts in a checkpoint's headers, by their names in the report."""
-    dtypes = sorted({tensor.dtype for tensor in checkpoint.tensors.values()})
+    dtypes = sorted({tensor.in_file[0] for tensor in checkpoint.tensors.values()})
     return {
         "path": str(checkpoint.path), "step": checkpoint.step, "step_from": checkpoint.step_from,
         "format": checkpoint.reader.format, "key": checkpoint.key, "tensors": len(checkpoint.tensors),

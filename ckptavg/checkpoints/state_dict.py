@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from ckptavg.checkpoints import quantised
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.tree_search import (
     descend,
@@ -16,12 +17,13 @@ from ckptavg.checkpoints.tree_search import (
     unwrapped,
 )
 from ckptavg.errors import DisagreementError, InputError, excluding
-from ckptavg.readers import ModuleState, Node, Reader, Refused, StoredTensor
+from ckptavg.readers import FLOATING, ModuleState, Node, Reader, Refused, StoredTensor, as_real
 
 MODEL_KEYS: Final = (
     "state_dict", "model", "model_state_dict", "module", "state.model", "state_dict_ema", "model_ema",
     "ema", "ema_model", "ema_state_dict", "model_avg",
 )  # fmt: skip
+MAX_DENSE: Final = 1 << 30  # bytes of a sparse tensor made dense
 _SAVE: Final = "torch.save(model.state_dict(), 'model.pt') saves a model so that it can be averaged"
 
 
@@ -31,7 +33,7 @@ def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, St
     Args:
         key: the key given by the user (dots separate levels), or None to search `MODEL_KEYS`, then the top level.
     Raises:
-        InputError: if there is no state dict, or one of its tensors is not supported.
+        InputError: if there is no state dict, it is of a quantised model, or one of its tensors is not supported.
     """
     tree = reader.tree
     found = [name for name in MODEL_KEYS if holds_tensors(descend(tree, name))]
@@ -44,19 +46,28 @@ def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, St
         notes.append(f"{chosen} is nested: joined its names by dots")
     if not isinstance(node, Mapping) or not node:
         raise _no_model(reader, key)
+    quantised.check(node, reader.path)
     for name, child in node.items():
         if isinstance(child, Refused):
-            raise InputError(child.reason, path=reader.path, tensor=name)
+            hint = f"save the checkpoints again with a plain tensor there, or without it: del state[{name!r}]"
+            others = "where only some have it, --skip-bad leaves these out"
+            raise InputError(child.reason, path=reader.path, tensor=name, hint=f"{hint}; {others}")
     if isinstance(node, ModuleState):
         what = f"a whole module of the class {node.name}"
         notes.append(f"{chosen or 'the file'} is {what}: took its parameters and persistent buffers")
-    tensors = {name: child for name, child in node.items() if isinstance(child, StoredTensor)}
+    tensors = {name: as_real(child) for name, child in node.items() if isinstance(child, StoredTensor)}
+    for name in [name for name, tensor in tensors.items() if tensor.sparse and tensor.nbytes > MAX_DENSE]:
+        size = f"{tensors.pop(name).nbytes / 1e9:.1f} GB as the dense tensor that the output would need"
+        notes.append(f"left out {name}: sparse, and {size}; load_state_dict(..., strict=False) keeps the model's own")
     tensors = unwrapped(tensors, notes)
     if key is None:
         notes += _other_weights(tree, chosen, found[1:], tensors)
     ignored = [name for name, child in node.items() if not isinstance(child, StoredTensor)]
     if ignored:
         notes.append(f"left out what is no tensor: {listing(ignored)}")
+    for name, sparse in ((name, tensor.sparse) for name, tensor in tensors.items() if tensor.sparse):
+        again = f"state[{name!r}] = state[{name!r}].{sparse.conversion}"
+        notes.append(f"{name} is sparse, and dense in the output: {again} before load_state_dict(state)")
     return chosen, tensors, tuple(notes)
 
 
@@ -112,15 +123,22 @@ def other_contents(tree: Mapping[str, Node]) -> str | None:
     return None
 
 
-def check_agreement(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise DisagreementError naming the first checkpoint and tensor that differ from the majority."""
-    specs = [{name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()} for checkpoint in checkpoints]
-    signatures = [tuple(sorted(spec.items())) for spec in specs]
+def check_agreement(checkpoints: Sequence[Checkpoint], *, mixed: bool = False) -> tuple[str, ...]:
+    """Raise DisagreementError naming the first checkpoint and tensor that differ from the majority.
+
+    Args:
+        mixed: floating-point dtypes may differ, because the output has one of its own, or there is none.
+    Returns:
+        A remark on the dtypes, if they differ.
+    """
+    specs = [{name: t.in_file for name, t in checkpoint.tensors.items()} for checkpoint in checkpoints]
+    compared = [_without_precision(spec) for spec in specs] if mixed else specs
+    signatures = [tuple(sorted(spec.items())) for spec in compared]
     usual, count = Counter(signatures).most_common(1)[0]
     if count == len(checkpoints):
-        return
+        return _dtype_remark(checkpoints)
     odd = next(i for i, signature in enumerate(signatures) if signature != usual)
-    here, there = specs[odd], dict(usual)
+    here, there = specs[odd], specs[signatures.index(usual)]
     differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     name = differing[0]
     others = f"{count} other candidate{'s have' if count > 1 else ' has'}"
@@ -134,4 +152,22 @@ def check_agreement(checkpoints: Sequence[Checkpoint]) -> None:
         what = f"dtype {here[name][0]}, but {others} {there[name][0]}"
     more = f" (and {len(differing) - 1} more differences)" if len(differing) > 1 else ""
     path, hint = checkpoints[odd].path, f"leave it out with {checkpoints[odd].excluding}"
+    if _without_precision(here) == _without_precision(there):
+        wide = "float64" if any(spec[name][0] in ("F64", "C128") for spec in specs) else "float32"
+        hint = f"average all of them with --dtype {wide}, or {hint}"
     raise DisagreementError(what + more, path=path, tensor=name, hint=hint)
+
+
+def _without_precision(spec: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    kinds = dict.fromkeys(FLOATING, "floating") | {"C128": "C64"}
+    return {name: (kinds.get(dtype, dtype), shape) for name, (dtype, shape) in spec.items()}
+
+
+def _dtype_remark(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """Name the dtypes of the candidates, if they differ, each with the candidates that have it."""
+    by_dtypes: dict[str, list[Checkpoint]] = {}
+    for checkpoint in checkpoints:
+        dtypes = sorted({tensor.in_file[0] for tensor in checkpoint.tensors.values() if tensor.dtype in FLOATING})
+        by_dtypes.setdefault(" and ".join(dtypes), []).append(checkpoint)
+    listed = (f"{dtypes} in {listing([c.path.name for c in those], 3)}" for dtypes, those in by_dtypes.items())
+    return (f"the candidates differ in dtype: {'; '.join(listed)}",) if len(by_dtypes) > 1 else ()

@@ -83,7 +83,7 @@ class CommandEvaluator:
         self._options = options
         self._checkpoints = checkpoints
         self._run = run
-        self._specs = output_specs(checkpoints[0], options.dtype)
+        self._specs = output_specs(checkpoints, options.dtype)
         self._shown = False  # whether it was said from what a score was read
         self._meter = CostMeter()
         self._scores = Remembered(ScoreCodec(None), run, self._meter)
@@ -214,7 +214,7 @@ class CommandEvaluator:
                 out.commit()
             path = out.path if out.path.parent == folder else folder / MODULES
             wanted = folder if self._command.needs_directory else None
-            with hugging_face_folder.copies(chosen[-1], wanted, dtype_names(s.dtype for s in specs.values()), config):
+            with hugging_face_folder.copies(chosen[-1], wanted, dtype_names(specs.values()), config):
                 step = str(chosen[0].step) if len(chosen) == 1 else ""
                 variables = {"CKPTAVG_STEP": step, "CKPTAVG_NAME": self._name(coefficients), "CKPTAVG_JOB": str(slot)}
                 running = RunningCommand(self._command, path, self._run.workers.environment() | variables)

@@ -13,8 +13,8 @@ from ckptavg.average import PlannedOutput, derived
 from ckptavg.average.weighted_sum import output_specs
 from ckptavg.candidates import Candidates, sharded
 from ckptavg.candidates.copied import copied_tensors
-from ckptavg.candidates.flat import unique_tensors
-from ckptavg.candidates.loading import ReadInto, Specs, read
+from ckptavg.candidates.flat import is_mixable, unique_tensors
+from ckptavg.candidates.loading import ReadInto, Specs, read_like
 from ckptavg.candidates.plan import Plan
 from ckptavg.candidates.products import why_slow
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -119,16 +119,15 @@ class MixedModel:
         model = self.build(adapter)
         state = model.state_dict(keep_vars=True)
         for names, tensor in unique_tensors(model):
-            values = torch.empty_like(tensor, requires_grad=False)
-            read(names, specs, read_into, values)
-            state |= dict.fromkeys(names, values)
+            if not specs.keys().isdisjoint(names):  # a sparse one may be too large for the file
+                state |= dict.fromkeys(names, read_like(names, specs, read_into, tensor))
         model.load_state_dict(state, strict=True)
         return CountedModel(model.eval(), self.count)
 
     @property
     def eps(self) -> float:
         """The largest relative spacing of the numbers that parameters can have."""
-        dtypes = {weights.dtype for weights in self.model.parameters() if weights.is_floating_point()}
+        dtypes = {weights.dtype for weights in self.model.parameters() if is_mixable(weights)}
         return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
     @property
@@ -155,9 +154,9 @@ class MixedModel:
         """Load a mixture: from the files if ``exact``, else from the candidate matrix."""
         # a row that is not finite makes every product with the matrix non-finite, even with a coefficient of 0
         if (exact and not self.candidates.exact) or any(checkpoint.allow_nonfinite for checkpoint in self.checkpoints):
-            specs = output_specs(self.checkpoints[0])
+            specs = output_specs(self.checkpoints)
             parts = derived.average(self.checkpoints, coefficients, specs, only=self.candidates.ranges)
-            self.candidates.assign(specs, parts)
+            self.candidates.assign(specs, parts, last=coefficients.selected[-1])
             return
         chosen = coefficients.selected
         if not (coefficients.uniform_subset and self.candidates.average(chosen, last=chosen[-1])):

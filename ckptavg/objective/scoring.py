@@ -168,7 +168,7 @@ class Scoring:
         That of an exact adapter was computed in a model of its own rank.
         """
         key: ScoreKey = (coefficients, split, True)
-        stacked, stored = self._is_stacked(coefficients), output_specs(self._mixed.checkpoints[0])
+        stacked, stored = self._is_stacked(coefficients), output_specs(self._mixed.checkpoints)
         is_equal = all(specs[name].dtype == spec.dtype for name, spec in stored.items()) if stacked else specs == stored
         if is_equal and self._scores.known(key):
             return self._scores.find(key, lambda: self.evaluate(split, "the average"))

@@ -25,7 +25,8 @@ class OutputOptions:
         OUTPUT, "Write the best single checkpoint if it scores higher.", "Not in compare.", changes_measurements=False
     )] = False  # fmt: skip
     dtype: Annotated[Dtype | None, Help(
-        OUTPUT, "Dtype of the output; default as stored.")] = None  # fmt: skip
+        OUTPUT, "Dtype of the output; default as stored.", "With it, candidates may differ in theirs."
+    )] = None  # fmt: skip
     keep: Annotated[Sequence[str], Help(
         OUTPUT, "Copy tensors whose names match this glob.",
         "From the last selected checkpoint, instead of averaging; may be repeated.",

@@ -81,8 +81,9 @@ class DcpFolder:
                 read_into(name.removeprefix(prefix), 0, tensor.view(-1).view(torch.uint8).numpy().data)
                 return tensor
 
+        saved = {name: spec.in_file for name, spec in self._specs.items()}
         state: dict[str, Any] = {
-            name: torch.empty(spec.shape, dtype=TORCH[spec.dtype], device="meta") for name, spec in self._specs.items()
+            name: torch.empty(shape, dtype=TORCH[dtype], device="meta") for name, (dtype, shape) in saved.items()
         }
         for part in reversed(self._key.split(".") if self._key else []):
             state = {part: state}

@@ -192,10 +192,10 @@ def _layout(specs: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> t
     entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     starts: dict[str, int] = {}
     end = 0
-    for name in sorted(specs, key=lambda name: (-ITEM_SIZE[specs[name].dtype], name)):
-        spec = specs[name]
-        starts[name], end = end, end + spec.nbytes
-        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [starts[name], end]}
+    for name in sorted(specs, key=lambda name: (-ITEM_SIZE[specs[name].in_file[0]], name)):
+        dtype, shape = specs[name].in_file
+        starts[name], end = end, end + specs[name].nbytes
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [starts[name], end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     data = 8 + len(text)

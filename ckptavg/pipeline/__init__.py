@@ -29,7 +29,7 @@ def run(strategy: Strategy, paths: Sequence[Path], options: Options, watch: Watc
         check_strategy(strategy, len(checkpoints), evaluator)
         if options.dry_run:
             return blank_result(this.found, strategy, options, dry_run_plan(checkpoints, options))
-        check_space(checkpoints[0], options)
+        check_space(checkpoints, options)
         if evaluator:
             expect(this, evaluator, {"": strategy})
         if isinstance(strategy, PlainAverage):

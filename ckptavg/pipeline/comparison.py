@@ -61,7 +61,7 @@ def compare(
             plan = [f"would compare {', '.join(strategies)}", *dry_run_plan(this.checkpoints, options)]
             result = blank_result(this.found, strategies[REFERENCE], options, plan)
             return Comparison(**vars(result), winner="", strategies=())
-        check_space(this.checkpoints[0], options)
+        check_space(this.checkpoints, options)
         expect(this, evaluator, strategies)
         evaluator.prepare()
         runs: list[_Run] = []

@@ -40,7 +40,7 @@ def evaluate(files: Sequence[Path], options: Options, watch: Watch | None = None
         # each path on its own, because files that are only scored need no step number to be ordered by
         found = [stack.enter_context(discover([file], key=parsed.key)) for file in files]
         checkpoints = [checkpoint for discovered in found for checkpoint in discovered.checkpoints]
-        check_agreement(checkpoints)
+        check_agreement(checkpoints, mixed=True)
         device, progress = pick_device(parsed.device), Progress(watch)
         run = Run(device=device, workers=parsed.workers, seed=parsed.seed, progress=progress)
         # a matrix of one candidate is enough: every file is loaded directly into the model

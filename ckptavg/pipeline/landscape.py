@@ -56,7 +56,7 @@ def landscape(paths: Sequence[Path], options: Options, watch: Watch | None = Non
     folder = Path(options.output) if str(options.output).endswith("/") else None
     with ExitStack() as stack:
         workers.on_rank_zero(lambda: stack.enter_context(_writable(files, folder, options.force)))
-        this = stack.enter_context(open_session(paths, replace(options, output=files[0]), watch))
+        this = stack.enter_context(open_session(paths, replace(options, output=files[0]), watch, mixed=True))
         for path in files[1:]:
             check_sources(this.found, replace(options, output=path))
         result = _measured(this, chosen, strategies)

@@ -55,7 +55,7 @@ def check_sources(found: Discovered, options: Options) -> None:
         return
     name = MODULES if like.reader.format == sentence_transformers.NAME else loader_files.file_name(like)
     largest = options.max_shard_size
-    shards = largest and loader_files.division(like, output_specs(like, options.dtype), largest)
+    shards = largest and loader_files.division(like, output_specs([like], options.dtype), largest)
     if is_folder(folder):
         preflight(folder / name, options.force)
         if shards and is_file(folder / name):
@@ -63,10 +63,15 @@ def check_sources(found: Discovered, options: Options) -> None:
             raise OutputError("loaders would prefer it to the shards", path=folder / name, hint=hint)
 
 
-def check_space(first: Checkpoint, options: Options) -> None:
-    """Refuse an output, shaped like the ``first`` candidate, that does not fit on the disk."""
+def check_space(checkpoints: Sequence[Checkpoint], options: Options) -> None:
+    """Refuse an output, shaped like the candidates, that does not fit on the disk, or into its format."""
     path, folder = options.destination
-    needed = sum(spec.nbytes for spec in output_specs(first, options.dtype).values())
+    specs = output_specs(checkpoints, options.dtype)
+    wide = next((name for name, spec in specs.items() if spec.in_file[0] == "C128"), None)
+    if wide is not None and (options.format == "safetensors" or options.score_cmd is not None):
+        hint = "--dtype float32 writes complex64; --format dcp has complex128"
+        raise OutputError(f"{wide} is complex128, which safetensors does not have", path=path, hint=hint)
+    needed = sum(spec.nbytes for spec in specs.values())
     needed *= 2 if options.format == "dcp" else 1  # see `ckptavg.output.dcp_folder.DcpFolder`
     free = atomic.free(path.parent if folder is None or is_folder(folder) else folder.parent)
     if options.adapter != "exact" and needed > free:
@@ -101,8 +106,8 @@ def pick_device(name: str) -> torch.device:
 def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[str]:
     """Describe the reads, writes and memory of a run, one line each."""
     n, first = len(checkpoints), checkpoints[0]
-    written = sum(spec.nbytes for spec in output_specs(first, options.dtype).values())
-    elements, device = first.numel, pick_device(options.device)
+    written = sum(spec.nbytes for spec in output_specs(checkpoints, options.dtype).values())
+    elements, device = sum(tensor.numel for tensor in set(first.tensors.values())), pick_device(options.device)
     memory = Plan(
         n=n, elements=elements, size=4 * elements, gradient=4 * elements,
         group_size=options.group_size, offload=options.offload, device=device,

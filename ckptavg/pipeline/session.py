@@ -83,11 +83,15 @@ class Session:
 
 
 @contextmanager
-def open_session(paths: Sequence[Path], options: Options, watch: Watch | None = None) -> Generator[Session]:
+def open_session(
+    paths: Sequence[Path], options: Options, watch: Watch | None = None, *, mixed: bool = False
+) -> Generator[Session]:
     """Check the output, seed the run, open the candidates under ``paths`` and resume the journal of an earlier run.
 
     A concurrent run with the same output is refused.
 
+    Args:
+        mixed: candidates may differ in floating-point dtypes, as with ``--dtype``.
     Raises:
         CkptavgError: on any expected failure, including an out-of-memory error raised within the context.
     """
@@ -99,8 +103,9 @@ def open_session(paths: Sequence[Path], options: Options, watch: Watch | None = 
         _open_candidates(paths, options, watch) as found,
         ExitStack() as stack,
     ):
-        check_agreement(found.checkpoints)
-        found = replace(found, checkpoints=keeping(found.checkpoints, options.keep, options.average))
+        remarks = check_agreement(found.checkpoints, mixed=mixed or options.dtype is not None)
+        candidates = keeping(found.checkpoints, options.keep, options.average)
+        found = replace(found, checkpoints=candidates, warnings=(*found.warnings, *remarks))
         check_sources(found, options)
         average.check(found.checkpoints, options.adapter)
         if options.destination[1]:

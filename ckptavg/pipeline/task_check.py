@@ -15,6 +15,7 @@ from ckptavg.batches.loader import BatchLoader, changing_data
 from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import Discovered, discover
+from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.checkpoints.state_dict import check_agreement
 from ckptavg.coefficients import Coefficients
 from ckptavg.context import Run
@@ -56,7 +57,7 @@ def check_task(paths: Sequence[Path], options: Options, watch: Watch | None = No
     if set(options.ways) - {"--task", "--val", "model"} or not options.ways:
         raise UsageError("check needs a task file or --val", hint="`ckptavg init` writes ./task.py")
     with translate_errors(), reproducible(options.seed), discover(paths, options, options.key) as found:
-        check_agreement(found.checkpoints)
+        check_agreement(found.checkpoints, mixed=True)
         task, progress, notes = task_for(found, options), Progress(watch), _Findings()
         # the memory of these two candidates is not reported, but that of all
         run = Run(device=pick_device(options.device), workers=options.workers, seed=options.seed, progress=Progress())
@@ -210,11 +211,13 @@ def _check_split(mixture: Mixture, loader: BatchLoader, split: Split, notes: _Fi
 def _check_fresh(mixture: Mixture, checkpoint: Checkpoint, notes: _Findings) -> None:
     """Score the checkpoint in a fresh model too, as a run does with its output."""
     state = mixture.scoring.load_output(checkpoint.tensors, checkpoint.read_into)
-    recomputed = {name: bytes(raw(state[name])) for name in mixture.statistics}
+    # in the file's dtype, which may not be the model's
+    statistics = {name: state[name].to(TORCH[checkpoint.spec(name).dtype]) for name in mixture.statistics}
+    recomputed = {name: bytes(raw(values)) for name, values in statistics.items()}
 
     def read_into(name: str, start: int, out: memoryview) -> None:
         if name in recomputed:
-            begin = start * state[name].itemsize
+            begin = start * statistics[name].itemsize
             out[:] = recomputed[name][begin : begin + len(out)]
         else:
             checkpoint.read_into(name, start, out)

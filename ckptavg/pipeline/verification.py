@@ -85,7 +85,7 @@ def verify(file: Path, sources: Path) -> Verification:
             check_recomputed(recomputed, checkpoints[0].tensors, file)
             _check_metadata(record, output, checkpoints, plan)
             _, stored, _ = model_tensors(output, None)
-            expected, actual = ({name: (t.dtype, t.shape) for name, t in ts.items()} for ts in (plan.specs, stored))
+            expected, actual = ({name: t.in_file for name, t in ts.items()} for ts in (plan.specs, stored))
             if actual != expected:
                 raise InputError("its tensors differ from its sources in name, dtype or shape", path=file)
             compared, differ = _compare(plan, stored, output)
@@ -103,7 +103,7 @@ def verify(file: Path, sources: Path) -> Verification:
 
 
 def _plan(record: RecordedProvenance, checkpoints: Sequence[Checkpoint], file: Path) -> PlannedOutput:
-    check_agreement(checkpoints)
+    check_agreement(checkpoints, mixed=record.entries["dtype"] is not None)
     copies, bad = duplicates.find(checkpoints)
     for error in bad.values():
         raise error

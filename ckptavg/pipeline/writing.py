@@ -64,7 +64,7 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
     used = checkpoints if evaluator else selected
     path, folder = options.destination
     recomputed = sorted(set(evaluator.statistics) & specs.keys()) if evaluator else []
-    dtype = dtype_names(spec.dtype for spec in specs.values())
+    dtype = dtype_names(specs.values())
     describe = partial(
         provenance.metadata, checkpoints, coefficients, strategy=name_of(strategy), settings=asdict(strategy),  # pyright: ignore[reportArgumentType]
         dtype=options.dtype, adapter=options.adapter, rank=options.rank, not_averaged=plan.not_averaged,

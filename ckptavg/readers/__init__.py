@@ -25,6 +25,7 @@ ITEM_SIZE: Final[Mapping[str, int]] = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8, "C128": 16,
 }  # fmt: skip
+FLOATING: Final = ("F64", "F32", "F16", "BF16")
 HEAD_SIZE: Final = 4096
 MAX_RANK: Final = 64
 _SEPARATOR: Final = "\0"  # between a part and a record of it; no file name contains it
@@ -39,6 +40,8 @@ class StoredTensor:
     record: str  # the run of bytes that holds it (a safetensors shard, a storage of a torch file)
     offset: int  # byte offset of its first element in the record
     stride: tuple[int, ...] | None = None  # in elements; None for C order without gaps
+    sparse: "SparseParts | None" = None  # the tensors that it is made of; reading gives the dense one it stands for
+    is_complex: bool = False  # whether the last dimension has the real and the imaginary part; see `as_real`
 
     @property
     def numel(self) -> int:
@@ -49,6 +52,40 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Number of bytes of its elements in C order."""
         return self.numel * ITEM_SIZE[self.dtype]
+
+    @property
+    def in_file(self) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape in a file."""
+        return (_COMPLEX[self.dtype], self.shape[:-1]) if self.is_complex else (self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class SparseParts:
+    """The tensors of a sparse tensor, in torch's order, and its layout, such as ``torch.sparse_coo``."""
+
+    layout: str
+    indices: tuple[StoredTensor, ...]
+    values: StoredTensor
+
+    @property
+    def conversion(self) -> str:
+        """The call that makes a dense tensor one of this layout."""
+        kind, inner = self.layout.rpartition("_")[2], self.values.shape[1:]
+        if kind == "coo":
+            return f"to_sparse({self.indices[0].shape[0] if inner else ''})"
+        return f"to_sparse_{kind}({tuple(inner[:2]) if kind in ('bsr', 'bsc') else ''})"
+
+
+_COMPLEX: Final = {"F32": "C64", "F64": "C128"}
+
+
+def as_real(tensor: StoredTensor) -> StoredTensor:
+    """Return a complex tensor as a real one with a last dimension of 2, as torch.view_as_real; others as they are."""
+    for real, dtype in _COMPLEX.items():
+        if tensor.dtype == dtype:
+            stride = tensor.stride and (*(2 * step for step in tensor.stride), 1)
+            return replace(tensor, dtype=real, shape=(*tensor.shape, 2), stride=stride, is_complex=True)
+    return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +273,7 @@ def foreign_kind(head: bytes) -> str | None:
         (b"<", "is a web page or XML, not a checkpoint; was the download refused?"),
         (b"\x89HDF", "is an HDF5 file (Keras), which is not supported"),
         (b"\x80", "is a pickle with no zip around it (torch < 1.6, or no checkpoint); save it again with torch ≥ 1.6"),
+        (b"GGUF", "is a GGUF file (llama.cpp), whose weights are quantised; average the checkpoints it was made from"),
         (b"\x1f\x8b", "is a gzip archive; unpack it first: gzip -dc < FILE > NEW_FILE"),
     ):  # fmt: skip
         if head.lstrip().startswith(magic):

@@ -4,6 +4,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 
@@ -78,7 +79,10 @@ class ModelState:
         The values of a buffer that shares its storage may change without its version; so may those of normalisations.
         """
         copy = self._copies.get(id(buffer))
-        versioned = buffer.untyped_storage().nbytes() == buffer.nbytes and not isinstance(owner, _NormBase)
+        is_sparse = buffer.layout != torch.strided
+        versioned = is_sparse or (
+            buffer.untyped_storage().nbytes() == buffer.nbytes and not isinstance(owner, _NormBase)
+        )
         if copy is None or not versioned or (copy.values._version, buffer._version) != copy[1:]:
             values = buffer.detach().clone()
             copy = self._copies[id(buffer)] = _Copy(values, values._version, buffer._version)

@@ -29,7 +29,7 @@ def used():
     return time.perf_counter(), mine.ru_utime + mine.ru_stime
 start = used()
 found = discover([Path(sys.argv[1])]).checkpoints
-specs = output_specs(found[0])
+specs = output_specs(found)
 with SafetensorsFile(Path(sys.argv[2]), specs, {}, force=True) as out:
     for part in weighted_average(found, Coefficients.uniform(range(len(found)), len(found)), specs):
         out.write(*part)

@@ -139,7 +139,7 @@ def test_an_average_runs_as_after_many_power_iterations_of_torch(
 
 
 def in_parts(ckpts: tuple[Checkpoint, ...], coefficients: Coefficients, world_size: int) -> dict[str, bytearray]:
-    specs = output_specs(ckpts[0])
+    specs = output_specs(ckpts)
     whole = {name: bytearray(spec.nbytes) for name, spec in specs.items()}
     for rank in range(world_size):
         for name, start, data in derived.average(ckpts, coefficients, specs, only=part(ckpts[0], rank, world_size)):

@@ -98,7 +98,7 @@ def test_bits_do_not_depend_on_the_chunk(tmp_path: Path, dtype: torch.dtype):
 def test_bits_and_order_do_not_depend_on_the_threads(tmp_path: Path, dtype: torch.dtype, row: list[float]):
     states = [{f"w{i}": awkward(dtype, seed + i) for i in range(9)} for seed in range(5)]
     checkpoints = stored(tmp_path, states)
-    specs = output_specs(checkpoints[0])
+    specs = output_specs(checkpoints)
 
     def parts(threads: int) -> list[tuple[str, int, bytes]]:
         found = weighted_average(checkpoints, Coefficients((tuple(row),)), specs, chunk=100, threads=threads)
@@ -231,12 +231,12 @@ def test_an_overflow_of_the_output_dtype_is_reported(tmp_path: Path):
 def test_dtypes_that_cannot_be_averaged_are_refused_by_name(tmp_path: Path):
     checkpoints = stored(tmp_path, [{"w": torch.ones(2).to(torch.float8_e4m3fn)}])
     with pytest.raises(InputError, match=r"w: dtype F8_E4M3 cannot be averaged"):
-        output_specs(checkpoints[0])
+        output_specs(checkpoints)
 
 
 def test_dtype_changes_floating_tensors_only(tmp_path: Path):
     checkpoints = stored(tmp_path, [{"w": torch.ones(2), "n": torch.tensor(1)}])
-    assert {name: spec.dtype for name, spec in output_specs(checkpoints[0], "bfloat16").items()} == {
+    assert {name: spec.dtype for name, spec in output_specs(checkpoints, "bfloat16").items()} == {
         "w": "BF16",
         "n": "I64",
     }
@@ -249,7 +249,7 @@ from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.coefficients import Coefficients
 from ckptavg.checkpoints.discover import discover
 checkpoints = discover([Path(sys.argv[1])]).checkpoints
-specs = output_specs(checkpoints[0])
+specs = output_specs(checkpoints)
 for part in weighted_average(checkpoints, Coefficients.uniform(range(len(checkpoints)), len(checkpoints)), specs):
     pass
 print(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -97,7 +97,7 @@ def test_distances_by_block_are_norms_of_the_parameters(checkpoints: tuple[Check
 def test_the_average_by_block_is_exact(checkpoints: tuple[Checkpoint, ...]):
     groups = (("0.",), ("1.", "4.bias"), ("4.weight",))
     coefficients = Coefficients(((0.5, 0.25, 0.25), (1.0, 0.0, 0.0), (-1.0, 0.0, 2.0)), groups)
-    specs = output_specs(checkpoints[0])
+    specs = output_specs(checkpoints)
     written = {name: bytearray(spec.nbytes) for name, spec in specs.items()}
     for name, offset, data in weighted_average(checkpoints, coefficients, specs):
         written[name][offset : offset + len(data)] = data

@@ -124,9 +124,7 @@ def test_a_pickle_that_holds_code_is_read_without_running_it(run: Run, ckpts: Pa
 )
 def test_checkpoints_that_disagree(run: Run, ckpts: Path, tmp_path: Path, state: dict[str, torch.Tensor], message: str):
     save_file(state, ckpts / "step-5.safetensors")
-    check(
-        run(*SWA), 4, f"ckpts/step-5.safetensors: {message}", "hint: leave it out with --exclude 'step-5.safetensors'"
-    )
+    check(run(*SWA), 4, f"ckpts/step-5.safetensors: {message}", "leave it out with --exclude 'step-5.safetensors'")
     assert left(tmp_path) == {"ckpts", "mine.py"}
 
 

@@ -36,7 +36,7 @@ def _contents() -> Iterator[Case]:
         ("xz", b"\xfd7zXZ\0" + bytes(64), _UNKNOWN),
         ("zstd", b"\x28\xb5\x2f\xfd" + bytes(64), _UNKNOWN),
         ("hdf5", b"\x89HDF\r\n\x1a\n" + bytes(64), "is an HDF5 file"),
-        ("gguf", b"GGUF\3\0\0\0" + bytes(64), _UNKNOWN),
+        ("gguf", b"GGUF\3\0\0\0" + bytes(64), "is a GGUF file"),
         ("npy", b"\x93NUMPY\1\0" + bytes(64), _UNKNOWN),
         ("msgpack", b"\x82\xa1a\x01\xa1b\x02" + bytes(64), _UNKNOWN),
         ("onnx", b"\x08\x07\x12\x07pytorch" + bytes(64), _UNKNOWN),

@@ -144,7 +144,7 @@ def _tensors() -> Iterator[Case]:
         header = {"weight": {"dtype": dtype, "shape": [24], "data_offsets": [0, 24]}, "bias": _BIAS}
         yield _case(f"alone-{dtype}", header, f"weight: dtype {dtype} cannot be averaged", alone=True, inspect=0)
     header = {"weight": {"dtype": "C64", "shape": [3], "data_offsets": [0, 24]}, "bias": _BIAS}
-    yield _case("alone-C64", header, "weight: dtype C64 cannot be averaged", alone=True, inspect=0)
+    yield _case("complex-among-floats", header, r"weight: shape \[3\], but 2 other", code=4, inspect=0)
     half = {"weight": {"dtype": "F16", "shape": [2, 6], "data_offsets": [0, 24]}, "bias": _BIAS}
     disagree: dict[str, Any] = {"code": 4, "inspect": 0}
     yield _case("disagree-shape", _with({"shape": [3, 2]}), r"weight: shape \[3, 2\], but 2 other", **disagree)

@@ -31,7 +31,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         attention = ((x.unsqueeze(2) * x.unsqueeze(1)) + self.mask + self.prior + self.frozen).softmax(dim=2)
-        return self.fc((attention @ x.unsqueeze(2)).squeeze(2)) * (1 + self.n_seen / 1000 + self.count / 100)
+        return self.fc((attention @ x.unsqueeze(2)).squeeze(2)) + (self.n_seen / 1000 + self.count / 100) * x[:, :3]
 
 def model(): return Net()
 def loss(model, batch): return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")

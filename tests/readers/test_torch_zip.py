@@ -290,8 +290,6 @@ def unreadable() -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return {
-            "sparse": torch.eye(3).to_sparse(),
-            "csr": torch.eye(3).to_sparse_csr(),
             "quantized": torch.quantize_per_tensor(torch.ones(4), 0.1, 2, torch.qint8),
             "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
             "meta": torch.empty(3, device="meta"),

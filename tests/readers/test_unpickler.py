@@ -221,7 +221,7 @@ def test_items_and_state_of_an_unknown_object_are_forgotten() -> None:
     assert isinstance(value, Inert)
 
 
-@pytest.mark.parametrize("name", ["_rebuild_sparse_tensor", "_rebuild_qtensor", "DTensor", "FloatTensor"])
+@pytest.mark.parametrize("name", ["_rebuild_nested_tensor", "_rebuild_qtensor", "DTensor", "FloatTensor"])
 def test_a_possible_tensor_is_refused_and_not_dropped(name: str) -> None:
     value = interpret(b"\x80\x02" + call(f"torch._utils.{name}") + b".")
     assert isinstance(value, Refused)

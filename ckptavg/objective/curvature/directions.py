@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, autograd, nn
 
 from ckptavg.candidates import Candidates
-from ckptavg.candidates.flat import unique_tensors
+from ckptavg.candidates.flat import as_real, is_mixable, unique_tensors
 from ckptavg.errors import is_out_of_memory
 from ckptavg.tasks.batch import Batch
 
@@ -51,7 +51,7 @@ class Directions:
         candidates.materialize(self.eye_NN.new_full((self.n,), 1 / self.n))
         at_mean()
         # `.data`, here and where it is restored: autograd must not record a change that is undone before backward
-        self._mean = {t: t.data.clone() for _, t in unique_tensors(self.model) if t.is_floating_point()}
+        self._mean = {t: t.data.clone() for _, t in unique_tensors(self.model) if is_mixable(t)}
         self.named = {
             name: weight
             for name, weight in self.model.named_parameters()
@@ -94,8 +94,9 @@ class Directions:
         total = self.eye_NN.new_zeros(())
         for a, b in zip(left, right, strict=True):
             if a is not None:
+                a, b = as_real(a.detach()).flatten(), as_real(b).flatten()
                 wide = torch.promote_types(b.dtype, torch.float32)
-                total += torch.dot(a.detach().flatten().to(wide), b.flatten().to(wide))
+                total += torch.dot(a.to(wide), b.to(wide))
         return total
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 from ckptavg.errors import InputError, printable
 from ckptavg.filesystem.regular_file import FilePart, RegularFile
 from ckptavg.filesystem.strict_json import read_json
-from ckptavg.readers import ITEM_SIZE, FolderFormat, Node, Reader, Refused, StoredTensor, entries
+from ckptavg.readers import ITEM_SIZE, FolderFormat, Node, Reader, Refused, StoredTensor, as_real, entries
 from ckptavg.readers.dcp.box import Box
 from ckptavg.readers.dcp.metadata import Metadata, SavedTensor, Stored, parse
 from ckptavg.readers.pickle.object_tree import object_tree
@@ -46,6 +46,7 @@ class _Parts:
         stop = start + len(out) // ITEM_SIZE[tensor.dtype]
         assert start >= 0 and stop <= tensor.numel
         for box, place in self._tensors[tensor.record].parts:
+            box = box.as_real() if tensor.is_complex else box
             if box.last >= start and box.first < stop and (begin := box.before(start)) < (end := box.before(stop)):
                 try:
                     reader, part = self._part(tensor, box, place)
@@ -70,6 +71,7 @@ class _Parts:
             if not isinstance(part, StoredTensor):
                 what = part.reason if isinstance(part, Refused) else "holds something other than a tensor"
                 raise InputError(what, path=file.path)
+            part = as_real(part) if tensor.is_complex else part
             if (part.dtype, part.shape) != (tensor.dtype, box.sizes):
                 listed = f"{METADATA} has {tensor.dtype} {list(box.sizes)}"
                 raise InputError(f"holds {part.dtype} {list(part.shape)}, but {listed}", path=file.path)

@@ -24,6 +24,10 @@ class Box:
         self._inner = next((d for d in reversed(range(len(shape))) if sizes[d] != shape[d]), 0)
         self.run = math.prod(sizes[self._inner :])  # number of elements that are contiguous in the whole tensor
 
+    def as_real(self) -> "Box":
+        """Return the box of a complex tensor in that tensor as a real one; see `ckptavg.readers.as_real`."""
+        return Box((*self.shape, 2), (*self.offsets, 0), (*self.sizes, 2))
+
     def before(self, index: int) -> int:
         """Return the number of its elements before element ``index`` of the whole tensor."""
         if index >= math.prod(self.shape):

@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import Any, Final
 
 from ckptavg.readers import ITEM_SIZE, MAX_RANK, Refused, StoredTensor, naturals
+from ckptavg.readers.pickle.sparse_objects import sparse
 from ckptavg.readers.pickle.unpickler import Global, Inert, Maker, PickleError
 
 _STORAGES: Final[Mapping[str, str]] = {
@@ -138,7 +139,9 @@ def _view(source: Storage, dtype: str, offset: object, shape: object, stride: ob
     dimensions = [(n, step) for n, step in zip(sizes, steps, strict=True) if n > 1]
     for n, step in sorted(dimensions, key=itemgetter(1)):
         if step < span:
-            return Refused(f"shape {list(sizes)} with stride {list(steps)} uses some elements more than once")
+            return Refused(
+                f"shape {list(sizes)} with stride {list(steps)} uses some elements more than once; use contiguous()"
+            )
         span += (n - 1) * step
     if (needed := (at[0] + span) * size) > source.size:
         what = f"shape {list(sizes)} with stride {list(steps)} from element {offset}"
@@ -259,12 +262,14 @@ _TENSORS: Final[Mapping[str, Callable[[tuple[object, ...]], StoredTensor | Refus
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor_v2,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_sparse_tensor": sparse,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
 }
 MAKERS: Final[Mapping[str, Maker]] = {
     **_TENSORS,
     "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch.serialization._get_layout": first,  # its name
     "torch.Size": _new(list, tuple),
     **dict.fromkeys(("collections.OrderedDict", "collections.defaultdict", "collections.Counter"), _new(dict)),
     **{f"{module}.{name}": _new(list, tuple) for module in _BUILTINS for name in ("set", "frozenset")},

@@ -6,6 +6,7 @@ A zip archive of records: ``data.pkl`` describes the objects; ``data/0``, ``data
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,7 @@ from ckptavg.readers.pickle.object_tree import object_tree
 from ckptavg.readers.pickle.torch_objects import MAKERS, storage
 from ckptavg.readers.pickle.unpickler import PickleError, load
 from ckptavg.readers.torch_zip.checked_records import CheckedRecord
+from ckptavg.readers.torch_zip.sparse import Runs, expand, stored_runs
 from ckptavg.readers.torch_zip.strided import gather
 from ckptavg.readers.torch_zip.zip_directory import Entry, central_directory, locate, start_of
 
@@ -48,10 +50,20 @@ def open_torch(file: RegularFile, *, alone: str | None = None) -> Reader:
         listed = ", ".join(name[:100] for name in left_out[:_LISTED]) + (", ..." if len(left_out) > _LISTED else "")
         notes.append(f"left out objects of the classes {listed}")
 
+    @lru_cache(maxsize=1)  # a tensor is read in chunks
+    def runs(tensor: StoredTensor) -> Runs:
+        return stored_runs(tensor, read_into)
+
     def read_into(tensor: StoredTensor, start: int, out: memoryview) -> None:
         first = start * ITEM_SIZE[tensor.dtype]
         assert start >= 0 and first + len(out) <= tensor.nbytes
         if not len(out):
+            return
+        if tensor.sparse is not None:
+            try:
+                expand(tensor, runs(tensor), start, out)
+            except ValueError as error:
+                raise InputError(f"is sparse and damaged: {error}", path=file.path) from error
             return
         record = records[tensor.record]
         if tensor.stride is None:
