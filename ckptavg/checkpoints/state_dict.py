@@ -1,6 +1,7 @@
 """Find the model's state dict in a checkpoint, remove wrappers' prefixes, and check that all candidates agree."""
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -74,7 +75,7 @@ def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, St
 def _no_model(reader: Reader, key: str | None) -> InputError:
     what = f"no model found {f'at --key {key}' if key is not None else 'at the usual keys and at the top'}"
     what += f"; the file has {listing(list(reader.tree))}"
-    keys = readable_keys(reader.tree)
+    keys = [shlex.quote(name) for name in readable_keys(reader.tree)]
     if not keys:
         left_out = next((f"; {note}" for note in reader.notes if note.startswith("left out")), "")
         return InputError(what + left_out, path=reader.path, hint=_SAVE if left_out else None)
@@ -98,7 +99,9 @@ def _other_weights(
     if keys:
         taken, ema = chosen or "the weights at the top", tree.get("ema")
         prefers = isinstance(ema, ModuleState) and ema.name.startswith(("ultralytics.", "models.yolo."))
-        who = f"--key {next(iter(keys))} chooses" + (", as Ultralytics does" if prefers and "ema" in keys else "")
+        who = f"--key {shlex.quote(next(iter(keys)))} chooses" + (
+            ", as Ultralytics does" if prefers and "ema" in keys else ""
+        )
         notes.append(f"took {taken}, not {listing(list(keys))} ({who})")
     elif chosen.startswith("ema") and tree.get("model", 0) is None:
         notes.append(f"took {chosen}, because model is None")

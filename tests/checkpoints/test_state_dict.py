@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +61,8 @@ def test_other_weights_of_the_model_are_named_with_a_key_that_reads_them(tmp_pat
     content = {"model": weights(1), name: AVERAGES[name], "opt": OPTIMIZER, "optimizer": {"x": weights(3)}}
     key, tensors, notes = opened(tmp_path / "step-1.pt", content)
     assert (key, tensors) == ("model", expected(weights(1)))
-    (other,) = re.findall(r"took model, not ([^;]*) \(--key \1 chooses\)", notes)
+    (named,) = re.findall(r"took model, not [^;]* \(--key ([^;]*) chooses\)", notes)
+    (other,) = shlex.split(named)
     assert opened(tmp_path / "step-1.pt", content, other)[:2] == (other, expected(weights(2)))
 
 
@@ -145,18 +147,15 @@ def test_a_file_that_is_a_module_is_read(tmp_path: Path) -> None:
     [
         ({"params": weights(1), "params_ema": weights(2)}, ["params", "params_ema"]),
         ({"epoch": 1, "models": [net(1), net(2)], "opt": OPTIMIZER}, ["models.0", "models.1"]),
-        ({"a.b": {"c": {"d.e": weights(1)}}, "optimizer": {"s": weights(1)}, "rng": {"cpu": NUMBER}}, ["a.b.c.d.e"]),
+        ({"a.b": {"c": {"d e": weights(1)}}, "optimizer": {"s": weights(1)}, "rng": {"cpu": NUMBER}}, ["a.b.c.d e"]),
         ({"bad": {"x": torch.empty(3, device="meta")}, "net": net(1)}, ["net"]),
     ],
 )  # fmt: skip
 def test_every_key_that_the_error_names_can_be_read(tmp_path: Path, content: dict[str, Any], keys: list[str]) -> None:
     with pytest.raises(InputError, match="no model found at the usual keys") as caught:
         opened(tmp_path / "net_g_1.pth", content)
-    one_of = "one of " if keys[1:] else ""
-    assert (
-        caught.value.hint
-        == f"choose {one_of}{', '.join(keys)} with --key; where others differ, add --include 'net_g_*.pth'"
-    )
+    listed = ("one of " if keys[1:] else "") + ", ".join(map(shlex.quote, keys))
+    assert caught.value.hint == f"choose {listed} with --key; where others differ, add --include 'net_g_*.pth'"
     assert [opened(tmp_path / "net_g_1.pth", content, key)[0] for key in keys] == keys
 
 

@@ -265,7 +265,7 @@ def _zero() -> Iterator[Case]:
         for shape in ("reduce", "stack-global", "instance", "set-state"):
             content = archive(op.program(op.SHAPES[shape], 4))
             made = partial(_replaced, name, content)
-            yield case(f"payload-{shape}-{name}", made, "holds|class",
+            yield case(f"payload-{shape}-{name}", made, "holds|weights are not visible",
                        at=name, payload=True)  # fmt: skip
         content = archive(
             op.program(op.mapping({"module": op.SHAPES["reduce"], "optimizer_state_dict": op.SHAPES["reduce"]}))
