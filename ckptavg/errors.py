@@ -103,10 +103,19 @@ def _short(text: str | None) -> str | None:
     return text if text is None or len(text) <= _LONGEST else f"{text[:500]}… ({len(text):,} characters)"
 
 
+def escaped_glob(name: str) -> str:
+    """Return the glob that matches ``name`` and no other printable name."""
+    return "".join(f"[{char}]" if char in "*?[" else char if char.isprintable() else "?" for char in name)
+
+
+def choosing(option: str, glob: str) -> str:
+    """Return an option of the command line with a shell-quoted glob."""
+    return f"{option} '" + glob.replace("'", "'\\''") + "'"
+
+
 def excluding(name: str) -> str:
-    """Return the shell-quoted ``--exclude`` option that matches the checkpoint ``name`` and no other."""
-    glob = "".join(f"[{char}]" if char in "*?[" else char if char.isprintable() else "?" for char in name)
-    return "--exclude '" + glob.replace("'", "'\\''") + "'"
+    """Return the ``--exclude`` option that matches the checkpoint ``name`` and no other."""
+    return choosing("--exclude", escaped_glob(name))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

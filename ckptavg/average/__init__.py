@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from ckptavg.average import derived, lora, lora_config
+from ckptavg.average import derived, lora, lora_config, lora_file
 from ckptavg.average.weighted_sum import PlannedOutput, not_averaged, output_specs, part
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.derived import Derived
@@ -26,6 +26,7 @@ def check(checkpoints: Sequence[Checkpoint], mode: Literal["factors", "exact"]) 
     if lora_config.read_config(checkpoints[0]) is None:
         if mode == "exact":
             raise UsageError("--adapter exact needs PEFT adapters, but the candidates have no adapter_config.json")
+        lora_file.check_files(checkpoints)
         return
     config = lora_config.check(checkpoints)
     if mode == "exact" and (reason := lora_config.obstacle(checkpoints[0], config)):
@@ -49,17 +50,13 @@ def plan_output(
     if mode == "exact":
         exact = lora.exact(checkpoints, coefficients, rank, dtype)
         return exact if workers.is_rank_zero else replace(exact, parts=iter(()))
-    config, error = lora_config.read_config(first), None
-    averages = len(coefficients.selected) > 1 and not first.kept and not first.allow_nonfinite
-    if config is not None and averages and not lora_config.obstacle(first, config):
-        error = lora.factor_error(checkpoints, coefficients)
+    error, notes = None, list[str]()
+    if len(coefficients.selected) > 1 and not first.kept and not first.allow_nonfinite:
+        error, notes = _error_of_factors(checkpoints, coefficients)
     specs, only = output_specs(first, dtype), part(first, workers.rank, workers.world_size)
-    functions, copied, selected = (
-        first.derived or Derived(),
-        set[str](),
-        [checkpoints[i] for i in coefficients.selected],
-    )
-    notes = [note for note, names in functions.notes.items() if not all(same_bytes(selected, name) for name in names)]
+    functions, copied = first.derived or Derived(), set[str]()
+    selected = [checkpoints[i] for i in coefficients.selected]
+    notes += [note for note, names in functions.notes.items() if not all(same_bytes(selected, name) for name in names)]
     single = len(selected) == 1  # of one candidate everything is its own
     elsewhere = {name for names in functions.kinds.values() for name in names} if single else functions.vectors
     return PlannedOutput(
@@ -67,6 +64,29 @@ def plan_output(
         factor_error=error, not_averaged=[name for name in not_averaged(first) if name not in elsewhere], copied=copied,
         derived={} if single else functions.kinds,
     )  # fmt: skip
+
+
+def _error_of_factors(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> tuple[float | None, list[str]]:
+    """Return the error of averaging factors where an exact adapter can be written; elsewhere notes about it."""
+    first = checkpoints[0]
+    config = lora_config.read_config(first)
+    if kind := lora_file.other_kind(first):
+        return None, [
+            f"{kind}: its tensors are averaged one by one, which is not the average of what they do to the weights"
+        ]
+    if config is not None and not lora_config.obstacle(first, config):
+        return lora.factor_error(checkpoints, coefficients), []
+    dora = lora_file.has_magnitude(first)
+    scaling = config if config is not None and dora else lora_file.read_file_config(first) if config is None else None
+    if scaling is None:
+        return None, []
+    note = (
+        f"averaging the adapter's factors is {lora.factor_error(checkpoints, coefficients, scaling):.1%} off the exact"
+    )
+    rest = "average; that cannot be written here, because there is no adapter_config.json"
+    if dora:
+        rest = "average of their products; DoRA's magnitudes are averaged too, and are not part of this figure"
+    return None, [f"{note} {rest}"]
 
 
 def held_in_memory(plan: PlannedOutput) -> Callable[[str, int, memoryview], None]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ckptavg.average import weighted_sum
 from ckptavg.average.lora_config import CONFIG_NAME, FACTOR_A, Config, check, obstacle, partner, stacked_config
+from ckptavg.average.lora_file import FileConfig
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import FLOATING, TORCH
 from ckptavg.checkpoints.integrity import is_finite, not_finite
@@ -44,20 +45,22 @@ class _Module:
         return c_K, a_RI, torch.cat([_read(source, self.b) for _, source in self.terms], dim=1)
 
 
-def factor_error(checkpoints: Sequence[Checkpoint], coefficients: Coefficients) -> float:
+def factor_error(
+    checkpoints: Sequence[Checkpoint], coefficients: Coefficients, config: Config | FileConfig | None = None
+) -> float:
     """Return the error of averaging factors: ‖s B̄ Ā − Σ_i c_i s B_i A_i‖ / ‖Σ_i c_i s B_i A_i‖ over all modules.
 
     With the factors stacked, both are B_OR (M ⊗ 1) A_RI with M = c cᵀ − diag(c) and M = diag(c); after QR of B_OR and
     of A_RIᵀ their norms are those of R × R matrices. This avoids cancellation and never allocates an O × I matrix. For
-    DoRA this is the error before normalization. Returns 0 if both norms are 0, and infinity if only the second is. For
-    the arguments see `exact`.
+    DoRA this is the error before normalization. Returns 0 if both norms are 0, and infinity if only the second is.
+    ``config`` has the scaling, by default that of `check`; for the other arguments see `exact`.
 
     Raises:
         InputError: if they have no LoRA factors, or a factor is NaN or infinite.
         DisagreementError: see `check`.
     """
     squared_error = squared_norm = 0.0
-    for module in _modules(checkpoints, coefficients, check(checkpoints)):
+    for module in _modules(checkpoints, coefficients, config or check(checkpoints)):
         c_K, a_RI, b_OR = module.stacked()
         r_B, r_A = _triangles(a_RI, b_OR)
         identity = torch.eye(module.r, dtype=torch.float64)
@@ -171,7 +174,9 @@ def _read(source: Checkpoint, name: str) -> Tensor:
     return stored.to(torch.float64).view(spec.shape).flatten(1)
 
 
-def _modules(checkpoints: Sequence[Checkpoint], coefficients: Coefficients, config: Config) -> list[_Module]:
+def _modules(
+    checkpoints: Sequence[Checkpoint], coefficients: Coefficients, config: Config | FileConfig
+) -> list[_Module]:
     checkpoint = checkpoints[0]
     modules: list[_Module] = []
     for a, name in ((a, match[1]) for a in checkpoint.names if (match := FACTOR_A.fullmatch(a))):

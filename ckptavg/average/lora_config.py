@@ -14,10 +14,12 @@ from ckptavg.errors import DisagreementError, InputError
 from ckptavg.filesystem.strict_json import read_json
 
 CONFIG_NAME: Final = "adapter_config.json"
-FACTOR_A: Final = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?A(\.weight)?")  # the module is group 1
+FACTOR_A: Final = re.compile(  # the module is group 1; the other names are those of sd-scripts and diffusers
+    r"(?:base_model\.model\.)?(.+?)(?:\.lora_(?:embedding_)?A(?:\.weight)?|(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)down\.weight)"
+)
 _SHARED: Final = (
     "peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "rank_pattern",
-    "alpha_pattern", "use_dora", "target_modules",
+    "alpha_pattern", "use_dora", "target_modules", "projection_prng_key", "random_loc_seed",
 )  # fmt: skip
 _OBSTACLES: Final = {
     "use_dora": "the magnitude of DoRA is not linear in its weights",
@@ -65,7 +67,7 @@ def read_config(checkpoint: Checkpoint) -> Config | None:
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise InputError("is not a JSON object", path=path)
-    return _parsed(path, raw)
+    return parsed(path, raw)
 
 
 def check(checkpoints: Sequence[Checkpoint]) -> Config:
@@ -80,6 +82,12 @@ def check(checkpoints: Sequence[Checkpoint]) -> Config:
         if (config := read_config(checkpoint)) is None:
             raise InputError(f"has no {CONFIG_NAME} beside it", path=checkpoint.path)
         configs.append(config)
+    check_equal(checkpoints, configs)
+    return configs[0]
+
+
+def check_equal(checkpoints: Sequence[Checkpoint], configs: Sequence[Config]) -> None:
+    """Raise DisagreementError unless the configurations have equal values that define s B A; see `check`."""
     for key in _SHARED:
         values = [_comparable(config.raw.get(key)) for config in configs]
         common = max(values, key=values.count)
@@ -88,7 +96,6 @@ def check(checkpoints: Sequence[Checkpoint]) -> Config:
             count, hint = values.count(common), f"leave it out with {checkpoints[odd].excluding}"
             others = f"{count} other candidate{'s have' if count > 1 else ' has'} {common!r}"
             raise DisagreementError(f"{key} is {values[odd]!r}, but {others}", path=configs[odd].path, hint=hint)
-    return configs[0]
 
 
 def obstacle(checkpoint: Checkpoint, config: Config) -> str | None:
@@ -111,8 +118,9 @@ def obstacle(checkpoint: Checkpoint, config: Config) -> str | None:
 
 def partner(a: str) -> str:
     """Return the name of the factor B that belongs to A."""
-    head, _, tail = a.rpartition("A")
-    return f"{head}B{tail}"
+    old, new = ("down", "up") if a.endswith("down.weight") else ("A", "B")
+    head, _, tail = a.rpartition(old)
+    return f"{head}{new}{tail}"
 
 
 def stacked_config(config: Config, r: int, ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -131,13 +139,14 @@ def stacked_config(config: Config, r: int, ranks: Mapping[str, int]) -> dict[str
         "alpha_pattern": alphas if set(alphas.values()) - {alpha} else {},
         "init_lora_weights": True,  # some initializations reject some ranks, and loaded factors need none
     }
-    read = _parsed(config.path, result)
+    read = parsed(config.path, result)
     if any((read.rank(name), read.alpha(name)) != (ranks[name], alphas[name]) for name in listed):
         raise AssertionError("a module's name, used as a pattern, matches another module")
     return result
 
 
-def _parsed(path: Path, raw: Mapping[str, Any]) -> Config:
+def parsed(path: Path, raw: Mapping[str, Any]) -> Config:
+    """Return the configuration in the JSON object ``raw`` of ``path``; raises InputError if it is invalid."""
     config = Config(
         path=path,
         peft_type=str(raw.get("peft_type")),

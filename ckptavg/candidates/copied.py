@@ -76,7 +76,9 @@ class Copied:
 
     def take(self, i: int | None) -> None:
         """Set the tensors to their values in candidate ``i``, if it is not None."""
-        for (_, tensor), values in zip(self._tensors, self._values, strict=True) if i is not None else ():
+        if i is None:
+            return
+        for (_, tensor), values in zip(self._tensors, self._values, strict=True):
             storage(tensor).copy_(values[i])
 
     def load(self, specs: Specs, read_into: ReadInto) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ckptavg.errors import InputError, excluding, printable
-from ckptavg.filesystem.regular_file import is_folder
+from ckptavg.filesystem.regular_file import is_file, is_folder
 from ckptavg.readers import ITEM_SIZE, Reader, StoredTensor
 
 if TYPE_CHECKING:
@@ -42,8 +43,14 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """Directory of its config and other side files."""
-        return self.path if is_folder(self.path) else self.path.parent
+        """Directory of its config and other side files: the innermost one around its weights that has a config.
+
+        A model of sentence-transformers has its modules' directories in it.
+        """
+        outer, weights = self.path if is_folder(self.path) else self.path.parent, self.reader.path
+        around = [place for place in (weights, *weights.parents) if place.is_relative_to(outer) and is_folder(place)]
+        configs = ("modules.json",), ("config.json", "adapter_config.json")
+        return next((place for names in configs for place in around if _has_any(place, names)), outer)
 
     def spec(self, name: str) -> StoredTensor:
         """Shape and dtype of a tensor."""
@@ -70,9 +77,15 @@ class Checkpoint:
             raise InputError(what, path=self.path, tensor=name, hint=self.hint)
 
     @property
+    def entry(self) -> str:
+        """Its name without the file in a directory, which globs match."""
+        inside = self.path != self.reader.path
+        return self.name.removesuffix(f"/{self.reader.path.name}") if inside else self.name
+
+    @property
     def excluding(self) -> str:
         """Command-line option that leaves it out."""
-        return excluding(self.name.partition("/")[0])
+        return excluding(self.entry)
 
     @property
     def hint(self) -> str:
@@ -93,6 +106,20 @@ class Checkpoint:
     def size(self) -> int:
         """Total size of its files in bytes."""
         return sum(file.size for file in self.reader.files)
+
+
+def _has_any(folder: Path, names: Sequence[str]) -> bool:
+    return any(is_file(folder / name) for name in names)
+
+
+def shortest_names(paths: Sequence[Path], lengths: Sequence[int] = ()) -> list[str]:
+    """Return the last parts of each path, as many as tell the paths apart, and at least ``lengths`` (one)."""
+    absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100  # links stay
+    for more in range(max((len(path.parts) for path in absolute), default=0) + 1):
+        lasts = [path.parts[-(n + more) :] for path, n in zip(absolute, lengths or [1] * len(paths), strict=True)]
+        if len(set(lasts)) == len(set(absolute)):
+            return [str(Path(*parts)) for parts in lasts]
+    return []
 
 
 def chunks(

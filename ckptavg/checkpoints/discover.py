@@ -1,21 +1,23 @@
 """Find checkpoints in directories, in training order, with a reason for every file that is left out."""
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, TypeAlias
 
-from ckptavg.checkpoints import duplicates, state_dict
-from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.listing import CheckpointPath, LeftOut, SkipFile, list_checkpoints
-from ckptavg.checkpoints.steps import common_kind, natural, step_in_name, steps_inside, trainer_step
+from ckptavg.checkpoints import duplicates, kinds, state_dict
+from ckptavg.checkpoints.checkpoint import Checkpoint, shortest_names
+from ckptavg.checkpoints.components import LeftOut
+from ckptavg.checkpoints.listing import CheckpointPath, Listing, SkipFile, list_checkpoints
+from ckptavg.checkpoints.order import Opened, in_order
+from ckptavg.checkpoints.steps import natural, numbers, steps_beside, steps_in_name, steps_inside
 from ckptavg.checkpoints.window import Window
-from ckptavg.errors import CkptavgError, InputError, excluding
-from ckptavg.readers import open_reader
+from ckptavg.errors import CkptavgError, InputError, counted, excluding
+from ckptavg.readers import NotACheckpointError, open_reader, suffixes
 
 _Refuse: TypeAlias = Callable[[CkptavgError, Path], None]
 
@@ -38,6 +40,7 @@ class Discovered:
     checkpoints: tuple[Checkpoint, ...]
     left_out: tuple[LeftOut, ...]
     warnings: tuple[str, ...] = ()
+    layout: str = ""  # a description of the directories, such as ``Accelerate save_state, 12 steps, component unet``
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +71,7 @@ def discover(
     """
     window = window or Window()
     left_out: list[LeftOut] = []
-    opened: list[_Opened] = []
+    opened: list[Opened] = []
     chosen: Sequence[Checkpoint] = ()
 
     def refuse(error: CkptavgError, path: Path) -> None:
@@ -77,23 +80,25 @@ def discover(
         left_out.append(LeftOut(path=path, reason=str(error), kind="bad"))
 
     try:
-        for order, path in enumerate(paths):
-            for place in list_checkpoints(path, order, left_out):
-                if not window.admits(place.name):
-                    left_out.append(LeftOut(path=place.path, reason="left out by --include or --exclude"))
-                    continue
-                try:
-                    opened.append(
-                        _Opened(checkpoint=open_checkpoint(place, key, allow_nonfinite=allow_nonfinite), place=place)
-                    )
-                except SkipFile as other:
-                    left_out.append(LeftOut(path=place.path, reason=str(other), kind=other.kind))
-                except CkptavgError as error:
-                    if error.hint is None and not place.explicit:
-                        error.hint = f"leave it out with {excluding(place.name)}, or all bad ones with --skip-bad"
+        listings = [list_checkpoints(path, order, left_out, window) for order, path in enumerate(paths)]
+        places = _told_apart([place for listing in listings for place in listing.places])
+        excluded = [place for place in places if not window.admits(place.name)]
+        left_out += [LeftOut(path=p.folder or p.path, reason="left out by --include or --exclude") for p in excluded]
+        for place, aside in _with_asides([place for place in places if place not in excluded]):
+            try:
+                checkpoint = open_checkpoint(place, key, allow_nonfinite=allow_nonfinite)
+                opened.append(Opened(checkpoint=checkpoint, place=place, aside=aside))
+            except SkipFile as other:
+                left_out.append(LeftOut(path=place.path, reason=str(other), kind=other.kind))
+            except CkptavgError as error:
+                if error.hint is None and not place.explicit:
+                    error.hint = f"leave it out with {excluding(place.entry)}, or all bad ones with --skip-bad"
+                if not aside:
                     refuse(error, place.path)
-        ordered, warnings = _in_order(_without_copies(opened, left_out, refuse), refuse if bad == "list" else None)
-        ordered, chosen = _with_readable_values(ordered, window, check or (lambda _: {}), refuse)
+        candidates, warnings = in_order(
+            _without_copies(opened, left_out, refuse), window.step_from, refuse if bad == "list" else None
+        )
+        ordered, chosen = _with_readable_values(candidates, window, check or (lambda _: {}), refuse)
     finally:
         kept = {id(checkpoint.reader) for checkpoint in chosen}
         for reader in (candidate.checkpoint.reader for candidate in opened):
@@ -102,11 +107,44 @@ def discover(
     outside = (checkpoint.path for checkpoint in ordered if id(checkpoint.reader) not in kept)
     left_out += [LeftOut(path=path, reason="outside the window of steps") for path in outside]
     if not chosen and bad != "list":
-        shown = "; ".join(one.line for one in left_out[:3]) + ("; …" if len(left_out) > 3 else "")
-        reason = f"; {len(left_out)} left out ({shown})" if left_out else ": the directory is empty"
-        hint = f"`ckptavg inspect {paths[0]}` lists the files and why each was left out"
-        raise InputError(f"no checkpoints found{reason}", path=", ".join(map(str, paths)), hint=hint)
-    return Discovered(checkpoints=tuple(chosen), left_out=tuple(left_out), warnings=tuple(warnings))
+        raise _nothing(paths, left_out)
+    return Discovered(
+        checkpoints=tuple(chosen), left_out=tuple(left_out), warnings=tuple(warnings),
+        layout=_layout(listings, chosen, opened),
+    )  # fmt: skip
+
+
+def _told_apart(places: Sequence[CheckpointPath]) -> list[CheckpointPath]:
+    """Return the places with as much of their directories in front of their names as tells them apart."""
+    if len({place.name for place in places}) == len(places):
+        return list(places)
+    names = shortest_names([place.weights for place in places], [place.name.count("/") + 1 for place in places])
+    return [replace(place, name=name) for place, name in zip(places, names, strict=True)]
+
+
+def _nothing(paths: Sequence[Path], left_out: Sequence[LeftOut]) -> InputError:
+    shown = "; ".join(one.line for one in left_out[:3]) + ("; …" if len(left_out) > 3 else "")
+    reason = f"; {len(left_out)} left out ({shown})" if left_out else ": the directory is empty"
+    hint = f"`ckptavg inspect {shlex.quote(str(paths[0]))}` lists the files and why each was left out"
+    return InputError(f"no checkpoints found{reason}", path=", ".join(map(str, paths)), hint=hint)
+
+
+def _with_asides(places: Sequence[CheckpointPath]) -> list[tuple[CheckpointPath, str]]:
+    """Return the places, each with the reason why its name says that it is no candidate, or ``""``."""
+    found = [i for i, place in enumerate(places) if not place.explicit]
+    reasons = kinds.asides([places[i].name for i in found])
+    by_place = {found[j]: reason for j, reason in reasons.items()}
+    return [(place, by_place.get(i, "")) for i, place in enumerate(places)]
+
+
+def _layout(listings: Sequence[Listing], chosen: Sequence[Checkpoint], opened: Sequence[Opened]) -> str:
+    """Describe the directories: the library that writes them, the number of steps, and where their weights are."""
+    library = next((listing.library for listing in listings if listing.library), None)
+    components = {one.place.component for one in opened if one.checkpoint.path in {c.path for c in chosen}}
+    steps = counted(len(chosen), "step")
+    formats = ", ".join(dict.fromkeys(checkpoint.reader.format for checkpoint in chosen))
+    component = components.pop() if len(components) == 1 else ""
+    return ", ".join(filter(None, (library or formats, steps, component and f"component {component}")))
 
 
 def with_directory_changes(found: Discovered, paths: Sequence[Path], output: Path) -> Discovered:
@@ -117,15 +155,10 @@ def with_directory_changes(found: Discovered, paths: Sequence[Path], output: Pat
     news = [f"{path} {gone}" for path in files if not os.path.lexists(path)]
     for order, path in enumerate(paths):
         with suppress(InputError):  # the directory itself has gone
-            new = (place.path for place in list_checkpoints(path, order, []) if place.path not in known)
+            places = list_checkpoints(path, order, [], Window()).places
+            new = (place.path for place in places if place.path not in known)
             news += [f"{one} appeared during the run and is not one of its candidates" for one in new]
     return replace(found, warnings=(*found.warnings, *news))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Opened:
-    checkpoint: Checkpoint
-    place: CheckpointPath
 
 
 def open_checkpoint(place: CheckpointPath, key: str | None, *, allow_nonfinite: bool = False) -> Checkpoint:
@@ -135,7 +168,12 @@ def open_checkpoint(place: CheckpointPath, key: str | None, *, allow_nonfinite: 
         InputError: if it is damaged or no model.
         SkipFile: if it is no model and its path was not given explicitly.
     """
-    reader = open_reader(place.weights)
+    try:
+        reader = open_reader(place.weights)
+    except NotACheckpointError as error:
+        if place.explicit or place.weights.name.endswith(suffixes()):
+            raise
+        raise SkipFile(error.reason) from error
     try:
         if not place.explicit and "ckptavg" in reader.metadata:
             raise SkipFile("an earlier output of ckptavg", "warning")
@@ -143,35 +181,41 @@ def open_checkpoint(place: CheckpointPath, key: str | None, *, allow_nonfinite: 
             raise SkipFile(other)
         chosen, tensors, notes = state_dict.model_tensors(reader, key)
         steps = steps_inside(reader)
-        if place.path != place.weights and "global_step" not in steps:
-            steps |= trainer_step(place.path / "trainer_state.json")
+        for folder in (place.folder, place.path if place.path != place.weights else None):
+            steps |= {} if folder is None or "global_step" in steps else steps_beside(folder)
     except BaseException as error:
         reader.close()
         if isinstance(error, SkipFile) and place.explicit:
             raise InputError(f"is {error}, not a model", path=place.path) from error
         raise
-    named = step_in_name(place.name)
     return Checkpoint(
-        path=place.path,
-        name=place.weights.name or place.name if place.path == place.weights else f"{place.name}/{place.weights.name}",
-        steps=steps | ({} if named is None else {"name": named}),
+        path=place.path, name=place.name, steps=steps | steps_in_name(place.name),
         run=0 if place.explicit else place.order, key=chosen, tensors=tensors, reader=reader,
         notes=(*notes, *reader.notes), allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
 
 
-def _without_copies(opened: list[_Opened], left_out: list[LeftOut], refuse: _Refuse) -> list[_Opened]:
-    """Drop copies of other checkpoints, keeping the one with a step in its name; refuse bad checkpoints."""
+def _without_copies(opened: list[Opened], left_out: list[LeftOut], refuse: _Refuse) -> list[Opened]:
+    """Drop copies of other checkpoints, keeping the one with a number in its name, and what is set aside.
+
+    A copy of a checkpoint that is set aside is set aside too; bad checkpoints are refused.
+    """
     preferred = sorted(
-        opened, key=lambda o: ("name" not in o.checkpoint.steps, o.checkpoint.run, natural(o.checkpoint.name))
+        opened,
+        key=lambda o: (2 * (not numbers(o.place.name)), bool(o.aside), o.checkpoint.run, natural(o.checkpoint.name)),
     )
     copies, bad = duplicates.find([one.checkpoint for one in preferred])
     for i, error in bad.items():
         refuse(error, preferred[i].checkpoint.path)
-    for i, (original, relation) in copies.items():
-        reason = f"{relation} {preferred[original].checkpoint.path}"
-        left_out.append(LeftOut(path=preferred[i].checkpoint.path, reason=reason, kind="warning"))
-    return [one for i, one in enumerate(preferred) if i not in copies and i not in bad]
+    for i, one in enumerate(preferred):
+        reason = one.aside
+        if i in copies:
+            original, relation = copies[i]
+            reason = f"{relation} {preferred[original].checkpoint.path}"
+            reason += f", {preferred[original].aside}" if preferred[original].aside else ""
+        if reason:
+            left_out.append(LeftOut(path=one.checkpoint.path, reason=reason, kind="warning"))
+    return [one for i, one in enumerate(preferred) if not one.aside and i not in copies and i not in bad]
 
 
 def _with_readable_values(
@@ -210,28 +254,3 @@ def _not_shared(found: Sequence[Mapping[str, NotFinite]]) -> dict[int, InputErro
             if name not in shared or tensor.digest != usual or (len(found) == 1 and tensor.has_nan):
                 bad.setdefault(i, tensor.error)
     return bad
-
-
-def _in_order(opened: list[_Opened], refuse: _Refuse | None) -> tuple[list[Checkpoint], Sequence[str]]:
-    """Return the checkpoints in training order with steps of one kind, and warnings about the order.
-
-    A checkpoint that has no kind of step in common with the others is passed to ``refuse``, or raised without it.
-    """
-    kind = common_kind([one.checkpoint.steps for one in opened], [one.checkpoint.run for one in opened])
-    if kind is not None:
-        stepped = [replace(one.checkpoint, step=one.checkpoint.steps[kind], step_from=kind) for one in opened]
-        ordered = sorted(stepped, key=lambda c: (c.step, c.run, natural(c.name)))
-        twice = [b for a, b in pairwise(ordered) if (a.step, a.run) == (b.step, b.run)][:1]
-        doubt = "occurs more than once; are these raw and EMA weights?"
-        return ordered, [f"{one.path}: step {one.step} {doubt}" for one in twice]
-    if all(one.place.explicit for one in opened) and not any(one.checkpoint.steps for one in opened):
-        given = sorted(opened, key=lambda one: one.place.order)
-        return [replace(one.checkpoint, step=i, step_from="order given") for i, one in enumerate(given, 1)], ()
-    odd = min(opened, key=lambda one: len(one.checkpoint.steps))
-    what = "has no training step of a kind that the other checkpoints have too, neither inside nor in its name"
-    hint = f"leave it out with {odd.checkpoint.excluding}, or name the checkpoints in their order"
-    error = InputError(what, path=odd.checkpoint.path, hint=hint)
-    if refuse is None:
-        raise error
-    refuse(error, odd.checkpoint.path)
-    return _in_order([one for one in opened if one is not odd], refuse)

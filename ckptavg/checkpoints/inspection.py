@@ -1,15 +1,19 @@
 """Inspection of checkpoints: the candidates in training order and why other files are none. Needs no torch."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ckptavg.checkpoints import stability
-from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.checkpoint import Checkpoint, shortest_names
 from ckptavg.checkpoints.checksums import Manifest
+from ckptavg.checkpoints.components import LeftOut
 from ckptavg.checkpoints.discover import Discovered, NotFinite, discover
 from ckptavg.checkpoints.window import Window
+
+_EXAMPLES: Final = 3  # files shown for each reason
 
 
 def open_for_inspection(paths: Sequence[Path], window: Window, key: str | None, *, read_data: bool) -> Discovered:
@@ -25,6 +29,21 @@ def open_for_inspection(paths: Sequence[Path], window: Window, key: str | None, 
     found = discover(paths, window, key, bad="list", check=check_data if read_data else None)
     more = (*manifest.warnings, *stability.warnings(found.checkpoints))
     return replace(found, warnings=(*found.warnings, *more))
+
+
+def left_out_lines(left_out: Sequence[LeftOut]) -> Iterator[tuple[str, str]]:
+    """Yield the kind of each reason, and a line with up to three files that were left out for it."""
+    groups: dict[tuple[str, str], list[tuple[str, LeftOut]]] = {}
+    for name, one in zip(shortest_names([one.path for one in left_out]), left_out, strict=True):
+        reason = one.reason.replace(str(one.path), "FILE")
+        key = one.kind, re.sub(r"(is a link to|holds the same weights as) .*", r"\1", reason)
+        groups.setdefault(key, []).append((name, one))
+    for (kind, _), same in groups.items():
+        for name, one in same[:_EXAMPLES]:
+            # an error message starts with its file
+            yield kind, f"left out {'' if kind == 'bad' else f'{name}: '}{one.reason}"
+        if len(same) > _EXAMPLES:
+            yield kind, f"and {len(same) - _EXAMPLES} more for this reason"
 
 
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -2,53 +2,25 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
-from ckptavg.checkpoints.steps import natural
-from ckptavg.errors import InputError
+from ckptavg.checkpoints import layouts, state_dict
+from ckptavg.checkpoints.components import LeftOut, Step, chosen
+from ckptavg.checkpoints.steps import natural, numbers
+from ckptavg.checkpoints.window import Window
+from ckptavg.errors import CkptavgError, InputError
 from ckptavg.filesystem.regular_file import RegularFile, is_folder
-from ckptavg.readers import claim, claim_folder, entries, suffixes
+from ckptavg.readers import HEAD_SIZE, claim, claim_folder, entries, foreign_kind, open_reader, suffixes
 
-WEIGHT_NAMES: Final = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-    "adapter_model.safetensors", "adapter_model.bin",
-)  # fmt: skip
-SIDE_FILES: Final = {
-    "optimizer*": "an optimizer's state",
-    "optim.*": "an optimizer's state",
-    "scheduler*": "a scheduler's state",
-    "scaler*": "a gradient scaler's state",
-    "rng_state*": "random number generators",
-    "random_states_*": "random number generators",
-    "training_args.bin": "the trainer's arguments",
-    "SHA256SUMS": "what the checkpoints' sums must be",
-}
-SIDE_FOLDERS: Final = {"recipe_state": "a recipe's state", "lost+found": "the file system's own"}  # first: torchtune
-# patterns of unfinished files, of a job that is running or has died
-TEMPORARY: Final = ("tmp-*", "tmp_*", "*.tmp", ".tmp*", "*.part", "*.incomplete", "*.ckptavg-tmp")
-# the Trainer writes trainer_state.json last, so a directory with these and without it was interrupted
-TRAINER_FILES: Final = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth")
 _SHARD: Final = re.compile(r"-\d{5}-of-(?!0+1\.)\d{5}\.")  # 1 of 1 is not a shard
-_RANK: Final = re.compile(r"(.*rank)(\d+)(\.pt)")  # Composer writes one file per rank
-
-
-@dataclass(frozen=True, kw_only=True)
-class LeftOut:
-    """A file or directory that is not a candidate, and the reason; ``kind`` is info, warning or bad."""
-
-    path: Path
-    reason: str
-    kind: str = "info"
-
-    @property
-    def line(self) -> str:
-        """Path and reason; the reason of a bad file is an error message that starts with the path."""
-        return self.reason if self.kind == "bad" else f"{self.path}: {self.reason}"
+_RANK: Final = re.compile(r"(.*rank_?)(\d+)(\.pt)")  # Composer and verl write one file per rank
+_DEPTH: Final = 2  # directories below a step's own in which its weights are looked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,46 +29,24 @@ class CheckpointPath:
 
     path: Path  # shown to the user: the file, or the directory that holds the model's files
     weights: Path  # the file to open
-    name: str  # the last component of ``path``
+    name: str  # path of the weights from the directory that was given; it begins with that one's name if it is one step
     order: int  # index of the given path it was found under
     explicit: bool = False  # whether the user gave this path itself, rather than a directory that contains it
+    folder: Path | None = None  # directory of its step, which may be above ``path``
+    component: str = ""  # path below ``folder`` that its weights have in every step, such as ``unet``
+
+    @property
+    def entry(self) -> str:
+        """Its name without the file in a directory, which globs match."""
+        return self.name if self.path == self.weights else self.name.removesuffix(f"/{self.weights.name}")
 
 
-def list_checkpoints(path: Path, order: int, left_out: list[LeftOut]) -> Sequence[CheckpointPath]:
-    """Return the checkpoints under ``path``, a directory of checkpoints or a checkpoint, the ``order``-th given.
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The checkpoints under one path, and the library that writes such directories if it is known."""
 
-    Entries that are not checkpoints are appended to ``left_out``.
-    """
-    if not is_folder(path):
-        return [CheckpointPath(path=path, weights=path, name=path.name, order=order, explicit=True)]
-    names = entries(path)
-    weights = path if claim_folder(names) else None
-    places = [] if weights else list(_listed(path, names, order, left_out))
-    if len(places) == 1 and places[0].path.parent == path and places[0].path.name in WEIGHT_NAMES:
-        weights = places[0].weights
-    if weights:  # the directory is itself one checkpoint, such as ./run/checkpoint-500
-        return [CheckpointPath(path=path, weights=weights, name=path.resolve().name, order=order, explicit=True)]
-    return places
-
-
-def _listed(folder: Path, inside: frozenset[str], order: int, left_out: list[LeftOut]) -> Iterator[CheckpointPath]:
-    temporary = {name for name in inside if any(fnmatchcase(name, pattern) for pattern in TEMPORARY)}
-    names = sorted((name for name in inside if not name.startswith(".") or name in temporary), key=natural)
-    # a Trainer's directory is incomplete without trainer_state.json
-    states = (folder / name / "trainer_state.json" for name in names if name.startswith("checkpoint-"))
-    trainer = any(map(os.path.lexists, states))
-    for name in names:
-        path = folder / name
-        try:
-            if name in temporary:
-                raise SkipFile("temporary: still being written, or abandoned", "warning")
-            weights = _weights_in(path, trainer) if is_folder(path) else _weights_file(path)
-        except SkipFile as other:
-            left_out.append(LeftOut(path=path, reason=str(other), kind=other.kind))
-            continue
-        except InputError:
-            weights = path  # unreadable: opening it raises the error, unless a filter leaves it out
-        yield CheckpointPath(path=path, weights=weights, name=name, order=order)
+    places: Sequence[CheckpointPath]
+    library: str | None = None
 
 
 class SkipFile(Exception):
@@ -107,8 +57,140 @@ class SkipFile(Exception):
         self.kind = kind
 
 
+def list_checkpoints(path: Path, order: int, left_out: list[LeftOut], window: Window) -> Listing:
+    """Return the checkpoints under ``path``, a directory of checkpoints or a checkpoint, the ``order``-th given.
+
+    Entries that are not checkpoints are appended to ``left_out``. Of a step with several models, ``window`` chooses.
+
+    Raises:
+        InputError: if steps have several models and none is chosen.
+    """
+    if not is_folder(path):
+        beside = path.parent if path.name in layouts.WEIGHT_NAMES else None
+        place = CheckpointPath(path=path, weights=path, name=path.name, order=order, explicit=True, folder=beside)
+        return Listing(places=[place])
+    names = entries(path)
+    files, steps = ([], []) if claim_folder(names) else _scan(path, names, left_out)
+    own = {"": path} if claim_folder(names) else _own_models(names, files, steps)
+    if own:  # such as ./run/checkpoint-500
+        steps, files = [Step(path, names, own)], []
+    places = [CheckpointPath(path=file, weights=file, name=file.name, order=order) for file in files]
+    for step, models in chosen(path, steps, left_out, window, alone=not files):
+        start = Path(path.resolve().name if own else step.folder.name)
+        for place, weights in models.items():
+            several = len(models) > 1 or (place and weights == step.folder / place)
+            places.append(
+                CheckpointPath(
+                    path=weights if several or weights == step.folder else weights.parent, weights=weights,
+                    name=str(start / weights.relative_to(step.folder)), order=order, explicit=bool(own),
+                    folder=step.folder, component=place,
+                )
+            )  # fmt: skip
+    libraries = Counter(layouts.library(step.names) for step in steps)
+    return Listing(places=places, library=libraries.most_common(1)[0][0] if libraries and not files else None)
+
+
+def _own_models(names: Set[str], files: Sequence[Path], steps: Sequence[Step]) -> Mapping[str, Path]:
+    """Return the weights of a directory that is one step itself, by their places; empty for a directory of steps.
+
+    It has the usual names for weights and nothing else that could be weights, or what a job resumes from beside models
+    whose places have no numbers.
+    """
+    resumable = layouts.has_training_state(names)
+    if not steps and files and all(layouts.is_usual(file.name) for file in files) and (len(files) == 1 or resumable):
+        return {"": files[0]} if len(files) == 1 else {file.name: file for file in files}
+    if steps and not files and resumable and not any(numbers(step.folder.name) for step in steps):
+        return {
+            f"{step.folder.name}/{place}".rstrip("/"): file for step in steps for place, file in step.models.items()
+        }
+    return {}
+
+
+def _scan(folder: Path, names: Set[str], left_out: list[LeftOut]) -> tuple[list[Path], list[Step]]:
+    """Return the weight files and the directories with weights among the entries of ``folder``."""
+    temporary = {name for name in names if any(fnmatchcase(name, pattern) for pattern in layouts.TEMPORARY)}
+    shown = sorted((name for name in names if not name.startswith(".") or name in temporary), key=natural)
+    files: list[Path] = []
+    steps: list[Step] = []
+    inside: dict[str, Set[str]] = {}
+    for name in shown:
+        with suppress(InputError):  # opening it raises the error
+            if name not in temporary and name not in layouts.SIDE_FOLDERS and is_folder(folder / name):
+                inside[name] = entries(folder / name)
+    for name in shown:
+        path = folder / name
+        try:
+            if name in temporary:
+                raise SkipFile("temporary: still being written, or abandoned", "warning")
+            if name in layouts.SIDE_FOLDERS:
+                raise SkipFile(layouts.SIDE_FOLDERS[name])
+            if name in inside:
+                siblings = [other for there, other in inside.items() if there != name]
+                steps.append(Step(path, inside[name], _models_of_step(path, inside[name], siblings)))
+            else:
+                files.append(path if is_folder(path) else _weights_file(path))
+        except SkipFile as other:
+            left_out.append(LeftOut(path=path, reason=str(other), kind=other.kind))
+        except InputError:
+            files.append(path)  # unreadable: opening it raises the error, unless a filter leaves it out
+    return files, steps
+
+
+def _models_of_step(folder: Path, names: Set[str], siblings: Sequence[Set[str]]) -> Mapping[str, Path]:
+    if reason := layouts.incomplete(folder.name, names, siblings):
+        raise SkipFile(f"incomplete: {reason}, which is written last", "warning")
+    if models := dict(_models(folder, names, _DEPTH)):
+        return models
+    if layouts.has_training_state(names):
+        raise SkipFile("has no model weights", "warning")
+    raise SkipFile("a directory without weights")
+
+
+def _models(folder: Path, names: Set[str], depth: int) -> Iterator[tuple[str, Path]]:
+    """Yield the place and the weights of each model in a directory; in those below it only if it has none itself."""
+    if claim_folder(frozenset(names)):
+        yield "", folder
+        return
+    if (parts := layouts.tensor_parallel(names)) > 1:
+        raise SkipFile(layouts.TENSOR_PARALLEL.format(parts), "warning")
+    usual = sorted(filter(layouts.is_usual, names), key=layouts.usual_order)
+    if usual and usual[0] in layouts.WEIGHT_NAMES:
+        files = [folder / usual[0], *(folder / name for name in usual if name not in layouts.WEIGHT_NAMES)]
+    else:
+        files = _weight_files(folder, names)
+    if files:
+        yield from ((file.name if len(files) > 1 else "", file) for file in files)
+        return
+    for name in sorted(names, key=natural) if depth else ():
+        skipped = name.startswith((".", "optim")) or name in layouts.SIDE_FOLDERS
+        if not skipped and is_folder(folder / name):
+            for place, file in _models(folder / name, entries(folder / name), depth - 1):
+                yield f"{name}/{place}".rstrip("/"), file
+
+
+def _weight_files(folder: Path, names: Set[str]) -> list[Path]:
+    files: list[Path] = []
+    refusal = None
+    for name in sorted(names, key=natural):
+        if name.endswith(suffixes()) and not is_folder(folder / name):
+            try:
+                files.append(_weights_file(folder / name))
+            except SkipFile as other:
+                refusal = other if other.kind == "warning" else refusal
+    if refusal and not files:
+        raise refusal
+    return [file for file in files if _holds_model(file)] or files if len(files) > 1 else files
+
+
+def _holds_model(file: Path) -> bool:
+    with suppress(CkptavgError), closing(open_reader(file)) as reader:
+        state_dict.model_tensors(reader, None)
+        return state_dict.other_contents(reader.tree) is None
+    return False
+
+
 def _weights_file(path: Path) -> Path:
-    for pattern, reason in SIDE_FILES.items():
+    for pattern, reason in layouts.SIDE_FILES.items():
         if fnmatchcase(path.name, pattern):
             raise SkipFile(reason)
     if match := _RANK.fullmatch(path.name):
@@ -125,41 +207,10 @@ def _weights_file(path: Path) -> Path:
             raise SkipFile(f"a shard of {index}")
         raise SkipFile("a shard without its index", "warning")
     # an unusual name: the first bytes decide; JSON is excluded, because config.json looks like an index
+    reason = None
     with suppress(InputError), RegularFile(path) as file:
         file_format = claim(file)
         if file_format and file_format.name != "sharded":
             return path
-    raise SkipFile("not a checkpoint")
-
-
-def _weights_in(folder: Path, trainer: bool) -> Path:
-    if folder.name in SIDE_FOLDERS:
-        raise SkipFile(SIDE_FOLDERS[folder.name])
-    names = entries(folder)
-    if any(name.endswith(".distcp") for name in names) and not any(name.endswith(".metadata") for name in names):
-        raise SkipFile("incomplete: it has no .metadata, which is written last", "warning")
-    if claim_folder(names):
-        return folder
-    by_trainer = (trainer and re.fullmatch(r"checkpoint-\d+", folder.name)) or names & set(TRAINER_FILES)
-    if by_trainer and "trainer_state.json" not in names:
-        raise SkipFile("incomplete: it has no trainer_state.json, which is written last", "warning")
-    if usual := next((name for name in WEIGHT_NAMES if name in names), None):
-        return folder / usual
-    others = list(_models_in(folder, names))
-    if len(others) == 1:
-        return others[0]
-    if by_trainer:
-        raise SkipFile("has no model weights", "warning")
-    raise SkipFile(f"a directory with {len(others)} weight files" if others else "a directory without weights")
-
-
-def _models_in(folder: Path, names: frozenset[str]) -> Iterator[Path]:
-    """Yield weight files, and subdirectories that hold a model, such as ``pytorch_model_fsdp_0``."""
-    for name in sorted(names):
-        path = folder / name
-        if is_folder(path):
-            if not name.startswith("optim") and claim_folder(entries(path)):
-                yield path
-        elif name.endswith(suffixes()):
-            with suppress(SkipFile):
-                yield _weights_file(path)
+        reason = foreign_kind(file.read(0, min(HEAD_SIZE, file.size)))
+    raise SkipFile(reason or "not a checkpoint")

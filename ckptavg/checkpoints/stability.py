@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.listing import LeftOut, list_checkpoints
+from ckptavg.checkpoints.components import LeftOut
+from ckptavg.checkpoints.listing import list_checkpoints
 from ckptavg.checkpoints.window import Window
 from ckptavg.filesystem.regular_file import is_folder
 from ckptavg.runtime import signals
@@ -52,7 +53,8 @@ def _state(paths: Sequence[Path], window: Window) -> dict[Path, tuple[int, int, 
     found: dict[Path, tuple[int, int, int]] = {}
     left_out: list[LeftOut] = []
     for order, path in enumerate(paths):
-        wanted = [place.path for place in list_checkpoints(path, order, left_out) if window.admits(place.name)]
+        places = list_checkpoints(path, order, left_out, window).places
+        wanted = [place.path for place in places if window.admits(place.name)]
         wanted += [one.path for one in left_out if one.kind == "warning" and window.admits(one.path.name)]
         inside = (Path(folder) / name for place in wanted for folder, _, names in os.walk(place) for name in names)
         for file in (*(place for place in wanted if not is_folder(place)), *inside):

@@ -1,16 +1,28 @@
 """Find the model's state dict in a checkpoint, remove wrappers' prefixes, and check that all candidates agree."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.errors import DisagreementError, InputError
-from ckptavg.readers import Node, Reader, Refused, StoredTensor
+from ckptavg.checkpoints.tree_search import (
+    descend,
+    flattened,
+    holds_tensors,
+    listing,
+    readable_keys,
+    same_model,
+    unwrapped,
+)
+from ckptavg.errors import DisagreementError, InputError, excluding
+from ckptavg.readers import ModuleState, Node, Reader, Refused, StoredTensor
 
-MODEL_KEYS: Final = ("state_dict", "model", "model_state_dict", "module", "state.model", "state_dict_ema", "model_ema")
-RAW_WEIGHTS: Final = "current_model_state"  # Lightning's WeightAveraging: its state_dict holds the average
-PREFIXES: Final = ("module.", "_orig_mod.")
+MODEL_KEYS: Final = (
+    "state_dict", "model", "model_state_dict", "module", "state.model", "state_dict_ema", "model_ema",
+    "ema", "ema_model", "ema_state_dict", "model_avg",
+)  # fmt: skip
+_SAVE: Final = "torch.save(model.state_dict(), 'model.pt') saves a model so that it can be averaged"
 
 
 def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, StoredTensor], tuple[str, ...]]:
@@ -22,29 +34,73 @@ def model_tensors(reader: Reader, key: str | None) -> tuple[str, Mapping[str, St
         InputError: if there is no state dict, or one of its tensors is not supported.
     """
     tree = reader.tree
-    found = [name for name in MODEL_KEYS if _holds_tensors(_descend(tree, name))]
+    found = [name for name in MODEL_KEYS if holds_tensors(descend(tree, name))]
     chosen = key if key is not None else found[0] if found else ""
-    node = _descend(tree, chosen)
-    if not isinstance(node, Mapping) or not _holds_tensors(node):
-        looked = f"at --key {key}" if key is not None else f"under {', '.join(MODEL_KEYS)} and at the top"
-        inner = [str(name) for name, child in tree.items() if isinstance(child, Mapping)]
-        hint = f"choose one of {_listing(inner)} with --key" if inner else None
-        raise InputError(f"no model found {looked}; the file has {_listing(list(tree))}", path=reader.path, hint=hint)
-    notes = [f"took {chosen}, not {', '.join(found[1:])} (--key chooses)"] if key is None and found[1:] else []
-    if key is None and _holds_tensors(tree.get(RAW_WEIGHTS)):
-        notes.append(f"took {chosen}, which is an average already; the raw weights are {RAW_WEIGHTS} (--key chooses)")
-    ignored = [name for name, child in node.items() if not isinstance(child, StoredTensor | Refused)]
-    if ignored:
-        notes.append(f"left out what is no tensor: {_listing(ignored)}")
+    node = descend(tree, chosen)
+    notes: list[str] = []
+    if not holds_tensors(node):
+        chosen = chosen or next((name for name in MODEL_KEYS if flattened(descend(tree, name))), "")
+        node = flattened(descend(tree, chosen)) if chosen else None
+        notes.append(f"{chosen} is nested: joined its names by dots")
+    if not isinstance(node, Mapping) or not node:
+        raise _no_model(reader, key)
     for name, child in node.items():
         if isinstance(child, Refused):
             raise InputError(child.reason, path=reader.path, tensor=name)
+    if isinstance(node, ModuleState):
+        what = f"a whole module of the class {node.name}"
+        notes.append(f"{chosen or 'the file'} is {what}: took its parameters and persistent buffers")
     tensors = {name: child for name, child in node.items() if isinstance(child, StoredTensor)}
-    return chosen, _without_prefix(tensors, notes), tuple(notes)
+    tensors = unwrapped(tensors, notes)
+    if key is None:
+        notes += _other_weights(tree, chosen, found[1:], tensors)
+    ignored = [name for name, child in node.items() if not isinstance(child, StoredTensor)]
+    if ignored:
+        notes.append(f"left out what is no tensor: {listing(ignored)}")
+    return chosen, tensors, tuple(notes)
 
 
-def _holds_tensors(node: Node) -> bool:
-    return isinstance(node, Mapping) and any(isinstance(child, StoredTensor | Refused) for child in node.values())
+def _no_model(reader: Reader, key: str | None) -> InputError:
+    what = f"no model found {f'at --key {key}' if key is not None else 'at the usual keys and at the top'}"
+    what += f"; the file has {listing(list(reader.tree))}"
+    keys = readable_keys(reader.tree)
+    if not keys:
+        left_out = next((f"; {note}" for note in reader.notes if note.startswith("left out")), "")
+        return InputError(what + left_out, path=reader.path, hint=_SAVE if left_out else None)
+    hint = f"choose {'one of ' if keys[1:] else ''}{listing(keys)} with --key"
+    if (similar := re.sub("[0-9]+", "*", excluding(reader.path.name))) != excluding(reader.path.name):
+        including = similar.replace("--exclude", "--include", 1)
+        hint += f", or leave out such files with {similar}" if key else f"; where others differ, add {including}"
+    return InputError(what, path=reader.path, hint=hint)
+
+
+def _other_weights(
+    tree: Mapping[str, Node], chosen: str, others: Sequence[str], tensors: Mapping[str, StoredTensor]
+) -> list[str]:
+    """Return a note for the other weights of the same model, with their keys."""
+    same, unnamed = same_model(tree, tensors)
+    keys = dict.fromkeys((*others, *(key for key in same if key != chosen)))
+    notes: list[str] = []
+    if chosen == "state_dict" and holds_tensors(tree.get(raw := _raw_weights(tree))):
+        keys.pop(raw, None)
+        notes.append(f"took {chosen}, which is an average already; the raw weights are {raw} (--key {raw} takes them)")
+    if keys:
+        taken, ema = chosen or "the weights at the top", tree.get("ema")
+        prefers = isinstance(ema, ModuleState) and ema.name.startswith(("ultralytics.", "models.yolo."))
+        who = f"--key {next(iter(keys))} chooses" + (", as Ultralytics does" if prefers and "ema" in keys else "")
+        notes.append(f"took {taken}, not {listing(list(keys))} ({who})")
+    elif chosen.startswith("ema") and tree.get("model", 0) is None:
+        notes.append(f"took {chosen}, because model is None")
+    if unnamed:
+        why = f"a list without names, of the shapes of {chosen or 'the weights'}, as of an average"
+        notes.append(f"{unnamed[0]} is {why}: copy it into the model and save that to average it")
+    return notes
+
+
+def _raw_weights(tree: Mapping[str, Node]) -> str:
+    """Return the key of the raw weights where ``state_dict`` is an average: MMEngine's EMAHook, Lightning."""
+    meta = tree.get("meta")
+    return "ema_state_dict" if isinstance(meta, Mapping) and "mmengine_version" in meta else "current_model_state"
 
 
 def other_contents(tree: Mapping[str, Node]) -> str | None:
@@ -79,23 +135,3 @@ def check_agreement(checkpoints: Sequence[Checkpoint]) -> None:
     more = f" (and {len(differing) - 1} more differences)" if len(differing) > 1 else ""
     path, hint = checkpoints[odd].path, f"leave it out with {checkpoints[odd].excluding}"
     raise DisagreementError(what + more, path=path, tensor=name, hint=hint)
-
-
-def _descend(tree: Mapping[str, Node], key: str) -> Node:
-    if key in tree or not key:
-        return tree[key] if key else tree
-    head, _, rest = key.partition(".")
-    child = tree.get(head)
-    return _descend(child, rest) if rest and isinstance(child, Mapping) else None
-
-
-def _without_prefix(tensors: dict[str, StoredTensor], notes: list[str]) -> dict[str, StoredTensor]:
-    while prefix := next((p for p in PREFIXES if all(len(n) > len(p) and n.startswith(p) for n in tensors)), None):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        notes.append(f"removed the prefix {prefix} from every name")
-    return tensors
-
-
-def _listing(names: Sequence[object], most: int = 8) -> str:
-    shown = ", ".join(str(name) for name in names[:most]) or "nothing"
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,16 +1,70 @@
-"""Training step of a checkpoint: from its contents, then from its name, never from its modification time."""
+"""Training step of a checkpoint: from its contents, then from all names together, never from its modification time."""
 
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
+from ckptavg.errors import UsageError
 from ckptavg.filesystem.strict_json import read_json
 from ckptavg.readers import Reader
 
-STEP_KEYS: Final = ("global_step", "num_updates", "batch_idx_train", "iter_num", "iteration", "step", "epoch")
-_BEFORE_STEP: Final = ("step[-_=]?", "iter(?:ation)?[-_=]?", "(?:^|[-_])ba", "ep(?:och)?[-_=]?", "")  # in names
+STEP_KEYS: Final = (
+    "global_step", "num_updates", "batch_idx_train", "iter_num", "iteration", "ss_steps", "step", "epoch", "ss_epoch",
+)  # fmt: skip
+# side files with the step, relative to the checkpoint's directory: the Trainer's, LeRobot's
+_STEP_FILES: Final = {"trainer_state.json": "global_step", "training_state/training_step.json": "step"}
+STEP_WORDS: Final = (  # by preference
+    "step", "steps", "globalstep", "iter", "iters", "iteration", "iterations", "it", "update", "updates", "batch", "ba",
+    "epoch", "epochs", "ep", "e",
+)  # fmt: skip
+_METRICS: Final = (
+    "loss", "nll", "ce", "mse", "rmse", "mae", "err", "error", "acc", "accuracy", "auc", "auroc", "map", "iou", "miou",
+    "dice", "score", "metric", "ppl", "perplexity", "bleu", "rouge", "wer", "cer", "psnr", "ssim", "fid", "lpips",
+    "reward", "return", "precision", "recall", "spearman", "pearson", "corr", "mrr", "hits", "bpc", "bpb", "lr", "wd",
+)  # fmt: skip
+_NUMBERED_METRICS: Final = re.compile(r"(?:f1|r2|top[-_]?[0-9]+|map50|(?:hits|p|recall)@[0-9]+|bleu[0-9])(?![0-9])")
+_DATE: Final = (
+    r"(?:19|20)\d\d(?P<dash>[-_.]?)(?:0[1-9]|1[0-2])(?P=dash)(?:0[1-9]|[12]\d|3[01])"
+    r"(?:[-_T+ .]*(?:[01]\d|2[0-3])(?P<colon>[-_:.h]?)[0-5]\d(?:(?P=colon)[0-5]\d)?)?(?!\d)"
+)
+_TOKEN: Final = re.compile(
+    rf"(?P<date>(?<!\d){_DATE})|(?P<number>\d+(?P<decimal>\.\d+)?(?P<power>e[-+]?\d+|[km](?![a-z]))?)|(?P<word>[^\W\d_]+)",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+class Number(NamedTuple):
+    """A number in a name: its value, None if it cannot be a step, and where it is."""
+
+    value: int | None
+    is_date: bool
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A number that every one of several names has in the same place; ``label`` is the word beside it."""
+
+    label: str
+    values: tuple[int, ...]
+    is_date: bool = False
+
+    @property
+    def preference(self) -> int:
+        """Index of its word among the words that stand for a step; their number if it is none of them."""
+        return STEP_WORDS.index(self.label) if self.label in STEP_WORDS else len(STEP_WORDS)
+
+
+class AmbiguousStepError(Exception):
+    """Several numbers in the names could be the step."""
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        super().__init__()
+        self.columns = columns
 
 
 def steps_inside(reader: Reader) -> dict[str, int]:
@@ -32,35 +86,159 @@ def _updates(reader: Reader) -> object:
     return last.get("num_updates") if isinstance(last, Mapping) else None
 
 
-def step_in_name(name: str) -> int | None:
-    """Return the training step in a name: the number after ``step``, ``iter``, ``ba`` or ``epoch``, or the last one."""
-    for prefix in _BEFORE_STEP:
-        if numbers := re.findall(f"{prefix}([0-9]+)", name.lower()):
-            return int(numbers[-1][:18])
+def steps_beside(folder: Path) -> dict[str, int]:
+    """Return the training step in the side files of a checkpoint's directory: key → number."""
+    for file, key in _STEP_FILES.items():
+        if os.path.lexists(folder / file):
+            state = read_json(folder / file)
+            step = state.get(key) if isinstance(state, dict) else None
+            if type(step) is int:
+                return {key: step}
+    return {}
+
+
+def numbers(name: str) -> dict[str, Number]:
+    """Return the numbers of a name by the word beside each.
+
+    ``1e5``, ``10k`` and ``1M`` are numbers; one with a decimal point, a negative one and one behind the name of a
+    metric are no steps. The word is the one before the number, or the one after it if that alone stands for a step, as
+    in ``3-EPOCH`` and ``1000_steps``; a second number behind the same word is labelled ``word 2``.
+    """
+    lower = name.lower()
+    metrics = _NUMBERED_METRICS.sub(lambda match: "loss".ljust(len(match[0]), "_"), lower)
+    tokens = [*_TOKEN.finditer(metrics if len(metrics) == len(name) else name)]
+    found: dict[str, Number] = {}
+    word = ""
+    for i, token in enumerate(tokens):
+        if token["word"]:
+            attached = i + 1 < len(tokens) and tokens[i + 1].start() == token.end()
+            word = token["word"] if attached or token["word"] != "e" else ""
+            continue
+        after = tokens[i + 1]["word"] if i + 1 < len(tokens) else None
+        ends = i + 2 >= len(tokens) or bool(tokens[i + 2]["word"])
+        label = after if after in STEP_WORDS and ends and word not in STEP_WORDS else word
+        is_date = bool(token["date"]) and label not in STEP_WORDS
+        value = _date(token[0]) if is_date else _integer(token)
+        negative = token.string[: token.start()].endswith("=-")
+        count = sum(other == label or other.startswith(f"{label} ") for other in found)
+        key = f"{label} {count + 1}" if count else label
+        found[key] = Number(None if negative or label in _METRICS else value, is_date, *token.span())
+    return found
+
+
+def _date(text: str) -> int:
+    return int(re.sub(r"\D", "", text).ljust(14, "0"))
+
+
+def _integer(token: re.Match[str]) -> int | None:
+    text, power = token["number"] or re.sub(r"\D", "", token[0]), token["power"] or ""
+    if power in ("k", "m"):
+        text, power = text[:-1], "e3" if power == "k" else "e6"
+        text += power
+    if not power:
+        return None if token["decimal"] else int(text[:18])
+    value = float(text) if len(text) < 20 else 0.5
+    return int(value) if value.is_integer() and value < 1e18 else None
+
+
+def columns(names: Sequence[str]) -> list[Column]:
+    """Return the numbers that all ``names`` have behind the same word, each an integer in every one.
+
+    Without such a word, the only number of each name is a column, unless one is that of an epoch and another of a step.
+    """
+    read = [numbers(name) for name in names]
+    shared = [label for label in read[0] if all(label in one for one in read)] if read else []
+    found: list[Column] = []
+    for label in shared:
+        values = tuple(one[label].value for one in read if one[label].value is not None)
+        if len(values) == len(read):
+            is_date = any(one[label].is_date for one in read)
+            found.append(Column(label=label, values=values, is_date=is_date))  # pyright: ignore[reportArgumentType]
+    only = [[(label, n.value) for label, n in one.items() if n.value is not None and not n.is_date] for one in read]
+    words = {label for numbers in only for label, _ in numbers if label in STEP_WORDS}
+    if not shared and len(words) < 2 and all(len(numbers) == 1 for numbers in only):
+        values = tuple(value for numbers in only for _, value in numbers)
+        found.append(Column(label=next(iter(words), ""), values=values))
+    return found
+
+
+def pattern_of(names: Sequence[str], label: str) -> str | None:
+    """Return a short regular expression whose group is the number ``label`` in all ``names``; None if there is none."""
+    places = [numbers(name)[label] for name in names]
+    before = names[0][: places[0].start]
+    starts = [match.start() for match in re.finditer(r"[^\W\d_]+", before)]
+    for start in (*reversed(starts), 0):
+        parts = (r"\d+" if part.isdigit() else re.escape(part) for part in re.split("([0-9]+)", before[start:]))
+        pattern = "".join(parts) + r"(\d+)"
+        found = [re.search(pattern, name) for name in names]
+        if all(m and m.span(1) == (place.start, place.stop) for m, place in zip(found, places, strict=True)):
+            return pattern
     return None
 
 
-def trainer_step(path: Path) -> dict[str, int]:
-    """Return the ``global_step`` of a Hugging Face ``trainer_state.json``, if the file exists."""
-    if not os.path.lexists(path):
-        return {}
-    state = read_json(path)
-    step = state.get("global_step") if isinstance(state, dict) else None
-    return {"global_step": step} if type(step) is int else {}
+def step_column(names: Sequence[str], runs: Sequence[int]) -> Column | None:
+    """Return the column of ``names`` that is the training step, or None if no number tells the names apart.
+
+    It differs between all names of a run. Of several, those beside a word such as ``step`` or ``epoch`` count before
+    others, and dates last.
+
+    Raises:
+        AmbiguousStepError: if two columns remain.
+    """
+    found = columns(names)
+    distinct = [column for column in found if is_distinct(column.values, runs)]
+    if len(names) == 1:
+        return min(reversed(distinct), key=lambda column: (column.is_date, column.preference), default=None)
+    worded = sorted((c for c in distinct if c.label in STEP_WORDS), key=lambda c: c.preference)
+    if len({_ranks(column.values) for column in worded}) == 1:
+        return worded[0]
+    for remaining in (worded, [c for c in distinct if not c.is_date and c not in worded], distinct):
+        if len(remaining) > 1:
+            raise AmbiguousStepError(remaining)
+        if remaining:
+            return remaining[0]
+    # two files a step, as raw and averaged weights: the caller names them
+    repeated = [c for c in found if c.label in STEP_WORDS or len(set(c.values)) > 1]
+    return min(repeated, key=lambda column: column.preference, default=None)
+
+
+def _ranks(values: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(values)), key=values.__getitem__))
+
+
+def is_distinct(values: Sequence[int], runs: Sequence[int]) -> bool:
+    """Return whether no value occurs twice in a run."""
+    return len(set(zip(runs, values, strict=True))) == len(values)
+
+
+def steps_in_name(name: str) -> dict[str, int]:
+    """Return every number in the parts of a path that could be its step, by part, counted from the end, and word."""
+    return {
+        f"name {level} {label}": number.value
+        for level, part in enumerate(reversed(name.split("/")))
+        for label, number in numbers(part).items()
+        if number.value is not None
+    }
+
+
+def step_by_pattern(pattern: re.Pattern[str], name: str) -> int | None:
+    """Return the number that ``pattern`` finds in a name: its group, or the whole match; None if it finds none.
+
+    Raises:
+        UsageError: if the group is no whole number, but a part of one or a text.
+    """
+    if not (match := pattern.search(name)):
+        return None
+    start, stop = match.span(1 if pattern.groups else 0)
+    values = [number.value for number in numbers(name[start:stop]).values()]
+    inside = (name[max(0, start - 1) : start] + name[stop : stop + 1]).encode("ascii", "replace")
+    if len(values) != 1 or values[0] is None or any(chr(byte).isdigit() for byte in inside):
+        message = f"--step-from {pattern.pattern} finds {name[start:stop]!r} in {name}, which is not one whole number"
+        raise UsageError(message, hint=r"its group must be the number, as in 'step=(\d+)'")
+    return values[0]
 
 
 def natural(name: str) -> tuple[tuple[int, str] | tuple[int, int, str], ...]:
     """Return a sort key that puts step-9 before step-10."""
     parts = [part for part in re.split(r"([0-9]+)", name) if part]
     return tuple((1, int(part), part) if part.isascii() and part.isdigit() else (0, part) for part in parts)
-
-
-def common_kind(steps: Sequence[Mapping[str, int]], runs: Sequence[int]) -> str | None:
-    """Return the kind of step to order checkpoints by, one of `STEP_KEYS` or ``name``.
-
-    This is the first that all checkpoints have and that is distinct within each run, else the first that all have,
-    else None. ``steps`` has kind → number and ``runs`` the run of each checkpoint.
-    """
-    shared = [kind for kind in (*STEP_KEYS, "name") if steps and all(kind in one for one in steps)]
-    distinct = (k for k in shared if len({(run, one[k]) for run, one in zip(runs, steps, strict=True)}) == len(steps))
-    return next(distinct, shared[0] if shared else None)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated
 
+from ckptavg.checkpoints.layouts import WEIGHT_NAMES
 from ckptavg.declaration import AT_LEAST_1, CANDIDATES, MAIN, Help, Limit, check
+from ckptavg.errors import UsageError
 
 if TYPE_CHECKING:
     from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -24,6 +27,10 @@ def _filter(text: str, metavar: str, limit: Limit | None = None, panel: str = CA
 class Window:
     """Filters that select candidates; applied in the order of these attributes."""
 
+    component: Annotated[str | None, _filter(
+        "Which model of each step, such as unet or best.pth, where there are several.", "NAME")] = None  # fmt: skip
+    step_from: Annotated[str | None, _filter(
+        "Regular expression whose group is the training step in a name.", "REGEX")] = None  # fmt: skip
     include: Annotated[str | None, _filter("Only checkpoints whose name matches this glob.", "GLOB")] = None
     exclude: Annotated[str | None, _filter("No checkpoints whose name matches this glob.", "GLOB")] = None
     start: Annotated[int | None, _filter("First training step to use.", "STEP")] = None
@@ -33,9 +40,14 @@ class Window:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.step_from is not None:
+            try:
+                re.compile(self.step_from)
+            except re.error as error:
+                raise UsageError(f"--step-from {self.step_from} is no regular expression: {error}") from error
 
     def admits(self, name: str) -> bool:
-        """Return whether the globs accept ``name`` or one of its components."""
+        """Return whether the globs accept ``name``, a directory above it, or the name of one of these."""
         excluded = self.exclude is not None and _matches(name, self.exclude)
         return not excluded and (self.include is None or _matches(name, self.include))
 
@@ -48,4 +60,8 @@ class Window:
 
 
 def _matches(name: str, glob: str) -> bool:
-    return fnmatchcase(name, glob) or any(fnmatchcase(part, glob) for part in Path(name).parts)
+    path = PurePosixPath(name)
+    if len(path.parts) > 1 and path.name in WEIGHT_NAMES:
+        path = path.parent  # a usual name tells nothing
+    parts = (path, *path.parents[:-1])
+    return any(fnmatchcase(text, glob) for part in parts for text in (str(part), part.name))

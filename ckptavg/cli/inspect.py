@@ -30,7 +30,11 @@ def command(
     with open_for_inspection(ckpts, Window(**window), key, read_data=read_data) as found:
         rows = [facts(checkpoint) for checkpoint in found.checkpoints]
         if json:
-            print(Inspection(candidates=rows, left_out=found.left_out, warnings=found.warnings).to_json())
+            print(
+                Inspection(
+                    layout=found.layout, candidates=rows, left_out=found.left_out, warnings=found.warnings
+                ).to_json()
+            )
         else:
             _show(found, rows, quiet=quiet)
     if bad := sum(file.kind == "bad" for file in found.left_out):
@@ -44,6 +48,8 @@ def _show(found: Discovered, rows: Sequence[dict[str, Any]], *, quiet: bool) -> 
     from rich.filesize import decimal
     from rich.text import Text
 
+    from ckptavg.checkpoints.checkpoint import shortest_names
+    from ckptavg.checkpoints.inspection import left_out_lines
     from ckptavg.cli.terminal import console
     from ckptavg.report.layout import FittedTable
 
@@ -51,22 +57,22 @@ def _show(found: Discovered, rows: Sequence[dict[str, Any]], *, quiet: bool) -> 
     headings = ["candidate", "step", "format", "key", "tensors", "parameters", "dtype", "size"]
     if not any(row["key"] for row in rows):
         headings.remove("key")
+    names = shortest_names([checkpoint.path for checkpoint in found.checkpoints])
     cells = [
-        row | {"candidate": checkpoint.path.name, "key": checkpoint.key or "·", "parameters": f"{checkpoint.numel:,}"}
-        | {"size": decimal(checkpoint.size)}
-        for checkpoint, row in zip(found.checkpoints, rows, strict=True)
+        row | {"candidate": name, "key": checkpoint.key or "·", "parameters": f"{checkpoint.numel:,}"}
+        | {"size": decimal(checkpoint.size), "step": row["step"] if checkpoint.step_from else "?"}
+        for name, checkpoint, row in zip(names, found.checkpoints, rows, strict=True)
     ]  # fmt: skip
     lines = [[printable(str(row[heading])) for heading in headings] for row in cells]
     screen.print(FittedTable(title="", headings=headings, rows=lines, left=("format", "key", "dtype")))
     if quiet:
         return
     if found.checkpoints:
-        screen.print(Text(f"steps from {found.checkpoints[0].step_from}", style="dim"))
+        step_from = found.checkpoints[0].step_from
+        screen.print(Text(f"{found.layout}{f'; steps from {step_from}' if step_from else ''}", style="dim"))
     styles = {"bad": "red", "warning": "yellow"}
-    for file in found.left_out:
-        name = "" if file.kind == "bad" else f"{file.path.name}: "  # an error message starts with its file
-        text = Text(printable(f"left out {name}{file.reason}"), style=styles.get(file.kind, "dim"))
-        screen.print(text, soft_wrap=True)
+    for kind, line in left_out_lines(found.left_out):
+        screen.print(Text(printable(line), style=styles.get(kind, "dim")), soft_wrap=True)
     notes = (note for checkpoint in found.checkpoints for note in checkpoint.notes)
     for note in dict.fromkeys((*found.warnings, *notes)):
         screen.print(Text(printable(note), style="yellow"), soft_wrap=True)

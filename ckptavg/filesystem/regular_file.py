@@ -97,6 +97,29 @@ class RegularFile:
         self.close()
 
 
+class FilePart(RegularFile):
+    """Bytes ``start`` to ``start + size`` of ``file``; the file is not closed with it.
+
+    Reads outside of the part are refused, so damage never exposes bytes of a neighbouring part.
+    """
+
+    def __init__(self, file: RegularFile, start: int, size: int) -> None:
+        assert start >= 0 and start + size <= file.size
+        self.path = file.path
+        self.size = size
+        self._file = file
+        self._from = start
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """See `RegularFile`; ``offset`` counts from the start of the part."""
+        if offset < 0 or offset + len(out) > self.size:
+            raise InputError(f"is damaged: a part of {self.size} bytes should have {offset + len(out)}", path=self.path)
+        self._file.read_into(self._from + offset, out)
+
+    def close(self) -> None:
+        """Do nothing, because other parts of the file are still in use."""
+
+
 def is_folder(path: Path) -> bool:
     """Return True if ``path`` is a directory; False if it cannot be accessed, in which case opening it raises."""
     return os.path.isdir(path)  # noqa: PTH112  # Path.is_dir raises if permission is denied or the name is too long

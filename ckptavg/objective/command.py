@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -30,9 +31,11 @@ from ckptavg.objective.codecs import ScoreCodec, ScoreKey
 from ckptavg.objective.remembered import Remembered
 from ckptavg.objective.score_command import FailedRunError, RunningCommand, ScoreCommand
 from ckptavg.options import Options
-from ckptavg.output import hugging_face_folder
+from ckptavg.output import hugging_face_folder, loader_files
 from ckptavg.output.safetensors_file import SafetensorsFile
+from ckptavg.output.sharded_files import open_files
 from ckptavg.readers import StoredTensor
+from ckptavg.readers.sentence_transformers import MODULES
 from ckptavg.runtime import signals
 from ckptavg.score import Score, Split, valid
 
@@ -199,11 +202,17 @@ class CommandEvaluator:
             plan = plan_output(self._checkpoints, coefficients, dtype=dtype, mode="exact", rank=rank)
             specs, parts, config = plan.specs, plan.parts, plan.config
         try:
-            path = folder / hugging_face_folder.file_name(chosen[-1])
-            with SafetensorsFile(path, specs, {"format": "pt"}) as out:
+            with ExitStack() as stack:
+                if self._command.needs_directory:
+                    stack.enter_context(hugging_face_folder.created_folder(folder, loader_files.folders(chosen[-1])))
+                    out = stack.enter_context(open_files(folder, chosen[-1], specs, {"format": "pt"}))
+                else:
+                    path = folder / Path(loader_files.file_name(chosen[-1])).name
+                    out = stack.enter_context(SafetensorsFile(path, specs, {"format": "pt"}))
                 for part in parts:
                     out.write(*part)
                 out.commit()
+            path = out.path if out.path.parent == folder else folder / MODULES
             wanted = folder if self._command.needs_directory else None
             with hugging_face_folder.copies(chosen[-1], wanted, dtype_names(s.dtype for s in specs.values()), config):
                 step = str(chosen[0].step) if len(chosen) == 1 else ""

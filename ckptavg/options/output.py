@@ -17,7 +17,7 @@ class OutputOptions:
     """The options of the output."""
 
     output: Annotated[Path | str, Help(
-        MAIN, "File to write; a directory/ gets model.safetensors.",
+        MAIN, "File to write; a directory/ gets what its loader reads.",
         "A path that ends in / and an existing directory are directories.", "PATH", "-o", changes_measurements=False
     )] = "averaged.safetensors"  # the journal lies beside it  # fmt: skip
     force: Annotated[bool, Help(MAIN, "Replace an existing output or report.", changes_measurements=False)] = False

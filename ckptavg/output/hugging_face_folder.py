@@ -1,7 +1,8 @@
 """Copy the companion files of a Hugging Face model: config, tokenizer, processor."""
 
 import json
-from collections.abc import Callable, Generator, Mapping
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,12 +13,18 @@ from ckptavg.errors import InputError, OutputError, OutputExistsError
 from ckptavg.filesystem.atomic import flush_folder, write_bytes
 from ckptavg.filesystem.regular_file import is_file, is_folder
 from ckptavg.filesystem.strict_json import read_json
-from ckptavg.readers import StoredTensor, entries
+from ckptavg.output import loader_files
+from ckptavg.readers import StoredTensor, sentence_transformers, suffixes
+from ckptavg.readers.sentence_transformers import MODULES
 
 PATTERNS: Final = (
-    "config.json", "generation_config.json", "*_config.json", "preprocessor_config.json", "tokenizer*", "vocab*",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja", "modules.json",
+    "config.json", "*_config.json", "config_*.json",  # of generation, preprocessors, schedulers, sentence-transformers
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.spm",
+    "bpe.codes", "normalizer.json", "chat_template.json", "*.jinja", "additional_chat_templates/*", MODULES,
+    "policy_*processor*.json", "policy_*processor*.safetensors",  # LeRobot: statistics of the data
+    "configuration_*.py", "modeling_*.py", "tokenization_*.py", "*processing_*.py",  # a model's own code, never run
 )  # fmt: skip
+_NOT_COPIED: Final = ("*.pt", "*.pth", "*.pkl", "optimizer*", "training_args.bin")  # in a module's directory
 _CONFIGS: Final = ("config.json", "adapter_config.json")
 _HEADS: Final = ("lm_head", "embed_out", "output_layer", "cls.predictions.decoder")
 _EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in")
@@ -25,34 +32,36 @@ _EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "shared", "embed
 
 def check(folder: Path) -> None:
     """Raise OutputError if a directory holds a sharded model, whose index some loaders would prefer to the new file."""
-    for index in sorted(folder.glob("*.index.json")):
+    for index in sorted(folder.glob("*.index*.json")):
         message = "belongs to a sharded model that loaders would mix with the new file"
         raise OutputError(message, path=index, hint="choose an empty directory")
 
 
 @contextmanager
-def created_folder(folder: Path | None) -> Generator[None]:
-    """Create ``folder`` if it does not exist, and remove it again if the body fails."""
-    if folder is None or is_folder(folder):
+def created_folder(folder: Path | None, inside: Sequence[str] = ()) -> Generator[None]:
+    """Create ``folder`` and the directories ``inside`` if they do not exist; remove them again if the body fails."""
+    with ExitStack() as undo:
+        for path in [] if folder is None else [folder, *(folder / name for name in inside)]:
+            _create(path, undo)
         yield
+        undo.pop_all()
+
+
+def _create(folder: Path, undo: ExitStack) -> None:
+    """Create a directory if it does not exist, which ``undo`` removes again."""
+    if is_folder(folder):
         return
     try:
         folder.mkdir()
     except OSError as error:
         raise OutputError(f"cannot be created: {error.strerror}", path=folder) from error
-    try:
-        flush_folder(folder)
-        yield
-    except BaseException:
-        with suppress(OSError):  # it may contain files of other programs
-            folder.rmdir()
-        raise
+    undo.callback(_remove_folder, folder)
+    flush_folder(folder)
 
 
-def file_name(checkpoint: Checkpoint) -> str:
-    """Return the file name of the weights that the loader of an output directory expects."""
-    name = checkpoint.reader.path.name
-    return "adapter_model.safetensors" if name.startswith("adapter_model.") else "model.safetensors"
+def _remove_folder(path: Path) -> None:
+    with suppress(OSError):  # it may contain files of other programs
+        path.rmdir()
 
 
 def check_tied(
@@ -62,8 +71,9 @@ def check_tied(
 
     transformers would silently untie the model.
     """
-    config = _read_json(checkpoint.folder / "config.json")
-    parts: tuple[Any, ...] = (config, config.get("text_config"))
+    places = ["", *loader_files.folders(checkpoint)]
+    configs = [_read_json(checkpoint.folder / place / "config.json") for place in places]
+    parts: list[Any] = [part for config in configs for part in (config, config.get("text_config"))]
     if not any(isinstance(part, dict) and part.get("tie_word_embeddings") for part in parts):
         return
     heads = [name for name in specs if name.rpartition(".")[0].endswith(_HEADS) and name.endswith(".weight")]
@@ -99,16 +109,17 @@ def copies(
         yield []
         return
     source, copied = checkpoint.folder, list[str]()
+    written = MODULES if checkpoint.reader.format == sentence_transformers.NAME else ""  # with the weights
     with ExitStack() as undo:
-        for path in sorted(source / name for name in entries(source)):
-            wanted = is_file(path) and any(fnmatchcase(path.name, pattern) for pattern in PATTERNS)
-            exists = (target := folder / path.name).exists()
-            if not wanted or (exists and path.name not in _CONFIGS):
+        for name in _companions(checkpoint):
+            path, target = source / name, folder / name
+            exists = target.exists()
+            if name == written or (exists and path.name not in _CONFIGS):
                 continue
             try:
                 data = path.read_bytes()
             except OSError as error:
-                raise OutputError(f"cannot copy {path.name} here: {error.strerror}", path=folder) from error
+                raise OutputError(f"cannot copy {name} here: {error.strerror}", path=folder) from error
             if path.name == "config.json" and "," not in dtype:
                 config = _read_json(path)
                 if outdated := [key for key in ("dtype", "torch_dtype") if config.get(key, dtype) != dtype]:
@@ -116,6 +127,8 @@ def copies(
             if path.name == "adapter_config.json" and adapter is not None:
                 data = (json.dumps(adapter, indent=2, sort_keys=True) + "\n").encode()
             if not exists:
+                for inner in reversed(Path(name).parents):
+                    _create(folder / inner, undo)
                 undo.callback(target.unlink, missing_ok=True)
             elif _is_same(data, target):
                 continue
@@ -125,9 +138,26 @@ def copies(
             else:
                 undo.callback(write_bytes, target, target.read_bytes())
             write_bytes(target, data)
-            copied.append(path.name)
+            copied.append(name)
         yield copied
         undo.pop_all()
+
+
+def _companions(checkpoint: Checkpoint) -> list[str]:
+    """Return the files to copy, relative to the checkpoint's directory.
+
+    All that the directories of a model's modules have is copied, except weights and states of the training.
+    """
+    source, found = checkpoint.folder, list[str]()
+    for pattern in PATTERNS:
+        found += [path.relative_to(source).as_posix() for path in source.glob(pattern)]
+    for module in loader_files.folders(checkpoint):
+        unwanted = (*_NOT_COPIED, *(f"*{suffix}" for suffix in suffixes()))
+        for folder, _, names in os.walk(source / module):
+            inside = Path(folder).relative_to(source)
+            wanted = (name for name in names if not any(fnmatchcase(name, pattern) for pattern in unwanted))
+            found += [(inside / name).as_posix() for name in wanted]
+    return sorted({name for name in found if is_file(source / name)})
 
 
 def _is_same(data: bytes, file: Path) -> bool:

@@ -39,7 +39,7 @@ def metadata(
                 "step": checkpoint.step,
                 "key": checkpoint.key,
                 "coefficient": coefficient,
-                "sha256": {file.path.name: digest(file) for file in checkpoint.reader.files},
+                "sha256": {name: digest(file) for name, file in checkpoint.reader.named_files.items()},
             }
             for checkpoint, coefficient in selected
         ],

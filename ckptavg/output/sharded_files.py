@@ -1,80 +1,90 @@
-"""Write a model as several safetensors files and an index, in the layout of Hugging Face loaders."""
+"""Write a model as several safetensors files and an index, as `ckptavg.output.loader_files` divides it."""
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
-from ckptavg.errors import UsageError
+from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.filesystem.atomic import flush_folder, stale_temporaries, temporary_file
+from ckptavg.output import loader_files
 from ckptavg.output.destination import preflight
+from ckptavg.output.loader_files import Division
 from ckptavg.output.safetensors_file import SafetensorsFile
 from ckptavg.readers import StoredTensor
+from ckptavg.readers.sentence_transformers import MODULES
 from ckptavg.runtime.workers import ALONE, Workers
 
-INDEX: Final = "model.safetensors.index.json"
-_PATTERN: Final = "model{suffix}.safetensors"
+_INDEX: Final = re.compile(r"\.(.+\.index(?:\..+)?\.json)\.\d+\.ckptavg-tmp", re.DOTALL)
 
 
 class ShardedFiles:
-    """Several `ckptavg.output.safetensors_file.SafetensorsFile` that form one output, split by huggingface_hub."""
+    """Several `ckptavg.output.safetensors_file.SafetensorsFile` that form one output: shards, or a model's modules."""
 
     def __init__(
-        self, folder: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], largest: str,
+        self, folder: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], division: Division,
         *, force: bool = False, workers: Workers = ALONE,
     ) -> None:  # fmt: skip
-        """Reserve the space of all shards; other arguments and errors are those of `SafetensorsFile`.
+        """Reserve the space of all files; other arguments and errors are those of `SafetensorsFile`.
 
         Args:
-            folder: the output directory; it must exist.
-            largest: maximum size of a shard, such as ``5GB``.
-        Raises:
-            UsageError: if ``largest`` is not a size, or huggingface_hub is missing.
+            folder: the output directory; it must exist, and the directories of the files too.
+            division: the tensors of each file.
         """
-        self.path = folder / INDEX
-        self.sha256 = ""  # of the index, once published
-        workers.on_rank_zero(lambda: preflight(self.path, force))
-        split = split_names(specs, largest)
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        self._index = json.dumps(index, indent=2, sort_keys=True).encode()
-        self._file_of: Mapping[str, str] = split.tensor_to_filename
+        self._index = folder / division.index
+        self._content = division.content
+        self.path = folder if division.index == MODULES else self._index  # opened to read it
+        self.sha256 = ""  # once published: of the index of shards, or of the list of modules' files and their SHA-256
+        workers.on_rank_zero(lambda: preflight(self._index, force))
+        self._places: dict[str, tuple[str, str]] = {}  # name of a tensor → its file, and its name in it
         self._files: dict[str, SafetensorsFile] = {}
         with ExitStack() as stack:
-            for name, tensors in split.filename_to_tensors.items():
-                inside = {tensor: specs[tensor] for tensor in tensors}
-                shard = SafetensorsFile(folder / name, inside, metadata, force=force, workers=workers)
-                self._files[name] = stack.enter_context(shard)
+            for file, names in division.files.items():
+                self._places |= {name: (file, own) for name, own in names.items()}
+                inside = {own: specs[name] for name, own in names.items()}
+                shard = SafetensorsFile(folder / file, inside, metadata, force=force, workers=workers)
+                self._files[file] = stack.enter_context(shard)
             self._stack = stack.pop_all()
-        self.size = sum(file.size for file in self._files.values()) + len(self._index)  # of all files in bytes
+        self.size = sum(file.size for file in self._files.values()) + len(self._content)  # of all files in bytes
 
     def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
         """See `SafetensorsFile.write`."""
-        self._files[self._file_of[name]].write(name, offset, data)
+        file, own = self._places[name]
+        self._files[file].write(own, offset, data)
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         """See `SafetensorsFile.read_into`."""
-        self._files[self._file_of[name]].read_into(name, start, out)
+        file, own = self._places[name]
+        self._files[file].read_into(own, start, out)
 
     def barrier(self) -> None:
         """See `SafetensorsFile.barrier`."""
         for file in self._files.values():
             file.barrier()
 
+    def commit(self) -> None:
+        """See `SafetensorsFile.commit`."""
+        self.publish()
+
     def publish(self, metadata: Mapping[str, str] | None = None) -> None:
         """Rename all files, the index last: no loader finds a model without it; see `SafetensorsFile.publish`.
 
         The index is first written under a temporary name, in which `sweep` finds the shards that a killed run renamed.
         """
-        with temporary_file(self.path, self._index) as publish, ExitStack() as undo:
+        with temporary_file(self._index, self._content) as publish, ExitStack() as undo:
             for file in self._files.values():
                 file.publish(metadata)
                 undo.callback(file.path.unlink, missing_ok=True)
-            flush_folder(self.path)
+            for file in {file.path.parent: file for file in self._files.values()}.values():
+                flush_folder(file.path)
             publish()
             undo.pop_all()
-        self.sha256 = hashlib.sha256(self._index).hexdigest()
+        flush_folder(self._index)
+        digests = "".join(f"{file.sha256}  {name}\n" for name, file in sorted(self._files.items())).encode()
+        self.sha256 = hashlib.sha256(self._content if self.path == self._index else digests).hexdigest()
 
     def __enter__(self) -> Self:
         return self
@@ -83,29 +93,26 @@ class ShardedFiles:
         self._stack.close()
 
 
+def open_files(
+    folder: Path, like: Checkpoint, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str],
+    largest: str | None = None, *, force: bool = False, workers: Workers = ALONE,
+) -> SafetensorsFile | ShardedFiles:  # fmt: skip
+    """Open the files that the loader of ``folder`` expects; see `ckptavg.output.loader_files.division`."""
+    if division := loader_files.division(like, specs, largest):
+        return ShardedFiles(folder, specs, metadata, division, force=force, workers=workers)
+    return SafetensorsFile(folder / loader_files.file_name(like), specs, metadata, force=force, workers=workers)
+
+
 def sweep(folder: Path, name: str | None = None) -> None:
     """Remove leftovers of killed runs: temporary files, and shards whose index was not renamed.
 
     ``folder`` is the output directory or, with ``name``, the directory of an output file of that name.
     """
     for path in stale_temporaries(folder, name):
-        if name is None and path.name.startswith(f".{INDEX}.") and not (folder / INDEX).exists():
+        index = _INDEX.fullmatch(path.name)
+        if name is None and index and not (folder / index[1]).exists():
             with suppress(OSError, ValueError, AttributeError):  # may be incomplete if no shard was renamed yet
                 for shard in set(json.loads(path.read_bytes())["weight_map"].values()):
                     (folder / Path(shard).name).unlink(missing_ok=True)
         with suppress(OSError):
             path.unlink()
-
-
-def split_names(specs: Mapping[str, StoredTensor], largest: str) -> Any:
-    """Return huggingface_hub's StateDictSplit; for errors see `ShardedFiles`."""
-    try:
-        from huggingface_hub import split_state_dict_into_shards_factory  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UsageError("--max-shard-size needs huggingface_hub", hint="pip install 'ckptavg[hf]'") from error
-    try:
-        return split_state_dict_into_shards_factory(
-            dict(specs), get_storage_size=lambda spec: spec.nbytes, filename_pattern=_PATTERN, max_shard_size=largest
-        )
-    except ValueError as error:
-        raise UsageError(f"--max-shard-size {largest} is not a size such as 5GB or 500MB") from error

@@ -1,7 +1,6 @@
 """Checks before a run: output, disk space and strategy settings; also the plan of a dry run."""
 
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 
@@ -12,16 +11,16 @@ from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import Discovered
 from ckptavg.errors import OutputError, OutputExistsError, UsageError, counted
 from ckptavg.filesystem import atomic
-from ckptavg.filesystem.regular_file import is_folder
+from ckptavg.filesystem.regular_file import is_file, is_folder
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
-from ckptavg.output import dcp_folder, hugging_face_folder, sharded_files
+from ckptavg.output import dcp_folder, hugging_face_folder, loader_files, sharded_files
 from ckptavg.output.destination import check_suffix, preflight
+from ckptavg.readers import sentence_transformers
+from ckptavg.readers.sentence_transformers import MODULES
 from ckptavg.score import Split
 from ckptavg.strategies import name_of
-
-_OUTPUT_PREFIXES: Final = ("model", "adapter_model")  # prefixes of the files written into an output directory
 
 
 def check_format(options: Options) -> None:
@@ -44,13 +43,24 @@ def check_output(options: Options) -> None:
 
 
 def check_sources(found: Discovered, options: Options) -> None:
-    """Refuse an output that would overwrite a candidate."""
+    """Refuse an output that would overwrite a candidate, or files that no loader reads as they are meant."""
     path, folder = options.destination
-    path, folder = path.resolve(), folder and folder.resolve()
+    like = found.checkpoints[-1]
+    places = [(folder / name).resolve() for name in ("", *loader_files.folders(like))] if folder else []
     for file in (file for checkpoint in found.checkpoints for file in checkpoint.reader.files):
-        inside = folder is not None and file.path.parent.resolve() == folder
-        if file.path.resolve() == path or (inside and file.path.name.startswith(_OUTPUT_PREFIXES)):
+        inside = file.path.parent.resolve() in places and file.path.name.startswith(loader_files.STEMS)
+        if file.path.resolve() == path.resolve() or inside:
             raise OutputExistsError("is one of the candidates", path=file.path, hint="choose another -o")
+    if folder is None:
+        return
+    name = MODULES if like.reader.format == sentence_transformers.NAME else loader_files.file_name(like)
+    largest = options.max_shard_size
+    shards = largest and loader_files.division(like, output_specs(like, options.dtype), largest)
+    if is_folder(folder):
+        preflight(folder / name, options.force)
+        if shards and is_file(folder / name):
+            hint = "remove it, or choose another -o"
+            raise OutputError("loaders would prefer it to the shards", path=folder / name, hint=hint)
 
 
 def check_space(first: Checkpoint, options: Options) -> None:
@@ -97,8 +107,9 @@ def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[st
         n=n, elements=elements, size=4 * elements, gradient=4 * elements,
         group_size=options.group_size, offload=options.offload, device=device,
     ).at(options.bits)  # fmt: skip
+    path, folder = options.destination
     return [
         f"would read {counted(n, 'candidate')} of {first.size:,} bytes and "
-        f"write {written:,} bytes to {options.destination[0]}",
+        f"write {written:,} bytes to {folder / loader_files.file_name(checkpoints[-1]) if folder else path}",
         f"memory for learning with a float32 model: {memory}",
     ]

@@ -22,6 +22,7 @@ from ckptavg.strategies import strategies
 from ckptavg.strategies.twa import TWA
 
 _UNIFORM: Final = ("aswa", "best", "sewa", "soup")  # strategies that choose a subset and average it with equal weights
+_MAX_PARTS: Final = 64  # of a source's name
 _SAME: Final = 1e-12  # relative difference of equal coefficients; powers may differ by an ulp between machines
 
 
@@ -149,19 +150,19 @@ def _are_texts(value: Any) -> bool:
 
 
 def _is_source_name(value: Any) -> bool:
-    """Return whether ``value`` is a name of `Checkpoint`: ``FILE``, ``DIRECTORY`` or ``DIRECTORY/FILE``."""
+    """Return whether ``value`` is a name of `Checkpoint`: a relative path without ``..``."""
     if not isinstance(value, str) or "\0" in value:
         return False
     parts = PurePath(value).parts
-    return len(parts) in (1, 2) and "/".join(parts) == value and not {"..", "/"} & set(parts)
+    return 0 < len(parts) <= _MAX_PARTS and "/".join(parts) == value and not {"..", "/"} & set(parts)
 
 
 def _are_digests(value: Any) -> bool:
-    """Return whether ``value`` maps bare file names to digests, or each of them to an empty text."""
+    """Return whether ``value`` maps files of a checkpoint to digests, or each of them to an empty text."""
     return (
         isinstance(value, dict)
         and len(value) > 0
-        and all(_is_source_name(name) and "/" not in name for name in value)
+        and all(map(_is_source_name, value))
         and all(isinstance(digest, str) and re.fullmatch("(?:[0-9a-f]{64})?", digest) for digest in value.values())
     )
 

@@ -208,8 +208,9 @@ def _with_steps(sources: Sequence[Source], checkpoints: Sequence[Checkpoint]) ->
     steps = [source.step for source in sources]
     pairs = list(zip(checkpoints, steps, strict=True))
     kinds = [kind for kind in checkpoints[0].steps if all(c.steps.get(kind) == step for c, step in pairs)]
-    in_order_given = not any(checkpoint.steps for checkpoint in checkpoints)
-    if not kinds and not in_order_given:
+    in_order_given = not kinds and not set.intersection(*(set(checkpoint.steps) for checkpoint in checkpoints))
+    by_pattern = all(step in checkpoint.steps.values() for checkpoint, step in pairs)
+    if not kinds and not in_order_given and not by_pattern:
         odd, step = next(((c, step) for c, step in pairs if step not in c.steps.values()), pairs[0])
         actual = " or ".join(map(str, sorted(set(odd.steps.values())))) or "unknown"
         raise InputError(f"its step is {actual}, but the metadata has {step}", path=odd.path)
@@ -248,21 +249,23 @@ def _locate(source: Source, folder: Path, output: Path) -> Checkpoint:
 
 
 def _places(name: Path, folder: Path) -> Iterator[CheckpointPath]:
-    """Yield the paths under ``folder`` that a checkpoint called ``name``, or its directory and its file, can have."""
-    outer, *inner = name.parts
-    if inner and folder.resolve().name == outer and os.path.lexists(folder / inner[0]):
-        yield CheckpointPath(path=folder, weights=folder / inner[0], name=outer, order=0, explicit=True)
-    for parent, folders, files in os.walk(folder):
-        path = Path(parent) / outer
-        weights = path.joinpath(*inner)
-        if outer in (folders if inner else folders + files) and os.path.lexists(weights):
-            yield CheckpointPath(path=path, weights=weights, name=outer, order=0, explicit=True)
+    """Yield the paths under ``folder`` that end in ``name``, which may begin with the last parts of ``folder``."""
+    own = folder.resolve().parts
+    roots = [folder.joinpath(*name.parts[i:]) for i in range(1, len(name.parts)) if own[-i:] == name.parts[:i]]
+    roots += [Path(parent) / name for parent, *_ in os.walk(folder)]
+    for weights in filter(os.path.lexists, roots):
+        depth = len(name.parts) - 1
+        path = weights.parent if depth and not is_folder(weights) else weights
+        yield CheckpointPath(
+            path=path, weights=weights, name=str(name), order=0, explicit=True,
+            folder=weights.parents[depth - 1] if depth else None,
+        )  # fmt: skip
 
 
 def _open(place: CheckpointPath, source: Source) -> Checkpoint:
     checkpoint = open_checkpoint(place, source.key, allow_nonfinite=True)
     try:
-        files = {file.path.name: file for file in checkpoint.reader.files}
+        files = checkpoint.reader.named_files
         if odd := sorted(files.keys() ^ source.sha256.keys()):
             what = "is not a file of the checkpoint" if odd[0] in source.sha256 else "has no digest in the metadata"
             raise InputError(f"its file {odd[0]} {what}", path=place.path)

@@ -21,10 +21,10 @@ from ckptavg.filesystem.sha256 import hash_while_reading
 from ckptavg.journal.tensor_json import raw
 from ckptavg.objective import Strategy
 from ckptavg.options import Options
-from ckptavg.output import hugging_face_folder, provenance
+from ckptavg.output import hugging_face_folder, loader_files, provenance
 from ckptavg.output.dcp_folder import DcpFolder
 from ckptavg.output.safetensors_file import SafetensorsFile
-from ckptavg.output.sharded_files import ShardedFiles, split_names
+from ckptavg.output.sharded_files import ShardedFiles, open_files
 from ckptavg.pipeline.exact_adapter import factor_note
 from ckptavg.pipeline.session import Session
 from ckptavg.readers import StoredTensor
@@ -63,8 +63,6 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
     specs, selected = plan.specs, [checkpoints[i] for i in coefficients.selected]
     used = checkpoints if evaluator else selected
     path, folder = options.destination
-    if folder:
-        path = folder / hugging_face_folder.file_name(selected[-1])
     recomputed = sorted(set(evaluator.statistics) & specs.keys()) if evaluator else []
     dtype = dtype_names(spec.dtype for spec in specs.values())
     describe = partial(
@@ -78,8 +76,10 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
     placeholder = "0" * 64 if options.digests else ""
     scores: Mapping[Split, Score] = {}
     with (
-        hugging_face_folder.created_folder(folder if workers.is_rank_zero else None),
-        _open_output(path, specs, describe(lambda _: placeholder), options, checkpoints[0]) as out,
+        hugging_face_folder.created_folder(
+            folder if workers.is_rank_zero else None, loader_files.folders(selected[-1])
+        ),
+        _open_output(path, specs, describe(lambda _: placeholder), options, selected[-1]) as out,
         hash_while_reading(files, min(torch.get_num_threads(), processors())) as digest,
     ):
         _stream(plan, out, this.run.progress)
@@ -144,11 +144,11 @@ def _stream(plan: PlannedOutput, out: _File, progress: Progress) -> None:
 def _open_output(
     path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], options: Options, like: Checkpoint
 ) -> _File:
-    """Open the output: a DCP directory, several shards if it exceeds ``--max-shard-size``, or one file."""
+    """Open the output: a DCP directory, several files as its loader expects them, or one file."""
     if options.format == "dcp":
         key = like.key if like.reader.format == "dcp" else ""  # loads under the same key as the candidates
         return DcpFolder(path, specs, metadata, key=key, force=options.force, workers=options.workers)
-    if options.max_shard_size is not None and len(split_names(specs, options.max_shard_size).filename_to_tensors) > 1:
-        largest, path = options.max_shard_size, path.parent
-        return ShardedFiles(path, specs, metadata, largest, force=options.force, workers=options.workers)
+    if folder := options.destination[1]:
+        shard = options.max_shard_size
+        return open_files(folder, like, specs, metadata, shard, force=options.force, workers=options.workers)
     return SafetensorsFile(path, specs, metadata, force=options.force, workers=options.workers)

@@ -11,7 +11,7 @@ import os
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -27,6 +27,7 @@ ITEM_SIZE: Final[Mapping[str, int]] = {
 }  # fmt: skip
 HEAD_SIZE: Final = 4096
 MAX_RANK: Final = 64
+_SEPARATOR: Final = "\0"  # between a part and a record of it; no file name contains it
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,22 @@ class Refused:
     """A tensor that cannot be read, such as a sparse one, with the reason; an error only if the model contains it."""
 
     reason: str
+
+
+class NotACheckpointError(InputError):
+    """File of a known kind that holds no checkpoint; ``reason`` continues a sentence that starts with its name."""
+
+    def __init__(self, reason: str, path: Path, *, hint: str | None = None) -> None:
+        super().__init__(reason, path=path, hint=hint)
+        self.reason = reason
+
+
+class ModuleState(dict[str, "Node"]):
+    """State dict of a pickled ``nn.Module``; ``name`` is the dotted name of its class."""
+
+    def __init__(self, name: str, tensors: Mapping[str, "Node"]) -> None:
+        super().__init__(tensors)
+        self.name = name
 
 
 Node: TypeAlias = "StoredTensor | Refused | Mapping[str, Node] | Sequence[Node] | str | int | float | bool | None"
@@ -88,6 +105,12 @@ class Reader:
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])  # safetensors' ``__metadata__``
     notes: tuple[str, ...] = ()  # remarks about the file for the user
 
+    @property
+    def named_files(self) -> Mapping[str, RegularFile]:
+        """Its files by their paths relative to the directory that was opened, or that the opened file is in."""
+        folder = self.path if is_folder(self.path) else self.path.parent
+        return {file.path.relative_to(folder).as_posix(): file for file in self.files}
+
     def close(self) -> None:
         """Close the files; safe to call twice."""
         for file in self.files:
@@ -103,6 +126,21 @@ def flat_reader(
         file.read_into(data + tensor.offset + start * ITEM_SIZE[tensor.dtype], out)
 
     return Reader(path=file.path, format=format, tree=tree, files=(file,), read_into=read_into, metadata=metadata or {})
+
+
+def within(part: str, tensor: StoredTensor) -> StoredTensor:
+    """Return a tensor of the reader ``part`` as one of the reader that joins several; see `joined`."""
+    return replace(tensor, record=f"{part}{_SEPARATOR}{tensor.record}")
+
+
+def joined(readers: Mapping[str, Reader]) -> Callable[[StoredTensor, int, memoryview], None]:
+    """Return the `Reader.read_into` of tensors that `within` gave, by the names of their readers."""
+
+    def read_into(tensor: StoredTensor, start: int, out: memoryview) -> None:
+        part, record = tensor.record.split(_SEPARATOR, 1)
+        readers[part].read_into(replace(tensor, record=record), start, out)
+
+    return read_into
 
 
 @dataclass(frozen=True)
@@ -191,21 +229,24 @@ def open_reader(path: Path) -> Reader:
             gc.enable()
 
 
+def foreign_kind(head: bytes) -> str | None:
+    """Describe a file that starts with ``head`` and has a kind that is known, but not read; None for any other."""
+    for magic, what in (
+        (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
+        (b"<", "is a web page or XML, not a checkpoint; was the download refused?"),
+        (b"\x89HDF", "is an HDF5 file (Keras), which is not supported"),
+        (b"\x80", "is a pickle with no zip around it (torch < 1.6, or no checkpoint); save it again with torch ≥ 1.6"),
+        (b"\x1f\x8b", "is a gzip archive; unpack it first: gzip -dc < FILE > NEW_FILE"),
+    ):  # fmt: skip
+        if head.lstrip().startswith(magic):
+            return what
+    return None
+
+
 def _unknown(head: bytes) -> str:
     """Describe a file that starts with ``head`` and that no format claims."""
     if not head:
         return "file is empty (0 bytes)"
     if len(head) < 9:
         return f"file is truncated: {len(head)} bytes present, too few for any format (still being written?)"
-    for magic, what in (
-        (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
-        (b"<", "is a web page or XML, not a checkpoint; was the download refused?"),
-        (b"\x89HDF", "is an HDF5 file (Keras), which is not supported"),
-        (b"\x80", "is a pickle with no zip around it (torch < 1.6, or no checkpoint); save it again with torch ≥ 1.6"),
-        (b"\x1f\x8b", "is a gzip archive; unpack it first"),
-    ):  # fmt: skip
-        if head.lstrip().startswith(magic):
-            return what
-    if b"ustar" in head[257:263]:
-        return "is a tar archive (torch < 0.4 or NeMo); unpack it or save it again with torch ≥ 1.6"
-    return f"is not a checkpoint in a known format (it starts with {head[:8].hex(' ')})"
+    return foreign_kind(head) or f"is not a checkpoint in a known format (it starts with {head[:8].hex(' ')})"

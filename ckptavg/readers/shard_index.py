@@ -2,17 +2,15 @@
 
 import os
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from ckptavg.errors import InputError
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.filesystem.strict_json import strict_json
-from ckptavg.readers import Format, Node, Reader, StoredTensor, claim, open_reader
+from ckptavg.readers import Format, Node, Reader, StoredTensor, claim, joined, open_reader, within
 
 MAX_INDEX: Final = 64 << 20
-_SEPARATOR: Final = "\0"  # between shard and record; no file name contains it
 
 
 def _open(file: RegularFile) -> Reader:
@@ -26,21 +24,16 @@ def _open(file: RegularFile) -> Reader:
             tensor = shards[shard].tree.get(name)
             if not isinstance(tensor, StoredTensor):
                 raise InputError(f"the index places it in {shard}, which does not have it", path=path, tensor=name)
-            tree[name] = replace(tensor, record=f"{shard}{_SEPARATOR}{tensor.record}")
+            tree[name] = within(shard, tensor)
         for shard, reader in shards.items():
             for name, node in reader.tree.items():
                 if isinstance(node, StoredTensor) and weight_map.get(name) != shard:
                     raise InputError(f"is in {shard}, but the index does not place it there", path=path, tensor=name)
         on_error.pop_all()
-
-    def read_into(tensor: StoredTensor, start: int, out: memoryview) -> None:
-        shard, record = tensor.record.split(_SEPARATOR, 1)
-        shards[shard].read_into(replace(tensor, record=record), start, out)
-
     first = next(iter(shards.values()))
     files = (file, *(part for reader in shards.values() for part in reader.files))
     name = f"{first.format}, {len(shards)} shards"
-    return Reader(path=path, format=name, tree=tree, files=files, read_into=read_into, metadata=first.metadata)
+    return Reader(path=path, format=name, tree=tree, files=files, read_into=joined(shards), metadata=first.metadata)
 
 
 def _open_shard(index: Path, shard: str) -> Reader:

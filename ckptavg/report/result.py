@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ckptavg.checkpoints.listing import LeftOut
+from ckptavg.checkpoints.components import LeftOut
 from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.cost import Cost
 from ckptavg.report.display import Report
@@ -264,8 +264,12 @@ class Evaluation(Report):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Inspection(Report):
-    """The candidates in training order, and the files left out; see `ckptavg.checkpoints.inspection`."""
+    """The candidates in training order, and the files left out; see `ckptavg.checkpoints.inspection`.
 
+    ``layout`` says what the directories are taken for, such as ``Accelerate save_state, 12 steps, component unet``.
+    """
+
+    layout: str
     candidates: Sequence[Mapping[str, Any]]
     left_out: Sequence[LeftOut]
     warnings: Sequence[str]

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from ckptavg.checkpoints.checkpoint import shortest_names
 from ckptavg.cost import Cost
 from ckptavg.errors import counted, printable
 from ckptavg.report import evaluation, landscape
@@ -39,8 +40,10 @@ def summary(report: Report) -> Group:
         return Group(*_verdict(report), *_written(report))
     if isinstance(report, Inspection):
         columns = ("step", "format", "parameters", "dtype")
+        names = shortest_names([Path(row["path"]) for row in report.candidates])
         rows = [
-            {"candidate": Path(row["path"]).name} | {name: row[name] for name in columns} for row in report.candidates
+            {"candidate": shown} | {name: row[name] for name in columns}
+            for shown, row in zip(names, report.candidates, strict=True)
         ]
         return Group(
             _rows(f"{counted(len(rows), 'candidate')}, {counted(len(report.left_out), 'file')} left out", rows)
@@ -87,12 +90,13 @@ def _candidates(result: Result) -> Iterator[RenderableType]:
     recomputed = f", {RECOMPUTED}" if figures and result.output is not None and result.output.recomputed else ""
     rows: list[list[str]] = []
     chosen: list[bool] = []
-    for candidate in result.candidates:
+    names = shortest_names([candidate.path for candidate in result.candidates])
+    for name, candidate in zip(names, result.candidates, strict=True):
         coefficients = _coefficients(candidate)
         chosen.append(result.output is not None and candidate.coefficient != 0)
         several = f" … {max(coefficients):.3f}" if len(coefficients) > 1 else ""
         rows.append([
-            candidate.path.name,
+            name,
             str(candidate.step),
             *(_cell(candidate.columns.get(name)) for name in columns),
             *(_cell(candidate.score and candidate.score.figures.get(name)) for name in figures),

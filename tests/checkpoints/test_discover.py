@@ -286,10 +286,17 @@ def test_several_runs_are_ordered_by_step_and_then_run(tmp_path: Path):
     ]  # fmt: skip
 
 
-def test_a_repeated_step_in_a_run_gives_a_warning(tmp_path: Path):
-    save(tmp_path / "step-1.safetensors", 1)
-    save(tmp_path / "step-1-ema.safetensors", 2)
-    assert "occurs more than once" in discover([tmp_path]).warnings[0]
+def test_two_files_of_one_step_are_refused_and_each_kind_can_be_chosen(tmp_path: Path):
+    for step in (1, 2):
+        save(tmp_path / f"step-{step}.safetensors", step)
+        save(tmp_path / f"step-{step}-b.safetensors", step + 2)
+    with pytest.raises(
+        InputError, match=r"two files of step 1: step-\*\.safetensors \(2\), step-\*-b\.safet"
+    ) as caught:
+        discover([tmp_path])
+    assert caught.value.hint == "choose with --exclude 'step-*-b.safetensors' or --include 'step-*-b.safetensors'"
+    assert "two files of step 1" in discover([tmp_path], bad="list").warnings[0]
+    assert len(discover([tmp_path], Window(exclude="step-*-b.safetensors")).checkpoints) == 2
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,15 @@ from ckptavg.filesystem import atomic, lock
 from ckptavg.filesystem.atomic import write_bytes
 from ckptavg.journal import Journal
 from ckptavg.output import safetensors_file
+from ckptavg.output.loader_files import shards
 from ckptavg.output.safetensors_file import SafetensorsFile
-from ckptavg.output.sharded_files import INDEX, ShardedFiles, sweep
+from ckptavg.output.sharded_files import ShardedFiles, sweep
 from ckptavg.readers import StoredTensor, open_reader
 from faults import power
 
 DRAWS = 25  # states of the disk per moment
 SPECS = {name: StoredTensor("F32", (300,), "", 0) for name in ("a", "b", "c", "d")}
+INDEX = "model.safetensors.index.json"
 OLD = b"precious"
 
 
@@ -97,7 +99,7 @@ def test_an_index_is_never_there_before_its_shards(tmp_path: Path, tally: Counte
     disk, rng = tmp_path / "disk", random.Random(0)
     disk.mkdir()
     with power.recorded(disk, atomic, safetensors_file) as recorder:
-        with ShardedFiles(disk, SPECS, {}, "3KB") as out:
+        with ShardedFiles(disk, SPECS, {}, shards(SPECS, "3KB")) as out:
             for number, (name, spec) in enumerate(SPECS.items(), 1):
                 out.write(name, 0, bytes([number]) * spec.nbytes)
             out.publish()
@@ -114,7 +116,7 @@ def test_an_index_is_never_there_before_its_shards(tmp_path: Path, tally: Counte
 
 
 def test_shards_whose_index_never_got_its_name_are_swept(tmp_path: Path):
-    with pytest.raises(KeyboardInterrupt), ShardedFiles(tmp_path, SPECS, {}, "3KB") as out:
+    with pytest.raises(KeyboardInterrupt), ShardedFiles(tmp_path, SPECS, {}, shards(SPECS, "3KB")) as out:
         for name, spec in SPECS.items():
             out.write(name, 0, bytes(spec.nbytes))
         raise KeyboardInterrupt

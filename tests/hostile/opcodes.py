@@ -79,6 +79,12 @@ def good() -> dict[str, bytes]:
     return {"weight": tensor((2, 3), (3, 1), storage("0", 6)), "bias": tensor((2,), (1,), storage("1", 2))}
 
 
+def module(modules: bytes = b"}", parameters: bytes = b"}", buffers: bytes = b"}", *, state: bytes = b"") -> bytes:
+    """An ``nn.Module``, memorized under the next free number before its state is set."""
+    tables = {"_parameters": parameters, "_buffers": buffers, "_modules": modules}
+    return name("net.Net") + b")\x81\x94" + (state or mapping(tables)) + b"b"
+
+
 CALLS: dict[str, tuple[bytes, ...]] = {
     "os.system": (text(COMMAND),),
     "posix.system": (text(COMMAND),),

@@ -32,7 +32,17 @@ def state(items: Mapping[str, bytes] | None = None) -> bytes:
 
 def cases() -> Iterator[Case]:
     """Return all cases."""
-    yield from (*_cut(), *_archives(), *_bombs(), *_pickles(), *_tensors(), *_payloads(), *_legacy())
+    yield from (
+        *_cut(),
+        *_archives(),
+        *_bombs(),
+        *_pickles(),
+        *_modules(),
+        *_tensors(),
+        *_payloads(),
+        *_legacy(),
+        *_inside(),
+    )
 
 
 def _parts(pickle: bytes, records: Mapping[str, bytes], extra: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -245,6 +255,48 @@ def _pickles() -> Iterator[Case]:
             yield _case(f"pickle-{name}", archive(body), message)
 
 
+def _modules() -> Iterator[Case]:
+    weight = op.mapping(op.good())
+    shared = op.module(parameters=weight)
+    for index in range(60, 0, -1):  # each module holds the next one twice
+        shared = op.module(b"}(" + op.text("a") + shared + op.text("b") + b"h%cu" % index)
+    deep = op.module(parameters=weight)
+    for _ in range(70):
+        deep = op.module(op.mapping({"a": deep}))
+    long = op.module(
+        op.mapping({"x" * 4000: op.module(parameters=op.mapping({f"{i}": b"h\x00" for i in range(50_000)}))})
+    )
+    for name, body, message in (
+        ("inside-itself", op.module(op.mapping({"a": b"h\x00"}), weight), "a: is a net.Net that contains itself"),
+        ("inside-its-child", op.module(op.mapping({"a": op.module(op.mapping({"b": b"h\x00"}))})), "a.b: .*itself"),
+        ("shared", shared, "counted at each use"),
+        ("nested", deep, "nested more than 64 deep"),
+        ("many", op.mapping({"a": b"](" + op.module() * 100_000 + b"e"}), "no model found"),
+        ("long-names", op.good()["weight"] + b"\x94" + b"0" + long, "counted at each use|name must have"),
+        ("name-a-number", op.module(b"}K\x01" + op.module() + b"s"), "1: .*name"),
+        ("weight-a-number", op.module(parameters=op.mapping({"a": b"K\x01"})), "a: is a int, not a plain tensor"),
+        ("weight-named-by-a-number", op.module(parameters=b"}K\x01" + op.good()["weight"] + b"s"), "1: its key"),
+        ("two-of-a-name", op.module(op.mapping({"a": op.module(parameters=weight)}),
+                                    op.mapping({"a.weight": op.good()["bias"]})), "a.weight: two keys have this name"),
+        ("control-name", op.module(op.mapping({"\x1b[1m": op.module(parameters=weight)})), "name must have"),
+        ("child-a-number", op.module(op.mapping({"a": b"K\x01"})), "a: is a int whose weights are not visible"),
+        ("child-a-script", op.module(op.mapping({"a": op.name("torch.jit.ScriptModule") + b")\x81"})),
+         "a: is a torch.jit.ScriptModule whose weights are not visible"),
+        ("tables-a-list", op.module(b"]"), "is a net.Net whose weights are not visible"),
+        ("state-a-list", op.module(state=b"]"), "is a net.Net whose weights are not visible"),
+        ("transient-nested", op.module(state=op.mapping({
+            "_parameters": weight, "_modules": b"}", "_buffers": b"}", "_non_persistent_buffers_set": b"]]a"})), None),
+    ):  # fmt: skip
+        more = {"code": 0, "inspect": 0} if message is None else {}
+        yield _case(f"module-{name}", archive(op.program(body, 4)), message or "wrote", **more)
+    yield _case(
+        "module-payload",
+        archive(op.program(op.module(parameters=op.mapping({"weight": op.SHAPES["reduce"]})), 4)),
+        r"weight: is a os\.system",
+        payload=True,
+    )
+
+
 def _tensors() -> Iterator[Case]:
     of = op.storage("0", 6)
     views = {
@@ -343,6 +395,48 @@ def _legacy() -> Iterator[Case]:
             target.addfile(info, io.BytesIO(op.program(run)))
     tar = buffer.getvalue()
     yield _case("legacy-tar", tar, "is a tar archive", payload=True)
-    yield _case("legacy-tar-cut", tar[:700], "is a tar archive", payload=True)
+    yield _case("legacy-tar-cut", tar[:700], "file is truncated: 700 bytes", payload=True)
     yield _case("legacy-tar-gz", gzip.compress(tar), "is a gzip archive", payload=True, name=".pth")
-    yield _case("nemo", tar, "is a tar archive", payload=True, name=".ckpt")
+    yield _case("tar-of-torch-0.3", tar, "is a tar archive without model_weights", payload=True, name=".ckpt")
+
+
+def _inside() -> Iterator[Case]:
+    """Torch files inside zip and tar archives."""
+    run, good = archive(op.program(op.SHAPES["reduce"])), state()
+
+    def tar(*members: tuple[str, bytes], size: int | None = None, kind: bytes = b"0") -> bytes:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as target:
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                info.size, info.type = len(content) if size is None else size, kind
+                target.addfile(info, io.BytesIO(content) if size is None else None)
+        return buffer.getvalue()
+
+    def zipped(content: bytes = good, *more: Entry, name: str = "policy.pth", **change: Any) -> bytes:
+        return zip_bytes([Entry("data", b"{}"), Entry(name, content, change, change), *more])
+
+    deflated = io.BytesIO()
+    with zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as target:
+        target.writestr("policy.pth", bytes(64 << 20))
+    weights = "model_weights.ckpt"
+    for name, content, message in (
+        ("zip-payload", zipped(run), r"os\.system"),
+        ("zip-cut", zipped(good[:-1]), "file is truncated"),
+        ("zip-in-a-zip", zipped(zipped()), "is a zip archive, but not of torch.save"),
+        ("zip-of-two", zipped(good, Entry("x/policy.pth", good)), "is a zip archive of 2 checkpoints"),
+        ("zip-deflated", deflated.getvalue(), "policy.pth in it is compressed"),
+        ("zip-encrypted", zipped(flags=1), "policy.pth is encrypted"),
+        ("zip-sizes-differ", zipped(size=9), "contradicts itself"),
+        ("zip-too-large", zipped(size=10**9, stored=10**9), "beyond the end of the records"),
+        ("zip-of-another", zip_bytes([Entry("data", b"{}"), Entry("policy.pth", good, {"offset": 0})]), "do not agree"),
+        ("zip-named-by-controls", zipped(good[:-1], name="\x1b[1m\n.pth"), "file is truncated"),
+        ("tar-payload", tar((weights, run)), r"os\.system"),
+        ("tar-twice", tar((weights, good), (f"./{weights}", good)), "has 2 entries of model_weights.ckpt"),
+        ("tar-too-large", tar((weights, b""), size=10**9), "beyond its end"),
+        ("tar-a-link", tar((weights, b""), kind=tarfile.SYMTYPE), "not one file"),
+        ("tar-large-attributes", tar(("a", bytes(70_000)), kind=tarfile.XHDTYPE), "has attributes of 70000 bytes"),
+        ("tar-of-10001", tar(*[("a", b"")] * 10_001), "has more than 10000 entries"),
+        ("tar-in-a-tar", tar((weights, tar((weights, good)))), "not a checkpoint|zip|truncated"),
+    ):
+        yield _case(f"inside-{name}", content, message, payload="payload" in name)

@@ -36,7 +36,8 @@ def val_dataloader():
 """
 # a value other than the default, and whether the option may need a folder as output
 FREE: dict[str, list[Any]] = {
-    "task_timeout": [100], "score_timeout": [5], "include": ["*"], "exclude": ["zzz"], "start": [0], "stop": [99],
+    "task_timeout": [100], "score_timeout": [5], "component": ["x.pt"], "step_from": [r"(\d+)"],
+    "include": ["*"], "exclude": ["zzz"], "start": [0], "stop": [99],
     "every": [1], "output": ["elsewhere"], "force": [], "never_worse": [], "max_shard_size": ["5GB"],
     "format": ["dcp"], "device": ["cpu"], "parallel": ["batches"], "skip_bad": [], "wait_stable": [0], "dry_run": [],
     "resume": ["--no-resume"], "keep_journal": [], "baselines": ["--no-baselines"], "digests": ["--no-digests"],
@@ -66,8 +67,10 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "ckpts").mkdir()
     for step in range(1, 5):
         torch.manual_seed(step)
-        torch.save({"state_dict": torch.nn.Linear(3, 2).state_dict()}, tmp_path / "ckpts" / f"step-{step}.pt")
-        os.utime(tmp_path / "ckpts" / f"step-{step}.pt", (0, 0))
+        file = tmp_path / "ckpts" / f"step-{step}" / "x.pt"
+        file.parent.mkdir()
+        torch.save({"state_dict": torch.nn.Linear(3, 2).state_dict()}, file)
+        os.utime(file, (0, 0))
     (tmp_path / "task.py").write_text(TASK)
     (tmp_path / "other.py").write_text(TASK + "x = 1\n")
     return tmp_path

@@ -27,8 +27,9 @@ from ckptavg.filesystem import atomic
 from ckptavg.filesystem.atomic import stale_temporaries, write_bytes
 from ckptavg.output import safetensors_file
 from ckptavg.output.destination import preflight
+from ckptavg.output.loader_files import shards
 from ckptavg.output.safetensors_file import SafetensorsFile
-from ckptavg.output.sharded_files import INDEX, ShardedFiles, split_names
+from ckptavg.output.sharded_files import ShardedFiles
 from ckptavg.readers import StoredTensor
 from ckptavg.runtime.workers import Workers
 
@@ -439,7 +440,7 @@ def test_a_temporary_whose_lock_cannot_be_checked_is_kept(tmp_path: Path, monkey
 
 
 def test_shards_can_be_read_back(tmp_path: Path):
-    with ShardedFiles(tmp_path, SPECS, {}, "1KB") as out:
+    with ShardedFiles(tmp_path, SPECS, {}, shards(SPECS, "1KB")) as out:
         for number, (name, spec) in enumerate(SPECS.items(), 1):
             out.write(name, 0, bytes([number]) * spec.nbytes)
         back = bytearray(10)
@@ -449,22 +450,23 @@ def test_shards_can_be_read_back(tmp_path: Path):
 
 def test_shards_need_a_valid_size_and_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UsageError, match="--max-shard-size many is not a size such as 5GB or 500MB"):
-        split_names(SPECS, "many")
+        shards(SPECS, "many")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UsageError) as caught:
-        split_names(SPECS, "5GB")
+        shards(SPECS, "5GB")
     assert str(caught.value) == "--max-shard-size needs huggingface_hub"
     assert caught.value.hint == "pip install 'ckptavg[hf]'"
 
 
 def sharded(folder: Path, **options: Any) -> ShardedFiles:
-    with ShardedFiles(folder, BIG, {"format": "pt"}, "1KB", **options) as out:
+    with ShardedFiles(folder, BIG, {"format": "pt"}, shards(BIG, "1KB"), **options) as out:
         for number, (name, spec) in enumerate(BIG.items(), 1):
             out.write(name, 0, bytes([number]) * spec.nbytes)
         out.publish()
     return out
 
 
+INDEX = "model.safetensors.index.json"
 BIG = {name: StoredTensor("U8", (600,), "", 0) for name in ("c", "a", "b")}
 
 
@@ -499,7 +501,7 @@ def test_existing_shards_are_replaced_only_with_force(tmp_path: Path):
 
 
 def test_unpublished_shards_leave_no_files(tmp_path: Path):
-    with ShardedFiles(tmp_path, BIG, {}, "1KB") as out:
+    with ShardedFiles(tmp_path, BIG, {}, shards(BIG, "1KB")) as out:
         assert out.sha256 == "" and len(list(tmp_path.iterdir())) == 3
         out.barrier()
     assert not list(tmp_path.iterdir())

@@ -31,10 +31,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch_archives import TORCH_DTYPE, expected, values
 
 from ckptavg.errors import InputError
-from ckptavg.filesystem.regular_file import RegularFile
+from ckptavg.filesystem.regular_file import FilePart, RegularFile
 from ckptavg.readers import Node, Reader, StoredTensor
 from ckptavg.readers import dcp as dcp_reader
-from ckptavg.readers.dcp import FOLDER, FilePart
+from ckptavg.readers.dcp import FOLDER
 from ckptavg.readers.dcp import metadata as dcp_metadata
 from ckptavg.readers.dcp.box import Box, untiled
 from ckptavg.readers.pickle import object_tree
@@ -245,6 +245,23 @@ def test_flat_names_of_a_model_and_its_optimizer_are_separated(tmp_path: Path) -
     state = {"model.a.weight": w, "model.b": w, "optim.state.a": w, "optimizer.b": w}
     parts = {"model": {"a.weight": w, "b": w}, "optim": {"state.a": w}, "optimizer": {"b": w}}
     assert read(save_flat(tmp_path / "both", state)) == expected(parts)
+
+
+@pytest.mark.parametrize(("model", "average"), [("", "ema"), ("model.", "ema_params"), ("module.", "model_ema")])
+def test_a_flat_average_is_separated_from_the_weights_it_is_of(tmp_path: Path, model: str, average: str) -> None:
+    weights, means = {"a.weight": torch.ones(2), "b": torch.ones(3)}, {"a.weight": torch.zeros(2), "b": torch.zeros(3)}
+    state = {**{f"{model}{name}": tensor for name, tensor in weights.items()}, "emanate.weight": torch.ones(1)}
+    state |= {f"{average}.{name}": tensor for name, tensor in means.items()}
+    parts = {model[:-1]: weights} if model else weights
+    for save_state in (save, save_flat):
+        found = read(save_state(tmp_path / save_state.__name__, state))
+        assert found == expected({**parts, average: means, "emanate.weight": torch.ones(1)})
+
+
+def test_a_flat_model_with_a_module_called_ema_is_not_split(tmp_path: Path) -> None:
+    state = {"net.weight": torch.ones(2), "ema.net.weight": torch.ones(2), "ema.count": torch.ones(1)}
+    state |= {"net_ema.weight": torch.ones(2)}
+    assert read(save_flat(tmp_path / "model", state)) == expected(state)
 
 
 def test_a_flat_model_is_not_split_because_of_an_optimizer(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ckptavg.checkpoints.listing import LeftOut
+from ckptavg.checkpoints.components import LeftOut
 from ckptavg.cost import Cost
 from ckptavg.report.as_json import to_json
 from ckptavg.report.result import CandidateResult, Comparison, Gain, MatrixResult, Output, Result, StrategyResult

@@ -4,6 +4,7 @@ Each part of each tensor is a small ``torch.save`` file inside a ``.distcp`` fil
 """
 
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from threading import Lock
 from typing import Any, Final
 
 from ckptavg.errors import InputError, printable
-from ckptavg.filesystem.regular_file import RegularFile
+from ckptavg.filesystem.regular_file import FilePart, RegularFile
 from ckptavg.filesystem.strict_json import read_json
 from ckptavg.readers import ITEM_SIZE, FolderFormat, Node, Reader, Refused, StoredTensor, entries
 from ckptavg.readers.dcp.box import Box
@@ -28,6 +29,7 @@ RECORD: Final = "ckptavg.json"  # metadata in directories that ckptavg wrote
 _OPENED: Final = 8  # number of tensors
 _LARGE: Final = 1 << 16  # runs of at least this many bytes are read one by one
 _ALONE: Final = "tensor"
+_AVERAGE: Final = re.compile(r"(model_)?ema(_[a-z]+)?|[a-z]+_ema")
 
 
 class _Parts:
@@ -90,29 +92,6 @@ def _copy(reader: Reader, part: StoredTensor, box: Box, begin: int, end: int, st
             target[:] = block[(own - begin) * size :][: count * size]
 
 
-class FilePart(RegularFile):
-    """Bytes ``start`` to ``start + size`` of ``file``; the file is not closed with it.
-
-    Reads outside of the part are refused, so damage never exposes bytes of a neighbouring part.
-    """
-
-    def __init__(self, file: RegularFile, start: int, size: int) -> None:
-        assert start >= 0 and start + size <= file.size
-        self.path = file.path
-        self.size = size
-        self._file = file
-        self._from = start
-
-    def read_into(self, offset: int, out: memoryview) -> None:
-        """See `RegularFile`; ``offset`` counts from the start of the part."""
-        if offset < 0 or offset + len(out) > self.size:
-            raise InputError(f"is damaged: a part of {self.size} bytes should have {offset + len(out)}", path=self.path)
-        self._file.read_into(self._from + offset, out)
-
-    def close(self) -> None:
-        """Do nothing, because other parts of the file are still in use."""
-
-
 def _record(path: Path) -> Mapping[str, str]:
     if not path.is_file():
         return {}
@@ -144,7 +123,7 @@ def _check_file(file: RegularFile, stored: Sequence[Stored], metadata: RegularFi
 def _tree(metadata: Metadata) -> Mapping[str, Node]:
     """Return the nested state dict; refuse equal paths of two names, and a path that leads into a tensor."""
     root: dict[str, Any] = {}
-    paths = metadata.paths or _guessed(metadata.values)
+    paths = _without_averages(metadata.paths or _guessed(metadata.values))
     for name, value in metadata.values.items():
         *outer, last = paths[name]
         node = root
@@ -166,6 +145,19 @@ def _guessed(values: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
     if apart and all(name.startswith("model.") and len(name) > len("model.") for name in others):
         apart.update(others)
     return {name: parts[name] if name in apart else (name,) for name in values}
+
+
+def _without_averages(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Split off averages saved flat beside their weights: ``ema.NAME`` beside ``NAME`` or ``model.NAME``."""
+    flat = {name: name.partition(".")[::2] for name, path in paths.items() if len(path) == 1}
+    rests: dict[str, set[str]] = {"": set(flat)}
+    for head, rest in flat.values():
+        rests.setdefault(head, set()).add(rest)
+    apart: set[str] = set()
+    for average in filter(_AVERAGE.fullmatch, rests):
+        others = [head for head in ("", "model", "module") if rests[average] <= rests.get(head, set())]
+        apart.update((average, *others[:1]) if others else ())
+    return paths | {name: parts for name, parts in flat.items() if parts[0] in apart and parts[0]}
 
 
 def _claims(names: frozenset[str]) -> bool:

@@ -50,7 +50,7 @@ class Metadata:
     """Contents of ``.metadata``."""
 
     values: Mapping[str, SavedTensor | Refused | None]  # by name; None for an object that is not a tensor
-    paths: Mapping[str, tuple[str, ...]]  # name → its path in the state dict; empty if that was saved without nesting
+    paths: dict[str, tuple[str, ...]]  # name → its path in the state dict; empty if that was saved without nesting
     stored: Mapping[str, Sequence[Stored]]  # file → its parts and objects, in order
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ckptavg.readers import Node, Refused, StoredTensor
+from ckptavg.readers import ModuleState, Node, Refused, StoredTensor
+from ckptavg.readers.pickle.modules import HIDDEN, ModuleWalker, is_module
 from ckptavg.readers.pickle.unpickler import Global, Inert, PickleError
 
 MAX_DEPTH: Final = 64
@@ -18,19 +19,21 @@ _CONTAINERS: Final = frozenset({dict, list, tuple})
 
 
 def object_tree(value: object) -> tuple[Mapping[str, Node], tuple[str, ...]]:
-    """Return the tree of the dict ``value``, and the names of the classes whose objects it leaves out.
+    """Return the tree of ``value``, a dict or a module, and the names of the classes whose objects it leaves out.
 
     A key that is not a string becomes its ``repr``; a tensor directly under such a key, or under an improper name, is
-    `Refused`. Objects other than tensors, containers, numbers and strings become None. Shared containers stay shared,
-    but a tree that would be huge without sharing is refused, so that walking it always ends.
+    `Refused`. A module becomes its state dict, and an object with modules as attributes a mapping to these. Objects
+    other than tensors, containers, numbers and strings become None. Shared containers stay shared, but a tree that
+    would be huge without sharing is refused, so that walking it always ends.
 
     Raises:
-        PickleError: if ``value`` is not a dict, contains itself, or exceeds the limits on nesting and sharing.
+        PickleError: if ``value`` is of another type, contains itself, or exceeds the limits on nesting and sharing.
     """
-    if type(value) is not dict:
-        raise PickleError(_not_a_state_dict(value))
     converter = _Converter()
-    tree: Any = converter.convert(value, 1).node
+    root = converter.container(value)
+    if type(root) is not dict and not isinstance(root, Inert):
+        raise PickleError(_not_a_state_dict(value))
+    tree: Any = converter.convert(root, 1).node
     return tree, tuple(sorted(converter.left_out))
 
 
@@ -49,9 +52,22 @@ class _Converter:
     def __init__(self) -> None:
         self.left_out: set[str] = set()
         self.built: dict[int, _Built | None] = {}
+        self.walker = ModuleWalker()
+        self.parts: dict[int, dict[object, object]] = {}  # id of an object's attributes → the modules among them
+
+    def container(self, value: object) -> object | None:
+        """Return the dict, list, tuple or module to `convert` for ``value``; None if it is a leaf or left out."""
+        if type(value) in _CONTAINERS or is_module(value):
+            return value
+        if not isinstance(value, Inert) or value.attributes is None:
+            return None
+        if id(value.attributes) not in self.parts:
+            modules = {name: child for name, child in value.attributes.items() if is_module(child)}
+            self.parts[id(value.attributes)] = modules
+        return self.parts[id(value.attributes)] or None
 
     def convert(self, container: Any, depth: int) -> _Built:
-        """Return the node for a dict, list or tuple at nesting depth ``depth``."""
+        """Return the node for a dict, list, tuple or module at nesting depth ``depth``."""
         if depth <= MAX_DEPTH and id(container) not in self.built:  # the depth bounds the recursion
             if len(self.built) == MAX_CONTAINERS:
                 raise PickleError(f"has more than {MAX_CONTAINERS} containers")
@@ -65,11 +81,15 @@ class _Converter:
         return built
 
     def _build(self, container: Any, depth: int) -> _Built:
+        if isinstance(container, Inert):
+            named = list(self.walker.tensors(container))
+            state = _named((name for name, _ in named), (tensor for _, tensor in named))
+            return _Built(ModuleState(container.name, state), 1 + len(named), 0)
         nodes: list[Any] = []
         count, height = 1, 0
         for value in container.values() if type(container) is dict else container:
-            if type(value) in _CONTAINERS:
-                built = self.convert(value, depth + 1)
+            if type(value) not in _LEAVES and (inner := self.container(value)) is not None:
+                built = self.convert(inner, depth + 1)
                 nodes.append(built.node)
                 count += built.count
                 height = max(height, built.height + 1)
@@ -113,7 +133,7 @@ def is_proper(name: str) -> bool:
 
 def _not_a_state_dict(value: object) -> str:
     if isinstance(value, Inert) and not value.called:
-        return f"is a whole-model pickle (class {value.name}); save its state_dict()"
+        return f"is a {value.name} {HIDDEN}"
     if isinstance(value, Inert):
         return f"holds the result of calling {value.name}, which is never called, not a state dict"
     if isinstance(value, StoredTensor | Refused):

@@ -28,6 +28,11 @@ DTYPES: Final[Mapping[str, str]] = {
     "torch.complex64": "C64", "torch.complex128": "C128",
 }  # fmt: skip
 _PLAIN: Final = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.Parameter", "torch.nn.parameter.Buffer")
+_WHOLE: Final = ("Shard", "_StridedShard", "Replicate")  # placements whose values are those of the tensor
+_MERGE: Final = (
+    "a file of torch.save holds one rank's part of it; merge the ranks first (verl: python -m verl.model_merger merge "
+    "--backend fsdp --local_dir DIR --target_dir NEW), or save with torch.distributed.checkpoint, which is read"
+)
 _BUILTINS: Final = ("builtins", "__builtin__")
 _ZERO_STAGE: Final = "deepspeed.runtime.zero.config.ZeroStageEnum"
 _ZERO_STAGES: Final[Mapping[object, int]] = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
@@ -157,13 +162,38 @@ def _from_type(arguments: tuple[object, ...]) -> StoredTensor | Refused:
     """Rebuild a tensor from the arguments of ``_rebuild_from_type_v2``: (function, type, arguments, state)."""
     if len(arguments) != 4:
         return Refused(f"is described by {len(arguments)} values, not 4")
-    function, cls, inner, _ = arguments
+    function, cls, inner, state = arguments
+    if isinstance(cls, Global) and cls.name.startswith("torch.distributed.") and cls.name.endswith(".DTensor"):
+        return _distributed(inner, state)
     if not isinstance(cls, Global) or cls.name not in _PLAIN:
         return Refused(f"is a {cls.name if isinstance(cls, Global) else 'tensor of no class'}, not a plain tensor")
     maker = _TENSORS.get(function.name) if isinstance(function, Global) else None
     if maker is None or type(inner) is not tuple:
         return Refused("is not made like a plain dense tensor")
     return maker(inner)
+
+
+def _distributed(arguments: object, state: object) -> StoredTensor | Refused:
+    """Return a DTensor that is whole on the rank that saved it, such as one of a single rank.
+
+    Args:
+        arguments: (class, dtype, shape, ...).
+        state: (attributes, slots) with the rank's part and the placements.
+    """
+    slots = state[1] if type(state) is tuple and len(state) == 2 else state
+    attributes: Mapping[object, object] = slots if type(slots) is dict else {}
+    part, spec = attributes.get("_local_tensor"), attributes.get("_spec")
+    placements = spec.attributes.get("placements") if isinstance(spec, Inert) and spec.attributes else None
+    kinds = [one.name if isinstance(one, Inert) else "" for one in placements] if type(placements) is tuple else []
+    is_whole = bool(kinds) and all(kind.rpartition(".")[2] in _WHOLE for kind in kinds)
+    shape = arguments[2] if type(arguments) is tuple and len(arguments) > 2 else None
+    if is_whole and isinstance(part, StoredTensor) and part.shape == naturals(shape):
+        return part
+    return part if isinstance(part, Refused) else Refused(f"is a DTensor: {_MERGE}")
+
+
+def _sharded(_: tuple[object, ...]) -> Refused:
+    return Refused(f"is a ShardedTensor: {_MERGE}")
 
 
 def first(arguments: tuple[object, ...]) -> object:
@@ -205,6 +235,26 @@ def _member(arguments: tuple[object, ...]) -> object:
     return Inert(owner.name if isinstance(owner, Global) else "getattr", called=True)
 
 
+def _instance(arguments: tuple[object, ...]) -> object:
+    """``copyreg._reconstructor(class, base, state)``, protocol 2's form of some objects."""
+    cls = first(arguments)
+    return Inert(cls.name if isinstance(cls, Global) else "object", called=False)
+
+
+def _graph_module(arguments: tuple[object, ...]) -> object:
+    """``torch.fx.graph_module.reduce_graph_module``: (attributes, imports of the generated code)."""
+    module = Inert("torch.fx.GraphModule", called=False)
+    module.set_state(first(arguments))
+    return module
+
+
+def _compiled(arguments: tuple[object, ...]) -> object:
+    """``torch.compile``'s wrapper: (module, settings)."""
+    module = Inert("torch._dynamo.OptimizedModule", called=False)
+    module.set_state({"_parameters": {}, "_buffers": {}, "_modules": {"_orig_mod": first(arguments)}})
+    return module
+
+
 _TENSORS: Final[Mapping[str, Callable[[tuple[object, ...]], StoredTensor | Refused]]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor_v2,
@@ -220,6 +270,10 @@ MAKERS: Final[Mapping[str, Maker]] = {
     **{f"{module}.{name}": _new(list, tuple) for module in _BUILTINS for name in ("set", "frozenset")},
     **{f"{module}.getattr": _member for module in _BUILTINS},
     "_codecs.encode": _encode,
+    "torch.distributed._shard.sharded_tensor.api.ShardedTensor": _sharded,
+    **dict.fromkeys(("copyreg._reconstructor", "copyreg.__newobj__"), _instance),
+    "torch.fx.graph_module.reduce_graph_module": _graph_module,
+    "torch._dynamo.eval_frame.OptimizedModule": _compiled,
     _ZERO_STAGE: first,  # its number
     "numpy.dtype": _numpy_dtype,
     **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), _numpy_scalar),

@@ -9,7 +9,6 @@ Protocols 2 to 5 of ``torch.save`` and ``pickle.dump`` are supported; the text o
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Final, NoReturn, Protocol, TypeAlias, runtime_checkable
 
 from ckptavg.readers import Refused
@@ -45,12 +44,18 @@ class Global:
     name: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Inert:
-    """Stand-in for an object of an unknown class, or for the result of a function; it keeps only the name."""
+    """Stand-in for an object of an unknown class, or for the result of a function; it keeps the name and the state."""
 
     name: str
     called: bool  # whether unpickling would call ``name`` rather than make an instance of it
+    attributes: dict[object, object] | None = None  # its state, if that is a dict
+
+    def set_state(self, state: object) -> None:
+        """Set the attributes from BUILD's argument, a dict or (dict, slots); a state of another type is dropped."""
+        state = state[0] if type(state) is tuple and len(state) == 2 else state
+        self.attributes = state if type(state) is dict else None
 
 
 @runtime_checkable
@@ -236,7 +241,7 @@ class _Machine:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Stateful):
             target.set_state(state)
-        elif not isinstance(target, dict | Inert | Refused):
+        elif not isinstance(target, dict | Refused):
             raise PickleError(f"is damaged: it sets the state of a {type(target).__name__}")
 
     def unknown(self, _: int) -> NoReturn:
@@ -251,12 +256,11 @@ def _cut_off() -> NoReturn:
 def _key(key: object) -> object:
     if key is None or type(key) in (str, float, bool, bytes) or (type(key) is int and abs(key) < _LARGEST_KEY):
         return key
-    if isinstance(key, Stateful):  # made by a maker and compared by identity, so no content of the file is compared
+    if isinstance(key, Stateful):  # compared by identity, so no content of the file is compared
         return key
     return Inert(key.name if isinstance(key, Inert | Global) else type(key).__name__, called=False)
 
 
-@lru_cache(maxsize=64)  # a pickle has many objects of few classes
 def _stand_in(name: str, called: bool) -> Inert | Refused:
     # an object that may be a tensor must not be dropped from a state dict as other objects are
     last = name.rpartition(".")[2]

@@ -89,17 +89,10 @@ def locate(file: RegularFile, entries: Sequence[Entry], end: int) -> dict[str, i
     starts: dict[str, int] = {}
     free = 0
     for entry in sorted(entries, key=attrgetter("offset")):
-        if entry.flags & _ENCRYPTED:
-            raise InputError(f"record {entry.name} is encrypted", path=file.path)
-        if entry.method != 0:
-            raise InputError(f"record {entry.name} is compressed, unlike those of torch.save", path=file.path)
-        if entry.flags & ~(_DESCRIPTOR | _UTF8) or entry.stored != entry.size:
-            _damaged(file, f"has an entry for {entry.name} that contradicts itself")
         if entry.offset < free:
             _damaged(file, f"places {entry.name} over another record")
-        starts[entry.name] = _start(file, entry, end)
-        if (free := starts[entry.name] + entry.size) > end:
-            _damaged(file, f"places {entry.name} beyond the end of the records")
+        starts[entry.name] = start_of(file, entry, end)
+        free = starts[entry.name] + entry.size
     if entries and min(entry.offset for entry in entries) != 0:
         raise InputError("has bytes before its first record, unlike files of torch.save", path=file.path)
     return starts
@@ -157,8 +150,14 @@ def _zip64(file: RegularFile, extra: bytes, fields: tuple[int, int, int]) -> tup
     return first, second, third
 
 
-def _start(file: RegularFile, entry: Entry, end: int) -> int:
-    """Return the offset of the bytes of ``entry``, after comparing its local header with it."""
+def start_of(file: RegularFile, entry: Entry, end: int) -> int:
+    """Return the offset of the bytes of ``entry``, after comparing its local header with it; as `locate`."""
+    if entry.flags & _ENCRYPTED:
+        raise InputError(f"record {entry.name} is encrypted", path=file.path)
+    if entry.method != 0:
+        raise InputError(f"record {entry.name} is compressed, unlike those of torch.save", path=file.path)
+    if entry.flags & ~(_DESCRIPTOR | _UTF8) or entry.stored != entry.size:
+        _damaged(file, f"has an entry for {entry.name} that contradicts itself")
     name = entry.name.encode("utf-8")
     if entry.offset + _LOCAL.size + len(name) > end:
         _damaged(file, f"places {entry.name} beyond the end of the records")
@@ -174,7 +173,9 @@ def _start(file: RegularFile, entry: Entry, end: int) -> int:
         and header[_LOCAL.size :] == name
     ):
         _damaged(file, f"and the header of record {entry.name} do not agree")
-    return entry.offset + len(header) + extra_length
+    if (start := entry.offset + len(header) + extra_length) + entry.size > end:
+        _damaged(file, f"places {entry.name} beyond the end of the records")
+    return start
 
 
 def _damaged(file: RegularFile, what: str) -> NoReturn:

@@ -8,16 +8,19 @@ import torch
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.errors import CkptavgError, OutputError
 from ckptavg.filesystem.regular_file import is_file
+from ckptavg.readers import sentence_transformers
 from ckptavg.tasks.hugging_face.architecture import ModelFolder
 
 
 def check(checkpoint: Checkpoint) -> None:
     """Raise OutputError if ``from_pretrained`` would make a tensor random, or ignore one, by the config.json beside it.
 
-    Nothing is checked without transformers, for adapters, or if the model is not one of transformers' own.
+    Nothing is checked without transformers, for adapters, if the model is not one of transformers' own, or if it is
+    followed by other modules of sentence-transformers.
     """
     folder, unavailable = checkpoint.folder, importlib.util.find_spec("transformers") is None
-    if unavailable or not is_file(folder / "config.json") or is_file(folder / "adapter_config.json"):
+    other = is_file(folder / "adapter_config.json") or checkpoint.reader.format == sentence_transformers.NAME
+    if unavailable or other or not is_file(folder / "config.json"):
         return
     try:
         with torch.device("meta"):
