@@ -38,7 +38,10 @@ def build(make: Callable[[], nn.Module], device: torch.device, workers: Workers)
             raise TaskError(f"{name} is complex, which --shard does not divide", hint="leave --shard out")
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(device))
+            # on the meta device if made from a parameter, as by spectral norm: the candidates have its values
+            if buffer.is_meta and id(buffer) not in in_state_dict:
+                raise TaskError(f"{name} is made from a parameter, and --shard has no values for it")
+            setattr(module, name, torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device))
     mesh = init_device_mesh(device.type, (workers.world_size,))
     try:
         for module in (*blocks(model), model):

@@ -32,7 +32,8 @@ class OutputOptions:
         "From the last selected checkpoint, instead of averaging; may be repeated.",
         "PATTERN")] = ()  # fmt: skip
     average: Annotated[Sequence[str], Help(
-        OUTPUT, "Average tensors that --keep would copy.", "Those whose names match this glob; may be repeated.",
+        OUTPUT, "Average tensors that --keep would copy.",
+        "Those whose names match this glob, also if they are functions of others; may be repeated.",
         "PATTERN")] = ()  # fmt: skip
     max_shard_size: Annotated[str | None, Help(
         OUTPUT, "In a directory: files of at most SIZE, such as 5GB.", "An index lists them.", "SIZE",

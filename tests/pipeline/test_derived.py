@@ -99,6 +99,7 @@ def test_the_gradient_is_that_of_the_loss_with_converged_vectors(ckpts: Path):
             moved = [row[0] + shift, *row[1:4], row[4] - shift]
             scored = mixture.score(Coefficients((tuple(moved),))).loss
             assert scored is not None
+            assert max(abs(ratio - 1) for ratio in ratios(mixture.mixed.model.state_dict())) < 1e-13
             return scored
 
         value, gradient_N = mixture.losses.gradient(Coefficients((tuple(row),)))

@@ -78,7 +78,7 @@ RESULT_JSON = {
     "trace": {"loss": [1.0, None]},
     "warnings": ["w"],
     "output": {"path": "o", "sha256": "ab", "bytes": 9, "dtype": "float32", "not_averaged": ["n"], "recomputed": [],
-               "averaged_buffers": []},
+               "derived": [], "averaged_buffers": []},
     "next_steps": {"load": "f", "verify": "v"},
 }  # fmt: skip
 
