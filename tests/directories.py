@@ -6,11 +6,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from ckptavg.checkpoints.discover import discover
+from ckptavg.errors import InputError
 
 Content = float | str | bytes | dict[str, Any] | Callable[[Path], object]
 
@@ -559,3 +563,29 @@ BELOW = {
     ),
 }
 CASES = ORDER | ASIDE | BELOW
+
+
+def table() -> str:
+    """Return the rows of docs/directories.md: each directory, and what `ckptavg` makes of it."""
+    rows = ["| kind | directory | such as | result |", "|---|---|---|---|"]
+    for name, case in CASES.items():
+        with TemporaryDirectory() as folder:
+            write(Path(folder), case.files)
+            try:
+                with discover([Path(folder, path) for path in case.paths]) as found:
+                    steps = ", ".join(str(one.step) for one in found.checkpoints)
+                    aside = sorted({one.path.name for one in found.left_out if one.kind == "warning"})
+                    result = f"{found.layout}: {steps}" + (f"; left out: {', '.join(aside)}" if aside else "")
+            except InputError as error:
+                hint = f"; {error.hint}" if error.hint else ""
+                result = f"refused: {error}{hint}".replace(f"{folder}/", "").replace(folder, ".")
+        shown = [path for path in case.files if not path.endswith((".json", ".yaml"))]
+        example = f"`{shown[-1]}`" if case.paths == (".",) else f"`{' '.join(case.paths)}`"
+        rows.append(f"| {case.kind} | {name} | {example} | {result} |".replace("*", "\\*"))
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    page = Path(__file__).parent.parent / "docs" / "directories.md"
+    head, _, _ = page.read_text().partition("| kind |")
+    page.write_text(head + table())

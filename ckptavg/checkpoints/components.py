@@ -22,6 +22,7 @@ class LeftOut:
     path: Path
     reason: str
     kind: str = "info"
+    hint: str | None = None  # a way out, of a bad one
 
     @property
     def line(self) -> str:

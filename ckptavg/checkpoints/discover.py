@@ -77,21 +77,23 @@ def discover(
     def refuse(error: CkptavgError, path: Path) -> None:
         if bad == "refuse":
             raise error
-        left_out.append(LeftOut(path=path, reason=str(error), kind="bad"))
+        left_out.append(LeftOut(path=path, reason=str(error), kind="bad", hint=error.hint))
 
     try:
         listings = [list_checkpoints(path, order, left_out, window) for order, path in enumerate(paths)]
         places = _told_apart([place for listing in listings for place in listing.places])
         excluded = [place for place in places if not window.admits(place.name)]
         left_out += [LeftOut(path=p.folder or p.path, reason="left out by --include or --exclude") for p in excluded]
-        for place, aside in _with_asides([place for place in places if place not in excluded]):
+        wanted = _with_asides([place for place in places if place not in excluded])
+        for i, (place, aside) in enumerate(wanted):
             try:
                 checkpoint = open_checkpoint(place, key, allow_nonfinite=allow_nonfinite)
                 opened.append(Opened(checkpoint=checkpoint, place=place, aside=aside))
             except SkipFile as other:
                 left_out.append(LeftOut(path=place.path, reason=str(other), kind=other.kind))
             except CkptavgError as error:
-                if error.hint is None and not place.explicit:
+                others = bad == "refuse" and error.hint is None and not place.explicit
+                if others and (opened or any(_opens(other, key) for other, _ in wanted[i + 1 :])):
                     error.hint = f"leave it out with {excluding(place.entry)}, or all bad ones with --skip-bad"
                 if not aside:
                     refuse(error, place.path)
@@ -112,6 +114,13 @@ def discover(
         checkpoints=tuple(chosen), left_out=tuple(left_out), warnings=tuple(warnings),
         layout=_layout(listings, chosen, opened),
     )  # fmt: skip
+
+
+def _opens(place: CheckpointPath, key: str | None) -> bool:
+    with suppress(CkptavgError, SkipFile):
+        open_checkpoint(place, key).reader.close()
+        return True
+    return False
 
 
 def _told_apart(places: Sequence[CheckpointPath]) -> list[CheckpointPath]:

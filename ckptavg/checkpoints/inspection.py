@@ -44,6 +44,8 @@ def left_out_lines(left_out: Sequence[LeftOut]) -> Iterator[tuple[str, str]]:
             yield kind, f"left out {'' if kind == 'bad' else f'{name}: '}{one.reason}"
         if len(same) > _EXAMPLES:
             yield kind, f"and {len(same) - _EXAMPLES} more for this reason"
+        if hint := same[0][1].hint:
+            yield kind, f"hint: {hint}"
 
 
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:

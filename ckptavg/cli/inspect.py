@@ -39,6 +39,7 @@ def command(
             _show(found, rows, quiet=quiet)
     if bad := sum(file.kind == "bad" for file in found.left_out):
         hint = "leave them out with --exclude; the commands that average also have --skip-bad"
+        hint = hint if found.checkpoints else None
         raise InputError(f"{bad} of {len(found.checkpoints) + bad} checkpoints cannot be read", hint=hint)
     if not found.checkpoints:
         raise InputError("no checkpoints found", path=", ".join(map(str, ckpts)))

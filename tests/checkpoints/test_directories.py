@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Run
-from directories import CASES, Case, write
+from directories import CASES, Case, table, write
 from safetensors.numpy import load_file
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -80,3 +80,8 @@ def test_the_last_of_a_way_out_is_the_newest(tmp_path: Path):
     for way, values in case.ways.items():
         with discover([tmp_path], Window(step_from=shlex.split(way)[1])) as found:
             assert [value(one) for one in found.checkpoints] == list(values)
+
+
+def test_the_table_in_the_documents_is_current():
+    page = Path(__file__).parents[2] / "docs" / "directories.md"
+    assert page.read_text().endswith(table()), "run python tests/directories.py"
