@@ -543,6 +543,22 @@ BELOW = {
         values=[1, 2],
         files=numbered(["step_1.pt", "step_2.pt", "old/a.pt", "old/b.pt"]),
     ),
+    "a finished model of a later step": Case(
+        kind="weights beside a job's state",
+        values=[1, 2, 3],
+        steps=[10, 20, 25],
+        files={
+            **each(
+                [10, 20],
+                lambda s, i: {
+                    f"checkpoint-{s}/model.safetensors": i,
+                    f"checkpoint-{s}/trainer_state.json": {"global_step": s},
+                },
+            ),
+            "model.safetensors": 3,
+            "trainer_state.json": {"global_step": 25},
+        },
+    ),
     "a finished model beside the Trainer's checkpoints": Case(
         kind="weights beside a job's state",
         values=[1, 2],

@@ -20,6 +20,7 @@ from ckptavg.readers import HEAD_SIZE, claim, claim_folder, entries, foreign_kin
 
 _SHARD: Final = re.compile(r"-\d{5}-of-(?!0+1\.)\d{5}\.")  # 1 of 1 is not a shard
 _RANK: Final = re.compile(r"(.*rank_?)(\d+)(\.pt)")  # Composer and verl write one file per rank
+_OPENED: Final = 8  # files in a step's directory at most, to tell models from others by their contents
 _DEPTH: Final = 2  # directories below a step's own in which its weights are looked for
 
 
@@ -66,15 +67,17 @@ def list_checkpoints(path: Path, order: int, left_out: list[LeftOut], window: Wi
         InputError: if steps have several models and none is chosen.
     """
     if not is_folder(path):
-        beside = path.parent if path.name in layouts.WEIGHT_NAMES else None
-        place = CheckpointPath(path=path, weights=path, name=path.name, order=order, explicit=True, folder=beside)
+        folder = _folder_of(path)
+        place = CheckpointPath(path=path, weights=path, name=path.name, order=order, explicit=True, folder=folder)
         return Listing(places=[place])
     names = entries(path)
     files, steps = ([], []) if claim_folder(names) else _scan(path, names, left_out)
     own = {"": path} if claim_folder(names) else _own_models(names, files, steps)
     if own:  # such as ./run/checkpoint-500
         steps, files = [Step(path, names, own)], []
-    places = [CheckpointPath(path=file, weights=file, name=file.name, order=order) for file in files]
+    places = [
+        CheckpointPath(path=file, weights=file, name=file.name, order=order, folder=_folder_of(file)) for file in files
+    ]
     for step, models in chosen(path, steps, left_out, window, alone=not files):
         start = Path(path.resolve().name if own else step.folder.name)
         for place, weights in models.items():
@@ -88,6 +91,11 @@ def list_checkpoints(path: Path, order: int, left_out: list[LeftOut], window: Wi
             )  # fmt: skip
     libraries = Counter(layouts.library(step.names) for step in steps)
     return Listing(places=places, library=libraries.most_common(1)[0][0] if libraries and not files else None)
+
+
+def _folder_of(file: Path) -> Path | None:
+    """Return the directory whose side files belong to a file, because its name is the usual one in a directory."""
+    return file.parent if file.name in layouts.WEIGHT_NAMES else None
 
 
 def _own_models(names: Set[str], files: Sequence[Path], steps: Sequence[Step]) -> Mapping[str, Path]:
@@ -179,7 +187,7 @@ def _weight_files(folder: Path, names: Set[str]) -> list[Path]:
                 refusal = other if other.kind == "warning" else refusal
     if refusal and not files:
         raise refusal
-    return [file for file in files if _holds_model(file)] or files if len(files) > 1 else files
+    return [file for file in files if _holds_model(file)] or files if 1 < len(files) <= _OPENED else files
 
 
 def _holds_model(file: Path) -> bool:

@@ -15,7 +15,8 @@ from ckptavg.runtime.workers import ALONE, TIMEOUT, Workers
 CHECK: Final = (
     "task", "val", "device", "last", "task_timeout", "train", "test", "holdout", "batch_size", "labels",
     "max_length", "base", "trust_remote_code",
-    "include", "exclude", "start", "stop", "every", "key", "seed", "bits", "group_size", "offload",
+    "component", "step_from", "include", "exclude", "start", "stop", "every", "key", "seed", "bits", "group_size",
+    "offload",
 )  # fmt: skip
 """The options of ``check``."""
 EVAL: Final = (
