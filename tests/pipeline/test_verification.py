@@ -252,3 +252,10 @@ def test_the_kind_of_step_may_be_one_that_the_sources_alone_would_not_have(run: 
     with safe_open(tmp_path / "averaged.safetensors", "pt") as stored:
         assert [s["step"] for s in json.loads(stored.metadata()["ckptavg"])["sources"]] == [1, 2]
     assert run("verify", "averaged.safetensors", "--sources", "run").returncode == 0
+
+
+def test_a_source_without_a_digest_that_lies_in_two_places_is_refused(run: Run, digits: Path, tmp_path: Path):
+    _same_names(digits, tmp_path / "run")
+    assert run("last", "run/one", "-o", "out", "--no-digests").returncode == 0
+    done = run("verify", "out", "--sources", "run")
+    assert done.returncode == 3 and "without digests it cannot be told from" in done.stderr, done.stderr
