@@ -1,14 +1,16 @@
 """The models of each step of a training job: one in the same place in all, or those that the user chooses."""
 
+import os
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from ckptavg.checkpoints import kinds, layouts
-from ckptavg.checkpoints.steps import numbers
+from ckptavg.checkpoints.steps import STEP_WORDS, numbers
 from ckptavg.checkpoints.window import Window
 from ckptavg.errors import InputError
 
@@ -40,7 +42,7 @@ class Step:
 
 
 def chosen(
-    root: Path, steps: Sequence[Step], left_out: list[LeftOut], window: Window, *, alone: bool
+    root: Path, steps: Sequence[Step], left_out: list[LeftOut], window: Window, *, files: int
 ) -> Iterator[tuple[Step, Mapping[str, Path]]]:
     """Yield each step with the one of its models that ``window`` chooses, or that it has in common with the others.
 
@@ -51,20 +53,26 @@ def chosen(
         if not models:
             reason = "left out by --include or --exclude" if window.component is None else f"has no {window.component}"
             left_out.append(LeftOut(path=step.folder, reason=reason))
-    counts = Counter(place for _, models in wanted for place in models)
+    counts = Counter(place or file.name for _, models in wanted for place, file in models.items())
     if window.component is not None and not counts:
         has = Counter(place or file.name for step in steps for place, file in step.models.items())
         what = f"they have {_listing(list(has))}" if steps else "they are files"
         raise InputError(f"no checkpoint has the component {window.component}: {what}", path=root)
+    single = [step for step, models in wanted if len(models) == 1]
+    usual = {file.name for step in single for place, file in step.models.items() if not place}
+    wanted = [(step, _with_usual_name(models, usual)) for step, models in wanted]
     crowded = [(step, models) for step, models in wanted if len(models) > 1]
-    if crowded and alone and len(crowded) == len(wanted) and all(_holds_steps(*each) for each in crowded):
-        inner = ", ".join(f"{len(models)} in {step.folder.name}/" for step, models in crowded[:_SHOWN])
-        ways = " ".join(shlex.quote(str(step.folder)) for step, _ in crowded)
-        hint = f"name that directory: {ways}" if len(crowded) == 1 else f"name one or several of them: {ways}"
-        raise InputError(f"has no checkpoints itself, but {inner}", path=root, hint=hint)
-    common = any(counts[place] > 1 for _, models in crowded for place in models)
-    if crowded and (common or (alone and len(crowded) == len(wanted))):
+    numbered = all(numbers(step.folder.name) for step, _ in crowded)
+    nested = [each for each in crowded if _holds_steps(*each, numbered=numbered)]
+    if nested and len(single) + files < 2:
+        raise _one_level_too_high(root, nested)
+    rest = [each for each in crowded if each not in nested]
+    places = Counter(place for _, models in rest for place in models)
+    patterns = Counter(kinds.pattern(place) for _, models in rest for place in models)
+    if max(places.values(), default=0) > 1 or (len(single) + files == 0 and len(rest) == 1):
         raise _several_models(root, counts)
+    if max(patterns.values(), default=0) > 1:
+        raise _several_models(root, patterns)
     for step, models in wanted:
         if len(models) > 1:
             reason = f"a directory with {len(models)} models: {_listing(list(models))}; name it to average these"
@@ -73,10 +81,33 @@ def chosen(
             yield step, models
 
 
-def _holds_steps(step: Step, models: Mapping[str, Path]) -> bool:
-    """Return whether a directory looks like one of steps: its models differ in a number, and no job resumes from it."""
-    patterns = Counter(kinds.pattern(place) for place in models if numbers(place))
-    return max(patterns.values(), default=0) > 1 and not layouts.has_training_state(step.names)
+def _with_usual_name(models: Mapping[str, Path], usual: Set[str]) -> Mapping[str, Path]:
+    """Return the one of several models whose name those have that are alone in their steps, unless one is an EMA."""
+    same = {place: file for place, file in models.items() if file.name in usual}
+    return same if len(models) > 1 and len(same) == 1 and not any(map(kinds.is_ema, models)) else models
+
+
+def _one_level_too_high(root: Path, nested: Sequence[tuple[Step, Mapping[str, Path]]]) -> InputError:
+    folders: dict[Path, int] = {}
+    for step, models in nested:
+        above = [str(PurePosixPath(place).parent) for place in models]
+        folders[step.folder / os.path.commonpath(above)] = len(models)
+    inner = ", ".join(f"{count} in {folder.relative_to(root)}/" for folder, count in list(folders.items())[:_SHOWN])
+    ways = " ".join(shlex.quote(str(folder)) for folder in folders)
+    hint = f"name that directory: {ways}" if len(folders) == 1 else f"name one or several of them: {ways}"
+    return InputError(f"has no checkpoints itself, but {inner}", path=root, hint=hint)
+
+
+def _holds_steps(step: Step, models: Mapping[str, Path], *, numbered: bool) -> bool:
+    """Return whether a directory looks like one of steps: its models differ in a number, and no job resumes from it.
+
+    Of ``numbered`` directories, which may be steps with the parts of a model, the number must be that of a step.
+    """
+    inside = [place for place in models if numbers(place)]
+    patterns = Counter(map(kinds.pattern, inside))
+    steps = any(label in STEP_WORDS for place in inside for label in numbers(place))
+    holds = max(patterns.values(), default=0) > 1 and not layouts.has_training_state(step.names)
+    return holds and (steps or not numbered)
 
 
 def _several_models(root: Path, counts: Mapping[str, int]) -> InputError:
@@ -97,7 +128,8 @@ def _wanted(step: Step, window: Window) -> Mapping[str, Path]:
 
 
 def _is_component(place: str, file: Path, wish: str) -> bool:
-    return wish in (place, place.rpartition("/")[2], file.name) or place.startswith(f"{wish}/")
+    names = (place, place.rpartition("/")[2], file.name)
+    return place.startswith(f"{wish}/") or any(fnmatchcase(name, wish) for name in names)
 
 
 def _listing(names: Sequence[str]) -> str:

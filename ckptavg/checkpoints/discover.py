@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Self, TypeAlias
+from typing import Final, Literal, NamedTuple, Self, TypeAlias
 
 from ckptavg.checkpoints import duplicates, kinds, state_dict
 from ckptavg.checkpoints.checkpoint import Checkpoint, shortest_names
@@ -20,6 +20,9 @@ from ckptavg.errors import CkptavgError, InputError, counted, excluding
 from ckptavg.readers import NotACheckpointError, open_reader, suffixes
 
 _Refuse: TypeAlias = Callable[[CkptavgError, Path], None]
+
+
+_TYPED: Final = 2  # paths in the order of their text that somebody may have typed
 
 
 class NotFinite(NamedTuple):
@@ -40,6 +43,7 @@ class Discovered:
     checkpoints: tuple[Checkpoint, ...]
     left_out: tuple[LeftOut, ...]
     warnings: tuple[str, ...] = ()
+    component: str | None = None  # the model of each step that was chosen
     layout: str = ""  # a description of the directories, such as ``Accelerate save_state, 12 steps, component unet``
 
     def __enter__(self) -> Self:
@@ -82,7 +86,7 @@ def discover(
     try:
         listings = [list_checkpoints(path, order, left_out, window) for order, path in enumerate(paths)]
         places = _told_apart([place for listing in listings for place in listing.places])
-        excluded = [place for place in places if not window.admits(place.name)]
+        excluded = [place for place in places if not window.admits(place.below, place.whole_entry)]
         left_out += [LeftOut(path=p.folder or p.path, reason="left out by --include or --exclude") for p in excluded]
         wanted = _with_asides([place for place in places if place not in excluded])
         for i, (place, aside) in enumerate(wanted):
@@ -94,7 +98,7 @@ def discover(
             except CkptavgError as error:
                 others = bad == "refuse" and error.hint is None and not place.explicit
                 if others and (opened or any(_opens(other, key) for other, _ in wanted[i + 1 :])):
-                    error.hint = f"leave it out with {excluding(place.entry)}, or all bad ones with --skip-bad"
+                    error.hint = f"leave it out with {excluding(place.whole_entry)}, or all bad ones with --skip-bad"
                 if not aside:
                     refuse(error, place.path)
         candidates, warnings = in_order(
@@ -112,7 +116,7 @@ def discover(
         raise _nothing(paths, left_out)
     return Discovered(
         checkpoints=tuple(chosen), left_out=tuple(left_out), warnings=tuple(warnings),
-        layout=_layout(listings, chosen, opened),
+        component=window.component, layout=_layout(listings, chosen, opened),
     )  # fmt: skip
 
 
@@ -124,11 +128,16 @@ def _opens(place: CheckpointPath, key: str | None) -> bool:
 
 
 def _told_apart(places: Sequence[CheckpointPath]) -> list[CheckpointPath]:
-    """Return the places with as much of their directories in front of their names as tells them apart."""
-    if len({place.name for place in places}) == len(places):
-        return list(places)
-    names = shortest_names([place.weights for place in places], [place.name.count("/") + 1 for place in places])
-    return [replace(place, name=name) for place, name in zip(places, names, strict=True)]
+    """Return the places with their labels, and whether they were named by a glob.
+
+    A shell expands a glob in the order of its text, which is taken for one if three paths or more are in it.
+    """
+    names = [place.name for place in places]
+    if len(set(names)) < len(names):
+        names = shortest_names([place.weights for place in places], [name.count("/") + 1 for name in names])
+    given = [str(place.weights) for place in places]
+    globbed = len(given) > _TYPED and all(place.explicit for place in places) and given == sorted(given)
+    return [replace(place, label=label, globbed=globbed) for place, label in zip(places, names, strict=True)]
 
 
 def _nothing(paths: Sequence[Path], left_out: Sequence[LeftOut]) -> InputError:
@@ -140,8 +149,8 @@ def _nothing(paths: Sequence[Path], left_out: Sequence[LeftOut]) -> InputError:
 
 def _with_asides(places: Sequence[CheckpointPath]) -> list[tuple[CheckpointPath, str]]:
     """Return the places, each with the reason why its name says that it is no candidate, or ``""``."""
-    found = [i for i, place in enumerate(places) if not place.explicit]
-    reasons = kinds.asides([places[i].name for i in found])
+    found = [i for i, place in enumerate(places) if place.globbed or not place.explicit]
+    reasons = kinds.asides([places[i].entry for i in found])
     by_place = {found[j]: reason for j, reason in reasons.items()}
     return [(place, by_place.get(i, "")) for i, place in enumerate(places)]
 
@@ -164,7 +173,7 @@ def with_directory_changes(found: Discovered, paths: Sequence[Path], output: Pat
     news = [f"{path} {gone}" for path in files if not os.path.lexists(path)]
     for order, path in enumerate(paths):
         with suppress(InputError):  # the directory itself has gone
-            places = list_checkpoints(path, order, [], Window()).places
+            places = list_checkpoints(path, order, [], Window(component=found.component)).places
             new = (place.path for place in places if place.path not in known)
             news += [f"{one} appeared during the run and is not one of its candidates" for one in new]
     return replace(found, warnings=(*found.warnings, *news))
@@ -184,7 +193,7 @@ def open_checkpoint(place: CheckpointPath, key: str | None, *, allow_nonfinite: 
             raise
         raise SkipFile(error.reason) from error
     try:
-        if not place.explicit and "ckptavg" in reader.metadata:
+        if (place.globbed or not place.explicit) and "ckptavg" in reader.metadata:
             raise SkipFile("an earlier output of ckptavg", "warning")
         if key is None and (other := state_dict.other_contents(reader.tree)):
             raise SkipFile(other)
@@ -194,11 +203,11 @@ def open_checkpoint(place: CheckpointPath, key: str | None, *, allow_nonfinite: 
             steps |= {} if folder is None or "global_step" in steps else steps_beside(folder)
     except BaseException as error:
         reader.close()
-        if isinstance(error, SkipFile) and place.explicit:
+        if isinstance(error, SkipFile) and place.explicit and not place.globbed:
             raise InputError(f"is {error}, not a model", path=place.path) from error
         raise
     return Checkpoint(
-        path=place.path, name=place.name, steps=steps | steps_in_name(place.name),
+        path=place.path, name=place.label or place.name, steps=steps | steps_in_name(place.label or place.name),
         run=0 if place.explicit else place.order, key=chosen, tensors=tensors, reader=reader,
         notes=(*notes, *reader.notes), allow_nonfinite=allow_nonfinite,
     )  # fmt: skip

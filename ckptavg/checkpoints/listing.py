@@ -10,13 +10,23 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
-from ckptavg.checkpoints import layouts, state_dict
+from ckptavg.checkpoints import kinds, layouts, state_dict
 from ckptavg.checkpoints.components import LeftOut, Step, chosen
 from ckptavg.checkpoints.steps import natural, numbers
+from ckptavg.checkpoints.tree_search import has_tensors
 from ckptavg.checkpoints.window import Window
 from ckptavg.errors import CkptavgError, InputError
 from ckptavg.filesystem.regular_file import RegularFile, is_folder
-from ckptavg.readers import HEAD_SIZE, claim, claim_folder, entries, foreign_kind, open_reader, suffixes
+from ckptavg.readers import (
+    HEAD_SIZE,
+    NotACheckpointError,
+    claim,
+    claim_folder,
+    entries,
+    foreign_kind,
+    open_reader,
+    suffixes,
+)
 
 _SHARD: Final = re.compile(r"-\d{5}-of-(?!0+1\.)\d{5}\.")  # 1 of 1 is not a shard
 _RANK: Final = re.compile(r"(.*rank_?)(\d+)(\.pt)")  # Composer and verl write one file per rank
@@ -33,13 +43,28 @@ class CheckpointPath:
     name: str  # path of the weights from the directory that was given; it begins with that one's name if it is one step
     order: int  # index of the given path it was found under
     explicit: bool = False  # whether the user gave this path itself, rather than a directory that contains it
+    globbed: bool = False  # whether it is one of several such paths in the order in which a shell expands a glob
+    label: str = ""  # its name with as much of the directories in front as tells all apart
     folder: Path | None = None  # directory of its step, which may be above ``path``
     component: str = ""  # path below ``folder`` that its weights have in every step, such as ``unet``
 
     @property
     def entry(self) -> str:
         """Its name without the file in a directory, which globs match."""
-        return self.name if self.path == self.weights else self.name.removesuffix(f"/{self.weights.name}")
+        return self._entry(self.name)
+
+    @property
+    def below(self) -> str:
+        """Path that globs match: below the directory that was given; of a path that was given itself, its label."""
+        return self.label if self.explicit else self.name
+
+    @property
+    def whole_entry(self) -> str:
+        """The same of its label."""
+        return self._entry(self.label or self.name)
+
+    def _entry(self, name: str) -> str:
+        return name if self.path == self.weights else name.removesuffix(f"/{self.weights.name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +103,7 @@ def list_checkpoints(path: Path, order: int, left_out: list[LeftOut], window: Wi
     places = [
         CheckpointPath(path=file, weights=file, name=file.name, order=order, folder=_folder_of(file)) for file in files
     ]
-    for step, models in chosen(path, steps, left_out, window, alone=not files):
+    for step, models in chosen(path, steps, left_out, window, files=len(files)):
         start = Path(path.resolve().name if own else step.folder.name)
         for place, weights in models.items():
             several = len(models) > 1 or (place and weights == step.folder / place)
@@ -90,7 +115,7 @@ def list_checkpoints(path: Path, order: int, left_out: list[LeftOut], window: Wi
                 )
             )  # fmt: skip
     libraries = Counter(layouts.library(step.names) for step in steps)
-    return Listing(places=places, library=libraries.most_common(1)[0][0] if libraries and not files else None)
+    return Listing(places=places, library=libraries.most_common(1)[0][0] if libraries else None)
 
 
 def _folder_of(file: Path) -> Path | None:
@@ -145,9 +170,11 @@ def _scan(folder: Path, names: Set[str], left_out: list[LeftOut]) -> tuple[list[
 
 
 def _models_of_step(folder: Path, names: Set[str], siblings: Sequence[Set[str]]) -> Mapping[str, Path]:
-    if reason := layouts.incomplete(folder.name, names, siblings):
+    reason = layouts.incomplete(folder.name, names, siblings)
+    models = dict(_models(folder, names, _DEPTH))
+    if reason and (models or layouts.has_training_state(names) or not reason.endswith(".pkl")):
         raise SkipFile(f"incomplete: {reason}, which is written last", "warning")
-    if models := dict(_models(folder, names, _DEPTH)):
+    if models:
         return models
     if layouts.has_training_state(names):
         raise SkipFile("has no model weights", "warning")
@@ -167,13 +194,25 @@ def _models(folder: Path, names: Set[str], depth: int) -> Iterator[tuple[str, Pa
     else:
         files = _weight_files(folder, names)
     if files:
-        yield from ((file.name if len(files) > 1 else "", file) for file in files)
+        beside = dict(_ema_beside(folder, names)) if usual else {}
+        several = len(files) + len(beside) > 1
+        yield from ((file.name if several else "", file) for file in files)
+        yield from beside.items()
         return
     for name in sorted(names, key=natural) if depth else ():
         skipped = name.startswith((".", "optim")) or name in layouts.SIDE_FOLDERS
         if not skipped and is_folder(folder / name):
             for place, file in _models(folder / name, entries(folder / name), depth - 1):
                 yield f"{name}/{place}".rstrip("/"), file
+
+
+def _ema_beside(folder: Path, names: Set[str]) -> Iterator[tuple[str, Path]]:
+    """Yield the EMA weights that lie beside a model of the usual name, in a file or a directory."""
+    for name in sorted(filter(kinds.is_ema, names)):
+        if is_folder(folder / name):
+            yield from ((name, file) for _, file in _models(folder / name, entries(folder / name), 0))
+        elif name.endswith(suffixes()) and not name.endswith(".json") and not _SHARD.search(name):
+            yield name, folder / name
 
 
 def _weight_files(folder: Path, names: Set[str]) -> list[Path]:
@@ -187,14 +226,21 @@ def _weight_files(folder: Path, names: Set[str]) -> list[Path]:
                 refusal = other if other.kind == "warning" else refusal
     if refusal and not files:
         raise refusal
-    return [file for file in files if _holds_model(file)] or files if 1 < len(files) <= _OPENED else files
+    return [file for file in files if _may_hold_model(file)] or files if 1 < len(files) <= _OPENED else files
 
 
-def _holds_model(file: Path) -> bool:
-    with suppress(CkptavgError), closing(open_reader(file)) as reader:
-        state_dict.model_tensors(reader, None)
-        return state_dict.other_contents(reader.tree) is None
-    return False
+def _may_hold_model(file: Path) -> bool:
+    """Return whether a file has tensors that are not an optimizer's; a damaged one may have."""
+    try:
+        with RegularFile(file) as opened:
+            if opened.size and claim(opened) is None:
+                return False
+        with closing(open_reader(file)) as reader:
+            return state_dict.other_contents(reader.tree) is None and has_tensors(reader.tree)
+    except NotACheckpointError:
+        return False
+    except CkptavgError:
+        return True
 
 
 def _weights_file(path: Path) -> Path:

@@ -3,7 +3,8 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path, PurePath
@@ -17,13 +18,14 @@ from ckptavg.checkpoints.steps import (
     Column,
     is_distinct,
     natural,
+    numbers,
     pattern_of,
     step_by_pattern,
     step_column,
     steps_in_name,
 )
-from ckptavg.errors import CkptavgError, InputError
-from ckptavg.readers import suffixes
+from ckptavg.errors import CkptavgError, InputError, UsageError, choosing, escaped_glob
+from ckptavg.readers import Reader, suffixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +52,13 @@ def in_order(
         return [], ()
     explicit = all(one.place.explicit for one in opened)
     try:
-        if not explicit:
-            kinds.check([one.place.entry for one in opened], [_shapes(one.checkpoint) for one in opened])
+        if not explicit or opened[0].place.globbed:
+            shapes = [_shapes(one.checkpoint) for one in opened]
+            kinds.check([one.place.entry for one in opened], shapes, [one.checkpoint.key for one in opened])
         stepped = _with_steps(opened, step_from, explicit, warnings)
         ordered = sorted(stepped, key=lambda one: (one.step, one.run, _given(one, opened), natural(one.name)))
-        if not explicit:
-            _check_distinct(ordered)
+        if not explicit or opened[0].place.globbed:
+            _check_distinct(ordered, {one.checkpoint.reader: one.place for one in opened})
     except _NoStepError as missing:
         if refuse is None:
             raise missing.error from None
@@ -104,12 +107,38 @@ def _with_steps(
         return named
     if distinct or shared:
         kind = (distinct or shared)[0]
+        warnings += _contradiction(opened, runs, [steps[kind] for steps in inside], kind)
         return [replace(one.checkpoint, step=one.checkpoint.steps[kind], step_from=kind) for one in opened]
     if len(opened) == 1:
         return [replace(opened[0].checkpoint, step=1, step_from="a single checkpoint")]
     if not explicit:
-        raise _no_step(opened)
+        return _by_run(opened, runs, warnings)
     return _as_given(opened, warnings)
+
+
+def _contradiction(opened: Sequence[Opened], runs: Sequence[int], steps: Sequence[int], kind: str) -> list[str]:
+    """Return a warning if the steps inside the files have another order than the numbers of their names."""
+    try:
+        named = _by_name(opened, runs)
+    except InputError:
+        return []
+    pairs = sorted(zip(steps, (one.step for one in named), strict=True)) if named else []
+    if all(a[1] <= b[1] for a, b in pairwise(pairs)):
+        return []
+    return [f"ordered by {kind} in the files, which is not the order of the numbers in their names"]
+
+
+def _by_run(opened: Sequence[Opened], runs: Sequence[int], warnings: list[str]) -> list[Checkpoint]:
+    """Return the checkpoints of several runs, each with the steps of its own names."""
+    stepped: list[Checkpoint] = []
+    for run in dict.fromkeys(runs):
+        own = [one for one, its in zip(opened, runs, strict=True) if its == run]
+        named = _by_name(own, [run] * len(own)) if len(own) < len(opened) and len(own) > 1 else []
+        if not named:
+            raise _no_step(opened)
+        stepped += named
+    warnings.append("the runs have steps of different kinds in their names")
+    return stepped
 
 
 def _runs(opened: Sequence[Opened]) -> list[int]:
@@ -119,10 +148,14 @@ def _runs(opened: Sequence[Opened]) -> list[int]:
 
 
 def _by_pattern(step_from: str, one: Opened) -> int:
-    step = step_by_pattern(re.compile(step_from), one.place.name)
+    step = step_by_pattern(re.compile(step_from), one.place.label)
     if step is None:
         hint = f"leave it out with {one.checkpoint.excluding}"
-        raise InputError(f"--step-from {step_from} finds nothing in {one.place.name}", path=one.place.path, hint=hint)
+        raise InputError(
+            f"--step-from {step_from} finds nothing in {one.place.label}",
+            path=one.place.path,
+            hint=hint,
+        )
     return step
 
 
@@ -136,7 +169,7 @@ def _by_name(opened: Sequence[Opened], runs: Sequence[int]) -> list[Checkpoint]:
     inside = {one.place.path != one.place.weights for one in opened}
     if len(inside) > 1:  # files beside directories, whose own names say what those of their files do not
         paths = [PurePath(os.path.abspath(one.place.path)) for one in opened]  # noqa: PTH100
-    own = [(one.place.entry if len(inside) > 1 else one.place.name).count("/") + 1 for one in opened]
+    own = [(one.place.entry if len(inside) > 1 else one.place.label).count("/") + 1 for one in opened]
     parts = [path.parts[-max(n, len(path.parts) - common) :] for path, n in zip(paths, own, strict=True)]
     fallback: list[Checkpoint] = []
     for level in range(max(map(len, parts))):
@@ -149,7 +182,7 @@ def _by_name(opened: Sequence[Opened], runs: Sequence[int]) -> list[Checkpoint]:
             continue
         named: list[Checkpoint] = []
         for one, value, each, length in zip(opened, column.values, parts, own, strict=True):
-            name = one.place.name if level < length else "/".join(each[-1 - level :])
+            name = one.place.label if level < length else "/".join(each[-1 - level :])
             steps = {**one.checkpoint.steps, **steps_in_name(name)}
             named.append(replace(one.checkpoint, name=name, steps=steps, step=value, step_from="name"))
         if is_distinct(column.values, runs):
@@ -166,25 +199,45 @@ def _stem(name: str) -> str:
 
 def _ambiguous(opened: Sequence[Opened], names: Sequence[str], columns: Sequence[Column]) -> InputError:
     shown = "; ".join(
-        f"{column.label or 'the first'}: {', '.join(map(str, sorted(column.values)[:4]))}" for column in columns
+        f"{column.label.strip() or 'the first'}: {', '.join(map(str, sorted(column.values)[:4]))}" for column in columns
     )
-    patterns = [pattern for column in columns if (pattern := pattern_of(names, column.label))]
+    labels = [one.place.label for one in opened]
+    found = [(column, pattern) for column in columns if (pattern := pattern_of(names, column.label))]
+    patterns = [pattern for column, pattern in found if _finds(pattern, labels, column.values)]
     hint = (
         " or ".join(f"--step-from '{pattern}'" for pattern in patterns) or "--step-from REGEX (its group is the step)"
     )
-    what = f"several numbers in the names could be the training step: {shown}"
+    several = "several numbers in the names could be" if len(columns) > 1 else "a number behind a metric may be"
+    what = f"{several} the training step: {shown}"
     return InputError(what, path=opened[0].place.path.parent, hint=f"choose with {hint}")
 
 
-def _as_given(opened: Sequence[Opened], warnings: list[str]) -> list[Checkpoint]:
-    """Return the checkpoints in the order of the command line, unless the numbers that most have contradict it."""
+def _finds(pattern: str, labels: Sequence[str], values: Sequence[int]) -> bool:
+    """Return whether ``pattern`` finds the ``values`` in whole labels too."""
+    with suppress(UsageError):
+        return [step_by_pattern(re.compile(pattern), label) for label in labels] == list(values)
+    return False
+
+
+def _as_given(opened: Sequence[Opened], warnings: list[str], ambiguous: InputError | None = None) -> list[Checkpoint]:
+    """Return the checkpoints in the order of the command line, unless the numbers that most have contradict it.
+
+    Args:
+        opened: the candidates.
+        warnings: gets a line about the order.
+        ambiguous: the error if several numbers in the names could be the step. Raised unless the order is the user's:
+            not that in which a shell sorts texts, or that of numbers in them too.
+    """
     given = sorted(opened, key=lambda one: one.place.order)
-    counts = Counter(kind for one in given for kind in one.checkpoint.steps)
+    paths = [str(one.place.weights) for one in given]
+    if paths == sorted(paths) != sorted(paths, key=natural):
+        raise ambiguous or _no_step(opened, "; the order given is that of a shell's glob")
+    counts = _differing(given)
     kind, count = counts.most_common(1)[0] if counts else ("", 0)
     known = [one for one in given if kind in one.checkpoint.steps] if count > 1 else []
     for before, after in pairwise(known):
         if before.checkpoint.steps[kind] > after.checkpoint.steps[kind]:
-            raise _no_step(opened, f"; {before.place.name} was given before {after.place.name}")
+            raise _no_step(opened, f"; {before.place.label} was given before {after.place.label}")
     warnings.append(f"{'some have' if known else 'there is'} no training step: the order is the one given")
     steps: list[int] = []
     for one in given:
@@ -193,21 +246,55 @@ def _as_given(opened: Sequence[Opened], warnings: list[str]) -> list[Checkpoint]
     return [replace(one.checkpoint, step=step, step_from="order given") for one, step in pairs]
 
 
-def _no_step(opened: Sequence[Opened], why: str = "") -> "_NoStepError":
+def _differing(opened: Sequence[Opened]) -> Counter[str]:
+    """Count the checkpoints that have each kind of step, of those kinds that differ between them if there are any."""
     counts = Counter(kind for one in opened for kind in one.checkpoint.steps)
+    values = {kind: {one.checkpoint.steps.get(kind) for one in opened} - {None} for kind in counts}
+    differing = Counter({kind: count for kind, count in counts.items() if len(values[kind]) > 1})
+    return differing or counts
+
+
+def _no_step(opened: Sequence[Opened], why: str = "") -> "_NoStepError | InputError":
+    groups = Counter(kinds.pattern(one.place.entry) for one in opened)
+    if len(groups) > 1 and min(groups.values()) > 1:
+        return kinds.several(f"{len(groups)} kinds of names", [one.place.entry for one in opened])
+    counts = _differing(opened)
     usual = counts.most_common(1)[0][0] if counts else ""
-    odd = next((one for one in opened if usual not in one.checkpoint.steps), opened[0])
+    lacking = [one for one in opened if usual not in one.checkpoint.steps] or list(opened)
+    patterns = {kinds.pattern(one.place.entry) for one in lacking}
+    ways = "name the checkpoints in their order"
+    if len(lacking) == 1:
+        ways = f"leave it out with {lacking[0].checkpoint.excluding}, or {ways}"
+    elif len(lacking) < len(opened) and len(patterns) == 1:
+        ways = f"leave such files out with {choosing('--exclude', patterns.pop())}, or {ways}"
     what = "has no training step of a kind that the other checkpoints have too, neither inside nor in its name"
-    hint = f"leave it out with {odd.checkpoint.excluding}, or name the checkpoints in their order"
-    return _NoStepError(odd, InputError(what + why, path=odd.checkpoint.path, hint=hint))
+    return _NoStepError(lacking[0], InputError(what + why, path=lacking[0].checkpoint.path, hint=ways))
 
 
-def _check_distinct(ordered: Sequence[Checkpoint]) -> None:
+def _check_distinct(ordered: Sequence[Checkpoint], places: Mapping[Reader, CheckpointPath]) -> None:
     """Raise InputError if two checkpoints of a run have the same step, as raw and averaged weights have."""
     for a, b in pairwise(ordered):
-        if (a.step, a.run) == (b.step, b.run):
-            names = [one.entry for one in ordered if one.run == a.run]
-            if len(set(map(kinds.pattern, names))) > 1:
-                raise kinds.several(f"two files of step {a.step}", names)
-            hint = f"leave one out with {a.excluding}, or say with --step-from REGEX which number is the step"
-            raise InputError(f"has the step {a.step} of {a.entry} too", path=b.path, hint=hint)
+        roots = [one.path.parent for one in (a, b)] if places[a.reader].explicit else [one.run for one in (a, b)]
+        if a.step != b.step or roots[0] != roots[1]:
+            continue
+        names = [places[one.reader].entry for one in ordered if one.run == a.run]
+        if len(set(map(kinds.pattern, names))) > 1:
+            raise kinds.several(f"two files of step {a.step}", names)
+        ways = _groups(names) or [f"leave one out with {a.excluding}"]
+        raise InputError(
+            f"has the step {a.step} of {a.entry} too", path=b.path, hint=f"choose with {' or '.join(ways)}"
+        )
+
+
+def _groups(names: Sequence[str]) -> list[str]:
+    """Return options that choose one group of ``names`` each: those with the same number in one place."""
+    for label in numbers(names[0]):
+        if not all(label in numbers(name) for name in names):
+            continue
+        stops = [numbers(name)[label].stop for name in names]
+        starts = {name[:stop]: name[stop : stop + 1] for name, stop in zip(names, stops, strict=True)}
+        if 1 < len(starts) < len(names):
+            return [
+                choosing("--include", f"{escaped_glob(start)}{escaped_glob(rest)}*") for start, rest in starts.items()
+            ]
+    return []

@@ -48,6 +48,14 @@ def flattened(node: Node, prefix: str = "") -> dict[str, Node]:
     return tensors
 
 
+def has_tensors(tree: Node) -> bool:
+    """Return whether a tensor is anywhere in ``tree``, apart from the states of optimizers."""
+    return holds_tensors(tree) or any(
+        holds_tensors(node) or (isinstance(node, list) and any(isinstance(child, StoredTensor) for child in node))
+        for _, node in containers(tree, 6)
+    )
+
+
 def containers(tree: Node, levels: int) -> Iterator[tuple[str, Node]]:
     """Yield (key, container) of the containers in ``tree``, up to ``levels`` deep, without those of optimizers."""
     pending, count = [("", tree, 0)], 0

@@ -46,10 +46,10 @@ class Window:
             except re.error as error:
                 raise UsageError(f"--step-from {self.step_from} is no regular expression: {error}") from error
 
-    def admits(self, name: str) -> bool:
-        """Return whether the globs accept ``name``, a directory above it, or the name of one of these."""
-        excluded = self.exclude is not None and _matches(name, self.exclude)
-        return not excluded and (self.include is None or _matches(name, self.include))
+    def admits(self, name: str, whole: str = "") -> bool:
+        """Return whether the globs accept ``name``, a directory above it, the name of one of these, or ``whole``."""
+        excluded = self.exclude is not None and _matches(name, whole, self.exclude)
+        return not excluded and (self.include is None or _matches(name, whole, self.include))
 
     def select(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         """Return the checkpoints that the step and count filters keep, in the given order."""
@@ -59,9 +59,9 @@ class Window:
         return kept[:: -(self.every or 1)][: self.last][::-1]
 
 
-def _matches(name: str, glob: str) -> bool:
+def _matches(name: str, whole: str, glob: str) -> bool:
     path = PurePosixPath(name)
     if len(path.parts) > 1 and path.name in WEIGHT_NAMES:
         path = path.parent  # a usual name tells nothing
     parts = (path, *path.parents[:-1])
-    return any(fnmatchcase(text, glob) for part in parts for text in (str(part), part.name))
+    return fnmatchcase(whole, glob) or any(fnmatchcase(text, glob) for p in parts for text in (str(p), p.name))

@@ -43,7 +43,7 @@ def test_codes_with_scales_are_refused_by_the_method_that_made_them(tmp_path: Pa
 
 
 def test_what_libraries_save_of_a_quantised_layer_is_refused_by_their_names(tmp_path: Path) -> None:
-    import bitsandbytes
+    bitsandbytes = pytest.importorskip("bitsandbytes")
 
     layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")  # pyright: ignore
     save_file(layer.state_dict(), tmp_path / "step_1.safetensors")

@@ -14,6 +14,8 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from ckptavg import swa
 from ckptavg.errors import InputError
 
+pytest.importorskip("bitsandbytes")  # not in the extra `frameworks`: PEFT imports it wherever it is
+
 
 def test_the_hint_dequantises_and_the_average_is_that_of_what_the_codes_stand_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
