@@ -578,7 +578,102 @@ BELOW = {
         },
     ),
 }
-CASES = ORDER | ASIDE | BELOW
+FOUND = {
+    "epoch and batch that starts again": Case(
+        kind="several numbers",
+        files=numbered(["epoch_0_batch_900.pt", "epoch_1_batch_100.pt", "epoch_1_batch_500.pt"]),
+        error="several numbers in the names could be the training step: batch: 100, 500, 900; epoch: 0, 1, 1",
+        ways={r"--step-from 'batch_(\d+)'": [2, 3, 1]},
+    ),
+    "phases that each count their epochs": Case(
+        kind="several numbers",
+        files=numbered(["phase1/epoch_10.pt", "phase2/epoch_3.pt", "phase3/epoch_7.pt"]),
+        error="several numbers in the names could be the training step: epoch: 3, 7, 10; phase: 1, 2, 3",
+        ways={r"--step-from 'phase(\d+)'": [1, 2, 3], r"--step-from 'epoch_(\d+)'": [2, 3, 1]},
+    ),
+    "an experiment and a date": Case(
+        kind="several numbers",
+        files=numbered(["exp12_2026-11-05.pt", "exp3_2026-11-06.pt"]),
+        error="several numbers in the names could be the training step",
+        ways={r"--step-from 'exp(\d+)'": [2, 1]},
+    ),
+    "a number behind a metric alone": Case(
+        kind="a metric in the name",
+        files=numbered(["unet_dice_10.pt", "unet_dice_20.pt"]),
+        error="a number behind a metric may be the training step: dice: 10, 20",
+        ways={r"--step-from 'dice_(\d+)'": [1, 2]},
+    ),
+    "a metric and then the epoch": Case(
+        kind="a metric in the name",
+        values=[1, 2],
+        steps=[5, 6],
+        files=numbered(["net_loss_0.31_5.pth", "net_loss_0.30_6.pth"]),
+    ),
+    "a snapshot's digest": Case(
+        kind="the parent's number",
+        values=[1, 2, 3],
+        steps=[1000, 2000, 10000],
+        files=numbered(
+            [
+                f"models--pythia-step{step}/snapshots/{sha}/model.safetensors"
+                for step, sha in ((1000, "aa1b2c3d4e5f6071"), (2000, "ff3e4d5c6b7a8091"), (10000, "0a9b8c7d6e5f4031"))
+            ]
+        ),
+    ),
+    "two runs with steps of their own": Case(
+        kind="named on the command line",
+        values=[1, 2, 3, 4],
+        files=numbered(["a/epoch_1.pt", "a/epoch_2.pt", "b/step_100.pt", "b/step_200.pt"]),
+        paths=["a", "b"],
+    ),
+    "a run whose directory is called swa": Case(
+        kind="named on the command line",
+        values=[1, 3, 2, 4],
+        files=numbered(["base/epoch_1.pt", "base/epoch_2.pt", "swa_lr/epoch_1.pt", "swa_lr/epoch_2.pt"]),
+        paths=["base", "swa_lr"],
+    ),
+    "a glob with averages": Case(
+        kind="named on the command line",
+        values=[1, 4, 9],
+        files=numbered(["avg_3.pt", "epoch_1.pt", "epoch_2.pt", "epoch_3.pt", "init.pt"], [14 / 3, 1, 4, 9, 0]),
+        paths=["avg_3.pt", "epoch_1.pt", "epoch_2.pt", "epoch_3.pt", "init.pt"],
+    ),
+    "two runs in one directory": Case(
+        kind="two files a step",
+        files=numbered(["seed1_ep1.pt", "seed1_ep2.pt", "seed2_ep1.pt", "seed2_ep2.pt"]),
+        error="has the step 1 of seed1_ep1.pt too",
+        ways={"--include 'seed1_*'": [1, 2], "--include 'seed2_*'": [3, 4]},
+    ),
+    "EMA in a file beside each model": Case(
+        kind="EMA weights",
+        error=r"each step has several models: model.safetensors \(2\), ema.safetensors \(2\)",
+        files=numbered([f"checkpoint-{s}/{n}.safetensors" for s in (1, 2) for n in ("model", "ema")]),
+        ways={"--component model.safetensors": [1, 3], "--component ema.safetensors": [2, 4]},
+    ),
+    "an average precision": Case(
+        kind="earlier averages",
+        values=[1, 2, 3],
+        files=numbered(["epoch_1.pt", "epoch_2.pt", "best_average_precision_epoch_4.pt"]),
+    ),
+    "agents of each step": Case(
+        kind="several models in each step",
+        error=r"several models: agent_0.pt \(2\), agent_1.pt \(2\)",
+        files=numbered([f"iter_{s}/agent_{n}.pt" for s in (1, 2) for n in (0, 1)]),
+        ways={"--component agent_0.pt": [1, 3], "--component agent_1.pt": [2, 4]},
+    ),
+    "models named by their step": Case(
+        kind="several models in each step",
+        error=r"several models: ema_\*.pt \(2\), model_\*.pt \(2\)",
+        files=numbered([f"step_{s}/{n}_{s}.pt" for s in (1, 2) for n in ("ema", "model")]),
+        ways={"--component 'ema_*.pt'": [1, 3], "--component 'model_*.pt'": [2, 4]},
+    ),
+    "pretrained weights beside the run": Case(
+        kind="one level too high",
+        error="has no checkpoints itself, but 2 in ckpts/",
+        files=numbered(["ckpts/epoch_1.pt", "ckpts/epoch_2.pt", "pretrained/resnet50.pth"]),
+    ),
+}
+CASES = ORDER | ASIDE | BELOW | FOUND
 
 
 def table() -> str:

@@ -83,8 +83,8 @@ def chosen(
 
 def _with_usual_name(models: Mapping[str, Path], usual: Set[str]) -> Mapping[str, Path]:
     """Return the one of several models whose name those have that are alone in their steps, unless one is an EMA."""
-    same = {place: file for place, file in models.items() if file.name in usual}
-    return same if len(models) > 1 and len(same) == 1 and not any(map(kinds.is_ema, models)) else models
+    same = [file for file in models.values() if file.name in usual]
+    return {"": same[0]} if len(models) > 1 and len(same) == 1 and not any(map(kinds.is_ema, models)) else models
 
 
 def _one_level_too_high(root: Path, nested: Sequence[tuple[Step, Mapping[str, Path]]]) -> InputError:

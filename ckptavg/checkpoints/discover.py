@@ -13,7 +13,8 @@ from ckptavg.checkpoints import duplicates, kinds, state_dict
 from ckptavg.checkpoints.checkpoint import Checkpoint, shortest_names
 from ckptavg.checkpoints.components import LeftOut
 from ckptavg.checkpoints.listing import CheckpointPath, Listing, SkipFile, list_checkpoints
-from ckptavg.checkpoints.order import Opened, in_order
+from ckptavg.checkpoints.name_steps import Opened
+from ckptavg.checkpoints.order import in_order
 from ckptavg.checkpoints.steps import natural, numbers, steps_beside, steps_in_name, steps_inside
 from ckptavg.checkpoints.window import Window
 from ckptavg.errors import CkptavgError, InputError, counted, excluding

@@ -106,10 +106,9 @@ def list_checkpoints(path: Path, order: int, left_out: list[LeftOut], window: Wi
     for step, models in chosen(path, steps, left_out, window, files=len(files)):
         start = Path(path.resolve().name if own else step.folder.name)
         for place, weights in models.items():
-            several = len(models) > 1 or (place and weights == step.folder / place)
             places.append(
                 CheckpointPath(
-                    path=weights if several or weights == step.folder else weights.parent, weights=weights,
+                    path=weights if weights == step.folder else weights.parent, weights=weights,
                     name=str(start / weights.relative_to(step.folder)), order=order, explicit=bool(own),
                     folder=step.folder, component=place,
                 )

@@ -1,40 +1,25 @@
 """Training order of the candidates: by a step inside the files, else by a number of their names, else as given."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from ckptavg.checkpoints import kinds
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.listing import CheckpointPath
+from ckptavg.checkpoints.name_steps import Opened, by_name
 from ckptavg.checkpoints.steps import (
     STEP_KEYS,
-    AmbiguousStepError,
-    Column,
     is_distinct,
     natural,
     numbers,
-    pattern_of,
     step_by_pattern,
-    step_column,
-    steps_in_name,
 )
-from ckptavg.errors import CkptavgError, InputError, UsageError, choosing, escaped_glob
-from ckptavg.readers import Reader, suffixes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Opened:
-    """An open checkpoint and its place."""
-
-    checkpoint: Checkpoint
-    place: CheckpointPath
-    aside: str = ""  # why its name says that it is no candidate
+from ckptavg.errors import CkptavgError, InputError, choosing, escaped_glob
+from ckptavg.readers import Reader
 
 
 def in_order(
@@ -99,11 +84,7 @@ def _with_steps(
     inside = [one.checkpoint.steps for one in opened]
     shared = [kind for kind in STEP_KEYS if all(kind in steps for steps in inside)]
     distinct = [kind for kind in shared if is_distinct([steps[kind] for steps in inside], runs)]
-    if (
-        not distinct
-        and (named := _by_name(opened, runs))
-        and (is_distinct([c.step for c in named], runs) or not shared)
-    ):
+    if not distinct and (named := by_name(opened, runs)) and (is_distinct([c.step for c in named], runs) or not shared):
         return named
     if distinct or shared:
         kind = (distinct or shared)[0]
@@ -119,7 +100,7 @@ def _with_steps(
 def _contradiction(opened: Sequence[Opened], runs: Sequence[int], steps: Sequence[int], kind: str) -> list[str]:
     """Return a warning if the steps inside the files have another order than the numbers of their names."""
     try:
-        named = _by_name(opened, runs)
+        named = by_name(opened, runs)
     except InputError:
         return []
     pairs = sorted(zip(steps, (one.step for one in named), strict=True)) if named else []
@@ -133,7 +114,7 @@ def _by_run(opened: Sequence[Opened], runs: Sequence[int], warnings: list[str]) 
     stepped: list[Checkpoint] = []
     for run in dict.fromkeys(runs):
         own = [one for one, its in zip(opened, runs, strict=True) if its == run]
-        named = _by_name(own, [run] * len(own)) if len(own) < len(opened) and len(own) > 1 else []
+        named = by_name(own, [run] * len(own)) if len(own) < len(opened) and len(own) > 1 else []
         if not named:
             raise _no_step(opened)
         stepped += named
@@ -157,66 +138,6 @@ def _by_pattern(step_from: str, one: Opened) -> int:
             hint=hint,
         )
     return step
-
-
-def _by_name(opened: Sequence[Opened], runs: Sequence[int]) -> list[Checkpoint]:
-    """Return the checkpoints with the step in their names, else in those of their directories, the innermost first.
-
-    Empty if there is no such number. A name gets the directories in front that the number is in.
-    """
-    paths = [PurePath(os.path.abspath(one.place.weights)) for one in opened]  # noqa: PTH100  # links stay
-    common = len(PurePath(os.path.commonpath(paths)).parts)
-    inside = {one.place.path != one.place.weights for one in opened}
-    if len(inside) > 1:  # files beside directories, whose own names say what those of their files do not
-        paths = [PurePath(os.path.abspath(one.place.path)) for one in opened]  # noqa: PTH100
-    own = [(one.place.entry if len(inside) > 1 else one.place.label).count("/") + 1 for one in opened]
-    parts = [path.parts[-max(n, len(path.parts) - common) :] for path, n in zip(paths, own, strict=True)]
-    fallback: list[Checkpoint] = []
-    for level in range(max(map(len, parts))):
-        names = [_stem(each[-1 - level]) if level < len(each) else "" for each in parts]
-        try:
-            column = step_column(names, runs)
-        except AmbiguousStepError as ambiguous:
-            raise _ambiguous(opened, names, ambiguous.columns) from None
-        if column is None:
-            continue
-        named: list[Checkpoint] = []
-        for one, value, each, length in zip(opened, column.values, parts, own, strict=True):
-            name = one.place.label if level < length else "/".join(each[-1 - level :])
-            steps = {**one.checkpoint.steps, **steps_in_name(name)}
-            named.append(replace(one.checkpoint, name=name, steps=steps, step=value, step_from="name"))
-        if is_distinct(column.values, runs):
-            return named
-        fallback = fallback or named
-    return fallback
-
-
-def _stem(name: str) -> str:
-    """Return a file name without the suffix of its format."""
-    endings = [suffix for suffix in suffixes() if name.endswith(suffix)]
-    return name.removesuffix(max(endings, key=len, default=""))
-
-
-def _ambiguous(opened: Sequence[Opened], names: Sequence[str], columns: Sequence[Column]) -> InputError:
-    shown = "; ".join(
-        f"{column.label.strip() or 'the first'}: {', '.join(map(str, sorted(column.values)[:4]))}" for column in columns
-    )
-    labels = [one.place.label for one in opened]
-    found = [(column, pattern) for column in columns if (pattern := pattern_of(names, column.label))]
-    patterns = [pattern for column, pattern in found if _finds(pattern, labels, column.values)]
-    hint = (
-        " or ".join(f"--step-from '{pattern}'" for pattern in patterns) or "--step-from REGEX (its group is the step)"
-    )
-    several = "several numbers in the names could be" if len(columns) > 1 else "a number behind a metric may be"
-    what = f"{several} the training step: {shown}"
-    return InputError(what, path=opened[0].place.path.parent, hint=f"choose with {hint}")
-
-
-def _finds(pattern: str, labels: Sequence[str], values: Sequence[int]) -> bool:
-    """Return whether ``pattern`` finds the ``values`` in whole labels too."""
-    with suppress(UsageError):
-        return [step_by_pattern(re.compile(pattern), label) for label in labels] == list(values)
-    return False
 
 
 def _as_given(opened: Sequence[Opened], warnings: list[str], ambiguous: InputError | None = None) -> list[Checkpoint]:

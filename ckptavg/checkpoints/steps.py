@@ -186,7 +186,7 @@ def pattern_of(names: Sequence[str], label: str) -> str | None:
     if len(places) < len(names):
         return None
     plain = all(name[place.start : place.stop].isdigit() for name, place in zip(names, places, strict=True))
-    group = r"(\d+)" if plain else r"(\d[\d.]*(?:[kM]|e\d+)?)"
+    group = r"(\d+)" if plain else r"(\d+(?:\.\d+)?(?:[kMB]|e\d+)?)"
     before = names[0][: places[0].start]
     starts = [match.start() for match in re.finditer(r"[^\W\d_]+", before)]
     for start in (*reversed(starts), 0):
@@ -221,7 +221,7 @@ def step_column(names: Sequence[str], runs: Sequence[int]) -> Column | None:
     first = first or several or [c for c in plain if c in distinct]
     if first:
         rivals = worded if first[0] in worded else [*worded, *plain]
-        if other := next((c for c in rivals if not _agree(first[0].values, c.values)), None):
+        if other := next((c for c in rivals if not agree(first[0].values, c.values)), None):
             raise AmbiguousStepError([first[0], other])
         return first[0]
     if doubtful := [c for c in every if c.is_metric and is_distinct(c.values, runs)]:
@@ -231,7 +231,7 @@ def step_column(names: Sequence[str], runs: Sequence[int]) -> Column | None:
     return min(repeated, key=lambda column: column.preference, default=None)
 
 
-def _agree(fine: Sequence[int], coarse: Sequence[int]) -> bool:
+def agree(fine: Sequence[int], coarse: Sequence[int]) -> bool:
     """Return whether ``coarse`` never falls in the order of ``fine``."""
     ordered = [c for _, c in sorted(zip(fine, coarse, strict=True))]
     return all(a <= b for a, b in pairwise(ordered))

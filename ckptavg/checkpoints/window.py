@@ -64,4 +64,6 @@ def _matches(name: str, whole: str, glob: str) -> bool:
     if len(path.parts) > 1 and path.name in WEIGHT_NAMES:
         path = path.parent  # a usual name tells nothing
     parts = (path, *path.parents[:-1])
-    return fnmatchcase(whole, glob) or any(fnmatchcase(text, glob) for p in parts for text in (str(p), p.name))
+    return ("/" in glob and fnmatchcase(whole, glob)) or any(
+        fnmatchcase(text, glob) for p in parts for text in (str(p), p.name)
+    )

@@ -27,7 +27,7 @@ def value(checkpoint: Checkpoint) -> float:
 
 def ways_out(hint: str) -> list[str]:
     """Return the options that a hint names."""
-    option = r"--(?:include|exclude|component|step-from|key) (?:'[^']*'|\S+)"
+    option = r"--(?:include|exclude|component|step-from|key) (?:'[^']*'|[^\s(]\S*)"
     return re.findall(rf"{option}(?: {option})*", hint)
 
 

@@ -251,7 +251,7 @@ NAMES = [
     os.fsdecode(b"\xff\xfe-4.safetensors"), "a\nb-4.safetensors", "\x1b[31mred.safetensors", "[red]-4.safetensors",
     "[[bold]-4.safetensors", "-4.safetensors", "--help-4.safetensors", " -4.safetensors",
     "²-4.safetensors", "step-4²1.safetensors", "\u202e4.safetensors", "e\u0301-4.safetensors",
-    "x" * 200 + "4.safetensors",
+    "x" * 200 + "-4.safetensors",
     "step-" + "9" * 200 + ".safetensors", "a:b\\c-4.safetensors", "{0}%s.safetensors", "$(touch ran)-4.safetensors",
     "'\"-4.safetensors", "4.safetensors.", "nul\x7f-4.safetensors", "😀-4.safetensors", "4²",
 ]  # fmt: skip

@@ -99,9 +99,6 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "pointer": (lambda f: (f / "step-3.pt").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS"),
     "fifo": (lambda f: os.mkfifo(f / "step-3.pt"), "is a FIFO"),
     "link": (lambda f: (f / "step-3.pt").symlink_to("gone"), "is a link to a file that does not exist"),
-    "sparse": (
-        lambda f: torch.save({**state(3), "weight": torch.eye(3).to_sparse()}, f / "step-3.pt"), "weight: is made by",
-    ),
     "sum": (
         lambda f: (save_file(state(3), f / "step-3.safetensors"),
                    (f / "SHA256SUMS").write_text(f"{'0' * 64}  step-3.safetensors\n")), "its SHA-256 is",
