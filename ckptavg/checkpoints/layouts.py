@@ -23,6 +23,7 @@ SIDE_FILES: Final = {
     "extra_state*": "a scheduler's state and random number generators",  # verl
     "training_args.bin": "the trainer's arguments",
     "policy_*processor*": "a policy's processor",  # LeRobot
+    "*_optim_states.pt": "an optimizer's state",  # DeepSpeed
     "*.optimizer.pth": "an optimizer's state",  # Stable-Baselines3, unpacked
     "pytorch_variables.pth": "variables that are no parameters",
     "SHA256SUMS": "what the checkpoints' sums must be",

@@ -33,10 +33,12 @@ def test_a_file_of_the_same_average_has_the_hash_that_the_directory_was_given(ru
     assert digest == json.loads((folder / "found.json").read_text())["sha256"]
 
 
-def test_the_directory_can_be_verified_and_is_no_candidate(run: Run, folder: Path):
+def test_the_directory_can_be_verified_and_is_no_candidate(run: Run, folder: Path, tmp_path: Path):
     done = run("verify", folder / "averaged", "--sources", folder / "run")
     assert done.returncode == 0 and "7 tensors equal" in done.stderr, done.stderr
-    shown = run("inspect", folder, folder / "run", "--json").stdout
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "averaged").symlink_to(folder / "averaged")
+    shown = run("inspect", "other", folder / "run", "--json").stdout
     assert [one["step"] for one in json.loads(shown)["candidates"]] == [1, 2, 3]
     assert "an earlier output of ckptavg" in shown
 

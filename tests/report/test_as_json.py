@@ -59,7 +59,7 @@ RESULT_JSON = {
         {"path": "a/1.pt", "step": 1, "coefficient": 0.0, "score": BAD_JSON, "s": None, "said": "no"},
         {"path": "a/2.pt", "step": 2, "coefficient": [0.25, 0.75], "score": None},
     ],
-    "left_out": [{"path": "a/x", "reason": "not a checkpoint", "kind": "info"}],
+    "left_out": [{"path": "a/x", "reason": "not a checkpoint", "kind": "info", "hint": None}],
     "scores": {"val": GOOD_JSON},
     "baselines": {"best": {"val": GOOD_JSON, "test": BAD_JSON}},
     "scored_on": "val",
