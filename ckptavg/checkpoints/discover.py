@@ -21,8 +21,6 @@ from ckptavg.errors import CkptavgError, InputError, counted, excluding
 from ckptavg.readers import NotACheckpointError, open_reader, suffixes
 
 _Refuse: TypeAlias = Callable[[CkptavgError, Path], None]
-
-
 _TYPED: Final = 2  # paths in the order of their text that somebody may have typed
 
 
@@ -87,9 +85,10 @@ def discover(
     try:
         listings = [list_checkpoints(path, order, left_out, window) for order, path in enumerate(paths)]
         places = _told_apart([place for listing in listings for place in listing.places])
-        excluded = [place for place in places if not window.admits(place.below, place.whole_entry)]
-        left_out += [LeftOut(path=p.folder or p.path, reason="left out by --include or --exclude") for p in excluded]
-        wanted = _with_asides([place for place in places if place not in excluded])
+        admitted = [window.admits(place.below, place.whole_entry) for place in places]
+        excluded = [place.folder or place.path for place, is_in in zip(places, admitted, strict=True) if not is_in]
+        left_out += [LeftOut(path=path, reason="left out by --include or --exclude") for path in excluded]
+        wanted = _with_asides([place for place, is_in in zip(places, admitted, strict=True) if is_in])
         for i, (place, aside) in enumerate(wanted):
             try:
                 checkpoint = open_checkpoint(place, key, allow_nonfinite=allow_nonfinite)

@@ -1,7 +1,7 @@
 """Directories as training libraries write them: names of weights and side files, and marks of a complete save."""
 
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Set
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -76,21 +76,21 @@ def has_training_state(names: Set[str]) -> bool:
     return any(fnmatchcase(name, mark) for name in names for mark in _STATES)
 
 
-def incomplete(name: str, names: Set[str], siblings: Sequence[Set[str]]) -> str | None:
+def incomplete(name: str, names: Set[str], anywhere: Set[str]) -> str | None:
     """Return why the save into the directory ``name`` was interrupted, or None.
 
     Args:
         name: its name.
         names: its entries.
-        siblings: the entries of the directories beside it.
+        anywhere: the entries of all directories beside it, and its own.
     """
     if any(entry.endswith(".distcp") for entry in names) and not any(entry.endswith(".metadata") for entry in names):
         return "it has no .metadata"
-    by_trainer = any(mark in names for mark in _BY_TRAINER) or any("trainer_state.json" in one for one in siblings)
+    by_trainer = any(mark in names for mark in _BY_TRAINER) or "trainer_state.json" in anywhere
     if by_trainer and re.fullmatch(r"checkpoint-\d+", name) and "trainer_state.json" not in names:
         return "it has no trainer_state.json"
     last = "random_states_0.pkl"  # Accelerate's
-    if not by_trainer and last not in names and any(last in other for other in siblings):
+    if not by_trainer and last in anywhere - names:
         return f"it has no {last}"
     return None
 

@@ -149,6 +149,7 @@ def _scan(folder: Path, names: Set[str], left_out: list[LeftOut]) -> tuple[list[
         with suppress(InputError):  # opening it raises the error
             if name not in temporary and name not in layouts.SIDE_FOLDERS and is_folder(folder / name):
                 inside[name] = entries(folder / name)
+    anywhere = frozenset[str]().union(*inside.values())
     for name in shown:
         path = folder / name
         try:
@@ -157,8 +158,7 @@ def _scan(folder: Path, names: Set[str], left_out: list[LeftOut]) -> tuple[list[
             if name in layouts.SIDE_FOLDERS:
                 raise SkipFile(layouts.SIDE_FOLDERS[name])
             if name in inside:
-                siblings = [other for there, other in inside.items() if there != name]
-                steps.append(Step(path, inside[name], _models_of_step(path, inside[name], siblings)))
+                steps.append(Step(path, inside[name], _models_of_step(path, inside[name], anywhere)))
             else:
                 files.append(path if is_folder(path) else _weights_file(path))
         except SkipFile as other:
@@ -168,8 +168,8 @@ def _scan(folder: Path, names: Set[str], left_out: list[LeftOut]) -> tuple[list[
     return files, steps
 
 
-def _models_of_step(folder: Path, names: Set[str], siblings: Sequence[Set[str]]) -> Mapping[str, Path]:
-    reason = layouts.incomplete(folder.name, names, siblings)
+def _models_of_step(folder: Path, names: Set[str], anywhere: Set[str]) -> Mapping[str, Path]:
+    reason = layouts.incomplete(folder.name, names, anywhere)
     models = dict(_models(folder, names, _DEPTH))
     if reason and (models or layouts.has_training_state(names) or not reason.endswith(".pkl")):
         raise SkipFile(f"incomplete: {reason}, which is written last", "warning")

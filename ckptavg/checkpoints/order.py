@@ -41,7 +41,8 @@ def in_order(
             shapes = [_shapes(one.checkpoint) for one in opened]
             kinds.check([one.place.entry for one in opened], shapes, [one.checkpoint.key for one in opened])
         stepped = _with_steps(opened, step_from, explicit, warnings)
-        ordered = sorted(stepped, key=lambda one: (one.step, one.run, _given(one, opened), natural(one.name)))
+        given = {one.checkpoint.reader: one.place.order if one.place.explicit else 0 for one in opened}
+        ordered = sorted(stepped, key=lambda one: (one.step, one.run, given[one.reader], natural(one.name)))
         if not explicit or opened[0].place.globbed:
             _check_distinct(ordered, {one.checkpoint.reader: one.place for one in opened})
     except _NoStepError as missing:
@@ -54,7 +55,7 @@ def in_order(
             raise
         hint = f" ({error.hint})" if error.hint else ""
         return sorted((one.checkpoint for one in opened), key=lambda one: natural(one.name)), [f"{error}{hint}"]
-    if explicit and ordered != sorted(ordered, key=lambda one: _given(one, opened)):
+    if explicit and ordered != sorted(ordered, key=lambda one: given[one.reader]):
         names = ", ".join(one.name for one in ordered[:3]) + (", …" if len(ordered) > 3 else "")
         warnings.append(f"ordered by their steps, not as they were given: {names}")
     return ordered, warnings
@@ -64,11 +65,6 @@ class _NoStepError(Exception):
     def __init__(self, odd: Opened, error: InputError) -> None:
         super().__init__()
         self.odd, self.error = odd, error
-
-
-def _given(checkpoint: Checkpoint, opened: Sequence[Opened]) -> int:
-    """Return the index of the path that was given for a checkpoint, 0 for those of a directory."""
-    return next((o.place.order for o in opened if o.checkpoint.reader is checkpoint.reader and o.place.explicit), 0)
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, object]:
@@ -140,19 +136,15 @@ def _by_pattern(step_from: str, one: Opened) -> int:
     return step
 
 
-def _as_given(opened: Sequence[Opened], warnings: list[str], ambiguous: InputError | None = None) -> list[Checkpoint]:
+def _as_given(opened: Sequence[Opened], warnings: list[str]) -> list[Checkpoint]:
     """Return the checkpoints in the order of the command line, unless the numbers that most have contradict it.
 
-    Args:
-        opened: the candidates.
-        warnings: gets a line about the order.
-        ambiguous: the error if several numbers in the names could be the step. Raised unless the order is the user's:
-            not that in which a shell sorts texts, or that of numbers in them too.
+    It must be the user's: not that in which a shell sorts texts, unless the numbers in them have the same order.
     """
     given = sorted(opened, key=lambda one: one.place.order)
     paths = [str(one.place.weights) for one in given]
     if paths == sorted(paths) != sorted(paths, key=natural):
-        raise ambiguous or _no_step(opened, "; the order given is that of a shell's glob")
+        raise _no_step(opened, "; the order given is that of a shell's glob")
     counts = _differing(given)
     kind, count = counts.most_common(1)[0] if counts else ("", 0)
     known = [one for one in given if kind in one.checkpoint.steps] if count > 1 else []

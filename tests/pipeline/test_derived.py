@@ -199,7 +199,7 @@ def test_codebooks_of_moving_averages_are_averaged_and_named_where_they_change(r
 
 
 def test_ordinary_names_are_of_no_kind(tmp_path: Path):
-    """Of networks with weight norm, pruning, BatchNorm and codebooks that are parameters; see also the table above."""
+    """Networks with weight norm, pruning, BatchNorm and codebooks that are parameters; see also the table above."""
     model = nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.LSTM(4, 4),
         nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), nn.Embedding(4, 4), nn.MultiheadAttention(4, 2),
