@@ -19,6 +19,7 @@ from ckptavg.filesystem.atomic import write_bytes
 from ckptavg.filesystem.regular_file import is_folder
 from ckptavg.objective import Strategy
 from ckptavg.objective.mixture import Mixture
+from ckptavg.objective.selection import spearman
 from ckptavg.options import Options
 from ckptavg.options.landscape import LandscapeOptions
 from ckptavg.output.destination import preflight
@@ -160,24 +161,11 @@ def eigenvalues(q: Surrogate) -> list[float]:
     return values
 
 
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return the rank correlation; ties share their mean rank."""
-    x, y = _centred_ranks(a), _centred_ranks(b)
-    size = x.norm() * y.norm()
-    return float(x @ y / size) if size > 0 else 0.0
-
-
 def r_squared(predicted: Sequence[float], measured: Sequence[float]) -> float:
     """Return 1 − Σ(measured − predicted)²/Σ(measured − mean)²; negative if the mean predicts better."""
     m, p = (torch.tensor(values, dtype=torch.float64) for values in (measured, predicted))
     total = (m - m.mean()).square().sum()
     return float(1 - (m - p).square().sum() / total) if total > 0 else 0.0
-
-
-def _centred_ranks(values: Sequence[float]) -> Tensor:
-    v = torch.tensor(values, dtype=torch.float64)
-    ranks = (v[:, None] > v[None]).sum(dim=1) + ((v[:, None] == v[None]).sum(dim=1) - 1) / 2
-    return ranks - ranks.mean()
 
 
 def _random(count: int, n: int, generator: torch.Generator) -> Tensor:

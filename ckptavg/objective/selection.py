@@ -1,0 +1,117 @@
+"""The mixtures that a search has scored, and the choice among them by loss or by metric."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Final, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ckptavg.coefficients import Coefficients
+from ckptavg.objective import Objective
+from ckptavg.score import Score
+
+SelectBy: TypeAlias = Literal["auto", "loss", "metric"]
+AGREEING: Final = 0.3  # rank correlation from which the loss is taken as a witness of the metric
+_FEW: Final = 5  # mixtures below which a rank correlation says nothing
+
+
+class Selection:
+    """Scored mixtures by coefficients, in the order in which they were scored.
+
+    ``loss`` chooses the lowest loss, ``metric`` the best metric (ties: the lower loss). ``auto`` is ``loss`` if loss
+    and metric rank all scored mixtures alike (Spearman's correlation ≥ `AGREEING`; the loss is the quieter of the two
+    on few examples), else ``metric``; among mixtures by loss, those that are at least as good as every single candidate
+    and the mean of all in *both* come first, if there are any. So no answer is worse than one of these in both.
+
+    Attributes:
+        scores: coefficients → score.
+    """
+
+    def __init__(self, objective: Objective, select_by: SelectBy = "auto") -> None:
+        self._objective = objective
+        self._select_by: SelectBy = select_by
+        self.scores: dict[Coefficients, Score] = {}
+        n = objective.n
+        self.plain = [*Coefficients.singles(n), Coefficients.uniform(range(n), n)]
+
+    def score(self, mixtures: Iterable[Coefficients], stage: str = "", total: int = 0) -> None:
+        """Score mixtures that are not scored yet; ``stage`` and ``total`` are those of the progress display."""
+        missing = [mixture for mixture in dict.fromkeys(mixtures) if mixture not in self.scores]
+        self._objective.prefetch(missing)
+        for mixture in missing:
+            self.scores[mixture] = self._objective.score(mixture)
+            if stage:
+                self._objective.progress(stage, len(self.scores), max(total, len(self.scores)), loss=self.loss(mixture))
+
+    def loss(self, mixture: Coefficients) -> float:
+        """Return the loss of a scored mixture, or minus its score if it has none; smaller is better."""
+        score = self.scores[mixture]
+        return -score.value if score.invalid or score.loss is None else score.loss
+
+    @property
+    def by(self) -> Literal["loss", "metric"]:
+        """What decides now."""
+        return by_what(self.scores.values(), self._select_by)
+
+    def best(self, among: Collection[Coefficients] | None = None) -> Coefficients:
+        """Return the best of the scored mixtures, or of those ``among`` them; ties go to the first scored."""
+        mixtures = [mixture for mixture in self.scores if among is None or mixture in among]
+        if self.by == "metric":
+            return max(mixtures, key=lambda mixture: (self.scores[mixture].value, -self.loss(mixture)))
+        plain = [mixture for mixture in self.plain if mixture in self.scores]
+        if plain and self._select_by == "auto":
+            value, loss = max(self.scores[mixture].value for mixture in plain), min(map(self.loss, plain))
+            in_both = [m for m in mixtures if self.scores[m].value >= value and self.loss(m) <= loss]
+            mixtures = in_both or mixtures
+        return min(mixtures, key=self.loss)
+
+    def note(self) -> str:
+        """Return the sentence for the report that says what decided and why; empty if the loss is the only score."""
+        scores = list(self.scores.values())
+        name = next((score.name for score in scores if score.metric is not None), None)
+        if name is None:
+            return ""
+        if self._select_by != "auto":
+            return f"chosen by {self.by} (--select-by) among {len(scores)} scored mixtures"
+        agreement = _agreement(scores)
+        if agreement is None:
+            return f"chosen by {name} among {len(scores)} scored mixtures: too few to say whether the loss agrees"
+        verb = "ranks" if self.by == "loss" else "does not rank"
+        return (
+            f"chosen by {'loss' if self.by == 'loss' else name} among {len(scores)} scored mixtures: the loss {verb} "
+            f"them like {name} (Spearman {agreement:.2f}); --select-by decides otherwise"
+        )
+
+
+def by_what(scores: Collection[Score], select_by: SelectBy = "auto") -> Literal["loss", "metric"]:
+    """Return what decides among scored mixtures; see `Selection`. A task has a loss, a metric or both."""
+    has_loss = any(score.loss is not None for score in scores)
+    has_metric = any(score.metric is not None or score.loss is None for score in scores)
+    if not (has_loss and has_metric):
+        return "metric" if has_metric else "loss"
+    if select_by != "auto":
+        return select_by
+    agreement = _agreement(scores)
+    return "loss" if agreement is not None and agreement >= AGREEING else "metric"
+
+
+def _agreement(scores: Collection[Score]) -> float | None:
+    """Return Spearman's correlation of −loss and metric; None if there are too few mixtures, 1 for equal metrics."""
+    known = [(score.value, -score.loss) for score in scores if score.loss is not None and not score.invalid]
+    if len(known) < _FEW:
+        return None
+    values, losses = zip(*known, strict=True)
+    return 1.0 if len(set(values)) == 1 else spearman(values, losses)
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the rank correlation; ties share their mean rank."""
+    x, y = _centred_ranks(a), _centred_ranks(b)
+    size = x.norm() * y.norm()
+    return float(x @ y / size) if size > 0 else 0.0
+
+
+def _centred_ranks(values: Sequence[float]) -> Tensor:
+    v = torch.tensor(values, dtype=torch.float64)
+    ranks = (v[:, None] > v[None]).sum(dim=1) + ((v[:, None] == v[None]).sum(dim=1) - 1) / 2
+    return ranks - ranks.mean()
