@@ -11,6 +11,7 @@ from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.objective import Hessian
 from ckptavg.score import Score, Split
 from ckptavg.surrogate import Surrogate
+from ckptavg.surrogate.folds import Folds
 
 
 class Quadratic:
@@ -43,19 +44,34 @@ class Quadratic:
         off_ND = self.weights_ND - self.weights_ND.mean(dim=0)
         return off_ND.norm(dim=1).unsqueeze(0) if len(groups) == 1 else off_ND.abs().T
 
-    def loss(self, c_N: Tensor, on: Split | None = None, *, groups: Groups = EVERYTHING, again: bool = False) -> Tensor:
-        return (c_N @ self.weights_ND if len(groups) == 1 else (c_N * self.weights_ND.T).sum(dim=1)).square().mean()
+    def each(self, v_D: Tensor) -> Tensor:
+        """Return the loss of each dimension of the mixture v: every dimension is an example."""
+        return v_D.square()
 
-    def surrogate(self, on: Split | None = None, hessian: Hessian = "auto") -> Surrogate:
-        """Return the exact surrogate: the loss is a quadratic."""
-        hessian_NN = 2 / self.d * self.weights_ND @ self.weights_ND.T
-        mean = self.weights_ND.mean(dim=0)
-        return Surrogate(float(mean.square().mean()), 2 / self.d * self.weights_ND @ mean, hessian_NN, "exact")
+    def loss(self, c_N: Tensor, on: Split | None = None, *, groups: Groups = EVERYTHING, again: bool = False) -> Tensor:
+        return self.each(c_N @ self.weights_ND if len(groups) == 1 else (c_N * self.weights_ND.T).sum(dim=1)).mean()
+
+    def surrogate(self) -> Surrogate:
+        return self.folds(count=1).mean()
+
+    def folds(self, on: Split | None = None, hessian: Hessian = "auto", count: int = 8) -> Folds:
+        count, means = min(count, self.d), self.uniform()
+        losses = [lambda c_N, f=f: self.each(c_N @ self.weights_ND)[f::count].mean() for f in range(count)]
+        value_F, gradient_FN = self.gradients(Coefficients.uniform(range(self.n), self.n), on, count)
+        hessian_FNN = [torch.autograd.functional.hessian(loss, means) for loss in losses]
+        sizes = [len(range(f, self.d, count)) for f in range(count)]
+        return Folds(torch.tensor(sizes).double(), value_F, gradient_FN, torch.stack(hessian_FNN), "exact")  # pyright: ignore
+
+    def gradients(self, coefficients: Coefficients, on: Split | None = None, count: int = 8) -> tuple[Tensor, Tensor]:
+        c_N = torch.tensor(coefficients.values[0], dtype=torch.float64, requires_grad=True)
+        each_D = self.each(c_N @ self.weights_ND)
+        losses = [each_D[f::count].mean() for f in range(min(count, self.d))]
+        slopes = [torch.autograd.grad(loss, c_N, retain_graph=True)[0] for loss in losses]
+        return torch.stack(losses).detach(), torch.stack([slope - slope.mean() for slope in slopes])
 
     def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
-        mean = torch.tensor(coefficients.values[0], dtype=torch.float64) @ self.weights_ND
-        gradient_N = 2 / self.d * self.weights_ND @ mean
-        return float(mean.square().mean()), gradient_N - gradient_N.mean()
+        value_F, gradient_FN = self.gradients(coefficients, on, 1)
+        return float(value_F[0]), gradient_FN[0]
 
     def of_subset(self, subset: Iterable[int]) -> float:
         return float(self.weights_ND[list(subset)].mean(dim=0).square().mean())

@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ckptavg.surrogate import Surrogate
+    from ckptavg.surrogate.folds import Folds
 
 Hessian: TypeAlias = Literal["auto", "exact", "gauss-newton"]
-"""Which second derivative `Losses.surrogate` uses; ``auto`` prefers Gauss–Newton."""
+"""Which second derivative `Losses.folds` uses; ``auto`` prefers Gauss–Newton."""
+
+FOLDS: Final = 8
+"""The number of folds of a cross-validation."""
 
 
 class Losses(Protocol):
@@ -63,18 +66,27 @@ class Losses(Protocol):
         """
         ...
 
-    def surrogate(self, on: Split | None = None, hessian: Hessian = "auto") -> Surrogate:
-        """Expand the loss around the mean of all candidates to second order in the coefficients; one pass over ``on``.
+    def folds(self, on: Split | None = None, hessian: Hessian = "auto", count: int = FOLDS) -> Folds:
+        """Expand the losses of ``count`` folds of ``on`` to second order around the mean, in one pass.
+
+        The expansion is in the coefficients, around the mean of all candidates. Examples are dealt to the folds in
+        turn. There are fewer folds if the loss has one value per batch and there are fewer batches.
 
         Raises:
             TaskError: if this model does not support the requested curvature.
         """
         ...
 
+    def gradients(
+        self, coefficients: Coefficients, on: Split | None = None, count: int = FOLDS
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean losses of the folds [F] and their gradients along Σ c = 1 [F, N], as `gradient`."""
+        ...
+
     def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
         """Return the mean loss over ``on`` and its gradient along Σ c = 1, [N] float64 on the CPU, in one pass.
 
-        As in `loss` and `surrogate`, BatchNorm uses the batches' own statistics.
+        As in `loss` and `folds`, BatchNorm uses the batches' own statistics.
 
         Raises:
             TaskError: if the loss has no gradient, or is NaN or infinite.

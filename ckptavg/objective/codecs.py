@@ -10,7 +10,7 @@ from ckptavg.coefficients import Coefficients
 from ckptavg.errors import TaskError
 from ckptavg.journal.tensor_json import decode, encode
 from ckptavg.score import PerExample, Score, Split, sign
-from ckptavg.surrogate import Surrogate
+from ckptavg.surrogate.folds import Folds
 from ckptavg.tasks import Task
 from ckptavg.tasks.torch_metrics import Resampled
 
@@ -91,33 +91,33 @@ class ScoreCodec:
 
 
 class GradientCodec:
-    """The mean loss of a mixture over a split, and its gradient [N]."""
+    """The mean losses of a mixture over the folds of a split [F], and their gradients [F, N]."""
 
-    def name(self, key: tuple[Coefficients, Split]) -> str:
+    def name(self, key: tuple[Coefficients, Split, int]) -> str:
         """See `Codec.name`."""
-        return f"gradient {score_name((*key, False))}"
+        return f"gradients {key[2]} {score_name((*key[:2], False))}"
 
-    def encode(self, key: tuple[Coefficients, Split], value: tuple[float, Tensor]) -> Any:
+    def encode(self, key: tuple[Coefficients, Split, int], value: tuple[Tensor, Tensor]) -> Any:
         """See `Codec.encode`."""
         return encode(value)
 
-    def decode(self, key: tuple[Coefficients, Split], record: Any) -> tuple[float, Tensor]:
+    def decode(self, key: tuple[Coefficients, Split, int], record: Any) -> tuple[Tensor, Tensor]:
         """See `Codec.decode`."""
-        loss, gradient_N = decode(record)
-        return loss, gradient_N
+        value_F, gradient_FN = decode(record)
+        return value_F, gradient_FN
 
 
-class SurrogateCodec:
-    """The surrogate on a split, with one kind of second derivatives."""
+class FoldsCodec:
+    """The surrogates on the folds of a split, with one kind of second derivatives."""
 
-    def name(self, key: tuple[Split, str]) -> str:
+    def name(self, key: tuple[Split, str, int]) -> str:
         """See `Codec.name`."""
-        return f"surrogate {' '.join(key)}"
+        return f"folds {' '.join(map(str, key))}"
 
-    def encode(self, key: tuple[Split, str], value: Surrogate) -> Any:
+    def encode(self, key: tuple[Split, str, int], value: Folds) -> Any:
         """See `Codec.encode`."""
         return encode({field.name: getattr(value, field.name) for field in fields(value)})
 
-    def decode(self, key: tuple[Split, str], record: Any) -> Surrogate:
+    def decode(self, key: tuple[Split, str, int], record: Any) -> Folds:
         """See `Codec.decode`."""
-        return Surrogate(**decode(record))
+        return Folds(**decode(record))

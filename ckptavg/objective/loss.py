@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ckptavg.batches.stream import LocalShard
-from ckptavg.coefficients import Groups
+from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.errors import TaskError, is_out_of_memory
 from ckptavg.objective import batchnorm
 from ckptavg.objective.mixed_model import MixedModel
@@ -49,25 +49,51 @@ def loss_and_gradient(
     Raises:
         TaskError: if the loss has no gradient.
     """
-    task, candidates, model = mixed.task, mixed.candidates, mixed.model
-    mixed.approach(c_GN, groups)
-    candidates.zero_gradient()
-    with torch.enable_grad(), batchnorm.batch_statistics(mixed.norms), without_cudnn_recurrence(model):
-        with autocast(mixed.precision, c_GN.device):
-            loss = mixed.counted.call(task.loss, share.batch).mean()
-        if not loss.requires_grad:
-            raise TaskError("loss() has no gradient: does it use no_grad, detach or item()?", path=task.source)
-        try:
-            loss.backward(torch.full_like(loss, share.weight))
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            message = f"loss() cannot be differentiated: {str(error).splitlines()[0]}"
-            raise TaskError(message, path=task.source) from error
+    ((_, loss, gradient_GN),) = losses_and_gradients(mixed, c_GN, share, groups)
     weight = c_GN.new_full((1,), share.weight)
-    loss, gradient_GN = loss.detach().to(c_GN.dtype), candidates.pullback(groups).to(c_GN.dtype)
     sums = workers.sum(torch.cat([weight, weight * loss, gradient_GN.flatten()]))
     return sums[1] / sums[0], (sums[2:] / sums[0]).view(c_GN.shape)
+
+
+def losses_and_gradients(
+    mixed: MixedModel, c_GN: Tensor, share: LocalShard, groups: Groups = EVERYTHING, parts: int = 1
+) -> list[tuple[float, Tensor, Tensor]]:
+    """Return for each part of a rank's own share: its examples, its mean loss, and weight·∂ℓ/∂c in the shape of c.
+
+    Raises:
+        TaskError: if the loss has no gradient.
+    """
+    task, candidates, model = mixed.task, mixed.candidates, mixed.model
+    mixed.approach(c_GN, groups)
+    found: list[tuple[float, Tensor, Tensor]] = []
+    with torch.enable_grad(), batchnorm.batch_statistics(mixed.norms), without_cudnn_recurrence(model):
+        with autocast(mixed.precision, c_GN.device):
+            losses = part_losses(mixed.counted.call(task.loss, share.batch), share.size, parts)
+        if not losses[0][1].requires_grad:
+            raise TaskError("loss() has no gradient: does it use no_grad, detach or item()?", path=task.source)
+        for left, (examples, loss) in enumerate(losses, 1 - len(losses)):
+            candidates.zero_gradient()
+            try:
+                loss.backward(torch.full_like(loss, share.weight), retain_graph=left < 0)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                message = f"loss() cannot be differentiated: {str(error).splitlines()[0]}"
+                raise TaskError(message, path=task.source) from error
+            found.append((examples, loss.detach().to(c_GN.dtype), candidates.pullback(groups).to(c_GN.dtype)))
+    return found
+
+
+def part_losses(loss: Tensor, examples: int, parts: int) -> list[tuple[float, Tensor]]:
+    """Return the number of examples and the mean loss of each of the ``parts`` of a batch, or of the whole.
+
+    Every p-th example is in one part, so that data sorted by class have all classes in each. A batch's mean loss cannot
+    be divided, nor can fewer examples than parts.
+    """
+    if loss.ndim == 0 or loss.numel() < parts:
+        return [(examples, loss.mean())]
+    each = [loss.flatten()[part::parts] for part in range(parts)]
+    return [(examples * part.numel() / loss.numel(), part.mean()) for part in each]
 
 
 def without_cudnn_recurrence(model: nn.Module) -> AbstractContextManager[None]:

@@ -19,7 +19,6 @@ from ckptavg.errors import UsageError
 from ckptavg.strategies.sewa import SeWA
 from ckptavg.strategies.solvers import subspace
 from ckptavg.strategies.twa import TWA
-from ckptavg.surrogate import Surrogate
 from ckptavg.surrogate.subsets import best_subsets
 
 
@@ -87,21 +86,8 @@ def test_the_best_real_loss_wins_among_the_verified():
 class Curved(Quadratic):
     """ℓ(c) = mean (v² + v⁴), v = Σ_i c_i w_i: not quadratic, so the surrogate at the mean is wrong elsewhere."""
 
-    def loss(self, c_N: Tensor, on: Any = None, **_: Any) -> Tensor:
-        v_D = c_N @ self.weights_ND
-        return (v_D.square() + v_D.square().square()).mean()
-
-    def surrogate(self, on: Any = None, hessian: Any = "auto") -> Surrogate:
-        value, gradient_N = self.gradient(Coefficients.uniform(range(self.n), self.n))
-        hessian_NN = torch.autograd.functional.hessian(self.loss, self.uniform())
-        assert isinstance(hessian_NN, Tensor)
-        return Surrogate(value, gradient_N, hessian_NN, "exact")
-
-    def gradient(self, coefficients: Coefficients, on: Any = None) -> tuple[float, Tensor]:
-        c_N = torch.tensor(coefficients.values[0], dtype=torch.float64, requires_grad=True)
-        loss = self.loss(c_N)
-        (gradient_N,) = torch.autograd.grad(loss, c_N)
-        return float(loss.detach()), gradient_N - gradient_N.mean()
+    def each(self, v_D: Tensor) -> Tensor:
+        return v_D.square() + v_D.square().square()
 
 
 def test_recentering_finds_the_best_subset_of_a_loss_that_is_not_quadratic():

@@ -24,7 +24,7 @@ def descend(
     derivatives kept, at the cost of a forward and a backward pass. Without recentering, the best subset of a network in
     a wide valley may rank only hundredth on the quadratic around the mean.
     """
-    n, q = objective.n, losses.surrogate(on, hessian)
+    n, q = objective.n, losses.folds(on, hessian, 1).mean()
     best_of = {size: best_subsets(q, size, 1) for size in range(1, n + 1)}
     scores: dict[tuple[int, ...], Score] = {}
     total = verify + n - 1 if k == "auto" else verify

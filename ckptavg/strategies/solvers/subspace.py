@@ -156,7 +156,7 @@ def descend(
     there, with the second derivatives kept, at the cost of a forward and a backward pass. The segment from there to the
     new optimum is scored in turn, until no point is better, at most `MOVES` times.
     """
-    n, q = objective.n, losses.surrogate(on, hessian)
+    n, q = objective.n, losses.folds(on, hessian, 1).mean()
     distance_N = losses.distances(EVERYTHING)[0].to("cpu", torch.float64)
     metric_N = distance_N / distance_N.mean().clamp(min=torch.finfo(torch.float64).tiny)
     rows: list[dict[str, float | str | None]] = []
