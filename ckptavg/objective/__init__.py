@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ckptavg.surrogate.folds import Folds
+    from ckptavg.surrogate import Surrogate
+
+SelectBy: TypeAlias = Literal["auto", "loss", "metric"]
+"""What decides among scored mixtures; see `ckptavg.objective.selection.Selection`."""
 
 Hessian: TypeAlias = Literal["auto", "exact", "gauss-newton"]
-"""Which second derivative `Losses.folds` uses; ``auto`` prefers Gauss–Newton."""
+"""Which second derivative `Losses.surrogate` uses; ``auto`` prefers Gauss–Newton."""
 
 FOLDS: Final = 8
 """The number of folds of a cross-validation."""
@@ -66,31 +69,33 @@ class Losses(Protocol):
         """
         ...
 
-    def folds(self, on: Split | None = None, hessian: Hessian = "auto", count: int = FOLDS) -> Folds:
-        """Expand the losses of ``count`` folds of ``on`` to second order around the mean, in one pass.
+    def surrogate(self, on: Split | None = None, hessian: Hessian = "auto", examples: int | None = None) -> Surrogate:
+        """Expand the loss around the mean of all candidates to second order in the coefficients; one pass over ``on``.
 
-        The expansion is in the coefficients, around the mean of all candidates. Examples are dealt to the folds in
-        turn. There are fewer folds if the loss has one value per batch and there are fewer batches.
-
+        Args:
+            on: the split; None is `Objective.scored_on`.
+            hessian: the second derivatives.
+            examples: the number of examples that are enough, in whole batches; None is all.
         Raises:
             TaskError: if this model does not support the requested curvature.
         """
         ...
 
     def gradients(
-        self, coefficients: Coefficients, on: Split | None = None, count: int = FOLDS
-    ) -> tuple[Tensor, Tensor]:
-        """Return the mean losses of the folds [F] and their gradients along Σ c = 1 [F, N], as `gradient`."""
-        ...
+        self, coefficients: Coefficients, on: Split | None = None, folds: int = FOLDS
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the examples of each fold [F], their mean loss [F] and its gradient along Σ c = 1 [F, N], in one pass.
 
-    def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
-        """Return the mean loss over ``on`` and its gradient along Σ c = 1, [N] float64 on the CPU, in one pass.
-
-        As in `loss` and `folds`, BatchNorm uses the batches' own statistics.
+        Batches, or their parts if the loss has one value per example, are dealt to the folds in turn; F is smaller than
+        ``folds`` if there are fewer. All are float64 on the CPU. BatchNorm is as in `loss` and `surrogate`.
 
         Raises:
             TaskError: if the loss has no gradient, or is NaN or infinite.
         """
+        ...
+
+    def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
+        """Return the mean loss over ``on`` and its gradient [N], as `gradients` with a single fold."""
         ...
 
 
@@ -144,6 +149,7 @@ class Learned:
         trace: name → one number per step.
         notes: remarks for the report, one sentence each.
         tables: title → rows, each mapping column → value.
+        held_out: mean held-out loss of the folds, where the strategy cross-validates.
     """
 
     coefficients: Coefficients
@@ -151,6 +157,7 @@ class Learned:
     trace: Mapping[str, Sequence[float]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     tables: Mapping[str, Sequence[Mapping[str, float | str | None]]] = field(default_factory=dict)
+    held_out: float | None = None
 
 
 class Strategy(Protocol):

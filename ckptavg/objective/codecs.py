@@ -10,7 +10,7 @@ from ckptavg.coefficients import Coefficients
 from ckptavg.errors import TaskError
 from ckptavg.journal.tensor_json import decode, encode
 from ckptavg.score import PerExample, Score, Split, sign
-from ckptavg.surrogate.folds import Folds
+from ckptavg.surrogate import Surrogate
 from ckptavg.tasks import Task
 from ckptavg.tasks.torch_metrics import Resampled
 
@@ -91,33 +91,33 @@ class ScoreCodec:
 
 
 class GradientCodec:
-    """The mean losses of a mixture over the folds of a split [F], and their gradients [F, N]."""
+    """The examples [F] and mean losses [F] of the folds of a split at a mixture, and their gradients [F, N]."""
 
     def name(self, key: tuple[Coefficients, Split, int]) -> str:
         """See `Codec.name`."""
         return f"gradients {key[2]} {score_name((*key[:2], False))}"
 
-    def encode(self, key: tuple[Coefficients, Split, int], value: tuple[Tensor, Tensor]) -> Any:
+    def encode(self, key: tuple[Coefficients, Split, int], value: tuple[Tensor, Tensor, Tensor]) -> Any:
         """See `Codec.encode`."""
         return encode(value)
 
-    def decode(self, key: tuple[Coefficients, Split, int], record: Any) -> tuple[Tensor, Tensor]:
+    def decode(self, key: tuple[Coefficients, Split, int], record: Any) -> tuple[Tensor, Tensor, Tensor]:
         """See `Codec.decode`."""
-        value_F, gradient_FN = decode(record)
-        return value_F, gradient_FN
+        examples_F, value_F, gradient_FN = decode(record)
+        return examples_F, value_F, gradient_FN
 
 
-class FoldsCodec:
-    """The surrogates on the folds of a split, with one kind of second derivatives."""
+class SurrogateCodec:
+    """The surrogate on a split, or some examples of it, with one kind of second derivatives."""
 
-    def name(self, key: tuple[Split, str, int]) -> str:
+    def name(self, key: tuple[Split, str, int | None]) -> str:
         """See `Codec.name`."""
-        return f"folds {' '.join(map(str, key))}"
+        return f"surrogate {' '.join(str(part) for part in key if part is not None)}"
 
-    def encode(self, key: tuple[Split, str, int], value: Folds) -> Any:
+    def encode(self, key: tuple[Split, str, int | None], value: Surrogate) -> Any:
         """See `Codec.encode`."""
         return encode({field.name: getattr(value, field.name) for field in fields(value)})
 
-    def decode(self, key: tuple[Split, str, int], record: Any) -> Folds:
+    def decode(self, key: tuple[Split, str, int | None], record: Any) -> Surrogate:
         """See `Codec.decode`."""
-        return Folds(**decode(record))
+        return Surrogate(**decode(record))

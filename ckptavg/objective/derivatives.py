@@ -16,13 +16,13 @@ from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.cost import CostMeter
 from ckptavg.errors import TaskError, UsageError
 from ckptavg.objective import FOLDS, Hessian, batchnorm, curvature
-from ckptavg.objective.codecs import FoldsCodec, GradientCodec
+from ckptavg.objective.codecs import GradientCodec, SurrogateCodec
 from ckptavg.objective.loss import MixtureLoss, loss_and_gradient, losses_and_gradients
 from ckptavg.objective.loss_log import LossLog
 from ckptavg.objective.mixed_model import MixedModel
 from ckptavg.objective.remembered import Remembered
 from ckptavg.score import Split
-from ckptavg.surrogate.folds import Folds
+from ckptavg.surrogate import Surrogate
 from ckptavg.tasks.batch import Batch
 
 
@@ -40,7 +40,7 @@ class Derivatives:
         self._meter = meter
         self._workers = mixed.run.workers
         self._divided: dict[Split, bool] = {}
-        self._folds = Remembered(FoldsCodec(), mixed.run, meter)
+        self._surrogates = Remembered(SurrogateCodec(), mixed.run, meter)
         self._gradients = Remembered(GradientCodec(), mixed.run, meter)
         self.notes: list[str] = []
         self.uniform = mixed.uniform
@@ -64,23 +64,23 @@ class Derivatives:
         compute = partial(self._step, split=split, groups=groups)
         return self._loader.with_memory(lambda: MixtureLoss.apply(c_N, compute))  # pyright: ignore
 
-    def folds(self, on: Split | None = None, hessian: Hessian = "auto", count: int = FOLDS) -> Folds:
-        """See `Losses.folds`; cached."""
+    def surrogate(self, on: Split | None = None, hessian: Hessian = "auto", examples: int | None = None) -> Surrogate:
+        """See `Losses.surrogate`; cached."""
         self._check_whole()
-        key = (on or self._loader.scored_on, hessian, count)
-        return self._folds.find(key, lambda: self._loader.with_memory(partial(self._measure_folds, *key)))
+        key = (on or self._loader.scored_on, hessian, examples)
+        return self._surrogates.find(key, lambda: self._loader.with_memory(partial(self._measure_surrogate, *key)))
 
     def gradients(
-        self, coefficients: Coefficients, on: Split | None = None, count: int = FOLDS
-    ) -> tuple[Tensor, Tensor]:
+        self, coefficients: Coefficients, on: Split | None = None, folds: int = FOLDS
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Losses.gradients`; cached. Each rank runs its own batches; F·(2 + N) numbers are summed at the end."""
         self._check_whole()
-        key = (coefficients, on or self._loader.scored_on, count)
+        key = (coefficients, on or self._loader.scored_on, folds)
         return self._gradients.find(key, lambda: self._loader.with_memory(partial(self._measure_gradients, *key)))
 
     def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
         """See `Losses.gradient`; cached."""
-        value_F, gradient_FN = self.gradients(coefficients, on, 1)
+        _, value_F, gradient_FN = self.gradients(coefficients, on, 1)
         return float(value_F[0]), gradient_FN[0]
 
     def _check_whole(self) -> None:
@@ -102,43 +102,44 @@ class Derivatives:
         self._log.keep(c_GN, batch, loss, gradient_GN)
         return loss, gradient_GN
 
-    def _parts(self, split: Split, count: int) -> int:
-        """Return the number of parts of a batch that make ``count`` folds of all batches."""
-        return -(-count // self.batches(split))
-
-    def _measure_folds(self, split: Split, hessian: Hessian, count: int) -> Folds:
+    def _measure_surrogate(self, split: Split, hessian: Hessian, examples: int | None) -> Surrogate:
         mixed, workers, norms = self._mixed, self._workers, self._mixed.norms
         counts, kinds = torch.zeros(2, 2, dtype=torch.int64), ("forward", "backward")
 
-        def on_pass(kind: str, examples: int) -> None:
+        def count(kind: str, examples: int) -> None:
             counts[kinds.index(kind)] += torch.tensor([1, examples])
 
         def batches_with_progress() -> Iterator[Batch]:
+            total = self.batches(split)
+            if examples is not None:
+                first = next(self._loader.first(split)).size
+                total = min(total, -(-examples // (first * workers.world_size)) * workers.world_size)
             for done, batch in enumerate(self._loader.learnable(split, workers), 1):
                 yield batch
-                total = self.batches(split)
                 mixed.run.progress("measuring the curvature", min(total, done * workers.world_size), total)
+                if done * workers.world_size >= total:
+                    break
 
         with batchnorm.batch_statistics(norms), mixed.plain():
-            folds = curvature.folds(
+            surrogate = curvature.surrogate(
                 mixed.candidates, batches_with_progress, lambda _, batch: mixed.counted.call(mixed.task.loss, batch),
-                count=count, parts=self._parts(split, count), hessian=hessian, on_pass=on_pass,
-                source=mixed.task.source, workers=workers, at_mean=mixed.vectors.converge_at_mean,
+                hessian=hessian, count=count, source=mixed.task.source, workers=workers,
+                at_mean=mixed.vectors.converge_at_mean,
             )  # fmt: skip
         for kind, (number, examples) in zip(kinds, workers.sum(counts).tolist(), strict=True):
             self._meter.count(kind, examples, number)
-        return folds
+        return surrogate
 
-    def _measure_gradients(self, coefficients: Coefficients, split: Split, count: int) -> tuple[Tensor, Tensor]:
-        mixed, workers, parts = self._mixed, self._workers, self._parts(split, count)
+    def _measure_gradients(self, coefficients: Coefficients, split: Split, folds: int) -> tuple[Tensor, Tensor, Tensor]:
+        mixed, workers, parts = self._mixed, self._workers, -(-folds // self.batches(split))
         c_N = self.uniform().new_tensor(coefficients.values[0])
-        sums_F, passes = c_N.new_zeros(count, 2 + len(c_N)), c_N.new_zeros(2)
+        sums_F, passes = c_N.new_zeros(folds, 2 + len(c_N)), c_N.new_zeros(2)
         for number, (batch, size) in enumerate(self._loader.learnable(split, workers)):
             found = losses_and_gradients(mixed, c_N, LocalShard(batch, size, 1.0), parts=parts)
             place = (number * workers.world_size + workers.rank) * parts
             for p, (examples, loss, gradient_N) in enumerate(found):
                 row = torch.cat([torch.ones_like(loss).view(1), loss.view(1), gradient_N.flatten()])
-                sums_F[(place + p) % count] += examples * row
+                sums_F[(place + p) % folds] += examples * row
             passes += torch.tensor([len(found) * size, len(found)]).to(passes)
         examples, batches = workers.sum(passes).tolist()
         self._meter.count("backward", round(examples), round(batches))
@@ -149,7 +150,7 @@ class Derivatives:
             bad = float(value_F[~value_F.isfinite()][0])
             message = f"the loss is {bad} on the {split} data, of {mixed.describe(coefficients)}"
             raise TaskError(message, path=mixed.task.source)
-        return value_F, gradient_FN - gradient_FN.mean(dim=1, keepdim=True)
+        return sums_F[:, 0], value_F, gradient_FN - gradient_FN.mean(dim=1, keepdim=True)
 
     def _divides(self, split: Split) -> bool:
         """Return whether ranks divide the batches of this split; decided once, on its first batch."""

@@ -1,16 +1,15 @@
 """The mixtures that a search has scored, and the choice among them by loss or by metric."""
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import Objective
+from ckptavg.objective import Objective, SelectBy
 from ckptavg.score import Score
 
-SelectBy: TypeAlias = Literal["auto", "loss", "metric"]
 AGREEING: Final = 0.3  # rank correlation from which the loss is taken as a witness of the metric
 _FEW: Final = 5  # mixtures below which a rank correlation says nothing
 

@@ -130,7 +130,7 @@ def _measured(this: Session, options: LandscapeOptions, strategies: Mapping[str,
         if len(corners[spec].groups) > 1:
             raise UsageError(f"{spec}: mixtures with coefficients per layer are not supported")
     evaluator.restart()
-    q = evaluator.losses.folds(None, options.hessian, 1).mean()
+    q = evaluator.losses.surrogate(None, options.hessian)
     random_MN = _random(options.samples, evaluator.n, evaluator.generator)
     mixtures = [Coefficients((tuple(row),)) for row in random_MN.tolist()]
     scores: list[Score] = []

@@ -73,11 +73,11 @@ class SeWA(Strategy):
             return (Stage("searching by scores", scores=self.evaluations),)
         if self.solver == "quadratic":
             from ckptavg.objective import curvature_stages
-            from ckptavg.strategies.solvers.subset_descent import MOVES
+            from ckptavg.strategies.solvers.subset_descent import MOVES, OTHERS, VERIFYING
 
-            verifying = Stage("verifying subsets", scores=self.verify + (n - 1 if self.k == "auto" else 0))
-            moves = min(MOVES, self.verify - 1)
-            return curvature_stages(n, losses.batches(self.on or scored_on), verifying, moves)
+            verifying = Stage(VERIFYING, scores=self.verify + OTHERS * (self.k == "auto") + 2, singles=True)
+            moves = MOVES * (self.k == "auto") + min(MOVES, self.verify - 1)
+            return curvature_stages(n, losses.batches(self.on or scored_on), verifying, 1 + moves)
         count = (self.steps or default_steps(n)) * self.samples
         learning = Stage("learning the mask", forward=count, backward=count)
         scores = min(self.verify, math.comb(n, min(int(self.k), n))) if self.verify > 1 else 0
@@ -92,7 +92,7 @@ class SeWA(Strategy):
             if losses is None:
                 raise UsageError("the quadratic solver needs a loss, not scores alone", hint="--solver gumbel")
             return subset_descent.descend(
-                objective, losses, self.k, on=self.on, hessian=self.hessian, verify=self.verify
+                objective, losses, self.k, on=self.on, hessian=self.hessian, verify=self.verify, select_by="auto"
             )
         assert self.k != "auto"
         if losses is None:

@@ -49,8 +49,13 @@ class TWA(Strategy):
     ] = None  # fmt: skip
     solver: Annotated[Literal["gradient", "quadratic"], "Training or a quadratic model."] = "gradient"
     hessian: Annotated[Hessian, "Second derivatives to use.", "quadratic solver"] = "auto"
-    radius: Annotated[float, "Trust region ‖x‖ in mean distances; affine only.", "quadratic solver"] = 1.0
-    constraint: Annotated[Literal["affine", "simplex"], "simplex: no negative coefficients."] = "affine"
+    ridge: Annotated[
+        float | None, "Shrinkage to the mean, in mean curvatures; default by cross-validation.", "quadratic solver"
+    ] = None  # fmt: skip
+    constraint: Annotated[
+        Literal["affine", "simplex"] | None,
+        "simplex: no negative coefficients; default affine, or by cross-validation.",
+    ] = None  # fmt: skip
     layerwise: Annotated[bool, "Separate coefficients for every module.", "gradient solver"] = False
     block_size: Annotated[
         int | None, "Separate coefficients for every N elements; 0: per tensor.", "gradient solver"
@@ -72,11 +77,11 @@ class TWA(Strategy):
         for name, least in (("epochs", 1), ("patience", 1), ("block_size", 0), ("evaluations", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-        for name in ("lr", "clip", "radius"):
+        for name in ("lr", "clip"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise UsageError(f"--{name} must be greater than 0, not {value}")
-        for name in ("weight_decay", "sam_rho"):
-            if not 0 <= getattr(self, name) < math.inf:
+        for name in ("weight_decay", "sam_rho", "ridge"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
 
     def check(self, n: int, splits: Collection[Split], *, bounded: bool) -> None:
@@ -90,10 +95,10 @@ class TWA(Strategy):
         fit = self.on or scored_on
         if self.solver == "quadratic":
             from ckptavg.objective import curvature_stages
-            from ckptavg.strategies.solvers.subspace import MOVES, SEGMENT
+            from ckptavg.strategies.solvers.cross_validated import MOVES, VERIFYING
 
-            along = Stage("verifying along the segment", scores=SEGMENT + MOVES * (SEGMENT - 1))
-            return curvature_stages(n, losses.batches(fit), along, MOVES)
+            verifying = Stage(VERIFYING, scores=1 + MOVES, singles=True)
+            return curvature_stages(n, losses.batches(fit), verifying, 1 + MOVES)
         held_out = self.patience is not None
         count = self.epochs * losses.batches("fit" if held_out and fit == scored_on else fit)
         count *= 2 if self.sam_rho else 1
@@ -102,7 +107,7 @@ class TWA(Strategy):
 
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""
-        from ckptavg.strategies.solvers import score_search, subspace
+        from ckptavg.strategies.solvers import cross_validated, score_search, subspace
 
         losses = objective.losses
         simplex, layerwise = self.constraint == "simplex", self.layerwise or self.block_size is not None
@@ -111,9 +116,10 @@ class TWA(Strategy):
                 raise UsageError("the quadratic solver needs a loss, not scores alone", hint="--solver gradient")
             if layerwise:
                 raise UsageError("the quadratic solver has one coefficient per candidate", hint="--solver gradient")
-            learned = subspace.descend(
-                objective, losses, on=self.on, hessian=self.hessian, simplex=simplex, radius=self.radius
-            )
+            learned = cross_validated.descend(
+                objective, losses, on=self.on, hessian=self.hessian, constraint=self.constraint, ridge=self.ridge,
+                select_by="auto",
+            )  # fmt: skip
         elif losses is None:
             if layerwise:
                 raise UsageError("layer-wise coefficients need a loss, not scores alone")

@@ -1,4 +1,7 @@
-"""Quadratic models of the loss on the folds of the examples: one pass makes all of them, because a loss is a sum.
+"""Quadratic models of the loss on folds of the examples, with common second derivatives.
+
+The gradients of all folds come from one pass, because a loss is a sum over examples. The second derivatives of a fold
+differ little from those of all examples, so they are measured once, and a part of the examples is enough.
 
 Shape suffixes: F = folds, N = candidates.
 """
@@ -9,54 +12,49 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ckptavg.surrogate import Curvature, Surrogate
+from ckptavg.surrogate import Surrogate
 
 
 @dataclass(frozen=True)
 class Folds:
-    """One `Surrogate` for each fold, around the mean of all candidates; float64 on the CPU.
+    """One `Surrogate` for each fold; float64 on the CPU.
 
     Attributes:
-        examples_F: [F], the number of examples of each fold, > 0.
-        value_F: [F], the mean loss of each fold at the mean.
-        gradient_FN: [F, N], its gradients.
-        hessian_FNN: [F, N, N], its second derivatives; see `Surrogate`.
-        curvature: the kind of second derivatives.
-        note: the reason for not using the preferred curvature, or ``""``.
+        q: the surrogate of all examples.
+        share_F: [F], the fraction of the examples in each fold.
+        value_F: [F], the mean loss of each fold at the mean of the candidates.
+        gradient_FN: [F, N], its gradients there.
     """
 
-    examples_F: Tensor
+    q: Surrogate
+    share_F: Tensor
     value_F: Tensor
     gradient_FN: Tensor
-    hessian_FNN: Tensor
-    curvature: Curvature
-    note: str = ""
 
     def __len__(self) -> int:
         """Return the number of folds F."""
-        return len(self.examples_F)
+        return len(self.share_F)
 
-    def mean(self, weights_F: Tensor | None = None) -> Surrogate:
-        """Return the surrogate of all examples, or of folds with these weights [F] ≥ 0."""
-        share_F = self.examples_F if weights_F is None else self.examples_F * weights_F
-        share_F = share_F / share_F.sum()
-        return Surrogate(
-            float(share_F @ self.value_F), share_F @ self.gradient_FN,
-            torch.tensordot(share_F, self.hessian_FNN, dims=1), self.curvature, self.note,
-        )  # fmt: skip
+    @classmethod
+    def at(cls, beta_N: Tensor, q: Surrogate, examples_F: Tensor, value_F: Tensor, gradient_FN: Tensor) -> Self:
+        """Return the folds with these losses and gradients at ``beta_N`` [N], and the second derivatives of ``q``."""
+        share_F = examples_F / examples_F.sum()
+        moved = [q.recentered(beta_N, *fold) for fold in zip(value_F.tolist(), gradient_FN, strict=True)]
+        values_F = torch.tensor([fold.value for fold in moved], dtype=torch.float64)
+        slopes_FN = torch.stack([fold.gradient_N for fold in moved])
+        return cls(cls._mixed(q, share_F, values_F, slopes_FN), share_F, values_F, slopes_FN)
 
     def without(self, fold: int) -> Surrogate:
-        """Return the surrogate of the examples outside a fold."""
-        return self.mean(torch.arange(len(self)) != fold)
+        """Return the surrogate of the examples outside a fold, of all examples if there is no other fold."""
+        if len(self) == 1:
+            return self.q
+        kept_F = self.share_F * (torch.arange(len(self)) != fold)
+        return self._mixed(self.q, kept_F / kept_F.sum(), self.value_F, self.gradient_FN)
 
     def only(self, fold: int) -> Surrogate:
         """Return the surrogate of the examples in a fold."""
-        return self.mean(torch.arange(len(self)) == fold)
+        return replace(self.q, value=float(self.value_F[fold]), gradient_N=self.gradient_FN[fold])
 
-    def recentered(self, beta_N: Tensor, value_F: Tensor, gradient_FN: Tensor) -> Self:
-        """Return folds with these values [F] and gradients [F, N] at ``beta_N`` [N]; see `Surrogate.recentered`."""
-        moved = [self.only(f).recentered(beta_N, float(value_F[f]), gradient_FN[f]) for f in range(len(self))]
-        return replace(
-            self, value_F=torch.tensor([q.value for q in moved], dtype=torch.float64),
-            gradient_FN=torch.stack([q.gradient_N for q in moved]),
-        )  # fmt: skip
+    @staticmethod
+    def _mixed(q: Surrogate, share_F: Tensor, value_F: Tensor, gradient_FN: Tensor) -> Surrogate:
+        return replace(q, value=float(share_F @ value_F), gradient_N=share_F @ gradient_FN)

@@ -1,9 +1,10 @@
-"""Minimise the surrogate over coefficients that sum to one: in a trust region, or on the simplex.
+"""Minimise the surrogate over coefficients that sum to one: with shrinkage towards the mean, or on the simplex.
 
-Shape suffixes: N = candidates, K = coordinates of the plane.
+Shape suffixes: N = candidates, S = strengths of the shrinkage.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,46 +12,61 @@ from torch import Tensor
 from ckptavg.surrogate import Surrogate
 
 FLAT = 1e-12  # fraction of the largest curvature that counts as zero
-LEVEL = 1e-10  # fraction of the gradient's norm that counts as zero slope along a flat direction
+STEPS = 500  # of the descent for many strengths at once
+STEEP = 1e-9  # fraction of the largest curvature from which a direction is not flat
 GAP = 1e-13  # duality gap of the simplex optimum, as a fraction of the largest slope and curvature
 EXCHANGES = 5000  # limit of the local search on the simplex
 TINY = 1e-300
 
 
-def affine_optimum(q: Surrogate, radius: float, metric_N: Tensor) -> Tensor:
-    """Return the minimiser of q with Σβ = 1 and ‖x‖ ≤ radius in TWA's coordinates β = 1/N + y − mean(y), y_i = x_i/d_i.
+def shrunk_optima(q: Surrogate, strengths: Sequence[float]) -> Tensor:
+    """Return [S, N]: for each of S strengths λ ≥ 0 the minimiser of q(β) + λ·h/2·‖β − 1/N‖² with Σβ = 1.
 
-    In orthonormal coordinates t of the x that affect β, in which H is diag λ and g is γ, the minimiser is
-    t_i = −γ_i/(λ_i + μ): μ = 0 if that is a minimum inside the region, else the μ > 0, μ ≥ −λ_1 at which ‖t‖ is the
-    radius, found by bisection to the last bit. In the hard case, γ_i = 0 for all λ_i = λ_1 and ‖t‖ too small even at
-    μ = −λ_1, t is extended to the boundary along such an eigenvector, towards the later candidates. Along directions
-    that are flat to rounding (λ_i ≤ 10⁻¹² of the largest, and γ_i ≤ 10⁻¹⁰ of ‖γ‖) t stays at 0.
-
-    Args:
-        radius: in units of x, > 0.
-        metric_N: [N], d_i ≥ 0, the distances ‖w_i − w̄‖; where 0, x_i has no effect.
-    Returns:
-        [N], sums to 1 to rounding.
-    References:
-        Moré and Sorensen 1983, Computing a trust region step, SIAM J. Sci. Stat. Comput. 4. The coordinates: TWA
-        (arXiv:2205.13104).
+    h is the mean of the diagonal of H on Σ = 0. In eigenvectors of H, with eigenvalues l_i and slopes γ_i, it is
+    β = 1/N − Σ_i γ_i/(l_i + λh)·v_i; negative l_i count as 0, and along directions that are flat to rounding
+    (l_i + λh ≤ 10⁻⁹ of the largest l) β stays at 1/N.
     """
     g_N, h_NN = _centred(q)
-    chart_NK = _chart(metric_N)
-    if chart_NK.shape[1] == 0:
-        return torch.full_like(g_N, 1 / q.n)
-    lambda_K, vectors_KK = torch.linalg.eigh(chart_NK.T @ h_NN @ chart_NK)
-    axes_NK = chart_NK @ vectors_KK
-    gamma_K = axes_NK.T @ g_N
-    flat_K = lambda_K.abs() <= FLAT * lambda_K.abs().max()
-    lambda_K = lambda_K.masked_fill(flat_K, 0)
-    gamma_K = gamma_K.masked_fill(flat_K & (gamma_K.abs() <= LEVEL * gamma_K.norm()), 0)
-    flat_K = lambda_K == 0
-    t_K = -gamma_K / lambda_K.masked_fill(flat_K, 1)  # if q is bounded below, the minimiser nearest to 0
-    if bool((lambda_K < 0).any() or (gamma_K[flat_K] != 0).any() or t_K.norm() > radius):
-        t_K = _on_the_boundary(lambda_K, gamma_K, radius, axes_NK)
-    step_N = axes_NK @ t_K
-    return 1 / q.n + step_N - step_N.mean()
+    l_N, vectors_NN = torch.linalg.eigh(h_NN)
+    bent_SN = l_N.clamp(min=0) + h_NN.diagonal().mean() * torch.tensor(list(strengths), dtype=h_NN.dtype)[:, None]
+    slope_N = vectors_NN.T @ g_N
+    flat_SN = bent_SN <= STEEP * l_N.abs().max()
+    step_SN = (slope_N / bent_SN.clamp(min=TINY)).masked_fill(flat_SN, 0) @ vectors_NN.T
+    beta_SN = 1 / q.n - (step_SN - step_SN.mean(dim=1, keepdim=True))
+    return beta_SN / beta_SN.sum(dim=1, keepdim=True)
+
+
+def shrunk_simplex_optima(q: Surrogate, strengths: Sequence[float]) -> Tensor:
+    """Return [S, N], `shrunk_optima` with β ≥ 0, by `STEPS` steps of accelerated projected gradient descent.
+
+    Near the optimum to a few digits, for many strengths at once; `simplex_optimum` finds one to rounding.
+
+    References:
+        Beck and Teboulle 2009, A fast iterative shrinkage-thresholding algorithm, SIAM J. Imaging Sci. 2; restarts:
+        O'Donoghue and Candès 2015, arXiv:1204.3982.
+    """
+    g_N, h_NN = _centred(q)
+    ridge_S1 = h_NN.diagonal().mean() * torch.tensor(list(strengths), dtype=h_NN.dtype)[:, None]
+    rate_S1 = 1 / (torch.linalg.eigvalsh(h_NN).abs().max() + ridge_S1).clamp(min=TINY)
+    beta_SN = ahead_SN = torch.full((len(ridge_S1), q.n), 1 / q.n, dtype=h_NN.dtype)
+    momentum_S1 = torch.ones_like(ridge_S1)
+    for _ in range(STEPS):
+        slope_SN = g_N + ahead_SN @ h_NN + ridge_S1 * ahead_SN
+        next_SN = _on_simplex(ahead_SN - rate_S1 * slope_SN)
+        uphill_S1 = ((ahead_SN - next_SN) * (next_SN - beta_SN)).sum(dim=1, keepdim=True) > 0
+        grown_S1 = (1 + (1 + 4 * momentum_S1.square()).sqrt()) / 2
+        factor_S1 = ((momentum_S1 - 1) / grown_S1).masked_fill(uphill_S1, 0)
+        momentum_S1 = grown_S1.masked_fill(uphill_S1, 1)
+        ahead_SN, beta_SN = next_SN + factor_S1 * (next_SN - beta_SN), next_SN
+    return beta_SN / beta_SN.sum(dim=1, keepdim=True)
+
+
+def _on_simplex(x_SN: Tensor) -> Tensor:
+    """Return the point of β ≥ 0, Σβ = 1 that is nearest to each row."""
+    sorted_SN = x_SN.sort(dim=1, descending=True).values
+    above_SN = (sorted_SN.cumsum(dim=1) - 1) / torch.arange(1, x_SN.shape[1] + 1, dtype=x_SN.dtype)
+    last_S1 = (sorted_SN > above_SN).sum(dim=1, keepdim=True) - 1
+    return (x_SN - above_SN.gather(1, last_S1)).clamp(min=0)
 
 
 def simplex_optimum(q: Surrogate) -> Tensor:
@@ -84,43 +100,6 @@ def _centred(q: Surrogate) -> tuple[Tensor, Tensor]:
     h_NN = q.hessian_NN - q.hessian_NN.mean(dim=0)
     h_NN = h_NN - h_NN.mean(dim=1, keepdim=True)
     return q.gradient_N - q.gradient_N.mean(), (h_NN + h_NN.T) / 2
-
-
-def _chart(metric_N: Tensor) -> Tensor:
-    """Return [N, K], the map from orthonormal coordinates of x to β − 1/N, without x ∝ d, which does not change β."""
-    n, moving_N = len(metric_N), metric_N > 0
-    x_NK = torch.eye(n, dtype=metric_N.dtype)[:, moving_N]
-    if bool(moving_N.all()):
-        normal_N1 = (metric_N / metric_N.norm())[:, None]
-        x_NK = torch.linalg.qr(torch.cat([normal_N1, x_NK], dim=1)).Q[:, 1:n]
-    y_NK = x_NK / torch.where(moving_N, metric_N, torch.ones_like(metric_N))[:, None]
-    return y_NK - y_NK.mean(dim=0)
-
-
-def _on_the_boundary(lambda_K: Tensor, gamma_K: Tensor, radius: float, axes_NK: Tensor) -> Tensor:
-    """Return t with ‖t‖ = radius and (λ + μ)t = −γ.
-
-    The unknown is s = μ − max(0, −λ_1), λ_1 being the least eigenvalue, so that s = 0 has no rounding error.
-    """
-    above_K = lambda_K - lambda_K[0].clamp(max=0)
-    above_K = above_K.masked_fill(above_K <= FLAT * lambda_K.abs().max(), 0)
-    lowest_K = above_K == 0
-    gamma_K = gamma_K.masked_fill(lowest_K & (gamma_K.abs() <= len(gamma_K) * 2**-52 * gamma_K.norm()), 0)
-    if bool((gamma_K[lowest_K] == 0).all()):
-        t_K = -gamma_K / above_K.masked_fill(lowest_K, 1)
-        short = radius**2 - float(t_K.square().sum())
-        if short >= 0:
-            away_N = axes_NK[:, 0]
-            last = away_N[away_N.abs() > 1e-9 * away_N.abs().max()][-1]
-            t_K[0] = math.copysign(math.sqrt(short), float(last))
-            return t_K
-    low, high = 0.0, float(gamma_K.norm()) / radius
-    while low < (middle := low + (high - low) / 2) < high:
-        if float((gamma_K / (above_K + middle)).norm()) > radius:
-            low = middle
-        else:
-            high = middle
-    return -gamma_K / (above_K + high)
 
 
 def _interior_point(g_N: Tensor, h_NN: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ of the candidates.
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -195,3 +195,54 @@ def _exchanged(x_MN: Tensor, at_M: Tensor) -> Tensor:
     """Return the masks with candidate at // N removed and candidate at % N added."""
     n = x_MN.shape[1]
     return x_MN.scatter(1, (at_M // n)[:, None], 0).scatter(1, (at_M % n)[:, None], 1)
+
+
+def best_of_sizes(q: Surrogate, start: Iterable[int] | Mapping[int, Mask]) -> dict[int, Mask]:
+    """Return K → the best subset of K candidates found by exchanges, of many sizes at once.
+
+    Greedy subsets, or those of ``start``, are improved by the best exchange of one candidate for another until none
+    lowers q. A heuristic: `best_subsets` searches one size from many starts.
+    """
+    g_N, h_NN = q.gradient_N, q.hessian_NN
+    sizes = list(start)
+    k_M = torch.tensor(sizes, dtype=g_N.dtype)
+    x_MN = torch.zeros(len(sizes), q.n, dtype=g_N.dtype)
+    if isinstance(start, Mapping):
+        for row_N, mask in zip(x_MN, start.values(), strict=True):
+            row_N[list(mask)] = 1
+    else:
+        grown = _grown(q)
+        for row_N, k in zip(x_MN, sizes, strict=True):
+            row_N[grown[:k]] = 1
+    diagonal_N = h_NN.diagonal()
+    at_work_M = torch.arange(len(sizes))
+    while len(at_work_M):
+        still: list[Tensor] = []
+        for at_M in at_work_M.split(max(1, CELLS // q.n**2)):
+            chosen_MN = x_MN[at_M] > 0
+            slope_MN = 2 * (k_M[at_M, None] * (g_N - h_NN.mean(dim=0)) + x_MN[at_M] @ h_NN)
+            out_MN = (diagonal_N - slope_MN).masked_fill(~chosen_MN, math.inf)
+            in_MN = (diagonal_N + slope_MN).masked_fill(chosen_MN, math.inf)
+            change_MNN = out_MN[:, :, None] + in_MN[:, None, :] - 2 * h_NN
+            change_M, swap_M = change_MNN.flatten(1).min(dim=1)
+            better_M = change_M < -ROUNDING * (k_M[at_M] ** 2 * h_NN.abs().max() + k_M[at_M] * g_N.abs().max())
+            x_MN[at_M[better_M]] = _exchanged(x_MN[at_M[better_M]], swap_M[better_M])
+            still.append(at_M[better_M])
+        at_work_M = torch.cat(still)
+    return {k: tuple(row_N.nonzero()[:, 0].tolist()) for k, row_N in zip(sizes, x_MN, strict=True)}
+
+
+def _grown(q: Surrogate) -> list[int]:
+    """Return the candidates in the order in which each lowers q at the uniform average most."""
+    h_NN, slope_N = q.hessian_NN, q.gradient_N - q.hessian_NN.mean(dim=0)
+    sum_N, order = torch.zeros_like(slope_N), list[int]()
+    inner, linear = 0.0, 0.0  # xᵀHx and the slopes' sum of the subset so far
+    left_N = torch.zeros(q.n, dtype=torch.bool)
+    for k in range(1, q.n + 1):
+        bent_N = inner + 2 * sum_N + h_NN.diagonal()
+        value_N = (linear + slope_N) / k + bent_N / (2 * k * k)
+        best = int(value_N.masked_fill(left_N, math.inf).argmin())
+        inner, linear = float(bent_N[best]), linear + float(slope_N[best])
+        sum_N, left_N[best] = sum_N + h_NN[best], True
+        order.append(best)
+    return order

@@ -41,7 +41,7 @@ def main() -> None:
           f"{'worse by':>9} {'enumeration, s':>14} {'swaps, s':>9}")  # fmt: skip
     for seed, (name, n) in enumerate((name, n) for name, sizes in REAL.items() for n in sizes):
         with trained(name, n, seed, None) as mixture:
-            real = mixture.losses.folds(count=1).mean()
+            real = mixture.losses.surrogate()
         for number in range(options.random + 1):
             q = similar(real, number) if number else real
             for k in range(1, n):

@@ -24,7 +24,7 @@ from torch.func import functional_call
 from ckptavg.candidates import Candidates
 from ckptavg.errors import TaskError
 from ckptavg.objective import batchnorm
-from ckptavg.objective.curvature import folds, gauss_newton
+from ckptavg.objective.curvature import gauss_newton, surrogate
 from ckptavg.surrogate import Surrogate
 from ckptavg.tasks.batch import Batch, size
 
@@ -95,7 +95,7 @@ def in_float32(folder: Path, make: Callable[[], nn.Module]) -> Candidates:
 
 def surrogate_of(candidates: Candidates, data: Sequence[Any], loss: Loss = cross_entropy, **options: Any) -> Surrogate:
     sized = [batch if isinstance(batch, Batch) else Batch(batch, size(batch)) for batch in data]
-    return folds(candidates, lambda: sized, loss, **options).mean()
+    return surrogate(candidates, lambda: sized, loss, **options)
 
 
 class _Loss(nn.Module):
@@ -524,7 +524,7 @@ def test_counted_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hessian
         make_candidates(tmp_path, NETWORKS["mlp"]),
         batches(5, 3),
         hessian=hessian,
-        on_pass=lambda kind, examples: spent.update([(kind, examples)]),
+        count=lambda kind, examples: spent.update([(kind, examples)]),
     )
     backward = 1 + 2 * N if hessian == "exact" else 1 if kept else 1 + N
     forward = 0 if hessian == "exact" else N  # besides the calls of the model
@@ -566,7 +566,7 @@ def test_memory_holds_the_graph_of_one_batch(tmp_path: Path, monkeypatch: pytest
 
     candidates = make_candidates(tmp_path, NETWORKS["mlp"])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-        watched = folds(candidates, data, cross_entropy, hessian=hessian).mean()
+        watched = surrogate(candidates, data, cross_entropy, hessian=hessian)
     assert torch.equal(watched.hessian_NN, surrogate_of(candidates, batches(5, 5, 5, 5), hessian=hessian).hessian_NN)
     assert len(peaks) == 4 and peaks[0] > 0 and len(set(peaks)) == 1
 

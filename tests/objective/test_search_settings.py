@@ -49,7 +49,7 @@ def test_streamed_candidates_give_the_result_of_the_dense_matrix(jobs: dict[str,
 
 def test_surrogate_of_streamed_candidates_matches_the_dense_matrix(jobs: dict[str, Job]):
     with jobs["mlp"].mixture(last=4) as dense, jobs["mlp"].mixture(last=4, offload="disk") as other:
-        q, expected = other.losses.folds(count=1).mean(), dense.losses.folds(count=1).mean()
+        q, expected = other.losses.surrogate(), dense.losses.surrogate()
     torch.testing.assert_close(q.gradient_N, expected.gradient_N, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(q.hessian_NN, expected.hessian_NN, rtol=1e-4, atol=1e-6)
 
@@ -155,7 +155,7 @@ def test_a_compiled_model_gives_the_same_losses_and_scores(
             torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
         assert not fast.notes and fast.matrix.compiled and not plain.matrix.compiled
         # compiled graphs support neither forward mode nor double backward: the surrogate uses the plain model
-        assert torch.equal(fast.losses.folds(count=1).mean().hessian_NN, plain.losses.folds(count=1).mean().hessian_NN)
+        assert torch.equal(fast.losses.surrogate().hessian_NN, plain.losses.surrogate().hessian_NN)
         assert fast.mixed.model.state_dict().keys() == plain.mixed.model.state_dict().keys()
 
 

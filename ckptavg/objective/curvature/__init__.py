@@ -17,7 +17,6 @@ Shape suffixes: N = candidates.
 import math
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Final
 
 import torch
@@ -33,28 +32,25 @@ from ckptavg.objective.curvature.directions import (
     Directions,
     Loss,
     NoGradientError,
-    Part,
     UnavailableError,
     derivatives,
     gradients_of,
 )  # fmt: skip
 from ckptavg.objective.loss import without_cudnn_recurrence
 from ckptavg.runtime.workers import ALONE, Workers
-from ckptavg.surrogate import Curvature
-from ckptavg.surrogate.folds import Folds
+from ckptavg.surrogate import Curvature, Surrogate
 from ckptavg.tasks.batch import Batch
 
 
-def folds(
-    candidates: Candidates, batches: Callable[[], Iterable[Batch]], loss: Loss, *, count: int = 1, parts: int = 1,
-    hessian: Hessian = "auto", on_pass: Count = lambda kind, examples: None, source: str | None = None,
-    workers: Workers = ALONE, at_mean: Callable[[], None] = lambda: None,
-) -> Folds:  # fmt: skip
+def surrogate(
+    candidates: Candidates, batches: Callable[[], Iterable[Batch]], loss: Loss, *, hessian: Hessian = "auto",
+    count: Count = lambda kind, examples: None, source: str | None = None, workers: Workers = ALONE,
+    at_mean: Callable[[], None] = lambda: None,
+) -> Surrogate:  # fmt: skip
     """Expand the mean loss over examples to second order around the mean of the candidates.
 
     The model must be in the mode to measure: BatchNorm on batch statistics, dropout off. It is left at the mean.
-    Examples have equal weights; sums over batches are float64 (float32 on mps). Parts of batches are dealt to ``count``
-    folds in turn; a fold without examples is left out.
+    Batches are weighted by their number of examples; sums over batches are float64 (float32 on mps).
 
     Gauss–Newton requires the loss to be a function of the output of one model call: that call is intercepted, and the
     loss is split in two at its output. Tensors are found in tuples, lists, dicts and dataclasses. Gauss–Newton is
@@ -70,9 +66,7 @@ def folds(
 
     Args:
         batches: starts a pass; called again only if the previous pass failed.
-        count: the number of folds.
-        parts: the number of parts that a batch is divided into, if `loss` returns one value per example.
-        on_pass: called with each batch that runs ``forward`` or ``backward``.
+        count: called with each batch that runs ``forward`` or ``backward``.
         source: the task's file, for errors.
         workers: the ranks, each with its own batches; their sums are reduced at the end of the pass.
         at_mean: called once the model is set to the mean, for what else depends on the weights.
@@ -85,9 +79,8 @@ def folds(
         for plain in (False, True):
             try:
                 with _plain_kernels(candidates.model) if plain else nullcontext(), torch.enable_grad():
-                    directions = Directions(candidates, loss, on_pass, at_mean)
-                    measure = partial(_MEASURE[curvature], directions, parts=parts)
-                    sums = _sums(measure, directions, batches(), count, parts, workers)
+                    directions = Directions(candidates, loss, count, at_mean)
+                    value, gradient_N, hessian_NN = _mean(_MEASURE[curvature], directions, batches(), workers)
             except UnavailableError as error:
                 reasons[curvature] = f"no {curvature} Hessian: {error}"
                 if not error.operation:
@@ -97,72 +90,65 @@ def folds(
             else:
                 if plain:
                     reasons[curvature] = reasons[curvature].replace("no", "plain kernels for the", 1)
-                return Folds(*sums, curvature, "; ".join(reasons.values()))
+                return Surrogate(value, gradient_N, hessian_NN, curvature, "; ".join(reasons.values()))
     other = {"exact": "--hessian gauss-newton", "gauss-newton": "--hessian exact"}.get(hessian)
     raise TaskError("; ".join(reasons.values()), path=source, hint=other and f"{other} may be possible")
 
 
-def _exact(d: Directions, batch: Batch, parts: int) -> list[Part]:
-    """Return the mean loss at the mean of each part of a batch, its gradient and H, by reverse over reverse.
+def _exact(d: Directions, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean loss of a batch at the mean, its gradient [N] and H [N, N], by reverse over reverse.
 
     The gradient's graph is built once, with one backward pass per direction.
     """
-    found: list[Part] = []
-    losses = d.losses(batch, parts)
-    for examples, loss in losses:
-        gradient_N, hessian_NN = d.eye_NN.new_zeros(d.n), torch.zeros_like(d.eye_NN)
-        with derivatives():
-            slopes = gradients_of(loss, d.weights, again=True)
-            curved = [k for k, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
-            for j in range(d.n):
-                direction = d[j]
-                gradient_N[j] = d.dot(slopes, direction)
-                if curved:
-                    hessian_NN[:, j] = d.vjp([slopes[k] for k in curved], [direction[k] for k in curved])
-        found.append(Part(examples, loss.detach(), gradient_N, hessian_NN))
-    d.count(batch, backward=len(losses) * (1 + 2 * d.n))
-    return found
+    loss = d.loss(batch)
+    gradient_N, hessian_NN = d.eye_NN.new_zeros(d.n), torch.zeros_like(d.eye_NN)
+    with derivatives():
+        slopes = gradients_of(loss, d.weights, again=True)
+        curved = [k for k, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
+        for j in range(d.n):
+            direction = d[j]
+            gradient_N[j] = d.dot(slopes, direction)
+            if curved:
+                hessian_NN[:, j] = d.vjp([slopes[k] for k in curved], [direction[k] for k in curved])
+    d.count(batch, backward=1 + 2 * d.n)
+    return loss.detach(), gradient_N, hessian_NN
 
 
 _MEASURE: Final = {"exact": _exact, "gauss-newton": gauss_newton.measure}
 
 
-def _sums(
-    measure: Callable[[Batch], list[Part]], d: Directions, batches: Iterable[Batch], count: int, parts: int,
+def _mean(
+    measure: Callable[[Directions, Batch], tuple[Tensor, Tensor, Tensor]], d: Directions, batches: Iterable[Batch],
     workers: Workers,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the examples [F], mean losses [F], g [F, N] and H [F, N, N] of all ranks, in float64 on the CPU."""
-    n, eye_NN, values = d.n, d.eye_NN, list[tuple[int, Tensor]]()
-    total_F = eye_NN.new_zeros(count, 2 + n + n * n)
+) -> tuple[float, Tensor, Tensor]:  # fmt: skip
+    """Return F, g [N] and H [N, N] over the batches of all ranks; g and H in float64 on the CPU."""
+    n, eye_NN, values = d.n, d.eye_NN, list[Tensor]()
+    total, examples = eye_NN.new_zeros(1 + n + n * n), 0
     failure: Exception | None = None
     try:
-        for number, batch in enumerate(batches):
-            place = (number * workers.world_size + workers.rank) * parts  # of its first part among those of all ranks
-            for p, part in enumerate(measure(batch)):
-                values.append((number + 1, part.loss))
-                row = torch.cat([part.loss.view(1).to(eye_NN), part.gradient_N, part.hessian_NN.flatten()])
-                total_F[(place + p) % count, 1:] += part.examples * row
-                total_F[(place + p) % count, 0] += part.examples
+        for batch in batches:
+            value, gradient_N, hessian_NN = measure(d, batch)
+            values.append(value)
+            total += batch.size * torch.cat([value.view(1).to(eye_NN), gradient_N, hessian_NN.flatten()])
+            examples += batch.size
     except (UnavailableError, NoGradientError) as error:
         failure = error
     failure = next((error for error in workers.gather(failure) if error is not None), None)
     if failure is not None:  # on any rank: all ranks then try the next curvature
         raise failure
-    total_F = workers.sum(total_F).cpu().double()
-    total_F = total_F[total_F[:, 0] > 0]
-    assert len(total_F), "a pass without batches"
-    examples_F, mean_F = total_F[:, 0], total_F[:, 1:] / total_F[:, :1]
-    value_F, gradient_FN, hessian_FNN = mean_F[:, 0], mean_F[:, 1 : n + 1], mean_F[:, n + 1 :].view(-1, n, n)
-    if not mean_F[:, : n + 1].isfinite().all():
-        bad = [(i, float(value)) for i, value in values if not math.isfinite(value)]
+    total = workers.sum(torch.cat([total, eye_NN.new_tensor([examples])])).cpu().double()
+    assert total[-1] > 0, "a pass without batches"
+    total = total[:-1] / total[-1]
+    value, gradient_N, hessian_NN = float(total[0]), total[1 : n + 1], total[n + 1 :].view(n, n)
+    if not total[: n + 1].isfinite().all():
+        bad = [(i, value) for i, value in enumerate(map(float, values), 1) if not math.isfinite(value)]
         message = f"the loss is {bad[0][1]} in batch {bad[0][0]}" if bad else "the gradient of the loss is not finite"
         raise NoGradientError(f"{message}, at the mean of the candidates")
-    if not hessian_FNN.isfinite().all():
+    if not hessian_NN.isfinite().all():
         raise UnavailableError("second derivatives are not finite")
-    hessian_FNN = hessian_FNN - hessian_FNN.mean(dim=1, keepdim=True)
-    hessian_FNN = hessian_FNN - hessian_FNN.mean(dim=2, keepdim=True)
-    gradient_FN = gradient_FN - gradient_FN.mean(dim=1, keepdim=True)
-    return examples_F, value_F, gradient_FN, (hessian_FNN + hessian_FNN.mT) / 2
+    hessian_NN = hessian_NN - hessian_NN.mean(dim=0, keepdim=True)
+    hessian_NN = hessian_NN - hessian_NN.mean(dim=1, keepdim=True)
+    return value, gradient_N - gradient_N.mean(), (hessian_NN + hessian_NN.t()) / 2
 
 
 @contextmanager

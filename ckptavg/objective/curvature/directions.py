@@ -5,7 +5,7 @@ Shape suffixes: N = candidates.
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, autograd, nn
@@ -13,27 +13,10 @@ from torch import Tensor, autograd, nn
 from ckptavg.candidates import Candidates
 from ckptavg.candidates.flat import as_real, is_mixable, unique_tensors
 from ckptavg.errors import is_out_of_memory
-from ckptavg.objective.loss import part_losses
 from ckptavg.tasks.batch import Batch
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 Count: TypeAlias = Callable[[str, int], None]
-
-
-class Part(NamedTuple):
-    """Derivatives of the mean loss of some examples at the mean of the candidates.
-
-    Attributes:
-        examples: the number of examples; may be a fraction, if a batch has other units than its loss.
-        loss: the mean loss, on the device.
-        gradient_N: [N], its derivatives along the directions.
-        hessian_NN: [N, N], its second derivatives, not necessarily symmetric to rounding.
-    """
-
-    examples: float
-    loss: Tensor
-    gradient_N: Tensor
-    hessian_NN: Tensor
 
 
 class UnavailableError(Exception):
@@ -86,12 +69,12 @@ class Directions:
             tensor.data.copy_(mean)
         return direction
 
-    def losses(self, batch: Batch, parts: int) -> list[tuple[float, Tensor]]:
-        """Return the number of examples and the differentiable mean loss at the mean, of each part of a batch."""
-        loss = self._loss(self.model, batch.data)
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the differentiable mean loss of a batch at the mean."""
+        loss = self._loss(self.model, batch.data).mean()
         if not loss.requires_grad:
             raise NoGradientError("loss() has no gradient: does it use no_grad, detach or item()?")
-        return part_losses(loss, batch.size, parts)
+        return loss
 
     def count(self, batch: Batch, **passes: int) -> None:
         """Record the number of ``forward`` and ``backward`` passes over a batch."""

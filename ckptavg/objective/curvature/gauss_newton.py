@@ -12,7 +12,7 @@ from torch import Tensor, autograd
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from ckptavg.objective.curvature.directions import Directions, Part, UnavailableError, derivatives
+from ckptavg.objective.curvature.directions import Directions, UnavailableError, derivatives
 from ckptavg.objective.curvature.model_call import Call, detach_outputs, tensors
 from ckptavg.objective.precision import quiet
 from ckptavg.tasks.batch import Batch
@@ -21,8 +21,8 @@ _KEPT: Final = 1 << 30  # bytes; if J d_1 … J d_N are larger, one backward pas
 _MODEL_ERRORS: Final = (RuntimeError, TypeError, ValueError, AttributeError)  # raised by models given dual tensors
 
 
-def measure(d: Directions, batch: Batch, parts: int) -> list[Part]:
-    """Return the mean loss at the mean of each part of a batch, its gradient and H; see `Part`.
+def measure(d: Directions, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean loss of a batch at the mean, its gradient [N] and H [N, N].
 
     H_ij = (J d_i)ᵀ (∂²ℓ/∂o²) (J d_j): J d_j by forward mode, ∂²ℓ/∂o² by a double backward through the loss.
     """
@@ -30,48 +30,40 @@ def measure(d: Directions, batch: Batch, parts: int) -> list[Part]:
     with quiet(), forward_ad.dual_level():  # the first dual number imports torch's decompositions, which warn
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
     with detach_outputs(d.model) as call:
-        losses = d.losses(batch, parts)
-    parts, total = len(losses), sum(examples for examples, _ in losses)
-    slopes = call.gradients([loss for _, loss in losses], d.weights)
-    gradient_N, scale_N = d.eye_NN.new_zeros(2, n)
-    forward_PN, hessian_PNN = d.eye_NN.new_zeros(parts, n), d.eye_NN.new_zeros(parts, n, n)
-    wide = [torch.promote_types(output.dtype, torch.float32) for output in call.outputs]
+        loss = d.loss(batch)
+    slopes = call.gradients(loss, d.weights)
+    gradient_N, forward_N, scale_N = d.eye_NN.new_zeros(3, n)
+    hessian_NN = torch.zeros_like(d.eye_NN)
+    wide = [torch.promote_types(slope.dtype, torch.float32) for slope in slopes]
     keeps = n * sum(o.numel() * dtype.itemsize for o, dtype in zip(call.outputs, wide, strict=True)) <= _KEPT
     kept = [o.new_empty(n, o.numel(), dtype=t) for o, t in zip(call.outputs, wide, strict=True)] if keeps else []
-    apart = [[slope.detach() for slope in of_part] for of_part in slopes]
-    share_P = d.eye_NN.new_tensor([examples / total for examples, _ in losses])
-    cotangents = [
-        torch.tensordot(share_P.to(stacked), stacked, dims=1) for stacked in map(torch.stack, zip(*apart, strict=True))
-    ]
+    cotangents = [slope.detach() for slope in slopes]
     with derivatives():
         gradient = autograd.grad(call.outputs, d.weights, cotangents, retain_graph=not keeps, allow_unused=True)
     for j in range(n):
         direction = d[j]
         tangents = _jvp(d, call, direction)
-        gradient_N[j] = d.dot(gradient, direction)
+        gradient_N[j], forward_N[j] = d.dot(gradient, direction), d.dot(cotangents, tangents)
         scale_N[j] = (d.dot(cotangents, cotangents) * d.dot(tangents, tangents)).sqrt()
+        with derivatives():
+            bent = call.hvp(slopes, tangents)
+            if not keeps:
+                hessian_NN[:, j] = d.vjp(call.outputs, bent)
         for k, tangents_NM in enumerate(kept):
             tangents_NM[j] = tangents[k].flatten()
-        for p in range(parts):
-            forward_PN[p, j] = d.dot(apart[p], tangents)
-            with derivatives():
-                bent = call.hvp(slopes[p], tangents)
-                if not keeps:
-                    hessian_PNN[p, :, j] = d.vjp(call.outputs, bent)
-            for k, tangents_NM in enumerate(kept):
-                hessian_PNN[p, : j + 1, j] += tangents_NM[: j + 1] @ bent[k].flatten().to(tangents_NM)
+            hessian_NN[: j + 1, j] += tangents_NM[: j + 1] @ bent[k].flatten().to(tangents_NM)
     if keeps:
-        hessian_PNN = hessian_PNN.triu() + hessian_PNN.triu(1).mT
-    d.count(batch, backward=1 if keeps else 1 + n * parts, forward=n)
+        hessian_NN = hessian_NN.triu() + hessian_NN.triu(1).t()
+    d.count(batch, backward=1 if keeps else 1 + n, forward=n)
     slack_N = max(torch.finfo(tensor.dtype).eps for tensor in (*call.outputs, *d.weights)) ** 0.5 * scale_N
-    off_N = (share_P @ forward_PN - gradient_N).abs() - slack_N - 0.05 * gradient_N.abs().max()
-    no_curvature = (hessian_PNN == 0).all() & (slack_N > 0).any()
+    off_N = (forward_N - gradient_N).abs() - slack_N - 0.05 * gradient_N.abs().max()
+    no_curvature = (hessian_NN == 0).all() & (slack_N > 0).any()
     differ, flat = torch.stack([(off_N > 0).any(), no_curvature]).tolist()  # waits for the device once
     if differ:
         raise UnavailableError("forward- and backward-mode derivatives of the model disagree")
     if flat:
         raise UnavailableError("loss() has no curvature in the model's output")
-    return [Part(examples, loss.detach(), forward_PN[p], hessian_PNN[p]) for p, (examples, loss) in enumerate(losses)]
+    return loss.detach(), forward_N, hessian_NN
 
 
 def _jvp(d: Directions, call: Call, direction: Sequence[Tensor]) -> list[Tensor]:

@@ -45,26 +45,22 @@ class Call:
 
         return _mapped(output, detach)
 
-    def gradients(self, losses: Sequence[Tensor], weights: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Return ∂ℓ/∂o of the outputs that a loss depends on, for each of ``losses``; other outputs are dropped."""
+    def gradients(self, loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return ∂ℓ/∂o of the outputs that the loss depends on; the others are dropped."""
         if self.calls != 1:
             raise UnavailableError(f"loss() calls the model {self.calls} times, not once")
-        direct = gradients_of(torch.stack(list(losses)).sum(), weights)
+        direct = gradients_of(loss, weights)
         if any(slope is not None for slope in direct):
             raise UnavailableError("loss() depends on the weights by more than the model's output")
         with derivatives():
-            slopes = [gradients_of(loss, self._leaves, again=True) for loss in losses]
-        used = [k for k, of_loss in enumerate(zip(*slopes, strict=True)) if any(slope is not None for slope in of_loss)]
+            slopes = gradients_of(loss, self._leaves, again=True)
+        used = [k for k, slope in enumerate(slopes) if slope is not None]
         self.places, self.outputs = [self.places[k] for k in used], [self.outputs[k] for k in used]
         self._leaves = [self._leaves[k] for k in used]
-        chosen = [[of_loss[k] for k in used] for of_loss in slopes]
-        found = [
-            [torch.zeros_like(leaf) if slope is None else slope for slope, leaf in zip(row, self._leaves, strict=True)]
-            for row in chosen
-        ]
-        if not any(slope.requires_grad for of_loss in found for slope in of_loss):
+        used_slopes = [slope for slope in slopes if slope is not None]
+        if not any(slope.requires_grad for slope in used_slopes):
             raise UnavailableError("loss() is linear in the model's output, as when the model returns the loss")
-        return found
+        return used_slopes
 
     def hvp(self, slopes: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
         """Return (∂²ℓ/∂o²) u for each output, u being ``tangents``."""

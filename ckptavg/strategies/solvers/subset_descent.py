@@ -1,71 +1,99 @@
 """Choose a subset on a quadratic model of the loss, recentered at every subset whose real loss is the lowest so far."""
 
-from collections.abc import Collection
-from typing import Literal
-
-import torch
+import math
+from collections.abc import Mapping
+from typing import Final, Literal
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import Hessian, Learned, Losses, Objective
-from ckptavg.score import Score, Split
-from ckptavg.surrogate.subsets import best_subsets
+from ckptavg.objective import Hessian, Learned, Losses, Objective, SelectBy
+from ckptavg.objective.selection import Selection
+from ckptavg.score import Split
+from ckptavg.strategies.solvers.cross_validated import SETTLED, measured, row
+from ckptavg.surrogate.cross_validation import held_out_of_sizes
+from ckptavg.surrogate.folds import Folds
+from ckptavg.surrogate.subsets import Mask, best_of_sizes, best_subsets
 
-MOVES = 5  # times the quadratic is moved to the best subset so far
+MOVES: Final = 5  # times the quadratic is moved to the best subset so far
+SMALL: Final = 16  # sizes up to this one are all tried; beyond it, each is a tenth larger than the last
+OTHERS: Final = 4  # sizes besides whose best subsets are scored
+VERIFYING: Final = "verifying subsets"
 
 
 def descend(
-    objective: Objective, losses: Losses, k: int | Literal["auto"], *, on: Split | None, hessian: Hessian, verify: int
-) -> Learned:
-    """Return the best of ``verify`` subsets by real loss, each chosen as the best on the quadratic when scored.
+    objective: Objective, losses: Losses, k: int | Literal["auto"], *, on: Split | None, hessian: Hessian, verify: int,
+    select_by: SelectBy,
+) -> Learned:  # fmt: skip
+    """Return the best of ``verify`` subsets by real score, each chosen as the best on the quadratic when scored.
 
-    See `ckptavg.surrogate`. If k is "auto", the best subset of every size is scored first, and all others have the size
-    that won; subsets are scored by loss, which is what the quadratic predicts. Whenever a subset is better than all
-    before it, the quadratic is recentered there: value and gradient of the real loss at the subset, with the second
-    derivatives kept, at the cost of a forward and a backward pass. Without recentering, the best subset of a network in
-    a wide valley may rank only hundredth on the quadratic around the mean.
+    If k is "auto", it is the size with the lowest held-out loss on the quadratic, which is recentered at the best
+    subset of that size until the held-out loss falls by less than `ckptavg.strategies.solvers.cross_validated.SETTLED`.
+
+    Whenever a subset has a lower loss than all before it, the quadratic is recentered there: losses and gradients of
+    the folds, with the second derivatives kept, at the cost of a forward and a backward pass. Without recentering, the
+    best subset of a network in a wide valley may rank only hundredth on the quadratic around the mean.
+
+    The single candidates, the mean of all and the mean of the last K are scored too, and returned if they are better.
     """
-    n, q = objective.n, losses.folds(on, hessian, 1).mean()
-    best_of = {size: best_subsets(q, size, 1) for size in range(1, n + 1)}
-    scores: dict[tuple[int, ...], Score] = {}
-    total = verify + n - 1 if k == "auto" else verify
+    n, folds = objective.n, measured(objective, losses, on, hessian)
+    selection, notes, moves = Selection(objective, select_by), [folds.q.note] if folds.q.note else [], 0
+    total = verify + len(selection.plain)
     if k == "auto":
-        first = {size: subsets.masks[0] for size, subsets in best_of.items()}
-        objective.prefetch([Coefficients.uniform(mask, n) for mask in first.values()])
-        lowest(objective, first.values(), scores, total)
-        k = min(first, key=lambda size: (scores[first[size]].loss or 0.0, -size))
-    near, tried, moves = best_of[k].masks, list[tuple[int, ...]](), 0
-    chosen = None
-    while len(tried) < verify and (fresh := [mask for mask in near if mask not in tried]):
+        sizes, held_out = _sizes(n), math.inf
+        while True:
+            masks = best_of_sizes(folds.q, sizes)
+            held = held_out_of_sizes(folds, masks)
+            k = min(held, key=lambda size: held[size])
+            if moves == MOVES or held_out - held[k] < SETTLED * abs(held[k]):
+                break
+            held_out, folds, moves = held[k], _recentered(folds, losses, masks[k], on), moves + 1
+        few = sorted(held, key=lambda size: held[size])[:OTHERS]
+        selection.score([Coefficients.uniform(masks[size], n) for size in few], VERIFYING, total)
+    else:
+        masks = best_of_sizes(folds.q, [k])
+        held = held_out_of_sizes(folds, masks)
+    tried, chosen = list[Mask](), None
+    near = best_subsets(folds.q, k, verify)
+    while len(tried) < verify and (fresh := [mask for mask in near.masks if mask not in tried]):
         tried.append(fresh[0])
-        better = lowest(objective, tried, scores, total)
-        if better != chosen and moves < MOVES and len(tried) < verify:
-            mixture, moves = Coefficients.uniform(better, n), moves + 1
-            q = q.recentered(torch.tensor(mixture.values[0], dtype=torch.float64), *losses.gradient(mixture, on))
-            near = best_subsets(q, k, verify).masks
+        selection.score([Coefficients.uniform(fresh[0], n)], VERIFYING, total)
+        better = min(tried, key=lambda mask: selection.loss(Coefficients.uniform(mask, n)))
+        if better != chosen and moves < 2 * MOVES and len(tried) < verify:
+            folds, moves = _recentered(folds, losses, better, on), moves + 1
+            near = best_subsets(folds.q, k, verify)
         chosen = better
-    chosen = lowest(objective, scores, scores, total)  # with "auto", of another size if none of these is better
-    notes = [q.note] if q.note else []
-    if best_of[k].proof == "heuristic":
+    selection.score([*selection.plain, Coefficients.uniform(range(n - k, n), n)], VERIFYING, total)
+    best = selection.best()
+    if near.proof == "heuristic":
         notes.append(f"the best subsets of {k} on the quadratic come from a heuristic, without proof of optimality")
+    if len(best.selected) not in (k, *masks):
+        plain = "the mean of all candidates" if len(best.selected) == n else "a single candidate"
+        notes.append(f"{plain} is better than every average of {k} that was scored, and was taken")
+    return Learned(
+        coefficients=best, notes=[*notes, *filter(None, [selection.note()])],
+        tables={"best subset of each size": _rows(folds, masks, held, selection)},
+    )  # fmt: skip
+
+
+def _sizes(n: int) -> list[int]:
+    """Return all sizes up to `SMALL`, and from there each about a tenth larger than the last, up to ``n``."""
+    sizes = list(range(1, min(n, SMALL) + 1))
+    while sizes[-1] < n:
+        sizes.append(min(n, math.ceil(1.1 * sizes[-1])))
+    return sizes
+
+
+def _recentered(folds: Folds, losses: Losses, mask: Mask, on: Split | None) -> Folds:
+    mixture = Coefficients.uniform(mask, folds.q.n)
+    return Folds.at(row(mixture), folds.q, *losses.gradients(mixture, on))
+
+
+def _rows(
+    folds: Folds, masks: Mapping[int, Mask], held_out: Mapping[int, float], selection: Selection
+) -> list[dict[str, float | str | None]]:
     rows: list[dict[str, float | str | None]] = []
-    for size, subsets in best_of.items():
-        real = scores.get(subsets.masks[0])
-        rows.append({"K": size, "quadratic": subsets.values[0], "loss": real and real.loss})
-        if real is not None and real.metric is not None:
-            rows[-1][real.name] = real.metric
-    best = Coefficients.uniform(chosen, n)
-    return Learned(coefficients=best, notes=notes, tables={"best subset of each size": rows})
-
-
-def lowest(
-    objective: Objective, masks: Collection[tuple[int, ...]], scores: dict[tuple[int, ...], Score], total: int
-) -> tuple[int, ...]:
-    """Return the mask whose uniform average has the lowest loss; ties go to the later candidates.
-
-    Masks without an entry in ``scores`` are scored and entered; ``total`` is the number expected, for the progress bar.
-    """
-    for mask in masks:
-        if mask not in scores:
-            scores[mask] = objective.score(Coefficients.uniform(mask, objective.n))
-            objective.progress("verifying subsets", len(scores), total, loss=scores[mask].loss or 0.0)
-    return min(masks, key=lambda mask: (scores[mask].loss or 0.0, [-i for i in reversed(mask)]))
+    for size, mask in masks.items():
+        mixture = Coefficients.uniform(mask, folds.q.n)
+        rows.append({"K": size, "quadratic": float(folds.q(row(mixture))), "held-out": held_out[size]})
+        if score := selection.scores.get(mixture):
+            rows[-1] |= {"loss": score.loss} | ({} if score.metric is None else {score.name: score.metric})
+    return rows

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.errors import UsageError, counted
-from ckptavg.objective import Hessian, Learned, Losses, Objective, check_losses
+from ckptavg.objective import Learned, Losses, Objective, check_losses
 from ckptavg.score import Split
-from ckptavg.surrogate.optimum import affine_optimum, simplex_optimum
 
 RATE: Final = {"val": 2e-2, "train": 2e-4}  # in units of the mean distance
 FEW: Final = 100  # steps below which the report says so
@@ -144,42 +143,3 @@ def _backward(losses: Losses, subspace: Subspace, x_GN: Tensor, fit: Split, sam_
         with torch.no_grad():
             x_GN -= shift_GN
     return loss
-
-
-def descend(
-    objective: Objective, losses: Losses, *, on: Split | None, hessian: Hessian, simplex: bool, radius: float
-) -> Learned:
-    """Return the best point by real loss on the way from the mean to the optimum of the quadratic.
-
-    The optimum is affine in the ball ‖x‖ ≤ radius, or on the simplex; see `ckptavg.surrogate`. Points on the segment
-    from the mean are scored. Then the quadratic is recentered at the best of them: value and gradient of the real loss
-    there, with the second derivatives kept, at the cost of a forward and a backward pass. The segment from there to the
-    new optimum is scored in turn, until no point is better, at most `MOVES` times.
-    """
-    n, q = objective.n, losses.folds(on, hessian, 1).mean()
-    distance_N = losses.distances(EVERYTHING)[0].to("cpu", torch.float64)
-    metric_N = distance_N / distance_N.mean().clamp(min=torch.finfo(torch.float64).tiny)
-    rows: list[dict[str, float | str | None]] = []
-    start_N = torch.full_like(distance_N, 1 / n)
-    chosen, lowest = Coefficients.uniform(range(n), n), math.inf
-    for segment in range(1 + MOVES):
-        if segment:
-            q = q.recentered(start_N, *losses.gradient(chosen, on))
-        best_N = simplex_optimum(q) if simplex else affine_optimum(q, radius, metric_N)
-        # the start of a later segment is already scored
-        ways = [i / (SEGMENT - 1) for i in range(min(1, segment), SEGMENT)]
-        mixed = [(1 - t) * start_N + t * best_N for t in ways]
-        points = [Coefficients((tuple((row_N / row_N.sum()).tolist()),)) for row_N in mixed]
-        objective.prefetch(points)
-        better = False
-        for t, row_N, point in zip(ways, mixed, points, strict=True):
-            loss = objective.score(point).loss or 0.0
-            rows.append({"segment": segment + 1, "of the way": t, "quadratic": float(q(row_N)), "loss": loss})
-            objective.progress("verifying along the segment", len(rows), SEGMENT + MOVES * (SEGMENT - 1), loss=loss)
-            if loss < lowest:
-                chosen, lowest, better = point, loss, t > 0
-        if not better:
-            break
-        start_N = torch.tensor(chosen.values[0], dtype=torch.float64)
-    notes = [q.note] if q.note else []
-    return Learned(coefficients=chosen, notes=notes, tables={"from the mean to the optimum of the quadratic": rows})
