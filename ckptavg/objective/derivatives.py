@@ -126,8 +126,8 @@ class Derivatives:
                 hessian=hessian, count=count, source=mixed.task.source, workers=workers,
                 at_mean=mixed.vectors.converge_at_mean,
             )  # fmt: skip
-        for kind, (number, examples) in zip(kinds, workers.sum(counts).tolist(), strict=True):
-            self._meter.count(kind, examples, number)
+        for kind, (number, counted) in zip(kinds, workers.sum(counts).tolist(), strict=True):
+            self._meter.count(kind, counted, number)
         return surrogate
 
     def _measure_gradients(self, coefficients: Coefficients, split: Split, folds: int) -> tuple[Tensor, Tensor, Tensor]:
