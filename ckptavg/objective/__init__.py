@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Hessian: TypeAlias = Literal["auto", "exact", "gauss-newton"]
 """Which second derivative `Losses.surrogate` uses; ``auto`` prefers Gauss–Newton."""
+SelectBy: TypeAlias = Literal["auto", "loss", "metric"]
+"""What decides among scored mixtures; see `ckptavg.objective.selection`."""
 
 
 class Losses(Protocol):
