@@ -34,14 +34,15 @@ class Selection:
         n = objective.n
         self.plain = [*Coefficients.singles(n), Coefficients.uniform(range(n), n)]
 
-    def score(self, mixtures: Iterable[Coefficients], stage: str, total: int = 0) -> None:
-        """Score mixtures that are not scored yet; ``stage`` and ``total`` are those of the progress display."""
+    def score(self, mixtures: Iterable[Coefficients], stage: str = "", total: int = 0) -> None:
+        """Score mixtures that are not scored yet; ``stage``, with ``total`` scores, is shown if it has a name."""
         missing = [mixture for mixture in dict.fromkeys(mixtures) if mixture not in self.scores]
         self._objective.prefetch(missing)
         for mixture in missing:
             self.scores[mixture] = self._objective.score(mixture)
             done = self._done[stage] = self._done.get(stage, 0) + 1
-            self._objective.progress(stage, done, max(total, done), loss=self.loss(mixture))
+            if stage:
+                self._objective.progress(stage, done, max(total, done), loss=self.loss(mixture))
 
     def loss(self, mixture: Coefficients) -> float:
         """Return the loss of a scored mixture, or minus its score if it has none; smaller is better."""
