@@ -27,6 +27,8 @@ SelectBy: TypeAlias = Literal["auto", "loss", "metric"]
 
 Hessian: TypeAlias = Literal["auto", "exact", "gauss-newton"]
 """Which second derivative `Losses.surrogate` uses; ``auto`` prefers Gauss–Newton."""
+SelectBy: TypeAlias = Literal["auto", "loss", "metric"]
+"""What decides among scored mixtures; see `ckptavg.objective.selection`."""
 
 FOLDS: Final = 8
 """The number of folds of a cross-validation."""

@@ -30,17 +30,19 @@ class Selection:
         self._objective = objective
         self._select_by: SelectBy = select_by
         self.scores: dict[Coefficients, Score] = {}
+        self._done: dict[str, int] = {}  # stage → scores
         n = objective.n
         self.plain = [*Coefficients.singles(n), Coefficients.uniform(range(n), n)]
 
     def score(self, mixtures: Iterable[Coefficients], stage: str = "", total: int = 0) -> None:
-        """Score mixtures that are not scored yet; ``stage`` and ``total`` are those of the progress display."""
+        """Score mixtures that are not scored yet; ``stage``, with ``total`` scores, is shown if it has a name."""
         missing = [mixture for mixture in dict.fromkeys(mixtures) if mixture not in self.scores]
         self._objective.prefetch(missing)
         for mixture in missing:
             self.scores[mixture] = self._objective.score(mixture)
+            done = self._done[stage] = self._done.get(stage, 0) + 1
             if stage:
-                self._objective.progress(stage, len(self.scores), max(total, len(self.scores)), loss=self.loss(mixture))
+                self._objective.progress(stage, done, max(total, done), loss=self.loss(mixture))
 
     def loss(self, mixture: Coefficients) -> float:
         """Return the loss of a scored mixture, or minus its score if it has none; smaller is better."""
@@ -52,11 +54,15 @@ class Selection:
         """What decides now."""
         return by_what(self.scores.values(), self._select_by)
 
+    def rank(self, mixture: Coefficients) -> tuple[float, float]:
+        """Return the key of a scored mixture by what decides now; larger is better."""
+        return (self.scores[mixture].value if self.by == "metric" else 0.0, -self.loss(mixture))
+
     def best(self, among: Collection[Coefficients] | None = None) -> Coefficients:
         """Return the best of the scored mixtures, or of those ``among`` them; ties go to the first scored."""
         mixtures = [mixture for mixture in self.scores if among is None or mixture in among]
         if self.by == "metric":
-            return max(mixtures, key=lambda mixture: (self.scores[mixture].value, -self.loss(mixture)))
+            return max(mixtures, key=self.rank)
         plain = [mixture for mixture in self.plain if mixture in self.scores]
         if plain and self._select_by == "auto":
             value, loss = max(self.scores[mixture].value for mixture in plain), min(map(self.loss, plain))
@@ -64,10 +70,14 @@ class Selection:
             mixtures = in_both or mixtures
         return min(mixtures, key=self.loss)
 
+    def figures(self, mixture: Coefficients) -> str:
+        """Return the metric and the loss of a scored mixture in words."""
+        return ", ".join(f"{name} {value:.4f}" for name, value in self.scores[mixture].figures.items())
+
     def note(self) -> str:
         """Return the sentence for the report that says what decided and why; empty if the loss is the only score."""
         scores = list(self.scores.values())
-        name = next((score.name for score in scores if score.metric is not None), None)
+        name = next((score.name for score in scores if score.metric is not None and score.loss is not None), None)
         if name is None:
             return ""
         if self._select_by != "auto":

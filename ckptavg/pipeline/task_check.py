@@ -32,7 +32,7 @@ from ckptavg.runtime.progress import Progress, Watch
 from ckptavg.runtime.seeds import reproducible, reseed
 from ckptavg.score import DATA, METRIC, Split
 from ckptavg.strategies.sewa import SeWA, default_steps
-from ckptavg.strategies.twa import TWA
+from ckptavg.strategies.solvers.subspace import default_epochs
 from ckptavg.tasks import batch as batches
 from ckptavg.tasks.batch import Batch
 
@@ -248,10 +248,10 @@ def _check_advice(mixture: Mixture, notes: _Findings) -> None:
 def _searches(mixture: Mixture, splits: dict[Split, SplitCheck], step: float, found: Discovered) -> dict[str, float]:
     """Return the estimated seconds of the searches at their default settings."""
     n, scored = len(found.checkpoints), splits[mixture.scored_on]
-    sewa, twa = SeWA(), TWA()
+    sewa = SeWA()
     searches = {"best": n, "soup": 2 * n - 1, "aswa": 2 * n - 1}
     estimates = {name: count * scored.seconds for name, count in searches.items()}
     if mixture.losses is not None:
-        estimates["sewa"] = default_steps(n) * sewa.samples * step + sewa.verify * scored.seconds
-        estimates["twa"] = twa.epochs * scored.batches * step
+        estimates["sewa"] = default_steps(n) * sewa.samples * step + (sewa.verify + sewa.swaps + n) * scored.seconds
+        estimates["twa"] = default_epochs(scored.batches) * scored.batches * step
     return estimates

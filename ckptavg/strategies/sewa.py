@@ -8,8 +8,20 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import Hessian, Learned, Losses, Objective, Stage, Strategy, check_number, check_split
+from ckptavg.objective import (
+    SCORED_ALONE,
+    Hessian,
+    Learned,
+    Losses,
+    Objective,
+    SelectBy,
+    Stage,
+    Strategy,
+    check_number,
+    check_split,
+)
 from ckptavg.score import Split
 
 
@@ -40,8 +52,12 @@ class SeWA(Strategy):
     k: Annotated[int | Literal["auto"], "Checkpoints to average; auto if quadratic."] = 5
     solver: Annotated[Literal["gumbel", "quadratic"], "Gradient steps or a quadratic model."] = "gumbel"
     hessian: Annotated[Hessian, "Second derivatives to use.", "quadratic solver"] = "auto"
-    verify: Annotated[int, "How many of the solver's best subsets to score.", "both solvers"] = 8
-    steps: Annotated[int | None, "Steps of the mask; default 2 per candidate, at least 100.", "gumbel solver"] = None
+    verify: Annotated[int, "How many of the solver's best subsets to score; 1: none.", "both solvers"] = 8
+    swaps: Annotated[int, "Most scores to spend on swaps of one candidate.", "gumbel solver"] = 100
+    select_by: Annotated[SelectBy, "What chooses: auto is the loss if the metric agrees with it.", "all searches"] = (
+        "auto"
+    )
+    steps: Annotated[int | None, "Steps of the mask; default 1 per candidate, at least 100.", "gumbel solver"] = None
     lr: Annotated[float, "Learning rate η ≈ size of the first steps.", "gumbel solver"] = 0.05
     samples: Annotated[int, "Monte Carlo samples M per step.", "gumbel solver"] = 2
     tau_start: Annotated[float, "Temperature at the first step.", "gumbel solver"] = 1.0
@@ -58,6 +74,8 @@ class SeWA(Strategy):
         for name in ("k", "steps", "samples", "evaluations", "verify"):
             if getattr(self, name) not in ("auto", None) and getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.swaps < 0:
+            raise UsageError(f"--swaps must be at least 0, not {self.swaps}")
         for name in ("lr", "tau_start", "tau_end"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UsageError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(self, name)}")
@@ -80,33 +98,55 @@ class SeWA(Strategy):
             return curvature_stages(n, losses.batches(self.on or scored_on), verifying, 1 + moves)
         count = (self.steps or default_steps(n)) * self.samples
         learning = Stage("learning the mask", forward=count, backward=count)
-        scores = min(self.verify, math.comb(n, min(int(self.k), n))) if self.verify > 1 else 0
-        return (learning, Stage("verifying subsets", scores=scores))
+        if self.verify == 1:
+            return (learning,)
+        from ckptavg.strategies.solvers.concrete_mask import VERIFYING
+        from ckptavg.strategies.solvers.swaps import STAGE, gradients
+
+        k = min(int(self.k), n)
+        subsets, passes = math.comb(n, k), losses.batches(scored_on)
+        swaps = min(self.swaps, subsets)
+        steps = passes * min(gradients(self.swaps), subsets)
+        return (
+            learning, Stage(VERIFYING, scores=min(self.verify, subsets) + 2), SCORED_ALONE,
+            Stage(STAGE, scores=swaps, forward=steps, backward=steps),
+        )  # fmt: skip
 
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""
-        from ckptavg.strategies.solvers import concrete_mask, score_search, subset_descent
+        from ckptavg.strategies.solvers import score_search, subset_descent
+        from ckptavg.strategies.solvers.concrete_mask import choose, learn_mask, likeliest
 
         losses = objective.losses
         if self.solver == "quadratic":
             if losses is None:
                 raise UsageError("the quadratic solver needs a loss, not scores alone", hint="--solver gumbel")
             return subset_descent.descend(
-                objective, losses, self.k, on=self.on, hessian=self.hessian, verify=self.verify, select_by="auto"
+                objective,
+                losses,
+                self.k,
+                on=self.on,
+                hessian=self.hessian,
+                verify=self.verify,
+                select_by=self.select_by,
             )
         assert self.k != "auto"
         if losses is None:
             return score_search.reinforce(objective, self.k, lr=self.lr, evaluations=self.evaluations)
-        return concrete_mask.learn_mask(
+        s_N, trace = learn_mask(
             objective, losses, self.k, on=self.on, steps=self.steps or default_steps(objective.n), lr=self.lr,
             samples=self.samples, tau=(self.tau_start, self.tau_end), straight_through=self.straight_through,
-            verify=self.verify,
         )  # fmt: skip
+        masks = [Coefficients.uniform(mask, objective.n) for mask in likeliest(s_N, self.k, self.verify)]
+        best, notes = masks[0], list[str]()
+        if self.verify > 1:
+            best, notes = choose(objective, losses, masks, self.k, swaps=self.swaps, select_by=self.select_by)
+        return Learned(coefficients=best, notes=notes, columns={"s": s_N.tolist()}, trace={"loss": trace})
 
 
 def default_steps(n: int) -> int:
-    """Return the default number of steps for ``n`` candidates: 100 do not sort out more than 50."""
-    return max(100, 2 * n)
+    """Return the default number of steps for ``n`` candidates; with swaps, more find nothing better up to 300."""
+    return max(100, n)
 
 
 STRATEGY: type[Strategy] = SeWA

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from ckptavg.coefficients import EVERYTHING
 from ckptavg.errors import UsageError, counted
-from ckptavg.objective import Hessian, Learned, Losses, Objective, Stage, Strategy, check_split
+from ckptavg.objective import SCORED_ALONE, Hessian, Learned, Losses, Objective, SelectBy, Stage, Strategy, check_split
 from ckptavg.score import Split
 
 FAR = (-1.0, 2.0)  # affine coefficients outside hint at overfitting of a small data set
@@ -60,7 +60,9 @@ class TWA(Strategy):
     block_size: Annotated[
         int | None, "Separate coefficients for every N elements; 0: per tensor.", "gradient solver"
     ] = None
-    epochs: Annotated[int, "Passes over the data.", "gradient solver"] = 10
+    epochs: Annotated[
+        int | None, "Passes over the data; default 10, or as many as give 200 steps.", "gradient solver"
+    ] = None
     lr: Annotated[
         float | None,
         "Learning rate of x in weight units (authors: 0.001); default 0.02 (train 0.0002) of the mean distance.",
@@ -71,6 +73,9 @@ class TWA(Strategy):
     clip: Annotated[float | None, "Largest norm of the gradient of x.", "gradient solver"] = None
     sam_rho: Annotated[float, "Radius of a sharpness-aware (SAM) step.", "gradient solver"] = 0.0
     patience: Annotated[int | None, "Stop after N epochs without a better held-out score.", "gradient solver"] = None
+    select_by: Annotated[SelectBy, "What chooses: auto is the loss if the metric agrees with it.", "all searches"] = (
+        "auto"
+    )
     evaluations: Annotated[int, "Scores to spend with --score-cmd or --lm-eval.", "search by scores"] = 100
 
     def __post_init__(self) -> None:
@@ -99,11 +104,14 @@ class TWA(Strategy):
 
             verifying = Stage(VERIFYING, scores=1 + MOVES, singles=True)
             return curvature_stages(n, losses.batches(fit), verifying, 1 + MOVES)
-        held_out = self.patience is not None
-        count = self.epochs * losses.batches("fit" if held_out and fit == scored_on else fit)
-        count *= 2 if self.sam_rho else 1
-        scores = self.epochs + 1 if held_out else 0
-        return (Stage("training the coefficients", forward=count, backward=count, scores=scores),)
+        from ckptavg.strategies.solvers.subspace import SCORED, TRAINING, default_epochs
+
+        per_epoch = losses.batches("fit" if self.patience and fit == scored_on else fit)
+        epochs = self.epochs or default_epochs(per_epoch)
+        count = epochs * per_epoch * (2 if self.sam_rho else 1)
+        scores = 1 + (epochs if self.patience else min(epochs, SCORED))
+        training = Stage(TRAINING, forward=count, backward=count, scores=scores)
+        return (training,) if self.patience else (training, SCORED_ALONE)
 
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""
@@ -118,7 +126,7 @@ class TWA(Strategy):
                 raise UsageError("the quadratic solver has one coefficient per candidate", hint="--solver gradient")
             learned = cross_validated.descend(
                 objective, losses, on=self.on, hessian=self.hessian, constraint=self.constraint, ridge=self.ridge,
-                select_by="auto",
+                select_by=self.select_by,
             )  # fmt: skip
         elif losses is None:
             if layerwise:
@@ -129,6 +137,7 @@ class TWA(Strategy):
                 objective, losses, on=self.on, groups=losses.blocks(self.block_size) if layerwise else EVERYTHING,
                 simplex=simplex, epochs=self.epochs, lr=self.lr, optimizer=self.optimizer,
                 weight_decay=self.weight_decay, clip=self.clip, sam_rho=self.sam_rho, patience=self.patience,
+                select_by=self.select_by,
             )  # fmt: skip
         far = [c for row in learned.coefficients.values for c in row if not FAR[0] <= c <= FAR[1]]
         if not far:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from quadratic import Quadratic
 from scipy.optimize import minimize
 
+from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
 from ckptavg.strategies.sewa import SeWA
 from ckptavg.strategies.solvers.concrete_mask import BLOCK, likeliest, project_capped_simplex, sampled_mixture
@@ -150,5 +151,42 @@ def test_the_most_probable_mask_with_the_lowest_real_loss_is_chosen():
 
 
 def test_default_steps_grow_with_the_candidates():
-    for n, steps in ((50, 100), (100, 200)):
-        assert len(SeWA().learn(Quadratic(n=n, d=4, seed=0)).trace["loss"]) == steps
+    for n, steps in ((50, 100), (200, 200)):
+        assert len(SeWA(verify=1).learn(Quadratic(n=n, d=4, seed=0)).trace["loss"]) == steps
+
+
+@pytest.mark.parametrize("n", [60, 200])
+def test_no_swap_improves_the_answer_after_few_gradient_steps(n: int):
+    objective = Quadratic(n=n, d=30, seed=n)
+    answers = [SeWA(k=4, steps=3, swaps=swaps).learn(objective).coefficients.selected for swaps in (0, 200)]
+    best = objective.of_subset(answers[1])
+    others = [j for j in range(n) if j not in answers[1]]
+    swapped = [objective.of_subset([*(set(answers[1]) - {i}), j]) for i in answers[1] for j in others]
+    assert min(swapped) >= best and objective.of_subset(answers[0]) > best
+
+
+def test_a_plain_average_that_is_better_than_every_subset_is_the_answer_and_is_said():
+    objective = Quadratic(n=8, d=6, seed=0)
+    objective.weights_ND[3] = 0.0  # the optimum itself, alone
+    learned = SeWA(k=3).learn(objective)
+    assert learned.coefficients == Coefficients.uniform([3], 8)
+    (note,) = learned.notes
+    assert note.startswith("asked for the mean of 3, but a single candidate is better: loss 0.0000")
+    opposite = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]], dtype=torch.float64)
+    objective = Quadratic(n=4, d=1, seed=0)
+    objective.weights_ND = opposite
+    (note,) = SeWA(k=3).learn(objective).notes
+    assert "the mean of all 4 candidates is better" in note
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_answer_is_never_above_a_plain_average(seed: int):
+    objective = Quadratic(n=9, d=3, seed=seed)
+    answer = -objective.score(SeWA(k=3, steps=1).learn(objective).coefficients).value
+    assert answer <= min(map(objective.of_subset, [range(9), [6, 7, 8], *([i] for i in range(9))]))
+
+
+def test_verify_1_is_the_papers_search_and_scores_nothing(monkeypatch: pytest.MonkeyPatch):
+    objective = Quadratic(n=9, d=3, seed=0)
+    monkeypatch.setattr(objective, "score", None)
+    assert len(SeWA(k=3, verify=1).learn(objective).coefficients.selected) == 3

@@ -23,7 +23,7 @@ from ckptavg.context import Run
 from ckptavg.errors import UsageError
 from ckptavg.objective.mixture import Mixture
 from ckptavg.score import Score, Split
-from ckptavg.strategies.solvers.subspace import Subspace
+from ckptavg.strategies.solvers.subspace import Subspace, default_epochs
 from ckptavg.strategies.twa import TWA
 
 CONSTRAINTS = ("affine", "simplex")
@@ -90,14 +90,16 @@ def test_identical_candidates_are_averaged(constraint: Any):
     assert TWA(constraint=constraint).learn(objective).coefficients.values == ((0.25,) * 4,)
 
 
-def literal(objective: Quadratic, steps: int, lr: float, *, optimizer: str, decay: float, clip: float | None) -> Tensor:
-    """Return x after `steps` on a quadratic, with AdamW or SGD, schedule and gradient written out."""
+def literal(
+    objective: Quadratic, steps: int, lr: float, *, optimizer: str, decay: float, clip: float | None
+) -> list[Tensor]:  # fmt: skip
+    """Return x after each step on a quadratic, with AdamW or SGD, schedule and gradient written out."""
     w, n = objective.weights_ND, objective.n
     mean = w.mean(dim=0)
     p = (w - mean) / (w - mean).norm(dim=1, keepdim=True)
     x = torch.zeros(n, dtype=torch.float64)
     first, second = torch.zeros_like(x), torch.zeros_like(x)
-    warm = steps // 5
+    warm, every = steps // 5, list[Tensor]()
     for t in range(steps):
         rate = lr * ((t + 1) / warm if t < warm else (1 + math.cos(math.pi * (t - warm) / (steps - warm))) / 2)
         g = p @ (2 / objective.d * (mean + x @ p))
@@ -112,7 +114,8 @@ def literal(objective: Quadratic, steps: int, lr: float, *, optimizer: str, deca
             g = g + decay * x
             first = g if t == 0 else 0.9 * first + g
             x = x - rate * first
-    return x
+        every.append(x)
+    return every
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -120,8 +123,10 @@ def literal(objective: Quadratic, steps: int, lr: float, *, optimizer: str, deca
 def test_trained_coefficients_match_the_update_written_out(optimizer: Any, decay: float, clip: float | None):
     objective = Quadratic(n=5, d=7, seed=2)
     settings_ = TWA(epochs=4, lr=0.05, optimizer=optimizer, weight_decay=decay, clip=clip)
-    x = literal(objective, 4 * objective.batches("val"), 0.05, optimizer=optimizer, decay=decay, clip=clip)
-    expected = Subspace(objective.distances(EVERYTHING)[0], simplex=False).coefficients(x)
+    xs = literal(objective, 4 * objective.batches("val"), 0.05, optimizer=optimizer, decay=decay, clip=clip)
+    subspace = Subspace(objective.distances(EVERYTHING)[0], simplex=False)
+    epochs = [subspace.coefficients(x) for x in xs[objective.batches("val") - 1 :: objective.batches("val")]]
+    expected = min(epochs, key=lambda beta: float(objective.loss(beta)))
     found = torch.tensor(settings_.learn(objective).coefficients.values[0], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
@@ -220,7 +225,8 @@ def test_a_sam_step_uses_the_gradient_at_the_shifted_point_on_the_same_batch():
 
     class Watched(Quadratic):
         def loss(self, c_N: Tensor, on: Split | None = None, **options: Any) -> Tensor:
-            asked.append((c_N.detach().clone(), options["again"]))
+            if "again" in options:  # not a score
+                asked.append((c_N.detach().clone(), options["again"]))
             return super().loss(c_N, on, **options)
 
     objective = Watched(n=4, d=6, seed=3)
@@ -281,7 +287,8 @@ def test_coefficients_far_outside_are_reported():
     objective.weights_ND = torch.tensor([[1.0, 1.0], [1.1, 1.0], [1.0, 1.2]], dtype=torch.float64)  # zero is far away
     (note,) = TWA(lr=0.5, epochs=300).learn(objective).notes
     assert "outside [−1, 2]" in note and "--constraint simplex" in note
-    assert not TWA(lr=0.5, epochs=300, constraint="simplex").learn(objective).notes
+    (note,) = TWA(lr=0.5, epochs=300, constraint="simplex").learn(objective).notes
+    assert note == "no step of the training was better than the best single candidate, which is the answer"
 
 
 @pytest.mark.parametrize(
@@ -315,7 +322,7 @@ def test_training_batches_come_from_the_training_split():
 
     class Watched(Quadratic):
         def loss(self, c_N: Tensor, on: Split | None = None, **options: Any) -> Tensor:
-            seen.on = on
+            seen.on = on if "again" in options else seen.on  # a score has no batch
             return super().loss(c_N, on, **options)
 
     TWA(on="train", epochs=1).learn(Watched(n=3, d=2, seed=0))
@@ -329,3 +336,29 @@ def test_few_steps_are_said():
     for epochs, few in ((10, True), (40, False)):  # of 3 batches
         notes = TWA(epochs=epochs).learn(Quadratic(n=6, d=9, seed=0)).notes
         assert any(f"only {3 * epochs} steps" in note for note in notes) is few
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.parametrize("n", [5, 50, 300])
+def test_the_answer_is_never_above_the_mean_or_a_single_candidate_and_has_no_dead_gradient(n: int, constraint: Any):
+    """A rate of 0.02 moved softmax(N·x) by 0.02·N a step, onto one of 300 candidates at once."""
+    objective = Quadratic(n=n, d=40, seed=5)
+    learned = TWA(constraint=constraint).learn(objective).coefficients
+    plain = [Coefficients.uniform(range(n), n), *Coefficients.singles(n)]
+    reached = -objective.score(learned).value
+    assert reached < min(-objective.score(each).value for each in plain)
+    assert 1 / sum(c * c for c in learned.values[0]) > 2 and learned not in plain
+
+
+def test_the_best_scored_point_of_a_training_is_returned_and_not_the_last():
+    """The rate is so large that the last point is worse than the mean."""
+    objective = Quadratic(n=4, d=9, seed=1)
+    learned = TWA(epochs=10, lr=2.0).learn(objective)
+    best = min(map(objective.of_subset, [range(4), [0], [1], [2], [3]]))
+    assert -objective.score(learned.coefficients).value <= best
+
+
+def test_default_epochs_give_at_least_200_steps():
+    for batches, epochs in ((1, 200), (3, 67), (20, 10), (500, 10)):
+        assert default_epochs(batches) == epochs
+    assert len(TWA().learn(Quadratic(n=3, d=2, seed=0)).trace["loss"]) == 201

@@ -4,29 +4,31 @@ Shape suffixes: N = candidates, K = chosen, M = Monte Carlo samples.
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import Learned, Losses, Objective, check_losses
+from ckptavg.objective import SCORED_ALONE, Losses, Objective, SelectBy, check_losses
+from ckptavg.objective.selection import Selection
 from ckptavg.score import Split
-from ckptavg.strategies.solvers.subset_descent import lowest
+from ckptavg.strategies.solvers.swaps import SwapSearch, falling_loss, is_subset
 
 BLOCK = 256  # steps whose noise is drawn at once
 MEMORY = 0.99  # decay per step of the running mean of squared gradients
+VERIFYING = "verifying subsets"
 EDGE = 1e-3  # distance from 0 and 1 to which sampled probabilities are clamped
 
 
 def learn_mask(
     objective: Objective, losses: Losses, k: int, *, on: Split | None, steps: int, lr: float, samples: int,
-    tau: tuple[float, float], straight_through: bool, verify: int,
-) -> Learned:  # fmt: skip
-    """Descend on the probabilities s of the mask, and return the best by real loss of its ``verify`` likeliest masks.
+    tau: tuple[float, float], straight_through: bool,
+) -> tuple[Tensor, list[float]]:  # fmt: skip
+    """Descend on the probabilities s of the mask; return s, [N], and the loss of each step.
 
-    `ckptavg.strategies.sewa.SeWA` has the update. ``tau`` has the first and the last temperature; if ``verify`` is 1,
-    the likeliest mask is not scored. A loss that is not finite is a TaskError.
+    `ckptavg.strategies.sewa.SeWA` has the update. ``tau`` has the first and the last temperature. A loss that is not
+    finite is a TaskError.
     """
     s_N = (losses.uniform() * k).clamp(max=1)
     means = torch.empty(steps, dtype=s_N.dtype, device=s_N.device)
@@ -47,12 +49,47 @@ def learn_mask(
     trace = means.tolist()
     split = on or objective.scored_on
     check_losses(trace, losses.batches(split), split, samples=samples)
-    masks = likeliest(s_N, k, verify)
-    if verify > 1:
-        objective.prefetch([Coefficients.uniform(mask, objective.n) for mask in masks])
-    chosen = lowest(objective, masks, {}, verify) if verify > 1 else masks[0]
-    coefficients = Coefficients.uniform(chosen, objective.n)
-    return Learned(coefficients=coefficients, columns={"s": s_N.tolist()}, trace={"loss": trace})
+    return s_N, trace
+
+
+def choose(
+    objective: Objective, losses: Losses, masks: Sequence[Coefficients], k: int, *, swaps: int, select_by: SelectBy
+) -> tuple[Coefficients, list[str]]:
+    """Score ``masks`` and every plain average, improve the best by swaps; return the best of all, and notes.
+
+    The descents by swaps start from the best of the masks, from the K best single candidates, and from the best single
+    candidate with the K−1 towards which the loss falls fastest: one start alone may end in a poor local minimum. Where
+    the metric decides, the scores of the single candidates rank the swaps instead of the gradient of the loss.
+    """
+    n, on = objective.n, objective.scored_on
+    selection = Selection(objective, select_by)
+    singles, plain = Coefficients.singles(n), [Coefficients.uniform(range(n - k, n), n), selection.plain[-1]]
+    objective.prefetch([*masks, *plain, *singles])
+    selection.score([*masks, *plain], VERIFYING, len(masks) + 2)
+    selection.score(singles, SCORED_ALONE.name, n)
+
+    def values(mask: Coefficients) -> Sequence[float]:
+        if selection.by == "metric":
+            return [selection.scores[single].value for single in singles]
+        return falling_loss(losses, mask, on)
+
+    search = SwapSearch(selection, values, swaps)
+    search.descend(selection.best(masks))
+    order = sorted(range(n), key=lambda i: selection.rank(singles[i]), reverse=True)
+    search.descend(Coefficients.uniform(order[:k], n))
+    towards = values(singles[order[0]]) if k > 1 and search.left else ()
+    order[1:] = sorted(order[1:], key=lambda i: towards[i], reverse=True) if towards else order[1:]
+    search.descend(Coefficients.uniform(order[:k], n))
+    best = selection.best()
+    notes = [note] if (note := selection.note()) else []
+    if not is_subset(best, k):
+        mask = max((mixture for mixture in selection.scores if is_subset(mixture, k)), key=selection.rank)
+        kind = "a single candidate" if len(best.selected) == 1 else f"the mean of all {n} candidates"
+        notes.append(
+            f"asked for the mean of {k}, but {kind} is better: {selection.figures(best)}, the best mean of "
+            f"{k} {selection.figures(mask)}"
+        )
+    return best, notes
 
 
 def _noise(samples: int, s_N: Tensor, generator: torch.Generator) -> Iterator[Tensor]:

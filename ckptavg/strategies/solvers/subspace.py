@@ -4,6 +4,7 @@ Shape suffixes: G = groups of tensors (blocks), N = candidates.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -12,13 +13,16 @@ from torch import Tensor
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.errors import UsageError, counted
-from ckptavg.objective import Learned, Losses, Objective, check_losses
+from ckptavg.objective import SCORED_ALONE, Learned, Losses, Objective, SelectBy, check_losses
+from ckptavg.objective.selection import Selection
 from ckptavg.score import Split
 
-RATE: Final = {"val": 2e-2, "train": 2e-4}  # in units of the mean distance
+RATE: Final = 0.24  # times the mean distance, divided by the number of candidates
+EPOCHS: Final = 10
+FLOOR: Final = 200  # steps at least, by default
 FEW: Final = 100  # steps below which the report says so
-SEGMENT = 5  # points scored between the mean and the optimum of the quadratic
-MOVES = 2  # times the quadratic is moved to the best point so far
+SCORED: Final = 10  # points of a training that are scored
+TRAINING: Final = "training the coefficients"
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,15 @@ class Subspace:
 
 
 def train(
-    objective: Objective, losses: Losses, *, on: Split | None, groups: Groups, simplex: bool, epochs: int,
+    objective: Objective, losses: Losses, *, on: Split | None, groups: Groups, simplex: bool, epochs: int | None,
     lr: float | None, optimizer: Literal["adamw", "sgd"], weight_decay: float, clip: float | None, sam_rho: float,
-    patience: int | None,
+    patience: int | None, select_by: SelectBy,
 ) -> Learned:  # fmt: skip
     """Train the coordinates from the mean; the settings are those of `ckptavg.strategies.twa.TWA`.
 
     A loss that is not finite is a TaskError, and coefficients that diverge are a UsageError.
     """
     fit, monitored = on or objective.scored_on, objective.scored_on
-    rate = lr or RATE[fit]
     if patience is not None and fit == monitored:
         fit, monitored = "fit", "held"  # these share no examples
     distance_GN = losses.distances(groups)
@@ -79,6 +82,8 @@ def train(
     subspace = Subspace(distance_GN, simplex, groups)
     x_GN = torch.zeros_like(distance_GN, requires_grad=True)
     per_epoch = losses.batches(fit)
+    epochs = epochs or default_epochs(per_epoch)
+    rate = lr or default_rate(objective.n)
     descent = (
         torch.optim.AdamW([x_GN], lr=rate, weight_decay=weight_decay)
         if optimizer == "adamw"
@@ -87,9 +92,8 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(descent, lambda step: _warm_up_and_cosine(step, epochs * per_epoch))
     steps: list[Tensor] = []
     trace: list[float] = []
-    best, scores = x_GN.detach().clone(), list[float]()
-    if patience is not None:
-        scores.append(objective.score(subspace.mixture(best), monitored).value)
+    points = _HeldOut(objective, monitored, patience) if patience else _Scored(objective, epochs, select_by)
+    points.add(0, subspace.mixture(x_GN))
     for epoch in range(epochs):
         for _ in range(per_epoch):
             steps.append(_backward(losses, subspace, x_GN, fit, sam_rho))
@@ -98,22 +102,73 @@ def train(
             descent.step()
             schedule.step()
             figures = {"epoch": epoch + 1, "loss": steps[-1]}
-            objective.progress("training the coefficients", len(steps), epochs * per_epoch, **figures)
+            objective.progress(TRAINING, len(steps), epochs * per_epoch, **figures)
         trace += torch.stack(steps[len(trace) :]).tolist()
         check_losses(trace[-per_epoch:], per_epoch, fit, first=len(trace) - per_epoch)
-        if patience is None:
-            best = x_GN.detach()
-            continue
-        value = objective.score(subspace.mixture(x_GN), monitored).value
-        if value > max(scores):
-            best = x_GN.detach().clone()
-        scores.append(value)
-        if len(scores) - 1 - scores.index(max(scores)) >= patience:
+        if points.add(epoch + 1, subspace.mixture(x_GN)):
             break
     few = f"only {counted(len(trace), 'step')} to train the coefficients: more --epochs or smaller batches give more"
-    notes = [few] if len(trace) < FEW else []
-    curves = {"loss": trace} | ({"held_out_score": scores} if scores else {})
-    return Learned(coefficients=subspace.mixture(best), trace=curves, notes=notes)
+    best, notes = points.best()
+    curves = {"loss": trace} | ({"held_out_score": points.scores} if points.scores else {})
+    return Learned(coefficients=best, trace=curves, notes=[*notes, few] if len(trace) < FEW else notes)
+
+
+def default_epochs(per_epoch: int) -> int:
+    """Return the passes over data of so many batches: `EPOCHS`, or as many as give `FLOOR` steps."""
+    return max(EPOCHS, math.ceil(FLOOR / per_epoch))
+
+
+def default_rate(n: int) -> float:
+    """Return the learning rate of x in mean distances: a step moves each coefficient by up to RATE/N of the whole."""
+    return RATE / n
+
+
+class _HeldOut:
+    """The points of epochs by held-out score: stop ``patience`` epochs after the best, which is the result."""
+
+    def __init__(self, objective: Objective, split: Split, patience: int) -> None:
+        self._objective, self._split, self._patience = objective, split, patience
+        self._points: list[Coefficients] = []
+        self.scores: list[float] = []
+
+    def add(self, epoch: int, point: Coefficients) -> bool:
+        """Score the point of an epoch; return whether to stop."""
+        self._points.append(point)
+        self.scores.append(self._objective.score(point, self._split).value)
+        return epoch - self.scores.index(max(self.scores)) >= self._patience
+
+    def best(self) -> tuple[Coefficients, list[str]]:
+        """Return the first point with the best score, and notes."""
+        return self._points[self.scores.index(max(self.scores))], []
+
+
+class _Scored:
+    """The points of `SCORED` epochs, of which the best by score is the result, unless a plain average is better."""
+
+    scores: Sequence[float] = ()
+
+    def __init__(self, objective: Objective, epochs: int, select_by: SelectBy) -> None:
+        self._selection = Selection(objective, select_by)
+        self._objective = objective
+        self._epochs = {math.ceil(i * epochs / SCORED) for i in range(SCORED + 1)}
+
+    def add(self, epoch: int, point: Coefficients) -> bool:
+        """Score the point of an epoch, if it is one of those to score."""
+        if epoch in self._epochs:
+            # the mean of all, not a point that equals it but for rounding
+            self._selection.score([point if epoch else self._selection.plain[-1]])
+        return False
+
+    def best(self) -> tuple[Coefficients, list[str]]:
+        """Score the single candidates; return the best of all, and notes."""
+        selection = self._selection
+        selection.score(selection.plain[:-1], SCORED_ALONE.name, self._objective.n)
+        best = selection.best()
+        notes = [note] if (note := selection.note()) else []
+        if best in selection.plain and best.n > 1:
+            kind = "the mean of all candidates" if best == selection.plain[-1] else "the best single candidate"
+            notes.append(f"no step of the training was better than {kind}, which is the answer")
+        return best, notes
 
 
 def _warm_up_and_cosine(step: int, steps: int) -> float:

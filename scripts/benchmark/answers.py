@@ -1,0 +1,130 @@
+"""Are the default answers good at every number of candidates? python scripts/benchmark/answers.py [--candidates 10 100]
+
+Trainings of a small network and of softmax regression on scikit-learn's digits with noisy training labels, one
+checkpoint every few steps, the last N of them. SeWA at defaults is compared with a swap search from many starts, which
+scores all K(N−K) swaps of each mask; SeWA and TWA with the best single candidate, the mean of all, and LAWA of the last
+K. All figures are validation losses, seconds are of a whole search. The last lines are the gates: PASS or MISS.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.functional import cross_entropy
+
+from ckptavg.checkpoints.discover import discover
+from ckptavg.coefficients import Coefficients
+from ckptavg.context import Run
+from ckptavg.objective import Strategy
+from ckptavg.objective.mixture import Mixture
+from ckptavg.strategies.sewa import SeWA
+from ckptavg.strategies.twa import TWA
+from ckptavg.tasks.python_file import PythonTask
+
+K, EVERY, EXAMPLES = 5, 8, 800
+NETWORKS = {
+    "regression": lambda: nn.Sequential(nn.Linear(64, 10)),
+    "network": lambda: nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)),
+}
+TASK = """
+import sys
+sys.path.insert(0, {folder!r})
+import answers
+def model(): return answers.NETWORKS[{name!r}]()
+def loss(model, batch): return answers.cross_entropy(model(batch[0]), batch[1], reduction="none")
+def val_dataloader(): return list(zip(*(part.split(100) for part in answers.digits({seed})[1])))
+"""
+
+
+def digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return training examples, a quarter of them with a random label, and 400 clean validation examples."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    draws = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data.target), generator=draws)
+    x, y = torch.tensor(data.data / 16, dtype=torch.float32)[order], torch.tensor(data.target)[order]
+    noisy = torch.where(torch.rand(EXAMPLES, generator=draws) < 0.25, torch.randint(10, (EXAMPLES,), generator=draws),
+                        y[:EXAMPLES])  # fmt: skip
+    return (x[:EXAMPLES], noisy), (x[EXAMPLES : EXAMPLES + 400], y[EXAMPLES : EXAMPLES + 400])
+
+
+@contextmanager
+def trained(name: str, n: int, seed: int) -> Generator[tuple[Mixture, Tensor]]:
+    """Train, after a third as many checkpoints that are not used; yield the mixture and the candidates' weights."""
+    torch.manual_seed(seed)
+    model, ((x, y), _) = NETWORKS[name](), digits(seed)
+    descent = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, task = Path(scratch) / "ckpts", Path(scratch) / "answers_task.py"
+        folder.mkdir()
+        rows: list[Tensor] = []
+        for step in range(1, (n + n // 3) * EVERY + 1):
+            chosen = torch.randint(EXAMPLES, (32,))
+            descent.zero_grad()
+            cross_entropy(model(x[chosen]), y[chosen]).backward()
+            descent.step()
+            if step % EVERY == 0 and step > n // 3 * EVERY:
+                torch.save(model.state_dict(), folder / f"step-{step}.pt")
+                rows.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+        task.write_text(TASK.format(folder=str(Path(__file__).parent), name=name, seed=seed))
+        with discover([folder]) as found:
+            mixture = Mixture(PythonTask(str(task)), found.checkpoints, Run(device=torch.device("cpu"), seed=seed))
+            mixture.prepare()
+            yield mixture, torch.stack(rows)
+
+
+def swap_search(name: str, weights_ND: Tensor, seed: int, starts: int) -> float:
+    """Return the lowest validation loss of a subset of K: steepest descent by swaps from random and the last masks."""
+    model, (_, (x, y)), n = NETWORKS[name](), digits(seed), len(weights_ND)
+    shapes = {key: value.shape for key, value in model.named_parameters()}
+
+    def loss(w_D: Tensor) -> Tensor:
+        pieces = w_D.split([shape.numel() for shape in shapes.values()])
+        state = {key: piece.view(shape) for (key, shape), piece in zip(shapes.items(), pieces, strict=True)}
+        return cross_entropy(functional_call(model, state, (x,)), y)
+
+    def losses(masks_MK: Tensor) -> Tensor:
+        return torch.cat([vmap(loss)(weights_ND[part].mean(dim=1)) for part in masks_MK.split(200)])
+
+    draws, best = torch.Generator().manual_seed(seed), float("inf")
+    with torch.no_grad():
+        alone_N = losses(torch.arange(n)[:, None])
+        firsts = [torch.arange(n - K, n), alone_N.argsort()[:K]]
+        for start in [*firsts, *(torch.randperm(n, generator=draws)[:K] for _ in range(starts - len(firsts)))]:
+            mask, lowest = start.clone(), float(losses(start[None])[0])
+            while True:
+                others = torch.tensor([j for j in range(n) if j not in mask.tolist()], dtype=torch.int64)
+                near = mask.repeat(K * len(others), 1)
+                near[torch.arange(len(near)), torch.arange(K).repeat_interleave(len(others))] = others.repeat(K)
+                values = losses(near)
+                if not len(values) or float(values.min()) >= lowest - 1e-7:
+                    break
+                mask, lowest = near[values.argmin()], float(values.min())
+            best = min(best, lowest)
+    return best
+
+
+class Answer(NamedTuple):
+    """Loss of an answer, and the passes and seconds of its search."""
+
+    loss: float
+    passes: float
+    seconds: float
+
+
+def answer(mixture: Mixture, strategy: Strategy) -> Answer:
+    """Search, without what other searches on this mixture have measured: known scores are charged, not free."""
+    mixture.restart()
+    start = time.perf_counter()
+    learned = strategy.learn(mixture)
+    seconds = time.perf_counter() - start
+    return Answer(mixture.score(learned.coefficients).loss or 0.0, mixture.cost().passes or 0.0, seconds)
