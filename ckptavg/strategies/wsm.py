@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final, Literal, TypeAlias
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import PlainAverage, Strategy
+from ckptavg.objective import BY_RUN, PlainAverage, Strategy
 
 _Decay: TypeAlias = Literal["linear", "sqrt", "cosine"]
 _SHAPES: Final[Mapping[_Decay, Callable[[float], float]]] = {
@@ -35,6 +35,7 @@ class WSM(PlainAverage):
     """
 
     decay: Annotated[_Decay, "Decay to stand for; the candidates' own learning rate should be constant."] = "sqrt"
+    by_run: Annotated[bool, BY_RUN] = False
 
     def coefficients(self, n: int) -> Coefficients:
         """See `PlainAverage.coefficients`."""

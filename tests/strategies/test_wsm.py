@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import ckptavg
 from ckptavg.strategies.swa import SWA
 from ckptavg.strategies.wsm import WSM
 
@@ -37,3 +42,21 @@ def test_the_average_is_where_updates_of_decayed_size_would_have_led(decay: str)
     (row,) = WSM(decay=decay).coefficients(n).values
     average = math.fsum(c * w for c, w in zip(row, candidates, strict=True))
     assert average == pytest.approx(math.fsum(w * u for w, u in zip(weights, updates, strict=True)), abs=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("rates", "says"), [((3e-4, 3e-4), False), ((3e-4, 1e-4), True), ((1e-4, 3e-4), False), ((), False)]
+)
+def test_a_learning_rate_that_fell_by_the_trainers_log_is_said(tmp_path: Path, rates: tuple[float, ...], says: bool):
+    for step in (10, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"w": torch.full((2,), float(step))}, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+        log = [{"step": s, "learning_rate": rate} for s, rate in zip((10, 15), rates, strict=False) if s <= step]
+        state = {"global_step": step, "log_history": [*log, {"step": step, "loss": 1.0}, {"learning_rate": "x"}]}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    for strategy in ("wsm", "swa"):
+        warnings = ckptavg.run(tmp_path, strategy, output=tmp_path / strategy).warnings
+        fell = "the learning rate fell from 0.0003 at step 10 to 0.0001 at step 20, and wsm decays it a second time"
+        assert any(fell in warning for warning in warnings) == (says and strategy == "wsm")
