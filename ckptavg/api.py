@@ -121,7 +121,7 @@ def inspect(ckpts: Paths, *, key: str | None = None, read_data: bool = False, **
         ckpts: one or more directories of checkpoints, or checkpoints.
         key: entry of each file that is the model.
         read_data: read files to their ends too: checksums and NaN.
-        **filters: component, step_from, include, exclude, start, stop, every and last.
+        **filters: component, step_from, include, exclude, start, stop, window, every and last.
     """
     window = Window(**keywords("inspect", filters, declared(Window)))
     with open_for_inspection(_paths(ckpts), window, key, read_data=read_data) as found:

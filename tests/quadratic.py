@@ -18,7 +18,7 @@ class Quadratic:
     """N random vectors around a common offset; the best mixture is the one nearest to zero."""
 
     def __init__(self, n: int, d: int, seed: int, scale: float = 1.0) -> None:
-        self.n, self.d = n, d
+        self.n, self.d, self.runs = n, d, [0] * n
         self.generator = torch.Generator().manual_seed(seed)
         draws = torch.Generator().manual_seed(1000 + seed)
         offset = torch.randn(1, d, generator=draws, dtype=torch.float64)

@@ -28,7 +28,7 @@ class Checkpoint:
     step: int = 0
     step_from: str = ""  # the source of the step, such as ``global_step`` or ``name``
     steps: Mapping[str, int] = field(default_factory=dict[str, int])  # every step that it has, by source
-    run: int = 0  # index of the given directory it belongs to
+    run: int = 0  # index of its run: of the given directory, or of that in which given checkpoints lie
     key: str  # the sub-dictionary that holds the model, ``""`` for the whole file
     tensors: Mapping[str, StoredTensor]  # by state-dict name; a wrapper's prefix such as ``module.`` is removed
     reader: Reader = field(repr=False)

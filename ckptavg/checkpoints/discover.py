@@ -104,6 +104,7 @@ def discover(
         candidates, warnings = in_order(
             _without_copies(opened, left_out, refuse), window.step_from, refuse if bad == "list" else None
         )
+        candidates = _with_runs(candidates, opened)
         ordered, chosen = _with_readable_values(candidates, window, check or (lambda _: {}), refuse)
     finally:
         kept = {id(checkpoint.reader) for checkpoint in chosen}
@@ -234,6 +235,23 @@ def _without_copies(opened: list[Opened], left_out: list[LeftOut], refuse: _Refu
         if reason:
             left_out.append(LeftOut(path=one.checkpoint.path, reason=reason, kind="warning"))
     return [one for i, one in enumerate(preferred) if not one.aside and i not in copies and i not in bad]
+
+
+def _with_runs(candidates: Sequence[Checkpoint], opened: Sequence[Opened]) -> list[Checkpoint]:
+    """Return the candidates with their runs: directories that were given, or that hold checkpoints that were.
+
+    Runs of one checkpoint each are one run.
+    """
+    homes = {
+        one.checkpoint.reader: (one.place.folder or one.place.path).absolute().parent
+        if one.place.explicit
+        else one.place.order
+        for one in sorted(opened, key=lambda one: one.place.order)
+    }
+    numbers = {home: i for i, home in enumerate(dict.fromkeys(homes.values()))}
+    runs = [numbers[homes[candidate.reader]] for candidate in candidates]
+    several = len(set(runs)) < len(runs)
+    return [replace(c, run=run if several else 0) for c, run in zip(candidates, runs, strict=True)]
 
 
 def _with_readable_values(

@@ -55,5 +55,5 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "path": str(checkpoint.path), "step": checkpoint.step, "step_from": checkpoint.step_from,
         "format": checkpoint.reader.format, "key": checkpoint.key, "tensors": len(checkpoint.tensors),
         "parameters": checkpoint.numel, "dtype": ", ".join(dtypes), "bytes": checkpoint.size,
-        "notes": checkpoint.notes,
+        "run": checkpoint.run + 1, "notes": checkpoint.notes,
     }  # fmt: skip

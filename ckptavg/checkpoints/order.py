@@ -18,6 +18,7 @@ from ckptavg.checkpoints.steps import (
     numbers,
     step_by_pattern,
 )
+from ckptavg.checkpoints.window import ORDER_GIVEN
 from ckptavg.errors import CkptavgError, InputError, choosing, escaped_glob
 from ckptavg.readers import Reader
 
@@ -156,7 +157,7 @@ def _as_given(opened: Sequence[Opened], warnings: list[str]) -> list[Checkpoint]
     for one in given:
         steps.append(one.checkpoint.steps.get(kind, steps[-1] + 1 if steps else 1) if known else len(steps) + 1)
     pairs = zip(given, steps, strict=True)
-    return [replace(one.checkpoint, step=step, step_from="order given") for one, step in pairs]
+    return [replace(one.checkpoint, step=step, step_from=ORDER_GIVEN) for one, step in pairs]
 
 
 def _differing(opened: Sequence[Opened]) -> Counter[str]:

@@ -3,12 +3,13 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from ckptavg.errors import UsageError
+from ckptavg.errors import InputError, UsageError
 from ckptavg.filesystem.strict_json import read_json
 from ckptavg.readers import Reader
 
@@ -89,6 +90,17 @@ def _updates(reader: Reader) -> object:
     history = reader.tree.get("optimizer_history")
     last = history[-1] if isinstance(history, Sequence) and not isinstance(history, str) and history else None
     return last.get("num_updates") if isinstance(last, Mapping) else None
+
+
+def rates_beside(folder: Path) -> dict[int, float]:
+    """Return the learning rates in the Trainer's log beside a checkpoint: step → rate, by step; empty without one."""
+    with suppress(InputError):
+        state = read_json(folder / "trainer_state.json")
+        log = state.get("log_history") if isinstance(state, dict) else None
+        entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
+        pairs = [(entry.get("step"), entry.get("learning_rate")) for entry in entries]
+        return dict(sorted((step, float(rate)) for step, rate in pairs if type(step) is int and type(rate) is float))
+    return {}
 
 
 def steps_beside(folder: Path) -> dict[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 from ckptavg.checkpoints.layouts import WEIGHT_NAMES
 from ckptavg.declaration import AT_LEAST_1, CANDIDATES, MAIN, Help, Limit, check
@@ -16,6 +16,9 @@ from ckptavg.errors import UsageError
 
 if TYPE_CHECKING:
     from ckptavg.checkpoints.checkpoint import Checkpoint
+
+ORDER_GIVEN: Final = "order given"
+"""`Checkpoint.step_from` of checkpoints without training steps."""
 
 
 def _filter(text: str, metavar: str, limit: Limit | None = None, panel: str = CANDIDATES) -> Help:
@@ -35,6 +38,8 @@ class Window:
     exclude: Annotated[str | None, _filter("No checkpoints whose name matches this glob.", "GLOB")] = None
     start: Annotated[int | None, _filter("First training step to use.", "STEP")] = None
     stop: Annotated[int | None, _filter("Last training step to use.", "STEP")] = None
+    window: Annotated[int | None, _filter(
+        "Only checkpoints at most STEPS before the last one of their run.", "STEPS", AT_LEAST_1)] = None  # fmt: skip
     every: Annotated[int | None, _filter("Every N-th checkpoint, counted back from the last.", "N", AT_LEAST_1)] = None
     last: Annotated[int | None, _filter("Use only the last N checkpoints.", "N", AT_LEAST_1, MAIN)] = None
 
@@ -52,10 +57,20 @@ class Window:
         return not excluded and (self.include is None or _matches(name, whole, self.include))
 
     def select(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-        """Return the checkpoints that the step and count filters keep, in the given order."""
+        """Return the checkpoints that the step and count filters keep, in the given order.
+
+        Raises:
+            UsageError: if there is a window of steps, and the steps are unknown.
+        """
         start = -math.inf if self.start is None else self.start
         stop = math.inf if self.stop is None else self.stop
         kept = [checkpoint for checkpoint in checkpoints if start <= checkpoint.step <= stop]
+        if self.window is not None:
+            if unknown := [checkpoint.name for checkpoint in kept if checkpoint.step_from in ("", ORDER_GIVEN)]:
+                hint = "name the step with --step-from REGEX, or count with --last N"
+                raise UsageError(f"--window {self.window} needs training steps, and {unknown[-1]} has none", hint=hint)
+            ends = {checkpoint.run: checkpoint.step for checkpoint in kept}  # in training order: the last one's remains
+            kept = [checkpoint for checkpoint in kept if checkpoint.step >= ends[checkpoint.run] - self.window]
         return kept[:: -(self.every or 1)][: self.last][::-1]
 
 

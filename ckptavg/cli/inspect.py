@@ -55,9 +55,11 @@ def _show(found: Discovered, rows: Sequence[dict[str, Any]], *, quiet: bool) -> 
     from ckptavg.report.layout import FittedTable
 
     screen = console()
-    headings = ["candidate", "step", "format", "key", "tensors", "parameters", "dtype", "size"]
+    headings = ["candidate", "run", "step", "format", "key", "tensors", "parameters", "dtype", "size"]
     if not any(row["key"] for row in rows):
         headings.remove("key")
+    if len({row["run"] for row in rows}) < 2:
+        headings.remove("run")
     names = shortest_names([checkpoint.path for checkpoint in found.checkpoints])
     cells = [
         row | {"candidate": name, "key": checkpoint.key or "·", "parameters": f"{checkpoint.numel:,}"}

@@ -27,8 +27,6 @@ SelectBy: TypeAlias = Literal["auto", "loss", "metric"]
 
 Hessian: TypeAlias = Literal["auto", "exact", "gauss-newton"]
 """Which second derivative `Losses.surrogate` uses; ``auto`` prefers Gauss–Newton."""
-SelectBy: TypeAlias = Literal["auto", "loss", "metric"]
-"""What decides among scored mixtures; see `ckptavg.objective.selection`."""
 
 FOLDS: Final = 8
 """The number of folds of a cross-validation."""
@@ -109,12 +107,14 @@ class Objective(Protocol):
 
     Attributes:
         n: the number of candidates N, in training order.
+        runs: the run of each candidate.
         generator: seeded, for all random numbers of a strategy; on the CPU, so results match across devices.
         losses: the losses and their gradients; None if mixtures have only scores, by which a strategy must search then.
         scored_on: the split that `score` uses: validation data if the task has any, else training data.
     """
 
     n: int
+    runs: Sequence[int]
     generator: torch.Generator
     losses: Losses | None
     scored_on: Split
@@ -188,11 +188,29 @@ class Strategy(Protocol):
 
 
 class PlainAverage(Strategy):
-    """A strategy whose coefficients depend on nothing but the number of candidates: it needs no task."""
+    """A strategy whose coefficients depend on nothing but the number of candidates of each run: it needs no task.
+
+    Attributes:
+        by_run: whether each run is averaged by itself; a field of this name with the help `BY_RUN` makes it an option.
+    """
+
+    by_run: bool = False
 
     @abstractmethod
     def coefficients(self, n: int) -> Coefficients:
-        """Return the coefficients of ``n`` candidates."""
+        """Return the coefficients of ``n`` candidates of one run."""
+
+    def average(self, runs: Sequence[int]) -> Learned:
+        """Return the coefficients of candidates of these runs; with `by_run` those within each of R runs, over R."""
+        members = {run: [i for i, own in enumerate(runs) if own == run] for run in runs}
+        if not self.by_run or len(members) < 2:
+            return Learned(coefficients=self.coefficients(len(runs)))
+        row = [0.0] * len(runs)
+        for own in members.values():
+            for i, c in zip(own, self.coefficients(len(own)).values[0], strict=True):
+                row[i] = c / len(members)
+        columns = {"run": [str(run + 1) for run in runs]}
+        return Learned(coefficients=Coefficients((tuple(row),)), columns=columns)
 
     def stages(self, n: int, losses: Losses | None, scored_on: Split) -> Sequence[Stage]:
         """See `Strategy.stages`."""
@@ -200,7 +218,7 @@ class PlainAverage(Strategy):
 
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""
-        return Learned(coefficients=self.coefficients(objective.n))
+        return self.average(objective.runs)
 
 
 def curvature_stages(n: int, batches: int, verifying: Stage, moves: int) -> Sequence[Stage]:
@@ -230,11 +248,11 @@ def check_losses(losses: Sequence[float], batches: int, split: Split, *, first: 
             raise TaskError(f"the loss is {loss} at step {step + 1} of the search, on {where}", hint=hint)
 
 
-def check_number(k: int | Literal["auto"], n: int) -> None:
+def check_number(k: int | Literal["auto"], n: int, which: str = "given") -> None:
     """Raise UsageError if ``--k`` asks for more than the ``n`` candidates."""
     if k != "auto" and k > n:
-        hint = f"choose --k {n} or less, or widen the window (--last, --start, --stop, --every)"
-        raise UsageError(f"--k {k} asks for more checkpoints than the {counted(n, 'candidate')} given", hint=hint)
+        hint = f"choose --k {n} or less, or widen the window (--window, --last, --start, --stop, --every)"
+        raise UsageError(f"--k {k} asks for more checkpoints than the {counted(n, 'candidate')} {which}", hint=hint)
 
 
 def check_split(on: Split | None, splits: Collection[Split]) -> None:
@@ -245,6 +263,7 @@ def check_split(on: Split | None, splits: Collection[Split]) -> None:
         )
 
 
+BY_RUN: Final = "Average each run by itself, and these averages equally."
 SCORED_ALONE: Final = Stage("scoring candidates", singles=True)
 
 

@@ -88,6 +88,7 @@ class CommandEvaluator:
         self._meter = CostMeter()
         self._scores = Remembered(ScoreCodec(None), run, self._meter)
         self.n = len(checkpoints)
+        self.runs: Sequence[int] = [checkpoint.run for checkpoint in checkpoints]
         self.progress = run.progress
         self.restart()
 

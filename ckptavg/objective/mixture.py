@@ -42,6 +42,7 @@ class Mixture:
         self.task = task
         self.run = run
         self.n = len(checkpoints)
+        self.runs: Sequence[int] = [checkpoint.run for checkpoint in checkpoints]
         self.scored_on: Split = "val" if task.has("val") else "train"
         self.splits: tuple[Split, ...] = (self.scored_on, "test") if task.has("test") else (self.scored_on,)
         self._batchnorm_from: Split = "train" if task.has("train") else self.scored_on

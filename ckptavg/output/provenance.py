@@ -26,7 +26,8 @@ def metadata(
         recipe: the other entries: strategy (name of the command) and its settings; dtype, adapter and rank as
             requested; not_averaged, the tensors copied from the last selected candidate, and the patterns keep and
             average that chose some of them; recomputed, those computed from data (BatchNorm statistics); derived, if
-            there are any, kind → tensors that are functions of others (`ckptavg.checkpoints.derived`).
+            there are any, kind → tensors that are functions of others (`ckptavg.checkpoints.derived`); runs, the run of
+            each source, if the strategy averages by run.
     """
     selected = [(checkpoints[i], coefficients.candidate(i)) for i in coefficients.selected]
     record = recipe | {

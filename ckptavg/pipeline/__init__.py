@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import Learned, PlainAverage, Strategy
+from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.options import Options
 from ckptavg.pipeline.expectation import expect
 from ckptavg.pipeline.preflight import check_format, check_space, check_strategy, dry_run_plan
@@ -26,14 +26,15 @@ def run(strategy: Strategy, paths: Sequence[Path], options: Options, watch: Watc
     check_format(options)
     with open_session(paths, options, watch) as this:
         evaluator, checkpoints = this.evaluator, this.checkpoints
-        check_strategy(strategy, len(checkpoints), evaluator)
+        runs = [checkpoint.run for checkpoint in checkpoints]
+        check_strategy(strategy, len(checkpoints), evaluator, runs)
         if options.dry_run:
             return blank_result(this.found, strategy, options, dry_run_plan(checkpoints, options))
         check_space(checkpoints, options)
         if evaluator:
             expect(this, evaluator, {"": strategy})
         if isinstance(strategy, PlainAverage):
-            learned = Learned(coefficients=strategy.coefficients(len(checkpoints)))
+            learned = strategy.average(runs)
         else:
             assert evaluator is not None  # see `check_strategy`
             evaluator.restart(repr(strategy))

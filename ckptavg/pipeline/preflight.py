@@ -1,5 +1,6 @@
 """Checks before a run: output, disk space and strategy settings; also the plan of a dry run."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -78,8 +79,8 @@ def check_space(checkpoints: Sequence[Checkpoint], options: Options) -> None:
         raise OutputError(f"no space left on device: {needed:,} bytes are needed, {free:,} are free", path=path)
 
 
-def check_strategy(strategy: Strategy, n: int, evaluator: Evaluator | None) -> None:
-    """Refuse settings that the ``n`` candidates or the task, if there is one, cannot satisfy."""
+def check_strategy(strategy: Strategy, n: int, evaluator: Evaluator | None, runs: Sequence[int] = ()) -> None:
+    """Refuse settings that the ``n`` candidates of these runs or the task, if there is one, cannot satisfy."""
     if evaluator is None and not isinstance(strategy, PlainAverage):
         message = f"{name_of(strategy)} learns from data, so it needs a task file, --val or --score-cmd"
         raise UsageError(message, hint="`ckptavg init` writes ./task.py")
@@ -87,6 +88,8 @@ def check_strategy(strategy: Strategy, n: int, evaluator: Evaluator | None) -> N
     splits: Sequence[Split] = ("train", "val", "test")
     if evaluator is not None and evaluator.losses is not None:
         splits = [split for split in splits if evaluator.has(split)]
+    if isinstance(strategy, PlainAverage) and strategy.by_run:
+        n = min(Counter(evaluator.runs if evaluator else runs).values())
     strategy.check(n, splits, bounded=evaluator is not None and evaluator.bounded)
 
 

@@ -70,7 +70,7 @@ def read(output: Reader) -> RecordedProvenance:
     if type(schema) is not int or schema != provenance.SCHEMA:
         raise InputError("its ckptavg metadata is of another version", path=path, hint="use a newer ckptavg")
     try:
-        _check_entries(record, _ENTRIES, "", optional=("keep", "average", "derived"))
+        _check_entries(record, _ENTRIES, "", optional=("keep", "average", "derived", "runs"))
         for i, source in enumerate(record["sources"]):
             _check_entries(source, _SOURCE, f"sources[{i}].")
         if record["adapter"] == "factors" and record["rank"] is not None:
@@ -87,7 +87,7 @@ def read(output: Reader) -> RecordedProvenance:
             raise ValueError(f"the coefficient of {unused[0]} is 0, so it is not a source")
         strategy = _constructed(record["strategy"], record["settings"])
         if strategy is not None:
-            _check_coefficients(record["strategy"], strategy, coefficients)
+            _check_coefficients(record["strategy"], strategy, coefficients, record.get("runs"))
     except (ValueError, OverflowError) as error:
         recorded = record.get("version")
         other = isinstance(recorded, str) and recorded != version.own()
@@ -181,6 +181,7 @@ _ENTRIES: Final[Mapping[str, Callable[[Any], bool]]] = {
     "not_averaged": _are_texts,
     "derived": lambda value: isinstance(value, dict) and len(value) > 0 and all(map(_are_texts, value.values())),
     "recomputed": _are_texts,
+    "runs": lambda value: _is_list(value, lambda run: type(run) is int),
     "sources": lambda value: isinstance(value, list) and len(value) > 0,
 }
 _SOURCE: Final[Mapping[str, Callable[[Any], bool]]] = {
@@ -217,15 +218,19 @@ def _constructed(name: str, settings: Mapping[str, Any]) -> Strategy | None:
     return strategy
 
 
-def _check_coefficients(name: str, strategy: Strategy, coefficients: Coefficients) -> None:
-    """Raise ValueError if the strategy cannot have led to the coefficients."""
+def _check_coefficients(name: str, strategy: Strategy, coefficients: Coefficients, runs: Sequence[int] | None) -> None:
+    """Raise ValueError if the strategy cannot have led to the coefficients of sources of these ``runs``."""
     n = coefficients.n
+    by_run = isinstance(strategy, PlainAverage) and strategy.by_run
+    if (runs is not None) != by_run or len(runs or [0] * n) != n:
+        raise ValueError(f"runs must be one for each of {n} sources, and only where {name} averages by run")
     by_block = isinstance(strategy, TWA) and (strategy.layerwise or strategy.block_size is not None)
     if coefficients.groups != EVERYTHING and not by_block:
         raise ValueError(f"groups must be one for all tensors, as {name} with its settings has")
     if isinstance(strategy, PlainAverage):
         # powers of a small decay may be zero: the other coefficients are those of one candidate more
-        if not any(_equal(coefficients, strategy, m) for m in (n, n + 1)):
+        rows = _by_run(coefficients.values[0], runs or [0] * n)
+        if not all(any(_equal(row, strategy, m) for m in (len(row), len(row) + 1)) for row in rows):
             raise ValueError(f"the coefficients of {n} sources are not those of {name} with its settings")
     elif name in _UNIFORM:
         if coefficients != Coefficients.uniform(range(n), n):
@@ -237,13 +242,18 @@ def _check_coefficients(name: str, strategy: Strategy, coefficients: Coefficient
         raise ValueError("a coefficient is negative, but the constraint is simplex")
 
 
-def _equal(coefficients: Coefficients, strategy: PlainAverage, n: int) -> bool:
-    """Return whether ``coefficients`` are those of ``strategy`` for ``n`` candidates, less the zero ones."""
+def _by_run(row: Sequence[float], runs: Sequence[int]) -> list[list[float]]:
+    """Return the coefficients within each run, times the number of runs."""
+    members = dict.fromkeys(runs)
+    return [[len(members) * c for c, its in zip(row, runs, strict=True) if its == run] for run in members]
+
+
+def _equal(row: Sequence[float], strategy: PlainAverage, n: int) -> bool:
+    """Return whether ``row`` has the coefficients of ``strategy`` for ``n`` candidates, less the zero ones."""
     try:
         expected = [c for c in strategy.coefficients(n).values[0] if c != 0]
     except ValueError:  # fewer candidates than its settings require
         return False
-    row = coefficients.values[0]
     return len(row) == len(expected) and all(
         math.isclose(a, b, rel_tol=_SAME) for a, b in zip(row, expected, strict=True)
     )

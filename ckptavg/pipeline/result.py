@@ -7,6 +7,7 @@ from typing import Final
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import Discovered
+from ckptavg.checkpoints.steps import rates_beside
 from ckptavg.coefficients import Coefficients
 from ckptavg.objective import Learned, Strategy
 from ckptavg.objective.evaluator import Evaluator
@@ -18,7 +19,9 @@ from ckptavg.pipeline.writing import WrittenOutput
 from ckptavg.report.result import CandidateResult, MatrixResult, Result
 from ckptavg.score import Score
 from ckptavg.strategies import name_of
+from ckptavg.strategies.wsm import WSM
 
+_CONSTANT: Final = 0.9  # part of a learning rate that is left at the end if it is called constant
 _MAX_ERROR: Final = 0.5  # relative to the candidates' differences; above it the coefficients may be arbitrary
 
 
@@ -42,6 +45,7 @@ def build_result(
     coefficients, evaluator, options = judgement.coefficients, this.evaluator, this.options
     invalid = [f"{score.invalid}: ranked below every valid score" for score in judgement.singles if score.invalid]
     notes = evaluator.notes if evaluator else ()
+    notes = [*notes, *(_decays_twice(found.checkpoints) if isinstance(strategy, WSM) else ())]
     warnings = [*invalid, *learned.notes, *notes, *_warnings(found.checkpoints[0], coefficients, evaluator, finished)]
     blank = blank_result(found, strategy, options, list(dict.fromkeys(warnings)))
     candidates = [
@@ -78,6 +82,17 @@ def _warnings(
         wrong = "BatchNorm statistics were averaged, which is wrong for a mixture"
         warnings.append(f"{wrong}; with a task file they are recomputed")
     return warnings
+
+
+def _decays_twice(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Return a note if the learning rate fell between the first candidate and the last, by the Trainer's log."""
+    last, rates = checkpoints[-1], rates_beside(checkpoints[-1].folder)
+    first = next(checkpoint for checkpoint in checkpoints if checkpoint.run == last.run)
+    before, after = ([rate for step, rate in rates.items() if step <= c.step] for c in (first, last))
+    if not before or after[-1] >= _CONSTANT * before[-1]:
+        return []
+    fall = f"from {before[-1]:.3g} at step {first.step} to {after[-1]:.3g} at step {last.step}"
+    return [f"the learning rate fell {fall}, and wsm decays it a second time: compare it with swa"]
 
 
 def _rounding_warnings(matrix: MatrixResult, searched: Score, exact: Score) -> list[str]:

@@ -19,7 +19,7 @@ from ckptavg.coefficients import Coefficients
 from ckptavg.filesystem.atomic import flush_folder
 from ckptavg.filesystem.sha256 import hash_while_reading
 from ckptavg.journal.tensor_json import raw
-from ckptavg.objective import Strategy
+from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.options import Options
 from ckptavg.output import hugging_face_folder, loader_files, provenance
 from ckptavg.output.dcp_folder import DcpFolder
@@ -70,6 +70,7 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
         dtype=options.dtype, adapter=options.adapter, rank=options.rank, not_averaged=plan.not_averaged,
         keep=options.keep, average=options.average, recomputed=recomputed,
         **({"derived": plan.derived} if plan.derived else {}),
+        **({"runs": [c.run for c in selected]} if isinstance(strategy, PlainAverage) and strategy.by_run else {}),
     )  # fmt: skip
     files = [file for checkpoint in selected for file in checkpoint.reader.files] if options.digests else []
     files = files[workers.rank :: workers.world_size]

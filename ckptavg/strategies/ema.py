@@ -5,7 +5,7 @@ from typing import Annotated
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import PlainAverage, Strategy
+from ckptavg.objective import BY_RUN, PlainAverage, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,7 @@ class EMA(PlainAverage):
     """
 
     decay: Annotated[float, "Decay α of the average per candidate."] = 0.9
+    by_run: Annotated[bool, BY_RUN] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:

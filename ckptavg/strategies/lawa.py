@@ -6,7 +6,7 @@ from typing import Annotated
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
-from ckptavg.objective import PlainAverage, Strategy, check_number
+from ckptavg.objective import BY_RUN, PlainAverage, Strategy, check_number
 from ckptavg.score import Split
 
 
@@ -20,6 +20,7 @@ class LAWA(PlainAverage):
     """
 
     k: Annotated[int, "Number of checkpoints to average."] = 5
+    by_run: Annotated[bool, BY_RUN] = False
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -27,7 +28,7 @@ class LAWA(PlainAverage):
 
     def check(self, n: int, splits: Collection[Split], *, bounded: bool) -> None:
         """See `Strategy.check`."""
-        check_number(self.k, n)
+        check_number(self.k, n, "of the shortest run" if self.by_run else "given")
 
     def coefficients(self, n: int) -> Coefficients:
         """See `PlainAverage.coefficients`."""

@@ -91,9 +91,9 @@ class SeWA(Strategy):
             return (Stage("searching by scores", scores=self.evaluations),)
         if self.solver == "quadratic":
             from ckptavg.objective import curvature_stages
-            from ckptavg.strategies.solvers.subset_descent import MOVES, OTHERS, VERIFYING
+            from ckptavg.strategies.solvers.subset_descent import MOVES, OTHERS
 
-            verifying = Stage(VERIFYING, scores=self.verify + OTHERS * (self.k == "auto") + 2, singles=True)
+            verifying = Stage("verifying subsets", scores=self.verify + OTHERS * (self.k == "auto") + 2, singles=True)
             moves = MOVES * (self.k == "auto") + min(MOVES, self.verify - 1)
             return curvature_stages(n, losses.batches(self.on or scored_on), verifying, 1 + moves)
         count = (self.steps or default_steps(n)) * self.samples

@@ -1,9 +1,10 @@
 """SWA: the plain mean of all candidates."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.objective import PlainAverage, Strategy
+from ckptavg.objective import BY_RUN, PlainAverage, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +14,8 @@ class SWA(PlainAverage):
     References:
         Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization, arXiv:1803.05407.
     """
+
+    by_run: Annotated[bool, BY_RUN] = False
 
     def coefficients(self, n: int) -> Coefficients:
         """See `PlainAverage.coefficients`."""

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import ckptavg
 from ckptavg.checkpoints.discover import Discovered, discover
 from ckptavg.checkpoints.state_dict import check_agreement
 from ckptavg.checkpoints.window import Window
@@ -385,3 +386,41 @@ def test_no_directory_is_listed_twice(tmp_path: Path, monkeypatch: pytest.Monkey
     with discover([tmp_path / "run"]) as found:
         assert len(found.checkpoints) == 2
     assert sorted(listed) == sorted(set(listed)) and len(listed) == 4
+
+
+def test_a_window_of_steps_ends_at_the_last_step_of_each_run(tmp_path: Path):
+    for run, steps in (("a", (100, 200, 300, 400)), ("b", (100, 300, 700, 800))):
+        for step in steps:
+            save(tmp_path / run / f"step-{step}.safetensors", step + 1000 * (run == "b"))
+    found = discover([tmp_path / "a", tmp_path / "b"], Window(window=100))
+    assert [(c.run, c.step) for c in found.checkpoints] == [(0, 300), (0, 400), (1, 700), (1, 800)]
+    shown = ckptavg.inspect([tmp_path / "a", tmp_path / "b"], window=100).candidates
+    assert [(row["run"], row["step"]) for row in shown] == [(1, 300), (1, 400), (2, 700), (2, 800)]
+    found = discover([tmp_path / "b"], Window(window=500, stop=700, last=1))
+    assert [c.step for c in found.checkpoints] == [700]
+    assert [c.step for c in discover([tmp_path / "b"], Window(window=500, every=2)).checkpoints] == [300, 800]
+
+
+def test_checkpoints_named_one_by_one_are_of_the_run_whose_directory_they_lie_in(tmp_path: Path):
+    files = [save(tmp_path / run / f"step-{step}.safetensors", 7 * i) for i, (run, step) in enumerate(
+        [("a", 1), ("a", 2), ("b", 1), ("b", 5)])]  # fmt: skip
+    assert [(c.step, c.run) for c in discover(files[::-1]).checkpoints] == [(1, 0), (1, 1), (2, 1), (5, 0)]
+    folders = [
+        trainer(tmp_path / run / f"checkpoint-{step}", step + 50) for run, step in (("c", 5), ("c", 6), ("d", 8))
+    ]
+    assert [c.run for c in discover(folders).checkpoints] == [0, 0, 1]
+    alone = [save(tmp_path / f"seed-{i}" / "step-9.safetensors", 90 + i) for i in range(3)]
+    assert [c.run for c in discover(alone).checkpoints] == [0, 0, 0]  # one checkpoint each: a run of seeds
+
+
+@pytest.mark.parametrize("steps", [0, -5])
+def test_a_window_of_no_steps_is_refused(steps: int):
+    with pytest.raises(UsageError, match=f"--window must be at least 1, not {steps}"):
+        Window(window=steps)
+
+
+def test_a_window_of_steps_needs_steps(tmp_path: Path):
+    paths = [save(tmp_path / f"{name}.safetensors", i) for i, name in enumerate(("late", "early"))]
+    with pytest.raises(UsageError, match=r"--window 10 needs training steps, and early\.safetensors has none"):
+        discover(paths, Window(window=10))
+    assert len(discover(paths[:1], Window(window=10)).checkpoints) == 1

@@ -38,7 +38,7 @@ def val_dataloader():
 FREE: dict[str, list[Any]] = {
     "task_timeout": [100], "score_timeout": [5], "component": ["x.pt"], "step_from": [r"(\d+)"],
     "include": ["*"], "exclude": ["zzz"], "start": [0], "stop": [99],
-    "every": [1], "output": ["elsewhere"], "force": [], "never_worse": [], "max_shard_size": ["5GB"],
+    "window": [99], "every": [1], "output": ["elsewhere"], "force": [], "never_worse": [], "max_shard_size": ["5GB"],
     "format": ["dcp"], "device": ["cpu"], "parallel": ["batches"], "skip_bad": [], "wait_stable": [0], "dry_run": [],
     "resume": ["--no-resume"], "keep_journal": [], "baselines": ["--no-baselines"], "digests": ["--no-digests"],
     "worker_timeout": [5], "score_jobs": [2], "keep_failed": [],

@@ -179,8 +179,8 @@ FORGED: dict[str, tuple[str, Edit, str]] = {
     "a tensor in no group": ("blocks", at("groups", 0, to=["x"]), "no group of coefficients covers"),
     "groups a number": ("swa", at("groups", to=1), "groups cannot be 1"),
     # strategy and settings
-    "another strategy": ("swa", at("strategy", to="last"), "not those of last"),
-    "equal weights for uneven": ("ema", at("strategy", to="soup"), "settings.decay is no setting of soup"),
+    "another strategy": ("swa", lambda record, state: record.update(strategy="last", settings={}), "not those of last"),
+    "equal weights for uneven": ("ema", at("strategy", to="soup"), "settings.by_run is no setting of soup"),
     "best of several": ("soup", at("strategy", to="best"), "but best with its settings has 1"),
     "no strategy": ("swa", at("strategy", to="no such"), 'strategy cannot be "no such"'),
     "strategy a list": ("swa", at("strategy", to=["swa"]), "strategy cannot be"),
@@ -192,8 +192,11 @@ FORGED: dict[str, tuple[str, Edit, str]] = {
     "k a float": ("sewa", at("settings", "k", to=2.0), "settings.k cannot be 2.0"),
     "k negative": ("sewa", at("settings", "k", to=-2), "--k must be at least 1"),
     "a choice that is none": ("sewa", at("settings", "solver", to="magic"), "settings.solver cannot be"),
-    "a setting too many": ("swa", at("settings", to={"k": 3}), "settings.k is no setting of swa"),
+    "a setting too many": ("swa", at("settings", to={"by_run": False, "k": 3}), "settings.k is no setting of swa"),
     "a setting missing": ("sewa", without("settings", "k"), "settings.k is missing"),
+    "runs of an average of all": ("swa", at("runs", to=[0, 0, 0]), "only where swa averages by run"),
+    "by run without runs": ("swa", at("settings", "by_run", to=True), "runs must be one for each of 3 sources"),
+    "runs as a text": ("swa", at("runs", to="000"), 'runs cannot be "000"'),
     "settings a list": ("swa", at("settings", to=[]), "settings cannot be []"),
     "blocks without their setting": ("blocks", at("settings", "layerwise", to=False), "groups must be one"),
     "negative in the simplex": ("simplex", lambda record, _: [

@@ -24,7 +24,7 @@ from ckptavg.pipeline.verification import verify
 from ckptavg.strategies import from_spec, strategies
 
 SPECS = (
-    "last", "best", "swa", "lawa:k=2", "ema", "ema:decay=0", "ema:decay=1e-200", "soup", "aswa",
+    "last", "best", "swa", "lawa:k=2", "ema", "ema:decay=0", "ema:decay=1e-200", "wsm", "blend", "soup", "aswa",
     "aswa:hard_updates=false", "sewa:k=2:steps=5", "sewa:k=2:solver=quadratic", "sewa:k=auto:solver=quadratic",
     "twa:epochs=1", "twa:epochs=1:constraint=simplex", "twa:epochs=1:layerwise", "twa:epochs=1:block_size=0",
     "twa:solver=quadratic", "twa:solver=quadratic:constraint=simplex",
@@ -38,6 +38,43 @@ def test_an_output_of_every_strategy_is_verified(digits: Path, tmp_path: Path, s
     found = verify(tmp_path / "out", digits)
     assert (len(found.agree), found.differ, len(found.unchecked)) == (12, [], 4)
     assert (found.without_digest, found.own_strategy) == ([], None) and result.strategy == spec.partition(":")[0]
+
+
+@pytest.mark.parametrize("spec", ["swa", "lawa:k=2", "ema:decay=0.5", "wsm"])
+def test_an_average_by_run_is_verified_with_its_runs(run: Run, digits: Path, tmp_path: Path, spec: str):
+    """Two runs of two and three candidates: each run has half of the weight, and other runs give other coefficients."""
+    for i, step in enumerate((300, 315, 330, 345, 360)):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        shutil.copy(digits / f"step-{step}.pt", tmp_path / "ab"[i % 2])
+    result = ckptavg.run([tmp_path / "a", tmp_path / "b"], f"{spec}:by_run", output=tmp_path / "out")
+    runs = [candidate.columns["run"] for candidate in result.candidates]
+    assert runs == ["1", "2", "1", "2", "1"] and "run" in str(result.to_dict()["candidates"][0])
+    for name in ("1", "2"):
+        weights = [c.coefficient for c, its in zip(result.candidates, runs, strict=True) if its == name]
+        assert sum(weights) == pytest.approx(0.5, abs=1e-12)  # pyright: ignore
+    assert not verify(tmp_path / "out", tmp_path).differ
+    with safe_open(tmp_path / "out", "pt") as stored:
+        metadata = stored.metadata()
+    record = json.loads(metadata["ckptavg"])
+    record["runs"][0] = record["runs"][1]
+    save_file(load_file(tmp_path / "out"), tmp_path / "out", {**metadata, "ckptavg": json.dumps(record)})
+    done = run("verify", "out", "--sources", tmp_path)
+    assert done.returncode == 3 and f"not those of {spec.partition(':')[0]} with its settings" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["lawa", "compare"])
+def test_a_k_beyond_the_shortest_run_is_refused_before_anything_is_scored(
+    run: Run, digits: Path, tmp_path: Path, command: str
+):
+    for i, step in enumerate((300, 315, 330, 345, 360)):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        shutil.copy(digits / f"step-{step}.pt", tmp_path / "ab"[i % 2])
+    own = ("--k", 3, "--by-run") if command == "lawa" else ("--strategies", "lawa:k=3:by_run", "--task", TASK)
+    done = run(command, "a", "b", *own)
+    assert (
+        done.returncode == 2
+        and "--k 3 asks for more checkpoints than the 2 candidates of the shortest run" in done.stderr
+    )
 
 
 def test_every_strategy_is_among_them():

@@ -37,7 +37,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        "swa", "best", "soup", "aswa", "aswa:hard_updates=false", "sewa:k=2:steps=6",
+        "swa", "best", "soup", "blend", "blend:anchor=last", "aswa", "aswa:hard_updates=false", "sewa:k=2:steps=6",
         "sewa:k=2:solver=quadratic:verify=3", "twa:epochs=2", "twa:epochs=2:sam_rho=0.1", "twa:epochs=2:patience=2",
         "twa:solver=quadratic",
     ],

@@ -140,3 +140,27 @@ def test_a_specification_is_a_name_and_settings():
 def test_an_invalid_specification_is_refused(spec: str, message: str):
     with pytest.raises(UsageError, match=message):
         from_spec(spec)
+
+
+@pytest.mark.parametrize("spec", ["swa", "lawa:k=2", "ema:decay=0.5", "wsm:decay=cosine"])
+def test_by_run_is_the_mean_of_the_averages_of_the_runs(spec: str):
+    runs = [0, 2, 0, 1, 2, 0, 1, 2, 2]  # in training order, as several directories are read
+    values = [3.0, -1.0, 4.0, 1.0, -5.0, 9.0, 2.0, 6.0, 5.0]
+    plain: Any = from_spec(spec)
+    averages = []
+    for run in range(3):
+        own = [value for value, its in zip(values, runs, strict=True) if its == run]
+        averages.append(math.fsum(c * v for c, v in zip(plain.coefficients(len(own)).values[0], own, strict=True)))
+    objective = Quadratic(n=9, d=2, seed=0)
+    objective.runs = runs
+    learned = from_spec(f"{spec}:by_run").learn(objective)
+    (row,) = learned.coefficients.values
+    assert math.fsum(c * v for c, v in zip(row, values, strict=True)) == pytest.approx(sum(averages) / 3, abs=1e-14)
+    assert learned.columns == {"run": ["1", "3", "1", "2", "3", "1", "2", "3", "3"]}
+
+
+@pytest.mark.parametrize("spec", ["swa", "lawa:k=2", "ema:decay=0.5", "wsm:decay=cosine"])
+def test_by_run_of_one_run_is_the_plain_strategy(spec: str):
+    assert from_spec(f"{spec}:by_run").learn(Quadratic(n=5, d=2, seed=0)) == from_spec(spec).learn(
+        Quadratic(n=5, d=2, seed=0)
+    )

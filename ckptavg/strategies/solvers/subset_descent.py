@@ -8,6 +8,7 @@ from ckptavg.coefficients import Coefficients
 from ckptavg.objective import Hessian, Learned, Losses, Objective, SelectBy
 from ckptavg.objective.selection import Selection
 from ckptavg.score import Split
+from ckptavg.strategies.solvers.concrete_mask import VERIFYING
 from ckptavg.strategies.solvers.cross_validated import SETTLED, measured, row
 from ckptavg.surrogate.cross_validation import held_out_of_sizes
 from ckptavg.surrogate.folds import Folds
@@ -16,7 +17,6 @@ from ckptavg.surrogate.subsets import Mask, best_of_sizes, best_subsets
 MOVES: Final = 5  # times the quadratic is moved to the best subset so far
 SMALL: Final = 16  # sizes up to this one are all tried; beyond it, each is a tenth larger than the last
 OTHERS: Final = 4  # sizes besides whose best subsets are scored
-VERIFYING: Final = "verifying subsets"
 
 
 def descend(

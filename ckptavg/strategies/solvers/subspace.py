@@ -72,7 +72,8 @@ def train(
 
     A loss that is not finite is a TaskError, and coefficients that diverge are a UsageError.
     """
-    fit, monitored = on or objective.scored_on, objective.scored_on
+    fit: Split = on or objective.scored_on
+    monitored: Split = objective.scored_on
     if patience is not None and fit == monitored:
         fit, monitored = "fit", "held"  # these share no examples
     distance_GN = losses.distances(groups)
