@@ -18,7 +18,7 @@ from ckptavg.objective.selection import Selection
 from ckptavg.score import Split
 from ckptavg.surrogate.optimum import affine_optimum, simplex_optimum
 
-RATE: Final = 0.24  # times the mean distance, divided by the number of candidates
+RATE: Final = {"val": 0.24, "train": 0.0024}  # times the mean distance, divided by the number of candidates
 EPOCHS: Final = 10
 FLOOR: Final = 200  # steps at least, by default
 FEW: Final = 100  # steps below which the report says so
@@ -86,7 +86,7 @@ def train(
     x_GN = torch.zeros_like(distance_GN, requires_grad=True)
     per_epoch = losses.batches(fit)
     epochs = epochs or default_epochs(per_epoch)
-    rate = lr or default_rate(objective.n)
+    rate = lr or RATE[on or objective.scored_on] / objective.n
     descent = (
         torch.optim.AdamW([x_GN], lr=rate, weight_decay=weight_decay)
         if optimizer == "adamw"
@@ -119,11 +119,6 @@ def train(
 def default_epochs(per_epoch: int) -> int:
     """Return the passes over data of so many batches: `EPOCHS`, or as many as give `FLOOR` steps."""
     return max(EPOCHS, math.ceil(FLOOR / per_epoch))
-
-
-def default_rate(n: int) -> float:
-    """Return the learning rate of x in mean distances: a step moves each coefficient by up to RATE/N of the whole."""
-    return RATE / n
 
 
 class _HeldOut:
