@@ -37,13 +37,13 @@ class SeWA(Strategy):
     in one candidate are scored: to first order, replacing i by j changes the loss by (∂F/∂c_j − ∂F/∂c_i)/K, so that one
     pass ranks all K(N−K) swaps. The best of all that was scored is returned, even if it is no mean of K, with a note.
 
-    Differs from the paper in four ways. The gradient, less its mean, is divided by the root of the running mean of its
+    Differs from the paper in three ways. The gradient, less its mean, is divided by the root of the running mean of its
     squares, and η falls linearly to 0: loss differences between candidates vary by orders of magnitude between tasks,
-    so no single η would suit all of them. The paper takes the K largest s_i without scoring or swaps
-    (``--verify 1``); the relaxation is slightly inexact, and beyond 50 candidates far from the optimum. The paper fits the mask on training data
-    (``--on train``); here validation data is the default, because a mask fitted on noisy training labels learns the
-    noise. The authors' public code differs further: one Gumbel instead of two, straight-through always, τ = 1, AdamW on
-    logits, no projection.
+    so no single η would suit all of them. The paper takes the K largest s_i without scoring or swaps (``--verify 1``);
+    the relaxation is slightly inexact, and beyond 50 candidates far from the optimum. The paper fits the mask on
+    training data (``--on train``); here validation data is the default, because a mask fitted on noisy training labels
+    learns the noise. The authors' public code differs further: one Gumbel instead of two, straight-through always,
+    τ = 1, AdamW on logits, no projection.
 
     References:
         Wang et al. 2025, SeWA: Selective Weight Average via Probabilistic Masking, arXiv:2502.10119. The estimator:

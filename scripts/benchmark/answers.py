@@ -7,10 +7,9 @@ K. All figures are validation losses, seconds are of a whole search. The last li
 """
 
 import argparse
-import sys
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
