@@ -123,5 +123,5 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _centred_ranks(values: Sequence[float]) -> Tensor:
     v = torch.tensor(values, dtype=torch.float64)
-    ranks = (v[:, None] > v[None]).sum(dim=1) + ((v[:, None] == v[None]).sum(dim=1) - 1) / 2
+    ranks = (v[:, None] > v[None]).sum(dim=1) + ((v[:, None] == v[None]).double().sum(dim=1) - 1) / 2
     return ranks - ranks.mean()
