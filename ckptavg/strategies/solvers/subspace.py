@@ -125,7 +125,8 @@ class _HeldOut:
     """The points of epochs by held-out score: stop ``patience`` epochs after the best, which is the result."""
 
     def __init__(self, objective: Objective, split: Split, patience: int) -> None:
-        self._objective, self._split, self._patience = objective, split, patience
+        self._objective, self._patience = objective, patience
+        self._split: Split = split
         self._points: list[Coefficients] = []
         self.scores: list[float] = []
 
