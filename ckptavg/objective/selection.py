@@ -19,8 +19,9 @@ class Selection:
 
     ``loss`` chooses the lowest loss, ``metric`` the best metric (ties: the lower loss). ``auto`` is ``loss`` if loss
     and metric rank all scored mixtures alike (Spearman's correlation ≥ `AGREEING`; the loss is the quieter of the two
-    on few examples), else ``metric``; among mixtures by loss, those that are at least as good as every single candidate
-    and the mean of all in *both* come first, if there are any. So no answer is worse than one of these in both.
+    on few examples), else ``metric``. By loss, ``auto`` takes the lowest among the mixtures whose metric is at least
+    that of every single candidate and of the mean of all, if possible those that are not above them in loss either. So
+    an answer is never worse than one of these by the metric, which is what the report judges by.
 
     Attributes:
         scores: coefficients → score.
@@ -66,8 +67,8 @@ class Selection:
         plain = [mixture for mixture in self.plain if mixture in self.scores]
         if plain and self._select_by == "auto":
             value, loss = max(self.scores[mixture].value for mixture in plain), min(map(self.loss, plain))
-            in_both = [m for m in mixtures if self.scores[m].value >= value and self.loss(m) <= loss]
-            mixtures = in_both or mixtures
+            as_good = [m for m in mixtures if self.scores[m].value >= value]
+            mixtures = [m for m in as_good if self.loss(m) <= loss] or as_good or mixtures
         return min(mixtures, key=self.loss)
 
     def figures(self, mixture: Coefficients) -> str:
@@ -122,5 +123,5 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _centred_ranks(values: Sequence[float]) -> Tensor:
     v = torch.tensor(values, dtype=torch.float64)
-    ranks = (v[:, None] > v[None]).sum(dim=1) + ((v[:, None] == v[None]).sum(dim=1) - 1) / 2
+    ranks = (v[:, None] > v[None]).sum(dim=1) + ((v[:, None] == v[None]).double().sum(dim=1) - 1) / 2
     return ranks - ranks.mean()

@@ -122,11 +122,9 @@ def _legend(result: Result, columns: Collection[str]) -> Iterator[str]:
         order = sorted(result.candidates, key=lambda candidate: float(candidate.columns["s"] or 0.0))
         chosen = [candidate for candidate in order if candidate.coefficient != 0]
         likeliest = order[-len(chosen) :]
-        by_loss = "loss" in result.trace
-        best = "lowest loss" if by_loss else "best score"
         if {id(candidate) for candidate in chosen} != {id(candidate) for candidate in likeliest}:
             other = f"The {len(chosen)} selected are not those of the largest s"
-            yield f"s: probability of being selected. {other}: their average has the {best} of all that were scored."
+            yield f"s: probability of being selected. {other}: their average is the best of all that were scored."
         else:
             yield "s: probability of being selected"
 

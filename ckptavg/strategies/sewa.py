@@ -33,15 +33,17 @@ class SeWA(Strategy):
     m_i ~ Bernoulli(s_i), s ∈ C = {0 ≤ s_i ≤ 1, Σ s_i ≤ K}, from s_i = K/N. Each step draws M binary Concrete samples
     m̃_i = σ((log(s_i/(1−s_i)) + g1 − g0)/τ), g0, g1 ~ Gumbel(0,1), and takes s ← Π_C(s − η·∇_s mean ℓ(w(m̃))). The
     temperature τ falls linearly. The most probable masks of K, those with the largest Σ logit s_i (ties to the later),
-    are scored, and the mask with the lowest loss is returned, with coefficients 1/K.
+    are scored, with every single candidate, the last K and the mean of all. Then up to ``--swaps`` subsets that differ
+    in one candidate are scored: to first order, replacing i by j changes the loss by (∂F/∂c_j − ∂F/∂c_i)/K, so that one
+    pass ranks all K(N−K) swaps. The best of all that was scored is returned, even if it is no mean of K, with a note.
 
     Differs from the paper in three ways. The gradient, less its mean, is divided by the root of the running mean of its
     squares, and η falls linearly to 0: loss differences between candidates vary by orders of magnitude between tasks,
-    so no single η would suit all of them. The paper takes the K largest s_i without scoring (``--verify 1``); the
-    relaxation is slightly inexact, and a few scores are cheap. The paper fits the mask on training data
-    (``--on train``); here validation data is the default, because a mask fitted on noisy training labels learns the
-    noise. The authors' public code differs further: one Gumbel instead of two, straight-through always, τ = 1, AdamW on
-    logits, no projection.
+    so no single η would suit all of them. The paper takes the K largest s_i without scoring or swaps (``--verify 1``);
+    the relaxation is slightly inexact, and beyond 50 candidates far from the optimum. The paper fits the mask on
+    training data (``--on train``); here validation data is the default, because a mask fitted on noisy training labels
+    learns the noise. The authors' public code differs further: one Gumbel instead of two, straight-through always,
+    τ = 1, AdamW on logits, no projection.
 
     References:
         Wang et al. 2025, SeWA: Selective Weight Average via Probabilistic Masking, arXiv:2502.10119. The estimator:

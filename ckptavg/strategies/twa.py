@@ -27,15 +27,18 @@ class TWA(Strategy):
     tensors has its own x.
 
     Training uses validation data (TWA-v, the default if available) or training data (TWA-t), AdamW, a linear
-    warm-up over a fifth of the steps and a cosine decay to 0. ``--patience`` monitors the score on a held-out half of
-    the validation data (all of it for TWA-t) and returns the coefficients of the best epoch, including the initial
-    mean; otherwise the last coefficients are returned.
+    warm-up over a fifth of the steps and a cosine decay to 0. The mean and ten points of the training are scored, and
+    then the single candidates; the best of all is the result, by ``--select-by``. ``--patience`` monitors the score on
+    a held-out half of the validation data instead (all of it for TWA-t) and returns the coefficients of the best epoch,
+    including the initial mean.
 
     Differences from the authors' code: unless ``--lr`` is given, x is measured in units of the mean distance
-    ‖w_i − w̄‖ (of each block), so that the learning rate does not depend on the scale of the model: 0.02 on validation
-    data, and a hundredth of that on training data, where larger steps fit the label noise
-    (``scripts/benchmark/rates.py``). Clipping and the SAM step act on the gradient of x instead of that of all D
-    parameters, and the SAM gradient replaces the plain one instead of being added to it at a tenth.
+    ‖w_i − w̄‖ (of each block), and the learning rate is 0.24/N on validation data: a step changes each coefficient by
+    up to 0.24/N, in the simplex form each logit by up to 0.24, whatever the scale of the model and the number of
+    candidates (``scripts/benchmark/answers.py``). On training data, where larger steps fit the label noise, it is a
+    hundredth of that (``scripts/benchmark/rates.py``). At least 200 steps are taken unless ``--epochs`` is given.
+    Clipping and the SAM step act on the gradient of x instead of that of all D parameters, and the SAM gradient
+    replaces the plain one instead of being added to it at a tenth.
 
     References:
         Li et al. 2023, Trainable Weight Averaging, ICLR 2023 and arXiv:2205.13104v3. SAM: Foret et al. 2021,
@@ -65,7 +68,7 @@ class TWA(Strategy):
     ] = None
     lr: Annotated[
         float | None,
-        "Learning rate of x in weight units (authors: 0.001); default 0.02 (train 0.0002) of the mean distance.",
+        "Learning rate of x in weight units (authors: 0.001); default 0.24/N (train 0.0024/N) of the mean distance.",
         "gradient solver",
     ] = None
     optimizer: Annotated[Literal["adamw", "sgd"], "Optimizer of x; sgd has momentum 0.9.", "gradient solver"] = "adamw"

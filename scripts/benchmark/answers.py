@@ -7,10 +7,9 @@ K. All figures are validation losses, seconds are of a whole search. The last li
 """
 
 import argparse
-import sys
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -128,3 +127,43 @@ def answer(mixture: Mixture, strategy: Strategy) -> Answer:
     learned = strategy.learn(mixture)
     seconds = time.perf_counter() - start
     return Answer(mixture.score(learned.coefficients).loss or 0.0, mixture.cost().passes or 0.0, seconds)
+
+
+def main() -> None:
+    """Print a line for each training, and the gates."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--candidates", type=int, nargs="+", default=[10, 25, 50, 100, 300])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--starts", type=int, default=20, help="of the swap search")
+    parser.add_argument("--auto", action="store_true", help="time sewa --solver quadratic --k auto, too")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    worst = {"sewa within 1 % of the swap search": -1.0, "sewa not above a plain average": -1.0,
+             "twa not above SWA or the best single": -1.0}  # fmt: skip
+    print(f"{'training':10} {'N':>4} {'swaps':>7} {'single':>7} {f'lawa-{K}':>7} {'swa':>7} {'sewa':>7} {'passes':>6} "
+          f"{'s':>5} {'affine':>7} {'simplex':>7} {'passes':>6} {'s':>5}")  # fmt: skip
+    for name in NETWORKS:
+        for n in options.candidates:
+            for seed in range(options.seeds):
+                with trained(name, n, seed) as (mixture, weights_ND):
+                    best = swap_search(name, weights_ND, seed, options.starts)
+                    plain = [*Coefficients.singles(n), Coefficients.uniform(range(n - K, n), n),
+                             Coefficients.uniform(range(n), n)]  # fmt: skip
+                    *singles, lawa, swa = (mixture.score(each).loss or 0.0 for each in plain)
+                    sewa, affine = answer(mixture, SeWA(k=K)), answer(mixture, TWA())
+                    simplex = answer(mixture, TWA(constraint="simplex"))
+                    print(f"{name:10} {n:4} {best:7.4f} {min(singles):7.4f} {lawa:7.4f} {swa:7.4f} {sewa.loss:7.4f} "
+                          f"{sewa.passes:6.0f} {sewa.seconds:5.1f} {affine.loss:7.4f} {simplex.loss:7.4f} "
+                          f"{simplex.passes:6.0f} {simplex.seconds:5.1f}", flush=True)  # fmt: skip
+                    excess = (sewa.loss / best - 1.01, sewa.loss - min(*singles, lawa, swa),
+                              max(affine.loss, simplex.loss) - min(*singles, swa))  # fmt: skip
+                    worst = {gate: max(pair) for gate, *pair in zip(worst, worst.values(), excess, strict=True)}
+                    if options.auto:
+                        auto = answer(mixture, SeWA(solver="quadratic", k="auto"))
+                        print(f"  sewa --solver quadratic --k auto: {auto.loss:.4f}, {auto.seconds:.1f} s", flush=True)
+    for gate, value in worst.items():
+        print(f"{'PASS' if value <= 1e-6 else 'MISS'} {gate}")
+
+
+if __name__ == "__main__":
+    main()

@@ -343,6 +343,22 @@ def test_twa_by_scores_comes_close_to_twa_by_gradients(constraint: str):
     assert reached > mean and best - reached < 0.1 * (best - mean)
 
 
+@pytest.mark.parametrize("n", [6, 30])
+def test_no_search_by_scores_is_below_the_mean_or_the_last_ones_and_a_plain_answer_is_said(n: int):
+    objective = ScoreOnly(n=n, d=3, seed=1)
+    for strategy in (SeWA(k=3, evaluations=24), TWA(evaluations=24, constraint="simplex")):
+        value = objective.score(strategy.learn(objective).coefficients).value
+        assert value >= objective.score(Coefficients.uniform(range(n), n)).value
+        if isinstance(strategy, SeWA):
+            assert value >= objective.score(Coefficients.uniform(range(n - 3, n), n)).value
+    objective.weights_ND[:] = torch.randn(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    objective.weights_ND -= objective.weights_ND.mean(dim=0)  # the mean of all is the optimum
+    for strategy in (SeWA(k=3, evaluations=24), TWA(evaluations=24, constraint="simplex")):
+        learned = strategy.learn(objective)
+        assert learned.coefficients == Coefficients.uniform(range(n), n)
+        assert any("the mean of all" in note for note in learned.notes)
+
+
 @pytest.mark.parametrize("evaluations", [1, 2, 9])
 def test_a_small_evaluation_budget_is_not_exceeded(evaluations: int):
     for strategy in (SeWA(k=2, evaluations=evaluations), TWA(evaluations=evaluations)):
@@ -354,7 +370,9 @@ def test_a_small_evaluation_budget_is_not_exceeded(evaluations: int):
 def test_every_subset_is_scored_if_the_budget_allows():
     objective = ScoreOnly(n=4, d=3, seed=0)
     learned = SeWA(k=3, evaluations=100).learn(objective)
-    best = min(((0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3)), key=objective.of_subset)
+    threes = {(0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3)}
+    assert {c.selected for c in objective.requested} >= threes
+    best = min([*threes, *((i,) for i in range(4)), (0, 1, 2, 3)], key=objective.of_subset)
     assert learned.coefficients.selected == best
 
 

@@ -37,3 +37,11 @@ def test_a_busy_machine():
     assert done.returncode == 0, done.stderr
     rows = [line.split("  ")[1] for line in done.stdout.splitlines() if line.startswith("  ")]
     assert rows == 2 * ["ckptavg's (10000)", "libgomp's (300000)"]
+
+
+@pytest.mark.parametrize("candidates", [10, 100])
+def test_default_answers_pass_their_gates(candidates: int):
+    words = ["answers.py", "--candidates", str(candidates), "--seeds", "1", "--starts", "4"]
+    done = subprocess.run([sys.executable, *words], cwd=SCRIPTS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line[:4] for line in done.stdout.splitlines()[-3:]] == ["PASS"] * 3, done.stdout

@@ -13,7 +13,7 @@ from ckptavg.coefficients import Coefficients
 from ckptavg.objective import SCORED_ALONE, Losses, Objective, SelectBy, check_losses
 from ckptavg.objective.selection import Selection
 from ckptavg.score import Split
-from ckptavg.strategies.solvers.swaps import SwapSearch, falling_loss, is_subset
+from ckptavg.strategies.solvers.swaps import SwapSearch, answer, falling_loss
 
 BLOCK = 256  # steps whose noise is drawn at once
 MEMORY = 0.99  # decay per step of the running mean of squared gradients
@@ -80,16 +80,7 @@ def choose(
     towards = values(singles[order[0]]) if k > 1 and search.left else ()
     order[1:] = sorted(order[1:], key=lambda i: towards[i], reverse=True) if towards else order[1:]
     search.descend(Coefficients.uniform(order[:k], n))
-    best = selection.best()
-    notes = [note] if (note := selection.note()) else []
-    if not is_subset(best, k):
-        mask = max((mixture for mixture in selection.scores if is_subset(mixture, k)), key=selection.rank)
-        kind = "a single candidate" if len(best.selected) == 1 else f"the mean of all {n} candidates"
-        notes.append(
-            f"asked for the mean of {k}, but {kind} is better: {selection.figures(best)}, the best mean of "
-            f"{k} {selection.figures(mask)}"
-        )
-    return best, notes
+    return answer(selection, k)
 
 
 def _noise(samples: int, s_N: Tensor, generator: torch.Generator) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ Shape suffixes: N = candidates, M = masks of a step.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,43 +13,51 @@ import torch
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
 from ckptavg.objective import Learned, Objective
+from ckptavg.objective.selection import Selection
 from ckptavg.strategies.solvers.concrete_mask import EDGE, likeliest, project_capped_simplex
 from ckptavg.strategies.solvers.subspace import Subspace
+from ckptavg.strategies.solvers.swaps import SwapSearch, answer, is_subset
 
+STAGE = "searching by scores"
 DRAWS = 8  # masks scored per step of s
 
 
 def reinforce(objective: Objective, k: int, *, lr: float, evaluations: int) -> Learned:
-    """Learn a mask by score-function gradients from ``evaluations`` scores of K candidates each.
+    """Learn a mask by score-function gradients, and improve it by swaps, with ``evaluations`` scores.
 
-    Each step draws `DRAWS` masks m of exactly K candidates (the K largest of logit s_i + Gumbel noise) and takes
-    s ← Π_C(s + η·Σ_m A(m)·(m − s)), A(m) being the scores less their mean, the sum brought to a mean square of 1:
-    REINFORCE with the direction s(1−s)∇_s log p(m|s) = m − s, which stays bounded at 0 and 1. The result is the best
-    of all scored masks; the most probable mask is scored last.
+    LAWA of the last K and the mean of all are scored first, and each single candidate if that takes at most an eighth
+    of the budget. Each step then draws `DRAWS` masks m of exactly K candidates (the K largest of logit s_i + Gumbel
+    noise) and takes s ← Π_C(s + η·Σ_m A(m)·(m − s)), A(m) being the scores less their mean, the sum brought to a mean
+    square of 1: REINFORCE with the direction s(1−s)∇_s log p(m|s) = m − s, which stays bounded at 0 and 1. The last
+    eighth of the budget is for the likeliest mask and swaps by s. The result is the best of all that was scored.
 
     References:
         Williams 1992, Simple Statistical Gradient-Following Algorithms, Machine Learning 8.
     """
-    n = objective.n
+    n, subsets = objective.n, math.comb(objective.n, k)
     s_N = torch.full((n,), k / n, dtype=torch.float64)
-    scored: dict[tuple[int, ...], float] = {}
+    selection = Selection(objective)
     trace: list[float] = []
 
-    def drawn() -> tuple[int, ...]:
+    def drawn() -> Coefficients:
         noise_N = torch.rand(n, generator=objective.generator, dtype=torch.float64).log().neg().log().neg()
-        return tuple(sorted((torch.logit(s_N, eps=EDGE) + noise_N).topk(k).indices.tolist()))
+        return Coefficients.uniform((torch.logit(s_N, eps=EDGE) + noise_N).topk(k).indices.tolist(), n)
 
-    def score(mask: tuple[int, ...]) -> float:
-        if mask not in scored:
-            scored[mask] = objective.score(Coefficients.uniform(mask, n)).value
-        return scored[mask]
+    def score(mixtures: Iterable[Coefficients]) -> None:
+        room = evaluations - len(selection.scores)
+        selection.score([m for m in dict.fromkeys(mixtures) if m not in selection.scores][:room], STAGE, evaluations)
+        trace.append(max(score.value for score in selection.scores.values()))
 
-    while len(scored) < min(evaluations, math.comb(n, k)) and len(trace) < evaluations:
-        rest = evaluations - len(scored)
-        masks = [drawn() for _ in range(min(DRAWS, rest - 1))] or likeliest(s_N, k, 1)
-        objective.prefetch([Coefficients.uniform(mask, n) for mask in masks])
-        scores = torch.tensor([score(mask) for mask in masks], dtype=torch.float64)
-        m_MN = torch.zeros(len(masks), n, dtype=torch.float64).scatter_(1, torch.tensor(masks), 1)
+    score([Coefficients.uniform(range(n - k, n), n), selection.plain[-1]])
+    if 8 * n <= evaluations:
+        score(selection.plain[:-1])
+    steps = evaluations  # the same masks may be drawn again and again
+    while 8 * len(selection.scores) < 7 * evaluations and _subsets(selection, k) < subsets and steps > 0:
+        steps -= 1
+        masks = [drawn() for _ in range(min(DRAWS, evaluations - len(selection.scores)))]
+        score(masks)
+        scores = torch.tensor([selection.scores[m].value for m in masks], dtype=torch.float64)
+        m_MN = (torch.tensor([m.values[0] for m in masks], dtype=torch.float64) > 0).double()
         if (finite := scores[scores.isfinite()]).numel():
             scores = scores.clamp(min=finite.min())  # −∞ would make every difference infinite
         else:
@@ -57,17 +65,23 @@ def reinforce(objective: Objective, k: int, *, lr: float, evaluations: int) -> L
         ascent_N = (scores - scores.mean()) @ (m_MN - s_N)
         root = ascent_N.square().mean().sqrt().clamp(min=torch.finfo(scores.dtype).tiny)
         s_N = project_capped_simplex(s_N + lr * ascent_N / root, k)
-        trace.append(max(scored.values()))
-        objective.progress("searching by scores", len(scored), evaluations, score=trace[-1])
-    score(likeliest(s_N, k, 1)[0])
-    coefficients = Coefficients.uniform(max(scored, key=lambda mask: (scored[mask], mask)), n)
-    return Learned(coefficients=coefficients, columns={"s": s_N.tolist()}, trace={"best_score": trace})
+    score(Coefficients.uniform(mask, n) for mask in likeliest(s_N, k, 1))
+    search = SwapSearch(selection, lambda _: s_N.tolist(), evaluations - len(selection.scores), STAGE)
+    search.descend(max((m for m in selection.scores if is_subset(m, k)), key=selection.rank))
+    trace.append(max(score.value for score in selection.scores.values()))
+    best, notes = answer(selection, k)
+    return Learned(coefficients=best, notes=notes, columns={"s": s_N.tolist()}, trace={"best_score": trace})
+
+
+def _subsets(selection: Selection, k: int) -> int:
+    return sum(is_subset(mixture, k) for mixture in selection.scores)
 
 
 def cma_es(objective: Objective, *, simplex: bool, evaluations: int) -> Learned:
     """Return the best of ``evaluations`` scored coefficients of CMA-ES on x in units of the distances.
 
-    The search starts at the mean of all, x = 0, with steps of 1/N.
+    The search starts at the mean of all, x = 0, with steps of 1/N. Each single candidate is scored first, if that takes
+    at most an eighth of the budget.
 
     References:
         Hansen 2016, The CMA Evolution Strategy, a tutorial, arXiv:1604.00772, implemented by its author's library.
@@ -88,24 +102,31 @@ def cma_es(objective: Objective, *, simplex: bool, evaluations: int) -> Learned:
     def at(x: Sequence[float]) -> Coefficients:
         return subspace.mixture(torch.tensor(x, dtype=torch.float64)[None])
 
-    def cost(x: Sequence[float]) -> float:
+    def cost(coefficients: Coefficients) -> float:
         nonlocal best, best_value
-        coefficients = at(x)
         value = objective.score(coefficients).value
         if value > best_value:
             best, best_value = coefficients, value
         trace.append(best_value)
-        objective.progress("searching by scores", len(trace), evaluations, score=best_value)
+        objective.progress(STAGE, len(trace), evaluations, score=best_value)
         return -value
 
-    cost([0.0] * n)
+    singles = Coefficients.singles(n) if n > 1 and 8 * n <= evaluations else []
+    objective.prefetch([best, *singles])
+    for plain in (best, *singles):
+        cost(plain)
     normal = np.random.default_rng(seed).standard_normal  # by default cma seeds numpy's global generator
     options = {"randn": lambda *shape: normal(shape), "seed": math.nan, "verbose": -9, "verb_log": 0}
     search: Any = cma.CMAEvolutionStrategy(n * [0.0], 1 / n, options)
     while n > 1 and len(trace) < evaluations and not search.stop():
         proposals = search.ask(min(search.popsize, evaluations - len(trace)))
-        objective.prefetch([at(x) for x in proposals])
-        costs = [cost(x) for x in proposals]
+        mixtures = [at(x) for x in proposals]
+        objective.prefetch(mixtures)
+        costs = [cost(mixture) for mixture in mixtures]
         if len(costs) == search.popsize:
             search.tell(proposals, costs)
-    return Learned(coefficients=best, trace={"best_score": trace})
+    plain = {Coefficients.uniform(range(n), n): "the mean of all candidates"} | dict.fromkeys(
+        singles, "a single candidate"
+    )
+    notes = [f"no scored mixture was better than {plain[best]}, which is the answer"] if best in plain and n > 1 else []
+    return Learned(coefficients=best, trace={"best_score": trace}, notes=notes)

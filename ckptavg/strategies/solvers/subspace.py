@@ -17,7 +17,7 @@ from ckptavg.objective import SCORED_ALONE, Learned, Losses, Objective, SelectBy
 from ckptavg.objective.selection import Selection
 from ckptavg.score import Split
 
-RATE: Final = 0.24  # times the mean distance, divided by the number of candidates
+RATE: Final = {"val": 0.24, "train": 0.0024}  # times the mean distance, divided by the number of candidates
 EPOCHS: Final = 10
 FLOOR: Final = 200  # steps at least, by default
 FEW: Final = 100  # steps below which the report says so
@@ -84,7 +84,7 @@ def train(
     x_GN = torch.zeros_like(distance_GN, requires_grad=True)
     per_epoch = losses.batches(fit)
     epochs = epochs or default_epochs(per_epoch)
-    rate = lr or default_rate(objective.n)
+    rate = lr or RATE[on or objective.scored_on] / objective.n
     descent = (
         torch.optim.AdamW([x_GN], lr=rate, weight_decay=weight_decay)
         if optimizer == "adamw"
@@ -119,16 +119,12 @@ def default_epochs(per_epoch: int) -> int:
     return max(EPOCHS, math.ceil(FLOOR / per_epoch))
 
 
-def default_rate(n: int) -> float:
-    """Return the learning rate of x in mean distances: a step moves each coefficient by up to RATE/N of the whole."""
-    return RATE / n
-
-
 class _HeldOut:
     """The points of epochs by held-out score: stop ``patience`` epochs after the best, which is the result."""
 
     def __init__(self, objective: Objective, split: Split, patience: int) -> None:
-        self._objective, self._split, self._patience = objective, split, patience
+        self._objective, self._patience = objective, patience
+        self._split: Split = split
         self._points: list[Coefficients] = []
         self.scores: list[float] = []
 

@@ -24,12 +24,16 @@ class SwapSearch:
         values: returns a number for each candidate, given a subset: swaps that raise their sum are tried, the largest
             rise first.
         budget: the most scores; `gradients` has the most calls of ``values``.
+        stage: shown while it scores.
     """
 
-    def __init__(self, selection: Selection, values: Callable[[Coefficients], Sequence[float]], budget: int) -> None:
+    def __init__(
+        self, selection: Selection, values: Callable[[Coefficients], Sequence[float]], budget: int,
+        stage: str = STAGE,
+    ) -> None:  # fmt: skip
         self._selection = selection
         self._values = values
-        self._budget = self.left = budget
+        self._stage, self._budget, self.left = stage, budget, budget
         self._moves = gradients(budget)
 
     def descend(self, start: Coefficients) -> None:
@@ -50,13 +54,25 @@ class SwapSearch:
         """Score a subset if the budget allows; return whether it is scored."""
         if mask not in self._selection.scores and self.left > 0:
             self.left -= 1
-            self._selection.score([mask], STAGE, self._budget)
+            self._selection.score([mask], self._stage, self._budget)
         return mask in self._selection.scores
 
 
 def is_subset(mixture: Coefficients, k: int) -> bool:
     """Return whether a mixture is the plain mean of ``k`` candidates."""
     return len(mixture.selected) == k and mixture.uniform_subset
+
+
+def answer(selection: Selection, k: int) -> tuple[Coefficients, list[str]]:
+    """Return the best of all scored mixtures, and notes: what decided, and if the answer is no mean of ``k``."""
+    best = selection.best()
+    notes = [note] if (note := selection.note()) else []
+    if not is_subset(best, k):
+        mask = max((mixture for mixture in selection.scores if is_subset(mixture, k)), key=selection.rank)
+        kind = "a single candidate" if len(best.selected) == 1 else f"the mean of all {best.n} candidates"
+        figures, others = selection.figures(best), selection.figures(mask)
+        notes.append(f"asked for the mean of {k}, but {kind} is better: {figures}, the best mean of {k} {others}")
+    return best, notes
 
 
 def rising(mask: Coefficients, values: Sequence[float]) -> list[tuple[int, int]]:

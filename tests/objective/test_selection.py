@@ -1,0 +1,77 @@
+"""The choice among scored mixtures by loss or by metric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from quadratic import Quadratic
+from scipy.stats import spearmanr
+
+from ckptavg.coefficients import Coefficients
+from ckptavg.objective import SelectBy
+from ckptavg.objective.selection import Selection, spearman
+from ckptavg.score import Score, Split
+
+N = 6
+SWA = Coefficients.uniform(range(N), N)
+PAIR = Coefficients.uniform([0, 1], N)
+TRIPLE = Coefficients.uniform([0, 1, 2], N)
+
+
+class Table(Quadratic):
+    """Scores from a table of (metric, loss)."""
+
+    def __init__(self, table: Mapping[Coefficients, tuple[float, float]]) -> None:
+        super().__init__(n=N, d=2, seed=0)
+        self.table = table
+
+    def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
+        metric, loss = self.table[coefficients]
+        return Score(value=metric, loss=loss, metric=metric, examples=1, name="accuracy")
+
+
+def chosen(table: Mapping[Coefficients, tuple[float, float]], select_by: SelectBy) -> tuple[Coefficients, str]:
+    selection = Selection(Table(table), select_by)
+    selection.score(table)
+    return selection.best(), selection.note()
+
+
+def singles(*pairs: tuple[float, float]) -> dict[Coefficients, tuple[float, float]]:
+    return dict(zip(Coefficients.singles(N), pairs, strict=True))
+
+
+AGREEING = singles(*((0.5 + 0.05 * i, 2 - 0.1 * i) for i in range(N)))
+OPPOSED = singles(*((0.5 + 0.05 * i, 2 + 0.1 * i) for i in range(N)))
+
+
+def test_auto_goes_by_the_metric_where_the_loss_ranks_otherwise_and_says_so():
+    table = OPPOSED | {PAIR: (0.9, 3.0), TRIPLE: (0.4, 1.0)}
+    by_metric, note = chosen(table, "auto")
+    assert by_metric == PAIR and note.startswith("chosen by accuracy") and "does not rank" in note
+    assert chosen(table, "loss")[0] == TRIPLE and chosen(table, "metric")[0] == PAIR
+
+
+def test_auto_goes_by_the_loss_where_both_agree():
+    table = AGREEING | {PAIR: (0.8, 1.0), TRIPLE: (0.81, 1.1)}
+    best, note = chosen(table, "auto")
+    assert best == PAIR and note.startswith("chosen by loss among 8") and chosen(table, "metric")[0] == TRIPLE
+
+
+def test_auto_is_not_below_a_single_candidate_or_the_mean_by_the_metric():
+    """By loss alone the pair is the lowest, but a single candidate has a better metric."""
+    table = AGREEING | {SWA: (0.7, 1.6), PAIR: (0.74, 1.0), TRIPLE: (0.76, 1.4)}
+    assert chosen(table, "loss")[0] == PAIR and chosen(table, "auto")[0] == TRIPLE
+    del table[TRIPLE]
+    assert chosen(table, "auto")[0] == Coefficients.uniform([N - 1], N)
+
+
+def test_few_mixtures_do_not_tell_whether_the_loss_agrees():
+    best, note = chosen({PAIR: (0.9, 3.0), TRIPLE: (0.4, 1.0)}, "auto")
+    assert best == PAIR and "too few" in note
+
+
+@pytest.mark.parametrize("b", [[1.0, 2.0, 3.0, 4.0], [4.0, 4.0, 1.0, 2.0], [1.0, 9.0, 9.0, 2.0]])
+def test_rank_correlation_is_scipys(b: list[float]):
+    a = [1.0, 2.0, 2.0, 5.0]
+    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
