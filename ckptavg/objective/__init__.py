@@ -132,6 +132,7 @@ class Learned:
         trace: name → one number per step.
         notes: remarks for the report, one sentence each.
         tables: title → rows, each mapping column → value.
+        held_out: mean held-out loss of the folds, where the strategy cross-validates.
     """
 
     coefficients: Coefficients
@@ -139,6 +140,7 @@ class Learned:
     trace: Mapping[str, Sequence[float]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     tables: Mapping[str, Sequence[Mapping[str, float | str | None]]] = field(default_factory=dict)
+    held_out: float | None = None
 
 
 class Strategy(Protocol):
