@@ -190,6 +190,6 @@ def test_progress_names_the_running_strategy(digits: Path, tmp_path: Path):
     with torch.random.fork_rng():
         compare(
             [digits], Options(task=str(TASK), output=tmp_path / "x", last=3),
-            lambda stage, *_: stages.append(stage), names=["swa", "soup"],
+            lambda stage, *_: stages.append(stage), strategies=["swa", "soup"],
         )  # fmt: skip
     assert any("soup: growing the soup" in stage for stage in stages)

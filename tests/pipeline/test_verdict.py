@@ -13,7 +13,7 @@ from conftest import Job, Run
 import ckptavg
 from ckptavg.coefficients import Coefficients
 from ckptavg.cost import Cost
-from ckptavg.pipeline.comparison import higher_on_test
+from ckptavg.pipeline.winner import higher_on_test
 from ckptavg.pipeline.verdict import Verdict, by_loss, loss_on_test, with_test
 from ckptavg.report.result import Gain, StrategyResult
 from ckptavg.score import PerExample, Score
