@@ -1,5 +1,6 @@
 """Winner of a comparison: the choice between the strategies, and the verdict on it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -42,8 +43,9 @@ def choose(
 ) -> tuple[FinishedRun, SelectedBy, str]:
     """Return the winner, the figure that it was chosen by, and a sentence on why that figure decides.
 
-    `Selection` decides between loss and metric by all mixtures scored on validation data, and chooses by it. If that is
-    the loss and a strategy has cross-validated, the lowest held-out loss wins instead, among those that have one.
+    All mixtures scored on validation data decide between loss and metric, see `Selection`; the best strategy by that
+    wins, ties to the lower loss. If it is the loss and a strategy has cross-validated, the lowest held-out loss wins
+    instead, among those that have one.
     """
     selection = Selection(evaluator, select_by)
     for run in runs:
@@ -53,8 +55,9 @@ def choose(
     if selection.by == "loss" and any(run.learned.held_out is not None for run in runs):
         held_out = [(run.held_out, i) for i, run in enumerate(runs) if run.held_out is not None]
         return runs[min(held_out)[1]], "held-out loss", selection.note()
-    best = selection.best([run.learned.coefficients for run in runs])
-    return next(run for run in runs if run.learned.coefficients == best), selection.by, selection.note()
+    losses = [selection.loss(run.learned.coefficients) for run in runs]
+    values = [0.0 if selection.by == "loss" else -run.score.value for run in runs]
+    return min(zip(values, losses, range(len(runs)), runs, strict=True))[3], selection.by, selection.note()
 
 
 def verdict_of(
@@ -71,8 +74,10 @@ def verdict_of(
     won = f"{winner.name} wins on {DATA[split]} data with "
     won += figure(score) if by == "metric" else f"loss {score.loss:.4f}" if by == "loss" else _held_out(winner, score)
     if (gain := winner.over_last.get("test")) is None:
-        difference = f"{winner.over_last[split].value:+.4f} against last on the data it was chosen on"
-        return f"{won}: {difference}. {unbiased_hint(options, split)}{above}"
+        difference = f"{winner.over_last[split].value:+.4f} against last"
+        if by != "metric":
+            difference = f"{reference.scores[split].loss or math.nan:.4f} for last"
+        return f"{won}: {difference} on the data it was chosen on. {unbiased_hint(options, split)}{above}"
     test = winner.scores["test"]
     text = on_test(test, gain, "the last candidate") + loss_on_test(test, reference.scores["test"], gain)
     return f"{won}. {text} It has {figure(score)} on {DATA[split]} data, and {figure(test)} on test data.{above}"

@@ -6,6 +6,7 @@ from typing import Final, Literal
 from rich.console import RenderableType
 from rich.text import Text
 
+from ckptavg.errors import counted, printable
 from ckptavg.report.layout import FittedTable, Sentence
 from ckptavg.report.result import Comparison, Gain, StrategyResult
 from ckptavg.score import DATA, Score, Split
@@ -63,6 +64,8 @@ def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
     yield Sentence(f"{unit}; s: seconds. Each strategy is charged as if it had run alone.", "dim")
     if recomputed:
         yield Sentence(FOOTNOTE, "dim")
+    if files := [row.output.path for row in contestants if row.output]:
+        yield Sentence(f"wrote {counted(len(files), 'average')} to {printable(str(files[0].parent))}/", "dim")
 
 
 def without_interval(gains: Collection[Gain]) -> Iterator[Sentence]:
