@@ -24,8 +24,10 @@ def answer(comparison: Comparison) -> Iterator[RenderableType]:
 
 def running_table(rows: Mapping[str, Mapping[str, float]]) -> FittedTable:
     """Build the table of the strategies that have finished so far, from their figures by name."""
-    names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
     digits = {"passes": 0, "scores": 0, "s": 1}
+    names = sorted(
+        dict.fromkeys(name for figures in rows.values() for name in figures), key=lambda name: name in digits
+    )
     cells = [
         [strategy, *(f"{row[name]:.{digits.get(name, 4)}f}" if name in row else "" for name in names)]
         for strategy, row in rows.items()

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import ckptavg
 from ckptavg.pipeline.comparison import DEFAULT
 from ckptavg.report import table
 from ckptavg.report.result import Comparison
+from ckptavg.runtime.progress import RESULT
 from ckptavg.strategies import from_spec, strategies
 
 
@@ -185,6 +187,33 @@ def test_dry_run_names_the_strategies(digits: Path, run: Run, tmp_path: Path):
     done = run("compare", digits, "--task", TASK, "--dry-run")
     assert (done.returncode, done.stdout) == (0, "") and not list(tmp_path.iterdir())
     assert "would compare last, best, swa, lawa, ema, soup, aswa, sewa, twa, twa:on=train" in done.stderr
+
+
+def test_cheap_strategies_run_first_and_each_row_is_shown_as_it_comes(digits: Path, tmp_path: Path):
+    """The order of the report is that of the list: only the order of the runs changes."""
+    finished: list[tuple[str, dict[str, float]]] = []
+
+    def watch(stage: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        if stage.endswith(RESULT):
+            finished.append((stage.removesuffix(RESULT), dict(metrics)))
+
+    names = ["sewa:k=2:steps=30", "soup", "swa", "twa:epochs=1", "best"]
+    done = ckptavg.compare(digits, names, task=TASK, output=tmp_path / "x", last=4, watch=watch)
+    # passes over 8 + 15 batches: 0; 4 scores; 8 batches forward and backward; 7 scores; 60 batches so, and 6 scores
+    assert [name for name, _ in finished] == ["last", "swa", "twa:epochs=1", "best", "soup", "sewa:k=2:steps=30"]
+    assert [row.name for row in done.strategies] == ["last", *names]
+    for row in done.strategies:
+        figures = dict(finished)[row.name]
+        expected = {"val accuracy": row.scores["val"].metric, "val loss": row.scores["val"].loss, "s": row.cost.seconds}
+        assert figures == {**expected, "passes": row.cost.passes}
+
+
+def test_the_requested_figure_chooses_the_winner(digits: Path, tmp_path: Path):
+    for by, best in (("loss", min), ("metric", max)):
+        done = ckptavg.compare(digits, "swa,best,lawa:k=2", task=TASK, last=4, output=tmp_path / by, select_by=by)
+        values = {row.name: getattr(row.scores["val"], by) for row in done.strategies}
+        assert done.selected_by == by and values[done.winner] == best(values.values())
+        assert done.reason.startswith(f"chosen by {by} (--select-by)")
 
 
 def test_progress_names_the_running_strategy(digits: Path, tmp_path: Path):
