@@ -80,7 +80,8 @@ def verdict_of(
         return f"{won}: {difference} on the data it was chosen on. {unbiased_hint(options, split)}{above}"
     test = winner.scores["test"]
     text = on_test(test, gain, "the last candidate") + loss_on_test(test, reference.scores["test"], gain)
-    return f"{won}. {text} It has {figure(score)} on {DATA[split]} data, and {figure(test)} on test data.{above}"
+    *_, number = figure(test).split()
+    return f"{won}. {text} It has {figure(score)} on {DATA[split]} data and {number} on test data.{above}"
 
 
 def _held_out(winner: StrategyResult, score: Score) -> str:

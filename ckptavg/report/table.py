@@ -183,28 +183,29 @@ def _rows(title: str, rows: Sequence[Row]) -> FittedTable:
 def _scores(result: Result) -> Iterator[RenderableType]:
     written = "written: best single" if result.replaced else result.strategy
     recomputed = "*" if result.output is not None and result.output.recomputed else ""
-    rows: dict[str, Mapping[Split, Score]] = {written: result.scores}
+    rows = {written: _figures(result.scores)}
+    rows[written]["held-out loss"] = None if result.replaced else result.held_out
     for name, scores in result.baselines.items():
         if name.partition("-")[0] != result.strategy:  # not lawa-5 beside lawa
             names = {"best": f"best single{recomputed} (step {result.best_step})", "last": f"last{recomputed}"}
-            rows[names.get(name, name)] = scores
-    columns: list[tuple[Split, str]] = [
-        (split, name) for split, score in result.scores.items() for name in score.figures
-    ]
-    held_out = {"selection" if result.replaced else written: result.held_out} if result.held_out is not None else {}
+            held_out = {"best": None, "selection": result.held_out}  # a plain average is chosen on no data
+            rows[names.get(name, name)] = {
+                **_figures(scores), "held-out loss": held_out.get(name, scores[result.scored_on].loss)
+            }  # fmt: skip
+    columns = [*_figures(result.scores)]
+    if result.held_out is not None:
+        columns.insert(columns.index(f"{result.scored_on} loss") + 1, "held-out loss")
     yield FittedTable(
-        title="", headings=["scores", *(["held-out loss"] if held_out else []), *map(" ".join, columns)],
-        rows=[
-            [
-                name, *([_cell(held_out.get(name))] if held_out else []),
-                *(_cell(scores[split].figures.get(kind) if split in scores else None) for split, kind in columns),
-            ]
-            for name, scores in rows.items()
-        ],
+        title="", headings=["scores", *columns],
+        rows=[[name, *(_cell(figures.get(column)) for column in columns)] for name, figures in rows.items()],
         styles=["bold", *[""] * (len(rows) - 1)],
     )  # fmt: skip
     if recomputed:
         yield Sentence(FOOTNOTE, "dim")
+
+
+def _figures(scores: Mapping[Split, Score]) -> dict[str, float | None]:
+    return {f"{split} {name}": value for split, score in scores.items() for name, value in score.figures.items()}
 
 
 def _notes(result: Result) -> Iterator[str]:

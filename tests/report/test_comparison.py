@@ -96,11 +96,15 @@ def test_a_single_strategy_shows_up_to_forty_candidates():
 
 
 def test_a_single_strategy_shows_its_held_out_loss_beside_the_fitted_one():
-    text = lines(table.render(replace(result(5), held_out=0.25)))
+    best = {"val": score(0.9), "test": score(0.6)}
+    learned = replace(result(5), strategy="twa", held_out=0.25, baselines={"best": best, "swa": best})
+    text = lines(table.render(learned))
     (heading,) = [line for line in text if line.startswith("scores")]
-    assert heading.split("  ")[1:] and "held-out loss" in heading
-    (own,) = [line.split() for line in text if line.startswith("swa ")]
-    assert own[1] == "0.2500"
+    assert "val loss  held-out loss  test accuracy" in heading
+    figures = {line.split()[0]: line.split()[-5:] for line in text if line.startswith(("twa ", "swa ", "best "))}
+    assert figures["twa"] == ["0.8000", "0.2000", "0.2500", "0.7000", "0.3000"]
+    assert figures["swa"] == ["0.9000", "0.1000", "0.1000", "0.6000", "0.4000"]  # chosen on no data
+    assert figures["best"] == ["None)", "0.9000", "0.1000", "0.6000", "0.4000"]
     assert not any("held-out" in line for line in lines(table.render(result(5))))
 
 
