@@ -16,6 +16,7 @@ from ckptavg.declaration import Option, check_value, declared, docstring
 from ckptavg.errors import UsageError, nearest
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.options import CHECK, EVAL, NOT_COMPARE, Options
+from ckptavg.options.comparison import ComparisonOptions
 from ckptavg.options.landscape import LandscapeOptions
 from ckptavg.pipeline import evaluation, task_check, verification
 from ckptavg.pipeline import run as run_pipeline
@@ -60,13 +61,15 @@ def compare(
         ckpts: one or more directories of checkpoints, or checkpoints.
         strategies: such as ``"swa,sewa:k=8"`` or ``["swa", "twa:on=train"]``; empty runs every one the task allows.
         watch: see `run`.
-        **options: those of `run`, except never_worse and baselines.
+        **options: those of `run`, except never_worse and baselines; and select_by and write_all of ``ckptavg compare``.
     Raises:
         CkptavgError: with the message and exit code of the command line.
     """
+    taken = [option for option in declared(ComparisonOptions) if option.name != "strategies"]
+    own = keywords("compare", {o.name: options.pop(o.name) for o in taken if o.name in options}, taken)
     shared = _options("compare", ckpts, options, required=True, without=NOT_COMPARE)
-    names = specs(strategies)
-    return _watched(watch, lambda progress: run_comparison(_paths(ckpts), shared, progress, names=names))
+    own["strategies"] = specs(strategies)
+    return _watched(watch, lambda progress: run_comparison(_paths(ckpts), shared, progress, **own))
 
 
 def landscape(ckpts: Paths, *, watch: Watch | None = None, **options: Any) -> Landscape:

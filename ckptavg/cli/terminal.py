@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from ckptavg.errors import InterruptedRunError, OutputError, OutputExistsError, UsageError, printable
@@ -18,6 +18,7 @@ from ckptavg.filesystem import atomic
 from ckptavg.report.layout import Sentence
 from ckptavg.runtime import signals
 from ckptavg.runtime.estimate import LEFT, time_left
+from ckptavg.runtime.progress import RESULT
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -107,7 +108,7 @@ class Screen:
             nonlocal last
             if not total:
                 self._remark(stage)
-            elif (now := time.monotonic()) - last >= _EVERY:
+            elif not stage.endswith(RESULT) and (now := time.monotonic()) - last >= _EVERY:
                 last = now
                 self._remark(f"{stage} {done:,}/{total:,}, {time_left(figures)}")
 
@@ -121,18 +122,31 @@ class Screen:
         if not sys.stderr.isatty():  # not even with FORCE_COLOR
             yield self._lines()
             return
+        from rich.constrain import Constrain
+        from rich.live import Live
         from rich.progress import BarColumn, Progress, TextColumn
+
+        from ckptavg.report.comparison import running_table
 
         columns = (
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
             TextColumn("{task.fields[figures]}"), TextColumn("{task.fields[left]}"),
         )  # fmt: skip
-        with Progress(*columns, console=self._console, transient=True) as progress:
+        progress, finished = Progress(*columns, console=self._console), dict[str, Mapping[str, float]]()
+
+        def shown() -> Constrain:
+            table = [running_table(finished)] if finished else []
+            return Constrain(Group(*table, progress), self._console.width - 2)  # an echoed ^C must not wrap the line
+
+        with Live(get_renderable=shown, console=self._console, transient=True):
             stages: dict[str, TaskID] = {}
 
             def watch(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
                 if not total:
                     self._remark(stage)
+                    return
+                if stage.endswith(RESULT):
+                    finished[stage.removesuffix(RESULT)] = figures
                     return
                 if stage not in stages:
                     for old in [task for task in progress.tasks if task.finished]:  # show only the running stage

@@ -1,97 +1,90 @@
 """Comparison of several strategies on the same candidates and the same evaluator."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from ckptavg.cost import Cost
+from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError, counted
-from ckptavg.objective import Learned, Strategy
+from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
-from ckptavg.pipeline.expectation import expect
+from ckptavg.options.comparison import ComparisonOptions
+from ckptavg.pipeline import every_output
+from ckptavg.pipeline.expectation import cheapest_first, expect
 from ckptavg.pipeline.preflight import check_format, check_space, check_strategy, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
-from ckptavg.pipeline.session import open_session
-from ckptavg.pipeline.verdict import Verdict, figure, loss_on_test, on_test, scores_of, unbiased_hint
-from ckptavg.pipeline.writing import write_output
+from ckptavg.pipeline.session import Session, open_session
+from ckptavg.pipeline.verdict import Verdict, scores_of
+from ckptavg.pipeline.winner import REFERENCE, FinishedRun, choose, verdict_of
+from ckptavg.pipeline.writing import WrittenOutput, write_output
 from ckptavg.report import interval
 from ckptavg.report.result import Comparison, Gain, StrategyResult
+from ckptavg.runtime import signals
 from ckptavg.runtime.progress import Watch
-from ckptavg.score import DATA, Score, Split, valid
-from ckptavg.strategies import from_spec, name_of
+from ckptavg.score import Score, Split, valid
+from ckptavg.strategies import from_spec, name_of, specs
 
-REFERENCE: Final = "last"
-DEFAULT: Final = (REFERENCE, "best", "swa", "lawa", "ema", "soup", "aswa", "sewa", "twa")
-_ON_TRAIN: Final = ("twa:on=train",)  # added if the task has training data as well as validation data
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Finished run of a strategy, with its validation score."""
-
-    name: str
-    strategy: Strategy
-    learned: Learned
-    score: Score
-    cost: Cost
+DEFAULT: Final = (REFERENCE, "best", "swa", "lawa", "ema", "soup", "aswa", "sewa", "twa", "twa:on=train")
+"""The strategies of a comparison without ``--strategies``, less those whose data or loss the task does not have."""
 
 
-def compare(
-    paths: Sequence[Path], options: Options, watch: Watch | None = None, *, names: Sequence[str] = ()
-) -> Comparison:
-    """Run strategies on the checkpoints under ``paths`` and write the average with the best validation score.
+def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None, **settings: Any) -> Comparison:
+    """Run strategies on the checkpoints under ``paths`` and write the average that scores best on validation data.
 
     Each strategy runs as if alone: with the same random numbers and batches, and charged for every score it requests,
-    cached or not. `last` is always included, so the winner is never worse on validation data than no averaging. Ties
-    go to the lower loss, then to the earlier strategy in the list. Test data are used only after the decision.
+    cached or not. Those that plan the least work run first; Ctrl-C ends the running one and leaves out the rest. `last`
+    takes part always. `ckptavg.pipeline.winner.choose` has the decision; ties go to the lower loss, then to the earlier
+    strategy in the list. Test data are used only after it.
 
     Args:
-        names: strategies with settings, in the syntax of `ckptavg.strategies.from_spec`; empty runs every strategy the
-            task allows.
+        settings: those of `ComparisonOptions`; without ``strategies`` every strategy runs that the task allows.
     Raises:
         CkptavgError: on any expected failure; nothing is written then.
     """
     check_format(options)
+    chosen = ComparisonOptions(**settings)
     with open_session(paths, options, watch) as this:
         evaluator = this.scored("compare scores every strategy, so it needs a task file, --val or --score-cmd")
-        strategies = _parse_strategies(names, evaluator)
+        strategies = _parse_strategies(specs(chosen.strategies), evaluator)
+        outputs = every_output.plan(chosen.write_all, strategies, this)
         if options.dry_run:
             plan = [f"would compare {', '.join(strategies)}", *dry_run_plan(this.checkpoints, options)]
+            plan += [f"would write {counted(len(outputs), 'average')} to {chosen.write_all}/"] if outputs else []
             result = blank_result(this.found, strategies[REFERENCE], options, plan)
             return Comparison(**vars(result), winner="", strategies=())
-        check_space(this.checkpoints, options)
-        expect(this, evaluator, strategies)
-        evaluator.prepare()
-        runs: list[_Run] = []
-        for name, strategy in strategies.items():
-            this.run.progress("strategies", len(runs), len(strategies))
-            with this.run.progress.prefixed(name):
-                evaluator.restart(repr(strategy))
-                learned = strategy.learn(evaluator)
-                score = evaluator.exact_score(learned.coefficients, evaluator.scored_on)
-            runs.append(_Run(name, strategy, learned, score, evaluator.cost()))
-        winner = max(runs, key=lambda run: (run.score.value, -(run.score.loss or 0.0)))
+        check_space(this.checkpoints, options, 1 + len(outputs))
+        runs, unfinished = _run_all(this, evaluator, strategies, files=max(1, len(outputs)))
+        singles = _singles(runs, evaluator)
+        winner, selected_by, reason = choose(runs, singles, evaluator, chosen.select_by)
         valid(winner.score)
         evaluator.restart()
         for split in evaluator.splits:
             evaluator.prefetch([run.learned.coefficients for run in runs], split, exact=True)
-        reference = next(scores_of(run.learned.coefficients, evaluator) for run in runs if run.name == REFERENCE)
-        results = [_strategy_result(run, reference, evaluator) for run in runs]
-        written = write_output(this, winner.learned.coefficients, winner.strategy)
-        verdict = _verdict(results, results[runs.index(winner)], evaluator, options)
-        judgement = Verdict(winner.learned.coefficients, verdict=verdict)
+        averages = {
+            run.name: (run.learned.coefficients, run.strategy, outputs[run.name]) for run in runs
+            if outputs and not run.score.invalid
+        }  # fmt: skip
+        with every_output.written(this, chosen.write_all, averages) as files:
+            written = write_output(this, winner.learned.coefficients, winner.strategy)
+        results = _results(runs, files, evaluator)
+        verdict = verdict_of(results, results[runs.index(winner)], selected_by, evaluator.scored_on, options)
+        judgement = Verdict(winner.learned.coefficients, singles, verdict=verdict)
         result = build_result(this, winner.strategy, winner.learned, judgement, written)
-        return Comparison(**vars(replace(result, cost=winner.cost)), winner=winner.name, strategies=results)
+        warnings = [*result.warnings, *_stopped(unfinished)]
+        return Comparison(
+            **vars(replace(result, cost=winner.cost, warnings=warnings)), winner=winner.name, strategies=results,
+            selected_by=selected_by, reason=reason, unfinished=unfinished,
+        )  # fmt: skip
 
 
 def _parse_strategies(names: Sequence[str], evaluator: Evaluator) -> Mapping[str, Strategy]:
     """Return name → strategy, including `last`; all settings are checked before the first strategy runs."""
     n = evaluator.n
     if not names:
-        has_train = evaluator.losses is not None and evaluator.has("train") and evaluator.scored_on != "train"
-        names = [*DEFAULT, *(_ON_TRAIN if has_train else ())]
+        names = [name for name in DEFAULT if _possible(from_spec(name), evaluator)]
         names = [name if _fits(from_spec(name), n) else f"{name}:k={n}" for name in names]
     elif REFERENCE not in names:
         names = [REFERENCE, *names]
@@ -104,6 +97,14 @@ def _parse_strategies(names: Sequence[str], evaluator: Evaluator) -> Mapping[str
     return strategies
 
 
+def _possible(strategy: Strategy, evaluator: Evaluator) -> bool:
+    """Return whether the task has the loss, and the training data beside validation data, that a strategy needs."""
+    has_loss, on_train = evaluator.losses is not None, _chose_on(strategy, "val") == "train"
+    if on_train and not (has_loss and evaluator.has("train") and evaluator.scored_on != "train"):
+        return False
+    return has_loss or getattr(strategy, "solver", "") != "quadratic"
+
+
 def _fits(strategy: Strategy, n: int) -> bool:
     """Return whether the default settings fit the number of candidates: K may be larger."""
     try:
@@ -113,17 +114,87 @@ def _fits(strategy: Strategy, n: int) -> bool:
     return True
 
 
-def _strategy_result(run: _Run, reference: Mapping[Split, Score], evaluator: Evaluator) -> StrategyResult:
-    coefficients = run.learned.coefficients
-    scores = scores_of(coefficients, evaluator)
-    return StrategyResult(
-        name=run.name, strategy=name_of(run.strategy),
-        settings=asdict(run.strategy),  # pyright: ignore[reportArgumentType]  # every strategy is a dataclass
-        coefficients=[coefficients.candidate(i) for i in range(evaluator.n)],
-        groups=coefficients.groups, used=len(coefficients.selected), scores=scores,
-        over_last={split: _gain(split, score, reference[split]) for split, score in scores.items()},
-        cost=run.cost, notes=run.learned.notes,
-    )  # fmt: skip
+def _run_all(
+    this: Session, evaluator: Evaluator, strategies: Mapping[str, Strategy], files: int
+) -> tuple[Sequence[FinishedRun], Sequence[str]]:
+    """Run the strategies, the cheapest first; return their runs in the order of the list, and the names of the others.
+
+    Ctrl-C ends the running strategy if another one besides `last` has finished, but not under torchrun, which ends all
+    ranks itself.
+    """
+    evaluator.prepare()
+    ordered = cheapest_first(strategies, evaluator)
+    expect(this, evaluator, ordered, files)
+    done: dict[str, FinishedRun] = {}
+
+    def run(name: str, strategy: Strategy) -> None:
+        with this.run.progress.prefixed(name):
+            evaluator.restart(repr(strategy))
+            learned = strategy.learn(evaluator)
+            score = evaluator.exact_score(learned.coefficients, evaluator.scored_on)
+        done[name] = FinishedRun(name=name, strategy=strategy, learned=learned, score=score, cost=evaluator.cost())
+        this.run.progress.result(name, _figures(done[name], evaluator.scored_on))
+
+    for name, strategy in ordered.items():
+        this.run.progress("strategies", len(done), len(strategies))
+        if len(done) < 2 or this.run.workers.world_size > 1:
+            run(name, strategy)
+        elif signals.stopped(partial(run, name, strategy)):
+            this.run.progress("stopped; Ctrl-C again ends the run, and nothing is written", 0, 0)
+            break
+    return [done[name] for name in strategies if name in done], [name for name in ordered if name not in done]
+
+
+def _figures(run: FinishedRun, split: Split) -> Mapping[str, float]:
+    """Return the figures of a row that are known before the decision."""
+    cost, held_out = run.cost, run.learned.held_out
+    figures = {f"{split} {name}": value for name, value in [*run.score.figures.items()][:2]}
+    figures |= {} if held_out is None else {"held-out loss": held_out}
+    spent = {"scores": float(cost.evaluations)} if cost.passes is None else {"passes": cost.passes}
+    return {**figures, **spent, "s": cost.seconds}
+
+
+def _stopped(unfinished: Sequence[str]) -> list[str]:
+    if not unfinished:
+        return []
+    first, *others = unfinished
+    return [f"{first} was stopped by Ctrl-C" + (f"; {', '.join(others)} did not run" if others else "")]
+
+
+def _singles(runs: Sequence[FinishedRun], evaluator: Evaluator) -> Sequence[Score]:
+    """Return the scores of all single candidates if a strategy has asked for them, as those of the search."""
+    stages = [run.strategy.stages(evaluator.n, evaluator.losses, evaluator.scored_on) or () for run in runs]
+    if not any(stage.singles for planned in stages for stage in planned):
+        return ()
+    return [evaluator.score(single) for single in Coefficients.singles(evaluator.n)]
+
+
+def _results(
+    runs: Sequence[FinishedRun], files: Mapping[str, WrittenOutput], evaluator: Evaluator
+) -> Sequence[StrategyResult]:
+    """Return the rows, with the scores of the files where all were written."""
+    scores = {
+        run.name: files[run.name].scores if run.name in files else scores_of(run.learned.coefficients, evaluator)
+        for run in runs
+    }
+    return [
+        StrategyResult(
+            name=run.name, strategy=name_of(run.strategy),
+            settings=asdict(run.strategy),  # pyright: ignore[reportArgumentType]  # every strategy is a dataclass
+            coefficients=[run.learned.coefficients.candidate(i) for i in range(evaluator.n)],
+            groups=run.learned.coefficients.groups, used=len(run.learned.coefficients.selected),
+            scores=scores[run.name],
+            over_last={s: _gain(s, score, scores[REFERENCE][s]) for s, score in scores[run.name].items()},
+            cost=run.cost, notes=run.learned.notes, chose_on=_chose_on(run.strategy, evaluator.scored_on),
+            held_out=run.held_out, output=files[run.name].output if run.name in files else None,
+        )
+        for run in runs
+    ]  # fmt: skip
+
+
+def _chose_on(strategy: Strategy, scored_on: Split) -> Split | None:
+    """Return the data that the coefficients are fitted to; None for a plain average."""
+    return None if isinstance(strategy, PlainAverage) else getattr(strategy, "on", None) or scored_on
 
 
 def _gain(split: Split, score: Score, reference: Score) -> Gain:
@@ -132,33 +203,3 @@ def _gain(split: Split, score: Score, reference: Score) -> Gain:
         return interval.gain(score, reference)
     others = {name: _gain(split, other, reference.others[name]) for name, other in score.others.items()}
     return Gain(value=score.value - reference.value, reason="the strategies chose on these data", others=others)
-
-
-def _verdict(
-    contestants: Sequence[StrategyResult], winner: StrategyResult, evaluator: Evaluator, options: Options
-) -> str:
-    split = evaluator.scored_on
-    if winner.name == REFERENCE:
-        text = f"No strategy scores above the last candidate on {DATA[split]} data, so the last candidate was written."
-        return f"{text}{higher_on_test(contestants, winner)}"
-    won = f"{winner.name} wins on {DATA[split]} data with {figure(winner.scores[split])}"
-    if gain := winner.over_last.get("test"):
-        reference = next(contestant for contestant in contestants if contestant.name == REFERENCE)
-        text = on_test(winner.scores["test"], gain, "the last candidate")
-        text += loss_on_test(winner.scores["test"], reference.scores["test"], gain)
-        return f"{won}. {text}{higher_on_test(contestants, winner)}"
-    difference = f"{winner.over_last[split].value:+.4f} against last on the data it was chosen on"
-    return f"{won}: {difference}. {unbiased_hint(options, split)}"
-
-
-def higher_on_test(contestants: Sequence[StrategyResult], winner: StrategyResult) -> str:
-    """Return a sentence if strategies score above the winner on test data, which do not decide."""
-    value = {contestant.name: contestant.scores["test"].value for contestant in contestants if "test" in winner.scores}
-    higher = [contestant for contestant in contestants if value and value[contestant.name] > value[winner.name]]
-    if not higher:
-        return ""
-    top = max(higher, key=lambda contestant: value[contestant.name])
-    gain = interval.gain(top.scores["test"], winner.scores["test"])
-    more = f"; {counted(len(higher) - 1, 'other')} too" if len(higher) > 1 else ""
-    noise = f", but the best of {len(contestants)} may be so by chance" if gain.separated else ", within noise"
-    return f" {top.name} scores higher on test data{'' if gain.low is None else noise}: {gain}{more}."

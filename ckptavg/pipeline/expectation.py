@@ -1,5 +1,6 @@
-"""Stages of a run from its strategies to the score of the output, for an estimate of its time."""
+"""Stages of a run from its strategies to the score of the output, for an estimate of its time, and their order."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from ckptavg.objective import SCORED_ALONE, Stage, Strategy
@@ -7,8 +8,23 @@ from ckptavg.objective.evaluator import Evaluator
 from ckptavg.pipeline.session import Session
 
 
-def expect(this: Session, evaluator: Evaluator, strategies: Mapping[str, Strategy]) -> None:
-    """Plan a run of one strategy, named "", or a comparison of several, and the scores of the end.
+def cheapest_first(strategies: Mapping[str, Strategy], evaluator: Evaluator) -> Mapping[str, Strategy]:
+    """Sort strategies by the batches they plan, each as if alone; plain averages come first, unknown lengths last."""
+    n, losses, split = evaluator.n, evaluator.losses, evaluator.scored_on
+    planned = {name: strategy.stages(n, losses, split) for name, strategy in strategies.items()}
+    batches = evaluator.score_batches(split) or 1
+
+    def units(name: str) -> float:
+        stages = planned[name]
+        if stages is None:
+            return math.inf
+        return sum(stage.units + batches * (stage.scores + n * stage.singles) for stage in stages)
+
+    return {name: strategies[name] for name in sorted(strategies, key=units)}
+
+
+def expect(this: Session, evaluator: Evaluator, strategies: Mapping[str, Strategy], files: int = 1) -> None:
+    """Plan a run of one strategy, named "", or a comparison of several, and the scores of the ``files`` at the end.
 
     Nothing is read or scored for it, except that a loader without a length is counted where the strategy counts it.
     """
@@ -24,8 +40,8 @@ def expect(this: Session, evaluator: Evaluator, strategies: Mapping[str, Strateg
     if (baselines or options.never_worse) and SCORED_ALONE not in planned:
         planned.append(SCORED_ALONE)
     rivals = len(strategies) if compared else 3 * baselines  # scores of the selection and of plain averages
-    tests = (rivals + 2 * baselines + 1) * has_test  # and of the best and the last candidate, and of the file
-    planned.append(Stage("scoring the output", scores=rivals + 1, tests=tests))
+    tests = (rivals + 2 * baselines + files) * has_test  # and of the best and the last candidate, and of the files
+    planned.append(Stage("scoring the output", scores=rivals + files, tests=tests))
     first = next((i for i, stage in enumerate(planned) if stage.singles), None)
     planned = [stage._replace(scores=stage.scores + evaluator.n * (i == first)) for i, stage in enumerate(planned)]
 

@@ -64,15 +64,15 @@ def check_sources(found: Discovered, options: Options) -> None:
             raise OutputError("loaders would prefer it to the shards", path=folder / name, hint=hint)
 
 
-def check_space(checkpoints: Sequence[Checkpoint], options: Options) -> None:
-    """Refuse an output, shaped like the candidates, that does not fit on the disk, or into its format."""
+def check_space(checkpoints: Sequence[Checkpoint], options: Options, files: int = 1) -> None:
+    """Refuse ``files`` outputs, shaped like the candidates, that do not fit on the disk, or into their format."""
     path, folder = options.destination
     specs = output_specs(checkpoints, options.dtype)
     wide = next((name for name, spec in specs.items() if spec.in_file[0] == "C128"), None)
     if wide is not None and (options.format == "safetensors" or options.score_cmd is not None):
         hint = "--dtype float32 writes complex64; --format dcp has complex128"
         raise OutputError(f"{wide} is complex128, which safetensors does not have", path=path, hint=hint)
-    needed = sum(spec.nbytes for spec in specs.values())
+    needed = files * sum(spec.nbytes for spec in specs.values())
     needed *= 2 if options.format == "dcp" else 1  # see `ckptavg.output.dcp_folder.DcpFolder`
     free = atomic.free(path.parent if folder is None or is_folder(folder) else folder.parent)
     if options.adapter != "exact" and needed > free:

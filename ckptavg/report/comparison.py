@@ -1,17 +1,38 @@
 """Comparison report for a terminal: one row per strategy, with the winner marked."""
 
-from collections.abc import Collection, Iterator
-from typing import Final
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Final, Literal
 
 from rich.console import RenderableType
 from rich.text import Text
 
+from ckptavg.errors import counted, printable
 from ckptavg.report.layout import FittedTable, Sentence
 from ckptavg.report.result import Comparison, Gain, StrategyResult
-from ckptavg.score import DATA, Score
+from ckptavg.score import DATA, Score, Split
 
 RECOMPUTED: Final = "BatchNorm recomputed"
 FOOTNOTE: Final = f"* {RECOMPUTED}: `ckptavg eval` scores the checkpoint as it is"
+
+
+def answer(comparison: Comparison) -> Iterator[RenderableType]:
+    """Yield the verdict and the reason for the figure that decided."""
+    yield Sentence(comparison.verdict, "bold" if "test" in comparison.scores else "")
+    if comparison.reason:
+        yield Sentence(comparison.reason, "dim")
+
+
+def running_table(rows: Mapping[str, Mapping[str, float]]) -> FittedTable:
+    """Build the table of the strategies that have finished so far, from their figures by name."""
+    digits = {"passes": 0, "scores": 0, "s": 1}
+    names = sorted(
+        dict.fromkeys(name for figures in rows.values() for name in figures), key=lambda name: name in digits
+    )
+    cells = [
+        [strategy, *(f"{row[name]:.{digits.get(name, 4)}f}" if name in row else "" for name in names)]
+        for strategy, row in rows.items()
+    ]
+    return FittedTable(title="", headings=["finished", *names], rows=cells)
 
 
 def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
@@ -21,12 +42,10 @@ def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
     gains = [contestant.over_last[judged] for contestant in contestants if contestant.name != "last"]
     evidence = judged == "test"
     recomputed = output is not None and bool(output.recomputed)
-    yield from (
-        _table(comparison, "*" if recomputed else ""),
-        *_other_metrics(comparison),
-        Text(),
-        Sentence(comparison.verdict, "bold" if evidence else ""),
-    )
+    yield from (_table(comparison, "*" if recomputed else ""), *_other_metrics(comparison), Text())
+    yield Sentence("chose on: the data of a strategy's choice, on which its score is optimistic.", "dim")
+    if any(row.held_out is not None and row.chose_on for row in contestants):
+        yield Sentence("held-out loss: the mean over the folds; of a plain average that of all data.", "dim")
     if not evidence:
         text = f"vs last: on {DATA[judged]} data, on which strategies chose, so it is no evidence."
     elif with_interval := [gain for gain in gains if gain.low is not None]:
@@ -47,6 +66,8 @@ def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
     yield Sentence(f"{unit}; s: seconds. Each strategy is charged as if it had run alone.", "dim")
     if recomputed:
         yield Sentence(FOOTNOTE, "dim")
+    if files := [row.output.path for row in contestants if row.output]:
+        yield Sentence(f"wrote {counted(len(files), 'average')} to {printable(str(files[0].parent))}/", "dim")
 
 
 def without_interval(gains: Collection[Gain]) -> Iterator[Sentence]:
@@ -60,9 +81,8 @@ def without_interval(gains: Collection[Gain]) -> Iterator[Sentence]:
 
 def _table(comparison: Comparison, mark: str) -> FittedTable:
     splits = list(comparison.strategies[0].scores)
-    first = comparison.strategies[0].scores[splits[0]]
     has_passes = any(contestant.cost.passes is not None for contestant in comparison.strategies)
-    figure = "loss" if first.metric is None else first.name
+    columns = _columns(comparison)
     rows: list[list[str]] = []
     ranked = _ranked(comparison)
     for contestant in ranked:
@@ -71,7 +91,8 @@ def _table(comparison: Comparison, mark: str) -> FittedTable:
         gain = contestant.over_last[splits[-1]]
         rows.append([
             f"{'●' if contestant.name == comparison.winner else ' '} {contestant.name}{mark if single else ''}",
-            *(_figure(contestant.scores[split]) for split in splits),
+            {None: "none", "train": "train"}.get(contestant.chose_on, "val"),
+            *(_figure(contestant, *column) for column in columns),
             "" if contestant.name == "last" else _gain(gain, evidence=splits[-1] == "test"),
             str(contestant.used),
             spent if has_passes else str(cost.evaluations),
@@ -80,21 +101,41 @@ def _table(comparison: Comparison, mark: str) -> FittedTable:
     return FittedTable(
         title="strategies",
         headings=[
-            "", *(f"{split} {figure}" for split in splits), f"vs last ({splits[-1]})", "used",
+            "", "chose on", *(f"{split} {name}" for split, name in columns), f"vs last ({splits[-1]})", "used",
             "passes" if has_passes else "scores", "s",
         ],
-        rows=rows, left=(f"vs last ({splits[-1]})",),
+        rows=rows, left=("chose on", f"vs last ({splits[-1]})"),
         styles=["bold" if c.name == comparison.winner and splits[-1] == "test" else "" for c in ranked],
     )  # fmt: skip
 
 
-def _figure(score: Score) -> str:
-    return f"{-score.value if score.metric is None else score.metric:.4f}"
+def _columns(comparison: Comparison) -> Sequence[tuple[Split | Literal["held-out"], str]]:
+    """Return the figures of a row, by data and name: those of the choice, and the metric."""
+    rows = comparison.strategies
+    first = next(iter(rows[0].scores.values()))
+    splits = list(rows[0].scores)
+    by_loss = first.loss is not None and (comparison.selected_by != "metric" or first.metric is None)
+    columns: list[tuple[Split | Literal["held-out"], str]] = [(split, "loss") for split in splits if by_loss]
+    if any(row.held_out is not None and row.chose_on for row in rows):
+        columns.insert(min(1, len(columns)), ("held-out", "loss"))
+    return columns + [(split, first.name) for split in splits if first.metric is not None]
+
+
+def _figure(row: StrategyResult, split: Split | Literal["held-out"], name: str) -> str:
+    value = row.held_out if split == "held-out" else row.scores[split].figures.get(name)
+    return "" if value is None else f"{value:.4f}"
 
 
 def _ranked(comparison: Comparison) -> list[StrategyResult]:
-    split = next(iter(comparison.strategies[0].scores))
-    return sorted(comparison.strategies, key=lambda contestant: -contestant.scores[split].value)
+    """Return the strategies by the figure that decided; those without one come last, by the score."""
+    split, by = next(iter(comparison.strategies[0].scores)), comparison.selected_by
+
+    def rank(row: StrategyResult) -> tuple[bool, float, float]:
+        score = row.scores[split]
+        loss = row.held_out if by == "held-out loss" else None if score.invalid or by == "metric" else score.loss
+        return loss is None, loss or 0.0, -score.value
+
+    return sorted(comparison.strategies, key=rank)
 
 
 def _other_metrics(comparison: Comparison) -> Iterator[FittedTable]:

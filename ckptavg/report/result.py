@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ckptavg.checkpoints.components import LeftOut
 from ckptavg.coefficients import EVERYTHING, Groups
@@ -116,6 +116,7 @@ class Result(Report):
         tables: further tables of the strategy: title → rows, each column → value.
         next_steps: ``load``, Python code that loads the written file, and ``verify``, the command that verifies it.
         holdout: fraction of the validation data reserved for the test score, None if none was reserved.
+        held_out: mean held-out loss of the folds, None if the strategy does not cross-validate.
     """
 
     strategy: str
@@ -129,6 +130,7 @@ class Result(Report):
     scored_on: Split = "val"
     groups: Groups = EVERYTHING
     holdout: float | None = None
+    held_out: float | None = None
     best_step: int | None = None
     verdict: str = ""
     gains: Mapping[str, Gain] = field(default_factory=dict[str, Gain])
@@ -150,8 +152,13 @@ class StrategyResult:
     Attributes:
         name: the requested spec, such as ``sewa:k=8``.
         used: number of candidates with a nonzero coefficient.
+        scores: split → score, with ``--write-all`` of the written file.
         over_last: split → gain over the last candidate.
         cost: cost as if the strategy had run alone.
+        chose_on: the data on which it chose the coefficients; None for a plain average.
+        held_out: loss on data that had no part in the choice: the mean of the folds of a strategy that cross-validates,
+            the validation loss of a plain average, None for others.
+        output: the file of ``--write-all``.
     """
 
     name: str
@@ -164,14 +171,25 @@ class StrategyResult:
     over_last: Mapping[Split, Gain]
     cost: Cost
     notes: Sequence[str] = ()
+    chose_on: Split | None = None
+    held_out: float | None = None
+    output: Output | None = None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison(Result):
-    """Result of the winner, the strategy with the highest validation score, and those of all strategies."""
+    """Result of the winner, and those of all strategies that finished.
+
+    Attributes:
+        selected_by: the figure that decided between the strategies; ``reason`` says why.
+        unfinished: the strategies that were stopped or did not run.
+    """
 
     winner: str
     strategies: Sequence[StrategyResult]
+    selected_by: Literal["held-out loss", "loss", "metric"] = "metric"
+    reason: str = ""
+    unfinished: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

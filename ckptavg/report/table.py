@@ -10,13 +10,15 @@ from ckptavg.checkpoints.checkpoint import shortest_names
 from ckptavg.cost import Cost
 from ckptavg.errors import counted, printable
 from ckptavg.report import evaluation, landscape
-from ckptavg.report.comparison import FOOTNOTE, RECOMPUTED, comparison_table, without_interval
+from ckptavg.report.comparison import FOOTNOTE, RECOMPUTED, answer, comparison_table, without_interval
 from ckptavg.report.display import Report
 from ckptavg.report.layout import FittedTable, Sentence
 from ckptavg.report.result import CandidateResult, Comparison, Evaluation, Inspection, Landscape, Output, Result, Row
 from ckptavg.score import DATA, Score, Split
 
 _BARS = "▁▂▃▄▅▆▇█"
+_MOST = 40  # candidates of one strategy that are all shown
+_FEW = 12  # candidates that are shown of more than that, or of a comparison
 
 
 def render(report: Report) -> Group:
@@ -24,7 +26,8 @@ def render(report: Report) -> Group:
     if not isinstance(report, Result):
         return summary(report)
     if isinstance(report, Comparison) and report.strategies:
-        return Group(*_candidates(report), Text(), *comparison_table(report), *_foot(report))
+        table = (Text(), *comparison_table(report), Text(), *_candidates(report))
+        return Group(*answer(report), *_written(report), *table, *_foot(report, written=False))
     return Group(*_parts(report))
 
 
@@ -35,7 +38,7 @@ def summary(report: Report) -> Group:
     if isinstance(report, Evaluation):
         return Group(evaluation.scores_table(report))
     if isinstance(report, Comparison) and report.strategies:
-        return Group(*comparison_table(report), *_written(report))
+        return Group(*answer(report), *_written(report), Text(), *comparison_table(report))
     if isinstance(report, Result):
         return Group(*_verdict(report), *_written(report))
     if isinstance(report, Inspection):
@@ -77,8 +80,20 @@ def _written(result: Result) -> Iterator[Text]:
     yield from map(Text, [*_file_notes(result.output)][:1] if result.output else result.warnings)
 
 
-def _foot(result: Result) -> list[RenderableType]:
-    return [Sentence(note, "dim", indent=2) for note in _notes(result)]
+def _foot(result: Result, *, written: bool = True) -> list[RenderableType]:
+    file = [*_file_notes(result.output)][0 if written else 1 :] if result.output else []
+    return [Sentence(note, "dim", indent=2) for note in (*_notes(result), *file)]
+
+
+def _shown(result: Result) -> Sequence[int]:
+    """Return the candidates to show: all, or the best and the last single one and those of the largest coefficients."""
+    n, candidates = len(result.candidates), result.candidates
+    if n <= (_FEW if isinstance(result, Comparison) else _MOST):
+        return range(n)
+    scored = [i for i in range(n) if candidates[i].score is not None]
+    best = max(scored, key=lambda i: (getattr(candidates[i].score, "value", 0.0), i), default=n - 1)
+    order = sorted(range(n), key=lambda i: (i not in (best, n - 1), -max(map(abs, _coefficients(candidates[i]))), -i))
+    return sorted(i for i in order[:_FEW] if i in (best, n - 1) or any(_coefficients(candidates[i])))
 
 
 def _candidates(result: Result) -> Iterator[RenderableType]:
@@ -90,8 +105,10 @@ def _candidates(result: Result) -> Iterator[RenderableType]:
     recomputed = f", {RECOMPUTED}" if figures and result.output is not None and result.output.recomputed else ""
     rows: list[list[str]] = []
     chosen: list[bool] = []
+    shown, n = _shown(result), len(result.candidates)
     names = shortest_names([candidate.path for candidate in result.candidates])
-    for name, candidate in zip(names, result.candidates, strict=True):
+    for i in shown:
+        name, candidate = names[i], result.candidates[i]
         coefficients = _coefficients(candidate)
         chosen.append(result.output is not None and candidate.coefficient != 0)
         several = f" … {max(coefficients):.3f}" if len(coefficients) > 1 else ""
@@ -103,10 +120,12 @@ def _candidates(result: Result) -> Iterator[RenderableType]:
             f"● {min(coefficients):.3f}{several}" if chosen[-1] else "",
         ])  # fmt: skip
     yield FittedTable(
-        title=f"{counted(len(rows), 'candidate')}{recomputed}",
+        title=f"{'' if len(shown) == n else f'{len(shown)} of '}{counted(n, 'candidate')}{recomputed}",
         headings=["candidate", "step", *columns, *figures, ""], rows=rows, left=("",),
         styles=["" if used or result.output is None else "dim" for used in chosen],
     )  # fmt: skip
+    if len(shown) < n:
+        yield Sentence(f"… and {n - len(shown):,} more: --json lists all", "dim")
     yield from (Sentence(line, "dim") for line in _legend(result, columns))
 
 
@@ -162,29 +181,34 @@ def _rows(title: str, rows: Sequence[Row]) -> FittedTable:
 def _scores(result: Result) -> Iterator[RenderableType]:
     written = "written: best single" if result.replaced else result.strategy
     recomputed = "*" if result.output is not None and result.output.recomputed else ""
-    rows: dict[str, Mapping[Split, Score]] = {written: result.scores}
+    rows = {written: _figures(result.scores)}
+    rows[written]["held-out loss"] = None if result.replaced else result.held_out
     for name, scores in result.baselines.items():
         if name.partition("-")[0] != result.strategy:  # not lawa-5 beside lawa
             names = {"best": f"best single{recomputed} (step {result.best_step})", "last": f"last{recomputed}"}
-            rows[names.get(name, name)] = scores
-    columns: list[tuple[Split, str]] = [
-        (split, name) for split, score in result.scores.items() for name in score.figures
-    ]
+            held_out = {"best": None, "selection": result.held_out}  # a plain average is chosen on no data
+            rows[names.get(name, name)] = {
+                **_figures(scores), "held-out loss": held_out.get(name, scores[result.scored_on].loss)
+            }  # fmt: skip
+    columns = [*_figures(result.scores)]
+    if result.held_out is not None:
+        columns.insert(columns.index(f"{result.scored_on} loss") + 1, "held-out loss")
     yield FittedTable(
-        title="", headings=["scores", *(" ".join(column) for column in columns)],
-        rows=[
-            [name, *(_cell(scores[split].figures.get(kind) if split in scores else None) for split, kind in columns)]
-            for name, scores in rows.items()
-        ],
+        title="", headings=["scores", *columns],
+        rows=[[name, *(_cell(figures.get(column)) for column in columns)] for name, figures in rows.items()],
         styles=["bold", *[""] * (len(rows) - 1)],
     )  # fmt: skip
     if recomputed:
         yield Sentence(FOOTNOTE, "dim")
 
 
+def _figures(scores: Mapping[Split, Score]) -> dict[str, float | None]:
+    return {f"{split} {name}": value for split, score in scores.items() for name, value in score.figures.items()}
+
+
 def _notes(result: Result) -> Iterator[str]:
-    """Yield the lines below the tables: data of the scores, candidate matrix, written file."""
-    matrix, output = result.matrix, result.output
+    """Yield the lines below the tables on the data of the scores and the candidate matrix."""
+    matrix = result.matrix
     if result.scores:
         if result.holdout is not None:
             percent = f"{result.holdout:.0%}"
@@ -204,7 +228,6 @@ def _notes(result: Result) -> Iterator[str]:
             yield f"searched with --offload {matrix.offload}: candidates streamed through buffers of {size}"
         if matrix.precision != "float32":
             yield f"searched with --precision {matrix.precision}; all scores use the model's own precision"
-    yield from _file_notes(output) if output else ()
 
 
 def _file_notes(output: Output) -> Iterator[str]:

@@ -10,8 +10,10 @@ from ckptavg.runtime.estimate import BRIEF, Estimate, Stage
 Watch = Callable[[str, int, int, Mapping[str, float]], None]
 """Progress callback ``(stage, done, total, metrics)``; ``total == 0`` prints a one-line message.
 
-``metrics`` has ``left``, the seconds left of the run, or ``stage_left``, those of the stage, once they are known.
+``metrics`` has ``left``, the seconds left of the run, or ``stage_left``, those of the stage, once they are known. The
+stage ``NAME: result`` of a comparison has the figures of a strategy that has finished.
 """
+RESULT: Final = ": result"  # ending of such a stage
 _INTERVAL: Final = 0.1  # seconds between reports: reading metrics synchronises with the device
 _UNKNOWN: Final = "how long this takes is unknown"
 
@@ -88,5 +90,12 @@ class Progress:
     def prefixed(self, name: str) -> Generator[None]:
         """Put ``name`` before the stages that are reported in the context."""
         self._prefix = f"{name}: "
-        yield
-        self._prefix = ""
+        try:
+            yield
+        finally:
+            self._prefix = ""
+
+    def result(self, name: str, figures: Mapping[str, float]) -> None:
+        """Report the figures of a strategy that has finished."""
+        if self._watch is not None:
+            self._watch(f"{name}{RESULT}", 1, 1, figures)

@@ -5,10 +5,12 @@ Signal handlers are global to a process, so this module has one handler. Program
 """
 
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Final
+
+from ckptavg.errors import CkptavgError
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; schedulers send the others before they kill
 
@@ -40,6 +42,10 @@ def install() -> None:
     """Install the handler; call it before the slow import of torch, during which SIGUSR1 would kill the process."""
     global _handler
     _handler = Handler()
+    _arm()
+
+
+def _arm() -> None:
     for number in SIGNALS:
         signal.signal(number, _handler)
 
@@ -58,6 +64,24 @@ def check() -> None:
     """Raise `Interruption` if a signal has arrived; called between micro-batches and before each read of a file."""
     if pending():
         raise Interruption
+
+
+def stopped(work: Callable[[], None]) -> bool:
+    """Run ``work``, which a first SIGINT ends instead of the run; return whether one arrived.
+
+    A later SIGINT is a first one again. A terminal sends it to the workers of data loaders too, so an error while it is
+    pending is taken for its effect.
+    """
+    try:
+        work()
+    except (CkptavgError, RuntimeError, Interruption):
+        if _handler.received != signal.SIGINT:
+            raise
+    if _handler.received != signal.SIGINT:
+        return False
+    _handler.received = None
+    _arm()
+    return True
 
 
 @contextmanager

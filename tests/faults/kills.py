@@ -124,7 +124,8 @@ class Campaign:
             return self._start(command, place, {**hook, "fault": fault}, log).wait()
         child = self._start(command, place, hook, log)
         time.sleep(rng.uniform(0, whole.seconds))
-        child.kill(signal.SIGKILL if name == "kills" else rng.choice(STOPS))
+        stops = STOPS[command.startswith("compare") :]  # which goes on after SIGINT, without the running strategy
+        child.kill(signal.SIGKILL if name == "kills" else rng.choice(stops))
         return child.wait()
 
     def _judge(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import ckptavg
 from ckptavg.pipeline.comparison import DEFAULT
 from ckptavg.report import table
 from ckptavg.report.result import Comparison
+from ckptavg.runtime.progress import RESULT
 from ckptavg.strategies import from_spec, strategies
 
 
@@ -30,19 +33,23 @@ def compared(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparis
 
 @pytest.mark.thorough
 def test_runs_every_strategy_by_default(compared: Comparison):
-    assert [one.name for one in compared.strategies] == [*DEFAULT, "twa:on=train"]
-    assert set(DEFAULT) <= set(strategies())  # a new one takes part where --strategies names it
+    assert [one.name for one in compared.strategies] == [*DEFAULT]
+    assert {spec.partition(":")[0] for spec in DEFAULT} <= set(strategies())  # a new one takes part where it is named
 
 
-def test_writes_the_strategy_with_the_best_validation_score(compared: Comparison):
+def test_writes_the_strategy_with_the_lowest_validation_loss_where_the_accuracy_agrees(compared: Comparison):
     best = max(one.scores["val"].value for one in compared.strategies)
+    lowest = min(one.scores["val"].loss or math.inf for one in compared.strategies)
     winner = next(one for one in compared.strategies if one.name == compared.winner)
-    last = next(one for one in compared.strategies if one.name == "last")
-    assert winner.scores["val"].value == best >= last.scores["val"].value
+    assert winner.scores["val"].loss == lowest and compared.selected_by == "loss"
+    assert "the loss ranks them like accuracy (Spearman 0." in compared.reason
+    passed_over = f"Passed over on validation data: {{}} with accuracy {best:.4f}"
+    above = [one.name for one in compared.strategies if one.scores["val"].value == best > winner.scores["val"].value]
+    assert not above or any(passed_over.format(name) in compared.verdict for name in above)
     assert compared.output is not None and compared.strategy == winner.strategy
     assert [one.coefficient for one in compared.candidates] == list(winner.coefficients)
     # the written file was scored again
-    assert compared.scores["val"].value == pytest.approx(best, abs=1e-6)
+    assert compared.scores["val"].loss == pytest.approx(lowest, abs=1e-6)
     assert compared.scores["test"].value == pytest.approx(winner.scores["test"].value, abs=1e-6)
     assert load_file(compared.output.path)
 
@@ -182,6 +189,33 @@ def test_dry_run_names_the_strategies(digits: Path, run: Run, tmp_path: Path):
     assert "would compare last, best, swa, lawa, ema, soup, aswa, sewa, twa, twa:on=train" in done.stderr
 
 
+def test_cheap_strategies_run_first_and_each_row_is_shown_as_it_comes(digits: Path, tmp_path: Path):
+    """The order of the report is that of the list: only the order of the runs changes."""
+    finished: list[tuple[str, dict[str, float]]] = []
+
+    def watch(stage: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        if stage.endswith(RESULT):
+            finished.append((stage.removesuffix(RESULT), dict(metrics)))
+
+    names = ["sewa:k=2:steps=30", "soup", "swa", "twa:epochs=1", "best"]
+    done = ckptavg.compare(digits, names, task=TASK, output=tmp_path / "x", last=4, watch=watch)
+    # passes over 8 + 15 batches: 0; 4 scores; 8 batches forward and backward; 7 scores; 60 batches so, and 6 scores
+    assert [name for name, _ in finished] == ["last", "swa", "twa:epochs=1", "best", "soup", "sewa:k=2:steps=30"]
+    assert [row.name for row in done.strategies] == ["last", *names]
+    for row in done.strategies:
+        figures = dict(finished)[row.name]
+        expected = {"val accuracy": row.scores["val"].metric, "val loss": row.scores["val"].loss, "s": row.cost.seconds}
+        assert figures == {**expected, "passes": row.cost.passes}
+
+
+def test_the_requested_figure_chooses_the_winner(digits: Path, tmp_path: Path):
+    for by, best in (("loss", min), ("metric", max)):
+        done = ckptavg.compare(digits, "swa,best,lawa:k=2", task=TASK, last=4, output=tmp_path / by, select_by=by)
+        values = {row.name: getattr(row.scores["val"], by) for row in done.strategies}
+        assert done.selected_by == by and values[done.winner] == best(values.values())
+        assert done.reason.startswith(f"chosen by {by} (--select-by)")
+
+
 def test_progress_names_the_running_strategy(digits: Path, tmp_path: Path):
     stages: list[str] = []
     from ckptavg.options import Options
@@ -190,6 +224,6 @@ def test_progress_names_the_running_strategy(digits: Path, tmp_path: Path):
     with torch.random.fork_rng():
         compare(
             [digits], Options(task=str(TASK), output=tmp_path / "x", last=3),
-            lambda stage, *_: stages.append(stage), names=["swa", "soup"],
+            lambda stage, *_: stages.append(stage), strategies=["swa", "soup"],
         )  # fmt: skip
     assert any("soup: growing the soup" in stage for stage in stages)

@@ -13,8 +13,8 @@ from conftest import Job, Run
 import ckptavg
 from ckptavg.coefficients import Coefficients
 from ckptavg.cost import Cost
-from ckptavg.pipeline.comparison import higher_on_test
 from ckptavg.pipeline.verdict import Verdict, by_loss, loss_on_test, with_test
+from ckptavg.pipeline.winner import higher_on_test
 from ckptavg.report.result import Gain, StrategyResult
 from ckptavg.score import PerExample, Score
 
@@ -54,6 +54,7 @@ def test_no_interval_is_reported_on_random_labels_that_chose(linears: Path, tmp_
             task=str(tmp_path / "task.py"),
             output=tmp_path / "x",
             force=True,
+            select_by="metric",
         )
         for one in done.strategies:
             assert (one.over_last["val"].low, one.over_last["val"].high, one.over_last["val"].separated) == (

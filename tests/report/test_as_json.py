@@ -37,6 +37,7 @@ RESULT = Result(
     scored_on="val",
     groups=(("a.", "b."), ("",)),
     holdout=0.5,
+    held_out=0.75,
     best_step=2,
     verdict="Better.",
     gains={"best": Gain(value=0.5, units=9, unit="batches", reason="only 9 batches")},
@@ -65,6 +66,7 @@ RESULT_JSON = {
     "scored_on": "val",
     "groups": [["a.", "b."], [""]],
     "holdout": 0.5,
+    "held_out": 0.75,
     "best_step": 2,
     "verdict": "Better.",
     "gains": {"best": {"value": 0.5, "low": None, "high": None, "separated": False, "units": 9, "unit": "batches",
@@ -95,13 +97,17 @@ def test_a_comparison_has_every_strategy_after_the_winners_report():
     contestant = StrategyResult(
         name="sewa:k=2", strategy="sewa", settings={"k": 2}, coefficients=[0.0, (0.5, 0.5)], groups=(("",),), used=1,
         scores={"val": GOOD}, over_last={"val": gain}, cost=COST, notes=("n",),
+        chose_on="val", held_out=0.5, output=RESULT.output,
     )  # fmt: skip
     expected = {
         "name": "sewa:k=2", "strategy": "sewa", "settings": {"k": 2}, "coefficients": [0.0, [0.5, 0.5]],
         "groups": [[""]], "used": 1, "scores": {"val": GOOD_JSON},
         "over_last": {"val": {"value": 0.1, "low": 0.05, "high": 0.2, "separated": True, "units": 30,
                               "unit": "examples", "paired": False, "reason": ""}},
-        "cost": COST_JSON, "notes": ["n"],
+        "cost": COST_JSON, "notes": ["n"], "chose_on": "val", "held_out": 0.5, "output": RESULT_JSON["output"],
     }  # fmt: skip
-    comparison = Comparison(**vars(RESULT), winner="sewa:k=2", strategies=[contestant])
-    assert to_json(comparison) == json.dumps({**RESULT_JSON, "winner": "sewa:k=2", "strategies": [expected]}, indent=2)
+    comparison = Comparison(
+        **vars(RESULT), winner="sewa:k=2", strategies=[contestant], selected_by="loss", reason="r", unfinished=("twa",)
+    )
+    more = {"winner": "sewa:k=2", "strategies": [expected], "selected_by": "loss", "reason": "r", "unfinished": ["twa"]}
+    assert to_json(comparison) == json.dumps({**RESULT_JSON, **more}, indent=2)

@@ -58,7 +58,7 @@ def test_the_batches_said_beforehand_bound_those_of_the_run(at_once: None, digit
 
 def test_a_comparison_scores_every_candidate_alone_once(at_once: None, digits: Path, tmp_path: Path):
     reports: list[Report] = []
-    compare([digits], options(tmp_path), lambda *report: reports.append(report), names=["soup", "aswa", "best"])
+    compare([digits], options(tmp_path), lambda *report: reports.append(report), strategies=["soup", "aswa", "best"])
     (said,) = [stage for stage, _, total, _ in reports if not total and stage.startswith("about")]
     (count,) = re.findall(r"about ([\d,]+) forward batches", said)
     # a score: 8 batches with loss and metric, and 15 for BatchNorm; 4 alone, 3 of soup, 3 of aswa, 4 results, 1 file

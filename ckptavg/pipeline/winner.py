@@ -1,0 +1,115 @@
+"""Winner of a comparison: the choice between the strategies, and the verdict on it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+from ckptavg.coefficients import Coefficients
+from ckptavg.cost import Cost
+from ckptavg.errors import counted
+from ckptavg.objective import Learned, PlainAverage, Strategy
+from ckptavg.objective.evaluator import Evaluator
+from ckptavg.objective.selection import SelectBy, Selection
+from ckptavg.options import Options
+from ckptavg.pipeline.verdict import figure, loss_on_test, on_test, unbiased_hint
+from ckptavg.report import interval
+from ckptavg.report.result import StrategyResult
+from ckptavg.score import DATA, Score, Split
+
+REFERENCE: Final = "last"
+SelectedBy: TypeAlias = Literal["held-out loss", "loss", "metric"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """Finished run of a strategy, with its validation score."""
+
+    name: str
+    strategy: Strategy
+    learned: Learned
+    score: Score
+    cost: Cost
+
+    @property
+    def held_out(self) -> float | None:
+        """See `StrategyResult.held_out`."""
+        plain = isinstance(self.strategy, PlainAverage) and not self.score.invalid
+        return self.score.loss if plain else self.learned.held_out
+
+
+def choose(
+    runs: Sequence[FinishedRun], singles: Sequence[Score], evaluator: Evaluator, select_by: SelectBy
+) -> tuple[FinishedRun, SelectedBy, str]:
+    """Return the winner, the figure that it was chosen by, and a sentence on why that figure decides.
+
+    All mixtures scored on validation data decide between loss and metric, see `Selection`; the best strategy by that
+    wins, ties to the lower loss. If it is the loss and a strategy has cross-validated, the lowest held-out loss wins
+    instead, among those that have one.
+    """
+    selection = Selection(evaluator, select_by)
+    for run in runs:
+        selection.scores.setdefault(run.learned.coefficients, run.score)
+    for single, score in zip(Coefficients.singles(evaluator.n), singles, strict=False):
+        selection.scores.setdefault(single, score)
+    if selection.by == "loss" and any(run.learned.held_out is not None for run in runs):
+        held_out = [(run.held_out, i) for i, run in enumerate(runs) if run.held_out is not None]
+        return runs[min(held_out)[1]], "held-out loss", selection.note()
+    losses = [selection.loss(run.learned.coefficients) for run in runs]
+    values = [0.0 if selection.by == "loss" else -run.score.value for run in runs]
+    return min(zip(values, losses, range(len(runs)), runs, strict=True))[3], selection.by, selection.note()
+
+
+def verdict_of(
+    rows: Sequence[StrategyResult], winner: StrategyResult, by: SelectedBy, split: Split, options: Options
+) -> str:
+    """Return the winner, its difference to the last candidate, its scores by split, and rivals that are above it."""
+    reference = next(row for row in rows if row.name == REFERENCE)
+    above = f"{_passed_over(rows, winner, by, split)}{higher_on_test(rows, winner)}"
+    if winner is reference:
+        what = "" if by == "metric" else f" by {by}"
+        text = f"No strategy scores above the last candidate on {DATA[split]} data{what}"
+        return f"{text}, so the last candidate was written.{above}"
+    score = winner.scores[split]
+    won = f"{winner.name} wins on {DATA[split]} data with "
+    won += figure(score) if by == "metric" else f"loss {score.loss:.4f}" if by == "loss" else _held_out(winner, score)
+    if (gain := winner.over_last.get("test")) is None:
+        difference = f"{winner.over_last[split].value:+.4f} against last"
+        if by != "metric":
+            difference = f"{reference.scores[split].loss or math.nan:.4f} for last"
+        return f"{won}: {difference} on the data it was chosen on. {unbiased_hint(options, split)}{above}"
+    test = winner.scores["test"]
+    text = on_test(test, gain, "the last candidate") + loss_on_test(test, reference.scores["test"], gain)
+    *_, number = figure(test).split()
+    return f"{won}. {text} It has {figure(score)} on {DATA[split]} data and {number} on test data.{above}"
+
+
+def _held_out(winner: StrategyResult, score: Score) -> str:
+    fitted = "it was chosen on no data" if winner.chose_on is None else f"fitted: {score.loss:.4f}"
+    return f"held-out loss {winner.held_out:.4f} ({fitted})"
+
+
+def _passed_over(rows: Sequence[StrategyResult], winner: StrategyResult, by: SelectedBy, split: Split) -> str:
+    """Return a sentence on the best strategy by each figure of the scored data that did not decide."""
+    own, valid_rows = winner.scores[split], [row for row in rows if not row.scores[split].invalid]
+    highest = max(valid_rows, key=lambda row: row.scores[split].value)
+    losses = {row.name: loss for row in valid_rows if (loss := row.scores[split].loss) is not None}
+    rivals: list[str] = []
+    if own.metric is not None and highest.scores[split].value > own.value:
+        rivals.append(f"{highest.name} with {figure(highest.scores[split])}")
+    if by == "held-out loss" and (lowest := min(losses, key=lambda name: losses[name])) != winner.name:
+        rivals.append(f"{lowest} with loss {losses[lowest]:.4f}")
+    return f" Passed over on {DATA[split]} data: {', '.join(rivals)}." if rivals else ""
+
+
+def higher_on_test(rows: Sequence[StrategyResult], winner: StrategyResult) -> str:
+    """Return a sentence if strategies score above the winner on test data, which do not decide."""
+    value = {row.name: row.scores["test"].value for row in rows if "test" in winner.scores}
+    higher = [row for row in rows if value and value[row.name] > value[winner.name]]
+    if not higher:
+        return ""
+    top = max(higher, key=lambda row: value[row.name])
+    gain = interval.gain(top.scores["test"], winner.scores["test"])
+    more = f"; {counted(len(higher) - 1, 'other')} too" if len(higher) > 1 else ""
+    noise = f", but the best of {len(rows)} may be so by chance" if gain.separated else ", within noise"
+    return f" {top.name} scores higher on test data{'' if gain.low is None else noise}: {gain}{more}."
