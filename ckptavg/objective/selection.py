@@ -12,6 +12,7 @@ from ckptavg.objective import Objective, SelectBy
 from ckptavg.score import Score
 
 AGREEING: Final = 0.3  # rank correlation from which the loss is taken as a witness of the metric
+CLOSE: Final = 0.01  # fraction of the lowest loss within which the metric may choose
 _FEW: Final = 5  # mixtures below which a rank correlation says nothing
 
 
@@ -21,9 +22,9 @@ class Selection:
     ``loss`` chooses the lowest loss, ``metric`` the best metric (ties: the lower loss). ``auto`` is ``loss`` if loss
     and metric rank all scored mixtures alike, else ``metric``. The loss is the quieter of the two on few examples, so
     the metric decides only if Spearman's correlation is below `AGREEING` by more than its standard error: a dozen
-    mixtures that hardly differ have any correlation by chance. By loss, ``auto`` takes the lowest among the mixtures whose metric is at least
-    that of every single candidate and of the mean of all, if possible those that are not above them in loss either. So
-    an answer is never worse than one of these by the metric, which is what the report judges by.
+    mixtures that hardly differ have any correlation by chance. By loss, ``auto`` prefers mixtures whose metric is at
+    least that of every single candidate and of the mean of all, if their loss is within `CLOSE` of the lowest, or if
+    the lowest is that of one of these. So an answer is never worse than one of these in both, but for that fraction.
 
     Attributes:
         scores: coefficients → score.
@@ -66,12 +67,13 @@ class Selection:
         mixtures = [mixture for mixture in self.scores if among is None or mixture in among]
         if self.by == "metric":
             return max(mixtures, key=self.rank)
-        plain = [mixture for mixture in self.plain if mixture in self.scores]
+        lowest = min(mixtures, key=self.loss)
+        plain = [self.scores[mixture].value for mixture in self.plain if mixture in self.scores]
         if plain and self._select_by == "auto":
-            value, loss = max(self.scores[mixture].value for mixture in plain), min(map(self.loss, plain))
-            as_good = [m for m in mixtures if self.scores[m].value >= value]
-            mixtures = [m for m in as_good if self.loss(m) <= loss] or as_good or mixtures
-        return min(mixtures, key=self.loss)
+            limit = math.inf if lowest in self.plain else self.loss(lowest) + CLOSE * abs(self.loss(lowest))
+            as_good = [m for m in mixtures if self.scores[m].value >= max(plain) and self.loss(m) <= limit]
+            return min(as_good or [lowest], key=self.loss)
+        return lowest
 
     def figures(self, mixture: Coefficients) -> str:
         """Return the metric and the loss of a scored mixture in words."""
