@@ -11,16 +11,18 @@ References:
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Final
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
+from ckptavg.objective import Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.objective.mixture import Mixture
 from ckptavg.options import Options
@@ -31,6 +33,8 @@ from ckptavg.report.interval import single_gain
 from ckptavg.runtime.estimate import Stage
 from ckptavg.runtime.progress import Watch
 from ckptavg.score import PerExample, Score, valid
+from ckptavg.strategies.best import Best
+from ckptavg.strategies.soup import GreedySoup
 
 TOLERANCE: Final = 0.02  # of the mean of the two ends
 _USUAL: Final = 3  # usual differences of neighbours that a barrier without an interval must exceed
@@ -187,3 +191,39 @@ def _divided(stretch: list[int], midpoints: _Midpoints) -> list[list[int]]:
             near, far = (near, middle) if midpoints.separates(stretch[0], stretch[middle]) else (middle, far)
         parts, stretch = [*parts, stretch[:far]], stretch[far:]
     return [*parts, stretch]
+
+
+def basin_note(
+    evaluator: Evaluator, strategies: Collection[Strategy], mixtures: Collection[Coefficients], paths: Sequence[Path]
+) -> str:
+    """Return a warning if the mean of all candidates is worse than these are on average, more than noise; else "".
+
+    In one basin its loss is at most the mean of their losses (Jensen's inequality). Nothing is scored for this.
+
+    Args:
+        strategies: those that have run; without `Best` or `GreedySoup` the single candidates have no scores.
+        mixtures: the mixtures that they chose, which are scored.
+    """
+    mean = Coefficients.uniform(range(evaluator.n), evaluator.n)
+    if mean not in mixtures or not any(isinstance(strategy, Best | GreedySoup) for strategy in strategies):
+        return ""
+    singles = [evaluator.score(single) for single in Coefficients.singles(evaluator.n)]
+    return mean_note(singles, evaluator.exact_score(mean, evaluator.scored_on), paths)
+
+
+def mean_note(singles: Sequence[Score], mean: Score, paths: Sequence[Path]) -> str:
+    """Return the warning of `basin_note` for the scores of the candidates and of their mean."""
+    scores = [*singles, mean]
+    by_loss = all(score.loss is not None for score in scores)
+    *values, value = [-(score.loss or 0.0) if by_loss else score.value for score in scores]
+    usual = 0.0 if by_loss or len(values) < 2 else median(abs(a - b) for a, b in pairwise(values))
+    if any(score.invalid for score in scores) or not _is_barrier(fmean(values) - value, fmean(values), usual):
+        return ""
+    name = "loss" if by_loss else mean.name
+    *figures, figure = [score.loss if by_loss else score.metric for score in scores]
+    alone = fmean(each or 0.0 for each in figures)
+    command = shlex.join(["ckptavg", "inspect", *map(str, paths), "--basin"])
+    return (
+        f"the mean of all {len(singles)} candidates has {name} {figure:.4f}, worse than theirs, {alone:.4f} on "
+        f"average: some do not average with others. `{command}` on this task finds where"
+    )

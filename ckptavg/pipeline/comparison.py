@@ -10,6 +10,7 @@ from ckptavg.errors import UsageError, counted
 from ckptavg.objective import Learned, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
+from ckptavg.pipeline.basin import basin_note
 from ckptavg.pipeline.expectation import expect
 from ckptavg.pipeline.preflight import check_format, check_space, check_strategy, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
@@ -83,7 +84,11 @@ def compare(
         verdict = _verdict(results, results[runs.index(winner)], evaluator, options)
         judgement = Verdict(winner.learned.coefficients, verdict=verdict)
         result = build_result(this, winner.strategy, winner.learned, judgement, written)
-        return Comparison(**vars(replace(result, cost=winner.cost)), winner=winner.name, strategies=results)
+        note = basin_note(evaluator, strategies.values(), [run.learned.coefficients for run in runs], paths)
+        warnings = [*result.warnings, *([note] if note else [])]
+        return Comparison(
+            **vars(replace(result, cost=winner.cost, warnings=warnings)), winner=winner.name, strategies=results
+        )
 
 
 def _parse_strategies(names: Sequence[str], evaluator: Evaluator) -> Mapping[str, Strategy]:
