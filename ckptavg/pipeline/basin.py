@@ -12,6 +12,7 @@ References:
 
 import hashlib
 import shlex
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
@@ -46,8 +47,8 @@ def find_basins(paths: Sequence[Path], options: Options, watch: Watch | None = N
     """Score the candidates under ``paths`` and midpoints between them, and divide them into basins.
 
     In each run, in training order, these are the midpoints of neighbours and, where no barrier separates these, that of
-    the first and the last: if a barrier separates them, bisection finds the first candidate beyond it. Of several runs
-    it is also the midpoint of the last candidates of each and the next: N + 1 passes for a run of one basin.
+    the first and the last: if a barrier does, bisection finds the first that averages with the last. Of several runs it
+    is also the midpoint of the last candidates of each and the next. A run of one basin takes 2N passes.
 
     A midpoint separates its ends if the 95 % interval of the barrier, paired by example, lies above 2 % of their mean.
     Without an interval, the barrier must be larger than this, and than three times the median difference of neighbours.
@@ -70,7 +71,7 @@ def _measured(this: Session, evaluator: Evaluator) -> Basins:
     n, split, progress = evaluator.n, evaluator.scored_on, this.run.progress
     prefetch, find, batches = evaluator.prefetch, evaluator.exact_score, evaluator.score_batches
     if isinstance(evaluator, Mixture) and evaluator.losses is not None:
-        scoring = evaluator.sampled(None)  # the loss alone, on all data
+        scoring = evaluator.sampled(sys.maxsize)  # the loss alone, on all data
         prefetch, find, batches = scoring.prefetch, partial(scoring.find, exact=True), scoring.forward_batches
     alone = Coefficients.singles(n)
 
@@ -182,15 +183,15 @@ def _stretches(run: Sequence[int], midpoints: _Midpoints) -> list[list[int]]:
 
 
 def _divided(stretch: list[int], midpoints: _Midpoints) -> list[list[int]]:
-    """Divide a stretch without barriers between neighbours where one separates candidates from its first."""
+    """Divide a stretch without barriers between neighbours where one separates candidates from its last."""
     parts: list[list[int]] = []
     while len(stretch) > 2 and midpoints.separates(stretch[0], stretch[-1]):
-        near, far = 1, len(stretch) - 1  # the first averages with `near`, but not with `far`
-        while far - near > 1:
+        far, near = 0, len(stretch) - 2  # the last averages with `near`, but not with `far`
+        while near - far > 1:
             middle = (near + far) // 2
-            near, far = (near, middle) if midpoints.separates(stretch[0], stretch[middle]) else (middle, far)
-        parts, stretch = [*parts, stretch[:far]], stretch[far:]
-    return [*parts, stretch]
+            far, near = (middle, near) if midpoints.separates(stretch[middle], stretch[-1]) else (far, middle)
+        parts, stretch = [stretch[near:], *parts], stretch[:near]
+    return [stretch, *parts]
 
 
 def basin_note(
