@@ -136,25 +136,39 @@ def test_the_options_of_the_verdict_keep_one_basin(trained: Path, run: Run):
         }
 
 
+class Ring(nn.Module):
+    """The loss is lowest on the unit circle, and worst at its centre."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+
+
+def ring_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    (w,) = model.parameters()
+    return 1 + batch * (w.square().sum() - 1).square()
+
+
+def test_a_barrier_within_the_noise_of_the_examples_does_not_separate(tmp_path: Path):
+    """The midpoint lies a quarter of `weights` above its ends: 0.05 on average, which is 2.5 tolerances."""
+    for step, w in enumerate(([1.0, 0.0], [0.0, 1.0]), 1):
+        torch.save({"w": torch.tensor(w)}, tmp_path / f"step-{step}.pt")
+    for spread, expected in ((2.0, []), (0.2, [(1, 2)])):  # its standard error is spread / 4 / √32: 0.09, or 0.009
+        weights = 0.2 + spread * torch.tensor([1.0, -1.0] * 16)
+        found = basins(tmp_path, task=None, model=Ring, loss=ring_loss, val=[weights])
+        barrier = found.midpoints[0].barrier
+        assert barrier is not None and barrier.value == pytest.approx(0.05, abs=1e-6) and barrier.low is not None
+        assert barriers(found) == expected
+
+
 def test_a_barrier_that_no_two_neighbours_show_is_found_from_the_last(tmp_path: Path):
     """A bent path of small steps: neighbours average, but the two ends do not."""
     for i in range(9):
         angle = math.pi * i / 16
         torch.save({"w": torch.tensor([math.cos(angle), math.sin(angle)])}, tmp_path / f"step-{i + 1}.pt")
 
-    class Ring(nn.Module):
-        """The loss is lowest on the unit circle, and worst at its centre."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.zeros(2))
-
-    def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        (w,) = model.parameters()
-        return 1 + batch * (w.square().sum() - 1).square()
-
     data = [torch.linspace(0.9, 1.1, 32)]
-    found = basins(tmp_path, task=None, model=Ring, loss=loss, val=data)
+    found = basins(tmp_path, task=None, model=Ring, loss=ring_loss, val=data)
     assert all(not midpoint.separates for midpoint in found.midpoints if midpoint.steps[1] - midpoint.steps[0] == 1)
     # (1 − cos² of half the angle)² = sin⁴ exceeds 2 % from an angle of 44° on: beyond three steps of 11°
     assert numbers(found) == [1, 2, 2, 2, 2, 3, 3, 3, 3]
