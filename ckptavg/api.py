@@ -11,18 +11,19 @@ from typing import Any, TypeVar, Union
 import torch
 
 from ckptavg.checkpoints.inspection import facts, open_for_inspection
-from ckptavg.checkpoints.window import Window
 from ckptavg.declaration import Option, check_value, declared, docstring
 from ckptavg.errors import UsageError, nearest
 from ckptavg.objective import PlainAverage, Strategy
-from ckptavg.options import CHECK, EVAL, NOT_COMPARE, Options
+from ckptavg.options import CHECK, EVAL, NOT_COMPARE, NOT_INSPECT, Options
 from ckptavg.options.comparison import ComparisonOptions
 from ckptavg.options.landscape import LandscapeOptions
 from ckptavg.pipeline import evaluation, task_check, verification
 from ckptavg.pipeline import run as run_pipeline
+from ckptavg.pipeline.basin import find_basins
 from ckptavg.pipeline.comparison import compare as run_comparison
 from ckptavg.pipeline.landscape import landscape as find_landscape
 from ckptavg.pipeline.task_choice import with_task
+from ckptavg.report.basin import Basins
 from ckptavg.report.display import Report
 from ckptavg.report.result import Comparison, Evaluation, Inspection, Landscape, Result
 from ckptavg.report.task_check import TaskCheck
@@ -33,7 +34,7 @@ from ckptavg.tasks.objects import TaskObjects
 
 PathLike = str | os.PathLike[str]
 Paths = PathLike | Sequence[PathLike]
-R = TypeVar("R", bound=Report)
+R = TypeVar("R", bound=Report | Basins)
 
 
 def run(ckpts: Paths, strategy: Strategy | str, *, watch: Watch | None = None, **options: Any) -> Result:
@@ -117,19 +118,27 @@ def check(ckpts: Paths, *, watch: Watch | None = None, **options: Any) -> TaskCh
     return _watched(watch, lambda progress: task_check.check_task(_paths(ckpts), shared, progress))
 
 
-def inspect(ckpts: Paths, *, key: str | None = None, read_data: bool = False, **filters: Any) -> Inspection:
+def inspect(
+    ckpts: Paths, *, read_data: bool = False, basin: bool = False, watch: Watch | None = None, **options: Any
+) -> Inspection:
     """List the candidates in training order, and the reason for each file left out; bad ones are among these.
 
     Args:
         ckpts: one or more directories of checkpoints, or checkpoints.
-        key: entry of each file that is the model.
         read_data: read files to their ends too: checksums and NaN.
-        **filters: component, step_from, include, exclude, start, stop, window, every and last.
+        basin: score midpoints between candidates too: do they lie in one basin?
+        watch: see `run`.
+        **options: key, component, step_from, include, exclude, start, stop, window, every and last; with ``basin`` those of
+            ``ckptavg inspect`` that define a score, or the objects of a task, as for `run`.
     """
-    window = Window(**keywords("inspect", filters, declared(Window)))
-    with open_for_inspection(_paths(ckpts), window, key, read_data=read_data) as found:
+    shared = _parsed("inspect", options, without=NOT_INSPECT)
+    with open_for_inspection(_paths(ckpts), shared, shared.key, read_data=read_data) as found:
         rows = [facts(checkpoint) for checkpoint in found.checkpoints]
-    return Inspection(layout=found.layout, candidates=rows, left_out=found.left_out, warnings=found.warnings)
+    report = Inspection(layout=found.layout, candidates=rows, left_out=found.left_out, warnings=found.warnings)
+    if not basin:
+        return report
+    scored = with_task(shared, _paths(ckpts), required=True)
+    return replace(report, basin=_watched(watch, lambda progress: find_basins(_paths(ckpts), scored, progress)))
 
 
 def verify(file: PathLike, sources: PathLike = ".") -> verification.Verification:

@@ -226,7 +226,7 @@ def test_the_tour_of_the_readme_runs_as_written(run: Run, demo_folder: Path, tmp
 def test_the_commands_of_the_strategies_page_run_as_written(run: Run, demo_folder: Path, tmp_path: Path):
     folder = shutil.copytree(demo_folder, tmp_path / "demo")
     lines = re.findall(r"^    (ckptavg .*)$", text("docs/strategies.md"), re.MULTILINE)
-    assert [line.split()[1] for line in lines] == ["compare", "landscape"]
+    assert [line.split()[1] for line in lines] == ["inspect", "compare", "landscape"]
     for line in lines:
         done = run(*shlex.split(line)[1:], cwd=folder)
         assert done.returncode == 0, done.stderr

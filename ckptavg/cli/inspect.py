@@ -3,46 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ckptavg.checkpoints.window import Window
-from ckptavg.cli.command import takes
-from ckptavg.cli.options import NO_REPORT, SHARED
-from ckptavg.declaration import CANDIDATES, Help, Option, declared
+from ckptavg.cli.command import reports
+from ckptavg.declaration import MAIN, Help, Option, declared
 from ckptavg.errors import InputError, printable
+from ckptavg.options import NOT_INSPECT, Options
+from ckptavg.runtime.workers import ALONE, joined
 
 if TYPE_CHECKING:
     from ckptavg.checkpoints.discover import Discovered
+    from ckptavg.report.basin import Basins
 
-_HELP: Final = Help(CANDIDATES, "Read all data: check checksums, SHA256SUMS and NaN.", "Else only headers are read.")
-_READ_DATA: Final = Option("read_data", bool, False, _HELP)
+_OWN: Final = (
+    Option("basin", bool, False, Help(MAIN, "Score midpoints too: which candidates average?", "Needs a task.")),
+    Option("read_data", bool, False, Help(MAIN, "Read all data: check checksums, SHA256SUMS and NaN.")),
+)
 
 
-@takes(*declared(Window), SHARED["key"], _READ_DATA, *NO_REPORT)
+@reports(_OWN, without=(*NOT_INSPECT, "report"))
 def command(
-    ckpts: list[Path], key: str | None, read_data: bool, json: bool, quiet: bool, verbose: bool, **window: Any
+    ckpts: list[Path], basin: bool, read_data: bool, json: bool, quiet: bool, verbose: bool, **options: Any
 ) -> None:
     """List the candidates and the reason for each file left out."""
     from ckptavg.checkpoints.inspection import facts, open_for_inspection
     from ckptavg.report.result import Inspection
 
-    with open_for_inspection(ckpts, Window(**window), key, read_data=read_data) as found:
-        rows = [facts(checkpoint) for checkpoint in found.checkpoints]
-        if json:
-            print(
-                Inspection(
-                    layout=found.layout, candidates=rows, left_out=found.left_out, warnings=found.warnings
-                ).to_json()
-            )
-        else:
-            _show(found, rows, quiet=quiet)
+    window = Window(**{option.name: options[option.name] for option in declared(Window)})
+    with joined(options["device"], options["worker_timeout"]) if basin else nullcontext(ALONE) as workers:
+        with open_for_inspection(ckpts, window, options["key"], read_data=read_data) as found:
+            rows = [facts(checkpoint) for checkpoint in found.checkpoints]
+            shown = Inspection(layout=found.layout, candidates=rows, left_out=found.left_out, warnings=found.warnings)
+            if workers.is_rank_zero and not json:
+                _show(found, rows, quiet=quiet)
+        error = None if options["skip_bad"] and found.checkpoints else _error(ckpts, found)
+        if basin and error is None:
+            shown = replace(shown, basin=_basins(ckpts, Options(**options, workers=workers), quiet, verbose))
+    if workers.is_rank_zero and json:
+        print(shown.to_json())
+    elif workers.is_rank_zero and shown.basin is not None:
+        from rich.console import Group
+
+        from ckptavg.cli.terminal import console
+        from ckptavg.report.basin import render
+
+        console().print(Group("", *render(shown.basin)))
+    if error is not None:
+        raise error
+
+
+def _basins(ckpts: Sequence[Path], options: Options, quiet: bool, verbose: bool) -> Basins:
+    from ckptavg.cli.terminal import Screen, stdout_for_data
+
+    with stdout_for_data(), Screen(quiet=quiet, verbose=verbose).watching() as watch:
+        from ckptavg.pipeline.basin import find_basins
+        from ckptavg.pipeline.task_choice import with_task
+
+        return find_basins(ckpts, with_task(options, ckpts, required=True), watch)
+
+
+def _error(ckpts: Sequence[Path], found: Discovered) -> InputError | None:
+    """Return the error if checkpoints are bad, or there are none."""
     if bad := sum(file.kind == "bad" for file in found.left_out):
-        hint = "leave them out with --exclude; the commands that average also have --skip-bad"
+        hint = "leave them out with --exclude, or all of them with --skip-bad"
         hint = hint if found.checkpoints else None
-        raise InputError(f"{bad} of {len(found.checkpoints) + bad} checkpoints cannot be read", hint=hint)
-    if not found.checkpoints:
-        raise InputError("no checkpoints found", path=", ".join(map(str, ckpts)))
+        return InputError(f"{bad} of {len(found.checkpoints) + bad} checkpoints cannot be read", hint=hint)
+    return None if found.checkpoints else InputError("no checkpoints found", path=", ".join(map(str, ckpts)))
 
 
 def _show(found: Discovered, rows: Sequence[dict[str, Any]], *, quiet: bool) -> None:

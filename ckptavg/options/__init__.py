@@ -24,6 +24,11 @@ EVAL: Final = (
     "lm_eval", "device", "seed", "worker_timeout",
 )  # fmt: skip
 """The options of ``eval``."""
+NOT_INSPECT: Final = (
+    "output", "force", "never_worse", "dtype", "max_shard_size", "format", "adapter", "rank", "digests", "test",
+    "precision", "compile", "shard", "wait_stable", "dry_run", "keep_journal", "baselines",
+)  # fmt: skip
+"""The options that ``inspect`` does not take."""
 NOT_COMPARE: Final = ("never_worse", "baselines")
 """The options that ``compare`` does not take."""
 _DURATION: Final = Limit(lambda value: 0 <= value < math.inf, "0 or more seconds")

@@ -13,6 +13,7 @@ from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
 from ckptavg.options.comparison import ComparisonOptions
 from ckptavg.pipeline import every_output
+from ckptavg.pipeline.basin import basin_note
 from ckptavg.pipeline.expectation import cheapest_first, expect
 from ckptavg.pipeline.preflight import check_format, check_space, check_strategy, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
@@ -73,7 +74,10 @@ def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None,
         verdict = verdict_of(results, results[runs.index(winner)], selected_by, evaluator.scored_on, options)
         judgement = Verdict(winner.learned.coefficients, singles, verdict=verdict)
         result = build_result(this, winner.strategy, winner.learned, judgement, written)
-        warnings = [*result.warnings, *_stopped(unfinished)]
+        note = basin_note(
+            evaluator, [run.strategy for run in runs], [run.learned.coefficients for run in runs], paths
+        )  # fmt: skip
+        warnings = [*result.warnings, *_stopped(unfinished), *([note] if note else [])]
         return Comparison(
             **vars(replace(result, cost=winner.cost, warnings=warnings)), winner=winner.name, strategies=results,
             selected_by=selected_by, reason=reason, unfinished=unfinished,

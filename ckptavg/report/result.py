@@ -15,6 +15,7 @@ from ckptavg.runtime import version
 from ckptavg.score import Score, Split
 
 if TYPE_CHECKING:
+    from ckptavg.report.basin import Basins
     from ckptavg.surrogate import Surrogate
 
 Row: TypeAlias = Mapping[str, float | str | None]
@@ -284,10 +285,12 @@ class Evaluation(Report):
 class Inspection(Report):
     """The candidates in training order, and the files left out; see `ckptavg.checkpoints.inspection`.
 
-    ``layout`` says what the directories are taken for, such as ``Accelerate save_state, 12 steps, component unet``.
+    ``layout`` says what the directories are taken for, such as ``Accelerate save_state, 12 steps, component unet``;
+    ``basin`` is what `ckptavg.pipeline.basin.find_basins` measured, if it was asked for.
     """
 
     layout: str
     candidates: Sequence[Mapping[str, Any]]
     left_out: Sequence[LeftOut]
     warnings: Sequence[str]
+    basin: Basins | None = None

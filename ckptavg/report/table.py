@@ -9,7 +9,7 @@ from rich.text import Text
 from ckptavg.checkpoints.checkpoint import shortest_names
 from ckptavg.cost import Cost
 from ckptavg.errors import counted, printable
-from ckptavg.report import evaluation, landscape
+from ckptavg.report import basin, evaluation, landscape
 from ckptavg.report.comparison import FOOTNOTE, RECOMPUTED, answer, comparison_table, without_interval
 from ckptavg.report.display import Report
 from ckptavg.report.layout import FittedTable, Sentence
@@ -48,9 +48,8 @@ def summary(report: Report) -> Group:
             {"candidate": shown} | {name: row[name] for name in columns}
             for shown, row in zip(names, report.candidates, strict=True)
         ]
-        return Group(
-            _rows(f"{counted(len(rows), 'candidate')}, {counted(len(report.left_out), 'file')} left out", rows)
-        )
+        title = f"{counted(len(rows), 'candidate')}, {counted(len(report.left_out), 'file')} left out"
+        return Group(_rows(title, rows), *(basin.render(report.basin) if report.basin else ()))
     return Group(Text(str(report)))
 
 

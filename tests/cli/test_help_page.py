@@ -61,7 +61,7 @@ def test_the_page_of_sewa_fits_a_screen(run: Run) -> None:
     assert len(run("sewa", "--help", COLUMNS="100").stdout.splitlines()) <= LINES
 
 
-@pytest.mark.parametrize("name", ["swa", "sewa", "compare", "landscape", "check"])
+@pytest.mark.parametrize("name", ["swa", "sewa", "compare", "landscape", "check", "inspect"])
 def test_short_help_has_the_main_and_own_options_and_says_how_many_more_there_are(run: Run, name: str) -> None:
     text, whole = run(name, "--help", COLUMNS="80").stdout, page(run, name)
     short, full = panels(text), panels(whole)
@@ -109,4 +109,4 @@ def test_options_are_grouped_by_solver(run: Run, name: str, solvers: list[str]) 
 
 
 def test_a_page_with_few_options_has_one_panel(run: Run) -> None:
-    assert list(panels(page(run, "inspect"))) == ["Arguments", "Options"]
+    assert list(panels(page(run, "eval"))) == ["Arguments", "Options"]

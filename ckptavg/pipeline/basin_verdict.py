@@ -1,0 +1,86 @@
+"""Sentences on basins: where the barriers are, and the options that keep the candidates of one basin."""
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.window import Window
+from ckptavg.errors import counted
+from ckptavg.report.basin import BasinCandidate
+
+_NAMED: Final = 3  # barriers, or candidates without a score
+
+
+def verdict(
+    candidates: Sequence[BasinCandidate], checkpoints: Sequence[Checkpoint], paths: Sequence[Path], window: Window
+) -> str:
+    """Return where the barriers are, and how to keep the candidates of one basin.
+
+    Args:
+        checkpoints: the files of the candidates.
+        paths: the directories of the runs.
+        window: the options that selected the candidates.
+    """
+    without = [file.excluding for file, one in zip(checkpoints, candidates, strict=True) if one.score.invalid]
+    sentences: list[str] = []
+    if without:
+        more = f" and {len(without) - _NAMED} more" if len(without) > _NAMED else ""
+        verb = "have" if len(without) > 1 else "has"
+        number = counted(len(without), "candidate")
+        sentences.append(f"{number} {verb} no finite score: leave out with {' '.join(without[:_NAMED])}{more}.")
+    scored = [one for one in candidates if one.basin is not None]
+    basins = {one.basin for one in scored}
+    if len(basins) > 1:
+        places = list(_barriers(scored, paths))
+        more = f", and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
+        shown = ", ".join(places[:_NAMED])
+        sentences.append(f"{len(basins)} basins: candidates on two sides of a barrier do not average ({shown}{more}).")
+        sentences.append(_way_out(scored, paths, window))
+    elif len(scored) == 1:
+        sentences.append("One candidate: there is nothing to average.")
+    else:
+        sentences.append(f"One basin: no barrier separates the {len(scored)} candidates, so they can be averaged.")
+    return " ".join(sentences)
+
+
+def _barriers(scored: Sequence[BasinCandidate], paths: Sequence[Path]) -> Iterator[str]:
+    """Yield the places of the barriers, within the runs and between them."""
+    runs = [[one for one in scored if one.run == run] for run in sorted({one.run for one in scored})]
+    for run in runs:
+        of = f" of {paths[run[0].run]}" if len(runs) > 1 else ""
+        for before, after in pairwise(run):
+            if before.basin != after.basin:
+                yield f"between steps {before.step} and {after.step}{of}"
+    for before, after in pairwise(runs):
+        if before[-1].basin != after[-1].basin:
+            yield f"between the last candidates of {paths[before[0].run]} and {paths[after[0].run]}"
+
+
+def _way_out(scored: Sequence[BasinCandidate], paths: Sequence[Path], window: Window) -> str:
+    """Return the options that keep the basin of the best candidate, of basins with more than one."""
+    sizes = Counter(one.basin for one in scored)
+    larger = [one for one in scored if sizes[one.basin] > 1]
+    if not larger:
+        return "No two candidates share a basin, so average none: `ckptavg best` takes one."
+    best = max(larger, key=lambda one: one.score.value)
+    basin = [one for one in scored if one.basin == best.basin]
+    by_run = Counter(one.run for one in basin)
+    for runs in (sorted(by_run), *([run] for run, _ in by_run.most_common())):
+        kept, around = ([one for one in ones if one.run in runs] for ones in (basin, scored))
+        first, last = min(one.step for one in kept), max(one.step for one in kept)
+        if len(kept) > 1 and [one for one in around if first <= one.step <= last] == kept:
+            break
+    else:
+        return f"Give only the files of one basin, such as {best.basin}."
+    ways = [f"{' '.join(shlex.quote(str(paths[run])) for run in runs)} alone"] if len(around) < len(scored) else []
+    options = [f"--start {first}"] if window.last is not None or any(one.step < first for one in around) else []
+    options += [f"--stop {last}"] if any(one.step > last for one in around) else []
+    ways += [" ".join(options)] if options else []
+    best = max(kept, key=lambda one: one.score.value)
+    name, figure = next((name, figure) for name, figure in best.score.figures.items())
+    number = counted(len(kept), "candidate")
+    return f"{' with '.join(ways)} keeps one basin: {number}, with {name} {figure:.4f} at best (step {best.step})."

@@ -1,0 +1,286 @@
+"""Barriers between candidates of real trainings: found where training put them, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Job, Run
+from jobs import basins as job
+from torch import Tensor, nn
+
+import ckptavg
+from ckptavg.coefficients import Coefficients
+from ckptavg.pipeline.basin import TOLERANCE, mean_note
+from ckptavg.report.basin import Basins
+from ckptavg.score import Score
+
+TASK = str(job.__file__)
+STEPS = range(100, 401, 60)
+CYCLES = (80, 90, 100, 180, 190, 200)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trainings: two seeds at a constant rate, one with a restart at step 100, one with a spike at step 235."""
+    folder = tmp_path_factory.mktemp("basins")
+    for seed in (0, 1):
+        job.train(folder / f"seed-{seed}", STEPS, seed=seed)
+    job.train(folder / "restarts", CYCLES, seed=6, rate=job.restarts)
+    job.train(folder / "spike", range(160, 341, 30), seed=1, spike=235)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def basins(*paths: Path, **options: Any) -> Basins:
+    given: dict[str, Any] = {"task": TASK} | options
+    found = ckptavg.inspect(list(paths), basin=True, **given).basin
+    assert found is not None
+    return found
+
+
+def barriers(found: Basins) -> list[tuple[int, int]]:
+    return [midpoint.steps for midpoint in found.midpoints if midpoint.separates]
+
+
+def numbers(found: Basins) -> list[int | None]:
+    return [candidate.basin for candidate in found.candidates]
+
+
+def per_example(path: Path, *others: Path) -> Tensor:
+    """Return the loss of each example at the mean of the checkpoints, without ckptavg."""
+    states = [torch.load(one) for one in (path, *others)]
+    network = job.model()
+    network.load_state_dict({name: torch.stack([s[name] for s in states]).mean(dim=0) for name in states[0]})
+    with torch.no_grad():
+        return job.loss(network, job.val_dataloader()[0]).double()
+
+
+def test_a_run_at_a_constant_rate_is_one_basin(trained: Path):
+    found = basins(trained / "seed-0")
+    assert barriers(found) == [] and numbers(found) == [1] * len(STEPS)
+    assert found.verdict == "One basin: no barrier separates the 6 candidates, so they can be averaged."
+
+
+def test_a_restart_of_the_learning_rate_separates_the_cycles(trained: Path):
+    found = basins(trained / "restarts")
+    assert barriers(found) == [(100, 180)] and numbers(found) == [1, 1, 1, 2, 2, 2]
+    assert "between steps 100 and 180" in found.verdict
+
+
+def test_a_spike_separates_what_came_before_it(trained: Path):
+    found = basins(trained / "spike")
+    assert barriers(found) == [(220, 250)] and numbers(found) == [1, 1, 1, 2, 2, 2, 2]
+
+
+def test_runs_from_different_seeds_are_different_basins(trained: Path):
+    runs = [trained / "seed-0", trained / "seed-1"]
+    found = basins(*runs)
+    assert barriers(found) == [(400, 400)] and {one.run: one.basin for one in found.candidates} == {0: 1, 1: 2}
+    assert f"between the last candidates of {runs[0]} and {runs[1]}" in found.verdict
+
+
+def test_runs_that_share_a_basin_are_joined(trained: Path, tmp_path: Path):
+    """Both halves of one training, as if a run had been continued elsewhere."""
+    halves = [tmp_path / "a", tmp_path / "b"]
+    for half, steps in zip(halves, (STEPS[:3], STEPS[3:]), strict=True):
+        half.mkdir()
+        for step in steps:
+            shutil.copy(trained / "seed-0" / f"step-{step}.pt", half)
+    assert numbers(basins(*halves)) == [1] * len(STEPS)
+
+
+def test_a_barrier_and_its_interval_are_those_of_the_losses_by_example(trained: Path):
+    """Student's interval, which Hall's correction extends on one side only."""
+    files = [trained / "restarts" / f"step-{step}.pt" for step in CYCLES]
+    found = basins(trained / "restarts")
+    for midpoint, (a, b) in zip(found.midpoints, pairwise(files), strict=False):
+        ends_B = (per_example(a) + per_example(b)) / 2
+        height_B = per_example(a, b) - ends_B
+        barrier = midpoint.barrier
+        # losses of float32 forward passes, here by another order of batches
+        assert barrier is not None and barrier.value == pytest.approx(float(height_B.mean()), abs=1e-5)
+        student = 1.964 * float(height_B.std()) / math.sqrt(len(height_B))
+        assert barrier.low is not None and barrier.high is not None
+        nearer = min(barrier.value - barrier.low, barrier.high - barrier.value)
+        assert nearer == pytest.approx(student, rel=1e-2, abs=1e-6)
+        assert midpoint.separates == (barrier.low > TOLERANCE * float(ends_B.mean()))
+
+
+def test_the_options_of_the_verdict_keep_one_basin(trained: Path, run: Run):
+    for name in ("restarts", "spike"):
+        done = run("inspect", trained / name, "--basin", "--task", TASK, "--last", 6, "--json")
+        assert done.returncode == 0, done.stderr
+        first = json.loads(done.stdout)["basin"]
+        options = re.search(r"((?:--\w+ \d+ ?)+)keeps one basin: (\d+) candidates", first["verdict"])
+        assert options is not None, first["verdict"]
+        words = options[1].split()
+        done = run("inspect", trained / name, "--basin", "--task", TASK, "--last", 6, "--json", *words)
+        assert done.returncode == 0, done.stderr
+        kept = json.loads(done.stdout)
+        assert len(kept["candidates"]) == int(options[2]) and {one["basin"] for one in kept["basin"]["candidates"]} == {
+            1
+        }
+
+
+class Ring(nn.Module):
+    """The loss is lowest on the unit circle, and worst at its centre."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+
+
+def ring_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    (w,) = model.parameters()
+    return 1 + batch * (w.square().sum() - 1).square()
+
+
+def test_a_barrier_within_the_noise_of_the_examples_does_not_separate(tmp_path: Path):
+    """The midpoint lies a quarter of `weights` above its ends: 0.05 on average, which is 2.5 tolerances."""
+    for step, w in enumerate(([1.0, 0.0], [0.0, 1.0]), 1):
+        torch.save({"w": torch.tensor(w)}, tmp_path / f"step-{step}.pt")
+    for spread, expected in ((2.0, []), (0.2, [(1, 2)])):  # its standard error is spread / 4 / √32: 0.09, or 0.009
+        weights = 0.2 + spread * torch.tensor([1.0, -1.0] * 16)
+        found = basins(tmp_path, task=None, model=Ring, loss=ring_loss, val=[weights])
+        barrier = found.midpoints[0].barrier
+        assert barrier is not None and barrier.value == pytest.approx(0.05, abs=1e-6) and barrier.low is not None
+        assert barriers(found) == expected
+
+
+def test_a_barrier_that_no_two_neighbours_show_is_found_from_the_last(tmp_path: Path):
+    """A bent path of small steps: neighbours average, but the two ends do not."""
+    for i in range(9):
+        angle = math.pi * i / 16
+        torch.save({"w": torch.tensor([math.cos(angle), math.sin(angle)])}, tmp_path / f"step-{i + 1}.pt")
+
+    data = [torch.linspace(0.9, 1.1, 32)]
+    found = basins(tmp_path, task=None, model=Ring, loss=ring_loss, val=data)
+    assert all(not midpoint.separates for midpoint in found.midpoints if midpoint.steps[1] - midpoint.steps[0] == 1)
+    # (1 − cos² of half the angle)² = sin⁴ exceeds 2 % from an angle of 44° on: beyond three steps of 11°
+    assert numbers(found) == [1, 2, 2, 2, 2, 3, 3, 3, 3]
+
+
+def test_one_candidate_has_nothing_to_average(trained: Path):
+    found = basins(trained / "seed-0" / "step-400.pt")
+    assert not found.midpoints and found.verdict == "One candidate: there is nothing to average."
+
+
+def test_a_midpoint_without_a_finite_loss_separates(tmp_path: Path):
+    """Both ends are finite, and log 0 is met between them."""
+    for step, value in enumerate((-1.0, 1.0, 1.5), 1):
+        torch.save({"weight": torch.tensor([[value]])}, tmp_path / f"step-{step}.pt")
+    found = basins(
+        tmp_path, task=None, model=lambda: nn.Linear(1, 1, bias=False), val=[torch.ones(20, 1)],
+        loss=lambda model, batch: model(batch).abs().log().neg().flatten(),
+    )  # fmt: skip
+    assert barriers(found) == [(1, 2)] and numbers(found) == [1, 2, 2]
+    assert found.midpoints[0].barrier is None and found.midpoints[0].score.invalid
+
+
+def test_a_candidate_without_a_finite_loss_is_in_no_basin(tmp_path: Path):
+    for step, value in enumerate((1.0, 0.0, 1.5), 1):
+        torch.save({"weight": torch.tensor([[value]])}, tmp_path / f"step-{step}.pt")
+    found = basins(
+        tmp_path, task=None, model=lambda: nn.Linear(1, 1, bias=False), val=[torch.ones(20, 1)],
+        loss=lambda model, batch: model(batch).abs().log().neg().flatten(),
+    )  # fmt: skip
+    assert numbers(found) == [1, None, 1]
+    assert "1 candidate has no finite score: leave out with --exclude 'step-2.pt'." in found.verdict
+
+
+def test_a_command_without_a_loss_finds_the_same_barrier_by_its_score(trained: Path, tmp_path: Path, run: Run):
+    images, labels = job.val_dataloader()[0]
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    (tmp_path / "score.py").write_text(
+        "import sys, numpy as np; from safetensors.numpy import load_file\n"
+        "w, data = load_file(sys.argv[1]), np.load('data.npz')\n"
+        "out = data['images']\n"
+        "for layer in '024': out = np.maximum(out, 0) @ w[layer + '.weight'].T + w[layer + '.bias']\n"
+        "print((out.argmax(axis=1) == data['labels']).mean())\n"
+    )
+    done = run("inspect", trained / "restarts", "--basin", "--score-cmd", f"{sys.executable} score.py {{}}", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["basin"]
+    assert [one["basin"] for one in found["candidates"]] == [1, 1, 1, 2, 2, 2] and found["name"] == "score"
+
+
+def test_the_statistics_of_batchnorm_are_recomputed_for_midpoints(jobs: dict[str, Job]):
+    """A network of BatchNorm at a constant rate: with averaged statistics its midpoints would be far worse."""
+    found = basins(jobs["cnn"].folder, task=str(jobs["cnn"].task), last=6)
+    assert barriers(found) == []
+    with jobs["cnn"].mixture(last=6) as mixture:
+        middle = Coefficients.uniform((0, 1), 6)
+        assert found.midpoints[0].score.loss == pytest.approx(mixture.score(middle).loss, abs=1e-6)
+
+
+INTERRUPTED = """
+import os, pathlib, signal
+from jobs.basins import *
+from jobs.basins import loss as real_loss
+
+def loss(model, batch):
+    with open("calls", "a") as calls:
+        calls.write("x")
+    if pathlib.Path("calls").stat().st_size == 8:
+        os.kill(os.getpid(), signal.SIGINT)
+    return real_loss(model, batch)
+"""
+
+
+def test_an_interrupted_inspection_resumes_from_its_journal(trained: Path, run: Run, tmp_path: Path):
+    (tmp_path / "mine.py").write_text(INTERRUPTED)
+    words = ("inspect", trained / "restarts", "--basin", "--task", "mine.py", "--json")
+    assert run(*words).returncode == 75 and list(tmp_path.glob("*.ckptavg"))
+    done = run(*words)
+    assert done.returncode == 0 and not list(tmp_path.glob("*.ckptavg"))
+    found = json.loads(done.stdout)["basin"]
+    # one batch a pass, and the pass that was interrupted is repeated
+    assert (tmp_path / "calls").stat().st_size == len(found["candidates"]) + len(found["midpoints"]) + 1
+
+
+def test_the_table_marks_the_barrier_and_every_basin(trained: Path, run: Run):
+    done = run("inspect", trained / "restarts", "--basin", "--task", TASK)
+    rows = [line for line in done.stdout.splitlines() if re.match(r"step-\d+\.pt +\d+ +\d\.\d{4}", line)]
+    assert len(rows) == len(CYCLES) and [row[-1] for row in rows] == list("111222")
+    assert [row.split()[1] for row in rows if "← barrier" in row] == ["100"]
+
+
+def test_inspection_without_basin_needs_no_task(trained: Path, run: Run):
+    done = run("inspect", trained / "restarts", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["basin"] is None
+    done = run("inspect", trained / "restarts", "--basin")
+    assert done.returncode == 2 and "needs a task file" in done.stderr
+
+
+def score(loss: float) -> Score:
+    return Score(value=-loss, loss=loss, metric=None, examples=10)
+
+
+def test_a_mean_below_the_candidates_own_mean_is_no_reason_for_a_note():
+    singles = [score(loss) for loss in (0.5, 0.4, 0.3)]
+    assert mean_note(singles, score(0.4), [Path("ckpts")]) == ""
+    assert mean_note(singles, score(0.4 * (1 + TOLERANCE) - 1e-9), [Path("ckpts")]) == ""
+    note = mean_note(singles, score(0.41), [Path("my ckpts")])
+    assert "`ckptavg inspect 'my ckpts' --basin`" in note and "loss 0.4100, worse than theirs, 0.4000" in note
+
+
+def test_compare_names_the_inspection_only_where_candidates_do_not_average(trained: Path, tmp_path: Path):
+    for name, expected in (("restarts", True), ("seed-0", False)):
+        result = ckptavg.compare(trained / name, "swa,best", task=TASK, output=tmp_path / name)
+        assert any("--basin" in warning for warning in result.warnings) == expected
+    result = ckptavg.compare(trained / "restarts", "swa", task=TASK, output=tmp_path / "x")
+    assert not any("--basin" in warning for warning in result.warnings)  # the candidates were not scored
