@@ -128,8 +128,8 @@ def inspect(
         read_data: read files to their ends too: checksums and NaN.
         basin: score midpoints between candidates too: do they lie in one basin?
         watch: see `run`.
-        **options: key, component, step_from, include, exclude, start, stop, window, every and last; with ``basin`` those of
-            ``ckptavg inspect`` that define a score, or the objects of a task, as for `run`.
+        **options: key, component, step_from, include, exclude, start, stop, window, every and last; with ``basin``
+            those of ``ckptavg inspect`` that define a score, or the objects of a task, as for `run`.
     """
     shared = _parsed("inspect", options, without=NOT_INSPECT)
     with open_for_inspection(_paths(ckpts), shared, shared.key, read_data=read_data) as found:
