@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
+from typing import Final
 
 import torch
 
@@ -31,6 +32,8 @@ from study.plan import Plan, Schedule, available, digest
 from study.record import Record, Row
 from study.subsets import Subsets, drawn, enumerated, figure, row_of
 from study.training import train
+
+PICK: Final = "compare's pick"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,7 @@ def measure(cell: Cell, plan: Plan) -> Record:
             singles = [
                 row_of(mixture, trained.job, "", "", Coefficients.uniform([i], plan.last)) for i in range(plan.last)
             ]
+            rows.append(replace(_row(mixture, trained.job, PICK, "of all of these", contestants[PICK]), seconds=None))
             rows += [_mean(f"random {plan.k}", random), _best(mixture, trained.job, subsets, plan)]
         with discover([trained.folder], early_window) as found:
             early_rows = _rows(trained.mixture(found.checkpoints), trained.job, early, plan.early_strategies)
@@ -155,7 +159,8 @@ def _contest(trained: Trained, specs: Sequence[str], window: Window) -> dict[str
         last=window.last,
         stop=window.stop,
     )
-    return {contestant.name: contestant for contestant in comparison.strategies}
+    found = {contestant.name: contestant for contestant in comparison.strategies}
+    return found | {PICK: found[comparison.winner]}
 
 
 def _rows(

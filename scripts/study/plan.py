@@ -29,8 +29,8 @@ class Plan:
         k: number that SeWA and LAWA select: K.
         ks: values of K at which SeWA and LAWA are compared.
         every: factor for the steps between checkpoints.
-        sewa_steps: steps of a search by Gumbel-Softmax.
-        twa_epochs: epochs of a search by gradient descent.
+        sewa_steps: steps of a search by Gumbel-Softmax; None is the default.
+        twa_epochs: epochs of a search by gradient descent; None is the default.
         random: number of subsets drawn as the baseline of a random choice.
     """
 
@@ -41,8 +41,8 @@ class Plan:
     k: int
     ks: tuple[int, ...]
     every: float = 1.0
-    sewa_steps: int = 100
-    twa_epochs: int = 10
+    sewa_steps: int | None = None
+    twa_epochs: int | None = None
     random: int = 20
 
     @property
@@ -52,11 +52,11 @@ class Plan:
 
     def sewa(self, k: int) -> str:
         """Return the SeWA specification that selects ``k``."""
-        return f"sewa:k={k}:steps={self.sewa_steps}"
+        return f"sewa:k={k}" + ("" if self.sewa_steps is None else f":steps={self.sewa_steps}")
 
     def twa(self, *settings: str) -> str:
         """Return the TWA specification with gradient descent."""
-        return ":".join(("twa", *settings, f"epochs={self.twa_epochs}"))
+        return ":".join(("twa", *settings, *([] if self.twa_epochs is None else [f"epochs={self.twa_epochs}"])))
 
     @property
     def strategies(self) -> dict[str, str]:
@@ -68,23 +68,36 @@ class Plan:
             f"LAWA-{self.k}": f"lawa:k={self.k}",
             "EMA 0.9": "ema:decay=0.9",
             "EMA 0.5": "ema:decay=0.5",
+            "WSM sqrt": "wsm",
+            "WSM cosine": "wsm:decay=cosine",
             "greedy soup": "soup",
             "ASWA": "aswa",
             "ASWA, no hard updates": "aswa:hard_updates=false",
             "SeWA": self.sewa(self.k),
             "SeWA on train": f"{self.sewa(self.k)}:on=train:verify=1",
             "SeWA quadratic": f"sewa:k={self.k}:solver=quadratic",
+            "SeWA, K by held-out loss": "sewa:k=auto:solver=quadratic",
+            "blend": "blend",
+            "blend by loss": "blend:select_by=loss",
             "TWA-t": self.twa("on=train"),
             "TWA-v": self.twa("on=val"),
             "TWA-v simplex": self.twa("on=val", "constraint=simplex"),
-            "TWA-v quadratic": "twa:solver=quadratic",
-            "TWA-v quadratic simplex": "twa:solver=quadratic:constraint=simplex",
+            "TWA cross-validated": "twa:solver=quadratic",
+            "TWA cross-validated, simplex": "twa:solver=quadratic:constraint=simplex",
         }
 
     @property
     def early_strategies(self) -> dict[str, str]:
         """Return the strategies that are run on the first 60 % of a training."""
-        labels = ("last", "SWA", "TWA-t", "TWA-v", "TWA-v simplex", "TWA-v quadratic", "TWA-v quadratic simplex")
+        labels = (
+            "last",
+            "SWA",
+            "TWA-t",
+            "TWA-v",
+            "TWA-v simplex",
+            "TWA cross-validated",
+            "TWA cross-validated, simplex",
+        )
         return {label: self.strategies[label] for label in labels}
 
     @property

@@ -74,7 +74,8 @@ def _about(found: Sequence[Setting]) -> list[str]:
         "weights, the order of the batches, the split of the data and its noise.",
         f"Candidates are the last {first.n} checkpoints of each training. Strategies see training and validation data; "
         "test figures are computed only after every choice is made. `best`, soup and ASWA use the validation metric "
-        "where the domain has one, SeWA and TWA the loss. Figures are means over seeds; larger is better. Differences "
+        "where the domain has one; SeWA, TWA and blend the loss, or the metric where the loss does not rank mixtures "
+        "like it (`--select-by auto`). `compare's pick` is what `ckptavg compare` of all of them would write. Figures are means over seeds; larger is better. Differences "
         "are paired by seed; ± is the half-width of a 95 % t-interval over seeds, bold where the interval excludes "
         "zero (and there are at least three seeds): of so many intervals, one in twenty would do so by chance. *rank* "
         f"is the rank of a uniform average of {first.k} by validation loss among all {first.subsets} such averages "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -70,11 +70,19 @@ class Setting:
         """Return the values of K that were run."""
         return sorted({int(row.used) for record in self.records for row in record.sweep})
 
-    def places(self) -> dict[str, float]:
-        """Return label → mean place by test figure among the strategies of ckptavg; 1 is the best, ties share one."""
+    def loss_changes(self, label: str) -> list[float]:
+        """Return the test loss of ``label`` less that of SWA, as a fraction of SWA's, for each seed."""
+        pairs = [(record.row(label), record.row("SWA")) for record in self.records]
+        return [(a.test_loss - b.test_loss) / abs(b.test_loss) for a, b in pairs if a is not None and b is not None]
+
+    def places(self, better: Callable[[Row], float] = lambda row: row.figure) -> dict[str, float]:
+        """Return label → mean place by test figure, or by ``better``, among ckptavg's strategies; 1 is the best.
+
+        Ties share a place.
+        """
         labels = [label for label in self.labels if all(row.seconds is not None for row in self.rows(label))]
         labels = [label for label in labels if len(self.rows(label)) == len(self.records) and label != "best subset"]
-        places = [rankdata([-row.figure for label in labels if (row := record.row(label))]) for record in self.records]
+        places = [rankdata([-better(row) for label in labels if (row := record.row(label))]) for record in self.records]
         return {label: fmean(place[i] for place in places) for i, label in enumerate(labels)}
 
     def agreement(self) -> list[float]:

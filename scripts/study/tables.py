@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean, median
 
@@ -72,21 +73,32 @@ def overview(found: Sequence[Setting]) -> list[str]:
     """Return, for each strategy, the number of settings with a significant difference, its mean place, and its cost."""
     labels = list(dict.fromkeys(label for one in found for label in one.labels))
     places = [one.places() for one in found]
+    by_loss = [one.places(lambda row: -row.test_loss) for one in found]
     rows: list[tuple[float, list[str]]] = []
     for label in labels:
-        mine = [place[label] for place in places if label in place]
-        if not mine:
-            continue
+        mine, also = ([place[label] for place in each if label in place] for each in (places, by_loss))
+        changes = [change for one in found for change in one.loss_changes(label)]
         costs = [row.epochs for one in found for row in one.rows(label) if row.epochs is not None]
-        row = [label, f"{fmean(mine):.1f}", *_tally(found, label, "last"), *_tally(found, label, "SWA")]
-        rows.append((fmean(mine), [*row, f"{median(costs):.1f}" if costs else NONE]))
+        row = [
+            label,
+            f"{fmean(mine):.1f}" if mine else NONE,
+            f"{fmean(also):.1f}" if also else NONE,
+            *_tally(found, label, "last"),
+            *_tally(found, label, "SWA"),
+            f"{fmean(changes):+.1%}" if label != "SWA" else NONE,
+            f"{max(changes):+.1%}" if label != "SWA" else NONE,
+            f"{median(costs):.1f}" if costs and mine else NONE,
+        ]
+        rows.append((fmean(mine) if mine else math.inf, row))
     rows.sort(key=lambda row: row[0])
-    head = ["strategy", "mean place", "above last", "below last", "above SWA", "below SWA", "epochs, median"]
+    head = ["strategy", "mean place", "by test loss", "above last", "below last", "above SWA", "below SWA"]
+    head += ["test loss against SWA", "worst training", "epochs, median"]
     ran = max(len(place) for place in places)
     text = (
         f"*Place* is the position by test figure among the {ran} strategies, averaged over {len(found)} settings and "
-        "their seeds (ties share a place). *Above* and *below* count the settings in which the 95 % interval of the "
-        "paired difference excludes zero."
+        "their seeds (ties share a place), *by test loss* the one by that. *Above* and *below* count the settings in "
+        "which the 95 % interval of the paired difference of the test figure excludes zero. Differences of the test "
+        "loss are in percent of that of SWA: the mean over all trainings, and the largest."
     )
     return [text, table(head, [row for _, row in rows]), *_agreement(found)]
 
