@@ -143,7 +143,7 @@ class TWA(Strategy):
                 select_by=self.select_by,
             )  # fmt: skip
         far = [c for row in learned.coefficients.values for c in row if not FAR[0] <= c <= FAR[1]]
-        if not far:
+        if not far or learned.held_out is not None:
             return learned
         note = (
             f"{counted(len(far), 'coefficient')} outside [−1, 2], up to {max(far, key=abs):.2f}, suggest overfitting: "

@@ -78,8 +78,8 @@ def _ranks(found: Sequence[Setting]) -> list[str]:
     text = (
         "How often the chosen subset was the best, or within the best 1 %, of all subsets of size K by validation "
         "loss; in how many trainings its validation loss is at most 1 % above that of the best, and the largest "
-        "excess; and the cost of the search in training epochs relative to SeWA's on the same training (median). Trainings in "
-        "which SeWA returned another average, because it was better, are left out."
+        "excess; and the cost of the search in training epochs relative to SeWA's on the same training (median). "
+        "Trainings in which SeWA returned another average, because it was better, are left out."
     )
     return [
         text,

@@ -62,11 +62,11 @@ def descend(
     tried: dict[Constraint, Sequence[float]] = dict.fromkeys(kinds, STRENGTHS if ridge is None else (ridge,))
     points = [Coefficients.uniform(range(objective.n), objective.n)]
     rows: list[dict[str, float | str | None]] = []
-    real, held_out, optimism = folds.q.value, math.inf, 0.0
+    real, held_out, optimism, struck = folds.q.value, math.inf, 0.0, False
     for move in range(MOVES):
         objective.progress(RECENTERING, move, MOVES, loss=real)
         fit = shrunk(folds, tried)
-        if fit is None:
+        if fit is None or (struck and fit.fitted >= real):  # all that is left lies behind the last fit
             break
         point = Coefficients((tuple((fit.beta_N / fit.beta_N.sum()).tolist()),))
         gradients = losses.gradients(point, on)
@@ -78,9 +78,10 @@ def descend(
         })  # fmt: skip
         if wrong:
             tried[fit.constraint] = [strength for strength in tried[fit.constraint] if strength > fit.strength]
+            struck = True
             continue
         points.append(point)
-        real, optimism = loss, max(0.0, fit.held_out - fit.fitted)
+        real, optimism, struck = loss, max(0.0, fit.held_out - fit.fitted), False
         if held_out - fit.held_out < SETTLED * abs(fit.held_out):
             break
         held_out, folds = fit.held_out, Folds.at(row(point), folds.q, *gradients)
