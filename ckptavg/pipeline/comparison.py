@@ -72,7 +72,8 @@ def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None,
         results = _results(runs, files, evaluator)
         verdict = verdict_of(results, results[runs.index(winner)], selected_by, evaluator.scored_on, options)
         judgement = Verdict(winner.learned.coefficients, singles, verdict=verdict)
-        result = build_result(this, winner.strategy, winner.learned, judgement, written)
+        learned = replace(winner.learned, notes=[f"{winner.name}: {note}" for note in winner.learned.notes])
+        result = build_result(this, winner.strategy, learned, judgement, written)
         warnings = [*result.warnings, *_stopped(unfinished)]
         return Comparison(
             **vars(replace(result, cost=winner.cost, warnings=warnings)), winner=winner.name, strategies=results,

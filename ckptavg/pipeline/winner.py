@@ -8,9 +8,9 @@ from typing import Final, Literal, TypeAlias
 from ckptavg.coefficients import Coefficients
 from ckptavg.cost import Cost
 from ckptavg.errors import counted
-from ckptavg.objective import Learned, PlainAverage, Strategy
+from ckptavg.objective import Learned, PlainAverage, SelectBy, Strategy
 from ckptavg.objective.evaluator import Evaluator
-from ckptavg.objective.selection import SelectBy, Selection
+from ckptavg.objective.selection import Selection
 from ckptavg.options import Options
 from ckptavg.pipeline.verdict import figure, loss_on_test, on_test, unbiased_hint
 from ckptavg.report import interval
