@@ -1,5 +1,6 @@
 """The mixtures that a search has scored, and the choice among them by loss or by metric."""
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final, Literal
 
@@ -11,6 +12,7 @@ from ckptavg.objective import Objective, SelectBy
 from ckptavg.score import Score
 
 AGREEING: Final = 0.3  # rank correlation from which the loss is taken as a witness of the metric
+CLOSE: Final = 0.01  # fraction of the lowest loss within which the metric may choose
 _FEW: Final = 5  # mixtures below which a rank correlation says nothing
 
 
@@ -18,10 +20,11 @@ class Selection:
     """Scored mixtures by coefficients, in the order in which they were scored.
 
     ``loss`` chooses the lowest loss, ``metric`` the best metric (ties: the lower loss). ``auto`` is ``loss`` if loss
-    and metric rank all scored mixtures alike (Spearman's correlation ≥ `AGREEING`; the loss is the quieter of the two
-    on few examples), else ``metric``. By loss, ``auto`` takes the lowest among the mixtures whose metric is at least
-    that of every single candidate and of the mean of all, if possible those that are not above them in loss either. So
-    an answer is never worse than one of these by the metric, which is what the report judges by.
+    and metric rank all scored mixtures alike, else ``metric``. The loss is the quieter of the two on few examples, so
+    the metric decides only if Spearman's correlation is below `AGREEING` by more than its standard error: a dozen
+    mixtures that hardly differ have any correlation by chance. By loss, ``auto`` prefers mixtures whose metric is at
+    least that of every single candidate and of the mean of all, if their loss is within `CLOSE` of the lowest, or if
+    the lowest is that of one of these. So an answer is never worse than one of these in both, but for that fraction.
 
     Attributes:
         scores: coefficients → score.
@@ -64,12 +67,13 @@ class Selection:
         mixtures = [mixture for mixture in self.scores if among is None or mixture in among]
         if self.by == "metric":
             return max(mixtures, key=self.rank)
-        plain = [mixture for mixture in self.plain if mixture in self.scores]
+        lowest = min(mixtures, key=self.loss)
+        plain = [self.scores[mixture].value for mixture in self.plain if mixture in self.scores]
         if plain and self._select_by == "auto":
-            value, loss = max(self.scores[mixture].value for mixture in plain), min(map(self.loss, plain))
-            as_good = [m for m in mixtures if self.scores[m].value >= value]
-            mixtures = [m for m in as_good if self.loss(m) <= loss] or as_good or mixtures
-        return min(mixtures, key=self.loss)
+            limit = math.inf if lowest in self.plain else self.loss(lowest) + CLOSE * abs(self.loss(lowest))
+            as_good = [m for m in mixtures if self.scores[m].value >= max(plain) and self.loss(m) <= limit]
+            return min(as_good or [lowest], key=self.loss)
+        return lowest
 
     def figures(self, mixture: Coefficients) -> str:
         """Return the metric and the loss of a scored mixture in words."""
@@ -83,13 +87,13 @@ class Selection:
             return ""
         if self._select_by != "auto":
             return f"chosen by {self.by} (--select-by) among {len(scores)} scored mixtures"
-        agreement = _agreement(scores)
+        agreement, error = _agreement(scores)
         if agreement is None:
             return f"chosen by {name} among {len(scores)} scored mixtures: too few to say whether the loss agrees"
         verb = "ranks" if self.by == "loss" else "does not rank"
         return (
             f"chosen by {'loss' if self.by == 'loss' else name} among {len(scores)} scored mixtures: the loss {verb} "
-            f"them like {name} (Spearman {agreement:.2f}); --select-by decides otherwise"
+            f"them like {name} (Spearman {agreement:.2f} ± {error:.2f}); --select-by decides otherwise"
         )
 
 
@@ -101,17 +105,20 @@ def by_what(scores: Collection[Score], select_by: SelectBy = "auto") -> Literal[
         return "metric" if has_metric else "loss"
     if select_by != "auto":
         return select_by
-    agreement = _agreement(scores)
-    return "loss" if agreement is not None and agreement >= AGREEING else "metric"
+    agreement, error = _agreement(scores)
+    return "loss" if agreement is not None and agreement + error >= AGREEING else "metric"
 
 
-def _agreement(scores: Collection[Score]) -> float | None:
-    """Return Spearman's correlation of −loss and metric; None if there are too few mixtures, 1 for equal metrics."""
+def _agreement(scores: Collection[Score]) -> tuple[float | None, float]:
+    """Return Spearman's correlation of −loss and metric, and its standard error 1/√(M − 1) without any agreement.
+
+    The correlation is None for fewer than `_FEW` mixtures, and 1 if all have the same metric.
+    """
     known = [(score.value, -score.loss) for score in scores if score.loss is not None and not score.invalid]
     if len(known) < _FEW:
-        return None
+        return None, 0.0
     values, losses = zip(*known, strict=True)
-    return 1.0 if len(set(values)) == 1 else spearman(values, losses)
+    return 1.0 if len(set(values)) == 1 else spearman(values, losses), 1 / math.sqrt(len(known) - 1)
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:

@@ -46,8 +46,8 @@ def descend(
     loss falls by less than `SETTLED`, at most `MOVES` times. A fit at which the real loss does not fall by `KEPT` of
     what the quadratic predicts is not used: it lies where the quadratic is wrong, and so do fits that are shrunk less.
 
-    The last fit is scored with the mean and the single candidates, and the best by `Selection` returned. Where the
-    metric decides and not the loss, all fits take part.
+    The last fit is returned, unless the mean or a single candidate has a lower loss. Where the metric decides and not
+    the loss, the best of these and of all fits is; see `ckptavg.objective.selection.Selection`.
 
     Args:
         constraint: None chooses between the affine plane and the simplex by held-out loss.
@@ -89,7 +89,8 @@ def descend(
         notes.append("no fit has a lower loss than the mean of all candidates")
     selection = Selection(objective, select_by)
     selection.score([*selection.plain, *points], VERIFYING, len(selection.plain) + len(points))
-    chosen = selection.best([*selection.plain, points[-1]] if selection.by == "loss" else None)
+    by_loss = selection.by == "loss"
+    chosen = min([points[-1], *selection.plain], key=selection.loss) if by_loss else selection.best()
     notes += [note] if (note := selection.note()) else []
     held = ridge is None and chosen == points[-1] and (on or objective.scored_on) == objective.scored_on
     return Learned(
