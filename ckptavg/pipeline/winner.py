@@ -55,9 +55,8 @@ def choose(
     if selection.by == "loss" and any(run.learned.held_out is not None for run in runs):
         held_out = [(run.held_out, i) for i, run in enumerate(runs) if run.held_out is not None]
         return runs[min(held_out)[1]], "held-out loss", selection.note()
-    losses = [selection.loss(run.learned.coefficients) for run in runs]
-    values = [0.0 if selection.by == "loss" else -run.score.value for run in runs]
-    return min(zip(values, losses, range(len(runs)), runs, strict=True))[3], selection.by, selection.note()
+    best = max(runs, key=lambda run: selection.rank(run.learned.coefficients))
+    return best, selection.by, selection.note()
 
 
 def verdict_of(
