@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal
 
 from ckptavg.declaration import MAIN, OUTPUT, Help, check
-
-SelectBy: TypeAlias = Literal["auto", "loss", "metric"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +15,9 @@ class ComparisonOptions:
     strategies: Annotated[Sequence[str] | str, Help(
         MAIN, "Strategies, as last,sewa:k=8,twa:on=train:lr=0.01; default: all possible.", metavar="LIST"
     )] = ""  # fmt: skip
-    select_by: Annotated[SelectBy, Help(
+    select_by: Annotated[Literal["auto", "loss", "metric"], Help(
         MAIN, "What chooses the winner; auto is loss where both agree.",
-        "Both rank the scored mixtures alike if Spearman's correlation is at least 0.3.")] = "auto"  # fmt: skip
+        "They agree unless Spearman's correlation over scored mixtures is clearly below 0.3.")] = "auto"  # fmt: skip
     write_all: Annotated[Path | None, Help(
         OUTPUT, "Also write every strategy's average to this directory.", metavar="DIR")] = None  # fmt: skip
 

@@ -28,7 +28,9 @@ from ckptavg.runtime.progress import Watch
 from ckptavg.score import Score, Split, valid
 from ckptavg.strategies import from_spec, name_of, specs
 
-DEFAULT: Final = (REFERENCE, "best", "swa", "lawa", "ema", "soup", "aswa", "sewa", "twa", "twa:on=train")
+DEFAULT: Final = (
+    REFERENCE, "best", "swa", "lawa", "ema", "wsm", "soup", "aswa", "sewa", "twa", "twa:on=train", "twa:solver=quadratic",
+)  # fmt: skip
 """The strategies of a comparison without ``--strategies``, less those whose data or loss the task does not have."""
 
 
@@ -73,7 +75,8 @@ def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None,
         results = _results(runs, files, evaluator)
         verdict = verdict_of(results, results[runs.index(winner)], selected_by, evaluator.scored_on, options)
         judgement = Verdict(winner.learned.coefficients, singles, verdict=verdict)
-        result = build_result(this, winner.strategy, winner.learned, judgement, written)
+        learned = replace(winner.learned, notes=[f"{winner.name}: {note}" for note in winner.learned.notes])
+        result = build_result(this, winner.strategy, learned, judgement, written)
         note = basin_note(
             evaluator, [run.strategy for run in runs], [run.learned.coefficients for run in runs], paths
         )  # fmt: skip

@@ -8,9 +8,9 @@ from typing import Final, Literal, TypeAlias
 from ckptavg.coefficients import Coefficients
 from ckptavg.cost import Cost
 from ckptavg.errors import counted
-from ckptavg.objective import Learned, PlainAverage, Strategy
+from ckptavg.objective import Learned, PlainAverage, SelectBy, Strategy
 from ckptavg.objective.evaluator import Evaluator
-from ckptavg.objective.selection import SelectBy, Selection
+from ckptavg.objective.selection import Selection
 from ckptavg.options import Options
 from ckptavg.pipeline.verdict import figure, loss_on_test, on_test, unbiased_hint
 from ckptavg.report import interval
@@ -55,9 +55,8 @@ def choose(
     if selection.by == "loss" and any(run.learned.held_out is not None for run in runs):
         held_out = [(run.held_out, i) for i, run in enumerate(runs) if run.held_out is not None]
         return runs[min(held_out)[1]], "held-out loss", selection.note()
-    losses = [selection.loss(run.learned.coefficients) for run in runs]
-    values = [0.0 if selection.by == "loss" else -run.score.value for run in runs]
-    return min(zip(values, losses, range(len(runs)), runs, strict=True))[3], selection.by, selection.note()
+    best = max(runs, key=lambda run: selection.rank(run.learned.coefficients))
+    return best, selection.by, selection.note()
 
 
 def verdict_of(

@@ -12,7 +12,7 @@ from ckptavg.cost import Cost
 from ckptavg.report import table
 from ckptavg.report.comparison import running_table
 from ckptavg.report.result import CandidateResult, Comparison, Gain, Output, Result, StrategyResult
-from ckptavg.score import Score
+from ckptavg.score import Score, Split
 
 COST = Cost(forward_batches=4, backward_batches=2, evaluations=3, seconds=1.0, epochs=None, epochs_of="train", passes=3)
 N = 300
@@ -96,7 +96,7 @@ def test_a_single_strategy_shows_up_to_forty_candidates():
 
 
 def test_a_single_strategy_shows_its_held_out_loss_beside_the_fitted_one():
-    best = {"val": score(0.9), "test": score(0.6)}
+    best: dict[Split, Score] = {"val": score(0.9), "test": score(0.6)}
     learned = replace(result(5), strategy="twa", held_out=0.25, baselines={"best": best, "swa": best})
     text = lines(table.render(learned))
     (heading,) = [line for line in text if line.startswith("scores")]
