@@ -67,6 +67,11 @@ class Coefficients:
         return tuple(i for i in range(self.n) if any(row[i] != 0 for row in self.values))
 
     @property
+    def effective(self) -> float:
+        """Effective number of candidates 1/Σβ²: K for the mean of K, 1 for one; the smallest of several groups'."""
+        return min(1 / math.fsum(c * c for c in row) for row in self.values)
+
+    @property
     def uniform_subset(self) -> bool:
         """True if the mixture is the plain mean of the `selected` candidates."""
         return len(self.values) == 1 and len({c for c in self.values[0] if c != 0}) == 1

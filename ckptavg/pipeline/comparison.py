@@ -29,7 +29,8 @@ from ckptavg.score import Score, Split, valid
 from ckptavg.strategies import from_spec, name_of, specs
 
 DEFAULT: Final = (
-    REFERENCE, "best", "swa", "lawa", "ema", "wsm", "soup", "aswa", "sewa", "twa", "twa:on=train", "twa:solver=quadratic",
+    REFERENCE, "best", "swa", "lawa", "ema", "wsm", "soup", "aswa", "sewa", "twa", "twa:on=train",
+    "twa:solver=quadratic",
 )  # fmt: skip
 """The strategies of a comparison without ``--strategies``, less those whose data or loss the task does not have."""
 
@@ -190,6 +191,7 @@ def _results(
             settings=asdict(run.strategy),  # pyright: ignore[reportArgumentType]  # every strategy is a dataclass
             coefficients=[run.learned.coefficients.candidate(i) for i in range(evaluator.n)],
             groups=run.learned.coefficients.groups, used=len(run.learned.coefficients.selected),
+            effective=run.learned.coefficients.effective,
             scores=scores[run.name],
             over_last={s: _gain(s, score, scores[REFERENCE][s]) for s, score in scores[run.name].items()},
             cost=run.cost, notes=run.learned.notes, chose_on=_chose_on(run.strategy, evaluator.scored_on),

@@ -56,7 +56,8 @@ def build_result(
         for i, candidate in enumerate(blank.candidates)
     ]  # fmt: skip
     result = replace(
-        blank, candidates=candidates, groups=coefficients.groups, trace=learned.trace, tables=learned.tables,
+        blank, candidates=candidates, groups=coefficients.groups,
+        effective=coefficients.effective, trace=learned.trace, tables=learned.tables,
         output=finished.output, scores=finished.scores, baselines=judgement.baselines, best_step=judgement.best_step,
         verdict=judgement.verdict, gains=judgement.gains, replaced=judgement.replaced, worse=judgement.worse,
         held_out=learned.held_out,

@@ -94,7 +94,7 @@ def _table(comparison: Comparison, mark: str) -> FittedTable:
             {None: "none", "train": "train"}.get(contestant.chose_on, "val"),
             *(_figure(contestant, *column) for column in columns),
             "" if contestant.name == "last" else _gain(gain, evidence=splits[-1] == "test"),
-            str(contestant.used),
+            _used(contestant),
             spent if has_passes else str(cost.evaluations),
             f"{cost.seconds:.{0 if cost.seconds >= 100 else 1}f}",
         ])  # fmt: skip
@@ -107,6 +107,11 @@ def _table(comparison: Comparison, mark: str) -> FittedTable:
         rows=rows, left=("chose on", f"vs last ({splits[-1]})"),
         styles=["bold" if c.name == comparison.winner and splits[-1] == "test" else "" for c in ranked],
     )  # fmt: skip
+
+
+def _used(row: StrategyResult) -> str:
+    """Return the number of candidates used, with their effective number if the coefficients are not equal."""
+    return str(row.used) if round(row.effective, 1) == row.used else f"{row.used} (1/Σβ² {row.effective:.1f})"
 
 
 def _columns(comparison: Comparison) -> Sequence[tuple[Split | Literal["held-out"], str]]:

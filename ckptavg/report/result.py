@@ -117,6 +117,7 @@ class Result(Report):
         tables: further tables of the strategy: title → rows, each column → value.
         next_steps: ``load``, Python code that loads the written file, and ``verify``, the command that verifies it.
         holdout: fraction of the validation data reserved for the test score, None if none was reserved.
+        effective: effective number of candidates 1/Σβ², at most the number of those with a coefficient.
         held_out: mean held-out loss of the folds, None if the strategy does not cross-validate.
     """
 
@@ -132,6 +133,7 @@ class Result(Report):
     groups: Groups = EVERYTHING
     holdout: float | None = None
     held_out: float | None = None
+    effective: float | None = None
     best_step: int | None = None
     verdict: str = ""
     gains: Mapping[str, Gain] = field(default_factory=dict[str, Gain])
@@ -152,7 +154,8 @@ class StrategyResult:
 
     Attributes:
         name: the requested spec, such as ``sewa:k=8``.
-        used: number of candidates with a nonzero coefficient.
+        used: number of candidates with a nonzero coefficient; ``effective`` their effective number 1/Σβ², which is
+            smaller if few have most of the weight.
         scores: split → score, with ``--write-all`` of the written file.
         over_last: split → gain over the last candidate.
         cost: cost as if the strategy had run alone.
@@ -168,6 +171,7 @@ class StrategyResult:
     coefficients: Sequence[float | tuple[float, ...]]
     groups: Groups
     used: int
+    effective: float
     scores: Mapping[Split, Score]
     over_last: Mapping[Split, Gain]
     cost: Cost

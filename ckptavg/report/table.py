@@ -129,7 +129,10 @@ def _candidates(result: Result) -> Iterator[RenderableType]:
 
 
 def _legend(result: Result, columns: Collection[str]) -> Iterator[str]:
-    """Yield the meaning of a strategy's columns."""
+    """Yield the meaning of a strategy's columns, and how many candidates have the weight."""
+    used = sum(candidate.coefficient != 0 for candidate in result.candidates)
+    if result.output is not None and result.effective is not None and round(result.effective, 1) != used:
+        yield f"effective number of candidates 1/Σβ²: {result.effective:.1f} of {used}"
     if "alone" in columns:
         yield "alone: score of the candidate by itself"
     if "if added" in columns:

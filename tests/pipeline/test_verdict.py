@@ -188,7 +188,8 @@ def test_compare_says_which_strategy_scores_higher_on_test_data():
     def result(name: str, test: Score) -> StrategyResult:
         cost = Cost(forward_batches=0, backward_batches=0, evaluations=0, seconds=0.0, epochs=None, epochs_of="val")
         return StrategyResult(
-            name=name, strategy=name, settings={}, coefficients=(), groups=(("",),), used=2, over_last={}, cost=cost,
+            name=name, strategy=name, settings={}, coefficients=(), groups=(("",),), used=2, effective=2.0,
+            over_last={}, cost=cost,
             scores={"val": answers(1), "test": test},
         )  # fmt: skip
 

@@ -69,7 +69,8 @@ def test_equal_strategies_go_to_the_earlier_one():
 def rows(*runs: FinishedRun) -> list[StrategyResult]:
     return [
         StrategyResult(
-            name=run.name, strategy=run.name, settings={}, coefficients=(), groups=(("",),), used=1, cost=COST,
+            name=run.name, strategy=run.name, settings={}, coefficients=(), groups=(("",),), used=1, effective=1.0,
+            cost=COST,
             scores={"val": run.score}, held_out=run.held_out, chose_on=None if run in (LAST, SWA) else "val",
             over_last={"val": Gain(value=run.score.value - LAST.score.value)},
         )

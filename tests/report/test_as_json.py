@@ -37,7 +37,7 @@ RESULT = Result(
     scored_on="val",
     groups=(("a.", "b."), ("",)),
     holdout=0.5,
-    held_out=0.75,
+    held_out=0.75, effective=1.5,
     best_step=2,
     verdict="Better.",
     gains={"best": Gain(value=0.5, units=9, unit="batches", reason="only 9 batches")},
@@ -67,6 +67,7 @@ RESULT_JSON = {
     "groups": [["a.", "b."], [""]],
     "holdout": 0.5,
     "held_out": 0.75,
+    "effective": 1.5,
     "best_step": 2,
     "verdict": "Better.",
     "gains": {"best": {"value": 0.5, "low": None, "high": None, "separated": False, "units": 9, "unit": "batches",
@@ -96,6 +97,7 @@ def test_a_comparison_has_every_strategy_after_the_winners_report():
     gain = Gain(value=0.1, low=0.05, high=0.2, units=30, paired=False)
     contestant = StrategyResult(
         name="sewa:k=2", strategy="sewa", settings={"k": 2}, coefficients=[0.0, (0.5, 0.5)], groups=(("",),), used=1,
+        effective=1.0,
         scores={"val": GOOD}, over_last={"val": gain}, cost=COST, notes=("n",),
         chose_on="val", held_out=0.5, output=RESULT.output,
     )  # fmt: skip

@@ -6,8 +6,10 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from ckptavg.coefficients import Coefficients
 from ckptavg.cost import Cost
 from ckptavg.report import table
 from ckptavg.report.comparison import running_table
@@ -45,7 +47,7 @@ def result(used: int, n: int = N) -> Result:
 
 def row(name: str, value: float, held_out: float | None, chose_on: str | None) -> StrategyResult:
     return StrategyResult(
-        name=name, strategy=name, settings={}, coefficients=(), groups=(("",),), used=1, cost=COST,
+        name=name, strategy=name, settings={}, coefficients=(), groups=(("",),), used=1, effective=1.0, cost=COST,
         scores={"val": score(value), "test": score(value - 0.1)}, held_out=held_out, chose_on=chose_on,  # pyright: ignore
         over_last={"val": Gain(value=0.1), "test": Gain(value=0.1)},
     )  # fmt: skip
@@ -118,3 +120,12 @@ def test_the_table_of_finished_strategies_has_a_row_for_each_and_gaps_for_missin
         ["last", "0.5000", "4", "0.0"],
         ["twa", "0.2500", "0.3000", "12.0"],
     ]
+
+
+def test_used_shows_the_effective_number_where_few_have_most_of_the_weight():
+    heavy = Coefficients(((0.999, *[1e-3 / 299] * 299),))
+    collapsed = replace(ROWS[2], used=300, effective=heavy.effective)
+    assert any("300 (1/Σβ² 1.0)" in line for line in lines(comparison(strategies=[*ROWS[:2], collapsed])))
+    shown = lines(table.render(replace(result(300), effective=heavy.effective)))
+    assert "effective number of candidates 1/Σβ²: 1.0 of 300" in shown
+    assert Coefficients.uniform(range(3), 8).effective == pytest.approx(3)
