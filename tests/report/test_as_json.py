@@ -103,7 +103,7 @@ def test_a_comparison_has_every_strategy_after_the_winners_report():
     )  # fmt: skip
     expected = {
         "name": "sewa:k=2", "strategy": "sewa", "settings": {"k": 2}, "coefficients": [0.0, [0.5, 0.5]],
-        "groups": [[""]], "used": 1, "scores": {"val": GOOD_JSON},
+        "groups": [[""]], "used": 1, "effective": 1.0, "scores": {"val": GOOD_JSON},
         "over_last": {"val": {"value": 0.1, "low": 0.05, "high": 0.2, "separated": True, "units": 30,
                               "unit": "examples", "paired": False, "reason": ""}},
         "cost": COST_JSON, "notes": ["n"], "chose_on": "val", "held_out": 0.5, "output": RESULT_JSON["output"],

@@ -40,6 +40,7 @@ def descend(
     if k == "auto":
         sizes, held_out = _sizes(n), math.inf
         while True:
+            objective.progress("choosing K", moves, MOVES)
             masks = best_of_sizes(folds.q, sizes)
             held = held_out_of_sizes(folds, masks)
             k = min(held, key=lambda size: held[size])
