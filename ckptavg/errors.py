@@ -67,6 +67,10 @@ class TaskError(CkptavgError):
     exit_code = 7
 
 
+class NotFiniteError(TaskError):
+    """A loss that is NaN or infinite."""
+
+
 class OutOfMemoryError(CkptavgError):
     """Shortage of device or host memory."""
 

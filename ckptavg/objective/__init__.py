@@ -90,7 +90,8 @@ class Losses(Protocol):
         ``folds`` if there are fewer. All are float64 on the CPU. BatchNorm is as in `loss` and `surrogate`.
 
         Raises:
-            TaskError: if the loss has no gradient, or is NaN or infinite.
+            NotFiniteError: if the loss is NaN or infinite.
+            TaskError: if it has no gradient.
         """
         ...
 

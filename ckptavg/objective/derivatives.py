@@ -14,7 +14,7 @@ from ckptavg.batches.loader import BatchLoader
 from ckptavg.batches.stream import LocalShard
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.cost import CostMeter
-from ckptavg.errors import TaskError, UsageError
+from ckptavg.errors import NotFiniteError, UsageError
 from ckptavg.objective import FOLDS, Hessian, batchnorm, curvature
 from ckptavg.objective.codecs import GradientCodec, SurrogateCodec
 from ckptavg.objective.loss import MixtureLoss, loss_and_gradient, losses_and_gradients
@@ -149,7 +149,7 @@ class Derivatives:
         if not value_F.isfinite().all():
             bad = float(value_F[~value_F.isfinite()][0])
             message = f"the loss is {bad} on the {split} data, of {mixed.describe(coefficients)}"
-            raise TaskError(message, path=mixed.task.source)
+            raise NotFiniteError(message, path=mixed.task.source)
         return sums_F[:, 0], value_F, gradient_FN - gradient_FN.mean(dim=1, keepdim=True)
 
     def _divides(self, split: Split) -> bool:

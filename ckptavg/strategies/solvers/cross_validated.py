@@ -2,20 +2,23 @@
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ckptavg.coefficients import Coefficients
+from ckptavg.errors import NotFiniteError
 from ckptavg.objective import Hessian, Learned, Losses, Objective, SelectBy
 from ckptavg.objective.selection import Selection
 from ckptavg.score import Split
-from ckptavg.surrogate.cross_validation import STRENGTHS, Constraint, shrunk
+from ckptavg.surrogate.cross_validation import STRENGTHS, Constraint, Fit, shrunk
 from ckptavg.surrogate.folds import Folds
 
+Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
 MOVES: Final = 8  # gradient passes after that at the mean
 EXAMPLES: Final = 256  # for the second derivatives; more change nothing
+FAR: Final = 100.0  # coefficients beyond which no loss is near a quadratic
 SETTLED: Final = 1e-3  # fraction by which the held-out loss must fall for another pass
 KEPT: Final = 0.25  # fraction of the predicted fall of the loss that must come true
 RECENTERING: Final = "recentering the quadratic"
@@ -33,6 +36,17 @@ def measured(objective: Objective, losses: Losses, on: Split | None, hessian: He
 def row(mixture: Coefficients) -> Tensor:
     """Return the coefficients [N]."""
     return torch.tensor(mixture.values[0], dtype=torch.float64)
+
+
+def _measured_at(fit: Fit, losses: Losses, on: Split | None) -> tuple[Coefficients, Gradients] | None:
+    """Return the mixture of a fit with the losses and gradients there; None if it is so far that these are no use."""
+    if float(fit.beta_N.abs().max()) > FAR:
+        return None
+    point = Coefficients((tuple((fit.beta_N / fit.beta_N.sum()).tolist()),))
+    try:
+        return point, losses.gradients(point, on)
+    except NotFiniteError:
+        return None
 
 
 def descend(
@@ -68,18 +82,18 @@ def descend(
         fit = shrunk(folds, tried)
         if fit is None or (struck and fit.fitted >= real):  # all that is left lies behind the last fit
             break
-        point = Coefficients((tuple((fit.beta_N / fit.beta_N.sum()).tolist()),))
-        gradients = losses.gradients(point, on)
-        loss = float(folds.share_F @ gradients[1])
-        wrong = fit.fitted < real and real - loss < KEPT * (real - fit.fitted)
+        measured_there = _measured_at(fit, losses, on)
+        loss = math.inf if measured_there is None else float(folds.share_F @ measured_there[1][1])
+        wrong = loss == math.inf or (fit.fitted < real and real - loss < KEPT * (real - fit.fitted))
         rows.append({
             "constraint": fit.constraint, "shrinkage": fit.strength, "held-out": fit.held_out, "quadratic": fit.fitted,
-            "loss": loss, "": "not used" if wrong else None,
+            "loss": None if loss == math.inf else loss, "": "not used" if wrong else None,
         })  # fmt: skip
-        if wrong:
+        if wrong or measured_there is None:
             tried[fit.constraint] = [strength for strength in tried[fit.constraint] if strength > fit.strength]
             struck = True
             continue
+        point, gradients = measured_there
         points.append(point)
         real, optimism, struck = loss, max(0.0, fit.held_out - fit.fitted), False
         if held_out - fit.held_out < SETTLED * abs(fit.held_out):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Final, Literal
 
 from ckptavg.coefficients import Coefficients
+from ckptavg.errors import NotFiniteError
 from ckptavg.objective import Hessian, Learned, Losses, Objective, SelectBy
 from ckptavg.objective.selection import Selection
 from ckptavg.score import Split
@@ -84,8 +85,12 @@ def _sizes(n: int) -> list[int]:
 
 
 def _recentered(folds: Folds, losses: Losses, mask: Mask, on: Split | None) -> Folds:
+    """Return the folds around the mean of a mask; as they are if its loss is not finite."""
     mixture = Coefficients.uniform(mask, folds.q.n)
-    return Folds.at(row(mixture), folds.q, *losses.gradients(mixture, on))
+    try:
+        return Folds.at(row(mixture), folds.q, *losses.gradients(mixture, on))
+    except NotFiniteError:
+        return folds
 
 
 def _rows(
