@@ -1,17 +1,20 @@
-"""A two-line objective with a known optimum: ℓ(c) = mean (Σ_i c_i w_i)², with the interface of a network's."""
+"""Objectives without a network: ℓ(c) = mean (Σ_i c_i w_i)², and random surrogates.
+
+Shape suffixes: N = candidates, D = dimensions of a vector w_i, F = folds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
-from ckptavg.objective import Hessian
+from ckptavg.objective import FOLDS, Hessian, Learned
 from ckptavg.score import Score, Split
 from ckptavg.surrogate import Surrogate
-from ckptavg.surrogate.folds import Folds
 
 
 class Quadratic:
@@ -51,26 +54,26 @@ class Quadratic:
     def loss(self, c_N: Tensor, on: Split | None = None, *, groups: Groups = EVERYTHING, again: bool = False) -> Tensor:
         return self.each(c_N @ self.weights_ND if len(groups) == 1 else (c_N * self.weights_ND.T).sum(dim=1)).mean()
 
-    def surrogate(self) -> Surrogate:
-        return self.folds(count=1).mean()
+    def surrogate(self, on: Split | None = None, hessian: Hessian = "auto", examples: int | None = None) -> Surrogate:
+        mean = Coefficients.uniform(range(self.n), self.n)
+        hessian_NN = torch.autograd.functional.hessian(
+            lambda c_N: self.each(c_N @ self.weights_ND)[:examples].mean(), self.uniform()
+        )
+        assert isinstance(hessian_NN, Tensor)
+        return Surrogate(*self.gradient(mean, on), hessian_NN, "exact")
 
-    def folds(self, on: Split | None = None, hessian: Hessian = "auto", count: int = 8) -> Folds:
-        count, means = min(count, self.d), self.uniform()
-        losses = [lambda c_N, f=f: self.each(c_N @ self.weights_ND)[f::count].mean() for f in range(count)]
-        value_F, gradient_FN = self.gradients(Coefficients.uniform(range(self.n), self.n), on, count)
-        hessian_FNN = [torch.autograd.functional.hessian(loss, means) for loss in losses]
-        sizes = [len(range(f, self.d, count)) for f in range(count)]
-        return Folds(torch.tensor(sizes).double(), value_F, gradient_FN, torch.stack(hessian_FNN), "exact")  # pyright: ignore
-
-    def gradients(self, coefficients: Coefficients, on: Split | None = None, count: int = 8) -> tuple[Tensor, Tensor]:
+    def gradients(
+        self, coefficients: Coefficients, on: Split | None = None, folds: int = FOLDS
+    ) -> tuple[Tensor, Tensor, Tensor]:
         c_N = torch.tensor(coefficients.values[0], dtype=torch.float64, requires_grad=True)
-        each_D = self.each(c_N @ self.weights_ND)
-        losses = [each_D[f::count].mean() for f in range(min(count, self.d))]
-        slopes = [torch.autograd.grad(loss, c_N, retain_graph=True)[0] for loss in losses]
-        return torch.stack(losses).detach(), torch.stack([slope - slope.mean() for slope in slopes])
+        parts = [self.each(c_N @ self.weights_ND)[fold::folds] for fold in range(min(folds, self.d))]
+        examples_F = torch.tensor([float(len(part)) for part in parts], dtype=torch.float64)
+        value_F = torch.stack([part.mean() for part in parts])
+        slopes = [torch.autograd.grad(value, c_N, retain_graph=True)[0] for value in value_F]
+        return examples_F, value_F.detach(), torch.stack([slope - slope.mean() for slope in slopes])
 
     def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
-        value_F, gradient_FN = self.gradients(coefficients, on, 1)
+        _, value_F, gradient_FN = self.gradients(coefficients, on, 1)
         return float(value_F[0]), gradient_FN[0]
 
     def of_subset(self, subset: Iterable[int]) -> float:
@@ -89,4 +92,57 @@ class Quadratic:
         return score if (score.value > threshold if strict else score.value >= threshold) else None
 
     def progress(self, stage: str, done: int, total: int, **figures: Tensor | float) -> None:
-        assert 0 < done <= total and all(float(value) == float(value) for value in figures.values()), stage
+        assert 0 <= done <= total and all(float(value) == float(value) for value in figures.values()), stage
+
+
+class Curved(Quadratic):
+    """ℓ(c) = mean (v² + v⁴), v = Σ_i c_i w_i: not quadratic, so the surrogate at the mean is wrong elsewhere."""
+
+    def each(self, v_D: Tensor) -> Tensor:
+        return v_D.square() + v_D.square().square()
+
+
+class Regression(Quadratic):
+    """Squared errors of linear models near the truth; the label noise is all that they share.
+
+    Every dimension of w_i is an example: the residual of model i there. Mixed residuals are those of the mixed model.
+    """
+
+    def __init__(self, n: int, examples: int, seed: int) -> None:
+        super().__init__(n, examples, seed)
+        draws = torch.Generator().manual_seed(seed)
+        off_NP = 0.5 * torch.randn(n, 30, generator=draws, dtype=torch.float64)
+
+        def residuals(size: int) -> Tensor:
+            inputs_PB = torch.randn(30, size, generator=draws, dtype=torch.float64)
+            return off_NP @ inputs_PB + 2 * torch.randn(size, generator=draws, dtype=torch.float64)
+
+        self.weights_ND, self.fresh_ND = residuals(examples), residuals(5000)
+
+    def fresh(self, mixture: Coefficients) -> float:
+        """Return the loss on other examples of the same distribution."""
+        return float((torch.tensor(mixture.values[0], dtype=torch.float64) @ self.fresh_ND).square().mean())
+
+
+def loss_of(objective: Quadratic, mixture: Coefficients) -> float:
+    loss = objective.score(mixture).loss
+    assert loss is not None
+    return loss
+
+
+def plain(objective: Quadratic) -> list[Coefficients]:
+    """Return the single candidates and the mean of all."""
+    return [*Coefficients.singles(objective.n), Coefficients.uniform(range(objective.n), objective.n)]
+
+
+def random_surrogate(n: int, seed: int, *, psd: bool = True, slope: float = 1.0, rank: int | None = None) -> Surrogate:
+    draws = torch.Generator().manual_seed(seed)
+    half = torch.randn(n, rank or 2 * n, generator=draws, dtype=torch.float64)
+    square = torch.randn(n, n, generator=draws, dtype=torch.float64)
+    hessian = half @ half.T / half.shape[1] if psd else (square + square.T) / 2
+    return Surrogate(1.5, slope * torch.randn(n, generator=draws, dtype=torch.float64), hessian, "exact")
+
+
+def rows_of(learned: Learned) -> list[dict[str, Any]]:
+    (rows,) = learned.tables.values()
+    return list(rows)

@@ -225,10 +225,12 @@ class PlainAverage(Strategy):
 def curvature_stages(n: int, batches: int, verifying: Stage, moves: int) -> Sequence[Stage]:
     """Return the stages of a solver on a quadratic: a pass with derivatives along the candidates, then scores.
 
-    The quadratic is recentered at most ``moves`` times, each with a gradient over all ``batches``.
+    The gradients by folds are taken at most ``moves`` times over all ``batches``, with a backward pass for each fold
+    that has a part of a batch.
     """
     curvature = Stage("measuring the curvature", forward=batches * (1 + n), backward=batches)
-    return curvature, verifying._replace(forward=moves * batches, backward=moves * batches)
+    parts = batches * -(-FOLDS // max(batches, 1))
+    return curvature, verifying._replace(forward=moves * batches, backward=moves * parts)
 
 
 def check_losses(losses: Sequence[float], batches: int, split: Split, *, first: int = 0, samples: int = 1) -> None:

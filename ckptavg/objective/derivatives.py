@@ -136,7 +136,7 @@ class Derivatives:
         sums_F, passes = c_N.new_zeros(folds, 2 + len(c_N)), c_N.new_zeros(2)
         for number, (batch, size) in enumerate(self._loader.learnable(split, workers)):
             found = losses_and_gradients(mixed, c_N, LocalShard(batch, size, 1.0), parts=parts)
-            place = (number * workers.world_size + workers.rank) * parts
+            place = (number * workers.world_size + workers.rank) * len(found)
             for p, (examples, loss, gradient_N) in enumerate(found):
                 row = torch.cat([torch.ones_like(loss).view(1), loss.view(1), gradient_N.flatten()])
                 sums_F[(place + p) % folds] += examples * row

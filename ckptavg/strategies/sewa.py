@@ -93,10 +93,12 @@ class SeWA(Strategy):
             return (Stage("searching by scores", scores=self.evaluations),)
         if self.solver == "quadratic":
             from ckptavg.objective import curvature_stages
-            from ckptavg.strategies.solvers.subset_descent import MOVES, OTHERS
+            from ckptavg.strategies.solvers.subset_descent import MOVES, OTHERS, VERIFYING
 
-            verifying = Stage("verifying subsets", scores=self.verify + OTHERS * (self.k == "auto") + 2, singles=True)
-            moves = MOVES * (self.k == "auto") + min(MOVES, self.verify - 1)
+            auto = self.k == "auto"
+            verify = min(self.verify, math.comb(n, n // 2 if self.k == "auto" else min(self.k, n)))
+            verifying = Stage(VERIFYING, scores=verify + OTHERS * auto + 2, singles=True)
+            moves = min(2 * MOVES, MOVES * auto + verify - 1)
             return curvature_stages(n, losses.batches(self.on or scored_on), verifying, 1 + moves)
         count = (self.steps or default_steps(n)) * self.samples
         learning = Stage("learning the mask", forward=count, backward=count)

@@ -56,6 +56,7 @@ def calls(path: Path) -> int:
         "aswa",
         "aswa --offload disk",
         "twa --epochs 8 --layerwise",
+        "twa --solver quadratic",
         "compare --strategies swa,soup,twa:epochs=6",
     ],
 )

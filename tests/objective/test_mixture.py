@@ -17,9 +17,11 @@ from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.context import Run
 from ckptavg.errors import TaskError
+from ckptavg.journal import Journal
 from ckptavg.objective.mixture import Mixture
 from ckptavg.runtime.progress import Progress
 from ckptavg.score import Score, Split
+from ckptavg.surrogate import Surrogate
 from ckptavg.tasks import Task
 from ckptavg.tasks.batch import size as batch_size
 from ckptavg.tasks.batch import to_device
@@ -124,6 +126,81 @@ def test_loss_and_gradient_match_torch_with_batch_statistics(checkpoints: tuple[
         (expected_gradient,) = torch.autograd.grad(2 * expected, c)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("folds", [1, 2, 3, 5, 100])
+def test_gradients_of_folds_are_those_of_their_examples(
+    checkpoints: tuple[Checkpoint, ...], reduction: str, folds: int
+):
+    """BatchNorm normalises whole batches, so a fold's losses come from the whole batches of which it has a part."""
+    splits = {"val": data(1, (6, 4, 3)), "train": data(2, (6, 6, 6))}
+    losses = Mixture(Toy(splits=splits, reduction=reduction), checkpoints, Run(device=CPU)).losses
+    row = (0.1, 0.5, 0.6, -0.2)
+    c_N = torch.tensor(row, dtype=torch.float64, requires_grad=True)
+    state = {name: t.detach().clone() if "running" in name else t for name, t in by_hand(checkpoints, c_N).items()}
+    fold_of: dict[int, list[Tensor]] = {}
+    dealt = 0
+    for batch in splits["val"]:
+        logits = torch.func.functional_call(reference_model(), state, (batch["x"],))
+        each_B = nn.functional.cross_entropy(logits, batch["y"], reduction="none")
+        parts = -(-folds // 3)  # enough for every fold, over the three batches
+        if reduction == "mean" or len(each_B) < parts:
+            parts = 1
+        for part in range(parts):
+            own_B = each_B[part::parts]
+            fold_of.setdefault((dealt + part) % folds, []).append(own_B)
+        dealt += parts
+    expected = [torch.cat(own) for _, own in sorted(fold_of.items())]
+    slopes = [torch.autograd.grad(own.mean(), c_N, retain_graph=True)[0] for own in expected]
+    examples_F, value_F, gradient_FN = losses.gradients(Coefficients((row,)), folds=folds)
+    assert examples_F.tolist() == [len(own) for own in expected] and examples_F.sum() == 13
+    torch.testing.assert_close(value_F, torch.stack([own.detach().mean() for own in expected]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient_FN, torch.stack([s - s.mean() for s in slopes]), rtol=1e-10, atol=1e-12)
+    value, gradient_N = losses.gradient(Coefficients((row,)))
+    assert float(examples_F @ value_F) / 13 == pytest.approx(value, rel=1e-12)
+    torch.testing.assert_close(examples_F @ gradient_FN / 13, gradient_N, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("reduction", "most"), [("none", 8), ("mean", 5)])
+def test_there_are_as_many_folds_as_the_losses_allow(checkpoints: tuple[Checkpoint, ...], reduction: str, most: int):
+    """Five batches have 5 losses, or as many parts as are asked for."""
+    splits = {"val": data(1, (3, 3, 3, 2, 2))}
+    losses = Mixture(Toy(splits=splits, reduction=reduction), checkpoints, Run(device=CPU)).losses
+    mean = Coefficients.uniform(range(4), 4)
+    for folds in range(1, 9):
+        examples_F, _, _ = losses.gradients(mean, folds=folds)
+        assert len(examples_F) == min(folds, most) and examples_F.sum() == 13
+
+
+def test_an_interrupted_run_has_the_derivatives_of_the_journal_and_repeats_no_batch(
+    checkpoints: tuple[Checkpoint, ...], tmp_path: Path
+):
+    found: list[tuple[Surrogate, tuple[Tensor, ...]]] = []
+    for batches in (2, 0):  # of data: the second run has none, and needs none
+        task = Toy(splits={"val": data(1, (5, 4))[:batches]})
+        with Journal(tmp_path / "out", resume=True, keep=True) as journal:
+            journal.begin({"run": 1})
+            losses = Mixture(task, checkpoints, Run(device=CPU, journal=journal)).losses
+            two = [losses.gradients(Coefficients.uniform([0, 2], 4), folds=folds) for folds in (3, 2)]
+            found.append((losses.surrogate(examples=5), (*two[0], *two[1])))
+    (q, first), (resumed, second) = found
+    assert torch.equal(q.hessian_NN, resumed.hessian_NN) and torch.equal(q.gradient_N, resumed.gradient_N)
+    assert (q.value, q.curvature, q.note) == (resumed.value, resumed.curvature, resumed.note)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("examples", "batches"), [(1, 1), (5, 1), (6, 2), (9, 2), (100, 2), (None, 2)])
+def test_a_surrogate_of_some_examples_uses_as_few_whole_batches(
+    checkpoints: tuple[Checkpoint, ...], examples: int | None, batches: int
+):
+    mixture = Mixture(Toy(), checkpoints, Run(device=CPU))
+    q = mixture.losses.surrogate(examples=examples)
+    few = Mixture(Toy(splits={"val": data(1, (5, 4))[:batches]}), checkpoints, Run(device=CPU))
+    expected = few.losses.surrogate()
+    assert torch.equal(q.hessian_NN, expected.hessian_NN) and q.value == expected.value
+    spent, least = mixture.cost(), few.cost()
+    assert (spent.forward_batches, spent.backward_batches) == (least.forward_batches, least.backward_batches)
 
 
 def test_score_matches_torch_with_recomputed_statistics(checkpoints: tuple[Checkpoint, ...]):

@@ -9,20 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quadratic import random_surrogate
 
 from ckptavg.surrogate import Surrogate, subsets
-from ckptavg.surrogate.subsets import best_subsets
+from ckptavg.surrogate.subsets import best_of_sizes, best_subsets
 
 # q of order 1, as sums of at most N² terms of order 1/K²; the two sides add them in different orders
 CLOSE = 1e-12
-
-
-def random_surrogate(n: int, seed: int, *, psd: bool = True, slope: float = 1.0, rank: int | None = None) -> Surrogate:
-    draws = torch.Generator().manual_seed(seed)
-    half = torch.randn(n, rank or 2 * n, generator=draws, dtype=torch.float64)
-    square = torch.randn(n, n, generator=draws, dtype=torch.float64)
-    hessian = half @ half.T / half.shape[1] if psd else (square + square.T) / 2
-    return Surrogate(1.5, slope * torch.randn(n, generator=draws, dtype=torch.float64), hessian, "exact")
 
 
 def at_the_average_of(q: Surrogate, mask: tuple[int, ...]) -> float:
@@ -120,6 +113,34 @@ def test_the_swap_search_ends_where_no_exchange_is_better(k: int):
     assert found.values[0] <= min(at_the_average_of(q, tuple(mask)) for mask in near) + CLOSE
     assert found.values == pytest.approx([at_the_average_of(q, mask) for mask in found.masks], abs=CLOSE)
     assert list(found.values) == sorted(found.values)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 8), st.booleans(), st.sampled_from([0.0, 0.05, 1.0]), st.integers(0, 10**6))
+def test_of_many_sizes_every_subset_ends_where_no_exchange_is_better(n: int, psd: bool, slope: float, seed: int):
+    q, draws = random_surrogate(n, seed, psd=psd, slope=slope), torch.Generator().manual_seed(seed)
+    best = {k: ranked(q, k)[0] for k in range(1, n + 1)}
+    start = {k: tuple(torch.randperm(n, generator=draws)[:k].tolist()) for k in best}
+    for found in (best_of_sizes(q, start), best_of_sizes(q, best.keys())):
+        for k, mask in found.items():
+            rest = set(range(n)) - set(mask)
+            near = [tuple(set(mask) - {i} | {j}) for i in mask for j in rest]
+            value = at_the_average_of(q, mask)
+            assert len(set(mask)) == k and value >= at_the_average_of(q, best[k]) - CLOSE
+            assert value <= min(at_the_average_of(q, other) for other in [mask, *near]) + CLOSE
+    assert all(
+        at_the_average_of(q, mask) <= at_the_average_of(q, start[k]) + CLOSE
+        for k, mask in best_of_sizes(q, start).items()
+    )
+    assert best_of_sizes(q, best) == best
+
+
+def test_most_subsets_of_all_sizes_are_the_best_of_their_size():
+    hits = 0
+    for seed in range(10):
+        q = random_surrogate(9, seed, slope=0.1)
+        hits += sum(mask == ranked(q, k)[0] for k, mask in best_of_sizes(q, range(1, 10)).items())
+    assert hits >= 0.8 * 90
 
 
 @pytest.mark.parametrize("k", [2, 4])

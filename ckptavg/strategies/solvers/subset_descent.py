@@ -37,9 +37,11 @@ def descend(
     """
     n, folds = objective.n, measured(objective, losses, on, hessian)
     selection, notes, moves = Selection(objective, select_by), [folds.q.note] if folds.q.note else [], 0
-    total = verify + len(selection.plain)
+    total, masks, held = verify + len(selection.plain), dict[int, Mask](), dict[int, float]()
     if k == "auto":
         sizes, held_out = _sizes(n), math.inf
+        if len(folds) == 1:
+            notes.append("no cross-validation, because the loss has one value in all: K is chosen by the fitted loss")
         while True:
             objective.progress("choosing K", moves, MOVES)
             masks = best_of_sizes(folds.q, sizes)
@@ -50,11 +52,11 @@ def descend(
             held_out, folds, moves = held[k], _recentered(folds, losses, masks[k], on), moves + 1
         few = sorted(held, key=lambda size: held[size])[:OTHERS]
         selection.score([Coefficients.uniform(masks[size], n) for size in few], VERIFYING, total)
-    else:
-        masks = best_of_sizes(folds.q, [k])
-        held = held_out_of_sizes(folds, masks)
     tried, chosen = list[Mask](), None
     near = best_subsets(folds.q, k, verify)
+    if not masks:
+        masks = {k: near.masks[0]}
+        held = held_out_of_sizes(folds, masks)
     while len(tried) < verify and (fresh := [mask for mask in near.masks if mask not in tried]):
         tried.append(fresh[0])
         selection.score([Coefficients.uniform(fresh[0], n)], VERIFYING, total)
