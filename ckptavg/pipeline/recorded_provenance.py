@@ -237,7 +237,7 @@ def _check_coefficients(name: str, strategy: Strategy, coefficients: Coefficient
             raise ValueError(f"the coefficients are not equal, as those of {name} are")
         k = 1 if name == "best" else getattr(strategy, "k", "auto")
         # SeWA may take a single candidate, or the mean of all, if it is better than every average of k
-        if k not in ("auto", n) and not (name == "sewa" and (n == 1 or n > k)):
+        if isinstance(k, int) and k != n and not (name == "sewa" and (n == 1 or n > k)):
             raise ValueError(f"{n} sources, but {name} with its settings has {k}")
     elif isinstance(strategy, TWA) and strategy.constraint == "simplex" and min(map(min, coefficients.values)) < 0:
         raise ValueError("a coefficient is negative, but the constraint is simplex")

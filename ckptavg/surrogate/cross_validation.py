@@ -39,8 +39,8 @@ class Fit:
     fitted: float
 
 
-def shrunk(folds: Folds, strengths: Mapping[Constraint, Sequence[float]]) -> Fit | None:
-    """Return the fit with the lowest held-out loss over the given constraints and strengths, None if there are none.
+def shrunk(folds: Folds, strengths: Mapping[Constraint, Sequence[float]]) -> Fit:
+    """Return the fit with the lowest held-out loss over the given constraints and strengths.
 
     For every constraint, strength λ and fold f, q of the other folds plus λ·h/2·‖β − 1/N‖² is minimised and q_f
     evaluated there; the λ with the lowest mean of these is used on all folds. A single fold is not held out.
@@ -50,8 +50,6 @@ def shrunk(folds: Folds, strengths: Mapping[Constraint, Sequence[float]]) -> Fit
     """
     fits: list[Fit] = []
     for constraint, tried in strengths.items():
-        if not tried:
-            continue
         solve = _SOLVE[constraint]
         fits_FSN = [solve(folds.without(f), tried) for f in range(len(folds))]
         held_FS = torch.stack([folds.only(f)(beta_SN) for f, beta_SN in enumerate(fits_FSN)])
@@ -64,7 +62,7 @@ def shrunk(folds: Folds, strengths: Mapping[Constraint, Sequence[float]]) -> Fit
                 held_out=float(held_S[best]), fitted=float(folds.q(beta_N)),
             )
         )  # fmt: skip
-    return min(fits, key=lambda fit: fit.held_out, default=None)
+    return min(fits, key=lambda fit: fit.held_out)
 
 
 def held_out_of_sizes(folds: Folds, masks: Mapping[int, Mask]) -> dict[int, float]:

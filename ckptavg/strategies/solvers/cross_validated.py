@@ -1,7 +1,7 @@
 """Fit the coefficients to a quadratic model of the loss, with the shrinkage that has the lowest held-out loss."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, TypeAlias
 
 import torch
@@ -12,11 +12,11 @@ from ckptavg.errors import NotFiniteError
 from ckptavg.objective import Hessian, Learned, Losses, Objective, SelectBy
 from ckptavg.objective.selection import Selection
 from ckptavg.score import Split
-from ckptavg.surrogate.cross_validation import STRENGTHS, Constraint, Fit, shrunk
+from ckptavg.surrogate.cross_validation import STRENGTHS, Constraint, shrunk
 from ckptavg.surrogate.folds import Folds
 
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
-MOVES: Final = 8  # gradient passes after that at the mean
+MOVES: Final = 12  # gradient passes after that at the mean
 EXAMPLES: Final = 256  # for the second derivatives; more change nothing
 FAR: Final = 100.0  # coefficients beyond which no loss is near a quadratic
 SETTLED: Final = 1e-3  # fraction by which the held-out loss must fall for another pass
@@ -38,11 +38,47 @@ def row(mixture: Coefficients) -> Tensor:
     return torch.tensor(mixture.values[0], dtype=torch.float64)
 
 
-def _measured_at(fit: Fit, losses: Losses, on: Split | None) -> tuple[Coefficients, Gradients] | None:
-    """Return the mixture of a fit with the losses and gradients there; None if it is so far that these are no use."""
-    if float(fit.beta_N.abs().max()) > FAR:
+def _fits(
+    objective: Objective, losses: Losses, folds: Folds, on: Split | None,
+    strengths: Mapping[Constraint, Sequence[float]],
+) -> tuple[list[Coefficients], float, list[dict[str, float | str | None]]]:  # fmt: skip
+    """Return the mean and the fits that were used, the last one's held-out loss less its fitted one, and a table."""
+    points = [Coefficients.uniform(range(objective.n), objective.n)]
+    rows: list[dict[str, float | str | None]] = []
+    real, held_out, optimism, step = folds.q.value, math.inf, 0.0, 1.0
+    for move in range(MOVES):
+        objective.progress(RECENTERING, move, MOVES, loss=real)
+        fit = shrunk(folds, strengths)
+        if fit.held_out >= held_out:
+            break
+        now_N = row(points[-1])
+        beta_N = now_N + step * (fit.beta_N - now_N)
+        fitted, there = float(folds.q(beta_N)), _measured_at(beta_N, losses, on)
+        loss = math.inf if there is None else float(folds.share_F @ there[1][1])
+        # where more shrinkage raises the fitted loss, it may rise further by no more than the held-out loss falls
+        wrong = real - loss < KEPT * (real - fitted) if fitted < real else loss - fitted > held_out - fit.held_out
+        rows.append({
+            "constraint": fit.constraint, "shrinkage": fit.strength, "step": step, "held-out": fit.held_out,
+            "quadratic": fitted, "loss": None if there is None else loss, "": "not used" if wrong else None,
+        })  # fmt: skip
+        if wrong or there is None:
+            step /= 2
+            continue
+        points.append(there[0])
+        real, optimism = loss, max(0.0, fit.held_out - fit.fitted)
+        if step == 1 and held_out - fit.held_out < SETTLED * abs(fit.held_out):
+            break
+        held_out = fit.held_out if step == 1 else held_out
+        folds, step = Folds.at(row(there[0]), folds.q, *there[1]), min(1.0, 2 * step)
+    objective.progress(RECENTERING, MOVES, MOVES, loss=real)
+    return points, optimism, rows
+
+
+def _measured_at(beta_N: Tensor, losses: Losses, on: Split | None) -> tuple[Coefficients, Gradients] | None:
+    """Return the mixture with the losses and gradients there; None if it is so far away that these are no use."""
+    if float(beta_N.abs().max()) > FAR:
         return None
-    point = Coefficients((tuple((fit.beta_N / fit.beta_N.sum()).tolist()),))
+    point = Coefficients((tuple((beta_N / beta_N.sum()).tolist()),))
     try:
         return point, losses.gradients(point, on)
     except NotFiniteError:
@@ -57,8 +93,9 @@ def descend(
 
     The quadratic is recentered at each fit: losses and gradients of all folds there, at the cost of a forward and a
     backward pass, with the second derivatives kept; then strength and constraint are chosen again, until the held-out
-    loss falls by less than `SETTLED`, at most `MOVES` times. A fit at which the real loss does not fall by `KEPT` of
-    what the quadratic predicts is not used: it lies where the quadratic is wrong, and so do fits that are shrunk less.
+    loss falls by less than `SETTLED`, with at most `MOVES` such passes. A fit at which the real loss does not fall by
+    `KEPT` of what the quadratic predicts is not used: it lies where the quadratic is wrong, and half the way to it is
+    tried.
 
     The last fit is returned, unless the mean or a single candidate has a lower loss. Where the metric decides and not
     the loss, the best of these and of all fits is; see `ckptavg.objective.selection.Selection`.
@@ -73,33 +110,8 @@ def descend(
         ridge = 1.0
         notes.append("no cross-validation, because the loss has one value in all: --ridge 1 was used")
     kinds: tuple[Constraint, ...] = ("affine", "simplex") if constraint is None else (constraint,)
-    tried: dict[Constraint, Sequence[float]] = dict.fromkeys(kinds, STRENGTHS if ridge is None else (ridge,))
-    points = [Coefficients.uniform(range(objective.n), objective.n)]
-    rows: list[dict[str, float | str | None]] = []
-    real, held_out, optimism, struck = folds.q.value, math.inf, 0.0, False
-    for move in range(MOVES):
-        objective.progress(RECENTERING, move, MOVES, loss=real)
-        fit = shrunk(folds, tried)
-        if fit is None or (struck and fit.fitted >= real):  # all that is left lies behind the last fit
-            break
-        measured_there = _measured_at(fit, losses, on)
-        loss = math.inf if measured_there is None else float(folds.share_F @ measured_there[1][1])
-        wrong = loss == math.inf or (fit.fitted < real and real - loss < KEPT * (real - fit.fitted))
-        rows.append({
-            "constraint": fit.constraint, "shrinkage": fit.strength, "held-out": fit.held_out, "quadratic": fit.fitted,
-            "loss": None if loss == math.inf else loss, "": "not used" if wrong else None,
-        })  # fmt: skip
-        if wrong or measured_there is None:
-            tried[fit.constraint] = [strength for strength in tried[fit.constraint] if strength > fit.strength]
-            struck = True
-            continue
-        point, gradients = measured_there
-        points.append(point)
-        real, optimism, struck = loss, max(0.0, fit.held_out - fit.fitted), False
-        if held_out - fit.held_out < SETTLED * abs(fit.held_out):
-            break
-        held_out, folds = fit.held_out, Folds.at(row(point), folds.q, *gradients)
-    objective.progress(RECENTERING, MOVES, MOVES, loss=real)
+    strengths = dict.fromkeys(kinds, STRENGTHS if ridge is None else (ridge,))
+    points, optimism, rows = _fits(objective, losses, folds, on, strengths)
     if len(points) == 1:
         notes.append("no fit has a lower loss than the mean of all candidates")
     selection = Selection(objective, select_by)

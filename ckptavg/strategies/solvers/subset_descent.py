@@ -34,29 +34,23 @@ def descend(
     best subset of a network in a wide valley may rank only hundredth on the quadratic around the mean.
 
     The single candidates, the mean of all and the mean of the last K are scored too, and returned if they are better.
+    The held-out loss is the real loss of the answer plus what choosing a subset of its size gains on the quadratic.
     """
     n, folds = objective.n, measured(objective, losses, on, hessian)
     selection, notes, moves = Selection(objective, select_by), [folds.q.note] if folds.q.note else [], 0
-    total, masks, held = verify + len(selection.plain), dict[int, Mask](), dict[int, float]()
+    total = verify + len(selection.plain)
     if k == "auto":
-        sizes, held_out = _sizes(n), math.inf
         if len(folds) == 1:
             notes.append("no cross-validation, because the loss has one value in all: K is chosen by the fitted loss")
-        while True:
-            objective.progress("choosing K", moves, MOVES)
-            masks = best_of_sizes(folds.q, sizes)
-            held = held_out_of_sizes(folds, masks)
-            k = min(held, key=lambda size: held[size])
-            if moves == MOVES or held_out - held[k] < SETTLED * abs(held[k]):
-                break
-            held_out, folds, moves = held[k], _recentered(folds, losses, masks[k], on), moves + 1
-        few = sorted(held, key=lambda size: held[size])[:OTHERS]
-        selection.score([Coefficients.uniform(masks[size], n) for size in few], VERIFYING, total)
-    tried, chosen = list[Mask](), None
-    near = best_subsets(folds.q, k, verify)
-    if not masks:
-        masks = {k: near.masks[0]}
+        folds, masks, held, moves = _sizes_tried(objective, losses, folds, on)
+        k, *others = sorted(held, key=lambda size: held[size])[: 1 + OTHERS]
+        selection.score([Coefficients.uniform(masks[size], n) for size in (k, *others)], VERIFYING, total)
+    else:
+        masks = {k: best_subsets(folds.q, k, 1).masks[0]}
         held = held_out_of_sizes(folds, masks)
+    optimism = _optimism(folds, masks, held) if (on or objective.scored_on) == objective.scored_on else {}
+    near = best_subsets(folds.q, k, verify)
+    tried, chosen = list[Mask](), None
     while len(tried) < verify and (fresh := [mask for mask in near.masks if mask not in tried]):
         tried.append(fresh[0])
         selection.score([Coefficients.uniform(fresh[0], n)], VERIFYING, total)
@@ -72,10 +66,28 @@ def descend(
     if len(best.selected) not in (k, *masks):
         plain = "the mean of all candidates" if len(best.selected) == n else "a single candidate"
         notes.append(f"{plain} is better than every average of {k} that was scored, and was taken")
+    gap = optimism.get(len(best.selected))
     return Learned(
-        coefficients=best, notes=[*notes, *filter(None, [selection.note()])],
+        coefficients=best, held_out=None if gap is None else selection.loss(best) + max(0.0, gap),
+        notes=[*notes, *filter(None, [selection.note()])],
         tables={"best subset of each size": _rows(folds, masks, held, selection)},
     )  # fmt: skip
+
+
+def _sizes_tried(
+    objective: Objective, losses: Losses, folds: Folds, on: Split | None
+) -> tuple[Folds, Mapping[int, Mask], Mapping[int, float], int]:
+    """Return the recentered folds, K → the best subset and its held-out loss, and how often they were recentered."""
+    sizes, lowest = _sizes(objective.n), math.inf
+    for moves in range(MOVES + 1):
+        objective.progress("choosing K", moves, MOVES)
+        masks = best_of_sizes(folds.q, sizes)
+        held = held_out_of_sizes(folds, masks)
+        k = min(held, key=lambda size: held[size])
+        if moves == MOVES or lowest - held[k] < SETTLED * abs(held[k]):
+            return folds, masks, held, moves
+        lowest, folds = held[k], _recentered(folds, losses, masks[k], on)
+    raise AssertionError
 
 
 def _sizes(n: int) -> list[int]:
@@ -93,6 +105,13 @@ def _recentered(folds: Folds, losses: Losses, mask: Mask, on: Split | None) -> F
         return Folds.at(row(mixture), folds.q, *losses.gradients(mixture, on))
     except NotFiniteError:
         return folds
+
+
+def _optimism(folds: Folds, masks: Mapping[int, Mask], held_out: Mapping[int, float]) -> dict[int, float]:
+    """Return K → the held-out loss less the fitted one, on the quadratic; empty without folds to hold out."""
+    if len(folds) == 1:
+        return {}
+    return {k: held_out[k] - float(folds.q(row(Coefficients.uniform(mask, folds.q.n)))) for k, mask in masks.items()}
 
 
 def _rows(
