@@ -51,8 +51,8 @@ def shrunk(folds: Folds, strengths: Mapping[Constraint, Sequence[float]]) -> Fit
     fits: list[Fit] = []
     for constraint, tried in strengths.items():
         solve = _SOLVE[constraint]
-        fits_FSN = [solve(folds.without(f), tried) for f in range(len(folds))]
-        held_FS = torch.stack([folds.only(f)(beta_SN) for f, beta_SN in enumerate(fits_FSN)])
+        beta_FSN = solve(folds.q, tried, torch.stack([folds.without(f).gradient_N for f in range(len(folds))]))
+        held_FS = torch.stack([folds.only(f)(beta_SN) for f, beta_SN in enumerate(beta_FSN)])
         held_S = folds.share_F @ held_FS
         best = int(held_S.argmin())
         beta_N = solve(folds.q, [tried[best]])[0]
