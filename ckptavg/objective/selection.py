@@ -1,7 +1,7 @@
 """The mixtures that a search has scored, and the choice among them by loss or by metric."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final, Literal
 
 import torch
@@ -58,43 +58,47 @@ class Selection:
         """What decides now."""
         return by_what(self.scores.values(), self._select_by)
 
-    def rank(self, mixture: Coefficients) -> tuple[float, float]:
-        """Return the key of a scored mixture by what decides now; larger is better."""
-        return (self.scores[mixture].value if self.by == "metric" else 0.0, -self.loss(mixture))
+    def ranking(self) -> Callable[[Coefficients], tuple[float, float]]:
+        """Return the key by which scored mixtures are ranked now; larger is better."""
+        by = self.by
+        return lambda mixture: (self.scores[mixture].value if by == "metric" else 0.0, -self.loss(mixture))
 
     def best(self, among: Collection[Coefficients] | None = None) -> Coefficients:
         """Return the best of the scored mixtures, or of those ``among`` them; ties go to the first scored."""
         mixtures = [mixture for mixture in self.scores if among is None or mixture in among]
-        if self.by == "metric":
-            return max(mixtures, key=self.rank)
-        lowest = min(mixtures, key=self.loss)
+        first = max(mixtures, key=self.ranking())
         plain = [self.scores[mixture].value for mixture in self.plain if mixture in self.scores]
-        if plain and self._select_by == "auto":
-            limit = math.inf if lowest in self.plain else self.loss(lowest) + CLOSE * abs(self.loss(lowest))
-            as_good = [m for m in mixtures if self.scores[m].value >= max(plain) and self.loss(m) <= limit]
-            return min(as_good or [lowest], key=self.loss)
-        return lowest
+        if not plain or self.by == "metric" or self._select_by != "auto":
+            return first
+        limit = math.inf if first in self.plain else self.loss(first) + CLOSE * abs(self.loss(first))
+        searched = [m for m in mixtures if m not in self.plain and self.loss(m) <= limit]
+        as_good = [m for m in searched if self.scores[m].value >= max(plain)]
+        return min(as_good, key=self.loss, default=first)
 
     def figures(self, mixture: Coefficients) -> str:
         """Return the metric and the loss of a scored mixture in words."""
         return ", ".join(f"{name} {value:.4f}" for name, value in self.scores[mixture].figures.items())
 
-    def note(self) -> str:
-        """Return the sentence for the report that says what decided and why; empty if the loss is the only score."""
-        scores = list(self.scores.values())
+    def note(self, chosen: Coefficients | None = None) -> str:
+        """Return the sentence for the report that says what decided and why; empty if nothing else could have."""
+        scores, by = list(self.scores.values()), self.by
         name = next((score.name for score in scores if score.metric is not None and score.loss is not None), None)
         if name is None:
-            return ""
+            only = "loss" if by == "loss" else "score"
+            return f"--select-by {self._select_by}: the task has a {only} alone" if self._select_by != "auto" else ""
+        many = f"among {len(scores)} scored mixtures"
         if self._select_by != "auto":
-            return f"chosen by {self.by} (--select-by) among {len(scores)} scored mixtures"
+            return f"chosen by {name if by == 'metric' else by} (--select-by) {many}"
         agreement, error = _agreement(scores)
         if agreement is None:
-            return f"chosen by {name} among {len(scores)} scored mixtures: too few to say whether the loss agrees"
-        verb = "ranks" if self.by == "loss" else "does not rank"
-        return (
-            f"chosen by {'loss' if self.by == 'loss' else name} among {len(scores)} scored mixtures: the loss {verb} "
-            f"them like {name} (Spearman {agreement:.2f} ± {error:.2f}); --select-by decides otherwise"
-        )
+            return f"chosen by {name} {many}: too few to say whether the loss agrees"
+        verb = "ranks" if by == "loss" else "does not rank"
+        reason = f"the loss {verb} them like {name} (Spearman {agreement:.2f} ± {error:.2f})"
+        if by == "loss" and chosen and self.loss(chosen) > min(map(self.loss, self.scores)):
+            what = f"by loss among those whose {name} is at least that of every plain average"
+        else:
+            what = "by loss" if by == "loss" else f"by {name}"
+        return f"chosen {what}, {many}: {reason}; --select-by decides otherwise"
 
 
 def by_what(scores: Collection[Score], select_by: SelectBy = "auto") -> Literal["loss", "metric"]:

@@ -55,7 +55,8 @@ def choose(
     if selection.by == "loss" and any(run.learned.held_out is not None for run in runs):
         held_out = [(run.held_out, i) for i, run in enumerate(runs) if run.held_out is not None]
         return runs[min(held_out)[1]], "held-out loss", selection.note()
-    best = max(runs, key=lambda run: selection.rank(run.learned.coefficients))
+    rank = selection.ranking()
+    best = max(runs, key=lambda run: rank(run.learned.coefficients))
     return best, selection.by, selection.note()
 
 

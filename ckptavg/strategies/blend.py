@@ -51,7 +51,7 @@ class Blend(Strategy):
         singles = Coefficients.singles(n)[::-1]  # equal scores go to the later candidate
         if self.anchor == "best":
             selection.score(singles, SCORED_ALONE.name, n)
-        anchor = selection.best() if self.anchor == "best" else singles[0]
+        anchor = max(singles, key=selection.ranking()) if self.anchor == "best" else singles[0]
         averages: Mapping[str, PlainAverage] = {"swa": SWA(), "lawa": LAWA(k=min(LAWA.k, n)), "ema": EMA()}
         average = averages[self.towards].coefficients(n)
         if anchor == average:
@@ -77,7 +77,7 @@ class Blend(Strategy):
         chosen = next(x for x, mixture in points.items() if mixture == best)
         title = f"(1 − λ)·{self.anchor} + λ·{self.towards}"
         rows = [{"λ": x} | selection.scores[points[x]].figures for x in sorted(points)]
-        notes = [f"λ = {chosen:.3g} of {title}", selection.note()]
+        notes = [f"λ = {chosen:.3g} of {title}", selection.note(best)]
         return Learned(coefficients=best, notes=[note for note in notes if note], tables={title: rows})
 
 

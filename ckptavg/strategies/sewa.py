@@ -93,11 +93,11 @@ class SeWA(Strategy):
             return (Stage("searching by scores", scores=self.evaluations),)
         if self.solver == "quadratic":
             from ckptavg.objective import curvature_stages
-            from ckptavg.strategies.solvers.subset_descent import MOVES, OTHERS, VERIFYING
+            from ckptavg.strategies.solvers.subset_descent import MOVES, VERIFYING
 
             auto = self.k == "auto"
             verify = min(self.verify, math.comb(n, n // 2 if self.k == "auto" else min(self.k, n)))
-            verifying = Stage(VERIFYING, scores=verify + OTHERS * auto + 2, singles=True)
+            verifying = Stage(VERIFYING, scores=verify + 2, singles=True)
             moves = min(2 * MOVES, MOVES * auto + verify - 1)
             return curvature_stages(n, losses.batches(self.on or scored_on), verifying, 1 + moves)
         count = (self.steps or default_steps(n)) * self.samples
@@ -126,14 +126,9 @@ class SeWA(Strategy):
             if losses is None:
                 raise UsageError("the quadratic solver needs a loss, not scores alone", hint="--solver gumbel")
             return subset_descent.descend(
-                objective,
-                losses,
-                self.k,
-                on=self.on,
-                hessian=self.hessian,
-                verify=self.verify,
+                objective, losses, self.k, on=self.on, hessian=self.hessian, verify=self.verify,
                 select_by=self.select_by,
-            )
+            )  # fmt: skip
         assert self.k != "auto"
         if losses is None:
             return score_search.reinforce(objective, self.k, lr=self.lr, evaluations=self.evaluations)

@@ -143,11 +143,12 @@ class TWA(Strategy):
                 select_by=self.select_by,
             )  # fmt: skip
         far = [c for row in learned.coefficients.values for c in row if not FAR[0] <= c <= FAR[1]]
-        if not far or learned.held_out is not None:
+        if not far:
             return learned
+        ways = "--weight-decay or --patience" if self.solver == "gradient" else "--ridge 1"
         note = (
             f"{counted(len(far), 'coefficient')} outside [−1, 2], up to {max(far, key=abs):.2f}, suggest overfitting: "
-            "try --constraint simplex, --weight-decay or --patience"
+            f"try --constraint simplex, {ways}"
         )
         return replace(learned, notes=[*learned.notes, note])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ckptavg.surrogate.folds import Folds
 from ckptavg.surrogate.optimum import shrunk_optima, shrunk_simplex_optima
-from ckptavg.surrogate.subsets import Mask, best_of_sizes
+from ckptavg.surrogate.subsets import best_of_sizes
 
 Constraint: TypeAlias = Literal["affine", "simplex"]
 STRENGTHS: Final = (0.0, *(10 ** (half / 2) for half in range(-8, 7)))
@@ -65,16 +65,16 @@ def shrunk(folds: Folds, strengths: Mapping[Constraint, Sequence[float]]) -> Fit
     return min(fits, key=lambda fit: fit.held_out)
 
 
-def held_out_of_sizes(folds: Folds, masks: Mapping[int, Mask]) -> dict[int, float]:
+def held_out_of_sizes(folds: Folds, sizes: Sequence[int]) -> dict[int, float]:
     """Return K → the held-out loss of the best subset of K candidates.
 
-    For every fold f, the best subset on the other folds is searched from ``masks``, those on all folds, and q_f is
-    evaluated at its uniform average.
+    For every fold f, the best subset on the other folds is searched, without those on all folds, which know f, and q_f
+    is evaluated at its uniform average.
     """
-    held_K = torch.zeros(len(masks), dtype=torch.float64)
+    held_K = torch.zeros(len(sizes), dtype=torch.float64)
     for f, share in enumerate(folds.share_F.tolist()):
-        rows_KN = torch.zeros(len(masks), folds.q.n, dtype=torch.float64)
-        for row_N, mask in zip(rows_KN, best_of_sizes(folds.without(f), masks).values(), strict=True):
+        rows_KN = torch.zeros(len(sizes), folds.q.n, dtype=torch.float64)
+        for row_N, mask in zip(rows_KN, best_of_sizes(folds.without(f), sizes).values(), strict=True):
             row_N[list(mask)] = 1 / len(mask)
         held_K += share * folds.only(f)(rows_KN)
-    return dict(zip(masks, held_K.tolist(), strict=True))
+    return dict(zip(sizes, held_K.tolist(), strict=True))

@@ -6,7 +6,7 @@ of the candidates.
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -197,23 +197,17 @@ def _exchanged(x_MN: Tensor, at_M: Tensor) -> Tensor:
     return x_MN.scatter(1, (at_M // n)[:, None], 0).scatter(1, (at_M % n)[:, None], 1)
 
 
-def best_of_sizes(q: Surrogate, start: Iterable[int] | Mapping[int, Mask]) -> dict[int, Mask]:
+def best_of_sizes(q: Surrogate, sizes: Sequence[int]) -> dict[int, Mask]:
     """Return K → the best subset of K candidates found by exchanges, of many sizes at once.
 
-    Greedy subsets, or those of ``start``, are improved by the best exchange of one candidate for another until none
-    lowers q. A heuristic: `best_subsets` searches one size from many starts.
+    Greedy subsets are improved by the best exchange of one candidate for another until none lowers q. A heuristic:
+    `best_subsets` searches one size from many starts.
     """
-    g_N, h_NN = q.gradient_N, q.hessian_NN
-    sizes = list(start)
+    g_N, h_NN, grown = q.gradient_N, q.hessian_NN, _grown(q)
     k_M = torch.tensor(sizes, dtype=g_N.dtype)
     x_MN = torch.zeros(len(sizes), q.n, dtype=g_N.dtype)
-    if isinstance(start, Mapping):
-        for row_N, mask in zip(x_MN, start.values(), strict=True):
-            row_N[list(mask)] = 1
-    else:
-        grown = _grown(q)
-        for row_N, k in zip(x_MN, sizes, strict=True):
-            row_N[grown[:k]] = 1
+    for row_N, k in zip(x_MN, sizes, strict=True):
+        row_N[grown[:k]] = 1
     diagonal_N = h_NN.diagonal()
     at_work_M = torch.arange(len(sizes))
     while len(at_work_M):

@@ -75,7 +75,8 @@ def choose(
 
     search = SwapSearch(selection, values, swaps)
     search.descend(selection.best(masks))
-    order = sorted(range(n), key=lambda i: selection.rank(singles[i]), reverse=True)
+    rank = selection.ranking()
+    order = sorted(range(n), key=lambda i: rank(singles[i]), reverse=True)
     search.descend(Coefficients.uniform(order[:k], n))
     towards = values(singles[order[0]]) if k > 1 and search.left else ()
     order[1:] = sorted(order[1:], key=lambda i: towards[i], reverse=True) if towards else order[1:]

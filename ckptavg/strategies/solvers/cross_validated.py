@@ -18,7 +18,7 @@ from ckptavg.surrogate.folds import Folds
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
 MOVES: Final = 12  # gradient passes after that at the mean
 EXAMPLES: Final = 256  # for the second derivatives; more change nothing
-FAR: Final = 100.0  # coefficients beyond which no loss is near a quadratic
+FAR: Final = 10.0  # coefficients beyond which no loss is near a quadratic
 SETTLED: Final = 1e-3  # fraction by which the held-out loss must fall for another pass
 KEPT: Final = 0.25  # fraction of the predicted fall of the loss that must come true
 RECENTERING: Final = "recentering the quadratic"
@@ -65,7 +65,7 @@ def _fits(
             step /= 2
             continue
         points.append(there[0])
-        real, optimism = loss, max(0.0, fit.held_out - fit.fitted)
+        real, optimism = loss, (1 - step) * optimism + step * max(0.0, fit.held_out - fit.fitted)
         if step == 1 and held_out - fit.held_out < SETTLED * abs(fit.held_out):
             break
         held_out = fit.held_out if step == 1 else held_out
@@ -118,7 +118,9 @@ def descend(
     selection.score([*selection.plain, *points], VERIFYING, len(selection.plain) + len(points))
     by_loss = selection.by == "loss"
     chosen = min([points[-1], *selection.plain], key=selection.loss) if by_loss else selection.best()
-    notes += [note] if (note := selection.note()) else []
+    notes += [note] if (note := selection.note(chosen)) else []
+    if chosen in selection.plain[:-1] and chosen.n > 1:
+        notes.append("no fit is better than the best single candidate, which is the answer")
     held = ridge is None and chosen == points[-1] and (on or objective.scored_on) == objective.scored_on
     return Learned(
         coefficients=chosen, notes=notes, tables={"shrinkage, by held-out loss": rows},

@@ -67,7 +67,7 @@ def reinforce(objective: Objective, k: int, *, lr: float, evaluations: int) -> L
         s_N = project_capped_simplex(s_N + lr * ascent_N / root, k)
     score(Coefficients.uniform(mask, n) for mask in likeliest(s_N, k, 1))
     search = SwapSearch(selection, lambda _: s_N.tolist(), evaluations - len(selection.scores), STAGE)
-    search.descend(max((m for m in selection.scores if is_subset(m, k)), key=selection.rank))
+    search.descend(max((m for m in selection.scores if is_subset(m, k)), key=selection.ranking()))
     trace.append(max(score.value for score in selection.scores.values()))
     best, notes = answer(selection, k)
     return Learned(coefficients=best, notes=notes, columns={"s": s_N.tolist()}, trace={"best_score": trace})

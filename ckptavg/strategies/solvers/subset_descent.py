@@ -17,7 +17,6 @@ from ckptavg.surrogate.subsets import Mask, best_of_sizes, best_subsets
 
 MOVES: Final = 5  # times the quadratic is moved to the best subset so far
 SMALL: Final = 16  # sizes up to this one are all tried; beyond it, each is a tenth larger than the last
-OTHERS: Final = 4  # sizes besides whose best subsets are scored
 
 
 def descend(
@@ -43,12 +42,12 @@ def descend(
         if len(folds) == 1:
             notes.append("no cross-validation, because the loss has one value in all: K is chosen by the fitted loss")
         folds, masks, held, moves = _sizes_tried(objective, losses, folds, on)
-        k, *others = sorted(held, key=lambda size: held[size])[: 1 + OTHERS]
-        selection.score([Coefficients.uniform(masks[size], n) for size in (k, *others)], VERIFYING, total)
+        k = min(held, key=lambda size: held[size])
     else:
         masks = {k: best_subsets(folds.q, k, 1).masks[0]}
-        held = held_out_of_sizes(folds, masks)
-    optimism = _optimism(folds, masks, held) if (on or objective.scored_on) == objective.scored_on else {}
+        held = held_out_of_sizes(folds, list(masks))
+    fitted = {size: float(folds.q(row(Coefficients.uniform(mask, n)))) for size, mask in masks.items()}
+    crossed = len(folds) > 1 and (on or objective.scored_on) == objective.scored_on
     near = best_subsets(folds.q, k, verify)
     tried, chosen = list[Mask](), None
     while len(tried) < verify and (fresh := [mask for mask in near.masks if mask not in tried]):
@@ -63,14 +62,14 @@ def descend(
     best = selection.best()
     if near.proof == "heuristic":
         notes.append(f"the best subsets of {k} on the quadratic come from a heuristic, without proof of optimality")
-    if len(best.selected) not in (k, *masks):
+    if len(best.selected) != k:
         plain = "the mean of all candidates" if len(best.selected) == n else "a single candidate"
         notes.append(f"{plain} is better than every average of {k} that was scored, and was taken")
-    gap = optimism.get(len(best.selected))
+    gap = max(0.0, held[k] - fitted[k]) if crossed and len(best.selected) == k else None
     return Learned(
-        coefficients=best, held_out=None if gap is None else selection.loss(best) + max(0.0, gap),
-        notes=[*notes, *filter(None, [selection.note()])],
-        tables={"best subset of each size": _rows(folds, masks, held, selection)},
+        coefficients=best, held_out=None if gap is None else selection.loss(best) + gap,
+        notes=[*notes, *filter(None, [selection.note(best)])],
+        tables={"best subset of each size": _rows(masks, fitted, held, selection)},
     )  # fmt: skip
 
 
@@ -82,7 +81,7 @@ def _sizes_tried(
     for moves in range(MOVES + 1):
         objective.progress("choosing K", moves, MOVES)
         masks = best_of_sizes(folds.q, sizes)
-        held = held_out_of_sizes(folds, masks)
+        held = held_out_of_sizes(folds, list(masks))
         k = min(held, key=lambda size: held[size])
         if moves == MOVES or lowest - held[k] < SETTLED * abs(held[k]):
             return folds, masks, held, moves
@@ -107,20 +106,13 @@ def _recentered(folds: Folds, losses: Losses, mask: Mask, on: Split | None) -> F
         return folds
 
 
-def _optimism(folds: Folds, masks: Mapping[int, Mask], held_out: Mapping[int, float]) -> dict[int, float]:
-    """Return K → the held-out loss less the fitted one, on the quadratic; empty without folds to hold out."""
-    if len(folds) == 1:
-        return {}
-    return {k: held_out[k] - float(folds.q(row(Coefficients.uniform(mask, folds.q.n)))) for k, mask in masks.items()}
-
-
 def _rows(
-    folds: Folds, masks: Mapping[int, Mask], held_out: Mapping[int, float], selection: Selection
+    masks: Mapping[int, Mask], fitted: Mapping[int, float], held_out: Mapping[int, float], selection: Selection
 ) -> list[dict[str, float | str | None]]:
     rows: list[dict[str, float | str | None]] = []
     for size, mask in masks.items():
-        mixture = Coefficients.uniform(mask, folds.q.n)
-        rows.append({"K": size, "quadratic": float(folds.q(row(mixture))), "held-out": held_out[size]})
+        mixture = Coefficients.uniform(mask, next(iter(selection.scores)).n)
+        rows.append({"K": size, "quadratic": fitted[size], "held-out": held_out[size]})
         if score := selection.scores.get(mixture):
             rows[-1] |= {"loss": score.loss} | ({} if score.metric is None else {score.name: score.metric})
     return rows

@@ -161,7 +161,7 @@ class _Scored:
         selection = self._selection
         selection.score(selection.plain[:-1], SCORED_ALONE.name, self._objective.n)
         best = selection.best()
-        notes = [note] if (note := selection.note()) else []
+        notes = [note] if (note := selection.note(best)) else []
         if best in selection.plain and best.n > 1:
             kind = "the mean of all candidates" if best == selection.plain[-1] else "the best single candidate"
             notes.append(f"no step of the training was better than {kind}, which is the answer")

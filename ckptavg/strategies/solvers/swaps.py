@@ -46,7 +46,7 @@ class SwapSearch:
     def _improved(self, mask: Coefficients) -> Coefficients | None:
         for out, new in rising(mask, self._values(mask))[:PATIENCE]:
             swapped = Coefficients.uniform([new if i == out else i for i in mask.selected], mask.n)
-            if self._scored(swapped) and self._selection.rank(swapped) > self._selection.rank(mask):
+            if self._scored(swapped) and (rank := self._selection.ranking())(swapped) > rank(mask):
                 return swapped
         return None
 
@@ -66,9 +66,9 @@ def is_subset(mixture: Coefficients, k: int) -> bool:
 def answer(selection: Selection, k: int) -> tuple[Coefficients, list[str]]:
     """Return the best of all scored mixtures, and notes: what decided, and if the answer is no mean of ``k``."""
     best = selection.best()
-    notes = [note] if (note := selection.note()) else []
+    notes = [note] if (note := selection.note(best)) else []
     if not is_subset(best, k):
-        mask = max((mixture for mixture in selection.scores if is_subset(mixture, k)), key=selection.rank)
+        mask = max((mixture for mixture in selection.scores if is_subset(mixture, k)), key=selection.ranking())
         kind = "a single candidate" if len(best.selected) == 1 else f"the mean of all {best.n} candidates"
         figures, others = selection.figures(best), selection.figures(mask)
         notes.append(f"asked for the mean of {k}, but {kind} is better: {figures}, the best mean of {k} {others}")
