@@ -95,10 +95,10 @@ class Selection:
         verb = "ranks" if by == "loss" else "does not rank"
         reason = f"the loss {verb} them like {name} (Spearman {agreement:.2f} ± {error:.2f})"
         if by == "loss" and chosen and self.loss(chosen) > min(map(self.loss, self.scores)):
-            what = f"by loss among those whose {name} is at least that of every plain average"
+            what = f"by loss, of those whose {name} is at least that of every plain average,"
         else:
             what = "by loss" if by == "loss" else f"by {name}"
-        return f"chosen {what}, {many}: {reason}; --select-by decides otherwise"
+        return f"chosen {what} {many}: {reason}; --select-by decides otherwise"
 
 
 def by_what(scores: Collection[Score], select_by: SelectBy = "auto") -> Literal["loss", "metric"]:

@@ -34,7 +34,8 @@ class Table(Quadratic):
 def chosen(table: Mapping[Coefficients, tuple[float, float]], select_by: SelectBy) -> tuple[Coefficients, str]:
     selection = Selection(Table(table), select_by)
     selection.score(table)
-    return selection.best(), selection.note()
+    best = selection.best()
+    return best, selection.note(best)
 
 
 def singles(*pairs: tuple[float, float]) -> dict[Coefficients, tuple[float, float]]:
@@ -58,12 +59,16 @@ def test_auto_goes_by_the_loss_where_both_agree():
     assert best == PAIR and note.startswith("chosen by loss among 8") and chosen(table, "metric")[0] == TRIPLE
 
 
-def test_auto_is_not_below_a_single_candidate_or_the_mean_by_the_metric():
+def test_auto_prefers_what_is_not_below_a_plain_average_by_the_metric_if_its_loss_is_close():
     """By loss alone the pair is the lowest, but a single candidate has a better metric."""
-    table = AGREEING | {SWA: (0.7, 1.6), PAIR: (0.74, 1.0), TRIPLE: (0.76, 1.4)}
-    assert chosen(table, "loss")[0] == PAIR and chosen(table, "auto")[0] == TRIPLE
-    del table[TRIPLE]
-    assert chosen(table, "auto")[0] == Coefficients.uniform([N - 1], N)
+    table = AGREEING | {SWA: (0.7, 1.6), PAIR: (0.74, 1.0), TRIPLE: (0.76, 1.009)}
+    best, note = chosen(table, "auto")
+    assert chosen(table, "loss")[0] == PAIR and best == TRIPLE
+    assert note.startswith("chosen by loss, of those whose accuracy is at least that of every plain average, among 9")
+    assert chosen(table | {TRIPLE: (0.76, 1.2)}, "auto")[0] == PAIR
+    lowest = Coefficients.uniform([0], N)  # a plain average, with a poor metric: then any loss will do
+    assert chosen(table | {lowest: (0.5, 0.9), TRIPLE: (0.76, 1.2)}, "auto")[0] == TRIPLE
+    assert chosen(table | {lowest: (0.5, 0.9), TRIPLE: (0.7, 1.2)}, "auto")[0] == lowest
 
 
 def test_few_mixtures_do_not_tell_whether_the_loss_agrees():
