@@ -54,18 +54,16 @@ class SeWA(Strategy):
     k: Annotated[int | Literal["auto"], "Checkpoints to average; auto if quadratic."] = 5
     solver: Annotated[Literal["gumbel", "quadratic"], "Gradient steps or a quadratic model."] = "gumbel"
     hessian: Annotated[Hessian, "Second derivatives to use.", "quadratic solver"] = "auto"
-    verify: Annotated[int, "How many of the solver's best subsets to score; 1: none.", "both solvers"] = 8
-    swaps: Annotated[int, "Most scores to spend on swaps of one candidate.", "gumbel solver"] = 100
-    select_by: Annotated[SelectBy, "What chooses: auto is the loss if the metric agrees with it.", "all searches"] = (
-        "auto"
-    )
+    verify: Annotated[int, "How many of the best subsets to score; 1: none.", "both solvers"] = 8
+    swaps: Annotated[int, "Most scores of swaps of one candidate.", "gumbel solver"] = 100
+    select_by: Annotated[SelectBy, "What chooses: auto is the loss if the metric agrees.", "both solvers"] = "auto"
     steps: Annotated[int | None, "Steps of the mask; default 1 per candidate, at least 100.", "gumbel solver"] = None
     lr: Annotated[float, "Learning rate η ≈ size of the first steps.", "gumbel solver"] = 0.05
     samples: Annotated[int, "Monte Carlo samples M per step.", "gumbel solver"] = 2
     tau_start: Annotated[float, "Temperature at the first step.", "gumbel solver"] = 1.0
     tau_end: Annotated[float, "Temperature at the last step.", "gumbel solver"] = 0.3
     on: Annotated[
-        Literal["val", "train"] | None, "Data to learn the mask on; default val if the task has it.", "both solvers"
+        Literal["val", "train"] | None, "Data to learn the mask on; default val, if any.", "both solvers"
     ] = None
     straight_through: Annotated[bool, "Round the sampled mask to 0 or 1 in the forward pass.", "gumbel solver"] = False
     evaluations: Annotated[int, "Scores to spend with --score-cmd or --lm-eval.", "search by scores"] = 100

@@ -76,9 +76,7 @@ class TWA(Strategy):
     clip: Annotated[float | None, "Largest norm of the gradient of x.", "gradient solver"] = None
     sam_rho: Annotated[float, "Radius of a sharpness-aware (SAM) step.", "gradient solver"] = 0.0
     patience: Annotated[int | None, "Stop after N epochs without a better held-out score.", "gradient solver"] = None
-    select_by: Annotated[SelectBy, "What chooses: auto is the loss if the metric agrees with it.", "all searches"] = (
-        "auto"
-    )
+    select_by: Annotated[SelectBy, "What chooses: auto is the loss if the metric agrees.", "both solvers"] = "auto"
     evaluations: Annotated[int, "Scores to spend with --score-cmd or --lm-eval.", "search by scores"] = 100
 
     def __post_init__(self) -> None:

@@ -49,9 +49,9 @@ def test_the_batches_said_beforehand_bound_those_of_the_run(at_once: None, digit
     forward, backward = re.fullmatch(r"about ([\d,]+) forward (?:and ([\d,]+) backward )?batches, .*", said).groups()  # pyright: ignore
     assert result.cost is not None
     spent = (result.cost.forward_batches, result.cost.backward_batches)
-    rounding = 1.05  # two digits
+    rounding, most = 1.05, 6 if "quadratic" in spec else 2.2  # two digits; a quadratic settles after a few moves
     for planned, count in zip((forward, backward or "0"), spent, strict=True):
-        assert count <= rounding * int(planned.replace(",", "")) <= 2.2 * count + 30, (said, spent)
+        assert count <= rounding * int(planned.replace(",", "")) <= most * count + 30, (said, spent)
     left = [figures["left"] for *_, figures in reports if "left" in figures]
     assert left and left[-1] < max(left)
 
