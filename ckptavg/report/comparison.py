@@ -111,7 +111,8 @@ def _table(comparison: Comparison, mark: str) -> FittedTable:
 
 def _used(row: StrategyResult) -> str:
     """Return the number of candidates used, with their effective number if the coefficients are not equal."""
-    return str(row.used) if round(row.effective, 1) == row.used else f"{row.used} (1/Σβ² {row.effective:.1f})"
+    effective = row.effective or row.used
+    return str(row.used) if round(effective, 1) == row.used else f"{row.used} (1/Σβ² {effective:.1f})"
 
 
 def _columns(comparison: Comparison) -> Sequence[tuple[Split | Literal["held-out"], str]]:

@@ -117,7 +117,7 @@ class Result(Report):
         tables: further tables of the strategy: title → rows, each column → value.
         next_steps: ``load``, Python code that loads the written file, and ``verify``, the command that verifies it.
         holdout: fraction of the validation data reserved for the test score, None if none was reserved.
-        effective: effective number of candidates 1/Σβ², at most the number of those with a coefficient.
+        effective: effective number of candidates 1/Σβ²; None if a coefficient is negative.
         held_out: mean held-out loss of the folds, None if the strategy does not cross-validate.
     """
 
@@ -171,7 +171,7 @@ class StrategyResult:
     coefficients: Sequence[float | tuple[float, ...]]
     groups: Groups
     used: int
-    effective: float
+    effective: float | None
     scores: Mapping[Split, Score]
     over_last: Mapping[Split, Gain]
     cost: Cost

@@ -129,3 +129,10 @@ def test_used_shows_the_effective_number_where_few_have_most_of_the_weight():
     shown = lines(table.render(replace(result(300), effective=heavy.effective)))
     assert "effective number of candidates 1/Σβ²: 1.0 of 300" in shown
     assert Coefficients.uniform(range(3), 8).effective == pytest.approx(3)
+
+
+def test_negative_coefficients_have_no_effective_number():
+    negative = Coefficients(((3.0, -2.5, 0.5),))
+    assert negative.effective is None
+    without = replace(ROWS[2], used=3, effective=None)
+    assert not any("1/Σβ²" in line for line in lines(comparison(strategies=[*ROWS[:2], without])))
