@@ -12,6 +12,7 @@ from ckptavg.report.result import Comparison, Gain, StrategyResult
 from ckptavg.score import DATA, Score, Split
 
 RECOMPUTED: Final = "BatchNorm recomputed"
+HELD_OUT: Final = "held-out loss: validation loss plus the optimism that cross-validation found in the fit"
 FOOTNOTE: Final = f"* {RECOMPUTED}: `ckptavg eval` scores the checkpoint as it is"
 
 
@@ -44,8 +45,8 @@ def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
     recomputed = output is not None and bool(output.recomputed)
     yield from (_table(comparison, "*" if recomputed else ""), *_other_metrics(comparison), Text())
     yield Sentence("chose on: the data of a strategy's choice, on which its score is optimistic.", "dim")
-    if any(row.held_out is not None and row.chose_on for row in contestants):
-        yield Sentence("held-out loss: the mean over the folds; of a plain average that of all data.", "dim")
+    if ("held-out", "loss") in _columns(comparison):
+        yield Sentence(f"{HELD_OUT}; a plain average has no optimism.", "dim")
     if not evidence:
         text = f"vs last: on {DATA[judged]} data, on which strategies chose, so it is no evidence."
     elif with_interval := [gain for gain in gains if gain.low is not None]:
@@ -122,8 +123,8 @@ def _columns(comparison: Comparison) -> Sequence[tuple[Split | Literal["held-out
     splits = list(rows[0].scores)
     by_loss = first.loss is not None and (comparison.selected_by != "metric" or first.metric is None)
     columns: list[tuple[Split | Literal["held-out"], str]] = [(split, "loss") for split in splits if by_loss]
-    if any(row.held_out is not None and row.chose_on for row in rows):
-        columns.insert(min(1, len(columns)), ("held-out", "loss"))
+    if by_loss and any(row.held_out is not None and row.chose_on for row in rows):
+        columns.insert(1, ("held-out", "loss"))
     return columns + [(split, first.name) for split in splits if first.metric is not None]
 
 

@@ -118,7 +118,7 @@ class Result(Report):
         next_steps: ``load``, Python code that loads the written file, and ``verify``, the command that verifies it.
         holdout: fraction of the validation data reserved for the test score, None if none was reserved.
         effective: effective number of candidates 1/Σβ²; None if a coefficient is negative.
-        held_out: mean held-out loss of the folds, None if the strategy does not cross-validate.
+        held_out: loss plus the optimism found by cross-validation, None if the strategy does not cross-validate.
     """
 
     strategy: str
@@ -160,8 +160,8 @@ class StrategyResult:
         over_last: split → gain over the last candidate.
         cost: cost as if the strategy had run alone.
         chose_on: the data on which it chose the coefficients; None for a plain average.
-        held_out: loss on data that had no part in the choice: the mean of the folds of a strategy that cross-validates,
-            the validation loss of a plain average, None for others.
+        held_out: estimate of the loss on other data: `Result.held_out` of a strategy that cross-validates, the
+            validation loss of a plain average, None for others.
         output: the file of ``--write-all``.
     """
 

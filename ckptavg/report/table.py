@@ -10,7 +10,7 @@ from ckptavg.checkpoints.checkpoint import shortest_names
 from ckptavg.cost import Cost
 from ckptavg.errors import counted, printable
 from ckptavg.report import basin, evaluation, landscape
-from ckptavg.report.comparison import FOOTNOTE, RECOMPUTED, answer, comparison_table, without_interval
+from ckptavg.report.comparison import FOOTNOTE, HELD_OUT, RECOMPUTED, answer, comparison_table, without_interval
 from ckptavg.report.display import Report
 from ckptavg.report.layout import FittedTable, Sentence
 from ckptavg.report.result import CandidateResult, Comparison, Evaluation, Inspection, Landscape, Output, Result, Row
@@ -215,6 +215,8 @@ def _notes(result: Result) -> Iterator[str]:
         if result.holdout is not None:
             percent = f"{result.holdout:.0%}"
             yield f"test is {percent} of the validation data: chosen by a seeded hash, kept out of the search."
+        if result.held_out is not None and not result.replaced:
+            yield HELD_OUT
         if result.scored_on == "train":
             yield "Scored on training data: the task has no val_dataloader()."
         if any(score.figures.keys() >= {"accuracy", "nll", "brier", "ece"} for score in result.scores.values()):

@@ -110,6 +110,13 @@ def test_a_single_strategy_shows_its_held_out_loss_beside_the_fitted_one():
     assert not any("held-out" in line for line in lines(table.render(result(5))))
 
 
+def test_the_held_out_loss_is_explained_where_it_is_shown_and_absent_where_the_metric_decided():
+    text = "\n".join(lines(comparison()))
+    assert "held-out loss: validation loss plus the optimism" in text and "folds" not in text
+    assert "held-out" not in "\n".join(lines(comparison(selected_by="metric")))
+    assert any("plus the optimism" in line for line in lines(table.render(replace(result(5), held_out=0.25))))
+
+
 def test_the_table_of_finished_strategies_has_a_row_for_each_and_gaps_for_missing_figures():
     rows = {
         "last": {"val loss": 0.5, "passes": 4.0, "s": 0.04},
