@@ -84,7 +84,9 @@ def judge(this: Session, evaluator: Evaluator, strategy: Strategy, selection: Co
         verdict += " --never-worse would write that one."
     above = [name for name, scores in baselines.items() if scores[split].value > chosen.value]
     if plain := [name for name in above if name not in ("best", "last", *same)]:
-        verdict += f" Plain {' and '.join(plain)} scored higher than the selection, without any search."
+        verdict += (
+            f" Plain {' and '.join(plain)} scored higher than the selection{', without any search' if learned else ''}."
+        )
     sentence = by_loss(chosen, singles, singles[best], [checkpoint.step for checkpoint in this.checkpoints], split)
     verdict += sentence
     if learned and not worse and "test" not in evaluator.splits:

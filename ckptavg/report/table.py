@@ -181,12 +181,13 @@ def _rows(title: str, rows: Sequence[Row]) -> FittedTable:
 
 
 def _scores(result: Result) -> Iterator[RenderableType]:
-    written = "written: best single" if result.replaced else result.strategy
+    own = f"{result.strategy}{' --by-run' if result.settings.get('by_run') else ''}"
+    written = "written: best single" if result.replaced else own
     recomputed = "*" if result.output is not None and result.output.recomputed else ""
     rows = {written: _figures(result.scores)}
     rows[written]["held-out loss"] = None if result.replaced else result.held_out
     for name, scores in result.baselines.items():
-        if name.partition("-")[0] != result.strategy:  # not lawa-5 beside lawa
+        if name.partition("-")[0] != own:  # not lawa-5 beside lawa
             names = {"best": f"best single{recomputed} (step {result.best_step})", "last": f"last{recomputed}"}
             held_out = {"best": None, "selection": result.held_out}  # a plain average is chosen on no data
             rows[names.get(name, name)] = {

@@ -110,6 +110,13 @@ def test_a_single_strategy_shows_its_held_out_loss_beside_the_fitted_one():
     assert not any("held-out" in line for line in lines(table.render(result(5))))
 
 
+def test_an_average_by_run_is_named_so_beside_the_plain_one():
+    best: dict[Split, Score] = {"val": score(0.9), "test": score(0.6)}
+    for by_run, expected in ((True, ["swa --by-run", "swa"]), (False, ["swa"])):
+        shown = lines(table.render(replace(result(5), settings={"by_run": by_run}, baselines={"swa": best})))
+        assert [line.split("  ")[0] for line in shown if line.startswith("swa")] == expected
+
+
 def test_the_held_out_loss_is_explained_where_it_is_shown_and_absent_where_the_metric_decided():
     text = "\n".join(lines(comparison()))
     assert "held-out loss: validation loss plus the optimism" in text and "folds" not in text
