@@ -80,7 +80,7 @@ def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None,
         learned = replace(winner.learned, notes=[f"{winner.name}: {note}" for note in winner.learned.notes])
         result = build_result(this, winner.strategy, learned, judgement, written)
         note = basin_note(
-            evaluator, [run.strategy for run in runs], [run.learned.coefficients for run in runs], paths
+            evaluator, [run.strategy for run in runs], [run.learned.coefficients for run in runs], this
         )  # fmt: skip
         warnings = [*result.warnings, *_stopped(unfinished), *([note] if note else [])]
         return Comparison(
