@@ -24,6 +24,7 @@ from typing import Final
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.declaration import CANDIDATES, declared
+from ckptavg.errors import decimal
 from ckptavg.objective import Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.objective.mixture import Mixture
@@ -229,6 +230,6 @@ def mean_note(singles: Sequence[Score], mean: Score, paths: Sequence[Path], opti
     chosen = given(options, (*others, *NOT_INSPECT))
     command = shlex.join(["ckptavg", "inspect", *map(str, paths), "--basin", *chosen])
     return (
-        f"the mean of all {len(singles)} candidates has {name} {figure:.4f}, worse than theirs, {alone:.4f} on "
-        f"average: some do not average with others. `{command}` on this task finds where"
+        f"the mean of all {len(singles)} candidates has {name} {decimal(figure)}, worse than theirs, {decimal(alone)} "
+        f"on average: some do not average with others. `{command}` on this task finds where"
     )

@@ -7,7 +7,7 @@ from typing import Final, Literal, TypeAlias
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.cost import Cost
-from ckptavg.errors import counted
+from ckptavg.errors import counted, decimal
 from ckptavg.objective import Learned, PlainAverage, SelectBy, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.objective.selection import Selection
@@ -71,11 +71,13 @@ def verdict_of(
         return f"{text}, so the last candidate was written.{above}"
     score = winner.scores[split]
     won = f"{winner.name} wins on {DATA[split]} data with "
-    won += figure(score) if by == "metric" else f"loss {score.loss:.4f}" if by == "loss" else _held_out(winner, score)
+    won += (
+        figure(score) if by == "metric" else f"loss {decimal(score.loss)}" if by == "loss" else _held_out(winner, score)
+    )
     if (gain := winner.over_last.get("test")) is None:
-        difference = f"{winner.over_last[split].value:+.4f} against last"
+        difference = f"{decimal(winner.over_last[split].value, '+')} against last"
         if by != "metric":
-            difference = f"{reference.scores[split].loss or math.nan:.4f} for last"
+            difference = f"{decimal(reference.scores[split].loss or math.nan)} for last"
         return f"{won}: {difference} on the data it was chosen on. {unbiased_hint(options, split)}{above}"
     test = winner.scores["test"]
     text = on_test(test, gain, "the last candidate") + loss_on_test(test, reference.scores["test"], gain)
@@ -84,8 +86,8 @@ def verdict_of(
 
 
 def _held_out(winner: StrategyResult, score: Score) -> str:
-    fitted = "it was chosen on no data" if winner.chose_on is None else f"fitted: {score.loss:.4f}"
-    return f"held-out loss {winner.held_out:.4f} ({fitted})"
+    fitted = "it was chosen on no data" if winner.chose_on is None else f"fitted: {decimal(score.loss)}"
+    return f"held-out loss {decimal(winner.held_out)} ({fitted})"
 
 
 def _passed_over(rows: Sequence[StrategyResult], winner: StrategyResult, by: SelectedBy, split: Split) -> str:
@@ -97,7 +99,7 @@ def _passed_over(rows: Sequence[StrategyResult], winner: StrategyResult, by: Sel
     if own.metric is not None and highest.scores[split].value > own.value:
         rivals.append(f"{highest.name} with {figure(highest.scores[split])}")
     if by == "held-out loss" and (lowest := min(losses, key=lambda name: losses[name])) != winner.name:
-        rivals.append(f"{lowest} with loss {losses[lowest]:.4f}")
+        rivals.append(f"{lowest} with loss {decimal(losses[lowest])}")
     return f" Passed over on {DATA[split]} data: {', '.join(rivals)}." if rivals else ""
 
 

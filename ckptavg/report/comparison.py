@@ -6,7 +6,7 @@ from typing import Final, Literal
 from rich.console import RenderableType
 from rich.text import Text
 
-from ckptavg.errors import counted, printable
+from ckptavg.errors import counted, decimal, printable
 from ckptavg.report.layout import FittedTable, Sentence
 from ckptavg.report.result import Comparison, Gain, StrategyResult
 from ckptavg.score import DATA, Score, Split
@@ -30,7 +30,7 @@ def running_table(rows: Mapping[str, Mapping[str, float]]) -> FittedTable:
         dict.fromkeys(name for figures in rows.values() for name in figures), key=lambda name: name in digits
     )
     cells = [
-        [strategy, *(f"{row[name]:.{digits.get(name, 4)}f}" if name in row else "" for name in names)]
+        [strategy, *(f"{row[n]:.{digits[n]}f}" if n in digits and n in row else decimal(row.get(n)) for n in names)]
         for strategy, row in rows.items()
     ]
     return FittedTable(title="", headings=["finished", *names], rows=cells)
@@ -130,7 +130,7 @@ def _columns(comparison: Comparison) -> Sequence[tuple[Split | Literal["held-out
 
 def _figure(row: StrategyResult, split: Split | Literal["held-out"], name: str) -> str:
     value = row.held_out if split == "held-out" else row.scores[split].figures.get(name)
-    return "" if value is None else f"{value:.4f}"
+    return decimal(value)
 
 
 def _ranked(comparison: Comparison) -> list[StrategyResult]:
@@ -163,10 +163,10 @@ def _other_metrics(comparison: Comparison) -> Iterator[FittedTable]:
 
 
 def _cell(score: Score) -> str:
-    return "" if score.metric is None else f"{score.metric:.4f}"
+    return decimal(score.metric)
 
 
 def _gain(gain: Gain, *, evidence: bool) -> str:
     if gain.low is None or not evidence:
-        return f"{gain.value:+.4f}"
+        return decimal(gain.value, "+")
     return f"{gain}{'' if gain.separated else ' ≈'}"

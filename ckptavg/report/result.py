@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from ckptavg.checkpoints.components import LeftOut
 from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.cost import Cost
+from ckptavg.errors import decimal
 from ckptavg.report.display import Report
 from ckptavg.runtime import version
 from ckptavg.score import Score, Split
@@ -98,8 +99,8 @@ class Gain:
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
-            return f"{self.value:+.4f}" + (f" (no interval: {self.reason})" if self.reason else "")
-        return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+            return decimal(self.value, "+") + (f" (no interval: {self.reason})" if self.reason else "")
+        return f"{decimal(self.value, '+')} [{decimal(self.low, '+')}, {decimal(self.high, '+')}]"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -154,8 +155,7 @@ class StrategyResult:
 
     Attributes:
         name: the requested spec, such as ``sewa:k=8``.
-        used: number of candidates with a nonzero coefficient; ``effective`` their effective number 1/Σβ², which is
-            smaller if few have most of the weight.
+        used: number of candidates with a nonzero coefficient; ``effective`` as in `Result`.
         scores: split → score, with ``--write-all`` of the written file.
         over_last: split → gain over the last candidate.
         cost: cost as if the strategy had run alone.

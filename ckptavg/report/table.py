@@ -8,7 +8,7 @@ from rich.text import Text
 
 from ckptavg.checkpoints.checkpoint import shortest_names
 from ckptavg.cost import Cost
-from ckptavg.errors import counted, printable
+from ckptavg.errors import counted, decimal, printable
 from ckptavg.report import basin, evaluation, landscape
 from ckptavg.report.comparison import FOOTNOTE, HELD_OUT, RECOMPUTED, answer, comparison_table, without_interval
 from ckptavg.report.display import Report
@@ -155,7 +155,7 @@ def _coefficients(candidate: CandidateResult) -> Sequence[float]:
 
 
 def _cell(value: float | str | None) -> str:
-    return value if isinstance(value, str) else "" if value is None else f"{value:.4f}"
+    return value if isinstance(value, str) else decimal(value)
 
 
 def _blocks(result: Result) -> FittedTable:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.cost import Cost
+from ckptavg.errors import decimal
 from ckptavg.report import table
 from ckptavg.report.comparison import running_table
 from ckptavg.report.result import CandidateResult, Comparison, Gain, Output, Result, StrategyResult
@@ -108,6 +109,15 @@ def test_a_single_strategy_shows_its_held_out_loss_beside_the_fitted_one():
     assert figures["swa"] == ["0.9000", "0.1000", "0.1000", "0.6000", "0.4000"]  # chosen on no data
     assert figures["best"] == ["None)", "0.9000", "0.1000", "0.6000", "0.4000"]
     assert not any("held-out" in line for line in lines(table.render(result(5))))
+
+
+def test_figures_from_100000_on_have_four_significant_digits():
+    huge = Score(value=-1.23456789e12, loss=1.23456789e12, metric=None, examples=4)
+    row = replace(ROWS[0], scores={"val": huge}, held_out=None, over_last={"val": Gain(value=-2e9)})
+    assert any("1.235e+12" in line for line in lines(comparison(strategies=[row])))
+    assert any("1.235e+12" in line for line in lines(table.render(replace(result(5), scores={"val": huge}))))
+    assert any("1.235e+12" in line for line in lines(running_table({"twa": {"val loss": 1.23456789e12, "s": 1.0}})))
+    assert str(Gain(value=-2e9)) == "-2e+09" and decimal(99999.0) == "99999.0000" and decimal(-0.5, "+") == "-0.5000"
 
 
 def test_an_average_by_run_is_named_so_beside_the_plain_one():
