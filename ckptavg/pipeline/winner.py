@@ -103,6 +103,12 @@ def _passed_over(rows: Sequence[StrategyResult], winner: StrategyResult, by: Sel
     return f" Passed over on {DATA[split]} data: {', '.join(rivals)}." if rivals else ""
 
 
+def _better(score: Score, other: Score) -> bool:
+    """Return whether ``score`` is better by every figure that decides: value and loss."""
+    lower = score.loss is None or other.loss is None or score.loss < other.loss
+    return score.value > other.value and lower
+
+
 def higher_on_test(rows: Sequence[StrategyResult], winner: StrategyResult) -> str:
     """Return a sentence if strategies score above the winner on test data, which do not decide."""
     value = {row.name: row.scores["test"].value for row in rows if "test" in winner.scores}
@@ -113,4 +119,8 @@ def higher_on_test(rows: Sequence[StrategyResult], winner: StrategyResult) -> st
     gain = interval.gain(top.scores["test"], winner.scores["test"])
     more = f"; {counted(len(higher) - 1, 'other')} too" if len(higher) > 1 else ""
     noise = f", but the best of {len(rows)} may be so by chance" if gain.separated else ", within noise"
+    split = next(iter(winner.scores))
+    if gain.separated and split != "test" and _better(top.scores[split], winner.scores[split]):
+        known = "no held-out loss" if top.held_out is None else f"a held-out loss of {decimal(top.held_out)}"
+        noise = f", as on {DATA[split]} data, but it has {known}"
     return f" {top.name} scores higher on test data{'' if gain.low is None else noise}: {gain}{more}."

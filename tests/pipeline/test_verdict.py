@@ -203,3 +203,7 @@ def test_compare_says_which_strategy_scores_higher_on_test_data():
     text = higher_on_test([winner, same, better], winner)
     assert text.startswith(" ema scores higher on test data, but the best of 3 may be so by chance: +0.49")
     assert text.endswith("]; 1 other too.") and higher_on_test([winner, same, better], better) == ""
+    for held_out, known in ((None, "no held-out loss"), (0.3, "a held-out loss of 0.3000")):
+        passed_over = replace(better, scores={"val": answers(3), "test": answers(400)}, held_out=held_out)
+        text = higher_on_test([winner, same, passed_over], winner)
+        assert text.startswith(f" ema scores higher on test data, as on validation data, but it has {known}: +0.49")
