@@ -16,7 +16,7 @@ from ckptavg.cost import Cost
 from ckptavg.pipeline.verdict import Verdict, by_loss, loss_on_test, with_test
 from ckptavg.pipeline.winner import higher_on_test
 from ckptavg.report.result import Gain, StrategyResult
-from ckptavg.score import PerExample, Score
+from ckptavg.score import PerExample, Score, Split
 
 RANDOM = """
 import torch
@@ -110,10 +110,12 @@ def answers(right: int, of: int = 400) -> Score:
     ],
 )  # fmt: skip
 def test_on_test_data_the_verdict_has_the_interval_of_the_difference(right: int, words: str):
-    known = {"best": {"val": answers(1), "test": answers(300)}, "last": {"val": answers(1), "test": answers(200)}}
-    known |= {"swa": {"val": answers(3), "test": answers(100)}, "lawa-2": {"val": answers(2), "test": answers(400)}}
+    known: dict[str, dict[Split, Score]] = {
+        "best": {"val": answers(1), "test": answers(300)}, "last": {"val": answers(1), "test": answers(200)},
+        "swa": {"val": answers(3), "test": answers(100)}, "lawa-2": {"val": answers(2), "test": answers(400)},
+    }  # fmt: skip
     verdict = Verdict(Coefficients.uniform([0], 1), baselines=known, best_step=7, verdict="On val.")
-    written = {"val": answers(1), "test": answers(right)}
+    written: dict[Split, Score] = {"val": answers(1), "test": answers(right)}
     found = with_test(verdict, written, "val")
     assert found.verdict.startswith(words)
     last, swa = found.gains["last"], found.gains["swa"]
