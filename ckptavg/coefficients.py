@@ -67,8 +67,13 @@ class Coefficients:
         return tuple(i for i in range(self.n) if any(row[i] != 0 for row in self.values))
 
     @property
-    def effective(self) -> float:
-        """Effective number of candidates 1/Σβ²: K for the mean of K, 1 for one; the smallest of several groups'."""
+    def effective(self) -> float | None:
+        """Effective number of candidates 1/Σβ²: K for the mean of K, 1 for one; the smallest of several groups'.
+
+        None if a coefficient is negative, since 1/Σβ² then counts nothing.
+        """
+        if any(c < 0 for row in self.values for c in row):
+            return None
         return min(1 / math.fsum(c * c for c in row) for row in self.values)
 
     @property

@@ -95,6 +95,17 @@ def counted(number: int, noun: str, plural: str = "s") -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
+def decimal(value: float | None, sign: str = "") -> str:
+    """Format a score with four decimals, from 10⁵ on with four significant digits; None is empty.
+
+    Args:
+        sign: "+" for a sign before positive numbers too.
+    """
+    if value is None:
+        return ""
+    return f"{value:{sign}.4f}" if abs(value) < 1e5 else f"{value:{sign}.4g}"
+
+
 def nearest(name: str, names: Iterable[str], otherwise: str | None = None) -> str:
     """Return a hint with the one of ``names`` that is most like ``name``, else ``otherwise``, else all of them."""
     names = list(names)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from ckptavg.errors import InterruptedRunError, OutputError, OutputExistsError, UsageError, printable
+from ckptavg.errors import InterruptedRunError, OutputError, OutputExistsError, UsageError, decimal, printable
 from ckptavg.filesystem import atomic
 from ckptavg.report.layout import Sentence
 from ckptavg.runtime import signals
@@ -162,7 +162,7 @@ class Screen:
 
 
 def _figure(name: str, value: float) -> str:
-    return f"{value:.0%}" if name == "sure" else f"{value:g}" if name == "epoch" else f"{value:.4f}"
+    return f"{value:.0%}" if name == "sure" else f"{value:g}" if name == "epoch" else decimal(value)
 
 
 def check_text(path: Path, options: Options) -> None:

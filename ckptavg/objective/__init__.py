@@ -152,7 +152,7 @@ class Learned:
         trace: name → one number per step.
         notes: remarks for the report, one sentence each.
         tables: title → rows, each mapping column → value.
-        held_out: mean held-out loss of the folds, where the strategy cross-validates.
+        held_out: loss plus the optimism found by cross-validation (held-out minus fitted loss of the quadratic).
     """
 
     coefficients: Coefficients

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ckptavg.coefficients import Coefficients
+from ckptavg.errors import decimal
 from ckptavg.objective import Objective, SelectBy
 from ckptavg.score import Score
 
@@ -77,7 +78,7 @@ class Selection:
 
     def figures(self, mixture: Coefficients) -> str:
         """Return the metric and the loss of a scored mixture in words."""
-        return ", ".join(f"{name} {value:.4f}" for name, value in self.scores[mixture].figures.items())
+        return ", ".join(f"{name} {decimal(value)}" for name, value in self.scores[mixture].figures.items())
 
     def note(self, chosen: Coefficients | None = None) -> str:
         """Return the sentence for the report that says what decided and why; empty if nothing else could have."""

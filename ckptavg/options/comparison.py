@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ckptavg.declaration import MAIN, OUTPUT, Help, check
+from ckptavg.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,13 +14,15 @@ class ComparisonOptions:
     """The options of a comparison."""
 
     strategies: Annotated[Sequence[str] | str, Help(
-        MAIN, "Strategies, as last,sewa:k=8,twa:on=train:lr=0.01; default: all possible.", metavar="LIST"
+        MAIN, "Strategies, as last,sewa:k=8,twa:on=train; default: all possible but blend.", metavar="LIST"
     )] = ""  # fmt: skip
     select_by: Annotated[Literal["auto", "loss", "metric"], Help(
         MAIN, "What chooses the winner; auto is loss where both agree.",
         "They agree unless Spearman's correlation over scored mixtures is clearly below 0.3.")] = "auto"  # fmt: skip
-    write_all: Annotated[Path | None, Help(
+    write_all: Annotated[Path | str | None, Help(
         OUTPUT, "Also write every strategy's average to this directory.", metavar="DIR")] = None  # fmt: skip
 
     def __post_init__(self) -> None:
         check(self)
+        if self.write_all is not None and not str(self.write_all):
+            raise UsageError("--write-all is empty: name a directory")

@@ -23,11 +23,14 @@ from typing import Final
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
+from ckptavg.declaration import CANDIDATES, declared
+from ckptavg.errors import decimal
 from ckptavg.objective import Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.objective.mixture import Mixture
-from ckptavg.options import Options
+from ckptavg.options import NOT_INSPECT, Options
 from ckptavg.pipeline.basin_verdict import verdict
+from ckptavg.pipeline.exact_adapter import given
 from ckptavg.pipeline.session import Session, open_session
 from ckptavg.report.basin import BasinCandidate, Basins, Midpoint
 from ckptavg.report.interval import single_gain
@@ -195,7 +198,7 @@ def _divided(stretch: list[int], midpoints: _Midpoints) -> list[list[int]]:
 
 
 def basin_note(
-    evaluator: Evaluator, strategies: Collection[Strategy], mixtures: Collection[Coefficients], paths: Sequence[Path]
+    evaluator: Evaluator, strategies: Collection[Strategy], mixtures: Collection[Coefficients], this: Session
 ) -> str:
     """Return a warning if the mean of all candidates is worse than these are on average, more than noise; else "".
 
@@ -209,10 +212,10 @@ def basin_note(
     if mean not in mixtures or not any(isinstance(strategy, Best | GreedySoup) for strategy in strategies):
         return ""
     singles = [evaluator.score(single) for single in Coefficients.singles(evaluator.n)]
-    return mean_note(singles, evaluator.exact_score(mean, evaluator.scored_on), paths)
+    return mean_note(singles, evaluator.exact_score(mean, evaluator.scored_on), this.paths, this.options)
 
 
-def mean_note(singles: Sequence[Score], mean: Score, paths: Sequence[Path]) -> str:
+def mean_note(singles: Sequence[Score], mean: Score, paths: Sequence[Path], options: Options) -> str:
     """Return the warning of `basin_note` for the scores of the candidates and of their mean."""
     scores = [*singles, mean]
     by_loss = all(score.loss is not None for score in scores)
@@ -223,8 +226,10 @@ def mean_note(singles: Sequence[Score], mean: Score, paths: Sequence[Path]) -> s
     name = "loss" if by_loss else mean.name
     *figures, figure = [score.loss if by_loss else score.metric for score in scores]
     alone = fmean(each or 0.0 for each in figures)
-    command = shlex.join(["ckptavg", "inspect", *map(str, paths), "--basin"])
+    others = [option.name for option in declared(Options) if option.help.panel != CANDIDATES and option.name != "last"]
+    chosen = given(options, (*others, *NOT_INSPECT))
+    command = shlex.join(["ckptavg", "inspect", *map(str, paths), "--basin", *chosen])
     return (
-        f"the mean of all {len(singles)} candidates has {name} {figure:.4f}, worse than theirs, {alone:.4f} on "
-        f"average: some do not average with others. `{command}` on this task finds where"
+        f"the mean of all {len(singles)} candidates has {name} {decimal(figure)}, worse than theirs, {decimal(alone)} "
+        f"on average: some do not average with others. `{command}` on this task finds where"
     )

@@ -53,10 +53,11 @@ def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None,
     with open_session(paths, options, watch) as this:
         evaluator = this.scored("compare scores every strategy, so it needs a task file, --val or --score-cmd")
         strategies = _parse_strategies(specs(chosen.strategies), evaluator)
-        outputs = every_output.plan(chosen.write_all, strategies, this)
+        folder = None if chosen.write_all is None else Path(chosen.write_all)
+        outputs = every_output.plan(folder, strategies, this)
         if options.dry_run:
             plan = [f"would compare {', '.join(strategies)}", *dry_run_plan(this.checkpoints, options)]
-            plan += [f"would write {counted(len(outputs), 'average')} to {chosen.write_all}/"] if outputs else []
+            plan += [f"would write {counted(len(outputs), 'average')} to {folder}/"] if outputs else []
             result = blank_result(this.found, strategies[REFERENCE], options, plan)
             return Comparison(**vars(result), winner="", strategies=())
         check_space(this.checkpoints, options, 1 + len(outputs))
@@ -71,7 +72,7 @@ def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None,
             run.name: (run.learned.coefficients, run.strategy, outputs[run.name]) for run in runs
             if outputs and not run.score.invalid
         }  # fmt: skip
-        with every_output.written(this, chosen.write_all, averages) as files:
+        with every_output.written(this, folder, averages) as files:
             written = write_output(this, winner.learned.coefficients, winner.strategy)
         results = _results(runs, files, evaluator)
         verdict = verdict_of(results, results[runs.index(winner)], selected_by, evaluator.scored_on, options)
@@ -79,7 +80,7 @@ def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None,
         learned = replace(winner.learned, notes=[f"{winner.name}: {note}" for note in winner.learned.notes])
         result = build_result(this, winner.strategy, learned, judgement, written)
         note = basin_note(
-            evaluator, [run.strategy for run in runs], [run.learned.coefficients for run in runs], paths
+            evaluator, [run.strategy for run in runs], [run.learned.coefficients for run in runs], this
         )  # fmt: skip
         warnings = [*result.warnings, *_stopped(unfinished), *([note] if note else [])]
         return Comparison(

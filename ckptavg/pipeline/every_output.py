@@ -26,7 +26,8 @@ def plan(folder: Path | None, names: Iterable[str], this: Session) -> Mapping[st
     """Return name → the options that write a strategy's average into ``folder``; empty if that is None.
 
     Raises:
-        CkptavgError: if one of the files cannot be written, exists already, or would be written twice.
+        CkptavgError: if one of the files cannot be written, exists already, or would be written twice, or if ``folder``
+            lies in the output or among the candidates.
     """
     if folder is None:
         return {}
@@ -34,7 +35,12 @@ def plan(folder: Path | None, names: Iterable[str], this: Session) -> Mapping[st
     options = {
         name: replace(this.options, output=folder / f"{file_name(name)}{suffix}", max_shard_size=None) for name in names
     }
-    taken = {this.options.destination[0].resolve(): "-o"}
+    output, whole = this.options.destination[0].resolve(), folder.resolve()
+    if output in (whole, *whole.parents):
+        raise UsageError(f"--write-all {folder} is -o, or in it", hint="choose another --write-all")
+    if any(file.path.parent.resolve() == whole for found in this.checkpoints for file in found.reader.files):
+        raise OutputError("has candidates in it", path=folder, hint="choose another --write-all")
+    taken = {output: "-o"}
     for name, own in options.items():
         path = own.destination[0].resolve()
         if path in taken:

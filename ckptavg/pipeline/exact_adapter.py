@@ -28,14 +28,14 @@ def factor_note(this: Session, plan: PlannedOutput, coefficients: Coefficients, 
     if coefficients.uniform_subset and not isinstance(strategy, PlainAverage):
         strategy, paths = SWA(), [this.checkpoints[i].path for i in coefficients.selected]
         replaced = (*_REPLACED, *(option.name for option in declared(Window)))
-    words = ["ckptavg", name_of(strategy), *map(str, paths), *_given(strategy), *_given(this.options, replaced)]
+    words = ["ckptavg", name_of(strategy), *map(str, paths), *given(strategy), *given(this.options, replaced)]
     output = Path(this.options.output)
     place = f"{output}-exact/" if this.options.destination[1] else str(output.with_stem(f"{output.stem}-exact"))
     command = shlex.join([*words, "--adapter", "exact", "-o", place])
     return [f"averaging the adapter's factors is {plan.factor_error:.1%} off the exact average; for that: {command}"]
 
 
-def _given(settings: Any, without: Collection[str] = ()) -> list[str]:
+def given(settings: Any, without: Collection[str] = ()) -> list[str]:
     """Return the declared fields that do not have their default, as words of a command."""
     words: list[str] = []
     for option in declared(type(settings)):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ckptavg.coefficients import Coefficients
+from ckptavg.errors import decimal
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.report import interval
 from ckptavg.report.result import Gain
@@ -84,7 +85,9 @@ def judge(this: Session, evaluator: Evaluator, strategy: Strategy, selection: Co
         verdict += " --never-worse would write that one."
     above = [name for name, scores in baselines.items() if scores[split].value > chosen.value]
     if plain := [name for name in above if name not in ("best", "last", *same)]:
-        verdict += f" Plain {' and '.join(plain)} scored higher than the selection, without any search."
+        verdict += (
+            f" Plain {' and '.join(plain)} scored higher than the selection{', without any search' if learned else ''}."
+        )
     sentence = by_loss(chosen, singles, singles[best], [checkpoint.step for checkpoint in this.checkpoints], split)
     verdict += sentence
     if learned and not worse and "test" not in evaluator.splits:
@@ -132,7 +135,7 @@ def loss_on_test(score: Score, reference: Score, gain: Gain) -> str:
     order = "lower" if score.loss < reference.loss else "higher"
     if order == ("lower" if gain.value > 0 else "higher") and gain.value != 0:
         return ""
-    return f" But its test loss is {order}: {score.loss:.4f}, against {reference.loss:.4f}."
+    return f" But its test loss is {order}: {decimal(score.loss)}, against {decimal(reference.loss)}."
 
 
 def by_loss(chosen: Score, singles: Sequence[Score], best: Score, steps: Sequence[int], split: Split) -> str:
@@ -142,10 +145,10 @@ def by_loss(chosen: Score, singles: Sequence[Score], best: Score, steps: Sequenc
         return ""
     lowest = min(losses, key=lambda step: losses[step])
     if chosen.loss < losses[lowest] and chosen.value <= best.value:
-        return f" But its {DATA[split]} loss, {chosen.loss:.4f}, is lower than that of every single candidate."
+        return f" But its {DATA[split]} loss, {decimal(chosen.loss)}, is lower than that of every single candidate."
     if chosen.loss > losses[lowest] and chosen.value > best.value:
-        alone = f"that of step {lowest} alone, {losses[lowest]:.4f}"
-        return f" But its {DATA[split]} loss, {chosen.loss:.4f}, is higher than {alone}."
+        alone = f"that of step {lowest} alone, {decimal(losses[lowest])}"
+        return f" But its {DATA[split]} loss, {decimal(chosen.loss)}, is higher than {alone}."
     return ""
 
 
@@ -165,4 +168,4 @@ def scores_of(coefficients: Coefficients, evaluator: Evaluator) -> Mapping[Split
 
 def figure(score: Score) -> str:
     """Return the number that decides, with its name."""
-    return f"loss {-score.value:.4f}" if score.metric is None else f"{score.name} {score.metric:.4f}"
+    return f"loss {decimal(-score.value)}" if score.metric is None else f"{score.name} {decimal(score.metric)}"

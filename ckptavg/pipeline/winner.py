@@ -7,7 +7,7 @@ from typing import Final, Literal, TypeAlias
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.cost import Cost
-from ckptavg.errors import counted
+from ckptavg.errors import counted, decimal
 from ckptavg.objective import Learned, PlainAverage, SelectBy, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.objective.selection import Selection
@@ -72,11 +72,13 @@ def verdict_of(
         return f"{text}, so the last candidate was written.{above}"
     score = winner.scores[split]
     won = f"{winner.name} wins on {DATA[split]} data with "
-    won += figure(score) if by == "metric" else f"loss {score.loss:.4f}" if by == "loss" else _held_out(winner, score)
+    won += (
+        figure(score) if by == "metric" else f"loss {decimal(score.loss)}" if by == "loss" else _held_out(winner, score)
+    )
     if (gain := winner.over_last.get("test")) is None:
-        difference = f"{winner.over_last[split].value:+.4f} against last"
+        difference = f"{decimal(winner.over_last[split].value, '+')} against last"
         if by != "metric":
-            difference = f"{reference.scores[split].loss or math.nan:.4f} for last"
+            difference = f"{decimal(reference.scores[split].loss or math.nan)} for last"
         return f"{won}: {difference} on the data it was chosen on. {unbiased_hint(options, split)}{above}"
     test = winner.scores["test"]
     text = on_test(test, gain, "the last candidate") + loss_on_test(test, reference.scores["test"], gain)
@@ -85,8 +87,8 @@ def verdict_of(
 
 
 def _held_out(winner: StrategyResult, score: Score) -> str:
-    fitted = "it was chosen on no data" if winner.chose_on is None else f"fitted: {score.loss:.4f}"
-    return f"held-out loss {winner.held_out:.4f} ({fitted})"
+    fitted = "it was chosen on no data" if winner.chose_on is None else f"fitted: {decimal(score.loss)}"
+    return f"held-out loss {decimal(winner.held_out)} ({fitted})"
 
 
 def _passed_over(rows: Sequence[StrategyResult], winner: StrategyResult, by: SelectedBy, split: Split) -> str:
@@ -98,8 +100,14 @@ def _passed_over(rows: Sequence[StrategyResult], winner: StrategyResult, by: Sel
     if own.metric is not None and highest.scores[split].value > own.value:
         rivals.append(f"{highest.name} with {figure(highest.scores[split])}")
     if by == "held-out loss" and (lowest := min(losses, key=lambda name: losses[name])) != winner.name:
-        rivals.append(f"{lowest} with loss {losses[lowest]:.4f}")
+        rivals.append(f"{lowest} with loss {decimal(losses[lowest])}")
     return f" Passed over on {DATA[split]} data: {', '.join(rivals)}." if rivals else ""
+
+
+def _better(score: Score, other: Score) -> bool:
+    """Return whether ``score`` is better by every figure that decides: value and loss."""
+    lower = score.loss is None or other.loss is None or score.loss < other.loss
+    return score.value > other.value and lower
 
 
 def higher_on_test(rows: Sequence[StrategyResult], winner: StrategyResult) -> str:
@@ -112,4 +120,8 @@ def higher_on_test(rows: Sequence[StrategyResult], winner: StrategyResult) -> st
     gain = interval.gain(top.scores["test"], winner.scores["test"])
     more = f"; {counted(len(higher) - 1, 'other')} too" if len(higher) > 1 else ""
     noise = f", but the best of {len(rows)} may be so by chance" if gain.separated else ", within noise"
+    split = next(iter(winner.scores))
+    if gain.separated and split != "test" and _better(top.scores[split], winner.scores[split]):
+        known = "no held-out loss" if top.held_out is None else f"a held-out loss of {decimal(top.held_out)}"
+        noise = f", as on {DATA[split]} data, but it has {known}"
     return f" {top.name} scores higher on test data{'' if gain.low is None else noise}: {gain}{more}."

@@ -6,12 +6,13 @@ from typing import Final, Literal
 from rich.console import RenderableType
 from rich.text import Text
 
-from ckptavg.errors import counted, printable
+from ckptavg.errors import counted, decimal, printable
 from ckptavg.report.layout import FittedTable, Sentence
 from ckptavg.report.result import Comparison, Gain, StrategyResult
 from ckptavg.score import DATA, Score, Split
 
 RECOMPUTED: Final = "BatchNorm recomputed"
+HELD_OUT: Final = "held-out loss: validation loss plus the optimism that cross-validation found in the fit"
 FOOTNOTE: Final = f"* {RECOMPUTED}: `ckptavg eval` scores the checkpoint as it is"
 
 
@@ -29,7 +30,7 @@ def running_table(rows: Mapping[str, Mapping[str, float]]) -> FittedTable:
         dict.fromkeys(name for figures in rows.values() for name in figures), key=lambda name: name in digits
     )
     cells = [
-        [strategy, *(f"{row[name]:.{digits.get(name, 4)}f}" if name in row else "" for name in names)]
+        [strategy, *(f"{row[n]:.{digits[n]}f}" if n in digits and n in row else decimal(row.get(n)) for n in names)]
         for strategy, row in rows.items()
     ]
     return FittedTable(title="", headings=["finished", *names], rows=cells)
@@ -44,8 +45,8 @@ def comparison_table(comparison: Comparison) -> Iterator[RenderableType]:
     recomputed = output is not None and bool(output.recomputed)
     yield from (_table(comparison, "*" if recomputed else ""), *_other_metrics(comparison), Text())
     yield Sentence("chose on: the data of a strategy's choice, on which its score is optimistic.", "dim")
-    if any(row.held_out is not None and row.chose_on for row in contestants):
-        yield Sentence("held-out loss: the mean over the folds; of a plain average that of all data.", "dim")
+    if ("held-out", "loss") in _columns(comparison):
+        yield Sentence(f"{HELD_OUT}; a plain average has no optimism.", "dim")
     if not evidence:
         text = f"vs last: on {DATA[judged]} data, on which strategies chose, so it is no evidence."
     elif with_interval := [gain for gain in gains if gain.low is not None]:
@@ -111,7 +112,8 @@ def _table(comparison: Comparison, mark: str) -> FittedTable:
 
 def _used(row: StrategyResult) -> str:
     """Return the number of candidates used, with their effective number if the coefficients are not equal."""
-    return str(row.used) if round(row.effective, 1) == row.used else f"{row.used} (1/Σβ² {row.effective:.1f})"
+    effective = row.effective or row.used
+    return str(row.used) if round(effective, 1) == row.used else f"{row.used} (1/Σβ² {effective:.1f})"
 
 
 def _columns(comparison: Comparison) -> Sequence[tuple[Split | Literal["held-out"], str]]:
@@ -121,14 +123,14 @@ def _columns(comparison: Comparison) -> Sequence[tuple[Split | Literal["held-out
     splits = list(rows[0].scores)
     by_loss = first.loss is not None and (comparison.selected_by != "metric" or first.metric is None)
     columns: list[tuple[Split | Literal["held-out"], str]] = [(split, "loss") for split in splits if by_loss]
-    if any(row.held_out is not None and row.chose_on for row in rows):
-        columns.insert(min(1, len(columns)), ("held-out", "loss"))
+    if by_loss and any(row.held_out is not None and row.chose_on for row in rows):
+        columns.insert(1, ("held-out", "loss"))
     return columns + [(split, first.name) for split in splits if first.metric is not None]
 
 
 def _figure(row: StrategyResult, split: Split | Literal["held-out"], name: str) -> str:
     value = row.held_out if split == "held-out" else row.scores[split].figures.get(name)
-    return "" if value is None else f"{value:.4f}"
+    return decimal(value)
 
 
 def _ranked(comparison: Comparison) -> list[StrategyResult]:
@@ -161,10 +163,10 @@ def _other_metrics(comparison: Comparison) -> Iterator[FittedTable]:
 
 
 def _cell(score: Score) -> str:
-    return "" if score.metric is None else f"{score.metric:.4f}"
+    return decimal(score.metric)
 
 
 def _gain(gain: Gain, *, evidence: bool) -> str:
     if gain.low is None or not evidence:
-        return f"{gain.value:+.4f}"
+        return decimal(gain.value, "+")
     return f"{gain}{'' if gain.separated else ' ≈'}"

@@ -7,7 +7,7 @@ from typing import Any, Final
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
-from ckptavg.errors import printable
+from ckptavg.errors import decimal, printable
 from ckptavg.report.result import Landscape, Mark, Plane
 
 _SHADES: Final = " ░▒▓█"
@@ -19,7 +19,7 @@ _NUMBERS: Final = "123456789abcdefghijklmnopqrstuvwxyz"  # of the candidates; fu
 def render(landscape: Landscape) -> Iterator[RenderableType]:
     """Yield the quadratic, its prediction quality, the plane and the written files."""
     q, values, plane = landscape.surrogate, landscape.eigenvalues, landscape.plane
-    yield Text(f"loss at the mean of {q.n} candidates: {q.value:.4f}; curvature: {q.curvature}")
+    yield Text(f"loss at the mean of {q.n} candidates: {decimal(q.value)}; curvature: {q.curvature}")
     if values:
         below = sum(value < 0 for value in values)
         negative = f", {below} of them below 0" if below else ""
@@ -106,9 +106,9 @@ def _bounds(plane: Plane) -> list[float]:
 
 def _legend(plane: Plane) -> Iterator[Text]:
     bounds, steps = [min(map(min, plane.losses)), *_bounds(plane)], [mark.name for mark in plane.candidates]
-    shades = (f"{shade} {bound:.4f}" for shade, bound in zip(_SHADES[1:], bounds[1:], strict=False))
-    yield Text(f"blank from {bounds[0]:.4f}, {', '.join(shades)} to {bounds[-1]:.4f}")
-    named = (f"{letter} {mark.name} {mark.loss:.4f}" for letter, mark in zip("ABC", plane.mixtures, strict=True))
+    shades = (f"{shade} {decimal(bound)}" for shade, bound in zip(_SHADES[1:], bounds[1:], strict=False))
+    yield Text(f"blank from {decimal(bounds[0])}, {', '.join(shades)} to {decimal(bounds[-1])}")
+    named = (f"{letter} {mark.name} {decimal(mark.loss)}" for letter, mark in zip("ABC", plane.mixtures, strict=True))
     yield Text(printable("   ".join(named)))
     if len(steps) > 1:
         farthest = max(mark.distance for mark in plane.candidates)

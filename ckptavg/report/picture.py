@@ -4,6 +4,7 @@ import importlib.util
 import io
 from typing import Any, Final
 
+from ckptavg.errors import decimal
 from ckptavg.report.landscape import data, interpolated, spaced
 from ckptavg.report.result import Plane
 
@@ -50,7 +51,7 @@ def draw(plane: Plane, kind: str) -> bytes:
         lw=0.7, mec="black", mew=0.5, label="candidates by step, projected onto the plane",
     )  # fmt: skip
     for mark, shape in zip(plane.mixtures, "s^D", strict=True):
-        label = f"{mark.name}: {mark.loss:.4f}"
+        label = f"{mark.name}: {decimal(mark.loss)}"
         axes.plot(mark.x, mark.y, shape, color="tab:red", mec="black", mew=0.8, ms=8, ls="none", label=label, zorder=4)
     first, second, _ = (mark.name for mark in plane.mixtures)
     axes.set(xlabel=f"‖w − w′‖₂ from {first} to {second}", ylabel="‖w − w′‖₂ orthogonal to it", aspect="equal")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from ckptavg.checkpoints.components import LeftOut
 from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.cost import Cost
+from ckptavg.errors import decimal
 from ckptavg.report.display import Report
 from ckptavg.runtime import version
 from ckptavg.score import Score, Split
@@ -98,8 +99,8 @@ class Gain:
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
-            return f"{self.value:+.4f}" + (f" (no interval: {self.reason})" if self.reason else "")
-        return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+            return decimal(self.value, "+") + (f" (no interval: {self.reason})" if self.reason else "")
+        return f"{decimal(self.value, '+')} [{decimal(self.low, '+')}, {decimal(self.high, '+')}]"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -117,8 +118,8 @@ class Result(Report):
         tables: further tables of the strategy: title → rows, each column → value.
         next_steps: ``load``, Python code that loads the written file, and ``verify``, the command that verifies it.
         holdout: fraction of the validation data reserved for the test score, None if none was reserved.
-        effective: effective number of candidates 1/Σβ², at most the number of those with a coefficient.
-        held_out: mean held-out loss of the folds, None if the strategy does not cross-validate.
+        effective: effective number of candidates 1/Σβ²; None if a coefficient is negative.
+        held_out: loss plus the optimism found by cross-validation, None if the strategy does not cross-validate.
     """
 
     strategy: str
@@ -154,14 +155,13 @@ class StrategyResult:
 
     Attributes:
         name: the requested spec, such as ``sewa:k=8``.
-        used: number of candidates with a nonzero coefficient; ``effective`` their effective number 1/Σβ², which is
-            smaller if few have most of the weight.
+        used: number of candidates with a nonzero coefficient; ``effective`` as in `Result`.
         scores: split → score, with ``--write-all`` of the written file.
         over_last: split → gain over the last candidate.
         cost: cost as if the strategy had run alone.
         chose_on: the data on which it chose the coefficients; None for a plain average.
-        held_out: loss on data that had no part in the choice: the mean of the folds of a strategy that cross-validates,
-            the validation loss of a plain average, None for others.
+        held_out: estimate of the loss on other data: `Result.held_out` of a strategy that cross-validates, the
+            validation loss of a plain average, None for others.
         output: the file of ``--write-all``.
     """
 
@@ -171,7 +171,7 @@ class StrategyResult:
     coefficients: Sequence[float | tuple[float, ...]]
     groups: Groups
     used: int
-    effective: float
+    effective: float | None
     scores: Mapping[Split, Score]
     over_last: Mapping[Split, Gain]
     cost: Cost

@@ -8,9 +8,9 @@ from rich.text import Text
 
 from ckptavg.checkpoints.checkpoint import shortest_names
 from ckptavg.cost import Cost
-from ckptavg.errors import counted, printable
+from ckptavg.errors import counted, decimal, printable
 from ckptavg.report import basin, evaluation, landscape
-from ckptavg.report.comparison import FOOTNOTE, RECOMPUTED, answer, comparison_table, without_interval
+from ckptavg.report.comparison import FOOTNOTE, HELD_OUT, RECOMPUTED, answer, comparison_table, without_interval
 from ckptavg.report.display import Report
 from ckptavg.report.layout import FittedTable, Sentence
 from ckptavg.report.result import CandidateResult, Comparison, Evaluation, Inspection, Landscape, Output, Result, Row
@@ -155,7 +155,7 @@ def _coefficients(candidate: CandidateResult) -> Sequence[float]:
 
 
 def _cell(value: float | str | None) -> str:
-    return value if isinstance(value, str) else "" if value is None else f"{value:.4f}"
+    return value if isinstance(value, str) else decimal(value)
 
 
 def _blocks(result: Result) -> FittedTable:
@@ -181,12 +181,13 @@ def _rows(title: str, rows: Sequence[Row]) -> FittedTable:
 
 
 def _scores(result: Result) -> Iterator[RenderableType]:
-    written = "written: best single" if result.replaced else result.strategy
+    own = f"{result.strategy}{' --by-run' if result.settings.get('by_run') else ''}"
+    written = "written: best single" if result.replaced else own
     recomputed = "*" if result.output is not None and result.output.recomputed else ""
     rows = {written: _figures(result.scores)}
     rows[written]["held-out loss"] = None if result.replaced else result.held_out
     for name, scores in result.baselines.items():
-        if name.partition("-")[0] != result.strategy:  # not lawa-5 beside lawa
+        if name.partition("-")[0] != own:  # not lawa-5 beside lawa
             names = {"best": f"best single{recomputed} (step {result.best_step})", "last": f"last{recomputed}"}
             held_out = {"best": None, "selection": result.held_out}  # a plain average is chosen on no data
             rows[names.get(name, name)] = {
@@ -215,6 +216,8 @@ def _notes(result: Result) -> Iterator[str]:
         if result.holdout is not None:
             percent = f"{result.holdout:.0%}"
             yield f"test is {percent} of the validation data: chosen by a seeded hash, kept out of the search."
+        if result.held_out is not None and not result.replaced:
+            yield HELD_OUT
         if result.scored_on == "train":
             yield "Scored on training data: the task has no val_dataloader()."
         if any(score.figures.keys() >= {"accuracy", "nll", "brier", "ece"} for score in result.scores.values()):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptavg.errors import counted, printable
+from ckptavg.errors import counted, decimal, printable
 from ckptavg.report.display import Report
 from ckptavg.score import Split
 
@@ -66,7 +66,7 @@ class TaskCheck(Report):
         yield f"forward     {passes} of the model for each batch of a score{shared}"
         for name, split in self.splits.items():
             figures = {"loss": split.loss, self.metric.partition(", ")[0] or "metric": split.metric}
-            scored = "".join(f", {kind} {value:.4f}" for kind, value in figures.items() if value is not None)
+            scored = "".join(f", {kind} {decimal(value)}" for kind, value in figures.items() if value is not None)
             repeated = "" if split.repeats else ", other examples or order in every pass"
             unit = "per score" if scored else "to read"
             batches = f"{counted(split.examples, 'example')} in {counted(split.batches, 'batch', 'es')}"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import ckptavg
 from ckptavg.coefficients import Coefficients
+from ckptavg.options import Options
 from ckptavg.pipeline.basin import TOLERANCE, mean_note
 from ckptavg.report.basin import Basins
 from ckptavg.score import Score
@@ -272,10 +273,16 @@ def score(loss: float) -> Score:
 
 def test_a_mean_below_the_candidates_own_mean_is_no_reason_for_a_note():
     singles = [score(loss) for loss in (0.5, 0.4, 0.3)]
-    assert mean_note(singles, score(0.4), [Path("ckpts")]) == ""
-    assert mean_note(singles, score(0.4 * (1 + TOLERANCE) - 1e-9), [Path("ckpts")]) == ""
-    note = mean_note(singles, score(0.41), [Path("my ckpts")])
+    assert mean_note(singles, score(0.4), [Path("ckpts")], Options()) == ""
+    assert mean_note(singles, score(0.4 * (1 + TOLERANCE) - 1e-9), [Path("ckpts")], Options()) == ""
+    note = mean_note(singles, score(0.41), [Path("my ckpts")], Options())
     assert "`ckptavg inspect 'my ckpts' --basin`" in note and "loss 0.4100, worse than theirs, 0.4000" in note
+
+
+def test_the_named_inspection_has_the_options_that_chose_the_candidates_and_no_others():
+    options = Options(last=5, exclude="a b", key="ema", wait_stable=1.0, seed=3, task="mine.py")
+    note = mean_note([score(0.3)], score(0.4), [Path("ckpts")], options)
+    assert "`ckptavg inspect ckpts --basin --exclude 'a b' --last 5 --key ema`" in note
 
 
 def test_compare_names_the_inspection_only_where_candidates_do_not_average(trained: Path, tmp_path: Path):

@@ -9,8 +9,12 @@ import pytest
 from conftest import Job, Run
 
 import ckptavg
+from ckptavg.declaration import declared
 from ckptavg.errors import OutputError, OutputExistsError, UsageError
+from ckptavg.options.comparison import ComparisonOptions
+from ckptavg.pipeline.comparison import DEFAULT
 from ckptavg.pipeline.every_output import file_name
+from ckptavg.strategies import strategies
 
 SPECS = ["last", "swa", "soup", "lawa:k=2", "twa:epochs=1:on=train"]
 FILES = {"last", "swa", "soup", "lawa-k=2", "twa-epochs=1-on=train"}
@@ -80,6 +84,11 @@ def test_names_of_files_are_safe_and_different():
     assert file_name("own:path=../a b:x") == "own-path=..-a-b-x"
 
 
+def test_the_help_names_the_strategies_that_do_not_run_by_default():
+    left_out = strategies().keys() - {spec.partition(":")[0] for spec in DEFAULT}
+    assert declared(ComparisonOptions)[0].help.text.endswith(f"all possible but {', '.join(left_out)}.")
+
+
 def test_two_files_of_one_name_are_refused(job: Job, tmp_path: Path):
     with pytest.raises(UsageError, match="-o and swa would both be written to"):
         ckptavg.compare(
@@ -88,6 +97,23 @@ def test_two_files_of_one_name_are_refused(job: Job, tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file: is not a directory"):
         ckptavg.compare(job.folder, "swa", task=job.task, output=tmp_path / "x", write_all=tmp_path / "file", last=3)
+
+
+@pytest.mark.parametrize("inside", [".", "more"])
+def test_a_directory_that_is_the_output_or_in_it_is_refused(job: Job, tmp_path: Path, inside: str):
+    output = tmp_path / "x.safetensors"
+    with pytest.raises(UsageError, match=r"x\.safetensors.* is -o, or in it"):
+        ckptavg.compare(job.folder, "swa", task=job.task, output=output, write_all=output / inside, last=3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_name_and_a_directory_of_candidates_are_refused(job: Job, run: Run, tmp_path: Path):
+    before = sorted(job.folder.iterdir())
+    with pytest.raises(OutputError, match="has candidates in it"):
+        ckptavg.compare(job.folder, "swa", task=job.task, output=tmp_path / "x", write_all=job.folder, last=3)
+    assert sorted(job.folder.iterdir()) == before
+    refused = run("compare", job.folder, "--task", job.task, "--last", 3, "--write-all", "")
+    assert refused.returncode == 2 and "--write-all is empty" in refused.stderr and not list(tmp_path.iterdir())
 
 
 def test_other_formats_and_dtypes_are_those_of_the_output(job: Job, tmp_path: Path):

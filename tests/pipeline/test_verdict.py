@@ -16,7 +16,7 @@ from ckptavg.cost import Cost
 from ckptavg.pipeline.verdict import Verdict, by_loss, loss_on_test, with_test
 from ckptavg.pipeline.winner import higher_on_test
 from ckptavg.report.result import Gain, StrategyResult
-from ckptavg.score import PerExample, Score
+from ckptavg.score import PerExample, Score, Split
 
 RANDOM = """
 import torch
@@ -110,10 +110,12 @@ def answers(right: int, of: int = 400) -> Score:
     ],
 )  # fmt: skip
 def test_on_test_data_the_verdict_has_the_interval_of_the_difference(right: int, words: str):
-    known = {"best": {"val": answers(1), "test": answers(300)}, "last": {"val": answers(1), "test": answers(200)}}
-    known |= {"swa": {"val": answers(3), "test": answers(100)}, "lawa-2": {"val": answers(2), "test": answers(400)}}
+    known: dict[str, dict[Split, Score]] = {
+        "best": {"val": answers(1), "test": answers(300)}, "last": {"val": answers(1), "test": answers(200)},
+        "swa": {"val": answers(3), "test": answers(100)}, "lawa-2": {"val": answers(2), "test": answers(400)},
+    }  # fmt: skip
     verdict = Verdict(Coefficients.uniform([0], 1), baselines=known, best_step=7, verdict="On val.")
-    written = {"val": answers(1), "test": answers(right)}
+    written: dict[Split, Score] = {"val": answers(1), "test": answers(right)}
     found = with_test(verdict, written, "val")
     assert found.verdict.startswith(words)
     last, swa = found.gains["last"], found.gains["swa"]
@@ -203,3 +205,7 @@ def test_compare_says_which_strategy_scores_higher_on_test_data():
     text = higher_on_test([winner, same, better], winner)
     assert text.startswith(" ema scores higher on test data, but the best of 3 may be so by chance: +0.49")
     assert text.endswith("]; 1 other too.") and higher_on_test([winner, same, better], better) == ""
+    for held_out, known in ((None, "no held-out loss"), (0.3, "a held-out loss of 0.3000")):
+        passed_over = replace(better, scores={"val": answers(3), "test": answers(400)}, held_out=held_out)
+        text = higher_on_test([winner, same, passed_over], winner)
+        assert text.startswith(f" ema scores higher on test data, as on validation data, but it has {known}: +0.49")

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.cost import Cost
+from ckptavg.errors import decimal
 from ckptavg.report import table
 from ckptavg.report.comparison import running_table
 from ckptavg.report.result import CandidateResult, Comparison, Gain, Output, Result, StrategyResult
@@ -110,6 +111,29 @@ def test_a_single_strategy_shows_its_held_out_loss_beside_the_fitted_one():
     assert not any("held-out" in line for line in lines(table.render(result(5))))
 
 
+def test_figures_from_100000_on_have_four_significant_digits():
+    huge = Score(value=-1.23456789e12, loss=1.23456789e12, metric=None, examples=4)
+    row = replace(ROWS[0], scores={"val": huge}, held_out=None, over_last={"val": Gain(value=-2e9)})
+    assert any("1.235e+12" in line for line in lines(comparison(strategies=[row])))
+    assert any("1.235e+12" in line for line in lines(table.render(replace(result(5), scores={"val": huge}))))
+    assert any("1.235e+12" in line for line in lines(running_table({"twa": {"val loss": 1.23456789e12, "s": 1.0}})))
+    assert str(Gain(value=-2e9)) == "-2e+09" and decimal(99999.0) == "99999.0000" and decimal(-0.5, "+") == "-0.5000"
+
+
+def test_an_average_by_run_is_named_so_beside_the_plain_one():
+    best: dict[Split, Score] = {"val": score(0.9), "test": score(0.6)}
+    for by_run, expected in ((True, ["swa --by-run", "swa"]), (False, ["swa"])):
+        shown = lines(table.render(replace(result(5), settings={"by_run": by_run}, baselines={"swa": best})))
+        assert [line.split("  ")[0] for line in shown if line.startswith("swa")] == expected
+
+
+def test_the_held_out_loss_is_explained_where_it_is_shown_and_absent_where_the_metric_decided():
+    text = "\n".join(lines(comparison()))
+    assert "held-out loss: validation loss plus the optimism" in text and "folds" not in text
+    assert "held-out" not in "\n".join(lines(comparison(selected_by="metric")))
+    assert any("plus the optimism" in line for line in lines(table.render(replace(result(5), held_out=0.25))))
+
+
 def test_the_table_of_finished_strategies_has_a_row_for_each_and_gaps_for_missing_figures():
     rows = {
         "last": {"val loss": 0.5, "passes": 4.0, "s": 0.04},
@@ -129,3 +153,10 @@ def test_used_shows_the_effective_number_where_few_have_most_of_the_weight():
     shown = lines(table.render(replace(result(300), effective=heavy.effective)))
     assert "effective number of candidates 1/Σβ²: 1.0 of 300" in shown
     assert Coefficients.uniform(range(3), 8).effective == pytest.approx(3)
+
+
+def test_negative_coefficients_have_no_effective_number():
+    negative = Coefficients(((3.0, -2.5, 0.5),))
+    assert negative.effective is None
+    without = replace(ROWS[2], used=3, effective=None)
+    assert not any("1/Σβ²" in line for line in lines(comparison(strategies=[*ROWS[:2], without])))
