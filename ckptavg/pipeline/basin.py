@@ -47,8 +47,9 @@ def find_basins(paths: Sequence[Path], options: Options, watch: Watch | None = N
     """Score the candidates under ``paths`` and midpoints between them, and divide them into basins.
 
     In each run, in training order, these are the midpoints of neighbours and, where no barrier separates these, that of
-    the first and the last: if a barrier does, bisection finds the first that averages with the last. Of several runs it
-    is also the midpoint of the last candidates of each and the next. A run of one basin takes 2N passes.
+    the first and the last: if a barrier does, bisection finds the first that averages with the last. Of several runs,
+    the last candidates are compared, best first: each with the best one of each basin found so far, which it joins if
+    no barrier is between. A run of one basin takes 2N passes.
 
     A midpoint separates its ends if the 95 % interval of the barrier, paired by example, lies above 2 % of their mean.
     Without an interval, the barrier must be larger than this, and than three times the median difference of neighbours.
@@ -90,14 +91,15 @@ def _measured(this: Session, evaluator: Evaluator) -> Basins:
     of = [0] * n if len(set(of)) == n else of  # runs of one candidate each are one run
     runs = [[i for i, run in enumerate(of) if run == each and not singles[i].invalid] for each in sorted(set(of))]
     runs = [run for run in runs if run]
-    pairs = [pair for run in runs for pair in pairwise(run)] + [(a[-1], b[-1]) for a, b in pairwise(runs)]
+    ends = sorted((run[-1] for run in runs), key=lambda i: singles[i].value, reverse=True)
+    pairs = [pair for run in runs for pair in pairwise(run)] + [_pair(ends[0], end) for end in ends[1:]]
     prefetch([Coefficients.uniform(pair, n) for pair in pairs], split, exact=True)
     midpoints = _Midpoints(this.checkpoints, singles, pairs, lambda mixture: find(mixture, split))
     for done, pair in enumerate(pairs, 1):
         midpoints.separates(*pair)
         progress(_MIDPOINTS, done, len(pairs))
     parts = [[part for stretch in _stretches(run, midpoints) for part in _divided(stretch, midpoints)] for run in runs]
-    basins = _joined(parts, midpoints)
+    basins = _joined(parts, ends, midpoints)
     number = {i: number for number, basin in enumerate(basins, 1) for i in basin}
     candidates = [
         BasinCandidate(path=c.path, step=c.step, run=of[i], score=singles[i], basin=number.get(i))
@@ -106,7 +108,7 @@ def _measured(this: Session, evaluator: Evaluator) -> Basins:
     return Basins(
         name="loss" if singles[0].loss is not None else singles[0].name, scored_on=split, candidates=candidates,
         midpoints=[*midpoints.known.values()], notes=evaluator.notes,
-        verdict=verdict(candidates, this.checkpoints, this.paths, this.options),
+        verdict=verdict(candidates, [*midpoints.known.values()], this.checkpoints, this.paths, this.options),
     )  # fmt: skip
 
 
@@ -148,14 +150,20 @@ class _Midpoints:
         return self.known[i, j].separates
 
 
-def _joined(parts: Sequence[Sequence[Sequence[int]]], midpoints: _Midpoints) -> list[list[int]]:
-    """Return the basins: the parts of each run, those of the runs' last candidates joined if no barrier is between."""
-    basins = [sorted(part) for run in parts for part in run[:-1]] + [sorted(parts[0][-1])]
-    for before, after in pairwise(parts):
-        if midpoints.separates(before[-1][-1], after[-1][-1]):
-            basins.append([])
-        basins[-1] += after[-1]
-    return sorted(map(sorted, basins))
+def _joined(
+    parts: Sequence[Sequence[Sequence[int]]], ends: Sequence[int], midpoints: _Midpoints
+) -> list[list[int]]:  # fmt: skip
+    """Return the basins: the parts of each run, the last ones joined if no barrier is between their ends."""
+    last = {run[-1][-1]: run[-1] for run in parts}
+    joined: dict[int, list[int]] = {}
+    for end in ends:
+        first = next((first for first in joined if not midpoints.separates(*_pair(first, end))), end)
+        joined.setdefault(first, []).extend(last[end])
+    return sorted(map(sorted, [*(part for run in parts for part in run[:-1]), *joined.values()]))
+
+
+def _pair(i: int, j: int) -> tuple[int, int]:
+    return (i, j) if i < j else (j, i)
 
 
 def _mean(first: Score, second: Score) -> Score:

@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 import sys
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,21 @@ def test_runs_that_share_a_basin_are_joined(trained: Path, tmp_path: Path):
         for step in steps:
             shutil.copy(trained / "seed-0" / f"step-{step}.pt", half)
     assert numbers(basins(*halves)) == [1] * len(STEPS)
+
+
+def test_basins_of_several_runs_do_not_depend_on_the_order_of_the_runs(trained: Path, tmp_path: Path):
+    """Two halves of one training, and another seed, whose last candidate scores worse or better than theirs."""
+    runs = [tmp_path / "a", tmp_path / "b", tmp_path / "other"]
+    for folder, seed, steps in zip(runs, (0, 0, 1), (STEPS[:3], STEPS[3:], STEPS[-2:]), strict=True):
+        folder.mkdir()
+        for step in steps:
+            shutil.copy(trained / f"seed-{seed}" / f"step-{step}.pt", folder)
+    for order in permutations(runs):
+        found = basins(*order)
+        by_run = {order[one.run].name: one.basin for one in found.candidates}
+        assert by_run["a"] == by_run["b"] != by_run["other"]
+        kept = " ".join(str(path) for path in order if path.name != "other")
+        assert f"{kept} alone keeps one basin: 6 candidates" in found.verdict
 
 
 def test_a_barrier_and_its_interval_are_those_of_the_losses_by_example(trained: Path):
