@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, median_high, median_low
 from typing import Final
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ from ckptavg.objective import Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.objective.mixture import Mixture
 from ckptavg.options import Options
-from ckptavg.pipeline.basin_verdict import verdict
+from ckptavg.pipeline.basin_verdict import EXPLODED, verdict
 from ckptavg.pipeline.session import Session, open_session
 from ckptavg.report.basin import BasinCandidate, Basins, Midpoint
 from ckptavg.report.interval import single_gain
@@ -53,7 +53,8 @@ def find_basins(paths: Sequence[Path], options: Options, watch: Watch | None = N
 
     A midpoint separates its ends if the 95 % interval of the barrier, paired by example, lies above 2 % of their mean.
     Without an interval, the barrier must be larger than this, and than three times the median difference of neighbours.
-    It is measured by the loss alone, or by the score where there is no loss.
+    It is measured by the loss alone, or by the score where there is no loss. Candidates without a finite score are set
+    aside, and those worse than the median of all by more than 100 times its size and the median distance to it.
 
     Raises:
         CkptavgError: on any expected failure.
@@ -87,9 +88,10 @@ def _measured(this: Session, evaluator: Evaluator) -> Basins:
         singles.append(find(single, split))
         progress(_SINGLES, len(singles), n)
     valid(max(singles, key=lambda score: score.value))  # raises if no candidate has a valid score
+    lowest = _lowest_sane(singles)
     of = [checkpoint.run for checkpoint in this.checkpoints]
     of = [0] * n if len(set(of)) == n else of  # runs of one candidate each are one run
-    runs = [[i for i, run in enumerate(of) if run == each and not singles[i].invalid] for each in sorted(set(of))]
+    runs = [[i for i, run in enumerate(of) if run == each and singles[i].value >= lowest] for each in sorted(set(of))]
     runs = [run for run in runs if run]
     ends = sorted((run[-1] for run in runs), key=lambda i: singles[i].value, reverse=True)
     pairs = [pair for run in runs for pair in pairwise(run)] + [_pair(ends[0], end) for end in ends[1:]]
@@ -148,6 +150,13 @@ class _Midpoints:
                 candidates=(i, j), steps=steps, score=score, barrier=barrier, separates=separates
             )
         return self.known[i, j].separates
+
+
+def _lowest_sane(singles: Sequence[Score]) -> float:
+    """Return the lowest value that is not set aside; of two, the better one is the median."""
+    values = [score.value for score in singles if not score.invalid]
+    middle = median_high(values)
+    return middle - EXPLODED * max(abs(middle), median_low(abs(value - middle) for value in values))
 
 
 def _joined(

@@ -12,6 +12,7 @@ from ckptavg.checkpoints.window import Window
 from ckptavg.errors import counted
 from ckptavg.report.basin import BasinCandidate, Midpoint
 
+EXPLODED: Final = 100  # times worse than the median, beyond which a candidate is set aside
 _NAMED: Final = 3  # barriers, or candidates without a score
 
 
@@ -26,13 +27,16 @@ def verdict(
         paths: the directories of the runs.
         window: the options that selected the candidates.
     """
-    without = [file.excluding for file, one in zip(checkpoints, candidates, strict=True) if one.score.invalid]
+    aside = [(file.excluding, one) for file, one in zip(checkpoints, candidates, strict=True) if one.basin is None]
+    without = [name for name, one in aside if one.score.invalid]
+    exploded = [name for name, one in aside if not one.score.invalid]
     sentences: list[str] = []
-    if without:
-        more = f" and {len(without) - _NAMED} more" if len(without) > _NAMED else ""
-        verb = "have" if len(without) > 1 else "has"
-        number = counted(len(without), "candidate")
-        sentences.append(f"{number} {verb} no finite score: leave out with {' '.join(without[:_NAMED])}{more}.")
+    worse = f"exploded (over {EXPLODED} times worse than the median)"
+    for names, state in ((without, "no finite score"), (exploded, worse)):
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            number = f"{counted(len(names), 'candidate')} {'have' if len(names) > 1 else 'has'}"
+            sentences.append(f"{number} {state}: leave out with {' '.join(names[:_NAMED])}{more}.")
     scored = [one for one in candidates if one.basin is not None]
     basins = {one.basin for one in scored}
     if len(basins) > 1:

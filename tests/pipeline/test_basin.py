@@ -176,7 +176,7 @@ def test_a_barrier_within_the_noise_of_the_examples_does_not_separate(tmp_path: 
         assert barriers(found) == expected
 
 
-def test_a_barrier_that_no_two_neighbours_show_is_found_from_the_last(tmp_path: Path):
+def test_a_barrier_that_no_two_neighbours_show_is_found_from_the_last_and_named_where_it_was_measured(tmp_path: Path):
     """A bent path of small steps: neighbours average, but the two ends do not."""
     for i in range(9):
         angle = math.pi * i / 16
@@ -187,6 +187,19 @@ def test_a_barrier_that_no_two_neighbours_show_is_found_from_the_last(tmp_path: 
     assert all(not midpoint.separates for midpoint in found.midpoints if midpoint.steps[1] - midpoint.steps[0] == 1)
     # (1 − cos² of half the angle)² = sin⁴ exceeds 2 % from an angle of 44° on: beyond three steps of 11°
     assert numbers(found) == [1, 2, 2, 2, 2, 3, 3, 3, 3]
+    named = [(int(a), int(b)) for a, b in re.findall(r"between steps (\d+) and (\d+)", found.verdict)]
+    assert len(named) == 2 and set(named) <= set(barriers(found))
+
+
+def test_an_exploded_candidate_is_set_aside_and_hides_no_neighbour(tmp_path: Path):
+    """Its own loss dwarfs every barrier, on whichever side."""
+    for scale, hidden in ((30.0, [1, 1, None, 1, 1]), (1e8, [1, 1, None, 1, 1]), (1.5, [1, 1, 1, 1, 1])):
+        for step, w in enumerate((0.9, 1.0, scale, 1.1, 1.05), 1):
+            torch.save({"w": torch.tensor([w, 0.0])}, tmp_path / f"step-{step}.pt")
+        found = basins(tmp_path, task=None, model=Ring, loss=ring_loss, val=[torch.linspace(0.9, 1.1, 32)])
+        assert numbers(found) == hidden and barriers(found) == []
+        said = "1 candidate has exploded (over 100 times worse than the median): leave out with --exclude 'step-3.pt'."
+        assert (said in found.verdict) == (None in hidden)
 
 
 def test_one_candidate_has_nothing_to_average(trained: Path):
