@@ -140,14 +140,15 @@ class _Midpoints:
             score = self._find(Coefficients.uniform((i, j), len(self._singles)))
             steps = (self._checkpoints[i].step, self._checkpoints[j].step)
             ends = self._singles[i], self._singles[j]
-            barrier, separates = None, True
+            barrier, threshold, separates = None, None, True
             if not score.invalid:
                 mean = _mean(*ends)
                 barrier = single_gain(mean, score)
                 lowest, usual = (barrier.value, self._usual) if barrier.low is None else (barrier.low, 0.0)
-                separates = _is_barrier(lowest, mean.value, usual)
+                threshold = _threshold(mean.value, usual)
+                separates = lowest > threshold
             self.known[i, j] = Midpoint(
-                candidates=(i, j), steps=steps, score=score, barrier=barrier, separates=separates
+                candidates=(i, j), steps=steps, score=score, barrier=barrier, threshold=threshold, separates=separates
             )
         return self.known[i, j].separates
 
@@ -185,8 +186,8 @@ def _mean(first: Score, second: Score) -> Score:
     return Score(value=value, loss=None, metric=None, examples=first.examples, per_example=per_example)
 
 
-def _is_barrier(height: float, mean: float, usual: float = 0.0) -> bool:
-    return height > max(TOLERANCE * abs(mean), _USUAL * usual)
+def _threshold(mean: float, usual: float) -> float:
+    return max(TOLERANCE * abs(mean), _USUAL * usual)
 
 
 def _stretches(run: Sequence[int], midpoints: _Midpoints) -> list[list[int]]:
@@ -235,7 +236,7 @@ def mean_note(singles: Sequence[Score], mean: Score, paths: Sequence[Path]) -> s
     by_loss = all(score.loss is not None for score in scores)
     *values, value = [-(score.loss or 0.0) if by_loss else score.value for score in scores]
     usual = 0.0 if by_loss or len(values) < 2 else median(abs(a - b) for a, b in pairwise(values))
-    if any(score.invalid for score in scores) or not _is_barrier(fmean(values) - value, fmean(values), usual):
+    if any(score.invalid for score in scores) or fmean(values) - value <= _threshold(fmean(values), usual):
         return ""
     name = "loss" if by_loss else mean.name
     *figures, figure = [score.loss if by_loss else score.metric for score in scores]
@@ -243,5 +244,5 @@ def mean_note(singles: Sequence[Score], mean: Score, paths: Sequence[Path]) -> s
     command = shlex.join(["ckptavg", "inspect", *map(str, paths), "--basin"])
     return (
         f"the mean of all {len(singles)} candidates has {name} {figure:.4f}, worse than theirs, {alone:.4f} on "
-        f"average: some do not average with others. `{command}` on this task finds where"
+        f"average: some do not average with others. `{command}` on this task looks for the barrier"
     )

@@ -39,6 +39,7 @@ def verdict(
             sentences.append(f"{number} {state}: leave out with {' '.join(names[:_NAMED])}{more}.")
     scored = [one for one in candidates if one.basin is not None]
     basins = {one.basin for one in scored}
+    coarse = [(m.threshold or 0.0, m.barrier.reason) for m in midpoints if m.barrier and m.barrier.low is None]
     if len(basins) > 1:
         places = list(_barriers(candidates, midpoints, paths))
         more = f", and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
@@ -47,8 +48,13 @@ def verdict(
         sentences.append(_way_out(scored, paths, window))
     elif len(scored) == 1:
         sentences.append("One candidate: there is nothing to average.")
+    elif coarse:
+        sentences.append(f"No barrier found between the {len(scored)} candidates.")
     else:
         sentences.append(f"One basin: no barrier separates the {len(scored)} candidates, so they can be averaged.")
+    if coarse:
+        height, reason = max(coarse)
+        sentences.append(f"Without an interval ({reason}) only barriers above {height:.4f} are seen.")
     return " ".join(sentences)
 
 

@@ -39,6 +39,7 @@ class Midpoint:
         candidates: the two, as indices.
         steps: their steps.
         barrier: how much worse it scores than the mean of its two ends; None if one of the three is not finite.
+        threshold: the height that this, or the lower end of its interval, must exceed to separate; None likewise.
         separates: whether that is a barrier: more than noise, so that the two do not average.
     """
 
@@ -46,6 +47,7 @@ class Midpoint:
     steps: tuple[int, int]
     score: Score
     barrier: Gain | None
+    threshold: float | None
     separates: bool
 
 

@@ -75,6 +75,19 @@ def test_a_run_at_a_constant_rate_is_one_basin(trained: Path):
     assert found.verdict == "One basin: no barrier separates the 6 candidates, so they can be averaged."
 
 
+def test_without_intervals_the_verdict_says_which_barriers_are_seen_and_promises_nothing(trained: Path):
+    def mean_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return job.loss(model, batch).mean()
+
+    found = basins(trained / "seed-0", task=None, model=job.model, loss=mean_loss, val=job.val_dataloader())
+    losses = [per_example(trained / "seed-0" / f"step-{step}.pt").mean() for step in STEPS]
+    usual = float(torch.stack(losses).diff().abs().median())
+    larger = max(float(TOLERANCE * (losses[i] + losses[j]) / 2) for i, j in (m.candidates for m in found.midpoints))
+    seen = re.search(r"^No barrier found between the 6 candidates. Without .* above (.*) are seen.$", found.verdict)
+    # four decimals are printed
+    assert seen is not None and float(seen[1]) == pytest.approx(max(larger, 3 * usual), abs=1e-4), found.verdict
+
+
 def test_a_restart_of_the_learning_rate_separates_the_cycles(trained: Path):
     found = basins(trained / "restarts")
     assert barriers(found) == [(100, 180)] and numbers(found) == [1, 1, 1, 2, 2, 2]
@@ -303,7 +316,10 @@ def test_a_mean_below_the_candidates_own_mean_is_no_reason_for_a_note():
     assert mean_note(singles, score(0.4), [Path("ckpts")]) == ""
     assert mean_note(singles, score(0.4 * (1 + TOLERANCE) - 1e-9), [Path("ckpts")]) == ""
     note = mean_note(singles, score(0.41), [Path("my ckpts")])
-    assert "`ckptavg inspect 'my ckpts' --basin`" in note and "loss 0.4100, worse than theirs, 0.4000" in note
+    assert (
+        "`ckptavg inspect 'my ckpts' --basin` on this task looks for the barrier" in note
+        and "loss 0.4100, worse than theirs, 0.4000" in note
+    )
 
 
 def test_compare_names_the_inspection_only_where_candidates_do_not_average(trained: Path, tmp_path: Path):
