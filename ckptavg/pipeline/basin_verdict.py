@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.checkpoint import Checkpoint, shortest_names
 from ckptavg.checkpoints.window import Window
 from ckptavg.errors import counted
 from ckptavg.report.basin import BasinCandidate, Midpoint
@@ -27,16 +27,20 @@ def verdict(
         paths: the directories of the runs.
         window: the options that selected the candidates.
     """
-    aside = [(file.excluding, one) for file, one in zip(checkpoints, candidates, strict=True) if one.basin is None]
-    without = [name for name, one in aside if one.score.invalid]
-    exploded = [name for name, one in aside if not one.score.invalid]
+    names = shortest_names([file.path for file in checkpoints])
+    aside = [i for i, one in enumerate(candidates) if one.basin is None]
+    alone = len(aside) == 1 and window.exclude is None  # --exclude takes one glob
     sentences: list[str] = []
     worse = f"exploded (over {EXPLODED} times worse than the median)"
-    for names, state in ((without, "no finite score"), (exploded, worse)):
-        if names:
-            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            number = f"{counted(len(names), 'candidate')} {'have' if len(names) > 1 else 'has'}"
-            sentences.append(f"{number} {state}: leave out with {' '.join(names[:_NAMED])}{more}.")
+    for invalid, state in ((True, "no finite score"), (False, worse)):
+        if which := [i for i in aside if bool(candidates[i].score.invalid) == invalid]:
+            more = f" and {len(which) - _NAMED} more" if len(which) > _NAMED else ""
+            number = f"{counted(len(which), 'candidate')} {'have' if len(which) > 1 else 'has'}"
+            listed = ", ".join(names[i] for i in which[:_NAMED])
+            ways = f"leave out with {checkpoints[which[0]].excluding}" if alone else f"{listed}{more}"
+            sentences.append(f"{number} {state}: {ways}.")
+    if aside and not alone:
+        sentences.append("Give only the files of the others.")
     scored = [one for one in candidates if one.basin is not None]
     basins = {one.basin for one in scored}
     coarse = [(m.threshold or 0.0, m.barrier.reason) for m in midpoints if m.barrier and m.barrier.low is None]

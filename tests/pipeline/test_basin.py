@@ -243,6 +243,18 @@ def test_a_candidate_without_a_finite_loss_is_in_no_basin(tmp_path: Path):
     assert "1 candidate has no finite score: leave out with --exclude 'step-2.pt'." in found.verdict
 
 
+def test_two_candidates_to_leave_out_are_named_without_an_option_that_takes_one(tmp_path: Path):
+    """A second --exclude replaces the first."""
+    for step, w in enumerate((1.0, 1e8, 1.1, 1e20, 0.9), 1):
+        torch.save({"w": torch.tensor([w, 0.0])}, tmp_path / f"step-{step}.pt")
+    given: dict[str, Any] = {"task": None, "model": Ring, "loss": ring_loss, "val": [torch.linspace(0.9, 1.1, 32)]}
+    both = basins(tmp_path, **given)
+    assert "step-4.pt. 1 candidate has exploded" in both.verdict and "step-2.pt. Give only the files" in both.verdict
+    assert "--exclude" not in both.verdict
+    one = basins(tmp_path, **given, exclude="step-4.pt")
+    assert "step-2.pt. Give only the files" in one.verdict and "--exclude" not in one.verdict
+
+
 def test_a_command_without_a_loss_finds_the_same_barrier_by_its_score(trained: Path, tmp_path: Path, run: Run):
     images, labels = job.val_dataloader()[0]
     np.savez(tmp_path / "data.npz", images=images, labels=labels)
