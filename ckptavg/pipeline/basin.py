@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, median_high, median_low
 from typing import Final
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ from ckptavg.objective import Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.objective.mixture import Mixture
 from ckptavg.options import NOT_INSPECT, Options
-from ckptavg.pipeline.basin_verdict import verdict
+from ckptavg.pipeline.basin_verdict import EXPLODED, verdict
 from ckptavg.pipeline.exact_adapter import given
 from ckptavg.pipeline.session import Session, open_session
 from ckptavg.report.basin import BasinCandidate, Basins, Midpoint
@@ -50,12 +50,14 @@ def find_basins(paths: Sequence[Path], options: Options, watch: Watch | None = N
     """Score the candidates under ``paths`` and midpoints between them, and divide them into basins.
 
     In each run, in training order, these are the midpoints of neighbours and, where no barrier separates these, that of
-    the first and the last: if a barrier does, bisection finds the first that averages with the last. Of several runs it
-    is also the midpoint of the last candidates of each and the next. A run of one basin takes 2N passes.
+    the first and the last: if a barrier does, bisection finds the first that averages with the last. Of several runs,
+    the last candidates are compared, best first: each with the best one of each basin found so far, which it joins if
+    no barrier is between. A run of one basin takes 2N passes.
 
     A midpoint separates its ends if the 95 % interval of the barrier, paired by example, lies above 2 % of their mean.
     Without an interval, the barrier must be larger than this, and than three times the median difference of neighbours.
-    It is measured by the loss alone, or by the score where there is no loss.
+    It is measured by the loss alone, or by the score where there is no loss. Candidates without a finite score are set
+    aside, and those worse than the median of all by more than 100 times its size and the median distance to it.
 
     Raises:
         CkptavgError: on any expected failure.
@@ -89,18 +91,20 @@ def _measured(this: Session, evaluator: Evaluator) -> Basins:
         singles.append(find(single, split))
         progress(_SINGLES, len(singles), n)
     valid(max(singles, key=lambda score: score.value))  # raises if no candidate has a valid score
+    lowest = _lowest_sane(singles)
     of = [checkpoint.run for checkpoint in this.checkpoints]
     of = [0] * n if len(set(of)) == n else of  # runs of one candidate each are one run
-    runs = [[i for i, run in enumerate(of) if run == each and not singles[i].invalid] for each in sorted(set(of))]
+    runs = [[i for i, run in enumerate(of) if run == each and singles[i].value >= lowest] for each in sorted(set(of))]
     runs = [run for run in runs if run]
-    pairs = [pair for run in runs for pair in pairwise(run)] + [(a[-1], b[-1]) for a, b in pairwise(runs)]
+    ends = sorted((run[-1] for run in runs), key=lambda i: singles[i].value, reverse=True)
+    pairs = [pair for run in runs for pair in pairwise(run)] + [_pair(ends[0], end) for end in ends[1:]]
     prefetch([Coefficients.uniform(pair, n) for pair in pairs], split, exact=True)
     midpoints = _Midpoints(this.checkpoints, singles, pairs, lambda mixture: find(mixture, split))
     for done, pair in enumerate(pairs, 1):
         midpoints.separates(*pair)
         progress(_MIDPOINTS, done, len(pairs))
     parts = [[part for stretch in _stretches(run, midpoints) for part in _divided(stretch, midpoints)] for run in runs]
-    basins = _joined(parts, midpoints)
+    basins = _joined(parts, ends, midpoints)
     number = {i: number for number, basin in enumerate(basins, 1) for i in basin}
     candidates = [
         BasinCandidate(path=c.path, step=c.step, run=of[i], score=singles[i], basin=number.get(i))
@@ -109,7 +113,7 @@ def _measured(this: Session, evaluator: Evaluator) -> Basins:
     return Basins(
         name="loss" if singles[0].loss is not None else singles[0].name, scored_on=split, candidates=candidates,
         midpoints=[*midpoints.known.values()], notes=evaluator.notes,
-        verdict=verdict(candidates, this.checkpoints, this.paths, this.options),
+        verdict=verdict(candidates, [*midpoints.known.values()], this.checkpoints, this.paths, this.options),
     )  # fmt: skip
 
 
@@ -139,26 +143,40 @@ class _Midpoints:
             score = self._find(Coefficients.uniform((i, j), len(self._singles)))
             steps = (self._checkpoints[i].step, self._checkpoints[j].step)
             ends = self._singles[i], self._singles[j]
-            barrier, separates = None, True
+            barrier, threshold, separates = None, None, True
             if not score.invalid:
                 mean = _mean(*ends)
                 barrier = single_gain(mean, score)
                 lowest, usual = (barrier.value, self._usual) if barrier.low is None else (barrier.low, 0.0)
-                separates = _is_barrier(lowest, mean.value, usual)
+                threshold = _threshold(mean.value, usual)
+                separates = lowest > threshold
             self.known[i, j] = Midpoint(
-                candidates=(i, j), steps=steps, score=score, barrier=barrier, separates=separates
+                candidates=(i, j), steps=steps, score=score, barrier=barrier, threshold=threshold, separates=separates
             )
         return self.known[i, j].separates
 
 
-def _joined(parts: Sequence[Sequence[Sequence[int]]], midpoints: _Midpoints) -> list[list[int]]:
-    """Return the basins: the parts of each run, those of the runs' last candidates joined if no barrier is between."""
-    basins = [sorted(part) for run in parts for part in run[:-1]] + [sorted(parts[0][-1])]
-    for before, after in pairwise(parts):
-        if midpoints.separates(before[-1][-1], after[-1][-1]):
-            basins.append([])
-        basins[-1] += after[-1]
-    return sorted(map(sorted, basins))
+def _lowest_sane(singles: Sequence[Score]) -> float:
+    """Return the lowest value that is not set aside; of two, the better one is the median."""
+    values = [score.value for score in singles if not score.invalid]
+    middle = median_high(values)
+    return middle - EXPLODED * max(abs(middle), median_low(abs(value - middle) for value in values))
+
+
+def _joined(
+    parts: Sequence[Sequence[Sequence[int]]], ends: Sequence[int], midpoints: _Midpoints
+) -> list[list[int]]:  # fmt: skip
+    """Return the basins: the parts of each run, the last ones joined if no barrier is between their ends."""
+    last = {run[-1][-1]: run[-1] for run in parts}
+    joined: dict[int, list[int]] = {}
+    for end in ends:
+        first = next((first for first in joined if not midpoints.separates(*_pair(first, end))), end)
+        joined.setdefault(first, []).extend(last[end])
+    return sorted(map(sorted, [*(part for run in parts for part in run[:-1]), *joined.values()]))
+
+
+def _pair(i: int, j: int) -> tuple[int, int]:
+    return (i, j) if i < j else (j, i)
 
 
 def _mean(first: Score, second: Score) -> Score:
@@ -171,8 +189,8 @@ def _mean(first: Score, second: Score) -> Score:
     return Score(value=value, loss=None, metric=None, examples=first.examples, per_example=per_example)
 
 
-def _is_barrier(height: float, mean: float, usual: float = 0.0) -> bool:
-    return height > max(TOLERANCE * abs(mean), _USUAL * usual)
+def _threshold(mean: float, usual: float) -> float:
+    return max(TOLERANCE * abs(mean), _USUAL * usual)
 
 
 def _stretches(run: Sequence[int], midpoints: _Midpoints) -> list[list[int]]:
@@ -221,7 +239,7 @@ def mean_note(singles: Sequence[Score], mean: Score, paths: Sequence[Path], opti
     by_loss = all(score.loss is not None for score in scores)
     *values, value = [-(score.loss or 0.0) if by_loss else score.value for score in scores]
     usual = 0.0 if by_loss or len(values) < 2 else median(abs(a - b) for a, b in pairwise(values))
-    if any(score.invalid for score in scores) or not _is_barrier(fmean(values) - value, fmean(values), usual):
+    if any(score.invalid for score in scores) or fmean(values) - value <= _threshold(fmean(values), usual):
         return ""
     name = "loss" if by_loss else mean.name
     *figures, figure = [score.loss if by_loss else score.metric for score in scores]
@@ -231,5 +249,5 @@ def mean_note(singles: Sequence[Score], mean: Score, paths: Sequence[Path], opti
     command = shlex.join(["ckptavg", "inspect", *map(str, paths), "--basin", *chosen])
     return (
         f"the mean of all {len(singles)} candidates has {name} {decimal(figure)}, worse than theirs, {decimal(alone)} "
-        f"on average: some do not average with others. `{command}` on this task finds where"
+        f"on average: some do not average with others. `{command}` on this task looks for the barrier"
     )

@@ -7,17 +7,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.checkpoint import Checkpoint, shortest_names
 from ckptavg.checkpoints.window import Window
 from ckptavg.errors import counted
-from ckptavg.report.basin import BasinCandidate
+from ckptavg.report.basin import BasinCandidate, Midpoint
 
+EXPLODED: Final = 100  # times worse than the median, beyond which a candidate is set aside
 _NAMED: Final = 3  # barriers, or candidates without a score
 
 
 def verdict(
-    candidates: Sequence[BasinCandidate], checkpoints: Sequence[Checkpoint], paths: Sequence[Path], window: Window
-) -> str:
+    candidates: Sequence[BasinCandidate], midpoints: Sequence[Midpoint], checkpoints: Sequence[Checkpoint],
+    paths: Sequence[Path], window: Window,
+) -> str:  # fmt: skip
     """Return where the barriers are, and how to keep the candidates of one basin.
 
     Args:
@@ -25,57 +27,78 @@ def verdict(
         paths: the directories of the runs.
         window: the options that selected the candidates.
     """
-    without = [file.excluding for file, one in zip(checkpoints, candidates, strict=True) if one.score.invalid]
+    names = shortest_names([file.path for file in checkpoints])
+    aside = [i for i, one in enumerate(candidates) if one.basin is None]
+    alone = len(aside) == 1 and window.exclude is None  # --exclude takes one glob
     sentences: list[str] = []
-    if without:
-        more = f" and {len(without) - _NAMED} more" if len(without) > _NAMED else ""
-        verb = "have" if len(without) > 1 else "has"
-        number = counted(len(without), "candidate")
-        sentences.append(f"{number} {verb} no finite score: leave out with {' '.join(without[:_NAMED])}{more}.")
+    worse = f"exploded (over {EXPLODED} times worse than the median)"
+    for invalid, state in ((True, "no finite score"), (False, worse)):
+        if which := [i for i in aside if bool(candidates[i].score.invalid) == invalid]:
+            more = f" and {len(which) - _NAMED} more" if len(which) > _NAMED else ""
+            number = f"{counted(len(which), 'candidate')} {'have' if len(which) > 1 else 'has'}"
+            listed = ", ".join(names[i] for i in which[:_NAMED])
+            ways = f"leave out with {checkpoints[which[0]].excluding}" if alone else f"{listed}{more}"
+            sentences.append(f"{number} {state}: {ways}.")
+    if aside and not alone:
+        sentences.append("Give only the files of the others.")
     scored = [one for one in candidates if one.basin is not None]
     basins = {one.basin for one in scored}
+    coarse = [(m.threshold or 0.0, m.barrier.reason) for m in midpoints if m.barrier and m.barrier.low is None]
     if len(basins) > 1:
-        places = list(_barriers(scored, paths))
+        places = list(_barriers(candidates, midpoints, paths))
         more = f", and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
         shown = ", ".join(places[:_NAMED])
         sentences.append(f"{len(basins)} basins: candidates on two sides of a barrier do not average ({shown}{more}).")
         sentences.append(_way_out(scored, paths, window))
     elif len(scored) == 1:
         sentences.append("One candidate: there is nothing to average.")
+    elif coarse:
+        sentences.append(f"No barrier found between the {len(scored)} candidates.")
     else:
         sentences.append(f"One basin: no barrier separates the {len(scored)} candidates, so they can be averaged.")
+    if coarse:
+        height, reason = max(coarse)
+        sentences.append(f"Without an interval ({reason}) only barriers above {height:.4f} are seen.")
     return " ".join(sentences)
 
 
-def _barriers(scored: Sequence[BasinCandidate], paths: Sequence[Path]) -> Iterator[str]:
-    """Yield the places of the barriers, within the runs and between them."""
-    runs = [[one for one in scored if one.run == run] for run in sorted({one.run for one in scored})]
+def _barriers(
+    candidates: Sequence[BasinCandidate], midpoints: Sequence[Midpoint], paths: Sequence[Path]
+) -> Iterator[str]:
+    """Yield the places of the barriers, within the runs and between them: ends of midpoints that separate."""
+    scored = [one for one in candidates if one.basin is not None]
+    walls = [tuple(candidates[i] for i in midpoint.candidates) for midpoint in midpoints if midpoint.separates]
+    runs = sorted({one.run for one in scored})
     for run in runs:
-        of = f" of {paths[run[0].run]}" if len(runs) > 1 else ""
-        for before, after in pairwise(run):
+        of = f" of {paths[run]}" if len(runs) > 1 else ""
+        for before, after in pairwise(one for one in scored if one.run == run):
             if before.basin != after.basin:
-                yield f"between steps {before.step} and {after.step}{of}"
-    for before, after in pairwise(runs):
-        if before[-1].basin != after[-1].basin:
-            yield f"between the last candidates of {paths[before[0].run]} and {paths[after[0].run]}"
+                end = next(b for a, b in walls if a is before and b.basin == after.basin)
+                yield f"between steps {before.step} and {end.step}{of}"
+    for before, after in sorted({(a.run, b.run) for a, b in walls if a.run != b.run}):
+        yield f"between the last candidates of {paths[before]} and {paths[after]}"
 
 
 def _way_out(scored: Sequence[BasinCandidate], paths: Sequence[Path], window: Window) -> str:
-    """Return the options that keep the basin of the best candidate, of basins with more than one."""
+    """Return the options that keep the most candidates of one basin, of equally many those with the best one."""
     sizes = Counter(one.basin for one in scored)
-    larger = [one for one in scored if sizes[one.basin] > 1]
-    if not larger:
+    (largest, size), *_ = sizes.most_common()
+    if size == 1:
         return "No two candidates share a basin, so average none: `ckptavg best` takes one."
-    best = max(larger, key=lambda one: one.score.value)
-    basin = [one for one in scored if one.basin == best.basin]
-    by_run = Counter(one.run for one in basin)
-    for runs in (sorted(by_run), *([run] for run, _ in by_run.most_common())):
-        kept, around = ([one for one in ones if one.run in runs] for ones in (basin, scored))
-        first, last = min(one.step for one in kept), max(one.step for one in kept)
-        if len(kept) > 1 and [one for one in around if first <= one.step <= last] == kept:
-            break
-    else:
-        return f"Give only the files of one basin, such as {best.basin}."
+    possible: list[tuple[list[BasinCandidate], list[BasinCandidate]]] = []
+    for basin in sizes:
+        own = sorted({one.run for one in scored if one.basin == basin})
+        for runs in (own, *([run] for run in own)):
+            around = [one for one in scored if one.run in runs]
+            kept = [one for one in around if one.basin == basin]
+            first, last = min(one.step for one in kept), max(one.step for one in kept)
+            if len(kept) > 1 and [one for one in around if first <= one.step <= last] == kept:
+                possible.append((kept, around))
+    if not possible:
+        return f"Give only the files of one basin, such as {largest}."
+    kept, around = max(possible, key=lambda way: (len(way[0]), max(one.score.value for one in way[0])))
+    runs = sorted({one.run for one in kept})
+    first, last = min(one.step for one in kept), max(one.step for one in kept)
     ways = [f"{' '.join(shlex.quote(str(paths[run])) for run in runs)} alone"] if len(around) < len(scored) else []
     options = [f"--start {first}"] if window.last is not None or any(one.step < first for one in around) else []
     options += [f"--stop {last}"] if any(one.step > last for one in around) else []

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BasinCandidate:
-    """A candidate: its score alone, its run, from 0, and its basin, from 1; None without a finite score."""
+    """A candidate: its score alone, its run, from 0, and its basin, from 1; None if it is set aside."""
 
     path: Path
     step: int
@@ -39,6 +39,7 @@ class Midpoint:
         candidates: the two, as indices.
         steps: their steps.
         barrier: how much worse it scores than the mean of its two ends; None if one of the three is not finite.
+        threshold: the height that this, or the lower end of its interval, must exceed to separate; None likewise.
         separates: whether that is a barrier: more than noise, so that the two do not average.
     """
 
@@ -46,6 +47,7 @@ class Midpoint:
     steps: tuple[int, int]
     score: Score
     barrier: Gain | None
+    threshold: float | None
     separates: bool
 
 
@@ -70,7 +72,8 @@ def render(basins: Basins) -> Iterator[RenderableType]:
     """Yield the table of candidates and of midpoints with the next one of the run, other midpoints, and the verdict."""
     names = [printable(name) for name in shortest_names([candidate.path for candidate in basins.candidates])]
     by_run = sorted(range(len(names)), key=lambda i: basins.candidates[i].run)
-    following = {a: b for a, b in pairwise(by_run) if _run(basins, a) == _run(basins, b)}
+    scored = [i for i in by_run if basins.candidates[i].basin is not None]
+    following = {a: b for a, b in pairwise(scored) if _run(basins, a) == _run(basins, b)}
     next_to = {m.candidates[0]: m for m in basins.midpoints if following.get(m.candidates[0]) == m.candidates[1]}
     rows: list[list[str]] = []
     for i in by_run:
@@ -101,7 +104,10 @@ def _run(basins: Basins, i: int) -> int:
 
 
 def _figure(score: Score) -> str:
-    return "not finite" if score.invalid else f"{next(iter(score.figures.values())):.4f}"
+    if score.invalid:
+        return "not finite"
+    figure = next(iter(score.figures.values()))
+    return f"{figure:.4f}" if abs(figure) < 1e6 else f"{figure:.3g}"
 
 
 def _barrier(midpoint: Midpoint) -> list[str]:

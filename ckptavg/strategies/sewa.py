@@ -62,9 +62,9 @@ class SeWA(Strategy):
     samples: Annotated[int, "Monte Carlo samples M per step.", "gumbel solver"] = 2
     tau_start: Annotated[float, "Temperature at the first step.", "gumbel solver"] = 1.0
     tau_end: Annotated[float, "Temperature at the last step.", "gumbel solver"] = 0.3
-    on: Annotated[
-        Literal["val", "train"] | None, "Data to learn the mask on; default val, if any.", "both solvers"
-    ] = None
+    on: Annotated[Literal["val", "train"] | None, "Data to learn the mask on; default val, if any.", "both solvers"] = (
+        None
+    )
     straight_through: Annotated[bool, "Round the sampled mask to 0 or 1 in the forward pass.", "gumbel solver"] = False
     evaluations: Annotated[int, "Scores to spend with --score-cmd or --lm-eval.", "search by scores"] = 100
 

@@ -311,7 +311,7 @@ def test_options_come_from_the_configuration_and_the_environment(run: Run, ckpts
     [
         ("return model", "return float('nan') * model", "sewa --k 2", 7, "the loss is nan at step 1 of the search"),
         ("return model", "return float('nan') * model", "twa", 7, "the loss is nan at step 1 of the search"),
-        ("return model", "return model(batch[0]).detach() if 1 else model", "twa", 7, "loss() has no gradient"),
+        ("return model", "return model(batch[0]).detach().sum(1) if 1 else model", "twa", 7, "loss() has no gradient"),
         ("return model", "return model", "twa --lr 1e300", 7, "smaller --lr"),
         ("return model", "return model", "twa --on train", 2, "--on train needs train data"),
         ("return model", "return model", "aswa --early-reject", 2, "metric_bounds"),

@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 import sys
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,19 @@ def test_a_run_at_a_constant_rate_is_one_basin(trained: Path):
     assert found.verdict == "One basin: no barrier separates the 6 candidates, so they can be averaged."
 
 
+def test_without_intervals_the_verdict_says_which_barriers_are_seen_and_promises_nothing(trained: Path):
+    def mean_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return job.loss(model, batch).mean()
+
+    found = basins(trained / "seed-0", task=None, model=job.model, loss=mean_loss, val=job.val_dataloader())
+    losses = [per_example(trained / "seed-0" / f"step-{step}.pt").mean() for step in STEPS]
+    usual = float(torch.stack(losses).diff().abs().median())
+    larger = max(float(TOLERANCE * (losses[i] + losses[j]) / 2) for i, j in (m.candidates for m in found.midpoints))
+    seen = re.search(r"^No barrier found between the 6 candidates. Without .* above (.*) are seen.$", found.verdict)
+    # four decimals are printed
+    assert seen is not None and float(seen[1]) == pytest.approx(max(larger, 3 * usual), abs=1e-4), found.verdict
+
+
 def test_a_restart_of_the_learning_rate_separates_the_cycles(trained: Path):
     found = basins(trained / "restarts")
     assert barriers(found) == [(100, 180)] and numbers(found) == [1, 1, 1, 2, 2, 2]
@@ -102,6 +115,21 @@ def test_runs_that_share_a_basin_are_joined(trained: Path, tmp_path: Path):
         for step in steps:
             shutil.copy(trained / "seed-0" / f"step-{step}.pt", half)
     assert numbers(basins(*halves)) == [1] * len(STEPS)
+
+
+def test_basins_of_several_runs_do_not_depend_on_the_order_of_the_runs(trained: Path, tmp_path: Path):
+    """Two halves of one training, and another seed, whose last candidate scores worse or better than theirs."""
+    runs = [tmp_path / "a", tmp_path / "b", tmp_path / "other"]
+    for folder, seed, steps in zip(runs, (0, 0, 1), (STEPS[:3], STEPS[3:], STEPS[-2:]), strict=True):
+        folder.mkdir()
+        for step in steps:
+            shutil.copy(trained / f"seed-{seed}" / f"step-{step}.pt", folder)
+    for order in permutations(runs):
+        found = basins(*order)
+        by_run = {order[one.run].name: one.basin for one in found.candidates}
+        assert by_run["a"] == by_run["b"] != by_run["other"]
+        kept = " ".join(str(path) for path in order if path.name != "other")
+        assert f"{kept} alone keeps one basin: 6 candidates" in found.verdict
 
 
 def test_a_barrier_and_its_interval_are_those_of_the_losses_by_example(trained: Path):
@@ -137,70 +165,9 @@ def test_the_options_of_the_verdict_keep_one_basin(trained: Path, run: Run):
         }
 
 
-class Ring(nn.Module):
-    """The loss is lowest on the unit circle, and worst at its centre."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(2))
-
-
-def ring_loss(model: nn.Module, batch: Tensor) -> Tensor:
-    (w,) = model.parameters()
-    return 1 + batch * (w.square().sum() - 1).square()
-
-
-def test_a_barrier_within_the_noise_of_the_examples_does_not_separate(tmp_path: Path):
-    """The midpoint lies a quarter of `weights` above its ends: 0.05 on average, which is 2.5 tolerances."""
-    for step, w in enumerate(([1.0, 0.0], [0.0, 1.0]), 1):
-        torch.save({"w": torch.tensor(w)}, tmp_path / f"step-{step}.pt")
-    for spread, expected in ((2.0, []), (0.2, [(1, 2)])):  # its standard error is spread / 4 / √32: 0.09, or 0.009
-        weights = 0.2 + spread * torch.tensor([1.0, -1.0] * 16)
-        found = basins(tmp_path, task=None, model=Ring, loss=ring_loss, val=[weights])
-        barrier = found.midpoints[0].barrier
-        assert barrier is not None and barrier.value == pytest.approx(0.05, abs=1e-6) and barrier.low is not None
-        assert barriers(found) == expected
-
-
-def test_a_barrier_that_no_two_neighbours_show_is_found_from_the_last(tmp_path: Path):
-    """A bent path of small steps: neighbours average, but the two ends do not."""
-    for i in range(9):
-        angle = math.pi * i / 16
-        torch.save({"w": torch.tensor([math.cos(angle), math.sin(angle)])}, tmp_path / f"step-{i + 1}.pt")
-
-    data = [torch.linspace(0.9, 1.1, 32)]
-    found = basins(tmp_path, task=None, model=Ring, loss=ring_loss, val=data)
-    assert all(not midpoint.separates for midpoint in found.midpoints if midpoint.steps[1] - midpoint.steps[0] == 1)
-    # (1 − cos² of half the angle)² = sin⁴ exceeds 2 % from an angle of 44° on: beyond three steps of 11°
-    assert numbers(found) == [1, 2, 2, 2, 2, 3, 3, 3, 3]
-
-
 def test_one_candidate_has_nothing_to_average(trained: Path):
     found = basins(trained / "seed-0" / "step-400.pt")
     assert not found.midpoints and found.verdict == "One candidate: there is nothing to average."
-
-
-def test_a_midpoint_without_a_finite_loss_separates(tmp_path: Path):
-    """Both ends are finite, and log 0 is met between them."""
-    for step, value in enumerate((-1.0, 1.0, 1.5), 1):
-        torch.save({"weight": torch.tensor([[value]])}, tmp_path / f"step-{step}.pt")
-    found = basins(
-        tmp_path, task=None, model=lambda: nn.Linear(1, 1, bias=False), val=[torch.ones(20, 1)],
-        loss=lambda model, batch: model(batch).abs().log().neg().flatten(),
-    )  # fmt: skip
-    assert barriers(found) == [(1, 2)] and numbers(found) == [1, 2, 2]
-    assert found.midpoints[0].barrier is None and found.midpoints[0].score.invalid
-
-
-def test_a_candidate_without_a_finite_loss_is_in_no_basin(tmp_path: Path):
-    for step, value in enumerate((1.0, 0.0, 1.5), 1):
-        torch.save({"weight": torch.tensor([[value]])}, tmp_path / f"step-{step}.pt")
-    found = basins(
-        tmp_path, task=None, model=lambda: nn.Linear(1, 1, bias=False), val=[torch.ones(20, 1)],
-        loss=lambda model, batch: model(batch).abs().log().neg().flatten(),
-    )  # fmt: skip
-    assert numbers(found) == [1, None, 1]
-    assert "1 candidate has no finite score: leave out with --exclude 'step-2.pt'." in found.verdict
 
 
 def test_a_command_without_a_loss_finds_the_same_barrier_by_its_score(trained: Path, tmp_path: Path, run: Run):
