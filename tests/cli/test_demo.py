@@ -118,12 +118,13 @@ def test_the_average_beats_the_last_and_the_best_single_checkpoint(selected: ckp
 def test_the_cost_counts_every_batch(selected: ckptavg.Result):
     assert selected.cost is not None
     # On 4 validation batches, on each of which loss and metric run the model: 12 candidates, the 8 most probable masks,
-    # SWA and LAWA. On 4 test batches: best, last, SWA and LAWA.
-    # Before each, BatchNorm from 15 training batches. The file itself on both. Learning: 100 steps of 2 samples.
-    scored = 12 + 8 + 2
-    assert selected.cost.backward_batches == 200
+    # SWA and LAWA, and swaps. On 4 test batches: best, last, SWA and LAWA. Before each, BatchNorm from 15 training
+    # batches. The file itself on both. Learning: 100 steps of 2 samples; each gradient that ranks swaps: 4 batches.
     on_test = 2 + 2
-    assert selected.cost.forward_batches == 200 + scored * (8 + 15) + on_test * (8 + 15) + (8 + 8 + 15)
+    scored = selected.cost.evaluations - on_test
+    ranking = selected.cost.backward_batches - 200
+    assert scored > 12 + 8 + 2 and ranking > 0 and ranking % 4 == 0
+    assert selected.cost.forward_batches == 200 + ranking + (scored + on_test) * (8 + 15) + (8 + 8 + 15)
 
 
 def test_two_runs_give_identical_bytes(digits: Path, run: Run, tmp_path: Path):
@@ -198,13 +199,9 @@ def test_never_worse_writes_the_best_single_checkpoint(digits: Path, run: Run, t
     """Averaging networks trained from different starts lowers the score, and the report states it."""
     demo_training.train(tmp_path / "other", seed=1)
     arguments = (
-        "sewa",
+        "swa",
         digits / "step-360.pt",
         tmp_path / "other" / "step-360.pt",
-        "--k",
-        2,
-        "--steps",
-        1,
         "--task",
         TASK,
     )
