@@ -18,7 +18,7 @@ TINY = 1e-300
 def shrunk_optima(q: Surrogate, strengths: Sequence[float], gradient_FN: Tensor | None = None) -> Tensor:
     """Return [S, N]: for each of S strengths λ ≥ 0 the minimiser of q(β) + λ·h/2·‖β − 1/N‖² with Σβ = 1.
 
-    h is the mean of the diagonal of H on Σ = 0. In eigenvectors of H, with eigenvalues l_i and slopes γ_i, it is
+    h is the mean size of the eigenvalues of H on Σ = 0: that of its diagonal if none is negative. In eigenvectors of H, with eigenvalues l_i and slopes γ_i, it is
     β = 1/N − Σ_i γ_i/(l_i + λh)·v_i; negative l_i count as 0, and along directions that are flat to rounding
     (l_i + λh ≤ 10⁻⁹ of the largest l) β stays at 1/N.
 
@@ -64,10 +64,10 @@ def shrunk_simplex_optima(q: Surrogate, strengths: Sequence[float], gradient_FN:
 
 
 def _stacked(q: Surrogate, gradient_FN: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the centred gradients [M, N], of q or as given, the centred H, and the mean of its diagonal."""
+    """Return the centred gradients [M, N], of q or as given, the centred H, and the mean size of its eigenvalues."""
     g_N, h_NN = _centred(q)
     g_MN = g_N[None] if gradient_FN is None else gradient_FN - gradient_FN.mean(dim=1, keepdim=True)
-    return g_MN, h_NN, h_NN.diagonal().mean()
+    return g_MN, h_NN, torch.linalg.eigvalsh(h_NN).abs().mean()
 
 
 def _on_simplex(x_RN: Tensor) -> Tensor:

@@ -141,7 +141,9 @@ class PythonTask(Task):
 
     def sized_batches(self, split: Split) -> Iterator[Batch]:
         """See `Task.sized_batches`; ``batch_size(batch)`` of the task file comes first, then the loader's setting."""
-        sizes, counted = data_loader.Sizes(self._loader(split)), 0
+        loader, counted = self._loader(split), 0
+        with self._translate_errors(f"{split}_dataloader"):
+            sizes = data_loader.Sizes(loader)
         for batch in self.batches(split):
             size = self._size(batch, *sizes.expected(counted))
             yield Batch(batch, size)

@@ -44,6 +44,7 @@ class Made:
     allow_nonfinite = False
     kept: frozenset[str] = frozenset()
     derived = None
+    run = ""
 
     def __init__(self, model: nn.Module, i: int) -> None:
         self.step, self.path, self.name = i, f"step-{i}", f"step-{i}"

@@ -37,11 +37,12 @@ def test_runs_every_strategy_by_default(compared: Comparison):
     assert {spec.partition(":")[0] for spec in DEFAULT} <= set(strategies())  # a new one takes part where it is named
 
 
-def test_writes_the_strategy_with_the_lowest_validation_loss_where_the_accuracy_agrees(compared: Comparison):
+def test_writes_the_strategy_with_the_lowest_held_out_loss_where_the_accuracy_agrees(compared: Comparison):
     best = max(one.scores["val"].value for one in compared.strategies)
-    lowest = min(one.scores["val"].loss or math.inf for one in compared.strategies)
+    held_out = min(one.held_out for one in compared.strategies if one.held_out is not None)
     winner = next(one for one in compared.strategies if one.name == compared.winner)
-    assert winner.scores["val"].loss == lowest and compared.selected_by == "loss"
+    lowest = winner.scores["val"].loss
+    assert winner.held_out == held_out and compared.selected_by == "held-out loss"
     assert "the loss ranks them like accuracy (Spearman 0." in compared.reason
     passed_over = f"Passed over on validation data: {{}} with accuracy {best:.4f}"
     above = [one.name for one in compared.strategies if one.scores["val"].value == best > winner.scores["val"].value]
@@ -185,7 +186,10 @@ def test_default_k_is_limited_by_the_number_of_candidates(digits: Path, tmp_path
 def test_dry_run_names_the_strategies(digits: Path, run: Run, tmp_path: Path):
     done = run("compare", digits, "--task", TASK, "--dry-run")
     assert (done.returncode, done.stdout) == (0, "") and not list(tmp_path.iterdir())
-    assert "would compare last, best, swa, lawa, ema, soup, aswa, sewa, twa, twa:on=train" in done.stderr
+    assert (
+        "would compare last, best, swa, lawa, ema, wsm, soup, aswa, sewa, twa, twa:on=train, twa:solver=quadratic"
+        in done.stderr
+    )
 
 
 def test_cheap_strategies_run_first_and_each_row_is_shown_as_it_comes(digits: Path, tmp_path: Path):
@@ -212,7 +216,7 @@ def test_the_requested_figure_chooses_the_winner(digits: Path, tmp_path: Path):
         done = ckptavg.compare(digits, "swa,best,lawa:k=2", task=TASK, last=4, output=tmp_path / by, select_by=by)
         values = {row.name: getattr(row.scores["val"], by) for row in done.strategies}
         assert done.selected_by == by and values[done.winner] == best(values.values())
-        assert done.reason.startswith(f"chosen by {by} (--select-by)")
+        assert done.reason.startswith(f"chosen by {'accuracy' if by == 'metric' else by} (--select-by)")
 
 
 def test_progress_names_the_running_strategy(digits: Path, tmp_path: Path):

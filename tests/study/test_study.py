@@ -57,6 +57,7 @@ def test_a_record_has_every_strategy_of_ckptavg(record: Record):
         *(label for label, spec in TINY.strategies.items() if spec not in record.skipped),
         "random 2",
         "best subset",
+        "compare's pick",
     }
     assert not {"last", "swa", "soup", "aswa", TINY.sewa(2), TINY.twa("on=train")} & set(record.skipped)
 

@@ -78,7 +78,7 @@ def test_negative_curvature_counts_as_none_and_identical_candidates_stay_at_the_
     gamma_K = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
     q = Surrogate(0.0, axes_NK @ gamma_K, axes_NK * torch.tensor([-1.0, 2.0, 5.0]).double() @ axes_NK.T, "exact")
     t_SK = (shrunk_optima(q, [0.0, 2.0]) - 0.25) @ axes_NK
-    h = (-1 + 2 + 5) / 4  # the trace over N
+    h = (1 + 2 + 5) / 4  # the sizes of the eigenvalues over N
     assert t_SK[0].tolist() == pytest.approx([0, -1 / 2, -1 / 5], abs=EXACT)
     assert t_SK[1].tolist() == pytest.approx([-1 / (2 * h), -1 / (2 + 2 * h), -1 / (5 + 2 * h)], abs=EXACT)
     same = Surrogate(1.0, torch.zeros(4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64), "exact")

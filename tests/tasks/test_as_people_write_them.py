@@ -464,7 +464,7 @@ def test_a_shared_forward_gives_the_same_file_at_one_pass_a_batch(
     assert apart.output and shared.output and apart.cost and shared.cost
     assert shared.output.sha256 == apart.output.sha256  # the same operations in the same order
     assert shared.scores["val"].figures == apart.scores["val"].figures
-    forward_mode = 16 if "solver" in settings else 0  # counted as well, four batches along four candidates
+    forward_mode = 12 if "solver" in settings else 0  # counted as well, three batches along four candidates
     assert int(os.environ["FORWARDS"]) + forward_mode == shared.cost.forward_batches
     assert shared.cost.forward_batches < apart.cost.forward_batches
 
