@@ -19,8 +19,8 @@ def shrunk_optima(q: Surrogate, strengths: Sequence[float], gradient_FN: Tensor 
     """Return [S, N]: for each of S strengths λ ≥ 0 the minimiser of q(β) + λ·h/2·‖β − 1/N‖² with Σβ = 1.
 
     h is the mean size of the eigenvalues of H on Σ = 0: that of its diagonal if none is negative. In eigenvectors v_i
-    of H, with eigenvalues l_i and slopes γ_i, it is β = 1/N − Σ_i γ_i/(l_i + λh)·v_i; negative l_i count as 0, and along
-    directions that are flat to rounding (l_i + λh ≤ 10⁻⁹ of the largest l) β stays at 1/N.
+    of H, with eigenvalues l_i and slopes γ_i, it is β = 1/N − Σ_i γ_i/(l_i + λh)·v_i; negative l_i count as 0, and
+    along directions that are flat to rounding (l_i + λh ≤ 10⁻⁹ of the largest l) β stays at 1/N.
 
     Args:
         gradient_FN: gradients at the mean that replace that of q; the result is then [F, S, N].
