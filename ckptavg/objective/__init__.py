@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ckptavg.surrogate import Surrogate
 
 SelectBy: TypeAlias = Literal["auto", "loss", "metric"]
-"""What decides among scored mixtures; see `ckptavg.objective.selection.Selection`."""
+"""Criterion of the choice among scored mixtures; see `ckptavg.objective.selection.Selection`."""
 
 Hessian: TypeAlias = Literal["auto", "exact", "gauss-newton"]
 """Which second derivative `Losses.surrogate` uses; ``auto`` prefers Gauss–Newton."""

@@ -56,7 +56,7 @@ class Selection:
 
     @property
     def by(self) -> Literal["loss", "metric"]:
-        """What decides now."""
+        """The criterion that decides now, which depends on the scores if it is ``auto``."""
         return by_what(self.scores.values(), self._select_by)
 
     def ranking(self) -> Callable[[Coefficients], tuple[float, float]]:
@@ -103,7 +103,7 @@ class Selection:
 
 
 def by_what(scores: Collection[Score], select_by: SelectBy = "auto") -> Literal["loss", "metric"]:
-    """Return what decides among scored mixtures; see `Selection`. A task has a loss, a metric or both."""
+    """Return the criterion that decides among scored mixtures; see `Selection`. A task has a loss, a metric or both."""
     has_loss = any(score.loss is not None for score in scores)
     has_metric = any(score.metric is not None or score.loss is None for score in scores)
     if not (has_loss and has_metric):
