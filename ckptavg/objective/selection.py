@@ -56,8 +56,16 @@ class Selection:
 
     @property
     def by(self) -> Literal["loss", "metric"]:
-        """The criterion that decides now, which depends on the scores if it is ``auto``."""
-        return by_what(self.scores.values(), self._select_by)
+        """The criterion that decides now: a task has a loss, a metric or both, and ``auto`` depends on the scores."""
+        scores = self.scores.values()
+        has_loss = any(score.loss is not None for score in scores)
+        has_metric = any(score.metric is not None or score.loss is None for score in scores)
+        if not (has_loss and has_metric):
+            return "metric" if has_metric else "loss"
+        if self._select_by != "auto":
+            return self._select_by
+        agreement, error = _agreement(scores)
+        return "loss" if agreement is not None and agreement + error >= AGREEING else "metric"
 
     def ranking(self) -> Callable[[Coefficients], tuple[float, float]]:
         """Return the key by which scored mixtures are ranked now; larger is better."""
@@ -100,18 +108,6 @@ class Selection:
         else:
             what = "by loss" if by == "loss" else f"by {name}"
         return f"chosen {what} {many}: {reason}; --select-by decides otherwise"
-
-
-def by_what(scores: Collection[Score], select_by: SelectBy = "auto") -> Literal["loss", "metric"]:
-    """Return the criterion that decides among scored mixtures; see `Selection`. A task has a loss, a metric or both."""
-    has_loss = any(score.loss is not None for score in scores)
-    has_metric = any(score.metric is not None or score.loss is None for score in scores)
-    if not (has_loss and has_metric):
-        return "metric" if has_metric else "loss"
-    if select_by != "auto":
-        return select_by
-    agreement, error = _agreement(scores)
-    return "loss" if agreement is not None and agreement + error >= AGREEING else "metric"
 
 
 def _agreement(scores: Collection[Score]) -> tuple[float | None, float]:
