@@ -98,13 +98,13 @@ class SeWA(Strategy):
             verifying = Stage(VERIFYING, scores=verify + 2, singles=True)
             moves = min(2 * MOVES, MOVES * auto + verify - 1)
             return curvature_stages(n, losses.batches(self.on or scored_on), verifying, 1 + moves)
-        count = (self.steps or default_steps(n)) * self.samples
-        learning = Stage("learning the mask", forward=count, backward=count)
-        if self.verify == 1:
-            return (learning,)
-        from ckptavg.strategies.solvers.concrete_mask import VERIFYING
+        from ckptavg.strategies.solvers.concrete_mask import LEARNING, VERIFYING
         from ckptavg.strategies.solvers.swaps import STAGE, gradients
 
+        count = (self.steps or default_steps(n)) * self.samples
+        learning = Stage(LEARNING, forward=count, backward=count)
+        if self.verify == 1:
+            return (learning,)
         k = min(int(self.k), n)
         subsets, passes = math.comb(n, k), losses.batches(scored_on)
         swaps = min(self.swaps, subsets)

@@ -9,6 +9,7 @@ sleep, so that waiting is not counted as work.
 """
 
 import argparse
+import contextlib
 import os
 import platform
 import sys
@@ -31,6 +32,8 @@ from ckptavg.objective.mixture import Mixture
 from ckptavg.options.search import SearchOptions
 from ckptavg.score import Split
 from ckptavg.strategies.sewa import SeWA
+from ckptavg.strategies.solvers.concrete_mask import LEARNING
+from ckptavg.strategies.solvers.subspace import TRAINING
 from ckptavg.strategies.twa import TWA
 
 VOCABULARY, STEPS = 1000, 2
@@ -103,12 +106,24 @@ def least(used: list[Used]) -> Used:
     return Used(*map(min, zip(*used, strict=True)))
 
 
-def of_strategy(strategy: TWA | SeWA, mixture: Mixture, now: Clock) -> list[Used]:
+class Enough(Exception):
+    """Ends a search after the steps that are measured, before it scores anything."""
+
+
+def of_strategy(strategy: TWA | SeWA, mixture: Mixture, now: Clock, steps: int = STEPS) -> list[Used]:
     """Return the time of each step except the first, which warms up."""
     stamps: list[Used] = []
-    tell, mixture.progress = mixture.progress, lambda *_, **__: stamps.append(now())  # pyright: ignore
+
+    def stamp(stage: str, *_: object, **__: object) -> None:
+        if stage in (TRAINING, LEARNING):
+            stamps.append(now())
+        if len(stamps) > steps:
+            raise Enough
+
+    tell, mixture.progress = mixture.progress, stamp  # pyright: ignore
     mixture.restart()
-    strategy.learn(mixture)
+    with contextlib.suppress(Enough):
+        strategy.learn(mixture)
     mixture.progress = tell
     return [after.since(before) for before, after in pairwise(stamps)]
 
@@ -195,7 +210,7 @@ def parts_of_a_step(mixture: Mixture, now: Clock, rounds: int) -> Mapping[str, U
 
     candidates.materialize, task.loss, candidates.pullback = map(timed, real)  # pyright: ignore
     for _ in range(rounds):
-        (whole,) = of_strategy(TWA(epochs=2), mixture, now)
+        (whole,) = of_strategy(TWA(), mixture, now, 1)
         begin, mixed, forward, looked, back, end = stamps[-6:]
         spans = {"materialize": (begin, mixed), "forward": (forward, looked), "backward": (looked, back),
                  "pullback": (back, end)}  # fmt: skip
@@ -234,8 +249,8 @@ def contenders(mixture: Mixture, tokens: Tensor, now: Clock) -> Mapping[str, Cal
     mixture.prepare()
     return {
         "plain SGD": lambda: of_steps(plain, now),
-        "twa": lambda: of_strategy(TWA(epochs=STEPS + 2), mixture, now),
-        "sewa --samples 1": lambda: of_strategy(SeWA(k=5, steps=STEPS + 2, samples=1, verify=1), mixture, now),
+        "twa": lambda: of_strategy(TWA(), mixture, now),
+        "sewa --samples 1": lambda: of_strategy(SeWA(k=5, samples=1), mixture, now),
         "authors' TWA (ICLR)": lambda: of_steps(iclr.step, now),
         "authors' TWA (journal, 4 bits)": lambda: of_steps(journal.step, now),
     }

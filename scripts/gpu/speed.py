@@ -216,10 +216,8 @@ def searches(figures: Figures, size: str, tokens: tuple[int, int], device: torch
     mixture.prepare()
     works = {
         "plain SGD": lambda: steps.of_steps(plain, now),
-        "twa": lambda: steps.of_strategy(steps.TWA(epochs=steps.STEPS + 2), mixture, now),
-        "sewa --samples 1": lambda: steps.of_strategy(
-            steps.SeWA(k=5, steps=steps.STEPS + 2, samples=1, verify=1), mixture, now
-        ),
+        "twa": lambda: steps.of_strategy(steps.TWA(), mixture, now),
+        "sewa --samples 1": lambda: steps.of_strategy(steps.SeWA(k=5, samples=1), mixture, now),
     }
     times: Mapping[str, list[Any]] = {what: [] for what in works}
     for _ in range(3):

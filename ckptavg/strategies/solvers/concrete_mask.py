@@ -17,6 +17,7 @@ from ckptavg.strategies.solvers.swaps import SwapSearch, answer, falling_loss
 
 BLOCK = 256  # steps whose noise is drawn at once
 MEMORY = 0.99  # decay per step of the running mean of squared gradients
+LEARNING = "learning the mask"
 VERIFYING = "verifying subsets"
 EDGE = 1e-3  # distance from 0 and 1 to which sampled probabilities are clamped
 
@@ -45,7 +46,7 @@ def learn_mask(
         rate = lr * (1 - step / steps)
         s_N = project_capped_simplex(s_N.detach() - rate * gradient_N / root, k)
         means[step] = loss.detach().mean()
-        objective.progress("learning the mask", step + 1, steps, loss=means[step], sure=s_N.topk(k).values.mean())
+        objective.progress(LEARNING, step + 1, steps, loss=means[step], sure=s_N.topk(k).values.mean())
     trace = means.tolist()
     split = on or objective.scored_on
     check_losses(trace, losses.batches(split), split, samples=samples)
