@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Test and measure ckptavg on a GPU, in 6 minutes at most: scripts/gpu/check.sh [--device cpu] [tests] [process] [speed]
+# Test and measure ckptavg on a GPU, in 7 minutes at most: scripts/gpu/check.sh [--device cpu] [tests] [process] [speed]
 # Each part has its own time limit; without a name all parts run. Python must have torch, safetensors, typer, rich,
 # pytest, hypothesis, scikit-learn and, for one test, torchmetrics; nothing is installed or fetched. Results are written
 # to $OUT (build/gpu) as they come; `python scripts/gpu/report.py` writes docs/gpu.md. On a CPU sizes are tiny.
@@ -41,15 +41,15 @@ for name in "${parts[@]}"; do
         tests)
             mapfile -t files < <(grep -rl --include='test_*.py' 'pytest.mark.gpu' tests)
             several=()  # with pytest-xdist, on several cores
-            if "$PYTHON" -c 'import xdist' 2>/dev/null && [[ $device != cpu ]]; then several=(-n 6); fi
-            part 150 tests "$PYTHON" -m pytest "${several[@]}" -m gpu --device "$device" -p no:cacheprovider --junitxml "$OUT/tests.xml" -q \
+            if "$PYTHON" -c 'import xdist' 2>/dev/null && [[ $device != cpu ]]; then several=(-n 8 -p no:benchmark); fi
+            part 180 tests "$PYTHON" -m pytest "${several[@]}" -m gpu --device "$device" -p no:cacheprovider --junitxml "$OUT/tests.xml" -q \
                 "${files[@]}"
             ;;
         process)
             part 40 process "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 \
                 scripts/gpu/one_process.py "$OUT" --device "$device"
             ;;
-        speed) part 165 speed "$PYTHON" scripts/gpu/speed.py "$OUT" --device "$device" ;;
+        speed) part 200 speed "$PYTHON" scripts/gpu/speed.py "$OUT" --device "$device" ;;
     esac
 done
 exit "$failed"

@@ -18,7 +18,7 @@ HEAD: Final = """# On a GPU
 What `./scripts/gpu/check.sh` measures on a machine with CUDA, and how to run it: from the repository's root, with
 torch, safetensors, typer, rich, pytest, hypothesis and scikit-learn installed, and without a network.
 
-    ./scripts/gpu/check.sh                # all of it, 6 minutes at most: tests, process, speed
+    ./scripts/gpu/check.sh                # all of it, 7 minutes at most: tests, process, speed
     ./scripts/gpu/check.sh speed          # one part
     python scripts/gpu/report.py          # writes this page from build/gpu (or $OUT)
 

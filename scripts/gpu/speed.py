@@ -233,7 +233,7 @@ def searches(figures: Figures, size: str, tokens: tuple[int, int], device: torch
 
 
 def whole(figures: Figures, size: str, out: Path, device: torch.device) -> None:
-    """Measure `ckptavg sewa --k 5` on files, as a user runs it, beside reading them once."""
+    """Measure two searches on files, as a user runs them, beside reading the files once."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "ckpts"
         folder.mkdir()
@@ -254,18 +254,23 @@ def whole(figures: Figures, size: str, out: Path, device: torch.device) -> None:
                 while file.readinto(buffer):
                     pass
         read = time.perf_counter() - start
-        task = f"{Path(__file__).with_name('model.py')}"
-        words = ["sewa", str(folder), "--k", "5", "--task", task, "--device", str(device), "-o", f"{name}/average"]
-        start = time.perf_counter()
-        with (out / "whole.log").open("w") as log:
-            done = subprocess.run(
-                [sys.executable, "-m", "ckptavg", *words], stdout=log, stderr=log,
-                cwd=Path(__file__).parents[2], env=gpt.environment(size), check=False,
-            )  # fmt: skip
-        took = time.perf_counter() - start
-    if done.returncode:
-        raise RuntimeError(f"ckptavg ended with {done.returncode}: {(out / 'whole.log').read_text()[-2000:]}")
-    figures.add("the whole of ckptavg sewa --k 5", took, "s", floor=read, n=N, bytes=total)
+        commands = {
+            "the whole of ckptavg sewa --k 5": ["sewa", str(folder), "--k", "5"],
+            "the whole of ckptavg twa --solver quadratic": ["twa", str(folder), "--solver", "quadratic"],
+        }
+        task = ["--task", f"{Path(__file__).with_name('model.py')}", "--device", str(device)]
+        (out / "whole.log").unlink(missing_ok=True)
+        for what, words in commands.items():
+            start = time.perf_counter()
+            with (out / "whole.log").open("a") as log:
+                done = subprocess.run(
+                    [sys.executable, "-m", "ckptavg", *words, *task, "-o", f"{name}/{words[0]}"],
+                    stdout=log, stderr=log, cwd=Path(__file__).parents[2], env=gpt.environment(size), check=False,
+                )  # fmt: skip
+            took = time.perf_counter() - start
+            if done.returncode:
+                raise RuntimeError(f"{what} ended with {done.returncode}: {(out / 'whole.log').read_text()[-2000:]}")
+            figures.add(what, took, "s", floor=read, n=N, bytes=total)
 
 
 SIZES: Final = {
