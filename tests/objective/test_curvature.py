@@ -5,6 +5,7 @@ Shape suffixes: N = candidates, M = elements of the model's output.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -475,6 +476,30 @@ def test_fused_attention_is_replaced_with_a_note(tmp_path: Path, hessian: str, o
     assert result.curvature == hessian and "_flash_attention_" in result.note and op in result.note
     assert result.note.startswith(f"plain kernels for the {hessian} Hessian: ")
     assert torch.backends.mkldnn.set_flags()[0] and torch.backends.mha.get_fastpath_enabled()
+
+
+def test_the_graph_of_gauss_newton_keeps_no_matrix_of_attention(tmp_path: Path):
+    """Only forward mode needs plain attention; the batch that failed without it is freed before the next one."""
+    alive, kept = WeakSet[Tensor](), list[tuple[int, int]]()
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        kept.append((len(alive), 0))
+        losses = cross_entropy(model, batch)
+        alive.add(losses)
+        return losses
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[-1] = (kept[-1][0], kept[-1][1] + (tensor.shape[-2:] == (2, 2)))
+        return tensor
+
+    gc.disable()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = surrogate_of(make_candidates(tmp_path, NETWORKS["attention"]), batches(5), loss)
+    finally:
+        gc.enable()
+    assert result.curvature == "gauss-newton" and "plain kernels" in result.note
+    assert kept == [(0, 0), (0, 0)]
 
 
 def test_surrogate_of_a_recurrent_network(tmp_path: Path):

@@ -16,7 +16,8 @@ Shape suffixes: N = candidates.
 
 import math
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 import torch
@@ -57,8 +58,8 @@ def surrogate(
     refused if forward and backward mode give different gradients, as for straight-through estimators.
 
     ``auto`` uses Gauss–Newton if available: it is positive semidefinite for the usual losses, at half the cost. An
-    operation that lacks the required derivative, such as fused attention, is first replaced by a plain kernel that has
-    it.
+    operation that lacks the required derivative, such as fused attention, is replaced by a plain kernel that has it;
+    for Gauss–Newton first only in forward mode, so that no graph keeps the matrices of plain attention.
 
     Passes counted per batch, besides calls of the model, which are counted where they happen: one backward; and per
     candidate two backwards (exact: a double backward costs as much as four forwards), or one forward more for the call
@@ -76,10 +77,11 @@ def surrogate(
     reasons: dict[str, str] = {}
     tried: tuple[Curvature, ...] = ("gauss-newton", "exact") if hessian == "auto" else (hessian,)
     for curvature in tried:
-        for plain in (False, True):
+        for plain, forward in _KERNELS[curvature]:
+            forward_kernels = partial(_kernels, candidates.model, forward)
             try:
-                with _plain_kernels(candidates.model) if plain else nullcontext(), torch.enable_grad():
-                    directions = Directions(candidates, loss, count, at_mean)
+                with _kernels(candidates.model, plain), torch.enable_grad():
+                    directions = Directions(candidates, loss, count, at_mean, forward_kernels)
                     value, gradient_N, hessian_NN = _mean(_MEASURE[curvature], directions, batches(), workers)
             except UnavailableError as error:
                 reasons[curvature] = f"no {curvature} Hessian: {error}"
@@ -88,7 +90,7 @@ def surrogate(
             except NoGradientError as error:
                 raise TaskError(str(error), path=source) from error
             else:
-                if plain:
+                if plain or forward:
                     reasons[curvature] = reasons[curvature].replace("no", "plain kernels for the", 1)
                 return Surrogate(value, gradient_N, hessian_NN, curvature, "; ".join(reasons.values()))
     other = {"exact": "--hessian gauss-newton", "gauss-newton": "--hessian exact"}.get(hessian)
@@ -115,6 +117,10 @@ def _exact(d: Directions, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _MEASURE: Final = {"exact": _exact, "gauss-newton": gauss_newton.measure}
+# plain kernels everywhere, and in forward mode, in the order in which they are tried
+_KERNELS: Final = {
+    "exact": ((False, False), (True, False)), "gauss-newton": ((False, False), (False, True), (True, False)),
+}  # fmt: skip
 
 
 def _mean(
@@ -135,7 +141,10 @@ def _mean(
         failure = error
     failure = next((error for error in workers.gather(failure) if error is not None), None)
     if failure is not None:  # on any rank: all ranks then try the next curvature
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # with this frame it is a cycle, which would keep the graph of the batch
     total = workers.sum(torch.cat([total, eye_NN.new_tensor([examples])])).cpu().double()
     assert total[-1] > 0, "a pass without batches"
     total = total[:-1] / total[-1]
@@ -152,8 +161,11 @@ def _mean(
 
 
 @contextmanager
-def _plain_kernels(model: nn.Module) -> Generator[None]:
-    """Run attention and recurrent layers on kernels with forward-mode and second derivatives."""
+def _kernels(model: nn.Module, plain: bool) -> Generator[None]:
+    """Run attention and recurrent layers on ``plain`` kernels, which have forward-mode and second derivatives."""
+    if not plain:
+        yield
+        return
     flags = torch.backends.mkldnn.set_flags(False)  # its context manager also sets other flags, and warns
     try:
         with sdpa_kernel(SDPBackend.MATH), without_cudnn_recurrence(model):

@@ -4,7 +4,7 @@ Shape suffixes: N = candidates.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -37,9 +37,14 @@ class Directions:
     Attributes:
         named: the model's parameters that the candidates have, by name; ``weights`` without the names.
         eye_NN: the identity, in the dtype and on the device of all sums.
+        forward_kernels: starts a context with kernels that have forward-mode derivatives.
     """
 
-    def __init__(self, candidates: Candidates, loss: Loss, count: Count, at_mean: Callable[[], None]) -> None:
+    def __init__(
+        self, candidates: Candidates, loss: Loss, count: Count, at_mean: Callable[[], None],
+        forward_kernels: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:  # fmt: skip
+        self.forward_kernels = forward_kernels
         self._candidates = candidates
         self._loss = loss
         self._count = count

@@ -69,7 +69,10 @@ def measure(d: Directions, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 def _jvp(d: Directions, call: Call, direction: Sequence[Tensor]) -> list[Tensor]:
     """Return J d for each tensor in ``call.outputs``."""
     tangents: list[Tensor] = []
-    with derivatives(*_MODEL_ERRORS), torch.no_grad(), forward_ad.dual_level(), _slow_attention(), call.autocast():
+    with (
+        derivatives(*_MODEL_ERRORS), d.forward_kernels(), torch.no_grad(), forward_ad.dual_level(), _slow_attention(),
+        call.autocast(),
+    ):  # fmt: skip
         named = zip(d.named.items(), direction, strict=True)
         duals = {name: forward_ad.make_dual(weight.data, tangent) for (name, weight), tangent in named}
         outputs = tensors(functional_call(d.model, duals, call.args, call.kwargs))
