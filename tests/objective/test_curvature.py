@@ -19,6 +19,7 @@ import torch
 from conftest import Job
 from stored import stored
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
@@ -26,6 +27,7 @@ from ckptavg.candidates import Candidates
 from ckptavg.errors import TaskError
 from ckptavg.objective import batchnorm
 from ckptavg.objective.curvature import gauss_newton, surrogate
+from ckptavg.objective.curvature.directions import Directions
 from ckptavg.surrogate import Surrogate
 from ckptavg.tasks.batch import Batch, size
 
@@ -500,6 +502,17 @@ def test_the_graph_of_gauss_newton_keeps_no_matrix_of_attention(tmp_path: Path):
         gc.enable()
     assert result.curvature == "gauss-newton" and "plain kernels" in result.note
     assert kept == [(0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("network", ["mlp", "attention"])
+def test_a_direction_is_taken_as_a_tangent_without_a_copy(tmp_path: Path, network: str):
+    """Weights are views of one vector: torch would copy a tangent laid out otherwise into a vector of that size."""
+    candidates = make_candidates(tmp_path, NETWORKS[network])
+    directions = Directions(candidates, cross_entropy, lambda *_: None, lambda: None)
+    with forward_ad.dual_level():
+        for weight, tangent in zip(directions.weights, directions[1], strict=True):
+            taken = forward_ad.unpack_dual(forward_ad.make_dual(weight.data, tangent)).tangent
+            assert taken is not None and taken.data_ptr() == tangent.data_ptr()
 
 
 def test_surrogate_of_a_recurrent_network(tmp_path: Path):

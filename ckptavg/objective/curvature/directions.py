@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, autograd, nn
+from torch import Tensor, UntypedStorage, autograd, nn
 
 from ckptavg.candidates import Candidates
 from ckptavg.candidates.flat import as_real, is_mixable, unique_tensors
@@ -69,7 +69,9 @@ class Directions:
         # what is copied has no derivative; setting it would change buffers that the graph holds
         if not self._candidates.average([j], last=None):
             self._candidates.materialize(self.eye_NN[j], last=None)
-        direction = [weight.data - self._mean[weight] for weight in self.weights]
+        direction = _laid_out_like(self.weights)
+        for difference, weight in zip(direction, self.weights, strict=True):
+            torch.sub(weight.data, self._mean[weight], out=difference)
         for tensor, mean in self._mean.items():
             tensor.data.copy_(mean)
         return direction
@@ -103,6 +105,24 @@ class Directions:
                 wide = torch.promote_types(b.dtype, torch.float32)
                 total += torch.dot(a.to(wide), b.to(wide))
         return total
+
+
+def _laid_out_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return uninitialised tensors with the storage layout of ``tensors``, which may share storages.
+
+    `torch.autograd.forward_ad.make_dual` copies a tangent of any other layout into a zeroed storage of the size of its
+    primal's: for views of one flat vector, that is a vector of the size of the model for each parameter.
+    """
+    storages: dict[int, UntypedStorage] = {}
+    made: list[Tensor] = []
+    for tensor in tensors:
+        like = tensor.data.untyped_storage()
+        if like.data_ptr() not in storages:
+            storages[like.data_ptr()] = UntypedStorage(like.nbytes(), device=like.device)
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        storage = storages[like.data_ptr()]
+        made.append(empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride()))  # pyright: ignore
+    return made
 
 
 def gradients_of(loss: Tensor, of: Sequence[Tensor], *, again: bool = False) -> Sequence[Tensor | None]:
