@@ -127,6 +127,15 @@ def differs(first: Score, second: Score, eps: float = 0.0) -> bool:
     return abs(first.loss - second.loss) > rounding * (abs(first.loss) + spread) + 1e-6
 
 
+def difference_error(first: Score, second: Score) -> float:
+    """Return the standard error of the difference of two values over the same examples; 0 if it is unknown."""
+    each, other = first.per_example, second.per_example
+    resampled = first.resampled is not None or second.resampled is not None
+    if each is None or other is None or each.order != other.order or resampled or len(each.values_U) < 2:
+        return 0.0
+    return standard_error(each.values_U - other.values_U, each.examples_U)
+
+
 def standard_error(values_U: Tensor, examples_U: Tensor) -> float:
     """Return √(Σ w²(x − x̄)²)/Σ w, each weight w being the number of examples in a unit; ∞ for a single unit."""
     if len(values_U) < 2:

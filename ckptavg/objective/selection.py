@@ -10,7 +10,7 @@ from torch import Tensor
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import decimal
 from ckptavg.objective import Objective, SelectBy
-from ckptavg.score import Score
+from ckptavg.score import Score, difference_error
 
 AGREEING: Final = 0.3  # rank correlation from which the loss is taken as a witness of the metric
 CLOSE: Final = 0.01  # fraction of the lowest loss within which the metric may choose
@@ -25,7 +25,12 @@ class Selection:
     the metric decides only if Spearman's correlation is below `AGREEING` by more than its standard error: a dozen
     mixtures that hardly differ have any correlation by chance. By loss, ``auto`` prefers mixtures whose metric is at
     least that of every single candidate and of the mean of all, if their loss is within `CLOSE` of the lowest, or if
-    the lowest is that of one of these. So an answer is never worse than one of these in both, but for that fraction.
+    the lowest is that of one of these. By metric, it prefers the mean of all if its loss is lower and its metric is
+    below the best by less than the standard error of the difference: of many noisy values one is high by chance. So an
+    answer is never worse than a single candidate or the mean in both, but for that fraction or error.
+
+    References:
+        Breiman, Friedman, Olshen & Stone 1984, Classification and regression trees, section 3.4.3 (one standard error).
 
     Attributes:
         scores: coefficients → score.
@@ -77,12 +82,23 @@ class Selection:
         mixtures = [mixture for mixture in self.scores if among is None or mixture in among]
         first = max(mixtures, key=self.ranking())
         plain = [self.scores[mixture].value for mixture in self.plain if mixture in self.scores]
-        if not plain or self.by == "metric" or self._select_by != "auto":
+        if not plain or self._select_by != "auto":
             return first
+        if self.by == "metric":
+            mean = self.plain[-1]
+            return mean if mean in mixtures and self._is_no_worse(mean, first) else first
         limit = math.inf if first in self.plain else self.loss(first) + CLOSE * abs(self.loss(first))
         searched = [m for m in mixtures if m not in self.plain and self.loss(m) <= limit]
         as_good = [m for m in searched if self.scores[m].value >= max(plain)]
         return min(as_good, key=self.loss, default=first)
+
+    def _is_no_worse(self, mean: Coefficients, first: Coefficients) -> bool:
+        """Whether the mean has a lower loss, a metric that is as good but for noise, and no better single candidate."""
+        score, loss = self.scores[mean], self.loss(mean)
+        singles = [single for single in self.plain[:-1] if single in self.scores]
+        beaten = any(self.scores[one].value > score.value and self.loss(one) < loss for one in singles)
+        close = self.scores[first].value - score.value < difference_error(self.scores[first], score)
+        return close and loss < self.loss(first) and not beaten
 
     def figures(self, mixture: Coefficients) -> str:
         """Return the metric and the loss of a scored mixture in words."""
@@ -105,6 +121,8 @@ class Selection:
         reason = f"the loss {verb} them like {name} (Spearman {agreement:.2f} ± {error:.2f})"
         if by == "loss" and chosen and self.loss(chosen) > min(map(self.loss, self.scores)):
             what = f"by loss, of those whose {name} is at least that of every plain average,"
+        elif by == "metric" and chosen and self.scores[chosen].value < max(score.value for score in scores):
+            what = f"by {name}, which is higher by less than its standard error elsewhere,"
         else:
             what = "by loss" if by == "loss" else f"by {name}"
         return f"chosen {what} {many}: {reason}; --select-by decides otherwise"

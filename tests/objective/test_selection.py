@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
+import torch
 from quadratic import Quadratic
 from scipy.stats import spearmanr
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.objective import SelectBy
 from ckptavg.objective.selection import Selection, spearman
-from ckptavg.score import Score, Split
+from ckptavg.score import PerExample, Score, Split
 
 N = 6
 SWA = Coefficients.uniform(range(N), N)
@@ -69,6 +71,26 @@ def test_auto_prefers_what_is_not_below_a_plain_average_by_the_metric_if_its_los
     lowest = Coefficients.uniform([0], N)  # a plain average, with a poor metric: then any loss will do
     assert chosen(table | {lowest: (0.5, 0.9), TRIPLE: (0.76, 1.2)}, "auto")[0] == TRIPLE
     assert chosen(table | {lowest: (0.5, 0.9), TRIPLE: (0.7, 1.2)}, "auto")[0] == lowest
+
+
+@pytest.mark.parametrize(("wrong", "expected"), [(5, PAIR), (2, SWA)])
+def test_by_metric_auto_prefers_the_mean_unless_another_is_better_by_more_than_noise(
+    wrong: int, expected: Coefficients
+):
+    """Of 20 examples the pair has the last one wrong, the mean as many of the first ones."""
+    selection = Selection(Table(OPPOSED | {PAIR: (0.95, 3.0), SWA: (1 - wrong / 20, 0.5), TRIPLE: (0.4, 1.0)}))
+    right_U = torch.ones(20, dtype=torch.float64)
+    units = {PAIR: right_U.clone(), SWA: right_U.clone()}
+    units[PAIR][-1], units[SWA][:wrong] = 0, 0
+    selection.score(selection.plain)
+    selection.score([PAIR, TRIPLE])
+    for mixture, values_U in units.items():
+        each = PerExample(values_U=values_U, examples_U=right_U)
+        selection.scores[mixture] = replace(selection.scores[mixture], per_example=each)
+    assert selection.by == "metric" and selection.best() == expected
+    assert ("by less than its standard error" in selection.note(selection.best())) == (expected == SWA)
+    selection.scores[PAIR] = replace(selection.scores[PAIR], loss=0.4)
+    assert selection.best() == PAIR  # better in both
 
 
 def test_few_mixtures_do_not_tell_whether_the_loss_agrees():

@@ -171,12 +171,12 @@ def test_a_plain_average_that_is_better_than_every_subset_is_the_answer_and_is_s
     learned = SeWA(k=3).learn(objective)
     assert learned.coefficients == Coefficients.uniform([3], 8)
     (note,) = learned.notes
-    assert note.startswith("asked for the mean of 3, but a single candidate is better: loss 0.0000")
+    assert note.startswith("asked for the mean of 3, but the answer is a single candidate: loss 0.0000")
     opposite = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]], dtype=torch.float64)
     objective = Quadratic(n=4, d=1, seed=0)
     objective.weights_ND = opposite
     (note,) = SeWA(k=3).learn(objective).notes
-    assert "the mean of all 4 candidates is better" in note
+    assert "the answer is the mean of all 4 candidates" in note
 
 
 @pytest.mark.parametrize("seed", range(4))

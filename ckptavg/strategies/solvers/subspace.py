@@ -164,7 +164,7 @@ class _Scored:
         notes = [note] if (note := selection.note(best)) else []
         if best in selection.plain and best.n > 1:
             kind = "the mean of all candidates" if best == selection.plain[-1] else "the best single candidate"
-            notes.append(f"no step of the training was better than {kind}, which is the answer")
+            notes.append(f"the answer is {kind}, not a step of the training")
         return best, notes
 
 

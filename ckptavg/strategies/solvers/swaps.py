@@ -71,7 +71,7 @@ def answer(selection: Selection, k: int) -> tuple[Coefficients, list[str]]:
         mask = max((mixture for mixture in selection.scores if is_subset(mixture, k)), key=selection.ranking())
         kind = "a single candidate" if len(best.selected) == 1 else f"the mean of all {best.n} candidates"
         figures, others = selection.figures(best), selection.figures(mask)
-        notes.append(f"asked for the mean of {k}, but {kind} is better: {figures}, the best mean of {k} {others}")
+        notes.append(f"asked for the mean of {k}, but the answer is {kind}: {figures}, the best mean of {k} {others}")
     return best, notes
 
 
