@@ -269,7 +269,9 @@ def whole(figures: Figures, size: str, out: Path, device: torch.device) -> None:
                 )  # fmt: skip
             took = time.perf_counter() - start
             if done.returncode:
-                raise RuntimeError(f"{what} ended with {done.returncode}: {(out / 'whole.log').read_text()[-2000:]}")
+                said = (out / "whole.log").read_text().splitlines()
+                error = next((line for line in reversed(said) if line.startswith("error: ")), said[-1])
+                raise RuntimeError(f"{what} ended with {done.returncode}: {error[:200]}")
             figures.add(what, took, "s", floor=read, n=N, bytes=total)
 
 
