@@ -11,10 +11,12 @@ from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
+import inspected
 import numpy as np
 import pytest
 import torch
 from conftest import Job, Run
+from inspected import barriers, numbers
 from jobs import basins as job
 from torch import Tensor, nn
 
@@ -47,18 +49,7 @@ def _in_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def basins(*paths: Path, **options: Any) -> Basins:
-    given: dict[str, Any] = {"task": TASK} | options
-    found = ckptavg.inspect(list(paths), basin=True, **given).basin
-    assert found is not None
-    return found
-
-
-def barriers(found: Basins) -> list[tuple[int, int]]:
-    return [midpoint.steps for midpoint in found.midpoints if midpoint.separates]
-
-
-def numbers(found: Basins) -> list[int | None]:
-    return [candidate.basin for candidate in found.candidates]
+    return inspected.basins(*paths, **{"task": TASK} | options)
 
 
 def per_example(path: Path, *others: Path) -> Tensor:

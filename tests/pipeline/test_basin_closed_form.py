@@ -9,29 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from inspected import barriers, basins, numbers
 from torch import Tensor, nn
-
-import ckptavg
-from ckptavg.report.basin import Basins
 
 
 @pytest.fixture(autouse=True)
 def _in_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def basins(folder: Path, **options: Any) -> Basins:
-    found = ckptavg.inspect(folder, basin=True, **options).basin
-    assert found is not None
-    return found
-
-
-def barriers(found: Basins) -> list[tuple[int, int]]:
-    return [midpoint.steps for midpoint in found.midpoints if midpoint.separates]
-
-
-def numbers(found: Basins) -> list[int | None]:
-    return [candidate.basin for candidate in found.candidates]
 
 
 class Ring(nn.Module):
