@@ -25,9 +25,8 @@ def shrunk_optima(q: Surrogate, strengths: Sequence[float], gradient_FN: Tensor 
     Args:
         gradient_FN: gradients at the mean that replace that of q; the result is then [F, S, N].
     """
-    g_MN, h_NN, size = _stacked(q, gradient_FN)
-    l_N, vectors_NN = torch.linalg.eigh(h_NN)
-    bent_SN = l_N.clamp(min=0) + size * torch.tensor(list(strengths), dtype=h_NN.dtype)[:, None]
+    g_MN, h_NN, (l_N, vectors_NN) = _stacked(q, gradient_FN)
+    bent_SN = l_N.clamp(min=0) + l_N.abs().mean() * torch.tensor(list(strengths), dtype=h_NN.dtype)[:, None]
     slope_M1N = (g_MN @ vectors_NN)[:, None]
     flat_SN = bent_SN <= STEEP * l_N.abs().max()
     step_MSN = (slope_M1N / bent_SN.clamp(min=TINY)).masked_fill(flat_SN, 0) @ vectors_NN.T
@@ -45,11 +44,11 @@ def shrunk_simplex_optima(q: Surrogate, strengths: Sequence[float], gradient_FN:
         Beck and Teboulle 2009, A fast iterative shrinkage-thresholding algorithm, SIAM J. Imaging Sci. 2; restarts:
         O'Donoghue and Candès 2015, arXiv:1204.3982.
     """
-    g_MN, h_NN, size = _stacked(q, gradient_FN)
+    g_MN, h_NN, (l_N, _) = _stacked(q, gradient_FN)
     count = len(strengths)
-    ridge_R1 = (size * torch.tensor(list(strengths), dtype=h_NN.dtype)).repeat(len(g_MN))[:, None]
+    ridge_R1 = (l_N.abs().mean() * torch.tensor(list(strengths), dtype=h_NN.dtype)).repeat(len(g_MN))[:, None]
     g_RN = g_MN.repeat_interleave(count, dim=0)
-    rate_R1 = 1 / (torch.linalg.eigvalsh(h_NN).abs().max() + ridge_R1).clamp(min=TINY)
+    rate_R1 = 1 / (l_N.abs().max() + ridge_R1).clamp(min=TINY)
     beta_RN = ahead_RN = torch.full_like(g_RN, 1 / q.n)
     momentum_R1 = torch.ones_like(ridge_R1)
     for _ in range(STEPS):
@@ -63,11 +62,11 @@ def shrunk_simplex_optima(q: Surrogate, strengths: Sequence[float], gradient_FN:
     return beta_MSN[0] if gradient_FN is None else beta_MSN
 
 
-def _stacked(q: Surrogate, gradient_FN: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the centred gradients [M, N], of q or as given, the centred H, and the mean size of its eigenvalues."""
+def _stacked(q: Surrogate, gradient_FN: Tensor | None) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Return the centred gradients [M, N], of q or as given, the centred H, and its eigenvalues and eigenvectors."""
     g_N, h_NN = _centred(q)
     g_MN = g_N[None] if gradient_FN is None else gradient_FN - gradient_FN.mean(dim=1, keepdim=True)
-    return g_MN, h_NN, torch.linalg.eigvalsh(h_NN).abs().mean()
+    return g_MN, h_NN, tuple(torch.linalg.eigh(h_NN))
 
 
 def _on_simplex(x_RN: Tensor) -> Tensor:
