@@ -108,7 +108,7 @@ def _parse_strategies(names: Sequence[str], evaluator: Evaluator) -> Mapping[str
 
 def _possible(strategy: Strategy, evaluator: Evaluator) -> bool:
     """Return whether the task has the loss, and the training data beside validation data, that a strategy needs."""
-    has_loss, on_train = evaluator.losses is not None, _chose_on(strategy, "val") == "train"
+    has_loss, on_train = evaluator.losses is not None, getattr(strategy, "on", None) == "train"
     if on_train and not (has_loss and evaluator.has("train") and evaluator.scored_on != "train"):
         return False
     return has_loss or getattr(strategy, "solver", "") != "quadratic"
@@ -203,8 +203,11 @@ def _results(
 
 
 def _chose_on(strategy: Strategy, scored_on: Split) -> Split | None:
-    """Return the data that the coefficients are fitted to; None for a plain average."""
-    return None if isinstance(strategy, PlainAverage) else getattr(strategy, "on", None) or scored_on
+    """Return the data of the last choice, which are those that are scored, unless nothing is; None: no choice."""
+    if isinstance(strategy, PlainAverage):
+        return None
+    unscored = getattr(strategy, "verify", None) == 1
+    return (getattr(strategy, "on", None) if unscored else None) or scored_on
 
 
 def _gain(split: Split, score: Score, reference: Score) -> Gain:

@@ -159,7 +159,7 @@ class StrategyResult:
         scores: split → score, with ``--write-all`` of the written file.
         over_last: split → gain over the last candidate.
         cost: cost as if the strategy had run alone.
-        chose_on: the data on which it chose the coefficients; None for a plain average.
+        chose_on: the data of its last choice, on which its score is optimistic; None for a plain average.
         held_out: estimate of the loss on other data: `Result.held_out` of a strategy that cross-validates, the
             validation loss of a plain average, None for others.
         output: the file of ``--write-all``.

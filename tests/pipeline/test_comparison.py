@@ -86,11 +86,13 @@ def test_gains_over_last_use_the_same_examples(compared: Comparison):
 
 
 def test_table_and_json_report_every_strategy(digits: Path, run: Run):
-    names = "swa,lawa:k=3,twa:epochs=1"
+    names = "swa,lawa:k=3,twa:epochs=1,sewa:k=2:steps=1:on=train,sewa:k=2:steps=1:on=train:verify=1"
     done = run("compare", digits, "--last", 5, "--task", TASK, "--strategies", names, "--json")
     assert done.returncode == 0
     report = json.loads(done.stdout)
-    assert [one["name"] for one in report["strategies"]] == ["last", "swa", "lawa:k=3", "twa:epochs=1"]
+    assert [one["name"] for one in report["strategies"]] == ["last", *names.split(",")]
+    # what is learned on training data has chosen on validation data if points of it were scored there
+    assert [one["chose_on"] for one in report["strategies"]] == [None, None, None, "val", "val", "train"]
     assert report["winner"] in names and report["output"]["sha256"] and report["holdout"] is None
     over = report["strategies"][1]["over_last"]["test"]
     assert over["low"] <= over["value"] <= over["high"] and over["units"] == 400
