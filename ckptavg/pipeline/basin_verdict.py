@@ -9,7 +9,7 @@ from typing import Final
 
 from ckptavg.checkpoints.checkpoint import Checkpoint, shortest_names
 from ckptavg.checkpoints.window import Window
-from ckptavg.errors import counted
+from ckptavg.errors import counted, decimal
 from ckptavg.report.basin import BasinCandidate, Midpoint
 
 EXPLODED: Final = 100  # times worse than the median, beyond which a candidate is set aside
@@ -58,7 +58,7 @@ def verdict(
         sentences.append(f"One basin: no barrier separates the {len(scored)} candidates, so they can be averaged.")
     if coarse:
         height, reason = max(coarse)
-        sentences.append(f"Without an interval ({reason}) only barriers above {height:.4f} are seen.")
+        sentences.append(f"Without an interval ({reason}) only barriers above {decimal(height)} are seen.")
     return " ".join(sentences)
 
 
@@ -106,4 +106,4 @@ def _way_out(scored: Sequence[BasinCandidate], paths: Sequence[Path], window: Wi
     best = max(kept, key=lambda one: one.score.value)
     name, figure = next((name, figure) for name, figure in best.score.figures.items())
     number = counted(len(kept), "candidate")
-    return f"{' with '.join(ways)} keeps one basin: {number}, with {name} {figure:.4f} at best (step {best.step})."
+    return f"{' with '.join(ways)} keeps one basin: {number}, with {name} {decimal(figure)} at best (step {best.step})."

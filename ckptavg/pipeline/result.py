@@ -9,6 +9,7 @@ from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import Discovered
 from ckptavg.checkpoints.steps import rates_beside
 from ckptavg.coefficients import Coefficients
+from ckptavg.errors import decimal
 from ckptavg.objective import Learned, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
@@ -102,7 +103,11 @@ def _rounding_warnings(matrix: MatrixResult, searched: Score, exact: Score) -> l
     gaps = {"score": (searched.value - exact.value, exact.noise)}
     if searched.loss is not None and exact.loss is not None:
         gaps["loss"] = (searched.loss - exact.loss, exact.loss_noise)
-    wide = [f"{name} off by {gap:+.4f}, noise {noise:.4f}" for name, (gap, noise) in gaps.items() if abs(gap) > noise]
+    wide = [
+        f"{name} off by {decimal(gap, '+')}, noise {decimal(noise)}"
+        for name, (gap, noise) in gaps.items()
+        if abs(gap) > noise
+    ]
     if not wide and matrix.error <= _MAX_ERROR:
         return []
     problem = f"the search misjudged the average ({'; '.join(wide)})" if wide else "the search was too coarse"

@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from ckptavg.checkpoints.checkpoint import shortest_names
-from ckptavg.errors import printable
+from ckptavg.errors import decimal, printable
 from ckptavg.report.layout import FittedTable, Sentence
 from ckptavg.score import DATA, Score, Split
 
@@ -106,8 +106,7 @@ def _run(basins: Basins, i: int) -> int:
 def _figure(score: Score) -> str:
     if score.invalid:
         return "not finite"
-    figure = next(iter(score.figures.values()))
-    return f"{figure:.4f}" if abs(figure) < 1e6 else f"{figure:.3g}"
+    return decimal(next(iter(score.figures.values())))
 
 
 def _barrier(midpoint: Midpoint) -> list[str]:
@@ -115,4 +114,4 @@ def _barrier(midpoint: Midpoint) -> list[str]:
     gain, mark = midpoint.barrier, "← barrier" if midpoint.separates else ""
     if gain is None:
         return ["", mark]
-    return [str(gain) if gain.low is not None else f"{gain.value:+.4f}", mark]
+    return [str(gain) if gain.low is not None else decimal(gain.value, "+"), mark]
