@@ -23,6 +23,7 @@ DATA: Final[Mapping[Split, str]] = {
 """The names of the splits in sentences."""
 
 
+FEWEST: Final = 10  # units: of fewer that differ the coverage of every interval tried is far from 95 %
 METRIC: Final = "metric"
 """The name of a task's metric if it gives only one."""
 
@@ -128,10 +129,13 @@ def differs(first: Score, second: Score, eps: float = 0.0) -> bool:
 
 
 def difference_error(first: Score, second: Score) -> float:
-    """Return the standard error of the difference of two values over the same examples; 0 if it is unknown."""
+    """Return the standard error of the difference of two values over the same examples.
+
+    It is 0 if it is unknown, as for fewer than `FEWEST` units.
+    """
     each, other = first.per_example, second.per_example
     resampled = first.resampled is not None or second.resampled is not None
-    if each is None or other is None or each.order != other.order or resampled or len(each.values_U) < 2:
+    if each is None or other is None or each.order != other.order or resampled or len(each.values_U) < FEWEST:
         return 0.0
     return standard_error(each.values_U - other.values_U, each.examples_U)
 

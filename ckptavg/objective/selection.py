@@ -34,6 +34,8 @@ class Selection:
 
     Attributes:
         scores: coefficients → score.
+        plain: the single candidates, and the plain averages that an answer is measured by.
+        mean: that of all candidates, in ``plain``.
     """
 
     def __init__(self, objective: Objective, select_by: SelectBy = "auto") -> None:
@@ -42,7 +44,8 @@ class Selection:
         self.scores: dict[Coefficients, Score] = {}
         self._done: dict[str, int] = {}  # stage → scores
         n = objective.n
-        self.plain = [*Coefficients.singles(n), Coefficients.uniform(range(n), n)]
+        self.mean = Coefficients.uniform(range(n), n)
+        self.plain = [*Coefficients.singles(n), self.mean]
 
     def score(self, mixtures: Iterable[Coefficients], stage: str = "", total: int = 0) -> None:
         """Score mixtures that are not scored yet; ``stage``, with ``total`` scores, is shown if it has a name."""
@@ -85,18 +88,17 @@ class Selection:
         if not plain or self._select_by != "auto":
             return first
         if self.by == "metric":
-            mean = self.plain[-1]
-            return mean if mean in mixtures and self._is_no_worse(mean, first) else first
+            return self.mean if self.mean in mixtures and self._mean_is_as_good_as(first) else first
         limit = math.inf if first in self.plain else self.loss(first) + CLOSE * abs(self.loss(first))
         searched = [m for m in mixtures if m not in self.plain and self.loss(m) <= limit]
         as_good = [m for m in searched if self.scores[m].value >= max(plain)]
         return min(as_good, key=self.loss, default=first)
 
-    def _is_no_worse(self, mean: Coefficients, first: Coefficients) -> bool:
-        """Whether the mean has a lower loss, a metric that is as good but for noise, and no better single candidate."""
-        score, loss = self.scores[mean], self.loss(mean)
-        singles = [single for single in self.plain[:-1] if single in self.scores]
-        beaten = any(self.scores[one].value > score.value and self.loss(one) < loss for one in singles)
+    def _mean_is_as_good_as(self, first: Coefficients) -> bool:
+        """Whether the mean has a lower loss, as good a metric but for noise, and no plain average better in both."""
+        score, loss = self.scores[self.mean], self.loss(self.mean)
+        others = [self.scores[other] for other in self.plain if other in self.scores]
+        beaten = any(other.value > score.value and other.loss is not None and other.loss < loss for other in others)
         close = self.scores[first].value - score.value < difference_error(self.scores[first], score)
         return close and loss < self.loss(first) and not beaten
 
@@ -117,7 +119,7 @@ class Selection:
         agreement, error = _agreement(scores)
         if agreement is None:
             return f"chosen by {name} {many}: too few to say whether the loss agrees"
-        verb = "ranks" if by == "loss" else "does not rank"
+        verb = ("ranks" if agreement >= AGREEING else "may rank") if by == "loss" else "does not rank"
         reason = f"the loss {verb} them like {name} (Spearman {agreement:.2f} ± {error:.2f})"
         if by == "loss" and chosen and self.loss(chosen) > min(map(self.loss, self.scores)):
             what = f"by loss, of those whose {name} is at least that of every plain average,"

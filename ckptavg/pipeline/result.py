@@ -61,7 +61,7 @@ def build_result(
         effective=coefficients.effective, trace=learned.trace, tables=learned.tables,
         output=finished.output, scores=finished.scores, baselines=judgement.baselines, best_step=judgement.best_step,
         verdict=judgement.verdict, gains=judgement.gains, replaced=judgement.replaced, worse=judgement.worse,
-        held_out=learned.held_out,
+        held_out=None if judgement.replaced else learned.held_out,
         next_steps=next_steps(finished.output.path, found.checkpoints, options),
     )  # fmt: skip
     if evaluator is None:

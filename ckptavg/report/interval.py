@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ckptavg.report.result import Gain
-from ckptavg.score import PerExample, Score
+from ckptavg.score import FEWEST, PerExample, Score
 
-FEWEST: Final = 10  # units that differ: below that the coverage of every method tried is far from 95 %
 _GROUPS: Final = 100  # of batches, for a metric that is recomputed without each of them
 _ROUNDING: Final = 2**-20  # of a value in float32 that was computed in another order
 

@@ -27,7 +27,8 @@ class Blend(Strategy):
 
     λ = 0, 1, ½, 1½ and −½ are scored, then twice the vertex of the parabola through the best λ and its neighbours, at
     most seven scores in all. The best of these is returned, so on the data of the search the result is not worse than
-    either end. It needs scores only, no gradient, and a single number cannot overfit as N coefficients can.
+    either end, nor than a single candidate that was scored (but see `ckptavg.objective.selection.Selection`). It needs
+    scores only, no gradient, and a single number cannot overfit as N coefficients can.
 
     References:
         The line of WiSE-FT (Wortsman et al. 2022, arXiv:2109.01903), with an average at one end; λ > 1 extrapolates.
@@ -73,11 +74,12 @@ class Blend(Strategy):
             if factor is None or min(abs(factor - x) for x in points) < _NEAR:
                 break
             score([factor])
-        best = selection.best(points.values())
-        chosen = next(x for x, mixture in points.items() if mixture == best)
+        best = selection.best()  # after the anchor was chosen, another single candidate may have become the best
+        factors = [x for x, mixture in points.items() if mixture == best]
         title = f"(1 − λ)·{self.anchor} + λ·{self.towards}"
         rows = [{"λ": x} | selection.scores[points[x]].figures for x in sorted(points)]
-        notes = [f"λ = {chosen:.3g} of {title}", selection.note(best)]
+        line = f"λ = {factors[0]:.3g} of {title}" if factors else f"a single candidate, not a point of {title}"
+        notes = [line, selection.note(best)]
         return Learned(coefficients=best, notes=[note for note in notes if note], tables={title: rows})
 
 

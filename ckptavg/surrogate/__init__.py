@@ -9,6 +9,7 @@ Shape suffixes: N = candidates, M = mixtures.
 from dataclasses import dataclass, replace
 from typing import Literal, Self, TypeAlias
 
+import torch
 from torch import Tensor
 
 Curvature: TypeAlias = Literal["exact", "gauss-newton"]
@@ -50,6 +51,11 @@ class Surrogate:
         bend_N = self.hessian_NN @ off_N
         slope_N = gradient_N - bend_N
         return replace(self, value=value - float(off_N @ (slope_N + 0.5 * bend_N)), gradient_N=slope_N)
+
+    def convex(self) -> Self:
+        """Return the surrogate with the negative eigenvalues of H set to 0."""
+        values_N, vectors_NN = torch.linalg.eigh(self.hessian_NN)
+        return replace(self, hessian_NN=(vectors_NN * values_N.clamp(min=0)) @ vectors_NN.T)
 
     def __call__(self, beta_MN: Tensor) -> Tensor:
         """Return q of coefficients that sum to one: [M] for rows [M, N], [] for one row [N]."""

@@ -3,6 +3,7 @@
 Shape suffixes: F = folds, N = candidates, S = strengths.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -17,6 +18,7 @@ from ckptavg.surrogate.subsets import best_of_sizes
 Constraint: TypeAlias = Literal["affine", "simplex"]
 STRENGTHS: Final = (0.0, *(10 ** (half / 2) for half in range(-8, 7)))
 """Strengths of the shrinkage to try, ascending, in units of the mean curvature."""
+FAR: Final = 10.0  # coefficients beyond which no loss is near a quadratic
 _SOLVE: Final = {"affine": shrunk_optima, "simplex": shrunk_simplex_optima}
 
 
@@ -43,7 +45,8 @@ def shrunk(folds: Folds, strengths: Mapping[Constraint, Sequence[float]]) -> Fit
     """Return the fit with the lowest held-out loss over the given constraints and strengths.
 
     For every constraint, strength λ and fold f, q of the other folds plus λ·h/2·‖β − 1/N‖² is minimised and q_f
-    evaluated there; the λ with the lowest mean of these is used on all folds. A single fold is not held out.
+    evaluated there; the λ with the lowest mean of these is used on all folds. A single fold is not held out. A λ that
+    leads to coefficients beyond `FAR` is left out if another one does not.
 
     References:
         Stone 1974, Cross-validatory choice and assessment of statistical predictions, JRSS B 36.
@@ -54,6 +57,8 @@ def shrunk(folds: Folds, strengths: Mapping[Constraint, Sequence[float]]) -> Fit
         beta_FSN = solve(folds.q, tried, torch.stack([folds.without(f).gradient_N for f in range(len(folds))]))
         held_FS = torch.stack([folds.only(f)(beta_SN) for f, beta_SN in enumerate(beta_FSN)])
         held_S = folds.share_F @ held_FS
+        near_S = beta_FSN.abs().amax(dim=(0, 2)) <= FAR
+        held_S = held_S.masked_fill(~near_S, math.inf) if near_S.any() else held_S
         best = int(held_S.argmin())
         beta_N = solve(folds.q, [tried[best]])[0]
         fits.append(

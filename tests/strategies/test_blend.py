@@ -90,3 +90,19 @@ def test_the_report_has_every_scored_point_and_the_chosen_one():
     assert title == "(1 − λ)·best + λ·swa" and {-0.5, 0.0, 0.5, 1.0, 1.5} <= {row["λ"] for row in rows}
     best = max(rows, key=lambda row: float(row["metric"] or 0))
     assert learned.notes[0] == f"λ = {best['λ']:.3g} of {title}"
+
+
+def test_a_single_candidate_that_becomes_the_best_while_points_are_scored_is_the_answer():
+    """Loss and metric agree over the single candidates, whose lowest loss anchors the line, but not on the line."""
+    figures = [(0.5, 1.5), (0.55, 1.4), (0.9, 1.3), (0.6, 1.2), (0.7, 1.1), (0.8, 1.0)]
+    singles = dict(zip(Coefficients.singles(6), figures, strict=True))
+
+    class Line(Counted):
+        def score(self, coefficients: Coefficients, on: Split | None = None) -> Score:
+            weight = coefficients.values[0][-1]  # of the anchor
+            metric, loss = singles.get(coefficients, (0.1 * weight, 0.2 + 0.1 * weight))
+            return Score(value=metric, loss=loss, metric=metric, examples=1)
+
+    learned = Blend().learn(Line(n=6, d=2, seed=0))
+    assert learned.coefficients.selected == (2,)
+    assert learned.notes[0] == "a single candidate, not a point of (1 − λ)·best + λ·swa"

@@ -66,7 +66,7 @@ def test_ridge_fixes_the_shrinkage_and_more_of_it_stays_nearer_to_the_mean():
     assert distances == sorted(distances, reverse=True) and distances[-1] < 1e-5 < distances[-2]
 
 
-def test_where_the_real_loss_rises_a_fit_is_not_used_and_half_the_way_is_tried():
+def test_where_the_real_loss_rises_a_fit_is_not_used_and_half_the_way_with_more_shrinkage_is_tried():
     class Walled(Regression):
         """A wall at a distance from the mean that the quadratic does not know."""
 
@@ -91,6 +91,8 @@ def test_where_the_real_loss_rises_a_fit_is_not_used_and_half_the_way_is_tried()
     first = used.index(True)
     assert [row["step"] for row in rows[: first + 1]] == [0.5**half for half in range(first + 1)]
     assert all(row["loss"] > row["quadratic"] + 50 for row in rows[:first])
+    strengths = [row["shrinkage"] for row in rows[: first + 1]]
+    assert strengths == sorted(set(strengths))  # with more shrinkage every time
     assert objective.wall(torch.tensor(learned.coefficients.values[0])) == 0
     assert loss_of(objective, learned.coefficients) < loss_of(objective, plain(objective)[-1])
 

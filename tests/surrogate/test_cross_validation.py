@@ -6,16 +6,17 @@ Shape suffixes: N = candidates, B = examples, F = folds.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from quadratic import Quadratic
+from quadratic import Quadratic, random_surrogate
 from torch import Tensor
 
 from ckptavg.coefficients import Coefficients
 from ckptavg.surrogate import Surrogate
-from ckptavg.surrogate.cross_validation import held_out_of_sizes, shrunk
+from ckptavg.surrogate.cross_validation import FAR, held_out_of_sizes, shrunk
 from ckptavg.surrogate.folds import Folds
 from ckptavg.surrogate.optimum import shrunk_optima, shrunk_simplex_optima
 from ckptavg.surrogate.subsets import best_subsets
@@ -101,6 +102,32 @@ def test_only_the_given_constraints_and_strengths_are_tried():
     folds = folds_of(Quadratic(n=5, d=23, seed=0))
     found = shrunk(folds, {"simplex": [0.3]})
     assert (found.constraint, found.strength) == ("simplex", 0.3)
+
+
+def test_a_strength_that_leads_far_away_is_not_tried_if_another_does_not():
+    """In a direction with almost no curvature and the same slope in every fold, the held-out quadratic falls far."""
+    folds = folds_of(Quadratic(n=5, d=23, seed=0))
+    values_N, vectors_NN = torch.linalg.eigh(folds.q.hessian_NN)
+    flat_N = vectors_NN[:, -1]
+    hessian_NN = folds.q.hessian_NN - (values_N[-1] - 1e-4) * flat_N[:, None] * flat_N
+    gradient_FN = folds.gradient_FN + flat_N
+    q = replace(folds.q, hessian_NN=hessian_NN, gradient_N=folds.share_F @ gradient_FN)
+    steep = replace(folds, q=q, gradient_FN=gradient_FN)
+    assert float(shrunk(steep, {"affine": [0.0]}).beta_N.abs().max()) > 100
+    found = shrunk(steep, {"affine": [0.0, 0.3, 10.0]})
+    assert found.strength > 0 and float(found.beta_N.abs().max()) < FAR
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_convex_quadratic_has_the_positive_eigenvalues_only(seed: int):
+    q = random_surrogate(6, seed, psd=False)
+    values_N, vectors_NN = torch.linalg.eigh(q.hessian_NN)
+    assert values_N[0] < 0
+    mean_N, kept_N = torch.full((6,), 1 / 6, dtype=torch.float64), torch.linalg.eigvalsh(q.convex().hessian_NN)
+    torch.testing.assert_close(kept_N, values_N.clamp(min=0).sort().values, rtol=1e-9, atol=1e-9)
+    assert float(q.convex()(mean_N + 0.1 * vectors_NN[:, -1])) == pytest.approx(
+        float(q(mean_N + 0.1 * vectors_NN[:, -1]))
+    )
 
 
 def test_a_single_fold_is_not_held_out():

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final, TypeAlias
 
 import torch
@@ -12,13 +13,12 @@ from ckptavg.errors import NotFiniteError
 from ckptavg.objective import Hessian, Learned, Losses, Objective, SelectBy
 from ckptavg.objective.selection import Selection
 from ckptavg.score import Split
-from ckptavg.surrogate.cross_validation import STRENGTHS, Constraint, shrunk
+from ckptavg.surrogate.cross_validation import FAR, STRENGTHS, Constraint, Fit, shrunk
 from ckptavg.surrogate.folds import Folds
 
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
 MOVES: Final = 12  # gradient passes after that at the mean
 EXAMPLES: Final = 256  # for the second derivatives; more change nothing
-FAR: Final = 10.0  # coefficients beyond which no loss is near a quadratic
 SETTLED: Final = 1e-3  # fraction by which the held-out loss must fall for another pass
 KEPT: Final = 0.25  # fraction of the predicted fall of the loss that must come true
 RECENTERING: Final = "recentering the quadratic"
@@ -45,10 +45,10 @@ def _fits(
     """Return the mean and the fits that were used, the last one's held-out loss less its fitted one, and a table."""
     points = [Coefficients.uniform(range(objective.n), objective.n)]
     rows: list[dict[str, float | str | None]] = []
-    real, held_out, optimism, step = folds.q.value, math.inf, 0.0, 1.0
+    real, held_out, optimism, step, tried = folds.q.value, math.inf, 0.0, 1.0, strengths
     for move in range(MOVES):
         objective.progress(RECENTERING, move, MOVES, loss=real)
-        fit = shrunk(folds, strengths)
+        fit = shrunk(folds, tried)
         if fit.held_out >= held_out:
             break
         now_N = row(points[-1])
@@ -62,16 +62,25 @@ def _fits(
             "quadratic": fitted, "loss": None if there is None else loss, "": "not used" if wrong else None,
         })  # fmt: skip
         if wrong or there is None:
-            step /= 2
+            step, tried = step / 2, _stronger(tried, fit) or tried
             continue
         points.append(there[0])
         real, optimism = loss, (1 - step) * optimism + step * max(0.0, fit.held_out - fit.fitted)
         if step == 1 and held_out - fit.held_out < SETTLED * abs(fit.held_out):
             break
         held_out = fit.held_out if step == 1 else held_out
-        folds, step = Folds.at(row(there[0]), folds.q, *there[1]), min(1.0, 2 * step)
+        folds, step, tried = Folds.at(row(there[0]), folds.q, *there[1]), min(1.0, 2 * step), strengths
     objective.progress(RECENTERING, MOVES, MOVES, loss=real)
     return points, optimism, rows
+
+
+def _stronger(strengths: Mapping[Constraint, Sequence[float]], than: Fit) -> Mapping[Constraint, Sequence[float]]:
+    """Return the strengths without those of the fit's constraint that are not above its own."""
+    kept: dict[Constraint, Sequence[float]] = {
+        kind: [strength for strength in tried if kind != than.constraint or strength > than.strength]
+        for kind, tried in strengths.items()
+    }
+    return {kind: tried for kind, tried in kept.items() if tried}
 
 
 def _measured_at(beta_N: Tensor, losses: Losses, on: Split | None) -> tuple[Coefficients, Gradients] | None:
@@ -94,8 +103,9 @@ def descend(
     The quadratic is recentered at each fit: losses and gradients of all folds there, at the cost of a forward and a
     backward pass, with the second derivatives kept; then strength and constraint are chosen again, until the held-out
     loss falls by less than `SETTLED`, with at most `MOVES` such passes. A fit at which the real loss does not fall by
-    `KEPT` of what the quadratic predicts is not used: it lies where the quadratic is wrong, and half the way to it is
-    tried.
+    `KEPT` of what the quadratic predicts is not used: it lies where the quadratic is wrong, and half the way to a fit
+    with more shrinkage is tried. Negative eigenvalues of the second derivatives count as 0: a quadratic that falls
+    without end would always prefer the least shrinkage.
 
     The last fit is returned, unless the mean or a single candidate has a lower loss. Where the metric decides and not
     the loss, the best of these and of all fits is; see `ckptavg.objective.selection.Selection`.
@@ -105,6 +115,7 @@ def descend(
         ridge: the strength of the shrinkage; None chooses it by held-out loss.
     """
     folds = measured(objective, losses, on, hessian)
+    folds = replace(folds, q=folds.q.convex())
     notes = [folds.q.note] if folds.q.note else []
     if ridge is None and len(folds) == 1:
         ridge = 1.0
@@ -118,9 +129,10 @@ def descend(
     selection.score([*selection.plain, *points], VERIFYING, len(selection.plain) + len(points))
     by_loss = selection.by == "loss"
     chosen = min([points[-1], *selection.plain], key=selection.loss) if by_loss else selection.best()
-    notes += [note] if (note := selection.note(chosen)) else []
-    if chosen in selection.plain[:-1] and chosen.n > 1:
-        notes.append("no fit is better than the best single candidate, which is the answer")
+    notes += [note] if (note := selection.note(None if by_loss else chosen)) else []
+    if chosen in selection.plain[:-1] and chosen not in points:
+        figures, others = selection.figures(chosen), selection.figures(points[-1])
+        notes.append(f"the answer is a single candidate, not a fit: {figures}, the last fit {others}")
     held = ridge is None and chosen == points[-1] and (on or objective.scored_on) == objective.scored_on
     return Learned(
         coefficients=chosen, notes=notes, tables={"shrinkage, by held-out loss": rows},

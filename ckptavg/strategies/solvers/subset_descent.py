@@ -64,7 +64,7 @@ def descend(
         notes.append(f"the best subsets of {k} on the quadratic come from a heuristic, without proof of optimality")
     if len(best.selected) != k:
         plain = "the mean of all candidates" if len(best.selected) == n else "a single candidate"
-        notes.append(f"{plain} is better than every average of {k} that was scored, and was taken")
+        notes.append(f"the answer is {plain}, not an average of {k}: {selection.figures(best)}")
     gap = max(0.0, held[k] - fitted[k]) if crossed and len(best.selected) == k else None
     return Learned(
         coefficients=best, held_out=None if gap is None else selection.loss(best) + gap,
