@@ -7,6 +7,7 @@ K. All figures are validation losses, seconds are of a whole search. The last li
 """
 
 import argparse
+import math
 import tempfile
 import time
 from collections.abc import Generator
@@ -41,11 +42,12 @@ import answers
 def model(): return answers.NETWORKS[{name!r}]()
 def loss(model, batch): return answers.cross_entropy(model(batch[0]), batch[1], reduction="none")
 def val_dataloader(): return list(zip(*(part.split(100) for part in answers.digits({seed})[1])))
+def test_dataloader(): return [answers.digits({seed})[2]]
 """
 
 
-def digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return training examples, a quarter of them with a random label, and 400 clean validation examples."""
+def digits(seed: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Return training examples, a quarter of them with a random label, 400 clean validation examples, and the rest."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -54,14 +56,15 @@ def digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     x, y = torch.tensor(data.data / 16, dtype=torch.float32)[order], torch.tensor(data.target)[order]
     noisy = torch.where(torch.rand(EXAMPLES, generator=draws) < 0.25, torch.randint(10, (EXAMPLES,), generator=draws),
                         y[:EXAMPLES])  # fmt: skip
-    return (x[:EXAMPLES], noisy), (x[EXAMPLES : EXAMPLES + 400], y[EXAMPLES : EXAMPLES + 400])
+    val, rest = slice(EXAMPLES, EXAMPLES + 400), slice(EXAMPLES + 400, None)
+    return (x[:EXAMPLES], noisy), (x[val], y[val]), (x[rest], y[rest])
 
 
 @contextmanager
 def trained(name: str, n: int, seed: int) -> Generator[tuple[Mixture, Tensor]]:
     """Train, after a third as many checkpoints that are not used; yield the mixture and the candidates' weights."""
     torch.manual_seed(seed)
-    model, ((x, y), _) = NETWORKS[name](), digits(seed)
+    model, ((x, y), *_) = NETWORKS[name](), digits(seed)
     descent = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     with tempfile.TemporaryDirectory() as scratch:
         folder, task = Path(scratch) / "ckpts", Path(scratch) / "answers_task.py"
@@ -84,7 +87,7 @@ def trained(name: str, n: int, seed: int) -> Generator[tuple[Mixture, Tensor]]:
 
 def swap_search(name: str, weights_ND: Tensor, seed: int, starts: int) -> float:
     """Return the lowest validation loss of a subset of K: steepest descent by swaps from random and the last masks."""
-    model, (_, (x, y)), n = NETWORKS[name](), digits(seed), len(weights_ND)
+    model, (_, (x, y), _), n = NETWORKS[name](), digits(seed), len(weights_ND)
     shapes = {key: value.shape for key, value in model.named_parameters()}
 
     def loss(w_D: Tensor) -> Tensor:
@@ -114,9 +117,11 @@ def swap_search(name: str, weights_ND: Tensor, seed: int, starts: int) -> float:
 
 
 class Answer(NamedTuple):
-    """Loss of an answer, and the passes and seconds of its search."""
+    """Losses of an answer on validation data, on fresh examples and held out, and the cost of its search."""
 
     loss: float
+    fresh: float
+    held_out: float | None
     passes: float
     seconds: float
 
@@ -127,7 +132,8 @@ def answer(mixture: Mixture, strategy: Strategy) -> Answer:
     start = time.process_time()  # other work of the machine is not counted
     learned = strategy.learn(mixture)
     seconds = time.process_time() - start
-    return Answer(mixture.score(learned.coefficients).loss or 0.0, mixture.cost().passes or 0.0, seconds)
+    loss, passes = mixture.score(learned.coefficients).loss or 0.0, mixture.cost().passes or 0.0
+    return Answer(loss, mixture.score(learned.coefficients, "test").loss or 0.0, learned.held_out, passes, seconds)
 
 
 def main() -> None:
@@ -159,11 +165,12 @@ def main() -> None:
                           f"{simplex.passes:6.0f} {simplex.seconds:5.1f}", flush=True)  # fmt: skip
                     held, auto = (answer(mixture, quadratic) for quadratic in
                                   (TWA(solver="quadratic"), SeWA(solver="quadratic", k="auto")))  # fmt: skip
-                    print(
-                        f"  --solver quadratic: twa {held.loss:.4f}, {held.passes:.0f} passes, {held.seconds:.1f} s; "
-                        f"sewa --k auto {auto.loss:.4f}, {auto.passes:.0f} passes, {auto.seconds:.1f} s",
-                        flush=True,
-                    )
+                    for what, one in {"twa": held, "sewa --k auto": auto}.items():
+                        print(f"  {what} --solver quadratic: {one.loss:.4f}, held out {one.held_out or math.nan:.4f}, "
+                              f"{one.passes:.0f} passes, {one.seconds:.1f} s")  # fmt: skip
+                    print(f"  on fresh examples: swa {mixture.score(plain[-1], 'test').loss:.4f}, "
+                          f"sewa {sewa.fresh:.4f}, twa {affine.fresh:.4f}, simplex {simplex.fresh:.4f}; "
+                          f"quadratic twa {held.fresh:.4f}, sewa {auto.fresh:.4f}", flush=True)  # fmt: skip
                     excess = (sewa.loss / best - 1.01, sewa.loss - min(*singles, lawa, swa),
                               max(affine.loss, simplex.loss) - min(*singles, swa),
                               max(held.loss, auto.loss) - min(*singles, swa), auto.seconds - AUTO)  # fmt: skip
