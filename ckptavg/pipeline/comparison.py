@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.errors import UsageError, counted
+from ckptavg.errors import TaskError, UsageError, counted
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
@@ -15,7 +15,7 @@ from ckptavg.options.comparison import ComparisonOptions
 from ckptavg.pipeline import every_output
 from ckptavg.pipeline.basin import basin_note
 from ckptavg.pipeline.expectation import cheapest_first, expect
-from ckptavg.pipeline.preflight import check_format, check_space, check_strategy, dry_run_plan
+from ckptavg.pipeline.preflight import check_format, check_space, check_strategy, dry_run_plan, naming
 from ckptavg.pipeline.result import blank_result, build_result
 from ckptavg.pipeline.session import Session, open_session
 from ckptavg.pipeline.verdict import Verdict, scores_of
@@ -36,12 +36,13 @@ DEFAULT: Final = (
 
 
 def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None, **settings: Any) -> Comparison:
-    """Run strategies on the checkpoints under ``paths`` and write the average that scores best on validation data.
+    """Run strategies on the checkpoints under ``paths`` and write the average of the winner on validation data.
 
     Each strategy runs as if alone: with the same random numbers and batches, and charged for every score it requests,
-    cached or not. Those that plan the least work run first; Ctrl-C ends the running one and leaves out the rest. `last`
-    takes part always. `ckptavg.pipeline.winner.choose` has the decision; ties go to the lower loss, then to the earlier
-    strategy in the list. Test data are used only after it.
+    cached or not. Those that plan the least work run first; Ctrl-C ends the running one and leaves out the rest, and an
+    error of the task leaves out a strategy that ``strategies`` does not list. `last` takes part always.
+    `ckptavg.pipeline.winner.choose` has the decision; ties go to the lower loss, then to the earlier strategy in the
+    list. Test data are used only after it.
 
     Args:
         settings: those of `ComparisonOptions`; without ``strategies`` every strategy runs that the task allows.
@@ -61,7 +62,9 @@ def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None,
             result = blank_result(this.found, strategies[REFERENCE], options, plan)
             return Comparison(**vars(result), winner="", strategies=())
         check_space(this.checkpoints, options, 1 + len(outputs))
-        runs, unfinished = _run_all(this, evaluator, strategies, files=max(1, len(outputs)))
+        runs, unfinished = _run_all(
+            this, evaluator, strategies, files=max(1, len(outputs)), listed=bool(specs(chosen.strategies))
+        )
         singles = _singles(runs, evaluator)
         winner, selected_by, reason = choose(runs, singles, evaluator, chosen.select_by)
         valid(winner.score)
@@ -82,10 +85,10 @@ def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None,
         note = basin_note(
             evaluator, [run.strategy for run in runs], [run.learned.coefficients for run in runs], this
         )  # fmt: skip
-        warnings = [*result.warnings, *_stopped(unfinished), *([note] if note else [])]
+        warnings = [*result.warnings, *filter(None, unfinished.values()), *([note] if note else [])]
         return Comparison(
             **vars(replace(result, cost=winner.cost, warnings=warnings)), winner=winner.name, strategies=results,
-            selected_by=selected_by, reason=reason, unfinished=unfinished,
+            selected_by=selected_by, reason=reason, unfinished=[*unfinished],
         )  # fmt: skip
 
 
@@ -99,10 +102,8 @@ def _parse_strategies(names: Sequence[str], evaluator: Evaluator) -> Mapping[str
         names = [REFERENCE, *names]
     strategies = {name: from_spec(name) for name in names}
     for name, strategy in strategies.items():
-        try:
+        with naming(name, strategy):
             check_strategy(strategy, n, evaluator)
-        except UsageError as error:
-            raise UsageError(f"{name}: {error}", hint=error.hint) from error
     return strategies
 
 
@@ -124,20 +125,25 @@ def _fits(strategy: Strategy, n: int) -> bool:
 
 
 def _run_all(
-    this: Session, evaluator: Evaluator, strategies: Mapping[str, Strategy], files: int
-) -> tuple[Sequence[FinishedRun], Sequence[str]]:
-    """Run the strategies, the cheapest first; return their runs in the order of the list, and the names of the others.
+    this: Session, evaluator: Evaluator, strategies: Mapping[str, Strategy], files: int, *, listed: bool
+) -> tuple[Sequence[FinishedRun], Mapping[str, str]]:
+    """Run the strategies, the cheapest first; return their runs in the order of the list.
 
-    Ctrl-C ends the running strategy if another one besides `last` has finished, but not under torchrun, which ends all
-    ranks itself.
+    Ctrl-C ends the running strategy if another one besides `last` has finished. An error of the task leaves out a
+    strategy that was not ``listed``, unless that is `last` or nothing else finishes. Both end the run under torchrun:
+    it ends all ranks itself, and the others wait in a collective operation for the rank that failed.
+
+    Returns:
+        The runs, and unfinished strategy → a sentence on it, empty if an earlier one names it.
     """
     evaluator.prepare()
     ordered = cheapest_first(strategies, evaluator)
     expect(this, evaluator, ordered, files)
-    done: dict[str, FinishedRun] = {}
+    done, unfinished = dict[str, FinishedRun](), dict[str, str]()
+    alone, first = this.run.workers.world_size == 1, None
 
     def run(name: str, strategy: Strategy) -> None:
-        with this.run.progress.prefixed(name):
+        with this.run.progress.prefixed(name), naming(name, strategy):
             evaluator.restart(repr(strategy))
             learned = strategy.learn(evaluator)
             score = evaluator.exact_score(learned.coefficients, evaluator.scored_on)
@@ -145,13 +151,25 @@ def _run_all(
         this.run.progress.result(name, _figures(done[name], evaluator.scored_on))
 
     for name, strategy in ordered.items():
-        this.run.progress("strategies", len(done), len(strategies))
-        if len(done) < 2 or this.run.workers.world_size > 1:
-            run(name, strategy)
-        elif signals.stopped(partial(run, name, strategy)):
-            this.run.progress("stopped; Ctrl-C again ends the run, and nothing is written", 0, 0)
-            break
-    return [done[name] for name in strategies if name in done], [name for name in ordered if name not in done]
+        this.run.progress("strategies", len(done) + len(unfinished), len(strategies))
+        try:
+            if len(done) < 2 or not alone:
+                run(name, strategy)
+            elif signals.stopped(partial(run, name, strategy)):
+                this.run.progress("stopped; Ctrl-C again ends the run, and nothing is written", 0, 0)
+                others = [other for other in ordered if other not in (*done, *unfinished, name)]
+                rest = f"; {', '.join(others)} did not run" if others else ""
+                unfinished |= {name: f"{name} was stopped by Ctrl-C{rest}"} | dict.fromkeys(others, "")
+                break
+        except TaskError as error:
+            if listed or not alone or name == REFERENCE or signals.pending():
+                raise
+            first = first or error
+            unfinished[name] = f"{name} failed and was left out: {str(error).removeprefix(f'{name}: ')}"
+            this.run.progress(unfinished[name], 0, 0)
+    if first and len(done) < 2:
+        raise first
+    return [done[name] for name in strategies if name in done], unfinished
 
 
 def _figures(run: FinishedRun, split: Split) -> Mapping[str, float]:
@@ -161,13 +179,6 @@ def _figures(run: FinishedRun, split: Split) -> Mapping[str, float]:
     figures |= {} if held_out is None else {"held-out loss": held_out}
     spent = {"scores": float(cost.evaluations)} if cost.passes is None else {"passes": cost.passes}
     return {**figures, **spent, "s": cost.seconds}
-
-
-def _stopped(unfinished: Sequence[str]) -> list[str]:
-    if not unfinished:
-        return []
-    first, *others = unfinished
-    return [f"{first} was stopped by Ctrl-C" + (f"; {', '.join(others)} did not run" if others else "")]
 
 
 def _singles(runs: Sequence[FinishedRun], evaluator: Evaluator) -> Sequence[Score]:
