@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import TaskError, UsageError, counted
 from ckptavg.objective import PlainAverage, Strategy
@@ -16,7 +17,7 @@ from ckptavg.pipeline import every_output
 from ckptavg.pipeline.basin import basin_note
 from ckptavg.pipeline.expectation import cheapest_first, expect
 from ckptavg.pipeline.preflight import check_format, check_space, check_strategy, dry_run_plan, naming
-from ckptavg.pipeline.result import blank_result, build_result
+from ckptavg.pipeline.result import blank_result, build_result, decays_twice
 from ckptavg.pipeline.session import Session, open_session
 from ckptavg.pipeline.verdict import Verdict, scores_of
 from ckptavg.pipeline.winner import REFERENCE, FinishedRun, choose, verdict_of
@@ -27,6 +28,7 @@ from ckptavg.runtime import signals
 from ckptavg.runtime.progress import Watch
 from ckptavg.score import Score, Split, valid
 from ckptavg.strategies import from_spec, name_of, specs
+from ckptavg.strategies.wsm import WSM
 
 DEFAULT: Final = (
     REFERENCE, "best", "swa", "lawa", "ema", "wsm", "soup", "aswa", "sewa", "twa", "twa:on=train",
@@ -77,7 +79,7 @@ def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None,
         }  # fmt: skip
         with every_output.written(this, folder, averages) as files:
             written = write_output(this, winner.learned.coefficients, winner.strategy)
-        results = _results(runs, files, evaluator)
+        results = _results(runs, files, evaluator, this.checkpoints)
         verdict = verdict_of(results, results[runs.index(winner)], selected_by, evaluator.scored_on, options)
         judgement = Verdict(winner.learned.coefficients, singles, verdict=verdict)
         learned = replace(winner.learned, notes=[f"{winner.name}: {note}" for note in winner.learned.notes])
@@ -85,7 +87,9 @@ def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None,
         note = basin_note(
             evaluator, [run.strategy for run in runs], [run.learned.coefficients for run in runs], this
         )  # fmt: skip
+        unwritten = [run for run in runs if outputs and run.score.invalid]
         warnings = [*result.warnings, *filter(None, unfinished.values()), *([note] if note else [])]
+        warnings += [f"--write-all has no file of {run.name}: {run.score.invalid}" for run in unwritten]
         return Comparison(
             **vars(replace(result, cost=winner.cost, warnings=warnings)), winner=winner.name, strategies=results,
             selected_by=selected_by, reason=reason, unfinished=[*unfinished],
@@ -190,7 +194,10 @@ def _singles(runs: Sequence[FinishedRun], evaluator: Evaluator) -> Sequence[Scor
 
 
 def _results(
-    runs: Sequence[FinishedRun], files: Mapping[str, WrittenOutput], evaluator: Evaluator
+    runs: Sequence[FinishedRun],
+    files: Mapping[str, WrittenOutput],
+    evaluator: Evaluator,
+    checkpoints: Sequence[Checkpoint],
 ) -> Sequence[StrategyResult]:
     """Return the rows, with the scores of the files where all were written."""
     scores = {
@@ -206,7 +213,8 @@ def _results(
             effective=run.learned.coefficients.effective,
             scores=scores[run.name],
             over_last={s: _gain(s, score, scores[REFERENCE][s]) for s, score in scores[run.name].items()},
-            cost=run.cost, notes=run.learned.notes, chose_on=_chose_on(run.strategy, evaluator.scored_on),
+            cost=run.cost, chose_on=_chose_on(run.strategy, evaluator.scored_on),
+            notes=[*run.learned.notes, *(decays_twice(checkpoints) if isinstance(run.strategy, WSM) else ())],
             held_out=run.held_out, output=files[run.name].output if run.name in files else None,
         )
         for run in runs
