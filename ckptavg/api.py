@@ -56,7 +56,7 @@ def run(ckpts: Paths, strategy: Strategy | str, *, watch: Watch | None = None, *
 def compare(
     ckpts: Paths, strategies: str | Sequence[str] = (), *, watch: Watch | None = None, **options: Any
 ) -> Comparison:
-    """Run several strategies, write the average of the one that validates best, and return the report on all of them.
+    """Run several strategies, write the average of the winner, and return the report on all of them.
 
     Args:
         ckpts: one or more directories of checkpoints, or checkpoints.

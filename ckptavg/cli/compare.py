@@ -11,7 +11,7 @@ from ckptavg.options.comparison import ComparisonOptions
 
 @reports(declared(ComparisonOptions), without=NOT_COMPARE)
 def command(**arguments: Any) -> None:
-    """Run several strategies on the same candidates and write the average that validates best."""
+    """Run several strategies on the same candidates and write the average of the winner."""
     settings = {option.name: arguments.pop(option.name) for option in declared(ComparisonOptions)}
 
     def load() -> Any:

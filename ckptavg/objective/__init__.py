@@ -174,7 +174,7 @@ class Strategy(Protocol):
 
         Args:
             n: the number of candidates.
-            splits: the splits that have losses; all of them if mixtures have only scores.
+            splits: the splits that have losses; none if mixtures have only scores.
             bounded: True if the metric has known bounds.
         Raises:
             UsageError: if the settings do not fit.
@@ -260,7 +260,7 @@ def check_number(k: int | Literal["auto"], n: int, which: str = "given") -> None
 
 def check_split(on: Split | None, splits: Collection[Split]) -> None:
     """Raise UsageError if ``--on`` names data that the task does not have."""
-    if on is not None and on not in splits:
+    if on is not None and splits and on not in splits:
         raise UsageError(
             f"--on {on} needs {on} data, but the task has none", hint=f"add a {on}_dataloader(), or --{on} beside --val"
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.errors import decimal
+from ckptavg.errors import counted, decimal
 from ckptavg.objective import Objective, SelectBy
 from ckptavg.score import Score, difference_error
 
@@ -106,14 +106,20 @@ class Selection:
         """Return the metric and the loss of a scored mixture in words."""
         return ", ".join(f"{name} {decimal(value)}" for name, value in self.scores[mixture].figures.items())
 
-    def note(self, chosen: Coefficients | None = None) -> str:
-        """Return the sentence for the report that says what decided and why; empty if nothing else could have."""
+    def note(self, chosen: Coefficients | None = None, *, loss: str = "loss", among: str = "") -> str:
+        """Return the sentence for the report that says what decided and why; empty if nothing else could have.
+
+        Args:
+            chosen: the mixture that was chosen.
+            loss: the name of the loss that chose it, if a loss did.
+            among: the scored mixtures and their number in words.
+        """
         scores, by = list(self.scores.values()), self.by
         name = next((score.name for score in scores if score.metric is not None and score.loss is not None), None)
         if name is None:
             only = "loss" if by == "loss" else "score"
             return f"--select-by {self._select_by}: the task has a {only} alone" if self._select_by != "auto" else ""
-        many = f"among {len(scores)} scored mixtures"
+        many = f"among {among or counted(len(scores), 'scored mixture')}"
         if self._select_by != "auto":
             return f"chosen by {name if by == 'metric' else by} (--select-by) {many}"
         agreement, error = _agreement(scores)
@@ -126,7 +132,7 @@ class Selection:
         elif by == "metric" and chosen and self.scores[chosen].value < max(score.value for score in scores):
             what = f"by {name}, which is higher by less than its standard error elsewhere,"
         else:
-            what = "by loss" if by == "loss" else f"by {name}"
+            what = f"by {loss if by == 'loss' else name}"
         return f"chosen {what} {many}: {reason}; --select-by decides otherwise"
 
 

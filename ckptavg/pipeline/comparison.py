@@ -6,8 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import Coefficients
-from ckptavg.errors import UsageError, counted
+from ckptavg.errors import TaskError, UsageError, counted
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
@@ -15,8 +16,8 @@ from ckptavg.options.comparison import ComparisonOptions
 from ckptavg.pipeline import every_output
 from ckptavg.pipeline.basin import basin_note
 from ckptavg.pipeline.expectation import cheapest_first, expect
-from ckptavg.pipeline.preflight import check_format, check_space, check_strategy, dry_run_plan
-from ckptavg.pipeline.result import blank_result, build_result
+from ckptavg.pipeline.preflight import check_format, check_space, check_strategy, dry_run_plan, naming
+from ckptavg.pipeline.result import blank_result, build_result, decays_twice
 from ckptavg.pipeline.session import Session, open_session
 from ckptavg.pipeline.verdict import Verdict, scores_of
 from ckptavg.pipeline.winner import REFERENCE, FinishedRun, choose, verdict_of
@@ -27,6 +28,7 @@ from ckptavg.runtime import signals
 from ckptavg.runtime.progress import Watch
 from ckptavg.score import Score, Split, valid
 from ckptavg.strategies import from_spec, name_of, specs
+from ckptavg.strategies.wsm import WSM
 
 DEFAULT: Final = (
     REFERENCE, "best", "swa", "lawa", "ema", "wsm", "soup", "aswa", "sewa", "twa", "twa:on=train",
@@ -36,12 +38,13 @@ DEFAULT: Final = (
 
 
 def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None, **settings: Any) -> Comparison:
-    """Run strategies on the checkpoints under ``paths`` and write the average that scores best on validation data.
+    """Run strategies on the checkpoints under ``paths`` and write the average of the winner on validation data.
 
     Each strategy runs as if alone: with the same random numbers and batches, and charged for every score it requests,
-    cached or not. Those that plan the least work run first; Ctrl-C ends the running one and leaves out the rest. `last`
-    takes part always. `ckptavg.pipeline.winner.choose` has the decision; ties go to the lower loss, then to the earlier
-    strategy in the list. Test data are used only after it.
+    cached or not. Those that plan the least work run first; Ctrl-C ends the running one and leaves out the rest, and an
+    error of the task leaves out a strategy that ``strategies`` does not list. `last` takes part always.
+    `ckptavg.pipeline.winner.choose` has the decision; ties go to the lower loss, then to the earlier strategy in the
+    list. Test data are used only after it.
 
     Args:
         settings: those of `ComparisonOptions`; without ``strategies`` every strategy runs that the task allows.
@@ -61,7 +64,9 @@ def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None,
             result = blank_result(this.found, strategies[REFERENCE], options, plan)
             return Comparison(**vars(result), winner="", strategies=())
         check_space(this.checkpoints, options, 1 + len(outputs))
-        runs, unfinished = _run_all(this, evaluator, strategies, files=max(1, len(outputs)))
+        runs, unfinished = _run_all(
+            this, evaluator, strategies, files=max(1, len(outputs)), listed=bool(specs(chosen.strategies))
+        )
         singles = _singles(runs, evaluator)
         winner, selected_by, reason = choose(runs, singles, evaluator, chosen.select_by)
         valid(winner.score)
@@ -74,7 +79,7 @@ def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None,
         }  # fmt: skip
         with every_output.written(this, folder, averages) as files:
             written = write_output(this, winner.learned.coefficients, winner.strategy)
-        results = _results(runs, files, evaluator)
+        results = _results(runs, files, evaluator, this.checkpoints)
         verdict = verdict_of(results, results[runs.index(winner)], selected_by, evaluator.scored_on, options)
         judgement = Verdict(winner.learned.coefficients, singles, verdict=verdict)
         learned = replace(winner.learned, notes=[f"{winner.name}: {note}" for note in winner.learned.notes])
@@ -82,10 +87,12 @@ def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None,
         note = basin_note(
             evaluator, [run.strategy for run in runs], [run.learned.coefficients for run in runs], this
         )  # fmt: skip
-        warnings = [*result.warnings, *_stopped(unfinished), *([note] if note else [])]
+        unwritten = [run for run in runs if outputs and run.score.invalid]
+        warnings = [*result.warnings, *filter(None, unfinished.values()), *([note] if note else [])]
+        warnings += [f"--write-all has no file of {run.name}: {run.score.invalid}" for run in unwritten]
         return Comparison(
             **vars(replace(result, cost=winner.cost, warnings=warnings)), winner=winner.name, strategies=results,
-            selected_by=selected_by, reason=reason, unfinished=unfinished,
+            selected_by=selected_by, reason=reason, unfinished=[*unfinished],
         )  # fmt: skip
 
 
@@ -99,10 +106,8 @@ def _parse_strategies(names: Sequence[str], evaluator: Evaluator) -> Mapping[str
         names = [REFERENCE, *names]
     strategies = {name: from_spec(name) for name in names}
     for name, strategy in strategies.items():
-        try:
+        with naming(name, strategy):
             check_strategy(strategy, n, evaluator)
-        except UsageError as error:
-            raise UsageError(f"{name}: {error}", hint=error.hint) from error
     return strategies
 
 
@@ -124,20 +129,25 @@ def _fits(strategy: Strategy, n: int) -> bool:
 
 
 def _run_all(
-    this: Session, evaluator: Evaluator, strategies: Mapping[str, Strategy], files: int
-) -> tuple[Sequence[FinishedRun], Sequence[str]]:
-    """Run the strategies, the cheapest first; return their runs in the order of the list, and the names of the others.
+    this: Session, evaluator: Evaluator, strategies: Mapping[str, Strategy], files: int, *, listed: bool
+) -> tuple[Sequence[FinishedRun], Mapping[str, str]]:
+    """Run the strategies, the cheapest first; return their runs in the order of the list.
 
-    Ctrl-C ends the running strategy if another one besides `last` has finished, but not under torchrun, which ends all
-    ranks itself.
+    Ctrl-C ends the running strategy if another one besides `last` has finished. An error of the task leaves out a
+    strategy that was not ``listed``, unless that is `last` or nothing else finishes. Both end the run under torchrun:
+    it ends all ranks itself, and the others wait in a collective operation for the rank that failed.
+
+    Returns:
+        The runs, and unfinished strategy → a sentence on it, empty if an earlier one names it.
     """
     evaluator.prepare()
     ordered = cheapest_first(strategies, evaluator)
     expect(this, evaluator, ordered, files)
-    done: dict[str, FinishedRun] = {}
+    done, unfinished = dict[str, FinishedRun](), dict[str, str]()
+    alone, first = this.run.workers.world_size == 1, None
 
     def run(name: str, strategy: Strategy) -> None:
-        with this.run.progress.prefixed(name):
+        with this.run.progress.prefixed(name), naming(name, strategy):
             evaluator.restart(repr(strategy))
             learned = strategy.learn(evaluator)
             score = evaluator.exact_score(learned.coefficients, evaluator.scored_on)
@@ -145,13 +155,25 @@ def _run_all(
         this.run.progress.result(name, _figures(done[name], evaluator.scored_on))
 
     for name, strategy in ordered.items():
-        this.run.progress("strategies", len(done), len(strategies))
-        if len(done) < 2 or this.run.workers.world_size > 1:
-            run(name, strategy)
-        elif signals.stopped(partial(run, name, strategy)):
-            this.run.progress("stopped; Ctrl-C again ends the run, and nothing is written", 0, 0)
-            break
-    return [done[name] for name in strategies if name in done], [name for name in ordered if name not in done]
+        this.run.progress("strategies", len(done) + len(unfinished), len(strategies))
+        try:
+            if len(done) < 2 or not alone:
+                run(name, strategy)
+            elif signals.stopped(partial(run, name, strategy)):
+                this.run.progress("stopped; Ctrl-C again ends the run, and nothing is written", 0, 0)
+                others = [other for other in ordered if other not in (*done, *unfinished, name)]
+                rest = f"; {', '.join(others)} did not run" if others else ""
+                unfinished |= {name: f"{name} was stopped by Ctrl-C{rest}"} | dict.fromkeys(others, "")
+                break
+        except TaskError as error:
+            if listed or not alone or name == REFERENCE or signals.pending():
+                raise
+            first = first or error
+            unfinished[name] = f"{name} failed and was left out: {str(error).removeprefix(f'{name}: ')}"
+            this.run.progress(unfinished[name], 0, 0)
+    if first and len(done) < 2:
+        raise first
+    return [done[name] for name in strategies if name in done], unfinished
 
 
 def _figures(run: FinishedRun, split: Split) -> Mapping[str, float]:
@@ -163,13 +185,6 @@ def _figures(run: FinishedRun, split: Split) -> Mapping[str, float]:
     return {**figures, **spent, "s": cost.seconds}
 
 
-def _stopped(unfinished: Sequence[str]) -> list[str]:
-    if not unfinished:
-        return []
-    first, *others = unfinished
-    return [f"{first} was stopped by Ctrl-C" + (f"; {', '.join(others)} did not run" if others else "")]
-
-
 def _singles(runs: Sequence[FinishedRun], evaluator: Evaluator) -> Sequence[Score]:
     """Return the scores of all single candidates if a strategy has asked for them, as those of the search."""
     stages = [run.strategy.stages(evaluator.n, evaluator.losses, evaluator.scored_on) or () for run in runs]
@@ -179,7 +194,10 @@ def _singles(runs: Sequence[FinishedRun], evaluator: Evaluator) -> Sequence[Scor
 
 
 def _results(
-    runs: Sequence[FinishedRun], files: Mapping[str, WrittenOutput], evaluator: Evaluator
+    runs: Sequence[FinishedRun],
+    files: Mapping[str, WrittenOutput],
+    evaluator: Evaluator,
+    checkpoints: Sequence[Checkpoint],
 ) -> Sequence[StrategyResult]:
     """Return the rows, with the scores of the files where all were written."""
     scores = {
@@ -195,7 +213,8 @@ def _results(
             effective=run.learned.coefficients.effective,
             scores=scores[run.name],
             over_last={s: _gain(s, score, scores[REFERENCE][s]) for s, score in scores[run.name].items()},
-            cost=run.cost, notes=run.learned.notes, chose_on=_chose_on(run.strategy, evaluator.scored_on),
+            cost=run.cost, chose_on=_chose_on(run.strategy, evaluator.scored_on),
+            notes=[*run.learned.notes, *(decays_twice(checkpoints) if isinstance(run.strategy, WSM) else ())],
             held_out=run.held_out, output=files[run.name].output if run.name in files else None,
         )
         for run in runs

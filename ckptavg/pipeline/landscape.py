@@ -25,7 +25,7 @@ from ckptavg.options.landscape import LandscapeOptions
 from ckptavg.output.destination import preflight
 from ckptavg.output.hugging_face_folder import created_folder
 from ckptavg.pipeline.plane import measured_plane, scores_by_loss
-from ckptavg.pipeline.preflight import check_sources, check_strategy
+from ckptavg.pipeline.preflight import check_sources, check_strategy, naming
 from ckptavg.pipeline.session import Session, open_session
 from ckptavg.report import picture
 from ckptavg.report.as_json import to_json
@@ -119,12 +119,13 @@ def _measured(this: Session, options: LandscapeOptions, strategies: Mapping[str,
     evaluator = this.scored("a landscape consists of losses, so it needs a task file or --val")
     if not isinstance(evaluator, Mixture) or evaluator.losses is None:
         raise UsageError("a landscape needs a loss, but the task has only scores")
-    for strategy in strategies.values():
-        check_strategy(strategy, evaluator.n, evaluator)
+    for spec, strategy in strategies.items():
+        with naming(spec, strategy):
+            check_strategy(strategy, evaluator.n, evaluator)
     evaluator.prepare()
     corners: dict[str, Coefficients] = {}
     for spec, strategy in strategies.items():
-        with this.run.progress.prefixed(spec):
+        with this.run.progress.prefixed(spec), naming(spec, strategy):
             evaluator.restart(repr(strategy))
             corners[spec] = strategy.learn(evaluator).coefficients
         if len(corners[spec].groups) > 1:

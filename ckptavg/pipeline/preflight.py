@@ -1,7 +1,9 @@
 """Checks before a run: output, disk space and strategy settings; also the plan of a dry run."""
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -10,7 +12,7 @@ from ckptavg.average.weighted_sum import output_specs
 from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import Discovered
-from ckptavg.errors import OutputError, OutputExistsError, UsageError, counted
+from ckptavg.errors import OutputError, OutputExistsError, TaskError, UsageError, counted, printable
 from ckptavg.filesystem import atomic
 from ckptavg.filesystem.regular_file import is_file, is_folder
 from ckptavg.objective import PlainAverage, Strategy
@@ -86,11 +88,26 @@ def check_strategy(strategy: Strategy, n: int, evaluator: Evaluator | None, runs
         raise UsageError(message, hint="`ckptavg init` writes ./task.py")
     declaration.check(strategy)
     splits: Sequence[Split] = ("train", "val", "test")
-    if evaluator is not None and evaluator.losses is not None:
-        splits = [split for split in splits if evaluator.has(split)]
+    splits = [each for each in splits if evaluator and evaluator.losses is not None and evaluator.has(each)]
     if isinstance(strategy, PlainAverage) and strategy.by_run:
         n = min(Counter(evaluator.runs if evaluator else runs).values())
     strategy.check(n, splits, bounded=evaluator is not None and evaluator.bounded)
+
+
+@contextmanager
+def naming(name: str, strategy: Strategy) -> Generator[None]:
+    """Name the strategy in an error of its settings or of the task; options in the hint become its settings."""
+
+    def setting(option: re.Match[str]) -> str:
+        key = option[1].replace("-", "_")
+        return f"{name.partition(':')[0]}:{key}={option[2]}" if key in vars(strategy) else option[0]
+
+    try:
+        yield
+    except (TaskError, UsageError) as error:
+        error.args = (printable(f"{name}: {error}"),)
+        error.hint = error.hint and re.sub(r"--([a-z-]+) (\w+)", setting, error.hint)
+        raise
 
 
 def pick_device(name: str) -> torch.device:

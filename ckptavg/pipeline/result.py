@@ -46,7 +46,7 @@ def build_result(
     coefficients, evaluator, options = judgement.coefficients, this.evaluator, this.options
     invalid = [f"{score.invalid}: ranked below every valid score" for score in judgement.singles if score.invalid]
     notes = evaluator.notes if evaluator else ()
-    notes = [*notes, *(_decays_twice(found.checkpoints) if isinstance(strategy, WSM) else ())]
+    notes = [*notes, *(decays_twice(found.checkpoints) if isinstance(strategy, WSM) else ())]
     warnings = [*invalid, *learned.notes, *notes, *_warnings(found.checkpoints[0], coefficients, evaluator, finished)]
     blank = blank_result(found, strategy, options, list(dict.fromkeys(warnings)))
     candidates = [
@@ -87,7 +87,7 @@ def _warnings(
     return warnings
 
 
-def _decays_twice(checkpoints: Sequence[Checkpoint]) -> list[str]:
+def decays_twice(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """Return a note if the learning rate fell between the first candidate and the last, by the Trainer's log."""
     last, rates = checkpoints[-1], rates_beside(checkpoints[-1].folder)
     first = next(checkpoint for checkpoint in checkpoints if checkpoint.run == last.run)

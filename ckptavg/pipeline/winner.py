@@ -37,27 +37,36 @@ class FinishedRun:
         plain = isinstance(self.strategy, PlainAverage) and not self.score.invalid
         return self.score.loss if plain else self.learned.held_out
 
+    def cross_validated(self, scored_on: Split) -> bool:
+        """Return whether the strategy chose by held-out loss, though its answer may be a mixture that has none."""
+        settings, one_value = vars(self.strategy), math.isinf(self.score.loss_noise)
+        fits = settings.get("solver") == "quadratic" and settings.get("ridge") is None and not one_value
+        return self.learned.held_out is not None or (fits and settings["on"] in (None, scored_on))
+
 
 def choose(
     runs: Sequence[FinishedRun], singles: Sequence[Score], evaluator: Evaluator, select_by: SelectBy
 ) -> tuple[FinishedRun, SelectedBy, str]:
     """Return the winner, the figure that it was chosen by, and a sentence on why that figure decides.
 
-    All mixtures scored on validation data decide between loss and metric, see `Selection`; the best strategy by that
-    wins, ties to the lower loss. If it is the loss and a strategy has cross-validated, the lowest held-out loss wins
-    instead, among those that have one.
+    The answers, and the single candidates if a strategy scored them, decide between loss and metric, see `Selection`;
+    the best strategy by that wins, ties to the lower loss. If ``auto`` takes the loss and a strategy has
+    cross-validated, the lowest held-out loss wins instead, among those that have one: a fitted loss is no rival to it.
     """
     selection = Selection(evaluator, select_by)
     for run in runs:
         selection.scores.setdefault(run.learned.coefficients, run.score)
     for single, score in zip(Coefficients.singles(evaluator.n), singles, strict=False):
         selection.scores.setdefault(single, score)
-    if selection.by == "loss" and any(run.learned.held_out is not None for run in runs):
-        held_out = [(run.held_out, i) for i, run in enumerate(runs) if run.held_out is not None]
-        return runs[min(held_out)[1]], "held-out loss", selection.note()
+    many = len(selection.scores)
+    among = f"{many:,} single candidates and answers" if singles else counted(many, "answer")
+    held_out = [(run.held_out, i) for i, run in enumerate(runs) if run.held_out is not None]
+    crossed = any(run.cross_validated(evaluator.scored_on) for run in runs)
+    if selection.by == "loss" and select_by == "auto" and crossed and held_out:
+        return runs[min(held_out)[1]], "held-out loss", selection.note(loss="held-out loss", among=among)
     rank = selection.ranking()
     best = max(runs, key=lambda run: rank(run.learned.coefficients))
-    return best, selection.by, selection.note()
+    return best, selection.by, selection.note(among=among)
 
 
 def verdict_of(
@@ -65,7 +74,7 @@ def verdict_of(
 ) -> str:
     """Return the winner, its difference to the last candidate, its scores by split, and rivals that are above it."""
     reference = next(row for row in rows if row.name == REFERENCE)
-    above = f"{_passed_over(rows, winner, by, split)}{higher_on_test(rows, winner)}"
+    above = f"{_passed_over(rows, winner, by, split)}{higher_on_test(rows, winner)}{lower_loss_on_test(rows, winner)}"
     if winner is reference:
         what = "" if by == "metric" else f" by {by}"
         text = f"No strategy scores above the last candidate on {DATA[split]} data{what}"
@@ -102,6 +111,22 @@ def _passed_over(rows: Sequence[StrategyResult], winner: StrategyResult, by: Sel
     if by == "held-out loss" and (lowest := min(losses, key=lambda name: losses[name])) != winner.name:
         rivals.append(f"{lowest} with loss {decimal(losses[lowest])}")
     return f" Passed over on {DATA[split]} data: {', '.join(rivals)}." if rivals else ""
+
+
+def lower_loss_on_test(rows: Sequence[StrategyResult], winner: StrategyResult) -> str:
+    """Return a sentence if the lowest test loss is below the winner's by two standard errors, where metrics are scored.
+
+    The errors of the two losses are added as if they were of different examples: per example only the metric is kept.
+    """
+    tests = {row.name: row.scores["test"] for row in rows if "test" in winner.scores}
+    losses = {name: score.loss for name, score in tests.items() if score.loss is not None and not score.invalid}
+    own, lowest = tests.get(winner.name), min(losses, key=lambda name: losses[name], default=winner.name)
+    if own is None or own.metric is None or own.loss is None or lowest == winner.name:
+        return ""
+    noise = 2 * math.hypot(own.loss_noise, tests[lowest].loss_noise)
+    if own.loss - losses[lowest] <= noise:
+        return ""
+    return f" {lowest} has a clearly lower test loss: {decimal(losses[lowest])}, against {decimal(own.loss)}."
 
 
 def _better(score: Score, other: Score) -> bool:

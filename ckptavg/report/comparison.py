@@ -123,7 +123,8 @@ def _columns(comparison: Comparison) -> Sequence[tuple[Split | Literal["held-out
     splits = list(rows[0].scores)
     by_loss = first.loss is not None and (comparison.selected_by != "metric" or first.metric is None)
     columns: list[tuple[Split | Literal["held-out"], str]] = [(split, "loss") for split in splits if by_loss]
-    if by_loss and any(row.held_out is not None and row.chose_on for row in rows):
+    fits = any(row.held_out is not None and row.chose_on for row in rows)
+    if by_loss and (fits or comparison.selected_by == "held-out loss"):
         columns.insert(1, ("held-out", "loss"))
     return columns + [(split, first.name) for split in splits if first.metric is not None]
 

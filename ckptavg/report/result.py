@@ -187,7 +187,7 @@ class Comparison(Result):
 
     Attributes:
         selected_by: the figure that decided between the strategies; ``reason`` says why.
-        unfinished: the strategies that were stopped or did not run.
+        unfinished: the strategies that were stopped, failed or did not run; ``warnings`` has the reasons.
     """
 
     winner: str

@@ -58,7 +58,10 @@ def from_spec(spec: str) -> Strategy:
             settings[key] = _parsed(value if equals else "true", kinds[key])
         except ValueError as error:
             raise UsageError(f"{spec}: {key} cannot be {value!r}") from error
-    return strategy(**settings)
+    try:
+        return strategy(**settings)
+    except UsageError as error:
+        raise UsageError(f"{spec}: {error}", hint=error.hint) from error
 
 
 def _parsed(text: str, kind: Any) -> Any:

@@ -84,6 +84,8 @@ class SeWA(Strategy):
         """See `Strategy.check`."""
         check_number(self.k, n)
         check_split(self.on, splits)
+        if self.solver == "quadratic" and not splits:
+            raise UsageError("the quadratic solver needs a loss, not scores alone", hint="choose --solver gumbel")
 
     def stages(self, n: int, losses: Losses | None, scored_on: Split) -> Sequence[Stage]:
         """See `Strategy.stages`."""
@@ -121,8 +123,7 @@ class SeWA(Strategy):
 
         losses = objective.losses
         if self.solver == "quadratic":
-            if losses is None:
-                raise UsageError("the quadratic solver needs a loss, not scores alone", hint="--solver gumbel")
+            assert losses is not None  # see `check`
             return subset_descent.descend(
                 objective, losses, self.k, on=self.on, hessian=self.hessian, verify=self.verify,
                 select_by=self.select_by,

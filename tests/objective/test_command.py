@@ -122,6 +122,23 @@ def test_compare_with_a_score_command(run: Run, ckpts: Path):
     assert chosen in text or "No strategy scores above the last" in text, text
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("twa:solver=quadratic", "the quadratic solver needs a loss, not scores alone"),
+        ("sewa:solver=quadratic:k=2", "the quadratic solver needs a loss, not scores alone"),
+        ("twa:layerwise=true", "layer-wise coefficients need a loss, not scores alone"),
+    ],
+)
+def test_settings_that_need_a_loss_are_refused_before_any_strategy_of_a_comparison_is_scored(
+    run: Run, ckpts: Path, spec: str, message: str
+):
+    for more in ((), ("--dry-run",)):
+        done = run("compare", "ckpts", "--score-cmd", "touch scored; echo 1 #", "--strategies", f"last,{spec}", *more)
+        assert done.returncode == 2 and f"error: {spec}: {message}" in done.stderr
+    assert not (ckpts.parent / "scored").exists()
+
+
 def test_layer_wise_coefficients_need_gradients(run: Run, ckpts: Path):
     done = run("twa", "ckpts", "--layerwise", "--score-cmd", COMMAND)
     assert done.returncode == 2 and "layer-wise coefficients need a loss, not scores alone" in done.stderr

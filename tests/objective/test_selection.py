@@ -102,3 +102,9 @@ def test_few_mixtures_do_not_tell_whether_the_loss_agrees():
 def test_rank_correlation_is_scipys(b: list[float]):
     a = [1.0, 2.0, 2.0, 5.0]
     assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
+
+
+def test_the_note_counts_one_mixture_in_the_singular():
+    selection = Selection(Quadratic(n=2, d=1, seed=0))
+    selection.scores = {Coefficients.uniform([0], 2): Score(value=0.5, loss=1.0, metric=0.5, examples=10)}
+    assert "among 1 scored mixture: too few" in selection.note()

@@ -161,6 +161,12 @@ def test_refuses_a_holdout_for_a_task_with_test_data(digits: Path, run: Run):
     [
         (("--strategies", "swa,nonsense"), "no strategy 'nonsense'"),
         (("--strategies", "swa,lawa:k=99"), "lawa:k=99: --k 99 asks for more checkpoints than the 24"),
+        (("--strategies", "swa,twa:ridge=-1"), "twa:ridge=-1: --ridge must be at least 0, not -1"),
+        (
+            ("--strategies", "swa,twa:solver=quadratic:layerwise"),
+            "twa:solver=quadratic:layerwise: the quadratic solver has one coefficient per candidate "
+            "hint: choose twa:solver=gradient",
+        ),
         (("--holdout", "1.5"), "--holdout must be between 0 and 1"),
         (("--bits", "3"), "--bits"),
         (("--group-size", "0"), "--group-size must be at least 1"),
@@ -171,6 +177,67 @@ def test_invalid_options_are_refused_before_anything_runs(
 ):
     done = run("compare", digits, "--task", TASK, *options)
     assert done.returncode == 2 and message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+
+
+ONCE = """
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gradient
+
+_loss = loss
+def loss(model, batch):
+    still = 0 * sum(weight.sum() for weight in model.parameters())
+    return _loss(lambda x: _Once.apply(model(_Once.apply(x + still))), batch)
+"""
+
+
+@pytest.fixture
+def once(tmp_path: Path) -> Path:
+    """A task whose loss has no second derivatives, which the quadratic solver needs."""
+    (tmp_path / "once.py").write_text(f"import torch\n{TASK.read_text()}\n{ONCE}")
+    return tmp_path / "once.py"
+
+
+def test_a_default_strategy_in_which_the_task_fails_is_left_out_and_named_with_the_reason(
+    digits: Path, run: Run, once: Path
+):
+    done = run("compare", digits, "--task", once, "--last", 3, "--json")
+    assert done.returncode == 0, done.stderr
+    report, failing = json.loads(done.stdout), "twa:solver=quadratic"
+    assert report["unfinished"] == [failing] and report["winner"] != failing and report["output"]["sha256"]
+    (reason,) = [text for text in report["warnings"] if text.startswith(f"{failing} failed and was left out: ")]
+    assert f"{once}: no " in reason and "once_differentiable" in reason and "\n" not in reason
+    listed = ",".join(row["name"] for row in report["strategies"])
+    without = json.loads(
+        run("compare", digits, "--task", once, "--last", 3, "--strategies", listed, "--json", "--force").stdout
+    )
+    for row in (*report["strategies"], *without["strategies"]):
+        del row["cost"]
+    assert report["strategies"] == without["strategies"] and len(report["strategies"]) == len(DEFAULT) - 1
+
+
+def test_an_error_in_a_listed_strategy_ends_the_run_and_names_it(digits: Path, run: Run, once: Path):
+    done = run("compare", digits, "--task", once, "--last", 3, "--strategies", "swa,twa:solver=quadratic")
+    assert done.returncode == 7 and f"error: twa:solver=quadratic: {once}: no " in done.stderr
+    assert not (once.parent / "averaged.safetensors").exists()
+
+
+def test_an_error_in_every_default_strategy_or_in_last_ends_the_run(digits: Path, run: Run, tmp_path: Path):
+    (tmp_path / "nan.py").write_text(f"{TASK.read_text()}\n_loss = loss\ndef loss(m, b):\n    raise ValueError('no')\n")
+    done = run("compare", digits, "--task", "nan.py", "--last", 3)
+    assert done.returncode == 7 and "error: last: nan.py:" in done.stderr and "ValueError: no" in done.stderr
+
+
+def test_a_hint_at_a_setting_is_written_as_in_the_list(digits: Path, run: Run):
+    done = run("compare", digits, "--task", TASK, "--last", 2, "--strategies", "sewa")
+    assert done.returncode == 2 and "error: sewa: --k 5 asks for more checkpoints than the 2" in done.stderr
+    assert "hint: choose sewa:k=2 or less, or widen the window (--window, --last," in done.stderr
 
 
 def test_refuses_to_compare_without_a_task(digits: Path, run: Run):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Job, Run
 
 import ckptavg
@@ -77,6 +79,19 @@ def test_a_winner_that_cannot_be_written_leaves_no_file_of_another_strategy(job:
             job.folder, "swa,soup", task=str(tmp_path / "mine.py"), last=3, output=output, write_all=tmp_path / "every"
         )
     assert not (tmp_path / "every").exists()
+
+
+def test_an_average_without_a_valid_score_is_named_as_not_written(job: Job, run: Run, tmp_path: Path):
+    folder = tmp_path / "ckpts"
+    shutil.copytree(job.folder, folder)
+    weights = {name: torch.full_like(tensor, 3e38) for name, tensor in torch.load(folder / "step-65.pt").items()}
+    torch.save(weights, folder / "step-65.pt")
+    done = run("compare", folder, "--task", job.task, "--strategies", "swa", "--write-all", "every", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [row["output"] is None for row in report["strategies"]] == [False, True]
+    (warning,) = [text for text in report["warnings"] if text.startswith("--write-all has no file of swa: ")]
+    assert "loss() gave nan" in warning and warning in " ".join(done.stderr.split())
 
 
 def test_names_of_files_are_safe_and_different():

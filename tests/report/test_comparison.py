@@ -83,6 +83,15 @@ def test_each_row_shows_the_data_of_its_choice_and_fitted_beside_held_out_loss()
     assert last[1:4] == ["none", "0.5000", "0.5000"]
 
 
+def test_the_held_out_loss_is_shown_where_it_decided_though_only_plain_averages_have_one():
+    plain = {"strategies": [*ROWS[:2], row("twa", 0.8, None, "val")], "winner": "last"}
+    for by, shown in (("held-out loss", True), ("loss", False)):
+        (heading,) = [
+            line for line in lines(comparison(selected_by=by, **plain)) if "chose on" in line and "used" in line
+        ]
+        assert ("held-out loss" in heading) == shown
+
+
 def test_of_many_candidates_the_used_ones_the_best_and_the_last_are_shown():
     shown = [line.split()[0] for line in lines(comparison(used=5)) if line.startswith("step-")]
     assert shown == [f"step-{i}.pt" for i in (1, 2, 3, 4, 5, 8, 300)]

@@ -60,3 +60,6 @@ def test_a_learning_rate_that_fell_by_the_trainers_log_is_said(tmp_path: Path, r
         warnings = ckptavg.run(tmp_path, strategy, output=tmp_path / strategy).warnings
         fell = "the learning rate fell from 0.0003 at step 10 to 0.0001 at step 20, and wsm decays it a second time"
         assert any(fell in warning for warning in warnings) == (says and strategy == "wsm")
+    done = ckptavg.compare(tmp_path, "swa,wsm", score_cmd="echo 1 #", output=tmp_path / "x")
+    noted = [row.name for row in done.strategies if any(fell in note for note in row.notes)]
+    assert done.winner == "last" and noted == ["wsm"] * says
