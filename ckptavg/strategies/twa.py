@@ -83,6 +83,9 @@ class TWA(Strategy):
         for name, least in (("epochs", 1), ("patience", 1), ("block_size", 0), ("evaluations", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        if self.patience is not None and self.select_by != "auto":
+            message = f"--select-by {self.select_by} chooses among scored points, and --patience takes the best epoch"
+            raise UsageError(message, hint="give only one of them")
         for name in ("lr", "clip"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise UsageError(f"--{name} must be greater than 0, not {value}")
@@ -123,15 +126,11 @@ class TWA(Strategy):
         if self.solver == "quadratic":
             if losses is None:
                 raise UsageError("the quadratic solver needs a loss, not scores alone", hint="--solver gradient")
-            if layerwise:
-                raise UsageError("the quadratic solver has one coefficient per candidate", hint="--solver gradient")
             learned = cross_validated.descend(
                 objective, losses, on=self.on, hessian=self.hessian, constraint=self.constraint, ridge=self.ridge,
                 select_by=self.select_by,
             )  # fmt: skip
         elif losses is None:
-            if layerwise:
-                raise UsageError("layer-wise coefficients need a loss, not scores alone")
             learned = score_search.cma_es(objective, simplex=simplex, evaluations=self.evaluations)
         else:
             learned = subspace.train(
