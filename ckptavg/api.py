@@ -17,6 +17,7 @@ from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.options import CHECK, EVAL, NOT_COMPARE, NOT_INSPECT, Options
 from ckptavg.options.comparison import ComparisonOptions
 from ckptavg.options.landscape import LandscapeOptions
+from ckptavg.options.task import check_unscored
 from ckptavg.pipeline import evaluation, task_check, verification
 from ckptavg.pipeline import run as run_pipeline
 from ckptavg.pipeline.basin import find_basins
@@ -132,6 +133,8 @@ def inspect(
             those of ``ckptavg inspect`` that define a score, or the objects of a task, as for `run`.
     """
     shared = _parsed("inspect", options, without=NOT_INSPECT)
+    if not basin:
+        check_unscored(vars(shared) | ({"task": "model"} if shared.objects else {}))
     with open_for_inspection(_paths(ckpts), shared, shared.key, read_data=read_data) as found:
         rows = [facts(checkpoint) for checkpoint in found.checkpoints]
     report = Inspection(layout=found.layout, candidates=rows, left_out=found.left_out, warnings=found.warnings)

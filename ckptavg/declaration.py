@@ -1,7 +1,8 @@
 """The declaration of an option: the command line, the Python signatures and the documentation are made from it.
 
 An option is a field ``name: Annotated[TYPE, Help(panel, text)] = default`` of a frozen dataclass, whose
-``__post_init__`` calls `check`. A strategy may write ``Annotated[TYPE, "text"]``, with its panel as a second text.
+``__post_init__`` calls `check`. A strategy may write ``Annotated[TYPE, "text"]``, with its panel, the solver that uses
+it, as a second text, and other solvers that do as further ones.
 """
 
 import math
@@ -52,6 +53,7 @@ class Help:
         limit: the values it may have; those of a ``Literal`` are known from the type.
         changes_measurements: False if a journal can be resumed with another value, because no score, loss or gradient
             depends on it, or because what does depend on it is compared instead.
+        solvers: the panels of a strategy's solvers that use it; others refuse it.
     """
 
     panel: str
@@ -61,6 +63,7 @@ class Help:
     short: str = ""
     limit: Limit | None = None
     changes_measurements: bool = True
+    solvers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def declared(cls: type) -> tuple[Option, ...]:
             continue
         kind, *metadata = get_args(hints[field.name])
         if isinstance(metadata[0], str):
-            metadata = [Help("".join(metadata[1:]), metadata[0])]
+            metadata = [Help("".join(metadata[1:2]), metadata[0], solvers=tuple(metadata[1:]))]
         options.append(Option(field.name, _without_none(kind), field.default, metadata[0]))
     return tuple(options)
 

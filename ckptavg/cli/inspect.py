@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,7 +13,8 @@ from ckptavg.checkpoints.window import Window
 from ckptavg.cli.command import reports
 from ckptavg.declaration import MAIN, Help, Option, declared
 from ckptavg.errors import InputError, printable
-from ckptavg.options import NOT_INSPECT, Options
+from ckptavg.options import NOT_INSPECT, Options, config_file
+from ckptavg.options.task import check_unscored
 from ckptavg.runtime.workers import ALONE, joined
 
 if TYPE_CHECKING:
@@ -33,6 +35,10 @@ def command(
     from ckptavg.checkpoints.inspection import facts, open_for_inspection
     from ckptavg.report.result import Inspection
 
+    if not basin:
+        file = config_file.read(Path())  # it and the environment have the options of other commands too
+        default = {name for name in options if name in file or f"CKPTAVG_{name.upper()}" in os.environ} - {"task"}
+        check_unscored({name: value for name, value in options.items() if name not in default})
     window = Window(**{option.name: options[option.name] for option in declared(Window)})
     with joined(options["device"], options["worker_timeout"]) if basin else nullcontext(ALONE) as workers:
         with open_for_inspection(ckpts, window, options["key"], read_data=read_data) as found:

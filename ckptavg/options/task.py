@@ -1,10 +1,11 @@
 """The options that define how a mixture is scored."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ckptavg.declaration import AT_LEAST_1, MAIN, POSITIVE, SCORING, Help, Limit, check
+from ckptavg.declaration import AT_LEAST_1, MAIN, POSITIVE, SCORING, Help, Limit, check, declared
 from ckptavg.errors import UsageError
 
 _FRACTION = Limit(lambda value: 0 < value < 1, "between 0 and 1")
@@ -94,3 +95,11 @@ class TaskOptions:
             raise UsageError("--base goes with --val or --lm-eval, which load the base model of adapters")
         if self.holdout is not None and (own := {"--score-cmd", "--lm-eval"}.intersection(self.ways)):
             raise UsageError(f"--holdout divides the data of a task file or of --val; {own.pop()} has its own")
+
+
+def check_unscored(given: Mapping[str, Any]) -> None:
+    """Raise UsageError if ``given`` has an option of a score: ``inspect`` without ``--basin`` scores nothing."""
+    unused = [o.flag for o in declared(TaskOptions) if given.get(o.name, o.default) != o.default]
+    if unused:
+        message = f"{', '.join(unused)} says how candidates are scored, which inspect does with --basin only"
+        raise UsageError(message, hint=f"--basin, or leave out {' '.join(unused)}")

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import Final
 
 import torch
 
@@ -24,6 +25,8 @@ from ckptavg.readers import sentence_transformers
 from ckptavg.readers.sentence_transformers import MODULES
 from ckptavg.score import Split
 from ckptavg.strategies import name_of
+
+_BY_SCORES: Final = "search by scores"  # the panel of its settings
 
 
 def check_format(options: Options) -> None:
@@ -87,11 +90,36 @@ def check_strategy(strategy: Strategy, n: int, evaluator: Evaluator | None, runs
         message = f"{name_of(strategy)} learns from data, so it needs a task file, --val or --score-cmd"
         raise UsageError(message, hint="`ckptavg init` writes ./task.py")
     declaration.check(strategy)
+    _check_solver(strategy, has_losses=evaluator is None or evaluator.losses is not None)
     splits: Sequence[Split] = ("train", "val", "test")
     splits = [each for each in splits if evaluator and evaluator.losses is not None and evaluator.has(each)]
     if isinstance(strategy, PlainAverage) and strategy.by_run:
         n = min(Counter(evaluator.runs if evaluator else runs).values())
     strategy.check(n, splits, bounded=evaluator is not None and evaluator.bounded)
+
+
+def _check_solver(strategy: Strategy, *, has_losses: bool) -> None:
+    """Raise UsageError for a setting of another solver than the one that runs, unless it has its default value."""
+    settings = {setting.name: setting for setting in declaration.declared(type(strategy))}
+    if "solver" not in settings:
+        return
+    solver, names = vars(strategy)["solver"], settings["solver"].choices
+    if not has_losses and solver != settings["solver"].default:
+        return  # it needs a loss, which `Strategy.learn` says
+    runs = f"{solver} solver" if has_losses else _BY_SCORES
+    groups = {f"{name} solver": f"the {name} solver" for name in names}
+    groups |= {
+        "both solvers": f"the {' and '.join(names)} solvers",
+        _BY_SCORES: "the search by --score-cmd or --lm-eval",
+    }
+    for setting in settings.values():
+        users = setting.help.solvers
+        used = not groups.keys() & users or runs in users or (has_losses and "both solvers" in users)
+        if not used and getattr(strategy, setting.name) != setting.default:
+            of, hint = " or ".join(groups[user] for user in users if user in groups), f"leave out {setting.flag}"
+            if has_losses and (other := next((name for name in names if f"{name} solver" in users), None)):
+                hint = f"--solver {other}, or {hint}"
+            raise UsageError(f"{setting.flag} is a setting of {of}; {groups[runs]} does not use it", hint=hint)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class SeWA(Strategy):
     swaps: Annotated[int, "Most scores of swaps of one candidate.", "gumbel solver"] = 100
     select_by: Annotated[SelectBy, "What chooses: auto is the loss if the metric agrees.", "both solvers"] = "auto"
     steps: Annotated[int | None, "Steps of the mask; default 1 per candidate, at least 100.", "gumbel solver"] = None
-    lr: Annotated[float, "Learning rate η ≈ size of the first steps.", "gumbel solver"] = 0.05
+    lr: Annotated[float, "Learning rate η ≈ size of the first steps.", "gumbel solver", "search by scores"] = 0.05
     samples: Annotated[int, "Monte Carlo samples M per step.", "gumbel solver"] = 2
     tau_start: Annotated[float, "Temperature at the first step.", "gumbel solver"] = 1.0
     tau_end: Annotated[float, "Temperature at the last step.", "gumbel solver"] = 0.3
@@ -74,6 +74,8 @@ class SeWA(Strategy):
         for name in ("k", "steps", "samples", "evaluations", "verify"):
             if getattr(self, name) not in ("auto", None) and getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.verify == 1 and self.solver == "gumbel" and self.select_by != "auto":
+            raise UsageError(f"--select-by {self.select_by} chooses among scored masks, and --verify 1 scores none")
         if self.swaps < 0:
             raise UsageError(f"--swaps must be at least 0, not {self.swaps}")
         for name in ("lr", "tau_start", "tau_end"):

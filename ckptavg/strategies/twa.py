@@ -83,6 +83,9 @@ class TWA(Strategy):
         for name, least in (("epochs", 1), ("patience", 1), ("block_size", 0), ("evaluations", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        if self.patience is not None and self.select_by != "auto":
+            message = f"--select-by {self.select_by} chooses among scored points, and --patience takes the best epoch"
+            raise UsageError(message, hint="give only one of them")
         for name in ("lr", "clip"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise UsageError(f"--{name} must be greater than 0, not {value}")

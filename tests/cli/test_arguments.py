@@ -53,13 +53,9 @@ def words(rng: random.Random) -> list[str]:
             found.append(rng.choice(FEW if option.name in REPEATED else ODD))
     if name in SCORED and not {"--task", "--val", "--score-cmd"} & set(found):
         found += ["--task", "mine.py"]
-    for option, value in (
-        ("--steps", "1"),
-        ("--epochs", "1"),
-        ("--evaluations", "2"),
-        ("--samples", "3"),
-        ("--grid", "2"),
-    ):
+    by_scores = "--score-cmd" in found  # other solvers' settings are refused
+    short = [("--evaluations", "2")] if by_scores else [("--steps", "1"), ("--epochs", "1")]
+    for option, value in (*short, ("--samples", "3"), ("--grid", "2")):
         if option not in found and any(option in param.opts for param in options):
             found += [option, value]
     return found

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import ckptavg
 from ckptavg.coefficients import Coefficients
+from ckptavg.errors import UsageError
 from ckptavg.options import Options
 from ckptavg.pipeline.basin import TOLERANCE, mean_note
 from ckptavg.report.basin import Basins
@@ -223,6 +224,19 @@ def test_inspection_without_basin_needs_no_task(trained: Path, run: Run):
     assert done.returncode == 0 and json.loads(done.stdout)["basin"] is None
     done = run("inspect", trained / "restarts", "--basin")
     assert done.returncode == 2 and "needs a task file" in done.stderr
+
+
+def test_options_of_a_score_are_refused_without_basin_unless_other_commands_set_them(
+    trained: Path, run: Run, tmp_path: Path
+):
+    for words in (("--task", "missing.py"), ("--val", "missing"), ("--score-cmd", "true {}")):
+        done = run("inspect", trained / "restarts", *words)
+        assert done.returncode == 2 and f"{words[0]} says how candidates are scored" in done.stderr, done.stderr
+    with pytest.raises(UsageError, match="--task says how candidates are scored"):
+        ckptavg.inspect(trained / "restarts", task="missing.py")
+    assert run("inspect", trained / "restarts", CKPTAVG_TASK="missing.py", CKPTAVG_SCORE_KEY="a").returncode == 0
+    (tmp_path / "ckptavg.toml").write_text("score-goal = 'min'\n")
+    assert run("inspect", trained / "restarts").returncode == 0
 
 
 def score(loss: float) -> Score:
