@@ -96,14 +96,8 @@ class TWA(Strategy):
     def check(self, n: int, splits: Collection[Split], *, bounded: bool) -> None:
         """See `Strategy.check`."""
         check_split(self.on, splits)
-        layerwise = self.layerwise or self.block_size is not None
-        hint = "choose --solver gradient"
         if self.solver == "quadratic" and not splits:
-            raise UsageError("the quadratic solver needs a loss, not scores alone", hint=hint)
-        if self.solver == "quadratic" and layerwise:
-            raise UsageError("the quadratic solver has one coefficient per candidate", hint=hint)
-        if layerwise and not splits:
-            raise UsageError("layer-wise coefficients need a loss, not scores alone")
+            raise UsageError("the quadratic solver needs a loss, not scores alone", hint="choose --solver gradient")
 
     def stages(self, n: int, losses: Losses | None, scored_on: Split) -> Sequence[Stage]:
         """See `Strategy.stages`."""
@@ -132,7 +126,7 @@ class TWA(Strategy):
         losses = objective.losses
         simplex, layerwise = self.constraint == "simplex", self.layerwise or self.block_size is not None
         if self.solver == "quadratic":
-            assert losses is not None and not layerwise  # see `check`
+            assert losses is not None  # see `check`
             learned = cross_validated.descend(
                 objective, losses, on=self.on, hessian=self.hessian, constraint=self.constraint, ridge=self.ridge,
                 select_by=self.select_by,

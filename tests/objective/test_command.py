@@ -127,7 +127,7 @@ def test_compare_with_a_score_command(run: Run, ckpts: Path):
     [
         ("twa:solver=quadratic", "the quadratic solver needs a loss, not scores alone"),
         ("sewa:solver=quadratic:k=2", "the quadratic solver needs a loss, not scores alone"),
-        ("twa:layerwise=true", "layer-wise coefficients need a loss, not scores alone"),
+        ("twa:layerwise=true", "--layerwise is a setting of the gradient solver"),
     ],
 )
 def test_settings_that_need_a_loss_are_refused_before_any_strategy_of_a_comparison_is_scored(

@@ -49,7 +49,7 @@ def reinforce(objective: Objective, k: int, *, lr: float, evaluations: int) -> L
         trace.append(max(score.value for score in selection.scores.values()))
 
     score([Coefficients.uniform(range(n - k, n), n), selection.plain[-1]])
-    if 3 * n <= evaluations:
+    if 8 * n <= evaluations:
         score(selection.plain[:-1])
     steps = evaluations  # the same masks may be drawn again and again
     while 8 * len(selection.scores) < 7 * evaluations and _subsets(selection, k) < subsets and steps > 0:
@@ -111,7 +111,7 @@ def cma_es(objective: Objective, *, simplex: bool, evaluations: int) -> Learned:
         objective.progress(STAGE, len(trace), evaluations, score=best_value)
         return -value
 
-    singles = Coefficients.singles(n) if n > 1 and 3 * n <= evaluations else []
+    singles = Coefficients.singles(n) if n > 1 and 8 * n <= evaluations else []
     objective.prefetch([best, *singles])
     for plain in (best, *singles):
         cost(plain)
