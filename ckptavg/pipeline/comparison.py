@@ -167,6 +167,7 @@ def _run_all(
                 break
         except TaskError as error:
             if listed or not alone or name == REFERENCE or signals.pending():
+                error.hint = error.hint or (None if name == REFERENCE else f"choose --strategies without {name}")
                 raise
             first = first or error
             unfinished[name] = f"{name} failed and was left out: {str(error).removeprefix(f'{name}: ')}"

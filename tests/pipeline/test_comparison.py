@@ -225,6 +225,7 @@ def test_a_default_strategy_in_which_the_task_fails_is_left_out_and_named_with_t
 def test_an_error_in_a_listed_strategy_ends_the_run_and_names_it(digits: Path, run: Run, once: Path):
     done = run("compare", digits, "--task", once, "--last", 3, "--strategies", "swa,twa:solver=quadratic")
     assert done.returncode == 7 and f"error: twa:solver=quadratic: {once}: no " in done.stderr
+    assert "hint: choose --strategies without twa:solver=quadratic" in done.stderr
     assert not (once.parent / "averaged.safetensors").exists()
 
 
