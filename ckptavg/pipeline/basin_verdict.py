@@ -2,7 +2,7 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -25,7 +25,7 @@ def verdict(
 
     Args:
         checkpoints: the files of the candidates.
-        paths: the directories of the runs.
+        paths: the directories or checkpoints that were given.
         window: the options that selected the candidates.
     """
     kept = [i for i, one in enumerate(candidates) if one.basin is not None]
@@ -34,11 +34,12 @@ def verdict(
     basins = {one.basin for one in scored}
     coarse = [(m.threshold or 0.0, m.barrier.reason) for m in midpoints if m.barrier and m.barrier.low is None]
     if len(basins) > 1:
-        places = list(_barriers(candidates, midpoints, paths))
+        given = _given(candidates, paths)
+        places = list(_barriers(candidates, midpoints, given))
         more = f", and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
         shown = ", ".join(places[:_NAMED])
         sentences.append(f"{len(basins)} basins: candidates on two sides of a barrier do not average: {shown}{more}.")
-        sentences.append(_way_out(scored, paths, window))
+        sentences.append(_way_out(scored, given, window))
     elif len(scored) == 1:
         sentences.append("One candidate: there is nothing to average.")
     elif coarse:
@@ -93,25 +94,37 @@ def _harm(
     ]
 
 
+def _given(candidates: Sequence[BasinCandidate], paths: Sequence[Path]) -> dict[int, list[Path]]:
+    """Return the given paths by run: its directory, or checkpoints of it."""
+    by_run: dict[int, list[Path]] = {}
+    for one in candidates:
+        own = by_run.setdefault(one.run, [])
+        above = (path for path in paths if path == one.path or path in one.path.parents)
+        path = max(above, key=lambda path: len(path.parts), default=one.path.parent)
+        own += [] if path in own else [path]
+    return by_run
+
+
 def _barriers(
-    candidates: Sequence[BasinCandidate], midpoints: Sequence[Midpoint], paths: Sequence[Path]
+    candidates: Sequence[BasinCandidate], midpoints: Sequence[Midpoint], given: Mapping[int, Sequence[Path]]
 ) -> Iterator[str]:
     """Yield the places of the barriers, within the runs and between them: ends of midpoints that separate."""
     scored = [one for one in candidates if one.basin is not None]
     walls = [tuple(candidates[i] for i in midpoint.candidates) for midpoint in midpoints if midpoint.separates]
     runs = sorted({one.run for one in scored})
+    names = {run: own[0] if len(own) == 1 else own[0].parent for run, own in given.items()}
     for run in runs:
-        of = f" of {paths[run - 1]}" if len(runs) > 1 else ""
+        of = f" of {names[run]}" if len(runs) > 1 else ""
         for before, after in pairwise(one for one in scored if one.run == run):
             if before.basin != after.basin:
                 end = next(b for a, b in walls if a is before and b.basin == after.basin)
                 shown = "" if end is after else f" (by the midpoint of {before.step} and {end.step})"
                 yield f"between steps {before.step} and {after.step}{of}{shown}"
     for before, after in sorted({(a.run, b.run) for a, b in walls if a.run != b.run}):
-        yield f"between the last candidates of {paths[before - 1]} and {paths[after - 1]}"
+        yield f"between the last candidates of {names[before]} and {names[after]}"
 
 
-def _way_out(scored: Sequence[BasinCandidate], paths: Sequence[Path], window: Window) -> str:
+def _way_out(scored: Sequence[BasinCandidate], given: Mapping[int, Sequence[Path]], window: Window) -> str:
     """Return the options that keep the most candidates of one basin, of equally many those with the best one."""
     sizes = Counter(one.basin for one in scored)
     (largest, size), *_ = sizes.most_common()
@@ -131,7 +144,11 @@ def _way_out(scored: Sequence[BasinCandidate], paths: Sequence[Path], window: Wi
     kept, around = max(possible, key=lambda way: (len(way[0]), max(one.score.value for one in way[0])))
     runs = sorted({one.run for one in kept})
     first, last = min(one.step for one in kept), max(one.step for one in kept)
-    ways = [f"{' '.join(shlex.quote(str(paths[run - 1])) for run in runs)} alone"] if len(around) < len(scored) else []
+    ways = (
+        [f"{' '.join(shlex.quote(str(path)) for run in runs for path in given[run])} alone"]
+        if len(around) < len(scored)
+        else []
+    )
     options = [f"--start {first}"] if window.last is not None or any(one.step < first for one in around) else []
     options += [f"--stop {last}"] if any(one.step > last for one in around) else []
     ways += [" ".join(options)] if options else []

@@ -62,6 +62,21 @@ def test_a_barrier_that_no_two_neighbours_show_is_found_from_the_last_and_named_
     assert len(shown) == 2 and {(int(a), int(b)) for a, b in shown} <= set(barriers(found))
 
 
+def test_runs_of_given_files_are_named_by_their_directories_and_kept_by_their_files(tmp_path: Path):
+    files: list[Path] = []
+    for name, angle in (("a", 0.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        for step in (1, 2):
+            w = (1 + 0.01 * step) * torch.tensor([math.cos(angle), math.sin(angle)])
+            files.append(tmp_path / name / f"step-{step}.pt")
+            torch.save({"w": w}, files[-1])
+    found = basins(*files, model=Ring, loss=ring_loss, val=[torch.linspace(0.9, 1.1, 32)])
+    assert numbers(found) == [1, 2, 1, 2]
+    assert f"between the last candidates of {tmp_path / 'a'} and {tmp_path / 'b'}." in found.verdict
+    kept = " ".join(map(str, files[:2]))
+    assert f"{kept} alone keeps one basin: 2 candidates" in found.verdict
+
+
 def test_a_candidate_whose_average_is_worse_than_the_better_one_alone_is_named_though_no_barrier_is_between(
     tmp_path: Path,
 ):
