@@ -237,10 +237,8 @@ def test_an_inspection_in_a_directory_that_cannot_be_written_keeps_its_journal_a
     trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "mine.py").write_text(INTERRUPTED)
+    (tmp_path / "mine.py").write_text(INTERRUPTED.replace('"calls"', repr(str(tmp_path / "calls"))))
     words = ("inspect", trained / "restarts", "--basin", "--task", tmp_path / "mine.py", "--json")
-    calls = str(tmp_path / "calls")
-    (tmp_path / "mine.py").write_text(INTERRUPTED.replace('"calls"', repr(calls)))
     assert run(*words, cwd=Path("/proc/self")).returncode == 75 and list(tmp_path.glob("basin-*.ckptavg"))
     done = run(*words, cwd=Path("/proc/self"))
     assert done.returncode == 0 and not list(tmp_path.glob("basin-*")), done.stderr
