@@ -16,7 +16,7 @@ from ckptavg.checkpoints.listing import CheckpointPath, Listing, SkipFile, list_
 from ckptavg.checkpoints.name_steps import Opened
 from ckptavg.checkpoints.order import in_order
 from ckptavg.checkpoints.steps import natural, numbers, steps_beside, steps_in_name, steps_inside
-from ckptavg.checkpoints.window import Window
+from ckptavg.checkpoints.window import Window, emptied
 from ckptavg.errors import CkptavgError, InputError, counted, excluding
 from ckptavg.readers import NotACheckpointError, open_reader, suffixes
 
@@ -111,12 +111,15 @@ def discover(
         for reader in (candidate.checkpoint.reader for candidate in opened):
             if id(reader) not in kept:
                 reader.close()
-    outside = (checkpoint.path for checkpoint in ordered if id(checkpoint.reader) not in kept)
-    left_out += [LeftOut(path=path, reason="outside the window of steps") for path in outside]
+    left_out += [
+        LeftOut(path=one.path, reason="outside the window of steps") for one in ordered if id(one.reader) not in kept
+    ]
     if not chosen and bad != "list":
         raise _nothing(paths, left_out)
+    folders = {one.checkpoint.path: paths[one.place.order] for one in opened if not one.place.explicit}
     return Discovered(
-        checkpoints=tuple(chosen), left_out=tuple(left_out), warnings=tuple(warnings),
+        checkpoints=tuple(chosen), left_out=tuple(left_out),
+        warnings=(*warnings, *emptied(folders, ordered, chosen)),
         component=window.component, layout=_layout(listings, chosen, opened),
     )  # fmt: skip
 

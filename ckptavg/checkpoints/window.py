@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
@@ -15,15 +15,17 @@ from ckptavg.declaration import AT_LEAST_1, CANDIDATES, MAIN, Help, Limit, check
 from ckptavg.errors import UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ckptavg.checkpoints.checkpoint import Checkpoint
 
 ORDER_GIVEN: Final = "order given"
 """`Checkpoint.step_from` of checkpoints without training steps."""
 
 
-def _filter(text: str, metavar: str, limit: Limit | None = None, panel: str = CANDIDATES) -> Help:
+def _filter(text: str, metavar: str, limit: Limit | None = None, panel: str = CANDIDATES, more: str = "") -> Help:
     """Declare a filter; a journal depends on the candidates that are left, and not on how they were chosen."""
-    return Help(panel, text, metavar=metavar, limit=limit, changes_measurements=False)
+    return Help(panel, text, more, metavar=metavar, limit=limit, changes_measurements=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,8 @@ class Window:
     start: Annotated[int | None, _filter("First training step to use.", "STEP")] = None
     stop: Annotated[int | None, _filter("Last training step to use.", "STEP")] = None
     window: Annotated[int | None, _filter(
-        "Only checkpoints at most STEPS before the last one of their run.", "STEPS", AT_LEAST_1)] = None  # fmt: skip
+        "Only checkpoints at most STEPS before the last one of their run.", "STEPS", AT_LEAST_1,
+        more="Directories of one checkpoint each are one run.")] = None  # fmt: skip
     every: Annotated[int | None, _filter("Every N-th checkpoint, counted back from the last.", "N", AT_LEAST_1)] = None
     last: Annotated[int | None, _filter("Use only the last N checkpoints.", "N", AT_LEAST_1, MAIN)] = None
 
@@ -72,6 +75,17 @@ class Window:
             ends = {checkpoint.run: checkpoint.step for checkpoint in kept}  # in training order: the last one's remains
             kept = [checkpoint for checkpoint in kept if checkpoint.step >= ends[checkpoint.run] - self.window]
         return kept[:: -(self.every or 1)][: self.last][::-1]
+
+
+def emptied(
+    folders: Mapping[Path, Path], checkpoints: Sequence[Checkpoint], kept: Sequence[Checkpoint]
+) -> list[str]:  # fmt: skip
+    """Return a warning for each directory that has checkpoints, but none of those that the window keeps."""
+    others = {folders.get(checkpoint.path) for checkpoint in kept}
+    found = dict.fromkeys(folders[checkpoint.path] for checkpoint in checkpoints if checkpoint.path in folders)
+    return [
+        f"{folder}: all its checkpoints are outside the window of steps" for folder in found if folder not in others
+    ]
 
 
 def _matches(name: str, whole: str, glob: str) -> bool:

@@ -11,6 +11,7 @@ References:
 """
 
 import hashlib
+import math
 import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -19,6 +20,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, median_high, median_low
+from tempfile import TemporaryFile, gettempdir
 from typing import Final
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -29,14 +31,15 @@ from ckptavg.objective import Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.objective.mixture import Mixture
 from ckptavg.options import NOT_INSPECT, Options
-from ckptavg.pipeline.basin_verdict import EXPLODED, verdict
+from ckptavg.pipeline.basin_verdict import EXPLODED, aside, verdict
 from ckptavg.pipeline.exact_adapter import given
 from ckptavg.pipeline.session import Session, open_session
 from ckptavg.report.basin import BasinCandidate, Basins, Midpoint
-from ckptavg.report.interval import single_gain
+from ckptavg.report.interval import FEWEST, single_gain
+from ckptavg.report.result import Gain
 from ckptavg.runtime.estimate import Stage
 from ckptavg.runtime.progress import Watch
-from ckptavg.score import PerExample, Score, valid
+from ckptavg.score import Score, valid
 from ckptavg.strategies.best import Best
 from ckptavg.strategies.soup import GreedySoup
 
@@ -57,19 +60,30 @@ def find_basins(paths: Sequence[Path], options: Options, watch: Watch | None = N
     A midpoint separates its ends if the 95 % interval of the barrier, paired by example, lies above 2 % of their mean.
     Without an interval, the barrier must be larger than this, and than three times the median difference of neighbours.
     It is measured by the loss alone, or by the score where there is no loss. Candidates without a finite score are set
-    aside, and those worse than the median of all by more than 100 times its size and the median distance to it.
+    aside, and those worse than the median of all by more than 100 times its size and the median distance to it. A
+    midpoint of neighbours, or of two runs, may be worse than the better end alone without a barrier: `Midpoint.harms`.
 
     Raises:
         CkptavgError: on any expected failure.
     """
     # the same command finds its measurements in this journal, another one has its own
-    output = Path(f"basin-{hashlib.sha256(repr((paths, options)).encode()).hexdigest()[:8]}")
+    name = f"basin-{hashlib.sha256(repr((Path.cwd(), paths, options)).encode()).hexdigest()[:8]}"
+    output = options.workers.broadcast(options.workers.on_rank_zero(_writable_folder) or Path()) / name
     with open_session(paths, replace(options, output=output, force=True), watch, mixed=True) as this:
         evaluator = this.scored("--basin scores midpoints, so it needs a task file, --val or --score-cmd")
         evaluator.prepare()
         result = _measured(this, evaluator)
         this.finish(output)
         return result
+
+
+def _writable_folder() -> Path:
+    """Return the working directory if it can be written, else the directory for temporary files."""
+    try:
+        with TemporaryFile(dir=Path()):
+            return Path()
+    except OSError:
+        return Path(gettempdir())
 
 
 def _measured(this: Session, evaluator: Evaluator) -> Basins:
@@ -91,11 +105,8 @@ def _measured(this: Session, evaluator: Evaluator) -> Basins:
         singles.append(find(single, split))
         progress(_SINGLES, len(singles), n)
     valid(max(singles, key=lambda score: score.value))  # raises if no candidate has a valid score
-    lowest = _lowest_sane(singles)
-    of = [checkpoint.run for checkpoint in this.checkpoints]
-    of = [0] * n if len(set(of)) == n else of  # runs of one candidate each are one run
-    runs = [[i for i, run in enumerate(of) if run == each and singles[i].value >= lowest] for each in sorted(set(of))]
-    runs = [run for run in runs if run]
+    kept, of = _sane(singles), [checkpoint.run + 1 for checkpoint in this.checkpoints]
+    runs = [[i for i in kept if of[i] == run] for run in sorted({of[i] for i in kept})]
     ends = sorted((run[-1] for run in runs), key=lambda i: singles[i].value, reverse=True)
     pairs = [pair for run in runs for pair in pairwise(run)] + [_pair(ends[0], end) for end in ends[1:]]
     prefetch([Coefficients.uniform(pair, n) for pair in pairs], split, exact=True)
@@ -135,6 +146,7 @@ class _Midpoints:
         self._checkpoints = checkpoints
         self._singles = singles
         self._find = find
+        self._neighbours = neighbours
         self._usual = median([abs(singles[i].value - singles[j].value) for i, j in neighbours] or [0.0])
 
     def separates(self, i: int, j: int) -> bool:
@@ -143,24 +155,38 @@ class _Midpoints:
             score = self._find(Coefficients.uniform((i, j), len(self._singles)))
             steps = (self._checkpoints[i].step, self._checkpoints[j].step)
             ends = self._singles[i], self._singles[j]
-            barrier, threshold, separates = None, None, True
+            barrier, threshold, separates, harms = None, None, True, False
             if not score.invalid:
-                mean = _mean(*ends)
-                barrier = single_gain(mean, score)
-                lowest, usual = (barrier.value, self._usual) if barrier.low is None else (barrier.low, 0.0)
-                threshold = _threshold(mean.value, usual)
-                separates = lowest > threshold
+                barrier, threshold, separates = _worse(score, _mean(ends), self._usual)
+                near = not separates and (i, j) in self._neighbours  # the first of a run may be far worse than its last
+                usual = self._usual / _USUAL if len(self._neighbours) > 1 else 0.0  # of two it is their own difference
+                harms = near and _worse(score, max(ends, key=lambda end: end.value), usual)[2]
             self.known[i, j] = Midpoint(
-                candidates=(i, j), steps=steps, score=score, barrier=barrier, threshold=threshold, separates=separates
-            )
+                candidates=(i, j), steps=steps, score=score, barrier=barrier, threshold=threshold,
+                separates=separates, harms=harms,
+            )  # fmt: skip
         return self.known[i, j].separates
 
 
-def _lowest_sane(singles: Sequence[Score]) -> float:
-    """Return the lowest value that is not set aside; of two, the better one is the median."""
+def _sane(singles: Sequence[Score]) -> list[int]:
+    """Return the candidates that are not set aside; of two, the better one is the median."""
     values = [score.value for score in singles if not score.invalid]
-    middle = median_high(values)
-    return middle - EXPLODED * max(abs(middle), median_low(abs(value - middle) for value in values))
+    middle = median_high(values or [0.0])
+    spread = median_low(abs(value - middle) for value in values or [0.0])
+    lowest = middle - EXPLODED * max(abs(middle), spread)
+    return [i for i, score in enumerate(singles) if not score.invalid and score.value >= lowest]
+
+
+def _worse(mixture: Score, reference: Score, usual: float) -> tuple[Gain, float, bool]:
+    """Return how much worse a mixture scores than `reference`, the height that matters, and whether it is exceeded.
+
+    Args:
+        usual: the median difference of neighbours, of which a height without an interval must be several times.
+    """
+    height = single_gain(reference, mixture)
+    lowest, usual = (height.value, usual) if height.low is None else (height.low, 0.0)
+    threshold = max(TOLERANCE * abs(reference.value), _USUAL * usual)
+    return height, threshold, lowest > threshold
 
 
 def _joined(
@@ -179,18 +205,14 @@ def _pair(i: int, j: int) -> tuple[int, int]:
     return (i, j) if i < j else (j, i)
 
 
-def _mean(first: Score, second: Score) -> Score:
-    """Return the mean of two scores, by example if both saw the same ones in the same order."""
-    a, b, per_example = first.per_example, second.per_example, None
-    if a is not None and b is not None and a.order == b.order and len(a.values_U) == len(b.values_U):
-        values_U = (a.values_U + b.values_U) / 2
-        per_example = PerExample(values_U=values_U, examples_U=a.examples_U, order=a.order)
-    value = (first.value + second.value) / 2
-    return Score(value=value, loss=None, metric=None, examples=first.examples, per_example=per_example)
-
-
-def _threshold(mean: float, usual: float) -> float:
-    return max(TOLERANCE * abs(mean), _USUAL * usual)
+def _mean(scores: Sequence[Score]) -> Score:
+    """Return the mean of scores, by example if all saw the same ones in the same order."""
+    units, per_example = [score.per_example for score in scores if score.per_example is not None], None
+    if len(units) == len(scores) and len({(each.order, len(each.values_U)) for each in units}) == 1:
+        values_U = sum((each.values_U for each in units[1:]), start=units[0].values_U) / len(units)
+        per_example = replace(units[0], values_U=values_U)
+    value = fmean(score.value for score in scores)
+    return Score(value=value, loss=None, metric=None, examples=scores[0].examples, per_example=per_example)
 
 
 def _stretches(run: Sequence[int], midpoints: _Midpoints) -> list[list[int]]:
@@ -218,7 +240,7 @@ def _divided(stretch: list[int], midpoints: _Midpoints) -> list[list[int]]:
 def basin_note(
     evaluator: Evaluator, strategies: Collection[Strategy], mixtures: Collection[Coefficients], this: Session
 ) -> str:
-    """Return a warning if the mean of all candidates is worse than these are on average, more than noise; else "".
+    """Return a warning if candidates have exploded, or their mean is worse than they are on average; else "".
 
     In one basin its loss is at most the mean of their losses (Jensen's inequality). Nothing is scored for this.
 
@@ -230,24 +252,47 @@ def basin_note(
     if mean not in mixtures or not any(isinstance(strategy, Best | GreedySoup) for strategy in strategies):
         return ""
     singles = [evaluator.score(single) for single in Coefficients.singles(evaluator.n)]
-    return mean_note(singles, evaluator.exact_score(mean, evaluator.scored_on), this.paths, this.options)
+    scored = evaluator.exact_score(mean, evaluator.scored_on)
+    return mean_note(singles, scored, this.checkpoints, this.paths, this.options)
 
 
-def mean_note(singles: Sequence[Score], mean: Score, paths: Sequence[Path], options: Options) -> str:
-    """Return the warning of `basin_note` for the scores of the candidates and of their mean."""
-    scores = [*singles, mean]
-    by_loss = all(score.loss is not None for score in scores)
-    *values, value = [-(score.loss or 0.0) if by_loss else score.value for score in scores]
-    usual = 0.0 if by_loss or len(values) < 2 else median(abs(a - b) for a, b in pairwise(values))
-    if any(score.invalid for score in scores) or fmean(values) - value <= _threshold(fmean(values), usual):
+def mean_note(
+    singles: Sequence[Score], mean: Score, checkpoints: Sequence[Checkpoint], paths: Sequence[Path], options: Options
+) -> str:
+    """Return the warning of `basin_note` for the scores of the candidates and of their mean.
+
+    The rule is that of `find_basins`. Where a metric has the values per example, the losses have no interval, and their
+    threshold is that with an interval if they are means of enough examples for one.
+    """
+    by_loss = all(score.loss is not None for score in (*singles, mean))
+    *alone, whole = [_by_loss(score) if by_loss else score for score in (*singles, mean)]
+    figures = [score.loss if by_loss else score.metric for score in (*singles, mean)]
+    name, figure = "loss" if by_loss else mean.name, decimal(figures[-1] or 0.0)
+    kept = _sane(alone)
+    if len(kept) < len(alone):
+        words = " ".join(aside(alone, kept, checkpoints, options))
+        return f"{words} The mean of all {len(alone)} candidates has {name} {figure}" if kept else words
+    paired = by_loss and mean.metric is not None and all(_has_interval(score) for score in singles)
+    usual = 0.0 if paired else median([abs(a.value - b.value) for a, b in pairwise(alone)] or [0.0])
+    if whole.invalid or not _worse(whole, _mean(alone), usual)[2]:
         return ""
-    name = "loss" if by_loss else mean.name
-    *figures, figure = [score.loss if by_loss else score.metric for score in scores]
-    alone = fmean(each or 0.0 for each in figures)
     others = [option.name for option in declared(Options) if option.help.panel != CANDIDATES and option.name != "last"]
     chosen = given(options, (*others, *NOT_INSPECT))
     command = shlex.join(["ckptavg", "inspect", *map(str, paths), "--basin", *chosen])
     return (
-        f"the mean of all {len(singles)} candidates has {name} {decimal(figure)}, worse than theirs, {decimal(alone)} "
-        f"on average: some do not average with others. `{command}` on this task looks for the barrier"
+        f"the mean of all {len(singles)} candidates has {name} {figure}, worse than theirs, "
+        f"{decimal(fmean(each or 0.0 for each in figures[:-1]))} on average: some do not average with others. "
+        f"`{command}` on this task looks for the barrier"
     )
+
+
+def _by_loss(score: Score) -> Score:
+    assert score.loss is not None
+    per_example = score.per_example if score.metric is None else None
+    return replace(score, value=-score.loss, metric=None, per_example=per_example, resampled=None)
+
+
+def _has_interval(score: Score) -> bool:
+    """Return whether the loss is a mean of enough examples, or batches, for an interval."""
+    units = score.per_example
+    return units is not None and len(units.values_U) >= FEWEST and math.isfinite(score.loss_noise)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BasinCandidate:
-    """A candidate: its score alone, its run, from 0, and its basin, from 1; None if it is set aside."""
+    """A candidate: its score alone, its run and its basin, from 1; None if it is set aside."""
 
     path: Path
     step: int
@@ -41,6 +41,7 @@ class Midpoint:
         barrier: how much worse it scores than the mean of its two ends; None if one of the three is not finite.
         threshold: the height that this, or the lower end of its interval, must exceed to separate; None likewise.
         separates: whether that is a barrier: more than noise, so that the two do not average.
+        harms: whether there is no barrier, but it scores worse than the better end alone, by 2 % and more than noise.
     """
 
     candidates: tuple[int, int]
@@ -49,6 +50,7 @@ class Midpoint:
     barrier: Gain | None
     threshold: float | None
     separates: bool
+    harms: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +77,17 @@ def render(basins: Basins) -> Iterator[RenderableType]:
     scored = [i for i in by_run if basins.candidates[i].basin is not None]
     following = {a: b for a, b in pairwise(scored) if _run(basins, a) == _run(basins, b)}
     next_to = {m.candidates[0]: m for m in basins.midpoints if following.get(m.candidates[0]) == m.candidates[1]}
+    several = len({candidate.run for candidate in basins.candidates}) > 1
     rows: list[list[str]] = []
     for i in by_run:
         candidate, midpoint = basins.candidates[i], next_to.get(i)
         cells = ["", "", ""] if midpoint is None else [_figure(midpoint.score), *_barrier(midpoint)]
-        rows.append([names[i], str(candidate.step), _figure(candidate.score), *cells, str(candidate.basin or "")])
+        run = [str(candidate.run)] if several else []
+        rows.append([names[i], *run, str(candidate.step), _figure(candidate.score), *cells, str(candidate.basin or "")])
     yield FittedTable(
         title=f"{basins.name} on {DATA[basins.scored_on]} data",
-        headings=["candidate", "step", basins.name, "midpoint with next", "barrier", "", "basin"], rows=rows,
+        headings=["candidate", *["run"] * several, "step", basins.name, "midpoint with next", "barrier", "", "basin"],
+        rows=rows,
         left=("",), styles=["bold red" if i in next_to and next_to[i].separates else "" for i in by_run],
     )  # fmt: skip
     for midpoint in basins.midpoints:

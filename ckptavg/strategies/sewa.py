@@ -74,8 +74,11 @@ class SeWA(Strategy):
         for name in ("k", "steps", "samples", "evaluations", "verify"):
             if getattr(self, name) not in ("auto", None) and getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.verify == 1 and self.solver == "gumbel" and self.select_by != "auto":
-            raise UsageError(f"--select-by {self.select_by} chooses among scored masks, and --verify 1 scores none")
+        if self.verify == 1 and self.solver == "gumbel":
+            if self.select_by != "auto":
+                raise UsageError(f"--select-by {self.select_by} chooses among scored masks, and --verify 1 scores none")
+            if self.swaps not in (0, SeWA.swaps):
+                raise UsageError(f"--swaps {self.swaps} scores masks, and --verify 1 scores none")
         if self.swaps < 0:
             raise UsageError(f"--swaps must be at least 0, not {self.swaps}")
         for name in ("lr", "tau_start", "tau_end"):

@@ -419,6 +419,20 @@ def test_a_window_of_no_steps_is_refused(steps: int):
         Window(window=steps)
 
 
+def test_a_directory_without_a_candidate_in_the_window_is_named_and_those_of_one_candidate_are_one_run(tmp_path: Path):
+    folders = [tmp_path / name for name in "abc"]
+    for folder, step in zip(folders, (10, 13, 20), strict=True):
+        save(folder / f"step-{step}.safetensors", step)
+    found = discover(folders, Window(window=2))
+    assert [(c.run, c.step) for c in found.checkpoints] == [(0, 20)]
+    said = [warning for warning in found.warnings if "outside the window" in warning]
+    assert said == [f"{folder}: all its checkpoints are outside the window of steps" for folder in folders[:2]]
+    save(folders[0] / "step-11.safetensors", 11)  # now a run of its own: only step 13 is counted back from 20
+    assert [(c.run, c.step) for c in discover(folders, Window(window=2)).checkpoints] == [
+        (0, 10), (0, 11), (1, 13), (2, 20)
+    ]  # fmt: skip
+
+
 def test_a_window_of_steps_needs_steps(tmp_path: Path):
     paths = [save(tmp_path / f"{name}.safetensors", i) for i, name in enumerate(("late", "early"))]
     with pytest.raises(UsageError, match=r"--window 10 needs training steps, and early\.safetensors has none"):

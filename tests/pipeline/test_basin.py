@@ -7,6 +7,8 @@ import math
 import re
 import shutil
 import sys
+import tempfile
+from dataclasses import replace
 from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from ckptavg.errors import UsageError
 from ckptavg.options import Options
 from ckptavg.pipeline.basin import TOLERANCE, mean_note
 from ckptavg.report.basin import Basins
-from ckptavg.score import Score
+from ckptavg.score import PerExample, Score
 
 TASK = str(job.__file__)
 STEPS = range(100, 401, 60)
@@ -65,7 +67,7 @@ def per_example(path: Path, *others: Path) -> Tensor:
 def test_a_run_at_a_constant_rate_is_one_basin(trained: Path):
     found = basins(trained / "seed-0")
     assert barriers(found) == [] and numbers(found) == [1] * len(STEPS)
-    assert found.verdict == "One basin: no barrier separates the 6 candidates, so they can be averaged."
+    assert found.verdict == "One basin: no barrier separates the 6 candidates."
 
 
 def test_without_intervals_the_verdict_says_which_barriers_are_seen_and_promises_nothing(trained: Path):
@@ -95,7 +97,7 @@ def test_a_spike_separates_what_came_before_it(trained: Path):
 def test_runs_from_different_seeds_are_different_basins(trained: Path):
     runs = [trained / "seed-0", trained / "seed-1"]
     found = basins(*runs)
-    assert barriers(found) == [(400, 400)] and {one.run: one.basin for one in found.candidates} == {0: 1, 1: 2}
+    assert barriers(found) == [(400, 400)] and {one.run: one.basin for one in found.candidates} == {1: 1, 2: 2}
     assert f"between the last candidates of {runs[0]} and {runs[1]}" in found.verdict
 
 
@@ -118,7 +120,7 @@ def test_basins_of_several_runs_do_not_depend_on_the_order_of_the_runs(trained: 
             shutil.copy(trained / f"seed-{seed}" / f"step-{step}.pt", folder)
     for order in permutations(runs):
         found = basins(*order)
-        by_run = {order[one.run].name: one.basin for one in found.candidates}
+        by_run = {order[one.run - 1].name: one.basin for one in found.candidates}
         assert by_run["a"] == by_run["b"] != by_run["other"]
         kept = " ".join(str(path) for path in order if path.name != "other")
         assert f"{kept} alone keeps one basin: 6 candidates" in found.verdict
@@ -219,6 +221,29 @@ def test_the_table_marks_the_barrier_and_every_basin(trained: Path, run: Run):
     assert [row.split()[1] for row in rows if "← barrier" in row] == ["100"]
 
 
+def test_runs_are_numbered_alike_in_both_lists_and_have_a_column_if_there_are_several(trained: Path, run: Run):
+    words = ("inspect", trained / "seed-0", trained / "seed-1", "--basin", "--task", TASK)
+    found = json.loads(run(*words, "--json").stdout)
+    by_path = {one["path"]: one["run"] for one in found["candidates"]}
+    assert {one["path"]: one["run"] for one in found["basin"]["candidates"]} == by_path
+    assert {*by_path.values()} == {1, 2}
+    rows = [
+        line.split()[1:3] for line in run(*words).stdout.splitlines() if re.match(r"seed-\d/\S+ +\d+ +\d+ +\d\.", line)
+    ]
+    assert rows == [[str(number), str(step)] for number in (1, 2) for step in STEPS]
+
+
+def test_an_inspection_in_a_directory_that_cannot_be_written_keeps_its_journal_among_temporary_files(
+    trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "mine.py").write_text(INTERRUPTED.replace('"calls"', repr(str(tmp_path / "calls"))))
+    words = ("inspect", trained / "restarts", "--basin", "--task", tmp_path / "mine.py", "--json")
+    assert run(*words, cwd=Path("/proc/self")).returncode == 75 and list(tmp_path.glob("basin-*.ckptavg"))
+    done = run(*words, cwd=Path("/proc/self"))
+    assert done.returncode == 0 and not list(tmp_path.glob("basin-*")), done.stderr
+
+
 def test_inspection_without_basin_needs_no_task(trained: Path, run: Run):
     done = run("inspect", trained / "restarts", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["basin"] is None
@@ -239,21 +264,42 @@ def test_options_of_a_score_are_refused_without_basin_unless_other_commands_set_
     assert run("inspect", trained / "restarts").returncode == 0
 
 
-def score(loss: float) -> Score:
-    return Score(value=-loss, loss=loss, metric=None, examples=10)
+def score(loss: float, spread: float = 1e-4) -> Score:
+    """Return a score with losses of 32 examples, which allow an interval."""
+    noise_U = torch.randn(32, generator=torch.Generator().manual_seed(int(loss * 1e4)), dtype=torch.float64)
+    each = PerExample(values_U=-loss + spread * (noise_U - noise_U.mean()), examples_U=torch.ones(32).double())
+    return Score(value=-loss, loss=loss, metric=None, examples=32, per_example=each)
+
+
+def without_examples(loss: float) -> Score:
+    return replace(score(loss), per_example=None)
 
 
 def test_a_mean_below_the_candidates_own_mean_is_no_reason_for_a_note():
     singles = [score(loss) for loss in (0.5, 0.4, 0.3)]
-    assert mean_note(singles, score(0.4), [Path("ckpts")], Options()) == ""
-    assert mean_note(singles, score(0.4 * (1 + TOLERANCE) - 1e-9), [Path("ckpts")], Options()) == ""
-    note = mean_note(singles, score(0.41), [Path("my ckpts")], Options())
+    assert mean_note(singles, score(0.4), [], [Path("ckpts")], Options()) == ""
+    assert mean_note(singles, score(0.4 * (1 + TOLERANCE) - 1e-9), [], [Path("ckpts")], Options()) == ""
+    note = mean_note(singles, score(0.41), [], [Path("my ckpts")], Options())
     assert "`ckptavg inspect 'my ckpts' --basin`" in note and "loss 0.4100, worse than theirs, 0.4000" in note
+
+
+def test_the_note_has_the_threshold_of_the_inspection_that_it_names():
+    """Without an interval it is three usual differences of neighbours; with a wide one no note is given either."""
+    losses = (0.5, 0.4, 0.3)
+    for loss, noted in ((0.41, False), (0.69, False), (0.71, True)):
+        note = mean_note([*map(without_examples, losses)], without_examples(loss), [], [Path("ckpts")], Options())
+        assert bool(note) == noted, loss
+    wide = [score(loss, spread=1.0) for loss in losses]
+    assert mean_note(wide, score(0.41, spread=1.0), [], [Path("ckpts")], Options()) == ""
+    with_metric = [replace(one, metric=0.9, value=0.9, loss_noise=1e-5) for one in map(score, (*losses, 0.41))]
+    assert mean_note(with_metric[:3], with_metric[3], [], [Path("ckpts")], Options())
+    few = [replace(one, loss_noise=math.inf) for one in with_metric]
+    assert mean_note(few[:3], few[3], [], [Path("ckpts")], Options()) == ""
 
 
 def test_the_named_inspection_has_the_options_that_chose_the_candidates_and_no_others():
     options = Options(last=5, exclude="a b", key="ema", wait_stable=1.0, seed=3, task="mine.py")
-    note = mean_note([score(0.3)], score(0.4), [Path("ckpts")], options)
+    note = mean_note([score(0.3)], score(0.4), [], [Path("ckpts")], options)
     assert "`ckptavg inspect ckpts --basin --exclude 'a b' --last 5 --key ema`" in note
 
 

@@ -12,6 +12,8 @@ import torch
 from inspected import barriers, basins, numbers
 from torch import Tensor, nn
 
+import ckptavg
+
 
 @pytest.fixture(autouse=True)
 def _in_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,8 +56,67 @@ def test_a_barrier_that_no_two_neighbours_show_is_found_from_the_last_and_named_
     assert all(not midpoint.separates for midpoint in found.midpoints if midpoint.steps[1] - midpoint.steps[0] == 1)
     # (1 − cos² of half the angle)² = sin⁴ exceeds 2 % from an angle of 44° on: beyond three steps of 11°
     assert numbers(found) == [1, 2, 2, 2, 2, 3, 3, 3, 3]
-    named = [(int(a), int(b)) for a, b in re.findall(r"between steps (\d+) and (\d+)", found.verdict)]
-    assert len(named) == 2 and set(named) <= set(barriers(found))
+    named = [tuple(map(int, steps)) for steps in re.findall(r"between steps (\d+) and (\d+) ", found.verdict)]
+    assert named == [(1, 2), (5, 6)]  # where the table has another basin
+    shown = re.findall(r"\(by the midpoint of (\d+) and (\d+)\)", found.verdict)
+    assert len(shown) == 2 and {(int(a), int(b)) for a, b in shown} <= set(barriers(found))
+
+
+def test_runs_of_given_files_are_named_by_their_directories_and_kept_by_their_files(tmp_path: Path):
+    files: list[Path] = []
+    for name, angle in (("a", 0.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        for step in (1, 2):
+            w = (1 + 0.01 * step) * torch.tensor([math.cos(angle), math.sin(angle)])
+            files.append(tmp_path / name / f"step-{step}.pt")
+            torch.save({"w": w}, files[-1])
+    found = basins(*files, model=Ring, loss=ring_loss, val=[torch.linspace(0.9, 1.1, 32)])
+    assert numbers(found) == [1, 2, 1, 2]
+    assert f"between the last candidates of {tmp_path / 'a'} and {tmp_path / 'b'}." in found.verdict
+    kept = " ".join(map(str, files[:2]))
+    assert f"{kept} alone keeps one basin: 2 candidates" in found.verdict
+
+
+def test_a_candidate_whose_average_is_worse_than_the_better_one_alone_is_named_though_no_barrier_is_between(
+    tmp_path: Path,
+):
+    """(w² − 1)² is convex beyond w = 1/√3: the midpoint of 1 and 0.62 has the loss 1 + (0.81² − 1)² = 1.1183."""
+    data = [torch.linspace(0.9, 1.1, 32)]
+    for other, harm in ((0.62, True), (0.95, False)):
+        for step, w in enumerate((1.0, other), 1):
+            torch.save({"w": torch.tensor([w, 0.0])}, tmp_path / f"step-{step}.pt")
+        found = basins(tmp_path, model=Ring, loss=ring_loss, val=data)
+        assert numbers(found) == [1, 1] and [midpoint.harms for midpoint in found.midpoints] == [harm]
+        assert found.verdict.startswith("One basin: no barrier separates the 2 candidates.")
+        said = "the midpoint of step-2.pt and step-1.pt has loss 1.1183, step-1.pt alone 1.0000. `ckptavg soup` leaves"
+        assert (said in found.verdict) == harm
+
+
+def test_compare_and_the_inspection_agree_on_two_candidates_without_an_interval(tmp_path: Path):
+    """The midpoint lies above the mean of its ends by more than 2 %, but by less than three times their difference."""
+    (tmp_path / "two").mkdir()
+    for step, w in enumerate(([1.0, 0.0], [0.3, 1.1]), 1):
+        torch.save({"w": torch.tensor(w)}, tmp_path / "two" / f"step-{step}.pt")
+    task: dict[str, Any] = {"model": Ring, "val": [torch.ones(32)]}
+    task["loss"] = lambda model, batch: ring_loss(model, batch).mean()
+    found = basins(tmp_path / "two", **task)
+    barrier = found.midpoints[0].barrier
+    assert barrier is not None and barrier.low is None and "three times the difference of the two" in found.verdict
+    assert barrier.value > 0.02 * 1.1 and not found.midpoints[0].separates
+    compared = ckptavg.compare(tmp_path / "two", "swa,best", output=tmp_path / "out", **task)
+    assert not any("--basin" in warning for warning in compared.warnings)
+
+
+def test_compare_names_an_exploded_candidate_in_the_words_of_the_inspection(tmp_path: Path):
+    (tmp_path / "ckpts").mkdir()
+    for step, w in enumerate((0.9, 1.0, 30.0, 1.1), 1):
+        torch.save({"w": torch.tensor([w, 0.0])}, tmp_path / "ckpts" / f"step-{step}.pt")
+    task: dict[str, Any] = {"model": Ring, "loss": ring_loss, "val": [torch.linspace(0.9, 1.1, 32)]}
+    words = "1 candidate has exploded (over 100 times worse than the median): leave out with --exclude 'step-3.pt'."
+    assert words in basins(tmp_path / "ckpts", **task).verdict
+    compared = ckptavg.compare(tmp_path / "ckpts", "swa,best", output=tmp_path / "out", **task)
+    (warning,) = [warning for warning in compared.warnings if "has exploded" in warning]
+    assert warning.startswith(f"{words} The mean of all 4 candidates has loss ")
 
 
 def test_an_exploded_candidate_is_set_aside_and_hides_no_neighbour(tmp_path: Path):

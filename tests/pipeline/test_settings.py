@@ -47,6 +47,7 @@ BY_SCORES = ("--score-cmd", f"{sys.executable} -c 'print(1)' {{}}")
         ("sewa --k 2 --hessian exact", "--hessian is a setting of the quadratic solver"),
         ("twa --patience 2 --select-by loss", "--select-by loss chooses among scored points, and --patience takes"),
         ("sewa --k 2 --verify 1 --select-by metric", "--select-by metric chooses among scored masks, and --verify 1"),
+        ("sewa --k 2 --verify 1 --swaps 9", "--swaps 9 scores masks, and --verify 1 scores none"),
         ("compare --strategies swa,twa:ridge=0.1", "twa:ridge=0.1: --ridge is a setting of the quadratic solver"),
     ],
 )  # fmt: skip
