@@ -178,7 +178,7 @@ def _sane(singles: Sequence[Score]) -> list[int]:
 
 
 def _worse(mixture: Score, reference: Score, usual: float) -> tuple[Gain, float, bool]:
-    """Return how much worse a mixture scores than `reference`, the height that matters, and whether it is exceeded.
+    """Return how much worse a mixture scores than ``reference``, the height that matters, and whether it is exceeded.
 
     Args:
         usual: the median difference of neighbours, of which a height without an interval must be several times.

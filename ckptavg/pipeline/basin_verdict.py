@@ -57,7 +57,7 @@ def verdict(
 def aside(
     singles: Sequence[Score], kept: Collection[int], checkpoints: Sequence[Checkpoint], window: Window
 ) -> list[str]:  # fmt: skip
-    """Return sentences on the candidates that are set aside, all but `kept`, and how to leave them out."""
+    """Return sentences on the candidates that are set aside, all but ``kept``, and how to leave them out."""
     names = shortest_names([file.path for file in checkpoints])
     others = [i for i in range(len(singles)) if i not in kept]
     alone = len(others) == 1 and window.exclude is None  # --exclude takes one glob

@@ -164,8 +164,8 @@ def test_refuses_a_holdout_for_a_task_with_test_data(digits: Path, run: Run):
         (("--strategies", "swa,twa:ridge=-1"), "twa:ridge=-1: --ridge must be at least 0, not -1"),
         (
             ("--strategies", "swa,twa:solver=quadratic:layerwise"),
-            "twa:solver=quadratic:layerwise: --layerwise is a setting of the gradient solver; the quadratic solver does "
-            "not use it hint: twa:solver=gradient, or leave out --layerwise",
+            "twa:solver=quadratic:layerwise: --layerwise is a setting of the gradient solver; the quadratic solver "
+            "does not use it hint: twa:solver=gradient, or leave out --layerwise",
         ),
         (("--holdout", "1.5"), "--holdout must be between 0 and 1"),
         (("--bits", "3"), "--bits"),
