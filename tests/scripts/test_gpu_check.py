@@ -35,7 +35,7 @@ def test_every_part_runs_and_the_page_is_made(tmp_path: Path):
     parts = [json.loads(line) for line in (out / "parts.jsonl").read_text().splitlines()]
     assert [(part["part"], part["code"]) for part in parts] == [("tests", 0), ("process", 0), ("speed", 0)]
     figures = [json.loads(line) for line in (out / "speed.jsonl").read_text().splitlines()]
-    assert len(figures) == 14 and all(figure["value"] > 0 for figure in figures)
+    assert len(figures) == 15 and all(figure["value"] > 0 for figure in figures)
     assert sum(path.stat().st_size for path in out.iterdir()) < 1 << 20 and len(list(out.iterdir())) < 12
     # a CPU's figures are none of a GPU
     assert "Nothing was measured yet" in report(out, tmp_path / "cpu.md")
