@@ -106,7 +106,12 @@ else
     wanted=$(extras "" "${wishes[*]}")
 fi
 echo "setup: installing ${wanted// /, }" >&2
-install --constraint constraints.txt --editable ".[${wanted// /,}]"
+if [[ " $wanted " == *" test "* ]]; then
+    # tests start hundreds of processes, and each would compile all it imports where PYTHONDONTWRITEBYTECODE is set
+    UV_COMPILE_BYTECODE=1 install --constraint constraints.txt --editable ".[${wanted// /,}]"
+else
+    install --constraint constraints.txt --editable ".[${wanted// /,}]"
+fi
 if [[ " $wanted " == *" frameworks "* ]]; then
     install --no-deps "$(pinned timm)" # it requires torchvision, which has no build for every torch
 fi
