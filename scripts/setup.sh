@@ -21,6 +21,8 @@ satisfied() {
     for wish in "${wishes[@]}"; do [[ " $present " == *" $wish "* ]] || return 1; done
 }
 if satisfied; then exit 0; fi
+# tests start hundreds of processes, and each would compile torch again where PYTHONDONTWRITEBYTECODE is set
+if [[ " ${wishes[*]} " =~ " dev " || " ${wishes[*]} " =~ " test " ]]; then export UV_COMPILE_BYTECODE=1; fi
 
 suitable() { # Python 3.11 or newer, with the modules that venv needs
     "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
@@ -106,12 +108,7 @@ else
     wanted=$(extras "" "${wishes[*]}")
 fi
 echo "setup: installing ${wanted// /, }" >&2
-if [[ " $wanted " == *" test "* ]]; then
-    # tests start hundreds of processes, and each would compile all it imports where PYTHONDONTWRITEBYTECODE is set
-    UV_COMPILE_BYTECODE=1 install --constraint constraints.txt --editable ".[${wanted// /,}]"
-else
-    install --constraint constraints.txt --editable ".[${wanted// /,}]"
-fi
+install --constraint constraints.txt --editable ".[${wanted// /,}]"
 if [[ " $wanted " == *" frameworks "* ]]; then
     install --no-deps "$(pinned timm)" # it requires torchvision, which has no build for every torch
 fi
