@@ -1,4 +1,4 @@
-"""What `ckptavg inspect --basin` finds, for tests of it."""
+"""Basins as `ckptavg inspect --basin` finds them, for tests of it."""
 
 from pathlib import Path
 from typing import Any

@@ -95,7 +95,7 @@ class Selection:
         return min(as_good, key=self.loss, default=first)
 
     def _mean_is_as_good_as(self, first: Coefficients) -> bool:
-        """Whether the mean has a lower loss, as good a metric but for noise, and no plain average better in both."""
+        """Return whether the mean has less loss, as good a metric but for noise, and no plain average above both."""
         score, loss = self.scores[self.mean], self.loss(self.mean)
         others = [self.scores[other] for other in self.plain if other in self.scores]
         beaten = any(other.value > score.value and other.loss is not None and other.loss < loss for other in others)

@@ -77,7 +77,7 @@ def test_auto_prefers_what_is_not_below_a_plain_average_by_the_metric_if_its_los
 def test_by_metric_auto_prefers_the_mean_unless_another_is_better_by_more_than_noise(
     wrong: int, expected: Coefficients
 ):
-    """Of 20 examples the pair has the last one wrong, the mean as many of the first ones."""
+    """Compare over 20 examples: the pair has the last one wrong, the mean as many of the first ones."""
     selection = Selection(Table(OPPOSED | {PAIR: (0.95, 3.0), SWA: (1 - wrong / 20, 0.5), TRIPLE: (0.4, 1.0)}))
     right_U = torch.ones(20, dtype=torch.float64)
     units = {PAIR: right_U.clone(), SWA: right_U.clone()}
