@@ -7,17 +7,18 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 import ckptavg
-from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import discover
 from ckptavg.checkpoints.window import Window
 from ckptavg.coefficients import Coefficients
@@ -25,15 +26,17 @@ from ckptavg.context import Run
 from ckptavg.errors import UsageError
 from ckptavg.objective.mixture import Mixture
 from ckptavg.report.result import StrategyResult
+from ckptavg.tasks.batch import to_device
 from ckptavg.tasks.python_file import PythonTask
 from study.domains import domain
-from study.job import Job, write_task
-from study.plan import Plan, Schedule, available, digest
+from study.job import Job, Training, write_task
+from study.plan import Plan, available, digest
 from study.record import Record, Row
-from study.subsets import Subsets, drawn, enumerated, figure, row_of
+from study.subsets import Subsets, drawn, enumerated, figures, row_of, shape, split
 from study.training import train
 
 PICK: Final = "compare's pick"
+SINGLES: Final = 30  # at most as many single candidates, evenly spaced, are scored on test data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class Cell:
 
     domain: str
     seed: int
-    schedule: Schedule
+    schedule: str
     data: Path | None = None
 
 
@@ -56,55 +59,69 @@ class Trained:
     seed: int
     device: torch.device
     every: int
+    peers: Mapping[str, Path]
+    seconds: float
 
-    def mixture(self, checkpoints: Sequence[Checkpoint]) -> Mixture:
-        """Open the objective of these candidates."""
-        return Mixture(PythonTask(str(self.task)), checkpoints, Run(device=self.device, seed=self.seed))
+    @property
+    def share(self) -> float:
+        """Return the share of the training data that strategies see: the size of their epoch."""
+        return 1.0 if self.job.sample is None else _examples(self.job.sample) / _examples(self.job.train)
+
+    @contextmanager
+    def mixture(self, window: Window) -> Iterator[Mixture]:
+        """Open the objective of the candidates in a window."""
+        with discover([self.folder], window) as found:
+            yield Mixture(PythonTask(str(self.task)), found.checkpoints, Run(device=self.device, seed=self.seed))
 
 
-def measure(cell: Cell, plan: Plan) -> Record:
+def measure(cell: Cell, whole: Plan) -> Record:
     """Measure one training for the study."""
     started = time.process_time()
+    plan = whole.of(cell.domain)
     specs = [*plan.strategies.values(), *plan.sweep.values()]
     with tempfile.TemporaryDirectory(prefix="ckptavg-study-") as root:
-        trained, seconds = _train(cell, plan, Path(root))
-        contestants = _contest(trained, available(specs), Window(last=plan.last))
-        early_window = Window(stop=plan.early * trained.every, last=plan.last)
-        early = _contest(trained, available(list(plan.early_strategies.values())), early_window)
-        with discover([trained.folder], Window(last=plan.last)) as found:
-            mixture = trained.mixture(found.checkpoints)
-            subsets = enumerated(mixture, plan.k)
-            rows = _rows(mixture, trained.job, contestants, plan.strategies, subsets, plan.k)
+        trained = _train(cell, plan, Path(root))
+        window = Window(last=plan.last)
+        contestants = _contest(trained, available(specs), window)
+        with trained.mixture(window) as mixture:
+            subsets = enumerated(mixture, plan.k) if plan.exhaustive else None
+            rows = [
+                _row(mixture, trained, label, spec, contestants[spec])
+                for label, spec in plan.strategies.items()
+                if spec in contestants
+            ]
             sweep = [
-                replace(_row(mixture, trained.job, kind, spec, contestants[spec]), used=k)
+                replace(_row(mixture, trained, kind, spec, contestants[spec]), used=k)
                 for (kind, k), spec in plan.sweep.items()
             ]
-            random = [
-                row_of(mixture, trained.job, "", "", Coefficients.uniform(subset, plan.last))
-                for subset in drawn(subsets, plan.random, cell.seed)
-            ]
-            singles = [
-                row_of(mixture, trained.job, "", "", Coefficients.uniform([i], plan.last)) for i in range(plan.last)
-            ]
-            rows.append(replace(_row(mixture, trained.job, PICK, "of all of these", contestants[PICK]), seconds=None))
-            rows += [_mean(f"random {plan.k}", random), _best(mixture, trained.job, subsets, plan)]
-        with discover([trained.folder], early_window) as found:
-            early_rows = _rows(trained.mixture(found.checkpoints), trained.job, early, plan.early_strategies)
+            uniform = partial(Coefficients.uniform, n=mixture.n)
+            subset = drawn(mixture.n, plan.k, plan.random, cell.seed)
+            single = [[i] for i in range(0, mixture.n, math.ceil(mixture.n / SINGLES))]
+            random, singles = (
+                [row_of(mixture, trained.job, "", "", uniform(each)) for each in chosen] for chosen in (subset, single)
+            )
+            pick = _row(mixture, trained, PICK, "of all of these", contestants[PICK])
+            rows += [replace(pick, seconds=None), _mean(f"random {plan.k}", random)]
+            if subsets is not None:
+                rows = [replace(row, rank=subsets.rank(row.chosen)) for row in rows]
+                rows.append(_best(mixture, trained.job, subsets))
+        rows += [_peer(trained, label, path) for label, path in trained.peers.items()]
+        early = _early(trained, plan)
     return Record(
-        digest=digest(plan, cell.data),
+        digest=digest(cell.domain, plan, cell.data),
         plan=plan.name,
         machine=machine(trained.device),
         domain=cell.domain,
         seed=cell.seed,
         schedule=cell.schedule,
-        n=plan.last,
+        n=mixture.n,
         k=plan.k,
-        subsets=math.comb(plan.last, plan.k),
-        epochs=plan.checkpoints * trained.every / len(trained.job.train),  # pyright: ignore[reportArgumentType]
-        seconds=seconds,
+        subsets=math.comb(mixture.n, plan.k),
+        epochs=plan.checkpoints * trained.every / len(trained.job.train),
+        seconds=trained.seconds,
         rows=rows,
         sweep=sweep,
-        early=early_rows,
+        early=early,
         points=[(row.val_loss, row.figure) for row in (*singles, *random)],
         skipped=[spec for spec in dict.fromkeys(specs) if spec not in contestants],
         cpu_seconds=time.process_time() - started,
@@ -118,32 +135,38 @@ def machine(device: torch.device) -> str:
     return f"{versions}, {platform.system()} on {platform.machine()} with {os.cpu_count()} processors{chip}"
 
 
-def _train(cell: Cell, plan: Plan, root: Path) -> tuple[Trained, float]:
+def _train(cell: Cell, plan: Plan, root: Path) -> Trained:
     kind = domain(cell.domain)
     try:
         job = kind.job(cell.seed, cell.data)
-    except (ValueError, OSError) as error:  # data of the user's
+    except (ValueError, OSError) as error:  # data that are missing, or the user's
         raise UsageError(str(error)) from error
-    trained = Trained(
-        job=job,
+    every = max(1, round(plan.every * kind.every))
+    training = Training(
         folder=root / "ckpts",
-        task=root / "study_task.py",
-        seed=cell.seed,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        every=max(1, round(plan.every * kind.every)),
-    )
-    write_task(trained.task, cell.domain, cell.seed, cell.data)
-    started = time.perf_counter()
-    train(
-        trained.job,
-        trained.folder,
-        steps=plan.checkpoints * trained.every,
-        every=trained.every,
+        steps=plan.checkpoints * every,
+        every=every,
         schedule=cell.schedule,
         seed=cell.seed,
-        device=trained.device,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
-    return trained, time.perf_counter() - started
+    write_task(root / "study_task.py", cell.domain, cell.seed, cell.data)
+    started = time.perf_counter()
+    peers = {}
+    if job.run is None:
+        train(job, training)
+    else:
+        peers = job.run(training)
+    return Trained(
+        job=job,
+        folder=training.folder,
+        task=root / "study_task.py",
+        seed=cell.seed,
+        device=training.device,
+        every=every,
+        peers=peers,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _contest(trained: Trained, specs: Sequence[str], window: Window) -> dict[str, StrategyResult]:
@@ -163,36 +186,56 @@ def _contest(trained: Trained, specs: Sequence[str], window: Window) -> dict[str
     return found | {PICK: found[comparison.winner]}
 
 
-def _rows(
-    mixture: Mixture,
-    job: Job,
-    contestants: Mapping[str, StrategyResult],
-    strategies: Mapping[str, str],
-    subsets: Subsets | None = None,
-    k: int = 0,
-) -> list[Row]:
-    rows = [
-        _row(mixture, job, label, spec, contestants[spec]) for label, spec in strategies.items() if spec in contestants
-    ]
-    return rows if subsets is None else [replace(row, rank=subsets.rank(row.coefficients, k)) for row in rows]
+def _early(trained: Trained, plan: Plan) -> list[Row]:
+    """Return the strategies on the first 60 % of a training."""
+    if not plan.early_strategies:
+        return []
+    window = Window(stop=plan.early * trained.every, last=plan.last)
+    found = _contest(trained, available(list(plan.early_strategies.values())), window)
+    with trained.mixture(window) as mixture:
+        return [
+            _row(mixture, trained, label, spec, found[spec])
+            for label, spec in plan.early_strategies.items()
+            if spec in found
+        ]
 
 
-def _row(mixture: Mixture, job: Job, label: str, spec: str, contestant: StrategyResult) -> Row:
+def _row(mixture: Mixture, trained: Trained, label: str, spec: str, contestant: StrategyResult) -> Row:
     row = tuple(c for c in contestant.coefficients if isinstance(c, float))
     assert len(row) == mixture.n, "no strategy of the study is layer-wise"
+    coefficients = Coefficients((row,))
     val, test = contestant.scores["val"], contestant.scores["test"]
     assert val.loss is not None and test.loss is not None
+    job = trained.job
+    figure, also = (test.value, {}) if job.figure is None else figures(mixture, job, coefficients)
+    epochs = contestant.cost.epochs
     return Row(
         label=label,
         spec=spec,
-        used=contestant.used,
         val_loss=val.loss,
         test_loss=test.loss,
-        figure=test.value if job.figure is None else figure(mixture, job, Coefficients((row,))),
-        epochs=contestant.cost.epochs,
+        figure=figure,
+        also=also,
+        epochs=None if epochs is None else epochs * trained.share,
         seconds=contestant.cost.seconds,
-        coefficients=row,
+        **shape(coefficients),
     )
+
+
+def _peer(trained: Trained, label: str, path: Path) -> Row:
+    """Return the row of an average that another tool made during the training."""
+    job = trained.job
+    model = job.model().to(trained.device).eval()
+    model.load_state_dict(torch.load(path, map_location=trained.device))
+    with torch.no_grad():
+        val, test = (
+            float(torch.cat([job.loss(model, to_device(batch, trained.device)) for batch in part]).double().mean())
+            for part in (job.val, job.test)
+        )
+    assert job.figure is not None, "a domain with averages of other tools has a figure"
+    figure, also = split(job.figure(model))
+    spec = "made while training"
+    return Row(label=label, spec=spec, used=math.nan, val_loss=val, test_loss=test, figure=figure, also=also)
 
 
 def _mean(label: str, rows: Sequence[Row]) -> Row:
@@ -207,8 +250,12 @@ def _mean(label: str, rows: Sequence[Row]) -> Row:
     )
 
 
-def _best(mixture: Mixture, job: Job, subsets: Subsets, plan: Plan) -> Row:
+def _best(mixture: Mixture, job: Job, subsets: Subsets) -> Row:
     """Return the row of the best choice by validation loss."""
     best = min(subsets.losses, key=subsets.losses.__getitem__)
-    row = row_of(mixture, job, "best subset", "all subsets scored", Coefficients.uniform(best, plan.last))
+    row = row_of(mixture, job, "best subset", "all subsets scored", Coefficients.uniform(best, mixture.n))
     return replace(row, rank=1, epochs=subsets.epochs, seconds=subsets.seconds)
+
+
+def _examples(batches: Any) -> int:
+    return len(batches.dataset)

@@ -45,8 +45,8 @@ def _same(found: Sequence[Setting]) -> str:
     counts: list[str] = []
     for label in labels:
         pairs = [(record.row(label), record.row(f"LAWA-{record.k}")) for record in records]
-        known = [(a.coefficients, b.coefficients) for a, b in pairs if a is not None and b is not None]
-        counts.append(f"{label} {sum(a == b for a, b in known)} of {len(known)}")
+        known = [(a.chosen, b.chosen) for a, b in pairs if a is not None and b is not None]
+        counts.append(f"{label} {sum(a is not None and a == b for a, b in known)} of {len(known)}")
     return f"Trainings in which a strategy chose exactly LAWA's subset: {', '.join(counts)}."
 
 

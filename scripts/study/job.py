@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +12,27 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 SCRIPTS: Final = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Where and how a job is trained.
+
+    Attributes:
+        folder: directory for the checkpoints; it does not exist.
+        steps: optimizer steps.
+        every: steps between two checkpoints.
+        schedule: learning-rate schedule, one of the domain's.
+        seed: seed of the initial weights and the order of the batches.
+        device: device to train on.
+    """
+
+    folder: Path
+    steps: int
+    every: int
+    schedule: str
+    seed: int
+    device: torch.device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +45,12 @@ class Job:
         train: the batches of an epoch, optionally shuffled by torch's global generator; val and test likewise.
         optimizer: optimizer of the base training.
         metric: one value per example, larger is better; None scores strategies by the loss.
-        figure: final figure of merit, not available to strategies, larger is better; None takes the test score.
+        figure: final figure of merit, not available to strategies, larger is better; of a mapping the first is that
+            figure, the others are reported beside it; None takes the test score.
         clip: maximum gradient norm in the base training.
+        sample: the training batches that strategies see, for BatchNorm statistics and on=train; None is ``train``.
+        run: trains in a way of its own and writes ``step-N`` checkpoints; returns label → file of a state dict for
+            averages that another tool made during the training. None is `study.training.train`.
     """
 
     model: Callable[[], nn.Module]
@@ -35,8 +60,10 @@ class Job:
     test: Iterable[Any]
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     metric: Callable[[nn.Module, Any], Tensor] | None = None
-    figure: Callable[[nn.Module], float] | None = None
+    figure: Callable[[nn.Module], float | Mapping[str, float]] | None = None
     clip: float | None = None
+    sample: Iterable[Any] | None = None
+    run: Callable[[Training], Mapping[str, Path]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,21 +72,27 @@ class Domain:
 
     Attributes:
         title: heading in the report.
+        area: what it is evidence for, under which the first table counts it; empty for the toys of the appendix.
         about: one or two sentences on data, model and noise.
         figure: name and unit of the test figure.
         scale: factor by which the test figure is multiplied for display.
         every: optimizer steps between two checkpoints.
         job: builds the job of a seed, and of a path for domains that read data of the user's.
         needs_data: whether it reads data of the user's.
+        schedules: the learning-rate schedules, or other ways of training, that are told apart.
+        sizes: attributes of the whole study's `Plan` that differ for this domain.
     """
 
     title: str
+    area: str = ""
     about: str
     figure: str
     scale: float = 1.0
     every: int
     job: Callable[[int, Path | None], Job]
     needs_data: bool = False
+    schedules: tuple[str, ...] = ("constant", "cosine")
+    sizes: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 class Batches:
@@ -111,7 +144,7 @@ model, loss, metric = job.model, job.loss, job.metric
 
 
 def train_dataloader():
-    return job.train
+    return job.train if job.sample is None else job.sample
 
 
 def val_dataloader():

@@ -1,20 +1,32 @@
-"""Sizes of the whole study, of the quick one, and of any other."""
+"""Sizes of the whole study, of the quick one, and of a domain that differs from the rest."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 from ckptavg.errors import UsageError
 from ckptavg.strategies import from_spec
+from study.domains import MODULES, domain
 
-Schedule: TypeAlias = Literal["constant", "cosine"]
-SCHEDULES: Final[tuple[Schedule, ...]] = ("constant", "cosine")
+
+VARIANTS: Final = (
+    "EMA 0.5",
+    "WSM cosine",
+    "ASWA, no hard updates",
+    "SeWA on train",
+    "blend by loss",
+    "TWA cross-validated, simplex",
+)
+"""What the toys alone run."""
+
+_IMPORT: Final = re.compile(r"from study\.domains(?:\.| import )(\w+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +44,9 @@ class Plan:
         sewa_steps: steps of a search by Gumbel-Softmax; None is the default.
         twa_epochs: epochs of a search by gradient descent; None is the default.
         random: number of subsets drawn as the baseline of a random choice.
+        exhaustive: whether every subset of K is scored, for the ranks of those that strategies choose.
+        variants: whether strategies run with settings that were tried and are not recommended, too.
+        with_early: whether strategies also run on the first 60 % of a training.
     """
 
     name: str
@@ -44,6 +59,15 @@ class Plan:
     sewa_steps: int | None = None
     twa_epochs: int | None = None
     random: int = 20
+    exhaustive: bool = True
+    variants: bool = True
+    with_early: bool = True
+
+    def of(self, name: str) -> Plan:
+        """Return the plan of one domain: its own sizes in the whole study, none of its costly parts in any."""
+        sizes = domain(name).sizes
+        kept = {key: value for key, value in sizes.items() if self.name == "full" or isinstance(value, bool)}
+        return replace(self, **kept)
 
     @property
     def early(self) -> int:
@@ -61,7 +85,7 @@ class Plan:
     @property
     def strategies(self) -> dict[str, str]:
         """Return label → specification, in the order of the tables."""
-        return {
+        found = {
             "last": "last",
             "best": "best",
             "SWA": "swa",
@@ -85,10 +109,13 @@ class Plan:
             "TWA cross-validated": "twa:solver=quadratic",
             "TWA cross-validated, simplex": "twa:solver=quadratic:constraint=simplex",
         }
+        return {label: spec for label, spec in found.items() if self.variants or label not in VARIANTS}
 
     @property
     def early_strategies(self) -> dict[str, str]:
         """Return the strategies that are run on the first 60 % of a training."""
+        if not self.with_early:
+            return {}
         labels = (
             "last",
             "SWA",
@@ -98,7 +125,7 @@ class Plan:
             "TWA cross-validated",
             "TWA cross-validated, simplex",
         )
-        return {label: self.strategies[label] for label in labels}
+        return {label: spec for label, spec in self.strategies.items() if label in labels}
 
     @property
     def sweep(self) -> dict[tuple[str, int], str]:
@@ -113,10 +140,17 @@ def available(specs: Sequence[str]) -> list[str]:
 
 
 @cache
-def _code() -> list[str]:
-    """Return the sources of the trainings, cached at the first call so that later edits do not change the digest."""
+def _code(name: str) -> list[str]:
+    """Return the sources of a training, cached at the first call so that later edits do not change the digest."""
     here = Path(__file__).parent
-    return [path.read_text(encoding="utf-8") for path in (here / "training.py", *sorted(here.glob("domains/*.py")))]
+    found: dict[Path, str] = {}
+    waiting = [here / "training.py", here / "domains" / f"{MODULES[name]}.py"]
+    while waiting:
+        path = waiting.pop()
+        if path not in found and path.is_file():
+            found[path] = path.read_text(encoding="utf-8")
+            waiting += [here / "domains" / f"{module}.py" for module in _IMPORT.findall(found[path])]
+    return list(found.values())
 
 
 def _known(spec: str) -> bool:
@@ -127,15 +161,15 @@ def _known(spec: str) -> bool:
     return True
 
 
-def digest(plan: Plan, data: Path | None = None) -> str:
-    """Return a key that differs for results that must not share a table.
+def digest(name: str, plan: Plan, data: Path | None = None) -> str:
+    """Return a key that differs for results of a domain that must not share a table.
 
-    It depends on the sizes (except the number of seeds), the available strategies, the code of the trainings, and the
+    It depends on the sizes (except the number of seeds), the available strategies, the code of the training, and the
     path of the user's data.
     """
     settings = asdict(plan) | {"seeds": None}
     known = available([*plan.strategies.values(), *plan.sweep.values(), *plan.early_strategies.values()])
-    identity = json.dumps([settings, known, _code(), data and str(data.resolve())], sort_keys=True)
+    identity = json.dumps([settings, known, _code(name), data and str(data.resolve())], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 

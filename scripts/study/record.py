@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from study.plan import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +19,12 @@ class Row:
         used: number of candidates with a nonzero coefficient; a mean for rows that are means.
         val_loss: loss on the data that strategies learn from; test_loss is on data that no strategy uses.
         figure: the domain's test figure, larger is better.
+        also: further test figures by name.
         epochs: cost of the search in training epochs, None where it was not measured.
         seconds: likewise.
         rank: rank of a uniform average of K among all of them by validation loss, 1 is the best.
-        coefficients: one per candidate.
+        chosen: the candidates of a uniform average; None for any other.
+        negative: sum of the magnitudes of the negative coefficients.
     """
 
     label: str
@@ -36,7 +36,9 @@ class Row:
     epochs: float | None = None
     seconds: float | None = None
     rank: int | None = None
-    coefficients: Sequence[float] = ()
+    chosen: Sequence[int] | None = None
+    negative: float = 0.0
+    also: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class Record:
     machine: str
     domain: str
     seed: int
-    schedule: Schedule
+    schedule: str
     n: int
     k: int
     subsets: int
@@ -94,7 +96,7 @@ class Failure:
     digest: str
     domain: str
     seed: int
-    schedule: Schedule
+    schedule: str
     error: str
 
     @property

@@ -19,7 +19,7 @@ from ckptavg.errors import CkptavgError
 from study import report
 from study.cell import Cell, measure
 from study.domains import DOMAINS, domain
-from study.plan import PLANS, SCHEDULES, Plan, digest
+from study.plan import PLANS, Plan, digest
 from study.record import Failure, Record, append, read
 
 RESULTS = "results.jsonl"
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Cell(domain=name, seed=seed, schedule=schedule, data=options.data if domain(name).needs_data else None)
         for seed in range(plan.seeds)
         for name in names
-        for schedule in SCHEDULES
+        for schedule in domain(name).schedules
     ]
     out.mkdir(parents=True, exist_ok=True)
     failed = run(cells, plan, out / RESULTS, options.workers)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(cells: Sequence[Cell], plan: Plan, results: Path, workers: int) -> int:
     """Measure the cells missing from ``results`` and append them; return the number of failures."""
     done = {(one.digest, one.cell) for one in read(results) if isinstance(one, Record)}
-    missing = [cell for cell in cells if (digest(plan, cell.data), (cell.domain, cell.seed, cell.schedule)) not in done]
+    missing = [cell for cell in cells if (_digest(cell, plan), (cell.domain, cell.seed, cell.schedule)) not in done]
     if len(missing) < len(cells):
         _say(f"{len(cells) - len(missing)} of {len(cells)} trainings are in {results} already")
     started, failed = time.monotonic(), 0
@@ -82,8 +82,12 @@ def measured(cell: Cell, plan: Plan) -> Record | Failure:
         return measure(cell, plan)
     except CkptavgError as error:
         return Failure(
-            digest=digest(plan, cell.data), domain=cell.domain, seed=cell.seed, schedule=cell.schedule, error=str(error)
+            digest=_digest(cell, plan), domain=cell.domain, seed=cell.seed, schedule=cell.schedule, error=str(error)
         )
+
+
+def _digest(cell: Cell, plan: Plan) -> str:
+    return digest(cell.domain, plan.of(cell.domain), cell.data)
 
 
 def _prepare() -> None:

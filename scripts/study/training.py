@@ -4,45 +4,43 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 
 import torch
 
 from ckptavg.tasks.batch import to_device
-from study.job import Job
-from study.plan import Schedule
+from study.job import Job, Training
+
+WARM, DECAY = 0.05, 0.2  # shares of a warm-up-stable-decay schedule
 
 
-def train(
-    job: Job, folder: Path, *, steps: int, every: int, schedule: Schedule, seed: int, device: torch.device
-) -> None:
-    """Train ``job`` for ``steps`` steps and write ``step-N.pt`` after each ``every``.
+def rate(schedule: str, done: float) -> float:
+    """Return the factor of the learning rate after a share ``done`` of the training.
 
-    Args:
-        job: what to train.
-        folder: directory for the checkpoints; it is created.
-        steps: optimizer steps.
-        every: steps between two checkpoints.
-        schedule: learning-rate schedule: constant, or a factor (1 + cos(π·t/T))/2, which ends at 0.
-        seed: seed of the initial weights and the order of the batches.
-        device: device to train on.
+    ``constant`` is 1; ``cosine`` (1 + cos(π·done))/2; ``wsd`` rises over the first 5 %, is 1, and falls linearly to 0
+    over the last 20 %.
     """
-    folder.mkdir(parents=True)
-    torch.manual_seed(seed)
-    model = job.model().to(device).train()
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * done)) / 2
+    if schedule == "wsd":
+        return max(0.0, min(1.0, (done + 1e-3) / WARM, (1 - done) / DECAY))
+    return 1.0
+
+
+def train(job: Job, training: Training) -> None:
+    """Train ``job`` and write ``step-N.pt`` after each ``every`` steps."""
+    training.folder.mkdir(parents=True)
+    torch.manual_seed(training.seed)
+    model = job.model().to(training.device).train()
     optimizer = job.optimizer(model)
-
-    def rate(step: int) -> float:
-        return 1.0 if schedule == "constant" else (1 + math.cos(math.pi * step / steps)) / 2
-
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(training.schedule, step / training.steps))
     batches = (batch for _ in itertools.count() for batch in job.train)
-    for step, batch in enumerate(itertools.islice(batches, steps), 1):
+    for step, batch in enumerate(itertools.islice(batches, training.steps), 1):
         optimizer.zero_grad()
-        job.loss(model, to_device(batch, device)).mean().backward()
+        job.loss(model, to_device(batch, training.device)).mean().backward()
         if job.clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), job.clip)
         optimizer.step()
         rates.step()
-        if step % every == 0:
-            torch.save({"state_dict": model.state_dict(), "global_step": step}, folder / f"step-{step}.pt")
+        if step % training.every == 0:
+            path = training.folder / f"step-{step}.pt"
+            torch.save({"state_dict": model.state_dict(), "global_step": step}, path)

