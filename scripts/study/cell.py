@@ -7,7 +7,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,7 +68,7 @@ class Trained:
         return 1.0 if self.job.sample is None else _examples(self.job.sample) / _examples(self.job.train)
 
     @contextmanager
-    def mixture(self, window: Window) -> Iterator[Mixture]:
+    def mixture(self, window: Window) -> Generator[Mixture]:
         """Open the objective of the candidates in a window."""
         with discover([self.folder], window) as found:
             yield Mixture(PythonTask(str(self.task)), found.checkpoints, Run(device=self.device, seed=self.seed))
@@ -101,7 +101,7 @@ def measure(cell: Cell, whole: Plan) -> Record:
                 [row_of(mixture, trained.job, "", "", uniform(each)) for each in chosen] for chosen in (subset, single)
             )
             pick = _row(mixture, trained, PICK, "of all of these", contestants[PICK])
-            rows += [replace(pick, seconds=None), _mean(f"random {plan.k}", random)]
+            rows += [replace(pick, seconds=None), _mean("random", random)]
             if subsets is not None:
                 rows = [replace(row, rank=subsets.rank(row.chosen)) for row in rows]
                 rows.append(_best(mixture, trained.job, subsets))
@@ -117,7 +117,7 @@ def measure(cell: Cell, whole: Plan) -> Record:
         n=mixture.n,
         k=plan.k,
         subsets=math.comb(mixture.n, plan.k),
-        epochs=plan.checkpoints * trained.every / len(trained.job.train),
+        epochs=plan.checkpoints * trained.every / len(trained.job.train),  # pyright: ignore[reportArgumentType]
         seconds=trained.seconds,
         rows=rows,
         sweep=sweep,
@@ -235,7 +235,7 @@ def _peer(trained: Trained, label: str, path: Path) -> Row:
     assert job.figure is not None, "a domain with averages of other tools has a figure"
     figure, also = split(job.figure(model))
     spec = "made while training"
-    return Row(label=label, spec=spec, used=math.nan, val_loss=val, test_loss=test, figure=figure, also=also)
+    return Row(label=label, spec=spec, used=None, val_loss=val, test_loss=test, figure=figure, also=also)
 
 
 def _mean(label: str, rows: Sequence[Row]) -> Row:

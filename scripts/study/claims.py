@@ -1,41 +1,80 @@
-"""Reproduce the claims of the papers at small scale."""
+"""What the papers claim, on the trainings of the study."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean, median
+from typing import Final
 
 from study.interval import Interval
 from study.setting import Setting
 from study.tables import NONE, digits_of, shown, table
 
+AVERAGES: Final = ("SWA", "WSM sqrt", "TWA cross-validated", "compare's pick")
+"""What a training without decay is averaged by, to be compared with one that decays."""
+
 
 def claims(found: Sequence[Setting]) -> list[str]:
     """Return the sections, one per claim."""
-    return ["## The papers' claims at small scale", *_sewa(found), *_aswa(found), *_twa(found)]
+    return ["## The papers' claims", *_decay(found), *_sewa(found), *_aswa(found), *_peers(found), *_twa(found)]
+
+
+def _decay(found: Sequence[Setting]) -> list[str]:
+    """Compare averages of a training at a constant rate with the last checkpoint of one that decays."""
+    rows: list[list[str]] = []
+    labels = ["last", *AVERAGES]
+    for one in found:
+        plain = next((other for other in found if (other.name, other.schedule) == (one.name, "constant")), None)
+        if plain is None or one is plain:
+            continue
+        differences = [plain.difference_to(label, one) for label in labels]
+        rows.append([f"{one.name}: {one.schedule}", *(shown(each, digits_of(one)) for each in differences)])
+    text = (
+        "Merging instead of decaying (Tian et al., 2025, WSM): a training at a constant learning rate, averaged, "
+        "against the last checkpoint of a training with as many steps whose rate decays. Test figure of the former "
+        "minus that of the latter, paired by seed; above zero the decay was not needed."
+    )
+    return ["### A constant rate and an average, or a decay?", text, table(["decay", *labels], rows)] if rows else []
+
+
+def _peers(found: Sequence[Setting]) -> list[str]:
+    rows: list[list[str]] = []
+    for one in found:
+        for peer in one.peers:
+            digits = digits_of(one)
+            differences = [shown(one.difference(label, peer), digits) for label in ("SWA", "ASWA", "compare's pick")]
+            figure = one.domain.scale * fmean(row.figure for row in one.rows(peer))
+            rows.append([f"{one.title}: {peer}", f"{figure:.{digits}f}", *differences])
+    text = (
+        "Test figure of what another tool made of the same training (dicee's SWA: of a training of its own, because "
+        "it changes the learning rate), and that of ckptavg's strategies minus it."
+    )
+    head = ["setting and tool", "figure", "SWA", "ASWA", "compare's pick"]
+    return ["### The papers' own code", text, table(head, rows)] if rows else []
 
 
 def _sewa(found: Sequence[Setting]) -> list[str]:
-    ks = sorted({k for one in found for k in one.ks})
-    rows: list[list[str]] = []
-    for one in found:
-        digits = digits_of(one)
-        for kind in ("SeWA", "LAWA"):
-            figures = [one.swept(kind, k) for k in ks]
-            rows.append([f"{one.title}: {kind}", *(f"{fmean(f):.{digits}f}" if f else NONE for f in figures), ""])
-        rows[-2][-1] = shown(_over_ks(one), digits)
+    swept = [one for one in found if one.ks]
     text = (
         "Wang et al. (2025) compare values of K up to all candidates; to their reviewers the curves of SeWA and LAWA "
         "looked alike. Test figure by K, and the mean of SeWA − LAWA over all K < N, paired by seed. At K = N both are "
         "SWA; LAWA at K = 1 is the last checkpoint."
     )
-    return [
-        "### SeWA for every K",
-        text,
-        table(["setting", *map(str, ks), "SeWA − LAWA"], rows),
-        _same(found),
-        *_ranks(found),
-    ]
+    parts = ["### SeWA for every K", text]
+    for ks in dict.fromkeys(tuple(one.ks) for one in swept):
+        mine = [one for one in swept if tuple(one.ks) == ks]
+        parts.append(table(["setting", *map(str, ks), "SeWA − LAWA"], [row for one in mine for row in _by_k(one)]))
+    return [*parts, _same(found), *_ranks(found)] if swept else []
+
+
+def _by_k(one: Setting) -> list[list[str]]:
+    digits = digits_of(one)
+    rows: list[list[str]] = []
+    for kind in ("SeWA", "LAWA"):
+        figures = [one.swept(kind, k) for k in one.ks]
+        rows.append([f"{one.title}: {kind}", *(f"{fmean(f):.{digits}f}" if f else NONE for f in figures), ""])
+    rows[0][-1] = shown(_over_ks(one), digits)
+    return rows
 
 
 def _same(found: Sequence[Setting]) -> str:
@@ -44,7 +83,7 @@ def _same(found: Sequence[Setting]) -> str:
     labels = [label for label in dict.fromkeys(label for one in found for label in one.labels) if "SeWA" in label]
     counts: list[str] = []
     for label in labels:
-        pairs = [(record.row(label), record.row(f"LAWA-{record.k}")) for record in records]
+        pairs = [(record.row(label), record.row("LAWA")) for record in records]
         known = [(a.chosen, b.chosen) for a, b in pairs if a is not None and b is not None]
         counts.append(f"{label} {sum(a is not None and a == b for a, b in known)} of {len(known)}")
     return f"Trainings in which a strategy chose exactly LAWA's subset: {', '.join(counts)}."
@@ -88,7 +127,7 @@ def _ranks(found: Sequence[Setting]) -> list[str]:
 
 
 def _over_ks(one: Setting) -> Interval | None:
-    inner = one.ks[:-1]  # the last K is N, where both are the same
+    inner = [k for k in one.ks if k < one.records[0].n]  # at N both are the same
     pairs = [(one.swept("SeWA", k), one.swept("LAWA", k)) for k in inner]
     if not pairs:
         return None
@@ -104,7 +143,7 @@ def _aswa(found: Sequence[Setting]) -> list[str]:
         for label in ("ASWA", "ASWA, no hard updates"):
             pairs = list(zip(one.rows(label), one.rows("SWA"), strict=False))
             atleast = sum(a.figure >= s.figure for a, s in pairs)
-            row += [shown(one.difference(label, "SWA"), digits), f"{atleast} of {len(pairs)}"]
+            row += [shown(one.difference(label, "SWA"), digits), f"{atleast} of {len(pairs)}" if pairs else NONE]
         rows.append(row)
     text = (
         "Demir et al. (2024): ASWA is never worse than SWA. The rule guarantees this only for the order of acceptance "
@@ -116,6 +155,7 @@ def _aswa(found: Sequence[Setting]) -> list[str]:
 
 
 def _twa(found: Sequence[Setting]) -> list[str]:
+    found = [one for one in found if one.records[0].early]
     labels = list(dict.fromkeys(row.label for one in found for r in one.records for row in r.early))
     rows = [[one.title, *(shown(one.early(label), digits_of(one)) for label in labels)] for one in found]
     share = "; ".join(dict.fromkeys(f"{r.n} candidates" for one in found for r in one.records))
@@ -124,4 +164,4 @@ def _twa(found: Sequence[Setting]) -> list[str]:
         f"training. Test figure of each strategy on the first 60 % ({share}) minus that of the last checkpoint of the "
         "whole training."
     )
-    return ["### The whole training from its first 60 %", text, table(["setting", *labels], rows)]
+    return ["### The whole training from its first 60 %", text, table(["setting", *labels], rows)] if rows else []

@@ -15,7 +15,6 @@ from ckptavg.errors import UsageError
 from ckptavg.strategies import from_spec
 from study.domains import MODULES, domain
 
-
 VARIANTS: Final = (
     "EMA 0.5",
     "WSM cosine",
@@ -89,7 +88,7 @@ class Plan:
             "last": "last",
             "best": "best",
             "SWA": "swa",
-            f"LAWA-{self.k}": f"lawa:k={self.k}",
+            "LAWA": f"lawa:k={self.k}",
             "EMA 0.9": "ema:decay=0.9",
             "EMA 0.5": "ema:decay=0.5",
             "WSM sqrt": "wsm",

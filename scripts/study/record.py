@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ class Row:
     Attributes:
         label: name in the tables.
         spec: specification given to ckptavg, or a description in words.
-        used: number of candidates with a nonzero coefficient; a mean for rows that are means.
+        used: number of candidates with a nonzero coefficient; a mean for rows that are means, None for other tools'.
         val_loss: loss on the data that strategies learn from; test_loss is on data that no strategy uses.
         figure: the domain's test figure, larger is better.
         also: further test figures by name.
@@ -29,7 +30,7 @@ class Row:
 
     label: str
     spec: str
-    used: float
+    used: float | None
     val_loss: float
     test_loss: float
     figure: float
@@ -115,7 +116,7 @@ def append(path: Path, result: Record | Failure) -> None:
 def read(path: Path) -> list[Record | Failure]:
     """Read all results, the last of each digest and cell; skip an incomplete line."""
     found: dict[tuple[str, ...], Record | Failure] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in _lines(path):
         try:
             stored = json.loads(line)
         except json.JSONDecodeError:
@@ -125,6 +126,13 @@ def read(path: Path) -> list[Record | Failure]:
         found.pop(key, None)  # in the order of the last lines
         found[key] = result
     return list(found.values())
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    stored = path.read_bytes()
+    return (gzip.decompress(stored) if path.suffix == ".gz" else stored).decode().splitlines()
 
 
 def _record(stored: Mapping[str, Any]) -> Record:

@@ -1,4 +1,8 @@
-"""Write the study's Markdown and figures from the recorded results: ``python -m study.report build/study/full``."""
+"""Write the study's Markdown and pictures from recorded results.
+
+python -m study.report build/study/full/results.jsonl build/study/full
+python -m study.report docs/study/results.jsonl.gz docs study     # pictures below docs/study
+"""
 
 from __future__ import annotations
 
@@ -7,87 +11,115 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from study import figures
+from study.answer import answer
 from study.claims import claims
 from study.domains import DOMAINS
 from study.plan import PLANS
 from study.record import Failure, Record, read
 from study.setting import Setting, settings
-from study.tables import domain_table, overview, table
+from study.tables import agreement, folded, overview, setting_table, table
 
 NAME = "study.md"
 
 
-def write(results: Path, out: Path) -> None:
-    """Write ``study.md`` and a figure for each domain into ``out``."""
+def write(results: Path, out: Path, pictures: str = ".") -> None:
+    """Write ``study.md`` into ``out``, and its pictures into the folder ``pictures`` below it."""
     known = read(results)
     latest = {one.domain: one.digest for one in known}  # the last record of each cell counts
-    shown = [one for one in known if one.digest == latest[one.domain]]
-    records = [one for one in shown if isinstance(one, Record)]
-    failures = [one for one in shown if isinstance(one, Failure)]
+    kept = [one for one in known if one.digest == latest[one.domain]]
+    records = [one for one in kept if isinstance(one, Record)]
+    failures = [one for one in kept if isinstance(one, Failure)]
     order = [*DOMAINS, *dict.fromkeys(one.domain for one in records if one.domain not in DOMAINS)]
     records.sort(key=lambda one: (order.index(one.domain), one.schedule, one.seed))
     found = settings(records)
-    drawn = figures.draw(found, out)
-    text = document(found, failures, drawn, others=len(known) - len(shown))
+    folder = out / pictures
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {name: str(Path(pictures, f"{name}.svg")) for name in figures.draw(found, folder)}
+    text = document(found, failures, drawn, others=len(known) - len(kept))
     (out / NAME).write_text(text, encoding="utf-8")
 
 
-def document(found: Sequence[Setting], failures: Sequence[Failure], drawn: Sequence[str], others: int) -> str:
+def document(found: Sequence[Setting], failures: Sequence[Failure], drawn: dict[str, str], others: int) -> str:
     """Return the whole text.
 
     Args:
         found: the results.
         failures: trainings that could not be measured.
-        drawn: domains that have a figure.
+        drawn: domains that have a picture → its path.
         others: number of results in the same file that were made with other settings, and are left out.
     """
-    parts = ["# Which averaging strategy is worth running?", *_about(found)]
+    parts = ["# Which averaging strategy is worth running?"]
+    real, toys = [one for one in found if one.domain.area], [one for one in found if not one.domain.area]
+    main = real or toys
+    parts += [*answer(main), overview(main), _picture("Mean place of each strategy, by area", drawn, figures.OVERVIEW)]
+    parts += ["## How it was measured", *_method(found)] if found else ["Nothing has been measured."]
     if others:
         parts.append(f"{others} results in the same file have other settings or strategies and are not shown.")
     if failures:
         rows = [[one.domain, str(one.seed), one.schedule, one.error.splitlines()[0]] for one in failures]
         parts += ["## Trainings that failed", table(["domain", "seed", "schedule", "error"], rows)]
+    for area in dict.fromkeys(one.domain.area for one in real):
+        parts += [f"## {area}", *_domains([one for one in real if one.domain.area == area], drawn)]
     if found:
-        parts += ["## All settings together", *overview(found)]
-        for name in dict.fromkeys(one.name for one in found):
-            mine = [one for one in found if one.name == name]
-            parts += [f"## {mine[0].domain.title}", mine[0].domain.about]
-            if name in drawn:
-                parts.append(f"![Differences from SWA, and SeWA and LAWA by K]({name}.svg)")
-            for one in mine:
-                parts += [f"### {one.title}", domain_table(one)]
-        parts += claims(found)
-    return "\n\n".join(parts) + "\n"
+        parts += [*claims(found), *agreement(found)]
+    if real and toys:
+        about = "Six trainings of seconds each, without data from elsewhere; here every average of five was scored."
+        parts += ["## Appendix: toys", about, *answer(toys), overview(toys)]
+    parts += _domains(toys, drawn)
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _about(found: Sequence[Setting]) -> list[str]:
-    if not found:
-        return ["Nothing has been measured."]
+def _domains(found: Sequence[Setting], drawn: dict[str, str]) -> list[str]:
+    parts: list[str] = []
+    for name in dict.fromkeys(one.name for one in found):
+        mine = [one for one in found if one.name == name]
+        parts += [f"### {mine[0].domain.title}", f"{mine[0].domain.about} {_sizes(mine)}", f"    {_command(mine)}"]
+        parts.append(_picture("Differences of the test figure from SWA", drawn, name))
+        parts += [folded(f"{one.title}: all strategies", setting_table(one)) for one in mine]
+    return parts
+
+
+def _picture(caption: str, drawn: dict[str, str], name: str) -> str:
+    return f"![{caption}]({drawn[name]})" if name in drawn else ""
+
+
+def _sizes(mine: Sequence[Setting]) -> str:
+    record = mine[0].records[0]
+    counts = _counts([len(one.records) for one in mine])
+    return f"{record.n} candidates; {counts} seeds of each; K = {record.k}."
+
+
+def _method(found: Sequence[Setting]) -> list[str]:
     records = [record for one in found for record in one.records]
-    first = records[0]
     machines = "; ".join(dict.fromkeys(record.machine for record in records))
     skipped = list(dict.fromkeys(spec for record in records for spec in record.skipped))
+    names = list(dict.fromkeys(one.name for one in found))
     text = [
         f"    {_command(found)}",
         f"{machines}; one thread per training. {len(records)} trainings: {len(found)} settings (domain and learning "
-        f"rate schedule) with {_counts([len(one.records) for one in found])} seeds each. A seed determines the initial "
-        "weights, the order of the batches, the split of the data and its noise.",
-        f"Candidates are the last {first.n} checkpoints of each training. Strategies see training and validation data; "
-        "test figures are computed only after every choice is made. `best`, soup and ASWA use the validation metric "
-        "where the domain has one; SeWA, TWA and blend the loss, or the metric where the loss does not rank mixtures "
-        "like it (`--select-by auto`). `compare's pick` is what `ckptavg compare` of all of them would write. Figures "
-        "are means over seeds; larger is better. Differences "
-        "are paired by seed; ± is the half-width of a 95 % t-interval over seeds, bold where the interval excludes "
-        "zero (and there are at least three seeds): of so many intervals, one in twenty would do so by chance. *rank* "
-        f"is the rank of a uniform average of {first.k} by validation loss among all {first.subsets} such averages "
-        "(median, and range). Cost is that of the search and one score of its result, as if each strategy ran alone: "
-        "in *epochs* of training (a backward pass counts as two forward passes), in seconds, and in percent of the "
-        "seconds of the training.",
+        f"rate schedule) of {len(names)} domains, with {_counts([len(one.records) for one in found])} seeds each. A "
+        "seed determines the initial weights, the order of the batches, the split of the data and its noise.",
+        "Candidates are the last checkpoints of each training. Strategies see training and validation data; test "
+        "figures are computed only after every choice is made. `best`, soup and ASWA use the validation metric where "
+        "the domain has one; SeWA, TWA and blend the loss, or the metric where the loss does not rank mixtures like "
+        "it (`--select-by auto`). `compare's pick` is what `ckptavg compare` of all of them would write; rows without "
+        "cost are other tools' averages.",
+        "*Mean place* is the position by test figure among the strategies, averaged over seeds, the settings of an "
+        "area, and then the areas (ties share a place); *by test loss* the one by that. Figures are means over seeds; "
+        "larger is better. Differences are paired by seed; ± is the half-width of a 95 % t-interval over seeds, bold "
+        "where the interval excludes zero (and there are at least three seeds). *Above* and *below* count the settings "
+        "in which it does: of so many intervals, one in twenty would do so by chance. Differences of the test loss are "
+        "in percent of that of SWA: the median over all trainings, and the largest. *Cost* is that of the search and "
+        "one score of its result, as if each strategy ran alone: in *epochs* of training (a backward pass counts as "
+        "two forward passes), in seconds, and in percent of the seconds of the training (medians).",
     ]
     if skipped:
         text.append("Not supported by this ckptavg, and not run: " + ", ".join(f"`{spec}`" for spec in skipped))
-    specs = dict.fromkeys((row.label, row.spec) for record in records for row in record.rows)
-    text.append("Specifications: " + "; ".join(f"{label} `{spec}`" for label, spec in specs) + ".")
+    specs: dict[str, dict[str, None]] = {}
+    for row in (row for record in records for row in record.rows):
+        specs.setdefault(row.label, {})[row.spec] = None
+    named = (f"{label} {' or '.join(f'`{spec}`' for spec in each)}" for label, each in specs.items())
+    text.append(f"Specifications: {'; '.join(named)}.")
     return text
 
 
@@ -112,5 +144,4 @@ def _counts(counts: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    write(folder / "results.jsonl", folder)
+    write(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:4])

@@ -18,7 +18,7 @@ import torch
 from ckptavg.errors import CkptavgError
 from study import report
 from study.cell import Cell, measure
-from study.domains import DOMAINS, domain
+from study.domains import DOMAINS, WITH_DATA, domain
 from study.plan import PLANS, Plan, digest
 from study.record import Failure, Record, append, read
 
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small trainings and few seeds: minutes, not an hour")
     parser.add_argument("--domains", default=",".join(DOMAINS), help="comma-separated domains (%(default)s)")
     parser.add_argument("--seeds", type=int, help="trainings of each domain and schedule (full: 8, quick: 3)")
-    parser.add_argument("--data", type=Path, help="files for the domains cifar, image-folder and offline-rl")
+    parser.add_argument("--data", type=Path, help=f"files for the domains {', '.join(WITH_DATA)}")
     parser.add_argument("--out", type=Path, default=Path("build/study"), help="directory of the results (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="trainings at a time (%(default)s)")
     return parser

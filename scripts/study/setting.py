@@ -43,6 +43,26 @@ class Setting:
         """Return the labels of the rows, in their order."""
         return list(dict.fromkeys(row.label for record in self.records for row in record.rows))
 
+    @property
+    def peers(self) -> list[str]:
+        """Return the labels of the averages that other tools made."""
+        return [label for label in self.labels if all(row.used is None for row in self.rows(label))]
+
+    @property
+    def also(self) -> list[str]:
+        """Return the names of further test figures."""
+        return list(dict.fromkeys(name for record in self.records for row in record.rows for name in row.also))
+
+    @property
+    def magnitude(self) -> float:
+        """Return the largest magnitude of the test figure."""
+        return max(abs(row.figure) for record in self.records for row in record.rows)
+
+    def shares(self, label: str) -> list[float]:
+        """Return the seconds of a search as a fraction of those of its training, for each seed."""
+        pairs = [(record.row(label), record.seconds) for record in self.records]
+        return [row.seconds / seconds for row, seconds in pairs if row is not None and row.seconds is not None]
+
     def rows(self, label: str) -> list[Row]:
         """Return the rows with that label, one per seed that has it."""
         return [row for record in self.records if (row := record.row(label))]
@@ -51,6 +71,11 @@ class Setting:
         """Return the test figure of ``label`` minus that of ``other``, paired by seed, in the figure's unit."""
         pairs = [(record.row(label), record.row(other)) for record in self.records]
         return self._interval(pairs)
+
+    def difference_to(self, label: str, other: Setting) -> Interval | None:
+        """Return the test figure of ``label`` minus that of the last checkpoint of ``other``, paired by seed."""
+        last = {record.seed: record.row("last") for record in other.records}
+        return self._interval([(record.row(label), last.get(record.seed)) for record in self.records])
 
     def early(self, label: str) -> Interval | None:
         """Return the figure of a strategy on the first 60 % minus that of the whole run's last checkpoint."""

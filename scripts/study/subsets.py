@@ -57,6 +57,7 @@ def figures(mixture: Mixture, job: Job, coefficients: Coefficients) -> Figures:
     """Return the domain's test figure of a mixture, and further ones by name."""
     if job.figure is None:
         return mixture.score(coefficients, "test").value, {}
+    assert mixture.losses is not None, "every task of the study has a loss"
     row_GN = mixture.losses.uniform().new_tensor(coefficients.values)
     mixture.mixed.candidates.materialize(row_GN, EVERYTHING)
     mixture.scoring.recompute_batchnorm()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
 
 from study.interval import Interval
@@ -19,25 +19,34 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def domain_table(one: Setting) -> str:
-    """Return the table of all strategies on one domain with one schedule."""
-    head = ["strategy", "used", "val loss", "test loss", one.domain.figure]
-    head += ["Δ from last", "Δ from SWA", "rank", "epochs", "seconds", "of training"]
-    return table(head, [_strategy(one, label) for label in one.labels])
+def folded(summary: str, text: str) -> str:
+    """Return a part that a reader opens."""
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
-def _strategy(one: Setting, label: str) -> list[str]:
+def setting_table(one: Setting) -> str:
+    """Return the table of all strategies in one setting."""
+    also = one.also
+    ranked = any(row.rank is not None for label in one.labels for row in one.rows(label))
+    head = ["strategy", "used", one.domain.figure, *also, "Δ from last", "Δ from SWA", "val loss", "test loss"]
+    head += [*(["rank"] if ranked else []), "epochs", "seconds", "of training"]
+    return table(head, [_strategy(one, label, also, ranked) for label in one.labels])
+
+
+def _strategy(one: Setting, label: str, also: Sequence[str], ranked: bool) -> list[str]:
     rows = one.rows(label)
     digits = digits_of(one)
+    used = [row.used for row in rows if row.used is not None]
     return [
         label,
-        f"{fmean(row.used for row in rows):.1f}",
-        f"{fmean(row.val_loss for row in rows):.4f}",
-        f"{fmean(row.test_loss for row in rows):.4f}",
+        f"{fmean(used):.1f}" if used else NONE,
         f"{one.domain.scale * fmean(row.figure for row in rows):.{digits}f}",
+        *(f"{fmean(row.also[name] for row in rows):.4g}" for name in also),
         NONE if label == "last" else shown(one.difference(label, "last"), digits),
         NONE if label == "SWA" else shown(one.difference(label, "SWA"), digits),
-        _ranks(rows),
+        f"{fmean(row.val_loss for row in rows):.4f}",
+        f"{fmean(row.test_loss for row in rows):.4f}",
+        *([_ranks(rows)] if ranked else []),
         *_cost(one, rows),
     ]
 
@@ -60,8 +69,8 @@ def _cost(one: Setting, rows: Sequence[Row]) -> list[str]:
 
 
 def digits_of(one: Setting) -> int:
-    """Return the number of decimals: a loss in nats needs more than a percentage."""
-    return 4 if one.domain.figure.startswith("−") else 2
+    """Return the number of decimals: a loss in nats and a reciprocal rank need more than a percentage."""
+    return 4 if one.domain.scale == 1 and one.magnitude < 10 else 2
 
 
 def shown(interval: Interval | None, digits: int) -> str:
@@ -69,48 +78,64 @@ def shown(interval: Interval | None, digits: int) -> str:
     return NONE if interval is None else f"{interval:.{digits}f}"
 
 
-def overview(found: Sequence[Setting]) -> list[str]:
-    """Return, for each strategy, the number of settings with a significant difference, its mean place, and its cost."""
-    labels = list(dict.fromkeys(label for one in found for label in one.labels))
-    places = [one.places() for one in found]
-    by_loss = [one.places(lambda row: -row.test_loss) for one in found]
+def places(found: Sequence[Setting], better: Callable[[Row], float] | None = None) -> dict[str, dict[str, float]]:
+    """Return label → area → mean place; every setting of an area counts the same."""
+    areas: dict[str, list[Mapping[str, float]]] = {}
+    for one in found:
+        areas.setdefault(one.domain.area, []).append(one.places() if better is None else one.places(better))
+    labels = list(dict.fromkeys(label for each in areas.values() for place in each for label in place))
+    return {
+        label: {
+            area: fmean(mine)
+            for area, each in areas.items()
+            if (mine := [place[label] for place in each if label in place])
+        }
+        for label in labels
+    }
+
+
+def overview(found: Sequence[Setting]) -> str:
+    """Return the table of all strategies over all settings, the best mean place first."""
+    labels = list(dict.fromkeys(label for one in found for label in one.labels if label not in one.peers))
+    by_figure, by_loss = places(found), places(found, lambda row: -row.test_loss)
     rows: list[tuple[float, list[str]]] = []
     for label in labels:
-        mine, also = ([place[label] for place in each if label in place] for each in (places, by_loss))
+        mine, also = (list(each.get(label, {}).values()) for each in (by_figure, by_loss))
         changes = [change for one in found for change in one.loss_changes(label)]
         costs = [row.epochs for one in found for row in one.rows(label) if row.epochs is not None]
+        shares = [share for one in found for share in one.shares(label)]
         row = [
             label,
             f"{fmean(mine):.1f}" if mine else NONE,
             f"{fmean(also):.1f}" if also else NONE,
-            *_tally(found, label, "last"),
             *_tally(found, label, "SWA"),
-            f"{fmean(changes):+.1%}" if label != "SWA" else NONE,
+            *_tally(found, label, "last"),
+            f"{median(changes):+.1%}" if label != "SWA" else NONE,
             f"{max(changes):+.1%}" if label != "SWA" else NONE,
             f"{median(costs):.1f}" if costs and mine else NONE,
+            f"{median(shares):.0%}" if shares and mine else NONE,
         ]
         rows.append((fmean(mine) if mine else math.inf, row))
     rows.sort(key=lambda row: row[0])
-    head = ["strategy", "mean place", "by test loss", "above last", "below last", "above SWA", "below SWA"]
-    head += ["test loss against SWA", "worst training", "epochs, median"]
-    ran = max(len(place) for place in places)
-    text = (
-        f"*Place* is the position by test figure among the {ran} strategies, averaged over {len(found)} settings and "
-        "their seeds (ties share a place), *by test loss* the one by that. *Above* and *below* count the settings in "
-        "which the 95 % interval of the paired difference of the test figure excludes zero. Differences of the test "
-        "loss are in percent of that of SWA: the mean over all trainings, and the largest."
-    )
-    return [text, table(head, [row for _, row in rows]), *_agreement(found)]
+    head = ["strategy", "mean place", "by test loss", "above SWA", "below SWA", "above last", "below last"]
+    head += ["test loss against SWA", "worst training", "epochs", "of training"]
+    return table(head, [row for _, row in rows])
 
 
 def _tally(found: Sequence[Setting], label: str, other: str) -> list[str]:
     if label == other:
         return [NONE, NONE]
-    signs = [one.difference(label, other) for one in found]
-    return [str(sum(sign is not None and sign.sign == wanted for sign in signs)) for wanted in (1, -1)]
+    return [str(count) for count in tally(found, label, other)]
 
 
-def _agreement(found: Sequence[Setting]) -> list[str]:
+def tally(found: Sequence[Setting], label: str, other: str) -> tuple[int, int]:
+    """Count the settings in which ``label`` is significantly above, and below, ``other``."""
+    signs = [difference.sign for one in found if (difference := one.difference(label, other)) is not None]
+    return signs.count(1), signs.count(-1)
+
+
+def agreement(found: Sequence[Setting]) -> list[str]:
+    """Return how far the validation loss and the test figure agree, for each setting."""
     rows: list[list[str]] = []
     for one in found:
         values = one.agreement()
@@ -118,12 +143,9 @@ def _agreement(found: Sequence[Setting]) -> list[str]:
         picks = f"{one.picks()} of {len(one.records)}"
         rows.append([one.title, f"{fmean(values):.2f}" if values else NONE, low_high, picks])
     text = (
-        "Does the validation loss, which strategies learn from, predict the test figure? Spearman's correlation of the "
-        "two (with signs such that 1 is agreement) over single candidates and random subsets, and the number of seeds "
-        "in which the strategy with the lowest validation loss had the highest test figure."
+        "Does the validation loss, which most strategies learn from, predict the test figure? Spearman's correlation "
+        "of the two (with signs such that 1 is agreement) over single candidates and random subsets, and the number of "
+        "seeds in which the strategy with the lowest validation loss had the highest test figure."
     )
-    return [
-        "### Where validation loss and test figure disagree",
-        text,
-        table(["setting", "Spearman, mean", "over seeds", "lowest loss is best"], rows),
-    ]
+    head = ["setting", "Spearman, mean", "over seeds", "lowest loss is best"]
+    return ["## Where validation loss and test figure disagree", text, table(head, rows)]

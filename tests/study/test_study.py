@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -15,12 +17,14 @@ from study import report, run
 from study.cell import Cell, measure
 from study.domains import domain
 from study.interval import Interval
+from study.job import Training
 from study.plan import Plan, digest
 from study.record import Failure, Record, append, read
 from study.setting import settings
-from study.subsets import Subsets
-from study.training import train
+from study.subsets import Subsets, drawn, shape
+from study.training import rate, train
 
+from ckptavg.coefficients import Coefficients
 from ckptavg.errors import CkptavgError
 
 TINY = Plan(
@@ -52,10 +56,24 @@ def results(tmp_path: Path, record: Record) -> Path:
     return path
 
 
+@pytest.fixture
+def real(tmp_path: Path, record: Record) -> Path:
+    """Return three seeds of two schedules of a domain of real data, as if `record` had been one; cosine is worse."""
+    path = tmp_path / "real.jsonl"
+    swa = record.row("SWA")
+    assert swa is not None
+    theirs = replace(swa, label="theirs", used=None, chosen=None, epochs=None, seconds=None, figure=swa.figure - 0.1)
+    for seed, schedule in itertools.product(range(3), ("constant", "cosine")):
+        lower = 0.05 * (schedule == "cosine")
+        rows = [replace(row, figure=row.figure - lower) for row in (*record.rows, theirs)]
+        append(path, replace(record, domain="fashion", seed=seed, schedule=schedule, rows=rows))
+    return path
+
+
 def test_a_record_has_every_strategy_of_ckptavg(record: Record):
     assert {row.label for row in record.rows} == {
         *(label for label, spec in TINY.strategies.items() if spec not in record.skipped),
-        "random 2",
+        "random",
         "best subset",
         "compare's pick",
     }
@@ -66,7 +84,10 @@ def test_ranks_are_those_of_a_literal_evaluation(record: Record, tmp_path: Path)
     # logistic regression has no buffers: averaging two state dicts is the complete reference
     job = domain("logistic").job(0, None)
     every = 10
-    train(job, tmp_path / "c", steps=50, every=every, schedule="constant", seed=0, device=torch.device("cpu"))
+    training = Training(
+        folder=tmp_path / "c", steps=50, every=every, schedule="constant", seed=0, device=torch.device("cpu")
+    )
+    train(job, training)
     states = [torch.load(tmp_path / "c" / f"step-{every * i}.pt")["state_dict"] for i in (2, 3, 4, 5)]
     model, losses = job.model(), {}
     for pair in itertools.combinations(range(4), 2):
@@ -75,28 +96,34 @@ def test_ranks_are_those_of_a_literal_evaluation(record: Record, tmp_path: Path)
             losses[pair] = float(torch.cat([job.loss(model, batch) for batch in job.val]).double().mean())
     order = sorted(losses, key=losses.__getitem__)
     ranked = [row for row in record.rows if row.rank is not None]
-    assert {"LAWA-2", "SeWA", "best subset"} <= {row.label for row in ranked}
+    assert {"LAWA", "SeWA", "best subset"} <= {row.label for row in ranked}
     for row in ranked:
-        chosen = tuple(i for i, c in enumerate(row.coefficients) if c)
-        assert row.rank == 1 + order.index(chosen)
-        assert row.val_loss == pytest.approx(losses[chosen], rel=1e-6)  # float32 passes, summed in another order
+        assert row.chosen is not None
+        assert row.rank == 1 + order.index(tuple(row.chosen))
+        assert row.val_loss == pytest.approx(
+            losses[tuple(row.chosen)], rel=1e-6
+        )  # float32 passes, summed in another order
 
 
 def test_a_rank_is_of_what_was_chosen_and_shared_by_equals():
     subsets = Subsets(losses={(0, 1): 0.5, (0, 2): 0.1, (1, 2): 0.5}, seconds=0, epochs=0)
-    ranks = [subsets.rank(c, 2) for c in ([0.5, 0, 0.5], [0.5, 0.5, 0], [0, 0.5, 0.5])]
-    assert ranks == [1, 2, 2]
-    assert subsets.rank([0.4, 0, 0.6], 2) is None and subsets.rank([0, 1, 0], 2) is None
+    assert [subsets.rank(chosen) for chosen in ((0, 2), [0, 1], (1, 2))] == [1, 2, 2]
+    assert subsets.rank(None) is None and subsets.rank((1,)) is None
 
 
-def test_an_average_of_unequal_weights_has_no_rank(record: Record):
+def test_only_uniform_averages_of_k_have_a_rank(record: Record):
+    assert {row.label for row in record.rows if row.rank is None} >= {"last", "SWA", "EMA 0.9", "random"}
     for row in record.rows:
-        uniform = sorted(row.coefficients) == [0, 0, 0.5, 0.5]
-        assert (row.rank is not None) == uniform, row.label
+        assert (row.rank is not None) == (row.chosen is not None and len(row.chosen) == 2), row.label
+
+
+def test_a_row_keeps_what_its_coefficients_say():
+    assert shape(Coefficients(((0.5, 0, 0.5),))) == {"used": 2, "chosen": (0, 2), "negative": 0}
+    assert shape(Coefficients(((1.5, -0.25, -0.25),))) == {"used": 3, "chosen": None, "negative": 0.5}
 
 
 def test_the_random_row_is_the_mean_over_subsets(record: Record):
-    row = record.row("random 2")
+    row = record.row("random")
     assert row is not None
     losses, figures = zip(*record.points[TINY.last :], strict=True)
     assert len(losses) == TINY.random
@@ -109,15 +136,28 @@ def test_at_all_candidates_sewa_and_lawa_are_swa(record: Record):
     assert [row.figure for row in record.sweep if row.used == TINY.last] == [swa.figure, swa.figure]
 
 
+def test_random_subsets_are_distinct_and_the_same_again():
+    found = drawn(6, 3, 100, seed=1)
+    assert len(set(found)) == len(found) == 20  # there are no more
+    assert drawn(300, 5, 4, seed=1) == drawn(300, 5, 4, seed=1) != drawn(300, 5, 4, seed=2)
+
+
+@pytest.mark.parametrize(("done", "wanted"), [(0.025, 0.5), (0.5, 1), (0.9, 0.5), (1.0, 0)])
+def test_a_warm_up_stable_decay_schedule_has_three_parts(done: float, wanted: float):
+    assert rate("wsd", done) == pytest.approx(wanted, abs=0.03)
+    assert rate("constant", done) == 1
+
+
 def test_the_early_part_uses_no_later_checkpoint(record: Record):
     # 60 % of 5 checkpoints are 3
-    assert {len(row.coefficients) for row in record.early} == {TINY.early} == {3}
+    (swa,) = (row for row in record.early if row.label == "SWA")
+    assert swa.used == TINY.early == 3
 
 
 def test_records_survive_their_file(results: Path, record: Record):
     found = [one for one in read(results) if isinstance(one, Record)]
     assert len(found) == 4
-    assert found[0].row("SWA") == replace(record.row("SWA"), coefficients=[0.25] * 4)
+    assert found[0].row("SWA") == replace(record.row("SWA"), chosen=[0, 1, 2, 3])
 
 
 def test_the_last_line_of_a_cell_counts_and_comes_last(results: Path, record: Record):
@@ -143,8 +183,9 @@ def test_finished_cells_are_not_measured_again(results: Path, monkeypatch: pytes
 
 
 def test_other_settings_are_measured_anew(record: Record):
-    assert digest(TINY) == digest(replace(TINY, seeds=9)) == record.digest
-    assert record.digest not in (digest(replace(TINY, k=1)), digest(TINY, Path("data")))
+    assert digest("logistic", TINY) == digest("logistic", replace(TINY, seeds=9)) == record.digest
+    others = digest("logistic", replace(TINY, k=1)), digest("logistic", TINY, Path("data")), digest("cartpole", TINY)
+    assert record.digest not in others
 
 
 class _Refusing:
@@ -199,14 +240,47 @@ def test_the_report_has_every_strategy_and_claim_and_no_date(results: Path, tmp_
     report.write(results, tmp_path)
     text = (tmp_path / report.NAME).read_text()
     for label in (row.label for row in record.rows):
-        assert text.count(f"| {label} |") >= 2, label  # one per schedule
-    for heading in ("SeWA for every K", "ASWA is at least SWA", "first 60 %", "disagree"):
+        assert text.count(f"| {label} |") >= 3, label  # one per schedule, and the overview
+    for heading in ("SeWA for every K", "ASWA is at least SWA", "first 60 %", "disagree", "or a decay?"):
         assert heading in text, heading
     assert "torch" in text and "processors" in text and "./scripts/study/run.sh" in text
     assert "nan" not in text
     again = text
     report.write(results, tmp_path)
     assert (tmp_path / report.NAME).read_text() == again
+
+
+def test_the_answer_comes_first_and_has_the_figures_of_the_tables(real: Path, tmp_path: Path):
+    report.write(real, tmp_path, "pictures")
+    text = (tmp_path / report.NAME).read_text()
+    answer = text.split("\n\n")[1]
+    (line,) = re.findall(r"best mean places.*?\*\*(.+?)\*\* ([\d.]+)", answer)
+    first = next(
+        row for row in text.splitlines() if row.startswith("| ") and "mean place" not in row and "---" not in row
+    )
+    assert [cell.strip() for cell in first.split("|")[1:3]] == list(line)
+    assert "(pictures/overview.svg)" in text and (tmp_path / "pictures" / "overview.svg").stat().st_size > 5000
+    assert text.index("overview.svg") < text.index("## How it was measured") < text.index("## Images")
+
+
+def test_an_average_of_another_tool_is_compared_but_has_no_place(real: Path, tmp_path: Path):
+    report.write(real, tmp_path)
+    text = (tmp_path / report.NAME).read_text()
+    assert re.search(r"\| fashion, constant: theirs \| \S+ \| \+10\.00 ± 0\.00 \|", text)
+    overview = text[: text.index("## How it was measured")]
+    assert "theirs" not in overview and "| SWA |" in overview
+
+
+def test_a_constant_rate_is_compared_with_a_decay_by_seed(real: Path, tmp_path: Path):
+    report.write(real, tmp_path)
+    text = (tmp_path / report.NAME).read_text()
+    assert "| fashion: cosine | **+5.00 ± 0.00** |" in text  # the last of each, 0.05 apart in every seed
+
+
+def test_a_compressed_file_reads_alike(results: Path):
+    packed = results.with_suffix(".jsonl.gz")
+    packed.write_bytes(gzip.compress(results.read_bytes()))
+    assert read(packed) == read(results)
 
 
 def test_differences_are_paired_by_seed(results: Path):

@@ -8,9 +8,9 @@ from pathlib import Path
 import gymnasium
 import pytest
 import torch
-from study.domains import DOMAINS, cart, domain
+from study.domains import TOYS, cart, domain
 from study.domains.attention import Block
-from study.job import Batches, write_task
+from study.job import Batches, Training, write_task
 from study.training import train
 
 from ckptavg.checkpoints.discover import discover
@@ -21,15 +21,19 @@ from ckptavg.objective.mixture import Mixture
 from ckptavg.tasks.python_file import PythonTask
 
 
-@pytest.mark.parametrize("name", DOMAINS)
+@pytest.mark.parametrize("name", TOYS)
 def test_every_domain_is_a_task_that_ckptavg_scores(name: str, tmp_path: Path):
     job = domain(name).job(3, None)
-    train(job, tmp_path / "c", steps=2, every=1, schedule="cosine", seed=3, device=torch.device("cpu"))
+    train(job, _training(tmp_path / "c", steps=2, schedule="cosine", seed=3))
     write_task(tmp_path / "study_task.py", name, 3, None)
     trained = _mixture_scores(tmp_path)
     assert all(math.isfinite(value) for value in trained)
     if job.figure is not None:
         assert math.isfinite(job.figure(job.model()))
+
+
+def _training(folder: Path, *, steps: int, schedule: str, seed: int = 0) -> Training:
+    return Training(folder=folder, steps=steps, every=1, schedule=schedule, seed=seed, device=torch.device("cpu"))
 
 
 def _mixture_scores(folder: Path) -> list[float]:
@@ -55,7 +59,7 @@ def test_the_cosine_ends_at_no_rate_and_the_constant_does_not(tmp_path: Path):
     moved: dict[str, float] = {}
     for schedule in ("constant", "cosine"):
         folder = tmp_path / schedule
-        train(job, folder, steps=40, every=1, schedule=schedule, seed=0, device=torch.device("cpu"))
+        train(job, _training(folder, steps=40, schedule=schedule))
         before, after = (torch.load(folder / f"step-{step}.pt")["state_dict"]["weight"] for step in (39, 40))
         moved[schedule] = float((after - before).norm())
     assert moved["cosine"] < 0.01 * moved["constant"]

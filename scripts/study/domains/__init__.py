@@ -24,7 +24,7 @@ MODULES: Final = {
     "brown": "brown",
     "spam-16": "spam_shards",
     "spam-64": "spam_shards",
-    # toys
+    # toys, which need nothing
     "digits-cnn": "digits_cnn",
     "digits-vit": "digits_vit",
     "source-lines": "source_lines",
@@ -40,6 +40,9 @@ MODULES: Final = {
 
 WITH_DATA: Final = ("cifar", "image-folder", "offline-rl")
 """What needs ``--data``."""
+
+TOYS: Final = ("digits-cnn", "digits-vit", "source-lines", "source-bytes", "cartpole", "logistic")
+"""What needs no data."""
 
 DOMAINS: Final = tuple(name for name in MODULES if name not in WITH_DATA)
 """What `run.py` runs unless told otherwise."""

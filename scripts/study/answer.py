@@ -1,0 +1,47 @@
+"""The answer to the study's question, in a few sentences made from its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean, median
+
+from study.cell import PICK
+from study.setting import Setting
+from study.tables import places, tally
+
+
+def answer(found: Sequence[Setting]) -> list[str]:
+    """Return a list of the findings: who is best, whether averaging helps at all, whether to let compare choose."""
+    if not found:
+        return []
+    mean = {label: fmean(each.values()) for label, each in places(found).items()}
+    order = sorted(mean, key=mean.__getitem__)
+    trainings = sum(len(one.records) for one in found)
+    best = "; ".join(f"**{label}** {mean[label]:.1f}" for label in order[:3])
+    points = [
+        f"Of {len(order)} strategies on {trainings} trainings ({len(found)} settings), the best mean places by a test "
+        f"figure that decided nothing: {best}; SWA has {mean['SWA']:.1f}, the last checkpoint {mean['last']:.1f}.",
+        f"{order[0]} is {_against(found, order[0], 'SWA')}, and {_against(found, order[0], 'last')}.",
+        f"Plain averaging (SWA) is {_kinds(found)}.",
+    ]
+    if any(one.rows(PICK) for one in found):
+        changes = [change for one in found for change in one.loss_changes(PICK)]
+        points.append(
+            f"What `ckptavg compare` picks by validation is {_against(found, PICK, 'SWA')}, and "
+            f"{_against(found, PICK, 'last')}; its test loss is {median(changes):+.1%} against SWA (median)."
+        )
+    return ["\n".join(f"- {point}" for point in points)]
+
+
+def _against(found: Sequence[Setting], label: str, other: str) -> str:
+    above, below = tally(found, label, other)
+    return f"significantly above {other} in {above} and below it in {below} of {len(found)} settings"
+
+
+def _kinds(found: Sequence[Setting]) -> str:
+    texts: list[str] = []
+    for schedule in dict.fromkeys(one.schedule for one in found):
+        mine = [one for one in found if one.schedule == schedule]
+        above, below = tally(mine, "SWA", "last")
+        texts.append(f"above the last checkpoint in {above} and below it in {below} of {len(mine)} ({schedule})")
+    return "; ".join(texts)
