@@ -76,16 +76,18 @@ def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_models_minimise_the_mean_loss_and_the_penalty(name: str):
     parts, full, shards = spam_shards.fitted(0, 2)
     features, labels = parts["train"]
+    strength = spam_shards.PENALTIES[name]
     models = [(full[name], slice(None)), (shards[name][0], slice(0, 120)), (shards[name][1], slice(120, 240))]
     for weight, rows in models:
         fit = weight.double().requires_grad_()
         logits = (features[rows].double() @ fit.T).squeeze(1)
         torch.nn.functional.binary_cross_entropy_with_logits(logits, labels[rows].double()).backward()
         strength = spam_shards.PENALTIES[name]
+        first = features[rows].double().T @ (0.5 - labels[rows].double()) / len(labels[rows])  # slopes without weights
         assert fit.grad is not None and (fit != 0).sum() > 5
-        slope = fit.grad + strength * fit.sign()
-        # the subgradient holds 0; the fit's tolerance is 1e-3 of the first gradient, of some 1e-2
-        assert (slope.abs() <= torch.where(fit == 0, strength, 0) + 3e-5).all()
+        violated = (fit.grad + strength * fit.sign()).abs() - torch.where(fit == 0, strength, 0)
+        # LIBLINEAR stops at its tolerance times the violations at the start, of which the share of spam, 1/3, counts
+        assert violated.clamp(min=0).sum() < 1e-3 * (first.abs() - strength).clamp(min=0).sum()
 
 
 @pytest.mark.usefixtures("few")

@@ -70,7 +70,13 @@ def fitted(seed: int, shards: int) -> Fitted:
 def _l1(features: Any, labels: Any, strength: float) -> Any:
     """Return the weights [D] that minimise the mean loss + ``strength``·‖w‖₁, without a bias."""
     fit = LogisticRegression(
-        l1_ratio=1, C=1 / (features.shape[0] * strength), solver="liblinear", fit_intercept=False, tol=1e-3, max_iter=20
+        l1_ratio=1,
+        C=1 / (features.shape[0] * strength),
+        solver="liblinear",
+        fit_intercept=False,
+        tol=1e-3,
+        max_iter=20,
+        random_state=0,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
