@@ -32,8 +32,8 @@ def test_returns_are_those_of_one_environment_alone(name: str, made: str):
     body, seeds = replace(_clean(name), limit=120), [5, 6, 7, 8]
     alone: list[float] = []
     body.make()  # imports Box2D without its warnings
-    env: Any = gymnasium.make(made, max_episode_steps=120)
     for seed in seeds:
+        env: Any = gymnasium.make(made, max_episode_steps=120)  # Box2D repeats itself only in a new world
         state, _ = env.reset(seed=seed)
         control, over, total = body.expert(env.unwrapped), False, 0.0
         while not over:

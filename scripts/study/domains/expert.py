@@ -224,7 +224,7 @@ BODIES: Final[Mapping[str, Body]] = {
         chosen=lambda actions: actions.clamp(-1, 1),
         loss=squared_error,
         sizes=(31, 64, 64, 4),
-        rate=2e-3,
+        rate=5e-3,
         batch=128,
         demonstrations=(50, 25, 25),
         limit=400,
@@ -271,6 +271,6 @@ DOMAIN: Final = {
         figure="mean return",
         every=75,
         job=partial(job, "walker"),
-        sizes=SIZES,
+        sizes={**SIZES, "random": 3, "singles": 8},
     ),
 }
