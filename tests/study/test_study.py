@@ -34,6 +34,7 @@ TINY = Plan(
     sewa_steps=3,
     twa_epochs=1,
     random=3,
+    singles=2,
 )
 
 
@@ -98,7 +99,7 @@ def test_an_average_of_unequal_weights_has_no_rank(record: Record):
 def test_the_random_row_is_the_mean_over_subsets(record: Record):
     row = record.row("random 2")
     assert row is not None
-    losses, figures = zip(*record.points[TINY.last :], strict=True)
+    losses, figures = zip(*record.points[TINY.singles :], strict=True)
     assert len(losses) == TINY.random
     assert (row.val_loss, row.figure) == (pytest.approx(fmean(losses)), pytest.approx(fmean(figures)))
 

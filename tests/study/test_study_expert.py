@@ -71,6 +71,22 @@ def test_the_pilot_lands_and_three_in_ten_of_its_actions_are_random():
     assert (actions == np.concatenate(advice)).mean() == pytest.approx(0.775, abs=0.053)
 
 
+def test_the_walker_is_seen_with_the_phase_of_its_stride_and_its_actions_tremble():
+    body, random = replace(expert.BODIES["walker"], limit=100), np.random.default_rng(0)
+    advice: list[Any] = []
+
+    def noisy(seen: Any, experts: Any) -> Any:
+        advice.append(_advice(seen, experts))
+        return body.noisy(advice[-1], random)
+
+    seen, actions, _ = expert.played(body, [1, 2, 3, 4], noisy)
+    phases = seen[:, 24:30]
+    assert (phases.sum(axis=1) == 1).all() and (phases.sum(axis=0) > 0).sum() >= 4
+    within = np.abs(np.concatenate(advice)) < 0.7  # not cut off at 1
+    trembled = (actions - np.concatenate(advice))[within]
+    assert trembled.std() == pytest.approx(expert.TREMOR, rel=0.1) and np.abs(actions).max() <= 1
+
+
 @pytest.mark.parametrize("name", expert.DOMAIN)
 def test_a_job_repeats_itself_and_its_parts_differ(name: str, monkeypatch: pytest.MonkeyPatch):
     small = replace(expert.BODIES[name], demonstrations=(3, 2, 2), limit=40, episodes=3)

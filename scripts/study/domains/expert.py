@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from study.job import Batches, Domain, Job, cross_entropy
 
+CHANCE: Final = 0.3  # of a random action of the lander
+TREMOR: Final = 0.05  # standard deviation of the noise of the walker's actions, which are in [-1, 1]
 Array: TypeAlias = NDArray[Any]
 
 
@@ -125,9 +127,10 @@ def model(sizes: Sequence[int]) -> nn.Module:
     return nn.Sequential(*(part for layer in layers[:-1] for part in (layer, nn.Tanh())), layers[-1])
 
 
-def squared_error(model: nn.Module, batch: list[Tensor]) -> Tensor:
-    seen, actions_BA = batch
-    return (model(seen) - actions_BA).square().mean(dim=-1)
+def likelihood(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    """Return the negative log-likelihood of each example's actions under the walker's noise, but for a constant."""
+    seen, actions = batch
+    return ((model(seen) - actions) / TREMOR).square().sum(dim=-1) / 2
 
 
 def optimizer(rate: float, model: nn.Module) -> torch.optim.Optimizer:
@@ -193,14 +196,14 @@ class Strider:
 
 
 def _random_engines(actions_R: Array, random: np.random.Generator) -> Array:
-    """Replace three in ten of the actions by random ones."""
+    """Replace a share CHANCE of the actions by random ones."""
     count = len(actions_R)
-    return np.where(random.random(count) < 0.3, random.integers(4, size=count), actions_R)
+    return np.where(random.random(count) < CHANCE, random.integers(4, size=count), actions_R)
 
 
 def _shaky(actions_RA: Array, random: np.random.Generator) -> Array:
-    """Add normal noise."""
-    return np.clip(actions_RA + 0.05 * random.standard_normal(actions_RA.shape), -1, 1).astype(np.float32)
+    """Add normal noise of standard deviation TREMOR."""
+    return np.clip(actions_RA + TREMOR * random.standard_normal(actions_RA.shape), -1, 1).astype(np.float32)
 
 
 BODIES: Final[Mapping[str, Body]] = {
@@ -222,7 +225,7 @@ BODIES: Final[Mapping[str, Body]] = {
         expert=Strider,
         noisy=_shaky,
         chosen=lambda actions: actions.clamp(-1, 1),
-        loss=squared_error,
+        loss=likelihood,
         sizes=(31, 64, 64, 4),
         rate=5e-3,
         batch=128,
@@ -271,6 +274,6 @@ DOMAIN: Final = {
         figure="mean return",
         every=75,
         job=partial(job, "walker"),
-        sizes={**SIZES, "random": 3, "singles": 8},
+        sizes={**SIZES, "random": 3, "singles": 5},
     ),
 }
