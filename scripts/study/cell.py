@@ -36,7 +36,6 @@ from study.subsets import Subsets, drawn, enumerated, figures, row_of, shape, sp
 from study.training import train
 
 PICK: Final = "compare's pick"
-SINGLES: Final = 30  # at most as many single candidates, evenly spaced, are scored on test data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +95,7 @@ def measure(cell: Cell, whole: Plan) -> Record:
             ]
             uniform = partial(Coefficients.uniform, n=mixture.n)
             subset = drawn(mixture.n, plan.k, plan.random, cell.seed)
-            single = [[i] for i in range(0, mixture.n, math.ceil(mixture.n / SINGLES))]
+            single = [[i] for i in range(0, mixture.n, math.ceil(mixture.n / plan.singles))]
             random, singles = (
                 [row_of(mixture, trained.job, "", "", uniform(each)) for each in chosen] for chosen in (subset, single)
             )

@@ -43,6 +43,7 @@ class Plan:
         sewa_steps: steps of a search by Gumbel-Softmax; None is the default.
         twa_epochs: epochs of a search by gradient descent; None is the default.
         random: number of subsets drawn as the baseline of a random choice.
+        singles: number of single candidates, evenly spaced, that are scored on test data, at most.
         exhaustive: whether every subset of K is scored, for the ranks of those that strategies choose.
         variants: whether strategies run with settings that were tried and are not recommended, too.
         with_early: whether strategies also run on the first 60 % of a training.
@@ -58,6 +59,7 @@ class Plan:
     sewa_steps: int | None = None
     twa_epochs: int | None = None
     random: int = 20
+    singles: int = 30
     exhaustive: bool = True
     variants: bool = True
     with_early: bool = True
