@@ -231,7 +231,7 @@ BODIES: Final[Mapping[str, Body]] = {
         batch=128,
         demonstrations=(50, 25, 25),
         limit=400,
-        episodes=30,
+        episodes=50,
     ),
 }
 
