@@ -9,6 +9,7 @@ import argparse
 import json
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -43,7 +44,7 @@ def check(name: str, epochs: int, root: Path) -> float:
         module = job.model().eval()
         module.load_state_dict(torch.load(file))
         ours = job.figure(module)
-        assert not isinstance(ours, float)
+        assert isinstance(ours, Mapping)
         print(f"{name}, {label}:", ", ".join(f"{key} {ours[key]:.4f} ({theirs[NAMES[key]]:.4f})" for key in NAMES))
         largest = max(largest, *(abs(ours[key] - theirs[NAMES[key]]) for key in NAMES))
     return largest

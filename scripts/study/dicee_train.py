@@ -3,6 +3,8 @@
 Runs in build/data/dicee-venv, a Python with dicee's own pins, and imports nothing of the study's.
 """
 
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false, reportUnknownParameterType=false
+
 from __future__ import annotations
 
 import argparse
@@ -99,7 +101,9 @@ class Run(executer.Execute):
 def settings(options: argparse.Namespace, storage: str, **averaging: bool) -> Namespace:
     """Return the settings of ASWA's authors."""
     args = Namespace()
-    args.dataset_dir, args.path_to_store_single_run = options.data, storage
+    # dicee takes a file for the split that its path names first, and a folder above may be called "training"
+    os.chdir(options.data)
+    args.dataset_dir, args.path_to_store_single_run = ".", storage
     args.model, args.embedding_dim, args.num_epochs, args.random_seed = options.model, 128, options.epochs, options.seed
     args.batch_size, args.lr, args.optim, args.scoring_technique = 1024, RATE, "Adam", "KvsAll"
     args.p, args.q = 0, 1
@@ -133,23 +137,30 @@ def evaluate(options: argparse.Namespace, storage: str) -> dict[str, dict[str, f
     found = {}
     for file in options.evaluate:
         model.load_state_dict(torch.load(file))
-        found[file] = Evaluator(run.args).eval(run.knowledge_graph, model, labelling)["Test"]
+        found[str(file)] = Evaluator(run.args).eval(run.knowledge_graph, model, labelling)["Test"]
     return found
+
+
+def absolute(path: str) -> Path:
+    """Return a path that remains valid in another working directory."""
+    return Path(path).resolve()
 
 
 def main() -> None:
     """Train, or print the figures of state dicts as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", help="folder of train.txt, valid.txt and test.txt")
+    parser.add_argument("data", type=absolute, help="folder of train.txt, valid.txt and test.txt")
     parser.add_argument("--model", required=True)
     parser.add_argument("--epochs", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant")
-    parser.add_argument("--into", type=Path, help="folder for a state dict an epoch")
-    parser.add_argument("--aswa", type=Path, help="file for the state dict of dicee's ASWA")
-    parser.add_argument("--swa", type=Path, help="file for the state dict of dicee's SWA, a training of its own")
+    parser.add_argument("--into", type=absolute, help="folder for a state dict an epoch")
+    parser.add_argument("--aswa", type=absolute, help="file for the state dict of dicee's ASWA")
+    parser.add_argument("--swa", type=absolute, help="file for the state dict of dicee's SWA, a training of its own")
     parser.add_argument("--slow", dest="fast", action="store_false", help="decide ASWA by dicee's own evaluator")
-    parser.add_argument("--evaluate", nargs="*", default=[], help="files of state dicts to evaluate; trains nothing")
+    parser.add_argument(
+        "--evaluate", type=absolute, nargs="*", default=[], help="state dicts to evaluate; trains nothing"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="dicee-") as storage:
         if options.evaluate:

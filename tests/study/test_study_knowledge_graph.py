@@ -41,7 +41,7 @@ def test_scores_are_the_formulas(kind: str):
     model = kg.Bilinear(kind, 5, 4, width=6).double()
     if kind == "Keci":
         torch.nn.init.constant_(model.q_coefficients.weight, 0.7)
-    e, r = model.entity_embeddings.weight, model.relation_embeddings.weight
+    e, r = model.entity_embeddings.weight.detach(), model.relation_embeddings.weight.detach()
     found = model(torch.tensor([3, 1]), torch.tensor([2, 0]))
 
     def expected(h: int, k: int, t: int) -> float:
@@ -157,6 +157,7 @@ def test_dicee_trains_a_state_dict_an_epoch_and_its_averages(folder: Path, tmp_p
     assert list(averages) == ["dicee's ASWA", "dicee's SWA"]
     for path in averages.values():
         job.model().load_state_dict(torch.load(path))
+    assert "train" in str(folder)  # dicee would take all files for the training triples
 
 
 @pytest.mark.parametrize("name", [f"{graph}-{model}" for graph in kg.GRAPHS for model in kg.MODELS])
