@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-os.environ["TQDM_DISABLE"] = "1"  # a progress bar redrawn at every step would take a tenth of the time
+os.environ["TQDM_DISABLE"] = "1"  # dicee redraws a progress bar at every step
 import tiktoken
 import torch
 
