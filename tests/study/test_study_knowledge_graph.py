@@ -76,9 +76,7 @@ def test_metric_and_figures_are_filtered_ranks_of_both_queries(folder: Path):
     assert found.tolist() == pytest.approx([(1 / a + 1 / b) / 2 for a, b in expected])
     assert max(max(pair) for pair in expected) > 1
     assert job.figure is not None
-    ranks = [
-        rank for t in kg.read_triples(folder / "test.txt") for rank in _rank_pair(model, folder, t, "test")
-    ]
+    ranks = [rank for t in kg.read_triples(folder / "test.txt") for rank in _rank_pair(model, folder, t, "test")]
     figures = {"test MRR": sum(1 / rank for rank in ranks) / len(ranks)}
     figures |= {f"Hits@{k}": sum(rank <= k for rank in ranks) / len(ranks) for k in (1, 3, 10)}
     assert job.figure(model) == pytest.approx(figures)
