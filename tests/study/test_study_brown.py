@@ -54,9 +54,7 @@ def test_each_document_is_in_one_part_and_no_passage_is_of_two(folder: Path):
     job = brown.job(0, folder)
     parts = [part.dataset.tensors[0] for part in (job.train, job.val, job.test)]  # pyright: ignore
     runs = {letter: letter.encode()[0] for letter in "abcdefghij"}
-    found = [
-        {letter for letter, code in runs.items() if ((part == code).sum(dim=1) > 20).any()} for part in parts
-    ]
+    found = [{letter for letter, code in runs.items() if ((part == code).sum(dim=1) > 20).any()} for part in parts]
     assert [len(letters) for letters in found] == [8, 1, 1] and set.union(*found) == set(runs)
     texts = [bytes(passage.tolist()).decode() for part in parts for passage in part]
     whole = [brown.read(path) for path in folder.glob("c[abk]??")]

@@ -21,7 +21,6 @@ from study.job import Batches, Domain, Job, accuracy, cross_entropy
 CLASSES: Final = 10
 MEAN, SPREAD = 0.286, 0.353  # of the training pixels, of 1
 NOISE, IMBALANCE = 0.2, 100.0
-SCHEDULES: Final = ("constant", "cosine", "wsd")
 
 
 def read(path: Path) -> Tensor:
@@ -66,7 +65,7 @@ def long_tail(labels: Tensor, classes: Tensor, ratio: float) -> Tensor:
     shares = [ratio ** (-i / (len(classes) - 1)) for i in range(len(classes))]
     of_class = [(labels == label).nonzero().flatten() for label in classes]
     kept = [places[: math.ceil(share * len(places))] for share, places in zip(shares, of_class, strict=True)]
-    return torch.cat(kept).sort().values
+    return torch.cat(kept)
 
 
 def noisy(labels: Tensor, share: float, random: torch.Generator) -> Tensor:
@@ -136,7 +135,8 @@ def job(
     random = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=random)
     if imbalance != 1:
-        order = order[long_tail(labels[order], torch.randperm(CLASSES, generator=random), imbalance)]
+        kept = long_tail(labels[order], torch.randperm(CLASSES, generator=random), imbalance)
+        order = order[kept[torch.randperm(len(kept), generator=random)]]  # the first would all be of rare classes
     val, train = order.split([count := round(held * len(order)), len(order) - count])
 
     def batches(images: Tensor, labels: Tensor, size: int, *, shuffle: bool = False) -> Batches:
@@ -161,38 +161,36 @@ def job(
 
 
 def _domain(title: str, about: str, figure: str = "test accuracy, %", every: int = 150, **settings: Any) -> Domain:
-    network = "a residual network of {} with BatchNorm, SGD".format(
-        "13 convolutions" if settings.get("large") else "5 convolutions"
-    )
     return Domain(
         title=f"Images: Fashion-MNIST, {title}",
         area="Images",
-        about=f"{about}; {network}.",
+        about=f"{about}. A residual network with BatchNorm, SGD.",
         figure=figure,
         scale=100,
         every=every,
         job=partial(job, **settings),
-        schedules=SCHEDULES,
+        schedules=("constant", "cosine", "wsd"),
         sizes={"exhaustive": False, "variants": False, "random": 5, "ks": (2, 5, 8, 12)},
     )
 
 
-SPLIT: Final = "55,000 of the 60,000 training images, 5,000 for validation, 3,000 of the 55,000 for the strategies"
+SPLIT: Final = "55,000 of the 60,000 training images, {} of them for the strategies, and 5,000 for validation"
 
 DOMAIN: Final = {
-    "fashion": _domain("clean", SPLIT),
+    "fashion": _domain("clean", SPLIT.format("3,000")),
     "fashion-noise": _domain(
-        "20 % label noise", f"{SPLIT}; a fifth of the training labels are wrong, those for validation are right", noise=NOISE
+        "20 % label noise",
+        f"{SPLIT.format('3,000')}; a fifth of the training labels are wrong, those for validation are right",
+        noise=NOISE,
     ),
     "fashion-imbalanced": _domain(
         "1:100",
-        "The classes in a random order, each with 0.6 times the images of the one before: 14,900 images, a fifth of them "
-        "for validation, as it is held out in practice: the last class has 12 there, and strategies see the mean recall",
+        "14,900 images, the classes in a random order and each 0.6 times as frequent as the one before; a fifth is for "
+        "validation, as one would hold it out in practice, with 12 images of the rarest class and the mean recall as "
+        "the metric",
         figure="test macro-F1, %",
         imbalance=IMBALANCE,
         held=0.2,
     ),
-    "fashion-large": _domain(
-        "wide", SPLIT.replace("3,000", "10,000"), every=1290, sample=10_000, large=True
-    ),
+    "fashion-large": _domain("wide network", SPLIT.format("10,000"), every=1290, sample=10_000, large=True),
 }
