@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from study.data import fetched
 from study.domains import brown
 
 LINES = "\n\n\t{0}/nn said/vbd ,/, ``/`` Mr./np Smith/np ''/'' (/( and/or/cc I/ppss )/) ./.\n\n\tNo/at ?/. ?/.\n"
@@ -77,3 +78,14 @@ def test_the_loss_is_that_of_the_next_byte_and_the_model_does_not_see_it(folder:
     torch.testing.assert_close(model(changed[:, :-1])[:, :40], logits[:, :40])
     job.loss(model, [passage]).mean().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_real_corpus_has_500_documents_of_2000_words():
+    try:
+        folder = fetched("brown")
+    except ValueError as error:
+        pytest.skip(str(error))
+    texts = [bytes(text.tolist()).decode() for text in brown.documents(folder)]
+    words = [len(text.split()) for text in texts]
+    assert len(texts) == 500 and min(words) > 1900 and max(words) < 2600
+    assert not any(mark in "".join(texts) for mark in ("``", "''", " ,", " ."))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from study.data import fetched
 from study.domains import fashion
 from study.job import Batches, Job
 from torch import Tensor, nn
@@ -162,3 +163,14 @@ def test_the_large_network_is_larger(folder: Path):
         sum(p.numel() for p in fashion.job(0, folder, large=large).model().parameters()) for large in (False, True)
     )
     assert large > 50 * small
+
+
+def test_the_real_images_are_balanced_and_their_pixels_scale_to_a_mean_of_0():
+    try:
+        folder = fetched("fashion-mnist")
+    except ValueError as error:
+        pytest.skip(str(error))
+    images, labels = fashion.load(folder, "train")
+    assert labels.bincount().tolist() == [6000] * 10 and images.shape == (60_000, 1, 28, 28)
+    scaled = (images.float() / 255 - fashion.MEAN) / fashion.SPREAD
+    assert abs(float(scaled.mean())) < 0.01 and float(scaled.std()) == pytest.approx(1, abs=0.01)

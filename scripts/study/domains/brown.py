@@ -22,7 +22,7 @@ WIDTH, BLOCKS, HEADS, LENGTH, SYMBOLS = 64, 2, 4, 64, 128
 VAL, TEST = 0.1, 0.1  # shares of the documents
 SAMPLE, SEEN, UNSEEN = 512, 500, 1500  # passages of the training, validation and test documents that are scored
 _DOCUMENT: Final = re.compile(r"c[a-r]\d\d")
-_QUOTE: Final = re.compile("`` | ''")
+_QUOTE: Final = re.compile("`` ?| ?''")
 _SPACED: Final = re.compile(r" (?=[,.;:?!)])|(?<=\() ")  # before and after punctuation that has no space in print
 
 
