@@ -20,7 +20,7 @@ from study.job import Batches, Domain, Job
 
 WIDTH, BLOCKS, HEADS, LENGTH, SYMBOLS = 64, 2, 4, 64, 128
 VAL, TEST = 0.1, 0.1  # shares of the documents
-SAMPLE, SEEN, UNSEEN = 512, 500, 1500  # passages of the training, validation and test documents that are scored
+SAMPLE, SEEN, UNSEEN = 400, 300, 1000  # passages of the training, validation and test documents that are scored
 _DOCUMENT: Final = re.compile(r"c[a-r]\d\d")
 _QUOTE: Final = re.compile("`` ?| ?''")
 _SPACED: Final = re.compile(r" (?=[,.;:?!)])|(?<=\() ")  # before and after punctuation that has no space in print
@@ -118,8 +118,8 @@ def job(seed: int, data: Path | None) -> Job:
         model=Writer,
         loss=loss,
         train=Batches(training, size=min(16, len(training)), shuffle=True),
-        sample=Batches(training[:SAMPLE], size=min(32, len(training)), shuffle=True),
-        val=Batches(cut(val, SEEN), size=50),
+        sample=Batches(training[:SAMPLE], size=min(25, len(training)), shuffle=True),
+        val=Batches(cut(val, SEEN), size=25),
         test=Batches(cut(test, UNSEEN), size=100),
         optimizer=optimizer,
         clip=1.0,
@@ -136,8 +136,8 @@ DOMAIN = Domain(
     ),
     figure="− test loss, bits per byte",
     scale=1 / math.log(2),
-    every=150,
+    every=130,
     job=job,
     schedules=("constant", "cosine", "wsd"),
-    sizes={"exhaustive": False, "variants": False, "with_early": False, "random": 5, "ks": (2, 5, 8, 12)},
+    sizes={"exhaustive": False, "variants": False, "with_early": False, "random": 5, "ks": (2, 5, 12)},
 )
