@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from study.data import fetched
-from study.domains import fashion
+from study.domains import DOMAINS, domain, fashion
 from study.job import Batches, Job
 from torch import Tensor, nn
 
@@ -158,11 +158,13 @@ def test_f1_and_balanced_accuracy_are_those_of_a_count_by_hand():
     assert float(each.mean()) == pytest.approx((4 / 6 + 1 / 2 + 0) / 3)
 
 
-def test_the_large_network_is_larger(folder: Path):
+def test_the_large_network_is_larger_and_only_run_when_asked_for(folder: Path):
     small, large = (
-        sum(p.numel() for p in fashion.job(0, folder, large=large).model().parameters()) for large in (False, True)
+        sum(p.numel() for p in domain(name).job(0, folder).model().parameters())
+        for name in ("fashion", "fashion-large")
     )
     assert large > 50 * small
+    assert "fashion" in DOMAINS and "fashion-large" not in DOMAINS
 
 
 def test_the_real_images_are_balanced_and_their_pixels_scale_to_a_mean_of_0():

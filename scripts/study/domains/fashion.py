@@ -115,7 +115,7 @@ def job(
     *,
     noise: float = 0.0,
     imbalance: float = 1.0,
-    held: float = 1 / 15,
+    held: float = 1 / 20,
     sample: int = 2000,
     large: bool = False,
 ) -> Job:
@@ -160,7 +160,7 @@ def job(
     )
 
 
-def _domain(title: str, about: str, figure: str = "test accuracy, %", every: int = 150, **settings: Any) -> Domain:
+def _domain(title: str, about: str, figure: str = "test accuracy, %", every: int = 130, **settings: Any) -> Domain:
     return Domain(
         title=f"Images: Fashion-MNIST, {title}",
         area="Images",
@@ -174,7 +174,7 @@ def _domain(title: str, about: str, figure: str = "test accuracy, %", every: int
     )
 
 
-SPLIT: Final = "56,000 of the 60,000 training images, {} of them for the strategies, and 4,000 for validation"
+SPLIT: Final = "57,000 of the 60,000 training images, {} of them for the strategies, and 3,000 for validation"
 
 DOMAIN: Final = {
     "fashion": _domain("clean", SPLIT.format("2,000")),
@@ -192,5 +192,5 @@ DOMAIN: Final = {
         imbalance=IMBALANCE,
         held=0.2,
     ),
-    "fashion-large": _domain("wide network", SPLIT.format("10,000"), every=1290, sample=10_000, large=True),
+    "fashion-large": _domain("wide network", SPLIT.format("10,000"), every=1335, sample=10_000, large=True),
 }
