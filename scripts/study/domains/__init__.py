@@ -31,6 +31,8 @@ MODULES: Final = {
     "source-bytes": "source_bytes",
     "cartpole": "cartpole",
     "logistic": "logistic",
+    # a GPU in practice
+    "fashion-large": "fashion",
     # files of the user's, and a GPU in practice
     "cifar": "cifar",
     "image-folder": "image_folder",
@@ -44,7 +46,10 @@ WITH_DATA: Final = ("cifar", "image-folder", "offline-rl")
 TOYS: Final = ("digits-cnn", "digits-vit", "source-lines", "source-bytes", "cartpole", "logistic")
 """What needs no data."""
 
-DOMAINS: Final = tuple(name for name in MODULES if name not in WITH_DATA)
+LARGE: Final = ("fashion-large",)
+"""What a CPU takes hours for."""
+
+DOMAINS: Final = tuple(name for name in MODULES if name not in (*WITH_DATA, *LARGE))
 """What `run.py` runs unless told otherwise."""
 
 

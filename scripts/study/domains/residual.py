@@ -1,6 +1,8 @@
-"""A residual network with BatchNorm for colour images of any size."""
+"""A residual network with BatchNorm for images of any size."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +33,23 @@ class Residual(nn.Module):
         return torch.relu(self.body(images) + self.shortcut(images))
 
 
-def residual_network(classes: int, width: int = 64) -> nn.Module:
-    """Return a stem and four stages of two blocks, each after the first with half the size and twice the channels."""
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+def residual_network(
+    classes: int, width: int = 64, *, channels: int = 3, strides: Sequence[int] = (1, 1, 2, 2, 2), blocks: int = 2
+) -> nn.Module:
+    """Return a stem and stages of residual blocks, each stage after the first with twice the channels.
+
+    Args:
+        classes: number of outputs.
+        width: channels of the stem and of the first stage.
+        channels: channels of an image.
+        strides: strides of the stem and of each stage's first block.
+        blocks: blocks of a stage.
+    """
+    stem, *stages = strides
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, stem, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     into = width
-    for stage in range(4):
+    for stage, stride in enumerate(stages):
         out = width * 2**stage
-        layers += [Residual(into, out, 1 if stage == 0 else 2), Residual(out, out, 1)]
+        layers += [Residual(into, out, stride), *(Residual(out, out, 1) for _ in range(blocks - 1))]
         into = out
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(into, classes))
