@@ -14,6 +14,7 @@ from ckptavg.score import Score, difference_error
 
 AGREEING: Final = 0.3  # rank correlation from which the loss is taken as a witness of the metric
 CLOSE: Final = 0.01  # fraction of the lowest loss within which the metric may choose
+CLEAR: Final = 4.0  # standard errors by which a metric overrules the loss: by chance, one of 30 once in 1,000
 _FEW: Final = 5  # mixtures below which a rank correlation says nothing
 
 
@@ -22,8 +23,10 @@ class Selection:
 
     ``loss`` chooses the lowest loss, ``metric`` the best metric (ties: the lower loss). ``auto`` is ``loss`` if loss
     and metric rank all scored mixtures alike, else ``metric``. The loss is the quieter of the two on few examples, so
-    the metric decides only if Spearman's correlation is below `AGREEING` by more than its standard error: a dozen
-    mixtures that hardly differ have any correlation by chance. By loss, ``auto`` prefers mixtures whose metric is at
+    the metric decides only if Spearman's correlation is below `AGREEING` by more than its standard error (a dozen
+    mixtures that hardly differ have any correlation by chance), or if the best metric is above that of the lowest loss
+    by more than `CLEAR` standard errors of the difference: many poor candidates can rank alike while, among the best,
+    the loss misses what the metric measures. By loss, ``auto`` prefers mixtures whose metric is at
     least that of every single candidate and of the mean of all, if their loss is within `CLOSE` of the lowest, or if
     the lowest is that of one of these. By metric, it prefers the mean of all if its loss is lower and its metric is
     below the best by less than the standard error of the difference: of many noisy values one is high by chance. So an
@@ -73,7 +76,15 @@ class Selection:
         if self._select_by != "auto":
             return self._select_by
         agreement, error = _agreement(scores)
-        return "loss" if agreement is not None and agreement + error >= AGREEING else "metric"
+        alike = agreement is not None and agreement + error >= AGREEING
+        return "loss" if alike and self._lead() <= CLEAR else "metric"
+
+    def _lead(self) -> float:
+        """Return by how many standard errors the best metric is above that of the lowest loss; 0 if unknown."""
+        known = [score for score in self.scores.values() if score.loss is not None and not score.invalid]
+        highest, lowest = max(known, key=lambda score: score.value), min(known, key=lambda score: score.loss or 0.0)
+        error = difference_error(highest, lowest)
+        return (highest.value - lowest.value) / error if error > 0 else 0.0
 
     def ranking(self) -> Callable[[Coefficients], tuple[float, float]]:
         """Return the key by which scored mixtures are ranked now; larger is better."""
@@ -125,8 +136,11 @@ class Selection:
         agreement, error = _agreement(scores)
         if agreement is None:
             return f"chosen by {name} {many}: too few to say whether the loss agrees"
-        verb = ("ranks" if agreement >= AGREEING else "may rank") if by == "loss" else "does not rank"
+        alike = agreement + error >= AGREEING
+        verb = ("ranks" if agreement >= AGREEING else "may rank") if alike else "does not rank"
         reason = f"the loss {verb} them like {name} (Spearman {agreement:.2f} ± {error:.2f})"
+        if alike and by == "metric":
+            reason += f", but at the lowest loss {name} is {self._lead():.1f} standard errors below the best"
         if by == "loss" and chosen and self.loss(chosen) > min(map(self.loss, self.scores)):
             what = f"by loss, of those whose {name} is at least that of every plain average,"
         elif by == "metric" and chosen and self.scores[chosen].value < max(score.value for score in scores):

@@ -93,6 +93,23 @@ def test_by_metric_auto_prefers_the_mean_unless_another_is_better_by_more_than_n
     assert selection.best() == PAIR  # better in both
 
 
+@pytest.mark.parametrize(("right", "expected"), [(100, PAIR), (77, TRIPLE)])
+def test_a_metric_that_is_clearly_better_overrules_a_loss_that_ranks_the_poor_ones_alike(
+    right: int, expected: Coefficients
+):
+    """Compare over 100 examples: the triple has the lowest loss and 70 right; 30 more are clear, 7 more are noise."""
+    table = AGREEING | {TRIPLE: (0.7, 0.9), PAIR: (right / 100, 1.0)}
+    selection = Selection(Table(table))
+    selection.score(table)
+    for mixture, count in ((TRIPLE, 70), (PAIR, right)):
+        each = PerExample(values_U=(torch.arange(100) < count).double(), examples_U=torch.ones(100).double())
+        selection.scores[mixture] = replace(selection.scores[mixture], per_example=each)
+    assert selection.best() == expected
+    note = selection.note(expected)
+    assert note.startswith("chosen by accuracy") == (expected == PAIR) == ("standard errors below the best" in note)
+    assert "the loss ranks them like accuracy (Spearman 0." in note
+
+
 def test_few_mixtures_do_not_tell_whether_the_loss_agrees():
     best, note = chosen({PAIR: (0.9, 3.0), TRIPLE: (0.4, 1.0)}, "auto")
     assert best == PAIR and "too few" in note
