@@ -39,7 +39,7 @@ class LastBlock(BertForSequenceClassification):
         attention = block.attention.self
         x_BLE = inputs_embeds.float()
         first_B1E = x_BLE[:, :1]
-        (b, _, e), h = x_BLE.shape, attention.num_attention_heads
+        b, h, e = len(x_BLE), attention.num_attention_heads, x_BLE.shape[-1]
         q_BHD = attention.query(first_B1E).view(b, h, -1)
         asked_BHE = torch.einsum("bhd,hde->bhe", q_BHD, attention.key.weight.view(h, -1, e))
         scores_BHL = asked_BHE @ x_BLE.transpose(1, 2) / q_BHD.shape[-1] ** 0.5

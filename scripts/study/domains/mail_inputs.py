@@ -37,9 +37,8 @@ def inputs(length: int, *, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: if the data were not fetched, or a mail is of an unknown group.
     """
     base = fetched("minilm")
-    sources = b"".join(Path(str(file)).read_bytes() for file in (__file__, reader.__file__))
-    name = f"{'hidden' if frozen else 'tokens'}-{length}-{hashlib.sha256(sources).hexdigest()[:12]}.pt"
-    path = base.parent / "spam-lora-cache" / name
+    kind = f"{'hidden' if frozen else 'tokens'}-{length}"
+    path = base.parent / "spam-lora-cache" / f"{kind}-{_digest()}.pt"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
         tokens_ML, mask_ML, labels_M = tokens(reader.mails(), base, length)
@@ -47,7 +46,16 @@ def inputs(length: int, *, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")  # another training may write it at the same time
         torch.save((first, mask_ML, labels_M), unfinished)
         unfinished.replace(path)
+        for outdated in set(path.parent.glob(f"{kind}-*.pt")) - {path}:
+            outdated.unlink(missing_ok=True)
     return _mapped(path)
+
+
+@cache
+def _digest() -> str:
+    """Return a key of the code, cached at the first call so that later edits do not change it."""
+    sources = b"".join(Path(str(file)).read_bytes() for file in (__file__, reader.__file__))
+    return hashlib.sha256(sources).hexdigest()[:12]
 
 
 @cache
