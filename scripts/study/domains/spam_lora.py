@@ -163,7 +163,7 @@ DOMAIN = {
         about=_ABOUT.format("in the last of MiniLM's six blocks, which reads 48 tokens,"),
         figure="test accuracy, %",
         scale=100,
-        every=20,
+        every=25,
         job=partial(job, Size(length=48, frozen=True, rate=1e-3)),
         sizes={**_SIZES, "ks": (1, 2, 3, 5, 8, 12)},
     ),
