@@ -33,6 +33,7 @@ MODULES: Final = {
     "logistic": "logistic",
     # a GPU in practice
     "fashion-large": "fashion",
+    "spam-lora-large": "spam_lora",
     # files of the user's, and a GPU in practice
     "cifar": "cifar",
     "image-folder": "image_folder",
@@ -46,7 +47,7 @@ WITH_DATA: Final = ("cifar", "image-folder", "offline-rl")
 TOYS: Final = ("digits-cnn", "digits-vit", "source-lines", "source-bytes", "cartpole", "logistic")
 """What needs no data."""
 
-LARGE: Final = ("fashion-large",)
+LARGE: Final = ("fashion-large", "spam-lora-large")
 """What a CPU takes hours for."""
 
 DOMAINS: Final = tuple(name for name in MODULES if name not in (*WITH_DATA, *LARGE))
