@@ -48,6 +48,8 @@ class Job:
         figure: final figure of merit, not available to strategies, larger is better; of a mapping the first is that
             figure, the others are reported beside it; None takes the test score.
         clip: maximum gradient norm in the base training.
+        forward: one pass of the model over a batch, if loss and metric both call the model just for this; strategies then
+            score both from it.
         sample: the training batches that strategies see, for BatchNorm statistics and on=train; None is ``train``.
         run: trains in a way of its own and writes ``step-N`` checkpoints; returns label → file of a state dict for
             averages that another tool made during the training. None is `study.training.train`.
@@ -62,6 +64,7 @@ class Job:
     metric: Callable[[nn.Module, Any], Tensor] | None = None
     figure: Callable[[nn.Module], float | Mapping[str, float]] | None = None
     clip: float | None = None
+    forward: Callable[[nn.Module, Any], Any] | None = None
     sample: Iterable[Any] | None = None
     run: Callable[[Training], Mapping[str, Path]] | None = None
 
@@ -141,6 +144,16 @@ from study.domains import domain
 DATA = {given!r}
 job = domain({domain!r}).job({seed}, DATA and Path(DATA))
 model, loss, metric = job.model, job.loss, job.metric
+if job.forward is not None:
+
+    def forward(model, batch):
+        return job.forward(model, batch)
+
+    def loss(output, batch):
+        return job.loss(lambda *_, **__: output, batch)
+
+    def metric(output, batch):
+        return job.metric(lambda *_, **__: output, batch)
 
 
 def train_dataloader():

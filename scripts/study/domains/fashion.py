@@ -150,6 +150,7 @@ def job(
     return Job(
         model=partial(residual_network, CLASSES, 64 if large else 16, channels=1, **shape),
         loss=loss,
+        forward=lambda model, batch: model(batch[0]),
         metric=accuracy if imbalance == 1 else balanced_accuracy,
         train=batches(images[train], trained, 128, shuffle=True),
         sample=batches(images[train[:sample]], trained[:sample], 128, shuffle=True),

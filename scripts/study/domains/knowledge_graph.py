@@ -192,6 +192,7 @@ def job_of(model: str, folder: Path, seed: int) -> Job:
         model=partial(Bilinear, model, graph.entities, graph.relations),
         loss=loss,
         metric=reciprocal_rank,
+        forward=lambda model, batch: model(batch[0].flatten(), batch[1].flatten()),
         train=Batches(*parts["train"], size=count),  # a step of these trainings is an epoch
         val=Batches(*parts["valid"], size=BATCH),
         test=Batches(*parts["test"], size=BATCH),

@@ -137,6 +137,7 @@ def job(size: Size, seed: int, _: Path | None) -> Job:
     return Job(
         model=partial(model, size),
         loss=loss,
+        forward=lambda model, batch: model(**named(*batch[:2])),
         metric=accuracy,
         train=train_mails,
         val=Mails(tensors, val, size=50),
