@@ -48,8 +48,8 @@ class Job:
         figure: final figure of merit, not available to strategies, larger is better; of a mapping the first is that
             figure, the others are reported beside it; None takes the test score.
         clip: maximum gradient norm in the base training.
-        forward: one pass of the model over a batch, if loss and metric both call the model just for this; strategies then
-            score both from it.
+        forward: one pass of the model over a batch, if loss and metric call the model just for this; both are then
+            scored from it.
         sample: the training batches that strategies see, for BatchNorm statistics and on=train; None is ``train``.
         run: trains in a way of its own and writes ``step-N`` checkpoints; returns label → file of a state dict for
             averages that another tool made during the training. None is `study.training.train`.

@@ -137,16 +137,6 @@ def loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     return nn.functional.cross_entropy(scores_B2E.transpose(1, 2), batch[2], reduction="none").mean(dim=1)
 
 
-def binary_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    """Return dicee's binary cross-entropy of each triple over the same entities."""
-    scores_B2E, known_B2E = scores(model, batch), batch[3]
-    labels_B2E = torch.zeros_like(scores_B2E).scatter(2, batch[2][..., None], 1.0)
-    each_B2E = nn.functional.binary_cross_entropy_with_logits(
-        scores_B2E.masked_fill(known_B2E, 0.0), labels_B2E, reduction="none"
-    )
-    return each_B2E.masked_fill(known_B2E, 0.0).sum(dim=(1, 2)) / (~known_B2E).sum(dim=(1, 2))
-
-
 def ranks(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """Return the filtered ranks of the true entities, [B, 2], 1 for the best."""
     scores_B2E = scores(model, batch)
@@ -217,10 +207,8 @@ def _domain(graph: str, model: str) -> Domain:
             f"{MODELS[model]} trained by dicee, the framework of ASWA's authors, with their settings: width {WIDTH}, "
             f"{EPOCHS} epochs of Adam at a rate of 0.1, a checkpoint an epoch, all of them candidates. dicee minimizes "
             "a binary cross-entropy; strategies see the cross-entropy of the true entity among those not known to be "
-            "true, since a rank too compares the scores of one query. (UMLS, DistMult, seed 0, test MRR with this loss "
-            "and with the binary one: TWA-v simplex 73.6 % and 69.8 %, SeWA 72.5 % and 67.3 %, TWA cross-validated "
-            "70.9 % and 70.2 %, blend 70.0 % and 68.2 %.) Their metric is the reciprocal rank. Both are filtered by "
-            "the triples of training and validation; the filter of dicee's ASWA, a by-product of the same training, "
+            "true, since a rank, too, compares the scores of one query. Their metric is the reciprocal rank. Both are "
+            "filtered by the triples of training and validation; the filter of dicee's ASWA, a by-product of the same training, "
             "knows those of test too, as is usual. dicee's SWA changes the learning rate and is a training of its own, "
             "made for the constant schedule."
         ),
