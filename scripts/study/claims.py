@@ -58,7 +58,8 @@ def _sewa(found: Sequence[Setting]) -> list[str]:
     text = (
         "Wang et al. (2025) compare values of K up to all candidates; to their reviewers the curves of SeWA and LAWA "
         "looked alike. Test figure by K, and the mean of SeWA − LAWA over all K < N, paired by seed. At K = N both are "
-        "SWA; LAWA at K = 1 is the last checkpoint."
+        "SWA; LAWA at K = 1 is the last checkpoint. Where SeWA returns another average as it is better, the figure "
+        "is that average's."
     )
     parts = ["### SeWA for every K", text]
     for ks in dict.fromkeys(tuple(one.ks) for one in swept):

@@ -70,7 +70,7 @@ def _cost(one: Setting, rows: Sequence[Row]) -> list[str]:
 
 def digits_of(one: Setting) -> int:
     """Return the number of decimals: a loss in nats and a reciprocal rank need more than a percentage."""
-    return 4 if one.domain.scale == 1 and one.magnitude < 10 else 2
+    return 4 if one.domain.scale * one.magnitude < 10 else 2
 
 
 def shown(interval: Interval | None, digits: int) -> str:
