@@ -246,6 +246,7 @@ def _mean(label: str, rows: Sequence[Row]) -> Row:
         val_loss=fmean(row.val_loss for row in rows),
         test_loss=fmean(row.test_loss for row in rows),
         figure=fmean(row.figure for row in rows),
+        also={name: fmean(row.also[name] for row in rows) for name in rows[0].also},
     )
 
 

@@ -71,9 +71,11 @@ def document(found: Sequence[Setting], failures: Sequence[Failure], drawn: dict[
 
 def _domains(found: Sequence[Setting], drawn: dict[str, str]) -> list[str]:
     parts: list[str] = []
+    told = ""
     for name in dict.fromkeys(one.name for one in found):
         mine = [one for one in found if one.name == name]
-        parts += [f"### {mine[0].domain.title}", f"{mine[0].domain.about} {_sizes(mine)}", f"    {_command(mine)}"]
+        about, told = mine[0].domain.about.removeprefix(told), mine[0].domain.about
+        parts += [f"### {mine[0].domain.title}", f"{about} {_sizes(mine)}".strip(), f"    {_command(mine)}"]
         parts.append(_picture("Differences of the test figure from SWA", drawn, name))
         parts += [folded(f"{one.title}: all strategies", setting_table(one)) for one in mine]
     return parts

@@ -41,7 +41,7 @@ def _strategy(one: Setting, label: str, also: Sequence[str], ranked: bool) -> li
         label,
         f"{fmean(used):.1f}" if used else NONE,
         f"{one.domain.scale * fmean(row.figure for row in rows):.{digits}f}",
-        *(f"{fmean(row.also[name] for row in rows):.4g}" for name in also),
+        *(f"{fmean(row.also[name] for row in rows):.4g}" if name in rows[0].also else NONE for name in also),
         NONE if label == "last" else shown(one.difference(label, "last"), digits),
         NONE if label == "SWA" else shown(one.difference(label, "SWA"), digits),
         f"{fmean(row.val_loss for row in rows):.4f}",

@@ -267,7 +267,7 @@ def test_the_answer_comes_first_and_has_the_figures_of_the_tables(real: Path, tm
 def test_an_average_of_another_tool_is_compared_but_has_no_place(real: Path, tmp_path: Path):
     report.write(real, tmp_path)
     text = (tmp_path / report.NAME).read_text()
-    assert re.search(r"\| fashion, constant: theirs \| \S+ \| \+10\.00 ± 0\.00 \|", text)
+    assert re.search(r"\| fashion, constant: theirs \| \S+ \| \*\*\+10\.00 ± 0\.00\*\* \|", text)
     overview = text[: text.index("## How it was measured")]
     assert "theirs" not in overview and "| SWA |" in overview
 
@@ -282,6 +282,13 @@ def test_a_compressed_file_reads_alike(results: Path):
     packed = results.with_suffix(".jsonl.gz")
     packed.write_bytes(gzip.compress(results.read_bytes()))
     assert read(packed) == read(results)
+
+
+def test_the_published_page_is_made_from_the_published_results(tmp_path: Path):
+    docs = Path(__file__).parent.parent.parent / "docs"
+    report.write(docs / "study" / "results.jsonl.gz", tmp_path, "study")
+    assert (tmp_path / report.NAME).read_text() == (docs / report.NAME).read_text()
+    assert {path.name for path in (tmp_path / "study").iterdir()} == {path.name for path in docs.glob("study/*.svg")}
 
 
 def test_differences_are_paired_by_seed(results: Path):

@@ -204,10 +204,10 @@ def _domain(graph: str, model: str) -> Domain:
         title=f"{title}, {MODELS[model]}",
         area="Knowledge graphs",
         about=(
-            f"{MODELS[model]} trained by dicee, the framework of ASWA's authors, with their settings: width {WIDTH}, "
-            f"{EPOCHS} epochs of Adam at a rate of 0.1, a checkpoint an epoch, all of them candidates. dicee minimizes "
-            "a binary cross-entropy; strategies see the cross-entropy of the true entity among those not known to be "
-            "true, since a rank, too, compares the scores of one query. Their metric is the reciprocal rank. Both are "
+            f"Trained by dicee, the framework of ASWA's authors, with their settings: width {WIDTH}, {EPOCHS} epochs "
+            "of Adam at a rate of 0.1, a checkpoint an epoch, all of them candidates. dicee minimizes a binary "
+            "cross-entropy; strategies see the cross-entropy of the true entity among those not known to be true, "
+            "since a rank, too, compares the scores of one query. Their metric is the reciprocal rank. Both are "
             "filtered by the triples of training and validation; the filter of dicee's ASWA, a by-product of the same "
             "training, knows those of test too, as is usual. dicee's SWA changes the learning rate and is a training "
             "of its own, made for the constant schedule."
