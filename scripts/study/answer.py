@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean, median
+from typing import Final
 
 from study.cell import PICK
 from study.setting import Setting
 from study.tables import places, tally
 
+RATES: Final = {"the learning rate is constant": ("constant",), "it decays": ("cosine", "wsd")}
+
 
 def answer(found: Sequence[Setting]) -> list[str]:
-    """Return a list of the findings: who is best, whether averaging helps at all, whether to let compare choose."""
+    """Return a list of the findings: the best, whether averaging helps at all, whether to let compare choose."""
     if not found:
         return []
     mean = {label: fmean(each.values()) for label, each in places(found).items()}
@@ -40,8 +43,9 @@ def _against(found: Sequence[Setting], label: str, other: str) -> str:
 
 def _kinds(found: Sequence[Setting]) -> str:
     texts: list[str] = []
-    for schedule in dict.fromkeys(one.schedule for one in found):
-        mine = [one for one in found if one.schedule == schedule]
-        above, below = tally(mine, "SWA", "last")
-        texts.append(f"above the last checkpoint in {above} and below it in {below} of {len(mine)} ({schedule})")
+    for name, schedules in RATES.items():
+        mine = [one for one in found if one.schedule in schedules]
+        if mine:
+            above, below = tally(mine, "SWA", "last")
+            texts.append(f"above the last checkpoint in {above} and below it in {below} of {len(mine)} where {name}")
     return "; ".join(texts)
