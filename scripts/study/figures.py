@@ -52,7 +52,7 @@ def _overview(found: Sequence[Setting], path: Path) -> None:
     axes = figure.subplots()
     axes.imshow(cells, aspect="auto", cmap="RdYlBu_r", vmin=1, vmax=len(order))
     axes.set_yticks(range(len(order)), order)
-    axes.set_xticks(range(len(areas) + 1), [textwrap.fill(area, 16) for area in (*areas, "mean of the areas")])
+    axes.set_xticks(range(len(areas) + 1), [textwrap.fill(area, 13) for area in (*areas, "mean of the areas")])
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     for y, row in enumerate(cells):
         for x, place in enumerate(row):
@@ -101,7 +101,7 @@ def _differences(axes: Any, mine: Sequence[Setting]) -> None:
     axes.grid(axis="y", linewidth=0.3)
     axes.invert_yaxis()
     axes.set_xlabel(f"{mine[0].domain.figure}: difference from SWA, 95 % over seeds")
-    axes.legend(loc="best", fontsize=9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(mine), fontsize=9)
 
 
 def _by_k(axes: Any, mine: Sequence[Setting]) -> None:
@@ -112,6 +112,7 @@ def _by_k(axes: Any, mine: Sequence[Setting]) -> None:
             if figures:
                 label = f"{kind}, {one.schedule}"
                 axes.plot(*zip(*figures, strict=True), style, color=_colour(one, nth), label=label)
+    axes.set_xticks(mine[0].ks)
     axes.set_xlabel("K")
     axes.set_ylabel(mine[0].domain.figure)
     axes.legend(fontsize=9)
