@@ -7,10 +7,12 @@ from statistics import fmean, median
 from typing import Final
 
 from study.cell import PICK
-from study.setting import Setting
+from study.interval import Interval
+from study.setting import Setting, constant
 from study.tables import places, tally
 
 RATES: Final = {"the learning rate is constant": ("constant",), "it decays": ("cosine", "wsd")}
+NOTHING: Final = Interval(mean=0.0, half=None, count=0)
 
 
 def answer(found: Sequence[Setting]) -> list[str]:
@@ -32,6 +34,15 @@ def answer(found: Sequence[Setting]) -> list[str]:
         points.append(
             f"What `ckptavg compare` picks by validation is {_against(found, PICK, 'SWA')}, and "
             f"{_against(found, PICK, 'last')}; its test loss is {median(changes):+.1%} against SWA (median)."
+        )
+    for peer in dict.fromkeys(peer for one in found for peer in one.peers):
+        mine = [one for one in found if peer in one.peers]
+        points.append(f"Against what was made while training, {peer}: that pick is {_against(mine, PICK, peer)}.")
+    if decays := [(one, plain) for one in found if (plain := constant(one, found)) is not None]:
+        signs = [(plain.difference_to(PICK, one) or NOTHING).sign for one, plain in decays]
+        points.append(
+            "A constant learning rate, and the pick of its checkpoints, ends significantly above the last checkpoint "
+            f"of a training that decays in {signs.count(1)} and below it in {signs.count(-1)} of {len(signs)} settings."
         )
     return ["\n".join(f"- {point}" for point in points)]
 

@@ -7,7 +7,7 @@ from statistics import fmean, median
 from typing import Final
 
 from study.interval import Interval
-from study.setting import Setting
+from study.setting import Setting, constant
 from study.tables import NONE, digits_of, shown, table
 
 AVERAGES: Final = ("SWA", "WSM sqrt", "TWA cross-validated", "compare's pick")
@@ -24,11 +24,9 @@ def _decay(found: Sequence[Setting]) -> list[str]:
     rows: list[list[str]] = []
     labels = ["last", *AVERAGES]
     for one in found:
-        plain = next((other for other in found if (other.name, other.schedule) == (one.name, "constant")), None)
-        if plain is None or one is plain:
-            continue
-        differences = [plain.difference_to(label, one) for label in labels]
-        rows.append([f"{one.name}: {one.schedule}", *(shown(each, digits_of(one)) for each in differences)])
+        if (plain := constant(one, found)) is not None:
+            differences = [plain.difference_to(label, one) for label in labels]
+            rows.append([f"{one.name}: {one.schedule}", *(shown(each, digits_of(one)) for each in differences)])
     text = (
         "Merging instead of decaying (Tian et al., 2025, WSM): a training at a constant learning rate, averaged, "
         "against the last checkpoint of a training with as many steps whose rate decays. Test figure of the former "

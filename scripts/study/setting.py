@@ -132,6 +132,12 @@ class Setting:
         return Interval.of(known) if known else None
 
 
+def constant(one: Setting, found: Sequence[Setting]) -> Setting | None:
+    """Return the setting of the same domain at a constant learning rate, if ``one`` decays and there is one."""
+    same = (other for other in found if (other.name, other.schedule) == (one.name, "constant"))
+    return None if one.schedule == "constant" else next(same, None)
+
+
 def settings(records: Sequence[Record]) -> list[Setting]:
     """Group records by domain and schedule, in order of first appearance; seeds in theirs."""
     kinds = dict.fromkeys((record.domain, record.schedule) for record in records)
