@@ -35,9 +35,12 @@ def answer(found: Sequence[Setting]) -> list[str]:
             f"What `ckptavg compare` picks by validation is {_against(found, PICK, 'SWA')}, and "
             f"{_against(found, PICK, 'last')}; its test loss is {median(changes):+.1%} against SWA (median)."
         )
-    for peer in dict.fromkeys(peer for one in found for peer in one.peers):
-        mine = [one for one in found if peer in one.peers]
-        points.append(f"Against what was made while training, {peer}: that pick is {_against(mine, PICK, peer)}.")
+    peers = [
+        _against([one for one in found if peer in one.peers], PICK, peer)
+        for peer in dict.fromkeys(peer for one in found for peer in one.peers)
+    ]
+    if peers:
+        points.append(f"Against averages and fits of other tools, that pick is {'; '.join(peers)}.")
     if decays := [(one, plain) for one in found if (plain := constant(one, found)) is not None]:
         signs = [(plain.difference_to(PICK, one) or NOTHING).sign for one, plain in decays]
         points.append(

@@ -233,7 +233,7 @@ def _peer(trained: Trained, label: str, path: Path) -> Row:
         )
     assert job.figure is not None, "a domain with averages of other tools has a figure"
     figure, also = split(job.figure(model))
-    spec = "made while training"
+    spec = "of another tool"
     return Row(label=label, spec=spec, used=None, val_loss=val, test_loss=test, figure=figure, also=also)
 
 

@@ -269,7 +269,8 @@ def test_an_average_of_another_tool_is_compared_but_has_no_place(real: Path, tmp
     text = (tmp_path / report.NAME).read_text()
     assert re.search(r"\| fashion, constant: theirs \| \S+ \| \*\*\+10\.00 ± 0\.00\*\* \|", text)
     overview = text[: text.index("## How it was measured")]
-    assert "theirs" not in overview and "| SWA |" in overview
+    assert "| theirs |" not in overview and "| SWA |" in overview
+    assert "significantly above theirs in 2 and below it in 0 of 2 settings" in overview
 
 
 def test_a_constant_rate_is_compared_with_a_decay_by_seed(real: Path, tmp_path: Path):
