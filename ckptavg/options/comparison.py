@@ -18,7 +18,8 @@ class ComparisonOptions:
     )] = ""  # fmt: skip
     select_by: Annotated[Literal["auto", "loss", "metric"], Help(
         MAIN, "What chooses the winner; auto is loss where both agree.",
-        "They agree unless Spearman's correlation is below 0.3 or the best metric far above.")] = "auto"  # fmt: skip
+        "They agree unless Spearman's correlation is clearly below 0.3, or the best metric is above "
+        "that of the lowest loss by four standard errors.")] = "auto"  # fmt: skip
     write_all: Annotated[Path | str | None, Help(
         OUTPUT, "Also write every strategy's average to this directory.", metavar="DIR")] = None  # fmt: skip
 

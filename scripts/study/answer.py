@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import fmean, median
+from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Final
 
 from study.cell import PICK
-from study.interval import Interval
+from study.interval import FEWEST
 from study.setting import Setting, constant
-from study.tables import places, tally
+from study.tables import places
 
-RATES: Final = {"the learning rate is constant": ("constant",), "it decays": ("cosine", "wsd")}
-NOTHING: Final = Interval(mean=0.0, half=None, count=0)
+RATES: Final = {"at a constant learning rate": ("constant",), "where it decays": ("cosine", "wsd")}
 
 
 def answer(found: Sequence[Setting]) -> list[str]:
@@ -22,44 +21,50 @@ def answer(found: Sequence[Setting]) -> list[str]:
     mean = {label: fmean(each.values()) for label, each in places(found).items()}
     order = sorted(mean, key=mean.__getitem__)
     trainings = sum(len(one.records) for one in found)
-    best = "; ".join(f"**{label}** {mean[label]:.1f}" for label in order[:3])
+    best = "; ".join(f"**{label}** {mean[label]:.1f}" for label in order[:5])
     points = [
-        f"Of {len(order)} strategies on {trainings} trainings ({len(found)} settings), the best mean places by a test "
-        f"figure that decided nothing: {best}; SWA has {mean['SWA']:.1f}, the last checkpoint {mean['last']:.1f}.",
-        f"{order[0]} is {_against(found, order[0], 'SWA')}, and {_against(found, order[0], 'last')}.",
-        f"Plain averaging (SWA) is {_kinds(found)}.",
+        f"Of {len(order)} strategies on {trainings} trainings ({len(found)} settings), the best mean places by test "
+        f"figure: {best}; SWA has {mean['SWA']:.1f}, the last checkpoint {mean['last']:.1f}. Close places are not told "
+        "apart.",
+        f"{order[0]} against SWA: {_counts(found, order[0], 'SWA')}. Here and below, settings in which the difference "
+        "is significantly above / below zero, of how many.",
+        *(
+            f"Plain averaging (SWA) against the last checkpoint, {name}: {_counts(mine, 'SWA', 'last')}."
+            for name, schedules in RATES.items()
+            if (mine := [one for one in found if one.schedule in schedules])
+        ),
     ]
     if any(one.rows(PICK) for one in found):
-        changes = [change for one in found for change in one.loss_changes(PICK)]
+        points += [
+            f"What `ckptavg compare` picks by validation, against {what}: {_counts(found, PICK, other)}."
+            for what, other in (("SWA", "SWA"), ("the best single checkpoint by validation", "best"))
+        ]
+    for peer in dict.fromkeys(peer for one in found for peer in one.peers):
+        mine = [one for one in found if peer in one.peers]
+        points.append(f"That pick against {peer}: {_counts(mine, PICK, peer)}.")
+    decays = [one for one in found if constant(one, found) is not None]
+    if decays:
         points.append(
-            f"What `ckptavg compare` picks by validation is {_against(found, PICK, 'SWA')}, and "
-            f"{_against(found, PICK, 'last')}; its test loss is {median(changes):+.1%} against SWA (median)."
-        )
-    peers = [
-        _against([one for one in found if peer in one.peers], PICK, peer)
-        for peer in dict.fromkeys(peer for one in found for peer in one.peers)
-    ]
-    if peers:
-        points.append(f"Against averages and fits of other tools, that pick is {'; '.join(peers)}.")
-    if decays := [(one, plain) for one in found if (plain := constant(one, found)) is not None]:
-        signs = [(plain.difference_to(PICK, one) or NOTHING).sign for one, plain in decays]
-        points.append(
-            "A constant learning rate, and the pick of its checkpoints, ends significantly above the last checkpoint "
-            f"of a training that decays in {signs.count(1)} and below it in {signs.count(-1)} of {len(signs)} settings."
+            "That pick of a training at a constant rate, against the last checkpoint of one that decays: "
+            f"{_by_area(decays, lambda one: _merged(one, found))}."
         )
     return ["\n".join(f"- {point}" for point in points)]
 
 
-def _against(found: Sequence[Setting], label: str, other: str) -> str:
-    above, below = tally(found, label, other)
-    return f"significantly above {other} in {above} and below it in {below} of {len(found)} settings"
+def _counts(found: Sequence[Setting], label: str, other: str) -> str:
+    return _by_area(found, lambda one: one.sign(label, other))
 
 
-def _kinds(found: Sequence[Setting]) -> str:
+def _merged(one: Setting, found: Sequence[Setting]) -> int | None:
+    plain = constant(one, found)
+    difference = None if plain is None else plain.difference_to(PICK, one)
+    return None if difference is None or difference.count < FEWEST else difference.sign
+
+
+def _by_area(found: Sequence[Setting], sign: Callable[[Setting], int | None]) -> str:
     texts: list[str] = []
-    for name, schedules in RATES.items():
-        mine = [one for one in found if one.schedule in schedules]
-        if mine:
-            above, below = tally(mine, "SWA", "last")
-            texts.append(f"above the last checkpoint in {above} and below it in {below} of {len(mine)} where {name}")
-    return "; ".join(texts)
+    for area in dict.fromkeys(one.domain.area for one in found):
+        signs = [known for one in found if one.domain.area == area and (known := sign(one)) is not None]
+        if signs:
+            texts.append(f"{area.lower() or 'toys'} {signs.count(1)} / {signs.count(-1)} of {len(signs)}")
+    return ", ".join(texts) or "too few seeds"

@@ -10,8 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Final
 
 from scipy.stats import t as student
+
+FEWEST: Final = 3  # seeds for a sign
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class Interval:
         An accuracy is a count of examples, so two seeds can differ by exactly the same amount, which would give an
         interval of zero width.
         """
-        if self.half is None or self.count < 3 or abs(self.mean) <= self.half:
+        if self.half is None or self.count < FEWEST or abs(self.mean) <= self.half:
             return 0
         return 1 if self.mean > 0 else -1
 

@@ -82,6 +82,8 @@ class Domain:
         every: optimizer steps between two checkpoints.
         job: builds the job of a seed, and of a path for domains that read data of the user's.
         needs_data: whether it reads data of the user's.
+        ordered: whether the checkpoints are of one training, in its order; else `last` and what weighs by position mean
+            nothing, and the time of the training is not that of its parts.
         schedules: the learning-rate schedules, or other ways of training, that are told apart.
         sizes: attributes of the whole study's `Plan` that differ for this domain.
     """
@@ -94,6 +96,7 @@ class Domain:
     every: int
     job: Callable[[int, Path | None], Job]
     needs_data: bool = False
+    ordered: bool = True
     schedules: tuple[str, ...] = ("constant", "cosine")
     sizes: Mapping[str, Any] = field(default_factory=dict[str, Any])
 

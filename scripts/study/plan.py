@@ -26,6 +26,7 @@ VARIANTS: Final = (
 """What the toys alone run."""
 
 _IMPORT: Final = re.compile(r"from study\.domains(?:\.| import )(\w+)")
+_SCRIPT: Final = re.compile(r'"(\w+\.py)"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +146,13 @@ def _code(name: str) -> list[str]:
     """Return the sources of a training, cached at the first call so that later edits do not change the digest."""
     here = Path(__file__).parent
     found: dict[Path, str] = {}
-    waiting = [here / "training.py", here / "domains" / f"{MODULES[name]}.py"]
+    waiting = [here / "training.py", here / "job.py", here / "domains" / f"{MODULES[name]}.py"]
     while waiting:
         path = waiting.pop()
         if path not in found and path.is_file():
             found[path] = path.read_text(encoding="utf-8")
             waiting += [here / "domains" / f"{module}.py" for module in _IMPORT.findall(found[path])]
+            waiting += [here / script for script in _SCRIPT.findall(found[path])]
     return list(found.values())
 
 

@@ -109,11 +109,12 @@ def _method(found: Sequence[Setting]) -> list[str]:
         "*Mean place* is the position by test figure among the strategies, averaged over seeds, the settings of an "
         "area, and then the areas (ties share a place); *by test loss* the one by that. Figures are means over seeds; "
         "larger is better. Differences are paired by seed; ± is the half-width of a 95 % t-interval over seeds, bold "
-        "where the interval excludes zero (and there are at least three seeds). *Above* and *below* count the settings "
-        "in which it does: of so many intervals, one in twenty would do so by chance. Differences of the test loss are "
-        "in percent of that of SWA: the median over all trainings, and the largest. *Cost* is that of the search and "
-        "one score of its result, as if each strategy ran alone: in *epochs* of training (a backward pass counts as "
-        "two forward passes), in seconds, and in percent of the seconds of the training (medians).",
+        "where the interval excludes zero (and there are at least three seeds). The columns *SWA*, *last* and *best* "
+        "(the best single checkpoint by validation) count the settings in which it lies above / below: by chance, one "
+        "in forty each. Differences of the test loss are in percent of that of SWA. *Cost* is that of the search and "
+        "one score of its result, as if each strategy ran alone, in *passes* over the training data (a backward pass "
+        "counts as two forward passes) and in seconds, in percent of those of the training. Of losses and costs the "
+        "first table has the median over the trainings of an area, averaged over areas, and the area that is worst.",
     ]
     if skipped:
         text.append("Not supported by this ckptavg, and not run: " + ", ".join(f"`{spec}`" for spec in skipped))

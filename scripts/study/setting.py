@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Final
 
 from scipy.stats import rankdata, spearmanr
 
 from study.domains import domain
-from study.interval import Interval
+from study.interval import FEWEST, Interval
 from study.job import Domain
 from study.record import Record, Row
+
+ORDERED: Final = {"last", "LAWA", "EMA 0.9", "EMA 0.5", "WSM sqrt", "WSM cosine", "blend"}
+"""What needs candidates in an order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +62,10 @@ class Setting:
         """Return the largest magnitude of the test figure."""
         return max(abs(row.figure) for record in self.records for row in record.rows)
 
-    def shares(self, label: str) -> list[float]:
-        """Return the seconds of a search as a fraction of those of its training, for each seed."""
-        pairs = [(record.row(label), record.seconds) for record in self.records]
-        return [row.seconds / seconds for row, seconds in pairs if row is not None and row.seconds is not None]
+    def shares(self, label: str, cost: Callable[[Row | Record], float | None]) -> list[float]:
+        """Return the cost of a search as a fraction of that of its training, for each seed."""
+        pairs = [(cost(row), cost(record)) for record in self.records if (row := record.row(label)) is not None]
+        return [mine / whole for mine, whole in pairs if mine is not None and whole and self.domain.ordered]
 
     def rows(self, label: str) -> list[Row]:
         """Return the rows with that label, one per seed that has it."""
@@ -76,6 +80,12 @@ class Setting:
         """Return the test figure of ``label`` minus that of the last checkpoint of ``other``, paired by seed."""
         last = {record.seed: record.row("last") for record in other.records}
         return self._interval([(record.row(label), last.get(record.seed)) for record in self.records])
+
+    def sign(self, label: str, other: str) -> int | None:
+        """Return the sign of that difference; None if there are too few seeds, or the order of checkpoints is none."""
+        difference = self.difference(label, other)
+        ordered = self.domain.ordered or not {label, other} & ORDERED
+        return None if difference is None or difference.count < FEWEST or not ordered else difference.sign
 
     def early(self, label: str) -> Interval | None:
         """Return the figure of a strategy on the first 60 % minus that of the whole run's last checkpoint."""
@@ -105,7 +115,8 @@ class Setting:
 
         Ties share a place.
         """
-        labels = [label for label in self.labels if all(row.seconds is not None for row in self.rows(label))]
+        labels = [label for label in self.labels if self.domain.ordered or label not in ORDERED]
+        labels = [label for label in labels if all(row.seconds is not None for row in self.rows(label))]
         labels = [label for label in labels if len(self.rows(label)) == len(self.records) and label != "best subset"]
         places = [rankdata([-better(row) for label in labels if (row := record.row(label))]) for record in self.records]
         return {label: fmean(place[i] for place in places) for i, label in enumerate(labels)}

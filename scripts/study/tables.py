@@ -101,37 +101,35 @@ def overview(found: Sequence[Setting]) -> str:
     rows: list[tuple[float, list[str]]] = []
     for label in labels:
         mine, also = (list(each.get(label, {}).values()) for each in (by_figure, by_loss))
-        changes = [change for one in found for change in one.loss_changes(label)]
-        costs = [row.epochs for one in found for row in one.rows(label) if row.epochs is not None]
-        shares = [share for one in found for share in one.shares(label)]
+        changes = _by_area(found, lambda one, label=label: one.loss_changes(label))
+        passes = _by_area(found, lambda one, label=label: one.shares(label, lambda of: of.epochs))
+        seconds = _by_area(found, lambda one, label=label: one.shares(label, lambda of: of.seconds))
         row = [
             label,
             f"{fmean(mine):.1f}" if mine else NONE,
             f"{fmean(also):.1f}" if also else NONE,
-            *_tally(found, label, "SWA"),
-            *_tally(found, label, "last"),
-            f"{median(changes):+.1%}" if label != "SWA" else NONE,
+            *(tally(found, label, other) for other in ("SWA", "last", "best")),
+            f"{fmean(changes):+.1%}" if label != "SWA" else NONE,
             f"{max(changes):+.1%}" if label != "SWA" else NONE,
-            f"{median(costs):.1f}" if costs and mine else NONE,
-            f"{median(shares):.0%}" if shares and mine else NONE,
+            *(f"{fmean(each):.0%}" if each and mine else NONE for each in (passes, seconds)),
         ]
         rows.append((fmean(mine) if mine else math.inf, row))
     rows.sort(key=lambda row: row[0])
-    head = ["strategy", "mean place", "by test loss", "above SWA", "below SWA", "above last", "below last"]
-    head += ["test loss against SWA", "worst training", "epochs", "of training"]
-    return table(head, [row for _, row in rows])
+    head = ["strategy", "mean place", "by test loss", "SWA", "last", "best", "test loss against SWA", "worst area"]
+    return table([*head, "passes", "seconds"], [row for _, row in rows])
 
 
-def _tally(found: Sequence[Setting], label: str, other: str) -> list[str]:
-    if label == other:
-        return [NONE, NONE]
-    return [str(count) for count in tally(found, label, other)]
+def _by_area(found: Sequence[Setting], of: Callable[[Setting], Sequence[float]]) -> list[float]:
+    """Return the median over the trainings of each area."""
+    areas = [[one for one in found if one.domain.area == area] for area in dict.fromkeys(o.domain.area for o in found)]
+    values = [[value for one in mine for value in of(one)] for mine in areas]
+    return [median(each) for each in values if each]
 
 
-def tally(found: Sequence[Setting], label: str, other: str) -> tuple[int, int]:
-    """Count the settings in which ``label`` is significantly above, and below, ``other``."""
-    signs = [difference.sign for one in found if (difference := one.difference(label, other)) is not None]
-    return signs.count(1), signs.count(-1)
+def tally(found: Sequence[Setting], label: str, other: str) -> str:
+    """Count the settings in which ``label`` is significantly above / below ``other``."""
+    signs = [one.sign(label, other) for one in found]
+    return NONE if label == other else f"{signs.count(1)} / {signs.count(-1)}"
 
 
 def agreement(found: Sequence[Setting]) -> list[str]:

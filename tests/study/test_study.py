@@ -19,8 +19,8 @@ from study.domains import domain
 from study.interval import Interval
 from study.job import Training
 from study.plan import Plan, digest
-from study.record import Failure, Record, append, read
-from study.setting import settings
+from study.record import Failure, Record, Row, append, read
+from study.setting import Setting, settings
 from study.subsets import Subsets, drawn, shape
 from study.training import rate, train
 
@@ -270,7 +270,26 @@ def test_an_average_of_another_tool_is_compared_but_has_no_place(real: Path, tmp
     assert re.search(r"\| fashion, constant: theirs \| \S+ \| \*\*\+10\.00 ± 0\.00\*\* \|", text)
     overview = text[: text.index("## How it was measured")]
     assert "| theirs |" not in overview and "| SWA |" in overview
-    assert "significantly above theirs in 2 and below it in 0 of 2 settings" in overview
+    assert "That pick against theirs: images 2 / 0 of 2." in overview
+
+
+def test_candidates_without_an_order_have_no_last_one():
+    assert setting_of("spam-16").sign("SWA", "last") is None and setting_of("fashion").sign("SWA", "last") is not None
+    assert "last" not in setting_of("spam-16").places() and "SWA" in setting_of("spam-16").places()
+
+
+def setting_of(name: str) -> Setting:
+    """Return three equal seeds of a domain, of two strategies."""
+    row = Row(label="SWA", spec="swa", used=2, val_loss=1, test_loss=1, figure=0.5, epochs=1, seconds=1)
+    rows = [row, replace(row, label="last", figure=0.4)]
+    records = [
+        Record(
+            digest="", plan="full", machine="", domain=name, seed=i, schedule="x", n=2, k=1, subsets=2, epochs=1,
+            seconds=1, rows=rows, sweep=[], early=[], points=[], skipped=[], cpu_seconds=1,
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    return Setting(name=name, schedule="x", records=records)
 
 
 def test_a_constant_rate_is_compared_with_a_decay_by_seed(real: Path, tmp_path: Path):

@@ -253,9 +253,9 @@ DOMAIN: Final = {
         area="Behaviour cloning",
         about=(
             "100 episodes of Gymnasium's scripted expert for LunarLander-v3, three in ten of whose actions are "
-            "random; a network of two hidden layers, Adam, 6,000 steps. Strategies see only the loss on held-out "
-            "demonstrations; the test figure is the mean return of 100 episodes from unseen initial states (that of "
-            "the expert without noise is 265, and 200 counts as solved)."
+            "random; a network of two hidden layers, Adam, 6,000 steps, whose rate was chosen on seed 0. Strategies "
+            "see only the loss on held-out demonstrations; the test figure is the mean return of 100 episodes from "
+            "unseen initial states (that of the expert without noise is 265, and 200 counts as solved)."
         ),
         figure="mean return",
         every=75,
@@ -269,7 +269,7 @@ DOMAIN: Final = {
             "50 episodes of at most 400 steps of Gymnasium's scripted expert for BipedalWalker-v3, with noise in its "
             "four continuous actions, of which it falls in many; policies see the state and the phase of the expert's "
             "stride. A network of two hidden layers, squared error, Adam, 6,000 steps. The test figure is the mean "
-            "return of 30 episodes of at most 400 steps from unseen initial states and terrains."
+            "return of 50 episodes of at most 400 steps from unseen initial states and terrains."
         ),
         figure="mean return",
         every=75,

@@ -150,6 +150,7 @@ def _domain(shards: int) -> Domain:
         scale=100,
         every=1,
         job=partial(job, shards),
+        ordered=False,
         schedules=tuple(PENALTIES),
         sizes={
             "checkpoints": shards,
