@@ -99,8 +99,9 @@ def _method(found: Sequence[Setting]) -> list[str]:
     text = [
         f"    {_command(found)}",
         f"{machines}; one thread per training. {len(records)} trainings: {len(found)} settings (domain and learning "
-        f"rate schedule) of {len(names)} domains, with {_counts([len(one.records) for one in found])} seeds each. A "
-        "seed determines the initial weights, the order of the batches, the split of the data and its noise.",
+        f"rate schedule) of {len(names)} domains, {_counts([len(one.records) for one in found])} seeds of each (fewer "
+        "where a training takes long: each section says how many, and the command that makes them). A seed determines "
+        "the initial weights, the order of the batches, the split of the data and its noise.",
         "Candidates are the last checkpoints of each training. Strategies see training and validation data; test "
         "figures are computed only after every choice is made. `best`, soup and ASWA use the validation metric where "
         "the domain has one; SeWA, TWA and blend the loss, or the metric where the loss does not rank mixtures like "

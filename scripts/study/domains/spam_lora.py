@@ -149,7 +149,7 @@ def job(size: Size, seed: int, _: Path | None) -> Job:
     )
 
 
-_AREA: Final = "Fine-tuning a pretrained language model"
+_AREA: Final = "Fine-tuning"
 _ABOUT: Final = (
     "SpamAssassin's mails without headers, as spam, easy ham and hard ham (4 %): about 3,000 to train on, 500 for "
     "validation, 2,000 for the test. LoRA of rank 8 {} and a new classifier, AdamW, by transformers' Trainer and PEFT; "
