@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from study import figures
 from study.answer import answer
@@ -88,7 +89,11 @@ def _picture(caption: str, drawn: dict[str, str], name: str) -> str:
 def _sizes(mine: Sequence[Setting]) -> str:
     record = mine[0].records[0]
     counts = _counts([len(one.records) for one in mine])
-    return f"{record.n} candidates; {counts} seeds of each; K = {record.k}."
+    text = f"{record.n} candidates; {counts} seeds of each; K = {record.k}."
+    if not mine[0].domain.ordered:
+        return text
+    seconds = fmean(record.seconds for one in mine for record in one.records)
+    return f"{text} A training has {record.epochs:.3g} epochs and takes {seconds:.3g} s."
 
 
 def _method(found: Sequence[Setting]) -> list[str]:
