@@ -15,10 +15,6 @@ from ckptavg.score import Score, difference_error
 AGREEING: Final = 0.3  # rank correlation from which the loss is taken as a witness of the metric
 CLOSE: Final = 0.01  # fraction of the lowest loss within which the metric may choose
 CLEAR: Final = 4.0  # standard errors for a metric to overrule the loss: by chance 1 in 1,000 of 30 with many examples
-CLOSE: Final = 0.01  # fraction of the lowest loss within which the metric may choose
-CLEAR: Final = (
-    4.0  # standard errors for a metric to overrule the loss: of 30, on many examples, by chance once in 1,000
-)
 _FEW: Final = 5  # mixtures below which a rank correlation says nothing
 
 
