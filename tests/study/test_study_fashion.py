@@ -39,7 +39,7 @@ def folder(tmp_path: Path, images: dict[str, np.ndarray[Any, Any]]) -> Path:
         for name, array in (("images-idx3", pixels), ("labels-idx1", pixels[:, 0, 0])):
             path = tmp_path / f"{part}-{name}-ubyte"
             if part == "train":
-                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(_idx(array)))
+                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(_idx(array), mtime=0))
             else:
                 path.write_bytes(_idx(array))
     return tmp_path
@@ -79,8 +79,8 @@ def test_images_are_read_pixel_by_pixel(folder: Path, images: dict[str, np.ndarr
     [
         (gzip.compress(_idx(np.zeros(3)))[:-9], "cannot be read"),
         (b"no gzip", "cannot be read"),
-        (gzip.compress(b"\0\0\x0d\1\0\0\0\3abc"), "no idx file of unsigned bytes"),
-        (gzip.compress(b"\0\0\x08\2\0\0\0\3"), "no idx file of unsigned bytes"),
+        (gzip.compress(b"\0\0\x0d\1\0\0\0\3abc", mtime=0), "no idx file of unsigned bytes"),
+        (gzip.compress(b"\0\0\x08\2\0\0\0\3", mtime=0), "no idx file of unsigned bytes"),
         (gzip.compress(_idx(np.zeros(3))[:-1]), r"has 2 values, but its header says \[3\]"),
         (gzip.compress(_idx(np.zeros(399))), "do not fit"),
         (gzip.compress(_idx(np.full(400, 10))), "10 or more"),
