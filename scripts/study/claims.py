@@ -1,4 +1,4 @@
-"""What the papers claim, on the trainings of the study."""
+"""Claims of the papers, on the trainings of the study."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Final
 
+from study.cell import PICK
 from study.interval import Interval
 from study.setting import Setting, constant
 from study.tables import NONE, digits_of, shown, table
 
-AVERAGES: Final = ("SWA", "WSM sqrt", "TWA cross-validated", "compare's pick")
-"""What a training without decay is averaged by, to be compared with one that decays."""
+AVERAGES: Final = ("SWA", "WSM sqrt", "TWA cross-validated", PICK)
+"""Averages of a training without decay that are compared with one that decays."""
 
 
 def claims(found: Sequence[Setting]) -> list[str]:
@@ -36,18 +37,19 @@ def _decay(found: Sequence[Setting]) -> list[str]:
 
 
 def _peers(found: Sequence[Setting]) -> list[str]:
+    rivals = ("SWA", "ASWA", PICK)
     rows: list[list[str]] = []
     for one in found:
         for peer in one.peers:
             digits = digits_of(one)
-            differences = [shown(one.difference(label, peer), digits) for label in ("SWA", "ASWA", "compare's pick")]
+            differences = [shown(one.difference(label, peer), digits) for label in rivals]
             figure = one.domain.scale * fmean(row.figure for row in one.rows(peer))
             rows.append([f"{one.title}: {peer}", f"{figure:.{digits}f}", *differences])
     text = (
         "Test figure of what another tool made of the same training (dicee's SWA: of a training of its own, because "
         "it changes the learning rate), and that of ckptavg's strategies minus it."
     )
-    head = ["setting and tool", "figure", "SWA", "ASWA", "compare's pick"]
+    head = ["setting and tool", "figure", *rivals]
     return ["### The papers' own code", text, table(head, rows)] if rows else []
 
 

@@ -23,7 +23,7 @@ VARIANTS: Final = (
     "blend by loss",
     "TWA cross-validated, simplex",
 )
-"""What the toys alone run."""
+"""Strategies that the toys alone run."""
 
 _IMPORT: Final = re.compile(r"from study\.domains(?:\.| import )(\w+)")
 _SCRIPT: Final = re.compile(r'"(\w+\.py)"')

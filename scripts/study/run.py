@@ -105,7 +105,7 @@ def _leave_with_parent() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run.sh", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small trainings and few seeds: minutes, not an hour")
+    parser.add_argument("--quick", action="store_true", help="small trainings and few seeds: minutes, not hours")
     parser.add_argument("--domains", default=",".join(DOMAINS), help="comma-separated domains (%(default)s)")
     parser.add_argument("--seeds", type=int, help="trainings of each domain and schedule (full: 8, quick: 3)")
     parser.add_argument("--data", type=Path, help=f"files for the domains {', '.join(WITH_DATA)}")

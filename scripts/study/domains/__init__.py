@@ -42,16 +42,16 @@ MODULES: Final = {
 """Domain → its module."""
 
 WITH_DATA: Final = ("cifar", "image-folder", "offline-rl")
-"""What needs ``--data``."""
+"""Domains that need ``--data``."""
 
 TOYS: Final = ("digits-cnn", "digits-vit", "source-lines", "source-bytes", "cartpole", "logistic")
-"""What needs no data."""
+"""Domains that need no data."""
 
 LARGE: Final = ("fashion-large", "spam-lora-large")
-"""What a CPU takes hours for."""
+"""Domains for which a CPU takes hours."""
 
 DOMAINS: Final = tuple(name for name in MODULES if name not in (*WITH_DATA, *LARGE))
-"""What `run.py` runs unless told otherwise."""
+"""Domains that `run.py` runs unless told otherwise."""
 
 
 def domain(name: str) -> Domain:
