@@ -1,4 +1,4 @@
-"""Coefficients, the output of every strategy: [G, N] float64, each row summing to one.
+"""Coefficients, the output of every strategy: [G, N] float64, each row summing to one unless they are linear.
 
 Shape suffixes: G = groups of tensors, N = candidates.
 """
@@ -32,19 +32,24 @@ class Coefficients:
         values: G rows of N Python floats (float64).
         groups: G tuples of name prefixes; a tensor belongs to the group with the longest prefix of its name.
             `EVERYTHING` is one group for all.
+        linear: whether a row may have any sum; else w lies on the plane through the candidates.
     Raises:
-        ValueError: if rows differ in length, a value is not finite, or a row does not sum to 1 within N·2⁻⁴⁰.
+        ValueError: if rows differ in length, a value is not finite, or a row does not sum to 1 within N·2⁻⁴⁰ and
+            ``linear`` is not set.
     """
 
     values: tuple[tuple[float, ...], ...]
     groups: Groups = EVERYTHING
+    linear: bool = False
 
     def __post_init__(self) -> None:
         if not self.values or len(self.values) != len(self.groups) or len({len(row) for row in self.values}) != 1:
             raise ValueError(f"need one row of equal length for each of the groups {self.groups}")
         for row in self.values:
-            if not all(math.isfinite(c) for c in row) or abs(math.fsum(row) - 1) > len(row) * 2**-40:
-                raise ValueError(f"coefficients must be finite and sum to 1, not {math.fsum(row)}")
+            if not all(math.isfinite(c) for c in row):
+                raise ValueError(f"coefficients must be finite, not {row}")
+            if not self.linear and abs(math.fsum(row) - 1) > len(row) * 2**-40:
+                raise ValueError(f"coefficients must sum to 1, not {math.fsum(row)}")
 
     @classmethod
     def uniform(cls, chosen: Sequence[int], n: int) -> Self:
