@@ -26,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _OTHERS: Final = {
-    "Average": ("compare",),
+    "Average": ("swag", "compare"),
     "Examine": ("inspect", "check", "eval", "verify", "landscape", "env"),
     "Start": ("init", "demo"),
 }  # fmt: skip

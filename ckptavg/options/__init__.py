@@ -31,6 +31,8 @@ NOT_INSPECT: Final = (
 """The options that ``inspect`` does not take."""
 NOT_COMPARE: Final = ("never_worse", "baselines")
 """The options that ``compare`` does not take."""
+NOT_SWAG: Final = ("adapter", "rank", "format")
+"""The options that ``swag`` does not take."""
 _DURATION: Final = Limit(lambda value: 0 <= value < math.inf, "0 or more seconds")
 _ABOVE_0: Final = Limit(lambda value: value > 0, "greater than 0")
 
