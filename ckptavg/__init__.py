@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "run": "api", "compare": "api", "landscape": "api", "evaluate": "api", "check": "api", "inspect": "api",
-    "verify": "api", "swag": "api", "PosteriorResult": "report.posterior", "CkptavgError": "errors", "Result": "report.result", "Comparison": "report.result",
+    "verify": "api", "swag": "api", "PosteriorResult": "report.posterior", "CkptavgError": "errors",
+    "Result": "report.result", "Comparison": "report.result",
     "Landscape": "report.result",
 }  # fmt: skip
 

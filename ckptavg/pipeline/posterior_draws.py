@@ -19,7 +19,7 @@ from ckptavg.average.weighted_sum import weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import NAMES, TORCH, dtype_names
 from ckptavg.coefficients import EVERYTHING, Coefficients
-from ckptavg.errors import InputError
+from ckptavg.errors import InputError, counted
 from ckptavg.filesystem.atomic import flush_folder
 from ckptavg.filesystem.sha256 import sha256
 from ckptavg.filesystem.strict_json import strict_json

@@ -24,7 +24,7 @@ from ckptavg.pipeline.session import Session, open_session
 from ckptavg.pipeline.verdict import Verdict, judge, with_test
 from ckptavg.pipeline.writing import write_output
 from ckptavg.report.posterior import PosteriorResult
-from ckptavg.report.result import Output, Result
+from ckptavg.report.result import Output
 from ckptavg.runtime.progress import Watch
 from ckptavg.strategies.swa import SWA
 
@@ -57,7 +57,8 @@ def swag(paths: Sequence[Path], options: Options, watch: Watch | None = None, *,
         _check_folders(folders, this)
         if options.dry_run:
             plan = [*dry_run_plan(checkpoints, options), f"would write {counted(len(folders), 'draw')} of that size"]
-            return blank_result(this.found, strategy, options, plan)
+            blank = blank_result(this.found, strategy, options, plan)
+            return PosteriorResult(**vars(blank), gaussian=asdict(gaussian))
         check_space(checkpoints, options, files=1 + len(folders))
         posterior_file.check(settings.posterior, options, checkpoints)
         if evaluator:
