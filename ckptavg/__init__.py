@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "run": "api", "compare": "api", "landscape": "api", "evaluate": "api", "check": "api", "inspect": "api",
     "verify": "api", "swag": "api", "PosteriorResult": "report.posterior", "CkptavgError": "errors",
-    "Result": "report.result", "Comparison": "report.result",
-    "Landscape": "report.result",
+    "Result": "report.result", "Comparison": "report.result", "Landscape": "report.result",
 }  # fmt: skip
 
 

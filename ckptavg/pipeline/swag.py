@@ -31,7 +31,9 @@ from ckptavg.strategies.swa import SWA
 _FEW = 5  # deviations: of fewer the covariance is poor
 
 
-def swag(paths: Sequence[Path], options: Options, watch: Watch | None = None, *, settings: PosteriorOptions) -> Result:
+def swag(
+    paths: Sequence[Path], options: Options, watch: Watch | None = None, *, settings: PosteriorOptions
+) -> PosteriorResult:
     """Write the mean of the candidates, as ``swa`` does, and the models that are drawn around it.
 
     With a task, the predictions of draws are averaged on its validation and test data.
