@@ -14,6 +14,7 @@ from torch import Tensor
 from ckptavg.average.noise import Deviation, Deviations, drawn_names, not_drawn, standard_normal, stream_key
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.coefficients import EVERYTHING, Coefficients
+from ckptavg.runtime.workers import Workers
 
 Covariance: TypeAlias = Literal["running", "sample"]
 
@@ -145,6 +146,7 @@ class Posterior:
         coefficients = self.gaussian.coefficients(len(self.checkpoints), sample, self.means)
         return Draw(gaussian=self.gaussian, sample=sample, coefficients=coefficients, noise=noise)
 
-    def spread(self) -> float:
-        """Return ‖σ‖/‖w̄‖ over the tensors that are drawn; reads all candidates twice."""
-        return self.deviation.spread(self.names)
+    def spread(self, workers: Workers) -> float | None:
+        """Return ‖σ‖/‖w̄‖ over the tensors that have been drawn by all ranks; None if none has."""
+        deviation, mean = workers.sum(torch.tensor(self.deviation.squares, dtype=torch.float64)).tolist()
+        return math.sqrt(deviation / mean) if mean else None

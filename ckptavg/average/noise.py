@@ -24,7 +24,6 @@ Deviation: TypeAlias = Callable[[str, int, int], NDArray[np.float32]]
 
 _MOST: Final = 1 << 30  # bytes of standard deviations that are kept in memory
 _HEAD: Final = 4096  # bytes by which tensors are told apart before they are compared whole
-_CHUNK: Final = 1 << 18  # elements
 _STATISTICS: Final = ("running_mean", "running_var")
 
 
@@ -78,27 +77,25 @@ class Deviations:
         self._checkpoints = checkpoints
         self._kept: dict[tuple[str, int, int], NDArray[np.float32]] = {}
         self._bytes = 0
+        self._squares: list[tuple[float, float]] = []
 
     def __call__(self, name: str, start: int, count: int) -> NDArray[np.float32]:
         """See `Deviation`; up to a gibibyte is kept for the next draw."""
         key = (name, start, count)
         if key in self._kept:
             return self._kept[key]
-        deviation_C = self.moments(name, start, count)[1].numpy().astype(np.float32)
+        mean_C, wide_C = self.moments(name, start, count)
+        self._squares.append((float(wide_C.dot(wide_C)), float(mean_C.dot(mean_C))))
+        deviation_C = wide_C.numpy().astype(np.float32)
         if self._bytes + deviation_C.nbytes <= _MOST:
             self._bytes += deviation_C.nbytes
             self._kept[key] = deviation_C
         return deviation_C
 
-    def spread(self, names: Collection[str]) -> float:
-        """Return ‖σ‖/‖w̄‖ over some tensors, 0 if w̄ = 0."""
-        squares, total = 0.0, 0.0
-        for name in names:
-            numel = self._checkpoints[0].spec(name).numel
-            for start in range(0, numel, _CHUNK):
-                mean_C, deviation_C = self.moments(name, start, min(_CHUNK, numel - start))
-                squares, total = squares + float(deviation_C.square().sum()), total + float(mean_C.square().sum())
-        return math.sqrt(squares / total) if total else 0.0
+    @property
+    def squares(self) -> tuple[float, float]:
+        """Σ σ² and Σ w̄² over the elements that were asked for, each as often as it was computed."""
+        return math.fsum(square for square, _ in self._squares), math.fsum(square for _, square in self._squares)
 
     def moments(self, name: str, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Return w̄ and σ, [C] float64 each."""

@@ -74,7 +74,7 @@ def swag(
             written = write_output(this, verdict.coefficients, strategy)
         if evaluator:
             verdict = with_test(verdict, written.scores, evaluator.scored_on)
-        spread = posterior.spread() if predictions or draws or stored else None
+        spread = posterior.spread(this.run.workers)
         result = vars(build_result(this, strategy, mean, verdict, written))
         places = [f"wrote {counted(len(draws), 'draw')}, {draws[0].path} to {draws[-1].path}"] if draws else []
         places += [f"wrote the posterior {stored.path}: {stored.bytes:,} bytes"] if stored else []

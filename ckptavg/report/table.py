@@ -29,7 +29,7 @@ def render(report: Report) -> Group:
         table = (Text(), *comparison_table(report), Text(), *_candidates(report))
         return Group(*answer(report), *_written(report), *table, *_foot(report, written=False))
     if isinstance(report, posterior.PosteriorResult) and not report.candidates:
-        return Group(*map(Text, report.warnings))
+        return Group()  # the warnings say it all
     return Group(*_parts(report))
 
 
