@@ -16,7 +16,7 @@ from ckptavg.objective import Losses, batchnorm
 from ckptavg.objective.derivatives import Derivatives
 from ckptavg.objective.loss_log import LossLog
 from ckptavg.objective.mixed_model import MixedModel, PlanAdapter
-from ckptavg.objective.model_average import ModelAverage
+from ckptavg.objective.model_average import STAGE, ModelAverage
 from ckptavg.objective.scoring import Scoring
 from ckptavg.options.search import SearchOptions
 from ckptavg.readers import StoredTensor
@@ -131,7 +131,7 @@ class Mixture:
             self.scoring.recompute_batchnorm()
             average.add()
             if len(models) > 1:
-                self.progress(f"averaging predictions ({split})", number, len(models))
+                self.progress(STAGE.format(split), number, len(models))
         return average.score()
 
     def sampled(self, examples: int | None) -> Scoring:

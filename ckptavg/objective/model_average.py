@@ -4,7 +4,7 @@ Shape suffixes: B = examples, C = classes, S = models.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ckptavg.runtime.workers import Workers
 from ckptavg.score import Score, Split
 from ckptavg.tasks import Task
 from ckptavg.tasks.probabilities import probability_metrics, reliability
+
+
+STAGE: Final = "averaging predictions ({})"  # of a split
 
 
 class NoLikelihoodError(TaskError):

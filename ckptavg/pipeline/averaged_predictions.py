@@ -8,12 +8,14 @@ from ckptavg.average.gaussian import Posterior
 from ckptavg.average.weighted_sum import AddedNoise
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError, decimal
+from ckptavg.objective.evaluator import Evaluator
 from ckptavg.objective.mixture import Mixture
-from ckptavg.objective.model_average import NoLikelihoodError
+from ckptavg.objective.model_average import STAGE, NoLikelihoodError
 from ckptavg.options.posterior import DRAWS, SCALES, PosteriorOptions
 from ckptavg.pipeline.session import Session
 from ckptavg.report import interval
 from ckptavg.report.posterior import Predictions
+from ckptavg.runtime.estimate import Stage
 from ckptavg.score import DATA, Split
 
 _HARDLY: Final = 1e-3  # relative difference of two NLLs
@@ -31,8 +33,7 @@ def average_predictions(
         UsageError: if ``--scale auto`` has no predictions to choose by.
         NoLikelihoodError: likewise, if the task has neither probabilities nor a loss for each example.
     """
-    evaluator, chosen = this.evaluator, settings.scale == "auto"
-    draws = next(count for count in (settings.draws, settings.samples, DRAWS) if count is not None)
+    evaluator, chosen, draws = this.evaluator, settings.scale == "auto", _draws(settings)
     if draws == 0 and chosen:
         raise UsageError("--scale auto chooses by averaged predictions, so --draws cannot be 0")
     if evaluator is None or draws == 0:
@@ -48,6 +49,22 @@ def average_predictions(
         if chosen:
             raise
         return posterior, {}, [f"predictions were not averaged: {error}; {error.hint}"]
+
+
+def prediction_stages(evaluator: Evaluator, settings: PosteriorOptions) -> Sequence[Stage]:
+    """Return the stages of `average_predictions`, for an estimate of the time."""
+    draws, tried = _draws(settings), len(SCALES) - 1 if settings.scale == "auto" else 1
+    if not draws or evaluator.losses is None:
+        return ()
+    counts = {split: 2 + draws * (tried if split == evaluator.scored_on else 1) for split in evaluator.splits}
+    return [
+        Stage(STAGE.format(split), tests=count) if split == "test" else Stage(STAGE.format(split), scores=count)
+        for split, count in counts.items()
+    ]
+
+
+def _draws(settings: PosteriorOptions) -> int:
+    return next(count for count in (settings.draws, settings.samples, DRAWS) if count is not None)
 
 
 def _scored(

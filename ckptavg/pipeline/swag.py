@@ -15,7 +15,7 @@ from ckptavg.options import Options
 from ckptavg.options.posterior import DEVIATIONS, PosteriorOptions
 from ckptavg.output.hugging_face_folder import created_folder
 from ckptavg.pipeline import posterior_file
-from ckptavg.pipeline.averaged_predictions import average_predictions
+from ckptavg.pipeline.averaged_predictions import average_predictions, prediction_stages
 from ckptavg.pipeline.expectation import expect
 from ckptavg.pipeline.posterior_draws import draw_from
 from ckptavg.pipeline.preflight import check_format, check_output, check_sources, check_space, dry_run_plan
@@ -64,7 +64,7 @@ def swag(
         check_space(checkpoints, options, files=1 + len(folders))
         posterior_file.check(settings.posterior, options, checkpoints)
         if evaluator:
-            expect(this, evaluator, {"": strategy})
+            expect(this, evaluator, {"": strategy}, more=prediction_stages(evaluator, settings))
         mean = strategy.average([checkpoint.run for checkpoint in checkpoints])
         verdict = judge(this, evaluator, strategy, mean.coefficients) if evaluator else Verdict(mean.coefficients)
         posterior = Posterior.over(checkpoints, gaussian, evaluator.averaged_buffers if evaluator else ())
