@@ -18,7 +18,6 @@ from ckptavg.score import Score, Split
 from ckptavg.tasks import Task
 from ckptavg.tasks.probabilities import probability_metrics, reliability
 
-
 STAGE: Final = "averaging predictions ({})"  # of a split
 
 
