@@ -26,6 +26,7 @@ from ckptavg.pipeline.writing import write_output
 from ckptavg.report.posterior import PosteriorResult
 from ckptavg.report.result import Output
 from ckptavg.runtime.progress import Watch
+from ckptavg.strategies.best import Best
 from ckptavg.strategies.swa import SWA
 
 _FEW = 5  # deviations: of fewer the covariance is poor
@@ -71,7 +72,7 @@ def swag(
         posterior, predictions, notes = average_predictions(this, posterior, settings)
         with _written_draws(this, posterior, folders) as draws:
             stored = posterior_file.write(this, posterior, settings.posterior)
-            written = write_output(this, verdict.coefficients, strategy)
+            written = write_output(this, verdict.coefficients, Best() if verdict.replaced else strategy)
         if evaluator:
             verdict = with_test(verdict, written.scores, evaluator.scored_on)
         spread = posterior.spread(this.run.workers)
