@@ -11,7 +11,6 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import ndtri
 from torch import Tensor
 
 from ckptavg.checkpoints.checkpoint import Checkpoint, chunks
@@ -133,6 +132,8 @@ def standard_normal(key: int, start: int, count: int) -> NDArray[np.float64]:
     References:
         Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3 (Philox 4×64-10).
     """
+    from scipy.special import ndtri  # an average without draws does not load it
+
     generator = np.random.Philox(key=key)
     generator.advance(start // 4)  # a counter gives four numbers
     u_C = (generator.random_raw(start % 4 + count)[start % 4 :] >> np.uint64(11)).astype(np.float64)
