@@ -16,6 +16,7 @@ from ckptavg.errors import UsageError, nearest
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.options import CHECK, EVAL, NOT_COMPARE, NOT_INSPECT, NOT_SWAG, Options
 from ckptavg.options.comparison import ComparisonOptions
+from ckptavg.options.follow import FOLLOW
 from ckptavg.options.landscape import LandscapeOptions
 from ckptavg.options.posterior import PosteriorOptions
 from ckptavg.options.task import check_unscored
@@ -23,6 +24,7 @@ from ckptavg.pipeline import evaluation, task_check, verification
 from ckptavg.pipeline import run as run_pipeline
 from ckptavg.pipeline.basin import find_basins
 from ckptavg.pipeline.comparison import compare as run_comparison
+from ckptavg.pipeline.follow import follow
 from ckptavg.pipeline.landscape import landscape as find_landscape
 from ckptavg.pipeline.swag import swag as run_swag
 from ckptavg.pipeline.task_choice import with_task
@@ -53,8 +55,10 @@ def run(ckpts: Paths, strategy: Strategy | str, *, watch: Watch | None = None, *
         CkptavgError: with the message and exit code of the command line.
     """
     strategy = from_spec(strategy) if isinstance(strategy, str) else strategy
-    shared = _options(name_of(strategy), ckpts, options, required=not isinstance(strategy, PlainAverage))
-    return _watched(watch, lambda progress: run_pipeline(strategy, _paths(ckpts), shared, progress))
+    name, without = name_of(strategy), () if strategy.follows else FOLLOW
+    shared = _options(name, ckpts, options, required=not isinstance(strategy, PlainAverage), without=without)
+    work = follow if shared.follow else run_pipeline
+    return _watched(watch, lambda progress: work(strategy, _paths(ckpts), shared, progress))
 
 
 def compare(
@@ -106,7 +110,7 @@ def landscape(ckpts: Paths, *, watch: Watch | None = None, **options: Any) -> La
     """
     taken = declared(LandscapeOptions)
     own = keywords("landscape", {o.name: options.pop(o.name) for o in taken if o.name in options}, taken)
-    shared = _options("landscape", ckpts, {"output": "./", **options}, required=True)
+    shared = _options("landscape", ckpts, {"output": "./", **options}, required=True, without=FOLLOW)
     return _watched(watch, lambda progress: find_landscape(_paths(ckpts), shared, progress, **own))
 
 
@@ -259,7 +263,7 @@ def _keywords(*classes: type) -> tuple[Option, ...]:
 def _function(name: str, strategy: type[Strategy]) -> Callable[..., Result]:
     """Return a strategy's function; its signature and docstring have the strategy's settings and the shared options."""
     own = {option.name for option in declared(strategy)}
-    taken = _keywords(strategy, Options)
+    taken = [o for o in _keywords(strategy, Options) if strategy.follows or o.name not in FOLLOW]
 
     def call(ckpts: Paths, *, watch: Watch | None = None, **options: Any) -> Result:
         values = keywords(name, options, taken)

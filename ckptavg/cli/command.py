@@ -70,7 +70,7 @@ def run_command(
         options = Options(**arguments, workers=workers)
         if file is not None:
             terminal.check_text(file, options)
-        if options.wait_stable is not None:
+        if options.wait_stable is not None and not options.follow:
             screen.print(f"waiting until no candidate has changed for {options.wait_stable:g} s")
         done = load()(paths, with_task(options, paths, required=needs_task), watch)
     if not workers.is_rank_zero:
