@@ -55,6 +55,7 @@ class Outputs:
         self._mixed, self._batches, self._meter = mixed, batches, meter
         self._task, self._n = mixed.task, len(mixed.checkpoints)
         self._templates: dict[int, Any] = {}  # batch → an output, for its structure
+        self._done = 0  # batches of this rank, for the progress
         with mixed.plain():
             self._places = self._used_places()
             first = self._stacked(range(1), range(self._n))
@@ -149,15 +150,16 @@ class Outputs:
                 rows = stacked.setdefault(number, [value.new_zeros(self._n, *value.shape) for value in values])
                 for z, value in zip(rows, values, strict=True):
                     z[i] = value
+            self._done += len(numbers)
+            mixed.run.progress(STAGE, min(self._done, self._n * len(self._batches)), self._n * len(self._batches))
         return [stacked[number] for number in numbers]
 
     def _divided(self, numbers: Sequence[int]) -> list[Stacked]:
         """Return the outputs of all candidates for some batches; each rank runs its own candidates."""
-        workers, run = self._mixed.run.workers, self._mixed.run
+        workers = self._mixed.run.workers
         own = range(workers.rank, self._n, workers.world_size)
-        stacked = self._stacked(numbers, own or range(1))  # a rank needs the structure of an output
-        run.progress(STAGE, self._n, self._n)
         others = self._n - len(own)
+        stacked = self._stacked(numbers, own or range(1)) if numbers else []  # any rank needs the outputs' structure
         self._meter.count("forward", others * sum(self._batches[k].size for k in numbers), others * len(numbers))
         if not own:
             stacked = [[torch.zeros_like(z) for z in outputs] for outputs in stacked]
