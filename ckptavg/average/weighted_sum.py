@@ -107,7 +107,8 @@ def weighted_average(
     with coefficient 0 are not read. A tensor for which only one candidate is selected, with coefficient 1, is copied
     bit for bit; non-floating-point and `Checkpoint.kept` tensors are copied from the last selected candidate.
 
-    A tensor that is bit-equal in all selected candidates is reproduced bit for bit. The rounding does this where the
+    A tensor that is bit-equal in all selected candidates is reproduced bit for bit, unless the coefficients are
+    `Coefficients.linear`, whose sum it is multiplied by as any other. The rounding does this where the
     dtype is kept and no coefficient is negative (−0.0): it is below half a unit in the last place. Only for float64,
     narrower outputs, negative coefficients and results that are not finite are the tensors compared.
 
