@@ -125,12 +125,13 @@ def batches(points: Points) -> list[list[Tensor]]:
 def combine(models_PD: Any, sample: Points, test: Points, out: Path) -> ckptavg.Result:
     """Write the models as checkpoints, and their average with the coefficients that fit the sample best."""
     (out / "shards").mkdir(parents=True, exist_ok=True)
-    for step, w_D in enumerate(models_PD, 1):
-        save_file({"weight": torch.from_numpy(w_D[None]).float()}, out / "shards" / f"step-{step}.safetensors")
+    files = [out / "shards" / f"step-{shard}.safetensors" for shard in range(1, len(models_PD) + 1)]
+    for file, w_D in zip(files, models_PD, strict=True):
+        save_file({"weight": torch.from_numpy(w_D[None]).float()}, file)
     task = {"model": lambda: nn.Linear(models_PD.shape[1], 1, bias=False), "loss": loss, "metric": accuracy}
     data = {"val": batches(sample), "test": batches(test)}
     output = {"output": out / "averaged.safetensors", "force": True}
-    return ckptavg.twa(out / "shards", constraint="linear", ridge="auto", **task, **data, **output)
+    return ckptavg.twa(files, constraint="linear", ridge="auto", **task, **data, **output)
 
 
 def read(path: Path | None) -> Points:

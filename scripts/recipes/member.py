@@ -95,7 +95,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--task", type=Path, default=DIGITS, help="ckptavg task file with a train_dataloader")
-    parser.add_argument("--steps", type=int, default=360, help="optimizer steps T of each member")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps T of each member")
     parser.add_argument("--lr", type=float, default=0.1, help="initial learning rate, decayed to 0 by a cosine over T")
     parser.add_argument("--momentum", type=float, default=0.9, help="of SGD")
     parser.add_argument("--weight-decay", type=float, default=5e-4, help="of SGD")

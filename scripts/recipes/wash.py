@@ -91,11 +91,11 @@ def main() -> None:
         parser.error("needs two processes at least: torchrun --nproc-per-node 3 scripts/recipes/wash.py …")
     member = Member(options, rank, device)
     train(options, member, rank, members)
-    member.save(options.out / f"member-{rank}" / f"step-{options.steps}.safetensors")
+    files = [options.out / f"member-{n}" / f"step-{options.steps}.safetensors" for n in range(members)]
+    member.save(files[rank])
     barrier()
     if rank == 0:
-        folders = [options.out / f"member-{each}" for each in range(members)]
-        print(ckptavg.swa(folders, task=options.task, output=options.out / "averaged.safetensors", force=True))
+        print(ckptavg.swa(files, task=options.task, output=options.out / "averaged.safetensors", force=True))
     barrier()
     dist.destroy_process_group()
 
