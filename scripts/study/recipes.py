@@ -27,11 +27,13 @@ from safetensors.torch import load_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 
+from study import report
 from study.cell import machine
 from study.domains import fashion
 from study.domains.mails import mails
 from study.job import SCRIPTS, Job
 from study.recipe_results import NAME, Result, append, read
+from study.run import RESULTS
 
 SEEDS, SEEDS_ACOWA = 5, 3
 STEPS, IMAGES = 460, 6000
@@ -173,7 +175,8 @@ def sharded(seed: int, shards: int, penalty: float) -> Iterator[Result]:
         figures = {"accuracy": float(np.mean(right)), "nonzeros": float(np.count_nonzero(w_D))}
         return Result(
             part="ACOWA",
-            label=f"{shards} {penalty:g} {label}",
+            label=label,
+            setting=(str(shards), f"{penalty:g}"),
             seed=seed,
             figures=figures,
             how=f"scripts/recipes/acowa.py on SpamAssassin: {shards} shards, λ = {penalty:g}",
@@ -212,20 +215,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("build/study/full"), help="directory (%(default)s)")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / NAME
-    done = {(result.part, result.label, result.seed) for result in read(path)}
-
-    def keep(result: Result) -> None:
-        append(path, result)
-        print(f"{result.label}, seed {result.seed}: {result.figures}, {result.cpu_seconds:.0f} s", file=sys.stderr)
-
+    path, parts = options.out / NAME, options.parts.split(",")
+    done = {result.cell for result in read(path)}
     for seed, training in itertools.product(range(SEEDS), TRAININGS):
-        if training.part in options.parts.split(",") and (training.part, training.label, seed) not in done:
-            keep(trained(training, seed))
+        if training.part in parts and (training.part, training.label, str(seed)) not in done:
+            keep(path, [trained(training, seed)])
     for seed, shards, penalty in itertools.product(range(SEEDS_ACOWA), SHARDS, PENALTIES):
-        if "ACOWA" in options.parts.split(",") and ("ACOWA", f"{shards} {penalty:g} ACOWA", seed) not in done:
-            for result in sharded(seed, shards, penalty):
-                keep(result)
+        if "ACOWA" in parts and ("ACOWA", "ACOWA", str(seed), str(shards), f"{penalty:g}") not in done:
+            keep(path, list(sharded(seed, shards, penalty)))
+    report.write(options.out / RESULTS, options.out)
+    print(options.out / report.NAME)
+
+
+def keep(path: Path, results: Sequence[Result]) -> None:
+    """Append results to a file, and print them."""
+    for result in results:
+        append(path, result)
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
+        where = " ".join((*result.setting, f"seed {result.seed}"))
+        print(f"{result.part}, {result.label}, {where}: {figures}; {result.cpu_seconds:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

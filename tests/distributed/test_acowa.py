@@ -15,7 +15,7 @@ from scipy import sparse
 from scipy.optimize import minimize
 
 PENALTY = 0.03
-CLOSE = {"rel": 1e-2, "abs": 1e-2}  # LIBLINEAR ends at a thousandth of the initial slope, the other solver at 1e-14
+CLOSE = {"rel": 2e-2, "abs": 1e-2}  # LIBLINEAR stops at a thousandth of the initial slope
 
 
 @pytest.fixture(scope="module")
