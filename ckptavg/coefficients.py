@@ -75,16 +75,16 @@ class Coefficients:
     def effective(self) -> float | None:
         """Effective number of candidates 1/Σβ²: K for the mean of K, 1 for one; the smallest of several groups'.
 
-        None if a coefficient is negative, since 1/Σβ² then counts nothing.
+        None if a coefficient is negative or they are `linear`, since 1/Σβ² then counts nothing.
         """
-        if any(c < 0 for row in self.values for c in row):
+        if self.linear or any(c < 0 for row in self.values for c in row):
             return None
         return min(1 / math.fsum(c * c for c in row) for row in self.values)
 
     @property
     def uniform_subset(self) -> bool:
         """True if the mixture is the plain mean of the `selected` candidates."""
-        return len(self.values) == 1 and len({c for c in self.values[0] if c != 0}) == 1
+        return not self.linear and len(self.values) == 1 and len({c for c in self.values[0] if c != 0}) == 1
 
     def row(self, name: str) -> tuple[float, ...]:
         """Return the N coefficients of the tensor ``name``."""

@@ -105,7 +105,8 @@ def weighted_average(
     with coefficient 0 are not read. A tensor for which only one candidate is selected, with coefficient 1, is copied
     bit for bit; non-floating-point and `Checkpoint.kept` tensors are copied from the last selected candidate.
 
-    A tensor that is bit-equal in all selected candidates is reproduced bit for bit. The rounding does this where the
+    A tensor that is bit-equal in all selected candidates is reproduced bit for bit, unless the coefficients are
+    `Coefficients.linear`, whose sum it is multiplied by as any other. The rounding does this where the
     dtype is kept and no coefficient is negative (−0.0): it is below half a unit in the last place. Only for float64,
     narrower outputs, negative coefficients and results that are not finite are the tensors compared.
 
@@ -175,7 +176,8 @@ def _batches(
         terms = [(1.0, checkpoints[coefficients.selected[-1]])]
         if is_averaged(checkpoints[0], name) and elements:
             terms = [(c, checkpoints[i]) for i, c in enumerate(coefficients.row(name)) if c != 0]
-            if not _reproduces(terms, spec.dtype, specs[name].dtype) and same_bytes([c for _, c in terms], name):
+            compare = not (coefficients.linear or _reproduces(terms, spec.dtype, specs[name].dtype))
+            if compare and same_bytes([c for _, c in terms], name):
                 terms = [(1.0, terms[-1][1])]
         for start in range(elements.start, elements.stop, chunk):
             run = _Run(name, start, min(chunk, elements.stop - start), terms, specs[name].dtype)

@@ -90,11 +90,17 @@ class Candidates:
         buffers = (names for names, tensor in self._floats if not isinstance(tensor, nn.Parameter))
         return frozenset(name for names in buffers for name in names if name in self._checkpoints[0].tensors)
 
+    @property
+    def shared(self) -> Sequence[str]:
+        """Names of the floating-point tensors that are copied because they are equal in all candidates."""
+        return [name for name, count in self._copies.items() if count == 1]
+
     @torch.no_grad()
     def materialize(self, c_GN: Tensor, groups: Groups = EVERYTHING, *, last: int | None = -1) -> None:
         """Set the model to w = Σ_i c_i w_i, and the tensors that are copied to those of candidate ``last``, if any.
 
-        Each row of c_GN, [G, N] or [N], sums to one; it applies to the tensors whose names begin with its group's.
+        Each row of c_GN, [G, N] or [N], applies to the tensors whose names begin with its group's. It sums to one
+        unless the matrix is `exact`, since only then no row is stored as the difference from the mean.
         """
         self._copied.take(last)
         c_GN = c_GN.view(len(groups), self.n)

@@ -33,8 +33,8 @@ def parameter(option: Option) -> inspect.Parameter:
         kind = list[str]
     elif get_origin(kind) is Union and str in get_args(kind):  # Path | str
         kind = str
-    elif get_origin(kind) is Union:  # int | Literal["auto"]
-        kind, more = str, {"parser": _number_or_auto, "metavar": "N|auto"}
+    elif get_origin(kind) is Union:  # int | Literal["auto"], or float
+        kind, more = str, {"parser": partial(_number_or_auto, get_args(kind)[0]), "metavar": "N|auto"}
     elif not all(isinstance(choice, str) for choice in option.choices):  # Typer takes words only
         kind, more = str, {"parser": partial(_choice, option)}
     if option.choices:  # between spaces, long lists are wrapped between the words
@@ -64,8 +64,9 @@ def _choice(option: Option, text: str) -> Any:
     return {str(choice): choice for choice in option.choices}.get(text, text)
 
 
-def _number_or_auto(text: str) -> int | str:
+def _number_or_auto(kind: type[int] | type[float], text: str) -> float | str:
     try:
-        return "auto" if text == "auto" else int(text)
+        return "auto" if text == "auto" else kind(text)
     except ValueError as error:
-        raise typer.BadParameter(f"must be a whole number or auto, not {text!r}") from error
+        number = "whole number" if kind is int else "number"
+        raise typer.BadParameter(f"must be a {number} or auto, not {text!r}") from error

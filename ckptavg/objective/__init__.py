@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ckptavg.objective.output_losses import OutputLosses
     from ckptavg.surrogate import Surrogate
 
 SelectBy: TypeAlias = Literal["auto", "loss", "metric"]
@@ -62,7 +63,8 @@ class Losses(Protocol):
         ∂ℓ/∂c_i = ⟨w_i, ∂ℓ/∂w⟩. BatchNorm normalises with the batch's own statistics, dropout is off.
 
         Args:
-            c_N: [N] coefficients that sum to one, on the device of `uniform`; [G, N] for several groups.
+            c_N: [N] coefficients, on the device of `uniform`; [G, N] for several groups. They sum to one, unless
+                `check_any_sum` allows any sum.
             on: the split; None is `Objective.scored_on`.
             groups: the tensors that each row of coefficients applies to.
             again: reuse the batch of the previous call.
@@ -98,6 +100,18 @@ class Losses(Protocol):
     def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
         """Return the mean loss over ``on`` and its gradient [N], as `gradients` with a single fold."""
         ...
+
+    def outputs(self, on: Split | None = None) -> OutputLosses:
+        """Run each candidate once over ``on``, and return the loss as a function of combinations of the outputs.
+
+        Raises:
+            TaskError: if the model's output is not linear in its weights, or does not decide the loss.
+            UsageError: as `check_any_sum`.
+        """
+        ...
+
+    def check_any_sum(self) -> None:
+        """Raise UsageError if `loss` and the average need coefficients that sum to one, whatever the model."""
 
 
 class Objective(Protocol):

@@ -20,10 +20,11 @@ from ckptavg.objective.codecs import GradientCodec, SurrogateCodec
 from ckptavg.objective.loss import MixtureLoss, loss_and_gradient, losses_and_gradients
 from ckptavg.objective.loss_log import LossLog
 from ckptavg.objective.mixed_model import MixedModel
+from ckptavg.objective.outputs import Outputs, keeping
 from ckptavg.objective.remembered import Remembered
 from ckptavg.score import Split
 from ckptavg.surrogate import Surrogate
-from ckptavg.tasks.batch import Batch
+from ckptavg.tasks.batch import Batch, copied
 
 
 class Derivatives:
@@ -82,6 +83,33 @@ class Derivatives:
         """See `Losses.gradient`; cached."""
         _, value_F, gradient_FN = self.gradients(coefficients, on, 1)
         return float(value_F[0]), gradient_FN[0]
+
+    def outputs(self, on: Split | None = None) -> Outputs:
+        """See `Losses.outputs`; each rank runs its own candidates, and all of them keep all outputs."""
+        self.check_any_sum()
+        split = on or self._loader.scored_on
+
+        def measure() -> Outputs:
+            batches = [Batch(copied(data), size) for data, size in self._loader.learnable(split)]
+            if not batches:
+                raise self._loader.empty(split)
+            return Outputs(self._mixed, batches, self._meter)
+
+        return self._loader.with_memory(measure)
+
+    def check_any_sum(self) -> None:
+        """See `Losses.check_any_sum`."""
+        search, candidates = self._mixed.search, self._mixed.candidates
+        if search.shard:
+            raise UsageError("--constraint linear does not support --shard")
+        if not candidates.exact:
+            message = f"--constraint linear needs exact candidates, not {candidates.bits} bits"
+            raise UsageError(message, hint="--bits 32, or --offload disk")
+        recomputed = batchnorm.statistics(self._mixed.model)
+        if shared := [name for name in candidates.shared if name not in recomputed]:
+            names = f"{shared[0]}{f' (and {len(shared) - 1} more)' if len(shared) > 1 else ''}"
+            message = f"{names} is the same in all candidates, and would be scaled by the sum of the coefficients"
+            raise UsageError(f"--constraint linear: {message}", hint=f"{keeping(shared)} copies it instead")
 
     def _check_whole(self) -> None:
         if self._mixed.search.shard:

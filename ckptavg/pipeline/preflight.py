@@ -25,6 +25,7 @@ from ckptavg.readers import sentence_transformers
 from ckptavg.readers.sentence_transformers import MODULES
 from ckptavg.score import Split
 from ckptavg.strategies import name_of
+from ckptavg.strategies.twa import LINEAR
 
 _BY_SCORES: Final = "search by scores"  # the panel of its settings
 
@@ -106,18 +107,20 @@ def _check_solver(strategy: Strategy, *, has_losses: bool) -> None:
     solver, names = vars(strategy)["solver"], settings["solver"].choices
     if not has_losses and solver != settings["solver"].default:
         return  # it needs a loss, which `Strategy.learn` says
-    runs = f"{solver} solver" if has_losses else _BY_SCORES
+    runs = getattr(strategy, "runs", f"{solver} solver") if has_losses else _BY_SCORES
     groups = {f"{name} solver": f"the {name} solver" for name in names}
     groups |= {
         "both solvers": f"the {' and '.join(names)} solvers",
         _BY_SCORES: "the search by --score-cmd or --lm-eval",
+        LINEAR: "the fit of --constraint linear",
     }
     for setting in settings.values():
         users = setting.help.solvers
         used = not groups.keys() & users or runs in users or (has_losses and "both solvers" in users)
         if not used and getattr(strategy, setting.name) != setting.default:
             of, hint = " or ".join(groups[user] for user in users if user in groups), f"leave out {setting.flag}"
-            if has_losses and (other := next((name for name in names if f"{name} solver" in users), None)):
+            others = names if has_losses and runs != LINEAR else ()
+            if other := next((name for name in others if f"{name} solver" in users), None):
                 hint = f"--solver {other}, or {hint}"
             raise UsageError(f"{setting.flag} is a setting of {of}; {groups[runs]} does not use it", hint=hint)
 

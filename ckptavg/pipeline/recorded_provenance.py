@@ -82,7 +82,8 @@ def read(output: Reader) -> RecordedProvenance:
         groups = tuple(map(tuple, record["groups"]))
         if wrong := [i for i, column in enumerate(columns) if len(column) != len(groups)]:
             raise ValueError(f"sources[{wrong[0]}].coefficient must have {len(groups)} values, one for each group")
-        coefficients = Coefficients(tuple(zip(*columns, strict=True)), groups)
+        linear = record["settings"].get("constraint") == "linear"  # of TWA, or of a strategy of one's own
+        coefficients = Coefficients(tuple(zip(*columns, strict=True)), groups, linear)
         if unused := [source.name for i, source in enumerate(sources) if i not in coefficients.selected]:
             raise ValueError(f"the coefficient of {unused[0]} is 0, so it is not a source")
         strategy = _constructed(record["strategy"], record["settings"])

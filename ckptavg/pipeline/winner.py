@@ -40,7 +40,7 @@ class FinishedRun:
     def cross_validated(self, scored_on: Split) -> bool:
         """Return whether the strategy chose by held-out loss, though its answer may be a mixture that has none."""
         settings, one_value = vars(self.strategy), math.isinf(self.score.loss_noise)
-        fits = settings.get("solver") == "quadratic" and settings.get("ridge") is None and not one_value
+        fits = settings.get("solver") == "quadratic" and settings.get("ridge") in (None, "auto") and not one_value
         return self.learned.held_out is not None or (fits and settings["on"] in (None, scored_on))
 
 

@@ -13,6 +13,7 @@ from ckptavg.errors import UsageError, counted
 from ckptavg.objective import SCORED_ALONE, Hessian, Learned, Losses, Objective, SelectBy, Stage, Strategy, check_split
 from ckptavg.score import Split
 
+LINEAR = "linear constraint"  # the panel of the fit for models that are linear in their weights
 FAR = (-1.0, 2.0)  # affine coefficients outside hint at overfitting of a small data set
 
 
@@ -40,10 +41,15 @@ class TWA(Strategy):
     Clipping and the SAM step act on the gradient of x instead of that of all D parameters, and the SAM gradient
     replaces the plain one instead of being added to it at a tenth.
 
+    ``--constraint linear`` leaves the sum of the coefficients free too (OWA), for models that are linear in their
+    weights, such as logistic regressions of several shards: the outputs of all candidates are computed once, and
+    the mean loss + (ridge/2)·‖β‖² is minimised exactly over all β. Other models are refused; ``--force-linear`` trains
+    β_i = 1/N + x_i/‖w_i − w̄‖ by gradients for them, though offsets that the weights share do not survive another sum.
+
     References:
         Li et al. 2023, Trainable Weight Averaging, ICLR 2023 and arXiv:2205.13104v3. SAM: Foret et al. 2021,
         arXiv:2010.01412. The simplex form is the learned soup of Wortsman et al. 2022 (arXiv:2203.05482) in other
-        units.
+        units. OWA: Izbicki and Shelton 2019, ECML-PKDD 2019; see `ckptavg.strategies.solvers.linear.fit`.
     """
 
     on: Annotated[
@@ -53,12 +59,19 @@ class TWA(Strategy):
     solver: Annotated[Literal["gradient", "quadratic"], "Training or a quadratic model."] = "gradient"
     hessian: Annotated[Hessian, "Second derivatives to use.", "quadratic solver"] = "auto"
     ridge: Annotated[
-        float | None, "Shrinkage to the mean, in mean curvatures; default by cross-validation.", "quadratic solver"
+        float | Literal["auto"] | None,
+        "Shrinkage to the mean, in mean curvatures, or to 0 (linear), λ of the loss + λ/2·‖β‖²; auto, the default: by "
+        "cross-validation.",
+        "quadratic solver", LINEAR,
     ] = None  # fmt: skip
     constraint: Annotated[
-        Literal["affine", "simplex"] | None,
-        "simplex: no negative coefficients; default affine, or by cross-validation.",
+        Literal["affine", "simplex", "linear"] | None,
+        "simplex: no negative coefficients; linear: any sum, for linear models; default affine, or by "
+        "cross-validation.",
     ] = None  # fmt: skip
+    force_linear: Annotated[
+        bool, "With --constraint linear: train by gradients, of any model, instead of solving exactly."
+    ] = False  # fmt: skip
     layerwise: Annotated[bool, "Separate coefficients for every module.", "gradient solver"] = False
     block_size: Annotated[
         int | None, "Separate coefficients for every N elements; 0: per tensor.", "gradient solver"
@@ -90,20 +103,38 @@ class TWA(Strategy):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise UsageError(f"--{name} must be greater than 0, not {value}")
         for name in ("weight_decay", "sam_rho", "ridge"):
-            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
+            if (value := getattr(self, name)) not in (None, "auto") and not 0 <= value < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(self, name)}")
+        if self.force_linear and self.constraint != "linear":
+            raise UsageError("--force-linear goes with --constraint linear")
+        if self.constraint == "linear" and self.solver == "quadratic":
+            raise UsageError("--constraint linear is not for the quadratic solver", hint="leave out --solver")
+
+    @property
+    def runs(self) -> str:
+        """The panel of the settings that apply: that of the solver, or of the exact fit of a linear model."""
+        exact = self.constraint == "linear" and not self.force_linear
+        return LINEAR if exact else f"{self.solver} solver"
 
     def check(self, n: int, splits: Collection[Split], *, bounded: bool) -> None:
         """See `Strategy.check`."""
         check_split(self.on, splits)
         if self.solver == "quadratic" and not splits:
             raise UsageError("the quadratic solver needs a loss, not scores alone", hint="choose --solver gradient")
+        if self.constraint == "linear" and not splits:
+            message = "--constraint linear needs a loss and the model's outputs, not scores alone"
+            raise UsageError(message, hint="choose --constraint affine")
 
     def stages(self, n: int, losses: Losses | None, scored_on: Split) -> Sequence[Stage]:
         """See `Strategy.stages`."""
         if losses is None:
             return (Stage("searching by scores", scores=self.evaluations),)
         fit = self.on or scored_on
+        if self.runs == LINEAR:
+            from ckptavg.objective.output_losses import CHECKS, STAGE
+            from ckptavg.strategies.solvers.linear import FITTING
+
+            return Stage(STAGE, forward=n * losses.batches(fit) + CHECKS), Stage(FITTING)
         if self.solver == "quadratic":
             from ckptavg.objective import curvature_stages
             from ckptavg.strategies.solvers.cross_validated import MOVES, VERIFYING
@@ -121,25 +152,36 @@ class TWA(Strategy):
 
     def learn(self, objective: Objective) -> Learned:
         """See `Strategy.learn`."""
-        from ckptavg.strategies.solvers import cross_validated, score_search, subspace
+        from ckptavg.strategies.solvers import cross_validated, linear, score_search, subspace
 
-        losses = objective.losses
-        simplex, layerwise = self.constraint == "simplex", self.layerwise or self.block_size is not None
-        if self.solver == "quadratic":
+        losses, ridge = objective.losses, None if self.ridge == "auto" else self.ridge
+        layerwise = self.layerwise or self.block_size is not None
+        if self.constraint == "linear":
             assert losses is not None  # see `check`
+            if not self.force_linear:
+                return linear.fit(objective, losses, on=self.on, ridge=ridge, select_by=self.select_by)
+            losses.check_any_sum()
+        if self.solver == "quadratic":
+            assert losses is not None and self.constraint != "linear"  # see `check` and `__post_init__`
             learned = cross_validated.descend(
-                objective, losses, on=self.on, hessian=self.hessian, constraint=self.constraint, ridge=self.ridge,
+                objective, losses, on=self.on, hessian=self.hessian, constraint=self.constraint, ridge=ridge,
                 select_by=self.select_by,
             )  # fmt: skip
         elif losses is None:
-            learned = score_search.cma_es(objective, simplex=simplex, evaluations=self.evaluations)
+            learned = score_search.cma_es(
+                objective, constraint=self.constraint or "affine", evaluations=self.evaluations
+            )  # fmt: skip
         else:
             learned = subspace.train(
                 objective, losses, on=self.on, groups=losses.blocks(self.block_size) if layerwise else EVERYTHING,
-                simplex=simplex, epochs=self.epochs, lr=self.lr, optimizer=self.optimizer,
+                constraint=self.constraint or "affine", epochs=self.epochs, lr=self.lr, optimizer=self.optimizer,
                 weight_decay=self.weight_decay, clip=self.clip, sam_rho=self.sam_rho, patience=self.patience,
                 select_by=self.select_by,
             )  # fmt: skip
+        if self.constraint == "linear":
+            free = "coefficients of any sum were forced: offsets that all candidates share are scaled by it too"
+            coefficients = replace(learned.coefficients, linear=True)
+            learned = replace(learned, coefficients=coefficients, notes=[*learned.notes, free])
         far = [c for row in learned.coefficients.values for c in row if not FAR[0] <= c <= FAR[1]]
         if not far:
             return learned

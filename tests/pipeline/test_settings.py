@@ -15,7 +15,13 @@ from ckptavg.errors import UsageError
 from ckptavg.pipeline.preflight import check_strategy
 from ckptavg.strategies import from_spec
 
-SOLVERS = {"twa": ("gradient", "quadratic"), "sewa": ("gumbel", "quadratic")}
+SOLVERS = {
+    "twa": {
+        "gradient solver": {"solver": "gradient"}, "quadratic solver": {"solver": "quadratic"},
+        "linear constraint": {"constraint": "linear"},
+    },
+    "sewa": {"gumbel solver": {"solver": "gumbel"}, "quadratic solver": {"solver": "quadratic"}},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -39,7 +45,15 @@ BY_SCORES = ("--score-cmd", f"{sys.executable} -c 'print(1)' {{}}")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("twa --ridge 0.1", "--ridge is a setting of the quadratic solver; the gradient solver does not use it"),
+        (
+            "twa --ridge 0.1",
+            "--ridge is a setting of the quadratic solver or the fit of --constraint linear; the gradient solver does",
+        ),
+        ("twa --constraint linear --lr 3", "--lr is a setting of the gradient solver; the fit of --constraint linear"),
+        ("twa --constraint linear --layerwise", "hint: leave out --layerwise"),
+        ("twa --constraint linear --force-linear --ridge 1", "the gradient solver does not use it"),
+        ("twa --constraint linear --solver quadratic", "--constraint linear is not for the quadratic solver"),
+        ("twa --force-linear", "--force-linear goes with --constraint linear"),
         ("twa --solver quadratic --lr 3", "--lr is a setting of the gradient solver"),
         ("twa --solver quadratic --clip 2", "--clip is a setting of the gradient solver"),
         ("twa --evaluations 7", "--evaluations is a setting of the search by --score-cmd or --lm-eval"),
@@ -64,6 +78,12 @@ def test_a_search_by_scores_refuses_settings_of_solvers_that_need_a_loss(ckpts: 
         done = run("sewa", ckpts, "--k", 2, *BY_SCORES, *setting)
         assert done.returncode == 2 and f"{setting[0]} is a setting of the gumbel" in done.stderr, done.stderr
         assert f"hint: leave out {setting[0]}" in done.stderr
+
+
+def test_a_fit_of_outputs_is_refused_without_a_loss(ckpts: Path, run: Run):
+    for more in ((), ("--force-linear",)):
+        done = run("twa", ckpts, "--constraint", "linear", *more, *BY_SCORES)
+        assert done.returncode == 2 and "needs a loss and the model's outputs, not scores alone" in done.stderr
 
 
 def test_python_refuses_the_settings_that_the_command_line_refuses(ckpts: Path):
@@ -92,12 +112,12 @@ def test_each_setting_is_refused_for_exactly_the_solvers_that_do_not_use_it():
         strategy = from_spec(name)
         for option in declared(type(strategy)):
             users = option.help.solvers
-            for solver in (*solvers, None):  # None: by scores
-                named = {f"{solver} solver", "both solvers"} if solver else {"search by scores"}
+            for solver, choice in (solvers | {"": {}}).items():  # "": by scores
+                named = {solver, "both solvers"} if solver else {"search by scores"}
                 evaluator: Any = Evaluator(object() if solver else None)
-                given: Any = replace(
-                    cast("Any", strategy), **{"solver": solver or solvers[0], option.name: other(option)}
-                )
+                if option.name == "force_linear" or (option.name in ("solver", "constraint") and "constraint" in choice):
+                    continue
+                given: Any = replace(cast("Any", strategy), **{**choice, option.name: other(option)})
                 if option.name in ("solver", "k") or not users or named & {*users}:
                     given = given if option.name != "solver" else strategy
                     check_strategy(given, 9, evaluator)

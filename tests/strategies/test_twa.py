@@ -35,7 +35,7 @@ def test_affine_coefficients_are_the_formula(seed: int, n: int, magnitude: float
     draws = torch.Generator().manual_seed(seed)
     x = torch.randn(n, generator=draws, dtype=torch.float64)
     distance = (torch.rand(n, generator=draws, dtype=torch.float64) + 0.1) * 10**magnitude
-    beta = Subspace(distance, simplex=False).coefficients(x)
+    beta = Subspace(distance, "affine").coefficients(x)
     y = [a / b for a, b in zip(x.tolist(), distance.tolist(), strict=True)]
     # each β is a sum of three terms, the largest |y|: their roundings and those of the mean
     tolerance = (n + 4) * 2**-53 * (1 / n + 2 * max(map(abs, y)))
@@ -50,7 +50,7 @@ def test_affine_coefficients_are_the_mean_and_the_unit_directions():
     w, mean = objective.weights_ND, objective.weights_ND.mean(dim=0)
     x = torch.randn(6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     directions = (w - mean) / (w - mean).norm(dim=1, keepdim=True)
-    beta = Subspace(objective.distances(EVERYTHING)[0], simplex=False).coefficients(x)
+    beta = Subspace(objective.distances(EVERYTHING)[0], "affine").coefficients(x)
     torch.testing.assert_close(beta @ w, mean + x @ directions, rtol=0, atol=1e-14)
 
 
@@ -58,7 +58,7 @@ def test_affine_coefficients_are_the_mean_and_the_unit_directions():
 @given(st.integers(0, 10**6), st.integers(1, 30), st.floats(-3, 2))
 def test_simplex_coefficients_are_not_negative_and_sum_to_one(seed: int, n: int, magnitude: float):
     x = torch.randn(2, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 10**magnitude
-    beta = Subspace(torch.ones_like(x), simplex=True).coefficients(x)
+    beta = Subspace(torch.ones_like(x), "simplex").coefficients(x)
     assert (beta >= 0).all() and torch.allclose(beta.sum(dim=1), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-14)
     torch.testing.assert_close(beta, torch.softmax(n * x, dim=1), rtol=1e-12, atol=0)
 
@@ -68,7 +68,7 @@ def test_both_constraints_start_in_the_same_direction():
     distance = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
     zero = torch.zeros(4, dtype=torch.float64)
     affine, simplex = (
-        torch.autograd.functional.jacobian(Subspace(distance, simplex=constraint == "simplex").coefficients, zero)
+        torch.autograd.functional.jacobian(Subspace(distance, constraint).coefficients, zero)
         for constraint in CONSTRAINTS
     )
     torch.testing.assert_close(affine, simplex, rtol=0, atol=1e-15)
@@ -78,7 +78,7 @@ def test_both_constraints_start_in_the_same_direction():
 def test_a_candidate_that_is_the_mean_has_no_direction(constraint: Any):
     x = torch.tensor([3.0, 0.5, -0.5], dtype=torch.float64, requires_grad=True)
     distance = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
-    beta = Subspace(distance, simplex=constraint == "simplex").coefficients(x)
+    beta = Subspace(distance, constraint).coefficients(x)
     beta.square().sum().backward()
     assert torch.isfinite(beta).all() and x.grad is not None and x.grad[0] == 0 and torch.isfinite(x.grad).all()
 
@@ -124,7 +124,7 @@ def test_trained_coefficients_match_the_update_written_out(optimizer: Any, decay
     objective = Quadratic(n=5, d=7, seed=2)
     settings_ = TWA(epochs=4, lr=0.05, optimizer=optimizer, weight_decay=decay, clip=clip)
     xs = literal(objective, 4 * objective.batches("val"), 0.05, optimizer=optimizer, decay=decay, clip=clip)
-    subspace = Subspace(objective.distances(EVERYTHING)[0], simplex=False)
+    subspace = Subspace(objective.distances(EVERYTHING)[0], "affine")
     epochs = [subspace.coefficients(x) for x in xs[objective.batches("val") - 1 :: objective.batches("val")]]
     expected = min(epochs, key=lambda beta: float(objective.loss(beta)))
     found = torch.tensor(settings_.learn(objective).coefficients.values[0], dtype=torch.float64)
@@ -236,11 +236,11 @@ def test_a_sam_step_uses_the_gradient_at_the_shifted_point_on_the_same_batch():
     p = (w - mean) / (w - mean).norm(dim=1, keepdim=True)
     gradient = p @ (2 / 6 * mean)
     shifted = 0.5 * gradient / gradient.norm()
-    expected = Subspace(objective.distances(EVERYTHING)[0], simplex=False).coefficients(shifted)
+    expected = Subspace(objective.distances(EVERYTHING)[0], "affine").coefficients(shifted)
     torch.testing.assert_close(asked[1][0], expected, rtol=0, atol=1e-12)
     step = -0.01 * (p @ (2 / 6 * (mean + shifted @ p)))  # three steps: no warm-up, the first at the full rate
     torch.testing.assert_close(
-        asked[2][0], Subspace(objective.distances(EVERYTHING)[0], simplex=False).coefficients(step), rtol=0, atol=1e-12
+        asked[2][0], Subspace(objective.distances(EVERYTHING)[0], "affine").coefficients(step), rtol=0, atol=1e-12
     )
 
 

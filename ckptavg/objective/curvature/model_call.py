@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Generator, MutableMapping, Sequence
+import itertools
+from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -93,6 +94,16 @@ def tensors(output: Any) -> list[Tensor]:
 
     _mapped(output, collect)
     return floating
+
+
+def replaced(output: Any, values: Mapping[int, Tensor]) -> Any:
+    """Return a model's output with other values for some of its floating-point tensors, by their place in `tensors`."""
+    places = itertools.count()
+
+    def replace(tensor: Tensor) -> Tensor:
+        return values.get(next(places), tensor) if tensor.is_floating_point() else tensor
+
+    return _mapped(output, replace)
 
 
 def _mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

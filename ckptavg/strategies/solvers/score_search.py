@@ -15,7 +15,7 @@ from ckptavg.errors import UsageError
 from ckptavg.objective import Learned, Objective
 from ckptavg.objective.selection import Selection
 from ckptavg.strategies.solvers.concrete_mask import EDGE, likeliest, project_capped_simplex
-from ckptavg.strategies.solvers.subspace import Subspace
+from ckptavg.strategies.solvers.subspace import Constraint, Subspace
 from ckptavg.strategies.solvers.swaps import SwapSearch, answer, is_subset
 
 STAGE = "searching by scores"
@@ -77,7 +77,7 @@ def _subsets(selection: Selection, k: int) -> int:
     return sum(is_subset(mixture, k) for mixture in selection.scores)
 
 
-def cma_es(objective: Objective, *, simplex: bool, evaluations: int) -> Learned:
+def cma_es(objective: Objective, *, constraint: Constraint, evaluations: int) -> Learned:
     """Return the best of ``evaluations`` scored coefficients of CMA-ES on x in units of the distances.
 
     The search starts at the mean of all, x = 0, with steps of 1/N. Each single candidate is scored first, if that takes
@@ -95,7 +95,7 @@ def cma_es(objective: Objective, *, simplex: bool, evaluations: int) -> Learned:
         raise UsageError("a search by scores needs the package cma", hint="pip install 'ckptavg[score]'") from error
     n = objective.n
     seed = int(torch.randint(1, 2**31, (1,), generator=objective.generator))
-    subspace = Subspace(torch.ones(1, n, dtype=torch.float64), simplex=simplex)
+    subspace = Subspace(torch.ones(1, n, dtype=torch.float64), constraint)
     best, best_value = Coefficients.uniform(range(n), n), -math.inf
     trace: list[float] = []
 

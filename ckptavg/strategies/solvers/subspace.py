@@ -6,7 +6,7 @@ Shape suffixes: G = groups of tensors (blocks), N = candidates.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ckptavg.objective import SCORED_ALONE, Learned, Losses, Objective, SelectBy
 from ckptavg.objective.selection import Selection
 from ckptavg.score import Split
 
+Constraint: TypeAlias = Literal["affine", "simplex", "linear"]
 RATE: Final = {"val": 0.24, "train": 0.0024}  # times the mean distance, divided by the number of candidates
 EPOCHS: Final = 10
 FLOOR: Final = 200  # steps at least, by default
@@ -31,23 +32,26 @@ class Subspace:
 
     Attributes:
         distance_GN: [..., N], ‖w_i − w̄‖; where 0, p_i is 0 and x_i has no effect.
-        simplex: no coefficient is negative.
+        constraint: the set of coefficients: of sum 1, none of them negative too, or of any sum.
         groups: the tensors that each row applies to.
     """
 
     distance_GN: Tensor
-    simplex: bool
+    constraint: Constraint
     groups: Groups = EVERYTHING
 
     def coefficients(self, x_GN: Tensor) -> Tensor:
         """Return β from x: 1/N + x_i/‖w_i − w̄‖ − (1/N)·Σ_j x_j/‖w_j − w̄‖, or softmax(N·x_i/‖w_i − w̄‖).
 
-        Both are [..., N]; each row of β sums to 1 to rounding and is differentiable in x.
+        Both are [..., N]; each row of β sums to 1 to rounding and is differentiable in x. The linear form is the first
+        without its last term.
         """
         n, distance_GN = x_GN.shape[-1], self.distance_GN
         inverse_GN = torch.where(distance_GN > 0, 1 / distance_GN, torch.zeros_like(distance_GN))
         y_GN = x_GN * inverse_GN
-        return torch.softmax(n * y_GN, dim=-1) if self.simplex else 1 / n + y_GN - y_GN.mean(dim=-1, keepdim=True)
+        if self.constraint == "simplex":
+            return torch.softmax(n * y_GN, dim=-1)
+        return 1 / n + y_GN - (0 if self.constraint == "linear" else y_GN.mean(dim=-1, keepdim=True))
 
     def mixture(self, x_GN: Tensor) -> Coefficients:
         """Return the coefficients at x, [G, N].
@@ -56,17 +60,18 @@ class Subspace:
             UsageError: if they are not finite, or so large that they do not sum to 1.
         """
         # on the CPU, because rows cannot sum to 1 on a device without float64
-        host = Subspace(self.distance_GN.to("cpu", torch.float64), self.simplex)
-        beta = host.coefficients(x_GN.detach().to("cpu", torch.float64))
-        if not bool(torch.isfinite(beta).all()) or float((beta.sum(dim=-1) - 1).abs().max()) > beta.shape[-1] * 2**-40:
+        host = Subspace(self.distance_GN.to("cpu", torch.float64), self.constraint)
+        beta, free = host.coefficients(x_GN.detach().to("cpu", torch.float64)), self.constraint == "linear"
+        off = 0.0 if free else float((beta.sum(dim=-1) - 1).abs().max())
+        if not bool(torch.isfinite(beta).all()) or off > beta.shape[-1] * 2**-40:
             raise UsageError("the coefficients diverged", hint="choose a smaller --lr, or --clip")
-        return Coefficients(tuple(map(tuple, beta.tolist())), self.groups)
+        return Coefficients(tuple(map(tuple, beta.tolist())), self.groups, linear=free)
 
 
 def train(
-    objective: Objective, losses: Losses, *, on: Split | None, groups: Groups, simplex: bool, epochs: int | None,
-    lr: float | None, optimizer: Literal["adamw", "sgd"], weight_decay: float, clip: float | None, sam_rho: float,
-    patience: int | None, select_by: SelectBy,
+    objective: Objective, losses: Losses, *, on: Split | None, groups: Groups, constraint: Constraint,
+    epochs: int | None, lr: float | None, optimizer: Literal["adamw", "sgd"], weight_decay: float,
+    clip: float | None, sam_rho: float, patience: int | None, select_by: SelectBy,
 ) -> Learned:  # fmt: skip
     """Train the coordinates from the mean; the settings are those of `ckptavg.strategies.twa.TWA`.
 
@@ -80,7 +85,7 @@ def train(
     if lr is None:
         mean_G1 = distance_GN.mean(dim=1, keepdim=True)
         distance_GN = torch.where(mean_G1 > 0, distance_GN / mean_G1, distance_GN)
-    subspace = Subspace(distance_GN, simplex, groups)
+    subspace = Subspace(distance_GN, constraint, groups)
     x_GN = torch.zeros_like(distance_GN, requires_grad=True)
     per_epoch = losses.batches(fit)
     epochs = epochs or default_epochs(per_epoch)
