@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -51,6 +52,10 @@ class Points(NamedTuple):
     def at(self, rows: Any) -> Points:
         """Return some of the points."""
         return Points(self.x_BD[rows], self.y_B[rows], self.s_B[rows])
+
+    def batch(self) -> list[Tensor]:
+        """Return dense features and labels 0 or 1."""
+        return [torch.from_numpy(self.x_BD.toarray()), torch.from_numpy(self.y_B > 0).double()]
 
     def with_(self, others: Sequence[Points]) -> Points:
         """Return these points and the others."""
@@ -116,22 +121,16 @@ def accuracy(model: nn.Module, batch: list[Tensor]) -> Tensor:
     return ((model(features).squeeze(-1) > 0) == labels.bool()).float()
 
 
-def batches(points: Points) -> list[list[Tensor]]:
-    """Return dense features and labels 0 or 1, in four batches."""
-    quarters = [points.at(rows) for rows in np.array_split(np.arange(len(points.y_B)), 4)]
-    return [[torch.from_numpy(q.x_BD.toarray()).float(), torch.from_numpy(q.y_B > 0).float()] for q in quarters]
-
-
 def combine(models_PD: Any, sample: Points, test: Points, out: Path) -> ckptavg.Result:
     """Write the models as checkpoints, and their average with the coefficients that fit the sample best."""
     (out / "shards").mkdir(parents=True, exist_ok=True)
     files = [out / "shards" / f"step-{shard}.safetensors" for shard in range(1, len(models_PD) + 1)]
     for file, w_D in zip(files, models_PD, strict=True):
-        save_file({"weight": torch.from_numpy(w_D[None]).float()}, file)
-    task = {"model": lambda: nn.Linear(models_PD.shape[1], 1, bias=False), "loss": loss, "metric": accuracy}
-    data = {"val": batches(sample), "test": batches(test)}
+        save_file({"weight": torch.from_numpy(w_D[None])}, file)
+    model = partial(nn.Linear, models_PD.shape[1], 1, bias=False, dtype=torch.float64)
+    task = {"model": model, "loss": loss, "metric": accuracy, "val": [sample.batch()], "test": [test.batch()]}
     output = {"output": out / "averaged.safetensors", "force": True}
-    return ckptavg.twa(files, constraint="linear", ridge="auto", **task, **data, **output)
+    return ckptavg.twa(files, constraint="linear", ridge="auto", **task, **output)
 
 
 def read(path: Path | None) -> Points:

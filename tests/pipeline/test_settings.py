@@ -115,7 +115,9 @@ def test_each_setting_is_refused_for_exactly_the_solvers_that_do_not_use_it():
             for solver, choice in (solvers | {"": {}}).items():  # "": by scores
                 named = {solver, "both solvers"} if solver else {"search by scores"}
                 evaluator: Any = Evaluator(object() if solver else None)
-                if option.name == "force_linear" or (option.name in ("solver", "constraint") and "constraint" in choice):
+                if option.name == "force_linear" or (
+                    option.name in ("solver", "constraint") and "constraint" in choice
+                ):
                     continue
                 given: Any = replace(cast("Any", strategy), **{**choice, option.name: other(option)})
                 if option.name in ("solver", "k") or not users or named & {*users}:
