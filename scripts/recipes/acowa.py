@@ -126,7 +126,7 @@ def combine(models_PD: Any, sample: Points, test: Points, out: Path) -> ckptavg.
     (out / "shards").mkdir(parents=True, exist_ok=True)
     files = [out / "shards" / f"step-{shard}.safetensors" for shard in range(1, len(models_PD) + 1)]
     for file, w_D in zip(files, models_PD, strict=True):
-        save_file({"weight": torch.from_numpy(w_D[None])}, file)
+        save_file({"weight": torch.from_numpy(w_D[None]).contiguous()}, file)
     model = partial(nn.Linear, models_PD.shape[1], 1, bias=False, dtype=torch.float64)
     task = {"model": model, "loss": loss, "metric": accuracy, "val": [sample.batch()], "test": [test.batch()]}
     output = {"output": out / "averaged.safetensors", "force": True}
