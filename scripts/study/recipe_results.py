@@ -53,7 +53,8 @@ def append(path: Path, result: Result) -> None:
 
 def read(path: Path) -> list[Result]:
     """Return the results of a file, in order; none if it does not exist."""
-    return [Result(**json.loads(line)) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    stored = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    return [Result(**{**each, "setting": tuple(each.get("setting", ()))}) for each in stored]
 
 
 WASH: Final = (

@@ -42,6 +42,7 @@ JOBS: Final = {
     "WASH": partial(fashion.job, data=None, sample=IMAGES),
     "IMWA": partial(fashion.job, data=None, sample=60_000, imbalance=fashion.IMBALANCE, held=0.2),
 }
+PARTS: Final = ("WASH", "IMWA", "ACOWA")
 SHARDS, PENALTIES = (16, 64), (1e-2, 3e-3, 1e-3, 1e-4)
 TASK: Final = '''"""The task of one training of the study's recipes."""
 
@@ -211,11 +212,13 @@ def _mails() -> tuple[list[str], Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="run.sh recipes", description=__doc__)
-    parser.add_argument("--parts", default="IMWA,WASH,ACOWA", help="comma-separated tables (%(default)s)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated tables (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/study/full"), help="directory (%(default)s)")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     path, parts = options.out / NAME, options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"no part {min(unknown)}: choose from {', '.join(PARTS)}")
+    options.out.mkdir(parents=True, exist_ok=True)
     done = {result.cell for result in read(path)}
     for seed, training in itertools.product(range(SEEDS), TRAININGS):
         if training.part in parts and (training.part, training.label, str(seed)) not in done:
