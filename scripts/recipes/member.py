@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,7 +88,11 @@ class Member:
 
 def load_task(path: Path) -> SimpleNamespace:
     """Return the names of a task file of ckptavg; the recipes use model, loss, forward and train_dataloader."""
-    return SimpleNamespace(**runpy.run_path(str(path)))
+    sys.path.insert(0, str(path.parent))
+    names = runpy.run_path(str(path)) if path.is_file() else {}
+    if missing := {"model", "loss", "train_dataloader"} - names.keys():
+        raise SystemExit(f"error: {path}: is no task file with {min(missing)}")
+    return SimpleNamespace(**names)
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

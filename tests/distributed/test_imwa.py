@@ -26,6 +26,7 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, *options: object) -> Path:
     monkeypatch.delenv("RANK", raising=False)
     words = ["imwa.py", "--out", out, "--steps", STEPS, *options]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the recipe adds the task's directory
     imwa.main()
     return out
 
@@ -98,3 +99,12 @@ def test_wrong_sizes_end_in_one_line(
     with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path / "out", "--episodes", STEPS + 1)
     assert "--episodes between 1 and --steps" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_task_file_without_training_data_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    path = tmp_path / "task.py"
+    path.write_text("def model(): ...\ndef loss(model, batch): ...\n")
+    with pytest.raises(SystemExit, match=r"task\.py: is no task file with train_dataloader"):
+        run(monkeypatch, tmp_path / "out", "--task", path)
+    with pytest.raises(SystemExit, match=r"missing\.py: is no task file with loss"):
+        run(monkeypatch, tmp_path / "out", "--task", tmp_path / "missing.py")

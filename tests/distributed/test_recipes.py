@@ -47,6 +47,7 @@ def alone(
 ) -> dict[str, torch.Tensor]:
     """Return what the recipe writes without torchrun."""
     monkeypatch.setattr(sys, "argv", [f"{recipe.__name__}.py", "--out", str(out), *options])
+    monkeypatch.setattr(sys, "path", [*sys.path])  # IMWA adds the task's directory
     recipe.main()
     return load_file(out / "averaged.safetensors")
 
