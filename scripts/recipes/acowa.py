@@ -159,6 +159,8 @@ def main() -> None:
     parser.add_argument("--penalty", type=float, default=1e-3, help="λ (default: 0.001)")
     parser.add_argument("--seed", type=int, default=0, help="of the split into shards, sample and test points")
     options = parser.parse_args()
+    if options.shards < 1 or options.penalty <= 0:
+        parser.error("--shards must be at least 1, and --penalty greater than 0")
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     points = read(options.data)

@@ -26,8 +26,12 @@ import ckptavg
 
 def probabilities(model: nn.Module, p: float) -> Tensor:
     """Return p_l of each scalar [D]; layers are the modules with parameters of their own, in the model's order."""
-    sizes = [sum(each.numel() for each in module.parameters(recurse=False)) for module in model.modules()]
-    sizes = [size for size in sizes if size]
+    counted: set[nn.Parameter] = set()  # a shared parameter belongs to its first module
+    sizes: list[int] = []
+    for module in model.modules():
+        if own := {*module.parameters(recurse=False)} - counted:
+            counted |= own
+            sizes.append(sum(parameter.numel() for parameter in own))
     p_L = p * (1 - torch.arange(len(sizes)) / max(1, len(sizes) - 1))
     return p_L.repeat_interleave(torch.tensor(sizes)).to(next(model.parameters()).device)
 
@@ -86,6 +90,8 @@ def main() -> None:
     )
     parser.add_argument("--alpha", type=float, default=0.99, help="PAPA: w ← α·w + (1 − α)·w̄ every ten steps")
     options = parser.parse_args()
+    if not (0 <= options.p <= 1 and 0 <= options.alpha <= 1):
+        parser.error("--p and --alpha must be between 0 and 1")
     rank, members, device = join(options.device)
     if members < 2:
         parser.error("needs two processes at least: torchrun --nproc-per-node 3 scripts/recipes/wash.py …")

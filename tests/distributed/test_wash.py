@@ -6,6 +6,7 @@ Shape suffixes: N = members, D = parameters, K = chosen scalars, S = rows of sta
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,28 @@ def test_the_first_layer_has_probability_p_and_the_last_zero():
     assert p_D.tolist() == pytest.approx([0.3] * 8 + [0.2] * 4 + [0.1] * 3 + [0.0])
     assert len(p_D) == len(nn.utils.parameters_to_vector(model.parameters()))
     assert wash.probabilities(nn.Linear(2, 1), 0.3).tolist() == pytest.approx([0.3] * 3)
+
+
+def test_a_shared_parameter_belongs_to_its_first_layer():
+    model = nn.Sequential(nn.Embedding(5, 2), nn.Linear(2, 2), nn.Linear(2, 5))
+    model[2].weight = model[0].weight
+    p_D = wash.probabilities(model, 0.3)
+    assert p_D.tolist() == pytest.approx([0.3] * 10 + [0.15] * 6 + [0.0] * 5)
+    assert len(p_D) == len(nn.utils.parameters_to_vector(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--p", "1.5"), "--p and --alpha must be between 0 and 1"), ((), "needs two processes at least")],
+)
+def test_wrong_settings_end_in_one_line(
+    options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["wash.py", "--out", "nowhere", *options])
+    with pytest.raises(SystemExit):
+        wash.main()
+    assert message in capsys.readouterr().err
 
 
 def test_half_of_the_scalars_of_two_members_are_swapped_at_p_1():
