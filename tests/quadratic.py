@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
+from ckptavg.errors import UsageError
 from ckptavg.objective import FOLDS, Hessian, Learned
 from ckptavg.score import Score, Split
 from ckptavg.surrogate import Surrogate
@@ -75,6 +76,13 @@ class Quadratic:
     def gradient(self, coefficients: Coefficients, on: Split | None = None) -> tuple[float, Tensor]:
         _, value_F, gradient_FN = self.gradients(coefficients, on, 1)
         return float(value_F[0]), gradient_FN[0]
+
+    def outputs(self, on: Split | None = None) -> Any:
+        """Refuse, as of a network: v is what the loss is computed from, but there are no outputs."""
+        raise UsageError("the output is not linear in its weights")
+
+    def check_any_sum(self) -> None:
+        """Do nothing: v is a linear combination for any coefficients."""
 
     def of_subset(self, subset: Iterable[int]) -> float:
         return float(self.weights_ND[list(subset)].mean(dim=0).square().mean())

@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -226,7 +227,12 @@ def test_the_tour_of_the_readme_runs_as_written(run: Run, demo_folder: Path, tmp
 def test_the_commands_of_the_strategies_page_run_as_written(run: Run, demo_folder: Path, tmp_path: Path):
     folder = shutil.copytree(demo_folder, tmp_path / "demo")
     lines = re.findall(r"^    (ckptavg .*)$", text("docs/strategies.md"), re.MULTILINE)
-    assert [line.split()[1] for line in lines] == ["inspect", "compare", "landscape"]
+    assert [line.split()[1] for line in lines] == ["inspect", "twa", "compare", "landscape"]
+    (shards,) = re.findall(
+        r"```python\n(.*?)```", section(text("docs/strategies.md"), "Linear models (OWA)"), re.DOTALL
+    )
+    (folder / "shards.py").write_text(shards)
+    subprocess.run([sys.executable, "shards.py"], cwd=folder, check=True)
     for line in lines:
         done = run(*shlex.split(line)[1:], cwd=folder)
         assert done.returncode == 0, done.stderr

@@ -20,12 +20,12 @@ def answer(found: Sequence[Setting]) -> list[str]:
         return []
     mean = {label: fmean(each.values()) for label, each in places(found).items()}
     order = sorted(mean, key=mean.__getitem__)
+    last = f", the last checkpoint {mean['last']:.1f}" if "last" in mean else ""  # not where there is no order
     trainings = sum(len(one.records) for one in found)
     best = "; ".join(f"**{label}** {mean[label]:.1f}" for label in order[:5])
     points = [
         f"Of {len(order)} strategies on {trainings} trainings ({len(found)} settings), the best mean places by test "
-        f"figure: {best}; SWA has {mean['SWA']:.1f}, the last checkpoint {mean['last']:.1f}. Close places are not told "
-        "apart.",
+        f"figure: {best}; SWA has {mean['SWA']:.1f}{last}. Close places are not told apart.",
         f"{order[0]} against SWA: {_counts(found, order[0], 'SWA')}. Here and below, settings in which the difference "
         "is significantly above / below zero, of how many.",
         *(

@@ -202,7 +202,7 @@ def _early(trained: Trained, plan: Plan) -> list[Row]:
 def _row(mixture: Mixture, trained: Trained, label: str, spec: str, contestant: StrategyResult) -> Row:
     row = tuple(c for c in contestant.coefficients if isinstance(c, float))
     assert len(row) == mixture.n, "no strategy of the study is layer-wise"
-    coefficients = Coefficients((row,))
+    coefficients = Coefficients((row,), linear=contestant.settings.get("constraint") == "linear")
     val, test = contestant.scores["val"], contestant.scores["test"]
     assert val.loss is not None and test.loss is not None
     job = trained.job

@@ -17,7 +17,15 @@ AVERAGES: Final = ("SWA", "WSM sqrt", "TWA cross-validated", PICK)
 
 def claims(found: Sequence[Setting]) -> list[str]:
     """Return the sections, one per claim."""
-    return ["## The papers' claims", *_decay(found), *_sewa(found), *_aswa(found), *_peers(found), *_twa(found)]
+    return [
+        "## The papers' claims",
+        *_decay(found),
+        *_sewa(found),
+        *_aswa(found),
+        *_peers(found),
+        *_twa(found),
+        *_owa(found),
+    ]
 
 
 def _decay(found: Sequence[Setting]) -> list[str]:
@@ -166,3 +174,23 @@ def _twa(found: Sequence[Setting]) -> list[str]:
         "whole training."
     )
     return ["### The whole training from its first 60 %", text, table(["setting", *labels], rows)] if rows else []
+
+
+def _owa(found: Sequence[Setting]) -> list[str]:
+    """Compare OWA with the plain mean and the fit to all data."""
+    found, rows = [one for one in found if one.rows("OWA")], list[list[str]]()
+    for one in found:
+        digits = digits_of(one)
+        labels = ["SWA", "OWA", *one.peers]
+        figures = [one.domain.scale * fmean(row.figure for row in one.rows(label)) for label in labels]
+        losses = [fmean(row.test_loss for row in one.rows(label)) for label in labels]
+        sizes = [fmean(row.also["nonzeros"] for row in one.rows(label)) for label in labels]
+        cells = [f"{a:.{digits}f}, {b:.3f} ({c:,.0f})" for a, b, c in zip(figures, losses, sizes, strict=True)]
+        rows.append([one.title, *cells, shown(one.difference("OWA", "SWA"), digits)])
+    text = (
+        "Izbicki and Shelton (2019): one round of communication is enough for linear models of p shards, if their "
+        "coefficients are fitted to a small sample instead of being 1/p (the plain mean, SWA). Test figure, test loss "
+        "and, in brackets, the nonzero weights."
+    )
+    head = ["setting", "SWA", "OWA", *dict.fromkeys(peer for one in found for peer in one.peers), "OWA − SWA"]
+    return ["### Fitted coefficients of linear models", text, table(head, rows)] if rows else []

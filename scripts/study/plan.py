@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -48,6 +48,7 @@ class Plan:
         exhaustive: whether every subset of K is scored, for the ranks of those that strategies choose.
         variants: whether strategies run with settings that were tried and are not recommended, too.
         with_early: whether strategies also run on the first 60 % of a training.
+        more: label → specification of strategies that only some domains run.
     """
 
     name: str
@@ -64,11 +65,16 @@ class Plan:
     exhaustive: bool = True
     variants: bool = True
     with_early: bool = True
+    more: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def of(self, name: str) -> Plan:
-        """Return the plan of one domain: its own sizes in the whole study, none of its costly parts in any."""
+        """Return the plan of one domain: its own strategies, its sizes in the whole study, none of its costly parts."""
         sizes = domain(name).sizes
-        kept = {key: value for key, value in sizes.items() if self.name == "full" or isinstance(value, bool)}
+        kept = {
+            key: value
+            for key, value in sizes.items()
+            if self.name == "full" or isinstance(value, bool) or key == "more"
+        }
         return replace(self, **kept)
 
     @property
@@ -111,7 +117,7 @@ class Plan:
             "TWA cross-validated": "twa:solver=quadratic",
             "TWA cross-validated, simplex": "twa:solver=quadratic:constraint=simplex",
         }
-        return {label: spec for label, spec in found.items() if self.variants or label not in VARIANTS}
+        return {label: spec for label, spec in found.items() if self.variants or label not in VARIANTS} | {**self.more}
 
     @property
     def early_strategies(self) -> dict[str, str]:
@@ -171,6 +177,7 @@ def digest(name: str, plan: Plan, data: Path | None = None) -> str:
     path of the user's data.
     """
     settings = asdict(plan) | {"seeds": None}
+    del settings["more"]  # they are among the strategies
     known = available([*plan.strategies.values(), *plan.sweep.values(), *plan.early_strategies.values()])
     identity = json.dumps([settings, known, _code(name), data and str(data.resolve())], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:12]

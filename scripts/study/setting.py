@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Final
@@ -56,6 +56,11 @@ class Setting:
     def also(self) -> list[str]:
         """Return the names of further test figures."""
         return list(dict.fromkeys(name for record in self.records for row in record.rows for name in row.also))
+
+    @property
+    def own(self) -> Collection[str]:
+        """Return the labels of strategies that no other domains run, which have no place among the rest."""
+        return self.domain.sizes.get("more", ())
 
     @property
     def magnitude(self) -> float:
@@ -115,7 +120,8 @@ class Setting:
 
         Ties share a place.
         """
-        labels = [label for label in self.labels if self.domain.ordered or label not in ORDERED]
+        labels = [label for label in self.labels if label not in self.own]
+        labels = [label for label in labels if self.domain.ordered or label not in ORDERED]
         labels = [label for label in labels if all(row.seconds is not None for row in self.rows(label))]
         labels = [label for label in labels if len(self.rows(label)) == len(self.records) and label != "best subset"]
         places = [rankdata([-better(row) for label in labels if (row := record.row(label))]) for record in self.records]

@@ -96,7 +96,8 @@ def places(found: Sequence[Setting], better: Callable[[Row], float] | None = Non
 
 def overview(found: Sequence[Setting]) -> str:
     """Return the table of all strategies over all settings, the best mean place first."""
-    labels = list(dict.fromkeys(label for one in found for label in one.labels if label not in one.peers))
+    labels = [label for one in found for label in one.labels if label not in {*one.peers, *one.own}]
+    labels = list(dict.fromkeys(labels))
     by_figure, by_loss = places(found), places(found, lambda row: -row.test_loss)
     rows: list[tuple[float, list[str]]] = []
     for label in labels:

@@ -11,7 +11,7 @@ import pytest
 from conftest import Job
 
 from ckptavg.strategies import strategies
-from distributed import norm_task
+from distributed import linear_task, norm_task
 
 HERE = Path(__file__).parent
 Found = Mapping[str, Mapping[str, Any]]
@@ -51,6 +51,7 @@ SAME = {
     "lawa": "lawa:k=2",
     "ema": "ema",
     "last": "last",
+    "linear": "twa:constraint=linear",
     "bits": "best",
     "metrics": "compare,swa,aswa,soup",
     "compare": "compare,swa,aswa,soup",
@@ -65,6 +66,8 @@ def plan(jobs: dict[str, Job], tmp_path_factory: pytest.TempPathFactory) -> list
     """Return the runs: most on the transformer in double precision; BatchNorm and custom loaders are not divided."""
     norm = tmp_path_factory.mktemp("norm")
     norm_task.train(norm)
+    shards = tmp_path_factory.mktemp("shards")
+    linear_task.save(shards)
     double = jobs["transformer"].folder, HERE / "double_task.py"
     moons = jobs["mlp"].folder, jobs["mlp"].task
     normed = norm, HERE / "norm_task.py"
@@ -81,6 +84,7 @@ def plan(jobs: dict[str, Job], tmp_path_factory: pytest.TempPathFactory) -> list
         "shard-disk": (double, {"offload": "disk"}),
         "shard-disk-soup": (double, {"offload": "disk"}),
         "bits": (double, {"bits": 4}),
+        "linear": ((shards, HERE / "linear_task.py"), {}),
         "metrics": ((moons[0], HERE / "metrics_task.py"), {"holdout": 0.5}),
         "compare": ((jobs["transformer"].folder, jobs["transformer"].task), {"holdout": 0.5}),
     }

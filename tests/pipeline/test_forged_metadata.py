@@ -202,6 +202,8 @@ FORGED: dict[str, tuple[str, Edit, str]] = {
     "negative in the simplex": ("simplex", lambda record, _: [
         s.update(coefficient=c) for s, c in zip(record["sources"], (-0.5, 0.5, 1.0), strict=True)
     ] and None, "a coefficient is negative"),
+    "another sum": ("simplex", at("sources", 0, "coefficient", to=1.5), "must sum to 1"),
+    "any sum of a plain average": ("swa", at("settings", "constraint", to="linear"), "settings.constraint is no"),
     # the rest
     "not averaged, but averaged": ("swa", at("not_averaged", to=[]), "not_averaged is"),
     "kept, but averaged": ("swa", at("keep", to=["0.*"]), "not_averaged is"),

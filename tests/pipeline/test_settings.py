@@ -119,7 +119,7 @@ def test_each_setting_is_refused_for_exactly_the_solvers_that_do_not_use_it():
                     option.name in ("solver", "constraint") and "constraint" in choice
                 ):
                     continue
-                given: Any = replace(cast("Any", strategy), **{**choice, option.name: other(option)})
+                given: Any = replace(cast("Any", strategy), **{option.name: other(option), **choice})
                 if option.name in ("solver", "k") or not users or named & {*users}:
                     given = given if option.name != "solver" else strategy
                     check_strategy(given, 9, evaluator)

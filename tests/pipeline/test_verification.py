@@ -28,6 +28,7 @@ SPECS = (
     "aswa:hard_updates=false", "sewa:k=2:steps=5", "sewa:k=2:solver=quadratic", "sewa:k=auto:solver=quadratic",
     "twa:epochs=1", "twa:epochs=1:constraint=simplex", "twa:epochs=1:layerwise", "twa:epochs=1:block_size=0",
     "twa:solver=quadratic", "twa:solver=quadratic:constraint=simplex",
+    "twa:epochs=1:constraint=linear:force_linear",
 )  # fmt: skip
 
 

@@ -127,7 +127,7 @@ def fit(objective: Objective, losses: Losses, *, on: Split | None, ridge: float 
         held = _held_out(objective, outputs)
         by_metric = select_by != "loss" and not any(math.isnan(one.metric) for one in held)
         best = max(held, key=lambda one: (one.metric if by_metric else 0.0, -one.loss))
-        ridge, figure = best.ridge, "metric" if by_metric else "loss"
+        ridge, figure = best.ridge, "score" if by_metric else "loss"
         notes.append(f"ridge {ridge:.3g} has the best held-out {figure} of {len(held)} over {FOLDS} folds")
         tables = {"ridge, by held-out data": _table(held, with_metric=by_metric)}
         held_out = best.loss if (on or objective.scored_on) == objective.scored_on else None
@@ -146,24 +146,24 @@ def fit(objective: Objective, losses: Losses, *, on: Split | None, ridge: float 
 
 def _held_out(objective: Objective, outputs: OutputLosses) -> list[HeldOut]:
     """Return the held-out figures of each strength, the largest first."""
-    units = len(outputs.examples_U)
-    folds = min(FOLDS, units)
-    fold_U = torch.randperm(units, generator=objective.generator) % folds
-    share_U = outputs.examples_U / outputs.examples_U.sum()
+    examples_U = outputs.examples_U
+    folds = min(FOLDS, len(examples_U))
+    fold_U = torch.randperm(len(examples_U), generator=objective.generator) % folds
     figures = dict.fromkeys(reversed(RIDGES), (0.0, 0.0))
     for fold in range(folds):
         objective.progress(FITTING, fold, 1 + folds)
         c_N, out_U = torch.zeros(objective.n, dtype=torch.float64), fold_U == fold
         for ridge, (loss, metric) in figures.items():
-            found = minimised(outputs, outputs.examples_U * ~out_U, ridge, c_N)
+            found = minimised(outputs, examples_U * ~out_U, ridge, c_N)
             c_N, metric_U = found.c_N, outputs.metric(found.c_N)
-            loss += float(share_U[out_U] @ found.losses_U[out_U])
-            metric += math.nan if metric_U is None else float(share_U[out_U] @ metric_U[out_U])
+            loss += float(examples_U[out_U] @ found.losses_U[out_U])
+            metric += math.nan if metric_U is None else float(examples_U[out_U] @ metric_U[out_U])
             figures[ridge] = loss, metric
-    return [HeldOut(ridge, loss, metric) for ridge, (loss, metric) in figures.items()]
+    total = float(examples_U.sum())  # of counts of right answers, so that equal ones are ties to the last bit
+    return [HeldOut(ridge, loss / total, metric / total) for ridge, (loss, metric) in figures.items()]
 
 
 def _table(held: Sequence[HeldOut], *, with_metric: bool) -> list[dict[str, float | str | None]]:
     names = HeldOut._fields if with_metric else HeldOut._fields[:2]
-    titles = {"ridge": "ridge", "loss": "held-out loss", "metric": "held-out metric"}
+    titles = {"ridge": "ridge", "loss": "held-out loss", "metric": "held-out score"}
     return [{titles[name]: getattr(one, name) for name in names} for one in held]

@@ -161,6 +161,7 @@ def _domain(shards: int) -> Domain:
             "exhaustive": False,
             "variants": False,
             "with_early": False,
+            "more": {"OWA": "twa:constraint=linear"},
         },
     )
 
