@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Final
@@ -54,7 +54,7 @@ def append(path: Path, result: Result) -> None:
 def read(path: Path) -> list[Result]:
     """Return the results of a file, in order; none if it does not exist."""
     stored = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    return [Result(**{**each, "setting": tuple(each.get("setting", ()))}) for each in stored]
+    return [replace(result, setting=tuple(result.setting)) for result in (Result(**each) for each in stored)]
 
 
 WASH: Final = (
@@ -110,18 +110,18 @@ def _members(results: Sequence[Result], figure: str) -> str:
     """Return the table of averages, members and ensembles, with differences paired by seed."""
     labels = list(dict.fromkeys(result.label for result in results))
 
-    def of(label: str, which: str) -> list[float]:
+    def of(label: str, which: str) -> dict[int, float]:
         rows = sorted((result for result in results if result.label == label), key=lambda result: result.seed)
-        return [100 * row.figures[f"{figure} {which}"] for row in rows]
+        return {row.seed: 100 * row.figures[f"{figure} {which}"] for row in rows}
 
-    def difference(left: Sequence[float], right: Sequence[float]) -> str:
-        return format(Interval.of([a - b for a, b in zip(left, right, strict=True)]), ".1f")
+    def difference(left: Mapping[int, float], right: Mapping[int, float]) -> str:
+        return format(Interval.of([left[seed] - right[seed] for seed in left if seed in right]), ".1f")
 
     head = ["", "average", "members", "ensemble", f"Δ average from *{labels[0]}*", "Δ average from ensemble"]
     rows = [
         [
             label,
-            *(f"{fmean(of(label, which)):.1f}" for which in ("average", "members", "ensemble")),
+            *(f"{fmean(of(label, which).values()):.1f}" for which in ("average", "members", "ensemble")),
             NONE if label == labels[0] else difference(of(label, "average"), of(labels[0], "average")),
             difference(of(label, "average"), of(label, "ensemble")),
         ]
