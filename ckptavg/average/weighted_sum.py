@@ -176,8 +176,8 @@ def _batches(
         terms = [(1.0, checkpoints[coefficients.selected[-1]])]
         if is_averaged(checkpoints[0], name) and elements:
             terms = [(c, checkpoints[i]) for i, c in enumerate(coefficients.row(name)) if c != 0]
-            compare = not (coefficients.linear or _reproduces(terms, spec.dtype, specs[name].dtype))
-            if compare and same_bytes([c for _, c in terms], name):
+            alike = not coefficients.linear and not _reproduces(terms, spec.dtype, specs[name].dtype)
+            if alike and same_bytes([c for _, c in terms], name):
                 terms = [(1.0, terms[-1][1])]
         for start in range(elements.start, elements.stop, chunk):
             run = _Run(name, start, min(chunk, elements.stop - start), terms, specs[name].dtype)

@@ -33,8 +33,9 @@ def parameter(option: Option) -> inspect.Parameter:
         kind = list[str]
     elif get_origin(kind) is Union and str in get_args(kind):  # Path | str
         kind = str
-    elif get_origin(kind) is Union:  # int | Literal["auto"], or float
-        kind, more = str, {"parser": partial(_number_or_auto, get_args(kind)[0]), "metavar": "N|auto"}
+    elif get_origin(kind) is Union:  # int | Literal["auto"]
+        number = float if float in get_args(kind) else int
+        kind, more = str, {"parser": partial(_number_or_auto, number), "metavar": "N|auto"}
     elif not all(isinstance(choice, str) for choice in option.choices):  # Typer takes words only
         kind, more = str, {"parser": partial(_choice, option)}
     if option.choices:  # between spaces, long lists are wrapped between the words
@@ -64,9 +65,9 @@ def _choice(option: Option, text: str) -> Any:
     return {str(choice): choice for choice in option.choices}.get(text, text)
 
 
-def _number_or_auto(kind: type[int] | type[float], text: str) -> float | str:
+def _number_or_auto(number: type[int] | type[float], text: str) -> float | str:
     try:
-        return "auto" if text == "auto" else kind(text)
+        return "auto" if text == "auto" else number(text)
     except ValueError as error:
-        number = "whole number" if kind is int else "number"
-        raise typer.BadParameter(f"must be a {number} or auto, not {text!r}") from error
+        words = "a whole number" if number is int else "a number"
+        raise typer.BadParameter(f"must be {words} or auto, not {text!r}") from error

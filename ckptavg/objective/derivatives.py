@@ -20,11 +20,11 @@ from ckptavg.objective.codecs import GradientCodec, SurrogateCodec
 from ckptavg.objective.loss import MixtureLoss, loss_and_gradient, losses_and_gradients
 from ckptavg.objective.loss_log import LossLog
 from ckptavg.objective.mixed_model import MixedModel
-from ckptavg.objective.outputs import Outputs, keeping
+from ckptavg.objective.outputs import Outputs, keeping, kept
 from ckptavg.objective.remembered import Remembered
 from ckptavg.score import Split
 from ckptavg.surrogate import Surrogate
-from ckptavg.tasks.batch import Batch, copied
+from ckptavg.tasks.batch import Batch
 
 
 class Derivatives:
@@ -90,9 +90,7 @@ class Derivatives:
         split = on or self._loader.scored_on
 
         def measure() -> Outputs:
-            batches = [Batch(copied(data), size) for data, size in self._loader.learnable(split)]
-            if not batches:
-                raise self._loader.empty(split)
+            batches = kept(self._loader.learnable(split), self.batches(split), self._mixed.run.device)
             return Outputs(self._mixed, batches, self._meter)
 
         return self._loader.with_memory(measure)

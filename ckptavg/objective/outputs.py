@@ -20,12 +20,11 @@ from ckptavg.objective.mixed_model import MixedModel
 from ckptavg.objective.output_losses import STAGE, Expansion
 from ckptavg.readers import FLOATING
 from ckptavg.score import sign
-from ckptavg.tasks.batch import Batch, copied
+from ckptavg.tasks.batch import Batch, copied, leaves
 
-Stacked: TypeAlias = Sequence[Tensor]
-"""The outputs of a batch that the loss uses, each [N, ...]."""
+Stacked: TypeAlias = Sequence[Tensor]  # the outputs of a batch that the loss uses, each [N, ...]
 _SUMS: Final = (0.5, 2.0)  # of the coefficients of the mixtures that are checked
-_SHARE: Final = 0.7  # fraction of free memory that the outputs may use
+_SHARE: Final = 0.7  # fraction of free memory that the data, and then the outputs, may use
 _HINT: Final = "--constraint affine, or --force-linear to train the coefficients by gradients all the same"
 _T = TypeVar("_T")
 
@@ -55,10 +54,13 @@ class Outputs:
         self._mixed, self._batches, self._meter = mixed, batches, meter
         self._task, self._n = mixed.task, len(mixed.checkpoints)
         self._templates: dict[int, Any] = {}  # batch → an output, for its structure
+        self._done = 0  # batches of this rank, for the progress
         with mixed.plain():
             self._places = self._used_places()
             first = self._stacked(range(1), range(self._n))
-            self._check_memory(first[0])
+            examples = sum(batch.size for batch in batches)
+            needed = 8 * sum(z.numel() for z in first[0]) * examples // batches[0].size
+            _check_memory(needed, f"the outputs of {self._n} candidates", mixed.run.device)
             self._dtype = self._dtype_of_loss(first[0])
             self._check_linear([z.to(self._dtype) for z in first[0]])
             stacked = [*first, *self._divided(range(1, len(batches)))]
@@ -91,11 +93,9 @@ class Outputs:
             assert task.metric is not None
             with torch.no_grad():
                 value = self._apply(task.metric, number, _combined(outputs, c_N))
-            name = task.metric_key or (next(iter(value)) if isinstance(value, Mapping) else "")
-            if isinstance(value, Mapping):
-                value = value.get(name)
-            elif task.metric_key:
-                return None
+            named = value if isinstance(value, Mapping) else {"": value}
+            name = task.metric_key or next(iter(named))
+            value = named.get(name)
             if value is None or torch.as_tensor(value).numel() != self._units[number]:
                 return None
             values.append(sign(task.metric_goal, name) * torch.as_tensor(value).flatten().to("cpu", torch.float64))
@@ -149,27 +149,20 @@ class Outputs:
                 rows = stacked.setdefault(number, [value.new_zeros(self._n, *value.shape) for value in values])
                 for z, value in zip(rows, values, strict=True):
                     z[i] = value
+            self._done += len(numbers)
+            mixed.run.progress(STAGE, min(self._done, self._n * len(self._batches)), self._n * len(self._batches))
         return [stacked[number] for number in numbers]
 
     def _divided(self, numbers: Sequence[int]) -> list[Stacked]:
         """Return the outputs of all candidates for some batches; each rank runs its own candidates."""
-        workers, run = self._mixed.run.workers, self._mixed.run
+        workers = self._mixed.run.workers
         own = range(workers.rank, self._n, workers.world_size)
-        stacked = self._stacked(numbers, own or range(1))  # a rank needs the structure of an output
-        run.progress(STAGE, self._n, self._n)
         others = self._n - len(own)
+        stacked = self._stacked(numbers, own or range(1)) if numbers else []  # any rank needs the outputs' structure
         self._meter.count("forward", others * sum(self._batches[k].size for k in numbers), others * len(numbers))
         if not own:
             stacked = [[torch.zeros_like(z) for z in outputs] for outputs in stacked]
         return [[workers.sum(z) for z in outputs] for outputs in stacked]
-
-    def _check_memory(self, first: Stacked) -> None:
-        device, examples = self._mixed.run.device, sum(batch.size for batch in self._batches)
-        needed = round(8 * sum(z.numel() for z in first) * examples / self._batches[0].size)
-        if needed > (free := _SHARE * free_memory(device)):
-            room = f"and {sized(round(free))} may be used on {device}"
-            message = f"the outputs of {self._n} candidates for {examples:,} examples take {sized(needed)}, {room}"
-            raise OutOfMemoryError(message, hint="fit them to fewer examples, or to fewer candidates (--last, --every)")
 
     def _dtype_of_loss(self, first: Stacked) -> torch.dtype:
         """Return the widest dtype of an output from which the loss has second derivatives."""
@@ -229,15 +222,15 @@ class Outputs:
         Raises:
             UnavailableError: if the loss has none.
         """
-        leaves = [output.requires_grad_() for output in _combined(outputs, c_N)]
+        inputs = [output.requires_grad_() for output in _combined(outputs, c_N)]
         with torch.enable_grad():
-            loss = self._apply(self._task.loss, number, leaves)
+            loss = self._apply(self._task.loss, number, inputs)
             losses = loss.flatten() if loss.numel() == self._batches[number].size else loss.mean().view(1)
             total = c_N.new_zeros(1 + self._n, self._n)
             with derivatives():
                 weighted = losses.sum() if weights is None else losses @ weights.to(losses)
-                slopes = autograd.grad(weighted, leaves, create_graph=True)
-                bent = _hvps(slopes, leaves, outputs)
+                slopes = autograd.grad(weighted, inputs, create_graph=True)
+                bent = _hvps(slopes, inputs, outputs)
         for z, slope, bent_z in zip(outputs, slopes, bent, strict=True):
             total[0] += z.flatten(1) @ slope.detach().flatten()
             total[1:] += z.flatten(1) @ bent_z.flatten(1).t()
@@ -254,19 +247,40 @@ def keeping(names: Sequence[str]) -> str:
     return " ".join(f"--keep '{name}'" for name in names[:3]) + (" …" if len(names) > 3 else "")
 
 
+def kept(batches: Iterable[Batch], number: int, device: torch.device) -> list[Batch]:
+    """Return copies of all batches, ``number`` of them at most.
+
+    Raises:
+        OutOfMemoryError: if they do not fit in memory, by the size of the first.
+    """
+    read: list[Batch] = []
+    for data, size in batches:
+        read.append(Batch(copied(data), size))
+        if len(read) == 1:
+            nbytes = sum(leaf.nbytes for leaf in leaves(data) if isinstance(leaf, Tensor))
+            _check_memory(number * nbytes, "the data", device)
+    return read
+
+
+def _check_memory(needed: int, what: str, device: torch.device) -> None:
+    if needed > (free := round(_SHARE * free_memory(device))):
+        message = f"--constraint linear keeps {what}, which take {sized(needed)}, and {sized(free)} may be used"
+        raise OutOfMemoryError(f"{message} on {device}", hint="fit to fewer examples or candidates (--last, --every)")
+
+
 def _combined(outputs: Stacked, c_N: Tensor) -> list[Tensor]:
     """Return Σ_i c_i z_i."""
     return [torch.tensordot(c_N.to(z), z, 1) for z in outputs]
 
 
-def _hvps(slopes: Sequence[Tensor], leaves: Sequence[Tensor], directions: Stacked) -> list[Tensor]:
-    """Return (∂²ℓ/∂o²) z_i for each leaf [N, ...], the directions z_i being those of all leaves at once."""
+def _hvps(slopes: Sequence[Tensor], inputs: Sequence[Tensor], directions: Stacked) -> list[Tensor]:
+    """Return (∂²ℓ/∂o²) z_i for each output o [N, ...], the directions z_i being those of all outputs at once."""
     curved = [k for k, slope in enumerate(slopes) if slope.requires_grad]
     if not curved:
         return [torch.zeros_like(z) for z in directions]
     return list(
         autograd.grad(
-            [slopes[k] for k in curved], leaves, [directions[k].to(slopes[k]) for k in curved],
+            [slopes[k] for k in curved], inputs, [directions[k].to(slopes[k]) for k in curved],
             is_grads_batched=True, allow_unused=True, materialize_grads=True,
         )
     )  # fmt: skip

@@ -23,7 +23,7 @@ from ckptavg.checkpoints.discover import discover
 from ckptavg.checkpoints.window import Window
 from ckptavg.coefficients import Coefficients
 from ckptavg.context import Run as Context
-from ckptavg.errors import TaskError, UsageError
+from ckptavg.errors import OutOfMemoryError, TaskError, UsageError
 from ckptavg.objective.mixture import Mixture
 from ckptavg.pipeline.verification import verify
 from ckptavg.strategies.solvers.linear import FOLDS, RIDGES, minimised
@@ -142,6 +142,17 @@ def test_auto_takes_the_ridge_that_is_best_by_hand_over_the_folds(ckpts: Path, b
     expected = by_sklearn(z, Y_B, rows[best]["ridge"])
     assert learned.coefficients.values[0] == pytest.approx(expected, abs=1e-6)
     assert learned.held_out == pytest.approx(losses[best], abs=1e-7)
+
+
+def test_the_deciding_one_of_several_metrics_chooses_the_ridge_in_its_direction(ckpts: Path):
+    def several(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        return {"noise": model(batch[0])[:, 0], "wrong": 1 - right(model, batch)}
+
+    learned, _ = fitted(ckpts, task(metric=several, metric_key="wrong", metric_goal={"wrong": "min", "noise": "max"}))
+    plain, _ = fitted(ckpts, task(metric=right))
+    assert learned.coefficients == plain.coefficients
+    scores = [[row["held-out score"] for row in one.tables["ridge, by held-out data"]] for one in (learned, plain)]
+    assert scores[0] == pytest.approx([score - 1 for score in scores[1]], abs=1e-12)
 
 
 def test_no_single_candidate_and_not_their_mean_is_better_on_the_same_sample(ckpts: Path):
@@ -331,6 +342,16 @@ def test_losses_of_more_than_the_output_are_refused(ckpts: Path):
     ):
         with pytest.raises(TaskError, match=reason):
             fitted(ckpts, task(loss=loss))
+
+
+@pytest.mark.parametrize(("free", "kind"), [(1000, "the data"), (17_500, "the outputs of 5 candidates")])
+def test_what_does_not_fit_in_memory_is_refused(ckpts: Path, monkeypatch: pytest.MonkeyPatch, free: int, kind: str):
+    """The inputs are 16,000 bytes and the outputs of three classes 18,000."""
+    folder = save(ckpts.parent / "wide", [{"weight": draws(3, D, seed=i)} for i in range(N)])
+    objects = task(lambda: linear(3), lambda z, y: functional.cross_entropy(z, y, reduction="none"))
+    monkeypatch.setattr("ckptavg.objective.outputs.free_memory", lambda _: free / 0.7)
+    with pytest.raises(OutOfMemoryError, match=kind):
+        fitted(folder, objects)
 
 
 def test_few_bits_are_refused(ckpts: Path):

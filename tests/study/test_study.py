@@ -18,10 +18,11 @@ from study.cell import Cell, measure
 from study.domains import domain
 from study.interval import Interval
 from study.job import Training
-from study.plan import Plan, digest
+from study.plan import PLANS, Plan, digest
 from study.record import Failure, Record, Row, append, read
 from study.setting import Setting, settings
 from study.subsets import Subsets, drawn, shape
+from study.tables import overview, setting_table
 from study.training import rate, train
 
 from ckptavg.coefficients import Coefficients
@@ -276,6 +277,17 @@ def test_an_average_of_another_tool_is_compared_but_has_no_place(real: Path, tmp
 def test_candidates_without_an_order_have_no_last_one():
     assert setting_of("spam-16").sign("SWA", "last") is None and setting_of("fashion").sign("SWA", "last") is not None
     assert "last" not in setting_of("spam-16").places() and "SWA" in setting_of("spam-16").places()
+
+
+def test_a_strategy_that_few_domains_run_has_no_place_and_changes_no_other_digest():
+    shards, images = (PLANS["full"].of(name) for name in ("spam-16", "fashion"))
+    assert shards.strategies["OWA"] == "twa:constraint=linear" and "OWA" not in images.strategies
+    assert digest("spam-16", shards) != digest("spam-16", replace(shards, more={}))
+    assert digest("fashion", images) == digest("fashion", replace(images, more={}))
+    one = setting_of("spam-16")
+    rows = [*one.records[0].rows, replace(one.records[0].rows[0], label="OWA", figure=0.9, also={"nonzeros": 3.0})]
+    one = replace(one, records=[replace(record, rows=rows) for record in one.records])
+    assert one.places() == {"SWA": 1.0} and "| OWA |" not in overview([one]) and "| OWA |" in setting_table(one)
 
 
 def setting_of(name: str) -> Setting:
