@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from ckptavg.api import inspect as inspect
     from ckptavg.api import landscape as landscape
     from ckptavg.api import run as run
+    from ckptavg.api import swag as swag
     from ckptavg.api import verify as verify
     from ckptavg.errors import CkptavgError as CkptavgError
+    from ckptavg.report.posterior import PosteriorResult as PosteriorResult
     from ckptavg.report.result import Comparison as Comparison
     from ckptavg.report.result import Landscape as Landscape
     from ckptavg.report.result import Result as Result
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "run": "api", "compare": "api", "landscape": "api", "evaluate": "api", "check": "api", "inspect": "api",
-    "verify": "api", "CkptavgError": "errors", "Result": "report.result", "Comparison": "report.result",
-    "Landscape": "report.result",
+    "verify": "api", "swag": "api", "PosteriorResult": "report.posterior", "CkptavgError": "errors",
+    "Result": "report.result", "Comparison": "report.result", "Landscape": "report.result",
 }  # fmt: skip
 
 

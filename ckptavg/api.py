@@ -14,18 +14,23 @@ from ckptavg.checkpoints.inspection import facts, open_for_inspection
 from ckptavg.declaration import Option, check_value, declared, docstring
 from ckptavg.errors import UsageError, nearest
 from ckptavg.objective import PlainAverage, Strategy
-from ckptavg.options import CHECK, EVAL, NOT_COMPARE, NOT_INSPECT, Options
+from ckptavg.options import CHECK, EVAL, NOT_COMPARE, NOT_INSPECT, NOT_SWAG, Options
 from ckptavg.options.comparison import ComparisonOptions
+from ckptavg.options.follow import FOLLOW
 from ckptavg.options.landscape import LandscapeOptions
+from ckptavg.options.posterior import PosteriorOptions
 from ckptavg.options.task import check_unscored
 from ckptavg.pipeline import evaluation, task_check, verification
 from ckptavg.pipeline import run as run_pipeline
 from ckptavg.pipeline.basin import find_basins
 from ckptavg.pipeline.comparison import compare as run_comparison
+from ckptavg.pipeline.follow import follow
 from ckptavg.pipeline.landscape import landscape as find_landscape
+from ckptavg.pipeline.swag import swag as run_swag
 from ckptavg.pipeline.task_choice import with_task
 from ckptavg.report.basin import Basins
 from ckptavg.report.display import Report
+from ckptavg.report.posterior import PosteriorResult
 from ckptavg.report.result import Comparison, Evaluation, Inspection, Landscape, Result
 from ckptavg.report.task_check import TaskCheck
 from ckptavg.runtime.notebook import ProgressLine, in_notebook
@@ -50,8 +55,10 @@ def run(ckpts: Paths, strategy: Strategy | str, *, watch: Watch | None = None, *
         CkptavgError: with the message and exit code of the command line.
     """
     strategy = from_spec(strategy) if isinstance(strategy, str) else strategy
-    shared = _options(name_of(strategy), ckpts, options, required=not isinstance(strategy, PlainAverage))
-    return _watched(watch, lambda progress: run_pipeline(strategy, _paths(ckpts), shared, progress))
+    name, without = name_of(strategy), () if strategy.follows else FOLLOW
+    shared = _options(name, ckpts, options, required=not isinstance(strategy, PlainAverage), without=without)
+    work = follow if shared.follow else run_pipeline
+    return _watched(watch, lambda progress: work(strategy, _paths(ckpts), shared, progress))
 
 
 def compare(
@@ -74,6 +81,23 @@ def compare(
     return _watched(watch, lambda progress: run_comparison(_paths(ckpts), shared, progress, **own))
 
 
+def swag(ckpts: Paths = (), *, watch: Watch | None = None, **options: Any) -> PosteriorResult:
+    """Write the mean of the candidates, and models drawn from a Gaussian around it; average their predictions.
+
+    Args:
+        ckpts: one or more directories of checkpoints, or checkpoints; none with ``from_``, a file of ``posterior``.
+        watch: see `run`.
+        **options: those of `run`, except adapter, rank and format; and those of ``ckptavg swag --help``.
+    Raises:
+        CkptavgError: with the message and exit code of the command line.
+    """
+    taken = declared(PosteriorOptions)
+    own = keywords("swag", {o.name: options.pop(o.name) for o in taken if o.name in options}, taken)
+    paths = _paths(ckpts) if ckpts or "from_" not in own else []
+    shared = with_task(_parsed("swag", options, without=NOT_SWAG), paths, required=False)
+    return _watched(watch, lambda progress: run_swag(paths, shared, progress, settings=PosteriorOptions(**own)))
+
+
 def landscape(ckpts: Paths, *, watch: Watch | None = None, **options: Any) -> Landscape:
     """Measure the loss around the candidates, write it as numbers and with ``mixtures`` as a picture, and return it.
 
@@ -86,7 +110,7 @@ def landscape(ckpts: Paths, *, watch: Watch | None = None, **options: Any) -> La
     """
     taken = declared(LandscapeOptions)
     own = keywords("landscape", {o.name: options.pop(o.name) for o in taken if o.name in options}, taken)
-    shared = _options("landscape", ckpts, {"output": "./", **options}, required=True)
+    shared = _options("landscape", ckpts, {"output": "./", **options}, required=True, without=FOLLOW)
     return _watched(watch, lambda progress: find_landscape(_paths(ckpts), shared, progress, **own))
 
 
@@ -239,7 +263,7 @@ def _keywords(*classes: type) -> tuple[Option, ...]:
 def _function(name: str, strategy: type[Strategy]) -> Callable[..., Result]:
     """Return a strategy's function; its signature and docstring have the strategy's settings and the shared options."""
     own = {option.name for option in declared(strategy)}
-    taken = _keywords(strategy, Options)
+    taken = [o for o in _keywords(strategy, Options) if strategy.follows or o.name not in FOLLOW]
 
     def call(ckpts: Paths, *, watch: Watch | None = None, **options: Any) -> Result:
         values = keywords(name, options, taken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ class Run:
         seed: the seed of all random numbers; loaders get seeds derived from it, so shuffling repeats.
         progress: the progress display.
         journal: measurements of an interrupted run, and of this one; by default none are kept.
+        candidates: names of the candidates in the journal, if it is of a run whose candidates change.
     """
 
     device: torch.device
@@ -30,3 +32,4 @@ class Run:
     seed: int = 0
     progress: Progress = field(default_factory=Progress)
     journal: Journal | ReadOnlyJournal = field(default_factory=ReadOnlyJournal)
+    candidates: Sequence[str] = ()

@@ -4,8 +4,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, Self
 
 from ckptavg.score import Split
 
@@ -110,3 +110,9 @@ class Cost:
     epochs_of: Split
     passes: float | None = None
     passes_over: Split = "val"
+
+    def __add__(self, other: Self) -> Self:
+        """Return the cost of both; an amount that is unknown for one is unknown for both."""
+        names = ("forward_batches", "backward_batches", "evaluations", "seconds", "epochs", "passes")
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        return replace(self, **{name: None if None in pair else sum(pair) for name, pair in pairs.items()})

@@ -78,7 +78,7 @@ class Option:
     @property
     def flag(self) -> str:
         """The option on the command line."""
-        return f"--{self.name.replace('_', '-')}"
+        return f"--{self.name.rstrip('_').replace('_', '-')}"  # from_ is --from
 
     @property
     def hint(self) -> Any:

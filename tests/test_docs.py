@@ -37,7 +37,7 @@ USER_PAGES = [
     ROOT / name
     for name in (
         "README.md", "SECURITY.md", "docs/reference.md", "docs/formats.md", "docs/scoring.md", "docs/strategies.md",
-        "docs/slurm.md", "docs/scaling.md",
+        "docs/slurm.md", "docs/scaling.md", "docs/follow.md",
     )
 ]  # fmt: skip
 FOREIGN = {"--requeue", "--signal", "--open-mode"}
@@ -100,7 +100,7 @@ def shown_commands(page: str) -> Iterator[list[str]]:
     """Return the arguments of every ``ckptavg`` command in the code blocks of a page."""
     for line in "\n".join(CODE.findall(re.sub(r"\\\n\s*", "", page))).splitlines():
         if match := re.match(r"(?:.*-m |until |.*\$ |.*\$\()? *ckptavg ([a-z]+ .*)", line):
-            yield shlex.split(re.split(r"[;)&]", match[1])[0], comments=True)
+            yield shlex.split(re.split(r"[;)&]", match[1].replace("$!", "1"))[0], comments=True)  # a process
 
 
 def test_the_readme_is_short():

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ckptavg.average import derived, lora, lora_config, lora_file
-from ckptavg.average.weighted_sum import PlannedOutput, not_averaged, output_specs, part
+from ckptavg.average.weighted_sum import AddedNoise, PlannedOutput, not_averaged, output_specs, part
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.derived import Derived
 from ckptavg.checkpoints.integrity import same_bytes
@@ -36,6 +36,7 @@ def check(checkpoints: Sequence[Checkpoint], mode: Literal["factors", "exact"]) 
 def plan_output(
     checkpoints: Sequence[Checkpoint], coefficients: Coefficients, *, dtype: str | None = None,
     mode: Literal["factors", "exact"] = "factors", rank: int | None = None, workers: Workers = ALONE,
+    noise: AddedNoise | None = None,
 ) -> PlannedOutput:  # fmt: skip
     """Plan the average of ``checkpoints``.
 
@@ -45,13 +46,14 @@ def plan_output(
         mode: how adapters are averaged; see `ckptavg.average.lora`.
         rank: rank of an exact adapter; None keeps the full rank.
         workers: the ranks that share the work; each computes a part of the bytes, but only rank 0 an exact adapter.
+        noise: see `ckptavg.average.weighted_sum.weighted_average`; a draw's factors are no approximation of others.
     """
     first = checkpoints[0]
     if mode == "exact":
         exact = lora.exact(checkpoints, coefficients, rank, dtype)
         return exact if workers.is_rank_zero else replace(exact, parts=iter(()))
     error, notes = None, list[str]()
-    if len(coefficients.selected) > 1 and not first.kept and not first.allow_nonfinite:
+    if len(coefficients.selected) > 1 and not first.kept and not first.allow_nonfinite and noise is None:
         error, notes = _error_of_factors(checkpoints, coefficients)
     specs, only = output_specs(checkpoints, dtype), part(first, workers.rank, workers.world_size)
     functions, copied = first.derived or Derived(), set[str]()
@@ -60,9 +62,9 @@ def plan_output(
     single = len(selected) == 1  # of one candidate everything is its own
     elsewhere = {name for names in functions.kinds.values() for name in names} if single else functions.vectors
     return PlannedOutput(
-        specs=specs, parts=derived.average(checkpoints, coefficients, specs, only=only, copied=copied), notes=notes,
-        factor_error=error, not_averaged=[name for name in not_averaged(first) if name not in elsewhere], copied=copied,
-        derived={} if single else functions.kinds,
+        specs=specs, parts=derived.average(checkpoints, coefficients, specs, only=only, copied=copied, noise=noise),
+        notes=notes, factor_error=error, copied=copied, derived={} if single else functions.kinds,
+        not_averaged=[name for name in not_averaged(first) if name not in elsewhere],
     )  # fmt: skip
 
 

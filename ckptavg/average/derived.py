@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ckptavg.average.spectral_norm import as_matrix, leading
-from ckptavg.average.weighted_sum import Part, Ranges, rounded_to_odd, weighted_average
+from ckptavg.average.weighted_sum import AddedNoise, Part, Ranges, rounded_to_odd, weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.derived import SpectralNorm
 from ckptavg.checkpoints.dtypes import TORCH
@@ -23,7 +23,7 @@ def layers(checkpoint: Checkpoint) -> Sequence[SpectralNorm]:
 
 def average(
     checkpoints: Sequence[Checkpoint], coefficients: Coefficients, specs: Mapping[str, StoredTensor], *,
-    only: Ranges | None = None, copied: MutableSet[str] | None = None,
+    only: Ranges | None = None, copied: MutableSet[str] | None = None, noise: AddedNoise | None = None,
 ) -> Iterator[Part]:  # fmt: skip
     """Yield the bytes of `weighted_average`, and the vectors of spectral norm for the average as it is written.
 
@@ -34,12 +34,13 @@ def average(
     ranges = {name: range(spec.numel) for name, spec in specs.items()} if only is None else only
     vectors = {name for layer in recomputed for name in (layer.u, layer.v)}
     rest = {name: elements for name, elements in ranges.items() if name not in vectors}
-    yield from weighted_average(checkpoints, coefficients, specs, only=rest, copied=copied)
+    yield from weighted_average(checkpoints, coefficients, specs, only=rest, copied=copied, noise=noise)
 
     def weight(name: str) -> Tensor:
         whole = {name: range(specs[name].numel)}
         data = bytearray(specs[name].nbytes)
-        for _, offset, part in weighted_average(checkpoints, coefficients, specs, only=whole, copied=copied):
+        parts = weighted_average(checkpoints, coefficients, specs, only=whole, copied=copied, noise=noise)
+        for _, offset, part in parts:
             data[offset : offset + len(part)] = part
         return torch.frombuffer(data, dtype=TORCH[specs[name].dtype]).view(specs[name].shape)
 

@@ -4,7 +4,7 @@ Shape suffixes: N = candidates.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, MutableSet, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSet, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import cycle
@@ -26,6 +26,7 @@ CHUNK: Final = 1 << 18  # elements: least CPU time of 2¹⁶ to 2¹⁹ in script
 _CUT: Final = (1 << 39) - 1  # mask of the float64 significand bits after the first 14
 # name → range of element indices in C order; tensors that are not listed have no elements
 Ranges: TypeAlias = Mapping[str, range]
+AddedNoise: TypeAlias = Callable[[str, int, int], Tensor | None]  # of (name, start, count)
 
 
 class Part(NamedTuple):
@@ -95,6 +96,7 @@ class _Run(NamedTuple):
 def weighted_average(
     checkpoints: Sequence[Checkpoint], coefficients: Coefficients, specs: Mapping[str, StoredTensor], *,
     only: Ranges | None = None, chunk: int = CHUNK, threads: int | None = None, copied: MutableSet[str] | None = None,
+    noise: AddedNoise | None = None,
 ) -> Iterator[Part]:  # fmt: skip
     """Yield all bytes of Σ_i c_i w_i, tensor by tensor in the order of the first file.
 
@@ -119,6 +121,7 @@ def weighted_average(
         chunk: elements per chunk.
         threads: number of chunks read and summed in parallel; by default torch's, at most the number of processors.
         copied: gets the names of copied tensors that are not finite.
+        noise: returns what is added to the elements of a tensor before they are rounded, or None.
     Raises:
         InputError: naming file and tensor, if a result is NaN or infinite and the candidates do not allow that, unless
             the tensor is kept or `is_shared` by all candidates.
@@ -132,7 +135,9 @@ def weighted_average(
         with ThreadPoolExecutor(threads) as pool:
             pending: deque[Future[list[Part]]] = deque()
             # buffers are reused once the caller has finished with their parts
-            for batch, buffers in zip(batches, cycle([_Sums(chunk, checkpoints, copied) for _ in range(threads + 1)])):
+            for batch, buffers in zip(
+                batches, cycle([_Sums(chunk, checkpoints, copied, noise) for _ in range(threads + 1)])
+            ):
                 if len(pending) > threads:
                     yield from pending.popleft().result()
                 pending.append(pool.submit(buffers.parts, batch))
@@ -199,9 +204,12 @@ def _reproduces(terms: Sequence[tuple[float, Checkpoint]], dtype: str, target: s
 class _Sums:
     """Working buffers of one thread, allocated once."""
 
-    def __init__(self, chunk: int, checkpoints: Sequence[Checkpoint], copied: MutableSet[str]) -> None:
+    def __init__(
+        self, chunk: int, checkpoints: Sequence[Checkpoint], copied: MutableSet[str], noise: AddedNoise | None
+    ) -> None:
         self._checkpoints = checkpoints
         self._copied = copied
+        self._noise = noise
         self._total, self._term = torch.empty(2, chunk, dtype=torch.float64)
         self._input, self._output = (memoryview(bytearray(8 * chunk)) for _ in range(2))
 
@@ -213,13 +221,15 @@ class _Sums:
             size = ITEM_SIZE[run.target]
             data, free = free[: run.numel * size], free[run.numel * 8 :]
             source = run.terms[0][1]
-            copied = run.target == source.spec(run.name).dtype and [c for c, _ in run.terms] == [1.0]
+            added = None if self._noise is None else self._noise(run.name, run.start, run.numel)
+            whole = added is None and [c for c, _ in run.terms] == [1.0]
+            copied = whole and run.target == source.spec(run.name).dtype
             if copied:
                 source.read_into(run.name, run.start, data)
             if run.target in FLOATING:
                 result = torch.frombuffer(data, dtype=TORCH[run.target])
                 if not copied:
-                    self._add(run, result)
+                    self._add(run, result, added)
                 if not is_finite(result):  # only then are candidates read again
                     self._copy(run, data)
             parts.append(Part(run.name, run.start * size, data))
@@ -239,8 +249,8 @@ class _Sums:
         elif not allowed:
             raise refusal(sources, self._checkpoints, run.name) or overflow_error(sources[-1], run.name, result)
 
-    def _add(self, run: _Run, result: Tensor) -> None:
-        """Compute Σ_i c_i w_i over a run of elements and round it once into ``result``."""
+    def _add(self, run: _Run, result: Tensor, added: Tensor | None = None) -> None:
+        """Compute Σ_i c_i w_i, and what is added to it, over a run of elements and round it once into ``result``."""
         total, term = self._total[: run.numel], self._term[: run.numel]
         dtypes, c_0 = [source.spec(run.name).dtype for _, source in run.terms], run.terms[0][0]
         equal = all(c == c_0 for c, _ in run.terms) and "F64" not in dtypes
@@ -255,6 +265,8 @@ class _Sums:
                 total.add_(addend)
         if equal:
             total.mul_(c_0)
+        if added is not None:
+            total.add_(added)
         result.copy_(total if result.itemsize > 2 else rounded_to_odd(total, out=term))
 
 

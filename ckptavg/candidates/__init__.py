@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ckptavg.candidates.copied import Copied, Copies, copied_tensors
 from ckptavg.candidates.dense import COLUMNS, Dense
 from ckptavg.candidates.flat import Flat, flatten, is_mixable, unique_tensors
-from ckptavg.candidates.loading import ReadInto, SharedError, Specs, check_names, read_columns, read_row
+from ckptavg.candidates.loading import ReadInto, SharedError, Specs, check_names, present, read_columns, read_row
 from ckptavg.candidates.packed import Packed
 from ckptavg.candidates.plan import EXACT, Offload
 from ckptavg.candidates.products import Matrix, column_runs, dot, mix
@@ -122,6 +122,18 @@ class Candidates:
                 matrix.average(chosen, flat.weights_D)
                 flat.push()
         return self.streamed
+
+    @torch.no_grad()
+    def add(self, noise: Callable[[str, int, int], Tensor | None]) -> None:
+        """Add noise to the model's weights; ``noise(name, start, count)`` is that of elements of a tensor, or None."""
+        for flat, _ in self._blocks:
+            for slot in flat.slots:
+                name = present(slot.names, self._checkpoints[0].tensors)
+                for start in range(0, slot.numel, COLUMNS):
+                    weights_C = flat.weights_D[slot.start : slot.start + slot.numel][start : start + COLUMNS]
+                    if (added := noise(name, slot.first + start, len(weights_C))) is not None:
+                        weights_C += added.to(weights_C)
+            flat.push()
 
     def zero_gradient(self) -> None:
         """Zero the accumulated gradient."""

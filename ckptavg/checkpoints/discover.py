@@ -24,6 +24,10 @@ _Refuse: TypeAlias = Callable[[CkptavgError, Path], None]
 _TYPED: Final = 2  # paths in the order of their text that somebody may have typed
 
 
+class NothingFoundError(InputError):
+    """No checkpoint, or none that is not left out."""
+
+
 class NotFinite(NamedTuple):
     """A tensor with NaN or infinite values: the SHA-256 of its bytes, and the error unless all candidates share it."""
 
@@ -144,11 +148,11 @@ def _told_apart(places: Sequence[CheckpointPath]) -> list[CheckpointPath]:
     return [replace(place, label=label, globbed=globbed) for place, label in zip(places, names, strict=True)]
 
 
-def _nothing(paths: Sequence[Path], left_out: Sequence[LeftOut]) -> InputError:
+def _nothing(paths: Sequence[Path], left_out: Sequence[LeftOut]) -> NothingFoundError:
     shown = "; ".join(one.line for one in left_out[:3]) + ("; …" if len(left_out) > 3 else "")
     reason = f"; {len(left_out)} left out ({shown})" if left_out else ": the directory is empty"
     hint = f"`ckptavg inspect {shlex.quote(str(paths[0]))}` lists the files and why each was left out"
-    return InputError(f"no checkpoints found{reason}", path=", ".join(map(str, paths)), hint=hint)
+    return NothingFoundError(f"no checkpoints found{reason}", path=", ".join(map(str, paths)), hint=hint)
 
 
 def _with_asides(places: Sequence[CheckpointPath]) -> list[tuple[CheckpointPath, str]]:

@@ -14,6 +14,7 @@ from ckptavg.declaration import declared
 from ckptavg.errors import UsageError
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.options import Options, config_file
+from ckptavg.options.follow import FOLLOW
 from ckptavg.runtime import version
 from ckptavg.strategies import strategies
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _OTHERS: Final = {
-    "Average": ("compare",),
+    "Average": ("swag", "compare"),
     "Examine": ("inspect", "check", "eval", "verify", "landscape", "env"),
     "Start": ("init", "demo"),
 }  # fmt: skip
@@ -41,13 +42,15 @@ def _command(strategy: type[Strategy]) -> Callable[..., None]:
 
         def load() -> Any:  # torch, once signals are handled
             from ckptavg.pipeline import run
+            from ckptavg.pipeline.follow import follow
 
-            return partial(run, chosen)
+            return partial(follow if arguments.get("follow") else run, chosen)
 
         run_command(arguments, load, needs_task=not issubclass(strategy, PlainAverage))
 
     run.__doc__ = (strategy.__doc__ or "").strip().splitlines()[0]
-    return reports(settings, searches=not issubclass(strategy, PlainAverage))(run)
+    without = () if strategy.follows else FOLLOW
+    return reports(settings, without=without, searches=not issubclass(strategy, PlainAverage))(run)
 
 
 _settings = {"cls": Command, "context_settings": app.info.context_settings}

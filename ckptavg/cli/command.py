@@ -37,7 +37,7 @@ def takes(*options: Option, argument: inspect.Parameter | None = _FILES) -> Deco
 
 def reports(
     own: Sequence[Option], *, without: Collection[str] = (), defaults: Mapping[str, Any] | None = None,
-    searches: bool = True,
+    searches: bool = True, argument: inspect.Parameter | None = _FILES,
 ) -> Decorator:  # fmt: skip
     """Return a decorator for a command with its `own` options, the shared ones except `without`, and a report's.
 
@@ -48,7 +48,8 @@ def reports(
     if not searches:
         ours = {option.name for option in declared(SearchOptions) if option.help.panel == MAIN}
         options = [replace(o, help=replace(o.help, panel=SEARCH)) if o.name in ours else o for o in options]
-    return takes(*own, *sorted(options, key=lambda option: PANELS.index(option.help.panel)))
+    options = sorted(options, key=lambda option: PANELS.index(option.help.panel))
+    return takes(*own, *options, argument=argument)
 
 
 def run_command(
@@ -69,7 +70,7 @@ def run_command(
         options = Options(**arguments, workers=workers)
         if file is not None:
             terminal.check_text(file, options)
-        if options.wait_stable is not None:
+        if options.wait_stable is not None and not options.follow:
             screen.print(f"waiting until no candidate has changed for {options.wait_stable:g} s")
         done = load()(paths, with_task(options, paths, required=needs_task), watch)
     if not workers.is_rank_zero:

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from ckptavg.cli.command import reports, run_command
 from ckptavg.declaration import MAIN, Help, Option, declared
+from ckptavg.options.follow import FOLLOW
 from ckptavg.options.landscape import LandscapeOptions
 
 _OUTPUT: Final = Help(
@@ -12,7 +13,7 @@ _OUTPUT: Final = Help(
 )
 _WITHOUT: Final = (
     "output", "never_worse", "baselines", "dtype", "max_shard_size", "digests", "format", "shard", "adapter", "rank",
-    "dry_run", "holdout", "precision",
+    "dry_run", "holdout", "precision", *FOLLOW,
 )  # fmt: skip
 
 

@@ -93,6 +93,8 @@ class Screen:
         try:
             with signals.waiting(), self._bars() as watch:
                 yield watch
+        except InterruptedRunError:
+            raise
         except (Exception, KeyboardInterrupt, signals.Interruption) as error:
             if isinstance(error, Exception) and not signals.pending():
                 raise

@@ -87,12 +87,13 @@ class Journal:
             raise
 
     def begin(self, header: Mapping[str, Any]) -> None:
-        """Write the run's header, or compare it with that of the existing journal.
+        """Write the run's header, or compare it with that of the existing journal, whose records are earlier ones.
 
         Raises:
             OutputExistsError: if the journal is of a different run; the message names the first difference.
         """
         normalized = json.loads(json.dumps({"schema": SCHEMA, **header}))
+        self._own.clear()
         if not self._measured():  # no measurements to resume from, regardless of the run
             self._header = normalized
             self.records = {}

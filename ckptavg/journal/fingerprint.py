@@ -24,8 +24,9 @@ def fingerprint(
     """Return the first line of a journal; errors name the entries in which two of them differ.
 
     Args:
-        checkpoints: the candidates, identified by step, size and a digest of their names, shapes and samples, which is
-            fast to compute. `ckptavg.journal.source_digests` compares their full content.
+        checkpoints: the candidates, none if `candidate_name` tells them apart; identified by step, size and a digest of
+            their names, shapes and samples, which is fast to compute. `ckptavg.journal.source_digests` compares their
+            full content.
         settings: settings of the strategy and of the run.
         task: the task's file or module, imported; it and its imports from its own directory are hashed.
         data: option → path of its data. Files are hashed; directories are identified by the names, sizes and times of
@@ -41,6 +42,17 @@ def fingerprint(
         "task": {} if task is None else _code_digests(task),
         "data": {name: {str(path): _data_digest(Path(path))} for name, path in data.items() if path is not None},
     }
+
+
+def candidate_name(checkpoint: Checkpoint) -> str:
+    """Return the name of a candidate in a journal to which others are added: equal only for an unchanged one.
+
+    It is a digest of name, step and samples of the tensors, and of each file's inode, size and modification time.
+    """
+    files = [file.identity[:3] for file in checkpoint.reader.files]
+    kept = sorted(checkpoint.kept)
+    text = repr((checkpoint.name, checkpoint.step, checkpoint.key, kept, files, duplicates.digest(checkpoint)))
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def _as_json(value: Any) -> Any:

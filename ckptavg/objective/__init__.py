@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, Protocol, TypeAlias
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.errors import TaskError, UsageError, counted
@@ -181,7 +181,13 @@ class Strategy(Protocol):
     """A frozen keyword-only dataclass of settings that inherits from this, with a method that chooses the coefficients.
 
     A field ``name: Annotated[type, "help"] = default`` is also the command's option ``--name``.
+
+    Attributes:
+        follows: whether it can run beside a training, with ``--follow``: it takes scores alone, and one more candidate
+            needs few that fewer candidates did not.
     """
+
+    follows: ClassVar[bool] = False
 
     def check(self, n: int, splits: Collection[Split], *, bounded: bool) -> None:
         """Refuse settings that the candidates or the task cannot satisfy, before hours of work; by default none.
@@ -269,7 +275,7 @@ def check_number(k: int | Literal["auto"], n: int, which: str = "given") -> None
     """Raise UsageError if ``--k`` asks for more than the ``n`` candidates."""
     if k != "auto" and k > n:
         hint = f"choose --k {n} or less, or widen the window (--window, --last, --start, --stop, --every)"
-        raise UsageError(f"--k {k} asks for more checkpoints than the {counted(n, 'candidate')} {which}", hint=hint)
+        raise TooFewError(f"--k {k} asks for more checkpoints than the {counted(n, 'candidate')} {which}", hint=hint)
 
 
 def check_split(on: Split | None, splits: Collection[Split]) -> None:
@@ -278,6 +284,10 @@ def check_split(on: Split | None, splits: Collection[Split]) -> None:
         raise UsageError(
             f"--on {on} needs {on} data, but the task has none", hint=f"add a {on}_dataloader(), or --{on} beside --val"
         )
+
+
+class TooFewError(UsageError):
+    """Number of candidates that a setting needs and that are not there (yet)."""
 
 
 BY_RUN: Final = "Average each run by itself, and these averages equally."

@@ -1,6 +1,7 @@
 """The kinds of measurements, as records of the journal. Numbers are stored exactly."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, Final, TypeAlias
 
@@ -19,10 +20,17 @@ ScoreKey: TypeAlias = tuple[Coefficients, Split, bool]
 _NUMBERS: Final = ("value", "loss", "metric", "loss_noise")
 
 
-def score_name(key: ScoreKey) -> str:
-    """Return the journal key of a score: split, exactness, and a digest of the coefficients."""
+def score_name(key: ScoreKey, candidates: Sequence[str] = ()) -> str:
+    """Return the journal key of a score: split, exactness, and a digest of candidates and their coefficients.
+
+    ``candidates`` are the names of all N; without them they are numbered. An exact score depends on the selected ones
+    only, a score of the candidate matrix on all of them: their differences from the mean are what is rounded.
+    """
     coefficients, split, exact = key
-    text = repr(([[c.hex() for c in row] for row in coefficients.values], coefficients.groups))
+    names = candidates or [str(i) for i in range(coefficients.n)]
+    used = coefficients.selected if exact else range(coefficients.n)
+    columns = [(names[i], [row[i].hex() for row in coefficients.values]) for i in used]
+    text = repr((columns, coefficients.groups))
     return f"score {split} {exact} {hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
@@ -31,18 +39,20 @@ class ScoreCodec:
 
     Args:
         task: the task, whose metric a score may need to be resampled; None for scores without values per example.
+        candidates: see `score_name`.
         prefix: tells scores of the output file, whose dtype may differ from the candidates', from those of mixtures.
     """
 
-    def __init__(self, task: Task | None, prefix: str = "") -> None:
+    def __init__(self, task: Task | None, candidates: Sequence[str] = (), prefix: str = "") -> None:
         self._task = task
+        self._candidates = candidates
         self._prefix = prefix
         # split and exactness → `PerExample.order` of each score of an interrupted run
         self._orders: dict[tuple[Split, bool], list[int]] = {}
 
     def name(self, key: ScoreKey) -> str:
         """See `Codec.name`."""
-        return self._prefix + score_name(key)
+        return self._prefix + score_name(key, self._candidates)
 
     def encode(self, key: ScoreKey, value: Score) -> Any:
         """See `Codec.encode`.

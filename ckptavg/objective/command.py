@@ -86,7 +86,7 @@ class CommandEvaluator:
         self._specs = output_specs(checkpoints, options.dtype)
         self._shown = False  # whether it was said from what a score was read
         self._meter = CostMeter()
-        self._scores = Remembered(ScoreCodec(None), run, self._meter)
+        self._scores = Remembered(ScoreCodec(None, run.candidates), run, self._meter)
         self.n = len(checkpoints)
         self.runs: Sequence[int] = [checkpoint.run for checkpoint in checkpoints]
         self.progress = run.progress

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ckptavg.average import PlannedOutput, derived
-from ckptavg.average.weighted_sum import output_specs
+from ckptavg.average.weighted_sum import AddedNoise, output_specs
 from ckptavg.candidates import Candidates, sharded
 from ckptavg.candidates.copied import copied_tensors
 from ckptavg.candidates.flat import is_mixable, unique_tensors
@@ -150,18 +150,25 @@ class MixedModel:
         """The BatchNorm layers whose statistics are recomputed for every mixture, by name."""
         return batchnorm.layers(self.model)
 
-    def set_to(self, coefficients: Coefficients, *, exact: bool) -> None:
-        """Load a mixture: from the files if ``exact``, else from the candidate matrix."""
+    def set_to(self, coefficients: Coefficients, *, exact: bool, noise: AddedNoise | None = None) -> None:
+        """Load a mixture, and add ``noise`` to it: from the files if ``exact``, else from the candidate matrix.
+
+        A sum that is rounded to 16 bits before the noise is added would be rounded twice, so it is read from the files.
+        """
         # a row that is not finite makes every product with the matrix non-finite, even with a coefficient of 0
-        if (exact and not self.candidates.exact) or any(checkpoint.allow_nonfinite for checkpoint in self.checkpoints):
+        narrow = noise is not None and self.eps > torch.finfo(torch.float32).eps
+        from_files = narrow or (exact and not self.candidates.exact)
+        if from_files or any(checkpoint.allow_nonfinite for checkpoint in self.checkpoints):
             specs = output_specs(self.checkpoints)
-            parts = derived.average(self.checkpoints, coefficients, specs, only=self.candidates.ranges)
+            parts = derived.average(self.checkpoints, coefficients, specs, only=self.candidates.ranges, noise=noise)
             self.candidates.assign(specs, parts, last=coefficients.selected[-1])
             return
         chosen = coefficients.selected
         if not (coefficients.uniform_subset and self.candidates.average(chosen, last=chosen[-1])):
             c_GN = self.uniform().new_tensor(coefficients.values)
             self.candidates.materialize(c_GN, coefficients.groups, last=chosen[-1])
+        if noise is not None:
+            self.candidates.add(noise)
         self.vectors.converge(coefficients)
 
     def approach(self, c_GN: Tensor, groups: Groups = EVERYTHING) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ckptavg.average.weighted_sum import AddedNoise
 from ckptavg.batches.loader import BatchLoader
 from ckptavg.candidates import ReadInto
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -15,6 +16,7 @@ from ckptavg.objective import Losses, batchnorm
 from ckptavg.objective.derivatives import Derivatives
 from ckptavg.objective.loss_log import LossLog
 from ckptavg.objective.mixed_model import MixedModel, PlanAdapter
+from ckptavg.objective.model_average import STAGE, ModelAverage
 from ckptavg.objective.scoring import Scoring
 from ckptavg.options.search import SearchOptions
 from ckptavg.readers import StoredTensor
@@ -115,6 +117,22 @@ class Mixture:
     ) -> Mapping[Split, Score]:  # fmt: skip
         """See `Evaluator.score_output`."""
         return self.scoring.score_output(coefficients, self.splits, specs, read_into, adapter)
+
+    def average_predictions(
+        self, models: Sequence[tuple[Coefficients, AddedNoise | None]], split: Split
+    ) -> tuple[Score, Sequence[Mapping[str, float]]]:
+        """Return the score of the averaged predictions of mixtures, each with its noise if any: see `ModelAverage`.
+
+        The second result has the bins of a reliability diagram, if the task gives probabilities.
+        """
+        average = ModelAverage(self.task, self.mixed.counted, self._loader, split, self.run.workers)
+        for number, (coefficients, noise) in enumerate(models, 1):
+            self.mixed.set_to(coefficients, exact=True, noise=noise)
+            self.scoring.recompute_batchnorm()
+            average.add()
+            if len(models) > 1:
+                self.progress(STAGE.format(split), number, len(models))
+        return average.score()
 
     def sampled(self, examples: int | None) -> Scoring:
         """Return scores by the loss alone, on about ``examples`` of the data: for many mixtures at little cost.

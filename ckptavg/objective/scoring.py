@@ -17,7 +17,7 @@ from ckptavg.coefficients import Coefficients
 from ckptavg.cost import CostMeter
 from ckptavg.errors import TaskError, is_out_of_memory
 from ckptavg.objective import batchnorm
-from ckptavg.objective.codecs import ScoreCodec, ScoreKey, score_name
+from ckptavg.objective.codecs import ScoreCodec, ScoreKey
 from ckptavg.objective.counted_model import CountedModel
 from ckptavg.objective.mixed_model import MixedModel
 from ckptavg.objective.precision import OWN, autocast
@@ -55,8 +55,8 @@ class Scoring:
         self._loader = loader
         self._meter = meter
         self._batchnorm_from: Split = batchnorm_from
-        self._scores = Remembered(ScoreCodec(self._task, prefix), mixed.run, meter)
-        self._written = Remembered(ScoreCodec(mixed.task, "written "), mixed.run, meter)
+        self._scores = Remembered(ScoreCodec(self._task, mixed.run.candidates, prefix), mixed.run, meter)
+        self._written = Remembered(ScoreCodec(mixed.task, mixed.run.candidates, "written "), mixed.run, meter)
         self._announced: set[ScoreKey] = set()
         self._examples: dict[Split, int] = {}  # split → examples of a finished pass
         self._orders: dict[Split, int] = {}  # split → checksum of the examples of its first pass
@@ -83,7 +83,7 @@ class Scoring:
         key = self._key(coefficients, split, exact=False)
         if key in self._announced or self._scores.known(key):
             return self.find(coefficients, split)
-        journal, below = self._mixed.run.journal, f"{score_name(key)} below {threshold.hex()}"
+        journal, below = self._mixed.run.journal, f"{self._scores.codec.name(key)} below {threshold.hex()}"
         if journal.get(below, earlier=True):
             return None
         measure = partial(self._measure, key, self._together, threshold)

@@ -1,12 +1,12 @@
 """The options that commands share, each declared once: see `ckptavg.declaration`."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final
 
 from ckptavg.checkpoints.window import Window
 from ckptavg.declaration import CANDIDATES, MAIN, RUN, WORKERS, Help, Limit, declared
 from ckptavg.errors import UsageError
+from ckptavg.options.follow import DURATION, FOLLOW, FollowOptions
 from ckptavg.options.output import OutputOptions
 from ckptavg.options.search import SearchOptions
 from ckptavg.options.task import TaskOptions
@@ -27,16 +27,18 @@ EVAL: Final = (
 NOT_INSPECT: Final = (
     "output", "force", "never_worse", "dtype", "max_shard_size", "format", "adapter", "rank", "digests", "test",
     "precision", "compile", "shard", "wait_stable", "dry_run", "keep_journal", "baselines",
+    *FOLLOW,
 )  # fmt: skip
 """The options that ``inspect`` does not take."""
-NOT_COMPARE: Final = ("never_worse", "baselines")
+NOT_COMPARE: Final = ("never_worse", "baselines", *FOLLOW)
 """The options that ``compare`` does not take."""
-_DURATION: Final = Limit(lambda value: 0 <= value < math.inf, "0 or more seconds")
+NOT_SWAG: Final = ("adapter", "rank", "format", *FOLLOW)
+"""The options that ``swag`` does not take."""
 _ABOVE_0: Final = Limit(lambda value: value > 0, "greater than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SearchOptions, OutputOptions, Window, TaskOptions):
+class Options(SearchOptions, FollowOptions, OutputOptions, Window, TaskOptions):
     """All options that commands share. The candidates themselves are part of a journal's fingerprint."""
 
     key: Annotated[str | None, Help(
@@ -48,7 +50,8 @@ class Options(SearchOptions, OutputOptions, Window, TaskOptions):
     allow_nonfinite: Annotated[bool, Help(
         CANDIDATES, "Average NaN and infinite weights instead of refusing them.")] = False  # fmt: skip
     wait_stable: Annotated[float | None, Help(
-        CANDIDATES, "First wait until no checkpoint has changed for SECONDS.", metavar="SECONDS", limit=_DURATION,
+        CANDIDATES, "First wait until no checkpoint has changed for SECONDS.",
+        "With --follow, take each once it has not; by default 5.", "SECONDS", limit=DURATION,
         changes_measurements=False)] = None  # fmt: skip
     dry_run: Annotated[
         bool, Help(MAIN, "Show what would be done, and stop.", "Memory included.", changes_measurements=False)
@@ -66,7 +69,7 @@ class Options(SearchOptions, OutputOptions, Window, TaskOptions):
     workers: Workers = field(default=ALONE, repr=False)
 
     def __post_init__(self) -> None:
-        for part in (TaskOptions, OutputOptions, SearchOptions):
+        for part in (TaskOptions, OutputOptions, FollowOptions, SearchOptions):
             part.__post_init__(self)
         if self.shard and self.workers.world_size == 1:
             raise UsageError("--shard needs several workers", hint="torchrun --nproc-per-node 8 -m ckptavg ...")
@@ -74,6 +77,12 @@ class Options(SearchOptions, OutputOptions, Window, TaskOptions):
             raise UsageError("--shard needs a loss: a task file or --val")
         if self.score_jobs > 1 and self.workers.world_size > 1:
             raise UsageError("--score-jobs is for a single process: under torchrun each worker runs a command")
+        if self.follow and self.workers.world_size > 1:
+            raise UsageError("--follow runs in a single process", hint="leave out torchrun")
+        if self.follow and self.max_shard_size is not None:
+            raise UsageError("--follow replaces one file at once, not those of --max-shard-size")
+        if self.follow and self.dry_run:
+            raise UsageError("--dry-run shows one run", hint="leave out --follow")
         if self.shard and self.adapter == "exact":
             raise UsageError("--adapter exact is scored in a model of its own rank, which --shard does not divide")
         defaults = {"offload": "none", "precision": "float32", "compile": False}

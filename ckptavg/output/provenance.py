@@ -11,6 +11,8 @@ from ckptavg.runtime import version
 
 KEY: Final = "ckptavg"
 SCHEMA: Final = 1
+DRAWN: Final = "swag"
+"""The strategy that the metadata of a draw record; its settings are those of `ckptavg.average.gaussian.Draw`."""
 
 
 def metadata(

@@ -9,7 +9,7 @@ from ckptavg.options import Options
 from ckptavg.pipeline.expectation import expect
 from ckptavg.pipeline.preflight import check_format, check_space, check_strategy, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
-from ckptavg.pipeline.session import open_session
+from ckptavg.pipeline.session import Rounds, open_session
 from ckptavg.pipeline.verdict import Verdict, judge, with_test
 from ckptavg.pipeline.writing import write_output
 from ckptavg.report.result import Result
@@ -17,14 +17,17 @@ from ckptavg.runtime.progress import Watch
 from ckptavg.strategies.best import Best
 
 
-def run(strategy: Strategy, paths: Sequence[Path], options: Options, watch: Watch | None = None) -> Result:
-    """Learn coefficients for the checkpoints under ``paths`` and write their average.
+def run(
+    strategy: Strategy, paths: Sequence[Path], options: Options, watch: Watch | None = None,
+    rounds: Rounds | None = None,
+) -> Result:  # fmt: skip
+    """Learn coefficients for the checkpoints under ``paths`` and write their average; ``rounds`` as in `open_session`.
 
     Raises:
         CkptavgError: on any expected failure; nothing is written then.
     """
     check_format(options)
-    with open_session(paths, options, watch) as this:
+    with open_session(paths, options, watch, rounds=rounds) as this:
         evaluator, checkpoints = this.evaluator, this.checkpoints
         runs = [checkpoint.run for checkpoint in checkpoints]
         check_strategy(strategy, len(checkpoints), evaluator, runs)

@@ -23,8 +23,11 @@ def cheapest_first(strategies: Mapping[str, Strategy], evaluator: Evaluator) -> 
     return {name: strategies[name] for name in sorted(strategies, key=units)}
 
 
-def expect(this: Session, evaluator: Evaluator, strategies: Mapping[str, Strategy], files: int = 1) -> None:
-    """Plan a run of one strategy, named "", or a comparison of several, and the scores of the ``files`` at the end.
+def expect(
+    this: Session, evaluator: Evaluator, strategies: Mapping[str, Strategy], files: int = 1,
+    more: Sequence[Stage] = (),
+) -> None:  # fmt: skip
+    """Plan a run of one strategy, named "", or a comparison of several, ``more``, and the scores of the ``files``.
 
     Nothing is read or scored for it, except that a loader without a length is counted where the strategy counts it.
     """
@@ -41,6 +44,7 @@ def expect(this: Session, evaluator: Evaluator, strategies: Mapping[str, Strateg
         planned.append(SCORED_ALONE)
     rivals = len(strategies) if compared else 3 * baselines  # scores of the selection and of plain averages
     tests = (rivals + 2 * baselines + files) * has_test  # and of the best and the last candidate, and of the files
+    planned += more
     planned.append(Stage("scoring the output", scores=rivals + files, tests=tests))
     first = next((i for i, stage in enumerate(planned) if stage.singles), None)
     planned = [stage._replace(scores=stage.scores + evaluator.n * (i == first)) for i, stage in enumerate(planned)]

@@ -16,6 +16,7 @@ from ckptavg.errors import InputError, UsageError
 from ckptavg.filesystem.strict_json import strict_json
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.output import provenance
+from ckptavg.pipeline.recorded_draw import RecordedDraw, recorded_draw
 from ckptavg.readers import Reader
 from ckptavg.runtime import version
 from ckptavg.strategies import strategies
@@ -44,6 +45,7 @@ class RecordedProvenance:
     entries: Mapping[str, Any]
     sources: Sequence[Source]
     coefficients: Coefficients
+    draw: RecordedDraw | None = None  # of `ckptavg.pipeline.swag`
     own_strategy: str | None  # a strategy that is none of ckptavg's, so that its settings have no known meaning
 
     @property
@@ -66,6 +68,9 @@ def read(output: Reader) -> RecordedProvenance:
         record: Any = strict_json(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"its ckptavg metadata is not valid JSON: {error}", path=path) from error
+    if isinstance(record, dict) and "posterior" in record:
+        message = "is a posterior of swag, or was drawn from one, and not an average that its sources give again"
+        raise InputError(message, path=path, hint="ckptavg swag --from FILE --samples N draws from a posterior")
     schema = record.get("schema") if isinstance(record, dict) else None
     if type(schema) is not int or schema != provenance.SCHEMA:
         raise InputError("its ckptavg metadata is of another version", path=path, hint="use a newer ckptavg")
@@ -86,7 +91,8 @@ def read(output: Reader) -> RecordedProvenance:
         coefficients = Coefficients(tuple(zip(*columns, strict=True)), groups, linear)
         if unused := [source.name for i, source in enumerate(sources) if i not in coefficients.selected]:
             raise ValueError(f"the coefficient of {unused[0]} is 0, so it is not a source")
-        strategy = _constructed(record["strategy"], record["settings"])
+        draw = recorded_draw(record["settings"], coefficients) if record["strategy"] == provenance.DRAWN else None
+        strategy = None if draw else _constructed(record["strategy"], record["settings"])
         if strategy is not None:
             _check_coefficients(record["strategy"], strategy, coefficients, record.get("runs"))
     except (ValueError, OverflowError) as error:
@@ -94,8 +100,8 @@ def read(output: Reader) -> RecordedProvenance:
         other = isinstance(recorded, str) and recorded != version.own()
         hint = f"if it is as ckptavg {recorded} wrote it, verify it with that version" if other else None
         raise InputError(f"its ckptavg metadata is damaged: {error}", path=path, hint=hint) from error
-    own = record["strategy"] if strategy is None else None
-    return RecordedProvenance(entries=record, sources=sources, coefficients=coefficients, own_strategy=own)
+    own = record["strategy"] if strategy is None and draw is None else None
+    return RecordedProvenance(entries=record, sources=sources, coefficients=coefficients, draw=draw, own_strategy=own)
 
 
 def difference(recorded: Any, rebuilt: Any, entry: str = "") -> str | None:

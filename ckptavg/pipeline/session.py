@@ -2,12 +2,12 @@
 
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -29,13 +29,14 @@ from ckptavg.errors import (
     is_out_of_memory,
 )
 from ckptavg.journal import Journal, ReadOnlyJournal, source_digests
-from ckptavg.journal.fingerprint import fingerprint
+from ckptavg.journal.fingerprint import candidate_name, fingerprint
 from ckptavg.objective.command import CommandEvaluator
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.objective.mixture import Mixture
 from ckptavg.objective.precision import precision
 from ckptavg.options import Options
 from ckptavg.output import dcp_folder
+from ckptavg.pipeline import own_output
 from ckptavg.pipeline.preflight import check_output, check_sources, pick_device
 from ckptavg.pipeline.task_choice import task_for
 from ckptavg.runtime import signals
@@ -43,7 +44,22 @@ from ckptavg.runtime.progress import Progress, Watch
 from ckptavg.runtime.seeds import reproducible
 from ckptavg.tasks.hugging_face import from_pretrained
 
-_MIN_SECONDS_TO_KEEP: Final = 60.0  # an error keeps the journal of a run that measured for longer
+MIN_SECONDS_TO_KEEP: Final = 60.0  # an error keeps the journal of a run that measured for longer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """State that the runs of `ckptavg.pipeline.follow` share.
+
+    Attributes:
+        journal: open journal, in which candidates are named by `candidate_name`.
+        admit: raises InputError for a candidate that is not complete yet.
+        checked: identities of a candidate's files → its tensors that are not finite.
+    """
+
+    journal: Journal
+    admit: Callable[[Checkpoint], None]
+    checked: MutableMapping[Any, Mapping[str, NotFinite]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +72,7 @@ class Session:
         found: the open candidates.
         run: device, ranks, seed, progress and journal.
         evaluator: scores mixtures; None if nothing defines a score.
+        rounds: shared with other runs, if it is one of several.
     """
 
     paths: Sequence[Path]
@@ -63,6 +80,7 @@ class Session:
     found: Discovered
     run: Run
     evaluator: Evaluator | None
+    rounds: Rounds | None = None
 
     @property
     def checkpoints(self) -> Sequence[Checkpoint]:
@@ -75,23 +93,30 @@ class Session:
             raise UsageError(reason, hint="`ckptavg init` writes ./task.py")
         return self.evaluator
 
+    def record_output(self, output: Path) -> None:
+        """Record the file just written in the journal of several runs, of which the next one may replace it."""
+        if self.rounds:
+            own_output.record(self.rounds.journal, output)
+
     def finish(self, output: Path) -> Discovered:
         """Remove the journal once ``output`` is written; return the candidates, with changes of their directory."""
-        if isinstance(self.run.journal, Journal):
+        if isinstance(self.run.journal, Journal) and self.rounds is None:
             self.run.journal.done()
         return with_directory_changes(self.found, self.paths, output)
 
 
 @contextmanager
 def open_session(
-    paths: Sequence[Path], options: Options, watch: Watch | None = None, *, mixed: bool = False
-) -> Generator[Session]:
+    paths: Sequence[Path], options: Options, watch: Watch | None = None, *, mixed: bool = False,
+    rounds: Rounds | None = None,
+) -> Generator[Session]:  # fmt: skip
     """Check the output, seed the run, open the candidates under ``paths`` and resume the journal of an earlier run.
 
     A concurrent run with the same output is refused.
 
     Args:
         mixed: candidates may differ in floating-point dtypes, as with ``--dtype``.
+        rounds: makes it one of several runs, whose journal this is, and which leave out bad candidates.
     Raises:
         CkptavgError: on any expected failure, including an out-of-memory error raised within the context.
     """
@@ -100,7 +125,7 @@ def open_session(
     with (
         translate_errors(),
         reproducible(options.seed, deterministic=options.deterministic),
-        _open_candidates(paths, options, watch) as found,
+        _open_candidates(paths, options, watch, rounds) as found,
         ExitStack() as stack,
     ):
         remarks = check_agreement(found.checkpoints, mixed=mixed or options.dtype is not None)
@@ -118,23 +143,24 @@ def open_session(
             device = torch.device("cpu") if options.score_cmd or not options.ways else pick_device(options.device)
             run = Run(device=device, workers=workers, seed=options.seed, progress=Progress(watch))
             if not options.dry_run:
-                journal = workers.on_rank_zero(lambda: _open_journal(options, stack))
+                journal = workers.on_rank_zero(lambda: rounds.journal if rounds else open_journal(options, stack))
                 records = workers.broadcast((dict(journal.records), journal.folder) if journal else ({}, Path()))
-                run = replace(run, journal=journal or ReadOnlyJournal(*records))
+                names = [candidate_name(checkpoint) for checkpoint in found.checkpoints] if rounds else ()
+                run = replace(run, journal=journal or ReadOnlyJournal(*records), candidates=names)
             evaluator = _evaluator(found, options, run) if options.ways else None
-            if evaluator and not options.dry_run:
+            if (evaluator or rounds) and not options.dry_run:
                 workers.on_rank_zero(lambda: stack.enter_context(_compared(found, options, run)))
             if evaluator and journal and journal.summary:
                 note = "of an interrupted run; the cost counts new measurements only"
                 run.progress(f"resuming with {journal.summary} {note}", 0, 0)
-            yield Session(paths=paths, options=options, found=found, run=run, evaluator=evaluator)
+            yield Session(paths=paths, options=options, found=found, run=run, evaluator=evaluator, rounds=rounds)
         except BaseException as error:
             if isinstance(error, UsageError) and (bad := sum(file.kind == "bad" for file in found.left_out)):
                 # such as --k larger than the number of candidates
                 error.hint = f"{f'{error.hint}; ' if error.hint else ''}{counted(bad, 'bad checkpoint')} left out"
             failed = isinstance(error, Exception) and not isinstance(error, InterruptedRunError)
-            brief = failed and time.monotonic() - start < _MIN_SECONDS_TO_KEEP and not signals.pending()
-            if journal and (not _resumable(options) or (brief and not journal.replayed)):
+            brief = failed and time.monotonic() - start < MIN_SECONDS_TO_KEEP and not signals.pending()
+            if journal and not rounds and (not resumable(options) or (brief and not journal.replayed)):
                 journal.drop()  # the next run, with the error fixed, will not match it
             elif journal:
                 _say_what_is_kept(journal, error)
@@ -153,9 +179,10 @@ def _say_what_is_kept(journal: Journal, error: BaseException) -> None:
     error.add_note(f"{kept}; run the same command to resume")
 
 
-def _open_journal(options: Options, stack: ExitStack) -> Journal:
+def open_journal(options: Options, stack: ExitStack) -> Journal:
+    """Open the journal of a run, which locks its output, and check the output again."""
     path, folder = options.destination
-    resume = options.resume and _resumable(options)
+    resume = options.resume and resumable(options)
     journal = stack.enter_context(Journal(folder or path, resume=resume, keep=options.keep_journal))
     if options.format == "dcp":
         dcp_folder.sweep(path)
@@ -163,7 +190,7 @@ def _open_journal(options: Options, stack: ExitStack) -> Journal:
     return journal
 
 
-def _resumable(options: Options) -> bool:
+def resumable(options: Options) -> bool:
     """Return whether a later run can recognise the task: objects, and a module without a file, have no fingerprint."""
     module = sys.modules.get(options.task or "")
     return options.objects is None and (module is None or getattr(module, "__file__", None) is not None)
@@ -182,7 +209,10 @@ def _evaluator(found: Discovered, options: Options, run: Run) -> Evaluator:
 
 
 def _compared(found: Discovered, options: Options, run: Run) -> AbstractContextManager[None]:
-    """Compare this run with that of the journal, and record the candidates' digests in the context."""
+    """Compare this run with that of the journal, and record the candidates' digests in the context.
+
+    If candidates have names in the journal, these are compared, score by score.
+    """
     assert isinstance(run.journal, Journal)
     device = run.device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type  # rounding depends on it
@@ -190,8 +220,9 @@ def _compared(found: Discovered, options: Options, run: Run) -> AbstractContextM
         "device": "" if options.score_cmd else hardware, "precision": precision(options.precision, device)
     }  # fmt: skip
     data = {"val": options.val, "train": options.train, "test": options.test}
-    run.journal.begin(fingerprint(found.checkpoints, measured, options.task, data))
-    return source_digests.recording_digests(run.journal, found.checkpoints)
+    named = bool(run.candidates)
+    run.journal.begin(fingerprint(() if named else found.checkpoints, measured, options.task, data))
+    return nullcontext() if named else source_digests.recording_digests(run.journal, found.checkpoints)
 
 
 @contextmanager
@@ -212,25 +243,38 @@ def translate_errors() -> Generator[None]:
         raise OutOfMemoryError(message, hint=hint) from error
 
 
-def _open_candidates(paths: Sequence[Path], options: Options, watch: Watch | None) -> Discovered:
-    """Open the candidates; with ``skip_bad`` each is read completely, so that no damage is found after the choice."""
-    if options.wait_stable is not None:
+def _open_candidates(
+    paths: Sequence[Path], options: Options, watch: Watch | None, rounds: Rounds | None = None
+) -> Discovered:
+    """Open the candidates; with ``skip_bad`` each is read completely, so that no damage is found after the choice.
+
+    So is each in its first of several ``rounds``.
+    """
+    if options.wait_stable is not None and not rounds:
         stability.wait(paths, options, options.wait_stable, watch)
     manifest, checked = Manifest(), 0
+    skips = options.skip_bad or rounds is not None
 
     def check(checkpoint: Checkpoint) -> Mapping[str, NotFinite]:
         nonlocal checked
+        if rounds:
+            rounds.admit(checkpoint)
         manifest.check(checkpoint)
-        if not options.skip_bad:
-            return {}
+        key = tuple(file.identity for file in checkpoint.reader.files)
+        if not skips or (rounds and key in rounds.checked):
+            return rounds.checked[key] if rounds else {}
         checked += 1
         if watch:
             watch("checking candidates", checked, checked, {})
-        return integrity.check(replace(checkpoint, kept=kept_names(checkpoint, options.keep, options.average)))
+        kept = kept_names(checkpoint, options.keep, options.average)
+        nonfinite = integrity.check(replace(checkpoint, kept=kept))
+        if rounds:
+            rounds.checked[key] = nonfinite
+        return nonfinite
 
     found = discover(
-        paths, options, options.key, bad="skip" if options.skip_bad else "refuse", check=check,
+        paths, options, options.key, bad="skip" if skips else "refuse", check=check,
         allow_nonfinite=options.allow_nonfinite,
     )  # fmt: skip
-    unstable = () if options.wait_stable is not None else stability.warnings(found.checkpoints)
+    unstable = () if options.wait_stable is not None or rounds else stability.warnings(found.checkpoints)
     return replace(found, warnings=(*found.warnings, *manifest.warnings, *unstable))

@@ -117,8 +117,9 @@ def _plan(record: RecordedProvenance, checkpoints: Sequence[Checkpoint], file: P
             checkpoints, entries.get("keep", ()), entries.get("average", ()), derived="derived" in entries
         )
         return plan_output(
-            checkpoints, record.coefficients, dtype=entries["dtype"], mode=entries["adapter"], rank=entries["rank"]
-        )
+            checkpoints, record.coefficients, dtype=entries["dtype"], mode=entries["adapter"], rank=entries["rank"],
+            noise=record.draw and record.draw.noise(checkpoints),
+        )  # fmt: skip
     except (ValueError, UsageError) as error:
         raise InputError(f"its ckptavg metadata is damaged: {error}", path=file) from error
 

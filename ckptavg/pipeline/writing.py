@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ckptavg.average import PlannedOutput, plan_output
+from ckptavg.average.gaussian import Draw
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.checksums import agreed
 from ckptavg.checkpoints.derived import SPECTRAL_NORM
@@ -49,26 +50,32 @@ class WrittenOutput:
     notes: Sequence[str] = ()
 
 
-def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) -> WrittenOutput:
+def write_output(
+    this: Session, coefficients: Coefficients, strategy: Strategy, *, draw: Draw | None = None
+) -> WrittenOutput:
     """Write the average that ``strategy`` chose to the run's destination, completely or not at all.
 
     It is streamed into a temporary file next to the destination, which is renamed once it is complete and scored. In a
     directory the model's files are renamed last, so that a killed run leaves nothing that looks like a model.
+
+    With ``draw`` the file is that draw instead of an average, and it is not scored.
     """
     checkpoints, evaluator, options, workers = this.checkpoints, this.evaluator, this.options, this.run.workers
     workers.check_equal("coefficients", coefficients, "does the task depend on the rank?")
     plan = plan_output(
-        checkpoints, coefficients, dtype=options.dtype, mode=options.adapter, rank=options.rank, workers=workers
-    )
+        checkpoints, coefficients, dtype=options.dtype, mode=options.adapter, rank=options.rank, workers=workers,
+        noise=draw and draw.noise,
+    )  # fmt: skip
     specs, selected = plan.specs, [checkpoints[i] for i in coefficients.selected]
     used = checkpoints if evaluator else selected
     path, folder = options.destination
     recomputed = sorted(set(evaluator.statistics) & specs.keys()) if evaluator else []
     dtype = dtype_names(specs.values())
+    name, settings = (provenance.DRAWN, draw.settings) if draw else (name_of(strategy), asdict(strategy))  # pyright: ignore[reportArgumentType]
     describe = partial(
-        provenance.metadata, checkpoints, coefficients, strategy=name_of(strategy), settings=asdict(strategy),  # pyright: ignore[reportArgumentType]
-        dtype=options.dtype, adapter=options.adapter, rank=options.rank, not_averaged=plan.not_averaged,
-        keep=options.keep, average=options.average, recomputed=recomputed,
+        provenance.metadata, checkpoints, coefficients, strategy=name, settings=settings, dtype=options.dtype,
+        adapter=options.adapter, rank=options.rank, not_averaged=plan.not_averaged, keep=options.keep,
+        average=options.average, recomputed=recomputed,
         **({"derived": plan.derived} if plan.derived else {}),
         **({"runs": [c.run for c in selected]} if isinstance(strategy, PlainAverage) and strategy.by_run else {}),
     )  # fmt: skip
@@ -87,10 +94,11 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
         out.barrier()
         if evaluator:
             exact_adapter = plan.config if len(selected) > 1 else None
-            if exact_adapter is None:
+            if exact_adapter is None and (recomputed or draw is None):
                 state = evaluator.load_output(specs, out.read_into)
                 _write_recomputed({name: state[name] for name in recomputed}, specs, out, workers)
-            scores = evaluator.score_output(coefficients, specs, out.read_into, exact_adapter)
+            if draw is None:
+                scores = evaluator.score_output(coefficients, specs, out.read_into, exact_adapter)
         digests = ChainMap(*workers.gather({file.path: digest(file) for file in files}))
         metadata = describe(lambda file: agreed(file, digests[file.path]) if options.digests else "")
         for checkpoint in used:
@@ -103,6 +111,7 @@ def write_output(this: Session, coefficients: Coefficients, strategy: Strategy) 
                 hugging_face_folder.check_tied(selected[-1], specs, out.read_into)
             with hugging_face_folder.copies(selected[-1], folder, dtype, plan.config, force=options.force) as copied:
                 out.publish(metadata)
+                this.record_output(out.path)
             flush_folder(out.path)
             return copied, out.sha256, out.size
 

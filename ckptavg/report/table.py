@@ -9,7 +9,7 @@ from rich.text import Text
 from ckptavg.checkpoints.checkpoint import shortest_names
 from ckptavg.cost import Cost
 from ckptavg.errors import counted, decimal, printable
-from ckptavg.report import basin, evaluation, landscape
+from ckptavg.report import basin, evaluation, landscape, posterior
 from ckptavg.report.comparison import FOOTNOTE, HELD_OUT, RECOMPUTED, answer, comparison_table, without_interval
 from ckptavg.report.display import Report
 from ckptavg.report.layout import FittedTable, Sentence
@@ -28,6 +28,8 @@ def render(report: Report) -> Group:
     if isinstance(report, Comparison) and report.strategies:
         table = (Text(), *comparison_table(report), Text(), *_candidates(report))
         return Group(*answer(report), *_written(report), *table, *_foot(report, written=False))
+    if isinstance(report, posterior.PosteriorResult) and not report.candidates:
+        return Group()  # the warnings say it all
     return Group(*_parts(report))
 
 
@@ -60,6 +62,8 @@ def _parts(result: Result) -> Iterator[RenderableType]:
     for title, rows in result.tables.items():
         yield from (Text(), _rows(title, rows))
     yield from _verdict(result)
+    if isinstance(result, posterior.PosteriorResult):
+        yield from posterior.predictions_tables(result)
     if result.cost:
         yield Sentence(_cost(result.cost), "dim")
     yield from _foot(result)

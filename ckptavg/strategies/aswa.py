@@ -36,6 +36,7 @@ class ASWA(Strategy):
         Demir, Sharma and Ngonga Ngomo 2024, Adaptive Stochastic Weight Averaging, arXiv:2406.19092.
     """
 
+    follows = True
     hard_updates: Annotated[bool, "Restart from a candidate that scores above the average."] = True
     tolerance: Annotated[float, "Accept an average this far below the best score so far."] = 0.0
     early_reject: Annotated[bool, "Stop scoring once the decision is certain; needs the task's metric_bounds."] = False

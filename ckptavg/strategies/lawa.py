@@ -19,6 +19,7 @@ class LAWA(PlainAverage):
         arXiv:2209.14981.
     """
 
+    follows = True
     k: Annotated[int, "Number of checkpoints to average."] = 5
     by_run: Annotated[bool, BY_RUN] = False
 

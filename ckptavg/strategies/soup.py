@@ -24,6 +24,8 @@ class GreedySoup(Strategy):
         Increasing Inference Time, arXiv:2203.05482, recipe 1. Its authors' code also requires strict improvements.
     """
 
+    follows = True
+
     def stages(self, n: int, losses: Losses | None, scored_on: Split) -> Sequence[Stage]:
         """See `Strategy.stages`."""
         return (SCORED_ALONE, Stage("growing the soup", scores=n - 1))

@@ -15,6 +15,7 @@ class SWA(PlainAverage):
         Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization, arXiv:1803.05407.
     """
 
+    follows = True
     by_run: Annotated[bool, BY_RUN] = False
 
     def coefficients(self, n: int) -> Coefficients:

@@ -31,6 +31,8 @@ class Task(Protocol):
             none.
         predict: function returning the metrics of the model's class probabilities by name, one value per example: see
             `ckptavg.tasks.probabilities`; None if the task has none.
+        probabilities: function returning the class probabilities [B, C] themselves and the labels [B]; None if the task
+            has none, or if ``predict`` gives none.
         whole: function that scores a model without per-batch losses; None for batched tasks.
     """
 
@@ -42,6 +44,7 @@ class Task(Protocol):
     metric_bounds: tuple[float, float] | None = None
     corpus: Callable[[], Mapping[str, CorpusMetric]] | None = None
     predict: Callable[[nn.Module, Any], Mapping[str, Tensor]] | None = None
+    probabilities: Callable[[nn.Module, Any], tuple[Tensor, Tensor] | None] | None = None
     whole: Callable[[nn.Module], Score] | None = None
 
     def model(self) -> nn.Module:

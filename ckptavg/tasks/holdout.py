@@ -43,6 +43,7 @@ class HeldOut(Task):
         self.shared_forward = task.shared_forward
         self.unpadded = task.unpadded
         self.predict = task.predict
+        self.probabilities = task.probabilities
         self.metric_name = task.metric_name
         self.metric_key = task.metric_key
         self.metric_goal = task.metric_goal

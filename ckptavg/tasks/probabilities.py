@@ -63,6 +63,23 @@ def calibration_gaps(signed_U: Tensor) -> Tensor:
     return gaps_U * sums.sign()[bin_U]
 
 
+def reliability(signed_U: Tensor) -> list[dict[str, float]]:
+    """Return the bins of a reliability diagram: their ends, examples, and mean confidence and accuracy of these.
+
+    Args:
+        signed_U: as for `calibration_gaps`, whose bins they are; bins without examples are left out.
+    """
+    confidence_U, rows = signed_U.abs().double(), list[dict[str, float]]()
+    bin_U = ((confidence_U * BINS).ceil().long() - 1).clamp(0, BINS - 1)
+    for number in range(BINS):
+        inside = bin_U == number
+        if count := int(inside.sum()):
+            means = float(confidence_U[inside].mean()), float((signed_U[inside] > 0).double().mean())
+            names = ("low", "high", "examples", "confidence", "accuracy")
+            rows.append(dict(zip(names, (number / BINS, (number + 1) / BINS, count, *means), strict=True)))
+    return rows
+
+
 class ProbabilityMetrics:
     """Metrics of a task's ``predict`` by name; none for the whole run if that is a function for something else.
 
@@ -89,8 +106,13 @@ class ProbabilityMetrics:
 
     def __call__(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """Return name → [B] values; empty if ``predict`` is left out."""
+        pair = self.probabilities(model, batch)
+        return {} if pair is None else probability_metrics(*pair)
+
+    def probabilities(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor] | None:
+        """Return the checked result of ``predict`` [B, C] and the labels [B]; None if it is left out."""
         if self._state == "left out":
-            return {}
+            return None
         may_leave_out = self._state == "new" and not self._strict
         p_BC: Any = None
         try:
@@ -104,11 +126,11 @@ class ProbabilityMetrics:
             self._state = "left out"
             left_out = "predict() gives no probabilities [B, C], so accuracy, nll, brier and ece are left out"
             self._notes.append(f"{left_out}: rename it, or return floating-point probabilities ({reason})")
-            return {}
+            return None
         wait = self._state == "new" or p_BC.device.type != "cuda"
-        values = probability_metrics(*checked(p_BC, self._labels(batch), self._source, self._where(), wait=wait))
+        pair = checked(p_BC, self._labels(batch), self._source, self._where(), wait=wait)
         self._state = "used"
-        return values
+        return pair
 
 
 def wrong_shape(p_BC: Any) -> str:

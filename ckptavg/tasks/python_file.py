@@ -82,15 +82,15 @@ class PythonTask(Task):
             name = getattr(metric, "__name__", METRIC).strip("_<>")  # metric = accuracy
             self.metric_name = METRIC if name in ("lambda", "loss", "") else name
         if predict is not None and not named:
-            self.predict = probabilities.ProbabilityMetrics(
-                predict, self._labels, source, lambda: self._where, self.notes,
-                required=getattr(self._module, "metric_key", None) in probabilities.GOALS,
-            )  # fmt: skip
+            required = getattr(self._module, "metric_key", None) in probabilities.GOALS
+            self.predict = metrics = probabilities.ProbabilityMetrics(
+                predict, self._labels, source, lambda: self._where, self.notes, required=required
+            )
+            self.probabilities = metrics.probabilities
         fixed = [*named] or [*probabilities.GOALS] * (self.predict is not None)
         settings = MetricSettings(self._module, source, fixed, own=self.metric is not None)
-        self.metric_key = settings.key
+        self.metric_key, self.metric_bounds = settings.key, settings.bounds()
         self.metric_goal = settings.goal(named)
-        self.metric_bounds = settings.bounds()
         self._loaders: dict[Split, Any] = {}
         self._rank_loaders: dict[Split, tuple[Any, Any]] = {}  # of `turns`, cached: a process's rank does not change
 

@@ -19,6 +19,7 @@ import ckptavg
 from ckptavg.declaration import PANELS, declared
 from ckptavg.errors import UsageError
 from ckptavg.options import Options
+from ckptavg.options.follow import FOLLOW
 from ckptavg.options.search import SearchOptions
 from ckptavg.options.task import TaskOptions
 
@@ -78,7 +79,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_every_option_is_tried_below():
     names = [option.name for option in declared(Options)]
-    assert sorted([*FREE, *REFUSED, *STORED]) == sorted(names) and len(set(names)) == len(names)
+    assert sorted([*FREE, *REFUSED, *STORED, *FOLLOW]) == sorted(names) and len(set(names)) == len(names)
     compared_by_content = {"task", *DATA, "last", "precision"}
     for option in declared(Options):
         changes = option.name in {*REFUSED, *STORED} - compared_by_content
@@ -196,5 +197,7 @@ def test_an_option_is_validated_where_it_is_declared(option: Any):
 
 def test_docstrings_and_signatures_have_every_option():
     for option in declared(Options):
-        assert option.name in inspect.signature(ckptavg.twa).parameters
-        assert f"\n    {option.name}: {option.help.text[:20]}" in str(ckptavg.twa.__doc__), option.name
+        for function in (ckptavg.twa, ckptavg.aswa):
+            given = function.__name__ == "aswa" or option.name not in FOLLOW
+            assert (option.name in inspect.signature(function).parameters) == given
+            assert (f"\n    {option.name}: {option.help.text[:20]}" in str(function.__doc__)) == given, option.name

@@ -121,8 +121,9 @@ class HuggingFaceTask(Task):
             if self._config.num_labels < 2:
                 raise TaskError("is a classifier with one class", path=folder, hint=WRITE_ONE)
             self._ids = self._class_ids(overrides.labels)
-            self.metric, self.metric_bounds = self._accuracy, (0.0, 1.0)
-            self.metric_name = "accuracy"
+            self.metric, self.metric_bounds, self.metric_name = self._accuracy, (0.0, 1.0), "accuracy"
+        if self._kind.name in ("text", "image"):
+            self.probabilities = lambda model, batch: (self._logits(model, batch).float().softmax(1), batch["labels"])
         self._examples: dict[Split, list[Example]] = {}
         self._pixels: dict[tuple[Split, int], Tensor] = {}
         self._shared = SharedForward()

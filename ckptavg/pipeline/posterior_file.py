@@ -1,0 +1,98 @@
+"""Write SWAG's Gaussian to one safetensors file.
+
+The file has the mean of each tensor under its name, and of the tensors that are drawn the standard deviation under
+``NAME::sd`` and the K kept deviations under ``NAME::dev``, [K, …]: all in float32, or float64 if the candidates are.
+
+Shape suffixes: K = kept deviations.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from ckptavg.average.gaussian import Posterior
+from ckptavg.average.weighted_sum import CHUNK, Part, not_averaged, output_specs, weighted_average
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.checksums import agreed
+from ckptavg.checkpoints.dtypes import TORCH, dtype_names
+from ckptavg.coefficients import Coefficients
+from ckptavg.errors import OutputExistsError
+from ckptavg.filesystem.sha256 import sha256
+from ckptavg.options import Options
+from ckptavg.output import provenance
+from ckptavg.output.destination import check_suffix, preflight
+from ckptavg.output.safetensors_file import SafetensorsFile
+from ckptavg.pipeline.session import Session
+from ckptavg.readers import StoredTensor
+from ckptavg.report.result import Output
+
+SIGMA: Final = "{}::sd"
+KEPT: Final = "{}::dev"
+
+
+def check(path: Path | str | None, options: Options, checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse a file of ``--posterior`` that cannot be written, or would replace a candidate or the output."""
+    if path is None:
+        return
+    check_suffix(path)
+    target, files = Path(path).resolve(), [file for checkpoint in checkpoints for file in checkpoint.reader.files]
+    taken = {options.destination[0].resolve(): "is -o", **{f.path.resolve(): "is one of the candidates" for f in files}}
+    if target in taken:
+        raise OutputExistsError(taken[target], path=path, hint="choose another --posterior")
+    preflight(Path(path), options.force)
+
+
+def write(this: Session, posterior: Posterior, path: Path | str | None) -> Output | None:
+    """Write a posterior to ``path``, unless that is None; rank 0 does."""
+    if path is None:
+        return None
+    checkpoints, workers = posterior.checkpoints, this.run.workers
+    n, k = len(checkpoints), posterior.gaussian.deviations
+    wide = any(checkpoints[0].spec(name).dtype == "F64" for name in posterior.names)
+    means = output_specs(checkpoints, "float64" if wide else "float32")
+    specs = dict(means)
+    for name in posterior.names:
+        specs[SIGMA.format(name)] = means[name]
+        if k:
+            specs[KEPT.format(name)] = replace(means[name], shape=(k, *means[name].shape))
+    record = {
+        "gaussian": asdict(posterior.gaussian), "candidates": n, "names": posterior.names, "means": posterior.means,
+        "dtypes": {name: spec.dtype for name, spec in output_specs(checkpoints).items()},
+    }  # fmt: skip
+
+    def written() -> Output:
+        metadata = provenance.metadata(
+            checkpoints, Coefficients.uniform(range(n), n), lambda file: agreed(file, sha256(file)),
+            strategy=provenance.DRAWN, posterior=record, not_averaged=not_averaged(checkpoints[0]),
+        )  # fmt: skip
+        with SafetensorsFile(Path(path), specs, metadata, force=this.options.force) as out:
+            for name, offset, data in _parts(posterior, means):
+                out.write(name, offset, data)
+            for checkpoint in checkpoints:
+                checkpoint.check_unchanged()
+            out.commit()
+            return Output(path=out.path, sha256=out.sha256, bytes=out.size, dtype=dtype_names(specs.values()))
+
+    return workers.broadcast(workers.on_rank_zero(written))
+
+
+def _parts(posterior: Posterior, means: Mapping[str, StoredTensor]) -> Iterator[Part]:
+    checkpoints, n = posterior.checkpoints, len(posterior.checkpoints)
+    yield from weighted_average(checkpoints, Coefficients.uniform(range(n), n), means)
+    for name in posterior.names:
+        dtype, numel = TORCH[means[name].dtype], means[name].numel
+        for start in range(0, numel, CHUNK):
+            values = torch.from_numpy(posterior.deviation(name, start, min(CHUNK, numel - start))).to(dtype)
+            yield Part(SIGMA.format(name), start * dtype.itemsize, values.view(torch.uint8).numpy().data)
+    whole = {name: range(means[name].numel) for name in posterior.names}
+    for k, row in enumerate(posterior.gaussian.rows(n)):
+        if any(row):
+            deviation = Coefficients((tuple(row),), linear=True)
+            parts = weighted_average(checkpoints, deviation, means, only=whole)
+        else:  # the first of all candidates is their mean so far
+            parts = (Part(name, 0, memoryview(bytes(means[name].nbytes))) for name in whole)
+        for name, offset, data in parts:
+            yield Part(KEPT.format(name), k * means[name].nbytes + offset, data)
