@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from study import figures
+from study import figures, recipe_results
 from study.answer import answer
 from study.claims import claims
 from study.domains import DOMAINS
@@ -36,11 +36,18 @@ def write(results: Path, out: Path, pictures: str = ".") -> None:
     folder = out / pictures
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {name: str(Path(pictures, f"{name}.svg")) for name in figures.draw(found, folder)}
-    text = document(found, failures, drawn, others=len(known) - len(kept))
+    recipes = recipe_results.section(recipe_results.read(results.with_name(recipe_results.NAME)))
+    text = document(found, failures, drawn, others=len(known) - len(kept), recipes=recipes)
     (out / NAME).write_text(text, encoding="utf-8")
 
 
-def document(found: Sequence[Setting], failures: Sequence[Failure], drawn: dict[str, str], others: int) -> str:
+def document(
+    found: Sequence[Setting],
+    failures: Sequence[Failure],
+    drawn: dict[str, str],
+    others: int,
+    recipes: Sequence[str] = (),
+) -> str:
     """Return the whole text.
 
     Args:
@@ -48,6 +55,7 @@ def document(found: Sequence[Setting], failures: Sequence[Failure], drawn: dict[
         failures: trainings that could not be measured.
         drawn: domains that have a picture → its path.
         others: number of results in the same file that were made with other settings, and are left out.
+        recipes: the section on ways of training.
     """
     parts = ["# Which averaging strategy is worth running?"]
     real, toys = [one for one in found if one.domain.area], [one for one in found if not one.domain.area]
@@ -63,6 +71,7 @@ def document(found: Sequence[Setting], failures: Sequence[Failure], drawn: dict[
         parts += [f"## {area}", *_domains([one for one in real if one.domain.area == area], drawn)]
     if found:
         parts += [*claims(found), *agreement(found)]
+    parts += recipes
     if real and toys:
         about = "Six trainings of seconds each, without data from elsewhere; here every average of five was scored."
         parts += ["## Appendix: toys", about, *answer(toys), overview(toys)]
