@@ -74,12 +74,15 @@ def minimised(outputs: OutputLosses, weight_U: Tensor, ridge: float, start_N: Te
         step_N = _newton(gradient_N, here.hessian_NN + ridge * torch.eye(len(c_N), dtype=c_N.dtype))
         if not step_N.isfinite().all():
             break
+        rounding = 4 * outputs.eps * abs(value)
+        if -float(step_N @ gradient_N) <= rounding:  # a line search would compare rounding errors
+            c_N = c_N + step_N
+            return Fit(c_N=c_N, losses_U=outputs.expand(c_N, weight_U).losses_U, converged=True)
         close = float(step_N.abs().max()) <= tolerance * max(1.0, float(c_N.abs().max()))
         for _ in range(HALVINGS):
             there_N = c_N + step_N
             there = outputs.expand(there_N, weight_U)
             reached = _value(there, weight_U, ridge, there_N)
-            rounding = 4 * outputs.eps * abs(value)
             if reached <= value + DECREASE * float(step_N @ gradient_N) + rounding:
                 break
             step_N = step_N / 2
