@@ -25,7 +25,7 @@ from ckptavg.errors import OutputExistsError
 from ckptavg.filesystem.sha256 import sha256
 from ckptavg.options import Options
 from ckptavg.output import provenance
-from ckptavg.output.destination import check_suffix, preflight
+from ckptavg.output.destination import preflight
 from ckptavg.output.safetensors_file import SafetensorsFile
 from ckptavg.pipeline.session import Session
 from ckptavg.readers import StoredTensor
@@ -39,7 +39,6 @@ def check(path: Path | str | None, options: Options, checkpoints: Sequence[Check
     """Refuse a file of ``--posterior`` that cannot be written, or would replace a candidate or the output."""
     if path is None:
         return
-    check_suffix(path)
     target, files = Path(path).resolve(), [file for checkpoint in checkpoints for file in checkpoint.reader.files]
     taken = {options.destination[0].resolve(): "is -o", **{f.path.resolve(): "is one of the candidates" for f in files}}
     if target in taken:

@@ -13,30 +13,28 @@ import torch
 from numpy.typing import NDArray
 from stored import averaged, stored
 
-from ckptavg.average.gaussian import Gaussian
-from ckptavg.average.noise import Deviations, standard_normal
+from ckptavg.average.noise import Deviations
 
 N, D, RATIO = 20, 2000, 1000
 Float = NDArray[np.float32]
+Moments = tuple[NDArray[np.floating], NDArray[np.floating]]
 
 
 @pytest.fixture(scope="module")
 def weights_ND() -> Float:
-    """Return 20 checkpoints whose weights are 1,000 times as large as their standard deviation, as late in a training."""
+    """Return 20 checkpoints whose weights are 1,000 times as large as their deviation, as late in a training."""
     return (RATIO + np.random.default_rng(0).standard_normal((N, D))).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
-def exact(weights_ND: Float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def exact(weights_ND: Float) -> Moments:
     """Return mean and variance, in 80 bits."""
     wide_ND = weights_ND.astype(np.longdouble)
     return wide_ND.mean(axis=0).astype(np.float64), wide_ND.var(axis=0).astype(np.float64)
 
 
 @pytest.fixture(scope="module")
-def ours(
-    weights_ND: Float, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def ours(weights_ND: Float, tmp_path_factory: pytest.TempPathFactory) -> Moments:
     """Return mean and variance as ckptavg has them: the mean as it is written, the deviation as it is drawn."""
     folder: Path = tmp_path_factory.mktemp("peers")
     checkpoints = stored(folder, [{"w": torch.from_numpy(w_D)} for w_D in weights_ND])
@@ -79,8 +77,8 @@ def error(found_D: NDArray[np.floating], exact_D: NDArray[np.float64]) -> float:
 
 def test_the_variance_is_exact_where_a_difference_of_squares_is_noise(
     weights_ND: Float,
-    exact: tuple[NDArray[np.float64], NDArray[np.float64]],
-    ours: tuple[NDArray[np.float32], NDArray[np.float32]],
+    exact: Moments,
+    ours: Moments,
 ):
     """Float32 has 24 bits, of which w²/σ² = 10⁶ takes 20; σ is rounded once to float32, so σ² has two of its errors."""
     assert error(ours[1], exact[1]) < 1e-6 and np.abs(ours[1] / exact[1] - 1).max() < 2**-23 + 1e-9
@@ -91,8 +89,8 @@ def test_the_variance_is_exact_where_a_difference_of_squares_is_noise(
 
 def test_the_mean_weighs_every_checkpoint_equally(
     weights_ND: Float,
-    exact: tuple[NDArray[np.float64], NDArray[np.float64]],
-    ours: tuple[NDArray[np.float32], NDArray[np.float32]],
+    exact: Moments,
+    ours: Moments,
 ):
     """In units of σ: torch-uncertainty counts the first checkpoint twice, lightning-uq-box the initial weights too."""
     mean_D, sigma = exact[0], np.sqrt(exact[1])
@@ -112,16 +110,3 @@ def test_weights_that_hardly_move_keep_their_deviation(tmp_path: Path):
     exact_D = w_ND.astype(np.float64).std(axis=0)
     np.testing.assert_allclose(found_D, exact_D, rtol=1e-6)
     assert np.median(np.sqrt(torch_uncertainty(w_ND)[1]) / exact_D) > 90
-
-
-def test_the_low_rank_part_moves_all_tensors_together(weights_ND: Float):
-    """With z of its own for each tensor, two equal tensors would not be correlated."""
-    gaussian, draws = Gaussian(scale=1.0, deviations=N, covariance="sample", seed=0), 2000
-    low_rank = [np.array(gaussian.coefficients(N, sample).values[0]) @ weights_ND[:, 0] for sample in range(draws)]
-    centred_N = weights_ND[:, 0] - weights_ND[:, 0].mean(dtype=np.float64)
-    apart = [
-        [float(standard_normal(2 * sample + tensor, 0, N) @ centred_N) / np.sqrt(N - 1) for sample in range(draws)]
-        for tensor in (0, 1)
-    ]
-    assert np.var(low_rank) == pytest.approx(np.var(centred_N) * N / (N - 1), rel=5 * np.sqrt(2 / draws))
-    assert abs(np.corrcoef(apart)[0, 1]) < 5 / np.sqrt(draws)
