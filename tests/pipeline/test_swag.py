@@ -12,6 +12,7 @@ import pytest
 import task as demo_task
 import torch
 from conftest import TASK, Job, Run
+from jobs import mlp
 from peft_by_hand import save_adapters
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -240,6 +241,7 @@ REFUSED: Mapping[str, tuple[int, str, tuple[Any, ...]]] = {
         6, "is one of the candidates", ("--posterior", "ckpts/step-1.safetensors", "--force")
     ),
     "the posterior over the output": (6, "is -o", ("--posterior", "averaged.safetensors")),
+    "a posterior that exists": (6, "notes.safetensors: exists already", ("--posterior", "ckpts/notes.safetensors")),
     "another format": (2, "hint: --posterior p.safetensors", ("--posterior", "p.pt")),
     "a posterior in a directory": (2, "hint: --posterior p.safetensors", ("--posterior", "p/")),
     "an empty name": (2, "--posterior is empty", ("--posterior", "")),
@@ -249,6 +251,9 @@ REFUSED: Mapping[str, tuple[int, str, tuple[Any, ...]]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_refusal_is_one_line_and_writes_nothing(run: Run, ckpts: Path, tmp_path: Path, case: str):
     code, message, options = REFUSED[case]
+    if "exists" in case:
+        shutil.copy(ckpts / "step-1.safetensors", ckpts / "notes.safetensors")
+        options = (*options, "--include", "step-*")
     before = files(tmp_path)
     done = run("swag", "ckpts", *options, COLUMNS="200")
     assert (done.returncode, done.stdout, files(tmp_path)) == (code, "", before), done.stderr
@@ -295,27 +300,30 @@ def test_outputs_among_the_checkpoints_are_left_out(run: Run, ckpts: Path, drawn
 
 
 def test_a_failed_run_leaves_nothing(run: Run, ckpts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The disk is full when the third file, the posterior, or the mean is written; a file that was there stays."""
+    """The disk is full at the third draw or the posterior, or Ctrl-C comes at the mean; a file that was there stays."""
     (tmp_path / "mine").write_text("precious")
     before = files(tmp_path)
     write = swag.write_output
-    for failing in (3, 4, "posterior"):
+    full = OSError(28, "No space left on device")
+    for failing, error in ((3, full), (4, KeyboardInterrupt()), ("posterior", full)):
         calls = list[int]()
 
-        def fail(*words: Any, failing: Any = failing, calls: list[int] = calls, **named: Any) -> Any:
+        def fail(
+            *words: Any, failing: Any = failing, calls: list[int] = calls, error: BaseException = error, **named: Any
+        ) -> Any:
             calls.append(1)
             if len(calls) == failing:
-                raise OSError(28, "No space left on device")
+                raise error
             return write(*words, **named)
 
-        def full(*_: Any) -> Any:
-            raise OSError(28, "No space left on device")
+        def unwritten(*_: Any, error: BaseException = error) -> Any:
+            raise error
 
         with monkeypatch.context() as patch:
             patch.setattr(swag, "write_output", fail)
             if failing == "posterior":
-                patch.setattr(posterior_file, "_parts", full)
-            with pytest.raises(OSError, match="No space"):
+                patch.setattr(posterior_file, "_parts", unwritten)
+            with pytest.raises(type(error)):
                 ckptavg.swag(ckpts, samples=3, output=f"{tmp_path}/out/", posterior=tmp_path / "p.safetensors")
         assert files(tmp_path) == before and not (tmp_path / "out").exists()
 
@@ -370,6 +378,31 @@ def test_draws_of_adapters_are_adapters_of_their_rank(run: Run, tmp_path: Path):
         written, own = load_file(path), load_file(folder / "checkpoint-3/adapter_model.safetensors")
         assert {name: tensor.shape for name, tensor in written.items()} == {n: t.shape for n, t in own.items()}
         assert run("verify", path, "--sources", folder).returncode == 0
+
+
+NARROW = """
+import sys
+sys.path.insert(0, {tests!r})
+from jobs.mlp import *
+from jobs import mlp
+def model(): return mlp.model().bfloat16()
+def loss(model, batch): return mlp.loss(model, [batch[0].bfloat16(), batch[1]])
+def metric(model, batch): return mlp.metric(model, [batch[0].bfloat16(), batch[1]])
+"""
+
+
+@pytest.mark.parametrize("kind", ["cnn", "mlp", "transformer", "bfloat16"])
+def test_the_predictions_of_a_draw_are_those_of_its_file(run: Run, jobs: dict[str, Job], tmp_path: Path, kind: str):
+    """Noise is added to the weights of the model as it is to the bytes of the file; BatchNorm is recomputed in both."""
+    job = jobs["mlp" if kind == "bfloat16" else kind]
+    (tmp_path / "narrow.py").write_text(NARROW.format(tests=str(Path(mlp.__file__).parents[1])))
+    task = tmp_path / "narrow.py" if kind == "bfloat16" else job.task
+    words = ("swag", job.folder, "--last", 3, "--task", task, "-o", "out/", "--samples", 1, "--no-baselines")
+    found = report(run(*words, "--draws", 1, "--json"))
+    (scored,) = json.loads(run("eval", "out/sample-1/model.safetensors", "--task", task, "--json").stdout)
+    loss = found["predictions"]["val"]["swag"]["score"]["loss"]
+    assert loss == pytest.approx(scored["val"]["loss"], rel=1e-5)
+    assert abs(loss / found["predictions"]["val"]["swa"]["score"]["loss"] - 1) > 1e-3
 
 
 def test_predictions_are_scored_on_every_split(run: Run, jobs: dict[str, Job]):
