@@ -21,7 +21,7 @@ from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.checksums import agreed
 from ckptavg.checkpoints.dtypes import TORCH, dtype_names
 from ckptavg.coefficients import Coefficients
-from ckptavg.errors import OutputExistsError
+from ckptavg.errors import OutputExistsError, UsageError
 from ckptavg.filesystem.sha256 import sha256
 from ckptavg.options import Options
 from ckptavg.output import provenance
@@ -36,9 +36,12 @@ KEPT: Final = "{}::dev"
 
 
 def check(path: Path | str | None, options: Options, checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuse a file of ``--posterior`` that cannot be written, or would replace a candidate or the output."""
+    """Refuse a file of ``--posterior`` that cannot be written or drawn from, or would replace candidates or output."""
     if path is None:
         return
+    if checkpoints[0].derived and (vectors := checkpoints[0].derived.vectors):
+        message = f"--posterior has no vectors of spectral norm, such as {vectors[0]}, which each draw recomputes"
+        raise UsageError(message, hint="--samples N writes draws themselves")
     target, files = Path(path).resolve(), [file for checkpoint in checkpoints for file in checkpoint.reader.files]
     taken = {options.destination[0].resolve(): "is -o", **{f.path.resolve(): "is one of the candidates" for f in files}}
     if target in taken:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import task as demo_task
 import torch
@@ -365,6 +366,28 @@ def test_batchnorm_is_recomputed_for_every_draw(run: Run, digits: Path, tmp_path
     assert not torch.allclose(*means, rtol=0.02)
     mean = load_file(tmp_path / found["output"]["path"])
     assert not any(torch.equal(each, mean["1.running_mean"]) for each in means)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, of this function
+def test_a_draw_has_the_spectral_norm_of_its_own_weight(run: Run, tmp_path: Path):
+    """By numpy's SVD; a posterior, which has no vectors of a drawn weight, is refused."""
+    torch.manual_seed(0)
+    layer = torch.nn.utils.spectral_norm(torch.nn.Linear(6, 5))
+    (tmp_path / "ckpts").mkdir()
+    for step in STEPS:
+        with torch.no_grad():
+            layer.weight_orig.add_(0.2 * torch.randn(5, 6))
+        for _ in range(50):
+            layer(torch.ones(1, 6))
+        torch.save(layer.state_dict(), tmp_path / f"ckpts/step-{step}.pt")
+    found = report(run("swag", "ckpts", "-o", "out/", "--samples", 2, "--json"))
+    for draw in found["draws"]:
+        tensors = load_file(tmp_path / draw["path"])
+        sigma = tensors["weight_u"].double() @ tensors["weight_orig"].double() @ tensors["weight_v"].double()
+        assert float(sigma) == pytest.approx(np.linalg.svd(tensors["weight_orig"].numpy())[1][0], rel=1e-6)
+        assert run("verify", draw["path"], "--sources", "ckpts").returncode == 0
+    refused = run("swag", "ckpts", "-o", "other/", "--posterior", "p.safetensors")
+    assert refused.returncode == 2 and "spectral norm, such as weight_u" in refused.stderr
 
 
 def test_draws_of_adapters_are_adapters_of_their_rank(run: Run, tmp_path: Path):
