@@ -28,6 +28,7 @@ from ckptavg.checkpoints.discover import discover
 from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.checkpoints.kept import keeping
 from ckptavg.coefficients import EVERYTHING
+from ckptavg.runtime.workers import ALONE
 
 N, DRAWS = 6, 10_000
 SETTINGS: Mapping[str, tuple[int, Covariance]] = {
@@ -222,7 +223,7 @@ def test_what_never_changes_is_equal_in_every_draw(tmp_path: Path, dtype: torch.
     mixed = [torch.tensor([0.1, float(i), 0.7]).to(dtype) for i in range(3)]
     checkpoints = stored(tmp_path, [{"frozen": frozen, "mixed": w} for w in mixed])
     posterior = Posterior.over(checkpoints, gaussian())
-    assert [*posterior.names] == ["mixed"] and 0 < posterior.spread() < 1
+    assert [*posterior.names] == ["mixed"]
     for sample in range(1, 5):
         draw = bytes_of(checkpoints, posterior, sample)
         assert torch.equal(draw["frozen"].view(torch.uint8), frozen.view(torch.uint8))
@@ -279,8 +280,18 @@ def test_a_kept_tensor_is_copied_from_the_last_candidate(tmp_path: Path):
 def test_the_spread_is_the_relative_standard_deviation(tmp_path: Path):
     w_ND = correlated()
     posterior = Posterior.over(stored(tmp_path, split(w_ND)), gaussian())
+    assert posterior.spread(ALONE) is None
+    drawn(posterior, w_ND, 1)
     sigma_D, mean_D = w_ND.std(axis=0), w_ND.mean(axis=0)
-    assert posterior.spread() == pytest.approx(np.linalg.norm(sigma_D) / np.linalg.norm(mean_D), rel=1e-12)
+    assert posterior.spread(ALONE) == pytest.approx(np.linalg.norm(sigma_D) / np.linalg.norm(mean_D), rel=1e-12)
+
+
+def test_a_mask_is_no_part_of_the_spread(tmp_path: Path):
+    """Elements of −inf in a parameter that changes elsewhere have neither mean nor deviation."""
+    states = [{"w": torch.tensor([float(i), -torch.inf])} for i in range(1, 4)]
+    posterior = Posterior.over(stored(tmp_path, states), gaussian())
+    assert posterior.deviation("w", 0, 2).tolist() == pytest.approx([math.sqrt(2 / 3), 0])
+    assert posterior.spread(ALONE) == pytest.approx(math.sqrt(2 / 3) / 2)
 
 
 @pytest.mark.parametrize("ratio", [1e3, 1e4, 1e6])
