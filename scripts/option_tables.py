@@ -8,6 +8,7 @@ from pathlib import Path
 from ckptavg.cli.options import PRINTING
 from ckptavg.declaration import PANELS, Option, declared
 from ckptavg.options import Options
+from ckptavg.options.posterior import PosteriorOptions
 from ckptavg.strategies import strategies
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
@@ -22,7 +23,7 @@ def updated(page: str) -> str:
     """Return the page with current tables."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{settings()}\n{panels()}{END}{after}"
+    return f"{before}{BEGIN}\n{settings()}\n{posterior()}\n{panels()}{END}{after}"
 
 
 def settings() -> str:
@@ -33,6 +34,12 @@ def settings() -> str:
             owners.setdefault(cells(option), []).append(f"`{name}`")
     rows = [(flag, ", ".join(names), *rest) for (flag, *rest), names in owners.items()]
     return "### Settings of a strategy\n\n" + table(("option", "of", "default", "meaning"), rows)
+
+
+def posterior() -> str:
+    """Return the table of the options of ``swag``."""
+    rows = map(cells, declared(PosteriorOptions))
+    return "### Options of swag\n\n" + table(("option", "default", "meaning"), rows)
 
 
 def panels() -> str:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -51,3 +53,22 @@ def nearest(x: Fraction, dtype: torch.dtype) -> Tensor:
         around,
         key=lambda y: (abs(Fraction(float(y)) - x), int(y.view(torch.int16 if y.itemsize == 2 else torch.int32)) & 1),
     )
+
+
+def swag_moments(
+    w_ND: NDArray[np.float64], k: int, c: float, *, running: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean [D] and covariance [D, D] of SWAG: c (diag(E[w²] − E[w]²) + D̂ D̂ᵀ/(K − 1)), step by step.
+
+    Maddox et al. 2019, algorithm 1: D̂ has the deviations of the last K models from the mean so far (or of all).
+    """
+    mean_D, square_D = np.zeros_like(w_ND[0]), np.zeros_like(w_ND[0])
+    means = list[NDArray[np.float64]]()
+    for i, w_D in enumerate(w_ND):
+        mean_D, square_D = (mean_D * i + w_D) / (i + 1), (square_D * i + w_D**2) / (i + 1)
+        means.append(mean_D)
+    covariance_DD = np.diag(square_D - mean_D**2)
+    for i in range(len(w_ND) - k, len(w_ND)):
+        d_D = w_ND[i] - (means[i] if running else mean_D)
+        covariance_DD = covariance_DD + np.outer(d_D, d_D) / (k - 1)
+    return mean_D, c * covariance_DD

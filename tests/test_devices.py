@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import warnings
@@ -116,6 +117,24 @@ def test_only_batchnorms_statistics_differ_from_the_cpus_file(
     for name, tensor in first.items():
         close = {"rtol": 1e-4, "atol": 1e-5} if "running_" in name else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(second[name], tensor, **close)
+
+
+def test_draws_have_the_bytes_and_their_predictions_the_nll_of_the_cpu(
+    run: Run, jobs: dict[str, Job], device: torch.device, tmp_path: Path
+):
+    job, reports, files = jobs["mlp"], list[dict[str, Any]](), list[dict[str, str]]()
+    for name, there in (("first", "cpu"), ("second", device)):
+        words = ("swag", job.folder, "--last", 5, "--task", job.task, "--device", there, "--samples", 2, "--draws", 4)
+        done = run(*words, "-o", f"{name}/", "--posterior", f"{name}.safetensors", "--json")
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads(done.stdout))
+        outputs = [*reports[-1]["draws"], reports[-1]["posterior"], reports[-1]["output"]]
+        files.append({output["path"].removeprefix(name): output["sha256"] for output in outputs})
+    assert len(files[0]) == 4 and files[0] == files[1]
+    for split, models in reports[0]["predictions"].items():
+        for name, figures in models.items():
+            other = reports[1]["predictions"][split][name]["score"]["loss"]
+            assert figures["score"]["loss"] == pytest.approx(other, abs=1e-6)
 
 
 @pytest.mark.thorough

@@ -26,6 +26,7 @@ from ckptavg.errors import CkptavgError
 from ckptavg.options import config_file
 from ckptavg.pipeline.comparison import DEFAULT
 from ckptavg.report.as_json import to_dict
+from ckptavg.report.posterior import PosteriorResult
 from ckptavg.report.result import Comparison, Landscape, Result
 from ckptavg.strategies import strategies
 from ckptavg.surrogate import Surrogate
@@ -175,11 +176,12 @@ def test_every_key_of_a_report_is_in_the_reference():
     listed = section(REFERENCE, "JSON report")
     result = Result(strategy="x", settings={}, seed=0, candidates=[])
     comparison = Comparison(**vars(result), winner="x", strategies=())
+    posterior = PosteriorResult(**vars(result), gaussian={})
     q = Surrogate(0.0, torch.zeros(2), torch.zeros(2, 2), "exact")
     landscape = Landscape(
         surrogate=q, eigenvalues=(), predicted=(), measured=(), spearman=0.0, r_squared=0.0, steps=(), plane=None
     )
-    for key in {**to_dict(result), **to_dict(comparison), **to_dict(landscape)}:
+    for key in {**to_dict(result), **to_dict(comparison), **to_dict(posterior), **to_dict(landscape)}:
         assert f"`{key}`" in listed, key
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ckptavg.average.noise import Deviation, Deviations, drawn_names, not_drawn, standard_normal, stream_key
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.coefficients import EVERYTHING, Coefficients
+from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.runtime.workers import Workers
 
 Covariance: TypeAlias = Literal["running", "sample"]
@@ -61,12 +61,12 @@ class Gaussian:
         z_K = standard_normal(stream_key(self.seed, sample), 0, self.deviations)
         return [math.sqrt(self.scale / (self.deviations - 1)) * float(z) for z in z_K]
 
-    def coefficients(self, n: int, sample: int, means: Sequence[str] = ()) -> Coefficients:
-        """Return β of a draw, without the noise of the diagonal; the tensors ``means`` are those of w̄."""
+    def coefficients(self, n: int, sample: int, groups: Groups = EVERYTHING) -> Coefficients:
+        """Return β of a draw, without the noise of the diagonal; the tensors of a second group are those of w̄."""
         terms = list(zip(self.steps(sample), self.rows(n), strict=True)) if self.deviations and self.scale else []
         uniform = (1 / n,) * n
         drawn = tuple(math.fsum([1 / n, *(step * row[j] for step, row in terms)]) for j in range(n))
-        return Coefficients((drawn, uniform), (*EVERYTHING, tuple(means))) if means else Coefficients((drawn,))
+        return Coefficients((drawn, uniform)[: len(groups)], groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,29 +121,31 @@ class Posterior:
         gaussian: its settings.
         checkpoints: the N candidates, in training order.
         deviation: their σ.
-        means: averaged tensors that are not drawn.
+        groups: name prefixes of the tensors that are drawn, and of the averaged ones that are not, if there are any.
         names: see `Noise.names`.
     """
 
     gaussian: Gaussian
     checkpoints: Sequence[Checkpoint]
     deviation: Deviations
-    means: Sequence[str]
+    groups: Groups
     names: Mapping[str, str]
 
     @classmethod
     def over(cls, checkpoints: Sequence[Checkpoint], gaussian: Gaussian, buffers: Collection[str] = ()) -> "Posterior":
         """Return the posterior; BatchNorm's statistics, and ``buffers`` of the model, are not drawn."""
         means = not_drawn(checkpoints[0], buffers)
+        names = drawn_names(checkpoints, means)
+        inside = [name for name in names if name.startswith(tuple(means))]  # a group covers what begins with a name
         return cls(
-            gaussian=gaussian, checkpoints=checkpoints, deviation=Deviations(checkpoints), means=means,
-            names=drawn_names(checkpoints, means),
+            gaussian=gaussian, checkpoints=checkpoints, deviation=Deviations(checkpoints), names=names,
+            groups=(("", *inside), tuple(means)) if means else EVERYTHING,
         )  # fmt: skip
 
     def draw(self, sample: int) -> Draw:
         """Return draw number ``sample``, from 1."""
         noise = Noise(gaussian=self.gaussian, sample=sample, deviation=self.deviation, names=self.names)
-        coefficients = self.gaussian.coefficients(len(self.checkpoints), sample, self.means)
+        coefficients = self.gaussian.coefficients(len(self.checkpoints), sample, self.groups)
         return Draw(gaussian=self.gaussian, sample=sample, coefficients=coefficients, noise=noise)
 
     def spread(self, workers: Workers) -> float | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ckptavg.checkpoints.checkpoint import Checkpoint, chunks
 from ckptavg.checkpoints.dtypes import TORCH
+from ckptavg.checkpoints.integrity import same_bytes
 from ckptavg.checkpoints.kept import is_averaged
 from ckptavg.readers import ITEM_SIZE, StoredTensor
 
@@ -35,13 +36,16 @@ def not_drawn(checkpoint: Checkpoint, buffers: Collection[str] = ()) -> list[str
 def drawn_names(checkpoints: Sequence[Checkpoint], means: Collection[str]) -> dict[str, str]:
     """Return the averaged tensors but ``means``, each with the name that its noise is drawn under.
 
-    Tied tensors have one noise: names that share memory, and copies that are equal in the first candidate and the last.
+    Frozen tensors, bit-equal in all candidates, are left out. Tied tensors have one noise: names that share memory, and
+    copies that are equal in the first candidate and the last.
     """
     first, last = checkpoints[0], checkpoints[-1]
     shared: dict[StoredTensor, str] = {}
     alike: dict[Any, list[str]] = {}
     result: dict[str, str] = {}
     for name in (name for name in first.names if is_averaged(first, name) and name not in means):
+        if same_bytes(checkpoints, name):
+            continue
         if (spec := first.spec(name)) in shared:
             result[name] = shared[spec]
             continue
@@ -97,16 +101,17 @@ class Deviations:
         return math.fsum(square for square, _ in self._squares), math.fsum(square for _, square in self._squares)
 
     def moments(self, name: str, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return w̄ and σ, [C] float64 each."""
-        n = len(self._checkpoints)
-        mean_C = torch.zeros(count, dtype=torch.float64)
-        square_C = torch.zeros(count, dtype=torch.float64)
-        for checkpoint in self._checkpoints:
-            mean_C += _values(checkpoint, name, start, count)
-        mean_C /= n
+        """Return w̄ and σ, [C] float64 each; 0 where the candidates are not finite."""
+        n, (first, *others) = len(self._checkpoints), self._checkpoints
+        first_C = _values(first, name, start, count)
+        mean_C, square_C = torch.zeros_like(first_C), torch.zeros_like(first_C)
+        for checkpoint in others:  # the mean of differences, which is exact for an element that never changes
+            mean_C += _values(checkpoint, name, start, count).sub_(first_C)
+        mean_C.div_(n).add_(first_C)
         for checkpoint in self._checkpoints:
             square_C += _values(checkpoint, name, start, count).sub_(mean_C).square_()
-        return mean_C, square_C.div_(n).sqrt_().nan_to_num_(nan=0.0, posinf=0.0)  # of masks of −inf
+        square_C.div_(n).sqrt_()
+        return mean_C.nan_to_num_(0.0, 0.0, 0.0), square_C.nan_to_num_(0.0, 0.0)  # of masks of −inf
 
 
 def _values(checkpoint: Checkpoint, name: str, start: int, count: int) -> Tensor:

@@ -55,18 +55,22 @@ class ModelAverage:
     @torch.no_grad()
     def add(self) -> None:
         """Add the predictions of the model as it is now, in one pass."""
+        sizes = list[tuple[int, int, bool]]()
         for number, (batch, size, checksum, counted) in enumerate(self._loader.scored(self._split, self._workers)):
+            sizes.append((size, checksum, counted))
+            if self._models and sizes[-1:] != self._sizes[number : number + 1]:
+                break
             prediction, labels_B = self._predict(batch, size)
             if not self._models:
                 self._predictions.append((prediction, labels_B))
-                self._sizes.append((size, checksum, counted))
                 continue
-            if self._sizes[number][:2] != (size, checksum):
-                message = f"{self._split}_dataloader() gives other examples, or another order, in every pass"
-                raise TaskError(message, path=self._task.source, hint="fix its order, to average predictions")
             total, labels_B = self._predictions[number]
             total = torch.logaddexp(total, prediction) if labels_B is None else total + prediction
             self._predictions[number] = (total, labels_B)
+        if self._models and sizes != self._sizes:
+            message = f"{self._split}_dataloader() gives other examples, or another order, in every pass"
+            raise TaskError(message, path=self._task.source, hint="fix its order, to average predictions")
+        self._sizes = sizes
         self._models += 1
 
     def _predict(self, batch: Any, size: int) -> tuple[Tensor, Tensor | None]:

@@ -47,6 +47,9 @@ class PosteriorOptions:
         for name in ("posterior", "from_"):
             if getattr(self, name) is not None and not str(getattr(self, name)):
                 raise UsageError(f"--{name.rstrip('_')} is empty: name a file")
+        if self.posterior is not None and Path(self.posterior).suffix != ".safetensors":
+            hint = f"--posterior {Path(self.posterior).with_suffix('.safetensors')}"
+            raise UsageError(f"--posterior {self.posterior}: a safetensors file is written", hint=hint)
         if self.from_ is None:
             return
         if self.samples is None:

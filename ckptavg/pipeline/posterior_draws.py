@@ -4,8 +4,10 @@ Shape suffixes: K = kept deviations, C = consecutive elements of a tensor.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from ckptavg.average.gaussian import Gaussian, Noise
 from ckptavg.average.weighted_sum import weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import NAMES, TORCH, dtype_names
-from ckptavg.coefficients import EVERYTHING, Coefficients
+from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError, counted
 from ckptavg.filesystem.atomic import flush_folder
+from ckptavg.filesystem.regular_file import is_folder
 from ckptavg.filesystem.sha256 import sha256
 from ckptavg.filesystem.strict_json import strict_json
 from ckptavg.options import Options
@@ -29,6 +32,7 @@ from ckptavg.output import hugging_face_folder, loader_files, provenance
 from ckptavg.output.sharded_files import open_files
 from ckptavg.pipeline.posterior_file import KEPT, SIGMA
 from ckptavg.pipeline.preflight import check_output
+from ckptavg.pipeline.recorded_draw import recorded_gaussian
 from ckptavg.readers import FLOATING, Reader, StoredTensor, as_real, open_reader
 from ckptavg.report.posterior import PosteriorResult
 from ckptavg.report.result import Output
@@ -51,17 +55,24 @@ def draw_from(
         digest, outputs = sha256(reader.files[0]), list[Output]()
         target = None if options.dtype is None else NAMES[options.dtype]
         specs = {n: replace(s, dtype=target) if target and s.dtype in FLOATING else s for n, s in stored.specs.items()}
-        with hugging_face_folder.created_folder(options.destination[1]):
-            for own in folders.values():
-                check_output(own)
-            for sample, own in folders.items():
-                outputs.append(_write(stored, sample, own, specs, digest))
-        folder = options.destination[1] or Path()
-        return PosteriorResult(
-            strategy=provenance.DRAWN, settings={"from": str(path)}, seed=options.seed, candidates=(), draws=outputs,
-            gaussian=asdict(stored.gaussian), warnings=[f"wrote {counted(len(outputs), 'draw')} to {folder}"],
-            output=replace(outputs[0], path=folder, sha256="", bytes=sum(output.bytes for output in outputs)),
+        folder, total = options.destination[1] or Path(), len(folders) * sum(spec.nbytes for spec in specs.values())
+        described = f"{counted(len(folders), 'draw')} to {folder}"
+        for own in folders.values() if is_folder(folder) else ():
+            check_output(own)
+        blank = PosteriorResult(
+            strategy=provenance.DRAWN, settings={"from": str(path)}, seed=options.seed, candidates=(),
+            gaussian=asdict(stored.gaussian), warnings=[f"would write {described}: {total:,} bytes"],
         )  # fmt: skip
+        if options.dry_run:
+            return blank
+        with hugging_face_folder.created_folder(folder), ExitStack() as undo:
+            for sample, own in folders.items():
+                if own.destination[1] and not os.path.lexists(own.destination[1]):
+                    undo.callback(shutil.rmtree, own.destination[1], ignore_errors=True)
+                outputs.append(_write(stored, sample, own, specs, digest))
+            undo.pop_all()
+        whole = replace(outputs[0], path=folder, sha256="", bytes=sum(output.bytes for output in outputs))
+        return replace(blank, draws=outputs, warnings=[f"wrote {described}"], output=whole)
 
 
 def _write(stored: "_Stored", sample: int, options: Options, specs: Mapping[str, StoredTensor], digest: str) -> Output:
@@ -93,7 +104,7 @@ class _Stored:
 
     Attributes:
         terms: the K deviations and, as the last, the mean, each as if it was a checkpoint.
-        gaussian, names, means: see `ckptavg.average.gaussian.Posterior`.
+        gaussian, names: see `ckptavg.average.gaussian.Posterior`.
         specs: shapes, and dtypes of the candidates.
     """
 
@@ -101,7 +112,6 @@ class _Stored:
     terms: Sequence[Checkpoint]
     gaussian: Gaussian
     names: Mapping[str, str]
-    means: Sequence[str]
     specs: Mapping[str, StoredTensor]
 
     def deviation(self, name: str, start: int, count: int) -> NDArray[np.float32]:
@@ -113,46 +123,63 @@ class _Stored:
 
     def coefficients(self, sample: int) -> Coefficients:
         """Return the coefficients of a draw: √(c/(K − 1)) z_k, and 1 for the mean."""
-        k = self.gaussian.deviations
-        drawn = (*(self.gaussian.steps(sample) if k else ()), 1.0)
-        if not self.means:
-            return Coefficients((drawn,), linear=True)
-        return Coefficients((drawn, (*[0.0] * k, 1.0)), (*EVERYTHING, tuple(self.means)), linear=True)
+        k, others = self.gaussian.deviations, [name for name in self.specs if name not in self.names]
+        drawn, mean = (*(self.gaussian.steps(sample) if k else ()), 1.0), (*[0.0] * k, 1.0)
+        return Coefficients((mean, drawn), (("", *others), tuple(self.names)), linear=True)
 
 
 def _opened(reader: Reader, settings: PosteriorOptions, seed: int) -> _Stored:
     """Return the posterior in a file, with the scale and the seed of this command; InputError if it is none."""
     try:
         record: Any = strict_json(reader.metadata[provenance.KEY])
-        entries = record["posterior"]
-        gaussian, names, k = Gaussian(**entries["gaussian"]), dict(entries["names"]), entries["gaussian"]["deviations"]
+        entries, kept = record["posterior"], record["not_averaged"]
+        names, dtypes = entries["names"], entries["dtypes"]
+        for mapping in (names, dtypes, dict.fromkeys(kept, "")):
+            if not all(isinstance(text, str) for pair in mapping.items() for text in pair):
+                raise ValueError("a name is no text")
+        gaussian = recorded_gaussian(entries["gaussian"], entries["candidates"])
+        gaussian = gaussian if names else replace(gaussian, deviations=0)
         tensors = {name: as_real(spec) for name, spec in dict[str, Any](reader.tree).items()}
-        parts = {pattern.format(name) for name in names for pattern in ((SIGMA, KEPT) if k else (SIGMA,))}
-        mean = {name: spec for name, spec in tensors.items() if name not in parts}
-        specs = {name: replace(mean[name], dtype=own, record="", offset=0) for name, own in entries["dtypes"].items()}
-        fits = specs.keys() == mean.keys() and all(spec.dtype in TORCH for spec in specs.values())
-        for name in names:
-            spec, dtype = mean[name], mean[name].dtype
-            expected = {SIGMA: spec.shape, **({KEPT: (k, *spec.shape)} if k else {})}
-            stored = {pattern: tensors[pattern.format(name)] for pattern in expected}
-            fits = fits and all((own.dtype, own.shape) == (dtype, expected[p]) for p, own in stored.items())
-        if not fits:
-            raise ValueError("the tensors are not those of its metadata")
-        terms = [mean | {name: _slice(tensors[KEPT.format(name)], i) for name in names} for i in range(k)]
-        kept = frozenset(record["not_averaged"])
-        gaussian = replace(
-            gaussian, seed=seed, scale=gaussian.scale if settings.scale is None else float(settings.scale)
-        )
+        mean = _check_tensors(tensors, names, dtypes, gaussian.deviations)
+        terms = [
+            mean | {name: _slice(tensors[KEPT.format(name)], i) for name in names} for i in range(gaussian.deviations)
+        ]
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         hint = "ckptavg swag CKPTS --posterior FILE writes one"
         raise InputError("is no posterior of ckptavg, or a damaged one", path=reader.path, hint=hint) from error
     checkpoints = [
-        Checkpoint(path=reader.path, name=reader.path.name, key="", tensors=own, reader=reader, kept=kept)
+        Checkpoint(path=reader.path, name=reader.path.name, key="", tensors=own, reader=reader, kept=frozenset(kept))
         for own in (*terms, mean)
     ]
-    return _Stored(
-        tensors=tensors, terms=checkpoints, gaussian=gaussian, names=names, means=entries["means"], specs=specs
+    specs = {name: replace(mean[name], dtype=dtype, record="", offset=0) for name, dtype in dtypes.items()}
+    scale = gaussian.scale if settings.scale is None else float(settings.scale)
+    gaussian = replace(gaussian, seed=seed, scale=scale)
+    return _Stored(tensors=tensors, terms=checkpoints, gaussian=gaussian, names=names, specs=specs)
+
+
+def _check_tensors(
+    tensors: Mapping[str, StoredTensor], names: Collection[str], dtypes: Mapping[str, str], k: int
+) -> dict[str, StoredTensor]:
+    """Return the tensors of the mean.
+
+    Raises:
+        KeyError, ValueError: if the tensors are not those of a posterior with these names, dtypes and K deviations.
+    """
+    patterns = (SIGMA, KEPT) if k else (SIGMA,)
+    parts = {pattern.format(name) for name in names for pattern in patterns}
+    mean = {name: spec for name, spec in tensors.items() if name not in parts}
+    narrowed = [(mean[name].dtype, dtype) for name, dtype in dtypes.items()]
+    fits = dtypes.keys() == mean.keys() and all(
+        dtype == own or (own in ("F32", "F64") and dtype in FLOATING) for own, dtype in narrowed
     )
+    for name in names:
+        own, shapes = mean[name], {SIGMA: mean[name].shape, KEPT: (k, *mean[name].shape)}
+        stored = {pattern: tensors[pattern.format(name)] for pattern in patterns}
+        fits = fits and own.dtype in FLOATING
+        fits = fits and all((spec.dtype, spec.shape) == (own.dtype, shapes[p]) for p, spec in stored.items())
+    if not fits:
+        raise ValueError("the tensors are not those of its metadata")
+    return mean
 
 
 def _slice(stacked: StoredTensor, i: int) -> StoredTensor:

@@ -6,7 +6,9 @@ The file has the mean of each tensor under its name, and of the tensors that are
 Shape suffixes: K = kept deviations.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
@@ -19,11 +21,11 @@ from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.checksums import agreed
 from ckptavg.checkpoints.dtypes import TORCH, dtype_names
 from ckptavg.coefficients import Coefficients
-from ckptavg.errors import OutputExistsError
+from ckptavg.errors import OutputExistsError, UsageError
 from ckptavg.filesystem.sha256 import sha256
 from ckptavg.options import Options
 from ckptavg.output import provenance
-from ckptavg.output.destination import check_suffix, preflight
+from ckptavg.output.destination import preflight
 from ckptavg.output.safetensors_file import SafetensorsFile
 from ckptavg.pipeline.session import Session
 from ckptavg.readers import StoredTensor
@@ -34,10 +36,12 @@ KEPT: Final = "{}::dev"
 
 
 def check(path: Path | str | None, options: Options, checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuse a file of ``--posterior`` that cannot be written, or would replace a candidate or the output."""
+    """Refuse a file of ``--posterior`` that cannot be written or drawn from, or would replace candidates or output."""
     if path is None:
         return
-    check_suffix(path)
+    if checkpoints[0].derived and (vectors := checkpoints[0].derived.vectors):
+        message = f"--posterior has no vectors of spectral norm, such as {vectors[0]}, which each draw recomputes"
+        raise UsageError(message, hint="--samples N writes draws themselves")
     target, files = Path(path).resolve(), [file for checkpoint in checkpoints for file in checkpoint.reader.files]
     taken = {options.destination[0].resolve(): "is -o", **{f.path.resolve(): "is one of the candidates" for f in files}}
     if target in taken:
@@ -45,13 +49,21 @@ def check(path: Path | str | None, options: Options, checkpoints: Sequence[Check
     preflight(Path(path), options.force)
 
 
-def write(this: Session, posterior: Posterior, path: Path | str | None) -> Output | None:
-    """Write a posterior to ``path``, unless that is None; rank 0 does."""
-    if path is None:
-        return None
+@contextmanager
+def written(this: Session, posterior: Posterior, path: Path | str | None) -> Generator[Output | None]:
+    """Write a posterior to ``path``, unless that is None; a file that is new is removed again if the body fails."""
+    with ExitStack() as undo:
+        if path is not None and this.run.workers.is_rank_zero and not os.path.lexists(path):
+            undo.callback(Path(path).unlink, missing_ok=True)
+        yield None if path is None else _write(this, posterior, path)
+        undo.pop_all()
+
+
+def _write(this: Session, posterior: Posterior, path: Path | str) -> Output | None:
     checkpoints, workers = posterior.checkpoints, this.run.workers
     n, k = len(checkpoints), posterior.gaussian.deviations
-    wide = any(checkpoints[0].spec(name).dtype == "F64" for name in posterior.names)
+    own = output_specs(checkpoints)
+    wide = any(spec.dtype == "F64" for spec in own.values())
     means = output_specs(checkpoints, "float64" if wide else "float32")
     specs = dict(means)
     for name in posterior.names:
@@ -59,11 +71,11 @@ def write(this: Session, posterior: Posterior, path: Path | str | None) -> Outpu
         if k:
             specs[KEPT.format(name)] = replace(means[name], shape=(k, *means[name].shape))
     record = {
-        "gaussian": asdict(posterior.gaussian), "candidates": n, "names": posterior.names, "means": posterior.means,
-        "dtypes": {name: spec.dtype for name, spec in output_specs(checkpoints).items()},
+        "gaussian": asdict(posterior.gaussian), "candidates": n, "names": posterior.names,
+        "dtypes": {name: spec.dtype for name, spec in own.items()},
     }  # fmt: skip
 
-    def written() -> Output:
+    def write() -> Output:
         metadata = provenance.metadata(
             checkpoints, Coefficients.uniform(range(n), n), lambda file: agreed(file, sha256(file)),
             strategy=provenance.DRAWN, posterior=record, not_averaged=not_averaged(checkpoints[0]),
@@ -76,7 +88,7 @@ def write(this: Session, posterior: Posterior, path: Path | str | None) -> Outpu
             out.commit()
             return Output(path=out.path, sha256=out.sha256, bytes=out.size, dtype=dtype_names(specs.values()))
 
-    return workers.broadcast(workers.on_rank_zero(written))
+    return workers.broadcast(workers.on_rank_zero(write))
 
 
 def _parts(posterior: Posterior, means: Mapping[str, StoredTensor]) -> Iterator[Part]:

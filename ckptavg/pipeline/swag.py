@@ -70,8 +70,10 @@ def swag(
         verdict = judge(this, evaluator, strategy, mean.coefficients) if evaluator else Verdict(mean.coefficients)
         posterior = Posterior.over(checkpoints, gaussian, evaluator.averaged_buffers if evaluator else ())
         posterior, predictions, notes = average_predictions(this, posterior, settings)
-        with _written_draws(this, posterior, folders) as draws:
-            stored = posterior_file.write(this, posterior, settings.posterior)
+        with (
+            _written_draws(this, posterior, folders) as draws,
+            posterior_file.written(this, posterior, settings.posterior) as stored,
+        ):
             written = write_output(this, verdict.coefficients, Best() if verdict.replaced else strategy)
         if evaluator:
             verdict = with_test(verdict, written.scores, evaluator.scored_on)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import transformers
 from classifiers import CLASSES, LENGTH, logged, rows, save_base, tokenizer, train, write
 from conftest import Run
 from gpt2 import quiet
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 SEQUENCES = "AutoModelForSequenceClassification"
 
@@ -180,3 +181,40 @@ def val_dataloader():
     assert done.returncode == 0, done.stderr
     (score,) = scores(run, tmp_path / "out", trained / "val.jsonl", "--labels", "spam,ham")
     assert json.loads(done.stdout)["scores"]["val"]["loss"] == pytest.approx(score["loss"], abs=1e-5)
+
+
+def test_draws_of_adapters_are_loaded_by_peft_and_their_predictions_are_averaged(
+    run: Run, trained: Path, tmp_path: Path
+):
+    """Scores of the report against those of PeftModel on the directories that were written."""
+    options = ("--val", trained / "val.jsonl", "--labels", ",".join(CLASSES), "-o", "out/", "--samples", 3, "--json")
+    done = run("swag", trained / "run", *options)
+    assert done.returncode == 0, done.stderr
+    report, alone = json.loads(done.stdout), list[torch.Tensor]()
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's warning about deprecations of transformers
+        folders = [tmp_path / Path(output["path"]).parent for output in (report["output"], *report["draws"])]
+        for folder in folders:
+            assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
+            base = transformers.AutoModelForSequenceClassification.from_pretrained(trained / "base", num_labels=2)
+            base.config.pad_token_id = 0
+            model, tokens = PeftModel.from_pretrained(base, folder).eval(), tokenizer()
+            with torch.no_grad():
+                encoded = [
+                    tokens(row["text"], truncation=True, max_length=LENGTH, return_tensors="pt") for row in rows(40, 1)
+                ]
+                alone.append(torch.cat([model(**one).logits for one in encoded]).double().softmax(dim=1))
+    p_BC = torch.stack(alone[1:]).mean(dim=0)
+    assert not torch.allclose(alone[0], alone[1], atol=1e-3)
+    labels_B = torch.tensor([CLASSES.index(row["label"]) for row in rows(40, 1)])
+    table = report["predictions"]["val"]
+    assert table["swag"]["models"] == 3
+    for name, expected_BC in (("swa", alone[0]), ("swag", p_BC)):
+        nll = float(-expected_BC.gather(1, labels_B[:, None]).log().mean())
+        assert table[name]["score"]["loss"] == pytest.approx(nll, abs=1e-5)
+        metrics = table[name]["score"]["metrics"]
+        assert metrics["accuracy"] == pytest.approx(
+            float((expected_BC.argmax(1) == labels_B).double().mean()), abs=1e-9
+        )
+        gaps = [row["examples"] * abs(row["confidence"] - row["accuracy"]) for row in table[name]["bins"]]
+        assert metrics["ece"] == pytest.approx(sum(gaps) / 40, abs=1e-6)
