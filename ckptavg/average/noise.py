@@ -78,26 +78,25 @@ class Deviations:
 
     def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
         self._checkpoints = checkpoints
-        self._kept: dict[tuple[str, int, int], NDArray[np.float32]] = {}
+        self._kept: dict[tuple[str, int, int], tuple[NDArray[np.float32], tuple[float, float]]] = {}
         self._bytes = 0
         self._squares: list[tuple[float, float]] = []
 
     def __call__(self, name: str, start: int, count: int) -> NDArray[np.float32]:
         """See `Deviation`; up to a gibibyte is kept for the next draw."""
         key = (name, start, count)
-        if key in self._kept:
-            return self._kept[key]
-        mean_C, wide_C = self.moments(name, start, count)
-        self._squares.append((float(wide_C.dot(wide_C)), float(mean_C.dot(mean_C))))
-        deviation_C = wide_C.numpy().astype(np.float32)
-        if self._bytes + deviation_C.nbytes <= _MOST:
-            self._bytes += deviation_C.nbytes
-            self._kept[key] = deviation_C
-        return deviation_C
+        if (kept := self._kept.get(key)) is None:
+            mean_C, wide_C = self.moments(name, start, count)
+            kept = wide_C.numpy().astype(np.float32), (float(wide_C.dot(wide_C)), float(mean_C.dot(mean_C)))
+            if self._bytes + kept[0].nbytes <= _MOST:
+                self._bytes += kept[0].nbytes
+                self._kept[key] = kept
+        self._squares.append(kept[1])
+        return kept[0]
 
     @property
     def squares(self) -> tuple[float, float]:
-        """Σ σ² and Σ w̄² over the elements that were asked for, each as often as it was computed."""
+        """Σ σ² and Σ w̄² over the elements that were asked for, each as often as that."""
         return math.fsum(square for square, _ in self._squares), math.fsum(square for _, square in self._squares)
 
     def moments(self, name: str, start: int, count: int) -> tuple[Tensor, Tensor]:
@@ -131,8 +130,8 @@ def standard_normal(key: int, start: int, count: int) -> NDArray[np.float64]:
     """Return elements ``start`` to ``start + count`` of an endless sequence of standard normal numbers.
 
     Each is a function of the key and its index alone, so that bytes depend neither on the division of a tensor nor on
-    order: Φ⁻¹((⌊u/2¹¹⌋ + ½)/2⁵³) of the 64-bit numbers u of Philox, a counter-based generator whose output numpy
-    guarantees not to change.
+    order: Φ⁻¹((⌊u/2¹²⌋ + ½)/2⁵²) of the 64-bit numbers u of Philox, a counter-based generator whose output numpy
+    guarantees not to change. The argument is exact, and neither 0 nor 1.
 
     References:
         Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3 (Philox 4×64-10).
@@ -141,7 +140,7 @@ def standard_normal(key: int, start: int, count: int) -> NDArray[np.float64]:
 
     generator = np.random.Philox(key=key)
     generator.advance(start // 4)  # a counter gives four numbers
-    u_C = (generator.random_raw(start % 4 + count)[start % 4 :] >> np.uint64(11)).astype(np.float64)
+    u_C = (generator.random_raw(start % 4 + count)[start % 4 :] >> np.uint64(12)).astype(np.float64)
     u_C += 0.5
-    u_C *= 2**-53
+    u_C *= 2**-52
     return ndtri(u_C)

@@ -16,9 +16,9 @@ GOLDEN_KEYS = (
     0x6C336140157A59E78C97EBC6EF8CEE3B,
 )
 GOLDEN = {
-    0: ["-0x1.22cd198aad6edp+1", "-0x1.67147405be6f2p-1", "-0x1.380f15f728cdep+0", "0x1.4c209a0cbd7d0p-3"],
-    12345: ["0x1.80945af1b29d2p-2", "0x1.8185f7d6434f6p-1", "0x1.96967835201d8p-1", "-0x1.fe0307ae03eedp-1"],
-    GOLDEN_KEYS[1]: ["-0x1.6da1052cd7d8ep-2", "0x1.137b2a6c273d8p-2", "0x1.751bf73546f90p-4", "-0x1.a80b6288c14efp-1"],
+    0: ["-0x1.22cd198aad6f1p+1", "-0x1.67147405be6f1p-1", "-0x1.380f15f728ce0p+0", "0x1.4c209a0cbd7dap-3"],
+    12345: ["0x1.80945af1b29d7p-2", "0x1.8185f7d6434f8p-1", "0x1.96967835201dcp-1", "-0x1.fe0307ae03eeep-1"],
+    GOLDEN_KEYS[1]: ["-0x1.6da1052cd7d8ap-2", "0x1.137b2a6c273ddp-2", "0x1.751bf73546f7cp-4", "-0x1.a80b6288c14eep-1"],
 }  # fmt: skip
 
 

@@ -158,8 +158,15 @@ def test_groups_have_separate_coefficients():
 
 @pytest.mark.parametrize("row", [(), ((0.5, 0.4),), ((float("nan"), 1.0),), ((1.0,), (0.5, 0.5))])
 def test_coefficients_that_do_not_sum_to_one_are_refused(row: tuple[tuple[float, ...], ...]):
-    with pytest.raises(ValueError, match=r"sum to 1|must be finite|need one row"):
+    with pytest.raises(ValueError, match=r"sum to 1|need one row|be finite"):
         Coefficients(row, (("",),) * max(1, len(row)))
+
+
+def test_linear_coefficients_have_any_finite_sum_and_are_no_plain_mean():
+    doubled = Coefficients(((2.0, 0.0, 2.0),), linear=True)
+    assert doubled.selected == (0, 2) and doubled.effective is None and not doubled.uniform_subset
+    with pytest.raises(ValueError, match="finite"):
+        Coefficients(((float("inf"), 1.0),), linear=True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
