@@ -25,7 +25,8 @@ class PosteriorOptions:
         MAIN, "Also write N models drawn at random, in -o DIR/.", "They are DIR/sample-1/ and so on.", "N",
         limit=AT_LEAST_1)] = None  # fmt: skip
     posterior: Annotated[Path | str | None, Help(
-        MAIN, "Also write mean and deviations to this file.", "--from reads it.", "FILE")] = None  # fmt: skip
+        MAIN, "Also write mean and deviations to this file.",
+        "--from reads it. In -o DIR/ it has the configuration of the draws beside it.", "FILE")] = None  # fmt: skip
     from_: Annotated[Path | str | None, Help(
         MAIN, "Draw from a file of --posterior, without CKPTS.", metavar="FILE")] = None  # fmt: skip
     draws: Annotated[int | None, Help(

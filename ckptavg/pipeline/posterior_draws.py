@@ -17,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from ckptavg.average.gaussian import Gaussian, Noise
+from ckptavg.average.lora_config import CONFIG_NAME
 from ckptavg.average.weighted_sum import weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import NAMES, TORCH, dtype_names
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError, counted
 from ckptavg.filesystem.atomic import flush_folder
-from ckptavg.filesystem.regular_file import is_folder
+from ckptavg.filesystem.regular_file import is_file, is_folder
 from ckptavg.filesystem.sha256 import sha256
 from ckptavg.filesystem.strict_json import strict_json
 from ckptavg.options import Options
@@ -71,8 +72,12 @@ def draw_from(
                     undo.callback(shutil.rmtree, own.destination[1], ignore_errors=True)
                 outputs.append(_write(stored, sample, own, specs, digest))
             undo.pop_all()
+        warnings = [f"wrote {described}"]
+        if outputs[0].path.name.startswith("adapter") and not is_file(outputs[0].path.with_name(CONFIG_NAME)):
+            reason = f"{CONFIG_NAME} is not beside {path}, so the draws have none: write the posterior into -o DIR/"
+            warnings.append(reason)
         whole = replace(outputs[0], path=folder, sha256="", bytes=sum(output.bytes for output in outputs))
-        return replace(blank, draws=outputs, warnings=[f"wrote {described}"], output=whole)
+        return replace(blank, draws=outputs, warnings=warnings, output=whole)
 
 
 def _write(stored: "_Stored", sample: int, options: Options, specs: Mapping[str, StoredTensor], digest: str) -> Output:
@@ -133,7 +138,7 @@ def _opened(reader: Reader, settings: PosteriorOptions, seed: int) -> _Stored:
     try:
         record: Any = strict_json(reader.metadata[provenance.KEY])
         entries, kept = record["posterior"], record["not_averaged"]
-        names, dtypes = entries["names"], entries["dtypes"]
+        names, dtypes, file = entries["names"], entries["dtypes"], Path(entries["file"]).name
         for mapping in (names, dtypes, dict.fromkeys(kept, "")):
             if not all(isinstance(text, str) for pair in mapping.items() for text in pair):
                 raise ValueError("a name is no text")
@@ -147,8 +152,9 @@ def _opened(reader: Reader, settings: PosteriorOptions, seed: int) -> _Stored:
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         hint = "ckptavg swag CKPTS --posterior FILE writes one"
         raise InputError("is no posterior of ckptavg, or a damaged one", path=reader.path, hint=hint) from error
+    like = replace(reader, path=reader.path.with_name(file))  # the draws get the file name of the candidates
     checkpoints = [
-        Checkpoint(path=reader.path, name=reader.path.name, key="", tensors=own, reader=reader, kept=frozenset(kept))
+        Checkpoint(path=reader.path, name=reader.path.name, key="", tensors=own, reader=like, kept=frozenset(kept))
         for own in (*terms, mean)
     ]
     specs = {name: replace(mean[name], dtype=dtype, record="", offset=0) for name, dtype in dtypes.items()}

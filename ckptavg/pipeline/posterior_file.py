@@ -24,7 +24,7 @@ from ckptavg.coefficients import Coefficients
 from ckptavg.errors import OutputExistsError, UsageError
 from ckptavg.filesystem.sha256 import sha256
 from ckptavg.options import Options
-from ckptavg.output import provenance
+from ckptavg.output import loader_files, provenance
 from ckptavg.output.destination import preflight
 from ckptavg.output.safetensors_file import SafetensorsFile
 from ckptavg.pipeline.session import Session
@@ -73,6 +73,7 @@ def _write(this: Session, posterior: Posterior, path: Path | str) -> Output | No
     record = {
         "gaussian": asdict(posterior.gaussian), "candidates": n, "names": posterior.names,
         "dtypes": {name: spec.dtype for name, spec in own.items()},
+        "file": Path(loader_files.file_name(checkpoints[-1])).name,
     }  # fmt: skip
 
     def write() -> Output:

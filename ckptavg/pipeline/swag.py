@@ -54,7 +54,7 @@ def swag(
         return draw_from(Path(settings.from_), folders, options, settings)
     if not paths:
         raise UsageError("give the checkpoints, or --from FILE", hint="ckptavg swag ./ckpts")
-    with open_session(paths, options, watch) as this:
+    with open_session(paths, options, watch) as this, ExitStack() as undo:
         evaluator, checkpoints = this.evaluator, this.checkpoints
         gaussian, strategy = _gaussian(settings, this), SWA()
         _check_folders(folders, this)
@@ -63,6 +63,7 @@ def swag(
             blank = blank_result(this.found, strategy, options, plan)
             return PosteriorResult(**vars(blank), gaussian=asdict(gaussian))
         check_space(checkpoints, options, files=1 + len(folders))
+        undo.enter_context(created_folder(options.destination[1] if this.run.workers.is_rank_zero else None))
         posterior_file.check(settings.posterior, options, checkpoints)
         if evaluator:
             expect(this, evaluator, {"": strategy}, more=prediction_stages(evaluator, settings))
@@ -128,7 +129,7 @@ def _check_folders(folders: Mapping[int, Options], this: Session) -> None:
 def _written_draws(this: Session, posterior: Posterior, folders: Mapping[int, Options]) -> Generator[Sequence[Output]]:
     """Write each draw and yield the files; directories that are new are removed again if the body fails."""
     leads, outputs = this.run.workers.is_rank_zero, list[Output]()
-    with created_folder(this.options.destination[1] if leads and folders else None), ExitStack() as undo:
+    with ExitStack() as undo:
         for sample, options in folders.items():
             folder = options.destination[1]
             if leads and folder and not os.path.lexists(folder):

@@ -138,11 +138,15 @@ def test_neither_a_posterior_nor_its_draws_can_be_verified(run: Run, posterior: 
 
 def test_a_posterior_of_adapters_gives_adapters(run: Run, tmp_path: Path):
     folder = save_adapters(tmp_path / "run")
-    assert run("swag", folder, "--posterior", "p.safetensors", "-o", "out/", "--samples", 1).returncode == 0
-    assert run("swag", "--from", "p.safetensors", "-o", "again/", "--samples", 1).returncode == 0
-    one = load_file(tmp_path / "out/sample-1/adapter_model.safetensors")
-    (path,) = (tmp_path / "again/sample-1").glob("*.safetensors")
-    two = load_file(path)
+    posterior = "out/posterior.safetensors"  # beside adapter_config.json
+    assert run("swag", folder, "--posterior", posterior, "-o", "out/", "--samples", 1).returncode == 0
+    assert run("swag", "--from", posterior, "-o", "again/", "--samples", 1).returncode == 0
+    (tmp_path / "alone.safetensors").write_bytes((tmp_path / posterior).read_bytes())
+    alone = run("swag", "--from", "alone.safetensors", "-o", "bare/", "--samples", 1)
+    assert alone.returncode == 0 and "adapter_config.json is not beside alone.safetensors" in alone.stderr
+    one, two = (load_file(tmp_path / f"{name}/sample-1/adapter_model.safetensors") for name in ("out", "again"))
+    configs = [(tmp_path / f"{name}/sample-1/adapter_config.json").read_bytes() for name in ("out", "again")]
+    assert configs[0] == configs[1]
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-5, atol=1e-6)
