@@ -229,7 +229,7 @@ def test_the_tour_of_the_readme_runs_as_written(run: Run, demo_folder: Path, tmp
 def test_the_commands_of_the_strategies_page_run_as_written(run: Run, demo_folder: Path, tmp_path: Path):
     folder = shutil.copytree(demo_folder, tmp_path / "demo")
     lines = re.findall(r"^    (ckptavg .*)$", text("docs/strategies.md"), re.MULTILINE)
-    assert [line.split()[1] for line in lines] == ["inspect", "twa", "compare", "landscape"]
+    assert [line.split()[1] for line in lines] == ["inspect", "twa", "swag", "swag", "compare", "landscape"]
     (shards,) = re.findall(
         r"```python\n(.*?)```", section(text("docs/strategies.md"), "Linear models (OWA)"), re.DOTALL
     )

@@ -79,7 +79,7 @@ def measure(cell: Cell, whole: Plan) -> Record:
     plan = whole.of(cell.domain)
     specs = [*plan.strategies.values(), *plan.sweep.values()]
     with tempfile.TemporaryDirectory(prefix="ckptavg-study-") as root:
-        trained = _train(cell, plan, Path(root))
+        trained = train_cell(cell, plan, Path(root))
         window = Window(last=plan.last)
         contestants = _contest(trained, available(specs), window)
         with trained.mixture(window) as mixture:
@@ -134,7 +134,8 @@ def machine(device: torch.device) -> str:
     return f"{versions}, {platform.system()} on {platform.machine()} with {os.cpu_count()} processors{chip}"
 
 
-def _train(cell: Cell, plan: Plan, root: Path) -> Trained:
+def train_cell(cell: Cell, plan: Plan, root: Path) -> Trained:
+    """Train the job of a cell into ``root``, and write its task file there."""
     kind = domain(cell.domain)
     try:
         job = kind.job(cell.seed, cell.data)

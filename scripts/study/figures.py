@@ -6,7 +6,9 @@ import math
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
@@ -21,22 +23,35 @@ ORDINARY: Final = ("constant", "cosine", "wsd")  # these schedules have the same
 
 def draw(found: Sequence[Setting], out: Path) -> list[str]:
     """Write ``overview.svg`` and ``DOMAIN.svg`` for each domain; return the names of what was drawn."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figures: matplotlib is not installed (pip install 'ckptavg[plot]')", file=sys.stderr)
+    if not installed():
         return []
-    matplotlib.use("svg")
     names = list(dict.fromkeys(one.name for one in found))
-    # text as text, and deterministic ids in the file
-    with matplotlib.rc_context({"svg.hashsalt": "ckptavg", "svg.fonttype": "none"}), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the layout warns if a label does not fit
+    with style():
         for name in names:
             _domain([one for one in found if one.name == name], out / f"{name}.svg")
         real = [one for one in found if one.domain.area]
         if real:
             _overview(real, out / f"{OVERVIEW}.svg")
     return [*names, *([OVERVIEW] if real else [])]
+
+
+def installed() -> bool:
+    """Return whether matplotlib is installed; print how to install it if not."""
+    if find_spec("matplotlib") is None:
+        print("no figures: matplotlib is not installed (pip install 'ckptavg[plot]')", file=sys.stderr)
+        return False
+    return True
+
+
+@contextmanager
+def style() -> Generator[None]:
+    """Write text as text, and deterministic ids in the file."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    with matplotlib.rc_context({"svg.hashsalt": "ckptavg", "svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the layout warns if a label does not fit
+        yield
 
 
 def _overview(found: Sequence[Setting], path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from study import figures, recipe_results
+from study import calibration_results, figures, recipe_results
 from study.answer import answer
 from study.claims import claims
 from study.domains import DOMAINS
@@ -37,7 +37,9 @@ def write(results: Path, out: Path, pictures: str = ".") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {name: str(Path(pictures, f"{name}.svg")) for name in figures.draw(found, folder)}
     recipes = recipe_results.section(recipe_results.read(results.with_name(recipe_results.NAME)))
-    text = document(found, failures, drawn, others=len(known) - len(kept), recipes=recipes)
+    calibration = calibration_results.read(results.with_name(calibration_results.NAME))
+    more = [*recipes, *calibration_results.section(calibration, out, pictures)]
+    text = document(found, failures, drawn, others=len(known) - len(kept), more=more)
     (out / NAME).write_text(text, encoding="utf-8")
 
 
@@ -46,7 +48,7 @@ def document(
     failures: Sequence[Failure],
     drawn: dict[str, str],
     others: int,
-    recipes: Sequence[str] = (),
+    more: Sequence[str] = (),
 ) -> str:
     """Return the whole text.
 
@@ -55,7 +57,7 @@ def document(
         failures: trainings that could not be measured.
         drawn: domains that have a picture → its path.
         others: number of results in the same file that were made with other settings, and are left out.
-        recipes: the section on ways of training.
+        more: sections on other questions.
     """
     parts = ["# Which averaging strategy is worth running?"]
     real, toys = [one for one in found if one.domain.area], [one for one in found if not one.domain.area]
@@ -71,7 +73,7 @@ def document(
         parts += [f"## {area}", *_domains([one for one in real if one.domain.area == area], drawn)]
     if found:
         parts += [*claims(found), *agreement(found)]
-    parts += recipes
+    parts += more
     if real and toys:
         about = "Six trainings of seconds each, without data from elsewhere; here every average of five was scored."
         parts += ["## Appendix: toys", about, *answer(toys), overview(toys)]

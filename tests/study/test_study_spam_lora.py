@@ -6,17 +6,21 @@ import json
 import random
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from study import data
+from study import calibration_results, data
+from study.calibration import measure
+from study.cell import Cell
 from study.domains import domain, mail_inputs, spam_lora
 from study.domains.last_block import LastBlock
 from study.job import Job, Training, write_task
+from study.plan import FULL
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -140,6 +144,31 @@ def test_an_average_of_the_trainers_directories_is_loaded_by_peft(root: Path, jo
         # inputs of the last block are kept as float16
         torch.testing.assert_close(near, logits, rtol=2e-3, atol=2e-3)
         assert (logits - first).abs().max() > 0.05, "averages of equal checkpoints would show nothing"
+
+
+def test_the_calibration_of_its_checkpoints_is_that_of_their_mean_probabilities(root: Path, job: Job, trained: Path):
+    plan = replace(FULL, checkpoints=4, last=4, every=0.4)  # as `trained`
+    measured = measure(Cell(domain="spam-lora", seed=1, schedule="constant"), plan, draws=2)
+    tokens, mask, labels = mail_inputs.inputs(48, frozen=False)
+    (rows,) = cast("spam_lora.Mails", job.test).dataset.tensors
+    with torch.no_grad():
+        probabilities = [
+            _loaded(root, folder)(input_ids=tokens[rows], attention_mask=mask[rows]).logits.double().softmax(dim=1)
+            for folder in (trained / "ckpts").iterdir()
+        ]
+    averaged = torch.stack(probabilities).mean(dim=0)
+    figures = measured.rows[calibration_results.CHECKPOINTS]
+    # inputs of the last block are kept as float16
+    assert figures.nll == pytest.approx(float(nn.functional.nll_loss(averaged.log(), labels[rows])), rel=2e-3)
+    brier = (averaged - nn.functional.one_hot(labels[rows], 3)).square().sum(dim=1).mean()
+    assert figures.brier == pytest.approx(float(brier), rel=5e-3)
+    over = averaged.amax(dim=1) - (averaged.argmax(dim=1) == labels[rows]).double()
+    assert figures.overconfidence == pytest.approx(float(over.mean()), abs=1e-3)
+    assert measured.factor_error is not None and 0 < measured.factor_error < 1 and measured.n == 4
+    assert {label: row.models for label, row in measured.rows.items()} == {
+        "last": 1, "SWA": 1, calibration_results.CHECKPOINTS: 4, calibration_results.SWAG: 2,
+        calibration_results.TUNED: 2 if measured.scale else 1, calibration_results.DIAGONAL: 2,
+    }  # fmt: skip
 
 
 def test_the_cosine_of_the_trainer_ends_at_no_rate(job: Job, trained: Path, tmp_path: Path):
