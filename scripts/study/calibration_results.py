@@ -10,13 +10,14 @@ from statistics import fmean, stdev
 from typing import Any, Final
 
 from study import figures
-from study.interval import Interval
+from study.interval import FEWEST, Interval
 from study.tables import NONE, table
 
 NAME: Final = "calibration.jsonl"
 PICTURE: Final = "calibration"
 COMMAND: Final = "PYTHONPATH=scripts .venv/bin/python -m study.calibration docs/study/calibration.jsonl"
 CHECKPOINTS: Final = "mean of the checkpoints' probabilities"
+SHOWN: Final = 20  # examples of a bin in the picture
 SWAG, TUNED, DIAGONAL = "SWAG", "SWAG, scale by validation", "SWAG-Diagonal"
 
 
@@ -34,8 +35,8 @@ class Figures:
     @property
     def overconfidence(self) -> float:
         """Return mean confidence minus accuracy."""
-        count = sum(each["examples"] for each in self.bins)
-        return sum(each["examples"] * (each["confidence"] - each["accuracy"]) for each in self.bins) / count
+        _, confidence, accuracy = _merged(self.bins)
+        return confidence - accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +118,13 @@ def section(results: Sequence[Calibration], out: Path, pictures: str) -> list[st
 
 def _answer(by_setting: Mapping[str, Sequence[Calibration]]) -> str:
     """Say where the draws predict better than the mean."""
-    texts: dict[int, list[str]] = {-1: [], 1: [], 0: []}
+    texts: dict[int | None, list[str]] = {-1: [], 1: [], 0: [], None: []}
     for name, mine in by_setting.items():
         change, over = _change(mine, SWAG, "nll"), fmean(one.rows["SWA"].overconfidence for one in mine)
-        texts[change.sign].append(f"{name} ({change:.3f}; SWA's over-confidence {100 * over:+.1f} %)")
-    kinds = {-1: "lower", 1: "higher", 0: "not clearly different"}
-    answers = "; ".join(f"{kinds[sign]} in {', '.join(those)}" for sign, those in texts.items() if those)
+        kind = None if change.count < FEWEST else change.sign
+        texts[kind].append(f"{name} ({change:.3f}; SWA's over-confidence {100 * over:+.1f} %)")
+    kinds = {-1: "lower", 1: "higher", 0: "not clearly different", None: f"of fewer than {FEWEST} seeds"}
+    answers = "; ".join(f"{kinds[kind]} in {', '.join(those)}" for kind, those in texts.items() if those)
     return f"NLL of the average over SWAG's draws, against that of the mean of the weights (SWA): {answers}."
 
 
@@ -160,9 +162,16 @@ def _facts(name: str, mine: Sequence[Calibration]) -> list[str]:
     ]  # fmt: skip
 
 
+def _merged(bins: Sequence[Mapping[str, float]]) -> tuple[float, float, float]:
+    """Return number, mean confidence and accuracy of the examples of several bins."""
+    count = sum(each["examples"] for each in bins)
+    means = [sum(each["examples"] * each[key] for each in bins) / count for key in ("confidence", "accuracy")]
+    return count, means[0], means[1]
+
+
 @figures.style()
 def _reliability(by_setting: Mapping[str, Sequence[Calibration]], path: Path) -> None:
-    """Draw accuracy over confidence for the first seed of each setting."""
+    """Draw accuracy over confidence for each setting, over all seeds; bins of few examples are left out."""
     from matplotlib.figure import Figure
 
     columns, lines = min(3, len(by_setting)), -(-len(by_setting) // 3)
@@ -171,8 +180,11 @@ def _reliability(by_setting: Mapping[str, Sequence[Calibration]], path: Path) ->
     for axes, (name, mine) in zip(grid, by_setting.items(), strict=False):
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         for label, colour in (("SWA", "tab:blue"), (SWAG, "tab:orange")):
-            bins = mine[0].rows[label].bins
-            x, y = ([each[key] for each in bins] for key in ("confidence", "accuracy"))
+            bins = [each for one in mine for each in one.rows[label].bins]
+            merged = [
+                _merged([each for each in bins if each["low"] == low]) for low in sorted({b["low"] for b in bins})
+            ]
+            x, y = zip(*(point for count, *point in merged if count >= SHOWN), strict=True)
             axes.plot(x, y, "-o", markersize=3, linewidth=1, color=colour, label=label)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("confidence", fontsize=9)
