@@ -1,6 +1,6 @@
 """Measure SWAG on trainings of the study: NLL, accuracy, Brier score and ECE of single models and of averages of many.
 
-python -m study.calibration docs/study/calibration.jsonl    # trainings that are in the file are not computed again
+python -m study.calibration docs/study/calibration.jsonl.gz    # trainings that are in the file are not computed again
 """
 
 from __future__ import annotations
@@ -28,18 +28,21 @@ from study.cell import Cell, Trained, machine, train_cell
 from study.plan import FULL, Plan
 
 SETTINGS: Final[Mapping[tuple[str, str], int]] = {
-    ("spam-lora", "constant"): 5,
-    ("spam-lora", "cosine"): 5,
+    ("spam-lora", "constant"): 3,
+    ("spam-lora", "cosine"): 3,
     ("fashion", "constant"): 3,
+    ("fashion", "cosine"): 3,
     ("fashion-noise", "constant"): 3,
     ("fashion-noise", "cosine"): 3,
-    ("fashion", "cosine"): 3,
+    ("digits-cnn", "constant"): 5,
+    ("digits-cnn", "cosine"): 5,
 }
 """Domain and schedule → number of seeds."""
 
 PREDICT: Final = """
 
 def predict(output, batch):
+    output = output(batch[0]) if job.forward is None else output
     return getattr(output, "logits", output).softmax(dim=1)
 
 
@@ -115,7 +118,7 @@ def _figures(score: Score, bins: Sequence[Mapping[str, float]], *, models: int) 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the settings, seed by seed."""
     parser = argparse.ArgumentParser(prog="study.calibration", description=__doc__)
-    parser.add_argument("results", type=Path, help="file that results are added to")
+    parser.add_argument("results", type=Path, help="compressed file that results are added to")
     path = parser.parse_args(arguments).results
     torch.set_num_threads(1)
     done = {(one.domain, one.schedule, one.seed) for one in read(path)}

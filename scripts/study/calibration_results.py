@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,9 +14,9 @@ from study import figures
 from study.interval import FEWEST, Interval
 from study.tables import NONE, table
 
-NAME: Final = "calibration.jsonl"
+NAME: Final = "calibration.jsonl.gz"
 PICTURE: Final = "calibration"
-COMMAND: Final = "PYTHONPATH=scripts .venv/bin/python -m study.calibration docs/study/calibration.jsonl"
+COMMAND: Final = "PYTHONPATH=scripts .venv/bin/python -m study.calibration docs/study/calibration.jsonl.gz"
 CHECKPOINTS: Final = "mean of the checkpoints' probabilities"
 SHOWN: Final = 20  # examples of a bin in the picture
 SWAG, TUNED, DIAGONAL = "SWAG", "SWAG, scale by validation", "SWAG-Diagonal"
@@ -72,14 +73,14 @@ class Calibration:
 
 
 def append(path: Path, result: Calibration) -> None:
-    """Append one line."""
-    with path.open("a", encoding="utf-8") as file:
+    """Append one line, compressed."""
+    with gzip.open(path, "at", encoding="utf-8") as file:
         file.write(json.dumps(asdict(result)) + "\n")
 
 
 def read(path: Path) -> list[Calibration]:
     """Read all results; none if there is no file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines() if path.exists() else []
     return [_calibration(json.loads(line)) for line in lines]
 
 
@@ -101,7 +102,14 @@ def section(results: Sequence[Calibration], out: Path, pictures: str) -> list[st
     )
     head = ["setting", "predictions", "NLL", "NLL less SWA's", "accuracy, %", "Brier", "ECE, %", "ECE less SWA's"]
     rows = [row for one in by_setting.values() for row in _rows(one)]
-    facts = ["setting", "seeds", "‖σ‖/‖w̄‖", "error of averaging factors", "scales by validation", "cost, of training"]
+    facts = [
+        "setting",
+        "seeds",
+        "‖σ‖/‖w̄‖",
+        "error of averaging factors",
+        "scales by validation",
+        "all three runs, of training",
+    ]
     drawn = figures.installed()
     if drawn:
         _reliability(by_setting, out / pictures / f"{PICTURE}.svg")
