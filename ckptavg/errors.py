@@ -37,6 +37,10 @@ class UsageError(CkptavgError):
     exit_code = 2
 
 
+class TooFewError(UsageError):
+    """Number of candidates that a setting needs and that are not there (yet)."""
+
+
 class InputError(CkptavgError):
     """Unreadable, damaged or otherwise unusable input file."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, Protocol, TypeAlias
 
 from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
-from ckptavg.errors import TaskError, UsageError, counted
+from ckptavg.errors import TaskError, TooFewError, UsageError, counted
 from ckptavg.runtime.estimate import Stage
 from ckptavg.score import Score, Split
 
@@ -63,8 +63,7 @@ class Losses(Protocol):
         ∂ℓ/∂c_i = ⟨w_i, ∂ℓ/∂w⟩. BatchNorm normalises with the batch's own statistics, dropout is off.
 
         Args:
-            c_N: [N] coefficients, on the device of `uniform`; [G, N] for several groups. They sum to one, unless
-                `check_any_sum` allows any sum.
+            c_N: [N] coefficients of sum one (but `check_any_sum`), on the device of `uniform`; [G, N] for groups.
             on: the split; None is `Objective.scored_on`.
             groups: the tensors that each row of coefficients applies to.
             again: reuse the batch of the previous call.
@@ -284,10 +283,6 @@ def check_split(on: Split | None, splits: Collection[Split]) -> None:
         raise UsageError(
             f"--on {on} needs {on} data, but the task has none", hint=f"add a {on}_dataloader(), or --{on} beside --val"
         )
-
-
-class TooFewError(UsageError):
-    """Number of candidates that a setting needs and that are not there (yet)."""
 
 
 BY_RUN: Final = "Average each run by itself, and these averages equally."

@@ -12,9 +12,9 @@ from ckptavg.checkpoints import stability
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import NothingFoundError
 from ckptavg.cost import Cost
-from ckptavg.errors import DisagreementError, InputError, InterruptedRunError
+from ckptavg.errors import DisagreementError, InputError, InterruptedRunError, TooFewError
 from ckptavg.journal import Journal
-from ckptavg.objective import Strategy, TooFewError
+from ckptavg.objective import Strategy
 from ckptavg.options import Options
 from ckptavg.pipeline import own_output, run
 from ckptavg.pipeline.preflight import check_format, check_output

@@ -125,15 +125,15 @@ def section(results: Sequence[Calibration], out: Path, pictures: str) -> list[st
 
 
 def _answer(by_setting: Mapping[str, Sequence[Calibration]]) -> str:
-    """Say where the draws predict better than the mean."""
+    """Return a list of where the draws predict better than the mean, and where they do not."""
     texts: dict[int | None, list[str]] = {-1: [], 1: [], 0: [], None: []}
     for name, mine in by_setting.items():
         change, over = _change(mine, SWAG, "nll"), fmean(one.rows["SWA"].overconfidence for one in mine)
         kind = None if change.count < FEWEST else change.sign
         texts[kind].append(f"{name} ({change:.3f}; SWA's over-confidence {100 * over:+.1f} %)")
     kinds = {-1: "lower", 1: "higher", 0: "not clearly different", None: f"of fewer than {FEWEST} seeds"}
-    answers = "; ".join(f"{kinds[kind]} in {', '.join(those)}" for kind, those in texts.items() if those)
-    return f"NLL of the average over SWAG's draws, against that of the mean of the weights (SWA): {answers}."
+    answers = "".join(f"\n- {kinds[kind]}: {', '.join(those)}" for kind, those in texts.items() if those)
+    return f"NLL of the average over SWAG's draws, against that of the mean of the weights (SWA):\n{answers}"
 
 
 def _change(mine: Sequence[Calibration], label: str, figure: str, scale: float = 1.0) -> Interval:

@@ -40,7 +40,7 @@ def test_the_answer_counts_a_setting_as_better_or_worse_by_the_interval_over_see
 ):
     (tmp_path / "study").mkdir()
     answer = section(results, tmp_path, "study")[1]
-    verdicts = dict(re.findall(r"(lower|higher|not clearly different) in ([\w-]+), constant", answer))
+    verdicts = dict(re.findall(r"(lower|higher|not clearly different): ([\w-]+), constant", answer))
     assert verdicts == {"lower": "spam-lora", "higher": "fashion-noise", "not clearly different": "fashion"}
     assert answer.count("SWA's over-confidence -1.0 %") == 3  # 0.3·(0.65 − 0.8) + 0.7·(0.95 − 0.9)
 
