@@ -124,13 +124,13 @@ class Candidates:
         return self.streamed
 
     @torch.no_grad()
-    def add(self, noise: Callable[[str, int, int], Tensor | None]) -> None:
-        """Add noise to the model's weights; ``noise(name, start, count)`` is that of elements of a tensor, or None."""
+    def add(self, noise: Callable[[str, int, int], Tensor | None], chunk: int) -> None:
+        """Add noise to the model's weights; ``noise(name, start, count)`` is that of ``chunk`` elements, or None."""
         for flat, _ in self._blocks:
             for slot in flat.slots:
                 name = present(slot.names, self._checkpoints[0].tensors)
-                for start in range(0, slot.numel, COLUMNS):
-                    weights_C = flat.weights_D[slot.start : slot.start + slot.numel][start : start + COLUMNS]
+                for start in range(0, slot.numel, chunk):
+                    weights_C = flat.weights_D[slot.start : slot.start + slot.numel][start : start + chunk]
                     if (added := noise(name, slot.first + start, len(weights_C))) is not None:
                         weights_C += added.to(weights_C)
             flat.push()

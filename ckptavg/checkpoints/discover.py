@@ -21,6 +21,7 @@ from ckptavg.errors import CkptavgError, InputError, counted, excluding
 from ckptavg.readers import NotACheckpointError, open_reader, suffixes
 
 _Refuse: TypeAlias = Callable[[CkptavgError, Path], None]
+OWN_OUTPUT: Final = "an earlier output of ckptavg"
 _TYPED: Final = 2  # paths in the order of their text that somebody may have typed
 
 
@@ -202,7 +203,7 @@ def open_checkpoint(place: CheckpointPath, key: str | None, *, allow_nonfinite: 
         raise SkipFile(error.reason) from error
     try:
         if (place.globbed or not place.explicit) and "ckptavg" in reader.metadata:
-            raise SkipFile("an earlier output of ckptavg", "warning")
+            raise SkipFile(OWN_OUTPUT, "warning")
         if key is None and (other := state_dict.other_contents(reader.tree)):
             raise SkipFile(other)
         chosen, tensors, notes = state_dict.model_tensors(reader, key)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ckptavg.average import PlannedOutput, derived
-from ckptavg.average.weighted_sum import AddedNoise, output_specs
+from ckptavg.average.weighted_sum import CHUNK, AddedNoise, output_specs
 from ckptavg.candidates import Candidates, sharded
 from ckptavg.candidates.copied import copied_tensors
 from ckptavg.candidates.flat import is_mixable, unique_tensors
@@ -168,7 +168,7 @@ class MixedModel:
             c_GN = self.uniform().new_tensor(coefficients.values)
             self.candidates.materialize(c_GN, coefficients.groups, last=chosen[-1])
         if noise is not None:
-            self.candidates.add(noise)
+            self.candidates.add(noise, CHUNK)  # in the pieces of the files, so that σ is computed once
         self.vectors.converge(coefficients)
 
     def approach(self, c_GN: Tensor, groups: Groups = EVERYTHING) -> None:

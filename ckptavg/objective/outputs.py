@@ -98,8 +98,8 @@ class Outputs:
             value = named.get(name)
             if value is None or torch.as_tensor(value).numel() != self._units[number]:
                 return None
-            values.append(sign(task.metric_goal, name) * torch.as_tensor(value).flatten().to("cpu", torch.float64))
-        return torch.cat(values) if values else None
+            values.append(sign(task.metric_goal, name) * torch.as_tensor(value).flatten())
+        return torch.cat(values).to("cpu", torch.float64) if values else None
 
     def _used_places(self) -> list[int]:
         """Return the places of the outputs that the loss of the first batch depends on."""

@@ -22,6 +22,19 @@ _HARDLY: Final = 1e-3  # relative difference of two NLLs
 _Table: TypeAlias = Mapping[Split, Mapping[str, Predictions]]
 
 
+def check_scale(this: Session, settings: PosteriorOptions) -> None:
+    """Raise UsageError if ``--scale auto`` has no predictions to choose by."""
+    if settings.scale != "auto":
+        return
+    evaluator = this.scored("--scale auto chooses by the NLL on validation data, so it needs a task")
+    if not _draws(settings):
+        raise UsageError("--scale auto chooses by averaged predictions, so --draws cannot be 0")
+    if not isinstance(evaluator, Mixture) or evaluator.losses is None:
+        raise UsageError(
+            "--scale auto chooses by averaged predictions, which need a task with a loss, not scores alone"
+        )
+
+
 def average_predictions(
     this: Session, posterior: Posterior, settings: PosteriorOptions
 ) -> tuple[Posterior, _Table, list[str]]:
@@ -30,19 +43,13 @@ def average_predictions(
     Only the first split, of validation data where the task has any, decides about ``--scale auto``.
 
     Raises:
-        UsageError: if ``--scale auto`` has no predictions to choose by.
-        NoLikelihoodError: likewise, if the task has neither probabilities nor a loss for each example.
+        NoLikelihoodError: with ``--scale auto``, if the task has neither probabilities nor a loss for each example.
     """
     evaluator, chosen, draws = this.evaluator, settings.scale == "auto", _draws(settings)
-    if draws == 0 and chosen:
-        raise UsageError("--scale auto chooses by averaged predictions, so --draws cannot be 0")
     if evaluator is None or draws == 0:
         return posterior, {}, []
     if not isinstance(evaluator, Mixture) or evaluator.losses is None:
-        message = "predictions were not averaged: that needs a task with a loss, not scores alone"
-        if chosen:
-            raise UsageError(f"--scale auto: {message}")
-        return posterior, {}, [message]
+        return posterior, {}, ["predictions were not averaged: that needs a task with a loss, not scores alone"]
     try:
         return _scored(evaluator, posterior, draws, SCALES if chosen else (posterior.gaussian.scale,))
     except NoLikelihoodError as error:
@@ -99,7 +106,9 @@ def _differences(evaluator: Mixture, result: _Table) -> list[str]:
     swag, swa = result[split]["swag"], result[split]["swa"]
     gain, scale = interval.single_gain(swag.score, swa.score), abs(swa.score.loss or 0.0)
     notes = [f"NLL of the averaged predictions on {DATA[split]} data against the mean's (+ is lower): {gain}"]
-    if abs(gain.value) < _HARDLY * scale:
+    if swag is swa or swag.models == 1:
+        notes = ["scale 0: every draw is the mean"]
+    elif abs(gain.value) < _HARDLY * scale:
         notes.append(
             "the average over draws is the mean: the candidates hardly differ, as after a decay of the rate to 0"
         )

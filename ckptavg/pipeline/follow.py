@@ -10,7 +10,7 @@ from typing import Final
 
 from ckptavg.checkpoints import stability
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.discover import NothingFoundError
+from ckptavg.checkpoints.discover import OWN_OUTPUT, NothingFoundError
 from ckptavg.cost import Cost
 from ckptavg.errors import DisagreementError, InputError, InterruptedRunError, TooFewError
 from ckptavg.journal import Journal
@@ -78,13 +78,15 @@ class _Follower:
         self._settling = stability.Settling(paths, options, self._stable)
         self._process = Process(options.pid) if options.pid else None
         self._rounds = Rounds(journal=journal, admit=self._admit)
+        self._outputs = {path.resolve() for path in options.destination if path is not None}  # nothing to wait for
         self._taken: dict[Path, stability.Files] = {}  # by the last run: checkpoints and their files
         self._result: Result | None = None
         self._cost: Cost | None = None
         self._said: set[str] = set()
         self._idle_since = time.monotonic()
         ends = [f"{options.until} exists"] if options.until else []
-        ends += [f"process {options.pid} has ended"] if options.pid else []
+        alive = "has ended" if self._process is None or not self._process.ended() else "has ended (it is not running)"
+        ends += [f"process {options.pid} {alive}"] if options.pid else []
         ends += [f"{options.idle_limit:g} s have brought no checkpoint"] if options.idle_limit < float("inf") else []
         self._say(f"following {', '.join(map(str, paths))} until {' or '.join(ends)}")
 
@@ -95,8 +97,8 @@ class _Follower:
             signals.check()
             ended = self._ended()  # before the look: what it saved last is seen
             self._look()
-            settled = self._settling.settled
-            if any(self._taken.get(path) != files for path, files in settled.items()):
+            new = [path for path, files in self._settling.settled.items() if self._taken.get(path) != files]
+            if any(path.resolve() not in self._outputs for path in new):
                 return True
             if ended:
                 ended_at = ended_at or time.monotonic()
@@ -105,7 +107,7 @@ class _Follower:
             self._sleep()
 
     def update(self) -> None:
-        """Run the strategy on the complete checkpoints, and say what came of the new ones."""
+        """Run the strategy on the complete checkpoints, and report the decisions on the new ones."""
         before, self._taken = self._taken, self._settling.settled
         try:
             result = self._run(replace(self._options, baselines=False))
@@ -123,6 +125,7 @@ class _Follower:
             return
         finally:
             self._idle_since = time.monotonic()
+        self._outputs.update(file.path.resolve() for file in result.left_out if file.reason == OWN_OUTPUT)
         for file in result.left_out:
             if file.kind == "bad" and file.path in self._taken and file.path.exists():
                 self._say(f"left out {file.line}")

@@ -142,6 +142,8 @@ def _opened(reader: Reader, settings: PosteriorOptions, seed: int) -> _Stored:
         for mapping in (names, dtypes, dict.fromkeys(kept, "")):
             if not all(isinstance(text, str) for pair in mapping.items() for text in pair):
                 raise ValueError("a name is no text")
+        if set(names) & set(kept):
+            raise ValueError("a tensor is drawn and copied")
         gaussian = recorded_gaussian(entries["gaussian"], entries["candidates"])
         gaussian = gaussian if names else replace(gaussian, deviations=0)
         tensors = {name: as_real(spec) for name, spec in dict[str, Any](reader.tree).items()}

@@ -7,15 +7,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from ckptavg.average.gaussian import Gaussian, Posterior
-from ckptavg.errors import UsageError, counted
+from ckptavg.declaration import declared
+from ckptavg.errors import OutputExistsError, UsageError, counted
 from ckptavg.filesystem.regular_file import is_folder
 from ckptavg.options import Options
 from ckptavg.options.posterior import DEVIATIONS, PosteriorOptions
 from ckptavg.output.hugging_face_folder import created_folder
 from ckptavg.pipeline import posterior_file
-from ckptavg.pipeline.averaged_predictions import average_predictions, prediction_stages
+from ckptavg.pipeline.averaged_predictions import average_predictions, check_scale, prediction_stages
 from ckptavg.pipeline.expectation import expect
 from ckptavg.pipeline.posterior_draws import draw_from
 from ckptavg.pipeline.preflight import check_format, check_output, check_sources, check_space, dry_run_plan
@@ -29,7 +31,10 @@ from ckptavg.runtime.progress import Watch
 from ckptavg.strategies.best import Best
 from ckptavg.strategies.swa import SWA
 
-_FEW = 5  # deviations: of fewer the covariance is poor
+_WITH_FROM: Final = (
+    "output", "force", "dtype", "max_shard_size", "seed", "dry_run", "digests", "device", "worker_timeout", "task",
+)  # fmt: skip
+_FEW: Final = 5  # deviations: of fewer the covariance is poor
 
 
 def swag(
@@ -49,8 +54,7 @@ def swag(
         raise UsageError(message, hint=f"-o {name.with_suffix('')}/")
     folders = _folders(settings.samples or 0, options)
     if settings.from_ is not None:
-        if paths:
-            raise UsageError("--from draws from a file, without checkpoints", hint=f"leave out {paths[0]}")
+        _check_from(paths, options)
         return draw_from(Path(settings.from_), folders, options, settings)
     if not paths:
         raise UsageError("give the checkpoints, or --from FILE", hint="ckptavg swag ./ckpts")
@@ -82,11 +86,25 @@ def swag(
         result = vars(build_result(this, strategy, mean, verdict, written))
         places = [f"wrote {counted(len(draws), 'draw')}, {draws[0].path} to {draws[-1].path}"] if draws else []
         places += [f"wrote the posterior {stored.path}: {stored.bytes:,} bytes"] if stored else []
+        places += ["draws are around the mean of all, which --never-worse did not write"] if verdict.replaced else []
         result["warnings"] = [*result["warnings"], *_notes(posterior, spread), *notes, *places]
         return PosteriorResult(
             **result, gaussian=asdict(posterior.gaussian), spread=spread, predictions=predictions, draws=draws,
             posterior=stored,
         )  # fmt: skip
+
+
+def _check_from(paths: Sequence[Path], options: Options) -> None:
+    """Raise UsageError for checkpoints, ranks and options that a file of a posterior makes no use of."""
+    if paths:
+        raise UsageError("--from draws from a file, without checkpoints", hint=f"leave out {paths[0]}")
+    if options.workers.world_size > 1:
+        raise UsageError("--from runs in a single process", hint="leave out torchrun")
+    given = [
+        option for option in declared(Options) if (getattr(options, option.name) or option.default) != option.default
+    ]
+    if unused := [option.flag for option in given if option.name not in _WITH_FROM]:
+        raise UsageError(f"{unused[0]} has no use with --from", hint="leave it out")
 
 
 def _gaussian(settings: PosteriorOptions, this: Session) -> Gaussian:
@@ -106,15 +124,19 @@ def _gaussian(settings: PosteriorOptions, this: Session) -> Gaussian:
         raise UsageError(message, hint=hint)
     deviations = min(DEVIATIONS, n) if k is None else k
     scale = float(settings.scale) if isinstance(settings.scale, float | int) else 0.5 if deviations else 1.0
-    if settings.scale == "auto":
-        this.scored("--scale auto chooses by the NLL on validation data, so it needs a task")
+    check_scale(this, settings)
     return Gaussian(scale=scale, deviations=deviations, covariance=settings.covariance, seed=this.options.seed)
 
 
 def _folders(samples: int, options: Options) -> Mapping[int, Options]:
-    """Return the options that write each draw to its directory."""
+    """Return the options that write each draw to its directory; OutputExistsError if there are others beside them."""
     folder, width = options.destination[1], len(str(samples))
-    return {i: replace(options, output=f"{folder}/sample-{i:0{width}}/") for i in range(1, samples + 1)}
+    folders = {i: replace(options, output=f"{folder}/sample-{i:0{width}}/") for i in range(1, samples + 1)}
+    present = sorted(folder.glob("sample-*")) if folder and folders else []
+    if other := next((path for path in present if f"{path}/" not in [own.output for own in folders.values()]), None):
+        message = "is of another run, and would be mixed with these draws"
+        raise OutputExistsError(message, path=other, hint="remove it, or choose another -o")
+    return folders
 
 
 def _check_folders(folders: Mapping[int, Options], this: Session) -> None:

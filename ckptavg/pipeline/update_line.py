@@ -1,4 +1,4 @@
-"""What a run beside a training made of new checkpoints, in one line."""
+"""Line on the new checkpoints of a run beside a training: decisions, number averaged, score."""
 
 from collections.abc import Sequence
 from typing import Final

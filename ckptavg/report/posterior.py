@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from ckptavg.errors import decimal
+from ckptavg.errors import counted, decimal
 from ckptavg.report.layout import FittedTable
 from ckptavg.report.result import Output, Result
 from ckptavg.score import DATA, Score, Split
@@ -64,7 +64,7 @@ def predictions_tables(result: PosteriorResult) -> Iterator[RenderableType]:
 
 
 def _name(name: str, result: PosteriorResult, models: int) -> str:
-    return f"swag: {models} draws, scale {result.gaussian['scale']:g}" if name == "swag" else name
+    return f"swag: {counted(models, 'draw')}, scale {result.gaussian['scale']:g}" if name == "swag" else name
 
 
 def _figures(score: Score, columns: Sequence[str]) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""Whether another process is alive."""
+"""State of another process: alive or ended."""
 
 import os
 from contextlib import suppress

@@ -161,12 +161,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.shards < 1 or options.penalty <= 0:
         parser.error("--shards must be at least 1, and --penalty greater than 0")
+    if options.data is not None and not options.data.is_file():
+        parser.error(f"--data {options.data}: no such file")
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     points = read(options.data)
     shards, sample, test = split(len(points.y_B), options.shards, options.seed)
-    rounds = {"acowa": acowa, "owa": owa}[options.rule]
-    models_PD = rounds([points.at(rows) for rows in shards], options.penalty)
+    parts = [points.at(rows) for rows in shards]
+    if lacking := sum(len(np.unique(part.y_B)) < 2 for part in parts):
+        parser.error(f"--shards {options.shards}: {lacking} would have points of one class only; choose fewer")
+    models_PD = {"acowa": acowa, "owa": owa}[options.rule](parts, options.penalty)
     if "RANK" not in os.environ or dist.get_rank() == 0:
         print(combine(models_PD, points.at(sample), points.at(test), options.out))
     if dist.is_initialized():

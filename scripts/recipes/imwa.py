@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from member import Member, arguments, barrier, join
 
@@ -29,6 +30,7 @@ def episode(options: argparse.Namespace, members: dict[int, Member], number: int
     for m, member in members.items():
         if start is not None:
             member.load(start)
+        torch.manual_seed(options.seed + m + options.models * number)  # of dropout: whichever rank trains the model
         for step in range(first, end):
             member.step(step)
         member.save(files[m], momentum=options.average_momentum and number + 1 < options.episodes)

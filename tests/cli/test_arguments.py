@@ -34,8 +34,8 @@ ODD = (
     "/dev/null", "cpu", "meta", "cuda:99", "bfloat16", "int8", "exact", "min", "\n", " ",
 )  # fmt: skip
 FEW = ("0", "1", "2", "-1", "x", "", "nan", "0.5", "²", "auto")  # for options that repeat work or wait
-REPEATED = {"k", "steps", "epochs", "evaluations", "samples", "grid", "verify", "patience", "wait_stable"}
-NOT_RUN = {"lm_eval", "verbose", "help"}  # --lm-eval loads a large library; -v prints tracebacks
+REPEATED = {"k", "steps", "epochs", "evaluations", "samples", "grid", "verify", "patience", "wait_stable", "draws"}
+NOT_RUN = {"lm_eval", "verbose", "help", "follow"}  # a large library; tracebacks; waits for a training to end
 SCORED = ("sewa", "twa", "aswa", "soup", "best", "compare", "landscape", "eval")
 
 

@@ -450,3 +450,20 @@ def test_an_output_directory_is_replaced_as_a_whole(run: Run, here: Path, saved:
         assert done.returncode == 0, done.stderr
         assert len(json.loads(done.stdout)["candidates"]) == 3
         assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("output", ["ckpts/averaged.safetensors", "ckpts/averaged/"])
+def test_an_output_among_the_checkpoints_is_no_new_one(run: Run, here: Path, saved: list[Path], output: str):
+    shutil.copytree(saved[0].parent, here / "ckpts")
+    done = run("swa", "ckpts", *FAST, "--idle", 1.0, "-o", output)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(" averaged") == 1  # one update, not one for each time that the output was written
+    assert run("swa", "ckpts", "--exclude", "averaged*", "-o", "once").returncode == 0
+    written = here / output
+    file = written / "model.safetensors" if written.is_dir() else written
+    assert file.read_bytes() == (here / "once").read_bytes()
+
+
+def test_a_process_that_is_not_running_is_named(run: Run, here: Path, saved: list[Path]):
+    done = run("swa", saved[0].parent, *FAST, "--pid", 2**22 - 1, "-o", "out")
+    assert done.returncode == 0 and f"process {2**22 - 1} has ended (it is not running)" in done.stderr, done.stderr

@@ -188,6 +188,8 @@ HOSTILE: Mapping[str, Change] = {
         f"w as {dtype}": lambda tensors, record, dtype=dtype: record["posterior"]["dtypes"].update(w=dtype)
         for dtype in ("I64", "BOOL", "F8_E4M3", "x", "", 3, None)
     },
+    "a tensor that is drawn and copied": lambda tensors, record: record["not_averaged"].append("w"),
+    "file that is a number": lambda tensors, record: record["posterior"].update(file=3),
     "count as F32": lambda tensors, record: record["posterior"]["dtypes"].update(count="F32"),
 }  # fmt: skip
 

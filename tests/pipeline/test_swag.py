@@ -334,7 +334,7 @@ def test_a_failure_keeps_what_it_would_have_replaced(ckpts: Path, drawn: Path, t
     shutil.copytree(drawn / "out", tmp_path / "out")
     before = {name: (tmp_path / "out" / name).read_bytes() for name in files(tmp_path / "out")}
     with pytest.raises(UsageError):
-        ckptavg.swag(ckpts, samples=2, output=f"{tmp_path}/out/", force=True, scale="auto")
+        ckptavg.swag(ckpts, samples=3, output=f"{tmp_path}/out/", force=True, scale="auto")
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files(tmp_path / "out")} == before
 
 
@@ -440,3 +440,34 @@ def test_predictions_are_scored_on_every_split(run: Run, jobs: dict[str, Job]):
         assert table["swa"]["score"]["loss"] == pytest.approx(found["scores"][split]["loss"], abs=1e-6)
         assert table["last"]["score"]["loss"] == pytest.approx(found["baselines"]["last"][split]["loss"], abs=1e-6)
     assert found["draws"] == [] and found["spread"] > 0
+
+
+def test_draws_of_another_run_are_not_mixed_with_new_ones(run: Run, ckpts: Path, tmp_path: Path):
+    assert run("swag", "ckpts", "--samples", 3, "-o", "out/").returncode == 0
+    before = files(tmp_path)
+    for samples in (2, 10):
+        done = run("swag", "ckpts", "--samples", samples, "-o", "out/", "--force")
+        assert done.returncode == 6 and "is of another run" in done.stderr, done.stderr
+        assert files(tmp_path) == before
+    assert run("swag", "ckpts", "--samples", 3, "-o", "out/", "--force").returncode == 0
+
+
+def test_a_scale_of_0_is_the_mean_and_is_called_that(run: Run, jobs: dict[str, Job]):
+    done = run("swag", jobs["mlp"].folder, "--last", 5, "--task", jobs["mlp"].task, "--draws", 3, "--scale", 0)
+    assert done.returncode == 0 and "scale 0: every draw is the mean" in done.stderr
+    assert "hardly differ" not in done.stderr and "swag: 1 draw, scale 0" in done.stderr
+
+
+def test_a_scale_is_not_chosen_by_scores_and_none_is_measured(run: Run, ckpts: Path, tmp_path: Path):
+    done = run("swag", "ckpts", "--score-cmd", "touch ran; echo 1", "--scale", "auto")
+    assert done.returncode == 2 and "a task with a loss, not scores alone" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_draws_from_a_file_take_no_option_of_candidates(run: Run, ckpts: Path, tmp_path: Path):
+    assert run("swag", "ckpts", "--posterior", "p.safetensors").returncode == 0
+    drawn = ("swag", "--from", "p.safetensors", "--samples", 1, "-o", "out/")
+    for words in (("--last", 3), ("--exclude", "step-1"), ("--holdout", 0.5)):
+        done = run(*drawn, *words)
+        assert done.returncode == 2 and f"{words[0]} has no use with --from" in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists() and run(*drawn, "--seed", 1, "--dtype", "float64").returncode == 0

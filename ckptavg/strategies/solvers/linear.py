@@ -123,6 +123,10 @@ def fit(objective: Objective, losses: Losses, *, on: Split | None, ridge: float 
     """
     outputs, notes, tables = losses.outputs(on), list[str](), dict[str, list[dict[str, float | str | None]]]()
     held_out: float | None = None
+    start_N = torch.zeros(objective.n, dtype=torch.float64)
+    if not outputs.expand(start_N, outputs.examples_U).hessian_NN.any():
+        message = "--constraint linear needs a curved loss, but this one has no second derivatives at 0"
+        raise TaskError(message, hint="choose --constraint affine, or --force-linear")
     if ridge is None and len(outputs.examples_U) == 1:
         ridge = ONLY
         notes.append(f"no cross-validation, because the loss has one value in all: --ridge {ONLY:g} was used")
@@ -134,7 +138,7 @@ def fit(objective: Objective, losses: Losses, *, on: Split | None, ridge: float 
         notes.append(f"ridge {ridge:.3g} has the best held-out {figure} of {len(held)} over {FOLDS} folds")
         tables = {"ridge, by held-out data": _table(held, with_metric=by_metric)}
         held_out = best.loss if (on or objective.scored_on) == objective.scored_on else None
-    found = minimised(outputs, outputs.examples_U, ridge, torch.zeros(objective.n, dtype=torch.float64))
+    found = minimised(outputs, outputs.examples_U, ridge, start_N)
     objective.progress(FITTING, 1 + FOLDS, 1 + FOLDS)
     if not found.c_N.any():
         raise TaskError("all coefficients are 0: the loss does not depend on the candidates' outputs")
