@@ -243,7 +243,7 @@ def test_scores_of_a_command_are_no_predictions(run: Run, jobs: dict[str, Job], 
     assert report["predictions"] == {}
     assert any("needs a task with a loss, not scores alone" in note for note in report["warnings"])
     done = run("swag", jobs["mlp"].folder, *options, "--scale", "auto", "--force")
-    assert done.returncode == 2 and "--scale auto: predictions were not averaged" in done.stderr
+    assert done.returncode == 2 and "a task with a loss, not scores alone" in done.stderr
 
 
 def test_the_report_shows_a_row_for_each_model(run: Run, jobs: dict[str, Job], tmp_path: Path):
