@@ -74,7 +74,7 @@ class Noise:
     """The noise √c σ ⊙ z of one draw, a function of the seed, the draw's number and the tensor's name alone.
 
     Attributes:
-        gaussian: has the scale c and the seed.
+        gaussian: the settings; scale and seed are used.
         sample: the number of the draw, from 1.
         deviation: σ.
         names: name of each tensor that has noise → the name that its noise is drawn under; one for tied tensors.

@@ -78,7 +78,7 @@ class Settling:
 
     @property
     def changing(self) -> bool:
-        """Whether one has changed lately, complete or not."""
+        """True if one has changed lately, complete or not."""
         return not all(map(self._rests, self.files))
 
     def _rests(self, path: Path) -> bool:

@@ -185,7 +185,7 @@ def words(job: Job, path: Path, *options: Any) -> tuple[Any, ...]:
 
 
 def test_auto_takes_the_scale_of_the_lowest_nll_on_validation_data(run: Run, jobs: dict[str, Job], tmp_path: Path):
-    """Whatever the test data: with labels flipped, the same scale is taken, and the table of scales is the same."""
+    """Test labels that are flipped change neither the scale that is taken nor the table of scales."""
     flipped = """
 def test_dataloader(): return [(inputs, 1 - labels) for inputs, labels in mlp.test_dataloader()]
 """
