@@ -106,7 +106,7 @@ def _differences(evaluator: Mixture, result: _Table) -> list[str]:
     swag, swa = result[split]["swag"], result[split]["swa"]
     gain, scale = interval.single_gain(swag.score, swa.score), abs(swa.score.loss or 0.0)
     notes = [f"NLL of the averaged predictions on {DATA[split]} data against the mean's (+ is lower): {gain}"]
-    if swag is swa or swag.models == 1:
+    if swag is swa:
         notes = ["scale 0: every draw is the mean"]
     elif abs(gain.value) < _HARDLY * scale:
         notes.append(

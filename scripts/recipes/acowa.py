@@ -163,13 +163,13 @@ def main() -> None:
         parser.error("--shards must be at least 1, and --penalty greater than 0")
     if options.data is not None and not options.data.is_file():
         parser.error(f"--data {options.data}: no such file")
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
     points = read(options.data)
     shards, sample, test = split(len(points.y_B), options.shards, options.seed)
     parts = [points.at(rows) for rows in shards]
     if lacking := sum(len(np.unique(part.y_B)) < 2 for part in parts):
         parser.error(f"--shards {options.shards}: {lacking} would have points of one class only; choose fewer")
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
     models_PD = {"acowa": acowa, "owa": owa}[options.rule](parts, options.penalty)
     if "RANK" not in os.environ or dist.get_rank() == 0:
         print(combine(models_PD, points.at(sample), points.at(test), options.out))

@@ -15,7 +15,7 @@ from study.job import Domain
 from study.record import Record, Row
 
 ORDERED: Final = {"last", "LAWA", "EMA 0.9", "EMA 0.5", "WSM sqrt", "WSM cosine", "blend"}
-"""What needs candidates in an order."""
+"""Strategies that need candidates in an order."""
 
 
 @dataclass(frozen=True, kw_only=True)

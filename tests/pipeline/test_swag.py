@@ -353,7 +353,7 @@ def test_the_python_function_gives_what_the_command_gives(run: Run, ckpts: Path,
 
 
 def test_batchnorm_is_recomputed_for_every_draw(run: Run, digits: Path, tmp_path: Path):
-    """Of each draw's own weights: by the statistics of its activations, without ckptavg's code."""
+    """Statistics are those of the activations of each draw's own weights, computed without ckptavg's code."""
     options = ("--task", TASK, "-o", "out/", "--samples", 2, "--draws", 0)
     found = report(run("swag", digits, "--last", 4, *options, "--json"))
     images = torch.cat([images for images, _ in demo_task.train_dataloader()])
@@ -456,6 +456,10 @@ def test_a_scale_of_0_is_the_mean_and_is_called_that(run: Run, jobs: dict[str, J
     done = run("swag", jobs["mlp"].folder, "--last", 5, "--task", jobs["mlp"].task, "--draws", 3, "--scale", 0)
     assert done.returncode == 0 and "scale 0: every draw is the mean" in done.stderr
     assert "hardly differ" not in done.stderr and "swag: 1 draw, scale 0" in done.stderr
+    done = run(
+        "swag", jobs["mlp"].folder, "--last", 5, "--task", jobs["mlp"].task, "--draws", 1, "-o", "one.safetensors"
+    )
+    assert done.returncode == 0 and "every draw is the mean" not in done.stderr, done.stderr
 
 
 def test_a_scale_is_not_chosen_by_scores_and_none_is_measured(run: Run, ckpts: Path, tmp_path: Path):
