@@ -68,8 +68,7 @@ def draw_from(
             return blank
         with hugging_face_folder.created_folder(folder), ExitStack() as undo:
             for sample, own in folders.items():
-                if own.destination[1] and not os.path.lexists(own.destination[1]):
-                    undo.callback(shutil.rmtree, own.destination[1], ignore_errors=True)
+                remove_on_failure(own, undo)
                 outputs.append(_write(stored, sample, own, specs, digest))
             undo.pop_all()
         warnings = [f"wrote {described}"]
@@ -78,6 +77,13 @@ def draw_from(
             warnings.append(reason)
         whole = replace(outputs[0], path=folder, sha256="", bytes=sum(output.bytes for output in outputs))
         return replace(blank, draws=outputs, warnings=warnings, output=whole)
+
+
+def remove_on_failure(options: Options, undo: ExitStack) -> None:
+    """Let ``undo`` remove the directory of an output that is not there yet."""
+    folder = options.destination[1]
+    if folder and not os.path.lexists(folder):
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _write(stored: "_Stored", sample: int, options: Options, specs: Mapping[str, StoredTensor], digest: str) -> Output:

@@ -1,7 +1,5 @@
 """SWAG: the mean of all candidates, models drawn from a Gaussian around it, and the average of their predictions."""
 
-import os
-import shutil
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -19,7 +17,7 @@ from ckptavg.output.hugging_face_folder import created_folder
 from ckptavg.pipeline import posterior_file
 from ckptavg.pipeline.averaged_predictions import average_predictions, check_scale, prediction_stages
 from ckptavg.pipeline.expectation import expect
-from ckptavg.pipeline.posterior_draws import draw_from
+from ckptavg.pipeline.posterior_draws import draw_from, remove_on_failure
 from ckptavg.pipeline.preflight import check_format, check_output, check_sources, check_space, dry_run_plan
 from ckptavg.pipeline.result import blank_result, build_result
 from ckptavg.pipeline.session import Session, open_session
@@ -153,9 +151,8 @@ def _written_draws(this: Session, posterior: Posterior, folders: Mapping[int, Op
     leads, outputs = this.run.workers.is_rank_zero, list[Output]()
     with ExitStack() as undo:
         for sample, options in folders.items():
-            folder = options.destination[1]
-            if leads and folder and not os.path.lexists(folder):
-                undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            if leads:
+                remove_on_failure(options, undo)
             draw = posterior.draw(sample)
             written = write_output(replace(this, options=options), draw.coefficients, SWA(), draw=draw)
             outputs.append(written.output)
