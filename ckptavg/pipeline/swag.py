@@ -66,7 +66,7 @@ def swag(
             return PosteriorResult(**vars(blank), gaussian=asdict(gaussian))
         check_space(checkpoints, options, files=1 + len(folders))
         undo.enter_context(created_folder(options.destination[1] if this.run.workers.is_rank_zero else None))
-        posterior_file.check(settings.posterior, options, checkpoints)
+        this.run.workers.on_rank_zero(partial(posterior_file.check, settings.posterior, options, checkpoints))
         if evaluator:
             expect(this, evaluator, {"": strategy}, more=prediction_stages(evaluator, settings))
         mean = strategy.average([checkpoint.run for checkpoint in checkpoints])
@@ -140,9 +140,13 @@ def _folders(samples: int, options: Options) -> Mapping[int, Options]:
 def _check_folders(folders: Mapping[int, Options], this: Session) -> None:
     """Refuse draws that exist already, or whose directories have candidates in them."""
     folder = this.options.destination[1]
-    for own in folders.values() if folder and is_folder(folder) else ():
-        this.run.workers.on_rank_zero(partial(check_output, own))
-        check_sources(this.found, own)
+
+    def check() -> None:  # by rank 0 alone, which then creates the directory
+        for own in folders.values() if folder and is_folder(folder) else ():
+            check_output(own)
+            check_sources(this.found, own)
+
+    this.run.workers.on_rank_zero(check)
 
 
 @contextmanager

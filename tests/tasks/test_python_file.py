@@ -52,11 +52,13 @@ def test_an_iterator_loader_is_created_for_each_pass(tmp_path: Path):
 
 def test_other_loaders_are_created_once(tmp_path: Path):
     task = PythonTask(
-        written(tmp_path, f"{BODY}made = []\ndef train_dataloader():\n    made.append(1)\n    return [1]\n", "once.py")
+        written(
+            tmp_path, f"{BODY}made = []\ndef train_dataloader():\n    made.append(1)\n    return [1]\n", "made_once.py"
+        )
     )
     for _ in range(3):
         list(task.batches("train"))
-    assert sys.modules["once"].made == [1]
+    assert sys.modules["made_once"].made == [1]
 
 
 def test_sibling_modules_can_be_imported(tmp_path: Path):
