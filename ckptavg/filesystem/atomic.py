@@ -52,10 +52,10 @@ class Temporary:
 
 
 @contextmanager
-def temporary_file(path: Path, data: bytes) -> Generator[Callable[[], None]]:
+def temporary_file(path: Path, data: bytes) -> Generator[Callable[[], os.stat_result]]:
     """Write a small file under a temporary name, flushed; yields a function that renames it, replacing ``path``.
 
-    Both raise OutputError if it cannot be written.
+    The function returns the file's status. Both raise OutputError if it cannot be written.
     """
     with ExitStack() as stack:
         with output_errors(path, len(data)):
@@ -64,9 +64,11 @@ def temporary_file(path: Path, data: bytes) -> Generator[Callable[[], None]]:
             file.write(data, 0)
             os.fsync(file.fd)
 
-        def publish() -> None:
+        def publish() -> os.stat_result:
             with output_errors(path, len(data)):
+                status = os.fstat(file.fd)
                 os.replace(file.path, path)  # noqa: PTH105
+            return status
 
         yield publish
 

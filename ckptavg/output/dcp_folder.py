@@ -41,6 +41,7 @@ class DcpFolder:
         self.path = path
         self.sha256 = ""  # of the safetensors file with the same content, once saved
         self.size = 0  # of all files in bytes, once published
+        self.published: tuple[Path, os.stat_result] | None = None  # see `SafetensorsFile.published`
         self._specs = specs
         self._key = key
         self._force = force
@@ -111,6 +112,7 @@ class DcpFolder:
             preflight(self.path, self._force)
             if _is_filled(self.path):
                 self.path.rename(old)
+            self.published = self.path, self._temporary.stat()
             self._temporary.rename(self.path)
             flush_folder(self.path)
             shutil.rmtree(old, ignore_errors=True)

@@ -48,6 +48,7 @@ class SafetensorsFile:
         """
         self.path = path
         self.sha256 = ""  # of the file, once published
+        self.published: tuple[Path, os.stat_result] | None = None  # as it was before others could see it
         self._workers = workers
         self._force = force
         self._specs = specs
@@ -169,9 +170,10 @@ class SafetensorsFile:
         return self._file
 
     def _rename(self, file: Temporary) -> None:
+        if self._force and self.path.exists():
+            os.fchmod(file.fd, stat.S_IMODE(self.path.stat().st_mode))
+        self.published = self.path, os.fstat(file.fd)
         if self._force:
-            if self.path.exists():
-                os.fchmod(file.fd, stat.S_IMODE(self.path.stat().st_mode))
             os.replace(file.path, self.path)  # noqa: PTH105  # same style as the other two calls
             return
         try:

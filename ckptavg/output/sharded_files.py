@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -38,6 +39,7 @@ class ShardedFiles:
         self._content = division.content
         self.path = folder if division.index == MODULES else self._index  # opened to read it
         self.sha256 = ""  # once published: of the index of shards, or of the list of modules' files and their SHA-256
+        self.published: tuple[Path, os.stat_result] | None = None  # see `SafetensorsFile.published`; of the index
         workers.on_rank_zero(lambda: preflight(self._index, force))
         self._places: dict[str, tuple[str, str]] = {}  # name of a tensor → its file, and its name in it
         self._files: dict[str, SafetensorsFile] = {}
@@ -80,7 +82,7 @@ class ShardedFiles:
                 undo.callback(file.path.unlink, missing_ok=True)
             for file in {file.path.parent: file for file in self._files.values()}.values():
                 flush_folder(file.path)
-            publish()
+            self.published = self._index, publish()
             undo.pop_all()
         flush_folder(self._index)
         digests = "".join(f"{file.sha256}  {name}\n" for name, file in sorted(self._files.items())).encode()

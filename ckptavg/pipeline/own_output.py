@@ -1,6 +1,6 @@
 """The output that several runs write in turn: one of them replaces it only if it is as the last one left it."""
 
-from contextlib import suppress
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -12,9 +12,9 @@ from ckptavg.options import Options
 KEY: Final = "output"  # of its record in the journal
 
 
-def record(journal: Journal, output: Path) -> None:
-    """Record the file or directory just written."""
-    journal.put(KEY, {"path": str(output), "identity": _identity(output)})
+def record(journal: Journal, output: Path, status: os.stat_result) -> None:
+    """Record a file or directory with the status that it had before others could see it."""
+    journal.put(KEY, {"path": str(output), "identity": _identity(status)})
 
 
 def permitted(options: Options, journal: Journal) -> Options:
@@ -24,8 +24,11 @@ def permitted(options: Options, journal: Journal) -> Options:
         OutputExistsError: if it has changed since, and ``--force`` is not given.
     """
     written = journal.get(KEY)
-    now = written and _identity(Path(written["path"]))
-    if not now or options.force:
+    if not written or options.force:
+        return options
+    try:
+        now = _identity(Path(written["path"]).stat())
+    except OSError:  # there is none
         return options
     if now != written["identity"]:
         message, hint = "was changed by another program since it was written", "choose another -o"
@@ -33,9 +36,6 @@ def permitted(options: Options, journal: Journal) -> Options:
     return replace(options, force=True)
 
 
-def _identity(path: Path) -> list[int] | None:
-    """Return what changes with the file or directory; None if there is none."""
-    with suppress(OSError):
-        status = path.stat()
-        return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
-    return None
+def _identity(status: os.stat_result) -> list[int]:
+    """Return what changes with a file or directory."""
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]

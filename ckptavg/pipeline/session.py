@@ -1,5 +1,6 @@
 """Start and end of every run: check the output, open the candidates, resume the journal and build the evaluator."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
@@ -93,10 +94,10 @@ class Session:
             raise UsageError(reason, hint="`ckptavg init` writes ./task.py")
         return self.evaluator
 
-    def record_output(self, output: Path) -> None:
-        """Record the file just written in the journal of several runs, of which the next one may replace it."""
-        if self.rounds:
-            own_output.record(self.rounds.journal, output)
+    def record_output(self, published: tuple[Path, os.stat_result] | None) -> None:
+        """Record what was just written in the journal of several runs, of which the next one may replace it."""
+        if self.rounds and published:
+            own_output.record(self.rounds.journal, *published)
 
     def finish(self, output: Path) -> Discovered:
         """Remove the journal once ``output`` is written; return the candidates, with changes of their directory."""

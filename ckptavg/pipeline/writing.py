@@ -111,7 +111,7 @@ def write_output(
                 hugging_face_folder.check_tied(selected[-1], specs, out.read_into)
             with hugging_face_folder.copies(selected[-1], folder, dtype, plan.config, force=options.force) as copied:
                 out.publish(metadata)
-                this.record_output(out.path)
+                this.record_output(out.published)
             flush_folder(out.path)
             return copied, out.sha256, out.size
 

@@ -23,6 +23,22 @@ from torch.optim.swa_utils import update_bn
 
 import ckptavg
 
+# the demo, with scores that take longer than a terminal is left alone
+SLOW = """
+import os, sys, time
+
+import torch
+
+sys.path.append(os.environ["DEMO"])
+import task as demo
+from task import *
+
+def loss(model, batch):
+    if not torch.is_grad_enabled():
+        time.sleep(0.03)
+    return demo.loss(model, batch)
+"""
+
 
 @pytest.fixture(scope="session")
 def selected(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> ckptavg.Result:
@@ -223,23 +239,11 @@ def test_never_worse_writes_the_best_single_checkpoint(digits: Path, run: Run, t
 
 @pytest.mark.thorough
 def test_a_terminal_shows_the_loss_the_time_left_and_the_certainty_of_the_mask(digits: Path, tmp_path: Path):
+    (tmp_path / "slow_task.py").write_text(SLOW)
     main_end, terminal = pty.openpty()
-    command = [
-        sys.executable,
-        "-m",
-        "ckptavg",
-        "sewa",
-        digits,
-        "--k",
-        "2",
-        "--last",
-        "4",
-        "--task",
-        TASK,
-        "--steps",
-        "150",
-    ]
-    environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+    words = f"-m ckptavg sewa {digits} --k 2 --last 4 --task slow_task.py --steps 150"
+    command = [sys.executable, *words.split()]
+    environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm", "OMP_NUM_THREADS": "1", "DEMO": str(TASK.parent)}
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=terminal, env=environment)
     os.close(terminal)
     shown = b""
