@@ -19,7 +19,7 @@ class Run:
     """Device, ranks, seed, progress and journal of a run, made once.
 
     Attributes:
-        device: the device of the model and the candidates.
+        device: the device of the model and the candidates; None, whatever its type, where neither is loaded.
         workers: the ranks that divide the work.
         seed: the seed of all random numbers; loaders get seeds derived from it, so shuffling repeats.
         progress: the progress display.

@@ -12,7 +12,7 @@ from torch import Tensor
 from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import discover
-from ckptavg.checkpoints.dtypes import TORCH
+from ckptavg.checkpoints.torch_dtypes import TORCH
 from ckptavg.coefficients import Coefficients
 
 

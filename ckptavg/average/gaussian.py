@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from ckptavg.average.noise import Deviation, Deviations, drawn_names, not_drawn, standard_normal, stream_key
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -85,7 +85,7 @@ class Noise:
     deviation: Deviation
     names: Mapping[str, str]
 
-    def __call__(self, name: str, start: int, count: int) -> Tensor | None:
+    def __call__(self, name: str, start: int, count: int) -> NDArray[np.float64] | None:
         """Return [C] float64, the noise of the elements of a tensor from ``start`` on; None if it has none."""
         if name not in self.names or self.gaussian.scale == 0:
             return None
@@ -95,7 +95,7 @@ class Noise:
         z_C = standard_normal(stream_key(self.gaussian.seed, self.sample, self.names[name]), start, count)
         z_C *= deviation_C
         z_C *= math.sqrt(self.gaussian.scale)
-        return torch.from_numpy(z_C)
+        return z_C
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,5 +150,5 @@ class Posterior:
 
     def spread(self, workers: Workers) -> float | None:
         """Return ‖σ‖/‖w̄‖ over the tensors that have been drawn by all ranks; None if none has."""
-        deviation, mean = workers.sum(torch.tensor(self.deviation.squares, dtype=torch.float64)).tolist()
+        deviation, mean = map(math.fsum, zip(*workers.gather(self.deviation.squares), strict=True))
         return math.sqrt(deviation / mean) if mean else None

@@ -12,19 +12,22 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import TypeAlias
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
 
 from ckptavg.average import weighted_sum
 from ckptavg.average.lora_config import CONFIG_NAME, FACTOR_A, Config, check, obstacle, partner, stacked_config
 from ckptavg.average.lora_file import FileConfig
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.dtypes import FLOATING, TORCH
-from ckptavg.checkpoints.integrity import is_finite, not_finite
+from ckptavg.checkpoints.integrity import not_finite
+from ckptavg.checkpoints.numbers import is_finite, numbers, round_into
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError
-from ckptavg.readers import StoredTensor
+from ckptavg.readers import FLOATING, StoredTensor
+
+_Matrix: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +41,11 @@ class _Module:
     scaling: float  # s of s B A
     terms: Sequence[tuple[float, Checkpoint]]  # the non-zero coefficients and their candidates
 
-    def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+    def stacked(self) -> tuple[_Matrix, _Matrix, _Matrix]:
         """Return c_K and the stacked factors A_RI and B_OR, in float64."""
-        c_K = torch.tensor([c for c, _ in self.terms], dtype=torch.float64)
-        a_RI = torch.cat([_read(source, self.a) for _, source in self.terms])
-        return c_K, a_RI, torch.cat([_read(source, self.b) for _, source in self.terms], dim=1)
+        c_K = np.array([c for c, _ in self.terms])
+        a_RI = np.concatenate([_read(source, self.a) for _, source in self.terms])
+        return c_K, a_RI, np.concatenate([_read(source, self.b) for _, source in self.terms], axis=1)
 
 
 def factor_error(
@@ -50,10 +53,11 @@ def factor_error(
 ) -> float:
     """Return the error of averaging factors: ‖s B̄ Ā − Σ_i c_i s B_i A_i‖ / ‖Σ_i c_i s B_i A_i‖ over all modules.
 
-    With the factors stacked, both are B_OR (M ⊗ 1) A_RI with M = c cᵀ − diag(c) and M = diag(c); after QR of B_OR and
-    of A_RIᵀ their norms are those of R × R matrices. This avoids cancellation and never allocates an O × I matrix. For
-    DoRA this is the error before normalization. Returns 0 if both norms are 0, and infinity if only the second is.
-    ``config`` has the scaling, by default that of `check`; for the other arguments see `exact`.
+    If Σ_i c_i = 1, the difference is Σ_i c_i s (B_i − B̄)(A_i − Ā), up to its sign, and without cancellation. Norms are
+    those of sums Σ_k t_k B_k A_k, in which the mean is one more pair of factors: with factors stacked to B_OR and A_RI,
+    ‖·‖² = tᵀ(A Aᵀ ∘ BᵀB)t, each t_k once for each of its r columns. For DoRA this is the error before normalization.
+    Returns 0 if both norms are 0, and infinity if only the second is. ``config`` has the scaling, by default that of
+    `check`; for the other arguments see `exact`.
 
     Raises:
         InputError: if they have no LoRA factors, or a factor is NaN or infinite.
@@ -62,12 +66,16 @@ def factor_error(
     squared_error = squared_norm = 0.0
     for module in _modules(checkpoints, coefficients, config or check(checkpoints)):
         c_K, a_RI, b_OR = module.stacked()
-        r_B, r_A = _triangles(a_RI, b_OR)
-        identity = torch.eye(module.r, dtype=torch.float64)
-        difference = r_B @ torch.kron(torch.outer(c_K, c_K) - torch.diag(c_K), identity) @ r_A.T
-        exact_core = r_B @ torch.kron(torch.diag(c_K), identity) @ r_A.T
-        squared_error += module.scaling**2 * float(difference.square().sum())
-        squared_norm += module.scaling**2 * float(exact_core.square().sum())
+        centred = math.isclose(c_K.sum(), 1)
+        a_KRI, b_KRO = (stack.reshape(len(c_K), module.r, -1) for stack in (a_RI, b_OR.T))
+        gram = np.ones(())
+        for factors in (a_KRI, b_KRO):
+            mean = np.tensordot(c_K, factors, 1)[None]
+            stack = np.concatenate([factors - mean if centred else factors, mean]).reshape(-1, factors.shape[-1])
+            gram = gram * (stack @ stack.T)
+        error_R, norm_R = (np.repeat([*c_K, mean], module.r) for mean in ((0, 1) if centred else (-1, 0)))
+        squared_error += module.scaling**2 * max(0.0, float(error_R @ gram @ error_R))
+        squared_norm += module.scaling**2 * max(0.0, float(norm_R @ gram @ norm_R))
     return _ratio(squared_error, squared_norm)
 
 
@@ -125,18 +133,18 @@ def _factors(
 ) -> Iterator[weighted_sum.Part]:
     for module in modules:
         c_K, a_RI, b_OR = module.stacked()
-        b_OR, rank = b_OR * c_K.repeat_interleave(module.r), ranks[module.name]
+        b_OR, rank = b_OR * np.repeat(c_K, module.r), ranks[module.name]
         if rank < len(a_RI):
             a_RI, b_OR = _nearest(a_RI, b_OR, rank)
         # zeros, if a coefficient group selects fewer candidates or B A has a lower rank
-        padding = (0, 0, 0, rank - len(a_RI))
-        padded = {module.a: nn.functional.pad(a_RI, padding), module.b: nn.functional.pad(b_OR.T, padding).T}
+        more = (0, rank - len(a_RI))
+        padded = {module.a: np.pad(a_RI, (more, (0, 0))), module.b: np.pad(b_OR, ((0, 0), more))}
         for name, factor in padded.items():
-            data = bytearray(specs[name].nbytes)
-            result = torch.frombuffer(data, dtype=TORCH[specs[name].dtype])
-            result.copy_((factor if result.itemsize > 2 else weighted_sum.rounded_to_odd(factor)).flatten())
-            if not is_finite(result):
-                raise weighted_sum.overflow_error(first, name, result)
+            data, dtype = bytearray(specs[name].nbytes), specs[name].dtype
+            with np.errstate(over="ignore"):
+                round_into(data, dtype, factor.ravel(), np.empty(2 * factor.size, np.uint32))
+            if not is_finite(data, dtype):
+                raise weighted_sum.overflow_error(first, name, dtype)
             yield weighted_sum.Part(name, 0, memoryview(data))
 
 
@@ -144,34 +152,33 @@ def _lost(modules: Sequence[_Module], ranks: Mapping[str, int]) -> float:
     dropped = total = 0.0
     for module in modules:
         c_K, a_RI, b_OR = module.stacked()
-        r_B, r_A = _triangles(a_RI, b_OR * c_K.repeat_interleave(module.r))
-        energies = (module.scaling * torch.linalg.svdvals(r_B @ r_A.T)).square()
+        r_B, r_A = _triangles(a_RI, b_OR * np.repeat(c_K, module.r))
+        energies = np.square(module.scaling * np.linalg.svd(r_B @ r_A.T, compute_uv=False))
         dropped, total = dropped + float(energies[ranks[module.name] :].sum()), total + float(energies.sum())
     return _ratio(dropped, total)
 
 
-def _triangles(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+def _triangles(a_RI: _Matrix, b_OR: _Matrix) -> tuple[_Matrix, _Matrix]:
     """Return R_B and R_A of B = Q_B R_B and Aᵀ = Q_A R_A: R_B M R_Aᵀ has the singular values of B M A."""
-    return torch.linalg.qr(b_OR, mode="r").R, torch.linalg.qr(a_RI.T, mode="r").R
+    return np.linalg.qr(b_OR, mode="r"), np.linalg.qr(a_RI.T, mode="r")
 
 
-def _nearest(a_RI: Tensor, b_OR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _nearest(a_RI: _Matrix, b_OR: _Matrix, rank: int) -> tuple[_Matrix, _Matrix]:
     """Return factors of the best rank-``rank`` approximation of B A; fewer rows if B A has a lower rank."""
-    (q_B, r_B), (q_A, r_A) = torch.linalg.qr(b_OR), torch.linalg.qr(a_RI.T)
-    u, sigma, vh = torch.linalg.svd(r_B @ r_A.T, full_matrices=False)
-    root = sigma[:rank].sqrt()
+    (q_B, r_B), (q_A, r_A) = np.linalg.qr(b_OR), np.linalg.qr(a_RI.T)
+    u, sigma, vh = np.linalg.svd(r_B @ r_A.T, full_matrices=False)
+    root = np.sqrt(sigma[:rank])
     return ((q_A @ vh[:rank].T) * root).T, (q_B @ u[:, :rank]) * root
 
 
-def _read(source: Checkpoint, name: str) -> Tensor:
+def _read(source: Checkpoint, name: str) -> _Matrix:
     """Read a factor as a float64 matrix; dimensions after the first are flattened, as in convolutions."""
     spec = source.spec(name)
     buffer = bytearray(spec.nbytes)
     source.read_into(name, 0, memoryview(buffer))
-    stored = torch.frombuffer(buffer, dtype=TORCH[spec.dtype])
-    if not is_finite(stored) and (error := not_finite(source, name)):
+    if not is_finite(buffer, spec.dtype) and (error := not_finite(source, name)):
         raise error
-    return stored.to(torch.float64).view(spec.shape).flatten(1)
+    return numbers(buffer, spec.dtype).reshape(spec.shape[0], -1)
 
 
 def _modules(

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
-
 from ckptavg.average.lora_config import FACTOR_A, Config, check_equal, parsed, partner
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.dtypes import FLOATING, TORCH
+from ckptavg.checkpoints.dtypes import NAMES
+from ckptavg.checkpoints.numbers import stored, widened
 from ckptavg.errors import DisagreementError, InputError
 from ckptavg.filesystem.strict_json import strict_json
+from ckptavg.readers import FLOATING
 
 _METADATA: Final = "lora_adapter_metadata"  # diffusers: keys of PEFT's configuration, behind the component's name
 # parts of the names of tensors that form no product of two factors
@@ -119,8 +119,8 @@ def _configs(checkpoint: Checkpoint) -> Mapping[str, Config]:
 
 def _number(checkpoint: Checkpoint, name: str) -> float:
     spec = checkpoint.spec(name)
-    if spec.numel != 1 or spec.dtype not in TORCH:
+    if spec.numel != 1 or spec.dtype not in NAMES.values():
         raise InputError("α is not one number", path=checkpoint.path, tensor=name)
     data = bytearray(spec.nbytes)
     checkpoint.read_into(name, 0, memoryview(data))
-    return float(torch.frombuffer(data, dtype=TORCH[spec.dtype]))
+    return float((widened if spec.dtype in FLOATING else stored)(data, spec.dtype)[0])

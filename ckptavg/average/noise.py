@@ -9,14 +9,12 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ckptavg.checkpoints.checkpoint import Checkpoint, chunks
-from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.checkpoints.integrity import same_bytes
 from ckptavg.checkpoints.kept import is_averaged
+from ckptavg.checkpoints.numbers import numbers
 from ckptavg.readers import ITEM_SIZE, StoredTensor
 
 Deviation: TypeAlias = Callable[[str, int, int], NDArray[np.float32]]
@@ -87,7 +85,7 @@ class Deviations:
         key = (name, start, count)
         if (kept := self._kept.get(key)) is None:
             mean_C, wide_C = self.moments(name, start, count)
-            kept = wide_C.numpy().astype(np.float32), (float(wide_C.dot(wide_C)), float(mean_C.dot(mean_C)))
+            kept = wide_C.astype(np.float32), (float(wide_C.dot(wide_C)), float(mean_C.dot(mean_C)))
             if self._bytes + kept[0].nbytes <= _MOST:
                 self._bytes += kept[0].nbytes
                 self._kept[key] = kept
@@ -99,25 +97,27 @@ class Deviations:
         """Σ σ² and Σ w̄² over the elements that were asked for, each as often as that."""
         return math.fsum(square for square, _ in self._squares), math.fsum(square for _, square in self._squares)
 
-    def moments(self, name: str, start: int, count: int) -> tuple[Tensor, Tensor]:
+    def moments(self, name: str, start: int, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return w̄ and σ, [C] float64 each; 0 where the candidates are not finite."""
         n, (first, *others) = len(self._checkpoints), self._checkpoints
         first_C = _values(first, name, start, count)
-        mean_C, square_C = torch.zeros_like(first_C), torch.zeros_like(first_C)
-        for checkpoint in others:  # the mean of differences, which is exact for an element that never changes
-            mean_C += _values(checkpoint, name, start, count).sub_(first_C)
-        mean_C.div_(n).add_(first_C)
-        for checkpoint in self._checkpoints:
-            square_C += _values(checkpoint, name, start, count).sub_(mean_C).square_()
-        square_C.div_(n).sqrt_()
-        return mean_C.nan_to_num_(0.0, 0.0, 0.0), square_C.nan_to_num_(0.0, 0.0)  # of masks of −inf
+        mean_C, square_C = np.zeros_like(first_C), np.zeros_like(first_C)
+        with np.errstate(all="ignore"):  # masks of −inf
+            for checkpoint in others:  # the mean of differences, which is exact for an element that never changes
+                mean_C += _values(checkpoint, name, start, count) - first_C
+            mean_C /= n
+            mean_C += first_C
+            for checkpoint in self._checkpoints:
+                square_C += np.square(_values(checkpoint, name, start, count) - mean_C)
+            square_C = np.sqrt(square_C / n)
+        return np.nan_to_num(mean_C, posinf=0.0, neginf=0.0), np.nan_to_num(square_C, posinf=0.0)
 
 
-def _values(checkpoint: Checkpoint, name: str, start: int, count: int) -> Tensor:
+def _values(checkpoint: Checkpoint, name: str, start: int, count: int) -> NDArray[np.float64]:
     dtype = checkpoint.spec(name).dtype
     data = bytearray(count * ITEM_SIZE[dtype])
     checkpoint.read_into(name, start, memoryview(data))
-    return torch.frombuffer(data, dtype=TORCH[dtype]).to(torch.float64, copy=True)
+    return numbers(data, dtype)
 
 
 def stream_key(seed: int, sample: int, name: str | None = None) -> int:

@@ -3,17 +3,65 @@
 Shape suffixes: M, N = rows and columns of the weight as a matrix, K = vectors of a Krylov space.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ckptavg.checkpoints.checkpoint import Checkpoint
+from ckptavg.checkpoints.derived import SpectralNorm
+from ckptavg.checkpoints.integrity import same_bytes
+from ckptavg.checkpoints.torch_dtypes import TORCH
+from ckptavg.coefficients import Coefficients
+from ckptavg.readers import StoredTensor
+
 _BLOCK: Final = 1 << 18  # elements of the weight that are multiplied at once; 2 MB in float64
 _KRYLOV: Final = 12  # vectors of a Krylov space
 _CYCLES: Final = 200  # Krylov spaces: 2,400 products with the weight at most
 _SQUARINGS: Final = 52  # the 2⁵²th power: eigenvalues are told apart to rounding
 _NUDGE: Final = 1e-6
+
+
+def singular_vectors(
+    wanted: Sequence[SpectralNorm], checkpoints: Sequence[Checkpoint], coefficients: Coefficients,
+    weight: Callable[[str], Tensor], eps: float = 0.0,
+) -> Iterator[tuple[SpectralNorm, Tensor, Tensor]]:  # fmt: skip
+    """Yield u and v of averaged weights, found from those of the last candidate that each is averaged from.
+
+    Where all these candidates have one weight, bit for bit, and the same vectors, they are kept: of a frozen network
+    too, the average of copies is the copy.
+
+    Args:
+        wanted: some of the layers of `ckptavg.average.derived.layers`.
+        checkpoints: all candidates.
+        coefficients: the coefficients of the average.
+        weight: returns an averaged weight, on any device.
+        eps: see `leading`.
+    """
+    for layer in wanted:
+        chosen = [checkpoint for checkpoint, c in zip(checkpoints, coefficients.row(layer.weight), strict=True) if c]
+        if layer.weight in checkpoints[0].kept:
+            chosen = [checkpoints[coefficients.selected[-1]]]
+        u, v = (whole(chosen[-1], name) for name in (layer.u, layer.v))
+        if not all(same_bytes(chosen, name) for name in (layer.u, layer.v, layer.weight)):
+            matrix = as_matrix(weight(layer.weight), layer.dim)
+            u, v = leading(matrix, u.to(matrix.device), v.to(matrix.device), eps)
+        yield layer, u, v
+
+
+def tensor(data: bytearray, spec: StoredTensor) -> Tensor:
+    """Return the tensor of ``data``, without a copy."""
+    return torch.frombuffer(data, dtype=TORCH[spec.dtype]).view(spec.shape)
+
+
+def whole(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Read a tensor as a whole."""
+    spec = checkpoint.spec(name)
+    data = bytearray(spec.nbytes)
+    checkpoint.read_into(name, 0, memoryview(data))
+    return tensor(data, spec)
 
 
 def as_matrix(weight: Tensor, dim: int) -> Tensor:

@@ -10,23 +10,23 @@ from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any, Final, NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.dtypes import NAMES, TORCH, common
-from ckptavg.checkpoints.integrity import is_finite, is_shared, refusal, same_bytes
+from ckptavg.checkpoints.dtypes import NAMES, common, dtype_name
+from ckptavg.checkpoints.integrity import is_shared, refusal, same_bytes
 from ckptavg.checkpoints.kept import is_averaged
+from ckptavg.checkpoints.numbers import is_finite, round_into, widened
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError
 from ckptavg.readers import FLOATING, ITEM_SIZE, StoredTensor
-from ckptavg.runtime.threads import processors
+from ckptavg.runtime.threads import count
 
 CHUNK: Final = 1 << 18  # elements: least CPU time of 2¹⁶ to 2¹⁹ in scripts/benchmark's reference case
-_CUT: Final = (1 << 39) - 1  # mask of the float64 significand bits after the first 14
 # name → range of element indices in C order; tensors that are not listed have no elements
 Ranges: TypeAlias = Mapping[str, range]
-AddedNoise: TypeAlias = Callable[[str, int, int], Tensor | None]  # of (name, start, count)
+AddedNoise: TypeAlias = Callable[[str, int, int], NDArray[np.float64] | None]  # of (name, start, count)
 
 
 class Part(NamedTuple):
@@ -65,7 +65,7 @@ def output_specs(checkpoints: Sequence[Checkpoint], dtype: str | None = None) ->
     specs: dict[str, StoredTensor] = {}
     for name in checkpoints[0].names:
         spec = checkpoints[0].spec(name)
-        if spec.dtype not in TORCH:
+        if spec.dtype not in NAMES.values():
             message = f"dtype {spec.dtype} cannot be averaged; convert it to one of {', '.join(FLOATING)} first"
             hint = f"in each checkpoint, state[{name!r}] = state[{name!r}].to(torch.bfloat16)"
             raise InputError(message, path=checkpoints[0].path, tensor=name, hint=hint)
@@ -112,39 +112,34 @@ def weighted_average(
     dtype is kept and no coefficient is negative (−0.0): it is below half a unit in the last place. Only for float64,
     narrower outputs, negative coefficients and results that are not finite are the tensors compared.
 
-    Memory: 32 bytes per element of ``chunk`` for each thread and one more, regardless of number and size of candidates.
+    Memory: 40 bytes per element of ``chunk`` for each thread and one more, regardless of number and size of candidates.
 
     Args:
         checkpoints: N open candidates with equal names and shapes; only floating-point dtypes may differ.
         specs: the output's specs, from `output_specs`.
         only: the elements to average; None means all.
         chunk: elements per chunk.
-        threads: number of chunks read and summed in parallel; by default torch's, at most the number of processors.
+        threads: number of chunks read and summed in parallel; by default those of `ckptavg.runtime.threads.count`.
         copied: gets the names of copied tensors that are not finite.
         noise: returns what is added to the elements of a tensor before they are rounded, or None.
     Raises:
         InputError: naming file and tensor, if a result is NaN or infinite and the candidates do not allow that, unless
             the tensor is kept or `is_shared` by all candidates.
     """
-    before = torch.get_num_threads()
-    threads = threads or min(before, processors())
+    threads = threads or count()
     batches = _batches(checkpoints, coefficients, specs, only, chunk)
     copied = set[str]() if copied is None else copied
-    torch.set_num_threads(1)  # a chunk is too small to split: 3 × slower with 2 threads on a busy machine
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            pending: deque[Future[list[Part]]] = deque()
-            # buffers are reused once the caller has finished with their parts
-            for batch, buffers in zip(
-                batches, cycle([_Sums(chunk, checkpoints, copied, noise) for _ in range(threads + 1)])
-            ):
-                if len(pending) > threads:
-                    yield from pending.popleft().result()
-                pending.append(pool.submit(buffers.parts, batch))
-            while pending:
+    with ThreadPoolExecutor(threads) as pool:
+        pending: deque[Future[list[Part]]] = deque()
+        # buffers are reused once the caller has finished with their parts
+        for batch, buffers in zip(
+            batches, cycle([_Sums(chunk, checkpoints, copied, noise) for _ in range(threads + 1)])
+        ):
+            if len(pending) > threads:
                 yield from pending.popleft().result()
-    finally:
-        torch.set_num_threads(before)
+            pending.append(pool.submit(buffers.parts, batch))
+        while pending:
+            yield from pending.popleft().result()
 
 
 def part(checkpoint: Checkpoint, rank: int, world_size: int) -> Ranges:
@@ -210,7 +205,8 @@ class _Sums:
         self._checkpoints = checkpoints
         self._copied = copied
         self._noise = noise
-        self._total, self._term = torch.empty(2, chunk, dtype=torch.float64)
+        self._total, self._term = np.empty((2, chunk))
+        self._room = np.empty(2 * chunk, np.uint32)  # numbers of 16 bits, widened; scratch of their rounding
         self._input, self._output = (memoryview(bytearray(8 * chunk)) for _ in range(2))
 
     def parts(self, batch: Sequence[_Run]) -> list[Part]:
@@ -227,68 +223,53 @@ class _Sums:
             if copied:
                 source.read_into(run.name, run.start, data)
             if run.target in FLOATING:
-                result = torch.frombuffer(data, dtype=TORCH[run.target])
                 if not copied:
-                    self._add(run, result, added)
-                if not is_finite(result):  # only then are candidates read again
+                    self._add(run, data, added)
+                if not is_finite(data, run.target, self._room):  # only then are candidates read again
                     self._copy(run, data)
             parts.append(Part(run.name, run.start * size, data))
         return parts
 
     def _copy(self, run: _Run, data: memoryview) -> None:
         """Copy a run that is not finite if it is kept or shared; raise its error if it is not allowed either."""
-        sources, result = [source for _, source in run.terms], torch.frombuffer(data, dtype=TORCH[run.target])
+        sources = [source for _, source in run.terms]
         allowed, known = sources[0].allow_nonfinite, run.name in sources[0].kept or run.name in self._copied
         if known or is_shared(sources if allowed else self._checkpoints, run.name):
-            self._add(run._replace(terms=[(1.0, sources[-1])]), result)
-            if not torch.equal(result.isfinite(), self._total[: run.numel].isfinite()):
-                raise overflow_error(sources[-1], run.name, result)
+            self._add(run._replace(terms=[(1.0, sources[-1])]), data)
+            finite_C = np.isfinite(widened(data, run.target))
+            if not np.array_equal(finite_C, np.isfinite(self._total[: run.numel])):
+                raise overflow_error(sources[-1], run.name, run.target)
             if run.target == sources[-1].spec(run.name).dtype:  # a conversion changes the bits of NaN
                 sources[-1].read_into(run.name, run.start, data)
             self._copied.add(run.name)
         elif not allowed:
-            raise refusal(sources, self._checkpoints, run.name) or overflow_error(sources[-1], run.name, result)
+            raise refusal(sources, self._checkpoints, run.name) or overflow_error(sources[-1], run.name, run.target)
 
-    def _add(self, run: _Run, result: Tensor, added: Tensor | None = None) -> None:
-        """Compute Σ_i c_i w_i, and what is added to it, over a run of elements and round it once into ``result``."""
-        total, term = self._total[: run.numel], self._term[: run.numel]
+    def _add(self, run: _Run, data: memoryview, added: NDArray[np.float64] | None = None) -> None:
+        """Compute Σ_i c_i w_i, and what is added to it, over a run of elements and round it once into ``data``."""
+        total, term, single = self._total[: run.numel], self._term[: run.numel], self._room.view(np.float32)
         dtypes, c_0 = [source.spec(run.name).dtype for _, source in run.terms], run.terms[0][0]
         equal = all(c == c_0 for c, _ in run.terms) and "F64" not in dtypes
-        for i, ((c, source), dtype) in enumerate(zip(run.terms, dtypes, strict=True)):
-            data = self._input[: run.numel * ITEM_SIZE[dtype]]
-            source.read_into(run.name, run.start, data)
-            addend = (total if i == 0 else term).copy_(torch.frombuffer(data, dtype=TORCH[dtype]))
-            # multiply and add separately: with a fused operation, bits would depend on where the chunk ends
-            if not equal:
-                addend.mul_(c)
-            if i > 0:
-                total.add_(addend)
-        if equal:
-            total.mul_(c_0)
-        if added is not None:
-            total.add_(added)
-        result.copy_(total if result.itemsize > 2 else rounded_to_odd(total, out=term))
+        with np.errstate(all="ignore"):  # what is not finite is found in the result
+            for i, ((c, source), dtype) in enumerate(zip(run.terms, dtypes, strict=True)):
+                bytes_read = self._input[: run.numel * ITEM_SIZE[dtype]]
+                source.read_into(run.name, run.start, bytes_read)
+                addend = widened(bytes_read, dtype, single)
+                # multiply and add separately: with a fused operation, bits would depend on where the chunk ends
+                if not equal:
+                    addend = np.multiply(addend, c, out=term if i else total, dtype=np.float64)
+                if i > 0:
+                    np.add(total, addend, out=total)
+                elif equal:
+                    np.copyto(total, addend)
+            if equal:
+                total *= c_0
+            if added is not None:
+                total += added
+            round_into(data, run.target, total, self._room)
 
 
-def overflow_error(checkpoint: Checkpoint, name: str, result: Tensor) -> InputError:
-    """Return the error for a non-finite average of finite values."""
-    message = f"the average overflows {str(result.dtype).removeprefix('torch.')}"
-    hint = "write it with --dtype bfloat16 or float32"
+def overflow_error(checkpoint: Checkpoint, name: str, dtype: str) -> InputError:
+    """Return the error for an average of finite values that ``dtype`` cannot represent."""
+    message, hint = f"the average overflows {dtype_name(dtype)}", "write it with --dtype bfloat16 or float32"
     return InputError(message, path=checkpoint.path, tensor=name, hint=hint)
-
-
-def rounded_to_odd(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Round ``x`` (float64) to odd at 14 significant bits, so that a conversion to a 16-bit format rounds correctly.
-
-    torch converts float64 to bfloat16 and float16 via float32, which rounds twice. Truncated towards zero, with the
-    last bit set if any discarded bit was, a number stays on the same side of every 16-bit midpoint, because 14 bits
-    are at least two more than either format has; and float32 represents it exactly down to 2⁻¹³⁶, a quarter of
-    bfloat16's smallest subnormal, so only the final conversion rounds.
-
-    References:
-        Boldo and Melquiond 2008, Emulation of FMA and Correctly Rounded Sums: Proved Algorithms Using Rounding to Odd.
-    """
-    bits = x.view(torch.int64)
-    odd = torch.bitwise_and(bits, _CUT, out=None if out is None else out.view(torch.int64))
-    odd.add_(_CUT).bitwise_or_(bits).bitwise_and_(~_CUT)  # carries into the 14th bit unless all discarded bits are 0
-    return odd.view(torch.float64)

@@ -7,7 +7,9 @@ buffers), Q = the parameters among them, C = columns of a block.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ckptavg.candidates.copied import Copied, Copies, copied_tensors
@@ -20,7 +22,7 @@ from ckptavg.candidates.products import Matrix, column_runs, dot, mix
 from ckptavg.candidates.sharded import flatten_shards
 from ckptavg.candidates.streamed import Streamed
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.dtypes import TORCH
+from ckptavg.checkpoints.torch_dtypes import TORCH
 from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.runtime.workers import ALONE, Workers
 
@@ -124,7 +126,7 @@ class Candidates:
         return self.streamed
 
     @torch.no_grad()
-    def add(self, noise: Callable[[str, int, int], Tensor | None], chunk: int) -> None:
+    def add(self, noise: Callable[[str, int, int], NDArray[np.float64] | None], chunk: int) -> None:
         """Add noise to the model's weights; ``noise(name, start, count)`` is that of ``chunk`` elements, or None."""
         for flat, _ in self._blocks:
             for slot in flat.slots:
@@ -132,7 +134,7 @@ class Candidates:
                 for start in range(0, slot.numel, chunk):
                     weights_C = flat.weights_D[slot.start : slot.start + slot.numel][start : start + chunk]
                     if (added := noise(name, slot.first + start, len(weights_C))) is not None:
-                        weights_C += added.to(weights_C)
+                        weights_C += torch.from_numpy(added).to(weights_C)
             flat.push()
 
     def zero_gradient(self) -> None:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Final
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from ckptavg.checkpoints.dtypes import FLOATING
-from ckptavg.readers import StoredTensor
+from ckptavg.readers import FLOATING, StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
 
@@ -76,7 +76,7 @@ class Derived:
         return {f"{names[0]}{more[kind]}: {REASONS[kind]}": names for kind, names in named.items()}
 
 
-def find(tensors: Tensors, chosen: Callable[[str], bool], read: Callable[[str], Tensor]) -> Derived:
+def find(tensors: Tensors, chosen: Callable[[str], bool], read: Callable[[str], NDArray[np.float64]]) -> Derived:
     """Find the tensors that are functions of others, apart from those that the user has ``chosen`` what to do with.
 
     Args:
@@ -127,9 +127,9 @@ def _dims(weight: StoredTensor, u: StoredTensor, v: StoredTensor) -> list[int]:
     return [d for d, size in enumerate(weight.shape) if (size, prod(weight.shape) // max(1, size)) == sizes and size]
 
 
-def _sigma(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> float:
-    matrix = weight.double().movedim(dim, 0).reshape(len(u), len(v))
-    sigma = abs(float(u.double() @ matrix @ v.double()))
+def _sigma(weight: NDArray[np.float64], u: NDArray[np.float64], v: NDArray[np.float64], dim: int) -> float:
+    with np.errstate(all="ignore"):
+        sigma = abs(float(u @ np.moveaxis(weight, dim, 0).reshape(len(u), len(v)) @ v))
     return sigma if sigma < float("inf") else 0.0  # NaN too
 
 

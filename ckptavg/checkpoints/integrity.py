@@ -1,17 +1,15 @@
 """Full check of a checkpoint: checksums, booleans, and NaN or infinite weights, which all candidates may share."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ckptavg.checkpoints.checkpoint import Checkpoint, chunks
 from ckptavg.checkpoints.discover import NotFinite
-from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.checkpoints.kept import is_averaged
+from ckptavg.checkpoints.numbers import is_finite, widened
 from ckptavg.errors import InputError, counted
 
 
@@ -26,7 +24,7 @@ def check(checkpoint: Checkpoint) -> dict[str, NotFinite]:
     for spec, name in sorted(first_names.items(), key=lambda item: (item[0].record, item[0].offset)):
         checked, finite = is_averaged(checkpoint, name) and not checkpoint.allow_nonfinite, True
         for _, chunk in chunks(spec, name, checkpoint.read_into):
-            finite = finite and not (checked and not is_finite(torch.frombuffer(chunk, dtype=TORCH[spec.dtype])))
+            finite = finite and not (checked and not is_finite(chunk, spec.dtype))
         if not finite and (error := not_finite(checkpoint, name)):
             digest = hashlib.sha256()
             for _, chunk in chunks(spec, name, checkpoint.read_into):
@@ -36,20 +34,15 @@ def check(checkpoint: Checkpoint) -> dict[str, NotFinite]:
     return found
 
 
-def is_finite(values: Tensor) -> bool:
-    """Return whether all elements of ``values`` (not empty) are finite."""
-    return all(math.isfinite(extreme) for extreme in torch.aminmax(values))  # 20 × as fast as isfinite().all()
-
-
 def not_finite(checkpoint: Checkpoint, name: str) -> InputError | None:
     """Return the error for a tensor with NaN or infinite values: their number and the first; None if it has none."""
     count, first = 0, -1
     spec = checkpoint.spec(name)
     for start, chunk in chunks(spec, name, checkpoint.read_into):
-        bad = ~torch.frombuffer(chunk, dtype=TORCH[spec.dtype]).isfinite()
-        if first < 0 and bad.any():
-            first = start + int(bad.int().argmax())
-        count += int(bad.sum())
+        if not is_finite(chunk, spec.dtype):
+            bad = np.flatnonzero(~np.isfinite(widened(chunk, spec.dtype)))
+            first = start + int(bad[0]) if first < 0 else first
+            count += len(bad)
     if not count:
         return None
     what = f"{counted(count, 'value')} {'is' if count == 1 else 'are'} NaN or infinite, the first at element {first}"
@@ -86,4 +79,4 @@ def refusal(bad: Sequence[Checkpoint], candidates: Sequence[Checkpoint], name: s
 def _has_nan(checkpoint: Checkpoint, name: str) -> bool:
     spec = checkpoint.spec(name)
     parts = chunks(spec, name, checkpoint.read_into)
-    return any(bool(torch.frombuffer(part, dtype=TORCH[spec.dtype]).isnan().any()) for _, part in parts)
+    return any(bool(np.isnan(widened(part, spec.dtype)).any()) for _, part in parts)

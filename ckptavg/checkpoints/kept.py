@@ -6,13 +6,14 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.derived import find
-from ckptavg.checkpoints.dtypes import FLOATING, TORCH
+from ckptavg.checkpoints.numbers import numbers
 from ckptavg.errors import UsageError
+from ckptavg.readers import FLOATING
 
 
 def is_averaged(checkpoint: Checkpoint, name: str) -> bool:
@@ -56,17 +57,16 @@ def keeping(
     if not derived:
         return tuple(replace(checkpoint, kept=kept) for checkpoint in checkpoints)
     chosen = kept.union(_matching(first.names, average))
-    functions = find(first.tensors, chosen.__contains__, partial(values, checkpoints[-1]))
+    functions = find(first.tensors, chosen.__contains__, partial(_values, checkpoints[-1]))
     kept = kept.union(*functions.kinds.values())
     return tuple(replace(checkpoint, kept=kept, derived=functions) for checkpoint in checkpoints)
 
 
-def values(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Read a tensor as a whole."""
+def _values(checkpoint: Checkpoint, name: str) -> NDArray[np.float64]:
     spec = checkpoint.spec(name)
     data = bytearray(spec.nbytes)
     checkpoint.read_into(name, 0, memoryview(data))
-    return torch.frombuffer(data, dtype=TORCH[spec.dtype]).view(spec.shape)
+    return numbers(data, spec.dtype).reshape(spec.shape)
 
 
 def _matching(names: Sequence[str], globs: Sequence[str]) -> list[str]:

@@ -8,11 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ckptavg.checkpoints import duplicates
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.filesystem.regular_file import is_file
+from ckptavg.runtime import version
 
 
 def fingerprint(
@@ -37,7 +36,7 @@ def fingerprint(
     }
     return {
         "candidates": candidates,
-        "torch": torch.__version__,
+        "torch": version.installed("torch"),
         **{name: _as_json(value) for name, value in settings.items()},
         "task": {} if task is None else _code_digests(task),
         "data": {name: {str(path): _data_digest(Path(path))} for name, path in data.items() if path is not None},

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ckptavg.average import derived
-from ckptavg.average.spectral_norm import as_matrix, refined
+from ckptavg.average.spectral_norm import as_matrix, refined, singular_vectors, whole
 from ckptavg.candidates.copied import storage
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.derived import SpectralNorm
-from ckptavg.checkpoints.kept import values as stored
 from ckptavg.coefficients import Coefficients
 
 _ITERATIONS = 8
@@ -35,7 +34,7 @@ class SpectralVectors:
         """Set them to those of the mixture that the model is set to, as they are in a file of it."""
         chosen = self._layers if len(coefficients.selected) > 1 else ()
         eps = max((torch.finfo(self._state[layer.v].dtype).eps for layer in chosen), default=0.0)
-        for layer, *pair in derived.singular_vectors(chosen, self._checkpoints, coefficients, self._weight, eps):
+        for layer, *pair in singular_vectors(chosen, self._checkpoints, coefficients, self._weight, eps):
             self._store(layer, *pair)
 
     def converge_at_mean(self) -> None:
@@ -43,7 +42,7 @@ class SpectralVectors:
         n, last = len(self._checkpoints), self._checkpoints[-1]
         self.converge(Coefficients.uniform(range(n), n))
         pairs = [(layer, self._state[layer.v].detach().clone()) for layer in self._layers]
-        self._start = [(layer, v) for layer, v in pairs if not v.cpu().equal(stored(last, layer.v).to(v.dtype))]
+        self._start = [(layer, v) for layer, v in pairs if not v.cpu().equal(whole(last, layer.v).to(v.dtype))]
         self.need_mean = False
 
     def approach(self) -> None:

@@ -10,9 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
-from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.errors import OutputError, OutputExistsError
 from ckptavg.filesystem.atomic import flush_folder, os_message, stale_temporaries
 from ckptavg.output.destination import check_parent
@@ -64,10 +61,13 @@ class DcpFolder:
 
     def save(self, metadata: Mapping[str, str]) -> None:
         """Save all tensors in DCP format, still under the temporary name; called by all ranks."""
+        import torch
         from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import save
+
+        from ckptavg.checkpoints.torch_dtypes import TORCH
 
         self.sha256 = self._whole.finalize(metadata)
         prefix = f"{self._key}." if self._key else ""

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 from ckptavg.checkpoints.discover import discover
-from ckptavg.checkpoints.dtypes import FLOATING
 from ckptavg.checkpoints.integrity import not_finite
 from ckptavg.checkpoints.state_dict import check_agreement
 from ckptavg.context import Run
@@ -17,6 +16,7 @@ from ckptavg.options import Options
 from ckptavg.pipeline.preflight import pick_device
 from ckptavg.pipeline.session import translate_errors
 from ckptavg.pipeline.task_choice import build_task, with_task
+from ckptavg.readers import FLOATING
 from ckptavg.report.result import Evaluation, FileScores
 from ckptavg.runtime.progress import Progress, Watch
 from ckptavg.runtime.seeds import reproducible

@@ -20,7 +20,8 @@ from ckptavg.average.gaussian import Gaussian, Noise
 from ckptavg.average.lora_config import CONFIG_NAME
 from ckptavg.average.weighted_sum import weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.dtypes import NAMES, TORCH, dtype_names
+from ckptavg.checkpoints.dtypes import NAMES, dtype_names
+from ckptavg.checkpoints.torch_dtypes import TORCH
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError, counted
 from ckptavg.filesystem.atomic import flush_folder

@@ -19,7 +19,8 @@ from ckptavg.average.gaussian import Posterior
 from ckptavg.average.weighted_sum import CHUNK, Part, not_averaged, output_specs, weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.checksums import agreed
-from ckptavg.checkpoints.dtypes import TORCH, dtype_names
+from ckptavg.checkpoints.dtypes import dtype_names
+from ckptavg.checkpoints.torch_dtypes import TORCH
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import OutputExistsError, UsageError
 from ckptavg.filesystem.sha256 import sha256

@@ -1,23 +1,21 @@
 """Checks before a run: output, disk space and strategy settings; also the plan of a dry run."""
 
+from __future__ import annotations
+
 import re
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Final
-
-import torch
+from typing import TYPE_CHECKING, Final
 
 from ckptavg import declaration
 from ckptavg.average.weighted_sum import output_specs
-from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import Discovered
 from ckptavg.errors import OutputError, OutputExistsError, TaskError, UsageError, counted, printable
 from ckptavg.filesystem import atomic
 from ckptavg.filesystem.regular_file import is_file, is_folder
 from ckptavg.objective import PlainAverage, Strategy
-from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
 from ckptavg.output import dcp_folder, hugging_face_folder, loader_files, sharded_files
 from ckptavg.output.destination import check_suffix, preflight
@@ -26,6 +24,11 @@ from ckptavg.readers.sentence_transformers import MODULES
 from ckptavg.score import Split
 from ckptavg.strategies import name_of
 from ckptavg.strategies.twa import LINEAR
+
+if TYPE_CHECKING:
+    import torch
+
+    from ckptavg.objective.evaluator import Evaluator
 
 _BY_SCORES: Final = "search by scores"  # the panel of its settings
 
@@ -143,6 +146,8 @@ def naming(name: str, strategy: Strategy) -> Generator[None]:
 
 def pick_device(name: str) -> torch.device:
     """Return the device for ``--device name``; raise UsageError if it does not exist or cannot be used."""
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -156,6 +161,8 @@ def pick_device(name: str) -> torch.device:
 
 def dry_run_plan(checkpoints: Sequence[Checkpoint], options: Options) -> list[str]:
     """Describe the reads, writes and memory of a run, one line each."""
+    from ckptavg.candidates.plan import Plan
+
     n, first = len(checkpoints), checkpoints[0]
     written = sum(spec.nbytes for spec in output_specs(checkpoints, options.dtype).values())
     elements, device = sum(tensor.numel for tensor in set(first.tensors.values())), pick_device(options.device)

@@ -10,14 +10,14 @@ from types import NoneType, UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin
 
 from ckptavg import declaration
-from ckptavg.checkpoints.dtypes import FLOATING, NAMES
+from ckptavg.checkpoints.dtypes import NAMES
 from ckptavg.coefficients import EVERYTHING, Coefficients
 from ckptavg.errors import InputError, UsageError
 from ckptavg.filesystem.strict_json import strict_json
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.output import provenance
 from ckptavg.pipeline.recorded_draw import RecordedDraw, recorded_draw
-from ckptavg.readers import Reader
+from ckptavg.readers import FLOATING, Reader
 from ckptavg.runtime import version
 from ckptavg.strategies import strategies
 from ckptavg.strategies.twa import TWA

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from ckptavg import average
 from ckptavg.checkpoints import integrity, stability
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -31,10 +29,7 @@ from ckptavg.errors import (
 )
 from ckptavg.journal import Journal, ReadOnlyJournal, source_digests
 from ckptavg.journal.fingerprint import candidate_name, fingerprint
-from ckptavg.objective.command import CommandEvaluator
 from ckptavg.objective.evaluator import Evaluator
-from ckptavg.objective.mixture import Mixture
-from ckptavg.objective.precision import precision
 from ckptavg.options import Options
 from ckptavg.output import dcp_folder
 from ckptavg.pipeline import own_output
@@ -42,8 +37,7 @@ from ckptavg.pipeline.preflight import check_output, check_sources, pick_device
 from ckptavg.pipeline.task_choice import task_for
 from ckptavg.runtime import signals
 from ckptavg.runtime.progress import Progress, Watch
-from ckptavg.runtime.seeds import reproducible
-from ckptavg.tasks.hugging_face import from_pretrained
+from ckptavg.tasks import from_pretrained
 
 MIN_SECONDS_TO_KEEP: Final = 60.0  # an error keeps the journal of a run that measured for longer
 
@@ -125,7 +119,7 @@ def open_session(
     workers.on_rank_zero(lambda: check_output(options))
     with (
         translate_errors(),
-        reproducible(options.seed, deterministic=options.deterministic),
+        _seeded(options),
         _open_candidates(paths, options, watch, rounds) as found,
         ExitStack() as stack,
     ):
@@ -141,8 +135,7 @@ def open_session(
         workers.check_equal("candidates", candidates, "put them on a file system that all machines share")
         start, journal = time.monotonic(), None
         try:
-            device = torch.device("cpu") if options.score_cmd or not options.ways else pick_device(options.device)
-            run = Run(device=device, workers=workers, seed=options.seed, progress=Progress(watch))
+            run = Run(device=_device(options), workers=workers, seed=options.seed, progress=Progress(watch))
             if not options.dry_run:
                 journal = workers.on_rank_zero(lambda: rounds.journal if rounds else open_journal(options, stack))
                 records = workers.broadcast((dict(journal.records), journal.folder) if journal else ({}, Path()))
@@ -197,15 +190,33 @@ def resumable(options: Options) -> bool:
     return options.objects is None and (module is None or getattr(module, "__file__", None) is not None)
 
 
+def _seeded(options: Options) -> AbstractContextManager[None]:
+    """Seed every random generator; a plain average without scores has no use for them, and none for torch."""
+    if not options.ways:
+        return nullcontext()
+    from ckptavg.runtime.seeds import reproducible
+
+    return reproducible(options.seed, deterministic=options.deterministic)
+
+
+def _device(options: Options) -> Any:
+    """Return the torch.device of model and candidates; None if nothing is scored."""
+    return pick_device("cpu" if options.score_cmd else options.device) if options.ways else None
+
+
 def _evaluator(found: Discovered, options: Options, run: Run) -> Evaluator:
     """Return the evaluator that scores mixtures of the candidates; it loads nothing yet."""
     if options.score_cmd is not None:
+        from ckptavg.objective.command import CommandEvaluator
+
         return CommandEvaluator(options, found.checkpoints, run)
     if run.device.type == "mps" and run.workers.world_size > 1:
         raise UsageError("--device mps supports one worker only", hint="use --device cpu")
     # a model is scored in its own dtype
     plan = partial(average.plan_output, found.checkpoints, dtype=None, mode="exact", rank=options.rank)
     exact_adapter = plan if options.adapter == "exact" else None
+    from ckptavg.objective.mixture import Mixture
+
     return Mixture(task_for(found, options), found.checkpoints, run, options, exact_adapter)
 
 
@@ -215,11 +226,17 @@ def _compared(found: Discovered, options: Options, run: Run) -> AbstractContextM
     If candidates have names in the journal, these are compared, score by score.
     """
     assert isinstance(run.journal, Journal)
-    device = run.device
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type  # rounding depends on it
-    measured = options.measured() | {
-        "device": "" if options.score_cmd else hardware, "precision": precision(options.precision, device)
-    }  # fmt: skip
+    measured = options.measured()
+    if options.ways:
+        from torch.cuda import get_device_name
+
+        from ckptavg.objective.precision import precision
+
+        device = run.device
+        hardware = get_device_name(device) if device.type == "cuda" else device.type  # rounding depends on it
+        measured |= {
+            "device": "" if options.score_cmd else hardware, "precision": precision(options.precision, device)
+        }  # fmt: skip
     data = {"val": options.val, "train": options.train, "test": options.test}
     named = bool(run.candidates)
     run.journal.begin(fingerprint(() if named else found.checkpoints, measured, options.task, data))

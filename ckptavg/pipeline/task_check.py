@@ -15,8 +15,8 @@ from ckptavg.batches.loader import BatchLoader, changing_data
 from ckptavg.candidates.plan import Plan
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import Discovered, discover
-from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.checkpoints.state_dict import check_agreement
+from ckptavg.checkpoints.torch_dtypes import TORCH
 from ckptavg.coefficients import Coefficients
 from ckptavg.context import Run
 from ckptavg.cost import CostMeter

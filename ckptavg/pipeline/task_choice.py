@@ -10,8 +10,6 @@ from ckptavg.errors import UsageError
 from ckptavg.filesystem.regular_file import is_file
 from ckptavg.options import Options, config_file
 from ckptavg.tasks import Task
-from ckptavg.tasks.holdout import HeldOut
-from ckptavg.tasks.python_file import PythonTask
 
 
 def with_task(options: Options, inputs: Sequence[Path], *, required: bool) -> Options:
@@ -54,6 +52,8 @@ def task_for(found: Discovered, options: Options) -> Task:
         raise UsageError(message, path=task.source)
     if not task.has("val"):
         raise UsageError("--holdout splits the validation data, but the task has none", path=task.source)
+    from ckptavg.tasks.holdout import HeldOut
+
     return HeldOut(task, "val", rest="val", to="test", fraction=options.holdout, seed=options.seed)
 
 
@@ -78,4 +78,6 @@ def build_task(options: Options, folder: Path) -> Task:
         )  # fmt: skip
     given = options.objects or options.task
     assert given is not None
+    from ckptavg.tasks.python_file import PythonTask
+
     return PythonTask(given, options.task_timeout)

@@ -8,16 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ckptavg.average import PlannedOutput, plan_output
 from ckptavg.checkpoints import duplicates
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import open_checkpoint
-from ckptavg.checkpoints.dtypes import FLOATING, TORCH
-from ckptavg.checkpoints.integrity import is_finite
 from ckptavg.checkpoints.kept import keeping
 from ckptavg.checkpoints.listing import CheckpointPath
+from ckptavg.checkpoints.numbers import is_finite, widened
 from ckptavg.checkpoints.state_dict import check_agreement, model_tensors
 from ckptavg.errors import CkptavgError, InputError, UsageError, counted, printable
 from ckptavg.filesystem import sha256
@@ -26,7 +23,7 @@ from ckptavg.filesystem.strict_json import strict_json
 from ckptavg.output import provenance
 from ckptavg.pipeline import recorded_provenance
 from ckptavg.pipeline.recorded_provenance import RecordedProvenance, Source
-from ckptavg.readers import Reader, StoredTensor, open_reader
+from ckptavg.readers import FLOATING, Reader, StoredTensor, open_reader
 from ckptavg.report.display import Report
 
 
@@ -172,10 +169,9 @@ def _check_values(names: Collection[str], stored: Mapping[str, StoredTensor], ou
     for name in names:
         data = bytearray(stored[name].nbytes)
         output.read_into(stored[name], 0, memoryview(data))
-        values = torch.frombuffer(data, dtype=TORCH[stored[name].dtype])
-        if not is_finite(values):
+        if not is_finite(data, stored[name].dtype):
             raise InputError("a recomputed BatchNorm statistic is NaN or infinite", path=output.path, tensor=name)
-        if name.endswith("running_var") and float(values.min()) < 0:
+        if name.endswith("running_var") and widened(data, stored[name].dtype).min() < 0:
             raise InputError("a recomputed variance of BatchNorm is negative", path=output.path, tensor=name)
 
 

@@ -1,25 +1,22 @@
 """Write the output: average exactly, recompute BatchNorm, score the file as written, then rename it into place."""
 
+from __future__ import annotations
+
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeAlias
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from ckptavg.average import PlannedOutput, plan_output
-from ckptavg.average.gaussian import Draw
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.checksums import agreed
 from ckptavg.checkpoints.derived import SPECTRAL_NORM
-from ckptavg.checkpoints.dtypes import TORCH, dtype_names
+from ckptavg.checkpoints.dtypes import dtype_names
 from ckptavg.coefficients import Coefficients
 from ckptavg.filesystem.atomic import flush_folder
 from ckptavg.filesystem.sha256 import hash_while_reading
-from ckptavg.journal.tensor_json import raw
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.options import Options
 from ckptavg.output import hugging_face_folder, loader_files, provenance
@@ -31,10 +28,15 @@ from ckptavg.pipeline.session import Session
 from ckptavg.readers import StoredTensor
 from ckptavg.report.result import Output
 from ckptavg.runtime.progress import Progress
-from ckptavg.runtime.threads import processors
+from ckptavg.runtime.threads import count
 from ckptavg.runtime.workers import Workers
 from ckptavg.score import Score, Split
 from ckptavg.strategies import name_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ckptavg.average.gaussian import Draw
 
 _MEGABYTE: Final = 10**6
 _File: TypeAlias = SafetensorsFile | ShardedFiles | DcpFolder
@@ -88,7 +90,7 @@ def write_output(
             folder if workers.is_rank_zero else None, loader_files.folders(selected[-1])
         ),
         _open_output(path, specs, describe(lambda _: placeholder), options, selected[-1]) as out,
-        hash_while_reading(files, min(torch.get_num_threads(), processors())) as digest,
+        hash_while_reading(files, count()) as digest,
     ):
         _stream(plan, out, this.run.progress)
         out.barrier()
@@ -137,10 +139,14 @@ def _not_finite(plan: PlannedOutput, workers: Workers) -> list[str]:
 def _write_recomputed(
     state: Mapping[str, Tensor], specs: Mapping[str, StoredTensor], out: _File, workers: Workers
 ) -> None:
+    if not state:
+        return
+    from ckptavg.checkpoints.torch_dtypes import TORCH
+    from ckptavg.journal.tensor_json import raw
+
     for name in state if workers.is_rank_zero else ():
         out.write(name, 0, memoryview(raw(state[name].to(TORCH[specs[name].dtype]))))
-    if state:
-        out.barrier()
+    out.barrier()
 
 
 def _stream(plan: PlannedOutput, out: _File, progress: Progress) -> None:

@@ -1,1 +1,1 @@
-"""Reports as JSON or as tables: pure functions of plain data. Only `interval` imports torch."""
+"""Reports as JSON or as tables: pure functions of plain data. Only functions of `interval` import torch."""

@@ -3,15 +3,17 @@
 Shape suffix: U = units (examples; batches where the task gives means only; groups of batches).
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import replace
-from typing import Final
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Final
 
 from ckptavg.report.result import Gain
 from ckptavg.score import FEWEST, PerExample, Score
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GROUPS: Final = 100  # of batches, for a metric that is recomputed without each of them
 _ROUNDING: Final = 2**-20  # of a value in float32 that was computed in another order
@@ -44,6 +46,8 @@ def single_gain(score: Score, reference: Score) -> Gain:
         Tibshirani 1993, An Introduction to the Bootstrap, chapter 11 (the jackknife). docs/benchmarks.md has the
         coverage of this and other methods.
     """
+    import torch
+
     value = score.value - reference.value
     own, other = _units(score), _units(reference)
     if own is None or other is None or not math.isfinite(value):
@@ -75,6 +79,8 @@ def _units(score: Score) -> PerExample | None:
     """Return the units whose mean is the score, or pseudo-values of a metric that is recomputed."""
     if score.resampled is None or score.per_example is None:
         return score.per_example
+    import torch
+
     groups = min(score.batches, _GROUPS)
     if groups < FEWEST:
         values_U = torch.zeros(groups, dtype=torch.float64)

@@ -15,7 +15,7 @@ References:
 import math
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Final
 
@@ -52,6 +52,14 @@ def processors(proc: Path = cgroups.PROC) -> int:
     """
     limit = quota(proc)
     return affinity() if limit is None else min(affinity(), max(1, math.floor(limit + 0.5)))
+
+
+def count(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of threads of an average: torch's, or what it would have, and at most `processors`."""
+    if torch := sys.modules.get("torch"):
+        return min(torch.get_num_threads(), processors())
+    asked = next((environment[name] for name in _COUNTS if environment.get(name, "").isdecimal()), "")
+    return max(1, min(int(asked), processors())) if asked else processors()
 
 
 def configure(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -25,8 +25,8 @@ from ckptavg.average.noise import Deviations, standard_normal, stream_key
 from ckptavg.average.weighted_sum import output_specs, weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.discover import discover
-from ckptavg.checkpoints.dtypes import TORCH
 from ckptavg.checkpoints.kept import keeping
+from ckptavg.checkpoints.torch_dtypes import TORCH
 from ckptavg.coefficients import EVERYTHING
 from ckptavg.runtime.workers import ALONE
 
@@ -57,7 +57,7 @@ def drawn(posterior: Posterior, w_ND: NDArray[np.float64], sample: int) -> NDArr
     """Return [D], a draw in float64, before it is rounded to the dtype of a file."""
     draw = posterior.draw(sample)
     noise = [draw.noise(name, 0, count) for name, count in (("a", 3), ("b", 2))]
-    added_D = np.concatenate([np.zeros(3 - i) if z is None else z.numpy() for i, z in enumerate(noise)])
+    added_D = np.concatenate([np.zeros(3 - i) if z is None else z for i, z in enumerate(noise)])
     return np.array(draw.coefficients.values[0]) @ w_ND + added_D
 
 
@@ -143,7 +143,7 @@ def test_one_tensor_varies_with_another_in_the_low_rank_part_and_not_in_the_nois
     between = np.corrcoef((rows_SN @ w_ND).T)[:3, 3:]
     np.testing.assert_allclose(between, np.corrcoef(w_ND.T)[:3, 3:], rtol=0, atol=5 / math.sqrt(4000))
     assert np.abs(between).max() > 0.5
-    a_S2, b_S2 = (np.stack([z[i].numpy() for z in noise if (z[i]) is not None]) for i in (0, 1))  # pyright: ignore
+    a_S2, b_S2 = (np.stack([z[i] for z in noise if (z[i]) is not None]) for i in (0, 1))  # pyright: ignore
     assert np.abs(np.corrcoef(a_S2.T, b_S2.T)[:2, 2:]).max() < 5 / math.sqrt(4000)
 
 

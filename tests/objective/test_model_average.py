@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ckptavg.average.gaussian import Draw, Gaussian, Posterior
 from ckptavg.batches import cache
-from ckptavg.checkpoints.dtypes import TORCH
+from ckptavg.checkpoints.torch_dtypes import TORCH
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import TaskError
 from ckptavg.objective.mixture import Mixture

@@ -21,7 +21,7 @@ from properties import examples
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ckptavg.checkpoints.dtypes import TORCH
+from ckptavg.checkpoints.torch_dtypes import TORCH
 from ckptavg.errors import OutputError, OutputExistsError, UsageError
 from ckptavg.filesystem import atomic
 from ckptavg.filesystem.atomic import stale_temporaries, write_bytes

@@ -3,13 +3,10 @@
 import importlib.util
 import re
 
-import torch
-
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.errors import CkptavgError, OutputError
 from ckptavg.filesystem.regular_file import is_file
 from ckptavg.readers import sentence_transformers
-from ckptavg.tasks.hugging_face.architecture import ModelFolder
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -22,6 +19,10 @@ def check(checkpoint: Checkpoint) -> None:
     other = is_file(folder / "adapter_config.json") or checkpoint.reader.format == sentence_transformers.NAME
     if unavailable or other or not is_file(folder / "config.json"):
         return
+    import torch
+
+    from ckptavg.tasks.hugging_face.architecture import ModelFolder
+
     try:
         with torch.device("meta"):
             model = ModelFolder(folder, trust=False).build()
