@@ -10,6 +10,7 @@ References:
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TypeAlias
@@ -26,6 +27,7 @@ from ckptavg.checkpoints.numbers import is_finite, numbers, round_into
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError
 from ckptavg.readers import FLOATING, StoredTensor
+from ckptavg.runtime.threads import count
 
 _Matrix: TypeAlias = NDArray[np.float64]
 
@@ -47,6 +49,24 @@ class _Module:
         a_RI = np.concatenate([_read(source, self.a) for _, source in self.terms])
         return c_K, a_RI, np.concatenate([_read(source, self.b) for _, source in self.terms], axis=1)
 
+    def squares(self) -> tuple[float, float]:
+        """Return the squared norms of the error of averaging factors and of the exact average; see `factor_error`."""
+        c_K, gram_RR = np.array([c for c, _ in self.terms]), np.ones(())
+        centred = math.isclose(c_K.sum(), 1)
+        for name in (self.a, self.b):
+            size = self.terms[0][1].spec(name).numel // self.r
+            stack_KRF = np.empty((len(c_K) + 1, self.r, size))  # F: features; the last pair of factors is the mean
+            for factor_RF, (_, source) in zip(stack_KRF, self.terms, strict=False):
+                factor_RF[:] = _read(source, name) if name == self.a else _read(source, name).T
+            stack_KRF[-1] = np.tensordot(c_K, stack_KRF[:-1], 1)
+            if centred:
+                stack_KRF[:-1] -= stack_KRF[-1]
+            flat_RF = stack_KRF.reshape(-1, size)
+            gram_RR = gram_RR * (flat_RF @ flat_RF.T)
+        sums = (np.repeat([*c_K, mean], self.r) for mean in ((0, 1) if centred else (-1, 0)))
+        error, norm = (self.scaling**2 * max(0.0, float(c_R @ gram_RR @ c_R)) for c_R in sums)
+        return error, norm
+
 
 def factor_error(
     checkpoints: Sequence[Checkpoint], coefficients: Coefficients, config: Config | FileConfig | None = None
@@ -63,20 +83,12 @@ def factor_error(
         InputError: if they have no LoRA factors, or a factor is NaN or infinite.
         DisagreementError: see `check`.
     """
-    squared_error = squared_norm = 0.0
-    for module in _modules(checkpoints, coefficients, config or check(checkpoints)):
-        c_K, a_RI, b_OR = module.stacked()
-        centred = math.isclose(c_K.sum(), 1)
-        a_KRI, b_KRO = (stack.reshape(len(c_K), module.r, -1) for stack in (a_RI, b_OR.T))
-        gram = np.ones(())
-        for factors in (a_KRI, b_KRO):
-            mean = np.tensordot(c_K, factors, 1)[None]
-            stack = np.concatenate([factors - mean if centred else factors, mean]).reshape(-1, factors.shape[-1])
-            gram = gram * (stack @ stack.T)
-        error_R, norm_R = (np.repeat([*c_K, mean], module.r) for mean in ((0, 1) if centred else (-1, 0)))
-        squared_error += module.scaling**2 * max(0.0, float(error_R @ gram @ error_R))
-        squared_norm += module.scaling**2 * max(0.0, float(norm_R @ gram @ norm_R))
-    return _ratio(squared_error, squared_norm)
+    modules = _modules(checkpoints, coefficients, config or check(checkpoints))
+    from threadpoolctl import threadpool_limits  # only adapters need it
+
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(count()) as pool:
+        squares = list(pool.map(_Module.squares, modules))
+    return _ratio(math.fsum(error for error, _ in squares), math.fsum(norm for _, norm in squares))
 
 
 def exact(
@@ -160,7 +172,8 @@ def _lost(modules: Sequence[_Module], ranks: Mapping[str, int]) -> float:
 
 def _triangles(a_RI: _Matrix, b_OR: _Matrix) -> tuple[_Matrix, _Matrix]:
     """Return R_B and R_A of B = Q_B R_B and Aᵀ = Q_A R_A: R_B M R_Aᵀ has the singular values of B M A."""
-    return np.linalg.qr(b_OR, mode="r"), np.linalg.qr(a_RI.T, mode="r")
+    r_B, r_A = (np.asarray(np.linalg.qr(matrix, mode="r")) for matrix in (b_OR, a_RI.T))
+    return r_B, r_A
 
 
 def _nearest(a_RI: _Matrix, b_OR: _Matrix, rank: int) -> tuple[_Matrix, _Matrix]:
