@@ -153,8 +153,8 @@ def test_a_plain_average_loads_no_torch(tmp_path: Path, command: str):
     """Torch takes longer to import than gigabytes to average; scipy, which intervals need, as long as a small model."""
     from safetensors.numpy import save_file
 
-    for step in (1, 2):
-        save_file({"w": np.ones(3, np.float16)}, tmp_path / f"step-{step}.safetensors")
+    for step in (1, 2, 3):
+        save_file({"w": np.full(3, step, np.float16)}, tmp_path / f"step-{step}.safetensors")
     settings = ["--k", "2"] if command == "lawa" else []
     loaded = loaded_by(command, str(tmp_path), "-o", str(tmp_path / "averaged.safetensors"), *settings, cwd=tmp_path)
     assert "ckptavg.average.weighted_sum" in loaded and not (HEAVY - {"numpy"}) & loaded
