@@ -75,9 +75,9 @@ def round_into(data: memoryview | bytearray, dtype: str, sum_C: NDArray[np.float
     bits_C, rounding_C = room[: len(sum_C)], room[len(sum_C) : 2 * len(sum_C)]
     single_C = bits_C.view(np.float32)
     np.copyto(single_C, sum_C, casting="same_kind")
-    halfway_C = np.equal(np.left_shift(bits_C, 16, out=rounding_C), 1 << 31)
-    if halfway_C.any():
-        at = np.flatnonzero(halfway_C)
+    wrong_C = np.equal(np.left_shift(bits_C, 16, out=rounding_C), 1 << 31)
+    wrong_C &= np.not_equal(single_C, sum_C)
+    if len(at := np.flatnonzero(wrong_C)):
         exact, single = np.abs(sum_C[at]), np.abs(single_C[at].astype(np.float64))
         bits_C[at] += (exact > single).astype(np.uint32) - (exact < single).astype(np.uint32)
     np.right_shift(bits_C, 16, out=rounding_C)
