@@ -79,7 +79,7 @@ def probabilities(posterior: Posterior, draws: list[Draw]) -> tuple[Tensor, Tens
                 w_D += c * torch.frombuffer(data, dtype=TORCH[spec.dtype]).double()
             noise_D = draw.noise(name, 0, spec.numel)
             assert noise_D is not None
-            state[name] = (w_D + noise_D).float().view(spec.shape)
+            state[name] = (w_D + torch.from_numpy(noise_D)).float().view(spec.shape)
         network.load_state_dict(state)
         with torch.no_grad():
             logits = torch.cat([network(inputs) for inputs, _ in mlp.val_dataloader()])
