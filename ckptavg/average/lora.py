@@ -23,7 +23,7 @@ from ckptavg.average.lora_config import CONFIG_NAME, FACTOR_A, Config, check, ob
 from ckptavg.average.lora_file import FileConfig
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.integrity import not_finite
-from ckptavg.checkpoints.numbers import is_finite, numbers, round_into
+from ckptavg.checkpoints.numbers import Floats, is_finite, round_into, widened
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError
 from ckptavg.readers import FLOATING, StoredTensor
@@ -46,8 +46,9 @@ class _Module:
     def stacked(self) -> tuple[_Matrix, _Matrix, _Matrix]:
         """Return c_K and the stacked factors A_RI and B_OR, in float64."""
         c_K = np.array([c for c, _ in self.terms])
-        a_RI = np.concatenate([_read(source, self.a) for _, source in self.terms])
-        return c_K, a_RI, np.concatenate([_read(source, self.b) for _, source in self.terms], axis=1)
+        a_RI = np.concatenate([_read(source, self.a) for _, source in self.terms], dtype=np.float64)
+        b_OR = np.concatenate([_read(source, self.b) for _, source in self.terms], axis=1, dtype=np.float64)
+        return c_K, a_RI, b_OR
 
     def squares(self) -> tuple[float, float]:
         """Return the squared norms of the error of averaging factors and of the exact average; see `factor_error`."""
@@ -55,14 +56,16 @@ class _Module:
         centred = math.isclose(c_K.sum(), 1)
         for name in (self.a, self.b):
             size = self.terms[0][1].spec(name).numel // self.r
-            stack_KRF = np.empty((len(c_K) + 1, self.r, size))  # F: features; the last pair of factors is the mean
+            stack_KRF = np.empty(
+                (len(c_K) + 1, self.r, size), np.float32
+            )  # F: features; the last pair of factors is the mean
             for factor_RF, (_, source) in zip(stack_KRF, self.terms, strict=False):
                 factor_RF[:] = _read(source, name) if name == self.a else _read(source, name).T
-            stack_KRF[-1] = np.tensordot(c_K, stack_KRF[:-1], 1)
+            stack_KRF[-1] = np.tensordot(c_K.astype(np.float32), stack_KRF[:-1], 1)
             if centred:
                 stack_KRF[:-1] -= stack_KRF[-1]
             flat_RF = stack_KRF.reshape(-1, size)
-            gram_RR = gram_RR * (flat_RF @ flat_RF.T)
+            gram_RR = gram_RR * (flat_RF @ flat_RF.T).astype(np.float64)
         sums = (np.repeat([*c_K, mean], self.r) for mean in ((0, 1) if centred else (-1, 0)))
         error, norm = (self.scaling**2 * max(0.0, float(c_R @ gram_RR @ c_R)) for c_R in sums)
         return error, norm
@@ -77,7 +80,7 @@ def factor_error(
     those of sums Σ_k t_k B_k A_k, in which the mean is one more pair of factors: with factors stacked to B_OR and A_RI,
     ‖·‖² = tᵀ(A Aᵀ ∘ BᵀB)t, each t_k once for each of its r columns. For DoRA this is the error before normalization.
     Returns 0 if both norms are 0, and infinity if only the second is. ``config`` has the scaling, by default that of
-    `check`; for the other arguments see `exact`.
+    `check`; for the other arguments see `exact`. In float32, so to about six digits: it is a figure for a report.
 
     Raises:
         InputError: if they have no LoRA factors, or a factor is NaN or infinite.
@@ -184,14 +187,14 @@ def _nearest(a_RI: _Matrix, b_OR: _Matrix, rank: int) -> tuple[_Matrix, _Matrix]
     return ((q_A @ vh[:rank].T) * root).T, (q_B @ u[:, :rank]) * root
 
 
-def _read(source: Checkpoint, name: str) -> _Matrix:
-    """Read a factor as a float64 matrix; dimensions after the first are flattened, as in convolutions."""
+def _read(source: Checkpoint, name: str) -> Floats:
+    """Read a factor as a matrix; dimensions after the first are flattened, as in convolutions."""
     spec = source.spec(name)
     buffer = bytearray(spec.nbytes)
     source.read_into(name, 0, memoryview(buffer))
     if not is_finite(buffer, spec.dtype) and (error := not_finite(source, name)):
         raise error
-    return numbers(buffer, spec.dtype).reshape(spec.shape[0], -1)
+    return widened(buffer, spec.dtype).reshape(spec.shape[0], -1)
 
 
 def _modules(

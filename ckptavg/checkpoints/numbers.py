@@ -41,7 +41,8 @@ def widened(data: memoryview | bytearray, dtype: str, room: NDArray[np.float32] 
 
 def numbers(data: memoryview | bytearray, dtype: str) -> NDArray[np.float64]:
     """Return the floating-point numbers [C] of ``data`` in float64."""
-    return widened(data, dtype).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return widened(data, dtype).astype(np.float64)
 
 
 def is_finite(data: memoryview | bytearray, dtype: str, room: NDArray[Any] | None = None) -> bool:

@@ -332,7 +332,7 @@ def test_factor_error_matches_the_explicit_products(
     wrong = updates(weighted(each, coefficients), case.scaling)
     error = sum(float((wrong[a] - right[a]).square().sum()) for a in right)
     norm = sum(float(update.square().sum()) for update in right.values())
-    assert lora.factor_error(checkpoints, coefficients) == pytest.approx((error / norm) ** 0.5, rel=1e-10)
+    assert lora.factor_error(checkpoints, coefficients) == pytest.approx((error / norm) ** 0.5, rel=1e-5)  # float32
 
 
 def test_equal_adapters_have_no_factor_error(adapters: Callable[..., tuple[Checkpoint, ...]]):
