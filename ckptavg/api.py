@@ -168,14 +168,17 @@ def inspect(
     return replace(report, basin=_watched(watch, lambda progress: find_basins(_paths(ckpts), scored, progress)))
 
 
-def verify(file: PathLike, sources: PathLike = ".") -> verification.Verification:
+def verify(file: PathLike, sources: PathLike | None = None) -> verification.Verification:
     """Recompute the average recorded in the metadata of ``file`` from the files under ``sources``, and compare.
+
+    Without ``sources``, those in the working directory are taken; if they are not there, only the data are compared
+    with the digest in the metadata.
 
     Raises:
         CkptavgError: if ``file`` is not an output of ckptavg, or a source is missing or not the recorded one.
     """
-    (path,), (folder,) = _paths(file), _paths(sources)
-    return verification.verify(path, folder)
+    (path,) = _paths(file)
+    return verification.verify(path, None if sources is None else _paths(sources)[0])
 
 
 def _paths(paths: Any) -> list[Path]:

@@ -48,7 +48,7 @@ def test_objects_give_the_file_and_the_report_of_a_task_file(jobs: dict[str, Job
         train=mlp.train_dataloader, test=[*mlp.test_dataloader()], output=tmp_path / "a", **common,
     )  # fmt: skip
     written = ckptavg.sewa([jobs["mlp"].folder], task=jobs["mlp"].task, output=tmp_path / "b", **common)
-    assert given.output and written.output and given.output.sha256 == written.output.sha256
+    assert given.output and written.output and given.output.data_digest == written.output.data_digest
     assert (given.scores, given.verdict, given.trace) == (written.scores, written.verdict, written.trace)
     assert net.training and all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     scored = ckptavg.evaluate(str(tmp_path / "a"), model=net, loss=loss, val=mlp.val_dataloader)

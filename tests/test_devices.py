@@ -129,7 +129,7 @@ def test_draws_have_the_bytes_and_their_predictions_the_nll_of_the_cpu(
         assert done.returncode == 0, done.stderr
         reports.append(json.loads(done.stdout))
         outputs = [*reports[-1]["draws"], reports[-1]["posterior"], reports[-1]["output"]]
-        files.append({output["path"].removeprefix(name): output["sha256"] for output in outputs})
+        files.append({output["path"].removeprefix(name): output["data_digest"] for output in outputs})
     assert len(files[0]) == 4 and files[0] == files[1]
     for split, models in reports[0]["predictions"].items():
         for name, figures in models.items():

@@ -12,13 +12,14 @@ from typing import Final
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.errors import InputError
+from ckptavg.filesystem.digest import Algorithm, digest
 from ckptavg.filesystem.regular_file import RegularFile
-from ckptavg.filesystem.sha256 import sha256
 
 NAME: Final = "SHA256SUMS"
 MAX_SIZE: Final = 64 << 20
 _GNU: Final = re.compile(r"(\\?)(?P<sum>[0-9a-fA-F]{64}) [ *](?P<name>.+)", re.DOTALL)  # the format of sha256sum …
 _BSD: Final = re.compile(r"(\\?)SHA256 \((?P<name>.+)\) = (?P<sum>[0-9a-fA-F]{64})", re.DOTALL)  # … and with --tag
+_BLOB: Final = re.compile("[0-9a-f]{64}")
 _ESCAPES: Final = {"\\n": "\n", "\\r": "\r", "\\\\": "\\"}
 
 
@@ -47,7 +48,7 @@ class Manifest:
             expected = next((sums[name] for name, sums in lists.items() if sums and name in sums), None)
             if expected is None:
                 self.unlisted += [file.path] if any(sums is not None for sums in lists.values()) else []
-            elif (actual := sha256(file)) != expected:
+            elif (actual := digest(file, "sha256").partition(":")[2]) != expected:
                 what = f"its SHA-256 is {actual[:16]}…, but by {NAME} {expected[:16]}…: damaged, or changed since"
                 raise InputError(what, path=file.path, hint=checkpoint.hint)
 
@@ -60,13 +61,27 @@ class Manifest:
         return (f"{self.unlisted[0]}{more}: not in {NAME}, so not compared with it",)
 
 
+def algorithm(file: RegularFile, requested: Algorithm) -> Algorithm:
+    """Return the algorithm of the digest to record of ``file``: SHA-256 where it is known, or a blob's name, which
+    `agreed` compares it with; else ``requested``.
+    """
+    return "sha256" if "sha256" in file.digests or _blob(file) else requested
+
+
 def agreed(file: RegularFile, found: str) -> str:
-    """Return ``found``, the SHA-256 of ``file``; raise InputError for a Hugging Face cache's blob of another name."""
-    blob = file.path.resolve()
-    if found and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != found:
-        what = f"its SHA-256 is {found[:16]}…, but in the cache it is called {blob.name[:16]}…: damaged"
+    """Return ``found``, the digest of ``file``; raise InputError for a Hugging Face cache's blob of another name."""
+    kind, _, actual = found.partition(":")
+    name = _blob(file) if kind == "sha256" else ""
+    if name and name != actual:
+        what = f"its SHA-256 is {actual[:16]}…, but in the cache it is called {name[:16]}…: damaged"
         raise InputError(what, path=file.path, hint="delete it and download it again")
     return found
+
+
+def _blob(file: RegularFile) -> str:
+    """Return the SHA-256 that a Hugging Face cache calls ``file`` by; empty for other files."""
+    blob = file.path.resolve()
+    return blob.name if blob.parent.name == "blobs" and _BLOB.fullmatch(blob.name) else ""
 
 
 def _read(folder: Path) -> Mapping[str, str] | None:

@@ -11,12 +11,12 @@ from ckptavg.declaration import MAIN, Help, Option
 from ckptavg.errors import InputError, counted
 
 _FILE: Final = named("file", Annotated[Path, typer.Argument(help="An output of ckptavg.", readable=False)])
-_SOURCES: Final = Option("sources", Path, Path(), Help(MAIN, "Directory that contains the source checkpoints."))
+_SOURCES: Final = Option("sources", Path, None, Help(MAIN, "Directory that contains the source checkpoints."))
 
 
 @takes(_SOURCES, *NO_REPORT, argument=_FILE)
-def command(file: Path, sources: Path, json: bool, quiet: bool, verbose: bool) -> None:
-    """Recompute the average from the sources in its metadata and compare the bytes."""
+def command(file: Path, sources: Path | None, json: bool, quiet: bool, verbose: bool) -> None:
+    """Check the bytes: by their digest, and by the average of the sources in its metadata."""
     from ckptavg.cli.terminal import Screen
     from ckptavg.pipeline.verification import verify
 
@@ -26,6 +26,9 @@ def command(file: Path, sources: Path, json: bool, quiet: bool, verbose: bool) -
     if differ := verified.differ:
         what = f"{counted(len(differ), 'tensor')} not equal to the average of the sources"
         raise InputError(what, path=file, tensor=differ[0])
+    if damaged := verified.damaged:
+        what = "the data are damaged: their digest is not the recorded one"
+        raise InputError(what, path=file if len(damaged) == 1 and damaged[0] == file.name else file.parent / damaged[0])
     Screen(quiet=quiet).print(verified)
     if not json:
         print(file)

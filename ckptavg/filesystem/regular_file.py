@@ -36,7 +36,7 @@ class RegularFile:
         # if all of these are equal, the content is taken to be unchanged
         self.identity = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         self.changed = status.st_mtime_ns / 1e9  # modification time when it was opened, in seconds since the epoch
-        self.sha256: str | None = None  # in hexadecimal, once computed
+        self.digests: dict[str, str] = {}  # those that are known, by algorithm; see `ckptavg.filesystem.digest`
         # called with the offset and the data of every read; it must not keep the data
         self.listener: Callable[[int, memoryview], None] | None = None
         self._status = status

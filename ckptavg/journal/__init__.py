@@ -21,7 +21,7 @@ from ckptavg.errors import InputError, OutputError, OutputExistsError
 from ckptavg.filesystem.atomic import flush_folder, os_message
 from ckptavg.filesystem.lock import release, take
 
-SCHEMA: Final = 3
+SCHEMA: Final = 4
 SOURCE_PREFIX: Final = "file "  # prefix of keys about input files; a journal with only these cannot be resumed
 SCRATCH: Final = "scratch-"  # prefix of directories that a killed run leaves behind and the next run removes
 _FLUSH_INTERVAL: Final = 1.0  # seconds between writes of deferred records

@@ -1,6 +1,6 @@
 """Verify that the candidates of a resumed run are byte-identical to those of the interrupted run.
 
-During the search, a thread computes the SHA-256 of the candidates' files and records it in the journal. A file with
+During the search, a thread computes the digests of the candidates' files and records them in the journal. A file with
 unchanged inode, size and times is taken to have the same content; any other is hashed and compared before the journal
 is used. Files hashed here are not hashed again when the average is written.
 """
@@ -10,14 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
 
+from ckptavg.checkpoints import checksums
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.filesystem import sha256 as digests
+from ckptavg.filesystem.digest import NAMES, Algorithm, Hash, algorithm_of, digest
 from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.journal import SOURCE_PREFIX, Journal
 
 
 @contextmanager
-def recording_digests(journal: Journal, checkpoints: Sequence[Checkpoint]) -> Generator[None]:
+def recording_digests(journal: Journal, checkpoints: Sequence[Checkpoint], algorithm: Algorithm) -> Generator[None]:
     """Compare the candidates' files with the journal's digests, and record missing ones while the body runs.
 
     Raises:
@@ -25,32 +26,41 @@ def recording_digests(journal: Journal, checkpoints: Sequence[Checkpoint]) -> Ge
     """
     numbered = ((i, *pair) for i, checkpoint in enumerate(checkpoints) for pair in enumerate(checkpoint.reader.files))
     files = {f"{SOURCE_PREFIX}{i} {k}": file for i, k, file in numbered}
-    unhashed = {key: file for key, file in files.items() if not _verify(journal, key, file)}
-    journal.put_all({key: {"file": file.identity, "sha256": None} for key, file in unhashed.items()})
+    own: dict[RegularFile, Algorithm] = {file: checksums.algorithm(file, algorithm) for file in files.values()}
+    unhashed = {key: file for key, file in files.items() if not _verify(journal, key, file, own[file])}
+    new = {key: file for key, file in unhashed.items() if journal.get(key) is None}
+    journal.put_all({key: {"file": file.identity, "digest": None} for key, file in new.items()})
     stop = Event()
     with ThreadPoolExecutor(1) as pool:
         try:
             for key, file in unhashed.items():
-                pool.submit(_record_digest, journal, key, file, stop)
+                pool.submit(_record_digest, journal, key, file, own[file], stop)
             yield
         finally:
             stop.set()
 
 
-def _verify(journal: Journal, key: str, file: RegularFile) -> bool:
-    """Return True if the journal has the file's SHA-256; it is compared if the file's identity has changed."""
+def _verify(journal: Journal, key: str, file: RegularFile, algorithm: Algorithm) -> bool:
+    """Return True if the journal has the file's digest by ``algorithm``; one that it has is compared if the file's
+    identity has changed.
+    """
     record = journal.get(key)
-    sha256: str | None = record and record["sha256"]
+    recorded: str | None = record and record["digest"]
+    other = algorithm_of(recorded)
     if record and record["file"] != list(file.identity):
-        if sha256 is None:
-            raise journal.another(f"{file.path.name}: the file was replaced or copied before its SHA-256 was recorded")
-        if sha256 != digests.sha256(file):
-            raise journal.another(f"{file.path.name}: SHA-256 {sha256[:16]}…, not {(file.sha256 or '')[:16]}…")
-        journal.put(key, {"file": file.identity, "sha256": sha256})
-    file.sha256 = sha256
-    return sha256 is not None
+        if other is None:
+            raise journal.another(f"{file.path.name}: the file was replaced or copied before its digest was recorded")
+        actual = digest(file, other) if other == algorithm else Hash(file, other).digest()
+        if recorded != actual:
+            shown = f"{NAMES[other]} {str(recorded)[7:23]}…, not {actual[7:23]}…"
+            raise journal.another(f"{file.path.name}: {shown}")
+        journal.put(key, {"file": file.identity, "digest": recorded})
+    if recorded is None or other != algorithm:
+        return False
+    file.digests[algorithm] = recorded
+    return True
 
 
-def _record_digest(journal: Journal, key: str, file: RegularFile, stop: Event) -> None:
-    if sha256 := digests.sha256(file, stop):
-        journal.put(key, {"file": file.identity, "sha256": sha256})
+def _record_digest(journal: Journal, key: str, file: RegularFile, algorithm: Algorithm, stop: Event) -> None:
+    if recorded := digest(file, algorithm, stop):
+        journal.put(key, {"file": file.identity, "digest": recorded})

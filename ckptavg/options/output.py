@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from ckptavg.declaration import AT_LEAST_1, MAIN, OUTPUT, RUN, Help, check
 from ckptavg.errors import UsageError
+from ckptavg.filesystem.digest import Algorithm
 from ckptavg.output.destination import destination
 
 Dtype: TypeAlias = Literal["float64", "float32", "float16", "bfloat16"]
@@ -46,9 +47,16 @@ class OutputOptions:
     rank: Annotated[int | None, Help(
         OUTPUT, "Reduce the adapter of --adapter exact to rank N.", "Else it is the sum of the candidates' ranks.", "N",
         limit=AT_LEAST_1)] = None  # fmt: skip
-    digests: Annotated[bool, Help(
-        RUN, "Store the sources' SHA-256.", "It goes into the metadata, and takes longer than a plain average.",
-        changes_measurements=False)] = True  # fmt: skip
+    digests: Annotated[Literal["blake3", "sha256", "none"], Help(
+        RUN, "Digests of the sources and of the output.",
+        "They go into the metadata. With sha256, which is slower, the report has what sha256sum prints of the output. "
+        "A source that has a SHA-256 already, in SHA256SUMS or as its name in a Hugging Face cache, keeps it.",
+        changes_measurements=False)] = "blake3"  # fmt: skip
+
+    @property
+    def algorithm(self) -> Algorithm | None:
+        """Return the algorithm of ``--digests``; None without digests."""
+        return None if self.digests == "none" else self.digests
 
     @property
     def destination(self) -> tuple[Path, Path | None]:

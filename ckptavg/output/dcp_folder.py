@@ -12,6 +12,8 @@ from typing import Any, Self
 
 from ckptavg.errors import OutputError, OutputExistsError
 from ckptavg.filesystem.atomic import flush_folder, os_message, stale_temporaries
+from ckptavg.filesystem.digest import Algorithm
+from ckptavg.output.data_digest import KEY
 from ckptavg.output.destination import check_parent
 from ckptavg.output.safetensors_file import SafetensorsFile
 from ckptavg.readers import StoredTensor
@@ -28,7 +30,7 @@ class DcpFolder:
 
     def __init__(
         self, path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], *, key: str = "",
-        force: bool = False, workers: Workers = ALONE,
+        force: bool = False, workers: Workers = ALONE, digests: Algorithm | None = None,
     ) -> None:  # fmt: skip
         """Reserve the space of the directory ``path``, which must be empty or not exist.
 
@@ -36,7 +38,8 @@ class DcpFolder:
         arguments and errors are those of `SafetensorsFile`.
         """
         self.path = path
-        self.sha256 = ""  # of the safetensors file with the same content, once saved
+        self.data_digest = ""  # once saved: that of the safetensors file with the same content
+        self.sha256 = ""  # once saved: likewise
         self.size = 0  # of all files in bytes, once published
         self.published: tuple[Path, os.stat_result] | None = None  # see `SafetensorsFile.published`
         self._specs = specs
@@ -46,7 +49,7 @@ class DcpFolder:
         self._temporary = workers.broadcast(path.with_name(f".{path.name}.{os.getpid()}.ckptavg-tmp"))
         workers.on_rank_zero(lambda: preflight(path, force))
         whole = path.with_name(f"{path.name}.whole")  # nominal: the file only ever has a temporary name
-        self._whole = SafetensorsFile(whole, specs, metadata, force=True, workers=workers)
+        self._whole = SafetensorsFile(whole, specs, metadata, force=True, workers=workers, digests=digests)
         self.write = self._whole.write
         self.read_into = self._whole.read_into
         self.barrier = self._whole.barrier
@@ -69,7 +72,8 @@ class DcpFolder:
 
         from ckptavg.checkpoints.torch_dtypes import TORCH
 
-        self.sha256 = self._whole.finalize(metadata)
+        self._whole.finalize(metadata)
+        self.data_digest, self.sha256 = self._whole.data_digest, self._whole.sha256
         prefix = f"{self._key}." if self._key else ""
         read_into = self._whole.read_into
 
@@ -105,7 +109,8 @@ class DcpFolder:
         old = self._temporary.with_suffix(".ckptavg-old")
         try:
             with (self._temporary / RECORD).open("w", encoding="utf-8") as file:
-                json.dump(metadata, file, sort_keys=True)
+                own = {KEY: self.data_digest} if self.data_digest else {}
+                json.dump({**metadata, **own}, file, sort_keys=True)
                 file.flush()
                 os.fsync(file.fileno())
             flush_folder(self._temporary / RECORD)

@@ -1,6 +1,5 @@
 """Write a model as several safetensors files and an index, as `ckptavg.output.loader_files` divides it."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,7 +10,9 @@ from typing import Final, Self
 
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.filesystem.atomic import flush_folder, stale_temporaries, temporary_file
+from ckptavg.filesystem.digest import Algorithm, of_bytes
 from ckptavg.output import loader_files
+from ckptavg.output.data_digest import of_files
 from ckptavg.output.destination import preflight
 from ckptavg.output.loader_files import Division
 from ckptavg.output.safetensors_file import SafetensorsFile
@@ -27,7 +28,7 @@ class ShardedFiles:
 
     def __init__(
         self, folder: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], division: Division,
-        *, force: bool = False, workers: Workers = ALONE,
+        *, force: bool = False, workers: Workers = ALONE, digests: Algorithm | None = None,
     ) -> None:  # fmt: skip
         """Reserve the space of all files; other arguments and errors are those of `SafetensorsFile`.
 
@@ -38,7 +39,9 @@ class ShardedFiles:
         self._index = folder / division.index
         self._content = division.content
         self.path = folder if division.index == MODULES else self._index  # opened to read it
+        self.data_digest = ""  # once published: of the list of the files and the digests of their data
         self.sha256 = ""  # once published: of the index of shards, or of the list of modules' files and their SHA-256
+        self._digests: Algorithm | None = digests
         self.published: tuple[Path, os.stat_result] | None = None  # see `SafetensorsFile.published`; of the index
         workers.on_rank_zero(lambda: preflight(self._index, force))
         self._places: dict[str, tuple[str, str]] = {}  # name of a tensor → its file, and its name in it
@@ -47,7 +50,9 @@ class ShardedFiles:
             for file, names in division.files.items():
                 self._places |= {name: (file, own) for name, own in names.items()}
                 inside = {own: specs[name] for name, own in names.items()}
-                shard = SafetensorsFile(folder / file, inside, metadata, force=force, workers=workers)
+                shard = SafetensorsFile(
+                    folder / file, inside, metadata, force=force, workers=workers, digests=digests
+                )  # fmt: skip
                 self._files[file] = stack.enter_context(shard)
             self._stack = stack.pop_all()
         self.size = sum(file.size for file in self._files.values()) + len(self._content)  # of all files in bytes
@@ -85,8 +90,12 @@ class ShardedFiles:
             self.published = self._index, publish()
             undo.pop_all()
         flush_folder(self._index)
-        digests = "".join(f"{file.sha256}  {name}\n" for name, file in sorted(self._files.items())).encode()
-        self.sha256 = hashlib.sha256(self._content if self.path == self._index else digests).hexdigest()
+        if self._digests:
+            self.data_digest = of_files({name: f.data_digest for name, f in self._files.items()}, self._digests)
+        if self._digests == "sha256":
+            files = of_files({name: file.sha256 for name, file in self._files.items()}, "sha256")
+            whole = of_bytes(self._content, "sha256") if self.path == self._index else files
+            self.sha256 = whole.partition(":")[2]
 
     def __enter__(self) -> Self:
         return self
@@ -97,12 +106,13 @@ class ShardedFiles:
 
 def open_files(
     folder: Path, like: Checkpoint, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str],
-    largest: str | None = None, *, force: bool = False, workers: Workers = ALONE,
+    largest: str | None = None, *, force: bool = False, workers: Workers = ALONE, digests: Algorithm | None = None,
 ) -> SafetensorsFile | ShardedFiles:  # fmt: skip
     """Open the files that the loader of ``folder`` expects; see `ckptavg.output.loader_files.division`."""
     if division := loader_files.division(like, specs, largest):
-        return ShardedFiles(folder, specs, metadata, division, force=force, workers=workers)
-    return SafetensorsFile(folder / loader_files.file_name(like), specs, metadata, force=force, workers=workers)
+        return ShardedFiles(folder, specs, metadata, division, force=force, workers=workers, digests=digests)
+    path = folder / loader_files.file_name(like)
+    return SafetensorsFile(path, specs, metadata, force=force, workers=workers, digests=digests)
 
 
 def sweep(folder: Path, name: str | None = None) -> None:

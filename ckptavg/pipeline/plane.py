@@ -15,7 +15,7 @@ from ckptavg.coefficients import Coefficients
 from ckptavg.errors import UsageError
 from ckptavg.objective.mixture import Mixture
 from ckptavg.objective.scoring import Scoring
-from ckptavg.report.result import Mark, Plane
+from ckptavg.report.plane import Mark, Plane
 from ckptavg.score import Score, valid
 
 _MARGIN: Final = 0.15  # beyond the outermost marks, as a fraction of their larger extent

@@ -25,8 +25,8 @@ from ckptavg.checkpoints.torch_dtypes import TORCH
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import InputError, counted
 from ckptavg.filesystem.atomic import flush_folder
+from ckptavg.filesystem.digest import digest
 from ckptavg.filesystem.regular_file import is_file, is_folder
-from ckptavg.filesystem.sha256 import sha256
 from ckptavg.filesystem.strict_json import strict_json
 from ckptavg.options import Options
 from ckptavg.options.posterior import PosteriorOptions
@@ -54,7 +54,8 @@ def draw_from(
     """
     with closing(open_reader(path)) as reader:
         stored = _opened(reader, settings, options.seed)
-        digest, outputs = sha256(reader.files[0]), list[Output]()
+        source = digest(reader.files[0], options.algorithm) if options.algorithm else ""
+        outputs = list[Output]()
         target = None if options.dtype is None else NAMES[options.dtype]
         specs = {n: replace(s, dtype=target) if target and s.dtype in FLOATING else s for n, s in stored.specs.items()}
         folder, total = options.destination[1] or Path(), len(folders) * sum(spec.nbytes for spec in specs.values())
@@ -70,13 +71,15 @@ def draw_from(
         with hugging_face_folder.created_folder(folder), ExitStack() as undo:
             for sample, own in folders.items():
                 remove_on_failure(own, undo)
-                outputs.append(_write(stored, sample, own, specs, digest))
+                outputs.append(_write(stored, sample, own, specs, source))
             undo.pop_all()
         warnings = [f"wrote {described}"]
         if outputs[0].path.name.startswith("adapter") and not is_file(outputs[0].path.with_name(CONFIG_NAME)):
             reason = f"{CONFIG_NAME} is not beside {path}, so the draws have none: write the posterior into -o DIR/"
             warnings.append(reason)
-        whole = replace(outputs[0], path=folder, sha256="", bytes=sum(output.bytes for output in outputs))
+        whole = replace(
+            outputs[0], path=folder, data_digest="", sha256="", bytes=sum(output.bytes for output in outputs)
+        )
         return replace(blank, draws=outputs, warnings=warnings, output=whole)
 
 
@@ -87,27 +90,31 @@ def remove_on_failure(options: Options, undo: ExitStack) -> None:
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
 
 
-def _write(stored: "_Stored", sample: int, options: Options, specs: Mapping[str, StoredTensor], digest: str) -> Output:
+def _write(stored: "_Stored", sample: int, options: Options, specs: Mapping[str, StoredTensor], source: str) -> Output:
     noise = Noise(gaussian=stored.gaussian, sample=sample, deviation=stored.deviation, names=stored.names)
     mean, folder = stored.terms[-1], options.destination[1]
     assert folder is not None
     record = {
         "schema": provenance.SCHEMA, "version": version.own(), "strategy": provenance.DRAWN,
         "settings": {**asdict(stored.gaussian), "sample": sample},
-        "posterior": {"name": mean.name, "sha256": digest},
+        "posterior": {"name": mean.name, "digest": source},
     }  # fmt: skip
     metadata = {"format": "pt", provenance.KEY: json.dumps(record, sort_keys=True, separators=(",", ":"))}
     dtype = dtype_names(specs.values())
     with (
         hugging_face_folder.created_folder(folder, loader_files.folders(mean)),
-        open_files(folder, mean, specs, metadata, options.max_shard_size, force=options.force) as out,
+        open_files(
+            folder, mean, specs, metadata, options.max_shard_size, force=options.force, digests=options.algorithm
+        ) as out,
     ):
         for part in weighted_average(stored.terms, stored.coefficients(sample), specs, noise=noise):
             out.write(*part)
         with hugging_face_folder.copies(mean, folder, dtype, force=options.force):
             out.publish(metadata)
         flush_folder(out.path)
-        return Output(path=out.path, sha256=out.sha256, bytes=out.size, dtype=dtype)
+        return Output(
+            path=out.path, data_digest=out.data_digest, sha256=out.sha256, bytes=out.size, dtype=dtype
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

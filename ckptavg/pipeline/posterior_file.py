@@ -17,13 +17,14 @@ import torch
 
 from ckptavg.average.gaussian import Posterior
 from ckptavg.average.weighted_sum import CHUNK, Part, not_averaged, output_specs, weighted_average
+from ckptavg.checkpoints import checksums
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.checksums import agreed
 from ckptavg.checkpoints.dtypes import dtype_names
 from ckptavg.checkpoints.torch_dtypes import TORCH
 from ckptavg.coefficients import Coefficients
 from ckptavg.errors import OutputExistsError, UsageError
-from ckptavg.filesystem.sha256 import sha256
+from ckptavg.filesystem.digest import digest
+from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.options import Options
 from ckptavg.output import loader_files, provenance
 from ckptavg.output.destination import preflight
@@ -77,18 +78,26 @@ def _write(this: Session, posterior: Posterior, path: Path | str) -> Output | No
         "file": Path(loader_files.file_name(checkpoints[-1])).name,
     }  # fmt: skip
 
+    algorithm = this.options.algorithm
+
+    def source_digest(file: RegularFile) -> str:
+        return checksums.agreed(file, digest(file, checksums.algorithm(file, algorithm))) if algorithm else ""
+
     def write() -> Output:
         metadata = provenance.metadata(
-            checkpoints, Coefficients.uniform(range(n), n), lambda file: agreed(file, sha256(file)),
+            checkpoints, Coefficients.uniform(range(n), n), source_digest,
             strategy=provenance.DRAWN, posterior=record, not_averaged=not_averaged(checkpoints[0]),
         )  # fmt: skip
-        with SafetensorsFile(Path(path), specs, metadata, force=this.options.force) as out:
+        with SafetensorsFile(Path(path), specs, metadata, force=this.options.force, digests=algorithm) as out:
             for name, offset, data in _parts(posterior, means):
                 out.write(name, offset, data)
             for checkpoint in checkpoints:
                 checkpoint.check_unchanged()
             out.commit()
-            return Output(path=out.path, sha256=out.sha256, bytes=out.size, dtype=dtype_names(specs.values()))
+            return Output(
+                path=out.path, data_digest=out.data_digest, sha256=out.sha256, bytes=out.size,
+                dtype=dtype_names(specs.values()),
+            )  # fmt: skip
 
     return workers.broadcast(workers.on_rank_zero(write))
 

@@ -240,7 +240,9 @@ def _compared(found: Discovered, options: Options, run: Run) -> AbstractContextM
     data = {"val": options.val, "train": options.train, "test": options.test}
     named = bool(run.candidates)
     run.journal.begin(fingerprint(() if named else found.checkpoints, measured, options.task, data))
-    return nullcontext() if named else source_digests.recording_digests(run.journal, found.checkpoints)
+    if named:
+        return nullcontext()
+    return source_digests.recording_digests(run.journal, found.checkpoints, options.algorithm or "blake3")
 
 
 @contextmanager

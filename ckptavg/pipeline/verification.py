@@ -1,53 +1,64 @@
 """Verification: rebuild an output and its metadata from the sources that it names, and compare."""
 
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckptavg.average import PlannedOutput, plan_output
 from ckptavg.checkpoints import duplicates
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.discover import open_checkpoint
 from ckptavg.checkpoints.kept import keeping
-from ckptavg.checkpoints.listing import CheckpointPath
 from ckptavg.checkpoints.numbers import is_finite, widened
 from ckptavg.checkpoints.state_dict import check_agreement, model_tensors
 from ckptavg.errors import CkptavgError, InputError, UsageError, counted, printable
-from ckptavg.filesystem import sha256
-from ckptavg.filesystem.regular_file import RegularFile, is_folder
+from ckptavg.filesystem.digest import NAMES, algorithm_of, digest
+from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.filesystem.strict_json import strict_json
+from ckptavg.output import data_digest as data_digests
 from ckptavg.output import provenance
 from ckptavg.pipeline import recorded_provenance
-from ckptavg.pipeline.recorded_provenance import RecordedProvenance, Source
+from ckptavg.pipeline.data_check import check_data
+from ckptavg.pipeline.recorded_provenance import NotAnAverageError, RecordedProvenance
+from ckptavg.pipeline.recorded_sources import locate, places, with_steps
 from ckptavg.readers import FLOATING, Reader, StoredTensor, open_reader
 from ckptavg.report.display import Report
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Verification(Report):
-    """Names of tensors by outcome: ``agree`` have the expected bytes, ``differ`` do not.
+    """Names of tensors by outcome: ``agree`` have the bytes of the average of the sources, ``differ`` do not.
 
+    ``data_digest`` is the digest of the data in the file's own metadata, empty if there is none, and ``damaged`` names
+    the files whose data have another one. ``not_compared`` is the reason why there was no comparison with the sources.
     ``unchecked`` were recomputed from the task's data (BatchNorm statistics) and cannot be rebuilt from the sources.
     ``without_digest`` are the sources that were recognised by name, step and content alone; ``own_strategy`` is the
     recorded strategy if it is none of ckptavg's, whose settings were not checked.
     """
 
     path: Path
-    agree: Sequence[str]
-    differ: Sequence[str]
-    unchecked: Sequence[str]
+    data_digest: str = ""
+    damaged: Sequence[str] = ()
+    not_compared: str | None = None
+    agree: Sequence[str] = ()
+    differ: Sequence[str] = ()
+    unchecked: Sequence[str] = ()
     without_digest: Sequence[str] = ()
     own_strategy: str | None = None
 
     def __str__(self) -> str:
+        lines: list[str] = []
+        if self.damaged:
+            lines.append(f"{self.damaged[0]}: the data are damaged: their digest is not the recorded one")
+        elif self.data_digest:
+            lines.append(f"the data are as they were written, by their {NAMES[self.data_digest[:6]]} digest")
+        if self.not_compared:
+            return "\n".join(map(printable, [*lines, f"not compared with its sources: {self.not_compared}"]))
         unchecked = len(self.unchecked)
         recomputed = f"; {unchecked} were recomputed from data and cannot be checked" if unchecked else ""
         agree = counted(len(self.agree), "tensor")
-        lines = [f"{agree} equal to the average of the sources, byte for byte{recomputed}"]
+        lines.append(f"{agree} equal to the average of the sources, byte for byte{recomputed}")
         if self.differ:
             differ = counted(len(self.differ), "tensor")
             lines.insert(0, f"{differ} not equal to the average of the sources, such as {self.differ[0]}")
@@ -58,29 +69,41 @@ class Verification(Report):
         return "\n".join(map(printable, lines))
 
 
-def verify(file: Path, sources: Path) -> Verification:
-    """Recompute the average recorded in the metadata of ``file``, and that metadata, from the files under ``sources``.
+def verify(file: Path, sources: Path | None = None) -> Verification:
+    """Compute the digest of the data of ``file``, and compare it with the one in its metadata; recompute the average
+    that these describe, and the metadata, from the files under ``sources``.
 
     Args:
         file: an output; for a sharded output its index.
-        sources: directory of the source checkpoints.
+        sources: directory of the source checkpoints. None is the working directory, and if the first source is not
+            there, or the file is no average but a posterior, only its data are checked.
     Raises:
-        InputError: if ``file`` is not an output of ckptavg, a source is missing or has another SHA-256, the metadata
+        InputError: if ``file`` is not an output of ckptavg, a source is missing or has another digest, the metadata
             are not those of the average of the sources, or no tensor could be compared.
     """
     with ExitStack() as stack:
         output = stack.enter_context(closing(open_reader(file)))
-        record = recorded_provenance.read(output)
+        data = check_data(output)
+        try:
+            record = recorded_provenance.read(output)
+        except NotAnAverageError as error:
+            if sources is not None or not data.digest:
+                raise
+            return Verification(path=file, data_digest=data.digest, damaged=data.damaged, not_compared=error.reason)
+        first = Path(record.sources[0].name)
+        if sources is None and data.digest and not any(places(first, Path())):
+            reason = f"{first} is not under the working directory (--sources DIR)"
+            return Verification(path=file, data_digest=data.digest, damaged=data.damaged, not_compared=reason)
         recomputed = record.entries["recomputed"]
         checkpoints: list[Checkpoint] = []
         for source in record.sources:
-            checkpoints.append(_locate(source, sources, file))
+            checkpoints.append(locate(source, sources or Path(), file))
             stack.callback(checkpoints[-1].reader.close)
         try:
-            checkpoints = _with_steps(record.sources, checkpoints)
+            checkpoints = with_steps(record.sources, checkpoints)
             plan = _plan(record, checkpoints, file)
             check_recomputed(recomputed, checkpoints[0].tensors, file)
-            _check_metadata(record, output, checkpoints, plan)
+            _check_metadata(record, output, checkpoints, plan, data.digest)
             _, stored, _ = model_tensors(output, None)
             expected, actual = ({name: t.in_file for name, t in ts.items()} for ts in (plan.specs, stored))
             if actual != expected:
@@ -94,7 +117,8 @@ def verify(file: Path, sources: Path) -> Verification:
         raise InputError("no tensor could be compared with its sources", path=file)
     agree = plan.specs.keys() - differ - set(recomputed)
     return Verification(
-        path=file, agree=sorted(agree), differ=sorted(differ - set(recomputed)), unchecked=sorted(recomputed),
+        path=file, data_digest=data.digest, damaged=data.damaged, agree=sorted(agree),
+        differ=sorted(differ - set(recomputed)), unchecked=sorted(recomputed),
         without_digest=record.without_digest, own_strategy=record.own_strategy,
     )  # fmt: skip
 
@@ -176,7 +200,7 @@ def _check_values(names: Collection[str], stored: Mapping[str, StoredTensor], ou
 
 
 def _check_metadata(
-    record: RecordedProvenance, output: Reader, checkpoints: Sequence[Checkpoint], plan: PlannedOutput
+    record: RecordedProvenance, output: Reader, checkpoints: Sequence[Checkpoint], plan: PlannedOutput, data_digest: str
 ) -> None:
     """Raise InputError naming the first entry that is not as the sources give it.
 
@@ -184,93 +208,19 @@ def _check_metadata(
     """
     entries = {**record.entries, "recomputed": sorted(record.entries["recomputed"]), "not_averaged": plan.not_averaged}
     entries |= {"derived": plan.derived} if "derived" in entries else {}
-    digest: Callable[[RegularFile], str] = sha256.sha256
-    if not any(value for source in record.sources for value in source.sha256.values()):
-        digest = lambda _: ""  # noqa: E731
-    rebuilt = provenance.metadata(checkpoints, record.coefficients, digest)
+    pairs = [(c.reader.named_files, s.digests) for c, s in zip(checkpoints, record.sources, strict=True)]
+    recorded = {file: digests[name] for files, digests in pairs for name, file in files.items()}
+    if any(recorded.values()) and not data_digest and record.schema > 1:
+        raise InputError(f"its metadata have digests of the sources, but no {data_digests.KEY}", path=output.path)
+
+    def rebuilt_digest(file: RegularFile) -> str:
+        return digest(file, algorithm_of(recorded[file]) or "blake3") if any(recorded.values()) else ""
+
+    rebuilt = provenance.metadata(checkpoints, record.coefficients, rebuilt_digest)
     names = ("groups", "schema", "sources")
     entries |= {name: value for name, value in strict_json(rebuilt.pop(provenance.KEY)).items() if name in names}
-    others: dict[str, Any] = {name: value for name, value in output.metadata.items() if name != provenance.KEY}
+    own = (provenance.KEY, data_digests.KEY)  # the latter was compared with the data
+    others: dict[str, Any] = {name: value for name, value in output.metadata.items() if name not in own}
     wrong = recorded_provenance.difference(dict(record.entries), entries)
     if wrong := wrong or recorded_provenance.difference(others, rebuilt, "other metadata"):
         raise InputError(f"its metadata differ from its sources: {wrong}", path=output.path)
-
-
-def _with_steps(sources: Sequence[Source], checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the checkpoints with their recorded steps.
-
-    Raises:
-        InputError: if they have no kind of step in common that gives these, or they are out of training order.
-    """
-    steps = [source.step for source in sources]
-    pairs = list(zip(checkpoints, steps, strict=True))
-    kinds = [kind for kind in checkpoints[0].steps if all(c.steps.get(kind) == step for c, step in pairs)]
-    in_order_given = not kinds and not set.intersection(*(set(checkpoint.steps) for checkpoint in checkpoints))
-    by_pattern = all(step in checkpoint.steps.values() for checkpoint, step in pairs)
-    if not kinds and not in_order_given and not by_pattern:
-        odd, step = next(((c, step) for c, step in pairs if step not in c.steps.values()), pairs[0])
-        actual = " or ".join(map(str, sorted(set(odd.steps.values())))) or "unknown"
-        raise InputError(f"its step is {actual}, but the metadata has {step}", path=odd.path)
-    for (_, before), (checkpoint, step) in pairwise(pairs):
-        if step < before or (in_order_given and step == before):
-            raise InputError(f"step {step} comes after {before}, out of training order", path=checkpoint.path)
-    if in_order_given and steps[0] < 1:
-        raise InputError(f"has no step, so it cannot be step {steps[0]}", path=checkpoints[0].path)
-    return [replace(checkpoint, step=step) for checkpoint, step in pairs]
-
-
-def _locate(source: Source, folder: Path, output: Path) -> Checkpoint:
-    """Open the checkpoint under ``folder`` that has the name, the files and the digests of ``source``."""
-    if not is_folder(folder):
-        raise InputError("no such directory", path=folder)
-    opened: list[Checkpoint] = []
-    failures: list[CkptavgError] = []
-    for place in sorted(_places(Path(source.name), folder), key=lambda place: place.weights):
-        try:
-            opened.append(_open(place, source))
-        except CkptavgError as error:
-            failures.append(error)
-        if opened and (all(source.sha256.values()) or len(opened) > 1):
-            break
-    if len(opened) == 1:
-        return opened[0]
-    for checkpoint in opened:
-        checkpoint.reader.close()
-    if opened:
-        what = f"without digests it cannot be told from {opened[1].path}, which has the name of the same source"
-        raise InputError(what, path=opened[0].path, hint="pass a directory that holds only one of them with --sources")
-    if failures:
-        raise failures[0]
-    hint = "pass the directory of the sources with --sources"
-    raise InputError(f"no source {source.name} under {folder}", path=output, hint=hint)
-
-
-def _places(name: Path, folder: Path) -> Iterator[CheckpointPath]:
-    """Yield the paths under ``folder`` that end in ``name``, which may begin with the last parts of ``folder``."""
-    own = folder.resolve().parts
-    roots = [folder.joinpath(*name.parts[i:]) for i in range(1, len(name.parts)) if own[-i:] == name.parts[:i]]
-    roots += [Path(parent) / name for parent, *_ in os.walk(folder)]
-    for weights in filter(os.path.lexists, roots):
-        depth = len(name.parts) - 1
-        path = weights.parent if depth and not is_folder(weights) else weights
-        yield CheckpointPath(
-            path=path, weights=weights, name=str(name), order=0, explicit=True,
-            folder=weights.parents[depth - 1] if depth else None,
-        )  # fmt: skip
-
-
-def _open(place: CheckpointPath, source: Source) -> Checkpoint:
-    checkpoint = open_checkpoint(place, source.key, allow_nonfinite=True)
-    try:
-        files = checkpoint.reader.named_files
-        if odd := sorted(files.keys() ^ source.sha256.keys()):
-            what = "is not a file of the checkpoint" if odd[0] in source.sha256 else "has no digest in the metadata"
-            raise InputError(f"its file {odd[0]} {what}", path=place.path)
-        for name, file in files.items():
-            if source.sha256[name] and sha256.sha256(file) != source.sha256[name]:
-                what = "is not the file the average was made from: its SHA-256 differs"
-                raise InputError(what, path=file.path)
-    except BaseException:
-        checkpoint.reader.close()
-        raise
-    return checkpoint

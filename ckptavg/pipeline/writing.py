@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ckptavg.average import PlannedOutput, plan_output
+from ckptavg.checkpoints import checksums
 from ckptavg.checkpoints.checkpoint import Checkpoint
-from ckptavg.checkpoints.checksums import agreed
 from ckptavg.checkpoints.derived import SPECTRAL_NORM
 from ckptavg.checkpoints.dtypes import dtype_names
 from ckptavg.coefficients import Coefficients
 from ckptavg.filesystem.atomic import flush_folder
-from ckptavg.filesystem.sha256 import hash_while_reading
+from ckptavg.filesystem.digest import PLACEHOLDER, Algorithm, hash_while_reading
+from ckptavg.filesystem.regular_file import RegularFile
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.options import Options
 from ckptavg.output import hugging_face_folder, loader_files, provenance
@@ -81,9 +82,8 @@ def write_output(
         **({"derived": plan.derived} if plan.derived else {}),
         **({"runs": [c.run for c in selected]} if isinstance(strategy, PlainAverage) and strategy.by_run else {}),
     )  # fmt: skip
-    files = [file for checkpoint in selected for file in checkpoint.reader.files] if options.digests else []
-    files = files[workers.rank :: workers.world_size]
-    placeholder = "0" * 64 if options.digests else ""
+    files = _hashed(selected, options)
+    placeholder = PLACEHOLDER if options.algorithm else ""
     scores: Mapping[Split, Score] = {}
     with (
         hugging_face_folder.created_folder(
@@ -102,24 +102,24 @@ def write_output(
             if draw is None:
                 scores = evaluator.score_output(coefficients, specs, out.read_into, exact_adapter)
         digests = ChainMap(*workers.gather({file.path: digest(file) for file in files}))
-        metadata = describe(lambda file: agreed(file, digests[file.path]) if options.digests else "")
+        metadata = describe(lambda file: checksums.agreed(file, digests[file.path]) if digests else "")
         for checkpoint in used:
             checkpoint.check_unchanged()
         if isinstance(out, DcpFolder):
             out.save(metadata)
 
-        def publish() -> tuple[list[str], str, int]:
+        def publish() -> tuple[list[str], dict[str, Any]]:
             if folder:
                 hugging_face_folder.check_tied(selected[-1], specs, out.read_into)
             with hugging_face_folder.copies(selected[-1], folder, dtype, plan.config, force=options.force) as copied:
                 out.publish(metadata)
                 this.record_output(out.published)
             flush_folder(out.path)
-            return copied, out.sha256, out.size
+            return copied, {"data_digest": out.data_digest, "sha256": out.sha256, "bytes": out.size}
 
-        copied, sha256, size = workers.broadcast(workers.on_rank_zero(publish)) or ([], "", 0)
+        copied, figures = workers.broadcast(workers.on_rank_zero(publish)) or ([], {"bytes": 0})
     output = Output(
-        path=out.path, sha256=sha256, bytes=size, dtype=dtype, not_averaged=plan.not_averaged, recomputed=recomputed,
+        path=out.path, **figures, dtype=dtype, not_averaged=plan.not_averaged, recomputed=recomputed,
         derived=plan.derived.get(SPECTRAL_NORM, ()),
         averaged_buffers=sorted(evaluator.averaged_buffers) if evaluator and len(selected) > 1 else (),
     )  # fmt: skip
@@ -134,6 +134,13 @@ def _not_finite(plan: PlannedOutput, workers: Workers) -> list[str]:
     shared = [name for name in names if name not in plan.not_averaged]
     reasons = (("equal in all candidates", shared), ("taken from the last selected candidate", kept))
     return [f"copied as it is, {reason} and not finite: {', '.join(same)}" for reason, same in reasons if same]
+
+
+def _hashed(selected: Sequence[Checkpoint], options: Options) -> dict[RegularFile, Algorithm]:
+    """Return the files of which this rank computes digests, with their algorithms."""
+    files, workers = [file for checkpoint in selected for file in checkpoint.reader.files], options.workers
+    own = files[workers.rank :: workers.world_size] if options.algorithm else ()
+    return {file: checksums.algorithm(file, options.algorithm or "blake3") for file in own}
 
 
 def _write_recomputed(
@@ -161,10 +168,10 @@ def _open_output(
     path: Path, specs: Mapping[str, StoredTensor], metadata: Mapping[str, str], options: Options, like: Checkpoint
 ) -> _File:
     """Open the output: a DCP directory, several files as its loader expects them, or one file."""
+    more: dict[str, Any] = {"force": options.force, "workers": options.workers, "digests": options.algorithm}
     if options.format == "dcp":
         key = like.key if like.reader.format == "dcp" else ""  # loads under the same key as the candidates
-        return DcpFolder(path, specs, metadata, key=key, force=options.force, workers=options.workers)
+        return DcpFolder(path, specs, metadata, key=key, **more)
     if folder := options.destination[1]:
-        shard = options.max_shard_size
-        return open_files(folder, like, specs, metadata, shard, force=options.force, workers=options.workers)
-    return SafetensorsFile(path, specs, metadata, force=options.force, workers=options.workers)
+        return open_files(folder, like, specs, metadata, options.max_shard_size, **more)
+    return SafetensorsFile(path, specs, metadata, **more)

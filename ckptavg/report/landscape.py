@@ -8,7 +8,8 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
 from ckptavg.errors import decimal, printable
-from ckptavg.report.result import Landscape, Mark, Plane
+from ckptavg.report.plane import Mark, Plane
+from ckptavg.report.result import Landscape
 
 _SHADES: Final = " ░▒▓█"
 _COLUMNS: Final = 78

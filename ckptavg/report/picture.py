@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from ckptavg.errors import decimal
 from ckptavg.report.landscape import data, interpolated, spaced
-from ckptavg.report.result import Plane
+from ckptavg.report.plane import Plane
 
 SUFFIXES: Final = (".png", ".svg", ".pdf")
 LISTED: Final = ".png, .svg or .pdf"

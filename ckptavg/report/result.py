@@ -12,6 +12,7 @@ from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.cost import Cost
 from ckptavg.errors import decimal
 from ckptavg.report.display import Report
+from ckptavg.report.plane import Plane
 from ckptavg.runtime import version
 from ckptavg.score import Score, Split
 
@@ -35,10 +36,22 @@ class CandidateResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """The written file."""
+    """The written file.
+
+    Attributes:
+        data_digest: digest of the tensors' bytes, which the file's own metadata record: of the data section behind the
+            header; of several files, digest of the list of theirs; empty with ``--digests none``.
+        sha256: SHA-256 of the whole file, as sha256sum prints it; of shards, that of their index; empty unless it was
+            asked for with ``--digests sha256``.
+        not_averaged: tensors copied from the last selected candidate.
+        recomputed: BatchNorm statistics, computed from data.
+        derived: vectors of spectral norm, computed from the averaged weight.
+        averaged_buffers: floating-point buffers that differ between candidates and were averaged.
+    """
 
     path: Path
-    sha256: str
+    data_digest: str = ""
+    sha256: str = ""
     bytes: int
     dtype: str
     not_averaged: Sequence[str] = ()
@@ -195,51 +208,6 @@ class Comparison(Result):
     selected_by: Literal["held-out loss", "loss", "metric"] = "metric"
     reason: str = ""
     unfinished: Sequence[str] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mark:
-    """A point of a plane: a mixture that spans it, or a candidate's projection onto it.
-
-    Attributes:
-        name: the strategy of a mixture; the step of a candidate.
-        distance: distance ‖w − w′‖₂ of a candidate from its projection.
-        loss: loss of a mixture, on the examples of the plane; None for a candidate.
-    """
-
-    name: str
-    x: float
-    y: float
-    distance: float = 0.0
-    loss: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plane:
-    """Measured losses on the plane through three mixtures.
-
-    Attributes:
-        mixtures: the three: the first at the origin, the second at (x, 0).
-        candidates: the candidates, in training order.
-        x, y: coordinates of the measured points: distances ‖w − w′‖₂ along two orthogonal directions.
-        losses: a row per y, a column per x.
-        source: the task, whose loss it is.
-        split: the data of the losses.
-        examples: the number of examples that each point was measured on, ``of`` those of the split.
-        statistics: the split that BatchNorm's statistics were recomputed on, from about as many examples; None if the
-            model has none.
-    """
-
-    mixtures: Sequence[Mark]
-    candidates: Sequence[Mark]
-    x: Sequence[float]
-    y: Sequence[float]
-    losses: Sequence[Sequence[float]]
-    source: str
-    split: Split
-    examples: int
-    of: int
-    statistics: Split | None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

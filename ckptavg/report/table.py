@@ -241,7 +241,9 @@ def _notes(result: Result) -> Iterator[str]:
 
 def _file_notes(output: Output) -> Iterator[str]:
     path = printable(str(output.path))
-    yield f"wrote {path}: {output.bytes:,} bytes, {output.dtype}, sha256 {output.sha256[:16]}…"
+    digest = f"sha256:{output.sha256}" if output.sha256 else output.data_digest
+    shown = f", {digest[:23]}…" if digest else ""
+    yield f"wrote {path}: {output.bytes:,} bytes, {output.dtype}{shown}"
     if output.recomputed:
         yield f"recomputed from data: {_listing(output.recomputed)}"
     if output.derived:

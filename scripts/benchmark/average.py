@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-# averaging only: open, read, sum and write, without the start of Python, SHA-256 and fsync
+# averaging only: open, read, sum and write, without the start of Python, digests and fsync
 ITSELF = """
 import resource, sys, time
 from pathlib import Path
@@ -106,7 +106,7 @@ def commands(folder: Path, scratch: Path, options: argparse.Namespace) -> Mappin
         "import torch": shlex.join([sys.executable, "-c", "import torch"]),
         "ckptavg, averaging alone": python(ITSELF),
         "ckptavg swa": ours(folder),
-        "  --no-digests": ours(folder, "--no-digests"),
+        "  --digests none": ours(folder, "--digests", "none"),
         "  half the candidates": ours(folder, "--last", str(len(files) // 2)),
         "float32 running sum": python(RUNNING),
         "stack().mean()": python(STACK),

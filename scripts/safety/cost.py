@@ -1,9 +1,9 @@
-"""Cost of safety: averages with and without SHA-256, checksums, fsync and the checks for changed files.
+"""Cost of safety: averages with and without digests, checksums, fsync and the checks for changed files.
 
     cost.py --candidates 10 --megabytes 256 --rounds 5
 
 Rounds alternate; medians of wall-clock and CPU seconds are printed as JSON, with the memory that an average adds to
-its process's own, and the time to open files of 100,000 tensors. "Without" replaces, in this process, the SHA-256 of
+its process's own, and the time to open files of 100,000 tensors. "Without" replaces, in this process, the digests of
 sources and output, the CRC-32 of torch's records, fsync and `check_unchanged`; all other code is the same. ``--cold``
 evicts the candidates from the page cache before each average, as after a long training. On a shared machine, CPU time
 is the relevant figure.
@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import ckptavg  # noqa: E402
-from ckptavg.filesystem import regular_file, sha256  # noqa: E402
-from ckptavg.output import safetensors_file  # noqa: E402
+from ckptavg.filesystem import digest, regular_file  # noqa: E402
+from ckptavg.output import data_digest  # noqa: E402
 from ckptavg.readers import open_reader  # noqa: E402
 from ckptavg.readers.torch_zip import checked_records  # noqa: E402
 
@@ -47,9 +47,10 @@ def careless() -> Iterator[None]:
     """Disable the measured safety features."""
     with ExitStack() as stack:
         for owner, name, put in (
-            (sha256.Hash, "update", lambda self, offset, data: None),
-            (sha256.Hash, "hexdigest", lambda self: "0" * 64),
-            (safetensors_file, "_digest", lambda fd: "0" * 64),
+            (digest.Hash, "update", lambda self, offset, data: None),
+            (digest.Hash, "digest", lambda self: digest.PLACEHOLDER),
+            (data_digest.DataDigest, "update", lambda self, offset, data: None),
+            (data_digest.DataDigest, "finish", lambda self, fill: digest.PLACEHOLDER),
             (os, "fsync", lambda fd: None),
             (checked_records.CheckedRecord, "read_into", read_unchecked),
             (regular_file.RegularFile, "check_unchanged", lambda self: None),

@@ -161,7 +161,7 @@ def test_the_command_prints_one_line_on_stdout_and_the_report_on_stderr(digits: 
         "lawa-5",
         "single candidate",
         "passes over the validation data",
-        "sha256",
+        "blake3:",
     ):
         assert expected in done.stderr, expected
     assert "\x1b" not in done.stderr  # no colours and no progress bar without a terminal

@@ -68,7 +68,7 @@ def go(folder: Path, workers: Workers) -> None:
         mean = {name: sum(state[name].double() for state in states).div(3).float().tolist() for name in states[0]}  # pyright: ignore
         if workers.is_rank_zero:
             assert result.output is not None
-            report = {"found": found, "mean": mean, "sha256": result.output.sha256}
+            report = {"found": found, "mean": mean, "data_digest": result.output.data_digest}
             (folder / "found.json").write_text(json.dumps(report))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import pytest
 from conftest import Run
+from safetensors import safe_open
 
 from distributed.conftest import Torchrun
 
@@ -29,8 +29,10 @@ def test_the_average_of_what_1_2_and_4_ranks_saved_is_loaded_by_2(folder: Path):
 
 def test_a_file_of_the_same_average_has_the_hash_that_the_directory_was_given(run: Run, folder: Path, tmp_path: Path):
     assert run("swa", folder / "run").returncode == 0
-    digest = hashlib.sha256((tmp_path / "averaged.safetensors").read_bytes()).hexdigest()
-    assert digest == json.loads((folder / "found.json").read_text())["sha256"]
+    with safe_open(tmp_path / "averaged.safetensors", "pt") as stored:
+        digest = stored.metadata()["ckptavg.data_digest"]
+    assert digest == json.loads((folder / "found.json").read_text())["data_digest"]
+    assert json.loads((folder / "averaged" / "ckptavg.json").read_text())["ckptavg.data_digest"] == digest
 
 
 def test_the_directory_can_be_verified_and_is_no_candidate(run: Run, folder: Path, tmp_path: Path):

@@ -42,7 +42,7 @@ def test_two_workers_give_the_files_and_the_figures_of_one(
         files.append({str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")})
     one, two = reports
     assert len(files[0]) >= 4 and files[0] == files[1]
-    assert [draw["sha256"] for draw in one["draws"]] == [draw["sha256"] for draw in two["draws"]]
+    assert [draw["data_digest"] for draw in one["draws"]] == [draw["data_digest"] for draw in two["draws"]]
     assert one["gaussian"] == two["gaussian"]
     assert one["spread"] == pytest.approx(two["spread"], rel=1e-12)
     assert one["predictions"].keys() == two["predictions"].keys()

@@ -168,13 +168,13 @@ def with_contents(folder: Path, output: Path, work: Callable[[Journal, tuple[Che
     """Run with these contents of the candidates' files, and one measurement."""
     with discover([folder]) as found, Journal(output) as journal:
         journal.begin({"run": 1})
-        with source_digests.recording_digests(journal, found.checkpoints):
+        with source_digests.recording_digests(journal, found.checkpoints, "blake3"):
             work(journal, found.checkpoints)
 
 
 def hashed(journal: Journal, checkpoints: tuple[Checkpoint, ...]) -> None:
     """Wait until all files are hashed."""
-    while not all((journal.get(f"file {i} 0") or {}).get("sha256") for i in range(len(checkpoints))):
+    while not all((journal.get(f"file {i} 0") or {}).get("digest") for i in range(len(checkpoints))):
         time.sleep(0.01)
     journal.put("measured", 1)
 
@@ -186,7 +186,7 @@ def test_copies_of_the_candidates_are_accepted(copied: Path, ckpts: Path, tmp_pa
 
     def known(journal: Journal, checkpoints: tuple[Checkpoint, ...]) -> None:
         assert journal.get("measured") == 1
-        assert all(file.sha256 for one in checkpoints for file in one.reader.files)
+        assert all(file.digests["blake3"] for one in checkpoints for file in one.reader.files)
 
     with_contents(copied, tmp_path / "out", known)
 
@@ -202,22 +202,22 @@ def test_other_bytes_of_the_same_size_and_time_are_refused(copied: Path, tmp_pat
         journal.begin({"run": 1})
         with (
             RegularFile(path) as file,
-            pytest.raises(OutputExistsError, match=r"a different run: step-3\.pt: SHA-256 \w{16}…, not"),
+            pytest.raises(OutputExistsError, match=r"a different run: step-3\.pt: BLAKE3 \w{16}…, not \w{16}…"),
         ):
-            source_digests._verify(journal, "file 2 0", file)
+            source_digests._verify(journal, "file 2 0", file, "blake3")
 
 
 def test_a_file_that_was_copied_before_its_contents_were_known_is_refused(copied: Path, tmp_path: Path):
     def early(journal: Journal, checkpoints: tuple[Checkpoint, ...]) -> None:
         hashed(journal, checkpoints)
         found = journal.get("file 2 0")
-        journal.put("file 2 0", {**found, "sha256": None})  # as if the run had been killed before
+        journal.put("file 2 0", {**found, "digest": None})  # as if the run had been killed before
 
     with_contents(copied, tmp_path / "out", early)
     path = copied / "step-3.pt"
     path.write_bytes(path.read_bytes())
     with pytest.raises(
-        OutputExistsError, match=r"step-3\.pt: the file was replaced or copied before its SHA-256 was recorded"
+        OutputExistsError, match=r"step-3\.pt: the file was replaced or copied before its digest was recorded"
     ):
         with_contents(copied, tmp_path / "out", lambda *_: None)
 

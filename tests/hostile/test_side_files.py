@@ -77,7 +77,7 @@ def test_metadata_of_an_output_is_not_trusted(output: Path, tally: dict[str, int
         ({"sources": []}, "is damaged"), ({"sources": 5}, "is damaged"), ({"sources": None}, "is damaged"),
         ({"groups": [["x"]]}, "groups must be one for all tensors"), ({"groups": []}, "is damaged"),
         ({"dtype": "int8"}, "is damaged"), ({"dtype": "complex64"}, "is damaged"), ({"adapter": "x"}, "is damaged"),
-        ({"rank": 0}, "is damaged"), ({"schema": 2}, "of another version"), ({"recomputed": [1]}, "is damaged"),
+        ({"rank": 0}, "is damaged"), ({"schema": 3}, "of another version"), ({"recomputed": [1]}, "is damaged"),
     ],
     ids=str,
 )  # fmt: skip
@@ -96,7 +96,7 @@ def test_a_source_is_no_path(output: Path) -> None:
         metadata = stored.metadata()
     record = json.loads(metadata["ckptavg"])
     for name, part in (("../s-1.safetensors", "../ckpts/s-1.safetensors"), ("/", "x"), ("..", "x"), ("", "x")):
-        source = {**record["sources"][0], "name": name, "sha256": {part: "0" * 64}}
+        source = {**record["sources"][0], "name": name, "digests": {part: f"sha256:{'0' * 64}"}}
         text = json.dumps({**record, "sources": [source]})
         save_file(load_file(output), output, {**metadata, "ckptavg": text})
         with pytest.raises(InputError, match="is damaged"):

@@ -163,7 +163,7 @@ def line_of(record: object) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-@pytest.mark.parametrize("header", [{"schema": 1}, {}, [1], "run"])
+@pytest.mark.parametrize("header", [{"schema": 1}, {"schema": 3}, {}, [1], "run"])
 def test_a_journal_of_another_version_is_refused(tmp_path: Path, header: object):
     (tmp_path / "out.ckptavg").mkdir()
     path = tmp_path / "out.ckptavg" / "journal.jsonl"
@@ -226,7 +226,7 @@ def test_records_are_compact_lines_with_checksums(tmp_path: Path):
         journal.begin({"run": "ä"})
         journal.put_all({})
         journal.put_all({"a": [1, {"b": None}], "c": 2.5})
-    texts = [b'{"schema":3,"run":"\\u00e4"}', b'{"key":"a","value":[1,{"b":null}]}', b'{"key":"c","value":2.5}']
+    texts = [b'{"schema":4,"run":"\\u00e4"}', b'{"key":"a","value":[1,{"b":null}]}', b'{"key":"c","value":2.5}']
     content = (tmp_path / "out.ckptavg" / "journal.jsonl").read_bytes()
     assert content == b"".join(b"%08x %s\n" % (zlib.crc32(text), text) for text in texts)
 
@@ -246,7 +246,7 @@ def test_a_journal_without_measurements_is_started_over(tmp_path: Path):
     (tmp_path / "out.ckptavg" / "journal.jsonl").write_bytes(content)
     with Journal(tmp_path / "out") as journal:
         journal.begin({"run": 2})
-        assert (journal.folder / "journal.jsonl").read_bytes() == line_of({"schema": 3, "run": 2})
+        assert (journal.folder / "journal.jsonl").read_bytes() == line_of({"schema": 4, "run": 2})
 
 
 def test_a_journal_that_was_dropped_does_not_drop_that_of_the_next_run(tmp_path: Path):

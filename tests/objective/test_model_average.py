@@ -214,7 +214,7 @@ def test_the_draws_that_are_written_have_the_scale_that_was_chosen(run: Run, job
     chosen = json.loads(run(*words(jobs["mlp"], path, "--scale", "auto", "-o", "a/", *options)).stdout)
     scale = chosen["gaussian"]["scale"]
     given = json.loads(run(*words(jobs["mlp"], path, "--scale", scale, "-o", "b/", *options)).stdout)
-    assert [draw["sha256"] for draw in chosen["draws"]] == [draw["sha256"] for draw in given["draws"]]
+    assert [draw["data_digest"] for draw in chosen["draws"]] == [draw["data_digest"] for draw in given["draws"]]
 
 
 def test_a_loss_of_a_batch_is_a_note_and_the_files_are_written(run: Run, jobs: dict[str, Job], tmp_path: Path):

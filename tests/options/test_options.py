@@ -41,7 +41,7 @@ FREE: dict[str, list[Any]] = {
     "include": ["*"], "exclude": ["zzz"], "start": [0], "stop": [99],
     "window": [99], "every": [1], "output": ["elsewhere"], "force": [], "never_worse": [], "max_shard_size": ["5GB"],
     "format": ["dcp"], "device": ["cpu"], "parallel": ["batches"], "skip_bad": [], "wait_stable": [0], "dry_run": [],
-    "resume": ["--no-resume"], "keep_journal": [], "baselines": ["--no-baselines"], "digests": ["--no-digests"],
+    "resume": ["--no-resume"], "keep_journal": [], "baselines": ["--no-baselines"], "digests": ["--digests", "none"],
     "worker_timeout": [5], "score_jobs": [2], "keep_failed": [],
 }  # fmt: skip
 REFUSED: dict[str, tuple[list[Any], str]] = {

@@ -25,10 +25,12 @@ from ckptavg.checkpoints.torch_dtypes import TORCH
 from ckptavg.errors import OutputError, OutputExistsError, UsageError
 from ckptavg.filesystem import atomic
 from ckptavg.filesystem.atomic import stale_temporaries, write_bytes
+from ckptavg.filesystem.digest import Algorithm, of_bytes
 from ckptavg.output import safetensors_file
+from ckptavg.output.data_digest import KEY
 from ckptavg.output.destination import preflight
 from ckptavg.output.loader_files import shards
-from ckptavg.output.safetensors_file import SafetensorsFile
+from ckptavg.output.safetensors_file import SafetensorsFile, file_order
 from ckptavg.output.sharded_files import ShardedFiles
 from ckptavg.readers import StoredTensor
 from ckptavg.runtime.workers import Workers
@@ -41,9 +43,10 @@ SPECS = {
 
 
 def produce(
-    path: Path, *, force: bool = False, specs: Mapping[str, StoredTensor] = SPECS, fill: int = 1
-) -> SafetensorsFile:
-    with SafetensorsFile(path, specs, {"format": "pt"}, force=force) as out:
+    path: Path, *, force: bool = False, specs: Mapping[str, StoredTensor] = SPECS, fill: int = 1,
+    digests: Algorithm | None = "blake3",
+) -> SafetensorsFile:  # fmt: skip
+    with SafetensorsFile(path, specs, {"format": "pt"}, force=force, digests=digests) as out:
         for name, spec in specs.items():
             data = bytes([fill]) * spec.nbytes
             out.write(name, spec.nbytes // 2, data[spec.nbytes // 2 :])
@@ -61,22 +64,51 @@ def test_the_file_loads_and_its_header_has_dtype_shape_and_metadata(tmp_path: Pa
     }
     assert all(set(t.flatten().view(torch.uint8).tolist()) == {1} for t in loaded.values())
     with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {"format": "pt", KEY: out.data_digest}
     assert out.size == path.stat().st_size and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_digest_is_that_of_the_file(tmp_path: Path):
-    out = produce(tmp_path / "x.safetensors")
-    assert out.sha256 == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
+def data_of(path: Path) -> bytes:
+    content = path.read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+@pytest.mark.parametrize("algorithm", ["blake3", "sha256"])
+def test_the_digest_is_that_of_the_data_and_with_sha256_there_is_one_of_the_file(tmp_path: Path, algorithm: Algorithm):
+    out = produce(tmp_path / "x", digests=algorithm)
+    assert out.data_digest == of_bytes(data_of(tmp_path / "x"), algorithm)
+    whole = hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
+    assert out.sha256 == (whole if algorithm == "sha256" else "")
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", KEY: out.data_digest}
+
+
+def test_without_digests_there_is_no_entry_and_no_byte_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(safetensors_file.os, "preadv", failing(errno.EIO))
+    out = produce(tmp_path / "x", digests=None)
+    assert (out.data_digest, out.sha256) == ("", "")
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_bytes_that_arrive_in_order_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(safetensors_file.os, "preadv", failing(errno.EIO))
+    with SafetensorsFile(tmp_path / "x", SPECS, {}, digests="blake3") as out:
+        for name in file_order(SPECS):
+            half = SPECS[name].nbytes // 2
+            out.write(name, 0, b"\1" * half)
+            out.write(name, half, b"\1" * (SPECS[name].nbytes - half))
+        out.commit()
+    assert out.data_digest == of_bytes(b"\1" * 42, "blake3")
 
 
 def test_publish_replaces_the_metadata_by_others_of_the_same_length(tmp_path: Path):
     metadata, final = {"digest": "0" * 4}, {"digest": "beef"}
     with SafetensorsFile(tmp_path / "x", {}, metadata) as out:
-        sha256 = out.finalize(final)
+        out.finalize(final)
         out.publish(final)
     with safe_open(tmp_path / "x", framework="pt") as file:
-        assert file.metadata() == final and out.sha256 == sha256
+        assert file.metadata() == final
     for act in (SafetensorsFile.publish, SafetensorsFile.finalize):
         with pytest.raises(AssertionError, match="length"), SafetensorsFile(tmp_path / "y", {}, metadata) as out:
             act(out, {"digest": "beef or pork"})
@@ -94,7 +126,7 @@ def test_what_the_caller_does_with_its_metadata_afterwards_changes_no_file(tmp_p
 
 def test_bytes_do_not_depend_on_the_order_of_names(tmp_path: Path):
     first, second = tmp_path / "1", tmp_path / "2"
-    assert produce(first).sha256 == produce(second, specs=dict(reversed(SPECS.items()))).sha256
+    assert produce(first).data_digest == produce(second, specs=dict(reversed(SPECS.items()))).data_digest
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -333,7 +365,7 @@ def test_a_range_outside_its_tensor_is_an_assertion_error(tmp_path: Path):
 def test_a_file_that_was_truncated_or_cannot_be_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool
 ):
-    with SafetensorsFile(tmp_path / "x", SPECS, {}) as out:
+    with SafetensorsFile(tmp_path / "x", SPECS, {}, digests="blake3") as out:
         for name, spec in SPECS.items():
             out.write(name, 0, bytes(spec.nbytes))
         (temporary,) = tmp_path.iterdir()
@@ -350,12 +382,14 @@ def test_a_file_that_was_truncated_or_cannot_be_read_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_can_be_finalized_without_publishing(tmp_path: Path):
-    whole = produce(tmp_path / "whole")
-    with SafetensorsFile(tmp_path / "x", SPECS, {"format": "pt"}) as out:
+@pytest.mark.parametrize("algorithm", ["blake3", "sha256"])
+def test_a_file_can_be_finalized_without_publishing(tmp_path: Path, algorithm: Algorithm):
+    whole = produce(tmp_path / "whole", digests=algorithm)
+    with SafetensorsFile(tmp_path / "x", SPECS, {"format": "pt"}, digests=algorithm) as out:
         for name, spec in SPECS.items():
             out.write(name, 0, b"\1" * spec.nbytes)
-        assert out.finalize() == whole.sha256
+        out.finalize()
+        assert (out.data_digest, out.sha256) == (whole.data_digest, whole.sha256)
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
@@ -399,12 +433,12 @@ def test_without_links_an_existing_name_is_still_refused(tmp_path: Path, monkeyp
 
 
 def test_a_system_that_cannot_reserve_space_is_supported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    good = produce(tmp_path / "good").sha256
+    good = produce(tmp_path / "good").data_digest
     for code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
         monkeypatch.setattr(safetensors_file.os, "posix_fallocate", failing(code))
-        assert produce(tmp_path / str(code)).sha256 == good
+        assert produce(tmp_path / str(code)).data_digest == good
     monkeypatch.delattr(safetensors_file.os, "posix_fallocate")  # macOS
-    assert produce(tmp_path / "none").sha256 == good
+    assert produce(tmp_path / "none").data_digest == good
 
 
 def test_a_directory_without_write_permission_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -477,12 +511,24 @@ def test_loaders_accept_shards_and_their_index(tmp_path: Path):
     text = (tmp_path / INDEX).read_text()
     wanted = {"metadata": {"total_size": 1800}, "weight_map": dict(zip("cab", names, strict=True))}
     assert text == json.dumps(wanted, indent=2, sort_keys=True)
-    assert out.sha256 == hashlib.sha256(text.encode()).hexdigest() and out.path == tmp_path / INDEX
+    assert out.path == tmp_path / INDEX
     assert out.size == sum(path.stat().st_size for path in tmp_path.iterdir())
     for number, (tensor, name) in enumerate(wanted["weight_map"].items(), 1):
         assert load_file(tmp_path / name)[tensor].tolist() == [number] * 600
         with safe_open(tmp_path / name, framework="pt") as file:
             assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("algorithm", ["blake3", "sha256"])
+def test_each_shard_has_the_digest_of_its_own_data(tmp_path: Path, algorithm: Algorithm):
+    out, lines = sharded(tmp_path, digests=algorithm), list[str]()
+    for path in sorted(tmp_path.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"format": "pt", KEY: of_bytes(data_of(path), algorithm)}
+            lines.append(f"{file.metadata()[KEY]}  {path.name}\n")
+    assert len(lines) == 3 and out.data_digest == of_bytes("".join(lines).encode(), algorithm)
+    index = hashlib.sha256((tmp_path / INDEX).read_bytes()).hexdigest()
+    assert out.sha256 == (index if algorithm == "sha256" else "")
 
 
 def test_existing_shards_are_replaced_only_with_force(tmp_path: Path):
@@ -502,7 +548,7 @@ def test_existing_shards_are_replaced_only_with_force(tmp_path: Path):
 
 def test_unpublished_shards_leave_no_files(tmp_path: Path):
     with ShardedFiles(tmp_path, BIG, {}, shards(BIG, "1KB")) as out:
-        assert out.sha256 == "" and len(list(tmp_path.iterdir())) == 3
+        assert out.data_digest == "" and len(list(tmp_path.iterdir())) == 3
         out.barrier()
     assert not list(tmp_path.iterdir())
 

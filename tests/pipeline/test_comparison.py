@@ -93,7 +93,7 @@ def test_table_and_json_report_every_strategy(digits: Path, run: Run):
     assert [one["name"] for one in report["strategies"]] == ["last", *names.split(",")]
     # what is learned on training data has chosen on validation data if points of it were scored there
     assert [one["chose_on"] for one in report["strategies"]] == [None, None, None, "val", "val", "train"]
-    assert report["winner"] in names and report["output"]["sha256"] and report["holdout"] is None
+    assert report["winner"] in names and report["output"]["data_digest"] and report["holdout"] is None
     over = report["strategies"][1]["over_last"]["test"]
     assert over["low"] <= over["value"] <= over["high"] and over["units"] == 400
     flat = " ".join(done.stderr.split())
@@ -210,7 +210,7 @@ def test_a_default_strategy_in_which_the_task_fails_is_left_out_and_named_with_t
     done = run("compare", digits, "--task", once, "--last", 3, "--json")
     assert done.returncode == 0, done.stderr
     report, failing = json.loads(done.stdout), "twa:solver=quadratic"
-    assert report["unfinished"] == [failing] and report["winner"] != failing and report["output"]["sha256"]
+    assert report["unfinished"] == [failing] and report["winner"] != failing and report["output"]["data_digest"]
     (reason,) = [text for text in report["warnings"] if text.startswith(f"{failing} failed and was left out: ")]
     assert f"{once}: no " in reason and "once_differentiable" in reason and "\n" not in reason
     listed = ",".join(row["name"] for row in report["strategies"])

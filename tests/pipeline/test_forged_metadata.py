@@ -103,7 +103,7 @@ def renamed_source(name: str) -> Edit:
 
 
 def digest_of(file: str, digest: Any) -> Edit:
-    return at("sources", 0, "sha256", to={file: digest})
+    return at("sources", 0, "digests", to={file: digest})
 
 
 FORGED: dict[str, tuple[str, Edit, str]] = {
@@ -143,14 +143,27 @@ FORGED: dict[str, tuple[str, Edit, str]] = {
     "name empty": ("swa", renamed_source(""), "sources[0].name cannot be"),
     "name with NUL": ("swa", renamed_source("step-330.pt\0"), "sources[0].name cannot be"),
     "name a number": ("swa", at("sources", 0, "name", to=5), "sources[0].name cannot be 5"),
-    "one digest emptied": ("swa", digest_of("step-330.pt", ""), "sha256.step-330.pt is"),
-    "digest of another": ("swa", digest_of("step-330.pt", "0" * 64), "its SHA-256 differs"),
-    "digest in capitals": ("swa", digest_of("step-330.pt", "A" * 64), "sources[0].sha256 cannot be"),
-    "digest a number": ("swa", digest_of("step-330.pt", 5), "sources[0].sha256 cannot be"),
-    "no digests": ("swa", at("sources", 0, "sha256", to={}), "sources[0].sha256 cannot be"),
-    "digest of a path": ("swa", digest_of("../ckpts/step-330.pt", "0" * 64), "sources[0].sha256 cannot be"),
+    "one digest emptied": ("swa", digest_of("step-330.pt", ""), "digests.step-330.pt is"),
+    "digest of another": ("swa", digest_of("step-330.pt", f"blake3:{'0' * 64}"), "its BLAKE3 differs"),
+    "SHA-256 of another": ("swa", digest_of("step-330.pt", f"sha256:{'0' * 64}"), "its SHA-256 differs"),
+    "digest of another algorithm": (
+        "swa", lambda record, _: record["sources"][0]["digests"].update(
+            {"step-330.pt": record["sources"][0]["digests"]["step-330.pt"].replace("blake3", "sha256")}
+        ), "its SHA-256 differs",
+    ),
+    "digest in capitals": ("swa", digest_of("step-330.pt", f"blake3:{'A' * 64}"), "sources[0].digests cannot be"),
+    "digest of no algorithm": ("swa", digest_of("step-330.pt", "0" * 64), "sources[0].digests cannot be"),
+    "digest of an unknown algorithm": ("swa", digest_of("step-330.pt", f"md5:{'0' * 64}"), "digests cannot be"),
+    "digest too short": ("swa", digest_of("step-330.pt", "blake3:"), "sources[0].digests cannot be"),
+    "digest with a line break": ("swa", digest_of("step-330.pt", f"blake3:{'0' * 64}\n"), "digests cannot be"),
+    "digest a number": ("swa", digest_of("step-330.pt", 5), "sources[0].digests cannot be"),
+    "no digests": ("swa", at("sources", 0, "digests", to={}), "sources[0].digests cannot be"),
+    "digest of a path": ("swa", digest_of("../step-330.pt", f"blake3:{'0' * 64}"), "sources[0].digests cannot be"),
+    "digests of an old schema": ("swa", at("sources", 0, "sha256", to={}), "sources[0].sha256 is not a known entry"),
+    "an old schema": ("swa", at("schema", to=1), "sources[0].digests is not a known entry"),
+    "a schema to come": ("swa", at("schema", to=3), "of another version"),
     "digest of a file beside": (
-        "swa", lambda record, _: record["sources"][0]["sha256"].update(record["sources"][1]["sha256"]),
+        "swa", lambda record, _: record["sources"][0]["digests"].update(record["sources"][1]["digests"]),
         "its file step-345.pt is not a file of the checkpoint",
     ),
     "another key": ("swa", at("sources", 0, "key", to="optimizer"), "no model found at --key optimizer"),
@@ -251,7 +264,7 @@ def test_a_link_to_a_source_is_not_another_source(run: Run, outputs: Path, digit
     (tmp_path / "run" / "step-345.pt").symlink_to("step-330.pt")
 
     def edit(record: Any, state: State) -> None:
-        record["sources"][1]["sha256"] = {"step-345.pt": record["sources"][0]["sha256"]["step-330.pt"]}
+        record["sources"][1]["digests"] = {"step-345.pt": record["sources"][0]["digests"]["step-330.pt"]}
         record["sources"][1]["step"] = 330
 
     forge(outputs / "swa", tmp_path / "forged", edit)

@@ -95,7 +95,7 @@ def test_the_report_has_the_gaussian_the_spread_and_the_files(run: Run, ckpts: P
         assert (tmp_path / output["path"]).stat().st_size == output["bytes"]
     assert [output["path"] for output in found["draws"]] == [f"out/sample-{i}/model.safetensors" for i in (1, 2)]
     assert [row["coefficient"] for row in found["candidates"]] == [0.2] * 5
-    assert len({output["sha256"] for output in (*found["draws"], found["output"])}) == 3
+    assert len({output["data_digest"] for output in (*found["draws"], found["output"])}) == 3
 
 
 def test_a_few_deviations_are_called_few(run: Run, ckpts: Path):
@@ -114,7 +114,7 @@ def test_every_draw_is_reproduced_and_numbers_and_seeds_give_others(ckpts: Path,
         assert bytes_of == again.draws[i].path.read_bytes()
         assert data(again.draws[i].path) == data(more.draws[i].path)
     other = ckptavg.swag(ckpts, samples=1, seed=1, output=f"{tmp_path}/seed/")
-    assert len({draw.sha256 for draw in (*more.draws, *other.draws)}) == 13
+    assert len({draw.data_digest for draw in (*more.draws, *other.draws)}) == 13
 
 
 def test_shards_have_the_tensors_of_one_file(run: Run, ckpts: Path, drawn: Path, tmp_path: Path):
@@ -342,7 +342,7 @@ def test_the_python_function_gives_what_the_command_gives(run: Run, ckpts: Path,
     shown = report(run("swag", "ckpts", "-o", "out/", "--samples", 2, "--covariance", "sample", "--json"))
     found = ckptavg.swag(ckpts, samples=2, covariance="sample", output=f"{tmp_path}/python/")
     assert isinstance(found, PosteriorResult) and found.gaussian == shown["gaussian"]
-    assert [draw.sha256 for draw in found.draws] == [draw["sha256"] for draw in shown["draws"]]
+    assert [draw.data_digest for draw in found.draws] == [draw["data_digest"] for draw in shown["draws"]]
     assert found.spread == pytest.approx(shown["spread"])
     mistakes: list[tuple[dict[str, Any], str]] = [
         ({"deviation": 2}, "has no option 'deviation'"), ({"scale": "x"}, "--scale"), ({"adapter": "exact"}, "adapter"),

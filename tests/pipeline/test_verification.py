@@ -132,7 +132,7 @@ def test_a_strategy_of_ones_own_is_named_because_its_settings_are_not_checked(ru
 
 
 def test_absent_digests_are_reported(run: Run, digits: Path):
-    assert run("swa", digits, "--last", 3, "--no-digests").returncode == 0
+    assert run("swa", digits, "--last", 3, "--digests", "none").returncode == 0
     done = run("verify", "averaged.safetensors", "--sources", digits, "--json")
     assert "no digest of 3 sources" in done.stderr
     names = [f"step-{step}.pt" for step in (330, 345, 360)]
@@ -208,11 +208,11 @@ SOURCES: dict[str, Callable[[Path, Path], list[Path]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("digests", ["--digests", "--no-digests"])
+@pytest.mark.parametrize("digests", ["blake3", "none"])
 @pytest.mark.parametrize("kind", SOURCES)
 def test_sources_of_every_kind_are_found(run: Run, digits: Path, tmp_path: Path, kind: str, digests: str):
     paths = SOURCES[kind](digits, tmp_path / "run")
-    done = run("swa", *paths, "-o", "out", digests)
+    done = run("swa", *paths, "-o", "out", "--digests", digests)
     assert done.returncode == 0, done.stderr
     done = run("verify", "out", "--sources", paths[0] if kind == "one directory" else "run")
     assert done.returncode == 0, done.stderr
@@ -236,7 +236,7 @@ def test_a_copy_of_the_sources_elsewhere_is_found(run: Run, digits: Path, tmp_pa
 def test_a_hint_of_an_average_is_not_given(run: Run, digits: Path, tmp_path: Path):
     """A source cannot be left out of what was averaged."""
     shutil.copytree(digits, tmp_path / "run")
-    assert run("swa", "run", "--last", 2, "--no-digests").returncode == 0
+    assert run("swa", "run", "--last", 2, "--digests", "none").returncode == 0
     saved = torch.load(tmp_path / "run" / "step-360.pt")
     torch.save({**saved, "state_dict": {"w": torch.ones(2)}}, tmp_path / "run" / "step-360.pt")
     done = run("verify", "averaged.safetensors", "--sources", "run")
@@ -294,6 +294,6 @@ def test_the_kind_of_step_may_be_one_that_the_sources_alone_would_not_have(run: 
 
 def test_a_source_without_a_digest_that_lies_in_two_places_is_refused(run: Run, digits: Path, tmp_path: Path):
     _same_names(digits, tmp_path / "run")
-    assert run("last", "run/one", "-o", "out", "--no-digests").returncode == 0
+    assert run("last", "run/one", "-o", "out", "--digests", "none").returncode == 0
     done = run("verify", "out", "--sources", "run")
     assert done.returncode == 3 and "without digests it cannot be told from" in done.stderr, done.stderr

@@ -49,7 +49,7 @@ RESULT = Result(
     tables={"subsets": [{"loss": math.nan, "real": 1}]},
     trace={"loss": (1.0, math.nan)},
     warnings=("w",),
-    output=Output(path=Path("o"), sha256="ab", bytes=9, dtype="float32", not_averaged=["n"]),
+    output=Output(path=Path("o"), data_digest="blake3:ab", sha256="cd", bytes=9, dtype="float32", not_averaged=["n"]),
     next_steps={"load": "f", "verify": "v"},
 )
 RESULT_JSON = {
@@ -81,8 +81,8 @@ RESULT_JSON = {
     "tables": {"subsets": [{"loss": None, "real": 1}]},
     "trace": {"loss": [1.0, None]},
     "warnings": ["w"],
-    "output": {"path": "o", "sha256": "ab", "bytes": 9, "dtype": "float32", "not_averaged": ["n"], "recomputed": [],
-               "derived": [], "averaged_buffers": []},
+    "output": {"path": "o", "data_digest": "blake3:ab", "sha256": "cd", "bytes": 9, "dtype": "float32",
+               "not_averaged": ["n"], "recomputed": [], "derived": [], "averaged_buffers": []},
     "next_steps": {"load": "f", "verify": "v"},
 }  # fmt: skip
 

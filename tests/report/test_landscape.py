@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ckptavg.report import picture
 from ckptavg.report.landscape import _legend, _Map, data, interpolated, spaced  # pyright: ignore
-from ckptavg.report.result import Mark, Plane
+from ckptavg.report.plane import Mark, Plane
 
 
 def bowl(n: int = 5, candidates: int = 12) -> Plane:

@@ -462,7 +462,7 @@ def test_a_shared_forward_gives_the_same_file_at_one_pass_a_batch(
     monkeypatch.setenv("FORWARDS", "0")
     shared = averaged(tmp_path, digits, FORWARDS + SHARED, strategy, **settings)
     assert apart.output and shared.output and apart.cost and shared.cost
-    assert shared.output.sha256 == apart.output.sha256  # the same operations in the same order
+    assert shared.output.data_digest == apart.output.data_digest  # the same operations in the same order
     assert shared.scores["val"].figures == apart.scores["val"].figures
     forward_mode = 12 if "solver" in settings else 0  # counted as well, three batches along four candidates
     assert int(os.environ["FORWARDS"]) + forward_mode == shared.cost.forward_batches
@@ -496,7 +496,7 @@ def test_what_forward_changes_is_undone_and_its_batch_is_a_copy(tmp_path: Path, 
     )
     plain, changed = (averaged(tmp_path, digits, SHARED + code, "soup") for code in ("", changes))
     assert figures(plain) == figures(changed) and not [w for w in changed.warnings if "training mode" in w]
-    assert plain.output and changed.output and plain.output.sha256 == changed.output.sha256
+    assert plain.output and changed.output and plain.output.data_digest == changed.output.data_digest
 
 
 def test_a_torchmetric_gets_the_result_of_forward(tmp_path: Path, digits: Path):
@@ -518,6 +518,6 @@ def test_early_rejection_never_costs_more(tmp_path: Path, digits: Path, baseline
     assert (
         plain.output
         and early.output
-        and plain.output.sha256 != ""
+        and plain.output.data_digest != ""
         and early.candidates[0].coefficient == plain.candidates[0].coefficient
     )
