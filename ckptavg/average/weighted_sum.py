@@ -91,6 +91,28 @@ class _Run(NamedTuple):
     numel: int
     terms: Sequence[tuple[float, Checkpoint]]
     target: str
+    following: list[str] | None = None  # whole tensors that come next in all files, and belong to it
+
+    def follows(self, run: "_Run") -> bool:
+        """Return whether it begins where ``run`` ends, in every file, and has the same coefficients and dtypes."""
+        if self.start or self.target != run.target or self.target not in FLOATING or len(self.terms) != len(run.terms):
+            return False
+        for (c, source), (same, other) in zip(self.terms, run.terms, strict=True):
+            last, first = source.spec((run.following or [run.name])[-1]), source.spec(self.name)
+            if c != same or source is not other or not source.reader.flat or first.dtype != last.dtype:
+                return False
+            if (first.record, first.offset) != (last.record, last.offset + last.nbytes) or first.stride or last.stride:
+                return False
+        return True
+
+    def split(self, data: memoryview) -> Iterator[tuple["_Run", memoryview]]:
+        """Yield a run of each tensor, and its part of ``data``."""
+        size = ITEM_SIZE[self.target]
+        numel = self.numel - sum(self.terms[0][1].spec(name).numel for name in self.following or ())
+        yield self._replace(numel=numel, following=None), data[: numel * size]
+        for name in self.following or ():
+            data, numel = data[numel * size :], self.terms[0][1].spec(name).numel
+            yield self._replace(name=name, start=0, numel=numel, following=None), data[: numel * size]
 
 
 def weighted_average(
@@ -128,6 +150,7 @@ def weighted_average(
     """
     threads = threads or count()
     batches = _batches(checkpoints, coefficients, specs, only, chunk)
+    batches = batches if noise else map(_joined, batches)
     copied = set[str]() if copied is None else copied
     with ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[list[Part]]] = deque()
@@ -190,6 +213,19 @@ def _batches(
         yield batch
 
 
+def _joined(batch: Sequence[_Run]) -> list[_Run]:
+    """Return the batch with runs that follow one another in all files as one: a sum of few elements is all overhead."""
+    joined: list[_Run] = []
+    for run in batch:
+        if joined and run.follows(joined[-1]):
+            following = joined[-1].following or list[str]()
+            following.append(run.name)
+            joined[-1] = joined[-1]._replace(numel=joined[-1].numel + run.numel, following=following)
+        else:
+            joined.append(run)
+    return joined
+
+
 def _reproduces(terms: Sequence[tuple[float, Checkpoint]], dtype: str, target: str) -> bool:
     """Return whether one rounding of the sum of equal finite values gives these values, bit for bit."""
     widened = target in (dtype, "F32") and "F64" not in (dtype, target)
@@ -216,19 +252,28 @@ class _Sums:
         for run in batch:
             size = ITEM_SIZE[run.target]
             data, free = free[: run.numel * size], free[run.numel * 8 :]
-            source = run.terms[0][1]
-            added = None if self._noise is None else self._noise(run.name, run.start, run.numel)
-            whole = added is None and [c for c, _ in run.terms] == [1.0]
-            copied = whole and run.target == source.spec(run.name).dtype
-            if copied:
-                source.read_into(run.name, run.start, data)
-            if run.target in FLOATING:
-                if not copied:
-                    self._add(run, data, added)
-                if not is_finite(data, run.target, self._room):  # only then are candidates read again
-                    self._copy(run, data)
-            parts.append(Part(run.name, run.start * size, data))
+            self._fill(run, data)
+            parts += [Part(each.name, each.start * size, piece) for each, piece in run.split(data)]
         return parts
+
+    def _fill(self, run: _Run, data: memoryview) -> None:
+        """Average a run into ``data``."""
+        source = run.terms[0][1]
+        added = None if self._noise is None else self._noise(run.name, run.start, run.numel)
+        whole = added is None and [c for c, _ in run.terms] == [1.0]
+        copied = whole and run.target == source.spec(run.name).dtype
+        if copied:
+            source.read_into(run.name, run.start, data)
+        if run.target in FLOATING:
+            if not copied:
+                self._add(run, data, added)
+            if is_finite(data, run.target, self._room):
+                return
+            if run.following:
+                for each, piece in run.split(data):
+                    self._fill(each, piece)
+            else:
+                self._copy(run, data)  # only then are candidates read again
 
     def _copy(self, run: _Run, data: memoryview) -> None:
         """Copy a run that is not finite if it is kept or shared; raise its error if it is not allowed either."""

@@ -130,8 +130,8 @@ class Reader:
             objects of any other type are None.
         read_into: ``(tensor, start, out)`` fills ``out``, contiguous bytes, with the elements of ``tensor``, a leaf of
             `tree`, from index ``start`` on, in C order, little-endian; ``out`` is a multiple of the element size and
-            within the tensor. Raises InputError if the file is shorter than its header requires, or a checksum does
-            not match.
+            within the tensor, or, if `flat`, goes on in the tensors that follow it in the file. Raises InputError if
+            the file is shorter than its header requires, or a checksum does not match.
     """
 
     path: Path  # the file or directory that was opened
@@ -141,6 +141,7 @@ class Reader:
     read_into: Callable[[StoredTensor, int, memoryview], None]
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])  # safetensors' ``__metadata__``
     notes: tuple[str, ...] = ()  # remarks about the file for the user
+    flat: bool = False  # whether tensors without a stride are bytes of one file, from their offset on
 
     @property
     def named_files(self) -> Mapping[str, RegularFile]:
@@ -162,7 +163,9 @@ def flat_reader(
     def read_into(tensor: StoredTensor, start: int, out: memoryview) -> None:
         file.read_into(data + tensor.offset + start * ITEM_SIZE[tensor.dtype], out)
 
-    return Reader(path=file.path, format=format, tree=tree, files=(file,), read_into=read_into, metadata=metadata or {})
+    return Reader(
+        path=file.path, format=format, tree=tree, files=(file,), read_into=read_into, metadata=metadata or {}, flat=True
+    )  # fmt: skip
 
 
 def within(part: str, tensor: StoredTensor) -> StoredTensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -111,6 +112,21 @@ def test_small_tensors_share_a_chunk_and_keep_their_own_bytes(tmp_path: Path):
     states = [{f"w{i:02}": torch.full((i,), float(i + j)) for i in range(1, 20)} for j in (-1, 1)]
     result = averaged(stored(tmp_path, states), [0.5, 0.5], chunk=32)
     assert all(torch.equal(result[f"w{i:02}"], torch.full((i,), float(i))) for i in range(1, 20))
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("chunk", [1, 20, 1000])
+def test_tensors_that_lie_together_are_summed_as_one_and_judged_alone(tmp_path: Path, row: list[float], chunk: int):
+    """With a mask of −inf among them, a kept one and another dtype."""
+    states: list[dict[str, Tensor]] = []
+    for seed in range(3):
+        state = {f"w{i:02}": piece.clone() for i, piece in enumerate(awkward(torch.float32, seed).split(7))}
+        mask = torch.full((3,), -torch.inf)
+        states.append({**state, "w07": mask, "w20": torch.arange(4), "w30": state["w30"].half()})
+    together = keeping(stored(tmp_path, states), ["w11"])
+    alone = tuple(replace(each, reader=replace(each.reader, flat=False)) for each in together)
+    found, expected = averaged(together, row, chunk=chunk), averaged(alone, row, chunk=chunk)
+    assert all(torch.equal(found[name], expected[name]) for name in state)
 
 
 def test_equal_coefficients_do_not_overflow_float64(tmp_path: Path):
