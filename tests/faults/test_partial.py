@@ -18,6 +18,7 @@ from ckptavg.checkpoints.discover import discover
 from ckptavg.coefficients import Coefficients
 from ckptavg.context import Run
 from ckptavg.errors import OutputExistsError, TaskError
+from ckptavg.filesystem.digest import Algorithm, of_bytes
 from ckptavg.journal import Journal, source_digests
 from ckptavg.journal.tensor_json import decode, encode
 from ckptavg.objective.mixture import Mixture
@@ -164,11 +165,14 @@ def copied(ckpts: Path, tmp_path: Path) -> Path:
     return shutil.copytree(ckpts, tmp_path / "copied")
 
 
-def with_contents(folder: Path, output: Path, work: Callable[[Journal, tuple[Checkpoint, ...]], None]) -> None:
+def with_contents(
+    folder: Path, output: Path, work: Callable[[Journal, tuple[Checkpoint, ...]], None],
+    algorithm: Algorithm = "blake3",
+) -> None:  # fmt: skip
     """Run with these contents of the candidates' files, and one measurement."""
     with discover([folder]) as found, Journal(output) as journal:
         journal.begin({"run": 1})
-        with source_digests.recording_digests(journal, found.checkpoints, "blake3"):
+        with source_digests.recording_digests(journal, found.checkpoints, algorithm):
             work(journal, found.checkpoints)
 
 
@@ -204,6 +208,30 @@ def test_other_bytes_of_the_same_size_and_time_are_refused(copied: Path, tmp_pat
             RegularFile(path) as file,
             pytest.raises(OutputExistsError, match=r"a different run: step-3\.pt: BLAKE3 \w{16}…, not \w{16}…"),
         ):
+            source_digests._verify(journal, "file 2 0", file, "blake3")
+
+
+def test_a_run_that_goes_on_with_another_algorithm_compares_by_the_recorded_one(copied: Path, tmp_path: Path):
+    """It keeps the recorded digest until it has its own."""
+    with_contents(copied, tmp_path / "out", hashed)
+    shutil.copytree(copied, tmp_path / "again")
+    shutil.rmtree(copied)
+    (tmp_path / "again").rename(copied)
+    content = (copied / "step-3.pt").read_bytes()
+
+    def by_another(journal: Journal, checkpoints: tuple[Checkpoint, ...]) -> None:
+        deadline = time.monotonic() + 60
+        while not all(journal.get(f"file {i} 0")["digest"].startswith("sha256:") for i in range(len(checkpoints))):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert journal.get("file 2 0")["digest"] == of_bytes(content, "sha256")
+        assert all([*file.digests] == ["sha256"] for one in checkpoints for file in one.reader.files)
+
+    with_contents(copied, tmp_path / "out", by_another, "sha256")
+    (copied / "step-3.pt").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with RegularFile(copied / "step-3.pt") as file, Journal(tmp_path / "out") as journal:
+        journal.begin({"run": 1})
+        with pytest.raises(OutputExistsError, match=r"step-3\.pt: SHA-256 \w{16}…, not \w{16}…"):
             source_digests._verify(journal, "file 2 0", file, "blake3")
 
 
