@@ -1,23 +1,29 @@
-"""Time averaging against plain copies and other tools: python scripts/benchmark/average.py /tmp/llama
+"""Time an average beside plain copies and other tools: python scripts/benchmark/average.py build/benchmark reference
 
-The folder is the output of make_llama.py. Rounds are interleaved; the minimum of each figure is printed, with its ratio
-to `cat` of all inputs plus `cp` of one. CPU seconds are the more stable figure on a shared machine.
+Each case writes its checkpoints to the folder with make_llama.py and removes them. Commands run as whole processes, in
+alternating rounds. A figure is a median; a ratio is the median of those of the rounds. "disk" counts GB that were read
+from it, not from the page cache. `cp` and the peers do not flush what they write to the disk; ckptavg does.
 """
 
 import argparse
-import os
-import platform
 import shlex
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
+from processes import Runs, alternate, evict, measure, middle, ratio, target
+
+HERE = Path(__file__).resolve().parent
+COPY, IMPORT, ALONE, SWA = "cat all + cp one", "import torch", "averaging alone", "ckptavg swa"
+FLUSHED, NONE, SHA256 = "cat all + cp one + sync", "  --digests none", "  --digests sha256"
+WARM, COLD, LEFT = "warm", "cold", "partly cold"
+RUNNING, MODEL, TIMM, MERGEKIT = "float32 running sum", "torch AveragedModel", "timm's procedure", "mergekit linear"
 # averaging only: open, read, sum and write, without the start of Python, digests and fsync
-ITSELF = """
+CODE = {
+    IMPORT: "import torch",
+    ALONE: """
 import resource, sys, time
 from pathlib import Path
 from ckptavg.average.weighted_sum import output_specs, weighted_average
@@ -34,123 +40,179 @@ with SafetensorsFile(Path(sys.argv[2]), specs, {}, force=True) as out:
     for part in weighted_average(found, Coefficients.uniform(range(len(found)), len(found)), specs):
         out.write(*part)
     print(*(after - before for before, after in zip(start, used())))
-"""
-RUNNING = """
-import sys
-from pathlib import Path
+""",
+    RUNNING: """
 from safetensors.torch import load_file, save_file
-paths, total = sorted(Path(sys.argv[1]).rglob("*.safetensors")), {}
-for path in paths:
-    for name, w in load_file(path).items():
-        total[name] = total[name].add_(w) if name in total else w.float()
-save_file({name: (w / len(paths)).bfloat16() for name, w in total.items()}, sys.argv[2])
-"""
-STACK = """
-import sys, torch
-from pathlib import Path
+total = {}
+for folder in folders:
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, w in load_file(path).items():
+            total[name] = total[name].add_(w) if name in total else w.float()
+        dtype = w.dtype
+save_file({name: (w / len(folders)).to(dtype) for name, w in total.items()}, sys.argv[2])
+""",
+    MODEL: """
+import torch
 from safetensors.torch import load_file, save_file
-states = [load_file(path) for path in sorted(Path(sys.argv[1]).rglob("*.safetensors"))]
-save_file({n: torch.stack([s[n] for s in states]).float().mean(0).bfloat16() for n in states[0]}, sys.argv[2])
-"""
+from torch.optim.swa_utils import AveragedModel
+def states():
+    for folder in folders:
+        files = [load_file(path) for path in folder.glob("*.safetensors")]
+        yield {name.replace(".", "_"): w for file in files for name, w in file.items()}
+model = torch.nn.ParameterDict({name: torch.empty_like(w) for name, w in next(states()).items()})
+averaged = AveragedModel(model)
+for state in states():
+    model.load_state_dict(state)
+    averaged.update_parameters(model)
+save_file(averaged.module.state_dict(), sys.argv[2])
+""",
+    # as avg_checkpoints.py of timm's repository, which its package leaves out: float64 sums, written as float32
+    TIMM: """
+import torch
+from safetensors.torch import load_file, save_file
+total = {}
+for folder in folders:
+    for path in folder.glob("*.safetensors"):
+        for name, w in load_file(path).items():
+            total[name] = total[name] + w.to(torch.float64) if name in total else w.to(torch.float64)
+limits = torch.finfo(torch.float32)
+save_file({name: (w / len(folders)).clamp(limits.min, limits.max).float() for name, w in total.items()}, sys.argv[2])
+""",
+}
+FOLDERS = "import sys\nfrom pathlib import Path\nfolders = [p for p in Path(sys.argv[1]).iterdir() if p.is_dir()]\n"
 
 
-class Used(NamedTuple):
-    """Cost of one run: wall-clock seconds, CPU seconds and peak memory in megabytes."""
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Arguments of make_llama.py, and how often each command runs, as a share of the rounds; 0: once."""
 
-    seconds: float
-    processor: float
-    peak: float
-
-
-def measure(command: str) -> Used:
-    """Run ``command``; if it prints two numbers, they replace the measured seconds."""
-    start = time.perf_counter()
-    with subprocess.Popen(["/bin/bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
-        assert running.stdout
-        printed = running.stdout.read().split()
-        _, status, usage = os.wait4(running.pid, 0)
-        running.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - start
-    if running.returncode:
-        raise SystemExit(f"failed with {running.returncode}: {command}")
-    peak = usage.ru_maxrss / 1000
-    if len(printed) == 2:
-        return Used(float(printed[0]), float(printed[1]), peak)
-    return Used(seconds, usage.ru_utime + usage.ru_stime, peak)
+    make: str
+    rounds: Mapping[str, float]
+    cache: str = WARM
+    swa: Sequence[str] = ()  # further arguments
+    # name, greatest ratio of `ckptavg swa` to it (of `averaging alone` for `COPY` if warm)
+    ratios: Mapping[str, float] = field(default_factory=dict[str, float])
+    seconds: float | None = None
 
 
-def drop_cache(files: list[Path]) -> None:
-    """Evict files from the page cache, if the file system supports it."""
-    for path in files:
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+CASES: Mapping[str, Case] = {
+    "reference": Case(
+        make="--count 8 --layers 12",
+        rounds={**dict.fromkeys((COPY, IMPORT, ALONE, SWA, NONE, SHA256, RUNNING, MERGEKIT), 1), MODEL: 0.6, TIMM: 0.6},
+        ratios={RUNNING: 0.45, MERGEKIT: 0.3, COPY: 1.5},
+    ),
+    "cold": Case(
+        make="--count 8 --layers 12", rounds=dict.fromkeys((COPY, FLUSHED, SWA), 1), cache=COLD, ratios={COPY: 1.1}
+    ),
+    "large": Case(
+        make="--count 8 --layers 65", rounds={COPY: 0.6, SWA: 0.6, RUNNING: 0.6, MERGEKIT: 0},
+        ratios={RUNNING: 0.35, MERGEKIT: 0.2},
+    ),
+    # more than memory holds, so each command finds in the cache what the one before it left
+    "many": Case(make="--count 20 --layers 30", rounds=dict.fromkeys((COPY, SWA, RUNNING), 0.6), cache=LEFT),
+    "adapters": Case(
+        make="--count 10 --layers 15 --lora 16", rounds=dict.fromkeys((COPY, IMPORT, SWA, NONE, RUNNING), 1),
+        seconds=0.45,
+    ),
+    "sharded": Case(
+        make="--count 8 --layers 12 --shards 4", rounds=dict.fromkeys((COPY, SWA, RUNNING), 0.6),
+        swa=("--max-shard-size", "200MB"),
+    ),
+    "small-tensors": Case(make="--count 8 --tensors 100000", rounds=dict.fromkeys((COPY, SWA, RUNNING), 0.6)),
+}  # fmt: skip
 
 
-def commands(folder: Path, scratch: Path, options: argparse.Namespace) -> Mapping[str, str]:
+def commands(folder: Path, scratch: Path, case: Case, mergekit: Path) -> Mapping[str, str]:
     """Return the compared commands by the label they are printed under."""
-    mergekit, timm, half = options.mergekit, options.timm, options.half
-    files = sorted(folder.rglob("*.safetensors"))
-    inputs, out = " ".join(shlex.quote(str(path)) for path in files), scratch / "out.safetensors"
+    files = " ".join(shlex.quote(str(path)) for path in sorted(folder.rglob("*.safetensors")))
+    first, out = folder / "checkpoint-1", scratch / ("out/" if case.swa else "out.safetensors")
+    copied = f"cat {files} > /dev/null; cp -r {first} {scratch}/copy"
 
-    def python(code: str) -> str:
-        return shlex.join([sys.executable, "-c", code, str(folder), str(out)])
-
-    def ours(folder: Path, *more: str) -> str:
-        words = [sys.executable, "-m", "ckptavg", "swa", str(folder), "-o", str(out), "--force", *more]
+    def ours(*more: str) -> str:
+        path = f"{out}/" if case.swa else str(out)
+        words = [sys.executable, "-m", "ckptavg", "swa", str(folder), "-o", path, "--force", *case.swa, *more]
         return f"{shlex.join(words)} > /dev/null"
 
+    models = "".join(f"  - model: {path}\n    parameters: {{weight: 1.0}}\n" for path in sorted(folder.iterdir()))
+    (scratch / "linear.yml").write_text(f"merge_method: linear\ndtype: bfloat16\nmodels:\n{models}")
     found = {
-        "cat all + cp one": f"cat {inputs} > /dev/null; cp {shlex.quote(str(files[0]))} {scratch}/copy",
-        "import torch": shlex.join([sys.executable, "-c", "import torch"]),
-        "ckptavg, averaging alone": python(ITSELF),
-        "ckptavg swa": ours(folder),
-        "  --digests none": ours(folder, "--digests", "none"),
-        "  half the candidates": ours(folder, "--last", str(len(files) // 2)),
-        "float32 running sum": python(RUNNING),
-        "stack().mean()": python(STACK),
+        COPY: copied,
+        FLUSHED: f"{copied}; sync {scratch}/copy/*",
+        SWA: ours(),
+        NONE: ours("--digests", "none"),
+        SHA256: ours("--digests", "sha256"),
+        MERGEKIT: f"HF_HUB_OFFLINE=1 {mergekit} {scratch}/linear.yml {scratch}/mergekit > /dev/null",
     }
-    if half:
-        found["  half the model"] = ours(half)
-    if mergekit:
-        models = "".join(f"  - model: {path.parent}\n    parameters: {{weight: 1.0}}\n" for path in files)
-        (scratch / "linear.yml").write_text(f"merge_method: linear\ndtype: bfloat16\nmodels:\n{models}")
-        found["mergekit linear"] = f"HF_HUB_OFFLINE=1 {mergekit} {scratch}/linear.yml {scratch}/mergekit > /dev/null"
-    if timm:
-        found["timm avg_checkpoints"] = (
-            f"{timm} --input {folder} --filter '**/*.safetensors' --no-sort --safetensors "
-            f"--output {scratch}/timm.safetensors > /dev/null && rm {scratch}/timm*"
-        )
-    return found
+    for name, code in CODE.items():
+        result = str(scratch / "peer.safetensors")
+        found[name] = shlex.join([sys.executable, "-c", FOLDERS + code, str(folder), result])
+    return {name: found[name] for name in case.rounds if name != MERGEKIT or mergekit.exists()}
+
+
+def show(runs: Runs, gigabytes: float) -> None:
+    bases = {"x cat+cp": COPY, "x sum": RUNNING}
+    heads = "".join(f"{head:>9}" for head, base in bases.items() if base in runs)
+    print(f"{'':26} {'seconds':>8}{heads} {'CPU s':>8} {'CPU s/GB':>8} {'peak MB':>8} {'disk GB':>8} {'runs':>5}")
+    for name, taken in runs.items():
+        ratios = "".join(f"{ratio(runs, name, base):9.2f}" for base in bases.values() if base in runs)
+        used = middle(taken)
+        each = "" if name == IMPORT else f"{used.processor / gigabytes:.2f}"
+        print(f"{name:26} {used.seconds:8.2f}{ratios} {used.processor:8.2f} {each:>8} {used.peak:8.0f} "
+              f"{used.read:8.2f} {len(taken):5}")  # fmt: skip
+
+
+def targets(name: str, case: Case, runs: Runs, size: str) -> None:
+    where = size if case.cache == WARM else f"{size}, {case.cache}"
+    for base, most in case.ratios.items():
+        ours = ALONE if base == COPY and ALONE in runs else SWA
+        if base in runs:
+            target(f"{ours}, {where}, relative to {base}", ratio(runs, ours, base), most, "×")
+    if case.seconds is not None:
+        target(f"{SWA}, {where}", middle(runs[SWA]).seconds, case.seconds, "s")
+    if name in ("reference", "large", "many"):
+        target(f"{SWA}, {where}, peak memory", max(used.peak for used in runs[SWA]), 100, "MB", 0)
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--half", type=Path, help="as many candidates of half the size, to measure their memory")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml in its own environment")
-    parser.add_argument("--timm", help="command of timm's avg_checkpoints.py, such as 'python avg_checkpoints.py'")
+    """Print the table of one case, and its targets."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="for the checkpoints: up to 27 GB")
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--make", default="", help="further arguments of make_llama.py, such as --layers 1")
+    parser.add_argument(
+        "--mergekit", type=Path, help="mergekit-yaml in its own environment; FOLDER/peers/bin by default"
+    )
     options = parser.parse_args()
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": ?")
-    print(f"{model.split(': ')[1]}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()},")
-    print(f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')}, load {os.getloadavg()[0]:.1f}")
-    with tempfile.TemporaryDirectory(dir=options.folder.parent) as name:
-        table = commands(options.folder, Path(name), options)
-        runs: dict[str, list[Used]] = {what: [] for what in table}
-        for _ in range(options.rounds):
-            for what, command in table.items():
-                runs[what].append(measure(command))
-        for what in ("cat all + cp one", "ckptavg swa"):
-            drop_cache(sorted(options.folder.rglob("*.safetensors")))
-            runs[f"{what}, cold"] = [measure(table[what])]
-    base = min(used.seconds for used in runs["cat all + cp one"])
-    print(f"{'':26} {'seconds':>8} {'x cat+cp':>8} {'CPU s':>8} {'peak MB':>8}")
-    for what, taken in runs.items():
-        seconds, processor, peak = (min(column) for column in zip(*taken, strict=True))
-        print(f"{what:26} {seconds:8.2f} {seconds / base:8.1f} {processor:8.2f} {peak:8.0f}")
+    case: Case = CASES[options.case]
+    mergekit = options.mergekit or options.folder / "peers" / "bin" / "mergekit-yaml"
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder, scratch = Path(name).resolve() / "run", Path(name).resolve() / "scratch"
+        scratch.mkdir()
+        made = shlex.join([sys.executable, str(HERE / "make_llama.py"), str(folder)])
+        measure(f"{made} {case.make} {options.make}")
+        files = sorted(folder.rglob("*.safetensors"))
+        total = sum(path.stat().st_size for path in files) / 1e9
+        count = len(list(folder.iterdir()))
+        rounds = {name: max(1, round(share * options.rounds)) for name, share in case.rounds.items()}
+        warm = f"cat {shlex.join(map(str, files))} > /dev/null"
+        table = commands(folder, scratch, case, mergekit.absolute())
+
+        def before() -> None:
+            measure(f"rm -rf {scratch}/copy {scratch}/mergekit {scratch}/peer.safetensors")
+            if case.cache == COLD:
+                evict(files)
+            elif case.cache == WARM:
+                measure(warm)
+
+        runs = alternate(table, rounds, before)
+    each = total / count
+    size = f"{count} × {each:.2f} GB" if each > 0.1 else f"{count} × {1000 * each:.0f} MB"
+    print(f"{size}, {case.cache}")
+    show(runs, total)
+    if MERGEKIT in case.rounds and MERGEKIT not in table:
+        print(f"{MERGEKIT}: not installed")
+    targets(options.case, case, runs, size)
 
 
 if __name__ == "__main__":

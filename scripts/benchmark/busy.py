@@ -3,14 +3,13 @@
 `ckptavg sewa --k 5` runs on the demo's 24 checkpoints, as whole processes with a warm page cache, on an idle machine
 and beside processes that compute without pause. Each line is one wait policy of OpenMP's threads. Then the cost of each
 policy on the idle machine, per training step (forward and backward): for the demo's network, whose parallel regions
-take microseconds, and for the transformer of step.py. Rounds are interleaved; median, minimum and maximum are printed,
-and two ratios of medians: busy to idle, and idle to libgomp's default policy, which ckptavg used before. The machine
-should be idle otherwise: the load at the start is printed.
+take microseconds, and for the transformer of step.py. Rounds alternate; medians are printed, with two ratios: busy to
+idle, and idle to libgomp's default policy. The machine should be idle otherwise.
 """
 
 import argparse
 import os
-import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from processes import measure, target
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "demo"
@@ -61,13 +62,6 @@ def environment(policy: Mapping[str, str]) -> dict[str, str]:
     return {**known, **policy}
 
 
-def took(command: list[str], policy: Mapping[str, str], folder: Path) -> float:
-    """Return the seconds that a whole process takes."""
-    start = time.perf_counter()
-    subprocess.run(command, check=True, cwd=folder, env=environment(policy), stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
-
-
 def step_took(network: str, n: int, policy: Mapping[str, str]) -> float:
     """Return the milliseconds of one step of ``network``, measured over ``n`` steps in a new process."""
     command = [sys.executable, str(HERE / "busy.py"), "--network", network, "--steps", str(n)]
@@ -101,35 +95,37 @@ def step(network: str, n: int) -> float:
     return statistics.median(took[1:])  # the first step warms up
 
 
-def figures(found: list[float]) -> str:
-    return f"{statistics.median(found):8.2f} {min(found):8.2f} {max(found):8.2f}"
-
-
 def whole_runs(options: argparse.Namespace, policies: list[str], folder: Path) -> None:
-    command = [sys.executable, "-m", "ckptavg", "sewa", "ckpts", "--k", "5", "--force", "--quiet", "--task"]
-    command += [str(DEMO / "task.py"), *options.arguments.split()]
-    took(command, {}, folder)  # warms the page cache
-    idle: dict[str, list[float]] = {name: [] for name in policies}
-    busy: dict[str, list[float]] = {name: [] for name in policies}
+    words = [sys.executable, "-m", "ckptavg", "sewa", "ckpts", "--k", "5", "--force", "--quiet", "--task"]
+    command = shlex.join([*words, str(DEMO / "task.py"), *options.arguments.split()]) + " > /dev/null"
+    measure(command, environment({}), folder)  # warms the page cache
+    runs: dict[int, dict[str, list[float]]] = {n: {name: [] for name in policies} for n in (0, options.loops)}
     for _ in range(options.rounds):
-        for runs, n in ((idle, 0), (busy, options.loops)):
+        for n, taken in runs.items():
             with loops(n):
                 for name in policies:
-                    runs[name].append(took(command, POLICIES[name], folder))
-    heads = f"{'idle':>8} {'least':>8} {'greatest':>8} {'busy':>8} {'least':>8} {'greatest':>8}"
-    print(f"{'ckptavg sewa, seconds':28} {heads}  busy/idle  idle ratio")
+                    taken[name].append(measure(command, environment(POLICIES[name]), folder).seconds)
+    print(f"{' '.join(['ckptavg sewa', options.arguments]):36} idle, s   busy, s  busy/idle  idle ratio")
+    idle, busy = ({name: statistics.median(taken[name]) for name in policies} for taken in runs.values())
     for name in policies:
-        ratio = statistics.median(busy[name]) / statistics.median(idle[name])
-        cost = statistics.median(idle[name]) / statistics.median(idle[BEFORE])
-        print(f"  {name:26} {figures(idle[name])} {figures(busy[name])}  {ratio:9.1f}  {cost:7.3f}")
+        print(f"  {name:26} {idle[name]:15.2f} {busy[name]:9.2f}  {busy[name] / idle[name]:9.1f}  "
+              f"{idle[name] / idle[BEFORE]:10.3f}")  # fmt: skip
+    target(
+        f"`ckptavg sewa` beside {options.loops} busy processes, relative to an idle machine",
+        busy[OWN] / idle[OWN],
+        6,
+        "×",
+    )
+    target("… on an idle machine, relative to libgomp's own settings", idle[OWN] / idle[BEFORE], 1.03, "×", 3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--loops", type=int, default=4)
-    parser.add_argument("--policies", nargs="*", default=list(POLICIES), choices=list(POLICIES))
-    parser.add_argument("--arguments", default="", help="more arguments of `ckptavg sewa`")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--loops", type=int, default=4, help="busy processes")
+    few = ["OMP_WAIT_POLICY=PASSIVE", "OMP_NUM_THREADS=1"]
+    parser.add_argument("--policies", nargs="*", default=few, choices=list(POLICIES), help="beside the first two")
+    parser.add_argument("--arguments", default="--steps 25 --no-baselines", help="more arguments of `ckptavg sewa`")
     parser.add_argument("--networks", nargs="*", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--network", choices=list(STEPS), help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help="steps of each network")
@@ -138,21 +134,19 @@ def main() -> None:
         print(step(options.network, options.steps))
         return
     policies = list(dict.fromkeys([OWN, BEFORE, *options.policies]))
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; load "
-          f"{os.getloadavg()[0]:.1f}; {options.loops} busy processes, {options.rounds} rounds")  # fmt: skip
+    print(f"{options.loops} busy processes, {options.rounds} rounds")
     with tempfile.TemporaryDirectory() as name:
-        subprocess.run([sys.executable, str(DEMO / "train.py")], check=True, cwd=name)
+        measure(shlex.join([sys.executable, str(DEMO / "train.py")]), folder=Path(name))
         whole_runs(options, policies, Path(name))
     for network in options.networks:
         runs: dict[str, list[float]] = {name: [] for name in policies}
         for _ in range(options.rounds):
             for name in policies:
                 runs[name].append(step_took(network, options.steps or STEPS[network], POLICIES[name]))
-        print(f"a step of the {network}, idle, milliseconds")
+        print(f"{f'a step of the {network}':33} idle, ms{'':23}idle ratio")
         for name in policies:
-            ratio = statistics.median(runs[name]) / statistics.median(runs[BEFORE])
-            print(f"  {name:26} {figures(runs[name])}  {ratio:7.3f}")
-    print(f"load at the end {os.getloadavg()[0]:.1f}")
+            took = statistics.median(runs[name])
+            print(f"  {name:26} {took:15.2f} {'':9}  {'':9}  {took / statistics.median(runs[BEFORE]):10.3f}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ The minimum of each figure is printed. CPU seconds are the more stable figure on
 """
 
 import argparse
-import os
-import platform
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -148,8 +146,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     now = clock_of(device)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    print(f"{machine}, {torch.get_num_threads()} threads, {device}; load {os.getloadavg()[0]:.1f}")
+    print(f"{torch.get_num_threads()} threads, {device}")
     with tempfile.TemporaryDirectory() as large, tempfile.TemporaryDirectory() as small:
         write(Path(large), options.candidates)
         soups(Path(large), device, now, options.rounds)

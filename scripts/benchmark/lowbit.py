@@ -8,8 +8,6 @@ rounding error.
 """
 
 import argparse
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -80,8 +78,7 @@ def main() -> None:
     c_N = torch.full((n,), 1 / n, device=device)
     g_D = torch.randn(size, device=device)
     reference, held = of_authors(Authors(p_ND.to(device)), c_N, g_D, options.rounds)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    print(f"{machine}, {torch.get_num_threads()} threads, {device}; N = {n}, D = {size:,}")
+    print(f"{torch.get_num_threads()} threads, {device}; N = {n}, D = {size:,}")
     print("                 materialize  pullback   step ms  of authors'  bytes/element  with mean  rounding lost")
     print(f"authors' 4 bits  {'':11}  {'':8}  {reference:8.0f}  {1:10.2f}  {held:13.3f}")
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,7 @@
 Four tables, each figure beside the value that docs/scaling.md predicts: the bytes that a worker sends per step (counted
 by the kernel over all connections of the process), the time of scores, the time of an average, and the memory of a
 search with and without --shard. One thread per worker. The file is its own task file, a stack of linear layers. Times
-are the minimum of three; a busy machine affects them, not the bytes. glibc is set to return freed memory at once;
+are the minimum of two; a busy machine affects them, not the bytes. glibc is set to return freed memory at once;
 otherwise it retains about the size of a gathered model.
 """
 
@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import socket
 import struct
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from processes import target
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -179,15 +179,13 @@ def main() -> None:
 
 
 def report(folder: Path, *, quick: bool) -> None:
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, gloo on loopback, 1 thread a worker"
-    )
+    print("gloo on loopback, 1 thread a worker")
     print("\nbytes that each of two workers sends in a step, and the 8·(N + 2) that the numbers take")
     sizes = [Size(n, width, 4) for n in (4, 20, 80) for width in (16, 256)]
     for size, found in zip(sizes, measured(2, *(("traffic", size.place(folder)) for size in sizes)), strict=True):
         print(f"  N = {size.n:2}  D = {size.parameters:7,}  {found[0]['bytes']:6,.0f}  {8 * (size.n + 2):4}")
     size = Size(4, 256, 8) if quick else Size(8, 1024, 8)
-    times(size, folder, ("batches", "candidates"), examples=1024 if quick else 8192)
+    times(size, folder, ("batches", "candidates"), examples=1024 if quick else 4096)
     times(size, folder, ("average",))
     size = Size(4, 256, 16) if quick else Size(8, 1024, 16)
     print(f"\nmemory of a search at its peak, in D floats: N = {size.n}, D = {size.parameters:,}")
@@ -195,7 +193,7 @@ def report(folder: Path, *, quick: bool) -> None:
     whole, part = (max(one["bytes"] for one in measured(2, (kind, place))[0]) / unit for kind in ("whole", "shard"))
     print(f"  a worker alone  {whole:6.2f}   N + 2 are {size.n + 2}")
     print(f"  with --shard    {part:6.2f}   (N + 2)/2 + 3/16 are {(size.n + 2) / 2 + 3 / 16:.2f}")
-    print(f"  ratio           {part / whole:6.3f}")
+    target("memory of a worker with `--shard`, two workers, relative to one without", part / whole, 0.6, "×")
 
 
 def times(size: Size, folder: Path, parts: Sequence[str], examples: int = 64) -> None:
@@ -204,7 +202,7 @@ def times(size: Size, folder: Path, parts: Sequence[str], examples: int = 64) ->
     )
     for part in parts:
         one, two = (
-            min(found[0]["seconds"] for found in measured(world, *3 * [(part, size.place(folder))], examples=examples))
+            min(found[0]["seconds"] for found in measured(world, *2 * [(part, size.place(folder))], examples=examples))
             for world in (1, 2)
         )
         print(f"  {part:10}  {one:7.2f}  {two:7.2f}  {one / two:5.2f}")

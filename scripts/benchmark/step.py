@@ -11,8 +11,6 @@ sleep, so that waiting is not counted as work.
 import argparse
 import contextlib
 import os
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +20,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
 import torch
+from processes import target
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -276,7 +275,7 @@ def show(times: Mapping[str, list[Used]], parts: Mapping[str, Used]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--candidates", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
@@ -300,14 +299,12 @@ def main() -> None:
                     times[what] += work()
             parts = parts_of_a_step(mixture, now, options.rounds)
             size = sum(w.numel() for w in mixture.mixed.model.parameters())
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    print(f"{machine}, {torch.get_num_threads()} threads, {device}; load {os.getloadavg()[0]:.1f}")
-    print(
-        f"N = {options.candidates}, D = {size:,}, {tokens.numel():,} tokens; {options.rounds} rounds of {STEPS} steps"
-    )
-    if sys.argv[1:]:
-        print(f"with {chr(32).join(sys.argv[1:])}")
+    print(f"{torch.get_num_threads()} threads, {device}; N = {options.candidates}, D = {size:,}, "
+          f"{tokens.numel():,} tokens; {options.rounds} rounds of {STEPS} steps")  # fmt: skip
     show(times, parts)
+    for what in ("twa", "sewa --samples 1"):
+        ratio = least(times[what]).clock / least(times["plain SGD"]).clock
+        target(f"a step of `{what}`, relative to one of plain SGD", ratio, 1.15, "×")
 
 
 if __name__ == "__main__":
