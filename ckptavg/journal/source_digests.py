@@ -53,4 +53,4 @@ def _verify(journal: Journal, key: str, file: RegularFile) -> bool:
 
 def _record_digest(journal: Journal, key: str, file: RegularFile, stop: Event) -> None:
     if sha256 := digests.sha256(file, stop):
-        journal.put(key, {"file": file.identity, "sha256": sha256})
+        journal.add({key: {"file": file.identity, "sha256": sha256}})
