@@ -19,6 +19,7 @@ Offload: TypeAlias = Literal["none", "cpu", "disk"]
 EXACT: Final = 32  # bits: candidates are kept unquantized, in the model's dtype
 FEWER: Final = (16, 8, 4, 2, 1)
 BUFFER: Final = 32 << 20  # bytes per piece of a streamed matrix over all rows; there are two buffers of this size
+FEW_ROWS: Final = 32  # as many are averaged anew in a CPU's memory; a mean of more keeps a running sum
 LEAST: Final = 1 << 12  # minimum columns per piece, regardless of the number of rows
 _SHARE: Final = 0.7  # fraction of free memory that "auto" bits may use; the rest is left for activations
 _HOST: Final = torch.device("cpu")

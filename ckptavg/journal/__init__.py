@@ -1,8 +1,8 @@
 """Journal of a run's measurements on disk, with which the same command resumes an interrupted run.
 
 It is one file in ``OUTPUT.ckptavg/``, with lines of ``CRC-32, space, compact JSON``, each appended in one piece, and on
-the disk within a second. The first line identifies the run. Strategies are deterministic functions of their settings, the seed and the
-measurements, so a resumed run starts from the beginning and replays measurements from the journal.
+the disk within a second. The first line identifies the run. Strategies are deterministic functions of their settings,
+the seed and the measurements, so a resumed run starts from the beginning and replays measurements from the journal.
 """
 
 import json
