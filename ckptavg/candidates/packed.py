@@ -14,7 +14,7 @@ from ckptavg.candidates.products import kernels
 
 # rounds of fitting the grid; from 8 bits on, fitting does not improve on the group's minimum and maximum
 _ROUNDS: Final = {1: 8, 2: 8, 4: 4, 8: 0, 16: 0}
-_ENCODED: Final = 1 << 22  # elements of a row encoded at a time
+_ENCODED: Final = 1 << 18  # elements of a row encoded at a time, which fit a CPU's cache
 _DECODED: Final = {"cpu": 1 << 21, "cuda": 1 << 27}  # elements decoded at a time: fits a CPU's cache, occupies a GPU
 
 
