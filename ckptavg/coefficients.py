@@ -6,6 +6,7 @@ Shape suffixes: G = groups of tensors, N = candidates.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, Self, TypeAlias
 
 Groups: TypeAlias = tuple[tuple[str, ...], ...]
@@ -54,7 +55,10 @@ class Coefficients:
     @classmethod
     def uniform(cls, chosen: Sequence[int], n: int) -> Self:
         """Return 1/K for each of the K candidates ``chosen``, 0 for the rest of the ``n``."""
-        return cls((tuple(1 / len(chosen) if i in chosen else 0.0 for i in range(n)),))
+        row = [0.0] * n
+        for i in chosen:
+            row[i] = 1 / len(chosen)
+        return cls((tuple(row),))
 
     @classmethod
     def singles(cls, n: int) -> list[Self]:
@@ -66,10 +70,10 @@ class Coefficients:
         """Number of candidates N."""
         return len(self.values[0])
 
-    @property
+    @cached_property
     def selected(self) -> tuple[int, ...]:
         """Candidates with a nonzero coefficient in at least one group."""
-        return tuple(i for i in range(self.n) if any(row[i] != 0 for row in self.values))
+        return tuple(i for i, column in enumerate(zip(*self.values, strict=True)) if any(column))
 
     @property
     def effective(self) -> float | None:
@@ -81,7 +85,7 @@ class Coefficients:
             return None
         return min(1 / math.fsum(c * c for c in row) for row in self.values)
 
-    @property
+    @cached_property
     def uniform_subset(self) -> bool:
         """True if the mixture is the plain mean of the `selected` candidates."""
         return not self.linear and len(self.values) == 1 and len({c for c in self.values[0] if c != 0}) == 1

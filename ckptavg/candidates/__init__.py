@@ -5,20 +5,33 @@ buffers), Q = the parameters among them, C = columns of a block.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ckptavg.candidates import plan
 from ckptavg.candidates.copied import Copied, Copies, copied_tensors
-from ckptavg.candidates.dense import COLUMNS, Dense
+from ckptavg.candidates.dense import Dense
 from ckptavg.candidates.flat import Flat, flatten, is_mixable, unique_tensors
-from ckptavg.candidates.loading import ReadInto, SharedError, Specs, check_names, present, read_columns, read_row
+from ckptavg.candidates.loading import (
+    ReadInto,
+    SharedError,
+    Specs,
+    check_names,
+    present,
+    read_columns,
+    read_row,
+    read_rows,
+)
 from ckptavg.candidates.packed import Packed
 from ckptavg.candidates.plan import EXACT, Offload
 from ckptavg.candidates.products import Matrix, column_runs, dot, mix
+from ckptavg.candidates.running_sum import RunningSum
 from ckptavg.candidates.sharded import flatten_shards
 from ckptavg.candidates.streamed import Streamed
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -114,16 +127,28 @@ class Candidates:
     def average(self, chosen: Sequence[int], *, last: int | None = -1) -> bool:
         """Set the model to the mean of candidates ``chosen``, reading only rows that changed; see `materialize`.
 
-        Returns False, with the model unchanged, if the matrix is on the device: there `materialize` is faster than
-        maintaining a running sum (``scripts/benchmark/evaluation.py``).
+        Returns False, with the model unchanged, where `materialize` is faster: for a matrix on a GPU, and for one in
+        the CPU's memory if those chosen are few, or all of the candidates.
         """
-        if self.streamed:
-            self._copied.take(last)
+        sums = next(self.model.parameters()).device.type == "cpu" and plan.FEW_ROWS < len(chosen) < self.n
+        if not (self.streamed or sums):
+            return False
+        self._copied.take(last)
         for flat, matrix in self._blocks:
             if isinstance(matrix, Streamed):
                 matrix.average(chosen, flat.weights_D)
-                flat.push()
-        return self.streamed
+            else:
+                read = partial(matrix.column_blocks, 0, len(flat.weights_D))
+                self._running_sum(flat, matrix).mean(chosen, read, flat.weights_D, matrix.mean_D)
+            flat.push()
+        return True
+
+    def _running_sum(self, flat: Flat, matrix: Matrix) -> RunningSum:
+        if id(matrix) not in self._sums:
+            self._sums[id(matrix)] = RunningSum(self.n, len(flat.weights_D), flat.slots)
+            for rows_NC, part in matrix.column_blocks(0, len(flat.weights_D)):
+                self._sums[id(matrix)].observe(rows_NC, part)
+        return self._sums[id(matrix)]
 
     @torch.no_grad()
     def add(self, noise: Callable[[str, int, int], NDArray[np.float64] | None], chunk: int) -> None:
@@ -165,7 +190,7 @@ class Candidates:
         """Yield ([N, C], group): the differences w_i − w̄ over the parameters of this rank, some columns at a time."""
         for flat, matrix in self._blocks:
             for run_NC, _, g in column_runs(flat, matrix, groups, len(flat.gradient_Q)):
-                for piece_NC in run_NC.split(COLUMNS, dim=1):
+                for piece_NC in run_NC.split(plan.columns(self.n, run_NC.shape[1], run_NC.itemsize), dim=1):
                     yield piece_NC - piece_NC.mean(dim=0), g
 
     def blocks(self, size: int | None) -> Groups:
@@ -226,6 +251,7 @@ class Candidates:
         mixed = {id(tensor) for _, tensor in self._floats}
         self._copied = Copied([(names, tensor) for names, tensor in unique if id(tensor) not in mixed], copies)
         self._blocks: list[tuple[Flat, Matrix]] = []
+        self._sums: dict[int, RunningSum] = {}
         for dtype in dict.fromkeys(tensor.dtype for _, tensor in self._floats):
             tensors = [(names, tensor) for names, tensor in self._floats if tensor.dtype == dtype]
             one_rank = self._workers.world_size == 1
@@ -238,17 +264,26 @@ class Candidates:
                 matrix = Packed(self.n, flat.weights_D, bits=self.bits, group=group_size)
             self._blocks.append((flat, matrix))
 
+    def _rows(self, flat: Flat, matrix: Matrix) -> Generator[None]:
+        """Read all rows of one matrix; yields after each."""
+        if isinstance(matrix, Dense) and matrix.rows_ND.device.type == "cpu":
+            yield from read_rows(self._checkpoints, flat, list(matrix.rows_ND))
+            return
+        for i, checkpoint in enumerate(self._checkpoints):
+            matrix.encode(i, read_row(checkpoint, flat, self._checkpoints, flat.weights_D))
+            yield
+
     @torch.no_grad()
     def _load(self, checkpoints: Sequence[Checkpoint], progress: Callable[[str, int, int], None]) -> None:
         """Read every row; twice if rows are stored as differences from their mean, which the first pass computes."""
         means = [(flat, matrix.mean_D) for flat, matrix in self._blocks if matrix.mean_D is not None]
         for i, checkpoint in enumerate(checkpoints if means else ()):
             for flat, mean_D in means:
-                mean_D.add_(read_row(checkpoint, flat, checkpoints), alpha=1 / self.n)
+                mean_D.add_(read_row(checkpoint, flat, checkpoints, flat.weights_D), alpha=1 / self.n)
             progress("averaging candidates", i + 1, self.n)
-        for i, checkpoint in enumerate(checkpoints):
-            for flat, matrix in self._blocks:
-                matrix.encode(i, read_row(checkpoint, flat, checkpoints))
-            self._copied.read(checkpoint)
-            checkpoint.check_unchanged()
-            progress("reading candidates", i + 1, self.n)
+        with ExitStack() as stack:
+            rows = [stack.enter_context(closing(self._rows(flat, matrix))) for flat, matrix in self._blocks]
+            for i, (checkpoint, *_) in enumerate(zip(checkpoints, *rows, strict=True)):
+                self._copied.read(checkpoint)
+                checkpoint.check_unchanged()
+                progress("reading candidates", i + 1, self.n)

@@ -3,15 +3,16 @@
 Shape suffixes: N = candidates, D = elements of one dtype, C = columns of a piece.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from ckptavg.candidates import plan
 from ckptavg.candidates.products import kernels
 
-COLUMNS: Final = 1 << 20  # columns per step of `Candidates.differences`, and of converting a 16-bit matrix to float32
+_GATHERED: Final = 1 << 18  # elements of some rows that are copied at a time, which fit a CPU's cache
 
 
 class Dense:
@@ -22,23 +23,27 @@ class Dense:
 
     def __init__(self, n: int, example_D: Tensor) -> None:
         size, on_gpu = len(example_D), kernels(example_D.device)
-        self._rows_ND = example_D.new_empty(n, size + (-size % on_gpu.COLUMNS if on_gpu else 0))[:, :size]
-        self.nbytes = self._rows_ND.nbytes
-        self.products = on_gpu and on_gpu.Dense(self._rows_ND)
+        self.rows_ND = example_D.new_empty(n, size + (-size % on_gpu.COLUMNS if on_gpu else 0))[:, :size]
+        self.nbytes = self.rows_ND.nbytes
+        self.products = on_gpu and on_gpu.Dense(self.rows_ND)
 
     def encode(self, i: int, row_D: Tensor) -> None:
         """See `Matrix.encode`."""
-        self._rows_ND[i] = row_D
+        self.rows_ND[i] = row_D
 
-    def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
+    def column_blocks(self, start: int, stop: int, rows: Sequence[int] | None = None) -> Iterator[tuple[Tensor, slice]]:
         """See `Matrix.column_blocks`: one piece, or for 16-bit dtypes pieces converted to float32.
 
         A coefficient of 1/5 rounded to bfloat16 is 0.1 % too large, which would scale every weight; and a dot product
         of millions of terms needs more than three digits.
         """
-        if self._rows_ND.dtype.itemsize >= 4:
-            yield self._rows_ND[:, start:stop], slice(start, stop)
+        is_wide = self.rows_ND.dtype.itemsize >= 4
+        if rows is None and is_wide:
+            yield self.rows_ND[:, start:stop], slice(start, stop)
             return
-        for first in range(start, stop, COLUMNS):
-            part = slice(first, min(first + COLUMNS, stop))
-            yield self._rows_ND[:, part].to(torch.float32), part
+        step = plan.columns(len(self.rows_ND), stop, 4) if rows is None else max(1, _GATHERED // max(1, len(rows)))
+        at_R = None if rows is None else torch.tensor(rows, dtype=torch.long, device=self.rows_ND.device)
+        for first in range(start, stop, step):
+            part = slice(first, min(first + step, stop))
+            piece = self.rows_ND[:, part] if at_R is None else self.rows_ND[:, part].index_select(0, at_R)
+            yield (piece if is_wide else piece.to(torch.float32)), part

@@ -5,7 +5,8 @@ Shape suffixes: D = elements of one dtype, C = some of them, consecutive.
 
 import ctypes
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import torch
@@ -17,8 +18,11 @@ from ckptavg.checkpoints.integrity import is_shared, not_finite, refusal
 from ckptavg.checkpoints.torch_dtypes import TORCH
 from ckptavg.errors import InputError, TaskError
 from ckptavg.readers import FLOATING, ITEM_SIZE, StoredTensor
+from ckptavg.runtime.threads import processors
 
-_CHUNK: Final = 8 << 20  # bytes per read
+READERS: Final = 4  # rows read in parallel; more do not increase disk or memory throughput
+_CHUNK: Final = 1 << 20  # bytes per read of values to convert
+_INLINE: Final = 1 << 14  # elements of an operation that torch does not divide among threads
 Specs = Mapping[str, StoredTensor]
 ReadInto = Callable[[str, int, memoryview], None]
 
@@ -31,8 +35,26 @@ class SharedError(Exception):
         self.names = names
 
 
-def read_row(checkpoint: Checkpoint, flat: Flat, candidates: Sequence[Checkpoint]) -> Tensor:
-    """Read a checkpoint into the model's weights of one dtype, and return these.
+def read_rows(candidates: Sequence[Checkpoint], flat: Flat, out_ND: Sequence[Tensor]) -> Generator[None]:
+    """Read all checkpoints into rows in the CPU's memory, in parallel; yields as often as one more is there, in order.
+
+    Threads read the files straight into the rows, or convert their dtype on the way.
+
+    Raises:
+        SharedError, InputError: as `read_row`, for the first checkpoint that has an error.
+    """
+    pool = ThreadPoolExecutor(min(READERS, processors()), thread_name_prefix="reading")
+    try:
+        rows = zip(candidates, out_ND, strict=True)
+        for done in [pool.submit(read_row, checkpoint, flat, candidates, row_D) for checkpoint, row_D in rows]:
+            done.result()
+            yield
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read_row(checkpoint: Checkpoint, flat: Flat, candidates: Sequence[Checkpoint], row_D: Tensor) -> Tensor:
+    """Read a checkpoint's values of one dtype into ``row_D``, [D], and return it.
 
     Raises:
         SharedError: if tensors are not finite that can be copied; a sharded parameter cannot.
@@ -40,9 +62,9 @@ def read_row(checkpoint: Checkpoint, flat: Flat, candidates: Sequence[Checkpoint
     """
     for slot in flat.slots:
         check_tied(checkpoint, slot)
-    row_D = flat.weights_D
     read_columns(flat.slots, checkpoint.tensors, checkpoint.read_into, 0, row_D)
-    if len(row_D) and not _is_finite(row_D):
+    parts = row_D.split(_INLINE) if row_D.device.type == "cpu" else (row_D,)
+    if len(row_D) and not all(map(_is_finite, parts)):
         slots = (slot for slot in flat.slots if slot.numel and not _is_finite(row_D[slot.start :][: slot.numel]))
         bad = [present(slot.names, checkpoint.tensors) for slot in slots]
         shared = [] if flat.shards else [n for n in bad if not_finite(checkpoint, n) and is_shared(candidates, n)]
@@ -71,14 +93,17 @@ def read(names: tuple[str, ...], specs: Specs, read_into: ReadInto, out: Tensor,
     count, item, dtype = flat.numel(), ITEM_SIZE[specs[name].dtype], TORCH[specs[name].dtype]
     if not count:
         return
-    if flat.device.type == "cpu" and flat.dtype == dtype:  # the view is valid as long as ``out`` is alive
+    on_cpu = flat.device.type == "cpu"
+    if on_cpu and flat.dtype == dtype:  # the view is valid as long as ``out`` is alive
         read_into(name, first, memoryview((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr())).cast("B"))
         return
     buffer = bytearray(min(count * item, _CHUNK))
     for start in range(0, count, _CHUNK // item):
         length = min(_CHUNK // item, count - start)
         read_into(name, first + start, memoryview(buffer)[: length * item])
-        flat[start : start + length] = torch.frombuffer(buffer, dtype=dtype, count=length)
+        values, step = torch.frombuffer(buffer, dtype=dtype, count=length), _INLINE if on_cpu else length
+        for source, target in zip(values.split(step), flat[start : start + length].split(step), strict=True):
+            target.copy_(source)
 
 
 def read_like(names: tuple[str, ...], specs: Specs, read_into: ReadInto, tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Shape suffixes: N = candidates, D = elements of one dtype (padded to P·F here),
 K = elements per group, H = groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
@@ -14,7 +14,7 @@ from ckptavg.candidates.products import kernels
 
 # rounds of fitting the grid; from 8 bits on, fitting does not improve on the group's minimum and maximum
 _ROUNDS: Final = {1: 8, 2: 8, 4: 4, 8: 0, 16: 0}
-_ENCODED: Final = 1 << 22  # elements of a row encoded at a time
+_ENCODED: Final = 1 << 18  # elements of a row encoded at a time, which fit a CPU's cache
 _DECODED: Final = {"cpu": 1 << 21, "cuda": 1 << 27}  # elements decoded at a time: fits a CPU's cache, occupies a GPU
 
 
@@ -75,13 +75,18 @@ class Packed:
         if self._bits == 16:
             zero_FH += scale_FH * 2**15
 
-    def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
+    def column_blocks(self, start: int, stop: int, rows: Sequence[int] | None = None) -> Iterator[tuple[Tensor, slice]]:
         """See `Matrix.column_blocks`; yields differences from the mean, decoded to float32 in one workspace."""
-        n = len(self._words_NP)
+        n = len(self._words_NP) if rows is None else len(rows)
+        at_R = None if rows is None else torch.tensor(rows, dtype=torch.long, device=self._words_NP.device)
+
+        def chosen(matrix: Tensor, columns: slice) -> Tensor:
+            return matrix[:, columns] if at_R is None else matrix[:, columns].index_select(0, at_R)
+
         limit = _DECODED["cpu" if self._words_NP.device.type == "cpu" else "cuda"]
-        step = max(1, limit // n // self._group) * self._group
-        if self._workspace is None:
-            width = min(step, self._columns)
+        step = max(1, limit // max(1, n) // self._group) * self._group
+        width = min(step, self._columns)
+        if self._workspace is None or len(self._workspace[0]) < n * width:
             self._workspace = self._scale_NH.new_empty(n * width), self._words_NP.new_empty(n * width)
         while start < stop:
             f, first = divmod(start, self._columns)
@@ -89,14 +94,14 @@ class Packed:
             last = min(begin * self._group + step, self._columns, stop - f * self._columns)
             end = -(-last // self._group)
             columns, groups = slice(begin * self._group, end * self._group), slice(offset + begin, offset + end)
-            packed = self._words_NP[:, columns]
+            packed = chosen(self._words_NP, columns)
             values, words = (buffer[: packed.numel()].view_as(packed) for buffer in self._workspace)
             if self._fields > 1:
                 packed = torch.bitwise_right_shift(packed, self._bits * f, out=words)
                 if f < self._fields - 1:
                     packed.bitwise_and_(2**self._bits - 1)
             by_group = values.copy_(packed).view(n, -1, self._group)
-            by_group.mul_(self._scale_NH[:, groups].unsqueeze(2)).add_(self._zero_NH[:, groups].unsqueeze(2))
+            by_group.mul_(chosen(self._scale_NH, groups).unsqueeze(2)).add_(chosen(self._zero_NH, groups).unsqueeze(2))
             yield values[:, first - columns.start : last - columns.start], slice(start, start + last - first)
             start += last - first
 

@@ -19,6 +19,7 @@ Offload: TypeAlias = Literal["none", "cpu", "disk"]
 EXACT: Final = 32  # bits: candidates are kept unquantized, in the model's dtype
 FEWER: Final = (16, 8, 4, 2, 1)
 BUFFER: Final = 32 << 20  # bytes per piece of a streamed matrix over all rows; there are two buffers of this size
+FEW_ROWS: Final = 32  # as many are averaged anew in a CPU's memory; a mean of more keeps a running sum
 LEAST: Final = 1 << 12  # minimum columns per piece, regardless of the number of rows
 _SHARE: Final = 0.7  # fraction of free memory that "auto" bits may use; the rest is left for activations
 _HOST: Final = torch.device("cpu")
@@ -92,6 +93,14 @@ class Plan:
         """Bytes needed in host memory when the device has its own memory."""
         return self.n * self.size if self.streamed and self.offload == "cpu" else 0
 
+    @property
+    def running_sum(self) -> int:
+        """Bytes of host memory for a `ckptavg.candidates.running_sum.RunningSum`, which is not kept if they are short.
+
+        It is allocated with streamed candidates, and else for the first mean of more than `FEW_ROWS` on a CPU.
+        """
+        return 8 * self.elements if self.streamed or (self.device.type == "cpu" and self.n > FEW_ROWS) else 0
+
     def __str__(self) -> str:
         """Format the breakdown as one line."""
         streamed = f" streamed ({self.offload})" if self.streamed else ""
@@ -99,7 +108,8 @@ class Plan:
         parts = f"{counted(self.n, 'candidate')}{storage} {sized(self.matrix)} + model {sized(self.size)}"
         host = f", and {sized(self.on_host)} in the host's memory" if self.on_host else ""
         copied = f" + copied tensors {sized(self.copied)}" if self.copied else ""
-        return f"{parts} + gradient {sized(self.gradient)}{copied} = {sized(self.needed)} on {self.device}{host}"
+        total = f"{parts} + gradient {sized(self.gradient)}{copied} = {sized(self.needed)} on {self.device}{host}"
+        return f"{total}, and at most {sized(self.running_sum)} for a sum on the host" if self.running_sum else total
 
     def check(self) -> str:
         """Return breakdown and free memory as one line; raises OutOfMemoryError, which names settings that fit."""

@@ -5,7 +5,7 @@ C = columns of a piece.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, Protocol
@@ -39,8 +39,11 @@ class Matrix(Protocol):
     def encode(self, i: int, row_D: Tensor) -> None:
         """Store row ``i``; ``row_D`` [D] may be overwritten afterwards."""
 
-    def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
-        """Yield ([N, C], columns) from ``start`` to ``stop``, float32 or wider; each is valid until the next one."""
+    def column_blocks(self, start: int, stop: int, rows: Sequence[int] | None = None) -> Iterator[tuple[Tensor, slice]]:
+        """Yield ([N, C], columns) from ``start`` to ``stop``, float32 or wider; each is valid until the next one.
+
+        With ``rows``, only these R of them are read, and yielded as [R, C].
+        """
         ...
 
 
@@ -60,13 +63,21 @@ def why_slow() -> str:
 
 
 def mix(flat: Flat, matrix: Matrix, c_GN: Tensor, groups: Groups) -> None:
-    """Set ``flat.weights_D`` to Σ_i c_gi w_i, where g is the group of each tensor."""
+    """Set ``flat.weights_D`` to Σ_i c_gi w_i, where g is the group of each tensor.
+
+    On a CPU, rows with a coefficient of 0 in all groups are not read if they are at least half of them.
+    """
     weights_D, mean_D = flat.weights_D, matrix.mean_D
     if matrix.products is not None:
         for start, stop, g in runs(flat.slots, groups, len(weights_D)):
             matrix.products.mix(c_GN[g], weights_D, start, stop)
         return
-    for run_NC, part, g in column_runs(flat, matrix, groups, len(weights_D)):
+    rows = c_GN.any(dim=0).nonzero()[:, 0].tolist() if c_GN.device.type == "cpu" else None
+    if rows is not None and 2 * len(rows) <= c_GN.shape[1]:
+        c_GN = c_GN[:, rows]
+    else:
+        rows = None
+    for run_NC, part, g in column_runs(flat, matrix, groups, len(weights_D), rows):
         c_N = c_GN[g].to(run_NC)
         if run_NC.dtype != weights_D.dtype:
             w_C = run_NC.t().mv(c_N)
@@ -90,10 +101,12 @@ def dot(flat: Flat, matrix: Matrix, total_GN: Tensor, groups: Groups) -> None:
             total_GN[g] += matrix.mean_D[part].to(run_NC).dot(gradient_C)
 
 
-def column_runs(flat: Flat, matrix: Matrix, groups: Groups, stop: int) -> Iterator[tuple[Tensor, slice, int]]:
+def column_runs(
+    flat: Flat, matrix: Matrix, groups: Groups, stop: int, rows: Sequence[int] | None = None
+) -> Iterator[tuple[Tensor, slice, int]]:
     """Yield ([N, C], columns, group): the columns before ``stop``, split into runs of one coefficient group each."""
     group_runs = runs(flat.slots, groups, stop)
-    for piece_NC, part in matrix.column_blocks(0, stop):
+    for piece_NC, part in matrix.column_blocks(0, stop, rows):
         for begin, end, g in group_runs[bisect_right(group_runs, part.start, key=lambda run: run[1]) :]:
             if begin >= part.stop:
                 break

@@ -4,24 +4,21 @@ Shape suffixes: N = candidates, R = selected rows, D = elements of one dtype, C 
 """
 
 import ctypes
-import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ckptavg.candidates import plan
-from ckptavg.candidates.flat import Flat, Slot, overlapping
-from ckptavg.candidates.loading import read_columns
+from ckptavg.candidates.flat import Flat
+from ckptavg.candidates.loading import READERS, read_columns
 from ckptavg.candidates.products import Products
+from ckptavg.candidates.running_sum import RunningSum
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.runtime.threads import processors
-
-_READERS: Final = 4  # rows read in parallel; more do not increase disk or memory throughput
-_CHUNK: Final = 1 << 18  # elements of a running sum updated at once, which fit a CPU's cache
 
 Piece: TypeAlias = "tuple[_Lane, Tensor, slice]"  # lane, its rows [R, C] in host memory, columns
 
@@ -53,25 +50,25 @@ class Streamed:
         self._lanes = [_Lane(numel, dtype, device, side) for _ in range(2)]
         self.nbytes = sum(lane.host.nbytes for lane in self._lanes)
         # on one processor too, readers mostly wait for the disk
-        readers = _READERS if in_files else min(_READERS, processors())
+        readers = READERS if in_files else min(READERS, processors())
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="candidates")
 
     def encode(self, i: int, row_D: Tensor) -> None:
         """See `Matrix.encode`."""
-        self._sum.observe(row_D)
+        self._sum.observe([row_D], slice(0, len(row_D)))
         if self._rows_ND is not None:
             self._rows_ND[i] = row_D
 
-    def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
+    def column_blocks(self, start: int, stop: int, rows: Sequence[int] | None = None) -> Iterator[tuple[Tensor, slice]]:
         """See `Matrix.column_blocks`."""
-        for lane, host_NC, part in self._read(range(len(self._checkpoints)), start, stop):
+        for lane, host_NC, part in self._read(range(len(self._checkpoints)) if rows is None else rows, start, stop):
             piece_NC = lane.on_device(host_NC)
             yield (piece_NC if piece_NC.itemsize >= 4 else piece_NC.to(torch.float32)), part
             lane.mark_used()
 
     def average(self, chosen: Sequence[int], out_D: Tensor) -> None:
         """Write the mean of the rows ``chosen`` to ``out_D``; see `RunningSum`."""
-        self._sum.mean(chosen, lambda rows: self._read(rows, 0, len(out_D)), out_D)
+        self._sum.mean(chosen, lambda rows: (piece[1:] for piece in self._read(rows, 0, len(out_D))), out_D)
 
     def _read(self, rows: Sequence[int], start: int, stop: int) -> Iterator[Piece]:
         """Yield the pieces of some rows, each while the next one is read into the other lane."""
@@ -105,60 +102,6 @@ class Streamed:
             read_columns(self._slots, self._checkpoints[i].tensors, self._checkpoints[i].read_into, start, out_C)
         else:  # not copy_, which would use torch's intra-op threads
             ctypes.memmove(out_C.data_ptr(), self._rows_ND[i, start:].data_ptr(), out_C.nbytes)
-
-
-class RunningSum:
-    """Σ_{i ∈ S} w_i for a subset S that changes by a few candidates at a time.
-
-    Only the rows in which a subset differs from the previous one are read. Each term is first rounded to a multiple of
-    q = 2^e·2⁻⁵², where 2^e > 2N·max|w| is a power of two per tensor and the maximum is over all candidates. Every sum
-    of such terms is representable in float64, so additions and subtractions are exact: the mean of a subset has the
-    same bits regardless of the preceding subsets, also in a resumed run. It is within N·2⁻⁵⁰·max|w| of the exact mean
-    before it is rounded to the model's dtype.
-
-    Memory: 8 bytes per element on the host; if that is more than half of the free memory, the sum is not kept, and
-    every subset is summed from scratch, to the same bits.
-    """
-
-    def __init__(self, n: int, size: int, slots: Sequence[Slot]) -> None:
-        self._n = n
-        self._slots = slots
-        self._largest = [0.0] * len(slots)
-        keep = 16 * size < plan.free_memory(torch.device("cpu"))
-        self._sum_D = torch.zeros(size, dtype=torch.float64) if keep else None
-        self._summed: frozenset[int] = frozenset()
-        self._total, self._term = torch.empty(2, min(size, _CHUNK), dtype=torch.float64)
-
-    def observe(self, row_D: Tensor) -> None:
-        """Update max|w| from a row; must be called for every row before the first `mean`."""
-        parts = [row_D[slot.start :][: slot.numel] for slot in self._slots]
-        largest = torch.stack([part.abs().max() if len(part) else part.new_zeros(()) for part in parts]).tolist()
-        self._largest = list(map(max, self._largest, largest))
-
-    def mean(self, chosen: Sequence[int], read: Callable[[Sequence[int]], Iterator[Piece]], out_D: Tensor) -> None:
-        """Write the mean of the rows ``chosen`` to ``out_D``, of any dtype and on any device; ``read`` yields rows."""
-        wanted, before = frozenset(chosen), self._summed
-        if len(wanted ^ before) > len(wanted):
-            before = frozenset[int]()
-        self._summed = frozenset()  # until the pass completes: an interrupted one leaves the sum partly updated
-        changed = sorted(wanted ^ before)
-        for _, rows, part in read(changed):
-            for k, begin, end in overlapping(self._slots, part.start, part.stop):
-                shift = math.ldexp(1.5, math.frexp(2 * self._n * self._largest[k])[1])
-                for start in range(begin, end, _CHUNK):
-                    stop = min(start + _CHUNK, end)
-                    total_C, term_C = self._total[: stop - start], self._term[: stop - start]
-                    if self._sum_D is not None:
-                        total_C = self._sum_D[start:stop]
-                    if not before:
-                        total_C.zero_()
-                    for i, row_C in zip(changed, rows, strict=True):
-                        # adding 1.5·2⁵²·q rounds a number to a multiple of q
-                        term_C.copy_(row_C[start - part.start : stop - part.start]).add_(shift).sub_(shift)
-                        total_C.add_(term_C, alpha=1 if i in wanted else -1)
-                    out_D[start:stop] = torch.div(total_C, len(wanted), out=term_C).to(out_D.dtype)
-        if self._sum_D is not None:
-            self._summed = wanted
 
 
 class _Lane:

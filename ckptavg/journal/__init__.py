@@ -1,8 +1,8 @@
 """Journal of a run's measurements on disk, with which the same command resumes an interrupted run.
 
-It is one file in ``OUTPUT.ckptavg/``, with lines of ``CRC-32, space, compact JSON``, each appended in one piece and
-flushed. The first line identifies the run. Strategies are deterministic functions of their settings, the seed and the
-measurements, so a resumed run starts from the beginning and replays measurements from the journal.
+It is one file in ``OUTPUT.ckptavg/``, with lines of ``CRC-32, space, compact JSON``, each appended in one piece, and on
+the disk within a second. The first line identifies the run. Strategies are deterministic functions of their settings,
+the seed and the measurements, so a resumed run starts from the beginning and replays measurements from the journal.
 """
 
 import json
@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Timer
 from typing import Any, Final, Self
 
 from ckptavg.errors import InputError, OutputError, OutputExistsError
@@ -24,7 +24,7 @@ from ckptavg.filesystem.lock import release, take
 SCHEMA: Final = 4
 SOURCE_PREFIX: Final = "file "  # prefix of keys about input files; a journal with only these cannot be resumed
 SCRATCH: Final = "scratch-"  # prefix of directories that a killed run leaves behind and the next run removes
-_FLUSH_INTERVAL: Final = 1.0  # seconds between writes of deferred records
+_FLUSH_INTERVAL: Final = 1.0  # seconds between writes of deferred records, and until a write is on the disk
 _FILE: Final = "journal.jsonl"
 _LOCK: Final = "lock"
 
@@ -43,7 +43,7 @@ class ReadOnlyJournal:
     def put(self, *_: Any) -> None:
         """Do nothing: only rank 0 writes the journal."""
 
-    put_all = defer = flush = put
+    put_all = add = defer = flush = put
 
 
 class Journal:
@@ -71,7 +71,8 @@ class Journal:
         self.records: dict[str, Any] = {}
         self._own: set[str] = set()  # keys written by this run
         self._header: Mapping[str, Any] | None = None
-        self._writing = Lock()
+        self._writing, self._syncing = Lock(), Lock()
+        self._timer: Timer | None = None  # set while records wait for it to be flushed to the disk
         self._pending: list[tuple[str, Callable[[], Any]]] = []
         self._flushed = time.monotonic()
         self._lost = self._dropped = False
@@ -98,6 +99,7 @@ class Journal:
             self._header = normalized
             self.records = {}
             self._append([normalized], first=True)
+            self._sync()
         elif difference := _difference(self._header, normalized):
             raise self.another(difference)
 
@@ -117,9 +119,20 @@ class Journal:
     def put_all(self, values: Mapping[str, Any]) -> None:
         """Write several records with one flush."""
         with self._writing:
-            self.records.update(values)
-            self._own.update(values)
-            self._append([{"key": key, "value": value} for key, value in values.items()])
+            self._record(values)
+        self._sync()
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Write records that are not lost if the process is killed, nor in a power cut more than a second later.
+
+        Thread-safe. One flush to the disk, in a thread, serves all records of that second.
+        """
+        with self._writing:
+            self._record(values)
+            if self._timer is None and not self._lost:
+                self._timer = Timer(_FLUSH_INTERVAL, self._sync)
+                self._timer.daemon = True
+                self._timer.start()
 
     def defer(self, key: str, value: Callable[[], Any]) -> None:
         """Write a record within about a second; ``value`` returns it later, or None for no record.
@@ -131,10 +144,11 @@ class Journal:
             self.flush()
 
     def flush(self) -> None:
-        """Write the deferred records."""
+        """Write the deferred records, as `add` does."""
         pending, self._pending, self._flushed = self._pending, [], time.monotonic()
         values = {key: value() for key, value in pending}
-        self.put_all({key: value for key, value in values.items() if value is not None})
+        if known := {key: value for key, value in values.items() if value is not None}:
+            self.add(known)
 
     @property
     def summary(self) -> str:
@@ -168,6 +182,8 @@ class Journal:
                 self.flush()
             if not self._measured():
                 self.drop()
+            if self._timer is not None and not self._dropped:
+                self._sync()
         finally:
             self._close()
 
@@ -214,6 +230,11 @@ class Journal:
         else:
             self.damaged += 1
 
+    def _record(self, values: Mapping[str, Any]) -> None:
+        self.records.update(values)
+        self._own.update(values)
+        self._append([{"key": key, "value": value} for key, value in values.items()])
+
     def _append(self, records: Iterable[Mapping[str, Any]], *, first: bool = False) -> None:
         texts = [json.dumps(record, separators=(",", ":")).encode() for record in records]
         lines = memoryview(b"".join(b"%08x %s\n" % (zlib.crc32(text), text) for text in texts))
@@ -224,18 +245,35 @@ class Journal:
                 os.ftruncate(self._fd, 0)
             while lines:
                 lines = lines[os.write(self._fd, lines) :]
-            getattr(os, "fdatasync", os.fsync)(self._fd)  # macOS has no fdatasync
         except OSError as error:
-            self._lost = True  # lines after an incomplete one would be unreadable
-            message = "cannot be written: %s; the run continues, but further measurements are lost if it ends early"
-            logging.getLogger("ckptavg").warning("%s: " + message, self.folder, os_message(error))
+            self._lose(error)
+
+    def _sync(self) -> None:
+        """Flush the file to the disk."""
+        with self._syncing:
+            timer, self._timer = self._timer, None  # before the flush: a record written during it starts another
+            if timer is not None:
+                timer.cancel()
+            try:
+                if self._fd >= 0 and not self._lost:
+                    getattr(os, "fdatasync", os.fsync)(self._fd)  # macOS has no fdatasync
+            except OSError as error:
+                self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        self._lost = True  # lines after an incomplete one would be unreadable
+        message = "cannot be written: %s; the run continues, but further measurements are lost if it ends early"
+        logging.getLogger("ckptavg").warning("%s: " + message, self.folder, os_message(error))
 
     def _close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        if self._lock >= 0:
-            release(self._lock)
-        self._fd = self._lock = -1
+        with self._syncing:
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._fd >= 0:
+                os.close(self._fd)
+            if self._lock >= 0:
+                release(self._lock)
+            self._fd = self._lock = -1
 
 
 def _difference(was: Any, now: Any) -> str:

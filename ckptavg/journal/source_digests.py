@@ -63,4 +63,4 @@ def _verify(journal: Journal, key: str, file: RegularFile, algorithm: Algorithm)
 
 def _record_digest(journal: Journal, key: str, file: RegularFile, algorithm: Algorithm, stop: Event) -> None:
     if recorded := digest(file, algorithm, stop):
-        journal.put(key, {"file": file.identity, "digest": recorded})
+        journal.add({key: {"file": file.identity, "digest": recorded}})

@@ -90,7 +90,7 @@ class Scoring:
         try:
             return self._scores.find(key, partial(self._loader.with_memory, measure))
         except _BelowError:
-            journal.put(below, True)
+            journal.add({below: True})
             return None
 
     def forward_batches(self, split: Split) -> int | None:

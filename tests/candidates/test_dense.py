@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ckptavg.candidates import Candidates
+from ckptavg.candidates import Candidates, plan
 from ckptavg.checkpoints.discover import discover
 from ckptavg.checkpoints.kept import keeping
 from ckptavg.errors import InputError, TaskError, UsageError
@@ -132,7 +132,8 @@ def test_a_model_of_mixed_precision_has_a_matrix_for_each_dtype(tmp_path: Path):
 def test_sixteen_bit_candidates_are_summed_in_float32_with_float32_coefficients(
     tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("ckptavg.candidates.COLUMNS", 5)  # pieces smaller than the matrix
+    monkeypatch.setattr(plan, "BUFFER", 1)
+    monkeypatch.setattr(plan, "LEAST", 5)  # columns: pieces smaller than the matrix
     model = nn.Linear(6, 4).to(dtype)
     saved = states(model, 5)
     matrix = candidates(model, saved, tmp_path)

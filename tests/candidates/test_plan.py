@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TASK, Run
+from safetensors.torch import save_file
 from torch import nn
 
 from ckptavg.candidates import Candidates, plan
@@ -142,3 +145,65 @@ def test_memory_is_limited_by_control_groups_of_either_version(
     assert plan.free_memory(CPU) == 300
     (tmp_path / f"memory.{next(iter(files))}").write_text("max\n")
     assert plan.free_memory(CPU) > 1000
+
+
+def test_a_running_sum_is_announced_where_one_may_be_kept(free: dict[str, int]):
+    free |= {"cpu": 1000 * GB, "cuda": 100 * GB}
+    total = "and at most 8.00 GB for a sum on the host; "
+    assert total in replace(LARGE, offload="disk").check()
+    assert total in replace(LARGE, device=CPU, n=plan.FEW_ROWS + 1, bits=4).check()
+    assert "for a sum" not in replace(LARGE, n=plan.FEW_ROWS + 1, bits=4).check()
+    assert "for a sum" not in replace(LARGE, device=CPU, n=plan.FEW_ROWS).check()
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from ckptavg.candidates import Candidates
+from ckptavg.candidates.copied import copied_tensors
+from ckptavg.candidates.plan import Plan
+from ckptavg.checkpoints.discover import discover
+
+def peak():
+    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
+
+torch.set_num_threads(1)
+folder, dtype, bits, offload = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+files = discover([Path(folder)]).checkpoints
+model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(4))).to(dtype)
+c_N = torch.full((len(files),), 1 / len(files), dtype=torch.float64)
+torch.mv(torch.ones(600, 500), torch.ones(500))  # loads the libraries
+settings = {"bits": bits, "offload": offload, "group_size": 128}
+plan = Plan.of(model, len(files), device=torch.device("cpu"), copies=copied_tensors(model, files), **settings)
+before = peak()
+one = Candidates(model, files, lambda *_: None, **settings)
+one.materialize(c_N)
+one.zero_gradient()
+one.pullback()
+one.distances()
+one.materialize(torch.eye(len(files))[3])
+for k in range(33, len(files)):
+    assert one.average(range(k))
+print(peak() - before, plan.needed + plan.running_sum)
+"""
+FIXED = 4 * plan.BUFFER  # a few pieces of all rows, whatever N and D are
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs VmHWM")
+@pytest.mark.parametrize(
+    ("dtype", "bits", "offload"),
+    [("float32", 32, "none"), ("bfloat16", 32, "none"), ("float32", 8, "none"), ("float32", 4, "none"),
+     ("float32", 32, "disk")],
+)  # fmt: skip
+def test_the_peak_of_many_candidates_is_what_the_plan_says(tmp_path: Path, dtype: str, bits: int, offload: str):
+    """N = 100, D = 1,048,576: 420 MB of float32."""
+    draws = torch.Generator().manual_seed(0)
+    base = {f"{k}.weight": torch.randn(512, 512, generator=draws) for k in range(4)}
+    for i in range(100):
+        save_file({name: w + 0.01 * i for name, w in base.items()}, tmp_path / f"step-{i}.safetensors")
+    call = [sys.executable, "-c", PEAK, str(tmp_path), dtype, str(bits), offload]
+    used, said = map(int, subprocess.run(call, capture_output=True, text=True, check=True).stdout.split())
+    assert used < said + FIXED

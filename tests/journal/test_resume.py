@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
+from ckptavg import journal as journal_module
 from ckptavg.errors import InputError, OutputExistsError
 from ckptavg.journal import Journal, ReadOnlyJournal
 
@@ -194,6 +196,55 @@ def test_a_system_without_fdatasync_is_supported(tmp_path: Path, monkeypatch: py
         journal.put("good", 1)
     with Journal(tmp_path / "out") as journal:
         assert journal.get("good") == 1
+
+
+def test_records_of_a_second_are_flushed_to_the_disk_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    flushed, sync = Event(), os.fdatasync
+    seen: list[int] = []
+
+    def fdatasync(fd: int) -> None:
+        seen.append(os.fstat(fd).st_size)
+        sync(fd)
+        flushed.set()
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(journal_module, "_FLUSH_INTERVAL", 1e6)
+    path = tmp_path / "out.ckptavg" / "journal.jsonl"
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({"run": 1})
+        assert seen == [path.stat().st_size]
+        for number in range(100):
+            journal.defer(f"score {number}", lambda number=number: number)
+            journal.flush()
+            assert path.read_bytes().count(b"\n") == number + 2  # another process sees it at once
+        assert len(seen) == 1
+        journal.put("durable", 1)
+        assert seen[1:] == [path.stat().st_size]
+        journal.add({"last": 1})
+    assert seen[2:] == [path.stat().st_size]  # at the end of the run
+    monkeypatch.setattr(journal_module, "_FLUSH_INTERVAL", 0)
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({"run": 1})
+        flushed.clear()
+        journal.add({"more": 1})
+        assert flushed.wait(60) and seen[3] == path.stat().st_size
+
+
+def test_a_journal_that_cannot_be_flushed_warns_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({"run": 1})
+
+        def fdatasync(_: int) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+        journal.put("a", 1)
+        journal.put("b", 1)
+        journal.add({"c": 1})
+        assert [journal.get(key) for key in "abc"] == [1, 1, 1]
+    assert caplog.text.count("cannot be written") == 1
 
 
 def test_scratch_folders_of_a_killed_run_are_removed(tmp_path: Path):
