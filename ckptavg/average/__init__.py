@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Literal
 
 from ckptavg.average import derived, lora, lora_config, lora_file
-from ckptavg.average.weighted_sum import AddedNoise, PlannedOutput, not_averaged, output_specs, part
+from ckptavg.average.runs import part
+from ckptavg.average.weighted_sum import AddedNoise, PlannedOutput, not_averaged, output_specs
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.derived import Derived
 from ckptavg.checkpoints.integrity import same_bytes

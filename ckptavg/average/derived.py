@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.average.weighted_sum import AddedNoise, Part, Ranges, weighted_average
+from ckptavg.average.runs import Ranges
+from ckptavg.average.weighted_sum import AddedNoise, Part, weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.derived import SpectralNorm
 from ckptavg.checkpoints.numbers import round_into

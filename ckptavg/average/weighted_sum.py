@@ -13,9 +13,10 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptavg.average.runs import Ranges, Run, batches, joined
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.dtypes import NAMES, common, dtype_name
-from ckptavg.checkpoints.integrity import is_shared, refusal, same_bytes
+from ckptavg.checkpoints.integrity import is_shared, refusal
 from ckptavg.checkpoints.kept import is_averaged
 from ckptavg.checkpoints.numbers import is_finite, round_into, widened
 from ckptavg.coefficients import Coefficients
@@ -24,8 +25,6 @@ from ckptavg.readers import FLOATING, ITEM_SIZE, StoredTensor
 from ckptavg.runtime.threads import count
 
 CHUNK: Final = 1 << 18  # elements: least CPU time of 2¹⁶ to 2¹⁹ in scripts/benchmark's reference case
-# name → range of element indices in C order; tensors that are not listed have no elements
-Ranges: TypeAlias = Mapping[str, range]
 AddedNoise: TypeAlias = Callable[[str, int, int], NDArray[np.float64] | None]  # of (name, start, count)
 
 
@@ -83,38 +82,6 @@ def not_averaged(checkpoint: Checkpoint) -> list[str]:
     return sorted(copied, key=lambda name: name not in checkpoint.kept)
 
 
-class _Run(NamedTuple):
-    """Consecutive elements of one tensor that are averaged at once into dtype ``target``."""
-
-    name: str
-    start: int
-    numel: int
-    terms: Sequence[tuple[float, Checkpoint]]
-    target: str
-    following: list[str] | None = None  # whole tensors that come next in all files, and belong to it
-
-    def follows(self, run: "_Run") -> bool:
-        """Return whether it begins where ``run`` ends, in every file, and has the same coefficients and dtypes."""
-        if self.start or self.target != run.target or self.target not in FLOATING or len(self.terms) != len(run.terms):
-            return False
-        for (c, source), (same, other) in zip(self.terms, run.terms, strict=True):
-            last, first = source.spec((run.following or [run.name])[-1]), source.spec(self.name)
-            if c != same or source is not other or not source.reader.flat or first.dtype != last.dtype:
-                return False
-            if (first.record, first.offset) != (last.record, last.offset + last.nbytes) or first.stride or last.stride:
-                return False
-        return True
-
-    def split(self, data: memoryview) -> Iterator[tuple["_Run", memoryview]]:
-        """Yield a run of each tensor, and its part of ``data``."""
-        size = ITEM_SIZE[self.target]
-        numel = self.numel - sum(self.terms[0][1].spec(name).numel for name in self.following or ())
-        yield self._replace(numel=numel, following=None), data[: numel * size]
-        for name in self.following or ():
-            data, numel = data[numel * size :], self.terms[0][1].spec(name).numel
-            yield self._replace(name=name, start=0, numel=numel, following=None), data[: numel * size]
-
-
 def weighted_average(
     checkpoints: Sequence[Checkpoint], coefficients: Coefficients, specs: Mapping[str, StoredTensor], *,
     only: Ranges | None = None, chunk: int = CHUNK, threads: int | None = None, copied: MutableSet[str] | None = None,
@@ -149,87 +116,19 @@ def weighted_average(
             the tensor is kept or `is_shared` by all candidates.
     """
     threads = threads or count()
-    batches = _batches(checkpoints, coefficients, specs, only, chunk)
-    batches = batches if noise else map(_joined, batches)
+    divided = batches(checkpoints, coefficients, specs, only, chunk)
+    divided = divided if noise else map(joined, divided)
     copied = set[str]() if copied is None else copied
     with ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[list[Part]]] = deque()
         # buffers are reused once the caller has finished with their parts
-        for batch, buffers in zip(
-            batches, cycle([_Sums(chunk, checkpoints, copied, noise) for _ in range(threads + 1)])
-        ):
+        buffers = cycle([_Sums(chunk, checkpoints, copied, noise) for _ in range(threads + 1)])
+        for batch, sums in zip(divided, buffers, strict=False):  # buffers never end
             if len(pending) > threads:
                 yield from pending.popleft().result()
-            pending.append(pool.submit(buffers.parts, batch))
+            pending.append(pool.submit(sums.parts, batch))
         while pending:
             yield from pending.popleft().result()
-
-
-def part(checkpoint: Checkpoint, rank: int, world_size: int) -> Ranges:
-    """Return the elements that ``rank`` averages: 1/``world_size`` of the bytes, contiguous in file order."""
-    names = _in_order(checkpoint)
-    total = sum(checkpoint.spec(name).nbytes for name in names)
-    start, stop = total * rank // world_size, total * (rank + 1) // world_size
-    ranges: dict[str, range] = {}
-    for name in names:
-        spec = checkpoint.spec(name)
-        begin, end = (min(max(0, edge // ITEM_SIZE[spec.dtype]), spec.numel) for edge in (start, stop))
-        if begin < end:
-            ranges[name] = range(begin, end)
-        start, stop = start - spec.nbytes, stop - spec.nbytes
-    return ranges
-
-
-def _in_order(checkpoint: Checkpoint) -> list[str]:
-    """Return the names of the tensors in the order of the file."""
-    specs = checkpoint.tensors
-    return sorted(specs, key=lambda name: (specs[name].record, specs[name].offset, name))
-
-
-def _batches(
-    checkpoints: Sequence[Checkpoint], coefficients: Coefficients, specs: Mapping[str, StoredTensor],
-    only: Ranges | None, chunk: int,
-) -> Iterator[list[_Run]]:  # fmt: skip
-    """Yield runs in batches of at most one chunk, since a task per small tensor would cost more than its sum."""
-    batch: list[_Run] = []
-    numel = 0
-    for name in _in_order(checkpoints[0]):
-        spec = checkpoints[0].spec(name)
-        elements = range(spec.numel) if only is None else only.get(name, range(0))
-        terms = [(1.0, checkpoints[coefficients.selected[-1]])]
-        if is_averaged(checkpoints[0], name) and elements:
-            terms = [(c, checkpoints[i]) for i, c in enumerate(coefficients.row(name)) if c != 0]
-            alike = not coefficients.linear and not _reproduces(terms, spec.dtype, specs[name].dtype)
-            if alike and same_bytes([c for _, c in terms], name):
-                terms = [(1.0, terms[-1][1])]
-        for start in range(elements.start, elements.stop, chunk):
-            run = _Run(name, start, min(chunk, elements.stop - start), terms, specs[name].dtype)
-            if numel + run.numel > chunk:
-                yield batch
-                batch, numel = [], 0
-            batch.append(run)
-            numel += run.numel
-    if batch:
-        yield batch
-
-
-def _joined(batch: Sequence[_Run]) -> list[_Run]:
-    """Return the batch with runs that follow one another in all files as one: a sum of few elements is all overhead."""
-    joined: list[_Run] = []
-    for run in batch:
-        if joined and run.follows(joined[-1]):
-            following = joined[-1].following or list[str]()
-            following.append(run.name)
-            joined[-1] = joined[-1]._replace(numel=joined[-1].numel + run.numel, following=following)
-        else:
-            joined.append(run)
-    return joined
-
-
-def _reproduces(terms: Sequence[tuple[float, Checkpoint]], dtype: str, target: str) -> bool:
-    """Return whether one rounding of the sum of equal finite values gives these values, bit for bit."""
-    widened = target in (dtype, "F32") and "F64" not in (dtype, target)
-    return len(terms) == 1 or (widened and all(c > 0 for c, _ in terms))
 
 
 class _Sums:
@@ -245,7 +144,7 @@ class _Sums:
         self._room = np.empty(2 * chunk, np.uint32)  # numbers of 16 bits, widened; scratch of their rounding
         self._input, self._output = (memoryview(bytearray(8 * chunk)) for _ in range(2))
 
-    def parts(self, batch: Sequence[_Run]) -> list[Part]:
+    def parts(self, batch: Sequence[Run]) -> list[Part]:
         """Average a batch of runs of at most one chunk in total, and return their bytes."""
         parts: list[Part] = []
         free = self._output
@@ -256,7 +155,7 @@ class _Sums:
             parts += [Part(each.name, each.start * size, piece) for each, piece in run.split(data)]
         return parts
 
-    def _fill(self, run: _Run, data: memoryview) -> None:
+    def _fill(self, run: Run, data: memoryview) -> None:
         """Average a run into ``data``."""
         source = run.terms[0][1]
         added = None if self._noise is None else self._noise(run.name, run.start, run.numel)
@@ -275,7 +174,7 @@ class _Sums:
             else:
                 self._copy(run, data)  # only then are candidates read again
 
-    def _copy(self, run: _Run, data: memoryview) -> None:
+    def _copy(self, run: Run, data: memoryview) -> None:
         """Copy a run that is not finite if it is kept or shared; raise its error if it is not allowed either."""
         sources = [source for _, source in run.terms]
         allowed, known = sources[0].allow_nonfinite, run.name in sources[0].kept or run.name in self._copied
@@ -290,7 +189,7 @@ class _Sums:
         elif not allowed:
             raise refusal(sources, self._checkpoints, run.name) or overflow_error(sources[-1], run.name, run.target)
 
-    def _add(self, run: _Run, data: memoryview, added: NDArray[np.float64] | None = None) -> None:
+    def _add(self, run: Run, data: memoryview, added: NDArray[np.float64] | None = None) -> None:
         """Compute Σ_i c_i w_i, and what is added to it, over a run of elements and round it once into ``data``."""
         total, term, single = self._total[: run.numel], self._term[: run.numel], self._room.view(np.float32)
         dtypes, c_0 = [source.spec(run.name).dtype for _, source in run.terms], run.terms[0][0]

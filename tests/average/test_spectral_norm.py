@@ -15,8 +15,9 @@ from stored import stored
 from torch import Tensor, nn
 
 from ckptavg.average import derived, plan_output
+from ckptavg.average.runs import part
 from ckptavg.average.spectral_norm import leading
-from ckptavg.average.weighted_sum import output_specs, part
+from ckptavg.average.weighted_sum import output_specs
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.kept import keeping
 from ckptavg.coefficients import Coefficients

@@ -127,6 +127,11 @@ def test_tensors_that_lie_together_are_summed_as_one_and_judged_alone(tmp_path: 
     alone = tuple(replace(each, reader=replace(each.reader, flat=False)) for each in together)
     found, expected = averaged(together, row, chunk=chunk), averaged(alone, row, chunk=chunk)
     assert all(torch.equal(found[name], expected[name]) for name in state)
+    specs, coefficients = output_specs(together), Coefficients((tuple(row),))
+    some = {name: range(spec.numel)[i % 3 : spec.numel - i % 2] for i, (name, spec) in enumerate(sorted(specs.items()))}
+    for name, offset, data in weighted_average(together, coefficients, specs, only=some, chunk=chunk):
+        elements = expected[name].view(torch.uint8)[offset : offset + len(data)]
+        assert offset // expected[name].itemsize in some[name] and bytes(data) == bytes(elements.numpy())
 
 
 def test_equal_coefficients_do_not_overflow_float64(tmp_path: Path):
