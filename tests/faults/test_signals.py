@@ -82,16 +82,17 @@ def test_completed_work_is_not_repeated_after_a_stop(warm: Warm, ckpts: Path, tm
     assert repeated < 3 * (6 + 5), "at each stop, a pass over the validation data and the one for BatchNorm"
 
 
-def test_a_signal_during_the_import_of_torch_does_not_kill(tmp_path: Path, ckpts: Path):
+@pytest.mark.parametrize(("package", "command"), [("numpy", ["swa"]), ("torch", ["aswa", "--task", TASK])])
+def test_a_signal_during_a_long_import_does_not_kill(tmp_path: Path, ckpts: Path, package: str, command: list[object]):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
         "class Early:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'torch':\n"
+        f"        if name == {package!r}:\n"
         "            os.kill(os.getpid(), signal.SIGUSR1)\n"
         "sys.meta_path.insert(0, Early())\n"
     )
-    process = real("swa", ckpts, cwd=tmp_path)
+    process = real(*command, ckpts, cwd=tmp_path)
     _, err = process.communicate()
     assert process.returncode == 75 and "run the same command to resume" in err, err
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"sitecustomize.py"}
