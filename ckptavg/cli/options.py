@@ -11,7 +11,7 @@ from ckptavg.declaration import RUN, Help, Option, declared
 from ckptavg.options import Options
 
 CKPTS: Final = typer.Argument(metavar="CKPTS", help="Checkpoint directories, or single checkpoints.", readable=False)
-_NARROW: Final = 20  # columns of a list of choices that fits any terminal
+_NARROW: Final = 19  # columns of a list of choices that fits any terminal
 PRINTING: Final = (
     Option("json", bool, False, Help(RUN, "Print the report as JSON on stdout.")),
     Option("report", Path, None, Help(RUN, "Also write the report to a file.", "As JSON.", "FILE.json")),
