@@ -7,7 +7,6 @@ buffers), Q = the parameters among them, C = columns of a block.
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 
 import numpy as np
 import torch
@@ -138,15 +137,14 @@ class Candidates:
             if isinstance(matrix, Streamed):
                 matrix.average(chosen, flat.weights_D)
             else:
-                read = partial(matrix.column_blocks, 0, len(flat.weights_D))
-                self._running_sum(flat, matrix).mean(chosen, read, flat.weights_D, matrix.mean_D)
+                self._running_sum(flat, matrix).mean(chosen, matrix.row_blocks, flat.weights_D, matrix.mean_D)
             flat.push()
         return True
 
     def _running_sum(self, flat: Flat, matrix: Matrix) -> RunningSum:
         if id(matrix) not in self._sums:
             self._sums[id(matrix)] = RunningSum(self.n, len(flat.weights_D), flat.slots)
-            for rows_NC, part in matrix.column_blocks(0, len(flat.weights_D)):
+            for rows_NC, part in matrix.row_blocks(range(self.n)):
                 self._sums[id(matrix)].observe(rows_NC, part)
         return self._sums[id(matrix)]
 

@@ -4,15 +4,12 @@ Shape suffixes: N = candidates, D = elements of one dtype, C = columns of a piec
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from ckptavg.candidates import plan
 from ckptavg.candidates.products import kernels
-
-_GATHERED: Final = 1 << 18  # elements of some rows that are copied at a time, which fit a CPU's cache
 
 
 class Dense:
@@ -31,19 +28,20 @@ class Dense:
         """See `Matrix.encode`."""
         self.rows_ND[i] = row_D
 
-    def column_blocks(self, start: int, stop: int, rows: Sequence[int] | None = None) -> Iterator[tuple[Tensor, slice]]:
+    def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
         """See `Matrix.column_blocks`: one piece, or for 16-bit dtypes pieces converted to float32.
 
         A coefficient of 1/5 rounded to bfloat16 is 0.1 % too large, which would scale every weight; and a dot product
         of millions of terms needs more than three digits.
         """
-        is_wide = self.rows_ND.dtype.itemsize >= 4
-        if rows is None and is_wide:
+        if self.rows_ND.dtype.itemsize >= 4:
             yield self.rows_ND[:, start:stop], slice(start, stop)
             return
-        step = plan.columns(len(self.rows_ND), stop, 4) if rows is None else max(1, _GATHERED // max(1, len(rows)))
-        at_R = None if rows is None else torch.tensor(rows, dtype=torch.long, device=self.rows_ND.device)
+        step = plan.columns(len(self.rows_ND), stop, 4)
         for first in range(start, stop, step):
             part = slice(first, min(first + step, stop))
-            piece = self.rows_ND[:, part] if at_R is None else self.rows_ND[:, part].index_select(0, at_R)
-            yield (piece if is_wide else piece.to(torch.float32)), part
+            yield self.rows_ND[:, part].to(torch.float32), part
+
+    def row_blocks(self, rows: Sequence[int]) -> Iterator[tuple[Sequence[Tensor], slice]]:
+        """See `Matrix.row_blocks`: all columns, as they are stored."""
+        yield [self.rows_ND[i] for i in rows], slice(0, self.rows_ND.shape[1])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ckptavg.candidates.flat import Flat, Slot, as_real, overlapping
+from ckptavg.candidates.products import INLINE
 from ckptavg.checkpoints.checkpoint import Checkpoint
 from ckptavg.checkpoints.integrity import is_shared, not_finite, refusal
 from ckptavg.checkpoints.torch_dtypes import TORCH
@@ -22,7 +23,6 @@ from ckptavg.runtime.threads import processors
 
 READERS: Final = 4  # rows read in parallel; more do not increase disk or memory throughput
 _CHUNK: Final = 1 << 20  # bytes per read of values to convert
-_INLINE: Final = 1 << 14  # elements of an operation that torch does not divide among threads
 Specs = Mapping[str, StoredTensor]
 ReadInto = Callable[[str, int, memoryview], None]
 
@@ -63,7 +63,7 @@ def read_row(checkpoint: Checkpoint, flat: Flat, candidates: Sequence[Checkpoint
     for slot in flat.slots:
         check_tied(checkpoint, slot)
     read_columns(flat.slots, checkpoint.tensors, checkpoint.read_into, 0, row_D)
-    parts = row_D.split(_INLINE) if row_D.device.type == "cpu" else (row_D,)
+    parts = row_D.split(INLINE) if row_D.device.type == "cpu" else (row_D,)
     if len(row_D) and not all(map(_is_finite, parts)):
         slots = (slot for slot in flat.slots if slot.numel and not _is_finite(row_D[slot.start :][: slot.numel]))
         bad = [present(slot.names, checkpoint.tensors) for slot in slots]
@@ -101,7 +101,7 @@ def read(names: tuple[str, ...], specs: Specs, read_into: ReadInto, out: Tensor,
     for start in range(0, count, _CHUNK // item):
         length = min(_CHUNK // item, count - start)
         read_into(name, first + start, memoryview(buffer)[: length * item])
-        values, step = torch.frombuffer(buffer, dtype=dtype, count=length), _INLINE if on_cpu else length
+        values, step = torch.frombuffer(buffer, dtype=dtype, count=length), INLINE if on_cpu else length
         for source, target in zip(values.split(step), flat[start : start + length].split(step), strict=True):
             target.copy_(source)
 

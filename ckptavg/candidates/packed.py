@@ -75,6 +75,10 @@ class Packed:
         if self._bits == 16:
             zero_FH += scale_FH * 2**15
 
+    def row_blocks(self, rows: Sequence[int]) -> Iterator[tuple[Tensor, slice]]:
+        """See `Matrix.row_blocks`; decoded as by `column_blocks`."""
+        yield from self.column_blocks(0, len(self._mean_D), rows)
+
     def column_blocks(self, start: int, stop: int, rows: Sequence[int] | None = None) -> Iterator[tuple[Tensor, slice]]:
         """See `Matrix.column_blocks`; yields differences from the mean, decoded to float32 in one workspace."""
         n = len(self._words_NP) if rows is None else len(rows)

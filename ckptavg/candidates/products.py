@@ -5,16 +5,18 @@ C = columns of a piece.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
 from ckptavg.candidates.flat import Flat, runs
 from ckptavg.coefficients import Groups
+
+INLINE: Final = 1 << 14  # elements of an operation that torch does not divide among threads
 
 
 class Products(Protocol):
@@ -39,11 +41,12 @@ class Matrix(Protocol):
     def encode(self, i: int, row_D: Tensor) -> None:
         """Store row ``i``; ``row_D`` [D] may be overwritten afterwards."""
 
-    def column_blocks(self, start: int, stop: int, rows: Sequence[int] | None = None) -> Iterator[tuple[Tensor, slice]]:
-        """Yield ([N, C], columns) from ``start`` to ``stop``, float32 or wider; each is valid until the next one.
+    def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
+        """Yield ([N, C], columns) from ``start`` to ``stop``, float32 or wider; each is valid until the next one."""
+        ...
 
-        With ``rows``, only these R of them are read, and yielded as [R, C].
-        """
+    def row_blocks(self, rows: Sequence[int]) -> Iterator[tuple[Iterable[Tensor], slice]]:
+        """Yield ([R, C], columns) of R of the rows, in a floating-point dtype; each is valid until the next one."""
         ...
 
 
@@ -65,19 +68,19 @@ def why_slow() -> str:
 def mix(flat: Flat, matrix: Matrix, c_GN: Tensor, groups: Groups) -> None:
     """Set ``flat.weights_D`` to Σ_i c_gi w_i, where g is the group of each tensor.
 
-    On a CPU, rows with a coefficient of 0 in all groups are not read if they are at least half of them.
+    On a CPU only rows with a coefficient are read, if they are at most half of the rows.
     """
     weights_D, mean_D = flat.weights_D, matrix.mean_D
     if matrix.products is not None:
         for start, stop, g in runs(flat.slots, groups, len(weights_D)):
             matrix.products.mix(c_GN[g], weights_D, start, stop)
         return
-    rows = c_GN.any(dim=0).nonzero()[:, 0].tolist() if c_GN.device.type == "cpu" else None
-    if rows is not None and 2 * len(rows) <= c_GN.shape[1]:
-        c_GN = c_GN[:, rows]
-    else:
-        rows = None
-    for run_NC, part, g in column_runs(flat, matrix, groups, len(weights_D), rows):
+    if c_GN.device.type == "cpu" and weights_D.device.type == "cpu":
+        rows: list[int] = c_GN.any(dim=0).nonzero()[:, 0].tolist()
+        if 2 * len(rows) <= c_GN.shape[1]:
+            _mix_rows(flat, matrix, c_GN[:, rows].tolist(), rows, groups)
+            return
+    for run_NC, part, g in column_runs(flat, matrix, groups, len(weights_D)):
         c_N = c_GN[g].to(run_NC)
         if run_NC.dtype != weights_D.dtype:
             w_C = run_NC.t().mv(c_N)
@@ -86,6 +89,24 @@ def mix(flat: Flat, matrix: Matrix, c_GN: Tensor, groups: Groups) -> None:
             torch.mv(run_NC.t(), c_N, out=weights_D[part])
         else:
             torch.addmv(mean_D[part], run_NC.t(), c_N, out=weights_D[part])
+
+
+def _mix_rows(flat: Flat, matrix: Matrix, c_GR: list[list[float]], rows: Sequence[int], groups: Groups) -> None:
+    """Add R rows one after the other, in float32 or wider, to columns that stay in the cache."""
+    weights_D, mean_D = flat.weights_D, matrix.mean_D
+    total = torch.empty(INLINE, dtype=torch.promote_types(weights_D.dtype, torch.float32))
+    group_runs = runs(flat.slots, groups, len(weights_D))
+    for block_RC, part in matrix.row_blocks(rows):
+        rows_RC = list(block_RC)
+        for start, stop, g in _within(group_runs, part):
+            for first in range(start, stop, INLINE):
+                last = min(first + INLINE, stop)
+                total_C = total[: last - first]
+                total_C.zero_() if mean_D is None else total_C.copy_(mean_D[first:last])
+                for row_C, c in zip(rows_RC, c_GR[g], strict=True):
+                    if c:
+                        total_C.add_(row_C[first - part.start : last - part.start], alpha=c)
+                weights_D[first:last] = total_C
 
 
 def dot(flat: Flat, matrix: Matrix, total_GN: Tensor, groups: Groups) -> None:
@@ -101,14 +122,17 @@ def dot(flat: Flat, matrix: Matrix, total_GN: Tensor, groups: Groups) -> None:
             total_GN[g] += matrix.mean_D[part].to(run_NC).dot(gradient_C)
 
 
-def column_runs(
-    flat: Flat, matrix: Matrix, groups: Groups, stop: int, rows: Sequence[int] | None = None
-) -> Iterator[tuple[Tensor, slice, int]]:
+def column_runs(flat: Flat, matrix: Matrix, groups: Groups, stop: int) -> Iterator[tuple[Tensor, slice, int]]:
     """Yield ([N, C], columns, group): the columns before ``stop``, split into runs of one coefficient group each."""
     group_runs = runs(flat.slots, groups, stop)
-    for piece_NC, part in matrix.column_blocks(0, stop, rows):
-        for begin, end, g in group_runs[bisect_right(group_runs, part.start, key=lambda run: run[1]) :]:
-            if begin >= part.stop:
-                break
-            columns = slice(max(begin, part.start), min(end, part.stop))
-            yield piece_NC[:, columns.start - part.start : columns.stop - part.start], columns, g
+    for piece_NC, part in matrix.column_blocks(0, stop):
+        for begin, end, g in _within(group_runs, part):
+            yield piece_NC[:, begin - part.start : end - part.start], slice(begin, end), g
+
+
+def _within(group_runs: Sequence[tuple[int, int, int]], part: slice) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, stop, group) of the runs, as far as they are in some columns."""
+    for begin, end, g in group_runs[bisect_right(group_runs, part.start, key=lambda run: run[1]) :]:
+        if begin >= part.stop:
+            break
+        yield max(begin, part.start), min(end, part.stop), g

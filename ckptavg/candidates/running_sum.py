@@ -14,7 +14,7 @@ from ckptavg.candidates import plan
 from ckptavg.candidates.flat import Slot, overlapping
 
 _CHUNK: Final = 1 << 18  # elements updated at once, which fit a CPU's cache
-Read: TypeAlias = Callable[[Sequence[int]], Iterator[tuple[Tensor, slice]]]
+Read: TypeAlias = Callable[[Sequence[int]], Iterator[tuple[Iterable[Tensor], slice]]]
 
 
 class RunningSum:
@@ -50,7 +50,7 @@ class RunningSum:
         """Write the mean of the rows ``chosen`` to ``out_D``, of any dtype and on any device.
 
         Args:
-            read: yields the columns of some rows, [R, C], piece by piece.
+            read: see `ckptavg.candidates.products.Matrix.row_blocks`.
             mean_D: is added, if rows are stored as differences from it.
         """
         wanted, before = frozenset(chosen), self._summed

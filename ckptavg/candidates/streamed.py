@@ -43,6 +43,7 @@ class Streamed:
         dtype, device = flat.weights_D.dtype, flat.weights_D.device
         self._checkpoints = checkpoints
         self._slots = flat.slots
+        self._size = size
         self._rows_ND = None if in_files else torch.empty(n, size, dtype=dtype)
         self._sum = RunningSum(n, size, flat.slots)
         side = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -59,16 +60,20 @@ class Streamed:
         if self._rows_ND is not None:
             self._rows_ND[i] = row_D
 
-    def column_blocks(self, start: int, stop: int, rows: Sequence[int] | None = None) -> Iterator[tuple[Tensor, slice]]:
+    def column_blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:
         """See `Matrix.column_blocks`."""
-        for lane, host_NC, part in self._read(range(len(self._checkpoints)) if rows is None else rows, start, stop):
+        for lane, host_NC, part in self._read(range(len(self._checkpoints)), start, stop):
             piece_NC = lane.on_device(host_NC)
             yield (piece_NC if piece_NC.itemsize >= 4 else piece_NC.to(torch.float32)), part
             lane.mark_used()
 
+    def row_blocks(self, rows: Sequence[int]) -> Iterator[tuple[Tensor, slice]]:
+        """See `Matrix.row_blocks`; on the host."""
+        return (piece[1:] for piece in self._read(rows, 0, self._size))
+
     def average(self, chosen: Sequence[int], out_D: Tensor) -> None:
         """Write the mean of the rows ``chosen`` to ``out_D``; see `RunningSum`."""
-        self._sum.mean(chosen, lambda rows: (piece[1:] for piece in self._read(rows, 0, len(out_D))), out_D)
+        self._sum.mean(chosen, self.row_blocks, out_D)
 
     def _read(self, rows: Sequence[int], start: int, stop: int) -> Iterator[Piece]:
         """Yield the pieces of some rows, each while the next one is read into the other lane."""

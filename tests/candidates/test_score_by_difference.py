@@ -14,7 +14,7 @@ import torch
 from stored import stored
 from torch import Tensor, nn
 
-from ckptavg.candidates import Candidates, dense, loading, packed, plan
+from ckptavg.candidates import Candidates, loading, packed, plan, products
 from ckptavg.candidates.dense import Dense
 from ckptavg.candidates.packed import Packed
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -25,7 +25,7 @@ N = 40
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "_GATHERED", 50)
+    monkeypatch.setattr(products, "INLINE", 7)
     monkeypatch.setitem(packed._DECODED, "cpu", 320)
     monkeypatch.setattr(plan, "BUFFER", 1)
     monkeypatch.setattr(plan, "LEAST", 16)
@@ -60,13 +60,16 @@ def recorded(one: Candidates, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     read: list[int] = []
     for kind in (Dense, Packed):
 
-        def column_blocks(
-            self: Any, start: int, stop: int, rows: Sequence[int] | None = None, *, real: Any = kind.column_blocks
-        ) -> Any:
-            read.extend(range(N) if rows is None else rows)
-            return real(self, start, stop, rows)
+        def column_blocks(self: Any, *arguments: Any, real: Any = kind.column_blocks) -> Any:
+            read.extend(range(N) if len(arguments) == 2 else ())
+            return real(self, *arguments)
+
+        def row_blocks(self: Any, rows: Sequence[int], *, real: Any = kind.row_blocks) -> Any:
+            read.extend(rows)
+            return real(self, rows)
 
         monkeypatch.setattr(kind, "column_blocks", column_blocks)
+        monkeypatch.setattr(kind, "row_blocks", row_blocks)
     return read
 
 
@@ -214,7 +217,7 @@ def test_the_first_bad_candidate_in_order_is_named_whichever_is_read_first(
 
 
 def test_values_of_every_length_are_converted_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loading, "_INLINE", 3)
+    monkeypatch.setattr(loading, "INLINE", 3)
     monkeypatch.setattr(loading, "_CHUNK", 4 * 7)
     saved = states(n=3)
     one = Candidates(network(torch.float64), stored(tmp_path, saved), ignore)
