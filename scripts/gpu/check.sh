@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Test and measure ckptavg on a GPU, in 7 minutes at most: scripts/gpu/check.sh [--device cpu] [tests] [process] [speed]
-# Each part has its own time limit; without a name all parts run. Python must have torch, safetensors, typer, rich,
+# Each part has its own time limit; without a name all parts run. Python must have torch, safetensors, blake3, typer, rich,
 # pytest, hypothesis, scikit-learn and, for one test, torchmetrics; nothing is installed or fetched. Results are written
 # to $OUT (build/gpu) as they come; `python scripts/gpu/report.py` writes docs/gpu.md. On a CPU sizes are tiny.
 set -uo pipefail
