@@ -23,7 +23,7 @@ ROOT = HERE.parents[1]
 
 
 class Table(NamedTuple):
-    """A command, without `python scripts/benchmark/`, and what --quick adds to it; FOLDER is that for checkpoints."""
+    """A command, relative to this directory, and what --quick adds to it; FOLDER stands for that of checkpoints."""
 
     command: str
     quick: str
@@ -39,17 +39,17 @@ TABLES: Mapping[str, Table] = {
     "adapters": Table("average.py FOLDER adapters", FEW),
     "sharded": Table("average.py FOLDER sharded", FEW),
     "small-tensors": Table("average.py FOLDER small-tensors", "--rounds 1 --make '--tensors 1000 --count 3'"),
-    "reads": Table("reads.py FOLDER", "--megabytes 8 --depths 1 2 --blocks 1"),
+    "reads": Table("reads.py FOLDER --megabytes 64", "--megabytes 8 --depths 1 2 --blocks 1"),
     "safety": Table("../safety/cost.py --table --folder FOLDER", LITTLE),
     "safety-cold": Table("../safety/cost.py --table --cold --folder FOLDER", LITTLE),
     "start": Table("start.py", "--rounds 1"),
-    "step": Table("step.py", "--rounds 1 --candidates 3"),
+    "step": Table("step.py", "--rounds 1 --candidates 6"),
     "evaluation": Table("evaluation.py", "--rounds 1 --candidates 4"),
     "lowbit": Table("lowbit.py", "--rounds 1 --candidates 3 --parameters 1000"),
-    "busy": Table("busy.py", "--loops 1 --arguments=--dry-run --steps 1 --policies"),
+    "busy": Table("busy.py", '--loops 1 --arguments=--dry-run --steps 1 --networks "demo\'s network" --policies'),
     "scaling": Table("scaling.py", "--quick"),
     "intervals": Table("intervals.py --summary --draws 1000 --units 50 400 --batches 10 50", "--quick"),
-    "many": Table("many.py", "--quick"),
+    "many": Table("many.py --rounds 1", "--candidates 10 --elements 100000 --steps 2"),
     "solver": Table("solver.py", "--candidates 6 --noise 1 --every 2 --domains digits-cnn"),
 }
 
@@ -109,12 +109,14 @@ def filled(known: Mapping[str, str], place: re.Match[str]) -> str:
 def main() -> int:
     """Write the page; return 1 if a script failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; all by default")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help="all by default")
     parser.add_argument("--quick", action="store_true", help="small sizes, to check that everything runs")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "benchmark", help="for checkpoints: 27 GB")
     parser.add_argument("-o", "--output", type=Path, help="FOLDER/run.md by default")
     parser.add_argument("--spent", type=float, default=0, help="seconds of the run before this script started")
     options = parser.parse_args()
+    if unknown := {*options.tables} - {*TABLES}:
+        parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     options.folder.mkdir(parents=True, exist_ok=True)
     start, facts, failed = time.monotonic() - options.spent, machine(options.folder, options.quick), False
     texts = dict.fromkeys(TABLES, "Not run.")

@@ -19,6 +19,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
+from processes import evict
+
 AHEAD = 8 << 20  # bytes
 ADVICE = {
     "direct": None,
@@ -35,15 +37,6 @@ class Rate(NamedTuple):
     gigabytes: float
     processor: float
     read: float
-
-
-def evict(paths: Sequence[Path]) -> None:
-    """Remove the pages of ``paths`` from the page cache, so that the next reads come from the disk."""
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
 
 
 def measured(paths: Sequence[Path], how: str, depth: int, block: int) -> Rate:

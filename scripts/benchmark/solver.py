@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from study.domains import domain
-from study.job import write_task
+from study.job import Training, write_task
 from study.training import train
 
 from ckptavg.checkpoints.discover import discover
@@ -75,7 +75,8 @@ def trained(name: str, n: int, seed: int, every: int | None) -> Generator[Mixtur
         folder, task, device = Path(scratch) / "ckpts", Path(scratch) / "study_task.py", torch.device("cpu")
         write_task(task, name, seed, None)
         steps = (n + n // 2) * every
-        train(kind.job(seed, None), folder, steps=steps, every=every, schedule="constant", seed=seed, device=device)
+        training = Training(folder=folder, steps=steps, every=every, schedule="constant", seed=seed, device=device)
+        train(kind.job(seed, None), training)
         with discover([folder], Window(last=n)) as found:
             mixture = Mixture(PythonTask(str(task)), found.checkpoints, Run(device=device, seed=seed))
             mixture.prepare()
