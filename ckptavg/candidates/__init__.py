@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ckptavg.candidates import plan
 from ckptavg.candidates.copied import Copied, Copies, copied_tensors
-from ckptavg.candidates.dense import Dense
+from ckptavg.candidates.dense import COLUMNS, Dense
 from ckptavg.candidates.flat import Flat, flatten, is_mixable, unique_tensors
 from ckptavg.candidates.loading import (
     ReadInto,
@@ -180,8 +180,12 @@ class Candidates:
     def distances(self, groups: Groups = EVERYTHING) -> Tensor:
         """Return [G, N], ‖w_i − w̄‖₂ over the parameters of each group, where w̄ is the mean of the N rows."""
         total_GN = self._zeros(groups)
-        for off_NC, g in self.differences(groups):
-            total_GN[g] += off_NC.square().sum(dim=1)
+        for flat, matrix in self._blocks:
+            for run_NC, _, g in column_runs(flat, matrix, groups, len(flat.gradient_Q)):
+                for piece_NC in run_NC.split(COLUMNS, dim=1):
+                    mean_C, many = piece_NC.mean(dim=0), max(1, piece_NC.nbytes // plan.BUFFER)
+                    parts = [(rows - mean_C).square().sum(dim=1) for rows in piece_NC.tensor_split(many)]
+                    total_GN[g] += torch.cat(parts)
         return self._workers.sum(total_GN).sqrt()
 
     def differences(self, groups: Groups = EVERYTHING) -> Iterator[tuple[Tensor, int]]:

@@ -4,12 +4,15 @@ Shape suffixes: N = candidates, D = elements of one dtype, C = columns of a piec
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from ckptavg.candidates import plan
 from ckptavg.candidates.products import kernels
+
+COLUMNS: Final = 1 << 20  # most columns of a piece that is computed at once
 
 
 class Dense:
@@ -37,7 +40,8 @@ class Dense:
         if self.rows_ND.dtype.itemsize >= 4:
             yield self.rows_ND[:, start:stop], slice(start, stop)
             return
-        step = plan.columns(len(self.rows_ND), stop, 4)
+        n = len(self.rows_ND)
+        step = COLUMNS if n <= plan.FEW_ROWS else plan.columns(n, stop, 4)
         for first in range(start, stop, step):
             part = slice(first, min(first + step, stop))
             yield self.rows_ND[:, part].to(torch.float32), part

@@ -74,7 +74,8 @@ def losses_and_gradients(
         for left, (examples, loss) in enumerate(losses, 1 - len(losses)):
             candidates.zero_gradient()
             try:
-                loss.backward(torch.full_like(loss, share.weight), retain_graph=left < 0)
+                # not `loss.backward(weight)`: a given gradient makes torch import sympy, in half a second
+                (share.weight * loss).backward(retain_graph=left < 0)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
