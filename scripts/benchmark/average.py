@@ -98,7 +98,7 @@ class Case:
 CASES: Mapping[str, Case] = {
     "reference": Case(
         make="--count 8 --layers 12",
-        rounds={**dict.fromkeys((COPY, IMPORT, ALONE, SWA, NONE, SHA256, RUNNING, MERGEKIT), 1), MODEL: 0.6, TIMM: 0.6},
+        rounds={**dict.fromkeys((COPY, IMPORT, ALONE, SWA, NONE, SHA256, RUNNING, MERGEKIT), 1), MODEL: 0.4, TIMM: 0.4},
         ratios={RUNNING: 0.45, MERGEKIT: 0.3, COPY: 1.5},
     ),
     "cold": Case(
@@ -115,7 +115,7 @@ CASES: Mapping[str, Case] = {
         seconds=0.45,
     ),
     "sharded": Case(
-        make="--count 8 --layers 12 --shards 4", rounds=dict.fromkeys((COPY, SWA, RUNNING), 0.6),
+        make="--count 4 --layers 12 --shards 4", rounds=dict.fromkeys((COPY, SWA, RUNNING), 0.6),
         swa=("--max-shard-size", "200MB"),
     ),
     "small-tensors": Case(make="--count 8 --tensors 100000", rounds=dict.fromkeys((COPY, SWA, RUNNING), 0.6)),

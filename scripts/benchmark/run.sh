@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure every table of docs/benchmarks.md: ./scripts/benchmark/run.sh [--quick] [TABLE ...]
-# Writes build/benchmark/run.md, which is docs/benchmarks.md once copied there; its text is in page.md.in. 20 minutes on
-# two idle cores, and 27 GB of disk; --quick: a few minutes, at sizes at which the figures mean nothing.
+# Writes build/benchmark/run.md, which is docs/benchmarks.md once copied there; its text is in page.md.in. It takes about
+# 20 minutes on two idle cores, and 27 GB of disk; with --quick a few minutes, at sizes at which figures mean nothing.
 # mergekit gets an environment of its own.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
