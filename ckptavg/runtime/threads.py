@@ -48,7 +48,7 @@ def processors(proc: Path = cgroups.PROC) -> int:
     """Return the number of threads to compute with: `affinity`, or `quota` rounded to an integer if that is less.
 
     A half is rounded up: with 1.5 processors two threads took 0.7 × the time of one for matrix products, and 1.1 × for
-    training steps of a small network, whose parallel regions wait for throttled threads (docs/benchmarks.md).
+    training steps of a small network, whose parallel regions wait for throttled threads.
     """
     limit = quota(proc)
     return affinity() if limit is None else min(affinity(), max(1, math.floor(limit + 0.5)))
