@@ -7,6 +7,7 @@ import ctypes
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Final
 
 import torch
@@ -43,7 +44,7 @@ def read_rows(candidates: Sequence[Checkpoint], flat: Flat, out_ND: Sequence[Ten
     Raises:
         SharedError, InputError: as `read_row`, for the first checkpoint that has an error.
     """
-    pool = ThreadPoolExecutor(min(READERS, processors()), thread_name_prefix="reading")
+    pool = ThreadPoolExecutor(min(READERS, processors()), "reading", initializer=_start, initargs=(Lock(),))
     try:
         rows = zip(candidates, out_ND, strict=True)
         for done in [pool.submit(read_row, checkpoint, flat, candidates, row_D) for checkpoint, row_D in rows]:
@@ -51,6 +52,12 @@ def read_rows(candidates: Sequence[Checkpoint], flat: Flat, out_ND: Sequence[Ten
             yield
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start(turn: Lock) -> None:
+    """Let torch set itself up in this thread; in a forked process it fails if two threads do so at once."""
+    with turn:
+        torch.get_num_threads()
 
 
 def read_row(checkpoint: Checkpoint, flat: Flat, candidates: Sequence[Checkpoint], row_D: Tensor) -> Tensor:

@@ -76,9 +76,11 @@ def mix(flat: Flat, matrix: Matrix, c_GN: Tensor, groups: Groups) -> None:
             matrix.products.mix(c_GN[g], weights_D, start, stop)
         return
     if c_GN.device.type == "cpu" and weights_D.device.type == "cpu":
-        rows: list[int] = c_GN.any(dim=0).nonzero()[:, 0].tolist()
+        columns = c_GN.t().tolist()
+        rows = [i for i, column in enumerate(columns) if any(column)]
         if 2 * len(rows) <= c_GN.shape[1]:
-            _mix_rows(flat, matrix, c_GN[:, rows].tolist(), rows, groups)
+            c_GR = [[columns[i][g] for i in rows] for g in range(len(c_GN))]
+            _mix_rows(flat, matrix, c_GR, rows, groups)
             return
     for run_NC, part, g in column_runs(flat, matrix, groups, len(weights_D)):
         c_N = c_GN[g].to(run_NC)

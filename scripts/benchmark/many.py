@@ -5,7 +5,7 @@ passes hardly count. Each pair (N, D) with at most ``--largest`` elements in all
 
 - loading: all files into the candidate matrix, from the page cache;
 - anew: the mixture of all N with a coefficient each;
-- difference: the mean of all but one candidate, after one of all but another (if they are more than 32; of 5 else);
+- difference: the mean of all but one candidate, after that of all but another; of 5 candidates where N is at most 33;
 - sewa, twa: a step of the search, with one sample, besides the journal;
 - whole: ``ckptavg sewa`` with ``--steps`` steps, with Python's start, to the end of the process; its peak of memory
   and, beside it, the figure that it prints in its first seconds.
@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import re
-import resource
 import struct
 import subprocess
 import sys
@@ -104,7 +103,7 @@ def write(folder: Path, n: int, elements: int) -> None:
     head, draws = json.dumps(header).encode(), np.random.default_rng(0)
     head += b" " * (-len(head) % 8)
     base, noise = (draws.standard_normal(size // 4 + OVERLAP, dtype=np.float32) for _ in range(2))
-    for i, shift in enumerate(draws.integers(OVERLAP, size=n)):
+    for i, shift in enumerate(draws.permutation(OVERLAP)[:n]):
         values = base[: size // 4] + np.float32(0.3) * noise[shift:][: size // 4]
         (folder / f"step-{i}.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + values.tobytes())
 
@@ -169,12 +168,12 @@ def measure(n: int, elements: int, options: argparse.Namespace) -> tuple[dict[st
         command = [sys.executable, __file__, "--elements", str(elements), *more, "--inside", str(folder)]
         output = subprocess.run([*command, "--parts"], capture_output=True, text=True, check=True).stdout
         used = {key: Used(*value) for key, value in json.loads(output).items()}
-        start, children = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        start = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             said = process.stdout.read() if process.stdout else ""
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0 and children is not None
+        assert process.returncode == 0
         used["whole"] = Used(time.perf_counter() - start, usage.ru_utime + usage.ru_stime)
     return used, 1024 * usage.ru_maxrss, said_bytes(said)
 
