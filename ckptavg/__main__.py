@@ -8,6 +8,7 @@ from typing import Final, NoReturn
 
 from ckptavg.errors import CkptavgError, InterruptedRunError, OutOfMemoryError, OutputError, is_out_of_memory
 from ckptavg.runtime import signals, threads
+from ckptavg.runtime.imports import quick_imports
 from ckptavg.runtime.workers import rank, silence
 
 _STDOUT_IS_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
@@ -26,7 +27,8 @@ def _run() -> NoReturn:
         signals.install()
         threads.configure()
         _prepare_streams()
-        from ckptavg.cli.app import app, configured
+        with quick_imports():
+            from ckptavg.cli.app import app, configured
 
         try:
             app(prog_name="ckptavg", default_map=configured())

@@ -8,8 +8,6 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
-import torch
-
 from ckptavg.checkpoints.inspection import facts, open_for_inspection
 from ckptavg.declaration import Option, check_value, declared, docstring
 from ckptavg.errors import UsageError, nearest
@@ -241,7 +239,7 @@ def keywords(function: str, given: Mapping[str, Any], taken: Iterable[Option] | 
 
 def _value(option: Option | None, value: Any) -> Any:
     """Return a value in the type that the command line would give it."""
-    if isinstance(value, torch.dtype | torch.device):
+    if type(value).__module__ == "torch":  # a dtype or a device; a plain average does not load it
         return str(value).removeprefix("torch.")
     if option and option.name == "task" and isinstance(value, os.PathLike):
         return os.fspath(value)

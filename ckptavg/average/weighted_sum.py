@@ -24,7 +24,7 @@ from ckptavg.errors import InputError
 from ckptavg.readers import FLOATING, ITEM_SIZE, StoredTensor
 from ckptavg.runtime.threads import count
 
-CHUNK: Final = 1 << 17  # elements: least CPU time of 2¹⁵ to 2¹⁹ (8 candidates in bfloat16)
+CHUNK: Final = 1 << 18  # elements: fastest of 2¹⁶ to 2¹⁹ in scripts/benchmark's reference case
 AddedNoise: TypeAlias = Callable[[str, int, int], NDArray[np.float64] | None]  # of (name, start, count)
 
 

@@ -12,6 +12,7 @@ from ckptavg.cli.options import CKPTS, SHARED, named, parameter
 from ckptavg.declaration import MAIN, PANELS, SEARCH, Option, declared
 from ckptavg.options import Options
 from ckptavg.options.search import SearchOptions
+from ckptavg.runtime.imports import quick_imports
 from ckptavg.runtime.workers import joined
 
 if TYPE_CHECKING:
@@ -57,22 +58,25 @@ def run_command(
     needs_task: bool,
 ) -> None:  # fmt: skip
     """Run what `load` imports with the shared options of a command, print its report and write it to ``--report``."""
-    from ckptavg.cli import terminal
-    from ckptavg.report import as_json, table
-    from ckptavg.report.result import Result
+    with quick_imports():
+        from ckptavg.cli import terminal
+        from ckptavg.report import as_json, table
+        from ckptavg.report.result import Result
 
     screen = terminal.Screen(quiet=arguments.pop("quiet"), verbose=arguments.pop("verbose"))
     json, file, paths = arguments.pop("json"), arguments.pop("report"), arguments.pop("ckpts")
     meeting = joined(arguments["device"], arguments["worker_timeout"])
     with meeting as workers, terminal.stdout_for_data(), screen.watching() as watch:
-        from ckptavg.pipeline.task_choice import with_task
+        with quick_imports():
+            run = load()
+            from ckptavg.pipeline.task_choice import with_task
 
         options = Options(**arguments, workers=workers)
         if file is not None:
             terminal.check_text(file, options)
         if options.wait_stable is not None and not options.follow:
             screen.print(f"waiting until no candidate has changed for {options.wait_stable:g} s")
-        done = load()(paths, with_task(options, paths, required=needs_task), watch)
+        done = run(paths, with_task(options, paths, required=needs_task), watch)
     if not workers.is_rank_zero:
         return
     screen.warn(done)
