@@ -98,18 +98,18 @@ class Case:
 CASES: Mapping[str, Case] = {
     "reference": Case(
         make="--count 8 --layers 12",
-        rounds={**dict.fromkeys((COPY, IMPORT, ALONE, SWA, NONE, SHA256, RUNNING, MERGEKIT), 1), MODEL: 0.4, TIMM: 0.4},
+        rounds={**dict.fromkeys((COPY, IMPORT, ALONE, SWA, NONE, SHA256, RUNNING, MERGEKIT), 1), MODEL: 0.2, TIMM: 0.2},
         ratios={RUNNING: 0.45, MERGEKIT: 0.3, COPY: 1.5},
     ),
     "cold": Case(
         make="--count 8 --layers 12", rounds=dict.fromkeys((COPY, FLUSHED, SWA), 1), cache=COLD, ratios={COPY: 1.1}
     ),
     "large": Case(
-        make="--count 8 --layers 65", rounds={COPY: 0.6, SWA: 0.6, RUNNING: 0.6, MERGEKIT: 0},
+        make="--count 8 --layers 65", rounds={COPY: 1, SWA: 1, RUNNING: 1, MERGEKIT: 0},
         ratios={RUNNING: 0.35, MERGEKIT: 0.2},
     ),
     # more than memory holds, so each command finds in the cache what the one before it left
-    "many": Case(make="--count 20 --layers 30", rounds={COPY: 0.6, SWA: 0.6, RUNNING: 0}, cache=LEFT),
+    "many": Case(make="--count 20 --layers 30", rounds={COPY: 0.4, SWA: 0.4, RUNNING: 0}, cache=LEFT),
     "adapters": Case(
         make="--count 10 --layers 15 --lora 16", rounds=dict.fromkeys((COPY, IMPORT, SWA, NONE, RUNNING), 1),
         seconds=0.45,
@@ -118,7 +118,7 @@ CASES: Mapping[str, Case] = {
         make="--count 4 --layers 12 --shards 4", rounds=dict.fromkeys((COPY, SWA, RUNNING), 0.6),
         swa=("--max-shard-size", "200MB"),
     ),
-    "small-tensors": Case(make="--count 8 --tensors 100000", rounds=dict.fromkeys((COPY, SWA, RUNNING), 0.6)),
+    "small-tensors": Case(make="--count 4 --tensors 100000", rounds=dict.fromkeys((COPY, SWA, RUNNING), 0.4)),
 }  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def main() -> None:
         table = commands(folder, scratch, case, mergekit.absolute())
 
         def before() -> None:
-            measure(f"rm -rf {scratch}/copy {scratch}/mergekit {scratch}/peer.safetensors")
+            measure(f"rm -rf {scratch}/copy {scratch}/mergekit {scratch}/peer.safetensors {scratch}/out*")
             if case.cache == COLD:
                 evict(files)
             elif case.cache == WARM:

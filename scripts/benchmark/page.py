@@ -40,6 +40,7 @@ TABLES: Mapping[str, Table] = {
     "sharded": Table("average.py FOLDER sharded", FEW),
     "small-tensors": Table("average.py FOLDER small-tensors", "--rounds 1 --make '--tensors 1000 --count 3'"),
     "reads": Table("reads.py FOLDER --megabytes 64", "--megabytes 8 --depths 1 2 --blocks 1"),
+    "digests": Table("digests.py --rounds 5", ""),
     "safety": Table("../safety/cost.py --table --folder FOLDER", LITTLE),
     "safety-cold": Table("../safety/cost.py --table --cold --folder FOLDER", LITTLE),
     "start": Table("start.py", "--rounds 1"),
