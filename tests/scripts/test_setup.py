@@ -58,4 +58,4 @@ def test_scripts_ask_for_extras_that_there_are():
 
 
 def test_the_lower_bounds_are_written_as_the_script_reads_them():
-    assert all(re.fullmatch(r"[a-z]+>=[\d.]+", line) for line in PROJECT["dependencies"])
+    assert all(re.fullmatch(r"[a-z0-9]+>=[\d.]+", line) for line in PROJECT["dependencies"])
