@@ -10,10 +10,11 @@ import typer
 
 from ckptavg.cli.command import reports, run_command
 from ckptavg.cli.help_page import Command, Group
+from ckptavg.cli.options import SHARED
 from ckptavg.declaration import declared
 from ckptavg.errors import UsageError
 from ckptavg.objective import PlainAverage, Strategy
-from ckptavg.options import Options, config_file
+from ckptavg.options import config_file
 from ckptavg.options.follow import FOLLOW
 from ckptavg.runtime import version
 from ckptavg.strategies import strategies
@@ -77,7 +78,7 @@ def configured() -> dict[str, dict[str, Any]]:
     }
     if unknown := values.keys() - {"task"} - set().union(*options_of.values()):
         raise UsageError(f"{config_file.NAMES}: unknown options: {', '.join(sorted(unknown))}")
-    repeated = values.keys() & {option.name for option in declared(Options) if option.default == ()}
+    repeated = values.keys() & {option.name for option in SHARED.values() if option.default == ()}
     values |= {name: values[name].split(",") for name in repeated}
     return {name: {key: values[key] for key in values.keys() & options} for name, options in options_of.items()}
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ckptavg.cli.command import takes
+from ckptavg.cli.command import command_line, takes
 from ckptavg.cli.options import NO_REPORT, SHARED
 from ckptavg.errors import TaskError, printable
 from ckptavg.options import CHECK
@@ -13,6 +13,7 @@ from ckptavg.options import CHECK
 def command(ckpts: list[Path], json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Run a task on one checkpoint: what it does, what a search would cost, and how to fix what is wrong."""
     from ckptavg.cli.terminal import Screen, console, stdout_for_data
+    from ckptavg.report.as_json import to_json
     from ckptavg.report.layout import Sentence
 
     screen = Screen(quiet=quiet, verbose=verbose)
@@ -23,7 +24,7 @@ def command(ckpts: list[Path], json: bool, quiet: bool, verbose: bool, **options
 
         checked = check_task(ckpts, with_task(Options(**options), ckpts, required=True), watch)
     if json:
-        print(checked.to_json())
+        print(to_json(checked, command_line()))
     else:
         for line in checked.lines():
             console().print(Sentence(printable(line), indent=12))

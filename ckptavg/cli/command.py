@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, no_type_chec
 
 from ckptavg.cli.options import CKPTS, SHARED, named, parameter
 from ckptavg.declaration import MAIN, PANELS, SEARCH, Option, declared
-from ckptavg.options import Options
+from ckptavg.options import Options, config_file
 from ckptavg.options.search import SearchOptions
+from ckptavg.runtime.command_line import CommandLine
 from ckptavg.runtime.imports import quick_imports
 from ckptavg.runtime.workers import joined
 
@@ -57,14 +58,14 @@ def run_command(
     arguments: dict[str, Any], load: Callable[[], Callable[[list[Path], Options, Watch | None], Report]], *,
     needs_task: bool,
 ) -> None:  # fmt: skip
-    """Run what `load` imports with the shared options of a command, print its report and write it to ``--report``."""
+    """Run what `load` imports with the shared options of a command; print its report, and write it to ``--report``."""
     with quick_imports():
-        from ckptavg.cli import terminal
+        from ckptavg.cli import report_files, terminal
         from ckptavg.report import as_json, table
         from ckptavg.report.result import Result
 
     screen = terminal.Screen(quiet=arguments.pop("quiet"), verbose=arguments.pop("verbose"))
-    json, file, paths = arguments.pop("json"), arguments.pop("report"), arguments.pop("ckpts")
+    json, files, paths = arguments.pop("json"), arguments.pop("report"), arguments.pop("ckpts")
     meeting = joined(arguments["device"], arguments["worker_timeout"])
     with meeting as workers, terminal.stdout_for_data(), screen.watching() as watch:
         with quick_imports():
@@ -72,8 +73,8 @@ def run_command(
             from ckptavg.pipeline.task_choice import with_task
 
         options = Options(**arguments, workers=workers)
-        if file is not None:
-            terminal.check_text(file, options)
+        report_files.check(files, options)
+        line = command_line(workers.world_size)
         if options.wait_stable is not None and not options.follow:
             screen.print(f"waiting until no candidate has changed for {options.wait_stable:g} s")
         done = run(paths, with_task(options, paths, required=needs_task), watch)
@@ -83,9 +84,13 @@ def run_command(
     screen.print(table.render(done))
     if isinstance(done, Result):
         screen.show_next_steps(done.next_steps)
-    if file is not None:
-        terminal.write_text(file, as_json.to_json(done) + "\n")
+    report_files.write(files, as_json.to_dict(done, line))
     if json:
-        print(as_json.to_json(done))
+        print(as_json.to_json(done, line))
     elif done.output:
         print(done.output.path)
+
+
+def command_line(processes: int = 1) -> CommandLine:
+    """Return the command of this process, with the configuration file of the working directory."""
+    return CommandLine.current(config_file.read(Path()), processes)

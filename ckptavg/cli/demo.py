@@ -14,7 +14,8 @@ def command(
     folder: Annotated[Path, typer.Argument(help="Directory to create.", readable=False)] = Path("ckptavg-demo"),
 ) -> None:
     """Train a tiny network, save its checkpoints, and print a command to try on them."""
-    from ckptavg.cli.terminal import Screen, write_text
+    from ckptavg.cli.terminal import Screen
+    from ckptavg.filesystem.atomic import write_text
 
     if os.path.lexists(folder):
         raise OutputExistsError("exists already", path=folder, hint="name another directory, or delete this one")

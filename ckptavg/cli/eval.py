@@ -1,10 +1,9 @@
 """``ckptavg eval``: score checkpoint files as they are."""
 
-import json as json_module
 from pathlib import Path
 from typing import Any
 
-from ckptavg.cli.command import takes
+from ckptavg.cli.command import command_line, takes
 from ckptavg.cli.options import NO_REPORT, SHARED
 from ckptavg.options import EVAL, Options
 from ckptavg.runtime.workers import joined
@@ -14,6 +13,7 @@ from ckptavg.runtime.workers import joined
 def command(ckpts: list[Path], json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Score files on the task's validation and test data, with their BatchNorm statistics."""
     from ckptavg.cli.terminal import Screen, console, stdout_for_data
+    from ckptavg.report.as_json import to_json
 
     meeting = joined(options["device"], options["worker_timeout"])
     with meeting as workers, stdout_for_data(), Screen(quiet=quiet).watching() as watch:
@@ -23,6 +23,6 @@ def command(ckpts: list[Path], json: bool, quiet: bool, verbose: bool, **options
     if not workers.is_rank_zero:
         return
     if json:
-        print(json_module.dumps(scored.to_dict()["files"], indent=2))
+        print(to_json(scored, command_line(workers.world_size)))
     else:
         console().print(scored)

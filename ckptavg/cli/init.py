@@ -38,7 +38,8 @@ def command(
     """Write a commented task file to fill in."""
     from rich.text import Text
 
-    from ckptavg.cli.terminal import Screen, write_text
+    from ckptavg.cli.terminal import Screen
+    from ckptavg.filesystem.atomic import write_text
 
     chosen = [name for name, on in zip([*_CHOICES][1:], (hf, peft, lightning, script), strict=True) if on]
     if len(chosen) > 1:

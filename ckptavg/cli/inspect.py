@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ckptavg.checkpoints.window import Window
-from ckptavg.cli.command import reports
+from ckptavg.cli.command import command_line, reports
 from ckptavg.declaration import MAIN, Help, Option, declared
 from ckptavg.errors import InputError, printable
 from ckptavg.options import NOT_INSPECT, Options, config_file
@@ -33,6 +33,7 @@ def command(
 ) -> None:
     """List the candidates and the reason for each file left out."""
     from ckptavg.checkpoints.inspection import facts, open_for_inspection
+    from ckptavg.report.as_json import to_json
     from ckptavg.report.result import Inspection
 
     if not basin:
@@ -50,7 +51,7 @@ def command(
         if basin and error is None:
             shown = replace(shown, basin=_basins(ckpts, Options(**options, workers=workers), quiet, verbose))
     if workers.is_rank_zero and json:
-        print(shown.to_json())
+        print(to_json(shown, command_line(workers.world_size)))
     elif workers.is_rank_zero and shown.basin is not None:
         from rich.console import Group
 

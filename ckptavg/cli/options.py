@@ -1,8 +1,8 @@
 """Declared options as parameters of a Typer command."""
 
 import inspect
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Final, Union, get_args, get_origin
 
 import typer
@@ -14,10 +14,12 @@ CKPTS: Final = typer.Argument(metavar="CKPTS", help="Checkpoint directories, or 
 _NARROW: Final = 19  # columns of a list of choices that fits any terminal
 PRINTING: Final = (
     Option("json", bool, False, Help(RUN, "Print the report as JSON on stdout.")),
-    Option("report", Path, None, Help(RUN, "Also write the report to a file.", "As JSON.", "FILE.json")),
+    Option("report", Sequence[str], (), Help(
+        RUN, "Also write the report to a file: .html, .md or .json.",
+        "A page (.html) needs the extra `plot`; a pipe and a name without suffix get JSON; may be repeated.", "FILE")),
     Option("quiet", bool, False, Help(RUN, "Print only errors and the result.", short="-q")),
     Option("verbose", bool, False, Help(RUN, "Print more detail, and tracebacks.", short="-v")),
-)
+)  # fmt: skip
 NO_REPORT: Final = tuple(option for option in PRINTING if option.name != "report")
 SHARED: Final = {option.name: option for option in (*declared(Options), *PRINTING)}
 

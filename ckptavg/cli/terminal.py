@@ -7,14 +7,12 @@ import sys
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from ckptavg.errors import InterruptedRunError, OutputError, OutputExistsError, UsageError, decimal, printable
-from ckptavg.filesystem import atomic
+from ckptavg.errors import InterruptedRunError, decimal, printable
 from ckptavg.report.layout import Sentence
 from ckptavg.runtime import signals
 from ckptavg.runtime.estimate import LEFT, time_left
@@ -23,7 +21,6 @@ from ckptavg.runtime.progress import RESULT
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from ckptavg.options import Options
     from ckptavg.report.result import Landscape, Result
     from ckptavg.runtime.progress import Watch
 
@@ -165,33 +162,3 @@ class Screen:
 
 def _figure(name: str, value: float) -> str:
     return f"{value:.0%}" if name == "sure" else f"{value:g}" if name == "epoch" else decimal(value)
-
-
-def check_text(path: Path, options: Options) -> None:
-    """Refuse a report that cannot be written, or that would replace a file unasked, before hours of work are spent."""
-    from ckptavg.output.destination import preflight
-
-    with suppress(OSError):
-        if path.exists() and not path.is_dir() and not path.is_file():
-            return  # a pipe or a device
-        if path.resolve() == options.destination[0].resolve():
-            raise UsageError(f"--report and --output both name {path}")
-    if os.path.lexists(path) and not options.force:
-        hint = "replace it with --force, or choose another --report"
-        raise OutputExistsError("exists already", path=path, hint=hint)
-    preflight(path, force=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically, or to a pipe or a device directly; raise OutputError if this fails."""
-    try:
-        target = path.resolve()
-    except OSError as error:  # the working directory was removed
-        raise OutputError(f"cannot be written: {atomic.os_message(error)}", path=path) from error
-    if target.is_file() or not target.exists():
-        atomic.write_bytes(target, text.encode())
-        return
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot be written: {error.strerror}", path=path) from error

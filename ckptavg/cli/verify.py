@@ -5,7 +5,7 @@ from typing import Annotated, Final
 
 import typer
 
-from ckptavg.cli.command import takes
+from ckptavg.cli.command import command_line, takes
 from ckptavg.cli.options import NO_REPORT, named
 from ckptavg.declaration import MAIN, Help, Option
 from ckptavg.errors import InputError, counted
@@ -19,10 +19,11 @@ def command(file: Path, sources: Path | None, json: bool, quiet: bool, verbose: 
     """Check the bytes: by their digest, and by the average of the sources in its metadata."""
     from ckptavg.cli.terminal import Screen
     from ckptavg.pipeline.verification import verify
+    from ckptavg.report.as_json import to_json
 
     verified = verify(file, sources)
     if json:
-        print(verified.to_json())
+        print(to_json(verified, command_line()))
     if differ := verified.differ:
         what = f"{counted(len(differ), 'tensor')} not equal to the average of the sources"
         raise InputError(what, path=file, tensor=differ[0])

@@ -144,3 +144,19 @@ def _locked(path: Path) -> bool:
         finally:
             lock.release(fd)
     return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically, or to a pipe or a device directly; raise OutputError if this fails."""
+    data = text.encode(errors="backslashreplace")
+    try:
+        target = path.resolve()
+    except OSError as error:  # the working directory was removed
+        raise OutputError(f"cannot be written: {os_message(error)}", path=path) from error
+    if target.is_file() or not target.exists():
+        write_bytes(target, data)
+        return
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", path=path) from error

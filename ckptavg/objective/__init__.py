@@ -162,7 +162,7 @@ class Learned:
     Attributes:
         coefficients: the coefficients of the average.
         columns: name → one number or word per candidate (None if missing), shown beside it in the report.
-        trace: name → one number per step.
+        trace: name → one number per step, or one list of numbers.
         notes: remarks for the report, one sentence each.
         tables: title → rows, each mapping column → value.
         held_out: loss plus the optimism found by cross-validation (held-out minus fitted loss of the quadratic).
@@ -170,7 +170,7 @@ class Learned:
 
     coefficients: Coefficients
     columns: Mapping[str, Sequence[float | str | None]] = field(default_factory=dict)
-    trace: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    trace: Mapping[str, Sequence[float | Sequence[float]]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     tables: Mapping[str, Sequence[Mapping[str, float | str | None]]] = field(default_factory=dict)
     held_out: float | None = None

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ckptavg.average import PlannedOutput, plan_output
 from ckptavg.checkpoints import duplicates
@@ -36,6 +36,8 @@ class Verification(Report):
     ``without_digest`` are the sources that were recognised by name, step and content alone; ``own_strategy`` is the
     recorded strategy if it is none of ckptavg's, whose settings were not checked.
     """
+
+    kind: ClassVar[str] = "verification"
 
     path: Path
     data_digest: str = ""

@@ -70,7 +70,6 @@ def write_output(
         noise=draw and draw.noise,
     )  # fmt: skip
     specs, selected = plan.specs, [checkpoints[i] for i in coefficients.selected]
-    used = checkpoints if evaluator else selected
     path, folder = options.destination
     recomputed = sorted(set(evaluator.statistics) & specs.keys()) if evaluator else []
     dtype = dtype_names(specs.values())
@@ -101,9 +100,11 @@ def write_output(
                 _write_recomputed({name: state[name] for name in recomputed}, specs, out, workers)
             if draw is None:
                 scores = evaluator.score_output(coefficients, specs, out.read_into, exact_adapter)
-        digests = ChainMap(*workers.gather({file.path: digest(file) for file in files}))
-        metadata = describe(lambda file: checksums.agreed(file, digests[file.path]) if digests else "")
-        for checkpoint in used:
+        computed = ChainMap(*workers.gather({file.path: digest(file) for file in files}))
+        read = [file for checkpoint in selected for file in checkpoint.reader.files] if computed else []
+        digests = {file.path: checksums.agreed(file, computed[file.path]) for file in read}
+        metadata = describe(lambda file: digests[file.path] if digests else "")
+        for checkpoint in checkpoints if evaluator else selected:
             checkpoint.check_unchanged()
         if isinstance(out, DcpFolder):
             out.save(metadata)
@@ -119,7 +120,8 @@ def write_output(
 
         copied, figures = workers.broadcast(workers.on_rank_zero(publish)) or ([], {"bytes": 0})
     output = Output(
-        path=out.path, **figures, dtype=dtype, not_averaged=plan.not_averaged, recomputed=recomputed,
+        path=out.path, **figures, dtype=dtype, source_digests={str(path): text for path, text in digests.items()},
+        not_averaged=plan.not_averaged, recomputed=recomputed,
         derived=plan.derived.get(SPECTRAL_NORM, ()),
         averaged_buffers=sorted(evaluator.averaged_buffers) if evaluator and len(selected) > 1 else (),
     )  # fmt: skip

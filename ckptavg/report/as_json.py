@@ -1,21 +1,30 @@
-"""Report as one JSON object, the stable interface for scripts."""
+"""Report as one JSON object, the stable interface for scripts; ``report.schema.json`` describes its keys."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ckptavg.cost import Cost
 from ckptavg.report.display import Report
 from ckptavg.report.result import CandidateResult, FileScores, Gain, Landscape
+from ckptavg.runtime.command_line import CommandLine
 from ckptavg.score import Score
 
+SCHEMA_VERSION: Final = 1
+"""Version of the JSON Schema: the same as long as keys are only added."""
 
-def to_dict(report: Report) -> dict[str, Any]:
-    """Convert a report to values of JSON, as listed in docs/reference.md: its fields in their order."""
-    return _landscape(report) if isinstance(report, Landscape) else plain(report)
+
+def to_dict(report: Report, run: CommandLine | None = None) -> dict[str, Any]:
+    """Convert a report to values of JSON, as listed in docs/reference.md: its fields in their order.
+
+    Args:
+        run: the command that it is of, None for a call from Python.
+    """
+    head = {"schema_version": SCHEMA_VERSION, "kind": report.kind, "run": plain(run)}
+    return head | (_landscape(report) if isinstance(report, Landscape) else plain(report))
 
 
 def _landscape(landscape: Landscape) -> dict[str, Any]:
@@ -38,16 +47,18 @@ def _landscape(landscape: Landscape) -> dict[str, Any]:
     return plain(figures)
 
 
-def to_json(report: Report) -> str:
+def to_json(report: Report, run: CommandLine | None = None) -> str:
     """Format a report as JSON text."""
-    return json.dumps(to_dict(report), indent=2, allow_nan=False)
+    return json.dumps(to_dict(report, run), indent=2, allow_nan=False)
 
 
 def plain(value: Any) -> Any:
     """Convert dataclasses to dictionaries by field, and what they hold to values of JSON; None for NaN and infinity."""
     if isinstance(value, Score):  # its values per example stay out
-        names = ("loss", "metric", "examples", *(("invalid",) if value.invalid else ()))
-        value = {name: getattr(value, name) for name in names} | ({"metrics": value.metrics} if value.metrics else {})
+        figures = {"loss": value.loss, "metric": value.metric, "examples": value.examples}
+        figures |= {"loss_noise": value.loss_noise, "metric_noise": None if value.metric is None else value.noise}
+        figures |= {"invalid": value.invalid} if value.invalid else {}
+        value = figures | ({"metrics": value.metrics} if value.metrics else {})
     elif isinstance(value, Gain):
         names = ("value", "low", "high", "separated", "units", "unit", "paired", "reason")
         named = {"metrics": value.others} if value.others else {}

@@ -1,7 +1,7 @@
 """Display of a report object: `Report` is the base of the classes that a run returns."""
 
 import io
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from rich.console import Console, RenderableType
 
@@ -15,7 +15,13 @@ _HTML: Final = '<pre style="white-space:pre;overflow-x:auto;line-height:normal">
 
 
 class Report:
-    """Result of a run: ``print`` shows the verdict and a small table, a notebook the whole report."""
+    """Result of a run: ``print`` shows the verdict and a small table, a notebook the whole report.
+
+    Attributes:
+        kind: the kind of report, as in its JSON.
+    """
+
+    kind: ClassVar[str]
 
     def __rich__(self) -> RenderableType:
         from ckptavg.report import table

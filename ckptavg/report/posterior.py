@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -41,6 +41,8 @@ class PosteriorResult(Result):
         draws: the files of ``--samples``.
         posterior: the file of ``--posterior``.
     """
+
+    kind: ClassVar[str] = "posterior"
 
     gaussian: Mapping[str, Any]
     spread: float | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from ckptavg.checkpoints.components import LeftOut
 from ckptavg.coefficients import EVERYTHING, Groups
@@ -43,6 +43,7 @@ class Output:
             header; of several files, digest of the list of theirs; empty with ``--digests none``.
         sha256: SHA-256 of the whole file, as sha256sum prints it; of shards, that of their index; empty unless it was
             asked for with ``--digests sha256``.
+        source_digests: file that was averaged → its digest; empty with ``--digests none``.
         not_averaged: tensors copied from the last selected candidate.
         recomputed: BatchNorm statistics, computed from data.
         derived: vectors of spectral norm, computed from the averaged weight.
@@ -54,6 +55,7 @@ class Output:
     sha256: str = ""
     bytes: int
     dtype: str
+    source_digests: Mapping[str, str] = field(default_factory=dict[str, str])
     not_averaged: Sequence[str] = ()
     recomputed: Sequence[str] = ()
     derived: Sequence[str] = ()
@@ -135,6 +137,8 @@ class Result(Report):
         held_out: loss plus the optimism found by cross-validation, None if the strategy does not cross-validate.
     """
 
+    kind: ClassVar[str] = "average"
+
     strategy: str
     settings: Mapping[str, Any]
     seed: int
@@ -156,7 +160,9 @@ class Result(Report):
     cost: Cost | None = None
     matrix: MatrixResult | None = None
     tables: Mapping[str, Sequence[Row]] = field(default_factory=dict[str, Sequence[Row]])
-    trace: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
+    trace: Mapping[str, Sequence[float | Sequence[float]]] = field(
+        default_factory=dict[str, Sequence[float | Sequence[float]]]
+    )
     warnings: Sequence[str] = ()
     output: Output | None = None
     next_steps: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -203,6 +209,8 @@ class Comparison(Result):
         unfinished: the strategies that were stopped, failed or did not run; ``warnings`` has the reasons.
     """
 
+    kind: ClassVar[str] = "comparison"
+
     winner: str
     strategies: Sequence[StrategyResult]
     selected_by: Literal["held-out loss", "loss", "metric"] = "metric"
@@ -219,6 +227,8 @@ class Landscape(Report):
         predicted, measured: losses of random mixtures, by the quadratic and by passes over the data.
         outputs: the written files: the numbers, the picture, or both.
     """
+
+    kind: ClassVar[str] = "landscape"
 
     surrogate: Surrogate
     eigenvalues: Sequence[float]
@@ -250,6 +260,8 @@ class FileScores:
 class Evaluation(Report):
     """Scores of files as they are; see `ckptavg.pipeline.evaluation.evaluate`."""
 
+    kind: ClassVar[str] = "evaluation"
+
     files: Sequence[FileScores]
 
 
@@ -260,6 +272,8 @@ class Inspection(Report):
     ``layout`` says what the directories are taken for, such as ``Accelerate save_state, 12 steps, component unet``;
     ``basin`` is what `ckptavg.pipeline.basin.find_basins` measured, if it was asked for.
     """
+
+    kind: ClassVar[str] = "inspection"
 
     layout: str
     candidates: Sequence[Mapping[str, Any]]

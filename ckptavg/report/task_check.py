@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ckptavg.errors import counted, decimal, printable
 from ckptavg.report.display import Report
@@ -39,6 +40,8 @@ class TaskCheck(Report):
         remarks: what the user may want to change, one line each, with the change.
         problems: what would make a run fail or its answer wrong, likewise.
     """
+
+    kind: ClassVar[str] = "task check"
 
     checkpoint: Path
     candidates: int

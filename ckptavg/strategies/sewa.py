@@ -144,7 +144,7 @@ class SeWA(Strategy):
         best, notes = masks[0], list[str]()
         if self.verify > 1:
             best, notes = choose(objective, losses, masks, self.k, swaps=self.swaps, select_by=self.select_by)
-        return Learned(coefficients=best, notes=notes, columns={"s": s_N.tolist()}, trace={"loss": trace})
+        return Learned(coefficients=best, notes=notes, columns={"s": s_N.tolist()}, trace=trace)
 
 
 def default_steps(n: int) -> int:

@@ -266,7 +266,8 @@ class Held(Quadratic):
 def test_patience_stops_on_held_out_data_and_returns_the_best_epoch():
     objective = Held([0.0, 1.0, 3.0, 2.0, 3.0, 9.0])  # a tie is not an improvement
     learned = TWA(patience=2, epochs=50, on="val").learn(objective)
-    assert learned.trace["held_out_score"] == [0.0, 1.0, 3.0, 2.0, 3.0] and len(learned.trace["loss"]) == 4 * 3
+    assert learned.trace["scored_loss"] == [0.0, -1.0, -3.0, -2.0, -3.0]
+    assert learned.trace["scored_step"] == [0, 3, 6, 9, 12] and len(learned.trace["loss"]) == 4 * 3
     assert learned.coefficients == objective.watched[2][1]
     assert objective.fitted == {"fit"} and {on for on, _ in objective.watched} == {"held"}
 

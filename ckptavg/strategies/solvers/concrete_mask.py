@@ -4,7 +4,8 @@ Shape suffixes: N = candidates, K = chosen, M = Monte Carlo samples.
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,21 +20,24 @@ BLOCK = 256  # steps whose noise is drawn at once
 MEMORY = 0.99  # decay per step of the running mean of squared gradients
 LEARNING = "learning the mask"
 VERIFYING = "verifying subsets"
+SHOWN = 48  # steps whose probabilities are kept for the report, at most
 EDGE = 1e-3  # distance from 0 and 1 to which sampled probabilities are clamped
 
 
 def learn_mask(
     objective: Objective, losses: Losses, k: int, *, on: Split | None, steps: int, lr: float, samples: int,
     tau: tuple[float, float], straight_through: bool,
-) -> tuple[Tensor, list[float]]:  # fmt: skip
-    """Descend on the probabilities s of the mask; return s, [N], and the loss of each step.
+) -> tuple[Tensor, Mapping[str, Sequence[Any]]]:  # fmt: skip
+    """Descend on the probabilities s of the mask; return s, [N], and the trace of the search.
 
+    The trace has the ``loss`` of each step, and the probabilities ``s`` after the steps ``s_step``, at most `SHOWN`.
     `ckptavg.strategies.sewa.SeWA` has the update. ``tau`` has the first and the last temperature. A loss that is not
     finite is a TaskError.
     """
     s_N = (losses.uniform() * k).clamp(max=1)
     means = torch.empty(steps, dtype=s_N.dtype, device=s_N.device)
     square = torch.zeros_like(means[0])
+    kept: dict[int, Tensor] = {0: s_N}
     for step, noise_MN in zip(range(steps), _noise(samples, s_N, objective.generator), strict=False):
         temperature = tau[0] + (tau[1] - tau[0]) * step / max(1, steps - 1)
         s_N = s_N.detach().requires_grad_()
@@ -46,11 +50,14 @@ def learn_mask(
         rate = lr * (1 - step / steps)
         s_N = project_capped_simplex(s_N.detach() - rate * gradient_N / root, k)
         means[step] = loss.detach().mean()
+        if (step + 1) * SHOWN // steps > step * SHOWN // steps:
+            kept[step + 1] = s_N
         objective.progress(LEARNING, step + 1, steps, loss=means[step], sure=s_N.topk(k).values.mean())
     trace = means.tolist()
     split = on or objective.scored_on
     check_losses(trace, losses.batches(split), split, samples=samples)
-    return s_N, trace
+    shown = [[round(value, 4) for value in row] for row in torch.stack(list(kept.values())).tolist()]
+    return s_N, {"loss": trace, "s_step": list(kept), "s": shown}
 
 
 def choose(

@@ -4,7 +4,6 @@ Shape suffixes: G = groups of tensors (blocks), N = candidates.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
@@ -15,7 +14,7 @@ from ckptavg.coefficients import EVERYTHING, Coefficients, Groups
 from ckptavg.errors import UsageError, counted
 from ckptavg.objective import SCORED_ALONE, Learned, Losses, Objective, SelectBy, check_losses
 from ckptavg.objective.selection import Selection
-from ckptavg.score import Split
+from ckptavg.score import Score, Split
 
 Constraint: TypeAlias = Literal["affine", "simplex", "linear"]
 RATE: Final = {"val": 0.24, "train": 0.0024}  # times the mean distance, divided by the number of candidates
@@ -115,7 +114,8 @@ def train(
             break
     few = f"only {counted(len(trace), 'step')} to train the coefficients: more --epochs or smaller batches give more"
     best, notes = points.best()
-    curves = {"loss": trace} | ({"held_out_score": points.scores} if points.scores else {})
+    curves = {"loss": trace, "scored_step": [epoch * per_epoch for epoch in points.losses]}
+    curves["scored_loss"] = list(points.losses.values())
     return Learned(coefficients=best, trace=curves, notes=[*notes, few] if len(trace) < FEW else notes)
 
 
@@ -131,25 +131,27 @@ class _HeldOut:
         self._objective, self._patience = objective, patience
         self._split: Split = split
         self._points: list[Coefficients] = []
-        self.scores: list[float] = []
+        self._scores: list[float] = []
+        self.losses: dict[int, float] = {}  # by epoch
 
     def add(self, epoch: int, point: Coefficients) -> bool:
         """Score the point of an epoch; return whether to stop."""
+        score = self._objective.score(point, self._split)
         self._points.append(point)
-        self.scores.append(self._objective.score(point, self._split).value)
-        return epoch - self.scores.index(max(self.scores)) >= self._patience
+        self._scores.append(score.value)
+        _add_loss(self.losses, epoch, score)
+        return epoch - self._scores.index(max(self._scores)) >= self._patience
 
     def best(self) -> tuple[Coefficients, list[str]]:
         """Return the first point with the best score, and notes."""
-        return self._points[self.scores.index(max(self.scores))], []
+        return self._points[self._scores.index(max(self._scores))], []
 
 
 class _Scored:
     """The points of `SCORED` epochs, of which the best by score is the result, unless a plain average is better."""
 
-    scores: Sequence[float] = ()
-
     def __init__(self, objective: Objective, epochs: int, select_by: SelectBy) -> None:
+        self.losses: dict[int, float] = {}  # by epoch
         self._selection = Selection(objective, select_by)
         self._objective = objective
         self._epochs = {math.ceil(i * epochs / SCORED) for i in range(SCORED + 1)}
@@ -158,7 +160,9 @@ class _Scored:
         """Score the point of an epoch, if it is one of those to score."""
         if epoch in self._epochs:
             # the mean of all, not a point that equals it but for rounding
-            self._selection.score([point if epoch else self._selection.plain[-1]])
+            scored = point if epoch else self._selection.plain[-1]
+            self._selection.score([scored])
+            _add_loss(self.losses, epoch, self._selection.scores[scored])
         return False
 
     def best(self) -> tuple[Coefficients, list[str]]:
@@ -171,6 +175,11 @@ class _Scored:
             kind = "the mean of all candidates" if best == selection.plain[-1] else "the best single candidate"
             notes.append(f"the answer is {kind}, not a step of the training")
         return best, notes
+
+
+def _add_loss(losses: dict[int, float], epoch: int, score: Score) -> None:
+    if score.loss is not None and not score.invalid:
+        losses[epoch] = score.loss
 
 
 def _warm_up_and_cosine(step: int, steps: int) -> float:
