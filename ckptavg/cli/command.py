@@ -74,7 +74,6 @@ def run_command(
 
         options = Options(**arguments, workers=workers)
         report_files.check(files, options)
-        line = command_line(workers.world_size)
         if options.wait_stable is not None and not options.follow:
             screen.print(f"waiting until no candidate has changed for {options.wait_stable:g} s")
         done = run(paths, with_task(options, paths, required=needs_task), watch)
@@ -84,6 +83,7 @@ def run_command(
     screen.print(table.render(done))
     if isinstance(done, Result):
         screen.show_next_steps(done.next_steps)
+    line = command_line(workers.world_size)
     report_files.write(files, as_json.to_dict(done, line))
     if json:
         print(as_json.to_json(done, line))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.filesize import decimal
 
-from ckptavg.cli.command import command_line, takes
+from ckptavg.cli.command import takes
 from ckptavg.cli.options import SHARED
 from ckptavg.runtime import threads, version
 
@@ -35,9 +35,9 @@ def command(json: bool) -> None:
     """Print versions, devices, memory, threads, file system and variables for a bug report."""
     facts = _facts()
     if json:
-        from ckptavg.report.as_json import SCHEMA_VERSION, plain
+        from ckptavg.report.as_json import SCHEMA_VERSION
 
-        head = {"schema_version": SCHEMA_VERSION, "kind": "environment", "run": plain(command_line())}
+        head = {"schema_version": SCHEMA_VERSION, "kind": "environment", "run": None}  # as it may hold paths
         print(json_module.dumps(head | facts, indent=2))
         return
     for name, value in facts.items():

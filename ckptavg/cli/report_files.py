@@ -23,12 +23,12 @@ def check(names: Sequence[str], options: Options) -> None:
     """Refuse files that cannot be written, or that would be replaced unasked, before hours of work are spent."""
     for name in names:
         path = Path(name)
-        _check_format(path)
         with suppress(OSError):
             if _is_stream(path):
                 continue
             if path.resolve() == options.destination[0].resolve():
                 raise UsageError(f"--report and --output both name {path}")
+        _check_format(path)
         if os.path.lexists(path) and not options.force:
             hint = "replace it with --force, or choose another --report"
             raise OutputExistsError("exists already", path=path, hint=hint)

@@ -84,7 +84,7 @@ def test_a_task_without_traps_is_described(run: Run, tmp_path: Path, digits: Pat
     assert found["candidates"] == 24 and "2 BatchNorm layers" in found["model"]
     assert all(found["searches"][name] > 0 for name in ("best", "soup", "aswa", "sewa", "twa"))
     assert found["remarks"] == found["problems"] == [] and found["splits"]["val"]["forwards"] == 2  # loss and metric
-    evaluated = json.loads(run("eval", digits, "--task", "people.py", "--json").stdout)[-1]
+    evaluated = json.loads(run("eval", digits, "--task", "people.py", "--json").stdout)["files"][-1]
     assert abs(found["splits"]["val"]["loss"] - evaluated["val"]["loss"]) < 0.1  # statistics are recomputed here
 
 

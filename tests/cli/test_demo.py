@@ -205,7 +205,7 @@ def test_verify_rebuilds_the_file_and_detects_a_changed_one(digits: Path, run: R
 
 def test_eval_of_the_output_matches_the_report(digits: Path, run: Run):
     report = json.loads(run("sewa", digits, "--k", 2, "--last", 4, "--task", TASK, "--steps", 5, "--json").stdout)
-    (scored,) = json.loads(run("eval", "averaged.safetensors", "--task", TASK, "--json").stdout)
+    (scored,) = json.loads(run("eval", "averaged.safetensors", "--task", TASK, "--json").stdout)["files"]
     assert scored["val"] == report["scores"]["val"] and scored["test"] == report["scores"]["test"]
     done = run("eval", "averaged.safetensors", digits / "step-360.pt", "--task", TASK)  # the output has no step
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 3

@@ -107,7 +107,7 @@ def test_report_has_the_precision_and_exact_scores(jobs: dict[str, Job], run: Ru
     own = json.loads(run(*base, "--precision", "auto", "-o", "b").stdout)
     assert coarse["matrix"]["precision"] == "bfloat16" and own["matrix"]["precision"] == "float32"
     scored = run("eval", "a", "--task", job.task, "--json")
-    assert json.loads(scored.stdout)[0]["val"]["loss"] == coarse["scores"]["val"]["loss"]
+    assert json.loads(scored.stdout)["files"][0]["val"]["loss"] == coarse["scores"]["val"]["loss"]
 
 
 def test_auto_is_float32_on_a_cpu_and_bfloat16_is_refused_without_support(monkeypatch: pytest.MonkeyPatch):

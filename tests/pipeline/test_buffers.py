@@ -163,7 +163,7 @@ def test_kept_tensors_are_those_of_the_last_selected_candidate_in_every_strategy
         assert written[tensor].equal(state(last)[tensor])
     assert run("verify", "out", "--sources", "ckpts").returncode == 0
     scored = json.loads(run("eval", "out", "--task", "mine.py", "--json").stdout)
-    assert scored[0]["val"]["loss"] == report["scores"]["val"]["loss"]
+    assert scored["files"][0]["val"]["loss"] == report["scores"]["val"]["loss"]
     if name != "best" and not done.stdout.count('"bits": 4'):  # what was searched is what was written
         assert not any("misjudged" in warning for warning in report["warnings"])
 

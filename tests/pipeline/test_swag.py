@@ -426,7 +426,7 @@ def test_the_predictions_of_a_draw_are_those_of_its_file(
     task = tmp_path / "narrow.py" if kind == "bfloat16" else job.task
     words = ("swag", job.folder, "--last", 3, "--task", task, "-o", "out/", "--samples", 1, "--no-baselines")
     found = report(run(*words, "--draws", 1, "--json"))
-    (scored,) = json.loads(run("eval", "out/sample-1/model.safetensors", "--task", task, "--json").stdout)
+    (scored,) = json.loads(run("eval", "out/sample-1/model.safetensors", "--task", task, "--json").stdout)["files"]
     loss = found["predictions"]["val"]["swag"]["score"]["loss"]
     assert loss == pytest.approx(scored["val"]["loss"], rel=1e-5)
     assert abs(loss / found["predictions"]["val"]["swa"]["score"]["loss"] - 1) > 1e-3

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from ckptavg.checkpoints.components import LeftOut
 from ckptavg.cost import Cost
-from ckptavg.report.as_json import to_json
+from ckptavg.report.as_json import plain, to_json
 from ckptavg.report.result import CandidateResult, Comparison, Gain, MatrixResult, Output, Result, StrategyResult
 from ckptavg.runtime import version
+from ckptavg.runtime.command_line import CommandLine
 from ckptavg.score import PerExample, Score
 
 COST = Cost(forward_batches=4, backward_batches=2, evaluations=3, seconds=1.23456, epochs=None, epochs_of="train")
@@ -21,8 +24,9 @@ GOOD = Score(value=0.5, loss=0.25, metric=0.5, examples=2, per_example=EACH, res
 BAD = Score(value=-math.inf, loss=math.nan, metric=None, examples=None, invalid="loss is nan")
 COST_JSON = {"forward_batches": 4, "backward_batches": 2, "evaluations": 3, "seconds": 1.235, "epochs": None,
              "epochs_of": "train", "passes": None, "passes_over": "val"}  # fmt: skip
-GOOD_JSON = {"loss": 0.25, "metric": 0.5, "examples": 2}
-BAD_JSON = {"loss": None, "metric": None, "examples": None, "invalid": "loss is nan"}
+GOOD_JSON = {"loss": 0.25, "metric": 0.5, "examples": 2, "loss_noise": None, "metric_noise": None}
+BAD_JSON = {"loss": None, "metric": None, "examples": None, "loss_noise": None, "metric_noise": None,
+            "invalid": "loss is nan"}  # fmt: skip
 RESULT = Result(
     strategy="sewa",
     settings={"k": 2, "betas": (0.9, 0.99)},
@@ -53,6 +57,9 @@ RESULT = Result(
     next_steps={"load": "f", "verify": "v"},
 )
 RESULT_JSON = {
+    "schema_version": 1,
+    "kind": "average",
+    "run": None,
     "strategy": "sewa",
     "settings": {"k": 2, "betas": [0.9, 0.99]},
     "seed": 7,
@@ -82,7 +89,7 @@ RESULT_JSON = {
     "trace": {"loss": [1.0, None]},
     "warnings": ["w"],
     "output": {"path": "o", "data_digest": "blake3:ab", "sha256": "cd", "bytes": 9, "dtype": "float32",
-               "not_averaged": ["n"], "recomputed": [], "derived": [], "averaged_buffers": []},
+               "source_digests": {}, "not_averaged": ["n"], "recomputed": [], "derived": [], "averaged_buffers": []},
     "next_steps": {"load": "f", "verify": "v"},
 }  # fmt: skip
 
@@ -92,6 +99,24 @@ def test_a_report_has_its_keys_in_their_order():
     empty = json.loads(to_json(Result(strategy="swa", settings={}, seed=0, candidates=[])))
     assert list(empty) == list(RESULT_JSON)
     assert [empty[key] for key in ("cost", "matrix", "output")] == [None, None, None]
+
+
+def test_a_score_has_its_standard_errors():
+    values = torch.tensor([0.0, 1.0, 1.0, 0.0])
+    each = PerExample(values_U=values, examples_U=torch.ones(4))
+    score = Score(value=0.5, loss=0.25, metric=0.5, examples=4, per_example=each, loss_noise=0.125)
+    assert plain(score) == {"loss": 0.25, "metric": 0.5, "examples": 4, "loss_noise": 0.125, "metric_noise": 0.25}
+
+
+def test_a_report_has_the_command_that_it_is_of(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["anything", "sewa", "my ckpts", "--k", "5"])
+    monkeypatch.setenv("CKPTAVG_VAL", "a b.jsonl")
+    line = CommandLine.current({"seed": "3"}, processes=2)
+    assert line.command == "CKPTAVG_VAL='a b.jsonl' ckptavg sewa 'my ckpts' --k 5"
+    head = plain(line)
+    assert json.loads(to_json(RESULT, line))["run"] == head
+    assert (head["configuration"], head["processes"]) == ({"seed": "3"}, 2)
+    assert head["versions"].keys() >= {"ckptavg", "python", "torch", "numpy"}
 
 
 def test_a_comparison_has_every_strategy_after_the_winners_report():
@@ -113,4 +138,4 @@ def test_a_comparison_has_every_strategy_after_the_winners_report():
         **vars(RESULT), winner="sewa:k=2", strategies=[contestant], selected_by="loss", reason="r", unfinished=("twa",)
     )
     more = {"winner": "sewa:k=2", "strategies": [expected], "selected_by": "loss", "reason": "r", "unfinished": ["twa"]}
-    assert to_json(comparison) == json.dumps({**RESULT_JSON, **more}, indent=2)
+    assert to_json(comparison) == json.dumps({**RESULT_JSON, "kind": "comparison", **more}, indent=2)
