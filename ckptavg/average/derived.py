@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, MutableSet, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ckptavg.average.runs import Ranges
 from ckptavg.average.weighted_sum import AddedNoise, Part, weighted_average
 from ckptavg.checkpoints.checkpoint import Checkpoint
@@ -58,5 +56,5 @@ def average(
             if elements:
                 numbers_C = vector.double()[elements.start : elements.stop].numpy()
                 data = bytearray(len(numbers_C) * ITEM_SIZE[dtype])
-                round_into(data, dtype, numbers_C, np.empty(2 * len(numbers_C), np.uint32))
+                round_into(data, dtype, numbers_C)
                 yield Part(name, elements.start * ITEM_SIZE[dtype], memoryview(data))

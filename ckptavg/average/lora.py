@@ -157,7 +157,7 @@ def _factors(
         for name, factor in padded.items():
             data, dtype = bytearray(specs[name].nbytes), specs[name].dtype
             with np.errstate(over="ignore"):
-                round_into(data, dtype, factor.ravel(), np.empty(2 * factor.size, np.uint32))
+                round_into(data, dtype, factor.ravel())
             if not is_finite(data, dtype):
                 raise weighted_sum.overflow_error(first, name, dtype)
             yield weighted_sum.Part(name, 0, memoryview(data))
@@ -189,9 +189,7 @@ def _nearest(a_RI: _Matrix, b_OR: _Matrix, rank: int) -> tuple[_Matrix, _Matrix]
 
 def _read(source: Checkpoint, name: str) -> Floats:
     """Read a factor as a matrix; dimensions after the first are flattened, as in convolutions."""
-    spec = source.spec(name)
-    buffer = bytearray(spec.nbytes)
-    source.read_into(name, 0, memoryview(buffer))
+    spec, buffer = source.spec(name), source.read(name)
     if not is_finite(buffer, spec.dtype) and (error := not_finite(source, name)):
         raise error
     return widened(buffer, spec.dtype).reshape(spec.shape[0], -1)

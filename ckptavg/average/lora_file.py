@@ -121,6 +121,4 @@ def _number(checkpoint: Checkpoint, name: str) -> float:
     spec = checkpoint.spec(name)
     if spec.numel != 1 or spec.dtype not in NAMES.values():
         raise InputError("α is not one number", path=checkpoint.path, tensor=name)
-    data = bytearray(spec.nbytes)
-    checkpoint.read_into(name, 0, memoryview(data))
-    return float((widened if spec.dtype in FLOATING else stored)(data, spec.dtype)[0])
+    return float((widened if spec.dtype in FLOATING else stored)(checkpoint.read(name), spec.dtype)[0])

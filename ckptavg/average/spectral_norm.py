@@ -58,10 +58,7 @@ def tensor(data: bytearray, spec: StoredTensor) -> Tensor:
 
 def whole(checkpoint: Checkpoint, name: str) -> Tensor:
     """Read a tensor as a whole."""
-    spec = checkpoint.spec(name)
-    data = bytearray(spec.nbytes)
-    checkpoint.read_into(name, 0, memoryview(data))
-    return tensor(data, spec)
+    return tensor(checkpoint.read(name), checkpoint.spec(name))
 
 
 def as_matrix(weight: Tensor, dim: int) -> Tensor:

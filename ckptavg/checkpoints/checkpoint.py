@@ -77,6 +77,12 @@ class Checkpoint:
             what = f"element {start + len(out) - len(rest)} is the byte {rest[0]}, neither 0 nor 1 as a BOOL must be"
             raise InputError(what, path=self.path, tensor=name, hint=self.hint)
 
+    def read(self, name: str) -> bytearray:
+        """Return all elements of a tensor; errors are those of `read_into`."""
+        data = bytearray(self.spec(name).nbytes)
+        self.read_into(name, 0, memoryview(data))
+        return data
+
     @property
     def entry(self) -> str:
         """Its name without the file in a directory, which globs match."""

@@ -64,9 +64,7 @@ def keeping(
 
 def _values(checkpoint: Checkpoint, name: str) -> NDArray[np.float64]:
     spec = checkpoint.spec(name)
-    data = bytearray(spec.nbytes)
-    checkpoint.read_into(name, 0, memoryview(data))
-    return numbers(data, spec.dtype).reshape(spec.shape)
+    return numbers(checkpoint.read(name), spec.dtype).reshape(spec.shape)
 
 
 def _matching(names: Sequence[str], globs: Sequence[str]) -> list[str]:

@@ -65,7 +65,9 @@ def is_finite(data: memoryview | bytearray, dtype: str, room: NDArray[Any] | Non
     return bool(np.bitwise_and(bits_C, mask, out=out).max() != mask)
 
 
-def round_into(data: memoryview | bytearray, dtype: str, sum_C: NDArray[np.float64], room: NDArray[np.uint32]) -> None:
+def round_into(
+    data: memoryview | bytearray, dtype: str, sum_C: NDArray[np.float64], room: NDArray[np.uint32] | None = None
+) -> None:  # fmt: skip
     """Round float64 numbers once, to the nearest of ``dtype`` and ties to even, into ``data``.
 
     For bfloat16 they are first rounded to float32. A second rounding goes wrong only where the first one ends halfway
@@ -75,12 +77,13 @@ def round_into(data: memoryview | bytearray, dtype: str, sum_C: NDArray[np.float
         data: C elements of ``dtype``.
         dtype: a floating-point dtype.
         sum_C: the numbers.
-        room: at least 2 C elements.
+        room: at least 2 C elements to work in; None allocates them.
     """
     out_C = stored(data, dtype)
     if dtype != "BF16":
         np.copyto(out_C, sum_C, casting="same_kind")
         return
+    room = np.empty(2 * len(sum_C), np.uint32) if room is None else room
     bits_C, rounding_C = room[: len(sum_C)], room[len(sum_C) : 2 * len(sum_C)]
     single_C = bits_C.view(np.float32)
     np.copyto(single_C, sum_C, casting="same_kind")
