@@ -32,7 +32,7 @@ from ckptavg.strategies import strategies
 from ckptavg.surrogate import Surrogate
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 # pages whose commands and options are checked, and the options of other programs in them
 USER_PAGES = [
     ROOT / name
@@ -108,7 +108,7 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 130
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_resolve(page: Path):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if re.match(r"\w+:", target):
@@ -121,13 +121,18 @@ def test_links_between_pages_resolve(page: Path):
             assert anchor in {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings}, target
 
 
-def test_the_index_links_every_page():
-    index = text("docs/README.md")
-    for page in {*PAGES} - {ROOT / "docs" / "README.md"}:
-        assert f"({page.name})" in index or f"(../{page.name})" in index, page.name
+def test_the_navigation_of_the_site_has_every_page():
+    listed = re.findall(
+        r"^ +- (?:[^:\n]*: )?(\S+\.(?:md|ipynb))$", text("mkdocs.yml").split("\nnav:\n")[1], re.MULTILINE
+    )
+    documents = [
+        path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*") if path.suffix in (".md", ".ipynb")
+    ]
+    pages = {*map(str, documents), "CHANGELOG.md", "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md"}
+    assert sorted(listed) == sorted(pages)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_rows_of_a_table_have_as_many_cells_as_its_heading(page: Path):
     for table in re.findall(r"(?:^\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE):
         first, rule, *rows = table.splitlines()
@@ -148,7 +153,7 @@ def test_every_option_is_in_the_reference(options: dict[str, set[str]]):
             assert f"`{option}`" in REFERENCE, f"{command} {option}"
 
 
-@pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_options_in_the_prose_exist(page: Path, options: dict[str, set[str]]):
     for span in spans(page.read_text(encoding="utf-8")):
         words = [word for word in re.split(r"[\s=|]", re.sub(r"^.*\bckptavg ", "", span)) if word]
@@ -159,7 +164,7 @@ def test_options_in_the_prose_exist(page: Path, options: dict[str, set[str]]):
             assert option in (known or set[str]().union(*options.values(), FOREIGN, {"--version"})), span
 
 
-@pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_in_code_blocks_can_be_parsed(page: Path, commands: dict[str, Any]):
     for name, *arguments in shown_commands(page.read_text(encoding="utf-8")):
         # a command keeps the help option of its first context, and other tests see the same command
