@@ -14,7 +14,7 @@ from ckptavg.score import Score
 
 
 def to_dict(report: Report) -> dict[str, Any]:
-    """Convert a report to values of JSON, as listed in docs/reference.md: its fields in their order."""
+    """Convert a report to values of JSON, as listed in docs/reference/report.md: its fields in their order."""
     return _landscape(report) if isinstance(report, Landscape) else plain(report)
 
 
