@@ -47,7 +47,7 @@ class Help:
     Attributes:
         panel: the heading of the help page under which it is listed, of `PANELS`.
         text: one line for the help page.
-        more: further sentences for docs/reference.md and Python docstrings.
+        more: further sentences for docs/reference/options.md and Python docstrings.
         metavar: the name of its value on the help page.
         short: a second, short flag.
         limit: the values it may have; those of a ``Literal`` are known from the type.

@@ -1,4 +1,4 @@
-"""Write the option tables of docs/reference.md from the declarations: ``python scripts/option_tables.py``."""
+"""Write the option tables of docs/reference/options.md from the declarations: ``python scripts/option_tables.py``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ckptavg.options import Options
 from ckptavg.options.posterior import PosteriorOptions
 from ckptavg.strategies import strategies
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "options.md"
 BEGIN, END = "<!-- begin: made by scripts/option_tables.py -->\n", "<!-- end -->\n"
 
 

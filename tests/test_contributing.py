@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 FILES = dict(
     re.findall(
-        r"`([a-z_/]+\.py)`:\n\n```python\n(.*?)```",
+        r"`([a-z_/]+\.py)`:\n\n<!-- run by: tests/test_contributing\.py -->\n```python\n(.*?)```",
         (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
         re.DOTALL,
     )

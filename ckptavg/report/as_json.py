@@ -18,7 +18,7 @@ SCHEMA_VERSION: Final = 1
 
 
 def to_dict(report: Report, run: CommandLine | None = None) -> dict[str, Any]:
-    """Convert a report to values of JSON, as listed in docs/reference.md: its fields in their order.
+    """Convert a report to values of JSON, as listed in docs/reference/report.md: its fields in their order.
 
     Args:
         run: the command that it is of, None for a call from Python.

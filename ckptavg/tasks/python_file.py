@@ -40,7 +40,7 @@ _BATCH_FUNCTIONS: Final = (*_RUN_THE_MODEL, "batch_size", "labels")
 
 
 class PythonTask(Task):
-    """Task whose functions come from a Python file or module, or are given; docs/scoring.md names them.
+    """Task whose functions come from a Python file or module, or are given; docs/reference/task-file.md names them.
 
     Args:
         given: a path that ends in ``.py`` or contains a ``/``, or the dotted name of a module, or the objects.

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from conftest import Job, Run
 from distributed.conftest import Torchrun
 
 TEXT = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
-LINES = re.findall(r"^    (torchrun .*)$", TEXT, re.MULTILINE)
+LINES = re.findall(r"^(torchrun --.*)$", TEXT, re.MULTILINE)
 
 
 @pytest.fixture
@@ -49,9 +48,9 @@ def test_every_line_has_options_that_exist(run: Run, folder: Path):
 
 def test_the_batch_script_runs_as_written(folder: Path, tmp_path: Path):
     """Run under stub commands that do on one machine what SLURM's do on many."""
-    (found,) = re.findall(r"^    #!/bin/bash\n(?:    .*\n)+", TEXT, re.MULTILINE)
+    (found,) = re.findall(r"^#!/bin/bash\n(?:.+\n)+?(?=```)", TEXT, re.MULTILINE)
     script, bin_ = tmp_path / "job.sbatch", tmp_path / "bin"
-    script.write_text(textwrap.dedent(found).replace("--nproc-per-node 8", "--nproc-per-node 2"))
+    script.write_text(found.replace("--nproc-per-node 8", "--nproc-per-node 2"))
     bin_.mkdir()
     (bin_ / "srun").write_text('#!/bin/sh\nexec "$@"\n')
     (bin_ / "scontrol").write_text("#!/bin/sh\necho localhost\n")

@@ -19,7 +19,7 @@ import ckptavg
 from distributed.conftest import Torchrun
 
 ROOT = Path(__file__).parents[2]
-LINES = re.findall(r"^    (torchrun .*)$", (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), re.MULTILINE)
+LINES = re.findall(r"^(torchrun --.*)$", (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), re.MULTILINE)
 Documented = Callable[[str], tuple[Path, list[str]]]
 
 

@@ -1,4 +1,4 @@
-"""Scripts of docs/slurm.md: valid bash that requeues interrupted jobs only."""
+"""Scripts of docs/how-to/resuming.md: valid bash that requeues interrupted jobs only."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-TEXT = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text(encoding="utf-8")
-JOB, LOOP = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+TEXT = (Path(__file__).parents[2] / "docs" / "how-to" / "resuming.md").read_text(encoding="utf-8")
+JOB, LOOP = re.findall(r"test_slurm\.py -->\n```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 # fake ckptavg: exits with CODE at once, or with 75 on SIGNAL
 FAKE = """#!/bin/bash
 echo "$@" >> "$HERE/asked"

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import re
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -243,15 +242,6 @@ def metric(model, batch):
     file = task(tmp_path, more)
     with pytest.raises(TaskError, match="must return the same names for every model and split, not "):
         ckptavg.best(digits, task=file, last=4, output=tmp_path / "x")
-
-
-def test_the_example_of_the_documentation_runs(digits: Path, tmp_path: Path):
-    page = (Path(__file__).parents[2] / "docs" / "scoring.md").read_text()
-    code = page.split("### Several metrics")[1].split("    def predict(")[1].split("\n## ")[0]
-    example = "\n\n" + textwrap.dedent("    def predict(" + code)
-    done = ckptavg.swa(digits, task=task(tmp_path, example), last=2, output=tmp_path / "x")
-    score = done.scores["val"]
-    assert score.name == "accuracy" and [*score.others] == ["top2", "margin", "nll", "brier", "ece"]
 
 
 def test_a_holdout_has_the_metrics_of_its_part_alone(digits: Path, tmp_path: Path):

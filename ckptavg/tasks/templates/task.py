@@ -42,7 +42,7 @@ def metric(model: nn.Module, batch) -> torch.Tensor:
 
 
 # metric() may return several values by name, and predict(model, batch) class probabilities; with forward(model, batch),
-# loss(output, batch), metric and predict share one forward pass: docs/scoring.md
+# loss(output, batch), metric and predict share one forward pass: docs/reference/task-file.md
 metric_goal = "max"  # "min" where a smaller metric is better
 metric_bounds = (0.0, 1.0)  # optional: its range; `aswa --early-reject` needs it
 

@@ -1,0 +1,54 @@
+"""Hooks of the site's build: pages from the repository's root, and links that leave docs/."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[2]
+# pages of the repository's root that are pages of the site too
+ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md")
+SCHEMA = "reference/report.schema.json"
+SCHEMA_SOURCE = "ckptavg/report/report.schema.json"
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+CODE = re.compile(r"(^```.*?^```|`[^`\n]+`(?!\]))", re.MULTILINE | re.DOTALL)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages of the root, and the JSON Schema of the report."""
+    for name in ROOT_PAGES:
+        files.append(File.generated(config, name, content=(ROOT / name).read_text(encoding="utf-8")))
+    files.append(File.generated(config, SCHEMA, abs_src_path=str(ROOT / SCHEMA_SOURCE)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point links to where their files are on the site; a link to a file that is not on it becomes its text."""
+    source = page.file.src_uri
+    here = source if source in ROOT_PAGES else f"docs/{source}"
+
+    def pointed(match: re.Match[str]) -> str:
+        mark, text, target = match.groups()
+        name, hash_, anchor = target.partition("#")
+        if not name or re.match(r"\w+:", name):
+            return match[0]
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(here), name))
+        if not path.startswith("docs/") and path not in ROOT_PAGES:
+            if path == SCHEMA_SOURCE:
+                path = SCHEMA
+            elif path == "README.md":
+                path = "index.md"
+            elif (ROOT / path).exists():
+                return text
+            else:
+                return match[0]  # the build warns of it
+        path = path.removeprefix("docs/")
+        return f"{mark}[{text}]({posixpath.relpath(path, posixpath.dirname(source) or '.')}{hash_}{anchor})"
+
+    parts = CODE.split(markdown)
+    return "".join(part if number % 2 else LINK.sub(pointed, part) for number, part in enumerate(parts))
