@@ -22,25 +22,33 @@ _MOST: Final = 8
 def places(errors: Iterable[float], values: Iterable[float | None] = ()) -> int:
     """Return the decimals of ``values``, whose standard errors are ``errors``: 0.9475 ± 0.0112 becomes 0.948 ± 0.011.
 
-    The median error keeps two significant digits, at most what the GUM calls usual. The Particle Data Group drops the
-    second one where the first two are 36 to 94; it is kept here, because rows are compared with each other, and the
-    error of their difference over the same examples is often smaller than that of each. There is one decimal more, up
-    to four, as long as at most half of the different values would look different. Numbers whose errors are all unknown,
-    which are 0 or infinite, have four.
+    The rule is the Particle Data Group's, for the median error: it keeps two significant digits if its first three are
+    100 to 354, and one if they are 355 to 949; from 950 on it is rounded up to 1000 and keeps two. Rows are compared
+    with each other, and the error of a difference over the same examples may be much smaller than that of each value:
+    there is one decimal more, up to four, as long as at most half of the different values would look different. Numbers
+    whose errors are all unknown, which are 0 or infinite, have four.
 
     References:
-        JCGM 100:2008, Guide to the Expression of Uncertainty in Measurement, 7.2.6; Particle Data Group, Review of
-        Particle Physics, Introduction, Rounding.
+        Particle Data Group, Review of Particle Physics, Introduction, section 5.3, Rounding.
     """
     typical = typical_error(errors)
     if typical is None:
         return _UNKNOWN
-    exponent = math.floor(math.log10(float(f"{typical:.1e}")))  # 0.0996 is 0.10
-    digits = min(max(0, 1 - exponent), _MOST)
+    first, exponent = _scientific(typical, 2)
+    digits = _clamped((1 if first <= 3.54 else 0) - exponent)
     different = {value for value in values if value is not None and math.isfinite(value)}
     while digits < _UNKNOWN and 2 * len({f"{value:.{digits}f}" for value in different}) <= len(different) > 1:
         digits += 1
     return digits
+
+
+def _scientific(value: float, decimals: int) -> tuple[float, int]:
+    mantissa, exponent = f"{value:.{decimals}e}".split("e")
+    return float(mantissa), int(exponent)
+
+
+def _clamped(digits: int) -> int:
+    return min(max(0, digits), _MOST)
 
 
 def typical_error(errors: Iterable[float]) -> float | None:
@@ -49,12 +57,14 @@ def typical_error(errors: Iterable[float]) -> float | None:
 
 
 def gain_places(gains: Iterable[Gain]) -> int:
-    """Return the decimals of differences: two significant digits of half their intervals' width, by `places`.
+    """Return the decimals of differences: two significant digits of half the width of the median interval.
 
-    There are up to two more where an end of an interval that excludes zero would look like zero.
+    There are up to two more where an end of an interval that excludes zero would look like zero. Without an interval
+    there are four.
     """
     intervals = [(gain.low, gain.high) for gain in gains if gain.low is not None and gain.high is not None]
-    digits = places((high - low) / 2 for low, high in intervals)
+    half = typical_error((high - low) / 2 for low, high in intervals)
+    digits = _UNKNOWN if half is None else _clamped(1 - _scientific(half, 1)[1])
     ends = [min(abs(low), abs(high)) for low, high in intervals if low > 0 or high < 0]
     return next((d for d in (digits, digits + 1) if all(round(end, d) for end in ends)), digits + 2)
 
