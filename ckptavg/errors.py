@@ -99,15 +99,16 @@ def counted(number: int, noun: str, plural: str = "s") -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
-def decimal(value: float | None, sign: str = "") -> str:
-    """Format a score with four decimals, from 10⁵ on with four significant digits; None is empty.
+def decimal(value: float | None, sign: str = "", places: int = 4) -> str:
+    """Format a score with a number of decimals, from 10⁵ on with four significant digits; None is empty.
 
     Args:
         sign: "+" for a sign before positive numbers too.
+        places: the decimals; `ckptavg.report.digits` has those that the noise of a score allows.
     """
     if value is None:
         return ""
-    return f"{value:{sign}.4f}" if abs(value) < 1e5 else f"{value:{sign}.4g}"
+    return f"{value:{sign}.{places}f}" if abs(value) < 1e5 else f"{value:{sign}.4g}"
 
 
 def nearest(name: str, names: Iterable[str], otherwise: str | None = None) -> str:

@@ -76,6 +76,13 @@ class Score:
         return {name: value for name, value in named.items() if value is not None}
 
     @property
+    def errors(self) -> dict[str, float]:
+        """Standard errors of the `figures`; ∞ if unknown."""
+        own = {self.name: self.noise, "loss": self.loss_noise}
+        known = own | {name: score.noise for name, score in self.others.items()}
+        return {name: known[name] for name in self.figures}
+
+    @property
     def noise(self) -> float:
         """Standard error of ``value``: its typical change under another sample of as many examples; ∞ if unknown."""
         if self.per_example is None or self.resampled is not None:

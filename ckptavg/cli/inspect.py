@@ -88,7 +88,7 @@ def _show(found: Discovered, rows: Sequence[dict[str, Any]], *, quiet: bool) -> 
 
     from ckptavg.checkpoints.checkpoint import shortest_names
     from ckptavg.checkpoints.inspection import left_out_lines
-    from ckptavg.cli.terminal import console
+    from ckptavg.cli.terminal import console, show_message
     from ckptavg.report.layout import FittedTable
 
     screen = console()
@@ -112,7 +112,7 @@ def _show(found: Discovered, rows: Sequence[dict[str, Any]], *, quiet: bool) -> 
         screen.print(Text(f"{found.layout}{f'; steps from {step_from}' if step_from else ''}", style="dim"))
     styles = {"bad": "red", "warning": "yellow"}
     for kind, line in left_out_lines(found.left_out):
-        screen.print(Text(printable(line), style=styles.get(kind, "dim")), soft_wrap=True)
+        show_message(screen, printable(line), styles.get(kind, "dim"))
     notes = (note for checkpoint in found.checkpoints for note in checkpoint.notes)
     for note in dict.fromkeys((*found.warnings, *notes)):
-        screen.print(Text(printable(note), style="yellow"), soft_wrap=True)
+        show_message(screen, printable(note), "yellow")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from ckptavg.cli.stage_log import StageLog
 from ckptavg.errors import InterruptedRunError, decimal, printable
 from ckptavg.report.layout import Sentence
 from ckptavg.runtime import signals
@@ -26,13 +26,20 @@ if TYPE_CHECKING:
 
 WIDE = 200  # columns without a terminal, so that names in a log are not cut
 _STDOUT, _STDERR = 1, 2
-_EVERY = 30.0  # seconds between lines of progress in a log
 
 
 def console(*, stderr: bool = False) -> Console:
     """Return a Rich console for stdout or stderr."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else WIDE)
+
+
+def show_message(screen: Console, text: str, style: str) -> None:
+    """Print a message that may name files: between words on a terminal, else on one line; no name is cut or divided."""
+    if screen.is_terminal:
+        screen.print(Text(text, style=style), overflow="ignore", crop=False)
+    else:
+        screen.print(Text(text, style=style), soft_wrap=True)
 
 
 @contextmanager
@@ -70,7 +77,8 @@ class Screen:
         """Print the warnings and the files left out; routine exclusions only with ``-v``."""
         left_out = (f"left out {file.line}" for file in result.left_out if file.kind != "info" or self._verbose)
         for warning in (*left_out, *result.warnings):
-            self.print(Text(printable(warning), style="yellow"))
+            if not self._quiet:
+                show_message(self._console, printable(warning), "yellow")
 
     def show_next_steps(self, steps: Mapping[str, str]) -> None:
         """Print code and commands to copy, without line breaks, unless quiet."""
@@ -78,11 +86,7 @@ class Screen:
             self._console.print(Text(printable(f"{f'to {name}:':<10} {step}"), style="dim"), soft_wrap=True)
 
     def _remark(self, text: str) -> None:
-        line = printable(text)
-        if self._console.is_terminal:
-            self._console.print(Sentence(line, "dim"))
-        else:
-            self._console.print(Text(line, style="dim"), soft_wrap=True)  # a line of a log
+        show_message(self._console, printable(text), "dim")
 
     @contextmanager
     def watching(self) -> Generator[Watch | None]:
@@ -99,27 +103,17 @@ class Screen:
             hint = next(iter(getattr(error, "__notes__", ())), "run the same command to resume")
             raise InterruptedRunError("interrupted; nothing was written", hint=hint) from error
 
-    def _lines(self) -> Watch:
-        """Return a progress callback for a log: a line at most every `_EVERY` seconds."""
-        last = time.monotonic()
-
-        def watch(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-            nonlocal last
-            if not total:
-                self._remark(stage)
-            elif not stage.endswith(RESULT) and (now := time.monotonic()) - last >= _EVERY:
-                last = now
-                self._remark(f"{stage} {done:,}/{total:,}, {time_left(figures)}")
-
-        return watch
-
     @contextmanager
     def _bars(self) -> Generator[Watch | None]:
         if self._quiet:
             yield None
             return
-        if not sys.stderr.isatty():  # not even with FORCE_COLOR
-            yield self._lines()
+        if not sys.stderr.isatty() or self._console.is_dumb_terminal:  # not even with FORCE_COLOR
+            log = StageLog(self._remark)
+            try:
+                yield log
+            finally:
+                log.close()
             return
         from rich.constrain import Constrain
         from rich.live import Live

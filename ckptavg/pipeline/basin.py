@@ -35,6 +35,7 @@ from ckptavg.pipeline.basin_verdict import EXPLODED, aside, verdict
 from ckptavg.pipeline.exact_adapter import given
 from ckptavg.pipeline.session import Session, open_session
 from ckptavg.report.basin import BasinCandidate, Basins, Midpoint
+from ckptavg.report.digits import figure_places
 from ckptavg.report.interval import FEWEST, single_gain
 from ckptavg.report.result import Gain
 from ckptavg.runtime.estimate import Stage
@@ -267,11 +268,12 @@ def mean_note(
     by_loss = all(score.loss is not None for score in (*singles, mean))
     *alone, whole = [_by_loss(score) if by_loss else score for score in (*singles, mean)]
     figures = [score.loss if by_loss else score.metric for score in (*singles, mean)]
-    name, figure = "loss" if by_loss else mean.name, decimal(figures[-1] or 0.0)
+    name, figure = "loss" if by_loss else mean.name, figures[-1] or 0.0
+    shown = partial(decimal, places=figure_places([*singles, mean], name))
     kept = _sane(alone)
     if len(kept) < len(alone):
         words = " ".join(aside(alone, kept, checkpoints, options))
-        return f"{words} The mean of all {len(alone)} candidates has {name} {figure}" if kept else words
+        return f"{words} The mean of all {len(alone)} candidates has {name} {shown(figure)}" if kept else words
     paired = by_loss and mean.metric is not None and all(_has_interval(score) for score in singles)
     usual = 0.0 if paired else median([abs(a.value - b.value) for a, b in pairwise(alone)] or [0.0])
     if whole.invalid or not _worse(whole, _mean(alone), usual)[2]:
@@ -280,8 +282,8 @@ def mean_note(
     chosen = given(options, (*others, *NOT_INSPECT))
     command = shlex.join(["ckptavg", "inspect", *map(str, paths), "--basin", *chosen])
     return (
-        f"the mean of all {len(singles)} candidates has {name} {figure}, worse than theirs, "
-        f"{decimal(fmean(each or 0.0 for each in figures[:-1]))} on average: some do not average with others. "
+        f"the mean of all {len(singles)} candidates has {name} {shown(figure)}, worse than theirs, "
+        f"{shown(fmean(each or 0.0 for each in figures[:-1]))} on average: some do not average with others. "
         f"`{command}` on this task looks for the barrier"
     )
 

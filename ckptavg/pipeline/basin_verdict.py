@@ -11,6 +11,7 @@ from ckptavg.checkpoints.checkpoint import Checkpoint, shortest_names
 from ckptavg.checkpoints.window import Window
 from ckptavg.errors import counted, decimal
 from ckptavg.report.basin import BasinCandidate, Midpoint
+from ckptavg.report.digits import figure_texts
 from ckptavg.score import Score
 
 EXPLODED: Final = 100  # times worse than the median, beyond which a candidate is set aside
@@ -87,10 +88,11 @@ def _harm(
 
     worst = max(harmful, key=loss)
     worse, better = sorted(worst.candidates, key=lambda i: scores[i].value)
-    (name, figure), alone = next(iter(worst.score.figures.items())), next(iter(scores[better].figures.values()))
+    name = next(iter(worst.score.figures))
+    figure, alone = figure_texts([worst.score, scores[better]], name)
     return [
-        f"But averaging can do harm: the midpoint of {names[worse]} and {names[better]} has {name} {decimal(figure)}, "
-        f"{names[better]} alone {decimal(alone)}. `ckptavg soup` leaves out candidates that make the average worse."
+        f"But averaging can do harm: the midpoint of {names[worse]} and {names[better]} has {name} {figure}, "
+        f"{names[better]} alone {alone}. `ckptavg soup` leaves out candidates that make the average worse."
     ]
 
 
@@ -153,6 +155,7 @@ def _way_out(scored: Sequence[BasinCandidate], given: Mapping[int, Sequence[Path
     options += [f"--stop {last}"] if any(one.step > last for one in around) else []
     ways += [" ".join(options)] if options else []
     best = max(kept, key=lambda one: one.score.value)
-    name, figure = next((name, figure) for name, figure in best.score.figures.items())
+    name = next(iter(best.score.figures))
+    figure = figure_texts([best.score], name)[0]
     number = counted(len(kept), "candidate")
-    return f"{' with '.join(ways)} keeps one basin: {number}, with {name} {decimal(figure)} at best (step {best.step})."
+    return f"{' with '.join(ways)} keeps one basin: {number}, with {name} {figure} at best (step {best.step})."

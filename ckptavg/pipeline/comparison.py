@@ -172,6 +172,8 @@ def _run_all(
             first = first or error
             unfinished[name] = f"{name} failed and was left out: {str(error).removeprefix(f'{name}: ')}"
             this.run.progress(unfinished[name], 0, 0)
+    else:
+        this.run.progress("strategies", len(strategies), len(strategies))
     if first and len(done) < 2:
         raise first
     return [done[name] for name in strategies if name in done], unfinished

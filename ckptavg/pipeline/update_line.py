@@ -5,6 +5,7 @@ from typing import Final
 
 from ckptavg.errors import counted, decimal
 from ckptavg.pipeline.verdict import figure
+from ckptavg.report.digits import figure_places
 from ckptavg.report.result import CandidateResult, Result
 
 _DECISIONS: Final = {
@@ -21,11 +22,13 @@ def update_line(result: Result, before: Result | None, new: Sequence[CandidateRe
     if not result.scores:
         return text
     score, earlier = result.scores[result.scored_on], before and before.scores[result.scored_on]
-    text += f", {figure(score)}"
     if not earlier:
-        return text
-    now, then = (one.loss if one.metric is None else one.metric for one in (score, earlier))
-    return text if now is None or then is None else f"{text} ({decimal(now - then, '+')})"
+        return f"{text}, {figure(score)}"
+    name = "loss" if score.metric is None else score.name
+    now, then = (one.figures.get(name) for one in (score, earlier))
+    text += f", {figure(score, earlier)}"
+    places = figure_places([score, earlier], name)
+    return text if now is None or then is None else f"{text} ({decimal(now - then, '+', places)})"
 
 
 def is_averaged(candidate: CandidateResult) -> bool:

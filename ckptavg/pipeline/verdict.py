@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ckptavg.coefficients import Coefficients
-from ckptavg.errors import decimal
 from ckptavg.objective import PlainAverage, Strategy
 from ckptavg.report import interval
+from ckptavg.report.digits import figure_texts
 from ckptavg.report.result import Gain
 from ckptavg.score import DATA, METRIC, Score, Split, valid
 from ckptavg.strategies.last import Last
@@ -70,7 +70,8 @@ def judge(this: Session, evaluator: Evaluator, strategy: Strategy, selection: Co
     same = [name for i, (name, rival) in enumerate(rivals.items(), 1) if rival in earlier[:i]]
     chosen = evaluator.exact_score(selection, split)
     step, worse = this.checkpoints[best].step, chosen.value < singles[best].value
-    figures = f"{figure(chosen)}, the best single candidate (step {step}) {figure(singles[best])}"
+    rival = figure(singles[best], chosen)
+    figures = f"{figure(chosen, singles[best])}, the best single candidate (step {step}) {rival}"
     if worse and options.never_worse:
         verdict = f"WORSE than a single candidate: the selection has {figures}. That checkpoint was written instead."
         baselines["selection"] = scores_of(selection, evaluator)
@@ -135,20 +136,21 @@ def loss_on_test(score: Score, reference: Score, gain: Gain) -> str:
     order = "lower" if score.loss < reference.loss else "higher"
     if order == ("lower" if gain.value > 0 else "higher") and gain.value != 0:
         return ""
-    return f" But its test loss is {order}: {decimal(score.loss)}, against {decimal(reference.loss)}."
+    own, other = figure_texts([score, reference], "loss")
+    return f" But its test loss is {order}: {own}, against {other}."
 
 
 def by_loss(chosen: Score, singles: Sequence[Score], best: Score, steps: Sequence[int], split: Split) -> str:
     """Return a sentence on the loss if its order of the selection and the single candidates is not the metric's."""
-    losses = {step: single.loss for step, single in zip(steps, singles, strict=True) if single.loss is not None}
+    losses = [single.loss for single in singles if single.loss is not None]
     if chosen.metric is None or chosen.loss is None or len(losses) < len(singles):
         return ""
-    lowest = min(losses, key=lambda step: losses[step])
+    lowest = losses.index(min(losses))
+    own, alone = figure_texts([chosen, singles[lowest]], "loss")
     if chosen.loss < losses[lowest] and chosen.value <= best.value:
-        return f" But its {DATA[split]} loss, {decimal(chosen.loss)}, is lower than that of every single candidate."
+        return f" But its {DATA[split]} loss, {own}, is lower than that of every single candidate."
     if chosen.loss > losses[lowest] and chosen.value > best.value:
-        alone = f"that of step {lowest} alone, {decimal(losses[lowest])}"
-        return f" But its {DATA[split]} loss, {decimal(chosen.loss)}, is higher than {alone}."
+        return f" But its {DATA[split]} loss, {own}, is higher than that of step {steps[lowest]} alone, {alone}."
     return ""
 
 
@@ -166,6 +168,7 @@ def scores_of(coefficients: Coefficients, evaluator: Evaluator) -> Mapping[Split
     return {split: evaluator.exact_score(coefficients, split) for split in evaluator.splits}
 
 
-def figure(score: Score) -> str:
-    """Return the number that decides, with its name."""
-    return f"loss {decimal(-score.value)}" if score.metric is None else f"{score.name} {decimal(score.metric)}"
+def figure(score: Score, *compared: Score) -> str:
+    """Return the number that decides, with its name and the decimals that tell it from the scores ``compared`` to."""
+    name = "loss" if score.metric is None else score.name
+    return f"{name} {figure_texts([score, *compared], name)[0]}"

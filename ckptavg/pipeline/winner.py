@@ -14,6 +14,7 @@ from ckptavg.objective.selection import Selection
 from ckptavg.options import Options
 from ckptavg.pipeline.verdict import figure, loss_on_test, on_test, unbiased_hint
 from ckptavg.report import interval
+from ckptavg.report.digits import figure_places, figure_texts
 from ckptavg.report.result import StrategyResult
 from ckptavg.score import DATA, Score, Split
 
@@ -79,25 +80,30 @@ def verdict_of(
         what = "" if by == "metric" else f" by {by}"
         text = f"No strategy scores above the last candidate on {DATA[split]} data{what}"
         return f"{text}, so the last candidate was written.{above}"
-    score = winner.scores[split]
+    score, last = winner.scores[split], reference.scores[split]
     won = f"{winner.name} wins on {DATA[split]} data with "
-    won += (
-        figure(score) if by == "metric" else f"loss {decimal(score.loss)}" if by == "loss" else _held_out(winner, score)
-    )
+    own, other = figure_texts([score, last], "loss")
+    won += figure(score, last) if by == "metric" else f"loss {own}" if by == "loss" else _held_out(winner, score)
     if (gain := winner.over_last.get("test")) is None:
-        difference = f"{decimal(winner.over_last[split].value, '+')} against last"
+        difference = f"{winner.over_last[split].text(_places(score, last))} against last"
         if by != "metric":
-            difference = f"{decimal(reference.scores[split].loss or math.nan)} for last"
+            difference = f"{other} for last"
         return f"{won}: {difference} on the data it was chosen on. {unbiased_hint(options, split)}{above}"
     test = winner.scores["test"]
     text = on_test(test, gain, "the last candidate") + loss_on_test(test, reference.scores["test"], gain)
-    *_, number = figure(test).split()
+    number = figure(test).rpartition(" ")[2]
     return f"{won}. {text} It has {figure(score)} on {DATA[split]} data and {number} on test data.{above}"
 
 
 def _held_out(winner: StrategyResult, score: Score) -> str:
-    fitted = "it was chosen on no data" if winner.chose_on is None else f"fitted: {decimal(score.loss)}"
-    return f"held-out loss {decimal(winner.held_out)} ({fitted})"
+    places = figure_places([score], "loss")
+    fitted = "it was chosen on no data" if winner.chose_on is None else f"fitted: {decimal(score.loss, places=places)}"
+    return f"held-out loss {decimal(winner.held_out, places=places)} ({fitted})"
+
+
+def _places(score: Score, other: Score) -> int:
+    """Return the decimals of the difference of two scores, or two losses if there is no metric."""
+    return figure_places([score, other], "loss" if score.metric is None else score.name)
 
 
 def _passed_over(rows: Sequence[StrategyResult], winner: StrategyResult, by: SelectedBy, split: Split) -> str:
@@ -107,9 +113,10 @@ def _passed_over(rows: Sequence[StrategyResult], winner: StrategyResult, by: Sel
     losses = {row.name: loss for row in valid_rows if (loss := row.scores[split].loss) is not None}
     rivals: list[str] = []
     if own.metric is not None and highest.scores[split].value > own.value:
-        rivals.append(f"{highest.name} with {figure(highest.scores[split])}")
+        rivals.append(f"{highest.name} with {figure(highest.scores[split], own)}")
     if by == "held-out loss" and (lowest := min(losses, key=lambda name: losses[name])) != winner.name:
-        rivals.append(f"{lowest} with loss {decimal(losses[lowest])}")
+        least = next(row.scores[split] for row in valid_rows if row.name == lowest)
+        rivals.append(f"{lowest} with loss {figure_texts([least, own], 'loss')[0]}")
     return f" Passed over on {DATA[split]} data: {', '.join(rivals)}." if rivals else ""
 
 
@@ -126,7 +133,8 @@ def lower_loss_on_test(rows: Sequence[StrategyResult], winner: StrategyResult) -
     noise = 2 * math.hypot(own.loss_noise, tests[lowest].loss_noise)
     if own.loss - losses[lowest] <= noise:
         return ""
-    return f" {lowest} has a clearly lower test loss: {decimal(losses[lowest])}, against {decimal(own.loss)}."
+    least, other = figure_texts([tests[lowest], own], "loss")
+    return f" {lowest} has a clearly lower test loss: {least}, against {other}."
 
 
 def _better(score: Score, other: Score) -> bool:
@@ -147,6 +155,7 @@ def higher_on_test(rows: Sequence[StrategyResult], winner: StrategyResult) -> st
     noise = f", but the best of {len(rows)} may be so by chance" if gain.separated else ", within noise"
     split = next(iter(winner.scores))
     if gain.separated and split != "test" and _better(top.scores[split], winner.scores[split]):
-        known = "no held-out loss" if top.held_out is None else f"a held-out loss of {decimal(top.held_out)}"
+        loss = decimal(top.held_out, places=figure_places([top.scores[split]], "loss"))
+        known = f"a held-out loss of {loss}" if loss else "no held-out loss"
         noise = f", as on {DATA[split]} data, but it has {known}"
     return f" {top.name} scores higher on test data{'' if gain.low is None else noise}: {gain}{more}."

@@ -163,7 +163,7 @@ def _stream(plan: PlannedOutput, out: _File, progress: Progress) -> None:
     for name, offset, data in plan.parts:
         out.write(name, offset, data)
         done += len(data)
-        progress("averaging, MB", done // _MEGABYTE, -(-total // _MEGABYTE))
+        progress("averaging, MB", -(-done // _MEGABYTE), -(-total // _MEGABYTE))
 
 
 def _open_output(

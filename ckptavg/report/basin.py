@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ckptavg.checkpoints.checkpoint import shortest_names
 from ckptavg.errors import decimal, printable
+from ckptavg.report.digits import figure_places, gain_places
 from ckptavg.report.layout import FittedTable, Sentence
 from ckptavg.score import DATA, Score, Split
 
@@ -78,12 +79,16 @@ def render(basins: Basins) -> Iterator[RenderableType]:
     following = {a: b for a, b in pairwise(scored) if _run(basins, a) == _run(basins, b)}
     next_to = {m.candidates[0]: m for m in basins.midpoints if following.get(m.candidates[0]) == m.candidates[1]}
     several = len({candidate.run for candidate in basins.candidates}) > 1
+    gains = [midpoint.barrier for midpoint in basins.midpoints if midpoint.barrier is not None]
+    places = figure_places([one.score for one in (*basins.candidates, *basins.midpoints)], basins.name)
+    decimals = gain_places(gains)
     rows: list[list[str]] = []
     for i in by_run:
         candidate, midpoint = basins.candidates[i], next_to.get(i)
-        cells = ["", "", ""] if midpoint is None else [_figure(midpoint.score), *_barrier(midpoint)]
+        cells = ["", "", ""] if midpoint is None else [_figure(midpoint.score, places), *_barrier(midpoint, decimals)]
         run = [str(candidate.run)] if several else []
-        rows.append([names[i], *run, str(candidate.step), _figure(candidate.score), *cells, str(candidate.basin or "")])
+        figure = _figure(candidate.score, places)
+        rows.append([names[i], *run, str(candidate.step), figure, *cells, str(candidate.basin or "")])
     yield FittedTable(
         title=f"{basins.name} on {DATA[basins.scored_on]} data",
         headings=["candidate", *["run"] * several, "step", basins.name, "midpoint with next", "barrier", "", "basin"],
@@ -93,8 +98,8 @@ def render(basins: Basins) -> Iterator[RenderableType]:
     for midpoint in basins.midpoints:
         if midpoint not in next_to.values():
             pair = " and ".join(names[i] for i in midpoint.candidates)
-            words = " ".join(filter(None, _barrier(midpoint)))
-            yield Sentence(f"midpoint of {pair}: {_figure(midpoint.score)}, {words}", "dim")
+            words = " ".join(filter(None, _barrier(midpoint, decimals)))
+            yield Sentence(f"midpoint of {pair}: {_figure(midpoint.score, places)}, {words}", "dim")
     if basins.midpoints:
         worse = "above" if basins.name == "loss" else "worse than"
         text = f"barrier: {basins.name} of the midpoint {worse} the mean of its two ends"
@@ -108,15 +113,15 @@ def _run(basins: Basins, i: int) -> int:
     return basins.candidates[i].run
 
 
-def _figure(score: Score) -> str:
+def _figure(score: Score, places: int) -> str:
     if score.invalid:
         return "not finite"
-    return decimal(next(iter(score.figures.values())))
+    return decimal(next(iter(score.figures.values())), places=places)
 
 
-def _barrier(midpoint: Midpoint) -> list[str]:
+def _barrier(midpoint: Midpoint, places: int) -> list[str]:
     """Return the barrier with its interval, and the mark of one that separates."""
     gain, mark = midpoint.barrier, "← barrier" if midpoint.separates else ""
     if gain is None:
         return ["", mark]
-    return [str(gain) if gain.low is not None else decimal(gain.value, "+"), mark]
+    return [gain.text(places), mark]

@@ -7,9 +7,10 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from ckptavg.errors import counted, decimal, printable
+from ckptavg.report.digits import ERROR, figure_column, figure_places, gain_places
 from ckptavg.report.layout import FittedTable, Sentence
 from ckptavg.report.result import Comparison, Gain, StrategyResult
-from ckptavg.score import DATA, Score, Split
+from ckptavg.score import DATA, Split
 
 RECOMPUTED: Final = "BatchNorm recomputed"
 HELD_OUT: Final = "held-out loss: validation loss plus the optimism that cross-validation found in the fit"
@@ -86,15 +87,17 @@ def _table(comparison: Comparison, mark: str) -> FittedTable:
     columns = _columns(comparison)
     rows: list[list[str]] = []
     ranked = _ranked(comparison)
-    for contestant in ranked:
+    figures = [_column(ranked, *column) for column in columns]
+    judged = [contestant.over_last[splits[-1]] for contestant in ranked if contestant.name != "last"]
+    for i, contestant in enumerate(ranked):
         cost, single = contestant.cost, contestant.used == 1
         spent = "" if cost.passes is None else f"{cost.passes:.0f}"
         gain = contestant.over_last[splits[-1]]
         rows.append([
             f"{'●' if contestant.name == comparison.winner else ' '} {contestant.name}{mark if single else ''}",
             {None: "none", "train": "train"}.get(contestant.chose_on, "val"),
-            *(_figure(contestant, *column) for column in columns),
-            "" if contestant.name == "last" else _gain(gain, evidence=splits[-1] == "test"),
+            *(cells[i] for cells, _ in figures),
+            "" if contestant.name == "last" else _gain(gain, judged, evidence=splits[-1] == "test"),
             _used(contestant),
             spent if has_passes else str(cost.evaluations),
             f"{cost.seconds:.{0 if cost.seconds >= 100 else 1}f}",
@@ -107,6 +110,7 @@ def _table(comparison: Comparison, mark: str) -> FittedTable:
         ],
         rows=rows, left=("chose on", f"vs last ({splits[-1]})"),
         styles=["bold" if c.name == comparison.winner and splits[-1] == "test" else "" for c in ranked],
+        foot=[f"  {ERROR}", "", *(error for _, error in figures), "", "", "", ""],
     )  # fmt: skip
 
 
@@ -129,9 +133,15 @@ def _columns(comparison: Comparison) -> Sequence[tuple[Split | Literal["held-out
     return columns + [(split, first.name) for split in splits if first.metric is not None]
 
 
-def _figure(row: StrategyResult, split: Split | Literal["held-out"], name: str) -> str:
-    value = row.held_out if split == "held-out" else row.scores[split].figures.get(name)
-    return decimal(value)
+def _column(
+    rows: Sequence[StrategyResult], split: Split | Literal["held-out"], name: str
+) -> tuple[list[str], str]:  # fmt: skip
+    """Return the cells of a figure, and its typical standard error; a held-out loss has the decimals of the fitted."""
+    if split != "held-out":
+        return figure_column([row.scores[split] for row in rows], name)
+    fitted = next(iter(rows[0].scores))
+    places = figure_places([row.scores[fitted] for row in rows], name)
+    return [decimal(row.held_out, places=places) for row in rows], ""
 
 
 def _ranked(comparison: Comparison) -> list[StrategyResult]:
@@ -149,25 +159,22 @@ def _ranked(comparison: Comparison) -> list[StrategyResult]:
 def _other_metrics(comparison: Comparison) -> Iterator[FittedTable]:
     """Yield the metrics that decide nothing: value, and below it the difference to last; + is better."""
     split = list(comparison.strategies[0].scores)[-1]
-    names = list(comparison.strategies[0].scores[split].others)
-    rows: list[list[str]] = []
-    for contestant in _ranked(comparison):
-        cells: list[str] = []
-        for name in names:
-            figure = _cell(contestant.scores[split].others[name])
-            gain = _gain(contestant.over_last[split].others[name], evidence=split == "test")
-            cells.append(figure if contestant.name == "last" else f"{figure}\n{gain}")
-        rows.append([f"  {contestant.name}", *cells])
+    names, ranked = list(comparison.strategies[0].scores[split].others), _ranked(comparison)
+    rows = [[f"  {contestant.name}"] for contestant in ranked]
+    for name in names:
+        judged = [contestant.over_last[split].others[name] for contestant in ranked if contestant.name != "last"]
+        figures, _ = figure_column([contestant.scores[split] for contestant in ranked], name)
+        for contestant, row, figure in zip(ranked, rows, figures, strict=True):
+            gain = _gain(contestant.over_last[split].others[name], judged, evidence=split == "test")
+            row.append(figure if contestant.name == "last" else f"{figure}\n{gain}")
     if names:
         title = f"other metrics on {DATA[split]} data, below them the difference to last (+ is better)"
         yield FittedTable(title=title, headings=["", *names], rows=rows)
 
 
-def _cell(score: Score) -> str:
-    return decimal(score.metric)
-
-
-def _gain(gain: Gain, *, evidence: bool) -> str:
+def _gain(gain: Gain, column: Sequence[Gain], *, evidence: bool) -> str:
+    """Return a difference with as many decimals as the others of its column."""
+    places = gain_places(column)
     if gain.low is None or not evidence:
-        return decimal(gain.value, "+")
-    return f"{gain}{'' if gain.separated else ' ≈'}"
+        return decimal(gain.value, "+", places)
+    return f"{gain.text(places)}{'' if gain.separated else ' ≈'}"

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Final
 
 from rich.cells import cell_len
@@ -12,9 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ckptavg.errors import printable
+from ckptavg.report.bars import bars
 
 _GAP: Final = 2  # columns between two columns of a table
 _LEAST: Final = 16  # columns that a name keeps before figures move to a further table
+_BAR: Final = 24  # columns of the longest bar
 _LONGEST: Final = 12  # columns of a part of a heading
 # a figure stays beside its interval or its unit
 _TOKEN: Final = re.compile(r"[-+]?\d[\d.,]* (?:\[[^\]]*\]\S*|(?:s|kB|MB|GB|bytes)\b\S*)|\[[-+\d., ]*\]\S*|\S+")
@@ -24,18 +26,23 @@ _TOKEN: Final = re.compile(r"[-+]?\d[\d.,]* (?:\[[^\]]*\]\S*|(?:s|kB|MB|GB|bytes
 class Sentence:
     """Text that is wrapped between words, but neither within an interval nor between a figure and its unit.
 
-    Lines after the first are indented by ``indent`` columns.
+    Lines after the first are indented by ``indent`` columns. On a terminal ``path``, a part of the text, is shortened
+    so that one line is enough.
     """
 
     text: str
     style: str = ""
     indent: int = 0
+    path: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        lines, start = [""], 0
-        for match in _TOKEN.finditer(self.text):
+        text, (lines, start) = self.text, ([""], 0)
+        room = options.max_width - cell_len(text) + cell_len(self.path)
+        if self.path and options.is_terminal and room >= _LEAST:
+            text = text.replace(self.path, shortened([self.path], room)[0], 1)
+        for match in _TOKEN.finditer(text):
             (token,) = shortened([match[0]], options.max_width - self.indent)
-            longer = f"{lines[-1]}{self.text[start : match.start()]}{token}"
+            longer = f"{lines[-1]}{text[start : match.start()]}{token}"
             start = match.end()
             if cell_len(longer) > options.max_width and lines[-1].strip():
                 lines.append(" " * self.indent + token)
@@ -48,13 +55,16 @@ class Sentence:
 class FittedTable:
     """A table of names, in its first column, and figures.
 
-    Where it is too wide, its headings are wrapped, then what the names have in common and columns of equal values are
-    said once above it, then names are shortened in the middle, and at last the columns are divided into several tables.
+    Where it is too wide, its bars are left out, then its headings are wrapped, then what the names have in common and
+    columns of equal values are said once above it, then names are shortened in the middle, and at last the columns are
+    divided into several tables.
 
     Attributes:
         title: the line above it.
         left: the headings of further columns of text.
         styles: the style of each row.
+        foot: a last row below those.
+        bars: the numbers that a last column draws as bars, one for each row; empty without it.
     """
 
     title: str
@@ -62,24 +72,27 @@ class FittedTable:
     rows: Sequence[Sequence[str]]
     left: Sequence[str] = ()
     styles: Sequence[str] = ()
+    foot: Sequence[str] = ()
+    bars: Sequence[float] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         names, columns, said = [printable(row[0]) for row in self.rows], range(1, len(self.headings)), [self.title]
-        cells = [
-            max(_width(row[i]) for row in (*self.rows, [""] * len(self.headings))) for i in range(len(columns) + 1)
-        ]
+        foot, every = shortened([*self.foot[:1]], _LEAST), [*self.rows, *([self.foot] if self.foot else [])]
+        cells = [max([_width(row[i]) for row in every], default=0) for i in range(len(self.headings))]
         widths = [max(cell, cell_len(heading)) for cell, heading in zip(cells, self.headings, strict=True)]
 
         def room(part: Iterable[int]) -> int:
             return options.max_width - sum(_GAP + widths[i] for i in part)
 
-        longest = max(map(cell_len, [self.headings[0], *names]))
+        longest = max(map(cell_len, [self.headings[0], *foot, *names]))
+        spare = room(columns) - longest - _GAP
+        drawn = bars(self.bars, min(spare, _BAR)) if self.bars and spare >= _BAR // 3 and not options.ascii_only else []
         if room(columns) < longest:
             pieces = [[cell_len(piece) for _, piece in _pieces(heading)] for heading in self.headings]
             widths = [max(cell, *piece, 0) for cell, piece in zip(cells, pieces, strict=True)]
         if room(columns) < longest:
             names, pattern = without_common_parts(names)
-            longest = max(map(cell_len, [self.headings[0], *names]))
+            longest = max(map(cell_len, [self.headings[0], *foot, *names]))
             said = [": ".join(filter(None, [self.title or "names", pattern]))] if pattern else said
         if room(columns) < longest and len(self.rows) > 1:
             equal = [i for i in columns if self.rows[0][i] and len({row[i] for row in self.rows}) == 1]
@@ -90,19 +103,27 @@ class FittedTable:
             if parts[-1] and room([*parts[-1], i]) < min(longest, _LEAST):
                 parts.append([])
             parts[-1].append(i)
-        names = shortened(names, max(1, min(map(room, parts))))
+        width = max(1, min(map(room, parts)))
+        names, foot = shortened(names, width), shortened(foot, width)
         yield from (Sentence(printable(line), style="italic") for line in said if line)
         for part in parts:
-            yield self._table(names, part, widths)
+            table = self._table(names, part, widths, drawn)
+            if self.foot and any(self.foot[i] for i in part):
+                table.add_row(Text(foot[0]), *(Text(self.foot[i]) for i in part), style="dim")
+            yield table
 
-    def _table(self, names: Sequence[str], part: Sequence[int], widths: Sequence[int]) -> Table:
+    def _table(
+        self, names: Sequence[str], part: Sequence[int], widths: Sequence[int], drawn: Sequence[Text]
+    ) -> Table:  # fmt: skip
         table = Table(box=None, pad_edge=False)
         table.add_column(Text(self.headings[0]), no_wrap=True)
         for i in part:
             justify = "left" if self.headings[i] in self.left else "right"
             table.add_column(Text(_wrapped(self.headings[i], widths[i])), justify=justify, no_wrap=True)
-        for name, row, style in zip(names, self.rows, self.styles or [""] * len(names), strict=True):
-            table.add_row(Text(name), *(Text(row[i]) for i in part), style=style or None)
+        if drawn:
+            table.add_column(no_wrap=True)
+        for r, (name, style) in enumerate(zip(names, self.styles or [""] * len(names), strict=True)):
+            table.add_row(Text(name), *(Text(self.rows[r][i]) for i in part), *drawn[r : r + 1], style=style or None)
         return table
 
 
@@ -130,12 +151,20 @@ def shortened(names: Sequence[str], width: int) -> list[str]:
     """Return the names in at most ``width`` columns each, different ones as different texts where possible."""
 
     def cut(name: str, head: int) -> str:
-        tail = width - 1 - head
-        return name if cell_len(name) <= width else f"{name[:head]}…{name[len(name) - tail :]}"
+        if cell_len(name) <= width:
+            return name
+        start, end = _first_cells(name, head), _first_cells(name[::-1], width - 1 - head)[::-1]
+        return f"{start}…{end}"
 
     heads = sorted(range(max(1, width)), key=lambda head: abs(head - width // 2))
     ways = ([cut(name, head) for name in names] for head in heads)
     return next((way for way in ways if len(set(way)) == len(set(names))), [cut(name, width // 2) for name in names])
+
+
+def _first_cells(text: str, width: int) -> str:
+    """Return as many first characters as fit into ``width`` columns; one may take two."""
+    ends = accumulate(map(cell_len, text))
+    return text[: sum(1 for _ in takewhile(lambda end: end <= width, ends))]
 
 
 def _width(cell: str) -> int:

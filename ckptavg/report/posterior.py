@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from rich.console import RenderableType
 from rich.text import Text
 
-from ckptavg.errors import counted, decimal
+from ckptavg.errors import counted
+from ckptavg.report.digits import ERROR, figure_column
 from ckptavg.report.layout import FittedTable
 from ckptavg.report.result import Output, Result
 from ckptavg.score import DATA, Score, Split
@@ -56,18 +57,18 @@ class PosteriorResult(Result):
 def predictions_tables(result: PosteriorResult) -> Iterator[RenderableType]:
     """Yield one table for each split: NLL and the metrics of class probabilities by model."""
     for split, models in result.predictions.items():
-        columns = ["nll", *(name for name in ("accuracy", "brier", "ece") if name in models["swa"].score.others)]
+        names = ["loss", *(name for name in ("accuracy", "brier", "ece") if name in models["swa"].score.others)]
+        columns = [figure_column([predictions.score for predictions in models.values()], name) for name in names]
         rows = [
-            [_name(name, result, predictions.models), *map(decimal, _figures(predictions.score, columns))]
-            for name, predictions in models.items()
+            [_name(name, result, predictions.models), *(cells[i] for cells, _ in columns)]
+            for i, (name, predictions) in enumerate(models.items())
         ]
         yield Text()
-        yield FittedTable(title="", headings=[f"predictions, {DATA[split]} data", *columns], rows=rows)
+        yield FittedTable(
+            title="", headings=[f"predictions, {DATA[split]} data", "nll", *names[1:]], rows=rows,
+            foot=[ERROR, *(error for _, error in columns)],
+        )  # fmt: skip
 
 
 def _name(name: str, result: PosteriorResult, models: int) -> str:
     return f"swag: {counted(models, 'draw')}, scale {result.gaussian['scale']:g}" if name == "swag" else name
-
-
-def _figures(score: Score, columns: Sequence[str]) -> list[float | None]:
-    return [score.loss if name == "nll" else score.others[name].metric for name in columns]

@@ -11,6 +11,7 @@ from ckptavg.checkpoints.components import LeftOut
 from ckptavg.coefficients import EVERYTHING, Groups
 from ckptavg.cost import Cost
 from ckptavg.errors import decimal
+from ckptavg.report.digits import gain_places
 from ckptavg.report.display import Report
 from ckptavg.report.plane import Plane
 from ckptavg.runtime import version
@@ -113,9 +114,13 @@ class Gain:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
     def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return decimal(self.value, "+") + (f" (no interval: {self.reason})" if self.reason else "")
-        return f"{decimal(self.value, '+')} [{decimal(self.low, '+')}, {decimal(self.high, '+')}]"
+        text = self.text(gain_places([self]))
+        return f"{text} (no interval: {self.reason})" if self.low is None and self.reason else text
+
+    def text(self, places: int) -> str:
+        """Return the difference, with its interval if it has one, with this number of decimals."""
+        value, low, high = (decimal(number, "+", places) for number in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]" if low and high else value
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

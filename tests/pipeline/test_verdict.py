@@ -104,8 +104,8 @@ def answers(right: int, of: int = 400) -> Score:
 @pytest.mark.parametrize(
     ("right", "words"),
     [
-        (340, "Better than the best single candidate (step 7) on test data: +0.1000 [+0.07"),
-        (260, "WORSE than the best single candidate (step 7) on test data: -0.1000 [-0.1"),
+        (340, "Better than the best single candidate (step 7) on test data: +0.100 [+0.070, +0.133]"),
+        (260, "WORSE than the best single candidate (step 7) on test data: -0.100 [-0.133, -0.070]"),
         (304, "Difference to the best single candidate (step 7) on test data: +0.0100 (no interval: 4 of 400 "),
     ],
 )  # fmt: skip
@@ -201,7 +201,7 @@ def test_compare_says_which_strategy_scores_higher_on_test_data():
     values_U = turned.per_example.values_U.flip(0)
     same = result("lawa", replace(turned, per_example=replace(turned.per_example, values_U=values_U)))
     text = higher_on_test([winner, same], winner)
-    assert text.startswith(" lawa scores higher on test data, within noise: +0.0050 [-")
+    assert text.startswith(" lawa scores higher on test data, within noise: +0.005 [-")
     text = higher_on_test([winner, same, better], winner)
     assert text.startswith(" ema scores higher on test data, but the best of 3 may be so by chance: +0.49")
     assert text.endswith("]; 1 other too.") and higher_on_test([winner, same, better], better) == ""
