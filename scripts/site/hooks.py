@@ -52,3 +52,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     parts = CODE.split(markdown)
     return "".join(part if number % 2 else LINK.sub(pointed, part) for number, part in enumerate(parts))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point the links of a notebook to pages; those of Markdown are pointed there by MkDocs."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    return re.sub(r'(<a [^>]*href="(?!\w+:)[^"#]+)\.md(#[^"]*)?"', r'\1.html\2"', html)
