@@ -98,7 +98,7 @@ def shown_commands(page: str) -> Iterator[list[str]]:
     """Return the arguments of every ``ckptavg`` command in the code blocks of a page."""
     for line in "\n".join(CODE.findall(re.sub(r"\\\n\s*", "", page))).splitlines():
         if match := re.match(r"(?:.*-m |until |.*\$ |.*\$\()? *ckptavg ([a-z]+ .*)", line):
-            yield shlex.split(re.split(r"[;)&]", match[1].replace("$!", "1"))[0], comments=True)  # a process
+            yield shlex.split(re.split(r"[;)&]| \|\| | 2>", match[1].replace("$!", "1"))[0], comments=True)  # a process
 
 
 def test_the_readme_is_short():

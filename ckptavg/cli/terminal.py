@@ -13,7 +13,6 @@ from rich.text import Text
 
 from ckptavg.cli.stage_log import StageLog
 from ckptavg.errors import InterruptedRunError, decimal, printable
-from ckptavg.report.layout import Sentence
 from ckptavg.runtime import signals
 from ckptavg.runtime.estimate import LEFT, time_left
 from ckptavg.runtime.progress import RESULT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from html import unescape
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md")
 SCHEMA = "reference/report.schema.json"
 SCHEMA_SOURCE = "ckptavg/report/report.schema.json"
+EXAMPLES = "<!-- the site lists docs/examples/ here -->"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`(?!\]))", re.MULTILINE | re.DOTALL)
 
@@ -48,7 +50,32 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             else:
                 return match[0]  # the build warns of it
         path = path.removeprefix("docs/")
+        text = _title(path) if re.fullmatch(r"[\w/-]+\.md", text) else text
         return f"{mark}[{text}]({posixpath.relpath(path, posixpath.dirname(source) or '.')}{hash_}{anchor})"
 
+    markdown = markdown.replace("<details>", '<details markdown="1">').replace(EXAMPLES, _examples())
     parts = CODE.split(markdown)
     return "".join(part if number % 2 else LINK.sub(pointed, part) for number, part in enumerate(parts))
+
+
+def _title(path: str) -> str:
+    """Return the heading of a page: a link that is called by a file's name is called by that."""
+    source = ROOT / path if path in ROOT_PAGES else ROOT / "docs" / path
+    heading = re.search(r"^# (.+)$", source.read_text(encoding="utf-8"), re.MULTILINE) if source.exists() else None
+    return heading[1] if heading else path
+
+
+def _examples() -> str:
+    """Return a list of links to the reports in docs/examples/, by their titles."""
+    lines = list[str]()
+    for path in sorted((ROOT / "docs" / "examples").glob("*.html")):
+        title = re.search(r"<title>(.*?)</title>", path.read_text(encoding="utf-8"), re.DOTALL)
+        lines.append(f"- [{unescape(title[1]).strip() if title else path.stem}](examples/{path.name})")
+    return "\n".join(lines)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point the links of a notebook to pages; those of Markdown are pointed there by MkDocs."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    return re.sub(r'(<a [^>]*href="(?!\w+:)[^"#]+)\.md(#[^"]*)?"', r'\1.html\2"', html)

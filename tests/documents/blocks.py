@@ -121,5 +121,10 @@ def check_outputs(page: Path, printed: list[str]) -> None:
 
 def _shape(line: str) -> str:
     """Return a pattern for a line with other numbers and other gaps."""
-    words = (re.escape(word).replace("…", ".*") for word in line.split())
-    return r"\s+".join(re.sub(r"[-+−]?\d[\d.,\\]*", r"[-+−]?[\\d.,]+", word) for word in words)
+    number = re.compile(r"([-+−]?\d+(?:[.,]\d+)*|…)")
+    parts = (number.split(word) for word in line.split())
+    shapes = {True: r"[-+−]?[\d.,]+", False: ".*"}
+    return r"\s+".join(
+        "".join(shapes[part != "…"] if place % 2 else re.escape(part) for place, part in enumerate(word))
+        for word in parts
+    )

@@ -32,7 +32,7 @@ RUN = [name for name, path in PAGES.items() if name != "README.md" and any(block
 # pages whose blocks need other packages than the extra `test`
 THOROUGH = {"docs/tutorials/trainer.md", "docs/tutorials/lightning.md", "docs/how-to/lora.md"}
 # pages that begin in an empty directory
-ALONE = ("docs/tutorials/", "docs/how-to/lora.md")
+ALONE = ("docs/index.md", "docs/tutorials/", "docs/how-to/lora.md")
 
 
 @pytest.fixture(scope="module")

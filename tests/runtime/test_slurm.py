@@ -1,4 +1,4 @@
-"""Scripts of docs/how-to/resuming.md: valid bash that requeues interrupted jobs only."""
+"""Scripts of docs/tutorials/slurm.md and docs/how-to/resuming.md: valid bash that requeues interrupted jobs only."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from pathlib import Path
 
 import pytest
 
-TEXT = (Path(__file__).parents[2] / "docs" / "how-to" / "resuming.md").read_text(encoding="utf-8")
-JOB, LOOP = re.findall(r"test_slurm\.py -->\n```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def block(page: str, marked: str) -> str:
+    """Return the only block of a page below this line."""
+    (text,) = re.findall(f"^{marked}\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return text
+
+
+JOB = block("tutorials/slurm.md", '```bash title="average.sh"')
+LOOP = block("how-to/resuming.md", "<!-- run by: tests/runtime/test_slurm.py -->\n```bash")
 # fake ckptavg: exits with CODE at once, or with 75 on SIGNAL
 FAKE = """#!/bin/bash
 echo "$@" >> "$HERE/asked"
