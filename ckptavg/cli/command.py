@@ -60,7 +60,9 @@ def run_command(
 ) -> None:  # fmt: skip
     """Run what `load` imports with the shared options of a command; print its report, and write it to ``--report``."""
     with quick_imports():
-        from ckptavg.cli import report_files, terminal
+        from rich.text import Text
+
+        from ckptavg.cli import job_summary, report_files, terminal
         from ckptavg.report import as_json, table
         from ckptavg.report.result import Result
 
@@ -84,7 +86,9 @@ def run_command(
     screen.print(table.render(done))
     if isinstance(done, Result):
         screen.show_next_steps(done.next_steps)
-    report_files.write(files, as_json.to_dict(done, line))
+    report_files.write(files, report := as_json.to_dict(done, line))
+    if warning := job_summary.append(report):
+        screen.print(Text(warning, style="yellow"))
     if json:
         print(as_json.to_json(done, line))
     elif done.output:
