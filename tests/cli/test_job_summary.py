@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -56,7 +55,7 @@ def test_a_summary_that_cannot_be_written_is_one_warning(place: str, ckpts: Path
     if place == "huge.md":  # room for the verdict alone
         text = (tmp_path / "huge.md").read_text().lstrip("x")
         assert "longer than a job summary" in text and "<details>" not in text
-        assert os.stat(tmp_path / "huge.md").st_size <= job_summary.LIMIT
+        assert (tmp_path / "huge.md").stat().st_size <= job_summary.LIMIT
     assert not (tmp_path / "missing").exists()
 
 
