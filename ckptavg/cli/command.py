@@ -72,6 +72,7 @@ def run_command(
     with meeting as workers, terminal.stdout_for_data(), screen.watching() as watch:
         with quick_imports():
             run = load()
+            from ckptavg.pipeline import logs
             from ckptavg.pipeline.task_choice import with_task
 
         options = Options(**arguments, workers=workers)
@@ -79,7 +80,9 @@ def run_command(
         line = command_line(workers.world_size)
         if options.wait_stable is not None and not options.follow:
             screen.print(f"waiting until no candidate has changed for {options.wait_stable:g} s")
-        done = run(paths, with_task(options, paths, required=needs_task), watch)
+        with logs.opened(options, watch) as log:
+            done = run(paths, with_task(options, paths, required=needs_task), log.watch)
+            done = log.finished(done, command_line(workers.world_size))
     if not workers.is_rank_zero:
         return
     screen.warn(done)

@@ -15,7 +15,7 @@ _FEW: Final = 12  # candidates that are shown unfolded
 _SCORE_KEYS: Final = ("path", "step", "coefficient", "score")
 
 
-def figures(score: Json) -> dict[str, float | None]:
+def figures(score: Json) -> dict[str, float]:
     """Return the deciding metric of a score, its loss and its other metrics by name, without those it has not."""
     named = score.get("metrics") or {"metric": score["metric"]}
     (first, *others), loss = named.items(), ("loss", score["loss"])
@@ -104,12 +104,12 @@ def candidates(report: Json) -> Iterator[str]:
     rows = report["candidates"]
     n, shown = len(rows), range(len(rows))
     names = shortest_names([Path(row["path"]) for row in rows])
-    used = sum(any(_coefficients(row)) for row in rows)
+    used = sum(any(coefficients(row)) for row in rows)
     headings, make_row = _candidate_rows(report, names)
     if n > _FEW:
-        largest = sorted(shown, key=lambda i: (-max(map(abs, _coefficients(rows[i]))), -i))[: _FEW - 2]
+        largest = sorted(shown, key=lambda i: (-max(map(abs, coefficients(rows[i]))), -i))[: _FEW - 2]
         ends = [i for i in shown if i == n - 1 or rows[i]["step"] == report["best_step"]]
-        shown = sorted({*(i for i in largest if any(_coefficients(rows[i]))), *ends})
+        shown = sorted({*(i for i in largest if any(coefficients(rows[i]))), *ends})
     what = f"{used} of {counted(n, 'candidate')} averaged" if report["output"] else counted(n, "candidate")
     effective = report["effective"]
     if report["output"] and effective is not None and round(effective, 1) != used:
@@ -127,7 +127,7 @@ def _candidate_rows(report: Json, names: Sequence[str]) -> tuple[list[str], Call
     columns = [name for name in columns if name != "alone" or not scores]
 
     def make(i: int) -> list[str]:
-        row, betas = rows[i], _coefficients(rows[i])
+        row, betas = rows[i], coefficients(rows[i])
         coefficient = f"{min(betas):.3f}{f' … {max(betas):.3f}' if len(betas) > 1 else ''}" if any(betas) else ""
         own = figures(row["score"]) if row["score"] else {}
         cells = [*(_cell(row.get(name)) for name in columns), *(decimal(own.get(name)) for name in scores)]
@@ -136,7 +136,8 @@ def _candidate_rows(report: Json, names: Sequence[str]) -> tuple[list[str], Call
     return ["candidate", "step", "coefficient", *map(escaped, [*columns, *scores])], make
 
 
-def _coefficients(row: Json) -> Sequence[float]:
+def coefficients(row: Json) -> Sequence[float]:
+    """Return the coefficients of a candidate, one per group of tensors."""
     value = row["coefficient"]
     return value if isinstance(value, Sequence) else (value,)
 
