@@ -20,13 +20,13 @@ def start(target: str, name: str) -> "TensorBoard":
 def _new_folder(parent: Path, name: str) -> Path:
     """Create the directory of a run: TensorBoard takes all files of a directory for one run."""
     number = 1
+    if parent.exists() and not parent.is_dir():
+        raise OutputError("is not a directory", path=parent, hint="choose another --log-to")
     while True:
         folder = parent / (name if number == 1 else f"{name}-{number}")
         try:
             folder.mkdir(parents=True)
-        except FileExistsError as error:
-            if not parent.is_dir():
-                raise OutputError("is not a directory", path=parent, hint="choose another --log-to") from error
+        except FileExistsError:
             number += 1
         except OSError as error:
             raise OutputError(f"cannot be created: {os_message(error)}", path=folder) from error

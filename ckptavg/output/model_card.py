@@ -28,7 +28,7 @@ _LOCAL: Final = re.compile(r"(checkpoint|step|epoch|global_step)[-_]?\d+", re.AS
 
 def hub_id(name: object) -> str | None:
     """Return the name of a model on the Hub; None for a local path, and where it may be one."""
-    if not isinstance(name, str) or len(name) > 96 or ".." in name or "--" in name:  # noqa: PLR2004  # the Hub's limit
+    if not isinstance(name, str) or len(name) > 96 or ".." in name or "--" in name:  # the Hub's limit
         return None
     is_id = _LEGACY.fullmatch(name) or (_OWNED.fullmatch(name) and not _LOCAL.fullmatch(name.partition("/")[2]))
     return name if is_id and not Path(name).exists() else None

@@ -58,7 +58,7 @@ def _averaged(report: Mapping[str, Any], sources: Sequence[Source]) -> Iterator[
     }
     for key, text in texts.items():
         if names := output[key]:
-            more = f" and {len(names) - 2} more" if len(names) > 2 else ""  # noqa: PLR2004
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
             yield f"{text}: {', '.join(map(code, names[:2]))}{more}."
 
 
