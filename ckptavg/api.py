@@ -4,6 +4,7 @@ import inspect as signatures
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar, Union
@@ -18,7 +19,7 @@ from ckptavg.options.follow import FOLLOW
 from ckptavg.options.landscape import LandscapeOptions
 from ckptavg.options.posterior import PosteriorOptions
 from ckptavg.options.task import check_unscored
-from ckptavg.pipeline import evaluation, task_check, verification
+from ckptavg.pipeline import evaluation, logs, task_check, verification
 from ckptavg.pipeline import run as run_pipeline
 from ckptavg.pipeline.basin import find_basins
 from ckptavg.pipeline.comparison import compare as run_comparison
@@ -39,6 +40,7 @@ from ckptavg.tasks.objects import TaskObjects
 PathLike = str | os.PathLike[str]
 Paths = PathLike | Sequence[PathLike]
 R = TypeVar("R", bound=Report | Basins)
+_UNLOGGED = Options()
 
 
 def run(ckpts: Paths, strategy: Strategy | str, *, watch: Watch | None = None, **options: Any) -> Result:
@@ -56,7 +58,7 @@ def run(ckpts: Paths, strategy: Strategy | str, *, watch: Watch | None = None, *
     name, without = name_of(strategy), () if strategy.follows else FOLLOW
     shared = _options(name, ckpts, options, required=not isinstance(strategy, PlainAverage), without=without)
     work = follow if shared.follow else run_pipeline
-    return _watched(watch, lambda progress: work(strategy, _paths(ckpts), shared, progress))
+    return _watched(watch, lambda progress: work(strategy, _paths(ckpts), shared, progress), shared)
 
 
 def compare(
@@ -76,7 +78,7 @@ def compare(
     own = keywords("compare", {o.name: options.pop(o.name) for o in taken if o.name in options}, taken)
     shared = _options("compare", ckpts, options, required=True, without=NOT_COMPARE)
     own["strategies"] = specs(strategies)
-    return _watched(watch, lambda progress: run_comparison(_paths(ckpts), shared, progress, **own))
+    return _watched(watch, lambda progress: run_comparison(_paths(ckpts), shared, progress, **own), shared)
 
 
 def swag(ckpts: Paths = (), *, watch: Watch | None = None, **options: Any) -> PosteriorResult:
@@ -93,7 +95,8 @@ def swag(ckpts: Paths = (), *, watch: Watch | None = None, **options: Any) -> Po
     own = keywords("swag", {o.name: options.pop(o.name) for o in taken if o.name in options}, taken)
     paths = _paths(ckpts) if ckpts or "from_" not in own else []
     shared = with_task(_parsed("swag", options, without=NOT_SWAG), paths, required=False)
-    return _watched(watch, lambda progress: run_swag(paths, shared, progress, settings=PosteriorOptions(**own)))
+    work = partial(run_swag, paths, shared, settings=PosteriorOptions(**own))
+    return _watched(watch, lambda progress: work(progress), shared)
 
 
 def landscape(ckpts: Paths, *, watch: Watch | None = None, **options: Any) -> Landscape:
@@ -108,7 +111,7 @@ def landscape(ckpts: Paths, *, watch: Watch | None = None, **options: Any) -> La
     """
     taken = declared(LandscapeOptions)
     own = keywords("landscape", {o.name: options.pop(o.name) for o in taken if o.name in options}, taken)
-    shared = _options("landscape", ckpts, {"output": "./", **options}, required=True, without=FOLLOW)
+    shared = _options("landscape", ckpts, {"output": "./", **options}, required=True, without=(*FOLLOW, "log_to"))
     return _watched(watch, lambda progress: find_landscape(_paths(ckpts), shared, progress, **own))
 
 
@@ -188,14 +191,15 @@ def _paths(paths: Any) -> list[Path]:
     return [Path(path) for path in listed]
 
 
-def _watched(watch: Watch | None, work: Callable[[Watch | None], R]) -> R:
-    if watch is not None or not in_notebook():
-        return work(watch)
-    line = ProgressLine()
+def _watched(watch: Watch | None, work: Callable[[Watch | None], R], options: Options = _UNLOGGED) -> R:
+    """Run ``work`` with a progress callback, and with the loggers of ``options``."""
+    line = ProgressLine() if watch is None and in_notebook() else None
     try:
-        return work(line)
+        with logs.opened(options, watch or line) as log:
+            return log.finished(work(log.watch))
     finally:
-        line.clear()
+        if line is not None:
+            line.clear()
 
 
 def _options(

@@ -122,7 +122,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     def call(*arguments: object, cwd: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
         words = ["ckptavg", *map(str, arguments)]
         with monkeypatch.context() as patch:
-            for name in [name for name in os.environ if name.startswith("CKPTAVG")]:
+            for name in [name for name in os.environ if name.startswith(("CKPTAVG", "GITHUB_STEP"))]:
                 patch.delenv(name)
             for name, value in environment.items():
                 patch.setenv(name, value)

@@ -24,7 +24,7 @@ LAYERS = (
     ("objective",),
     ("batches",),
     ("tasks", "report", "options", "context"),
-    ("candidates", "average", "journal", "output"),
+    ("candidates", "average", "journal", "output", "loggers"),
     ("checkpoints",),
     ("readers",),
     ("filesystem", "surrogate", "cost"),

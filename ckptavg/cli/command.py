@@ -60,7 +60,9 @@ def run_command(
 ) -> None:  # fmt: skip
     """Run what `load` imports with the shared options of a command; print its report, and write it to ``--report``."""
     with quick_imports():
-        from ckptavg.cli import report_files, terminal
+        from rich.text import Text
+
+        from ckptavg.cli import job_summary, report_files, terminal
         from ckptavg.report import as_json, table
         from ckptavg.report.result import Result
 
@@ -70,21 +72,25 @@ def run_command(
     with meeting as workers, terminal.stdout_for_data(), screen.watching() as watch:
         with quick_imports():
             run = load()
+            from ckptavg.pipeline import logs
             from ckptavg.pipeline.task_choice import with_task
 
         options = Options(**arguments, workers=workers)
         report_files.check(files, options)
         if options.wait_stable is not None and not options.follow:
             screen.print(f"waiting until no candidate has changed for {options.wait_stable:g} s")
-        done = run(paths, with_task(options, paths, required=needs_task), watch)
+        with logs.opened(options, watch) as log:
+            done = run(paths, with_task(options, paths, required=needs_task), log.watch)
+            done = log.finished(done, line := command_line(workers.world_size))
     if not workers.is_rank_zero:
         return
     screen.warn(done)
     screen.print(table.render(done))
     if isinstance(done, Result):
         screen.show_next_steps(done.next_steps)
-    line = command_line(workers.world_size)
-    report_files.write(files, as_json.to_dict(done, line))
+    report_files.write(files, report := as_json.to_dict(done, line))
+    if warning := job_summary.append(report):
+        screen.print(Text(warning, style="yellow"))
     if json:
         print(as_json.to_json(done, line))
     elif done.output:

@@ -13,7 +13,7 @@ _OUTPUT: Final = Help(
 )
 _WITHOUT: Final = (
     "output", "never_worse", "baselines", "dtype", "max_shard_size", "digests", "format", "shard", "adapter", "rank",
-    "dry_run", "holdout", "precision", *FOLLOW,
+    "dry_run", "holdout", "precision", "log_to", *FOLLOW,
 )  # fmt: skip
 
 

@@ -1,8 +1,10 @@
 """The options that commands share, each declared once: see `ckptavg.declaration`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final
 
+from ckptavg import loggers
 from ckptavg.checkpoints.window import Window
 from ckptavg.declaration import CANDIDATES, MAIN, RUN, WORKERS, Help, Limit, declared
 from ckptavg.errors import UsageError
@@ -27,7 +29,7 @@ EVAL: Final = (
 NOT_INSPECT: Final = (
     "output", "force", "never_worse", "dtype", "max_shard_size", "format", "adapter", "rank", "digests", "test",
     "precision", "compile", "shard", "wait_stable", "dry_run", "keep_journal", "baselines",
-    *FOLLOW,
+    "log_to", *FOLLOW,
 )  # fmt: skip
 """The options that ``inspect`` does not take."""
 NOT_COMPARE: Final = ("never_worse", "baselines", *FOLLOW)
@@ -63,6 +65,10 @@ class Options(SearchOptions, FollowOptions, OutputOptions, Window, TaskOptions):
     baselines: Annotated[bool, Help(
         RUN, "Score last, SWA and LAWA.", "Also every candidate alone. Not in compare.", changes_measurements=False
     )] = True  # fmt: skip
+    log_to: Annotated[Sequence[str], Help(
+        RUN, "Also log to tensorboard:DIR, wandb or mlflow.",
+        "wandb:PROJECT and mlflow:EXPERIMENT name one; may be repeated.", "LOGGER", changes_measurements=False
+    )] = ()  # fmt: skip
     worker_timeout: Annotated[
         float, Help(WORKERS, "Timeout between ranks.", metavar="SECONDS", limit=_ABOVE_0, changes_measurements=False)
     ] = TIMEOUT
@@ -71,6 +77,7 @@ class Options(SearchOptions, FollowOptions, OutputOptions, Window, TaskOptions):
     def __post_init__(self) -> None:
         for part in (TaskOptions, OutputOptions, FollowOptions, SearchOptions):
             part.__post_init__(self)
+        loggers.check(self.log_to)
         if self.shard and self.workers.world_size == 1:
             raise UsageError("--shard needs several workers", hint="torchrun --nproc-per-node 8 -m ckptavg ...")
         if self.shard and (self.score_cmd is not None or self.lm_eval is not None):

@@ -13,6 +13,7 @@ from ckptavg.errors import decimal
 from ckptavg.objective import Learned, Strategy
 from ckptavg.objective.evaluator import Evaluator
 from ckptavg.options import Options
+from ckptavg.pipeline.model_card import with_card
 from ckptavg.pipeline.next_steps import next_steps
 from ckptavg.pipeline.session import Session
 from ckptavg.pipeline.verdict import Verdict
@@ -64,10 +65,10 @@ def build_result(
         held_out=None if judgement.replaced else learned.held_out,
         next_steps=next_steps(finished.output.path, found.checkpoints, options),
     )  # fmt: skip
-    if evaluator is None:
-        return result
-    scored_on, cost = evaluator.scored_on, evaluator.cost()
-    return replace(result, scored_on=scored_on, holdout=options.holdout, cost=cost, matrix=evaluator.matrix)
+    if evaluator is not None:
+        cost, matrix = evaluator.cost(), evaluator.matrix
+        result = replace(result, scored_on=evaluator.scored_on, holdout=options.holdout, cost=cost, matrix=matrix)
+    return with_card(result, this, strategy)
 
 
 def _warnings(

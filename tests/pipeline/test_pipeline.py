@@ -86,7 +86,7 @@ def test_output_directory_gets_the_model_and_companion_files(run: Run, tmp_path:
     assert (done.returncode, done.stdout) == (0, f"{name.rstrip('/')}/model.safetensors\n")
     folder = tmp_path / name
     assert {p.name for p in folder.iterdir()} == {
-        "model.safetensors", "config.json", "tokenizer.json", "generation_config.json",
+        "model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "README.md",
     }  # fmt: skip
     assert (folder / "tokenizer.json").read_text() == "20"
 
