@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ckptavg.cli.stage_log import StageLog
 from ckptavg.errors import InterruptedRunError, decimal, printable
+from ckptavg.report.layout import Sentence
 from ckptavg.runtime import signals
 from ckptavg.runtime.estimate import LEFT, time_left
 from ckptavg.runtime.progress import RESULT
@@ -36,7 +37,7 @@ def console(*, stderr: bool = False) -> Console:
 def show_message(screen: Console, text: str, style: str) -> None:
     """Print a message that may name files: between words on a terminal, else on one line; no name is cut or divided."""
     if screen.is_terminal:
-        screen.print(Text(text, style=style), overflow="ignore", crop=False)
+        screen.print(Sentence(text, style, whole=True), soft_wrap=True)
     else:
         screen.print(Text(text, style=style), soft_wrap=True)
 

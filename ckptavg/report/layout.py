@@ -27,21 +27,22 @@ class Sentence:
     """Text that is wrapped between words, but neither within an interval nor between a figure and its unit.
 
     Lines after the first are indented by ``indent`` columns. On a terminal ``path``, a part of the text, is shortened
-    so that one line is enough.
+    so that one line is enough. ``whole`` leaves words as they are that are longer than a line, such as paths to copy.
     """
 
     text: str
     style: str = ""
     indent: int = 0
     path: str = ""
+    whole: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         text, (lines, start) = self.text, ([""], 0)
         room = options.max_width - cell_len(text) + cell_len(self.path)
         if self.path and options.is_terminal and room >= _LEAST:
-            text = text.replace(self.path, shortened([self.path], room)[0], 1)
+            text = text.replace(self.path, _shortened_path(self.path, room), 1)
         for match in _TOKEN.finditer(text):
-            (token,) = shortened([match[0]], options.max_width - self.indent)
+            (token,) = [match[0]] if self.whole else shortened([match[0]], options.max_width - self.indent)
             longer = f"{lines[-1]}{text[start : match.start()]}{token}"
             start = match.end()
             if cell_len(longer) > options.max_width and lines[-1].strip():
@@ -150,15 +151,23 @@ def _common_start(texts: Sequence[str]) -> str:
 def shortened(names: Sequence[str], width: int) -> list[str]:
     """Return the names in at most ``width`` columns each, different ones as different texts where possible."""
 
-    def cut(name: str, head: int) -> str:
-        if cell_len(name) <= width:
-            return name
-        start, end = _first_cells(name, head), _first_cells(name[::-1], width - 1 - head)[::-1]
-        return f"{start}…{end}"
-
     heads = sorted(range(max(1, width)), key=lambda head: abs(head - width // 2))
-    ways = ([cut(name, head) for name in names] for head in heads)
-    return next((way for way in ways if len(set(way)) == len(set(names))), [cut(name, width // 2) for name in names])
+    ways = ([_cut(name, head, width) for name in names] for head in heads)
+    middle = [_cut(name, width // 2, width) for name in names]
+    return next((way for way in ways if len(set(way)) == len(set(names))), middle)
+
+
+def _cut(name: str, head: int, width: int) -> str:
+    if cell_len(name) <= width:
+        return name
+    start, end = _first_cells(name, head), _first_cells(name[::-1], width - 1 - head)[::-1]
+    return f"{start}…{end}"
+
+
+def _shortened_path(path: str, width: int) -> str:
+    """Return the path in at most ``width`` columns, with its last part whole where that leaves four others."""
+    last = cell_len(path.rpartition("/")[2])
+    return _cut(path, min(width // 2, width - last - 2) if last + 6 <= width else width // 2, width)
 
 
 def _first_cells(text: str, width: int) -> str:

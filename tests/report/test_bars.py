@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 
 import pytest
-from rich.console import Console, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
 
+from ckptavg.cli.terminal import show_message
 from ckptavg.report.bars import Sparkline, bars, binned, heights
 from ckptavg.report.candidates import candidates_table
-from ckptavg.report.layout import FittedTable, Sentence
+from ckptavg.report.layout import FittedTable, Sentence, shortened
 from ckptavg.report.result import CandidateResult, Output, Result
 from ckptavg.score import Score
 
@@ -102,8 +104,6 @@ def result(coefficients: list[float], digits: int = 4) -> Result:
 
 @pytest.mark.parametrize("width", range(30, 120, 7))
 def test_bars_are_the_first_to_go(width: int):
-    from rich.console import Group
-
     table = printed(Group(*candidates_table(result([-0.5, 1.0, 0.25, 0.25]))), width)
     plain = printed(Group(*candidates_table(result([0.25, 0.25, 0.25, 0.25]))), width)
     assert all(len(line) <= width for line in table.splitlines())
@@ -135,5 +135,26 @@ def test_the_written_path_is_shortened_on_a_terminal_only():
     (shown,) = printed(line, 80, terminal=True).splitlines()
     assert shown.startswith("wrote /home/user/exp") and "…" in shown
     assert shown.endswith("averaged.safetensors: 2,448 bytes, float32") and len(shown) <= 80
+    (narrow,) = printed(line, 64, terminal=True).splitlines()
+    assert "…/averaged.safetensors: 2,448" in narrow and len(narrow) <= 64
     assert path in printed(line, 200) and path in printed(line, 200, terminal=True)
     assert path in printed(line, 90)
+
+
+def test_a_message_is_broken_between_words_and_its_paths_are_whole():
+    path = "/data/" + "x" * 90 + "/epoch-19.pt"
+    text = f"left out {path}: it changed 1 s ago, so a job may still be saving it, --wait-stable 60 waits for it"
+    file = io.StringIO()
+    show_message(Console(width=80, file=file, force_terminal=True, no_color=True, highlight=False), text, "")
+    lines = file.getvalue().splitlines()
+    assert " ".join(lines) == text and any(path in line for line in lines)
+    assert all(len(line) <= 80 for line in lines if path not in line)
+    log = io.StringIO()
+    show_message(Console(width=80, file=log, highlight=False), text, "")
+    assert log.getvalue() == text + "\n"
+
+
+def test_names_of_wide_characters_are_cut_to_columns():
+    names = ["実験" * 20 + str(i) for i in range(3)]
+    short = shortened(names, 20)
+    assert len(set(short)) == 3 and all(cell_len(name) <= 20 for name in short)
