@@ -28,11 +28,15 @@ PAGES = {
     for path in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
     if str(path.relative_to(ROOT)) not in GENERATED
 }
-RUN = [name for name, path in PAGES.items() if name != "README.md" and any(block.runs for block in blocks(path))]
-# pages whose blocks need other packages than the extra `test`
-THOROUGH = {"docs/tutorials/trainer.md", "docs/tutorials/lightning.md", "docs/how-to/lora.md"}
+RUN = [
+    name
+    for name, path in PAGES.items()
+    if not name.startswith(("README.md", "docs/tutorials/")) and any(block.runs for block in blocks(path))
+]
+# pages whose blocks need other packages than the extra `test`, or take long
+THOROUGH = {"docs/how-to/lora.md", "docs/strategies.md"}
 # pages that begin in an empty directory
-ALONE = ("docs/index.md", "docs/tutorials/", "docs/how-to/lora.md")
+ALONE = {"docs/index.md", "docs/how-to/lora.md"}
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +69,9 @@ def test_a_block_is_run_or_says_why_not(name: str):
     "name", [pytest.param(name, marks=[pytest.mark.thorough] if name in THOROUGH else []) for name in RUN]
 )
 def test_the_blocks_of_a_page_run_as_written(name: str, demo_folder: Path, tmp_path: Path):
-    """Tutorials, and pages with their own training, begin in an empty directory, others in that of the demo."""
+    """Pages with their own training begin in an empty directory, others in that of the demo."""
     folder = tmp_path / "work"
-    if name.startswith(ALONE):
+    if name in ALONE:
         folder.mkdir()
     else:
         shutil.copytree(demo_folder, folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pytest
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "docs" / "tour.ipynb"
@@ -31,6 +32,7 @@ def test_the_committed_outputs_have_no_error_and_no_absolute_path():
     assert NOTEBOOK.stat().st_size < 400_000
 
 
+@pytest.mark.thorough  # it needs pandas too
 def test_it_runs_and_shows_what_is_committed(tmp_path: Path):
     output = tmp_path / "executed.ipynb"
     words = [sys.executable, ROOT / "scripts" / "site" / "run_notebook.py", output]
