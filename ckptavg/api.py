@@ -95,8 +95,7 @@ def swag(ckpts: Paths = (), *, watch: Watch | None = None, **options: Any) -> Po
     own = keywords("swag", {o.name: options.pop(o.name) for o in taken if o.name in options}, taken)
     paths = _paths(ckpts) if ckpts or "from_" not in own else []
     shared = with_task(_parsed("swag", options, without=NOT_SWAG), paths, required=False)
-    work = partial(run_swag, paths, shared, settings=PosteriorOptions(**own))
-    return _watched(watch, lambda progress: work(progress), shared)
+    return _watched(watch, partial(run_swag, paths, shared, settings=PosteriorOptions(**own)), shared)
 
 
 def landscape(ckpts: Paths, *, watch: Watch | None = None, **options: Any) -> Landscape:

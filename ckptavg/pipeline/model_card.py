@@ -61,7 +61,8 @@ def _section(result: Result, this: Session, strategy: Strategy, folder: Path) ->
         load = load.replace(f'"{_quoted(str(folder))}', f'"{_quoted(name)}')
     file = shlex.quote(printable(f"{name}/{result.output.path.relative_to(folder)}"))
     command = shlex.join(["ckptavg", name_of(strategy), "CKPTS", *_flags(strategy, this.options), "-o", f"{name}/"])
-    rebuild = [command, f"ckptavg verify {file} --sources CKPTS"]
+    objects = ["# its task was given as Python objects"] if this.options.objects is not None else []
+    rebuild = [*objects, command, f"ckptavg verify {file} --sources CKPTS"]
     return section(as_json.to_dict(result), _sources(result, this.checkpoints), rebuild, load)
 
 

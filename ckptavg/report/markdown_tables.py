@@ -87,7 +87,7 @@ def _gain(gain: Json, evidence: bool) -> str:
     return f"{decimal(gain['value'], '+')} {interval}{'' if gain['separated'] else ' ≈'}"
 
 
-def predictions_table(report: Json, split: str, models: Json) -> str:
+def predictions_table(report: Json, split: Any, models: Json) -> str:
     """Return NLL and metrics of averaged predictions on a split, a row per model."""
     scores = {name: {"nll": p["score"]["loss"], **p["score"].get("metrics", {})} for name, p in models.items()}
     columns = ["nll", *(name for name in ("accuracy", "brier", "ece") if name in scores["swa"])]
@@ -96,7 +96,7 @@ def predictions_table(report: Json, split: str, models: Json) -> str:
         [drawn if name == "swag" else name, *(decimal(score[column]) for column in columns)]
         for name, score in scores.items()
     ]
-    return table([f"predictions, {DATA.get(split, split)} data", *columns], rows)  # pyright: ignore[reportArgumentType]
+    return table([f"predictions, {DATA.get(split, split)} data", *columns], rows)
 
 
 def candidates(report: Json) -> Iterator[str]:

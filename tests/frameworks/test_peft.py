@@ -128,7 +128,7 @@ def test_an_exact_adapter_is_scored_by_what_is_written(
     done = run(options[0], adapters, *options[1:], "-o", "out/", "--adapter", "exact", "--val", val, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    (scored,) = json.loads(run("eval", "out", "--val", val, "--json").stdout)
+    (scored,) = json.loads(run("eval", "out", "--val", val, "--json").stdout)["files"]
     assert report["scores"]["val"]["loss"] == pytest.approx(scored["val"]["loss"], abs=1e-6)
     assert f"the selection has loss {scored['val']['loss']:.4f}" in report["verdict"]
     assert "Nothing was scored" not in done.stderr and ("averages of the adapters' factors" in done.stderr) == (

@@ -56,6 +56,22 @@ def test_the_hub_reads_the_metadata(name: str, config: dict[str, Any], expected:
     assert "secret" not in card.content and str(tmp_path) not in card.content
 
 
+@pytest.mark.thorough
+def test_an_adapter_names_its_base(tmp_path: Path, run: Run):
+    hub = pytest.importorskip("huggingface_hub")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["0"], "task_type": None}
+    for step in (1, 2):
+        place = tmp_path / "ckpts" / f"checkpoint-{step}"
+        place.mkdir(parents=True)
+        tensors = {f"base_model.model.0.lora_{part}.weight": torch.full((2, 2), float(step)) for part in "AB"}
+        save_file(tensors, place / "adapter_model.safetensors")
+        (place / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
+    done = run("swa", "ckpts", "-o", "out/")
+    assert done.returncode == 0, done.stderr
+    data = hub.ModelCard.load(tmp_path / "out" / NAME).data
+    assert (data.base_model, data.base_model_relation, data.library_name) == ("org/base", "adapter", "peft")
+
+
 def test_what_was_averaged_and_how_it_scored(digits: Path, tmp_path: Path, run: Run):
     done = run("sewa", digits, "--k", 3, "--last", 6, "--steps", 5, "--task", TASK, "-o", "out/", "--json")
     assert done.returncode == 0, done.stderr
