@@ -27,17 +27,28 @@ def draw(plane: Plane, kind: str) -> bytes:
     spaced. They are interpolated between the measured points, which are marked by dots; both axes have one scale.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    lowest, highest = min(map(min, plane.losses)), max(map(max, plane.losses))
     wide, high = plane.x[-1] - plane.x[0], plane.y[-1] - plane.y[0]
     scale = 6.5 / max(wide, high)
     figure: Any = Figure(figsize=(max(wide * scale, 4) + 1.8, max(high * scale, 2.5) + 1.6), layout="constrained")
     FigureCanvasAgg(figure)
+    paint(figure, plane)
+    figure.axes[0].set_title("\n".join(data(plane)), fontsize="medium", parse_math=False)
+    image = io.BytesIO()
+    figure.savefig(image, format=kind, dpi=150)
+    return image.getvalue()
+
+
+def paint(figure: Any, plane: Plane, *, pixels: int = _PIXELS, narrow: bool = False) -> None:
+    """Draw the plane into a figure of matplotlib, with ``pixels`` along its longer side."""
+    from matplotlib.colors import PowerNorm
+    from matplotlib.ticker import MaxNLocator
+
+    lowest, highest = min(map(min, plane.losses)), max(map(max, plane.losses))
+    wide, high = plane.x[-1] - plane.x[0], plane.y[-1] - plane.y[0]
     axes: Any = figure.add_subplot()
-    sides = [spaced(side, round(_PIXELS * (side[-1] - side[0]) / max(wide, high))) for side in (plane.x, plane.y)]
+    sides = [spaced(side, round(pixels * (side[-1] - side[0]) / max(wide, high))) for side in (plane.x, plane.y)]
     fine, norm = interpolated(plane, *sides), PowerNorm(0.5, lowest, highest)
     extent = (plane.x[0], plane.x[-1], plane.y[0], plane.y[-1])
     colours = axes.imshow(fine, norm=norm, cmap="viridis_r", origin="lower", extent=extent, interpolation="bilinear")
@@ -55,13 +66,10 @@ def draw(plane: Plane, kind: str) -> bytes:
         axes.plot(mark.x, mark.y, shape, color="tab:red", mec="black", mew=0.8, ms=8, ls="none", label=label, zorder=4)
     first, second, _ = (mark.name for mark in plane.mixtures)
     axes.set(xlabel=f"‖w − w′‖₂ from {first} to {second}", ylabel="‖w − w′‖₂ orthogonal to it", aspect="equal")
-    axes.set_title("\n".join(data(plane)), fontsize="medium", parse_math=False)
-    figure.colorbar(colours, label=f"{plane.split} loss", ticks=MaxNLocator(8), format="%.4g")
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    side = {"location": "bottom", "aspect": 40} if narrow else {}
+    figure.colorbar(colours, label=f"{plane.split} loss", ticks=MaxNLocator(4 if narrow else 8), format="%.4g", **side)
+    figure.legend(loc="outside lower center", ncols=1 if narrow else 3, fontsize="small", frameon=False)
     _label(figure, axes, plane)
-    image = io.BytesIO()
-    figure.savefig(image, format=kind, dpi=150)
-    return image.getvalue()
 
 
 def _label(figure: Any, axes: Any, plane: Plane) -> None:
