@@ -2,9 +2,12 @@
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from ckptavg.errors import UsageError
+
+KINDS: Final = ("average", "comparison", "posterior", "landscape", "evaluation", "inspection")
+"""The kinds of reports that have a page."""
 
 
 def check_installed() -> None:

@@ -79,7 +79,9 @@ def document(reports: Sequence[Report]) -> str:
 
 
 def _policy(digest: str) -> str:
-    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
+    """Return a policy under which the page runs its own script only, and loads nothing."""
+    allowed = f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
+    return f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
 
 
 def _final(value: Any) -> Any:
@@ -115,7 +117,10 @@ def _results(report: Report, key: str) -> list[Section]:
         Section(anchor=f"{key}-scores", title="Scores", plots=by_step, tables=scores_table(report)),
         Section(anchor=f"{key}-coefficients", title="Coefficients", plots=by_weight),
         Section(anchor=f"{key}-candidates", title="Candidates", folded=[listed] if listed else []),
-        Section(anchor=f"{key}-search", title="The search", plots=search.plots(report, f"{key}-search")),
+        Section(
+            anchor=f"{key}-search", title="The search", plots=search.plots(report, f"{key}-search"),
+            tables=search.tables(report),
+        ),
         Section(
             anchor=f"{key}-predictions", title="Averaged predictions", tables=predictions,
             plots=reliability.plots(report, f"{key}-reliability"),

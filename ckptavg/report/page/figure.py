@@ -81,9 +81,15 @@ def draw(
         narrow = screen == "narrow"
         size = 11.0 if narrow else 12.5
         high = (narrow_height or height) if narrow else height
-        sizes = {"font.size": size, "axes.titlesize": size, "legend.fontsize": size, "axes.labelsize": size}
+        sizes: dict[str, Any] = {
+            "font.size": size,
+            "axes.titlesize": size,
+            "legend.fontsize": size,
+            "axes.labelsize": size,
+        }
         sizes |= {"xtick.labelsize": size, "ytick.labelsize": size}
-        with rc_context({**_SETTINGS, **sizes}), warnings.catch_warnings():
+        settings: Any = {**_SETTINGS, **sizes}
+        with rc_context(settings), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the browser has other fonts
             figure = Figure(figsize=(width / 72, high / 72))
             FigureCanvasSVG(figure)
@@ -96,11 +102,21 @@ def draw(
 
 
 def legend(figure: Any, narrow: bool, entries: Sequence[tuple[Any, str]], columns: int = 4) -> None:
-    """Draw one legend below the plot, unless there is nothing to tell apart."""
+    """Draw one legend below the plot, in fewer columns on a narrow screen, unless there is nothing to tell apart."""
     if entries:
         handles, labels = zip(*entries, strict=True)
-        columns = min(2 if narrow else columns, len(entries))
+        columns = min(max(1, columns // 2) if narrow else columns, len(entries))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=2.2)
+
+
+def logarithmic(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers, at 1, 2 and 5 times powers of ten where that is few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 3) if low > 0 and high / low < 300 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 10 else f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def shortened(text: str, most: int) -> str:
@@ -110,7 +126,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def _inline(svg: str, key: str, screen: str, title: str, summary: str) -> str:
-    """Return an SVG file of matplotlib as an element of a page: no prolog, own ids, CSS variables, an accessible name."""
+    """Return an SVG file of matplotlib as an element of a page: own ids, CSS variables, an accessible name."""
     body = svg[svg.index("<defs>") : svg.rindex("</svg>")]
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
     body = re.sub(r' id="([^"]*)"', lambda found: f' id="{key}-{found[1]}"' if found[1] in used else "", body)

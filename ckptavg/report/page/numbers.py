@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from ckptavg.errors import decimal
+from ckptavg.score import DATA
 
+_NAMES: Mapping[str, str] = {str(split): name for split, name in DATA.items()}
 Report = Mapping[str, Any]
 """A report as values of JSON."""
+
+
+def data(split: str) -> str:
+    """Return the name of a split in a sentence."""
+    return f"{_NAMES.get(split, split)} data"
 
 
 def with_noise(value: float | None, noise: float | None) -> str:
@@ -41,7 +49,7 @@ def step(number: int | None) -> str:
 def steps(numbers: Sequence[int], most: int = 6) -> str:
     """Return training steps: all of a few, else as ``every N from A to B`` or the first ones and the last."""
     ordered = sorted(set(numbers))
-    gaps = {after - before for before, after in zip(ordered, ordered[1:], strict=False)}
+    gaps = {after - before for before, after in pairwise(ordered)}
     if len(ordered) > 3 and len(gaps) == 1:
         return f"{step(ordered[0])} to {step(ordered[-1])}, every {step(gaps.pop())}"
     if len(ordered) > most:
@@ -50,7 +58,7 @@ def steps(numbers: Sequence[int], most: int = 6) -> str:
     return ", ".join(map(step, ordered))
 
 
-def coefficients(candidate: Mapping[str, Any]) -> Sequence[float]:
+def coefficients(candidate: Mapping[str, Any]) -> list[float]:
     """Return the coefficients of a candidate, one per group."""
     value = candidate["coefficient"]
     return value if isinstance(value, list) else [value]

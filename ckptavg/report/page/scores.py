@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ckptavg.report.page.figure import Plot, colour, draw, legend
-from ckptavg.report.page.numbers import Report, coefficients, figures, signed, step, with_noise
-from ckptavg.score import DATA
+from ckptavg.report.page.numbers import Report, coefficients, data, figures, signed, step, with_noise
 
 _LINES: Final = {
     "average": ("average", "-", 2.2),
@@ -35,7 +34,7 @@ def plots(report: Report, key: str) -> list[Plot]:
     panels = panels or list(lines.get("average", ()))[:2]
     if not panels or not (candidates or lines):
         return []
-    title = f"Score of every candidate by training step, {DATA[split]} data"
+    title = f"Score of every candidate by training step, {data(split)}"
     return [_plot(report, key, title, candidates, lines, panels)]
 
 
@@ -75,7 +74,7 @@ def _plot(
         every[-1, 0].set_xlabel("training step")
         names = {"average": _written(report), "best": "best single", "last": "last", "swa": "SWA"}
         labels = [(handle, names.get(name, name)) for name, handle in entries.items()]
-        legend(figure, narrow, labels, columns=6)
+        legend(figure, narrow, labels, columns=6 if len(labels) > 4 else 4)
 
     summary = _summary(first, candidates, lines)
     height = 190 + 150 * len(panels)
@@ -96,7 +95,8 @@ def _short(name: str) -> str:
 
 
 def _summary(name: str, candidates: list[Any], lines: Mapping[str, Any]) -> str:
-    values = [figures(c["score"])[name][0] for c in candidates if name in figures(c["score"])]
+    known = [figures(c["score"]).get(name, (None, None))[0] for c in candidates]
+    values = [value for value in known if value is not None]
     parts = (
         [f"{len(values)} candidates have {name} from {signed(min(values))} to {signed(max(values))}"] if values else []
     )

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from ckptavg.report.page.figure import Plot, Table, colour, draw, legend
-from ckptavg.report.page.numbers import Report, cell, signed, step
-from ckptavg.score import DATA
+from ckptavg.report.page.figure import Plot, Table, colour, draw, legend, logarithmic
+from ckptavg.report.page.numbers import Report, cell, data, signed, step
 
 _DECISIONS: Final = {"start": ("o", "average", "start"), "soft": ("o", "average", "accepted"),
                      "hard": ("*", "best", "restart (hard)"), "reject": ("x", "last", "rejected")}  # fmt: skip
+_LOSSES: Final[Mapping[str, str]] = {
+    "quadratic": "on the quadratic", "held-out": "held-out, cross-validated", "loss": "measured loss",
+}  # fmt: skip
+Row = Mapping[str, Any]
 _SHADES: Final = (("average", "-"), ("best", (0, (6, 2))), ("swa", (0, (2, 2))), ("other", (0, (8, 2, 2, 2))))
 
 
 def plots(report: Report, key: str) -> list[Plot]:
     """Return the plots of what the strategy recorded, in the order of its work."""
-    trace, tables = report.get("trace", {}), report.get("tables", {})
+    trace, named = report.get("trace", {}), report.get("tables", {})
     found = [
         _probabilities(report, f"{key}-s") if trace.get("s") else None,
         _walk(report, f"{key}-walk") if any("decision" in c for c in report.get("candidates", ())) else None,
         _losses(report, f"{key}-loss") if trace.get("loss") else None,
         _best_score(report, f"{key}-evaluations") if trace.get("best_score") else None,
-        *(_by_column(title, rows, f"{key}-table-{i}") for i, (title, rows) in enumerate(tables.items()) if rows),
+        *(
+            _by_column(title, rows, f"{key}-table-{i}")
+            for i, (title, rows) in enumerate(named.items())
+            if rows and _curves(rows)
+        ),
     ]
     return [plot for plot in found if plot is not None]
 
@@ -123,9 +130,9 @@ def _losses(report: Report, key: str) -> Plot:
     pairs = [(x, y) for x, y in zip(at, scored, strict=False) if y is not None]
     fitted = settings.get("on") or split
     held = fitted != split or bool(settings.get("patience"))
-    other = ("held-out loss" if held else "loss of the exact average") + f", {DATA[split]} data"
+    other = ("held-out loss" if held else "loss of the exact average") + f", {data(split)}"
     other += "" if held else " (the data that were fitted)"
-    label, title = f"loss of a batch, {DATA[fitted]} data", "Loss during the search"
+    label, title = f"loss of a batch, {data(fitted)}", "Loss during the search"
     smooth = _means(losses)
 
     def paint(figure: Any, narrow: bool) -> None:
@@ -138,7 +145,7 @@ def _losses(report: Report, key: str) -> Plot:
             (marks,) = axes.plot(*zip(*pairs, strict=True), "s--", color=colour("best"), ms=5, lw=1.4)
             entries.append((marks, other))
         axes.set(xlabel="step of the search", ylabel="loss (lower is better)")
-        legend(figure, narrow, entries, columns=1 if narrow else 2)
+        legend(figure, narrow, entries, columns=2 if len(other) < 60 else 1)
 
     summary = f"{label}: from {signed(smooth[0][1])} to {signed(smooth[-1][1])} in {len(losses)} steps."
     if pairs:
@@ -178,41 +185,66 @@ def _best_score(report: Report, key: str) -> Plot:
     )  # fmt: skip
 
 
-def _by_column(title: str, rows: Sequence[Any], key: str) -> Plot:
-    """Return losses by the first numeric column of a strategy's table, such as K or the shrinkage."""
+def tables(report: Report) -> list[Table]:
+    """Return the strategy's tables without losses, which have no plot."""
+    named = report.get("tables", {})
+    return [_table(title, rows) for title, rows in named.items() if rows and not _curves(rows)]
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    numeric = [name for name in columns if any(isinstance(row.get(name), int | float) for row in rows)]
-    x, curves = numeric[0], [name for name in numeric[1:] if name in ("quadratic", "held-out", "fitted", "loss")]
+    return Table(title=title, headings=columns, rows=[[cell(row.get(name)) for name in columns] for row in rows])
+
+
+def _curves(rows: Sequence[Row]) -> list[str]:
+    """Return the columns of losses, behind the first numeric one, which they depend on."""
+    names = [name for row in rows for name in row if _number(row[name]) is not None]
+    return [name for name in list(dict.fromkeys(names))[1:] if name.endswith("loss") or name in _LOSSES]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _by_column(title: str, rows: Sequence[Row], key: str) -> Plot:
+    """Return losses by the first numeric column of a strategy's table, such as K; by trial, if that repeats."""
+    curves, table = _curves(rows), _table(title, rows)
+    x = next(name for row in rows for name in row if _number(row[name]) is not None)
+    tried = [_number(row.get(x)) or 0.0 for row in rows]
+    trials = len(set(tried)) < len(tried)
+    at = [float(i + 1) for i in range(len(rows))] if trials else tried
+    known = sorted(value for name in curves for row in rows if (value := _number(row.get(name))) is not None)
+    usual = known[(len(known) * 4) // 5]
+    top = usual + 2 * (usual - known[0])  # one loss of a step too long hides all others
     caption = title[:1].upper() + title[1:]
-    groups = list(dict.fromkeys(str(row.get("constraint", "")) for row in rows))
 
     def paint(figure: Any, narrow: bool) -> None:
-        every: Any = figure.subplots(1, len(groups), sharey=True, squeeze=False)
-        entries: dict[str, Any] = {}
-        for group, axes in zip(groups, every[0], strict=True):
-            for (shade, dashes), name in zip(_SHADES, curves, strict=False):
-                points = [(row[x], row[name]) for row in rows if str(row.get("constraint", "")) == group
-                          and isinstance(row.get(x), int | float) and isinstance(row.get(name), int | float)]  # fmt: skip
-                if points:
-                    marker = dict(zip(curves, "os^D", strict=False))[name]
-                    ls = "none" if name == "loss" else dashes
-                    ordered = zip(*sorted(points), strict=True)
-                    (entries[name],) = axes.plot(*ordered, marker=marker, ls=ls, color=colour(shade), ms=5, lw=1.5)
-            if x != "K" and all(row[x] > 0 for row in rows if isinstance(row.get(x), int | float)):
-                axes.set_xscale("log")
-            axes.set_xlabel(f"{x}{f', {group}' if group else ''}")
-        every[0, 0].set_ylabel("loss (lower is better)")
-        names = {"quadratic": "on the quadratic", "held-out": "held-out, cross-validated", "loss": "measured loss"}
-        legend(figure, narrow, [(handle, names.get(name, name)) for name, handle in entries.items()])
+        from matplotlib.ticker import MaxNLocator
 
-    best = min(
-        (row for row in rows if isinstance(row.get("held-out"), float)), key=lambda r: r["held-out"], default=None
-    )
-    summary = f"Losses by {x}." + (
-        f" Lowest held-out loss {signed(best['held-out'])} at {x} = {best[x]:g}." if best else ""
-    )
-    cells = [[cell(row.get(name)) for name in columns] for row in rows]
-    return Plot(
-        title=caption, summary=summary, svgs=draw(key, caption, summary, paint, height=320, narrow_height=340),
-        table=Table(headings=columns, rows=cells, title=caption),
-    )  # fmt: skip
+        axes: Any = figure.subplots()
+        entries: list[tuple[Any, str]] = []
+        for (shade, dashes), marker, name in zip(_SHADES, "os^D", curves, strict=False):
+            points = [
+                (i, value) for i, row in zip(at, rows, strict=True) if (value := _number(row.get(name))) is not None
+            ]
+            ls = "none" if name == "loss" and len(points) < len(rows) else dashes
+            x_values, values = zip(*sorted(points), strict=True)
+            (line,) = axes.plot(x_values, values, marker=marker, ls=ls, color=colour(shade), ms=5, lw=1.5)
+            entries.append((line, _LOSSES.get(name, name)))
+        if known[-1] > top:
+            axes.set_ylim(top=top)
+        if trials:
+            axes.xaxis.set_major_locator(MaxNLocator(5 if narrow else 10, integer=True))
+        elif min(at) > 0 and max(at) > 30 * min(at):
+            axes.set_xscale("log")
+            logarithmic(axes.xaxis)
+        axes.set(xlabel="trial, in order" if trials else x, ylabel="loss (lower is better)")
+        legend(figure, narrow, entries)
+
+    by = "held-out" if "held-out" in curves else curves[0]
+    lowest = min((value, tried[i]) for i, row in enumerate(rows) if (value := _number(row.get(by))) is not None)
+    summary = f"{_LOSSES.get(by, by)}: lowest {signed(lowest[0])}, at {x} {lowest[1]:.3g}."
+    over = sum(value > top for value in known)
+    note = f"Not shown: {over} larger than {signed(top)}; they are among the numbers." if over else ""
+    svgs = draw(key, caption, summary, paint, height=320, narrow_height=340)
+    return Plot(title=caption, summary=summary, svgs=svgs, table=table, note=note)

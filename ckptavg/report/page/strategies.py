@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ckptavg.report.page.figure import Plot, Table, colour, draw, legend, shortened
-from ckptavg.report.page.numbers import Report, figures, interval, signed, with_noise
-from ckptavg.score import DATA
+from ckptavg.report.page.figure import Plot, Table, colour, draw, legend, logarithmic, shortened
+from ckptavg.report.page.numbers import Report, data, figures, interval, signed, with_noise
 
 
 def plots(report: Report, key: str) -> list[Plot]:
@@ -45,7 +44,7 @@ def table(report: Report) -> Table:
     held = any(row.get("held_out") is not None and row.get("chose_on") for row in rows)
     headings = [
         "strategy",
-        f"difference to last, {DATA[split]} data [95 % interval]",
+        f"difference to last, {data(split)} [95 % interval]",
         *(f"{s} {name}" for s, name in columns),
     ]
     headings += [*["held-out loss"] * held, "candidates used", "chose on", "cost", "seconds"]
@@ -71,7 +70,7 @@ def _forest(report: Report, rows: Sequence[Mapping[str, Any]], key: str) -> Plot
     split = judged_on(rows)
     shown = [r for r in ranked(report) if r["name"] != "last" and r["over_last"][split]["value"] is not None]
     evidence = split == "test"
-    title = f"Difference to the last candidate, {DATA[split]} data"
+    title = f"Difference to the last candidate, {data(split)}"
 
     def paint(figure: Any, narrow: bool) -> None:
         from matplotlib.ticker import MaxNLocator
@@ -88,7 +87,7 @@ def _forest(report: Report, rows: Sequence[Mapping[str, Any]], key: str) -> Plot
             axes.plot(gain["value"], i, "D" if won else "o", ms=8 if won else 6, mfc=face, mec=shade, mew=1.6, zorder=4)
         axes.axvline(0, color=colour("ink"), lw=1.2)
         names = [
-            ("★ " if row["name"] == report["winner"] else "") + shortened(row["name"], 18 if narrow else 36)
+            ("★ " if row["name"] == report["winner"] else "") + shortened(row["name"], 22 if narrow else 36)
             for row in shown
         ]
         axes.set_yticks(range(len(shown)), names)
@@ -113,7 +112,7 @@ def _cost(report: Report, rows: Sequence[Mapping[str, Any]], key: str) -> Plot:
     split, unit = judged_on(rows), "scored mixtures"
     name = "evaluations"
     if all(row["cost"].get("passes") is not None for row in rows):
-        name, unit = "passes", f"passes over the {DATA[rows[0]['cost']['passes_over']]} data"
+        name, unit = "passes", f"passes over the {data(rows[0]['cost']['passes_over'])}"
     points = [
         (i, row, max(row["cost"][name], 0.5), row["over_last"][split]["value"])
         for i, row in enumerate(ranked(report), 1) if row["over_last"][split]["value"] is not None
@@ -141,6 +140,7 @@ def _cost(report: Report, rows: Sequence[Mapping[str, Any]], key: str) -> Plot:
         axes.axhline(0, color=colour("ink"), lw=1)
         axes.set_xscale("log")
         axes.margins(x=0.12, y=0.12)
+        logarithmic(axes.xaxis)
         axes.set(xlabel=f"cost: {unit}", ylabel="difference to last")
         handles = [_number(number) for number, *_ in points]
         legend(

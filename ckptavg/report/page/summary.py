@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ckptavg.report.page.figure import Table
-from ckptavg.report.page.numbers import Report, cell, coefficients, figures, signed, size, step, with_noise
+from ckptavg.report.page.numbers import Report, cell, coefficients, data, figures, signed, size, step, with_noise
 from ckptavg.report.page.verdict import answer, name_of
-from ckptavg.score import DATA
 
 _OWN = {"path", "step", "coefficient", "score"}
 
@@ -48,23 +47,23 @@ def scores_table(report: Report) -> list[Table]:
         dict.fromkeys((s, name) for scores in rows.values() for s, score in scores.items() for name in figures(score))
     )
     cells = [
-        [name, *(with_noise(*figures(scores.get(s)).get(figure, (None, None))) for s, figure in columns)]
+        [str(name), *(with_noise(*figures(scores.get(s)).get(figure, (None, None))) for s, figure in columns)]
         for name, scores in rows.items()
     ]
-    headings = ["", *(f"{DATA[s]} {figure}" for s, figure in columns)]
+    headings = ["", *(f"{figure}, {data(s)}" for s, figure in columns)]
     return [Table(title="Scores ± standard errors", headings=headings, rows=cells)]
 
 
 def files(report: Report) -> list[Table]:
     """Return the scores of the files of an evaluation."""
     rows = report.get("files", [])
-    splits = [split for split in DATA if any(split in row for row in rows)]
+    splits = list(dict.fromkeys(name for row in rows for name in row if name != "path"))
     columns = list(dict.fromkeys((s, name) for row in rows for s in splits for name in figures(row.get(s))))
     cells = [
         [row["path"], *(with_noise(*figures(row.get(s)).get(name, (None, None))) for s, name in columns)]
         for row in rows
     ]
-    headings = ["file", *(f"{DATA[s]} {name}" for s, name in columns)]
+    headings = ["file", *(f"{name}, {data(s)}" for s, name in columns)]
     return [Table(title="Scores of the files", headings=headings, rows=cells)] if rows else []
 
 
@@ -89,9 +88,9 @@ def cost(report: Report) -> list[tuple[str, str]]:
             ("backward batches", cell(spent["backward_batches"])),
         ]
         if spent.get("passes") is not None:
-            pairs.append((f"passes over the {DATA[spent['passes_over']]} data", f"{spent['passes']:,.1f}"))
+            pairs.append((f"passes over the {data(spent['passes_over'])}", f"{spent['passes']:,.1f}"))
         if spent.get("epochs") is not None:
-            pairs.append((f"epochs of the {DATA[spent['epochs_of']]} data", f"{spent['epochs']:,.1f}"))
+            pairs.append((f"epochs of the {data(spent['epochs_of'])}", f"{spent['epochs']:,.1f}"))
     if matrix:
         text = f"{size(matrix['bytes'])} at {matrix['bits']} bits"
         pairs.append(
@@ -140,7 +139,7 @@ def side_by_side(reports: Sequence[Report]) -> Table:
         for number, (report, by_split) in enumerate(zip(reports, scores, strict=True), 1)
     ]
     return Table(
-        title="The runs", headings=[*headings, *(f"{DATA[s]} {name}" for s, name in columns), "time"], rows=rows
+        title="The runs", headings=[*headings, *(f"{name}, {data(s)}" for s, name in columns), "time"], rows=rows
     )
 
 

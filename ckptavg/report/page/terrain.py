@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptavg.report.page.figure import Plot, Table, colour, draw, legend
-from ckptavg.report.page.numbers import Report, figures, interval, signed, step
-from ckptavg.score import DATA
+from ckptavg.report.page.numbers import Report, data, figures, interval, signed, step
 
 
 def plots(report: Report, key: str) -> list[Plot]:
@@ -23,17 +22,16 @@ def plots(report: Report, key: str) -> list[Plot]:
 
 
 def _plane(values: Mapping[str, Any], key: str) -> Plot:
-    from ckptavg.report import picture
-    from ckptavg.report.landscape import data
+    from ckptavg.report import landscape, picture
     from ckptavg.report.plane import Mark, Plane
 
-    marks = {name: [Mark(**mark) for mark in values[name]] for name in ("mixtures", "candidates")}
+    marks: dict[str, Any] = {name: [Mark(**mark) for mark in values[name]] for name in ("mixtures", "candidates")}
     plane = Plane(**{**values, **marks})
     title = f"Loss on the plane through {', '.join(mark.name for mark in plane.mixtures)}"
     wide, high = plane.x[-1] - plane.x[0], plane.y[-1] - plane.y[0]
 
     def paint(figure: Any, narrow: bool) -> None:
-        picture.paint(figure, plane, pixels=160, narrow=narrow)
+        picture.paint(figure, plane, pixels=160, narrow=narrow, sizes=(11.0, 9.5))
 
     best = min(
         (loss, x, y) for y, row in zip(plane.y, plane.losses, strict=True) for x, loss in zip(plane.x, row, strict=True)
@@ -41,9 +39,10 @@ def _plane(values: Mapping[str, Any], key: str) -> Plot:
     named = "; ".join(f"{mark.name} {signed(mark.loss)}" for mark in plane.mixtures)
     summary = f"Lowest measured loss {signed(best[0])} at ({best[1]:.3g}, {best[2]:.3g}). {named}."
     rows = [[f"{y:.3g}", *(signed(loss) for loss in row)] for y, row in zip(plane.y, plane.losses, strict=True)]
+    height, narrow_height = min(720, 200 + 620 * high / wide), min(560, 250 + 300 * high / wide)
     return Plot(
-        title=title, summary=summary, note="; ".join(data(plane)),
-        svgs=draw(key, title, summary, paint, height=min(720, 200 + 620 * high / wide), narrow_height=min(560, 250 + 300 * high / wide)),
+        title=title, summary=summary, note="; ".join(landscape.data(plane)),
+        svgs=draw(key, title, summary, paint, height=height, narrow_height=narrow_height),
         table=Table(headings=["y \\ x", *(f"{x:.3g}" for x in plane.x)], rows=rows, title="Measured losses"),
     )  # fmt: skip
 
@@ -70,7 +69,7 @@ def _predicted(report: Report, key: str) -> Plot:
 
 def _barriers(basin: Mapping[str, Any], key: str) -> Plot:
     candidates, middles = basin["candidates"], basin["midpoints"]
-    title = f"Barriers: {basin['name']} of candidates and of midpoints between them, {DATA[basin['scored_on']]} data"
+    title = f"Barriers: {basin['name']} of candidates and of midpoints between them, {data(basin['scored_on'])}"
 
     def value(score: Any) -> float | None:
         return next((number for number, _ in figures(score).values()), None)
@@ -107,7 +106,8 @@ def _barriers(basin: Mapping[str, Any], key: str) -> Plot:
     ]  # fmt: skip
     count = sum(m["separates"] for m in middles)
     summary = f"{count} of {len(middles)} midpoints are behind a barrier."
+    headings = ["between steps", basin["name"], "height of the barrier", ""]
     return Plot(
         title=title, summary=summary, svgs=draw(key, title, summary, paint, height=340),
-        table=Table(headings=["between steps", basin["name"], "height of the barrier", ""], rows=rows, title="Midpoints"),
+        table=Table(headings=headings, rows=rows, title="Midpoints"),
     )  # fmt: skip

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from ckptavg.report.page.numbers import Report, coefficients, figures, interval, signed, step, steps, with_noise
-from ckptavg.score import DATA
+from ckptavg.report.page.numbers import Report, coefficients, data, figures, interval, signed, step, steps, with_noise
 
 _LEVELS: Final = {
     "yes": ("✔", "Evidence"), "partly": ("◐", "Part evidence"), "no": ("≈", "Not distinguishable"),
@@ -105,7 +104,7 @@ def gains(report: Report) -> dict[str, Mapping[str, Any]]:
 
 def _scored(report: Report, averaged: str) -> Answer:
     split, name = split_of(report), name_of(report)
-    measured = f"{DATA[split]} data: " + ", ".join(
+    measured = f"{data(split)}: " + ", ".join(
         f"{figure} {with_noise(*values)}" for figure, values in [*figures(report["scores"][split]).items()][:2]
     )
     unit = next(iter(figures(report["scores"][split])), "score")
@@ -114,31 +113,32 @@ def _scored(report: Report, averaged: str) -> Answer:
     names = {"last": "the last checkpoint", "best": _best(report), "swa": "the mean of all (SWA)"}
     facts = [_fact(names.get(rival, rival), gain, split, same=rival in same) for rival, gain in known.items()]
     main = {names[rival]: gain for rival, gain in known.items() if rival in ("last", "best") and rival not in same}
-    common = {"averaged": averaged, "measured": measured, "facts": facts, "words": report.get("verdict", "")}
+    common = Answer(sentence="", averaged=averaged, measured=measured, facts=facts, words=report.get("verdict", ""))
     if report.get("replaced"):
         text = f"The selection of {name} scored worse than the best single checkpoint, which was written instead."
-        return Answer(sentence=text, level="worse", belief="On validation data (--never-worse).", **common)
-    subject = f"{name} wins" if report["kind"] == "comparison" else name
+        return replace(common, sentence=text, level="worse", belief="On validation data (--never-worse).")
+    count, n = sum(any(coefficients(c)) for c in report["candidates"]), len(report["candidates"])
+    subject = f"{name} ({count} of {n} checkpoints){' wins' if report['kind'] == 'comparison' else ''}"
     if not main:
         if same:
             sentence = f"{subject}: it is {names[min(same)]} itself, no average."
             belief = "No average of the candidates was preferred to this checkpoint."
-            return Answer(sentence=sentence, level="no", belief=belief, **common)
+            return replace(common, sentence=sentence, level="no", belief=belief)
         sentence = f"{subject}, with {measured}; it was not compared with a single checkpoint."
-        return Answer(sentence=sentence, level="none", belief="No difference was measured.", **common)
+        return replace(common, sentence=sentence, level="none", belief="No difference was measured.")
     if split != "test":
         parts = [f"{signed(gain['value'], '+')} to {rival}" for rival, gain in main.items()]
-        where = f"{DATA[split]} data"
+        where = data(split)
         sentence = (
             f"{subject} on {where} ({unit} {' and '.join(parts)}), but without an interval: it chose on these data."
         )
         if report["worse"]:
             sentence = f"{subject}: WORSE than the best single checkpoint on {where} ({unit} {' and '.join(parts)})."
-        belief = "The choice was made on these data, so the difference is too good. Test data, or --holdout 0.2, give an interval."
-        return Answer(sentence=sentence, level="worse" if report["worse"] else "none", belief=belief, **common)
+        belief = "The choice was made on these data, which flatters it. Test data, or --holdout 0.2, give an interval."
+        return replace(common, sentence=sentence, level="worse" if report["worse"] else "none", belief=belief)
     sentence = f"{subject}: {' and '.join(_phrase(rival, gain, unit) for rival, gain in main.items())}, on test data."
     level, belief = _belief(main)
-    return Answer(sentence=sentence, level=level, belief=belief, **common)
+    return replace(common, sentence=sentence, level=level, belief=belief)
 
 
 def _belief(gains_of: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
@@ -200,6 +200,10 @@ def _is_same(report: Report, rival: str, gain: Mapping[str, Any]) -> bool:
 
 def _best(report: Report) -> str:
     number = report.get("best_step")
+    for row in report.get("strategies", ()):
+        if row["name"] == "best":
+            steps_of = zip(report["candidates"], row["coefficients"], strict=True)
+            number = next(candidate["step"] for candidate, weight in steps_of if weight)
     return "the best single checkpoint" + (f" (step {step(number)})" if number is not None else "")
 
 
@@ -209,8 +213,8 @@ def _averaged(report: Report) -> str:
     numbers, n = [c["step"] for c in used], len(candidates)
     if len(used) == 1:
         return f"One of {n} checkpoints: step {step(numbers[0])}"
-    weights = [coefficients(c) for c in used]
+    weights = [value for c in used for value in coefficients(c)]
     equal = len(report["groups"]) == 1 and max(weights) == min(weights)
-    how = "The mean" if equal else "A weighted sum" if min(map(min, weights)) < 0 else "A weighted mean"
+    how = "The mean" if equal else "A weighted sum" if min(weights) < 0 else "A weighted mean"
     whole = f"all {n}" if len(used) == n else f"{len(used)} of {n}"
     return f"{how} of {whole} checkpoints: steps {steps(numbers)}"
