@@ -51,7 +51,8 @@ def steps(numbers: Sequence[int], most: int = 6) -> str:
     ordered = sorted(set(numbers))
     gaps = {after - before for before, after in pairwise(ordered)}
     if len(ordered) > 3 and len(gaps) == 1:
-        return f"{step(ordered[0])} to {step(ordered[-1])}, every {step(gaps.pop())}"
+        gap = gaps.pop()
+        return f"{step(ordered[0])} to {step(ordered[-1])}" + (f", every {step(gap)}" if gap > 1 else "")
     if len(ordered) > most:
         ordered_text = ", ".join(map(step, ordered[: most - 1]))
         return f"{ordered_text}, … {step(ordered[-1])}"

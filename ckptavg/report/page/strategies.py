@@ -94,7 +94,7 @@ def _forest(report: Report, rows: Sequence[Mapping[str, Any]], key: str) -> Plot
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 8))
-        axes.set_xlabel("← worse      better →" if narrow else "← worse than the last candidate      better →")
+        axes.set_xlabel("← worse | better →" if narrow else "← worse than the last candidate | better →")
 
     parts = [f"{row['name']} {interval(row['over_last'][split])}" for row in shown]
     note = "Lines are 95 % intervals; a filled mark: the interval excludes zero." if evidence else ""

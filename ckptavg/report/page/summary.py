@@ -150,10 +150,10 @@ def differing(reports: Sequence[Report]) -> Table | None:
          **(report.get("run") or {}).get("versions", {})}
         for report in reports
     ]  # fmt: skip
-    names = list(dict.fromkeys(name for values in every for name in values))
+    names = [name for name in every[0] if all(name in values for values in every)]
     rows = [
-        [name, *("" if values.get(name) is None else _plain(values[name]) for values in every)] for name in names
-        if any(values.get(name) != every[0].get(name) for values in every)
+        [name, *("" if values[name] is None else _plain(values[name]) for values in every)] for name in names
+        if any(values[name] != every[0][name] for values in every)
     ]  # fmt: skip
     headings = ["setting", *(f"run {number}" for number in range(1, len(reports) + 1))]
     return Table(title="What differs", headings=headings, rows=rows) if rows else None

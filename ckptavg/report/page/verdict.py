@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from ckptavg.report.page.numbers import Report, coefficients, data, figures, interval, signed, step, steps, with_noise
 
+Gain = Mapping[str, Any]
 _LEVELS: Final = {
     "yes": ("✔", "Evidence"), "partly": ("◐", "Part evidence"), "no": ("≈", "Not distinguishable"),
     "worse": ("✘", "Worse"), "none": ("?", "No evidence"),
@@ -62,7 +63,12 @@ def answer(report: Report) -> Answer:
     if kind == "inspection":
         basin = report.get("basin")
         counts = f"{len(report['candidates']):,} candidates, {len(report['left_out']):,} files left out"
-        return Answer(sentence=basin["verdict"] if basin else counts, words="; ".join(basin["notes"]) if basin else "")
+        if not basin:
+            return Answer(sentence=f"{counts}.")
+        first, _, rest = basin["verdict"].partition(". ")
+        return Answer(sentence=f"{first.rstrip('.')}.", words=" ".join([rest, *basin["notes"]]))
+    if kind == "evaluation":
+        return Answer(sentence=f"Scores of {len(report['files']):,} files as they are.")
     if kind not in ("average", "comparison", "posterior"):
         return Answer(sentence=f"Report of ckptavg: {kind}")
     if report.get("output") is None:
@@ -87,19 +93,44 @@ def split_of(report: Report) -> str:
     return "test" if "test" in report["scores"] else report["scored_on"]
 
 
-def gains(report: Report) -> dict[str, Mapping[str, Any]]:
+def gains(report: Report) -> dict[str, Gain]:
     """Return rival → gain of the written file on the data of the answer, of ``last``, ``best`` and plain averages.
 
     Without test data there are differences only, on data on which the choice was made.
     """
     split = split_of(report)
     known = dict(report.get("gains") or {})
-    for row in report.get("strategies", ()):
-        if row["name"] == report["winner"]:
-            known["last"] = row["over_last"][split]
-    if split == "test" and known:
-        return {name: known[name] for name in ("last", "best", "swa") if name in known}
-    return known
+    over_last = {row["name"]: row["over_last"][split] for row in report.get("strategies", ())}
+    if split != "test":
+        own = over_last.get(report.get("winner", ""))
+        known = _on_seen_data(report, split) if own is None else {
+            name: {**gain, "value": own["value"] - gain["value"]} for name, gain in over_last.items()
+            if name != report["winner"] and None not in (own["value"], gain["value"])
+        }  # fmt: skip
+    if over_last and "last" not in known:
+        known["last"] = over_last[report["winner"]]
+    return {name: known[name] for name in ("last", "best", "swa") if name in known}
+
+
+def _on_seen_data(report: Report, split: str) -> dict[str, Gain]:
+    """Return baseline → difference on data on which the choice was made, without an interval."""
+    own = report["scores"][split]
+    others = {name: scores[split] for name, scores in report["baselines"].items()}
+    by = "loss" if own.get("metric") is None else "metric"
+    values = {name: score[by] for name, score in others.items() if score.get(by) is not None}
+    if own.get(by) is None:
+        return {}
+    higher = _higher_is_better(own[by], values, worse=report["worse"]) and by == "metric"
+    return {
+        name: {"value": own[by] - value if higher else value - own[by], "low": None, "high": None, "separated": False}
+        for name, value in values.items()
+    }
+
+
+def _higher_is_better(own: float, values: Mapping[str, float], *, worse: bool) -> bool:
+    """Return the goal of the metric: the best single candidate is never below the last one, nor above the answer."""
+    best, last = values.get("best", own), values.get("last", own)
+    return (own > best) != worse if own != best else best >= last
 
 
 def _scored(report: Report, averaged: str) -> Answer:
@@ -117,64 +148,55 @@ def _scored(report: Report, averaged: str) -> Answer:
     if report.get("replaced"):
         text = f"The selection of {name} scored worse than the best single checkpoint, which was written instead."
         return replace(common, sentence=text, level="worse", belief="On validation data (--never-worse).")
-    count, n = sum(any(coefficients(c)) for c in report["candidates"]), len(report["candidates"])
-    subject = f"{name} ({count} of {n} checkpoints){' wins' if report['kind'] == 'comparison' else ''}"
+    subject = f"{name} wins" if report["kind"] == "comparison" else name
     if not main:
         if same:
-            sentence = f"{subject}: it is {names[min(same)]} itself, no average."
             belief = "No average of the candidates was preferred to this checkpoint."
-            return replace(common, sentence=sentence, level="no", belief=belief)
-        sentence = f"{subject}, with {measured}; it was not compared with a single checkpoint."
-        return replace(common, sentence=sentence, level="none", belief="No difference was measured.")
-    if split != "test":
-        parts = [f"{signed(gain['value'], '+')} to {rival}" for rival, gain in main.items()]
-        where = data(split)
-        sentence = (
-            f"{subject} on {where} ({unit} {' and '.join(parts)}), but without an interval: it chose on these data."
-        )
-        if report["worse"]:
-            sentence = f"{subject}: WORSE than the best single checkpoint on {where} ({unit} {' and '.join(parts)})."
-        belief = "The choice was made on these data, which flatters it. Test data, or --holdout 0.2, give an interval."
-        return replace(common, sentence=sentence, level="worse" if report["worse"] else "none", belief=belief)
-    sentence = f"{subject}: {' and '.join(_phrase(rival, gain, unit) for rival, gain in main.items())}, on test data."
-    level, belief = _belief(main)
-    return replace(common, sentence=sentence, level=level, belief=belief)
+            return replace(common, sentence=f"{subject}: it is {names[min(same)]} itself.", level="no", belief=belief)
+        belief = "It was not compared with a single checkpoint."
+        return replace(common, sentence=f"{subject}: {measured}.", level="none", belief=belief)
+    sentence = f"{subject}: {_differences(main, unit)}."
+    if split == "test":
+        level, belief = _belief(main)
+        return replace(common, sentence=sentence, level=level, belief=belief)
+    belief = (
+        f"Measured on the {data(split)} that the choice was made on, which flatters it. Test data (test_dataloader, "
+    )
+    belief += "--test) or --holdout 0.2 give an interval."
+    return replace(common, sentence=sentence, level="worse" if report["worse"] else "none", belief=belief)
 
 
-def _belief(gains_of: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+def _differences(rivals: Mapping[str, Gain], unit: str) -> str:
+    """Return the differences in a phrase, in words where an interval is below zero."""
+    parts: list[str] = []
+    for rival, gain in rivals.items():
+        below = gain.get("separated") and gain["value"] < 0
+        parts.append(f"{'WORSE, ' if below else ''}{unit} {interval(gain)} against {rival}")
+        unit = ""
+    return " and ".join(part.strip() for part in parts)
+
+
+def _belief(rivals: Mapping[str, Gain]) -> tuple[str, str]:
     """Return the level of a verdict on test data, and why."""
-    better = [rival for rival, gain in gains_of.items() if gain["separated"] and gain["value"] > 0]
-    worse = [rival for rival, gain in gains_of.items() if gain["separated"] and gain["value"] < 0]
-    unknown = [rival for rival, gain in gains_of.items() if gain.get("low") is None]
-    clean = "Test data decided nothing"
-    if worse:
-        return "worse", f"{clean}, and the 95 % interval of the difference to {' and '.join(worse)} is below zero."
-    if len(better) == len(gains_of):
-        verb = "excludes" if len(better) == 1 else "exclude"
-        return "yes", f"{clean}, and the 95 % interval{'s' * (len(better) > 1)} {verb} zero."
-    rest = [rival for rival in gains_of if rival not in better]
-    why = "there is no interval" if set(rest) <= set(unknown) else "the interval includes zero"
-    if set(rest) <= set(unknown):
-        why += f" ({gains_of[rest[0]]['reason']})"
-    if better:
-        return (
-            "partly",
-            f"{clean}. Against {' and '.join(better)} the interval excludes zero; against {' and '.join(rest)} {why}.",
-        )
-    return ("none" if set(rest) <= set(unknown) else "no"), f"{clean}, but {why}: the difference may be chance."
+    kinds: dict[str, list[str]] = {"above": [], "below": [], "open": [], "unknown": []}
+    for rival, gain in rivals.items():
+        above = "above" if gain["value"] > 0 else "below"
+        kinds["unknown" if gain.get("low") is None else above if gain["separated"] else "open"].append(rival)
+    words = {
+        "below": "is worse than {}: that interval is below zero",
+        "above": "is better than {}: the interval excludes zero",
+        "open": "may be no better than {}: the interval includes zero", "unknown": "has no interval against {}",
+    }  # fmt: skip
+    parts = [text.format(" and ".join(kinds[kind])) for kind, text in words.items() if kinds[kind]]
+    if kinds["unknown"]:
+        parts[-1] += f" ({rivals[kinds['unknown'][0]].get('reason') or 'unknown noise'})"
+    level = "worse" if kinds["below"] else "yes" if len(kinds["above"]) == len(rivals) else "partly"
+    if level == "partly" and not kinds["above"]:
+        level = "no" if kinds["open"] else "none"
+    return level, f"On test data, which decided nothing, it {'; it '.join(parts)}."
 
 
-def _phrase(rival: str, gain: Mapping[str, Any], unit: str) -> str:
-    span = "" if gain.get("low") is None else f" [{signed(gain['low'], '+')}, {signed(gain['high'], '+')}]"
-    value = signed(gain["value"], "+")
-    if gain["separated"]:
-        return f"{'better' if gain['value'] > 0 else 'WORSE'} than {rival} by {unit} {value}{span}"
-    if span:
-        return f"not distinguishable from {rival}, {unit} {value}{span}"
-    return f"{unit} {value} to {rival}, without an interval"
-
-
-def _fact(rival: str, gain: Mapping[str, Any], split: str, *, same: bool) -> Fact:
+def _fact(rival: str, gain: Gain, split: str, *, same: bool) -> Fact:
     if same:
         return Fact(rival=rival, difference="0", meaning="the same model")
     if split != "test":
@@ -190,7 +212,7 @@ def _fact(rival: str, gain: Mapping[str, Any], split: str, *, same: bool) -> Fac
     return Fact(rival=rival, difference=interval(gain), meaning=meaning)
 
 
-def _is_same(report: Report, rival: str, gain: Mapping[str, Any]) -> bool:
+def _is_same(report: Report, rival: str, gain: Gain) -> bool:
     """Return whether the written file is that single candidate."""
     used = [c for c in report["candidates"] if any(coefficients(c))]
     if len(used) != 1 or gain["value"] != 0 or report.get("replaced"):
