@@ -114,16 +114,16 @@ def _results(report: Report, key: str) -> list[Section]:
             anchor=f"{key}-strategies", title="Strategies", plots=compared,
             tables=[strategies.table(report)] if compared else [],
         ),
+        Section(
+            anchor=f"{key}-predictions", title="Averaged predictions", tables=predictions,
+            plots=reliability.plots(report, f"{key}-reliability"),
+        ),
         Section(anchor=f"{key}-scores", title="Scores", plots=by_step, tables=scores_table(report)),
         Section(anchor=f"{key}-coefficients", title="Coefficients", plots=by_weight),
         Section(anchor=f"{key}-candidates", title="Candidates", folded=[listed] if listed else []),
         Section(
             anchor=f"{key}-search", title="The search", plots=search.plots(report, f"{key}-search"),
             tables=search.tables(report),
-        ),
-        Section(
-            anchor=f"{key}-predictions", title="Averaged predictions", tables=predictions,
-            plots=reliability.plots(report, f"{key}-reliability"),
         ),
         Section(anchor=f"{key}-landscape", title="Landscape", plots=terrain.plots(report, f"{key}-terrain")),
         Section(anchor=f"{key}-files", title="Files", tables=files(report)),

@@ -76,7 +76,7 @@ def draw(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    images: list[str] = []
+    title, summary, images = printable(title), printable(summary), list[str]()
     for screen, width in _WIDTHS.items():
         narrow = screen == "narrow"
         size = 11.0 if narrow else 12.5

@@ -124,16 +124,17 @@ def _reached(candidate: Any) -> float | None:
     return candidate.get("alone") if candidate["decision"] == "hard" else candidate.get("if added")
 
 
-def _losses(report: Report, key: str) -> Plot:
+def _losses(report: Report, key: str) -> Plot | None:
     trace, settings, split = report["trace"], report.get("settings", {}), report.get("scored_on", "val")
     losses, at, scored = trace["loss"], trace.get("scored_step", []), trace.get("scored_loss", [])
     pairs = [(x, y) for x, y in zip(at, scored, strict=False) if y is not None]
     fitted = settings.get("on") or split
     held = fitted != split or bool(settings.get("patience"))
-    other = ("held-out loss" if held else "loss of the exact average") + f", {data(split)}"
-    other += "" if held else " (the data that were fitted)"
+    other = f"held-out loss, {data(split)}" if held else f"exact average, {data(split)} (fitted)"
     label, title = f"loss of a batch, {data(fitted)}", "Loss during the search"
     smooth = _means(losses)
+    if not smooth:
+        return None
 
     def paint(figure: Any, narrow: bool) -> None:
         axes: Any = figure.subplots()

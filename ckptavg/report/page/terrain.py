@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckptavg.report.page.figure import Plot, Table, colour, draw, legend
+from ckptavg.report.page.figure import Plot, Table, colour, draw, legend, shortened
 from ckptavg.report.page.numbers import Report, data, figures, interval, signed, step
 
 
@@ -25,7 +25,10 @@ def _plane(values: Mapping[str, Any], key: str) -> Plot:
     from ckptavg.report import landscape, picture
     from ckptavg.report.plane import Mark, Plane
 
-    marks: dict[str, Any] = {name: [Mark(**mark) for mark in values[name]] for name in ("mixtures", "candidates")}
+    marks: dict[str, Any] = {
+        name: [Mark(**{**mark, "name": shortened(mark["name"], 24)}) for mark in values[name]]
+        for name in ("mixtures", "candidates")
+    }
     plane = Plane(**{**values, **marks})
     title = f"Loss on the plane through {', '.join(mark.name for mark in plane.mixtures)}"
     wide, high = plane.x[-1] - plane.x[0], plane.y[-1] - plane.y[0]

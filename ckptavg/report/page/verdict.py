@@ -155,7 +155,7 @@ def _scored(report: Report, averaged: str) -> Answer:
             return replace(common, sentence=f"{subject}: it is {names[min(same)]} itself.", level="no", belief=belief)
         belief = "It was not compared with a single checkpoint."
         return replace(common, sentence=f"{subject}: {measured}.", level="none", belief=belief)
-    sentence = f"{subject}: {_differences(main, unit)}."
+    sentence = f"{subject}: {_differences(main, f'{unit} ')}."
     if split == "test":
         level, belief = _belief(main)
         return replace(common, sentence=sentence, level=level, belief=belief)
@@ -170,10 +170,10 @@ def _differences(rivals: Mapping[str, Gain], unit: str) -> str:
     """Return the differences in a phrase, in words where an interval is below zero."""
     parts: list[str] = []
     for rival, gain in rivals.items():
-        below = gain.get("separated") and gain["value"] < 0
-        parts.append(f"{'WORSE, ' if below else ''}{unit} {interval(gain)} against {rival}")
+        below = bool(gain.get("separated")) and gain["value"] < 0
+        parts.append(f"{'WORSE, ' * below}{unit}{interval(gain)} against {rival}")
         unit = ""
-    return " and ".join(part.strip() for part in parts)
+    return " and ".join(parts)
 
 
 def _belief(rivals: Mapping[str, Gain]) -> tuple[str, str]:
