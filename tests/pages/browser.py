@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
-NAMES = ("chromium", "google-chrome", "chromium-browser", "google-chrome-stable")
+NAMES = (
+    "chromium", "google-chrome", "chromium-browser", "google-chrome-stable",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)  # fmt: skip
 SWITCHES = [
     "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-sync",
     "--disable-component-update", "--no-first-run", "--hide-scrollbars",

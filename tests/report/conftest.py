@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Job
 from pages import probabilities_task
 
 import ckptavg
@@ -19,10 +18,11 @@ LINE = CommandLine(
     command="ckptavg sewa ./ckpts --k 5 --report run.html", configuration={"k": "5"}, processes=2,
     versions={"ckptavg": "0.1.0", "python": "3.11.7", "torch": "2.13.0"},
 )  # fmt: skip
+COMPARED = "last,best,swa,lawa:k=3,ema,soup,aswa,sewa:k=4:steps=30"
 
 
 @pytest.fixture(scope="session")
-def reports(jobs: Mapping[str, Job], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def reports(jobs: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Reports of the command line by name, most of one training of two half circles."""
     job, folder = jobs["mlp"], tmp_path_factory.mktemp("reports")
     text = job.task.read_text()
@@ -44,7 +44,7 @@ def reports(jobs: Mapping[str, Job], tmp_path_factory: pytest.TempPathFactory) -
         "quadratic sewa": made("quadratic-sewa", ckptavg.sewa, solver="quadratic", k="auto"),
         "layer-wise twa": made("layerwise", ckptavg.twa, layerwise=True, epochs=3),
         "swag": made("swag", ckptavg.swag, task=probable, draws=4),
-        "comparison": made("compare", ckptavg.compare, strategies="last,best,swa,lawa:k=3,ema,soup,aswa,sewa:k=4:steps=30"),
+        "comparison": made("compare", ckptavg.compare, strategies=COMPARED),
         "comparison without test data": made("untested", ckptavg.compare, task=untested, strategies="last,best,swa"),
         "without test data": made("sewa-untested", ckptavg.sewa, task=untested, k=3, steps=30),
         "blend": made("blend", ckptavg.blend),

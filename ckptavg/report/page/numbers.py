@@ -89,6 +89,11 @@ def cell(value: Any) -> str:
     return signed(value) if isinstance(value, float) else "" if value is None else str(value)
 
 
+def seconds(spent: Mapping[str, Any]) -> str:
+    """Return the time of a cost, which may be unknown."""
+    return "" if spent["seconds"] is None else f"{spent['seconds']:,.1f} s"
+
+
 def size(count: int) -> str:
     """Return a number of bytes in units of powers of 1,000."""
     number, unit = float(count), "bytes"

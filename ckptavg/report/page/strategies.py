@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptavg.report.page.figure import Plot, Table, colour, draw, legend, logarithmic, shortened
-from ckptavg.report.page.numbers import Report, data, figures, interval, signed, with_noise
+from ckptavg.report.page.numbers import Report, data, figures, interval, seconds, signed, with_noise
 
 
 def plots(report: Report, key: str) -> list[Plot]:
@@ -47,7 +47,7 @@ def table(report: Report) -> Table:
         f"difference to last, {data(split)} [95 % interval]",
         *(f"{s} {name}" for s, name in columns),
     ]
-    headings += [*["held-out loss"] * held, "candidates used", "chose on", "cost", "seconds"]
+    headings += [*["held-out loss"] * held, "candidates used", "chose on", "cost", "time"]
     cells: list[list[str]] = []
     for row in rows:
         scores = [figures(row["scores"].get(s)).get(name, (None, None)) for s, name in columns]
@@ -57,7 +57,7 @@ def table(report: Report) -> Table:
         cells.append([
             f"★ {row['name']}" if row["name"] == report["winner"] else row["name"], gain,
             *(with_noise(*score) for score in scores), *[signed(row.get("held_out"))] * held, f"{row['used']:,}",
-            row.get("chose_on") or "nothing", spent, f"{cost['seconds']:,.1f}",
+            row.get("chose_on") or "nothing", spent, seconds(cost),
         ])  # fmt: skip
     return Table(headings=headings, rows=cells, title="All strategies; ★ won")
 

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from ckptavg.report.page.figure import Table
-from ckptavg.report.page.numbers import Report, cell, coefficients, data, figures, signed, size, step, with_noise
+from ckptavg.report.page.numbers import (
+    Report,
+    cell,
+    coefficients,
+    data,
+    figures,
+    seconds,
+    signed,
+    size,
+    step,
+    with_noise,
+)
 from ckptavg.report.page.verdict import answer, name_of
 
 _OWN = {"path", "step", "coefficient", "score"}
@@ -24,14 +35,15 @@ def candidates(report: Report) -> Table | None:
         return Table(title=f"All {len(rows):,} candidates", headings=columns, rows=cells)
     names = list(dict.fromkeys(name for row in rows for name in figures(row.get("score"))))
     columns = list(dict.fromkeys(name for row in rows for name in row if name not in _OWN))
+    faults = [(row.get("score") or {}).get("invalid", "") for row in rows]
     cells: list[list[str]] = []
-    for row in rows:
+    for row, fault in zip(rows, faults, strict=True):
         weights, values = coefficients(row), figures(row.get("score"))
         weight = signed(weights[0]) if len(weights) == 1 else f"{signed(min(weights))} … {signed(max(weights))}"
-        invalid = (row.get("score") or {}).get("invalid")
-        scores = [invalid if invalid and not values else with_noise(*values.get(name, (None, None))) for name in names]
-        cells.append([step(row["step"]), row["path"], weight, *scores, *(cell(row.get(name)) for name in columns)])
-    headings = ["step", "file", "coefficient", *names, *columns]
+        scores = [with_noise(*values.get(name, (None, None))) for name in names]
+        own = [cell(row.get(name)) for name in columns]
+        cells.append([step(row["step"]), row["path"], weight, *scores, *own, *([fault] if any(faults) else [])])
+    headings = ["step", "file", "coefficient", *names, *columns, *(["invalid"] if any(faults) else [])]
     return Table(title=f"All {len(rows):,} candidates", headings=headings, rows=cells)
 
 
@@ -82,7 +94,8 @@ def cost(report: Report) -> list[tuple[str, str]]:
     spent, matrix = report.get("cost"), report.get("matrix")
     pairs: list[tuple[str, str]] = []
     if spent:
-        pairs += [("time", f"{spent['seconds']:,.1f} s"), ("scored mixtures", cell(spent["evaluations"]))]
+        pairs += [("time", seconds(spent))] if seconds(spent) else []
+        pairs.append(("scored mixtures", cell(spent["evaluations"])))
         pairs += [
             ("forward batches", cell(spent["forward_batches"])),
             ("backward batches", cell(spent["backward_batches"])),
@@ -135,7 +148,7 @@ def side_by_side(reports: Sequence[Report]) -> Table:
     rows = [
         [f"{number}", name_of(report) if "strategy" in report else report["kind"], answer(report).sentence]
         + [with_noise(*figures(by_split.get(s)).get(name, (None, None))) for s, name in columns]
-        + [f"{report['cost']['seconds']:,.1f} s" if report.get("cost") else ""]
+        + [seconds(report["cost"]) if report.get("cost") else ""]
         for number, (report, by_split) in enumerate(zip(reports, scores, strict=True), 1)
     ]
     return Table(

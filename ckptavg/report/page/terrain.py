@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ckptavg.report.page.figure import Plot, Table, colour, draw, legend, shortened
@@ -26,7 +27,7 @@ def _plane(values: Mapping[str, Any], key: str) -> Plot:
     from ckptavg.report.plane import Mark, Plane
 
     marks: dict[str, Any] = {
-        name: [Mark(**{**mark, "name": shortened(mark["name"], 24)}) for mark in values[name]]
+        name: [replace(Mark(**mark), name=shortened(mark["name"], 24)) for mark in values[name]]
         for name in ("mixtures", "candidates")
     }
     plane = Plane(**{**values, **marks})
