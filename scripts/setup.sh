@@ -112,4 +112,19 @@ install --constraint constraints.txt --editable ".[${wanted// /,}]"
 if [[ " $wanted " == *" frameworks "* ]]; then
     install --no-deps "$(pinned timm)" # it requires torchvision, which has no build for every torch
 fi
+browser() { # the tests of the page draw it in a real one; without it they are skipped
+    local name
+    for name in chromium google-chrome chromium-browser google-chrome-stable; do
+        if command -v "$name" >/dev/null; then return; fi
+    done
+    [[ $OSTYPE != darwin* || ! -d '/Applications/Google Chrome.app' ]] || return 0
+    if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+        echo "setup: installing chromium" >&2
+        local -x DEBIAN_FRONTEND=noninteractive
+        { apt-get -qq update && apt-get -qq -y --no-install-recommends install chromium fonts-dejavu-core; } \
+            </dev/null >/dev/null 2>&1 && return
+    fi
+    echo "setup: no browser for the tests of the page (on Debian: apt-get install chromium fonts-dejavu-core)" >&2
+}
+if [[ " $wanted " == *" test "* ]]; then browser; fi
 printf '%s\n%s\n' "${key% }" "$wanted" >"$stamp"

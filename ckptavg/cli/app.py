@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 _OTHERS: Final = {
     "Average": ("swag", "compare"),
-    "Examine": ("inspect", "check", "eval", "verify", "landscape", "env"),
+    "Examine": ("inspect", "check", "eval", "verify", "landscape", "report", "env"),
     "Start": ("init", "demo"),
 }  # fmt: skip
 

@@ -81,7 +81,8 @@ def compare(paths: Sequence[Path], options: Options, watch: Watch | None = None,
             written = write_output(this, winner.learned.coefficients, winner.strategy)
         results = _results(runs, files, evaluator, this.checkpoints)
         verdict = verdict_of(results, results[runs.index(winner)], selected_by, evaluator.scored_on, options)
-        judgement = Verdict(winner.learned.coefficients, singles, verdict=verdict)
+        gains = _gains(results[runs.index(winner)], results)
+        judgement = Verdict(winner.learned.coefficients, singles, verdict=verdict, gains=gains)
         learned = replace(winner.learned, notes=[f"{winner.name}: {note}" for note in winner.learned.notes])
         result = build_result(this, winner.strategy, learned, judgement, written)
         note = basin_note(
@@ -222,6 +223,13 @@ def _results(
         )
         for run in runs
     ]  # fmt: skip
+
+
+def _gains(winner: StrategyResult, rows: Sequence[StrategyResult]) -> Mapping[str, Gain]:
+    """Return strategy → gain of the winner over it on test data."""
+    if "test" not in winner.scores:
+        return {}
+    return {row.name: interval.gain(winner.scores["test"], row.scores["test"]) for row in rows if row is not winner}
 
 
 def _chose_on(strategy: Strategy, scored_on: Split) -> Split | None:

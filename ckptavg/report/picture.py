@@ -2,7 +2,7 @@
 
 import importlib.util
 import io
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from ckptavg.errors import decimal
 from ckptavg.report.landscape import data, interpolated, spaced
@@ -11,6 +11,8 @@ from ckptavg.report.plane import Plane
 SUFFIXES: Final = (".png", ".svg", ".pdf")
 LISTED: Final = ".png, .svg or .pdf"
 MISSING: Final = "matplotlib is not installed (pip install 'ckptavg[plot]')"
+Sizes: TypeAlias = tuple[str, str] | tuple[float, float]
+_SIZES: Final = ("small", "x-small")
 _PIXELS: Final = 300  # along the longer side, between the measured points
 _OFFSETS: Final = ((7, 5), (7, -12), (-7, 5), (-7, -12), (0, 9), (0, -16), (16, 14), (-16, 14))  # of a label, in points
 
@@ -27,17 +29,33 @@ def draw(plane: Plane, kind: str) -> bytes:
     spaced. They are interpolated between the measured points, which are marked by dots; both axes have one scale.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    lowest, highest = min(map(min, plane.losses)), max(map(max, plane.losses))
     wide, high = plane.x[-1] - plane.x[0], plane.y[-1] - plane.y[0]
     scale = 6.5 / max(wide, high)
     figure: Any = Figure(figsize=(max(wide * scale, 4) + 1.8, max(high * scale, 2.5) + 1.6), layout="constrained")
     FigureCanvasAgg(figure)
+    paint(figure, plane)
+    figure.axes[0].set_title("\n".join(data(plane)), fontsize="medium", parse_math=False)
+    image = io.BytesIO()
+    figure.savefig(image, format=kind, dpi=150)
+    return image.getvalue()
+
+
+def paint(figure: Any, plane: Plane, *, pixels: int = _PIXELS, narrow: bool = False, sizes: Sizes = _SIZES) -> None:
+    """Draw the plane into a figure of matplotlib.
+
+    Args:
+        pixels: of the colours, along the longer side.
+        sizes: of the labels of mixtures and of candidates.
+    """
+    from matplotlib.colors import PowerNorm
+    from matplotlib.ticker import MaxNLocator
+
+    lowest, highest = min(map(min, plane.losses)), max(map(max, plane.losses))
+    wide, high = plane.x[-1] - plane.x[0], plane.y[-1] - plane.y[0]
     axes: Any = figure.add_subplot()
-    sides = [spaced(side, round(_PIXELS * (side[-1] - side[0]) / max(wide, high))) for side in (plane.x, plane.y)]
+    sides = [spaced(side, round(pixels * (side[-1] - side[0]) / max(wide, high))) for side in (plane.x, plane.y)]
     fine, norm = interpolated(plane, *sides), PowerNorm(0.5, lowest, highest)
     extent = (plane.x[0], plane.x[-1], plane.y[0], plane.y[-1])
     colours = axes.imshow(fine, norm=norm, cmap="viridis_r", origin="lower", extent=extent, interpolation="bilinear")
@@ -55,16 +73,13 @@ def draw(plane: Plane, kind: str) -> bytes:
         axes.plot(mark.x, mark.y, shape, color="tab:red", mec="black", mew=0.8, ms=8, ls="none", label=label, zorder=4)
     first, second, _ = (mark.name for mark in plane.mixtures)
     axes.set(xlabel=f"‖w − w′‖₂ from {first} to {second}", ylabel="‖w − w′‖₂ orthogonal to it", aspect="equal")
-    axes.set_title("\n".join(data(plane)), fontsize="medium", parse_math=False)
-    figure.colorbar(colours, label=f"{plane.split} loss", ticks=MaxNLocator(8), format="%.4g")
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
-    _label(figure, axes, plane)
-    image = io.BytesIO()
-    figure.savefig(image, format=kind, dpi=150)
-    return image.getvalue()
+    side = {"location": "bottom", "aspect": 40} if narrow else {}
+    figure.colorbar(colours, label=f"{plane.split} loss", ticks=MaxNLocator(4 if narrow else 8), format="%.4g", **side)
+    figure.legend(loc="outside lower center", ncols=1 if narrow else 3, fontsize="small", frameon=False)
+    _label(figure, axes, plane, sizes)
 
 
-def _label(figure: Any, axes: Any, plane: Plane) -> None:
+def _label(figure: Any, axes: Any, plane: Plane, sizes: Sizes) -> None:
     """Write the names beside the marks, where they cover no other name or mark; else a candidate's is left out."""
     from matplotlib.patheffects import withStroke
 
@@ -74,12 +89,19 @@ def _label(figure: Any, axes: Any, plane: Plane) -> None:
     boxes: list[Any] = []
     for number, mark in enumerate(marks):
         mixture = number < len(plane.mixtures)
-        style = {"fontsize": "small", "fontweight": "bold"} if mixture else {"fontsize": "x-small"}
+        style = {"fontsize": sizes[0], "fontweight": "bold"} if mixture else {"fontsize": sizes[1]}
         halo = [withStroke(linewidth=2, foreground="white")]
         for offset in _OFFSETS:
             across = "left" if offset[0] > 0 else "right" if offset[0] < 0 else "center"
             text = axes.annotate(
-                mark.name, (mark.x, mark.y), offset, textcoords="offset points", ha=across, path_effects=halo, **style
+                mark.name,
+                (mark.x, mark.y),
+                offset,
+                textcoords="offset points",
+                ha=across,
+                path_effects=halo,
+                color="black",
+                **style,
             )
             box = text.get_window_extent()
             inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1

@@ -131,7 +131,8 @@ class Result(Report):
         scores: split → score of the written file.
         baselines: name → split → score; ``best`` is the best single candidate.
         verdict: summary of the scores in plain words.
-        gains: baseline → gain of the written file over it on test data, which no choice depends on.
+        gains: baseline → gain of the written file over it on test data, which no choice depends on; in a comparison,
+            other strategy → gain of the winner over it.
         worse: whether the selection scores below the best single candidate on validation.
         replaced: whether that candidate was written instead; ``baselines`` then includes the selection.
         groups: name prefixes of the tensors that each coefficient of a candidate applies to.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -59,3 +60,16 @@ def test_scripts_ask_for_extras_that_there_are():
 
 def test_the_lower_bounds_are_written_as_the_script_reads_them():
     assert all(re.fullmatch(r"[a-z0-9]+>=[\d.]+", line) for line in PROJECT["dependencies"])
+
+
+def test_a_missing_browser_is_named_and_does_not_end_the_setup(tmp_path: Path):
+    code = re.search(r"^browser\(\) \{.*?^\}\n", (ROOT / "scripts" / "setup.sh").read_text(), re.MULTILINE | re.DOTALL)
+    assert code is not None
+    script = f"set -euo pipefail; OSTYPE=linux\n{code[0]}id() {{ echo 1000; }}; browser; echo done"
+    bash = shutil.which("bash")
+    assert bash is not None
+    done = subprocess.run([bash, "-c", script], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True)
+    assert done.stdout == "done\n" and "apt-get install chromium" in done.stderr
+    (tmp_path / "google-chrome").symlink_to("/bin/true")
+    done = subprocess.run([bash, "-c", script], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True)
+    assert done.stdout == "done\n" and done.stderr == ""

@@ -2,9 +2,12 @@
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from ckptavg.errors import UsageError
+
+KINDS: Final = ("average", "comparison", "posterior", "landscape", "evaluation", "inspection")
+"""The kinds of reports that have a page."""
 
 
 def check_installed() -> None:
@@ -15,5 +18,11 @@ def check_installed() -> None:
 
 
 def page(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page of one report, or of several side by side, as values of JSON."""
-    raise NotImplementedError
+    """Return the page of one report, or of several side by side, as values of JSON.
+
+    It has no clock and no random numbers in it: the same reports give the same bytes.
+    """
+    check_installed()
+    from ckptavg.report.page.document import document
+
+    return document(reports)

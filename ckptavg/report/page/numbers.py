@@ -1,0 +1,104 @@
+"""Numbers and names of a report as they are printed on the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from ckptavg.errors import decimal
+from ckptavg.score import DATA
+
+_NAMES: Mapping[str, str] = {str(split): name for split, name in DATA.items()}
+Report = Mapping[str, Any]
+"""A report as values of JSON."""
+
+
+def data(split: str) -> str:
+    """Return the name of a split in a sentence."""
+    return f"{_NAMES.get(split, split)} data"
+
+
+def with_noise(value: float | None, noise: float | None) -> str:
+    """Return a value with its standard error, both to two digits of the error; four decimals if that is unknown."""
+    if value is None or not noise or noise >= abs(value) * 10 + 1:
+        return signed(value)
+    digits = min(6, max(0, 1 - math.floor(math.log10(noise))))
+    return f"{value:,.{digits}f} ± {noise:.{digits}f}".replace("-", "−")
+
+
+def signed(value: float | None, sign: str = "") -> str:
+    """Return a number with four decimals and a true minus sign; an unknown one is empty."""
+    return decimal(value, sign).replace("-", "−")
+
+
+def interval(gain: Mapping[str, Any]) -> str:
+    """Return a difference with its 95 % interval, or without one."""
+    value = signed(gain["value"], "+")
+    if gain.get("low") is None or gain.get("high") is None:
+        return value
+    return f"{value} [{signed(gain['low'], '+')}, {signed(gain['high'], '+')}]"
+
+
+def step(number: int | None) -> str:
+    """Return a training step with separators of thousands."""
+    return "" if number is None else f"{number:,}"
+
+
+def steps(numbers: Sequence[int], most: int = 6) -> str:
+    """Return training steps: all of a few, else as ``every N from A to B`` or the first ones and the last."""
+    ordered = sorted(set(numbers))
+    gaps = {after - before for before, after in pairwise(ordered)}
+    if len(ordered) > 3 and len(gaps) == 1:
+        gap = gaps.pop()
+        return f"{step(ordered[0])} to {step(ordered[-1])}" + (f", every {step(gap)}" if gap > 1 else "")
+    if len(ordered) > most:
+        ordered_text = ", ".join(map(step, ordered[: most - 1]))
+        return f"{ordered_text}, … {step(ordered[-1])}"
+    return ", ".join(map(step, ordered))
+
+
+def coefficients(candidate: Mapping[str, Any]) -> list[float]:
+    """Return the coefficients of a candidate, one per group."""
+    value = candidate["coefficient"]
+    return value if isinstance(value, list) else [value]
+
+
+def figures(score: Mapping[str, Any] | None) -> dict[str, tuple[float | None, float | None]]:
+    """Return name → value and standard error of a score: the deciding metric, the loss, then the other metrics."""
+    if score is None:
+        return {}
+    named = dict(score.get("metrics") or {})
+    own = next(iter(named), "metric")
+    result: dict[str, tuple[float | None, float | None]] = {}
+    if score.get("metric") is not None:
+        result[own] = (score["metric"], score.get("metric_noise"))
+        named.pop(own, None)
+    if score.get("loss") is not None:
+        result["loss"] = (score["loss"], score.get("loss_noise"))
+    return result | {name: (value, None) for name, value in named.items() if value is not None}
+
+
+def cell(value: Any) -> str:
+    """Return a value of a table: a number to four decimals, a text as it is, nothing for null."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", "−")
+    return signed(value) if isinstance(value, float) else "" if value is None else str(value)
+
+
+def seconds(spent: Mapping[str, Any]) -> str:
+    """Return the time of a cost, which may be unknown."""
+    return "" if spent["seconds"] is None else f"{spent['seconds']:,.1f} s"
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in units of powers of 1,000."""
+    number, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if number < 1000:
+            break
+        number, unit = number / 1000, larger
+    return f"{number:,.0f} {unit}" if unit == "bytes" or number >= 100 else f"{number:.3g} {unit}"

@@ -1,0 +1,1 @@
+"""Reports and a browser for the tests of the page."""
