@@ -116,7 +116,7 @@ def test_narrow_terminal_shows_every_score(compared: Comparison):
     text = console.export_text()
     for one in compared.strategies:
         for score in one.scores.values():
-            assert f"{score.metric:.4f}" in text, text
+            assert f"{score.metric:.3f}" in text, text
 
 
 def test_test_data_do_not_change_the_decision(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
