@@ -43,7 +43,7 @@ def test_writes_the_strategy_with_the_lowest_held_out_loss_where_the_accuracy_ag
     lowest = winner.scores["val"].loss
     assert winner.held_out == held_out and compared.selected_by == "held-out loss"
     assert "the loss ranks them like accuracy (Spearman 0." in compared.reason
-    passed_over = f"Passed over on validation data: {{}} with accuracy {best:.4f}"
+    passed_over = f"Passed over on validation data: {{}} with accuracy {best:.3f}"
     above = [one.name for one in compared.strategies if one.scores["val"].value == best > winner.scores["val"].value]
     assert not above or any(passed_over.format(name) in compared.verdict for name in above)
     assert compared.output is not None and compared.strategy == winner.strategy
@@ -116,7 +116,7 @@ def test_narrow_terminal_shows_every_score(compared: Comparison):
     text = console.export_text()
     for one in compared.strategies:
         for score in one.scores.values():
-            assert f"{score.metric:.4f}" in text, text
+            assert f"{score.metric:.3f}" in text, text
 
 
 def test_test_data_do_not_change_the_decision(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -108,9 +108,9 @@ def test_the_verdict_names_what_decided_and_who_was_passed_over():
     table = rows(LAST, SWA, SOUP, FITTED, BETTER)
     text = verdict_of(table, table[4], "held-out loss", "val", Options(task="x"))
     assert text.startswith(
-        "sewa:k=3 wins on validation data with held-out loss 0.5800 (fitted: 0.5000): 0.9500 for last"
+        "sewa:k=3 wins on validation data with held-out loss 0.580 (fitted: 0.500): 0.950 for last"
     )
-    assert text.endswith("Passed over on validation data: soup with accuracy 0.8000, twa with loss 0.4000.")
+    assert text.endswith("Passed over on validation data: soup with accuracy 0.8000, twa with loss 0.400.")
     assert "(it was chosen on no data)" in verdict_of(table, table[1], "held-out loss", "val", Options(task="x"))
     by_metric = verdict_of(table, table[2], "metric", "val", Options(task="x"))
     assert by_metric.startswith("soup wins on validation data with accuracy 0.8000: +0.2500 against last on the data")
@@ -125,7 +125,7 @@ def test_the_verdict_names_what_decided_and_who_was_passed_over():
 def test_the_verdict_names_a_test_loss_that_is_lower_than_the_winners_by_more_than_noise():
     table = [replace(row, scores={"test": row.scores["val"]}) for row in rows(LAST, SWA, SOUP, FITTED)]
     text = lower_loss_on_test(table, table[1])
-    assert text == " twa has a clearly lower test loss: 0.4000, against 0.6000."
+    assert text == " twa has a clearly lower test loss: 0.400, against 0.600."
     assert lower_loss_on_test(table, table[3]) == "" == lower_loss_on_test(rows(LAST, SWA, SOUP), rows(SWA)[0])
     close = [replace(row, scores={"test": replace(row.scores["test"], loss_noise=0.1)}) for row in table]
     assert lower_loss_on_test(close, close[1]) == ""  # 0.2 is less than two standard errors of 0.14
