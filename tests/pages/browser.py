@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ SWITCHES = [
     "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-sync",
     "--disable-component-update", "--no-first-run", "--hide-scrollbars",
 ]  # fmt: skip
-Opened = Callable[..., Any]
+TALLEST = 6000  # larger pictures fail without a GPU
 
 
 def executable() -> str:
@@ -45,6 +45,14 @@ def browser() -> Iterator[Any]:
             yield chromium
         finally:
             chromium.close()
+
+
+def photograph(tab: Any, folder: Path, name: str) -> None:
+    """Save a whole page as pictures of at most `TALLEST` pixels."""
+    width, height = tab.evaluate("[innerWidth, document.documentElement.scrollHeight]")
+    for part, top in enumerate(range(0, height, TALLEST), 1):
+        clip = {"x": 0, "y": top, "width": width, "height": min(TALLEST, height - top)}
+        tab.screenshot(path=folder / f"{name}-{part}.png", full_page=True, clip=clip)
 
 
 @contextmanager

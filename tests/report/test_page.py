@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from pages.browser import browser, opened
+from pages.browser import browser, opened, photograph
 
 from ckptavg.report.page import page
 
@@ -72,7 +72,7 @@ def test_a_page_fits_every_screen_can_be_read_and_has_no_barrier(
 ):
     for width, scheme in VIEWS if name == "comparison" else VIEWS[:3]:
         with opened(chromium, files[name], width, scheme) as tab:
-            tab.screenshot(path=tmp_path / f"{files[name].stem}-{width}-{scheme}.png", full_page=True)
+            photograph(tab, tmp_path, f"{files[name].stem}-{width}-{scheme}")
             tab.evaluate("() => document.querySelectorAll('details').forEach(d => d.open = true)")
             assert tab.evaluate(OVERFLOW) == []
             assert tab.evaluate(TEXTS) == []
@@ -125,5 +125,5 @@ def test_a_page_of_300_candidates_can_be_read(chromium: Any, reports: Mapping[st
     (tmp_path / "x.html").write_text(page([report]), encoding="utf-8")
     for width in (400, 1400):
         with opened(chromium, tmp_path / "x.html", width, "light") as tab:
-            tab.screenshot(path=tmp_path / f"many-{width}.png", full_page=True)
+            photograph(tab, tmp_path, f"many-{width}")
             assert tab.evaluate(OVERFLOW) == [] and tab.evaluate(TEXTS) == []

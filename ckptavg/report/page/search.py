@@ -51,9 +51,8 @@ def _probabilities(report: Report, key: str) -> Plot:
         every = max(1, -(-n // (10 if narrow else 14)))
         shown = range((n - 1) % every, n, every)
         axes.set_yticks(shown, [step(candidates[i]["step"]) for i in shown])
-        right = axes.secondary_yaxis("right")
-        right.set_yticks(chosen, ["◀"] * len(chosen))
-        right.tick_params(length=0, labelcolor=colour("best"), pad=1)
+        edge, size = axes.get_yaxis_transform(), 5 if n < 60 else 3
+        axes.plot([1.02] * len(chosen), chosen, "<", transform=edge, clip_on=False, color=colour("best"), ms=size)
         axes.set(xlabel="step of the search", ylabel="candidate, by training step")
         figure.colorbar(image, location="bottom", aspect=40, label="probability s of being selected").ax.grid(
             visible=False
@@ -69,7 +68,7 @@ def _probabilities(report: Report, key: str) -> Plot:
     columns = [rows[list(at).index(number)] for number in _few(at)]
     cells = [[step(c["step"]), *(f"{row[i]:.3f}" for row in columns)] for i, c in enumerate(candidates)]
     return Plot(
-        title=title, summary=summary, svgs=svgs, note="◀ marks the candidates that were averaged.",
+        title=title, summary=summary, svgs=svgs, note="Triangles on the right mark the candidates that were averaged.",
         table=Table(headings=headings, rows=cells, title="Probabilities at some steps of the search"),
     )  # fmt: skip
 

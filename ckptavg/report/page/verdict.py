@@ -142,7 +142,9 @@ def _scored(report: Report, averaged: str) -> Answer:
     known = {rival: gain for rival, gain in gains(report).items() if gain.get("value") is not None}
     same = {rival for rival, gain in known.items() if _is_same(report, rival, gain)}
     names = {"last": "the last checkpoint", "best": _best(report), "swa": "the mean of all (SWA)"}
-    facts = [_fact(names.get(rival, rival), gain, split, same=rival in same) for rival, gain in known.items()]
+    facts = [
+        _fact(f"{names.get(rival, rival)}, {unit}", gain, split, same=rival in same) for rival, gain in known.items()
+    ] + _predictions(report, split)
     main = {names[rival]: gain for rival, gain in known.items() if rival in ("last", "best") and rival not in same}
     common = Answer(sentence="", averaged=averaged, measured=measured, facts=facts, words=report.get("verdict", ""))
     if report.get("replaced"):
@@ -210,6 +212,17 @@ def _fact(rival: str, gain: Gain, split: str, *, same: bool) -> Fact:
         f"{better}: the interval excludes zero" if gain["separated"] else "may be chance: the interval includes zero"
     )
     return Fact(rival=rival, difference=interval(gain), meaning=meaning)
+
+
+def _predictions(report: Report, split: str) -> list[Fact]:
+    """Return the NLL of the averaged predictions of ``swag`` beside that of the mean's own."""
+    models = report.get("predictions", {}).get(split, {})
+    losses = [models[name]["score"]["loss"] for name in ("swa", "swag") if name in models]
+    if len(losses) < 2 or None in losses:
+        return []
+    rival = f"the mean's own predictions: average of {models['swag']['models']} draws, NLL"
+    meaning = f"{signed(losses[1])} instead of {signed(losses[0])}; the remarks have the interval"
+    return [Fact(rival=rival, difference=signed(losses[0] - losses[1], "+"), meaning=meaning)]
 
 
 def _is_same(report: Report, rival: str, gain: Gain) -> bool:
