@@ -57,12 +57,16 @@ def typical_error(errors: Iterable[float]) -> float | None:
 
 
 def gain_places(gains: Iterable[Gain]) -> int:
-    """Return the decimals of differences: two significant digits of half the width of the median interval.
+    """Return the decimals of differences; see `interval_places`."""
+    return interval_places([(gain.low, gain.high) for gain in gains if gain.low is not None and gain.high is not None])
+
+
+def interval_places(intervals: Sequence[tuple[float, float]]) -> int:
+    """Return the decimals of intervals of differences: two significant digits of half the width of the median one.
 
     There are up to two more where an end of an interval that excludes zero would look like zero. Without an interval
     there are four.
     """
-    intervals = [(gain.low, gain.high) for gain in gains if gain.low is not None and gain.high is not None]
     half = typical_error((high - low) / 2 for low, high in intervals)
     digits = _UNKNOWN if half is None else _clamped(1 - _scientific(half, 1)[1])
     ends = [min(abs(low), abs(high)) for low, high in intervals if low > 0 or high < 0]

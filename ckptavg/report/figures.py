@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptavg.loggers import Record, clean, plain
+from ckptavg.report.json_values import coefficients, figures
 from ckptavg.report.markdown import markdown
-from ckptavg.report.markdown_tables import coefficients, figures
 
 
 def record(report: Mapping[str, Any]) -> Record:
@@ -50,7 +50,7 @@ def _scalars(report: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
 
 def _scored(place: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for split, score in scores.items():
-        yield from ((f"{place}/{split}/{name}", value) for name, value in figures(score).items())
+        yield from ((f"{place}/{split}/{name}", value) for name, (value, _) in figures(score).items())
 
 
 def _series(report: Mapping[str, Any]) -> dict[str, Sequence[tuple[int, float]]]:
@@ -65,7 +65,7 @@ def _series(report: Mapping[str, Any]) -> dict[str, Sequence[tuple[int, float]]]
         place, betas = "candidates" if seen[step] == 1 else f"candidates-{seen[step]}", coefficients(row)
         values = {name: row[name] for name in row if name not in ("path", "step", "coefficient", "score")}
         values |= {"coefficient": betas[0]} if len(betas) == 1 else {"least": min(betas), "greatest": max(betas)}
-        values |= figures(row["score"]) if row["score"] else {}
+        values |= {name: value for name, (value, _) in figures(row["score"]).items()}
         for name, value in values.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(clean(f"{place}/{name}"), []).append((step, float(value)))

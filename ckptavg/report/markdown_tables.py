@@ -1,25 +1,18 @@
 """Tables of a Markdown report: scores, strategies, predictions and candidates."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from ckptavg.checkpoints.checkpoint import shortest_names
 from ckptavg.errors import counted, decimal
+from ckptavg.report.json_values import Json, coefficients, difference, figures, with_noise
 from ckptavg.report.markup import code, details, escaped, table
 from ckptavg.score import DATA
 
-Json: TypeAlias = Mapping[str, Any]
 _FEW: Final = 12  # candidates that are shown unfolded
 _SCORE_KEYS: Final = ("path", "step", "coefficient", "score")
-
-
-def figures(score: Json) -> dict[str, float]:
-    """Return the deciding metric of a score, its loss and its other metrics by name, without those it has not."""
-    named = score.get("metrics") or {"metric": score["metric"]}
-    (first, *others), loss = named.items(), ("loss", score["loss"])
-    return {name: value for name, value in (first, loss, *others) if value is not None}
 
 
 def score_table(report: Json) -> str:
@@ -33,8 +26,7 @@ def score_table(report: Json) -> str:
             rows[names.get(name, escaped(name))] = scores
     columns = [(split, name) for split, score in report["scores"].items() for name in figures(score)]
     cells = [
-        [name, *(decimal(figures(scores[split]).get(figure)) if split in scores else "" for split, figure in columns)]
-        for name, scores in rows.items()
+        [name, *(_figure(scores.get(split), figure) for split, figure in columns)] for name, scores in rows.items()
     ]
     text = table(["scores", *(escaped(f"{split} {figure}") for split, figure in columns)], cells)
     if report["held_out"] is not None and not report["replaced"]:
@@ -62,7 +54,7 @@ def strategy_table(report: Json) -> Iterator[str]:
             f"**{name}**" if row["name"] == report["winner"] else name,
             {None: "none", "train": "train"}.get(row["chose_on"], "val"),
             "" if row["name"] == "last" else _gain(row["over_last"][splits[-1]], splits[-1] == "test"),
-            *(decimal(figures(row["scores"][split]).get(figure)) for split, figure in columns),
+            *(_figure(row["scores"][split], figure) for split, figure in columns),
             *([decimal(row["held_out"])] if held_out else []),
             str(row["used"]),
             f"{cost['passes']:.0f}" if cost["passes"] is not None else f"{cost['evaluations']} scores",
@@ -83,8 +75,11 @@ def strategy_table(report: Json) -> Iterator[str]:
 def _gain(gain: Json, evidence: bool) -> str:
     if not evidence or gain["low"] is None:
         return decimal(gain["value"], "+")
-    interval = f"[{decimal(gain['low'], '+')}, {decimal(gain['high'], '+')}]"
-    return f"{decimal(gain['value'], '+')} {interval}{'' if gain['separated'] else ' ≈'}"
+    return f"{difference(gain)}{'' if gain['separated'] else ' ≈'}"
+
+
+def _figure(score: Json | None, name: str) -> str:
+    return with_noise(*figures(score).get(name, (None, None)))
 
 
 def predictions_table(report: Json, split: Any, models: Json) -> str:
@@ -129,17 +124,10 @@ def _candidate_rows(report: Json, names: Sequence[str]) -> tuple[list[str], Call
     def make(i: int) -> list[str]:
         row, betas = rows[i], coefficients(rows[i])
         coefficient = f"{min(betas):.3f}{f' … {max(betas):.3f}' if len(betas) > 1 else ''}" if any(betas) else ""
-        own = figures(row["score"]) if row["score"] else {}
-        cells = [*(_cell(row.get(name)) for name in columns), *(decimal(own.get(name)) for name in scores)]
+        cells = [*(_cell(row.get(name)) for name in columns), *(_figure(row["score"], name) for name in scores)]
         return [code(names[i], cell=True), str(row["step"]), coefficient, *cells]
 
     return ["candidate", "step", "coefficient", *map(escaped, [*columns, *scores])], make
-
-
-def coefficients(row: Json) -> Sequence[float]:
-    """Return the coefficients of a candidate, one per group of tensors."""
-    value = row["coefficient"]
-    return value if isinstance(value, Sequence) else (value,)
 
 
 def _cell(value: float | str | None) -> str:
@@ -161,7 +149,7 @@ def side_by_side(reports: Sequence[Json]) -> str:
     rows: list[list[str]] = []
     for number, (report, scores) in enumerate(zip(reports, found, strict=True), 1):
         name = report.get("winner") or report.get("strategy") or report["kind"]
-        cells = [decimal(figures(scores[split]).get(figure)) if split in scores else "" for split, figure in columns]
+        cells = [_figure(scores.get(split), figure) for split, figure in columns]
         spent = f"{report['cost']['seconds']:.1f}" if report.get("cost") else ""
         output = code(Path(report["output"]["path"]).name, cell=True) if report.get("output") else ""
         rows.append([str(number), code(name, cell=True), output, *cells, spent])

@@ -107,9 +107,7 @@ def rows(*runs: FinishedRun) -> list[StrategyResult]:
 def test_the_verdict_names_what_decided_and_who_was_passed_over():
     table = rows(LAST, SWA, SOUP, FITTED, BETTER)
     text = verdict_of(table, table[4], "held-out loss", "val", Options(task="x"))
-    assert text.startswith(
-        "sewa:k=3 wins on validation data with held-out loss 0.580 (fitted: 0.500): 0.950 for last"
-    )
+    assert text.startswith("sewa:k=3 wins on validation data with held-out loss 0.580 (fitted: 0.500): 0.950 for last")
     assert text.endswith("Passed over on validation data: soup with accuracy 0.8000, twa with loss 0.400.")
     assert "(it was chosen on no data)" in verdict_of(table, table[1], "held-out loss", "val", Options(task="x"))
     by_metric = verdict_of(table, table[2], "metric", "val", Options(task="x"))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from ckptavg.errors import decimal
+from ckptavg.report import json_values
 from ckptavg.score import DATA
 
 _NAMES: Mapping[str, str] = {str(split): name for split, name in DATA.items()}
@@ -21,11 +21,8 @@ def data(split: str) -> str:
 
 
 def with_noise(value: float | None, noise: float | None) -> str:
-    """Return a value with its standard error, both to two digits of the error; four decimals if that is unknown."""
-    if value is None or not noise or noise >= abs(value) * 10 + 1:
-        return signed(value)
-    digits = min(6, max(0, 1 - math.floor(math.log10(noise))))
-    return f"{value:,.{digits}f} ± {noise:.{digits}f}".replace("-", "−")
+    """Return `json_values.with_noise` with a true minus sign."""
+    return json_values.with_noise(value, noise).replace("-", "−")
 
 
 def signed(value: float | None, sign: str = "") -> str:
@@ -34,11 +31,8 @@ def signed(value: float | None, sign: str = "") -> str:
 
 
 def interval(gain: Mapping[str, Any]) -> str:
-    """Return a difference with its 95 % interval, or without one."""
-    value = signed(gain["value"], "+")
-    if gain.get("low") is None or gain.get("high") is None:
-        return value
-    return f"{value} [{signed(gain['low'], '+')}, {signed(gain['high'], '+')}]"
+    """Return `json_values.difference` with a true minus sign."""
+    return json_values.difference(gain).replace("-", "−")
 
 
 def step(number: int | None) -> str:
@@ -57,27 +51,6 @@ def steps(numbers: Sequence[int], most: int = 6) -> str:
         ordered_text = ", ".join(map(step, ordered[: most - 1]))
         return f"{ordered_text}, … {step(ordered[-1])}"
     return ", ".join(map(step, ordered))
-
-
-def coefficients(candidate: Mapping[str, Any]) -> list[float]:
-    """Return the coefficients of a candidate, one per group."""
-    value = candidate["coefficient"]
-    return value if isinstance(value, list) else [value]
-
-
-def figures(score: Mapping[str, Any] | None) -> dict[str, tuple[float | None, float | None]]:
-    """Return name → value and standard error of a score: the deciding metric, the loss, then the other metrics."""
-    if score is None:
-        return {}
-    named = dict(score.get("metrics") or {})
-    own = next(iter(named), "metric")
-    result: dict[str, tuple[float | None, float | None]] = {}
-    if score.get("metric") is not None:
-        result[own] = (score["metric"], score.get("metric_noise"))
-        named.pop(own, None)
-    if score.get("loss") is not None:
-        result["loss"] = (score["loss"], score.get("loss_noise"))
-    return result | {name: (value, None) for name, value in named.items() if value is not None}
 
 
 def cell(value: Any) -> str:

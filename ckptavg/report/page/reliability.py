@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from ckptavg.report.json_values import figures
 from ckptavg.report.page.figure import Plot, Table, colour, draw
-from ckptavg.report.page.numbers import Report, data, figures, signed
+from ckptavg.report.page.numbers import Report, data, signed
 
 _NAMES: Final = {"last": "last candidate", "swa": "mean (SWA)", "swag": "average over draws (SWAG)"}
 
@@ -24,6 +25,7 @@ def tables(report: Report) -> list[Table]:
     found: list[Table] = []
     for split, models in report.get("predictions", {}).items():
         columns = list(dict.fromkeys(name for model in models.values() for name in figures(model["score"])))
+        columns = [name for name in columns if name != "nll"]  # it is the loss
         rows = [
             [_name(name), f"{model['models']:,}"]
             + [signed(figures(model["score"]).get(column, (None, None))[0]) for column in columns]

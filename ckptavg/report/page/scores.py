@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from ckptavg.report.json_values import coefficients, figures
 from ckptavg.report.page.figure import Plot, colour, draw, legend
-from ckptavg.report.page.numbers import Report, coefficients, data, figures, signed, step, with_noise
+from ckptavg.report.page.numbers import Report, data, signed, step, with_noise
 
 _LINES: Final = {
     "average": ("average", "-", 2.2),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ckptavg.report.json_values import figures
 from ckptavg.report.page.figure import Plot, Table, colour, draw, legend, logarithmic, shortened
-from ckptavg.report.page.numbers import Report, data, figures, interval, seconds, signed, with_noise
+from ckptavg.report.page.numbers import Report, data, interval, seconds, signed, with_noise
 
 
 def plots(report: Report, key: str) -> list[Plot]:

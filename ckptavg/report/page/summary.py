@@ -6,19 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ckptavg.report.json_values import coefficients, figures
 from ckptavg.report.page.figure import Table
-from ckptavg.report.page.numbers import (
-    Report,
-    cell,
-    coefficients,
-    data,
-    figures,
-    seconds,
-    signed,
-    size,
-    step,
-    with_noise,
-)
+from ckptavg.report.page.numbers import Report, cell, data, seconds, signed, size, step, with_noise
 from ckptavg.report.page.verdict import answer, name_of
 
 _OWN = {"path", "step", "coefficient", "score"}

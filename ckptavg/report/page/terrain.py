@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ckptavg.report.json_values import figures
 from ckptavg.report.page.figure import Plot, Table, colour, draw, legend, shortened
-from ckptavg.report.page.numbers import Report, data, figures, interval, signed, step
+from ckptavg.report.page.numbers import Report, data, interval, signed, step
 
 
 def plots(report: Report, key: str) -> list[Plot]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from ckptavg.report.page.numbers import Report, coefficients, data, figures, interval, signed, step, steps, with_noise
+from ckptavg.report.json_values import coefficients, figures
+from ckptavg.report.page.numbers import Report, data, interval, signed, step, steps, with_noise
 
 Gain = Mapping[str, Any]
 _LEVELS: Final = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from ckptavg.report.json_values import coefficients
 from ckptavg.report.page.figure import Plot, Table, colour, draw, legend, shortened
-from ckptavg.report.page.numbers import Report, coefficients, signed, step, steps
+from ckptavg.report.page.numbers import Report, signed, step, steps
 
 _MOST_CELLS: Final = 20_000  # of a table
 
