@@ -10,10 +10,13 @@ import typer
 
 
 def command(
-    reports: Annotated[list[Path], typer.Argument(help="JSON reports, written by --report or --json.", readable=False)],
-    file: Annotated[
-        Path, typer.Option("-o", "--output", help="File to write: .html or .md.", readable=False)
+    reports: Annotated[
+        list[Path],
+        typer.Argument(help="JSON reports, written by --report or --json.", metavar="RUN.json...", readable=False),
     ],
+    file: Annotated[
+        Path, typer.Option("-o", "--output", help="File to write, .html or .md.", readable=False)
+    ] = Path("report.html"),
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:  # fmt: skip
     """Make a page (.html) or a text (.md) from JSON reports; several are put side by side."""
