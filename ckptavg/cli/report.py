@@ -12,7 +12,7 @@ import typer
 def command(
     reports: Annotated[
         list[Path],
-        typer.Argument(help="JSON reports, written by --report or --json.", metavar="RUN.json...", readable=False),
+        typer.Argument(help="JSON reports, written by --report or --json.", metavar="RUN.json", readable=False),
     ],
     file: Annotated[
         Path, typer.Option("-o", "--output", help="File to write, .html or .md.", readable=False)

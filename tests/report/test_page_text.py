@@ -50,7 +50,10 @@ def test_the_top_of_a_comparison_has_winner_steps_gain_interval_and_evidence(rep
     row = next(row for row in report["strategies"] if row["name"] == report["winner"])
     assert f"{report['winner']} wins: metric {row['over_last']['test']['value']:+.4f} [" in head
     assert steps(steps_used) in head and "On test data, which decided nothing" in head
-    assert "best" in report["gains"] and f"{report['gains']['best']['value']:+.4f}".replace("-", "−") in head
+    assert (
+        report["gains"]["last"]["value"] == row["over_last"]["test"]["value"]
+        and f"{report['gains']['best']['value']:+.4f}".replace("-", "−") in head
+    )
 
 
 def test_without_test_data_nothing_is_called_evidence(reports: Mapping[str, Report]):
@@ -132,7 +135,7 @@ def test_names_are_text(reports: Mapping[str, Report], kind: str, name: str):
         report["plane"]["mixtures"][0]["name"], report["plane"]["source"] = name, f"/{name}"
     report |= {"warnings": [name] * 100, "left_out": [{"path": name, "reason": name, "kind": "bad", "hint": None}]}
     report["run"]["command"] = f"ckptavg {name}\n# a second line"
-    text = page([report, report])
+    text = page([report])
     text.encode()  # no lone surrogates
     assert (
         text.count("<script>") == 1
@@ -156,6 +159,18 @@ def test_unknown_values_leave_gaps_and_no_errors(reports: Mapping[str, Report]):
             candidate["score"] = {"loss": None, "metric": None, "examples": None, "invalid": "loss is nan"}
         text = page([report])
         assert "loss is nan" in text and ">None<" not in text and "nan ±" not in text
+
+
+def test_an_invalid_candidate_is_counted_and_its_reason_shown(reports: Mapping[str, Report]):
+    report = copy.deepcopy(reports["sewa"])
+    report["candidates"][3]["score"] = {
+        "loss": None,
+        "metric": None,
+        "examples": 9,
+        "invalid": "loss is inf in batch 2",
+    }
+    text = page([report])
+    assert "1 without a valid score are not shown" in text and "loss is inf in batch 2" in text
 
 
 def test_a_replaced_selection_says_so(reports: Mapping[str, Report]):
