@@ -10,10 +10,13 @@ import typer
 
 
 def command(
-    reports: Annotated[list[Path], typer.Argument(help="JSON reports, written by --report or --json.", readable=False)],
-    file: Annotated[
-        Path, typer.Option("-o", "--output", help="File to write: .html or .md.", readable=False)
+    reports: Annotated[
+        list[Path],
+        typer.Argument(help="JSON reports, written by --report or --json.", metavar="RUN.json", readable=False),
     ],
+    file: Annotated[
+        Path, typer.Option("-o", "--output", help="File to write, .html or .md.", readable=False)
+    ] = Path("report.html"),
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:  # fmt: skip
     """Make a page (.html) or a text (.md) from JSON reports; several are put side by side."""
@@ -30,20 +33,14 @@ def command(
 
 
 def _read(path: Path, suffix: str) -> dict[str, Any]:
-    """Return the report in a file; raise InputError if it is none, or of a newer version of ckptavg."""
+    """Return the report in a file; raise InputError if it is none, or of a kind that has no page."""
     from ckptavg.errors import InputError
     from ckptavg.filesystem.strict_json import read_json
-    from ckptavg.report.as_json import SCHEMA_VERSION
+    from ckptavg.report import schema
     from ckptavg.report.page import KINDS
 
     report = read_json(path)
-    version = report.get("schema_version") if isinstance(report, dict) else None
-    if not isinstance(version, int) or not isinstance(report.get("kind"), str):
-        hint = "write one with --report run.json"
-        raise InputError("is not a report of ckptavg: it has no schema_version and kind", path=path, hint=hint)
-    if version > SCHEMA_VERSION:
-        text = f"is a report of schema version {version}, and this ckptavg reads up to {SCHEMA_VERSION}"
-        raise InputError(text, path=path, hint="pip install --upgrade ckptavg")
+    schema.check(report, path)
     if suffix == ".html" and report["kind"] not in KINDS:
         raise InputError(f"is a report of kind {report['kind']!r}, which has no page", path=path)
     return report

@@ -23,6 +23,8 @@ def figures(score: Json | None) -> Figures:
 
 def with_noise(value: float | None, noise: float | None = None) -> str:
     """Return a value ± its standard error, with the digits that this allows; with four decimals if it is unknown."""
+    if value is None:
+        return ""
     digits = places([noise or 0.0])
     return decimal(value, places=digits) + (f" ± {decimal(noise, places=digits)}" if noise else "")
 

@@ -28,7 +28,7 @@ def check(report: Any, path: Path) -> None:
         raise UsageError("reading a report needs jsonschema", hint="pip install 'ckptavg[plot]'") from error
     if not isinstance(report, dict) or "schema_version" not in report:
         raise InputError("is no report of ckptavg", path=path, hint="--report run.json writes one")
-    if report["schema_version"] != SCHEMA_VERSION:
+    if report["schema_version"] is True or report["schema_version"] != SCHEMA_VERSION:
         message = f"is a report of schema version {report['schema_version']!r}; this ckptavg reads {SCHEMA_VERSION}"
         raise InputError(message, path=path, hint="install the version of ckptavg that wrote it, or a newer one")
     error = best_match(Draft202012Validator(schema()).iter_errors(report))

@@ -40,11 +40,14 @@ def test_several_runs_are_side_by_side(run: Run, made: Path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{}", "is not a report of ckptavg"),
-        ("[1]", "is not a report of ckptavg"),
-        ('{"schema_version": true, "kind": 3}', "is not a report of ckptavg"),
-        ('{"schema_version": 99, "kind": "average"}', "is a report of schema version 99, and this ckptavg reads up to"),
-        ('{"schema_version": 1, "kind": "task check"}', "is a report of kind 'task check', which has no page"),
+        ("{}", "is no report of ckptavg"),
+        ("[1]", "is no report of ckptavg"),
+        ('{"schema_version": true, "kind": 3}', "is a report of schema version True"),
+        (
+            '{"schema_version": 1, "kind": "average", "run": null}',
+            "is no report of ckptavg: $: 'strategy' is a required",
+        ),
+        ('{"schema_version": 99, "kind": "average"}', "is a report of schema version 99; this ckptavg reads 1"),
         ('{"schema_version": 1, "kind": "average", "seed": NaN}', "is not valid JSON: NaN is not allowed"),
         ('{"schema_version": 1, "kind": "aver', "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),

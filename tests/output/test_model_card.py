@@ -82,7 +82,10 @@ def test_what_was_averaged_and_how_it_scored(digits: Path, tmp_path: Path, run: 
         name: (row["step"], pytest.approx(row["coefficient"], rel=1e-5)) for name, row in used.items()
     }
     written = next(line for line in text.splitlines() if "as written" in line)
-    assert f"{report['scores']['val']['loss']:.4f}" in written and f"{report['scores']['test']['loss']:.4f}" in written
+    shown = [float(text) for text in re.findall(r"\| ([\d.]+) ± ", written)]
+    assert shown == pytest.approx(
+        [report["scores"][s][f] for s in ("val", "test") for f in ("metric", "loss")], abs=0.005
+    )
     for digest in report["output"]["source_digests"].values():
         assert digest in text
     assert str(tmp_path) not in text and str(digits) not in text and str(TASK.parent) not in text

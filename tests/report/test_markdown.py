@@ -135,7 +135,7 @@ def test_a_comparison_has_its_strategies_by_the_figure_that_decided():
     text = markdown([to_dict(comparison)])
     lines = [line for line in text.splitlines() if line.startswith(("| `", "| **`"))][:3]
     assert [re.findall(r"`([^`]+)`", line)[0] for line in lines] == ["soup:x=1", "swa", "last"]
-    assert "+0.2000 [+0.1000, +0.3000] |" in lines[0] and "+0.0500 [-0.0500, +0.1500] ≈ |" in lines[1]
+    assert "+0.20 [+0.10, +0.30] |" in lines[0] and "+0.05 [-0.05, +0.15] ≈ |" in lines[1]
     assert texts(text)[1:3] == ["Better than the rest.", "why"]
 
 

@@ -17,6 +17,7 @@ from ckptavg.report.page.verdict import answer
 Report = dict[str, Any]
 HOSTILE = "<script>alert(1)</script>"
 MARKED = "a\u202egnp.\u2066txt\udcff\x1b[31m"
+NONE = dict.fromkeys(("loss", "metric", "examples", "loss_noise", "metric_noise"))
 
 
 def gain(value: float, low: float | None = None, high: float | None = None) -> Report:
@@ -28,10 +29,10 @@ def gain(value: float, low: float | None = None, high: float | None = None) -> R
 @pytest.mark.parametrize(
     ("last", "best", "level", "words"),
     [
-        (gain(0.1, 0.05, 0.15), gain(0.04, 0.01, 0.07), "yes", "sewa: metric +0.1000 [+0.0500, +0.1500] against"),
-        (gain(0.1, 0.05, 0.15), gain(0.01, -0.01, 0.03), "partly", "and +0.0100 [−0.0100, +0.0300] against the best"),
-        (gain(0.01, -0.02, 0.04), gain(0.01, -0.01, 0.03), "no", "metric +0.0100 [−0.0200, +0.0400] against the last"),
-        (gain(0.1, 0.05, 0.15), gain(-0.04, -0.07, -0.01), "worse", "and WORSE, −0.0400 [−0.0700, −0.0100] against"),
+        (gain(0.1, 0.05, 0.15), gain(0.04, 0.01, 0.07), "yes", "sewa: metric +0.100 [+0.050, +0.150] against"),
+        (gain(0.1, 0.05, 0.15), gain(0.01, -0.01, 0.03), "partly", "and +0.010 [−0.010, +0.030] against the best"),
+        (gain(0.01, -0.02, 0.04), gain(0.01, -0.01, 0.03), "no", "metric +0.010 [−0.020, +0.040] against the last"),
+        (gain(0.1, 0.05, 0.15), gain(-0.04, -0.07, -0.01), "worse", "and WORSE, −0.040 [−0.070, −0.010] against"),
         (gain(0.1), gain(0.1), "none", "metric +0.1000 against the last checkpoint and +0.1000 against"),
     ],
 )  # fmt: skip
@@ -50,7 +51,10 @@ def test_the_top_of_a_comparison_has_winner_steps_gain_interval_and_evidence(rep
     row = next(row for row in report["strategies"] if row["name"] == report["winner"])
     assert f"{report['winner']} wins: metric {row['over_last']['test']['value']:+.4f} [" in head
     assert steps(steps_used) in head and "On test data, which decided nothing" in head
-    assert "best" in report["gains"] and f"{report['gains']['best']['value']:+.4f}".replace("-", "−") in head
+    assert (
+        report["gains"]["last"]["value"] == row["over_last"]["test"]["value"]
+        and f"{report['gains']['best']['value']:+.4f}".replace("-", "−") in head
+    )
 
 
 def test_without_test_data_nothing_is_called_evidence(reports: Mapping[str, Report]):
@@ -132,7 +136,7 @@ def test_names_are_text(reports: Mapping[str, Report], kind: str, name: str):
         report["plane"]["mixtures"][0]["name"], report["plane"]["source"] = name, f"/{name}"
     report |= {"warnings": [name] * 100, "left_out": [{"path": name, "reason": name, "kind": "bad", "hint": None}]}
     report["run"]["command"] = f"ckptavg {name}\n# a second line"
-    text = page([report, report])
+    text = page([report])
     text.encode()  # no lone surrogates
     assert (
         text.count("<script>") == 1
@@ -153,9 +157,16 @@ def test_unknown_values_leave_gaps_and_no_errors(reports: Mapping[str, Report]):
     for name in ("sewa", "aswa", "twa", "swag", "comparison", "quadratic twa", "quadratic sewa"):
         report = emptied(reports[name])
         for candidate in report["candidates"]:
-            candidate["score"] = {"loss": None, "metric": None, "examples": None, "invalid": "loss is nan"}
+            candidate["score"] = {**NONE, "invalid": "loss is nan"}
         text = page([report])
         assert "loss is nan" in text and ">None<" not in text and "nan ±" not in text
+
+
+def test_an_invalid_candidate_is_counted_and_its_reason_shown(reports: Mapping[str, Report]):
+    report = copy.deepcopy(reports["sewa"])
+    report["candidates"][3]["score"] = {**NONE, "invalid": "loss is inf in batch 2"}
+    text = page([report])
+    assert "1 without a valid score are not shown" in text and "loss is inf in batch 2" in text
 
 
 def test_a_replaced_selection_says_so(reports: Mapping[str, Report]):
@@ -168,7 +179,7 @@ def test_a_replaced_selection_says_so(reports: Mapping[str, Report]):
 
 @pytest.mark.parametrize(
     ("value", "noise", "text"),
-    [(0.97, 0.0085, "0.9700 ± 0.0085"), (0.948, 0.011, "0.948 ± 0.011"), (12345.6, 120.0, "12,346 ± 120"),
+    [(0.97, 0.0085, "0.970 ± 0.009"), (0.948, 0.011, "0.948 ± 0.011"), (12345.6, 120.0, "12346 ± 120"),
      (-0.5, None, "−0.5000"), (None, 0.1, ""), (0.5, 0.0, "0.5000")],
 )  # fmt: skip
 def test_values_have_the_digits_of_their_noise(value: float | None, noise: float | None, text: str):

@@ -82,6 +82,8 @@ def _plot(
     svgs = draw(key, title, summary, paint, height=height, narrow_height=height + 60)
     bars = "Bars are standard errors." if len(candidates) <= _BARS else ""
     note = f"Filled: candidates in the average. {bars}" if chosen else bars
+    invalid = sum(bool((c.get("score") or {}).get("invalid")) for c in report.get("candidates", ()))
+    note += f" {invalid:,} without a valid score are not shown." if invalid else ""
     return Plot(title=title, summary=summary, svgs=svgs, note=note.strip())
 
 

@@ -38,8 +38,8 @@ def candidates(report: Report) -> Table | None:
 
 
 def scores_table(report: Report) -> list[Table]:
-    """Return the scores of the written file and of its rivals, by split."""
-    if not report.get("scores"):
+    """Return the scores of the written file and of its rivals, by split; a comparison has its own table."""
+    if not report.get("scores") or report.get("strategies"):
         return []
     rows = {("written: best single" if report.get("replaced") else name_of(report)): report["scores"]}
     best = report.get("best_step")
