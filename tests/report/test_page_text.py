@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ckptavg.report.page import page
-from ckptavg.report.page.numbers import steps, with_noise
+from ckptavg.report.page.numbers import interval, steps, with_noise
 from ckptavg.report.page.verdict import answer
 
 Report = dict[str, Any]
@@ -49,11 +49,11 @@ def test_the_top_of_a_comparison_has_winner_steps_gain_interval_and_evidence(rep
     head = re.sub(r"<[^>]+>", "", page([report]).partition("<main")[0].partition("<header>")[2])
     steps_used = [c["step"] for c in report["candidates"] if c["coefficient"]]
     row = next(row for row in report["strategies"] if row["name"] == report["winner"])
-    assert f"{report['winner']} wins: metric {row['over_last']['test']['value']:+.4f} [" in head
+    assert f"{report['winner']} wins: metric {interval(row['over_last']['test'])} against the last" in head
     assert steps(steps_used) in head and "On test data, which decided nothing" in head
     assert (
         report["gains"]["last"]["value"] == row["over_last"]["test"]["value"]
-        and f"{report['gains']['best']['value']:+.4f}".replace("-", "−") in head
+        and interval(report["gains"]["best"]) in head
     )
 
 
