@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -50,7 +52,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             else:
                 return match[0]  # the build warns of it
         path = path.removeprefix("docs/")
-        text = _title(path) if re.fullmatch(r"[\w/-]+\.md", text) else text
+        text = _title(path, config.nav) if re.fullmatch(r"[\w/-]+\.md", text) else text
         return f"{mark}[{text}]({posixpath.relpath(path, posixpath.dirname(source) or '.')}{hash_}{anchor})"
 
     markdown = markdown.replace("<details>", '<details markdown="1">').replace(EXAMPLES, _examples())
@@ -58,11 +60,24 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return "".join(part if number % 2 else LINK.sub(pointed, part) for number, part in enumerate(parts))
 
 
-def _title(path: str) -> str:
-    """Return the heading of a page: a link that is called by a file's name is called by that."""
+def _title(path: str, nav: Any) -> str:
+    """Return the title of a page in the navigation, else its heading: a link named after a file is called by that."""
+    for title, target in _entries(nav):
+        if target == path:
+            return title
     source = ROOT / path if path in ROOT_PAGES else ROOT / "docs" / path
     heading = re.search(r"^# (.+)$", source.read_text(encoding="utf-8"), re.MULTILINE) if source.exists() else None
     return heading[1] if heading else path
+
+
+def _entries(nav: Any) -> Iterator[tuple[str, str]]:
+    """Yield title and path of each page of the navigation that has a title there."""
+    for entry in nav:
+        for title, target in entry.items() if isinstance(entry, dict) else ():
+            if isinstance(target, str):
+                yield title, target
+            else:
+                yield from _entries(target)
 
 
 def _examples() -> str:
