@@ -208,7 +208,7 @@ def test_eval_of_the_output_matches_the_report(digits: Path, run: Run):
     (scored,) = json.loads(run("eval", "averaged.safetensors", "--task", TASK, "--json").stdout)["files"]
     assert scored["val"] == report["scores"]["val"] and scored["test"] == report["scores"]["test"]
     done = run("eval", "averaged.safetensors", digits / "step-360.pt", "--task", TASK)  # the output has no step
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 4  # a heading, two files, the standard errors
 
 
 def test_never_worse_writes_the_best_single_checkpoint(digits: Path, run: Run, tmp_path: Path):

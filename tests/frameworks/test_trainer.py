@@ -145,7 +145,7 @@ def test_the_template_of_init_scores_as_without_a_task_file(run: Run, tmp_path: 
     for options in (("--val", "val.jsonl"), ("--task", "task.py")):
         done = run("eval", "run", *options, "--json")
         assert done.returncode == 0, done.stderr
-        scores.append([one["val"] for one in json.loads(done.stdout)])
+        scores.append([one["val"] for one in json.loads(done.stdout)["files"]])
     for without, templated in zip(*scores, strict=True):
         assert templated["metric"] == without["metric"]
         assert templated["loss"] == pytest.approx(without["loss"], rel=1e-5)

@@ -42,7 +42,7 @@ FREE: dict[str, list[Any]] = {
     "window": [99], "every": [1], "output": ["elsewhere"], "force": [], "never_worse": [], "max_shard_size": ["5GB"],
     "format": ["dcp"], "device": ["cpu"], "parallel": ["batches"], "skip_bad": [], "wait_stable": [0], "dry_run": [],
     "resume": ["--no-resume"], "keep_journal": [], "baselines": ["--no-baselines"], "digests": ["--digests", "none"],
-    "worker_timeout": [5], "score_jobs": [2], "keep_failed": [],
+    "worker_timeout": [5], "score_jobs": [2], "keep_failed": [], "log_to": ["tensorboard:runs"],
 }  # fmt: skip
 REFUSED: dict[str, tuple[list[Any], str]] = {
     "task": (["other.py"], "task"), "last": ([3], "candidates"), "precision": (["bfloat16"], "precision"),
@@ -108,7 +108,7 @@ def test_an_option_that_changes_no_measurement_goes_on_from_any_journal(run: Run
     assert fresh.returncode == 0, fresh.stderr
     mine, other = json.loads(done.stdout), json.loads(fresh.stdout)
     for report in (mine, other):
-        for key in ("cost", "warnings"):
+        for key in ("run", "cost", "warnings"):
             report.pop(key, None)
     assert mine == other
     if name not in ("output", "resume", "dry_run", "baselines"):

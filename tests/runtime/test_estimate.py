@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from conftest import TASK
 
-from ckptavg.cli import terminal
 from ckptavg.options import Options
 from ckptavg.pipeline import run
 from ckptavg.pipeline.comparison import compare
@@ -114,20 +111,6 @@ def test_a_stage_that_ends_early_is_finished():
     rest.work(5)
     rest.report("scoring", 0.5, 9.0)
     assert rest.left(9.0) == pytest.approx(5.0)
-
-
-@pytest.mark.parametrize("quiet", [False, True])
-def test_a_log_has_a_line_every_30_seconds_at_most(monkeypatch: pytest.MonkeyPatch, quiet: bool):
-    clock, log = [0.0], io.StringIO()
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(sys, "stderr", log)
-    with terminal.Screen(quiet=quiet).watching() as watch:
-        assert (watch is None) == quiet
-        for second in range(1, 76) if watch else ():
-            clock[0] = float(second)
-            watch("growing the soup", second, 1200, {"left": 240.0} if second < 40 else {"stage_left": 20.0})
-    lines = ["growing the soup 30/1,200, about 4 min left", "growing the soup 60/1,200, about 20 s left in this stage"]
-    assert log.getvalue().splitlines() == ([] if quiet else lines)
 
 
 def test_a_stage_is_shown_although_batches_are_counted_just_before_its_report(monkeypatch: pytest.MonkeyPatch):

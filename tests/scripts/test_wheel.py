@@ -108,7 +108,7 @@ def test_the_first_commands_run_and_print_their_own_lines_only(installed: Instal
         done = installed("ckptavg", *words, cwd="ckptavg-demo")
         assert (done.returncode, done.stdout) == (0, out), done.stderr
         assert not re.search(r"warning|traceback|\.py\b|numpy", done.stderr.replace("task.py", ""), re.IGNORECASE)
-    for words in (("inspect", "ckpts", "--json"), ("env", "--json"), ("eval", "best.safetensors", "--json"),
+    for words in (("inspect", "ckpts", "--json"), ("env", "--json"), ("eval", "best.safetensors", "--json", "-q"),
                   ("sewa", "ckpts", "--last", "3", "-k", "2", "--steps", "3", "--force", "--json", "-q")):  # fmt: skip
         done = installed("ckptavg", *words, cwd="ckptavg-demo")
         assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout), words

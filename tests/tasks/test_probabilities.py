@@ -226,8 +226,10 @@ def test_all_metrics_fit_on_80_columns(digits: Path, tmp_path: Path):
     assert not re.search(r"(?<![0-9a-f]{10})…", text)  # only the SHA-256 is abbreviated
     for contestant in done.strategies:
         score = contestant.scores["test"]
-        for figure in (*score.metrics, *(f"{value:.4f}" for value in score.metrics.values())):
-            assert re.search(rf"(^|\s){figure}\b", text, re.MULTILINE), figure
+        for name, value in score.metrics.items():
+            shown = "|".join(re.escape(f"{value:.{places}f}") for places in range(2, 5))
+            assert re.search(rf"(^|\s){name}\b", text, re.MULTILINE), name
+            assert re.search(rf"(^|\s)({shown})(\s|$)", text, re.MULTILINE), value
 
 
 def test_names_must_be_the_same_for_every_model(digits: Path, tmp_path: Path):
