@@ -27,11 +27,12 @@ def append(report: Mapping[str, Any]) -> str:
         if path.exists() and not path.is_file():
             return printable(f"{name}: the job summary ({VARIABLE}) is not a regular file")
         size = path.stat().st_size if path.exists() else 0
-        text = _fitting(report, LIMIT - size)
+        text = _fitting(report, LIMIT - size - 1)
         if text is None:
             return f"the job summary has {size:,} bytes already, and no room for this report"
-        with path.open("ab") as file:
-            file.write(text)
+        with path.open("ab+") as file:  # written at its end
+            file.seek(-1 if size else 0, os.SEEK_END)
+            file.write(b"\n" + text if file.read() not in (b"", b"\n") else text)
     except (OSError, ValueError) as error:
         message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return printable(f"{name}: the job summary ({VARIABLE}) cannot be written: {message.lower()}")

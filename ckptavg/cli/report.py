@@ -39,8 +39,12 @@ def _read(path: Path, suffix: str) -> dict[str, Any]:
     from ckptavg.report import schema
     from ckptavg.report.page import KINDS
 
-    report = read_json(path)
-    schema.check(report, path)
+    try:
+        report = read_json(path)
+        schema.check(report, path)
+    except InputError as error:
+        error.hint = error.hint or "ckptavg reads the JSON reports that --report run.json writes"
+        raise
     if suffix == ".html" and report["kind"] not in KINDS:
         raise InputError(f"is a report of kind {report['kind']!r}, which has no page", path=path)
     return report

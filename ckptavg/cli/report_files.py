@@ -61,7 +61,7 @@ def rendered(reports: Sequence[Mapping[str, Any]], path: Path) -> str:
 
 def _check_format(path: Path) -> None:
     if path.suffix not in _SUFFIXES and not _is_stream(path):
-        raise UsageError(f"--report {path}: the suffix of a report is .html, .md or .json")
+        raise UsageError(f"--report {path}: the suffix of a report is .html, .md or .json; without one it is JSON")
     if path.suffix == ".html":
         from ckptavg.report.page import check_installed
 

@@ -19,13 +19,17 @@ def start(target: str, name: str) -> "TensorBoard":
 
 def _new_folder(parent: Path, name: str) -> Path:
     """Create the directory of a run: TensorBoard takes all files of a directory for one run."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # a file, or a link to what does not exist
+        raise OutputError("is not a directory", path=parent, hint="choose another --log-to") from error
+    except OSError as error:
+        raise OutputError(f"cannot be created: {os_message(error)}", path=parent) from error
     number = 1
-    if parent.exists() and not parent.is_dir():
-        raise OutputError("is not a directory", path=parent, hint="choose another --log-to")
     while True:
         folder = parent / (name if number == 1 else f"{name}-{number}")
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
         except FileExistsError:
             number += 1
         except OSError as error:

@@ -109,6 +109,7 @@ def candidates(report: Json) -> Iterator[str]:
     effective = report["effective"]
     if report["output"] and effective is not None and round(effective, 1) != used:
         what += f"; effective number 1/Σβ²: {effective:.1f}"
+    what += ", with the best and the last" if len(shown) < n else ""
     yield f"{what}:\n\n{table(headings, [make_row(i) for i in shown], left=1)}"
     if len(shown) < n:
         yield details(f"all {n:,} candidates", table(headings, [make_row(i) for i in range(n)], left=1))

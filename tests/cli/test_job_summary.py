@@ -37,6 +37,12 @@ def test_the_verdict_and_the_table_are_appended(digits: Path, tmp_path: Path, ru
     assert "To reproduce it" in text.partition("<details>")[2]
 
 
+def test_a_line_without_an_end_stays_a_line_of_its_own(ckpts: Path, tmp_path: Path, run: Run):
+    (tmp_path / "summary.md").write_text("no newline")
+    assert run("swa", ckpts, cwd=tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "summary.md")).returncode == 0
+    assert (tmp_path / "summary.md").read_text().startswith("no newline\n## ckptavg `swa`\n")
+
+
 def test_names_are_no_markup(ckpts: Path, tmp_path: Path, run: Run):
     assert run("swa", ckpts, cwd=tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "new.md")).returncode == 0
     assert HOSTILE.replace("|", "\\|") in (tmp_path / "new.md").read_text()

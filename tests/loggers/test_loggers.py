@@ -129,8 +129,10 @@ def test_a_missing_package_is_named_with_its_installation(monkeypatch: pytest.Mo
 
 def test_a_directory_that_cannot_be_written_is_refused_before_the_run(digits: Path, tmp_path: Path, run: Run):
     (tmp_path / "file").write_text("")
-    done = run("swa", digits, "--log-to", "tensorboard:file")
-    assert done.returncode == 5 and "is not a directory" in done.stderr
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    for name in ("file", "link"):
+        done = run("swa", digits, "--log-to", f"tensorboard:{name}")
+        assert done.returncode == 5 and f"{name}: is not a directory" in done.stderr
     assert not (tmp_path / "averaged.safetensors").exists()
 
 

@@ -169,6 +169,15 @@ def test_an_invalid_candidate_is_counted_and_its_reason_shown(reports: Mapping[s
     assert "1 without a valid score are not shown" in text and "loss is inf in batch 2" in text
 
 
+def test_a_better_metric_with_a_higher_loss_says_so(reports: Mapping[str, Report]):
+    report = copy.deepcopy(reports["sewa"])
+    report["scores"]["test"]["loss"] = 2.5
+    report["baselines"]["last"]["test"]["loss"], report["baselines"]["best"]["test"]["loss"] = 1.5, 3.5
+    assert answer(report).belief.endswith("But its loss, 2.5000, is higher than that of the last checkpoint (1.5000).")
+    report["scores"]["test"]["loss"] = 0.5
+    assert "But its loss" not in answer(report).belief
+
+
 def test_a_replaced_selection_says_so(reports: Mapping[str, Report]):
     report = {**reports["sewa"], "replaced": True, "worse": True}
     report["baselines"] = {**report["baselines"], "selection": report["scores"]}

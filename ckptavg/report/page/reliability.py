@@ -68,7 +68,7 @@ def _plot(split: str, models: Mapping[str, Any], key: str) -> Plot:
     summary = f"{'; '.join(gaps)}."
     return Plot(
         title=title, summary=summary, svgs=draw(key, title, summary, paint, height=300, narrow_height=820),
-        note="Dashed: confidence equals accuracy; below it the model is too sure. Bars: share of the examples.",
+        note="Dashed: confidence equals accuracy; below it the model is too sure. Bars: number of examples.",
         table=Table(headings=["model", "bin", "examples", "confidence", "accuracy"], rows=rows, title=title),
     )  # fmt: skip
 

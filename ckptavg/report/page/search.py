@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from ckptavg.report.json_values import coefficients
 from ckptavg.report.page.figure import Plot, Table, colour, draw, legend, logarithmic
 from ckptavg.report.page.numbers import Report, cell, data, signed, step
 
@@ -38,8 +39,12 @@ def _probabilities(report: Report, key: str) -> Plot:
     trace, candidates = report["trace"], report["candidates"]
     at, rows = trace["s_step"], trace["s"]
     title = "SeWA: probability of each candidate during the search"
-    chosen = [i for i, c in enumerate(candidates) if c["coefficient"]]
+    chosen = [i for i, c in enumerate(candidates) if any(coefficients(c))]
     n = len(candidates)
+    likeliest = sorted(range(n), key=lambda i: rows[-1][i], reverse=True)[: len(chosen)]
+    note = "Triangles on the right mark the candidates that were averaged."
+    if {*likeliest} != {*chosen}:
+        note += " They are not those of the largest s: their average is the best of all that were scored."
 
     def paint(figure: Any, narrow: bool) -> None:
         axes: Any = figure.subplots()
@@ -68,7 +73,7 @@ def _probabilities(report: Report, key: str) -> Plot:
     columns = [rows[list(at).index(number)] for number in _few(at)]
     cells = [[step(c["step"]), *(f"{row[i]:.3f}" for row in columns)] for i, c in enumerate(candidates)]
     return Plot(
-        title=title, summary=summary, svgs=svgs, note="Triangles on the right mark the candidates that were averaged.",
+        title=title, summary=summary, svgs=svgs, note=note,
         table=Table(headings=headings, rows=cells, title="Probabilities at some steps of the search"),
     )  # fmt: skip
 

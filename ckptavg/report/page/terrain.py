@@ -61,7 +61,7 @@ def _predicted(report: Report, key: str) -> Plot:
         axes: Any = figure.subplots()
         both = [value for pair in pairs for value in pair] or [0.0, 1.0]
         (line,) = axes.plot((min(both), max(both)), (min(both), max(both)), "--", color=colour("last"), lw=1.2)
-        (dots,) = axes.plot(*zip(*pairs, strict=True), "o", color=colour("average"), ms=5)
+        (dots,) = axes.plot([x for x, _ in pairs], [y for _, y in pairs], "o", color=colour("average"), ms=5)
         axes.set(xlabel="loss predicted by the quadratic", ylabel="measured loss")
         legend(figure, narrow, [(dots, "random mixture"), (line, "prediction = measurement")])
 

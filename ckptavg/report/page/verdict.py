@@ -161,7 +161,7 @@ def _scored(report: Report, averaged: str) -> Answer:
     sentence = f"{subject}: {_differences(main, f'{unit} ')}."
     if split == "test":
         level, belief = _belief(main)
-        return replace(common, sentence=sentence, level=level, belief=belief)
+        return replace(common, sentence=sentence, level=level, belief=f"{belief}{_higher_loss(report)}")
     belief = (
         f"Measured on the {data(split)} that the choice was made on, which flatters it. Test data (test_dataloader, "
     )
@@ -186,9 +186,9 @@ def _belief(rivals: Mapping[str, Gain]) -> tuple[str, str]:
         above = "above" if gain["value"] > 0 else "below"
         kinds["unknown" if gain.get("low") is None else above if gain["separated"] else "open"].append(rival)
     words = {
-        "below": "is worse than {}: that interval is below zero",
-        "above": "is better than {}: the interval excludes zero",
-        "open": "may be no better than {}: the interval includes zero", "unknown": "has no interval against {}",
+        "below": "is worse than {}: that 95 % interval is below zero",
+        "above": "is better than {}: the 95 % interval excludes zero",
+        "open": "may be no better than {}: the 95 % interval includes zero", "unknown": "has no interval against {}",
     }  # fmt: skip
     parts = [text.format(" and ".join(kinds[kind])) for kind, text in words.items() if kinds[kind]]
     if kinds["unknown"]:
@@ -197,6 +197,20 @@ def _belief(rivals: Mapping[str, Gain]) -> tuple[str, str]:
     if level == "partly" and not kinds["above"]:
         level = "no" if kinds["open"] else "none"
     return level, f"On test data, which decided nothing, it {'; it '.join(parts)}."
+
+
+def _higher_loss(report: Report) -> str:
+    """Return a sentence on the test loss if a metric decides, and the loss is above that of the last or best single."""
+    own = report["scores"]["test"]
+    others = report["baselines"] | {row["name"]: row["scores"] for row in report.get("strategies", ())}
+    names = {"last": "the last checkpoint", "best": _best(report)}
+    losses = {name: others[name]["test"]["loss"] for name in names if name in others}
+    if own["metric"] is None or own["loss"] is None:
+        return ""
+    above = [
+        f"{names[name]} ({signed(loss)})" for name, loss in losses.items() if loss is not None and loss < own["loss"]
+    ]
+    return f" But its loss, {signed(own['loss'])}, is higher than that of {' and '.join(above)}." if above else ""
 
 
 def _fact(rival: str, gain: Gain, split: str, *, same: bool) -> Fact:
