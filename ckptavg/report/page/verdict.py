@@ -161,7 +161,10 @@ def _scored(report: Report, averaged: str) -> Answer:
     sentence = f"{subject}: {_differences(main, f'{unit} ')}."
     if split == "test":
         level, belief = _belief(main)
-        return replace(common, sentence=sentence, level=level, belief=f"{belief}{_higher_loss(report)}")
+        belief += _higher_loss(report)
+        if by := report.get("selected_by"):
+            belief += f" The winner was chosen by {by} on {data(report['scored_on'])}."
+        return replace(common, sentence=sentence, level=level, belief=belief)
     belief = (
         f"Measured on the {data(split)} that the choice was made on, which flatters it. Test data (test_dataloader, "
     )
@@ -236,7 +239,8 @@ def _predictions(report: Report, split: str) -> list[Fact]:
     if len(losses) < 2 or None in losses:
         return []
     rival = f"the mean's own predictions: average of {models['swag']['models']} draws, NLL"
-    meaning = f"{signed(losses[1])} instead of {signed(losses[0])}; the remarks have the interval"
+    order = "better" if losses[1] < losses[0] else "no better"
+    meaning = f"{order}: {signed(losses[1])} instead of {signed(losses[0])}; the remarks have the interval"
     return [Fact(rival=rival, difference=signed(losses[0] - losses[1], "+"), meaning=meaning)]
 
 
