@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json as json_module
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +93,7 @@ def run_command(
     if warning := job_summary.append(report):
         screen.print(Text(warning, style="yellow"))
     if json:
-        print(as_json.to_json(done, line))
+        print(json_module.dumps(report, indent=2, allow_nan=False))
     elif done.output:
         print(done.output.path)
 

@@ -10,7 +10,7 @@ from ckptavg.errors import decimal
 from ckptavg.report import json_values
 from ckptavg.score import DATA
 
-_NAMES: Mapping[str, str] = {str(split): name for split, name in DATA.items()}
+_NAMES: Mapping[str, str] = {**DATA}
 Report = Mapping[str, Any]
 """A report as values of JSON."""
 
@@ -65,13 +65,3 @@ def cell(value: Any) -> str:
 def seconds(spent: Mapping[str, Any]) -> str:
     """Return the time of a cost, which may be unknown."""
     return "" if spent["seconds"] is None else f"{spent['seconds']:,.1f} s"
-
-
-def size(count: int) -> str:
-    """Return a number of bytes in units of powers of 1,000."""
-    number, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if number < 1000:
-            break
-        number, unit = number / 1000, larger
-    return f"{number:,.0f} {unit}" if unit == "bytes" or number >= 100 else f"{number:.3g} {unit}"

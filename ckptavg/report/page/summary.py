@@ -6,9 +6,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from rich.filesize import decimal as size
+
 from ckptavg.report.json_values import coefficients, figures
 from ckptavg.report.page.figure import Table
-from ckptavg.report.page.numbers import Report, cell, data, seconds, signed, size, step, with_noise
+from ckptavg.report.page.numbers import Report, cell, data, seconds, signed, step, with_noise
 from ckptavg.report.page.verdict import answer, name_of
 
 _OWN = {"path", "step", "coefficient", "score"}

@@ -27,7 +27,7 @@ class Fact:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a reader sees first.
+    """Top of the page: the verdict and what it is worth.
 
     Attributes:
         sentence: the verdict with its interval.
